@@ -1,0 +1,69 @@
+"""The one struct that a train step reads. Letters: see config.py.
+
+Two pairs of integers describe every mask of the model, so no [T, T] or [T, I] mask is ever stored:
+
+Text sees text. Token k is visible to token q iff k <= q < seen_until[k]. Documents of a row are isolated because every
+token's `seen_until` ends with its document; several dialogs about one image share the image's media tokens as a trunk:
+
+    index        0    1    2    3    4    5    6     7    8       dog.png has two questions, then another document
+    token       img  img  q1   q1   a1   q2   a2    img  cap
+    seen_until   7    7    5    5    5    7    7     9    9       2, 3, 4 end before 5: the dialogs do not see each other
+    position     0    1    2    3    4    2    3     0    1       positions go on as if each dialog stood alone
+
+Text sees images. Token q sees image slots visible_start[q] <= i < visible_stop[q] of its row: a media token its own image
+(or frame), text the nearest previous image, text of a video all its frames, text before any image the empty range.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from evlm_jax.config import EVLMConfig
+
+
+class Batch(NamedTuple):
+    """Packed rows. Padding: seen_until = index + 1, empty visible range, media_slot -1, target_at 0 with target -1."""
+
+    tokens: jax.Array  # [B, T] int32; the placeholder id at media positions
+    positions: jax.Array  # [B, T] int32, restart with every document
+    seen_until: jax.Array  # [B, T] int32, exclusive
+    media_slot: jax.Array  # [B, T] int32; -1 text, else the row of the learnable media embedding
+    visible_start: jax.Array  # [B, T] int32
+    visible_stop: jax.Array  # [B, T] int32, exclusive
+    target_at: jax.Array  # [B, M] int32; position whose output predicts the target
+    targets: jax.Array  # [B, M] int32; -1 padding
+    target_source: jax.Array  # [B, M] int32; index into data.sources, for the loss per source
+    tile_tokens: jax.Array  # [B, J, tile] int32; the row's tokens grouped by visible range, T padding
+    token_tile: jax.Array  # [B, T] int32; where a token stands in the flattened tile_tokens, J*tile if in none
+    pair_tile: jax.Array  # [B, P] int32; a tile and one image it sees: the unit of work; J padding, ascending
+    pair_image: jax.Array  # [B, P] int32
+    pixels: jax.Array | None  # [B, I, height, width, 3] uint8; None where taps are given
+    taps: jax.Array | None  # [B, I, G, S, V]; cached features of a frozen tower; None where pixels are given
+
+    @classmethod
+    def spec(cls, cfg: EVLMConfig, rows: int | None = None) -> "Batch":
+        """Shapes and dtypes for tests, initialisation and ahead-of-time compilation."""
+        d, vit, tile = cfg.data, cfg.vit, cfg.xattn.tile
+        b = rows or cfg.train.batch
+        ints = lambda *shape: jax.ShapeDtypeStruct((b, *shape), jnp.int32)
+        text, target, tiles, pairs = ints(d.length), ints(d.targets), ints(d.pairs, tile), ints(d.pairs)
+        pixels = jax.ShapeDtypeStruct((b, d.images, vit.image_size, vit.image_size, 3), jnp.uint8)
+        taps = jax.ShapeDtypeStruct((b, d.images, len(vit.taps), vit.tokens, vit.width), jnp.bfloat16)
+        return cls(
+            tokens=text,
+            positions=text,
+            seen_until=text,
+            media_slot=text,
+            visible_start=text,
+            visible_stop=text,
+            target_at=target,
+            targets=target,
+            target_source=target,
+            tile_tokens=tiles,
+            token_tile=text,
+            pair_tile=pairs,
+            pair_image=pairs,
+            pixels=None if d.cache_features else pixels,
+            taps=taps if d.cache_features else None,
+        )

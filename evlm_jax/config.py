@@ -1,0 +1,288 @@
+"""Configuration: frozen dataclasses, made once from an `ml_collections.ConfigDict` at the door.
+
+Experiments return ConfigDicts (overridable as `--config.optim.lr=1e-4`); `from_config_dict` turns one into an `EVLMConfig`
+and refuses unknown keys, missing keys and wrong types with the key's full name. Sizes are read from here and nowhere else.
+
+Letters used for shapes everywhere in this package:
+  B batch rows     T text positions   I image slots of a row   S visual tokens of one image   D LLM hidden
+  V visual width   N query heads      K key/value heads        H head dim                     F FFN hidden
+  L layers         G tap groups       M supervised targets     J tiles of a row               P (tile, image) pairs
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+
+import ml_collections
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """A ViT by choices, not by family. DINOv2: pre/all/gelu + layer_scale; EVA02-CLIP-E: res_post/qv/gelu; CLIP: pre/all/quick_gelu + embed_norm."""
+
+    depth: int
+    width: int
+    heads: int
+    mlp: int
+    patch: int
+    image_size: int  # pixels of the square input; S = (image_size / patch)**2 + prefix tokens
+    pretrained_size: int  # pixels the stored position table was trained at
+    norm: str  # "pre": x + f(norm(x)); "res_post": x + norm(f(x))
+    bias: str  # "all", or "qv": no bias on the keys
+    activation: str  # "gelu" (erf) | "gelu_tanh" | "quick_gelu"
+    layer_scale: bool
+    class_token: bool
+    registers: int  # tokens after the class token, without position
+    patch_bias: bool
+    embed_norm: bool  # CLIP's ln_pre
+    eps: float
+    taps: tuple[int, ...]  # 1-based block numbers whose outputs are returned, ascending
+    cuts: tuple[int, ...]  # further block numbers where the stack is cut: the freeze boundaries of every stage
+    interpolation: str  # position table, pretrained_size -> image_size: "bicubic" (a=-0.75) | "antialias" (a=-0.5)
+    mean: tuple[float, float, float]  # RGB normalisation of the tower
+    std: tuple[float, float, float]
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Class token and registers, in front of the patches."""
+        return int(self.class_token) + self.registers
+
+    @property
+    def tokens(self) -> int:
+        """S, the visual tokens of one image."""
+        return self.grid**2 + self.prefix_tokens
+
+
+@dataclass(frozen=True)
+class LLMConfig:
+    """A pre-norm decoder with RMSNorm, rotary positions and a gated SiLU MLP: Llama, SmolLM2, Qwen 1.0, Qwen2."""
+
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    rope_theta: float
+    eps: float
+    qkv_bias: bool
+    tied: bool  # the output head is the embedding
+
+
+@dataclass(frozen=True)
+class XAttnConfig:
+    """Gated cross-attention before the LLM layers (paper section 2)."""
+
+    heads: int
+    head_dim: int  # r_c = heads * head_dim / hidden
+    ffn: int  # r_f = ffn / hidden
+    every: int  # a block before layers 0, every, 2 * every, ...
+    schedule: str  # "blocked": tap i serves neighbouring layers | "cyclic": layer l gets tap l mod G
+    sinks: int  # zero keys padded to the visual sequence
+    tile: int  # tokens of one attention tile; all tokens of a tile see the same images
+    eps: float
+
+
+@dataclass(frozen=True)
+class MediaConfig:
+    """Learnable embeddings that stand for an image in the text stream."""
+
+    tokens: int  # 16 in the paper
+    placeholder: str  # a spare token of the vocabulary, repeated `tokens` times
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Row budgets (all static) and the sources of a run."""
+
+    sources: tuple[str, ...]  # names registered in data/sources.py
+    weights: tuple[float, ...]  # sampling weight of each source
+    template: str  # chat template: "chatml" | "plain"
+    length: int  # T, text positions of a row
+    images: int  # I, image slots of a row
+    targets: int  # M, supervised positions of a row
+    pairs: int  # P, (tile, image) pairs of a row
+    dialogs: int  # at most this many dialogs about the same image share a document (0: all of them)
+    isolate: bool  # documents of a row do not see each other
+    window: int  # samples the packer may choose from
+    resize: str  # "squash" | "crop" | "pad"
+    cache_features: bool  # compute the frozen tower's taps once and keep them on disk
+    seed: int
+
+
+@dataclass(frozen=True)
+class Rule:
+    """First match wins. `lr` multiplies the schedule; None freezes."""
+
+    pattern: str  # regular expression, searched in the canonical parameter name
+    lr: float | None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is trained from `start` (a fraction of the steps) on."""
+
+    start: float
+    warmup: int  # extra linear warm-up, in steps, of the parameters that become trainable in this phase
+    rules: tuple[Rule, ...]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, linear warm-up, cosine to `min_lr`, clip by global norm (paper table 6)."""
+
+    lr: float
+    min_lr: float
+    warmup: int
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    no_decay: tuple[str, ...]  # patterns of canonical names without weight decay
+    clip: float
+    phases: tuple[Phase, ...]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int
+    batch: int  # rows of an optimizer step, over all devices
+    accumulate: int  # micro-batches of a step; divides `batch`
+    dtype: str  # compute: "float32" | "bfloat16"
+    param_dtype: str  # trainable parameters and moments
+    frozen_dtype: str  # frozen towers
+    remat: str  # "none" | "dots" | "full"
+    save_every: int
+    keep: int
+    log_every: int
+    seed: int
+    peak_flops: float  # of one device, for MFU; 0 leaves MFU out
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Where the towers come from: an asset name, a directory or a file."""
+
+    vision: str
+    llm: str
+
+
+@dataclass(frozen=True)
+class EVLMConfig:
+    """Everything that decides a run."""
+
+    name: str
+    vit: ViTConfig
+    llm: LLMConfig
+    xattn: XAttnConfig
+    media: MediaConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    init: InitConfig
+
+    def __post_init__(self):
+        check(self)
+
+    @property
+    def cross_layers(self) -> tuple[int, ...]:
+        """LLM layers that have a cross-attention block in front of them."""
+        return tuple(range(0, self.llm.layers, self.xattn.every))
+
+    @property
+    def tap_of_cross_layer(self) -> tuple[int, ...]:
+        """Index into `vit.taps` for each cross-attention block."""
+        n, g = len(self.cross_layers), len(self.vit.taps)
+        return tuple(i * g // n if self.xattn.schedule == "blocked" else i % g for i in range(n))
+
+
+def check(cfg: EVLMConfig) -> None:
+    """Relations between fields. Raises ValueError naming the field and the mend."""
+    vit, llm, xattn, data, train = cfg.vit, cfg.llm, cfg.xattn, cfg.data, cfg.train
+    rules = [
+        (vit.image_size % vit.patch == 0, "vit.image_size", f"must be a multiple of vit.patch = {vit.patch}"),
+        (vit.pretrained_size % vit.patch == 0, "vit.pretrained_size", f"must be a multiple of vit.patch = {vit.patch}"),
+        (vit.width % vit.heads == 0, "vit.heads", f"must divide vit.width = {vit.width}"),
+        (len(vit.taps) > 0, "vit.taps", "needs at least one block number"),
+        (list(vit.taps) == sorted(set(vit.taps)), "vit.taps", "must ascend without repeats"),
+        (all(1 <= t <= vit.depth for t in vit.taps), "vit.taps", f"must lie in 1..vit.depth = {vit.depth} (1-based)"),
+        (all(1 <= t <= vit.depth for t in vit.cuts), "vit.cuts", f"must lie in 1..vit.depth = {vit.depth}"),
+        (llm.heads % llm.kv_heads == 0, "llm.kv_heads", f"must divide llm.heads = {llm.heads}"),
+        (1 <= xattn.every <= llm.layers, "xattn.every", f"must lie in 1..llm.layers = {llm.layers}"),
+        (xattn.sinks >= 0, "xattn.sinks", "must not be negative"),
+        (xattn.tile >= 1, "xattn.tile", "must be positive"),
+        (cfg.media.tokens >= 1, "media.tokens", "must be positive"),
+        (len(data.sources) == len(data.weights), "data.weights", "needs one weight for each of data.sources"),
+        (data.pairs >= data.images, "data.pairs", f"must be at least data.images = {data.images}"),
+        (data.targets <= data.length, "data.targets", f"must not exceed data.length = {data.length}"),
+        (train.batch % train.accumulate == 0, "train.accumulate", f"must divide train.batch = {train.batch}"),
+        (len(cfg.optim.phases) > 0 and cfg.optim.phases[0].start == 0, "optim.phases", "the first must start at 0"),
+    ]
+    choices = [
+        ("vit.norm", vit.norm, ("pre", "res_post")),
+        ("vit.bias", vit.bias, ("all", "qv")),
+        ("vit.activation", vit.activation, ("gelu", "gelu_tanh", "quick_gelu")),
+        ("vit.interpolation", vit.interpolation, ("bicubic", "antialias")),
+        ("xattn.schedule", xattn.schedule, ("blocked", "cyclic")),
+        ("data.resize", data.resize, ("squash", "crop", "pad")),
+        ("data.template", data.template, ("chatml", "plain")),
+        ("train.dtype", train.dtype, ("float32", "bfloat16")),
+        ("train.param_dtype", train.param_dtype, ("float32", "bfloat16")),
+        ("train.frozen_dtype", train.frozen_dtype, ("float32", "bfloat16")),
+        ("train.remat", train.remat, ("none", "dots", "full")),
+    ]
+    rules += [(value in allowed, name, f"is {value!r}; use one of {', '.join(allowed)}") for name, value, allowed in choices]
+    for ok, name, mend in rules:
+        if not ok:
+            raise ValueError(f"config: {name} {mend}")
+
+
+def from_config_dict(config: ml_collections.ConfigDict) -> EVLMConfig:
+    """The one door from an experiment file to the code.
+
+    Raises:
+      ValueError: unknown key, missing key, or a value of the wrong type; the message lists the full names.
+    """
+    return _build(EVLMConfig, config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config, "")
+
+
+def to_dict(cfg: EVLMConfig) -> dict:
+    """Plain dict for JSON; `from_config_dict` reads it back."""
+    return dataclasses.asdict(cfg)
+
+
+def _build(kind, value, prefix: str):
+    """`value` as an instance of the annotation `kind`; `prefix` is the key's full name so far."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"config: {prefix or 'root'} must be a section with keys, got {value!r}")
+        hints = typing.get_type_hints(kind)
+        join = lambda key: f"{prefix}.{key}" if prefix else key
+        if unknown := [join(k) for k in value if k not in hints]:
+            raise ValueError(f"config: unknown key {', '.join(unknown)}; {kind.__name__} has {', '.join(hints)}")
+        if missing := [join(k) for k in hints if k not in value]:
+            raise ValueError(f"config: missing key {', '.join(missing)}")
+        return kind(**{k: _build(hints[k], value[k], join(k)) for k in hints})
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise ValueError(f"config: {prefix} must be a tuple, got {value!r}")
+        args = typing.get_args(kind)
+        if args[-1] is not Ellipsis and len(args) != len(value):
+            raise ValueError(f"config: {prefix} needs {len(args)} values, got {len(value)}")
+        return tuple(_build(args[0], v, f"{prefix}[{i}]") for i, v in enumerate(value))
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    for option in options:
+        if option is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+            return value
+    raise ValueError(f"config: {prefix} must be {' or '.join(o.__name__ for o in options)}, got {value!r}")

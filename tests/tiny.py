@@ -1,0 +1,96 @@
+"""A whole EVLM that compiles in seconds, and valid packed batches for it: what most tests are made of."""
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from evlm_jax.batch import Batch
+from evlm_jax.config import EVLMConfig, from_config_dict
+from evlm_jax.ops.grouping import plan
+
+CROSS_ONLY = ({"pattern": "^(xattn|media)/", "lr": 1.0}, {"pattern": "^(vit|llm)/", "lr": None})
+UPPER_VIT = ({"pattern": "^vit/blocks/[23]/", "lr": 0.5}, *CROSS_ONLY)  # blocks 3 and 4 of 4, in 1-based numbers
+
+_TINY = dict(
+    name="tiny",
+    vit=dict(
+        depth=4, width=32, heads=4, mlp=64, patch=4, image_size=8, pretrained_size=8, norm="pre", bias="all", activation="gelu",
+        layer_scale=True, class_token=True, registers=0, patch_bias=True, embed_norm=False, eps=1e-6, taps=(2, 3, 4), cuts=(),
+        interpolation="bicubic", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+    ),
+    llm=dict(vocab=256, hidden=64, layers=4, heads=4, kv_heads=2, head_dim=16, mlp=128, rope_theta=1e4, eps=1e-5, qkv_bias=False, tied=True),
+    xattn=dict(heads=2, head_dim=16, ffn=32, every=1, schedule="blocked", sinks=1, tile=8, eps=1e-5),
+    media=dict(tokens=2, placeholder="<|media|>"),
+    data=dict(
+        sources=("vqa", "caption"), weights=(1.0, 1.0), template="chatml", length=48, images=4, targets=24, pairs=12, dialogs=0, isolate=True,
+        window=8, resize="squash", cache_features=False, seed=0,
+    ),
+    optim=dict(
+        lr=1e-3, min_lr=1e-4, warmup=2, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05, no_decay=("gate$", "norm", "bias$", "^media/"), clip=1.0,
+        phases=(dict(start=0.0, warmup=0, rules=CROSS_ONLY),),
+    ),
+    train=dict(
+        steps=8, batch=2, accumulate=1, dtype="float32", param_dtype="float32", frozen_dtype="float32", remat="none", save_every=4, keep=2,
+        log_every=1, seed=0, peak_flops=0.0,
+    ),
+    init=dict(vision="", llm=""),
+)  # fmt: skip
+
+
+def tiny_config(**overrides) -> EVLMConfig:
+    """The tiny config with sections changed: `tiny_config(train=dict(steps=50), optim=dict(lr=1e-4))`."""
+    config = ml_collections.ConfigDict(_TINY)
+    for section, values in overrides.items():
+        if isinstance(values, dict):
+            for key, value in values.items():
+                setattr(config[section], key, value)
+        else:
+            config[section] = values
+    return from_config_dict(config)
+
+
+def tiny_batch(cfg: EVLMConfig, seed: int, rows: int | None = None, fill: float = 1.0) -> Batch:
+    """Random but valid packed rows as numpy, a function of `seed`: several documents a row, with 0 to 2 images each.
+
+    Args:
+      rows: of the batch; train.batch where left out.
+      fill: share of the positions (and so of the targets) that rows may use; the rest is padding.
+    """
+    rng = np.random.default_rng(seed)
+    made = [_row(cfg, rng, fill) for _ in range(rows or cfg.train.batch)]
+    return Batch(*(None if made[0][name] is None else np.stack([row[name] for row in made]) for name in Batch._fields))
+
+
+def _row(cfg: EVLMConfig, rng: np.random.Generator, fill: float) -> dict:
+    data, vit, n = cfg.data, cfg.vit, cfg.media.tokens
+    length = data.length
+    row = dict(
+        tokens=np.zeros(length), positions=np.zeros(length), seen_until=np.arange(length) + 1, media_slot=np.full(length, -1),
+        visible_start=np.zeros(length), visible_stop=np.zeros(length),
+        target_at=np.zeros(data.targets), targets=np.full(data.targets, -1), target_source=np.zeros(data.targets),
+    )  # fmt: skip
+    row = {name: value.astype(np.int32) for name, value in row.items()}
+    at, image, target, document = 0, 0, 0, 0
+    while True:
+        images, words = min(int(rng.integers(0, 3)), data.images - image), int(rng.integers(4, 9))
+        size = images * (n + 1) + words  # a text token in front of every image sees what was visible before
+        if at + size > fill * length:
+            break
+        row["positions"][at : at + size] = np.arange(size)
+        row["seen_until"][at : at + size] = at + size
+        row["tokens"][at : at + size] = rng.integers(0, cfg.llm.vocab - 1, size)
+        for k in range(images):
+            media = slice(at + k * (n + 1) + 1, at + (k + 1) * (n + 1))
+            row["tokens"][media], row["media_slot"][media] = cfg.llm.vocab - 1, np.arange(n)
+            row["visible_start"][media.start : at + size] = image + k
+            row["visible_stop"][media.start : at + size] = image + k + 1
+        answer = np.arange(at + size - words + 1, at + size)[: data.targets - target]
+        spots = slice(target, target + len(answer))
+        row["target_at"][spots], row["targets"][spots] = answer - 1, row["tokens"][answer]
+        row["target_source"][spots] = document % len(data.sources)
+        at, image, target, document = at + size, image + images, target + len(answer), document + 1
+    grouped = plan(row["visible_start"], row["visible_stop"], cfg.xattn.tile, data.pairs)
+    row |= dict(zip(("tile_tokens", "token_tile", "pair_tile", "pair_image"), grouped, strict=True))
+    pixels = rng.integers(0, 256, (data.images, vit.image_size, vit.image_size, 3)).astype(np.uint8)
+    taps = rng.standard_normal((data.images, len(vit.taps), vit.tokens, vit.width)).astype(jnp.bfloat16)
+    return row | dict(pixels=None if data.cache_features else pixels, taps=taps if data.cache_features else None)

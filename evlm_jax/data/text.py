@@ -1,0 +1,241 @@
+"""From a sample to a document: chat template, labels, visible ranges, and all its dialogs merged into one token trie.
+
+Inputs and labels come from the same pieces: a piece is text, one special token or one image, and is supervised or not.
+Text is never encoded across a change of supervision, so generation, which stops at such a border, sees the same tokens.
+
+A document lays out all dialogs of a sample at once. What they begin with in common (the image, the first words of the
+questions) stands, and is computed, once; below it they branch, in pre-order:
+
+    dialogs   img what color? red .      img what shape? circle .      img is it red? yes .
+    trie      img ─┬─ is ─ it ─ red? ─ yes            index        0    1    2    3     4    5      6    7     8      9
+                   └─ what ─┬─ color? ─ red           token       img  is   it  red?  yes  what  color? red  shape? circle
+                            └─ shape? ─ circle        position     0    1    2    3     4    1      2    3     2      3
+                                                      seen_until  10    5    5    5     5   10      8    8    10     10
+
+A token sees exactly its ancestors (k <= q < seen_until[k]) and its position is its depth, so each dialog is computed as if it
+stood alone. A node may have several targets, one for each dialog and supervised token behind it. A token that only is a target
+(the last one, `.` above) is not laid out.
+"""
+
+import functools
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+
+from evlm_jax.config import EVLMConfig
+from evlm_jax.data.samples import MARKER, ImageRef, Sample, SampleError, Turn
+from evlm_jax.ops.grouping import pair_count
+
+
+class Text(NamedTuple):
+    """Plain text; never yields special tokens, whatever it spells."""
+
+    text: str
+    supervised: bool
+
+
+class Token(NamedTuple):
+    """A special token of the template, by id."""
+
+    id: int
+    supervised: bool
+
+
+class Media(NamedTuple):
+    """An image or a frame. It sees itself; text after it sees the frames [start, stop) of its visual."""
+
+    frame: int
+    start: int
+    stop: int
+
+
+Piece = Text | Token | Media
+
+
+class Document(NamedTuple):
+    """T tokens and M targets, int32 arrays relative to the document. Fields as in Batch."""
+
+    tokens: np.ndarray  # [T]
+    positions: np.ndarray  # [T]
+    seen_until: np.ndarray  # [T]
+    media_slot: np.ndarray  # [T]
+    visible_start: np.ndarray  # [T] into refs
+    visible_stop: np.ndarray  # [T]
+    target_at: np.ndarray  # [M]
+    targets: np.ndarray  # [M]
+    dialog: np.ndarray  # [M] the sample's dialog that a target belongs to
+    refs: tuple[ImageRef, ...]  # one for each image slot
+    key: str
+    source: str
+    pairs: int  # (tile, image) pairs of its cross-attention
+
+
+class Template:
+    """A chat template over a tokenizer.
+
+    chatml (Qwen, SmolLM2): `<|im_start|>user\\n{text}<|im_end|>\\n<|im_start|>assistant\\n{answer}<|im_end|>`, a newline between turns.
+    plain: `{text} Answer:` ` {answer}` end-of-text; a turn of the assistant alone (a caption, a web document) is just its text and end-of-text.
+    Supervised: what the assistant says and the token that ends it.
+    """
+
+    def __init__(self, name: str, tokenizer):
+        self._turn = {"chatml": self._chatml, "plain": self._plain}[name]
+        self.name, self.tokenizer = name, tokenizer
+
+    def dialog(self, turns: Sequence[Turn], visuals: Sequence[tuple[int, int]], answer_only: bool = False, end: bool = True) -> list[Piece]:
+        """Pieces of a dialog.
+
+        Args:
+          turns: the dialog.
+          visuals: (start, stop) frame numbers of each visual, consumed in order by the markers.
+          answer_only: supervise the last turn only.
+          end: supervise the token that ends a turn.
+        Raises:
+          SampleError: an unknown role, or other than one marker for each visual.
+        """
+        marks, pieces = iter(visuals), []
+        found = sum(turn.text.count(MARKER) for turn in turns)
+        if found != len(visuals):
+            raise SampleError(f"{found} {MARKER} markers for {len(visuals)} images or videos")
+        for i, turn in enumerate(turns):
+            if turn.role not in ("user", "assistant"):
+                raise SampleError(f"unknown role {turn.role!r}; use user or assistant")
+            supervised = turn.role == "assistant" and (i == len(turns) - 1 or not answer_only)
+            pieces += self._turn(turn, i, supervised, supervised and end, marks)
+        return pieces
+
+    def prompt(self, turns: Sequence[Turn], visuals: Sequence[tuple[int, int]]) -> list[Piece]:
+        """Pieces up to where the assistant's answer begins."""
+        pieces = self.dialog(turns, visuals)
+        if self.name == "plain":
+            return pieces
+        return [*pieces, Text("\n", False), Token(self.tokenizer.id("<|im_start|>"), False), Text("assistant\n", False)]
+
+    def _chatml(self, turn: Turn, index: int, supervised: bool, end: bool, marks) -> list[Piece]:
+        header, start, stop = turn.role + "\n", self.tokenizer.id("<|im_start|>"), self.tokenizer.id("<|im_end|>")
+        said = _split(header + turn.text, False, marks) if turn.role == "user" else [Text(header, False), *_split(turn.text, supervised, marks)]
+        return [Text("\n", False)] * (index > 0) + [Token(start, False), *said, Token(stop, end)]
+
+    def _plain(self, turn: Turn, index: int, supervised: bool, end: bool, marks) -> list[Piece]:
+        if turn.role == "user":
+            return _split(turn.text + " Answer:", False, marks)
+        return [*_split(" " * (index > 0) + turn.text, supervised, marks), Token(self.tokenizer.eos[0], end)]
+
+
+def encode(sample: Sample, tokenizer, cfg: EVLMConfig) -> Document:
+    """The document of all dialogs of a sample; without targets if nothing in it is supervised. Raises SampleError with the sample's key."""
+    return _encode(sample, tokenizer, cfg)
+
+
+def score_document(sample: Sample, tokenizer, cfg: EVLMConfig, end: bool = True) -> Document:
+    """A document for comparing answers by loss: each dialog ends with a candidate answer, and only that is supervised.
+
+    Args:
+      end: count the token that ends the answer as well.
+    """
+    return _encode(sample, tokenizer, cfg, answer_only=True, end=end)
+
+
+def prompt(turns: Sequence[Turn], visuals: Sequence[tuple[ImageRef, ...]], tokenizer, cfg: EVLMConfig, key: str = "prompt") -> Document:
+    """The document that generation continues: its last token predicts the first token of the answer."""
+    sample = Sample(key, key, tuple(visuals), (tuple(turns),))
+    pieces = _render(sample, lambda spans, dialog: Template(cfg.data.template, tokenizer).prompt(dialog, spans))
+    return lay_out([_steps(pieces[0], tokenizer, cfg)[0]], [()], sample, cfg)
+
+
+def document(dialogs: Sequence[Sequence[Piece]], sample: Sample, tokenizer, cfg: EVLMConfig) -> Document:
+    """The trie of dialogs given as pieces (for text between the frames of a video, say); `sample` gives images, key and source."""
+    paths, targets = [], []
+    for pieces in dialogs:
+        path, supervised = _steps(pieces, tokenizer, cfg)
+        # The first token of a document follows nothing, so it cannot be a target.
+        wanted = [depth for depth in range(1, len(path)) if supervised[depth]]
+        targets.append([(depth - 1, path[depth][0]) for depth in wanted])
+        paths.append(path[: wanted[-1]] if wanted else [])
+    return lay_out(paths, targets, sample, cfg)
+
+
+Step = tuple[int, int, int, int]  # token, media slot, visible start, visible stop
+
+
+def lay_out(paths: Sequence[Sequence[Step]], targets: Sequence[Sequence[tuple[int, int]]], sample: Sample, cfg: EVLMConfig) -> Document:
+    """Merges paths into a trie in pre-order.
+
+    In lexicographic order each path shares its longest prefix with its predecessor, so one pass lays out every node once.
+
+    Args:
+      paths: the steps of each dialog.
+      targets: (depth, token) of each dialog: the step at this depth of its path predicts this token.
+    """
+    nodes, positions, seen_until, found = [], [], [], []
+    branch: list[int] = []  # nodes of the current path, by depth
+    previous: Sequence[Step] = ()
+    for dialog in sorted(range(len(paths)), key=lambda i: paths[i]):
+        path = paths[dialog]
+        shared = next((i for i, (a, b) in enumerate(zip(previous, path)) if a != b), min(len(previous), len(path)))
+        for node in branch[shared:]:
+            seen_until[node] = len(nodes)
+        branch[shared:] = range(len(nodes), len(nodes) + len(path) - shared)
+        nodes += path[shared:]
+        positions += range(shared, len(path))
+        seen_until += [0] * (len(path) - shared)
+        found += [(branch[depth], token, dialog) for depth, token in targets[dialog]]
+        previous = path
+    for node in branch:
+        seen_until[node] = len(nodes)
+    tokens, media_slot, start, stop = np.array(nodes, np.int32).reshape(-1, 4).T.copy()
+    target_at, target, dialog = np.array(found, np.int32).reshape(-1, 3).T.copy()
+    ints = lambda values: np.array(values, np.int32)
+    pairs = pair_count(start, stop, cfg.xattn.tile)
+    place = (tokens, ints(positions), ints(seen_until), media_slot, start, stop)
+    return Document(*place, target_at, target, dialog, sample.refs, sample.key, sample.source, pairs)
+
+
+def _encode(sample: Sample, tokenizer, cfg: EVLMConfig, **supervision: bool) -> Document:
+    template = Template(cfg.data.template, tokenizer)
+    return document(_render(sample, lambda spans, dialog: template.dialog(dialog, spans, **supervision)), sample, tokenizer, cfg)
+
+
+def _render(sample: Sample, pieces) -> list[list[Piece]]:
+    """`pieces(spans, dialog)` of each dialog; errors get the sample's key."""
+    stops = list(accumulate(map(len, sample.visuals)))
+    spans = [(stop - len(visual), stop) for stop, visual in zip(stops, sample.visuals)]
+    try:
+        return [pieces(spans, dialog) for dialog in sample.dialogs]
+    except SampleError as error:
+        raise SampleError(f"sample {sample.source}/{sample.key}: {error}") from error
+
+
+def _split(text: str, supervised: bool, marks) -> list[Piece]:
+    """Cuts text at the markers and puts the next visual, frame by frame, in place of each."""
+    first, *others = text.split(MARKER)
+    pieces: list[Piece] = [Text(first, supervised)]
+    for other in others:
+        start, stop = next(marks)
+        pieces += [Media(frame, start, stop) for frame in range(start, stop)] + [Text(other, supervised)]
+    return [piece for piece in pieces if piece != Text("", supervised)]
+
+
+def _steps(pieces: Sequence[Piece], tokenizer, cfg: EVLMConfig) -> tuple[list[Step], list[bool]]:
+    """Tokens with what they see, and which of them are supervised."""
+    steps, supervised = [], []
+    see = (0, 0)  # text before any image sees none
+    for piece in pieces:
+        if isinstance(piece, Media):
+            placeholder = tokenizer.id(cfg.media.placeholder)
+            new = [(placeholder, slot, piece.frame, piece.frame + 1) for slot in range(cfg.media.tokens)]
+            see, labelled = (piece.start, piece.stop), False
+        else:
+            ids = (piece.id,) if isinstance(piece, Token) else _tokens(tokenizer, piece.text)
+            new, labelled = [(token, -1, *see) for token in ids], piece.supervised
+        steps += new
+        supervised += [labelled] * len(new)
+    return steps, supervised
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _tokens(tokenizer, text: str) -> tuple[int, ...]:
+    """Template text, common questions and answers come again and again."""
+    return tuple(tokenizer.encode(text))

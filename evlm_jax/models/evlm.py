@@ -1,0 +1,90 @@
+"""EVLM: ViT taps, gated cross-attention before the layers of a language model, learnable media tokens. Composition only.
+
+Unusual: the language model and the cross-attention run as ONE scan over layers; all taps are stacked and each step of the
+scan picks its own by number, so `blocked`, `cyclic` and any other schedule are the same program.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from evlm_jax.batch import Batch
+from evlm_jax.config import EVLMConfig
+from evlm_jax.models import xattn
+from evlm_jax.models.attention import attention, text_mask
+from evlm_jax.models.layers import REMAT, param, rope_tables, stack
+from evlm_jax.models.llm import LLM
+from evlm_jax.models.vit import ViT
+from evlm_jax.ops.grouped_attention import Plan, grouped_attention
+
+
+class Media(nnx.Module):
+    """What an image is in the text stream."""
+
+    def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
+        self.embedding = param(rngs, (cfg.media.tokens, cfg.llm.hidden), (None, "embed"), std=0.02)
+
+
+class EVLM(nnx.Module):
+    """The whole model. Parameters are float32 at initialisation; compute is in `cfg.train.dtype`."""
+
+    def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
+        self.vit = ViT(cfg.vit, rngs, cfg.train.remat)
+        self.llm = LLM(cfg.llm, rngs)
+        self.xattn = stack(lambda r: xattn.Block(cfg, r), len(cfg.cross_layers), rngs)
+        self.media = Media(cfg, rngs)
+        self.cfg = cfg
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of all activations."""
+        return jnp.dtype(self.cfg.train.dtype)
+
+    def encode(self, pixels: jax.Array) -> jax.Array:
+        """uint8 [..., h, w, 3] -> taps [..., G, S, V]."""
+        mean, std = jnp.array(self.cfg.vit.mean), jnp.array(self.cfg.vit.std)
+        x = ((pixels / 255.0 - mean) / std).astype(self.dtype)
+        taps = self.vit(x.reshape(-1, *x.shape[-3:]))
+        return taps.reshape(*pixels.shape[:-3], *taps.shape[1:])
+
+    def embed(self, tokens: jax.Array, media_slot: jax.Array) -> jax.Array:
+        """Word embeddings, and the learnable rows at media positions: [B, T] -> [B, T, D]."""
+        words, media = self.llm.embed[...][tokens], self.media.embedding[...][jnp.maximum(media_slot, 0)]
+        return jnp.where(media_slot[..., None] >= 0, media.astype(self.dtype), words.astype(self.dtype))
+
+    def hidden(self, batch: Batch) -> jax.Array:
+        """[B, T, D] after the final norm."""
+        taps = self.encode(batch.pixels) if batch.taps is None else batch.taps.astype(self.dtype)
+        taps = jnp.moveaxis(taps, 2, 0)  # [G, B, I, S, V]
+        x = self.embed(batch.tokens, batch.media_slot)
+        rope = rope_tables(batch.positions, self.cfg.llm.head_dim, self.cfg.llm.rope_theta)
+        mask = text_mask(batch.seen_until)
+        plan = Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
+
+        def decoder(x, block):
+            return block(x, rope, lambda q, k, v: attention(q, k, v, mask)), None
+
+        def group(x, inputs):
+            """One cross-attention block and the `every` decoder layers behind it."""
+            cross, tap, blocks = inputs
+            k, v = cross.keys_values(taps[tap])
+            x = cross(x, lambda q: grouped_attention(q, k, v, plan, self.cfg.xattn.sinks))
+            return jax.lax.scan(decoder, x, blocks)
+
+        return self.llm.ln_f(self._run(group, x))
+
+    def _run(self, group, x: jax.Array) -> jax.Array:
+        """Scan `group` over all layers; where `every` does not divide them, the rest is one shorter group."""
+        every, tap = self.cfg.xattn.every, jnp.array(self.cfg.tap_of_cross_layer)
+        full = self.cfg.llm.layers // every
+        head = jax.tree.map(lambda a: a[: full * every].reshape(full, every, *a.shape[1:]), self.llm.layers)
+        crosses = self.xattn if full == len(tap) else jax.tree.map(lambda a: a[:full], self.xattn)
+        x, _ = jax.lax.scan(REMAT[self.cfg.train.remat](group), x, (crosses, tap[:full], head))
+        if full < len(tap):
+            rest = jax.tree.map(lambda a: a[full * every :], self.llm.layers)
+            x, _ = group(x, (jax.tree.map(lambda a: a[-1], self.xattn), tap[-1], rest))
+        return x
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32 [..., vocab]."""
+        return self.llm.logits(hidden)

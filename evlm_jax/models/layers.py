@@ -1,0 +1,109 @@
+"""The leaves of the model: linear, norms, rotary positions, and stacks of equal blocks.
+
+Unusual: parameters keep their own dtype and every layer computes in the dtype of its input, so precision is decided once,
+where activations enter the model. Norms compute in float32. Parameters carry their logical axes as metadata (`axes`).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float | None = None, value: float = 0.0) -> nnx.Param:
+    """A float32 parameter: normal with deviation `std`, or the constant `value`; `axes` names every dimension for sharding.py."""
+    if len(axes) != len(shape):
+        raise ValueError(f"axes {axes} must name every dimension of shape {shape}")
+    array = jnp.full(shape, value, jnp.float32) if std is None else std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(array, axes=axes)
+
+
+class Linear(nnx.Module):
+    """x [..., in] -> [..., out]."""
+
+    def __init__(self, shape: tuple[int, int], axes: tuple[str | None, str | None], rngs: nnx.Rngs, bias: bool = False):
+        self.kernel = param(rngs, shape, axes, std=shape[0] ** -0.5)
+        self.bias = param(rngs, shape[1:], axes[1:]) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Over the last axis, in float32."""
+
+    def __init__(self, width: int, eps: float, rngs: nnx.Rngs):
+        self.scale = param(rngs, (width,), ("norm",), value=1.0)
+        self.bias = param(rngs, (width,), ("norm",))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Over the last axis, in float32; cast before the scale, as Llama and Qwen do."""
+
+    def __init__(self, width: int, eps: float, rngs: nnx.Rngs):
+        self.scale = param(rngs, (width,), ("norm",), value=1.0)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+
+
+class MLP(nnx.Module):
+    """Two matrices around an activation: x [..., D] -> [..., D]."""
+
+    def __init__(self, width: int, hidden: int, activation: str, bias: bool, rngs: nnx.Rngs):
+        self.fc1 = Linear((width, hidden), ("embed", "mlp"), rngs, bias)
+        self.fc2 = Linear((hidden, width), ("mlp", "embed"), rngs, bias)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Rotary cos and sin, float32 [B, T, 1, H/2], of integer positions [B, T]."""
+    inverse = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions[..., None, None].astype(jnp.float32) * inverse
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Half-split (NeoX) rotation of x [B, T, N, H], in float32."""
+    cos, sin = rope
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+def heads(x: jax.Array, head_dim: int) -> jax.Array:
+    """[..., N*H] -> [..., N, H]."""
+    return x.reshape(*x.shape[:-1], -1, head_dim)
+
+
+def stack(block: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` blocks as one Module whose parameters have a leading layer axis: compile time does not grow with depth."""
+    return jax.vmap(block)(rngs.split(count))
+
+
+REMAT = {
+    "none": lambda f: f,
+    "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "full": jax.checkpoint,
+}

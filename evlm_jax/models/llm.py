@@ -1,0 +1,75 @@
+"""The language model: Llama, SmolLM2, Qwen 1.0 and Qwen2 by config.
+
+A block does not know how its keys are found: the caller passes `attend`, which is masked attention over the row in
+training and attention over a cache in generation.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from evlm_jax.config import LLMConfig
+from evlm_jax.models.layers import Linear, RMSNorm, heads, param, rotate, stack
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class SelfAttention(nnx.Module):
+    """Projections and rotary positions around `attend`."""
+
+    def __init__(self, cfg: LLMConfig, rngs: nnx.Rngs):
+        d, n, k = cfg.hidden, cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+        self.q = Linear((d, n), ("embed", "heads"), rngs, cfg.qkv_bias)
+        self.k = Linear((d, k), ("embed", "kv_heads"), rngs, cfg.qkv_bias)
+        self.v = Linear((d, k), ("embed", "kv_heads"), rngs, cfg.qkv_bias)
+        self.o = Linear((n, d), ("heads", "embed"), rngs)
+        self.head_dim = cfg.head_dim
+
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
+        q, k, v = (heads(project(x), self.head_dim) for project in (self.q, self.k, self.v))
+        out = attend(rotate(q, rope), rotate(k, rope), v)
+        return self.o(out.reshape(*x.shape[:-1], -1))
+
+
+class GatedMLP(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, cfg: LLMConfig, rngs: nnx.Rngs):
+        self.gate = Linear((cfg.hidden, cfg.mlp), ("embed", "mlp"), rngs)
+        self.up = Linear((cfg.hidden, cfg.mlp), ("embed", "mlp"), rngs)
+        self.down = Linear((cfg.mlp, cfg.hidden), ("mlp", "embed"), rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """Pre-norm decoder layer: x [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, cfg: LLMConfig, rngs: nnx.Rngs):
+        self.ln1 = RMSNorm(cfg.hidden, cfg.eps, rngs)
+        self.attn = SelfAttention(cfg, rngs)
+        self.ln2 = RMSNorm(cfg.hidden, cfg.eps, rngs)
+        self.mlp = GatedMLP(cfg, rngs)
+
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
+        x = x + self.attn(self.ln1(x), rope, attend)
+        return x + self.mlp(self.ln2(x))
+
+
+class LLM(nnx.Module):
+    """Embedding, stacked layers, final norm and head. evlm.py runs the layers, with cross-attention between them."""
+
+    def __init__(self, cfg: LLMConfig, rngs: nnx.Rngs):
+        self.embed = param(rngs, (cfg.vocab, cfg.hidden), ("vocab", "embed"), std=0.02)
+        self.layers = stack(lambda r: Block(cfg, r), cfg.layers, rngs)
+        self.ln_f = RMSNorm(cfg.hidden, cfg.eps, rngs)
+        self.head = None if cfg.tied else Linear((cfg.hidden, cfg.vocab), ("embed", "vocab"), rngs)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """x [..., D] after the final norm -> float32 [..., vocab]."""
+        if self.head is None:
+            return jnp.einsum("...d,vd->...v", x, self.embed[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        return jnp.einsum("...d,dv->...v", x, self.head.kernel[...].astype(x.dtype), preferred_element_type=jnp.float32)

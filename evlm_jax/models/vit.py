@@ -1,0 +1,105 @@
+"""A ViT that returns the outputs of chosen blocks and computes nothing above the highest of them.
+
+DINOv2, EVA02-CLIP-E and CLIP are the same code by three choices: where the norms stand, which biases exist, and the
+activation. Blocks live in a list of stacks cut at the taps and at the freeze boundaries, one scan each, so that a tap is
+the carry between two scans and a frozen stack costs no backward pass. No final norm: taps are raw residual streams.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from evlm_jax.config import ViTConfig
+from evlm_jax.models.attention import attention
+from evlm_jax.models.layers import MLP, REMAT, LayerNorm, Linear, heads, param, stack
+
+
+class SelfAttention(nnx.Module):
+    """Bidirectional attention within one image."""
+
+    def __init__(self, cfg: ViTConfig, rngs: nnx.Rngs):
+        square, axes = (cfg.width, cfg.width), ("embed", "heads")
+        self.q = Linear(square, axes, rngs, bias=True)
+        self.k = Linear(square, axes, rngs, bias=cfg.bias == "all")
+        self.v = Linear(square, axes, rngs, bias=True)
+        self.o = Linear(square, axes[::-1], rngs, bias=True)
+        self.head_dim = cfg.width // cfg.heads
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        q, k, v = (heads(project(x), self.head_dim) for project in (self.q, self.k, self.v))
+        return self.o(attention(q, k, v).reshape(x.shape))
+
+
+class Block(nnx.Module):
+    """One transformer block; `norm` and `layer_scale` choose its form."""
+
+    def __init__(self, cfg: ViTConfig, rngs: nnx.Rngs):
+        self.norm1 = LayerNorm(cfg.width, cfg.eps, rngs)
+        self.attn = SelfAttention(cfg, rngs)
+        self.norm2 = LayerNorm(cfg.width, cfg.eps, rngs)
+        self.mlp = MLP(cfg.width, cfg.mlp, cfg.activation, True, rngs)
+        self.scale1 = param(rngs, (cfg.width,), ("norm",), value=1.0) if cfg.layer_scale else None
+        self.scale2 = param(rngs, (cfg.width,), ("norm",), value=1.0) if cfg.layer_scale else None
+        self.pre = cfg.norm == "pre"
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for norm, f, scale in ((self.norm1, self.attn, self.scale1), (self.norm2, self.mlp, self.scale2)):
+            y = f(norm(x)) if self.pre else norm(f(x))
+            x = x + (y if scale is None else y * scale[...].astype(y.dtype))
+        return x
+
+
+class Patch(nnx.Module):
+    """The patch convolution as a product: its stride is its size. Kernel [patch, patch, 3, V]."""
+
+    def __init__(self, cfg: ViTConfig, rngs: nnx.Rngs):
+        p, v = cfg.patch, cfg.width
+        self.kernel = param(rngs, (p, p, 3, v), (None, None, None, "embed"), std=(3 * p * p) ** -0.5)
+        self.bias = param(rngs, (v,), ("embed",)) if cfg.patch_bias else None
+
+    def __call__(self, patches: jax.Array) -> jax.Array:
+        x = patches @ self.kernel[...].reshape(patches.shape[-1], -1).astype(patches.dtype)
+        return x if self.bias is None else x + self.bias[...].astype(x.dtype)
+
+
+def stack_bounds(cfg: ViTConfig) -> list[tuple[int, int]]:
+    """0-based [first, last) block ranges of the stacks, up to the highest tap."""
+    top = max(cfg.taps)
+    stops = sorted({*cfg.taps, *(c for c in cfg.cuts if c < top)})
+    return list(zip([0, *stops[:-1]], stops, strict=True))
+
+
+class ViT(nnx.Module):
+    """pixels [B, h, w, 3], normalised -> taps [B, G, S, V]."""
+
+    def __init__(self, cfg: ViTConfig, rngs: nnx.Rngs, remat: str = "none"):
+        v = cfg.width
+        self.cls = param(rngs, (v,), ("norm",), std=0.02) if cfg.class_token else None
+        self.registers = param(rngs, (cfg.registers, v), (None, "norm"), std=0.02) if cfg.registers else None
+        self.pos = param(rngs, (cfg.grid**2 + cfg.class_token, v), (None, "norm"), std=0.02)
+        self.patch = Patch(cfg, rngs)
+        self.embed_norm = LayerNorm(v, cfg.eps, rngs) if cfg.embed_norm else None
+        self.stacks = nnx.List([stack(lambda r: Block(cfg, r), stop - start, rngs) for start, stop in stack_bounds(cfg)])
+        self.cfg, self.remat = cfg, remat
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        x, taps = self.embed(pixels), []
+        for (_, stop), blocks in zip(stack_bounds(self.cfg), self.stacks, strict=True):
+            x, _ = jax.lax.scan(REMAT[self.remat](lambda x, block: (block(x), None)), x, blocks)
+            if stop in self.cfg.taps:
+                taps.append(x)
+        return jnp.stack(taps, 1)
+
+    def embed(self, pixels: jax.Array) -> jax.Array:
+        """Patches in row-major order with positions, class token first, registers after it: [B, S, V]."""
+        b, g, p = len(pixels), self.cfg.grid, self.cfg.patch
+        patches = pixels.reshape(b, g, p, g, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(b, g * g, p * p * 3)
+        x, pos = self.patch(patches), self.pos[...].astype(pixels.dtype)
+        repeat = lambda tokens: jnp.broadcast_to(tokens.astype(x.dtype), (b, *tokens.shape))
+        parts = [x + pos[-g * g :]]
+        if self.registers is not None:
+            parts.insert(0, repeat(self.registers[...]))
+        if self.cls is not None:
+            parts.insert(0, repeat(self.cls[...][None]) + pos[:1])
+        x = jnp.concatenate(parts, 1)
+        return x if self.embed_norm is None else self.embed_norm(x)

@@ -1,0 +1,50 @@
+"""Gated cross-attention block, placed before an LLM layer (paper section 2; Flamingo, arXiv 2204.14198).
+
+    x += tanh(attn_gate) * CrossAttention(LN(x), LN(tap))
+    x += tanh(ffn_gate) * FFN(LN(x))
+
+Gates start at 0: the block is the identity, bit for bit. Nothing has a bias but the norms: the zero sink (grouped_attention)
+stands for keys and values that are projections of zero vectors, which are zero only without biases.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from evlm_jax.config import EVLMConfig
+from evlm_jax.models.layers import MLP, LayerNorm, Linear, heads, param
+
+
+class Block(nnx.Module):
+    """x [B, T, D] and one tap [B, I, S, V] -> [B, T, D]."""
+
+    def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
+        d, v, n = cfg.llm.hidden, cfg.vit.width, cfg.xattn.heads * cfg.xattn.head_dim
+        self.norm = LayerNorm(d, cfg.xattn.eps, rngs)
+        self.kv_norm = LayerNorm(v, cfg.xattn.eps, rngs)  # taps are raw residual streams whose scale grows with depth
+        self.q = Linear((d, n), ("embed", "heads"), rngs)
+        self.k = Linear((v, n), ("vision", "heads"), rngs)
+        self.v = Linear((v, n), ("vision", "heads"), rngs)
+        self.o = Linear((n, d), ("heads", "embed"), rngs)
+        self.attn_gate = param(rngs, (), ())
+        self.ffn_norm = LayerNorm(d, cfg.xattn.eps, rngs)
+        self.ffn = MLP(d, cfg.xattn.ffn, "gelu", False, rngs)
+        self.ffn_gate = param(rngs, (), ())
+        self.head_dim = cfg.xattn.head_dim
+
+    def keys_values(self, tap: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """tap [..., S, V] -> keys and values [..., S, N, H]: once per image, cached in generation."""
+        normed = self.kv_norm(tap)
+        return heads(self.k(normed), self.head_dim), heads(self.v(normed), self.head_dim)
+
+    def __call__(self, x: jax.Array, attend: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """`attend` maps queries [B, T, N, H] to attention outputs of the same shape."""
+        out = attend(heads(self.q(self.norm(x)), self.head_dim))
+        x = x + _gate(self.attn_gate, x) * self.o(out.reshape(*x.shape[:-1], -1))
+        return x + _gate(self.ffn_gate, x) * self.ffn(self.ffn_norm(x))
+
+
+def _gate(gate: nnx.Param, x: jax.Array) -> jax.Array:
+    return jnp.tanh(gate[...].astype(jnp.float32)).astype(x.dtype)

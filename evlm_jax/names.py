@@ -1,0 +1,72 @@
+"""Canonical parameter names: one per layer, `vit/blocks/37/attn/q/kernel`, whatever the stacks, mesh or stage.
+
+In memory layers are stacked; rules, checkpoints and conversion speak canonical names. This file is the only bridge.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from evlm_jax.config import EVLMConfig
+from evlm_jax.models.vit import stack_bounds
+
+
+def canonical(cfg: EVLMConfig, path: tuple) -> tuple[str, ...]:
+    """Names that the in-memory leaf at `path` covers: one per layer of a stack, in order, or a single one."""
+    match tuple(map(str, path)):
+        case ("vit", "stacks", index, *rest):
+            first, last = stack_bounds(cfg.vit)[int(index)]
+            return tuple(f"vit/blocks/{i}/{_tail(rest)}" for i in range(first, last))
+        case ("llm", "layers", *rest):
+            return tuple(f"llm/layers/{i}/{_tail(rest)}" for i in range(cfg.llm.layers))
+        case ("xattn", *rest):
+            return tuple(f"xattn/{i}/{_tail(rest)}" for i in cfg.cross_layers)
+        case rest:
+            return (_tail(rest),)
+
+
+def is_stacked(path: tuple) -> bool:
+    """Whether the leaf at `path` has a leading layer axis."""
+    return path[0] == "xattn" or tuple(map(str, path[:2])) in (("vit", "stacks"), ("llm", "layers"))
+
+
+def flatten(cfg: EVLMConfig, state: nnx.State) -> dict[str, jax.Array]:
+    """{canonical name: array of one layer} of a State, or of moments in the shape of one."""
+    out = {}
+    for path, variable in nnx.to_flat_state(state):
+        leaf, names = _leaf(variable), canonical(cfg, path)
+        out |= {name: leaf[i] for i, name in enumerate(names)} if is_stacked(path) else {names[0]: leaf}
+    return out
+
+
+def unflatten(cfg: EVLMConfig, arrays: dict[str, np.ndarray], like: nnx.State) -> nnx.State:
+    """Inverse of `flatten`: stacks `arrays` into the structure of `like` (arrays or shapes), keeping their dtype.
+
+    Raises:
+      ValueError: listing every missing, unexpected or wrongly shaped name.
+    """
+    problems, leaves, used = [], [], set()
+    for path, variable in nnx.to_flat_state(like):
+        names, shape = canonical(cfg, path), _leaf(variable).shape[is_stacked(path) :]
+        used |= set(names)
+        missing = [n for n in names if n not in arrays]
+        wrong = [n for n in names if n in arrays and arrays[n].shape != shape]
+        problems += [f"missing {n} {shape}" for n in missing]
+        problems += [f"{n} has shape {arrays[n].shape}, the model needs {shape}" for n in wrong]
+        if not missing and not wrong:
+            xp = np if all(isinstance(arrays[n], np.ndarray) for n in names) else jnp
+            value = xp.stack([arrays[n] for n in names]) if is_stacked(path) else arrays[names[0]]
+            leaves.append((path, variable.replace(value)))
+    problems += [f"unexpected {n}" for n in arrays if n not in used]
+    if problems:
+        raise ValueError("parameters do not fit the model:\n  " + "\n  ".join(problems))
+    return nnx.from_flat_state(leaves)
+
+
+def _leaf(variable):
+    return jax.tree.leaves(variable)[0]
+
+
+def _tail(parts) -> str:
+    return "/".join(parts)

@@ -1,0 +1,60 @@
+"""Cross-attention over images by (tile, image) pairs, with the zero sink. The plan comes from ops/grouping.py.
+
+Every pair is a plain attention of `tile` tokens over one image, without a mask. Pairs of one tile (frames of a video) are
+merged by log-sum-exp. n zero keys add n to the softmax denominator and nothing to the numerator, so the sink is one factor
+sigmoid(lse - log n) after the merge, and no zero is ever stored. A token that sees no image gets exactly 0.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Plan(NamedTuple):
+    """The plan's fields of Batch; shapes and padding as documented there."""
+
+    tile_tokens: jax.Array
+    token_tile: jax.Array
+    pair_tile: jax.Array
+    pair_image: jax.Array
+
+
+@jax.custom_vjp
+def permute(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
+    """x [A, ...] -> x[index] [C, ...], 0 where index is out of range. `inverse` makes the gradient a gather as well."""
+    return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
+
+
+permute.defvjp(
+    lambda x, index, inverse: (permute(x, index, inverse), inverse),
+    lambda inverse, g: (jnp.take(g, inverse, axis=0, mode="fill", fill_value=0), None, None),
+)
+
+
+def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, plan: Plan, sinks: int) -> jax.Array:
+    """q [B, T, N, H], k and v [B, I, S, K, H] -> [B, T, N, H]; softmax and merge in float32."""
+    return jax.vmap(lambda q, k, v, *plan: _row(q, k, v, Plan(*plan), sinks))(q, k, v, *map(jnp.asarray, plan))
+
+
+def _row(q: jax.Array, k: jax.Array, v: jax.Array, plan: Plan, sinks: int) -> jax.Array:
+    (tokens, n, h), (tiles, tile), kv = q.shape, plan.tile_tokens.shape, k.shape[2]
+    grouped = permute(q, plan.tile_tokens.reshape(-1), plan.token_tile).reshape(tiles, tile, kv, n // kv, h)
+    owner = jnp.minimum(plan.pair_tile, tiles - 1)  # padding pairs compute something that nobody reads
+    scores = jnp.einsum("ptkgh,pskh->pkgts", grouped[owner], k[plan.pair_image], preferred_element_type=jnp.float32) * h**-0.5
+    top = jax.lax.stop_gradient(scores.max(-1))
+    weights = jnp.exp(scores - top[..., None])
+    total = weights.sum(-1)
+    out = jnp.einsum("pkgts,pskh->pkgth", weights.astype(v.dtype), v[plan.pair_image], preferred_element_type=jnp.float32)
+
+    # Merge the pairs of a tile: rescale all to the tile's largest score, then add. The sink joins here, as `sinks` logits of 0.
+    def merge(x):
+        return jax.ops.segment_sum(x, plan.pair_tile, tiles, indices_are_sorted=True)
+
+    tile_top = jax.ops.segment_max(top, plan.pair_tile, tiles, indices_are_sorted=True)
+    tile_top = jnp.maximum(tile_top, 0.0 if sinks else -1e30)
+    scale = jnp.exp(top - tile_top[owner])
+    denominator = merge(total * scale) + sinks * jnp.exp(-tile_top)
+    merged = merge(out * scale[..., None]) / jnp.where(denominator > 0, denominator, 1.0)[..., None]
+    merged = merged.transpose(0, 3, 1, 2, 4).reshape(tiles * tile, n, h).astype(q.dtype)
+    return permute(merged, plan.token_tile, plan.tile_tokens.reshape(-1))

@@ -1,0 +1,170 @@
+"""Pictures people look at: cross-attention over the image, gates by layer, loss curves.
+
+Charts are SVG text whose colours are CSS variables (`--ink`, `--series-0`...), so a page can show them light or dark;
+pictures are PNG or JPEG bytes.
+"""
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from evlm_jax.batch import Batch
+from evlm_jax.models.attention import attention, text_mask
+from evlm_jax.models.evlm import EVLM
+from evlm_jax.models.layers import rope_tables
+
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "evlm", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
+SENTINELS = {"#010203": "var(--ink)", "#010204": "var(--line)"} | {f"#0102{i + 16:02x}": f"var(--series-{i})" for i in range(6)}
+INK, LINE, *SERIES = SENTINELS
+
+
+def attention_maps(model: EVLM, batch: Batch, row: int, positions: Sequence[int]) -> np.ndarray:
+    """Cross-attention of chosen text positions of one row, float32 [X, N, len(positions), I, S].
+
+    X cross-attention layers, N heads, I image slots of the row, S visual tokens (prefix tokens first, then patches row by
+    row). Weights over all images sum to 1 less the share of the zero sink; images that a position does not see have 0.
+    A word that is read is looked up at its own position, a word that is predicted at the position before it.
+    """
+    return np.stack([np.asarray(w[:, np.asarray(positions)]) for w in trace(model, jax.tree.map(lambda a: a[row : row + 1], batch))[1]])
+
+
+def trace(model: EVLM, batch: Batch) -> tuple[jax.Array, list[jax.Array]]:
+    """`model.hidden` of one row, layer by layer with dense cross-attention: ([1, T, D], weights [N, T, I, S] of each block)."""
+    cfg = model.cfg
+    taps = model.encode(batch.pixels) if batch.taps is None else batch.taps.astype(model.dtype)
+    rope, mask = rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta), text_mask(batch.seen_until)
+    slot = jnp.arange(taps.shape[1])
+    visible = (batch.visible_start[0, :, None] <= slot) & (slot < batch.visible_stop[0, :, None])  # [T, I]
+
+    def dense(q, k, sinks):
+        """q [1, T, N, H], k [1, I, S, N, H] -> weights [N, T, I, S] with the sink in the denominator."""
+        scores = jnp.einsum("tnh,isnh->ntis", q[0], k[0], preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        scores = jnp.where(visible[..., None], scores, -jnp.inf)
+        top = jnp.maximum(scores.max((2, 3), keepdims=True), 0.0 if sinks else -1e30)
+        weights = jnp.exp(scores - top)
+        total = weights.sum((2, 3), keepdims=True) + sinks * jnp.exp(-top)
+        return weights / jnp.where(total > 0, total, 1.0)
+
+    @jax.jit
+    def cross_step(block, x, tap):
+        k, v = block.keys_values(tap)
+        weights = dense(query(block, x), k, cfg.xattn.sinks)
+        mixed = jnp.einsum("ntis,isnh->tnh", weights, v[0].astype(jnp.float32)).astype(x.dtype)
+        return block(x, lambda q: mixed[None]), weights
+
+    def query(block, x):
+        """The queries that the block hands to its attention."""
+        asked = []
+        block(x, lambda q: (asked.append(q), q)[1])
+        return asked[0]
+
+    layer_step = jax.jit(lambda block, x: block(x, rope, lambda q, k, v: attention(q, k, v, mask)))
+    x, weights = model.embed(batch.tokens, batch.media_slot), []
+    for layer in range(cfg.llm.layers):
+        if layer in cfg.cross_layers:
+            index = cfg.cross_layers.index(layer)
+            x, seen = cross_step(jax.tree.map(lambda a: a[index], model.xattn), x, taps[:, :, cfg.tap_of_cross_layer[index]])
+            weights.append(seen)
+        x = layer_step(jax.tree.map(lambda a: a[layer], model.llm.layers), x)
+    return model.llm.ln_f(x), weights
+
+
+def heat(weights: np.ndarray, prefix_tokens: int) -> np.ndarray:
+    """Attention [..., S] of one word on one image, averaged over all leading axes (layers, heads) -> [grid, grid] over the patches."""
+    patches = np.asarray(weights, np.float64).reshape(-1, weights.shape[-1]).mean(0)[prefix_tokens:]
+    side = int(round(len(patches) ** 0.5))
+    if side * side != len(patches):
+        raise ValueError(f"{len(patches)} patches are no square grid; check prefix_tokens = {prefix_tokens}")
+    return patches.reshape(side, side)
+
+
+def overlay(image: Image.Image, grid: np.ndarray, size: int = 320, strength: float = 0.85) -> Image.Image:
+    """The image under a warm glow where `grid` [g, g] is large and dimmed where it is small; both are stretched to size x size."""
+    base = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC), np.float64) / 255
+    low, high = np.percentile(grid, (20, 99.5))
+    level = np.clip((grid - low) / max(high - low, 1e-12), 0, 1).astype(np.float32)
+    level = np.asarray(Image.fromarray(level).resize((size, size), Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
+    grey = base.mean(-1, keepdims=True)
+    dim = 0.35 * (0.6 * grey + 0.4 * base) + np.array([0.02, 0.03, 0.08])
+    glow = matplotlib.colormaps["inferno"](0.25 + 0.75 * level[..., 0])[..., :3]
+    lit = 0.55 * base + 0.45 * glow
+    mix = level * strength + (1 - strength) * level**2
+    return Image.fromarray((255 * (dim * (1 - mix) + lit * mix)).clip(0, 255).astype(np.uint8))
+
+
+def data_uri(image: Image.Image, size: int | None = None, kind: str = "PNG") -> str:
+    """The image as a `data:` address, at most `size` pixels a side; kind "PNG" or "JPEG"."""
+    image = image.convert("RGBA" if kind == "PNG" and image.mode in ("RGBA", "P", "LA") else "RGB")
+    if size:
+        image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"quality": 88} if kind == "JPEG" else {"optimize": True}))
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def from_data_uri(uri: str) -> Image.Image:
+    """Inverse of `data_uri`."""
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+
+def loss_curves(losses: dict[str, dict[str, Sequence[float]]]) -> str:
+    """SVG of {source: {"step": [...], "loss": [...]}}: every value faint, a running mean on top."""
+    figure, axes = _figure(7.2, 3.6)
+    for (source, curve), colour in zip(losses.items(), SERIES, strict=False):
+        step, loss = np.asarray(curve["step"]), np.asarray(curve["loss"], np.float64)
+        window = max(1, len(loss) // 25)
+        smooth = np.convolve(np.pad(loss, (window - 1, 0), "edge"), np.ones(window) / window, "valid")
+        axes.plot(step, loss, color=colour, alpha=0.25, linewidth=1)
+        axes.plot(step, smooth, color=colour, linewidth=2, label=source)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")
+    axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes.legend(frameon=False, labelcolor=INK)
+    return _svg(figure)
+
+
+def gate_bars(layers: Sequence[int], attn: Sequence[float], ffn: Sequence[float]) -> str:
+    """SVG of tanh(gate) of the cross-attention and of its FFN, by LLM layer."""
+    figure, axes = _figure(7.2, 3.2)
+    x, width = np.arange(len(layers)), 0.4
+    axes.bar(x - width / 2, attn, width, color=SERIES[0], label="attention gate")
+    axes.bar(x + width / 2, ffn, width, color=SERIES[1], label="FFN gate")
+    axes.axhline(0, color=LINE, linewidth=1)
+    axes.set_xticks(x[:: max(1, len(layers) // 15)], [str(layer) for layer in layers][:: max(1, len(layers) // 15)])
+    axes.set(xlabel="language model layer", ylabel="tanh(gate)")
+    axes.legend(frameon=False, labelcolor=INK)
+    return _svg(figure)
+
+
+def _figure(width: float, height: float):
+    """A figure and its axes in the theme's colours."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((width, height), layout="constrained")
+        axes = figure.add_subplot()
+    axes.tick_params(colors=INK, which="both")
+    axes.grid(axis="y", color=LINE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_color(LINE)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    """Inline SVG with theme variables for colours, text as text, and no date or size of its own."""
+    with matplotlib.rc_context(STYLE):
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1)
+    return re.sub("|".join(SENTINELS), lambda m: SENTINELS[m[0]], text)

@@ -44,27 +44,24 @@ def trace(model: EVLM, batch: Batch) -> tuple[jax.Array, list[jax.Array]]:
     slot = jnp.arange(taps.shape[1])
     visible = (batch.visible_start[0, :, None] <= slot) & (slot < batch.visible_stop[0, :, None])  # [T, I]
 
-    def dense(q, k, sinks):
+    def dense(q, k):
         """q [1, T, N, H], k [1, I, S, N, H] -> weights [N, T, I, S] with the sink in the denominator."""
         scores = jnp.einsum("tnh,isnh->ntis", q[0], k[0], preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
         scores = jnp.where(visible[..., None], scores, -jnp.inf)
-        top = jnp.maximum(scores.max((2, 3), keepdims=True), 0.0 if sinks else -1e30)
+        top = jnp.maximum(scores.max((2, 3), keepdims=True), 0.0 if cfg.xattn.sinks else -1e30)
         weights = jnp.exp(scores - top)
-        total = weights.sum((2, 3), keepdims=True) + sinks * jnp.exp(-top)
+        total = weights.sum((2, 3), keepdims=True) + cfg.xattn.sinks * jnp.exp(-top)
         return weights / jnp.where(total > 0, total, 1.0)
 
     @jax.jit
     def cross_step(block, x, tap):
-        k, v = block.keys_values(tap)
-        weights = dense(query(block, x), k, cfg.xattn.sinks)
-        mixed = jnp.einsum("ntis,isnh->tnh", weights, v[0].astype(jnp.float32)).astype(x.dtype)
-        return block(x, lambda q: mixed[None]), weights
+        (k, v), seen = block.keys_values(tap), []
 
-    def query(block, x):
-        """The queries that the block hands to its attention."""
-        asked = []
-        block(x, lambda q: (asked.append(q), q)[1])
-        return asked[0]
+        def attend(q):
+            seen.append(dense(q, k))
+            return jnp.einsum("ntis,isnh->tnh", seen[0], v[0].astype(jnp.float32)).astype(q.dtype)[None]
+
+        return block(x, attend), seen[0]
 
     layer_step = jax.jit(lambda block, x: block(x, rope, lambda q, k, v: attention(q, k, v, mask)))
     x, weights = model.embed(batch.tokens, batch.media_slot), []

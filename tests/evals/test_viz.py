@@ -1,0 +1,72 @@
+"""Attention maps against the model itself; pictures and charts that can be read back."""
+
+import xml.etree.ElementTree as ElementTree
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -e '.[demo]'")
+from PIL import Image  # noqa: E402
+
+from evlm_jax import viz  # noqa: E402
+from evlm_jax.models.evlm import EVLM  # noqa: E402
+from tests.tiny import tiny_batch, tiny_config  # noqa: E402
+
+
+@pytest.mark.parametrize("sinks", [0, 1])
+@pytest.mark.parametrize("every", [1, 3])
+def test_trace_is_the_model(every, sinks):
+    cfg = tiny_config(xattn=dict(every=every, sinks=sinks))
+    model = EVLM(cfg, nnx.Rngs(0))
+    model.xattn.attn_gate[...] = jnp.full_like(model.xattn.attn_gate[...], 0.7)
+    model.xattn.ffn_gate[...] = jnp.full_like(model.xattn.ffn_gate[...], -0.5)
+    batch = tiny_batch(cfg, 1)
+    expected = model.hidden(batch)
+    for row in range(len(batch.tokens)):
+        hidden, weights = viz.trace(model, jax.tree.map(lambda a: a[row : row + 1], batch))
+        np.testing.assert_allclose(hidden[0], expected[row], atol=2e-5)
+        assert len(weights) == len(cfg.cross_layers)
+
+
+def test_attention_maps_stay_in_the_visible_range():
+    cfg = tiny_config()
+    batch, row = tiny_batch(cfg, 2), 1
+    positions = list(range(cfg.data.length))
+    maps = viz.attention_maps(EVLM(cfg, nnx.Rngs(0)), batch, row, positions)
+    assert maps.shape == (len(cfg.cross_layers), cfg.xattn.heads, len(positions), cfg.data.images, cfg.vit.tokens)
+    slot = np.arange(cfg.data.images)
+    visible = (batch.visible_start[row][:, None] <= slot) & (slot < batch.visible_stop[row][:, None])
+    per_image = maps.sum(-1)
+    assert np.all(per_image[:, :, ~visible] == 0) and np.all(per_image[:, :, visible] > 0)
+    assert visible.any() and per_image.sum(-1).max() < 1  # the rest is the zero sink's
+
+
+def test_heat_and_overlay_put_the_glow_where_the_weight_is():
+    weights = np.zeros((3, 2, 17))
+    weights[..., 0] = 5.0  # the class token is no place in the image
+    weights[..., 1 + 4 * 3 + 0] = 1.0  # last row, first column
+    grid = viz.heat(weights, prefix_tokens=1)
+    assert grid.shape == (4, 4) and grid[3, 0] == 1.0 and grid.sum() == 1.0
+    picture = np.asarray(viz.overlay(Image.new("RGB", (64, 64), "white"), grid, 80), np.int32).sum(-1)
+    assert picture[70, 10] > 1.5 * picture[10, 70]
+    with pytest.raises(ValueError, match="no square grid"):
+        viz.heat(weights, prefix_tokens=0)
+
+
+def test_data_uri_round_trip():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30, 3), np.uint8))
+    np.testing.assert_array_equal(np.asarray(viz.from_data_uri(viz.data_uri(image))), np.asarray(image))
+    assert viz.from_data_uri(viz.data_uri(image, 20, "JPEG")).size == (15, 20)
+
+
+def test_charts_are_svg_in_theme_colours():
+    curves = viz.loss_curves({"vqa": {"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0]}, "emoji": {"step": [1, 3], "loss": [5.0, 4.0]}})
+    bars = viz.gate_bars([0, 2, 4], [0.1, -0.2, 0.3], [0.0, 0.1, 0.2])
+    for svg in (curves, bars):
+        root = ElementTree.fromstring(svg)
+        assert root.tag.endswith("svg") and root.get("viewBox") and root.get("width") is None
+        assert "var(--series-1)" in svg and "var(--ink)" in svg and "#0102" not in svg
+    assert ">vqa<" in curves and ">emoji<" in curves

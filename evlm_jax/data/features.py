@@ -64,7 +64,8 @@ class FeatureStore:
 
     def fill(self, refs: Iterable[ImageRef], progress: bool = True) -> None:
         """Computes what is missing. Images that cannot be read are left to `get` to complain about."""
-        missing = {key: ref for ref in refs if (key := content_key(ref)) not in self._records and key not in self._broken}
+        wanted = {content_key(ref): ref for ref in refs if os.path.isfile(ref.path)}
+        missing = {key: ref for key, ref in wanted.items() if key not in self._records and key not in self._broken}
         if not missing:
             return
         with open(self.path / "keys.txt", "a") as keys, open(self.path / "taps.bin", "ab") as taps:
@@ -83,12 +84,16 @@ class FeatureStore:
     def _append(self, chunk: Sequence[tuple[str, ImageRef]], keys, taps) -> None:
         """Encodes one chunk, writes the records, then their keys."""
         pixels, good = np.zeros((CHUNK, self.cfg.vit.image_size, self.cfg.vit.image_size, 3), np.uint8), []
-        for key, ref in chunk:
-            try:
-                pixels[len(good)] = image.pixels([ref], self.cfg)[0]
-                good.append(key)
-            except image.ImageError as error:
-                self._broken[key] = error
+        try:
+            pixels[: len(chunk)] = image.pixels([ref for _, ref in chunk], self.cfg)  # frames of one video together
+            good = [key for key, _ in chunk]
+        except image.ImageError:
+            for key, ref in chunk:
+                try:
+                    pixels[len(good)] = image.pixels([ref], self.cfg)[0]
+                    good.append(key)
+                except image.ImageError as error:
+                    self._broken[key] = error
         records = np.asarray(self.encode(pixels))[: len(good)].astype(ml_dtypes.bfloat16)
         if records.shape[1:] != self.shape:
             raise ValueError(f"{self.path}: encode returned {records.shape[1:]} an image, the configuration says {self.shape}")
@@ -99,10 +104,11 @@ class FeatureStore:
 
     def _read(self) -> None:
         """Takes in what the files hold."""
-        lines = (self.path / "keys.txt").read_text().split("\n")[:-1] if (self.path / "keys.txt").exists() else []
-        self._records = {key: i for i, key in enumerate(lines)}
-        count = len(lines)
-        self._taps = np.memmap(self.path / "taps.bin", np.uint16, "r", shape=(count, *self.shape)) if count else None
+        keys, taps = self.path / "keys.txt", self.path / "taps.bin"
+        lines = keys.read_text().split("\n")[:-1] if keys.exists() else []
+        count = min(len(lines), taps.stat().st_size // self._bytes) if lines else 0
+        self._records = {key: i for i, key in enumerate(lines[:count])}
+        self._taps = np.memmap(taps, np.uint16, "r", shape=(count, *self.shape)) if count else None
 
 
 def content_key(ref: ImageRef) -> str:

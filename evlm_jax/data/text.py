@@ -76,7 +76,7 @@ class Template:
     """A chat template over a tokenizer.
 
     chatml (Qwen, SmolLM2): `<|im_start|>user\\n{text}<|im_end|>\\n<|im_start|>assistant\\n{answer}<|im_end|>`, a newline between turns.
-    plain: `{text} Answer:` ` {answer}` end-of-text; a turn of the assistant alone (a caption, a web document) is just its text and end-of-text.
+    plain: `{text} Answer:` ` {answer}` end-of-text; an assistant alone (a caption, a web document) is just its text and end-of-text.
     Supervised: what the assistant says and the token that ends it.
     """
 
@@ -115,7 +115,10 @@ class Template:
 
     def _chatml(self, turn: Turn, index: int, supervised: bool, end: bool, marks) -> list[Piece]:
         header, start, stop = turn.role + "\n", self.tokenizer.id("<|im_start|>"), self.tokenizer.id("<|im_end|>")
-        said = _split(header + turn.text, False, marks) if turn.role == "user" else [Text(header, False), *_split(turn.text, supervised, marks)]
+        if turn.role == "user":
+            said = _split(header + turn.text, False, marks)
+        else:
+            said = [Text(header, False), *_split(turn.text, supervised, marks)]
         return [Text("\n", False)] * (index > 0) + [Token(start, False), *said, Token(stop, end)]
 
     def _plain(self, turn: Turn, index: int, supervised: bool, end: bool, marks) -> list[Piece]:

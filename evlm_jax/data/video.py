@@ -17,12 +17,6 @@ def uniform(path: str, frames: int) -> tuple[ImageRef, ...]:
     return tuple(ImageRef(str(path), (i + 0.5) * length / frames) for i in range(frames))
 
 
-def every(path: str, fps: float, most: int) -> tuple[ImageRef, ...]:
-    """A frame each 1/fps seconds; where that makes more than `most`, `most` uniform ones."""
-    frames = max(1, int(duration(path) * fps))
-    return uniform(path, most) if frames > most else tuple(ImageRef(str(path), i / fps) for i in range(frames))
-
-
 def duration(path: str) -> float:
     """Seconds. Raises OSError (av.FFmpegError is one) for what is no video, ValueError for one that does not tell its length."""
     with av.open(str(path)) as container:
@@ -41,12 +35,12 @@ def decode(path: str, seconds: Sequence[float]) -> list[np.ndarray]:
         stream = _stream(container, path)
         stream.thread_type = "AUTO"
         first = stream.start_time or 0
-        frames, current = container.decode(stream), None
+        current = ahead = frames = None
         for second in sorted(set(seconds)):
             due = first + Fraction(second) / stream.time_base
             if current is None or due - current.pts > SEEK / stream.time_base:
                 container.seek(int(due), stream=stream, backward=True)
-                frames, ahead = container.decode(stream), None
+                frames = (frame for frame in container.decode(stream) if frame.pts is not None)
                 current = next(frames, current)
                 if current is None:
                     raise ValueError(f"{path}: no frame can be decoded at {second:g} s")

@@ -1,0 +1,148 @@
+"""Documents into rows of static size: first fit over a window, on costs, before any image is decoded; never splitting a document."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from evlm_jax.config import DataConfig, EVLMConfig
+from evlm_jax.data.text import Document
+from evlm_jax.ops.grouping import plan
+
+MOST_DROPS = 1000  # in a row, without one document that fits: the configuration must be wrong
+
+
+class Budget(NamedTuple):
+    """What a row has, or a document needs."""
+
+    tokens: int
+    images: int
+    targets: int
+    pairs: int
+
+    @classmethod
+    def of(cls, data: DataConfig) -> "Budget":
+        """Of a row."""
+        return cls(data.length, data.images, data.targets, data.pairs)
+
+    @classmethod
+    def needed(cls, document: Document) -> "Budget":
+        """By a document."""
+        return cls(len(document.tokens), len(document.refs), len(document.targets), document.pairs)
+
+
+class Drop(NamedTuple):
+    """A document that was left out, or whose targets were: counted by cause, shown by message."""
+
+    cause: str
+    message: str
+
+
+def unfit(document: Document, data: DataConfig) -> Drop | None:
+    """Why no row can ever take the document, or None."""
+    name = f"sample {document.source}/{document.key}"
+    if not len(document.targets):
+        return Drop("nothing supervised", f"nothing supervised: {name}")
+    causes = ("too long", "too many images", "too many targets", "too many pairs")
+    fields = ("length", "images", "targets", "pairs")
+    for cause, field, unit, need, room in zip(causes, fields, Budget._fields, Budget.needed(document), Budget.of(data)):
+        if need > room:
+            mend = " (data.dialogs splits it)" if document.dialog.max() > 0 else ""
+            return Drop(cause, f"{cause}: {need} {unit} > data.{field} {room}, {name}{mend}")
+    return None
+
+
+class Packer:
+    """Rows from every `step`-th document of a stream, beginning at `start`.
+
+    A row begins with the oldest document of the window, so none waits forever; then the largest that still fits is added, and the window
+    is filled up again, until none fits. Which documents make a row depends on the stream alone, so a position is `next` and the indices
+    of the window.
+    """
+
+    def __init__(self, stream: Sequence[Document], data: DataConfig, start: int = 0, step: int = 1):
+        self.stream, self.data, self.step = stream, data, step
+        self.next, self.drops = start, []
+        self._pending: list[tuple[int, Document]] = []
+        self._costs: list[Budget] = []
+
+    @property
+    def state(self) -> dict:
+        """JSON-able position: what `restore` takes."""
+        return {"next": self.next, "pending": [index for index, _ in self._pending]}
+
+    def restore(self, state: dict) -> None:
+        """Goes to a position."""
+        self.next, self.drops = state["next"], []
+        self._pending = [(index, self.stream[index]) for index in state["pending"]]
+        self._costs = [Budget.needed(document) for _, document in self._pending]
+
+    def row(self) -> list[tuple[int, Document]]:
+        """The next row's documents with their stream indices; empty at the end of the stream. What cannot fit goes to `drops`."""
+        chosen, room, scale = [], np.array(Budget.of(self.data)), np.maximum(Budget.of(self.data), 1)
+        while True:
+            self._refill()
+            if not self._pending:
+                return chosen
+            costs = np.array(self._costs)
+            size = np.where((costs <= room).all(1), (costs / scale).max(1), -1.0)
+            best = int(size.argmax()) if chosen else 0
+            if size[best] < 0:
+                return chosen
+            chosen.append(self._pending.pop(best))
+            room = room - self._costs.pop(best)
+
+    def _refill(self) -> None:
+        unfits = 0
+        while len(self._pending) < self.data.window and self.next < len(self.stream):
+            document = self.stream[self.next]
+            if drop := unfit(document, self.data):
+                self.drops.append(drop)
+                unfits += 1
+                if unfits == MOST_DROPS:
+                    raise ValueError(f"{MOST_DROPS} documents in a row cannot be used; the last: {drop.message}")
+            else:
+                unfits = 0
+                self._pending.append((self.next, document))
+                self._costs.append(Budget.needed(document))
+            self.next += self.step
+
+
+def assemble(rows: Sequence[Sequence[Document]], cfg: EVLMConfig) -> dict[str, np.ndarray]:
+    """All fields of Batch but the pictures, int32, for rows of documents that fit.
+
+    Offsets are added, padding is as Batch says. `isolate=False`: what a document's end can see stays visible to the end of the row, and
+    positions go on. target_source is the index into data.sources (0 for documents of other sources, as in evaluation).
+    """
+    data, count, length = cfg.data, len(rows), cfg.data.length
+    fields = {name: np.zeros((count, length), np.int32) for name in ("tokens", "positions", "visible_start", "visible_stop")}
+    fields |= {name: np.zeros((count, data.targets), np.int32) for name in ("target_at", "target_source")}
+    fields["seen_until"] = np.tile(np.arange(1, length + 1, dtype=np.int32), (count, 1))
+    fields["media_slot"] = np.full((count, length), -1, np.int32)
+    fields["targets"] = np.full((count, data.targets), -1, np.int32)
+    for b, documents in enumerate(rows):
+        token = image = target = position = 0
+        for document in documents:
+            n, m = len(document.tokens), len(document.targets)
+            here, there = (b, slice(token, token + n)), (b, slice(target, target + m))
+            for name in ("tokens", "media_slot"):
+                fields[name][here] = getattr(document, name)
+            fields["positions"][here] = document.positions + position
+            fields["seen_until"][here] = document.seen_until + token
+            for name in ("visible_start", "visible_stop"):
+                fields[name][here] = getattr(document, name) + image
+            fields["target_at"][there] = document.target_at + token
+            fields["targets"][there] = document.targets
+            fields["target_source"][there] = data.sources.index(document.source) if document.source in data.sources else 0
+            if not data.isolate:
+                fields["seen_until"][here][document.seen_until == n] = length
+                position += int(document.positions[-1]) + 1
+            token, image, target = token + n, image + len(document.refs), target + m
+    plans = [plan(start, stop, cfg.xattn.tile, data.pairs) for start, stop in zip(fields["visible_start"], fields["visible_stop"])]
+    return fields | {name: np.stack([p[name] for p in plans]) for name in plans[0]}
+
+
+def fill(rows: Sequence[Sequence[Document]], data: DataConfig) -> dict[str, float]:
+    """Used share of each budget, over all rows."""
+    used = np.sum([Budget.needed(document) for row in rows for document in row] or [Budget(0, 0, 0, 0)], 0)
+    return {name: float(u / max(1, room * len(rows))) for name, u, room in zip(Budget._fields, used, Budget.of(data))}

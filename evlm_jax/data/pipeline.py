@@ -1,0 +1,216 @@
+"""Batches: the mixture of sources, packed in lanes, with pictures; the saved position makes every run repeatable.
+
+The unit of determinism is a lane: row j of every batch comes from lane j of `train.batch`, whatever number of processes shares
+the lanes. Lane j reads the documents n * lanes + j, n = 0, 1, ... of one endless random-access stream:
+
+    n -> source (by weight, one pattern for all lanes) -> shuffle of the source (another in each epoch) -> sample and part -> Document
+
+so its position is a number and the few indices that wait in its packing window.
+"""
+
+import atexit
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from math import lcm
+
+import grain
+import ml_dtypes
+import numpy as np
+
+from evlm_jax.batch import Batch
+from evlm_jax.config import EVLMConfig
+from evlm_jax.data import image
+from evlm_jax.data.features import FeatureStore
+from evlm_jax.data.pack import Drop, Packer, assemble, fill, unfit
+from evlm_jax.data.samples import Sample, part, part_count
+from evlm_jax.data.sources import open_source
+from evlm_jax.data.text import Document, encode
+
+PREFETCH = 2  # batches made ahead, in a thread
+
+
+def batches(
+    cfg: EVLMConfig, tokenizer, features: FeatureStore | None = None, process: int = 0, processes: int = 1
+) -> grain.DatasetIterator[tuple[Batch, dict]]:
+    """An endless iterator of (Batch of numpy arrays, info) with `get_state()` and `set_state(state)`, both about what was consumed.
+
+    `close()` stops its thread.
+
+    info: "keys" (the samples of each row), "fill" (used share of each budget), "drops" (list of Drop since the last batch).
+    State: {"lanes": {lane number: {"next", "pending"}}}, JSON-able; the states of several processes are merged by merging "lanes", and any
+    number of processes restores from that.
+
+    Args:
+      features: where the taps come from if `data.cache_features`; first filled with all images of the sources.
+      process, processes: this process makes the rows [process * n, (process + 1) * n) of n = train.batch / processes.
+    """
+    if cfg.train.batch % processes:
+        raise ValueError(f"config: train.batch = {cfg.train.batch} rows cannot be shared by {processes} processes")
+    if cfg.data.cache_features != (features is not None):
+        raise ValueError(f"config: data.cache_features is {cfg.data.cache_features}; a feature store is needed exactly when it is true")
+    sources = [open_source(name) for name in cfg.data.sources]
+    if features is not None:
+        features.fill(ref for source in sources for sample in source for ref in sample.refs)
+    rows = cfg.train.batch // processes
+    dataset = Rows(stream(sources, tokenizer, cfg), cfg, range(process * rows, (process + 1) * rows), features)
+    iterator = iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=PREFETCH))
+    atexit.register(iterator.close)  # a thread still at work when the interpreter is taken down aborts the process
+    return iterator
+
+
+def stream(sources: Sequence[Sequence[Sample]], tokenizer, cfg: EVLMConfig) -> grain.MapDataset:
+    """The endless stream of documents that the lanes share."""
+    seeds = [(cfg.data.seed + 0x9E3779B1 * i) % 2**32 for i in range(len(sources))]
+    documents = [Documents(source, tokenizer, cfg).shuffle(seed).repeat() for source, seed in zip(sources, seeds)]
+    return grain.MapDataset.select_from_datasets(documents, Mixture(cfg.data.weights, cfg.train.batch))
+
+
+class Documents(grain.MapDataset):
+    """A source's documents: each sample, split as `data.dialogs` says; dialogs are dealt to the parts anew in each epoch."""
+
+    def __init__(self, source, tokenizer, cfg: EVLMConfig):
+        super().__init__()
+        self._source, self._tokenizer, self._cfg = source, tokenizer, cfg
+        self._ends = np.cumsum([part_count(count, cfg.data.dialogs) for count in source.dialog_counts()])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Document:
+        epoch, place = divmod(index, len(self))
+        number = int(np.searchsorted(self._ends, place, side="right"))
+        first = int(self._ends[number - 1]) if number else 0
+        data = self._cfg.data
+        return encode(part(self._source[number], place - first, data.dialogs, (data.seed, epoch, number)), self._tokenizer, self._cfg)
+
+
+class Mixture(grain.transforms.DatasetSelectionMap):
+    """Stream index -> (source, index in it). Each lane sees the sources in one periodic pattern with exactly their weights."""
+
+    def __init__(self, weights: Sequence[float], lanes: int):
+        if min(weights) <= 0:
+            raise ValueError(f"config: data.weights {tuple(weights)} must be positive")
+        exact = [Fraction(weight).limit_denominator(1000) for weight in weights]
+        counts = [int(weight * lcm(*(w.denominator for w in exact))) for weight in exact]
+        # The k-th of a source's c turns stands at (k + 1/2) / c of the period: as even as can be.
+        turns = sorted(((2 * k + 1) / (2 * c), source, k) for source, c in enumerate(counts) for k in range(c))
+        self._turns = [(source, k) for _, source, k in turns]
+        self._counts, self._lanes = counts, lanes
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        turn, lane = divmod(index, self._lanes)
+        period, place = divmod(turn, len(self._turns))
+        source, k = self._turns[place]
+        return source, (period * self._counts[source] + k) * self._lanes + lane
+
+
+class Rows(grain.IterDataset):
+    """Packed batches of some lanes."""
+
+    def __init__(self, documents: grain.MapDataset, cfg: EVLMConfig, lanes: Sequence[int], features: FeatureStore | None):
+        super().__init__()
+        self._make = lambda: RowsIterator(documents, cfg, lanes, features)
+
+    def __iter__(self) -> "RowsIterator":
+        return self._make()
+
+
+class RowsIterator(grain.DatasetIterator):
+    """See `batches`."""
+
+    def __init__(self, documents: grain.MapDataset, cfg: EVLMConfig, lanes: Sequence[int], features: FeatureStore | None):
+        super().__init__()
+        self._cfg, self._features = cfg, features
+        self._packers = {lane: Packer(documents, cfg.data, lane, cfg.train.batch) for lane in lanes}
+
+    def __next__(self) -> tuple[Batch, dict]:
+        rows = [[document for _, document in packer.row()] for packer in self._packers.values()]
+        drops = [drop for packer in self._packers.values() for drop in packer.drops]
+        for packer in self._packers.values():
+            packer.drops = []
+        batch, damaged = collate(rows, self._cfg, self._features)
+        keys = [[f"{document.source}/{document.key}" for document in row] for row in rows]
+        return batch, {"keys": keys, "fill": fill(rows, self._cfg.data), "drops": drops + damaged}
+
+    def get_state(self) -> dict:
+        """The position of every lane of this process."""
+        return {"lanes": {str(lane): packer.state for lane, packer in self._packers.items()}}
+
+    def set_state(self, state: dict) -> None:
+        """Takes this process's lanes from a state. Raises ValueError where it lacks one."""
+        if missing := [lane for lane in self._packers if str(lane) not in state["lanes"]]:
+            raise ValueError(f"the saved data position has no lanes {missing}: train.batch must stay what it was when it was saved")
+        for lane, packer in self._packers.items():
+            packer.restore(state["lanes"][str(lane)])
+
+
+def rows_in_order(
+    documents: Sequence[Document], cfg: EVLMConfig, rows: int, features: FeatureStore | None = None
+) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
+    """Packs a finite list of documents for evaluation; the last batch is padded with empty rows.
+
+    Yields:
+      (Batch, document [rows, M], dialog [rows, M]): each target's document (index into `documents`) and dialog in it; -1 at padding.
+    Raises:
+      ValueError: a document that fits no row; ImageError: an image that cannot be read.
+    """
+    if misfits := [drop for document in documents if (drop := unfit(document, cfg.data))]:
+        raise ValueError(f"{len(misfits)} documents do not fit a row; the first: {misfits[0].message}")
+    if features is not None:
+        features.fill(ref for document in documents for ref in document.refs)
+    packer, packed = Packer(documents, cfg.data), []
+    while row := packer.row():
+        packed.append(row)
+    for first in range(0, len(packed), rows):
+        chunk = packed[first : first + rows] + [[]] * max(0, first + rows - len(packed))
+        batch, damaged = collate([[document for _, document in row] for row in chunk], cfg, features)
+        if damaged:
+            raise image.ImageError(damaged[0].message)
+        owner, dialog = np.full((2, rows, cfg.data.targets), -1, np.int32)
+        for b, row in enumerate(chunk):
+            owners = [np.full(len(document.targets), index, np.int32) for index, document in row]
+            count = sum(map(len, owners))
+            owner[b, :count] = np.concatenate(owners or [[]])
+            dialog[b, :count] = np.concatenate([document.dialog for _, document in row] or [[]])
+        yield batch, owner, dialog
+
+
+def collate(rows: Sequence[Sequence[Document]], cfg: EVLMConfig, features: FeatureStore | None) -> tuple[Batch, list[Drop]]:
+    """Rows of documents as a Batch, with pictures. A document with an unreadable image keeps its place, but no targets, and is reported."""
+    spec = Batch.spec(cfg, len(rows))
+    name, shape, dtype = ("taps", spec.taps.shape, ml_dtypes.bfloat16) if features is not None else ("pixels", spec.pixels.shape, np.uint8)
+    pictures, kept, drops = np.zeros(shape, dtype), [], []
+    loaded = _pictures([document for row in rows for document in row], cfg, features)
+    for b, row in enumerate(rows):
+        kept.append([])
+        slot = 0
+        for document, picture in zip(row, loaded):
+            if isinstance(picture, image.ImageError):
+                drops.append(Drop("unreadable image", f"{picture}, sample {document.source}/{document.key}"))
+                document = document._replace(targets=np.full_like(document.targets, -1))
+            else:
+                pictures[b, slot : slot + len(picture)] = picture
+            slot += len(document.refs)
+            kept[-1].append(document)
+    other = {"pixels": None, "taps": None} | {name: pictures}
+    return Batch(**assemble(kept, cfg), **other), drops
+
+
+def _pictures(documents: Sequence[Document], cfg: EVLMConfig, features: FeatureStore | None) -> Iterator[np.ndarray | image.ImageError]:
+    """Pixels or taps of each document, or what is wrong with them."""
+
+    def load(document: Document) -> np.ndarray | image.ImageError:
+        try:
+            return image.pixels(document.refs, cfg) if features is None else features.get(document.refs)
+        except image.ImageError as error:
+            return error
+
+    if features is not None:
+        return map(load, documents)
+    with ThreadPoolExecutor() as pool:
+        return iter(list(pool.map(load, documents)))

@@ -54,10 +54,8 @@ def batches(
     if features is not None:
         features.fill(ref for source in sources for sample in source for ref in sample.refs)
     rows = cfg.train.batch // processes
-    dataset = Rows(stream(sources, tokenizer, cfg), cfg, range(process * rows, (process + 1) * rows), features)
-    iterator = iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=PREFETCH))
-    atexit.register(iterator.close)  # a thread still at work when the interpreter is taken down aborts the process
-    return iterator
+    lanes = range(process * rows, (process + 1) * rows)
+    return Prefetch(RowsIterator(stream(sources, tokenizer, cfg), cfg, lanes, features), PREFETCH)
 
 
 def stream(sources: Sequence[Sequence[Sample]], tokenizer, cfg: EVLMConfig) -> grain.MapDataset:
@@ -109,19 +107,24 @@ class Mixture(grain.transforms.DatasetSelectionMap):
         return source, (period * self._counts[source] + k) * self._lanes + lane
 
 
-class Rows(grain.IterDataset):
-    """Packed batches of some lanes."""
+class Prefetch(grain.experimental.ThreadPrefetchDatasetIterator):
+    """Grain's thread, stopped before the interpreter is taken down: a thread at work then would abort the process."""
 
-    def __init__(self, documents: grain.MapDataset, cfg: EVLMConfig, lanes: Sequence[int], features: FeatureStore | None):
-        super().__init__()
-        self._make = lambda: RowsIterator(documents, cfg, lanes, features)
+    def __init__(self, parent: grain.DatasetIterator, size: int):
+        super().__init__(parent, size)
+        self._open = True
+        atexit.register(self.close)
 
-    def __iter__(self) -> "RowsIterator":
-        return self._make()
+    def close(self) -> None:
+        """Stops the thread; may be called again."""
+        if self._open:
+            self._open = False
+            atexit.unregister(self.close)
+            super().close()
 
 
 class RowsIterator(grain.DatasetIterator):
-    """See `batches`."""
+    """Packed batches of some lanes: see `batches`."""
 
     def __init__(self, documents: grain.MapDataset, cfg: EVLMConfig, lanes: Sequence[int], features: FeatureStore | None):
         super().__init__()

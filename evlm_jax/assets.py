@@ -94,6 +94,15 @@ def available(name: str, cache: Path | None = None) -> bool:
     return _folder(name, cache).is_dir()
 
 
+def locate(source: str | Path) -> Path:
+    """A source as users write it: the name of an asset (must be fetched), or a path (must exist)."""
+    if source in ASSETS:
+        return path(source)
+    if not Path(source).exists():
+        raise FileNotFoundError(f"{source}: no such file or directory, nor an asset ({', '.join(ASSETS)})")
+    return Path(source)
+
+
 def _folder(name: str, cache: Path | None) -> Path:
     if name not in ASSETS:
         raise AssetError(f"unknown asset {name!r}; there are {', '.join(ASSETS)}")

@@ -1,0 +1,170 @@
+"""Foreign checkpoint files as named tensors that are read one at a time.
+
+Every reader returns a `Source`: the file's own metadata, and for each tensor its shape and a function that reads it. Opening
+a source reads headers only (except ONNX, which is one protobuf message).
+"""
+
+import json
+import math
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+
+class Tensor(NamedTuple):
+    """`read()` gives the array; nothing is kept."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+class Source(NamedTuple):
+    """A checkpoint: `metadata` is config.json, the GGUF key-value store, or empty."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def open_source(path: Path) -> Source:
+    """By what the path is: a directory with safetensors, a .safetensors, .gguf or .onnx file. Raises ValueError otherwise."""
+    readers = {".gguf": read_gguf, ".onnx": read_onnx, ".safetensors": read_safetensors}
+    if path.is_dir():
+        return read_directory(path)
+    if path.suffix not in readers:
+        raise ValueError(
+            f"{path}: cannot read {path.suffix or 'this'} files; give a directory with safetensors or one of {', '.join(readers)}"
+        )
+    return readers[path.suffix](path)
+
+
+def read_directory(folder: Path) -> Source:
+    """A Hugging Face directory: config.json, and model.safetensors or shards with an index.
+
+    Raises:
+      FileNotFoundError: no weights, or a shard that the index names is missing.
+      ValueError: a tensor of the index is not in its shard.
+    """
+    config = folder / "config.json"
+    metadata = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        single = folder / "model.safetensors"
+        if not single.is_file():
+            raise FileNotFoundError(f"{folder}: neither model.safetensors nor {index.name}; export the model with save_pretrained")
+        return Source(folder, metadata, read_safetensors(single).tensors)
+    shard_of = json.loads(index.read_text("utf-8"))["weight_map"]
+    if missing := sorted({shard for shard in shard_of.values() if not (folder / shard).is_file()}):
+        raise FileNotFoundError(f"{folder}: {index.name} names shards that are not there: {', '.join(missing)}; copy them again")
+    shards = {shard: read_safetensors(folder / shard).tensors for shard in set(shard_of.values())}
+    if lost := sorted(name for name, shard in shard_of.items() if name not in shards[shard]):
+        raise ValueError(f"{folder}: not in the shard that {index.name} names: {', '.join(lost)}")
+    return Source(folder, metadata, {name: shards[shard][name] for name, shard in shard_of.items()})
+
+
+SAFETENSORS_TYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": ml_dtypes.bfloat16, "I64": "i8", "I32": "i4", "U8": "u1", "BOOL": "?"}
+
+
+def read_safetensors(path: Path) -> Source:
+    """One file: 8 bytes of header length, a JSON header, then the bytes. Raises ValueError if the file is cut short."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+        if length > size:
+            raise ValueError(f"{path}: not a complete safetensors file; copy it again")
+        header = json.loads(file.read(length))
+    tensors = {}
+    for name, facts in header.items():
+        if name == "__metadata__":
+            continue
+        start, stop = (8 + length + offset for offset in facts["data_offsets"])
+        if stop > size:
+            raise ValueError(f"{path}: ends at byte {size}, but {name} ends at {stop}; copy it again")
+        if facts["dtype"] not in SAFETENSORS_TYPES:
+            raise ValueError(f"{path}: {name} has dtype {facts['dtype']}; read are {', '.join(SAFETENSORS_TYPES)}")
+        dtype, shape = np.dtype(SAFETENSORS_TYPES[facts["dtype"]]), tuple(facts["shape"])
+        tensors[name] = Tensor(shape, lambda d=dtype, s=shape, at=start, n=math.prod(shape): np.fromfile(path, d, n, offset=at).reshape(s))
+    return Source(path, {}, tensors)
+
+
+GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+GGUF_STRING, GGUF_ARRAY = 8, 9
+
+
+def read_gguf(path: Path) -> Source:
+    """GGUF versions 2 and 3, little-endian; quantised tensors are dequantised to float32 when read.
+
+    An own header parser, because gguf.GGUFReader makes an array object of every vocabulary entry (5 s instead of 0.2 s).
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+    data = memoryview(np.memmap(path, np.uint8, mode="r"))
+    position = 0
+
+    def take(kind: str):
+        nonlocal position
+        (value,) = struct.unpack_from("<" + kind, data, position)
+        position += struct.calcsize("<" + kind)
+        return value
+
+    def text() -> str:
+        nonlocal position
+        length = take("Q")
+        position += length
+        return str(data[position - length : position], "utf-8")
+
+    def value(kind: int):
+        if kind == GGUF_STRING:
+            return text()
+        if kind == GGUF_ARRAY:
+            item, count = take("I"), take("Q")
+            return [value(item) for _ in range(count)]
+        return take(GGUF_SCALARS[kind])
+
+    if bytes(data[:4]) != b"GGUF" or struct.unpack_from("<I", data, 4)[0] not in (2, 3):
+        raise ValueError(f"{path}: not a GGUF file of version 2 or 3")
+    position = 8
+    count, pairs = take("Q"), take("Q")
+    metadata = {text(): value(take("I")) for _ in range(pairs)}
+    infos = [(text(), tuple(take("Q") for _ in range(take("I")))[::-1], GGMLQuantizationType(take("I")), take("Q")) for _ in range(count)]
+    alignment = metadata.get("general.alignment", 32)
+    base = -(-position // alignment) * alignment
+
+    def reader(name, shape, kind, offset) -> Tensor:
+        block, size = GGML_QUANT_SIZES[kind]
+        length = math.prod(shape) // block * size
+        if base + offset + length > len(data):
+            raise ValueError(f"{path}: {name} lies behind the end of the file; fetch it again")
+        rows = (*shape[:-1], shape[-1] // block * size)
+        raw = lambda: np.frombuffer(data[base + offset : base + offset + length], np.uint8).reshape(rows)
+        return Tensor(shape, lambda: quants.dequantize(raw(), kind).reshape(shape))
+
+    return Source(path, metadata, {info[0]: reader(*info) for info in infos})
+
+
+def read_onnx(path: Path) -> Source:
+    """The weights of a PyTorch export, by their module names.
+
+    The exporter keeps the names of biases and norms, hides linear weights (transposed) in MatMul nodes that are named after
+    the module, and folds DINOv2's position table into two unnamed constants: class row and patch rows.
+    """
+    import onnx
+
+    graph = onnx.load(path).graph
+    array = onnx.numpy_helper.to_array
+    constants = {t.name: t for t in graph.initializer}
+    tensors = {name: Tensor(tuple(t.dims), lambda t=t: array(t)) for name, t in constants.items() if not name.startswith("onnx::")}
+    for node in graph.node:
+        if node.op_type == "MatMul" and (t := constants.pop(node.input[1], None)) is not None:
+            name = node.name.strip("/").removesuffix("/MatMul").replace("/", ".") + ".weight"
+            tensors[name] = Tensor(tuple(t.dims)[::-1], lambda t=t: array(t).T)
+    folded = [t for name, t in constants.items() if name.startswith("onnx::") and len(t.dims) == 3]
+    if len(folded) == 2:
+        shape = (1, sum(t.dims[1] for t in folded), folded[0].dims[2])
+        positions = Tensor(shape, lambda: np.concatenate([array(t) for t in folded], 1))
+        tensors["backbone.embeddings.position_embeddings"] = positions
+    return Source(path, {}, tensors)

@@ -98,8 +98,8 @@ def locate(source: str | Path) -> Path:
     """A source as users write it: the name of an asset (must be fetched), or a path (must exist)."""
     if source in ASSETS:
         return path(source)
-    if not Path(source).exists():
-        raise FileNotFoundError(f"{source}: no such file or directory, nor an asset ({', '.join(ASSETS)})")
+    if not source or not Path(source).exists():
+        raise FileNotFoundError(f"{source!r}: no such file or directory, nor an asset ({', '.join(ASSETS)})")
     return Path(source)
 
 

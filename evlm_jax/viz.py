@@ -33,12 +33,15 @@ def attention_maps(model: EVLM, batch: Batch, row: int, positions: Sequence[int]
     row). Weights over all images sum to 1 less the share of the zero sink; images that a position does not see have 0.
     A word that is read is looked up at its own position, a word that is predicted at the position before it.
     """
-    return np.stack([np.asarray(w[:, np.asarray(positions)]) for w in trace(model, jax.tree.map(lambda a: a[row : row + 1], batch))[1]])
+    one = jax.tree.map(lambda a: jnp.asarray(a)[row : row + 1], batch)
+    return np.asarray(trace(model, one, jnp.asarray(positions))[1])
 
 
-def trace(model: EVLM, batch: Batch) -> tuple[jax.Array, list[jax.Array]]:
-    """`model.hidden` of one row, layer by layer with dense cross-attention: ([1, T, D], weights [N, T, I, S] of each block)."""
+@jax.jit
+def trace(model: EVLM, batch: Batch, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`model.hidden` of one row with dense cross-attention: ([1, T, D], weights [X, N, len(positions), I, S] of `positions`)."""
     cfg = model.cfg
+    every, sinks, tap_of = cfg.xattn.every, cfg.xattn.sinks, jnp.array(cfg.tap_of_cross_layer)
     taps = model.encode(batch.pixels) if batch.taps is None else batch.taps.astype(model.dtype)
     rope, mask = rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta), text_mask(batch.seen_until)
     slot = jnp.arange(taps.shape[1])
@@ -48,30 +51,27 @@ def trace(model: EVLM, batch: Batch) -> tuple[jax.Array, list[jax.Array]]:
         """q [1, T, N, H], k [1, I, S, N, H] -> weights [N, T, I, S] with the sink in the denominator."""
         scores = jnp.einsum("tnh,isnh->ntis", q[0], k[0], preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
         scores = jnp.where(visible[..., None], scores, -jnp.inf)
-        top = jnp.maximum(scores.max((2, 3), keepdims=True), 0.0 if cfg.xattn.sinks else -1e30)
+        top = jnp.maximum(scores.max((2, 3), keepdims=True), 0.0 if sinks else -1e30)
         weights = jnp.exp(scores - top)
-        total = weights.sum((2, 3), keepdims=True) + cfg.xattn.sinks * jnp.exp(-top)
+        total = weights.sum((2, 3), keepdims=True) + sinks * jnp.exp(-top)
         return weights / jnp.where(total > 0, total, 1.0)
 
-    @jax.jit
-    def cross_step(block, x, tap):
-        (k, v), seen = block.keys_values(tap), []
+    def step(x, inputs):
+        """One decoder layer; its cross-attention block comes first where the layer has one."""
+        layer, block = inputs
+        cross = jax.tree.map(lambda a: a[layer // every], model.xattn)
+        (k, v), seen = cross.keys_values(taps[:, :, tap_of[layer // every]]), []
 
         def attend(q):
             seen.append(dense(q, k))
             return jnp.einsum("ntis,isnh->tnh", seen[0], v[0].astype(jnp.float32)).astype(q.dtype)[None]
 
-        return block(x, attend), seen[0]
+        x = jnp.where(layer % every == 0, cross(x, attend), x)
+        return block(x, rope, lambda q, k, v: attention(q, k, v, mask)), seen[0][:, positions]
 
-    layer_step = jax.jit(lambda block, x: block(x, rope, lambda q, k, v: attention(q, k, v, mask)))
-    x, weights = model.embed(batch.tokens, batch.media_slot), []
-    for layer in range(cfg.llm.layers):
-        if layer in cfg.cross_layers:
-            index = cfg.cross_layers.index(layer)
-            x, seen = cross_step(jax.tree.map(lambda a: a[index], model.xattn), x, taps[:, :, cfg.tap_of_cross_layer[index]])
-            weights.append(seen)
-        x = layer_step(jax.tree.map(lambda a: a[layer], model.llm.layers), x)
-    return model.llm.ln_f(x), weights
+    x = model.embed(batch.tokens, batch.media_slot)
+    x, weights = jax.lax.scan(step, x, (jnp.arange(cfg.llm.layers), model.llm.layers))
+    return model.llm.ln_f(x), weights[jnp.array(cfg.cross_layers)]
 
 
 def heat(weights: np.ndarray, prefix_tokens: int) -> np.ndarray:

@@ -1,0 +1,23 @@
+"""A model with random weights made by numpy: compiling the real initialisation takes longer than most tests."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from evlm_jax.config import EVLMConfig
+from evlm_jax.models.evlm import EVLM
+
+
+def random_model(cfg: EVLMConfig, seed: int) -> EVLM:
+    """Every parameter is random, gates and biases too; matrices have deviation 1/sqrt(in), norm scales lie around 1."""
+    rng = np.random.default_rng(seed)
+    model = nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0)))
+    graphdef, state = nnx.split(model)
+
+    def fill(path, leaf):
+        name = jax.tree_util.keystr(path)
+        spread = leaf.shape[-2] ** -0.5 if len(leaf.shape) > 1 else 0.3
+        return jnp.asarray(("scale" in name) + spread * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, state))

@@ -1,4 +1,4 @@
-"""Documents into rows of static size: first fit over a window, on costs, before any image is decoded; never splitting a document."""
+"""Documents into rows of static size: on costs, over a window, before any image is decoded; never splitting a document."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -64,7 +64,7 @@ class Packer:
         self.stream, self.data, self.step = stream, data, step
         self.next, self.drops = start, []
         self._pending: list[tuple[int, Document]] = []
-        self._costs: list[Budget] = []
+        self._costs = np.zeros((data.window, len(Budget._fields)), np.int64)
 
     @property
     def state(self) -> dict:
@@ -74,23 +74,25 @@ class Packer:
     def restore(self, state: dict) -> None:
         """Goes to a position."""
         self.next, self.drops = state["next"], []
-        self._pending = [(index, self.stream[index]) for index in state["pending"]]
-        self._costs = [Budget.needed(document) for _, document in self._pending]
+        self._pending = []
+        for index in state["pending"]:
+            self._add(index, self.stream[index])
 
     def row(self) -> list[tuple[int, Document]]:
         """The next row's documents with their stream indices; empty at the end of the stream. What cannot fit goes to `drops`."""
-        chosen, room, scale = [], np.array(Budget.of(self.data)), np.maximum(Budget.of(self.data), 1)
+        chosen, room, scale = [], np.array(Budget.of(self.data)), 1 / np.maximum(Budget.of(self.data), 1)
         while True:
             self._refill()
             if not self._pending:
                 return chosen
-            costs = np.array(self._costs)
-            size = np.where((costs <= room).all(1), (costs / scale).max(1), -1.0)
+            costs = self._costs[: len(self._pending)]
+            size = np.where((costs <= room).all(1), (costs * scale).max(1), -1.0)
             best = int(size.argmax()) if chosen else 0
             if size[best] < 0:
                 return chosen
+            room = room - costs[best]
+            costs[best:-1] = costs[best + 1 :]
             chosen.append(self._pending.pop(best))
-            room = room - self._costs.pop(best)
 
     def _refill(self) -> None:
         unfits = 0
@@ -103,9 +105,12 @@ class Packer:
                     raise ValueError(f"{MOST_DROPS} documents in a row cannot be used; the last: {drop.message}")
             else:
                 unfits = 0
-                self._pending.append((self.next, document))
-                self._costs.append(Budget.needed(document))
+                self._add(self.next, document)
             self.next += self.step
+
+    def _add(self, index: int, document: Document) -> None:
+        self._costs[len(self._pending)] = Budget.needed(document)
+        self._pending.append((index, document))
 
 
 def assemble(rows: Sequence[Sequence[Document]], cfg: EVLMConfig) -> dict[str, np.ndarray]:

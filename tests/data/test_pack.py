@@ -1,0 +1,177 @@
+"""Packed rows against a slow recomputation, token by token; the packer against its budgets."""
+
+import json
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evlm_jax.data.pack import Budget, Packer, assemble, fill, unfit
+from evlm_jax.data.samples import Sample, Turn, question
+from evlm_jax.data.text import Document, encode
+from tests.data.made import TOKENIZER, config, refs, samples
+
+CFG = config()
+
+
+def encoded(made, cfg=CFG):
+    """Documents of samples, keyed by their number."""
+    return [encode(s, TOKENIZER, cfg)._replace(key=str(i)) for i, s in enumerate(made)]
+
+
+def drain(packer):
+    """All rows until the stream ends."""
+    rows = []
+    while row := packer.row():
+        rows.append(row)
+    return rows
+
+
+def sees_text(fields, b):
+    """[T, T] who sees whom."""
+    k, q = np.arange(len(fields["tokens"][b]))[:, None], np.arange(len(fields["tokens"][b]))[None]
+    return ((k <= q) & (q < fields["seen_until"][b][:, None])).T
+
+
+def sees_images(fields, b, images):
+    """[T, I] by the visible ranges, and the same by the (tile, image) pairs."""
+    slots = np.arange(images)
+    by_range = (fields["visible_start"][b][:, None] <= slots) & (slots < fields["visible_stop"][b][:, None])
+    by_pairs = np.zeros_like(by_range)
+    pairs = len(fields["pair_tile"][b])
+    for tile, image in zip(fields["pair_tile"][b], fields["pair_image"][b], strict=True):
+        if tile < pairs:
+            for token in fields["tile_tokens"][b][tile]:
+                if token < len(by_range):
+                    by_pairs[token, image] = True
+    return by_range, by_pairs
+
+
+@settings(max_examples=150, deadline=None)
+@given(made=st.lists(samples(), min_size=1, max_size=8))
+def test_rows_equal_their_documents_side_by_side(made):
+    documents = [d for d in encoded(made) if not unfit(d, CFG.data)]
+    rows = [[document for _, document in row] for row in drain(Packer(documents, CFG.data))]
+    fields = assemble(rows or [[]], CFG)
+    for b, row in enumerate(rows):
+        text, images = sees_text(fields, b), sees_images(fields, b, CFG.data.images)
+        np.testing.assert_array_equal(*images)
+        expected_text, expected_images = np.eye(CFG.data.length, dtype=bool), np.zeros_like(images[0])
+        token = image = target = 0
+        for document in row:
+            for q in range(len(document.tokens)):
+                for k in range(q + 1):
+                    expected_text[token + q, token + k] = q < document.seen_until[k]
+                for i in range(document.visible_start[q], document.visible_stop[q]):
+                    expected_images[token + q, image + i] = True
+                for name in ("tokens", "positions", "media_slot"):
+                    assert fields[name][b, token + q] == getattr(document, name)[q]
+            for at, wanted in zip(document.target_at, document.targets, strict=True):
+                assert (fields["target_at"][b, target], fields["targets"][b, target]) == (token + at, wanted)
+                target += 1
+            token, image = token + len(document.tokens), image + len(document.refs)
+        np.testing.assert_array_equal(text, expected_text)
+        np.testing.assert_array_equal(images[0], expected_images)
+        assert (fields["targets"][b, target:] == -1).all() and (fields["media_slot"][b, token:] == -1).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(made=st.lists(samples(), max_size=20), window=st.integers(1, 6), step=st.integers(1, 3))
+def test_packer_uses_each_document_once_within_budget(made, window, step):
+    cfg = config(length=90, images=4, targets=30, pairs=12, window=window)
+    documents = encoded(made, cfg)
+    packers = [Packer(documents, cfg.data, start, step) for start in range(step)]
+    rows = [row for packer in packers for row in drain(packer)]
+    used = Counter(index for row in rows for index, _ in row)
+    assert set(used.values()) <= {1}
+    assert {i for i, d in enumerate(documents) if not unfit(d, cfg.data)} == set(used)
+    assert sum(len(packer.drops) for packer in packers) == len(documents) - len(used)
+    for row in rows:
+        assert all(need <= room for need, room in zip(np.sum([Budget.needed(d) for _, d in row], 0), Budget.of(cfg.data), strict=True))
+        assert assemble([[d for _, d in row]], cfg)["targets"].max() >= 0  # the pair budget holds too, or this raises
+
+
+@settings(max_examples=100, deadline=None)
+@given(made=st.lists(samples(), min_size=5, max_size=20), window=st.integers(1, 6), after=st.integers(0, 6))
+def test_restored_packer_goes_on_equally(made, window, after):
+    cfg = config(length=90, images=4, targets=30, window=window)
+    documents = encoded(made, cfg)
+    packer, other = Packer(documents, cfg.data), Packer(documents, cfg.data)
+    for _ in range(after):
+        packer.row()
+    other.restore(json.loads(json.dumps(packer.state)))
+    assert [[i for i, _ in row] for row in drain(packer)] == [[i for i, _ in row] for row in drain(other)]
+
+
+def long_sample(texts=1, images=0, size=10):
+    """A document of plain text."""
+    dialogs = tuple(question("<image>" * images + str(i) * size, "x" * size) for i in range(texts))
+    return Sample("7", "made", refs(*[1] * images), dialogs)
+
+
+@pytest.mark.parametrize(
+    "sample, cause, figures",
+    [
+        (long_sample(size=300), "too long", "619 tokens > data.length 256"),
+        (long_sample(images=9), "too many images", "9 images > data.images 8"),
+        (long_sample(texts=12, size=1), "too many targets", "24 targets > data.targets 20"),
+        (long_sample(images=2), "too many pairs", "6 pairs > data.pairs 5"),
+        (Sample("7", "made", (), ((Turn("user", "x"),),)), "nothing supervised", "nothing supervised"),
+    ],
+)
+def test_what_cannot_fit_is_dropped_by_name(sample, cause, figures):
+    budgets = {"too many targets": dict(targets=20, length=1024), "too many pairs": dict(pairs=5, images=2)}
+    data = config(**budgets.get(cause, {})).data
+    packer = Packer([encode(sample, TOKENIZER, CFG)], data)
+    assert packer.row() == []
+    (drop,) = packer.drops
+    assert drop.cause == cause and "sample made/7" in drop.message
+    assert re.search(figures, drop.message), drop.message
+
+
+def test_nothing_ever_fits_is_an_error():
+    documents = [encode(long_sample(size=300), TOKENIZER, CFG)] * 1000
+    with pytest.raises(ValueError, match="1000 documents in a row cannot be used.*data.length 256"):
+        Packer(documents, CFG.data).row()
+
+
+def test_without_isolation_later_documents_see_the_end_of_earlier_ones():
+    cfg = config(isolate=False, template="plain")
+    two = encode(Sample("0", "made", refs(1), (question("<image>a", "x"), question("<image>b", "y"))), TOKENIZER, cfg)
+    one = encode(Sample("1", "made", refs(1), (question("<image>c", "z"),)), TOKENIZER, cfg)
+    fields = assemble([[two, one]], cfg)
+    text, (images, _) = sees_text(fields, 0), sees_images(fields, 0, cfg.data.images)
+    start, last = len(two.tokens), len(two.tokens) + len(one.tokens) - 1
+    path = [k for k in range(start) if two.seen_until[k] == start]  # the dialog that is laid out last
+    assert 0 < len(path) < start
+    assert np.flatnonzero(text[last]).tolist() == [*path, *range(start, last + 1)]
+    assert fields["positions"][0, start] == two.positions[-1] + 1
+    assert np.flatnonzero(images[last]).tolist() == [1]  # pictures stay with their documents
+
+
+def made_document(tokens, images):
+    """A document of these costs, contents irrelevant."""
+    zeros = np.zeros(tokens, np.int32)
+    return Document(*[zeros] * 6, zeros[:1], zeros[:1], zeros[:1], (None,) * images, "k", "made", images + tokens // 64)
+
+
+DISTRIBUTIONS = {  # tokens, images
+    "captions": lambda rng: (min(400, int(16 + rng.lognormal(3.0, 0.6))), 1),
+    "instructions": lambda rng: (min(2000, int(16 + rng.lognormal(5.3, 0.8))), 1),
+    "documents": lambda rng: (min(2040, int(16 * (n := rng.integers(1, 9)) + rng.lognormal(6.2, 0.7))), n),
+}
+
+
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+def test_fill_of_a_2048_row(kind):
+    """At least 97% of the text positions with a window of 64; the last, half-empty rows are left out."""
+    rng = np.random.default_rng(0)
+    documents = [made_document(*DISTRIBUTIONS[kind](rng)) for _ in range(3000)]
+    data = config(length=2048, images=64, targets=2048, pairs=256, window=64).data
+    packer, rows = Packer(documents, data), []
+    while packer.next < len(documents):
+        rows.append([document for _, document in packer.row()])
+    assert fill(rows, data)["tokens"] >= 0.97

@@ -1,0 +1,217 @@
+"""Batches: the same stream for any number of processes and after any stop; mixtures, epochs, drops, evaluation rows."""
+
+import dataclasses
+import json
+import random
+from collections import Counter
+
+import grain
+import numpy as np
+import pytest
+
+from evlm_jax.batch import Batch
+from evlm_jax.data.image import ImageError
+from evlm_jax.data.pipeline import Documents, Mixture, batches, rows_in_order
+from evlm_jax.data.samples import Sample, SampleError, question
+from evlm_jax.data.sources import Source, open_source
+from evlm_jax.data.text import encode, score_document
+from tests.data.made import TOKENIZER, refs, row, write_images, write_jsonl
+from tests.tiny import tiny_config
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+    """Two sources of different length and kind, four lanes."""
+    folder = tmp_path_factory.mktemp("data")
+    write_images(folder / "pictures", 23)
+    for i in range(23):
+        (folder / "pictures" / f"{i}.txt").write_text("caption " * (i % 5 + 1))
+    rows = [row(f"r{i}", f"pictures/{i % 23}.png" if i % 3 else None, "<image>" * bool(i % 3) + "q" * (i % 20), f"a{i}") for i in range(31)]
+    sources = (write_jsonl(folder / "rows.jsonl", rows), f"folder:{folder / 'pictures'}")
+    data = dict(sources=sources, weights=(0.75, 0.25), length=200, targets=150, images=6, pairs=60, window=5, seed=3)
+    return tiny_config(data=data, train=dict(batch=4))
+
+
+def take(iterator, count):
+    """The next batches, then the thread is stopped."""
+    made = [next(iterator) for _ in range(count)]
+    iterator.close()
+    return made
+
+
+def assert_equal(left, right):
+    """Batches and their keys."""
+    assert left[1]["keys"] == right[1]["keys"]
+    for a, b in zip(left[0], right[0], strict=True):
+        assert (a is None and b is None) or np.array_equal(a, b)
+
+
+def test_batch_has_the_promised_shapes(cfg):
+    batch, info = take(batches(cfg, TOKENIZER), 1)[0]
+    for name, array, spec in zip(Batch._fields, batch, Batch.spec(cfg), strict=True):
+        assert (array is None and spec is None) or (array.shape, array.dtype) == (spec.shape, spec.dtype), name
+    assert len(info["keys"]) == 4 and set(info["fill"]) == {"tokens", "images", "targets", "pairs"}
+    assert set(batch.target_source[batch.targets >= 0]) == {0, 1}
+
+
+def test_pictures_stand_in_their_slots(cfg):
+    """The colour of a made picture is its number."""
+    batch, info = take(batches(cfg, TOKENIZER), 1)[0]
+    checked = 0
+    for b, keys in enumerate(info["keys"]):
+        slot = 0
+        for name in keys:
+            key = name.split("/")[-1]
+            number = int(key[1:]) % 23 if key.startswith("r") else int(key.removesuffix(".png"))
+            if key.startswith("r") and int(key[1:]) % 3 == 0:
+                continue  # text only
+            assert (batch.pixels[b, slot] == (number, 255 - number, 7)).all()
+            slot, checked = slot + 1, checked + 1
+    assert checked > 4
+
+
+def test_resume_at_random_points_equals_the_uninterrupted_stream(cfg):
+    iterator, states, made = batches(cfg, TOKENIZER), [], []
+    for _ in range(60):
+        states.append(json.dumps(iterator.get_state()))
+        made.append(next(iterator))
+    iterator.close()
+    other = batches(cfg, TOKENIZER)
+    for at in random.Random(0).sample(range(57), 50):
+        other.set_state(json.loads(states[at]))
+        for expected in made[at : at + 3]:
+            assert_equal(next(other), expected)
+    other.close()
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_rows_of_one_stream(cfg, processes):
+    whole = take(batches(cfg, TOKENIZER), 12)
+    parts = [take(batches(cfg, TOKENIZER, process=p, processes=processes), 12) for p in range(processes)]
+    for step, (batch, info) in enumerate(whole):
+        pieces = [part[step] for part in parts]
+        assert info["keys"] == [keys for _, piece in pieces for keys in piece["keys"]]
+        np.testing.assert_array_equal(batch.tokens, np.concatenate([piece.tokens for piece, _ in pieces]))
+        np.testing.assert_array_equal(batch.pixels, np.concatenate([piece.pixels for piece, _ in pieces]))
+
+
+def test_state_restores_on_another_number_of_processes(cfg):
+    expected = take(batches(cfg, TOKENIZER), 9)[-1]
+    two = [batches(cfg, TOKENIZER, process=p, processes=2) for p in range(2)]
+    lanes = {}
+    for iterator in two:
+        take(iterator, 8)
+        lanes |= iterator.get_state()["lanes"]
+    one = batches(cfg, TOKENIZER)
+    one.set_state({"lanes": lanes})
+    assert_equal(take(one, 1)[0], expected)
+    with pytest.raises(ValueError, match=r"no lanes \[2, 3\]"):
+        batches(cfg, TOKENIZER).set_state(two[0].get_state())
+
+
+def test_mixture_is_exact_and_skips_nothing():
+    lanes, weights = 4, (0.7, 0.3)
+    mixture = Mixture(weights, lanes)
+    pairs = [mixture[i] for i in range(10 * lanes * 6)]
+    for lane in range(lanes):
+        for period in range(6):
+            mine = [source for source, _ in pairs[lane + period * 10 * lanes : (period + 1) * 10 * lanes : lanes]]
+            assert Counter(mine) == {0: 7, 1: 3}
+    for source in range(2):
+        indices = sorted(index for s, index in pairs if s == source)
+        assert indices == list(range(len(indices)))
+    with pytest.raises(ValueError, match="data.weights"):
+        Mixture((1.0, 0.0), lanes)
+
+
+def test_every_epoch_has_every_dialog_once_in_another_order():
+    samples = [Sample(str(i), "made", refs(1), tuple(question(f"<image>{i}-{j}", "x") for j in range(i % 5 + 1))) for i in range(17)]
+    source = Source("made", samples, lambda sample: sample, dialogs=lambda sample: len(sample.dialogs))
+    cfg = tiny_config(data=dict(dialogs=2))
+    documents = Documents(source, TOKENIZER, cfg)
+    assert len(documents) == sum(-(-(i % 5 + 1) // 2) for i in range(17))
+    epochs = []
+    stream = documents.shuffle(0).repeat()
+    for epoch in range(3):
+        parts = [stream[epoch * len(documents) + i] for i in range(len(documents))]
+        assert Counter(len(part.targets) // 2 for part in parts)[0] == 0
+        texts = [tuple(TOKENIZER.decode(part.tokens).split("assistant")) + (part.key,) for part in parts]
+        assert sum(len(part.targets) for part in parts) == 2 * sum(i % 5 + 1 for i in range(17))
+        epochs.append(texts)
+    assert sorted(epochs[0]) != sorted(epochs[1])  # dialogs are dealt to the parts anew
+    assert [t[-1] for t in epochs[0]] != [t[-1] for t in epochs[1]]
+    assert Counter(t[-1] for t in epochs[0]) == Counter(t[-1] for t in epochs[1])
+
+
+def single(tmp_path, rows, **data):
+    """A config with one jsonl source and one lane."""
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    defaults = dict(sources=(source,), weights=(1.0,), length=120, targets=60, pairs=40, window=3)
+    return tiny_config(data=defaults | data, train=dict(batch=1))
+
+
+def test_drops_are_counted_and_named(tmp_path):
+    rows = [row("good", None, "q", "a"), row("long", None, "q" * 500, "a"), row("mute", None, "q")]
+    drops = Counter()
+    for _, info in take(batches(single(tmp_path, rows), TOKENIZER), 8):
+        drops.update((drop.cause, drop.message.split("/")[-1]) for drop in info["drops"])
+        assert {key.split("/")[-1] for keys in info["keys"] for key in keys} == {"good"}
+    assert set(drops) == {("too long", "long"), ("nothing supervised", "mute")}
+
+
+def test_an_unreadable_image_takes_the_targets_of_its_document_only(tmp_path):
+    write_images(tmp_path, 2)
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:40])
+    cfg = single(tmp_path, [row("ok", "0.png", "<image>q", "aa"), row("bad", "1.png", "<image>q", "aa")])
+    iterator = batches(cfg, TOKENIZER)
+    seen = Counter()
+    for batch, info in take(iterator, 4):
+        bad = sum(key.endswith("bad") for key in info["keys"][0])
+        assert [drop.cause for drop in info["drops"]] == ["unreadable image"] * bad
+        assert (batch.targets[0] >= 0).sum() == 3 * (len(info["keys"][0]) - bad)
+        seen[bad] += 1
+    assert max(seen) > 0
+
+
+def test_a_wrong_number_of_images_stops_with_the_key(tmp_path):
+    cfg = single(tmp_path, [row("two-of-one", "0.png", "<image><image>q", "a")])
+    with pytest.raises(SampleError, match="two-of-one"):
+        next(batches(cfg, TOKENIZER))
+
+
+@pytest.mark.parametrize("arguments, field", [(dict(processes=3), "train.batch"), (dict(features=object()), "data.cache_features")])
+def test_bad_calls_name_the_field(cfg, arguments, field):
+    with pytest.raises(ValueError, match=field):
+        batches(cfg, TOKENIZER, **arguments)
+
+
+def test_rows_in_order_map_back_to_documents_and_dialogs(cfg):
+    source = open_source(cfg.data.sources[1])
+    prompt = "<image>what?"
+    documents = []
+    for sample in source:
+        dialogs = tuple(question(prompt, answer) for answer in ("yes", "no", sample.key))
+        documents.append(score_document(dataclasses.replace(sample, dialogs=dialogs), TOKENIZER, cfg))
+    found = {}
+    for batch, owner, dialog in rows_in_order(documents, cfg, rows=3):
+        assert batch.tokens.shape[0] == owner.shape[0] == 3
+        assert ((owner >= 0) == (batch.targets >= 0)).all() and ((dialog >= 0) == (batch.targets >= 0)).all()
+        for b, m in zip(*np.nonzero(owner >= 0), strict=True):
+            found.setdefault((int(owner[b, m]), int(dialog[b, m])), []).append(int(batch.targets[b, m]))
+    answers = {(i, d): answer for i, sample in enumerate(source) for d, answer in enumerate(("yes", "no", sample.key))}
+    assert {key: TOKENIZER.decode(ids) for key, ids in found.items()} == answers
+
+
+def test_rows_in_order_refuse_what_they_would_lose(cfg, tmp_path):
+    long = encode(Sample("big", "made", (), (question("q" * 999, "a"),)), TOKENIZER, cfg)
+    with pytest.raises(ValueError, match="1 documents do not fit a row.*made/big"):
+        next(rows_in_order([long], cfg, rows=1))
+    missing = encode(Sample("gone", "made", refs(1), (question("<image>q", "a"),)), TOKENIZER, cfg)
+    with pytest.raises(ImageError, match="0.png.*made/gone"):
+        next(rows_in_order([missing], cfg, rows=1))
+
+
+def test_documents_are_a_grain_dataset(cfg):
+    """Random access through grain's own transformations."""
+    documents = Documents(open_source(cfg.data.sources[0]), TOKENIZER, cfg)
+    assert isinstance(documents, grain.MapDataset) and documents[3].key == "r3" and documents[31 + 3].key == "r3"

@@ -31,13 +31,24 @@ def xattn_flops_per_token(cfg: EVLMConfig) -> float:
     return 2 * len(cfg.cross_layers) * (2 * d * x.heads * x.head_dim + 2 * d * x.ffn)
 
 
+def real_tokens(batch: Batch) -> np.ndarray:
+    """bool [B, T]: positions that are not padding."""
+    return (batch.positions > 0) | (batch.seen_until > np.arange(batch.tokens.shape[1]) + 1)
+
+
+def seen_images(batch: Batch) -> int:
+    """Image slots that some token sees."""
+    padding = batch.pair_tile.shape[1]
+    return sum(len(np.unique(row[tile < padding])) for row, tile in zip(batch.pair_image, batch.pair_tile, strict=True))
+
+
 def train_flops(cfg: EVLMConfig, batch: Batch) -> float:
     """FLOPs needed by forward and backward of a batch of NumPy arrays, with the towers frozen and cross-attention trained."""
     llm, layers, width = cfg.llm, len(cfg.cross_layers), cfg.xattn.heads * cfg.xattn.head_dim
-    real = (batch.positions > 0) | (batch.seen_until > np.arange(cfg.data.length) + 1)  # else padding
+    real = real_tokens(batch)
     targets = (batch.targets >= 0).sum()
     seen = (batch.visible_stop - batch.visible_start).sum()
-    images = sum(len(np.unique(row[tile < cfg.data.pairs])) for row, tile in zip(batch.pair_image, batch.pair_tile, strict=True))
+    images = seen_images(batch)
     text = 2 * llm_flops_per_token(cfg) * real.sum()
     scores = 2 * 4 * llm.layers * llm.heads * llm.head_dim * (batch.positions + 1)[real].sum()
     head = 2 * 2 * llm.hidden * llm.vocab * targets

@@ -5,9 +5,12 @@
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from flax import nnx
 
 from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig, from_config_dict
+from evlm_jax.models.evlm import EVLM
+from evlm_jax.names import flatten
 from evlm_jax.ops.grouping import plan
 
 CROSS_ONLY = ({"pattern": "^(xattn|media)/", "lr": 1.0}, {"pattern": "^(vit|llm)/", "lr": None})
@@ -95,3 +98,31 @@ def _row(cfg: EVLMConfig, rng: np.random.Generator, fill: float) -> dict:
     pixels = rng.integers(0, 256, (data.images, vit.image_size, vit.image_size, 3)).astype(np.uint8)
     taps = rng.standard_normal((data.images, len(vit.taps), vit.tokens, vit.width)).astype(jnp.bfloat16)
     return row | dict(pixels=None if data.cache_features else pixels, taps=taps if data.cache_features else None)
+
+
+def tiny_towers(cfg: EVLMConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random towers by canonical name, in place of `convert.engine.load_towers`."""
+    model = EVLM(cfg, nnx.Rngs(seed))
+    towers = nnx.filter_state(nnx.state(model), lambda path, _: path[0] in ("vit", "llm"))
+    return {name: np.asarray(array) for name, array in flatten(cfg, towers).items()}
+
+
+class TinyData:
+    """Batches that are a function of (seed, index), in place of `data.pipeline.batches`. `change(index, batch)` may spoil one."""
+
+    def __init__(self, cfg: EVLMConfig, seed: int = 0, change=lambda index, batch: batch):
+        self.cfg, self.seed, self.change, self.next = cfg, seed, change, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        index, self.next = self.next, self.next + 1
+        batch = tiny_batch(self.cfg, seed=1000 * self.seed + index)
+        return self.change(index, batch), {"keys": [f"{index}/{row}" for row in range(self.cfg.train.batch)]}
+
+    def get_state(self):
+        return {"next": self.next}
+
+    def set_state(self, state):
+        self.next = state["next"]

@@ -1,0 +1,100 @@
+"""What a run reports: a progress bar, DIR/metrics.jsonl and, where asked, TensorBoard.
+
+Values arrive on the host some steps after they were dispatched, so reporting never makes the device wait. Between two lines
+losses are averaged over targets and rates over time; the other values are those of the line's own step.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Self
+
+from tqdm import tqdm
+
+from evlm_jax.batch import Batch
+from evlm_jax.config import EVLMConfig
+from evlm_jax.flops import real_tokens, seen_images, train_flops
+from evlm_jax.names import canonical
+
+
+class Meter:
+    """Collects the values of every step and writes a line each `train.log_every` steps."""
+
+    def __init__(self, cfg: EVLMConfig, workdir: str, step: int, devices: int, tensorboard: bool):
+        """Continues the files of `workdir` behind `step`; later lines, of a run that was cut off, are dropped.
+
+        Raises:
+          ImportError: `tensorboard` is asked for and tensorboardX is not installed.
+        """
+        self._cfg, self._devices = cfg, devices
+        self._path = Path(workdir) / "metrics.jsonl"
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        whole = [line for line in lines if line.endswith("}")]  # a killed run may leave half a line
+        self._path.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+        self._board = _board(workdir, step) if tensorboard else None
+        self._bar = tqdm(total=cfg.train.steps, initial=step, unit="step", dynamic_ncols=True)
+        self._reset()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+        if self._board:
+            self._board.close()
+
+    def add(self, step: int, batch: dict[str, float], values: dict) -> None:
+        """The values of update `step` (1-based), on the host; `batch` is what `work` counted of its batch."""
+        self._totals = {name: self._totals.get(name, 0.0) + value for name, value in (batch | _sums(self._cfg, values)).items()}
+        self._bar.update()
+        if step % self._cfg.train.log_every == 0 or step == self._cfg.train.steps:
+            self._write(step, self._summary() | {"lr": values["lr"], "grad_norm": values["grad_norm"]} | _gates(self._cfg, values["gates"]))
+
+    def _summary(self) -> dict[str, float]:
+        """Means over the targets and rates since the last line."""
+        seconds, totals = time.monotonic() - self._since, self._totals
+        out = {"loss": totals["loss"] / max(totals["count"], 1)}
+        for source in self._cfg.data.sources:
+            if count := totals[f"count/{source}"]:
+                out[f"loss/{source}"] = totals[f"loss/{source}"] / count
+        out |= {f"{name}_per_s": totals[name] / seconds for name in ("tokens", "images")}
+        if self._cfg.train.peak_flops:
+            out["mfu"] = totals["flops"] / (seconds * self._devices * self._cfg.train.peak_flops)
+        return out
+
+    def _write(self, step: int, line: dict[str, float]) -> None:
+        line = {name: float(value) for name, value in line.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **line}) + "\n")
+        for name, value in line.items() if self._board else ():
+            self._board.add_scalar(name, value, step)
+        self._bar.set_postfix(loss=f"{line['loss']:.3f}", tokens=f"{line['tokens_per_s']:.0f}/s", images=f"{line['images_per_s']:.1f}/s")
+        self._reset()
+
+    def _reset(self) -> None:
+        self._totals, self._since = {}, time.monotonic()
+
+
+def work(cfg: EVLMConfig, batch: Batch) -> dict[str, float]:
+    """What a batch of NumPy arrays holds, padding left out: text tokens, images that are looked at, FLOPs needed."""
+    return {"tokens": float(real_tokens(batch).sum()), "images": float(seen_images(batch)), "flops": train_flops(cfg, batch)}
+
+
+def _sums(cfg: EVLMConfig, values: dict) -> dict[str, float]:
+    """Losses and counts of a step, overall and per source."""
+    loss, count = values["source_loss"], values["source_count"]
+    named = {f"{kind}/{name}": array[i] for kind, array in (("loss", loss), ("count", count)) for i, name in enumerate(cfg.data.sources)}
+    return named | {"loss": loss.sum(), "count": count.sum()}
+
+
+def _gates(cfg: EVLMConfig, gates: dict) -> dict[str, float]:
+    """{in-memory path: tanh of the gates of all layers} -> {canonical name: one value}."""
+    return {name: gate for path, layers in gates.items() for name, gate in zip(canonical(cfg, path.split("/")), layers, strict=True)}
+
+
+def _board(workdir: str, step: int):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError('TensorBoard was asked for: pip install "evlm-jax[demo]", or train with tensorboard=False') from error
+    return SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)

@@ -1,0 +1,235 @@
+"""The training loop, flat and readable from the top: the step, the phase, where a run starts, the loop.
+
+Unusual: gradients exist for the trainable State only, frozen parameters are plain arguments of the step. A step whose loss or
+gradient is not finite changes nothing, and neither does any step behind it, so the host may look a few steps later.
+"""
+
+import contextlib
+import functools
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Sharding
+
+from evlm_jax import names, optim
+from evlm_jax.batch import Batch
+from evlm_jax.checkpoint import Arrays, Checkpoints, Snapshot
+from evlm_jax.config import EVLMConfig, to_dict
+from evlm_jax.loss import loss_sums
+from evlm_jax.metrics import Meter, work
+from evlm_jax.models.evlm import EVLM
+from evlm_jax.sharding import batch_sharding, check_rows, make_mesh, replicated
+
+IN_FLIGHT = 2  # steps dispatched before the host looks at the values of an older one
+
+# ---------------------------------------------------------------------------------------------------------------- the step
+
+
+class TrainState(NamedTuple):
+    """All that a step changes."""
+
+    step: jax.Array  # int32, finished updates
+    healthy: jax.Array  # bool, False from the first loss or gradient on that is not finite
+    params: nnx.State  # trainable
+    groups: optim.Groups
+
+
+def gradients(cfg: EVLMConfig, graphdef: nnx.GraphDef, params: nnx.State, frozen: nnx.State, batch: Batch):
+    """Gradient of the mean loss over all targets of the batch, from sums over the micro-batches; float32.
+
+    Returns:
+      (gradients like `params`, {"loss": [sources] sums, "count": [sources]})
+    """
+
+    def loss(params, rows):
+        return loss_sums(nnx.merge(graphdef, params, frozen), rows, len(cfg.data.sources))
+
+    def micro_batch(total, rows):
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, rows)
+        return jax.tree.map(jnp.add, total, (jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums)), None
+
+    k = cfg.train.accumulate  # row r goes to micro-batch r % k, so that every device has its share of each
+    micro_batches = jax.tree.map(lambda x: x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), batch)
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    per_source = jnp.zeros(len(cfg.data.sources))
+    (grads, sums), _ = jax.lax.scan(micro_batch, (zeros, {"loss": per_source, "count": per_source}), micro_batches)
+    count = jnp.maximum(sums["count"].sum(), 1)
+    return jax.tree.map(lambda g: g / count, grads), sums
+
+
+def train_step(cfg: EVLMConfig, graphdef: nnx.GraphDef, plan: optim.Plan, state: TrainState, frozen: nnx.State, batch: Batch):
+    """One update. Returns the new state and what is reported of the step."""
+    grads, sums = gradients(cfg, graphdef, state.params, frozen, batch)
+    params, groups, norm = optim.update(cfg, plan, state.step, state.params, grads, state.groups)
+    healthy = state.healthy & jnp.isfinite(sums["loss"].sum()) & jnp.isfinite(norm)
+    moved, still = TrainState(state.step + 1, healthy, params, groups), state._replace(healthy=healthy)
+    report = {"healthy": healthy, "grad_norm": norm, "lr": optim.schedule(cfg, state.step), "source_loss": sums["loss"]}
+    gates = {path: jnp.tanh(gate[...]) for path, gate in nnx.to_flat_state(params) if str(path[-1]).endswith("gate")}
+    report |= {"source_count": sums["count"], "gates": {"/".join(map(str, path)): gate for path, gate in gates.items()}}
+    return jax.tree.map(lambda a, b: jnp.where(healthy, a, b), moved, still), report
+
+
+# --------------------------------------------------------------------------------------------------------------- the phase
+
+
+class Phase:
+    """From one change of the trainable set to the next: its plan, the frozen parameters, one compiled step."""
+
+    def __init__(self, cfg: EVLMConfig, number: int, sharding: Sharding):
+        self.cfg, self.number, self.sharding = cfg, number, sharding
+        self.graphdef, self.shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
+        self.plan = optim.plan(cfg, number, self.shapes)
+        self.trained = {name for path in self.plan.rates for name in names.canonical(cfg, path)}
+
+        def step(state, frozen, batch):
+            return train_step(cfg, self.graphdef, self.plan, state, frozen, batch)
+
+        self._step = jax.jit(step, donate_argnums=0, out_shardings=sharding)
+        self.on_disk = jax.jit(lambda state: (names.flatten(cfg, state.params), optim.flatten(cfg, state.groups)))
+
+    def enter(self, step: int, params: nnx.State, groups: optim.Groups) -> TrainState:
+        """Splits the parameters of the whole model, promotes the trainable ones to their dtype, begins new groups."""
+        trainable, self.frozen = nnx.split_state(params, self.plan.trains, ...)
+        own = lambda tree, dtype: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), tree)  # a step overwrites its state
+        trainable = own(trainable, self.cfg.train.param_dtype)
+        begin = jax.jit(lambda trainable, groups: optim.begin(self.cfg, self.plan, trainable, groups), out_shardings=self.sharding)
+        state = TrainState(jnp.int32(step), jnp.bool(True), trainable, begin(trainable, own(groups, None)))
+        size = lambda tree: f"{sum(x.size for x in jax.tree.leaves(tree)):,} parameters"
+        print(f"phase {self.number} from step {step}: trains {size(trainable)}, freezes {size(self.frozen)}", flush=True)
+        return jax.device_put(state, self.sharding)
+
+    def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+        """One step; `state` is donated."""
+        return self._step(state, self.frozen, batch)
+
+    def whole(self, state: TrainState) -> nnx.State:
+        """The parameters of the whole model."""
+        return nnx.merge_state(state.params, self.frozen)
+
+    def model(self, state: TrainState) -> EVLM:
+        """The model, on the same arrays."""
+        return nnx.merge(self.graphdef, state.params, self.frozen)
+
+
+# ------------------------------------------------------------------------------------------------------- where a run starts
+
+
+def fresh(phase: Phase, params: Arrays, trained: frozenset[str]) -> nnx.State:
+    """The whole model before its first step: `params`, and new cross-attention and media embeddings where they have none.
+
+    Frozen towers take train.frozen_dtype; what an earlier stage trained keeps its bits. Media embeddings start as the mean of
+    the word embeddings plus noise at their scale (paper.md section 1).
+
+    Raises:
+      ValueError: listing missing, unexpected and wrongly shaped parameters.
+    """
+    cfg, keep = phase.cfg, trained | phase.trained
+    values = {name: array if name in keep else array.astype(cfg.train.frozen_dtype) for name, array in params.items()}
+    if "media/embedding" not in params and "llm/embed" in params:
+        words = np.asarray(params["llm/embed"], np.float32)
+        noise = np.random.default_rng(cfg.train.seed).standard_normal((cfg.media.tokens, cfg.llm.hidden))
+        values["media/embedding"] = (words.mean(0) + words.std(0) * noise).astype(np.float32)
+    if any(name.startswith("xattn/") for name in params):
+        return jax.device_put(names.unflatten(cfg, values, phase.shapes), phase.sharding)
+    cross = lambda path, _: path[0] == "xattn"
+    rest = names.unflatten(cfg, values, nnx.filter_state(phase.shapes, lambda path, _: path[0] != "xattn"))
+    new = lambda: nnx.filter_state(nnx.state(EVLM(cfg, nnx.Rngs(cfg.train.seed))), cross)
+    return nnx.merge_state(jax.device_put(rest, phase.sharding), jax.jit(new, out_shardings=phase.sharding)())
+
+
+def restored(phase: Phase, snapshot: Snapshot) -> tuple[nnx.State, optim.Groups]:
+    """The whole model and the Adam states of a checkpoint, bit for bit."""
+    whole = names.unflatten(phase.cfg, snapshot.frozen | snapshot.params, phase.shapes)
+    return jax.device_put((whole, optim.unflatten(phase.cfg, phase.plan, snapshot.groups, phase.shapes)), phase.sharding)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the loop
+
+
+def train(
+    cfg: EVLMConfig,
+    workdir: str,
+    data: Iterator,
+    params: Arrays,
+    trained: frozenset[str] = frozenset(),
+    on_step: Callable[[int, Callable[[], EVLM]], None] | None = None,
+    tensorboard: bool = False,
+) -> int:
+    """Trains to train.steps, or to SIGTERM; goes on from the newest checkpoint in `workdir` where there is one.
+
+    Args:
+      data: yields (Batch of NumPy arrays, {"keys": sample keys}); get_state() -> JSON and set_state(JSON) keep its position.
+      params: canonical name -> array: the towers, or all parameters of an earlier stage (checkpoint.load_params).
+      trained: those of `params` that an earlier stage trained (checkpoint.trained).
+      on_step: called with the number of finished updates and a function that gives the model, valid until it returns.
+      tensorboard: write TensorBoard files, next to metrics.jsonl.
+    Returns:
+      the number of finished updates, saved.
+    Raises:
+      FloatingPointError: loss or gradient is not finite; names the step and its samples. Nothing is saved behind it.
+    """
+    mesh = make_mesh()
+    check_rows(mesh, cfg.train.batch // cfg.train.accumulate, "train.batch / train.accumulate")
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, cfg.train.keep)))
+        snapshot = checkpoints.resume()
+        step, phase = 0, Phase(cfg, snapshot.meta["phase"] if snapshot else 0, replicated(mesh))
+        if snapshot:
+            step, trained = snapshot.meta["step"], trained | set(snapshot.meta["trained"])
+            print(f"resume from step {step} of {checkpoints.root}", flush=True)
+            whole, groups = restored(phase, snapshot)
+            data.set_state(snapshot.meta["data"])
+        else:
+            whole, groups = fresh(phase, params, trained), {}
+        meter = stack.enter_context(Meter(cfg, workdir, step, mesh.size, tensorboard))
+        stop = stack.enter_context(_sigterm())
+        state, pending = None, deque()
+        while step < cfg.train.steps and not stop.is_set():
+            if state is None or optim.phase_at(cfg, step) != phase.number:
+                if state is not None:
+                    whole, groups = phase.whole(state), state.groups
+                phase = Phase(cfg, optim.phase_at(cfg, step), phase.sharding)
+                state = phase.enter(step, whole, groups)
+                checkpoints.freeze(names.flatten(cfg, jax.device_get(phase.frozen)))
+                trained, whole, groups = trained | phase.trained, None, None
+            batch, info = next(data)
+            state, report = phase.update(state, jax.device_put(batch, batch_sharding(mesh)))
+            step += 1
+            pending.append((step, info["keys"], work(cfg, batch), report))
+            _look(pending, IN_FLIGHT, meter)
+            if on_step:
+                on_step(step, functools.partial(phase.model, state))
+            if step % cfg.train.save_every == 0 or step == cfg.train.steps or stop.is_set():
+                _look(pending, 0, meter)
+                meta = {"phase": phase.number, "data": data.get_state(), "config": to_dict(cfg), "trained": sorted(trained)}
+                checkpoints.save(step, *phase.on_disk(state), meta)
+    return step
+
+
+def _look(pending: deque, left: int, meter: Meter) -> None:
+    """Reports dispatched steps, oldest first, until `left` of them have not been looked at."""
+    while len(pending) > left:
+        step, keys, counted, report = pending.popleft()
+        report = jax.device_get(report)
+        if not report["healthy"]:
+            sums = f"sum of losses {report['source_loss'].sum()}, gradient norm {report['grad_norm']}"
+            raise FloatingPointError(f"step {step}: {sums}; nothing was updated or saved since. Its samples: {', '.join(map(str, keys))}")
+        meter.add(step, counted, report)
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, instead of ending the process."""
+    stop = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)

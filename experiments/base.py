@@ -1,0 +1,111 @@
+"""The paper's stage-1 settings (arXiv 2407.14177, tables 1 and 6): what every other experiment changes a few fields of."""
+
+from ml_collections import ConfigDict
+
+NO_DECAY = (r"gate$", r"norm", r"bias$", r"^media/", r"/ln\d/", r"/scale\d?$")
+
+
+def eva02_clip_e_plus() -> dict:
+    """EVA02-CLIP-E-14+ vision tower, 64 blocks of width 1792, without its last norm and head."""
+    return dict(
+        depth=64,
+        width=1792,
+        heads=16,
+        mlp=15360,
+        patch=14,
+        image_size=224,
+        pretrained_size=224,
+        norm="res_post",
+        bias="qv",
+        activation="gelu",
+        layer_scale=False,
+        class_token=True,
+        registers=0,
+        patch_bias=True,
+        embed_norm=False,
+        eps=1e-6,
+        taps=(29, 34, 39, 44, 49, 54, 59, 64),
+        cuts=(32, 48),
+        interpolation="bicubic",
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711),
+    )
+
+
+def qwen_14b() -> dict:
+    """Qwen-14B-Chat 1.0."""
+    return dict(
+        vocab=152064,
+        hidden=5120,
+        layers=40,
+        heads=40,
+        kv_heads=40,
+        head_dim=128,
+        mlp=13696,
+        rope_theta=10000.0,
+        eps=1e-6,
+        qkv_bias=True,
+        tied=False,
+    )
+
+
+def get_config() -> ConfigDict:
+    """Stage 1, multi-modal pre-training."""
+    frozen_llm = dict(pattern=r"^llm/", lr=None)
+    cross = dict(pattern=r"^(xattn|media)/", lr=1.0)
+    upper_vit = dict(pattern=r"^vit/blocks/(3[2-9]|[45]\d|6[0-3])/", lr=1.0)
+    frozen_vit = dict(pattern=r"^vit/", lr=None)
+    return ConfigDict(
+        dict(
+            name="evlm_14b_pretrain",
+            vit=eva02_clip_e_plus(),
+            llm=qwen_14b(),
+            xattn=dict(heads=8, head_dim=128, ffn=2560, every=1, schedule="blocked", sinks=1, tile=32, eps=1e-5),
+            media=dict(tokens=16, placeholder="<|extra_0|>"),
+            data=dict(
+                sources=(),
+                weights=(),
+                template="chatml",
+                length=2048,
+                images=64,
+                targets=2048,
+                pairs=128,
+                dialogs=0,
+                isolate=True,
+                window=256,
+                resize="squash",
+                cache_features=False,
+                seed=0,
+            ),
+            optim=dict(
+                lr=6e-4,
+                min_lr=3e-5,
+                warmup=2000,
+                b1=0.9,
+                b2=0.999,
+                eps=1e-8,
+                weight_decay=0.05,
+                no_decay=NO_DECAY,
+                clip=10.0,
+                phases=(
+                    dict(start=0.0, warmup=0, rules=(cross, frozen_vit, frozen_llm)),
+                    dict(start=0.25, warmup=0, rules=(cross, upper_vit, frozen_vit, frozen_llm)),
+                ),
+            ),
+            train=dict(
+                steps=125_000,
+                batch=480,
+                accumulate=1,
+                dtype="bfloat16",
+                param_dtype="float32",
+                frozen_dtype="bfloat16",
+                remat="dots",
+                save_every=1000,
+                keep=3,
+                log_every=10,
+                seed=0,
+                peak_flops=0.0,
+            ),
+            init=dict(vision="", llm=""),
+        )
+    )

@@ -1,0 +1,103 @@
+"""EVLM on real weights and data that train on two CPU cores: frozen DINOv2 ViT-S/14 and SmolLM2-135M, easy-vqa and emoji names.
+
+`get_config("fast")` is the short form for CI, `get_config("full")` the long documented one.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import base
+
+
+def dinov2_small(image_size: int) -> dict:
+    """DINOv2 ViT-S/14. Taps of one early, one middle and one late block; the last block of the shipped weights is the weakest."""
+    return dict(
+        depth=12,
+        width=384,
+        heads=6,
+        mlp=1536,
+        patch=14,
+        image_size=image_size,
+        pretrained_size=518,
+        norm="pre",
+        bias="all",
+        activation="gelu",
+        layer_scale=True,
+        class_token=True,
+        registers=0,
+        patch_bias=True,
+        embed_norm=False,
+        eps=1e-6,
+        taps=(4, 8, 11),
+        cuts=(),
+        interpolation="bicubic",
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    )
+
+
+def smollm2_135m() -> dict:
+    """SmolLM2-135M-Instruct."""
+    return dict(
+        vocab=49152,
+        hidden=576,
+        layers=30,
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        mlp=1536,
+        rope_theta=100000.0,
+        eps=1e-5,
+        qkv_bias=False,
+        tied=True,
+    )
+
+
+def get_config(form: str = "") -> ConfigDict:
+    """The demo. `form`: "" (within 30 minutes on 2 cores), "fast" (a few minutes), "full" (every question, several times)."""
+    steps = {"": 300, "fast": 12, "full": 2000}[form]
+    config = base.get_config()
+    config.name = "demo"
+    config.vit = dinov2_small(image_size=112)
+    config.llm = smollm2_135m()
+    config.xattn.update(heads=3, head_dim=64, ffn=288)
+    config.media.update(tokens=4, placeholder="<repo_name>")
+    config.data.update(
+        sources=("easy-vqa", "emoji-en"),
+        weights=(0.7, 0.3),
+        length=512,
+        images=8,
+        targets=128,
+        pairs=32,
+        window=64,
+        cache_features=True,
+    )
+    config.optim.update(
+        lr=1e-3,
+        min_lr=1e-4,
+        warmup=20,
+        clip=1.0,
+        phases=(
+            dict(
+                start=0.0,
+                warmup=0,
+                rules=(
+                    dict(pattern=r"gate$", lr=20.0),
+                    dict(pattern=r"^(xattn|media)/", lr=1.0),
+                    dict(pattern=r"^(vit|llm)/", lr=None),
+                ),
+            ),
+        ),
+    )
+    config.train.update(
+        steps=steps,
+        batch=2,
+        dtype="float32",
+        frozen_dtype="float32",
+        remat="none",
+        save_every=100,
+        keep=2,
+        log_every=5,
+        peak_flops=195e9,
+    )
+    config.init.update(vision="dinov2-small", llm="smollm2-135m-instruct")
+    return config

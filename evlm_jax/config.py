@@ -223,7 +223,6 @@ def check(cfg: EVLMConfig) -> None:
         (cfg.media.tokens >= 1, "media.tokens", "must be positive"),
         (len(data.sources) == len(data.weights), "data.weights", "needs one weight for each of data.sources"),
         (data.pairs >= data.images, "data.pairs", f"must be at least data.images = {data.images}"),
-        (data.targets <= data.length, "data.targets", f"must not exceed data.length = {data.length}"),
         (train.batch % train.accumulate == 0, "train.accumulate", f"must divide train.batch = {train.batch}"),
         (len(cfg.optim.phases) > 0 and cfg.optim.phases[0].start == 0, "optim.phases", "the first must start at 0"),
     ]

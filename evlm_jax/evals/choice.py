@@ -1,0 +1,152 @@
+"""Which of the candidate answers has the lowest loss, for every question about an image at once.
+
+An image, all its questions and all their candidates are ONE document, a token trie: the image's media tokens and every
+question are computed once, a candidate of one token costs no position at all, only one more pick from the same logits.
+The loss of a candidate is the sum over its tokens; the token that ends the answer counts only where one candidate is the
+beginning of another (else it would be compared without being needed).
+"""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from evlm_jax.batch import Batch
+from evlm_jax.config import EVLMConfig
+from evlm_jax.data.features import FeatureStore
+from evlm_jax.data.pack import Budget
+from evlm_jax.data.pipeline import rows_in_order
+from evlm_jax.data.samples import MARKER, Sample, question
+from evlm_jax.data.text import Document, score_document
+from evlm_jax.evals.statistics import clustered_error, wilson
+from evlm_jax.models.evlm import EVLM
+
+EASY_VQA = {  # answer type -> answers
+    "yes / no": ("yes", "no"),
+    "shape": ("circle", "rectangle", "triangle"),
+    "colour": ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
+}
+SLACK = 1.1  # room over the average need of a row's tokens, so that length stays what closes a row
+
+
+def evaluate(
+    model: EVLM, tokenizer, samples: Sequence[Sample], types: Mapping[str, Sequence[str]], features: FeatureStore | None = None, rows: int = 2
+) -> dict:
+    """Answers every dialog (one question, one true answer) of the samples with the candidate of lowest loss.
+
+    Args:
+      types: answer type -> its answers; the candidates of every question are all answers of all types.
+      rows: of a batch.
+    Returns:
+      {"task", "method", "candidates", "accuracy": as `accuracy_table`, "examples": [{"image", "question", "answer", "prediction",
+      "correct", "losses"}]}: one example a question, losses in nats in the order of the candidates.
+    """
+    candidates = [answer for answers in types.values() for answer in answers]
+    examples = []
+    for sample, losses in zip(samples, candidate_losses(model, tokenizer, samples, candidates, features, rows), strict=True):
+        for (asked, truth), loss in zip(sample.dialogs, losses, strict=True):
+            guess = candidates[int(loss.argmin())]
+            row = {"image": sample.key, "question": asked.text.replace(MARKER, ""), "answer": truth.text, "prediction": guess}
+            examples.append(row | {"correct": guess == truth.text, "losses": [round(float(x), 4) for x in loss]})
+    source = samples[0].source
+    table = accuracy_table(examples, types)
+    return {"task": source, "method": "lowest loss", "candidates": candidates, "accuracy": table, "examples": examples}
+
+
+def candidate_losses(
+    model: EVLM, tokenizer, samples: Sequence[Sample], candidates: Sequence[str], features: FeatureStore | None = None, rows: int = 2
+) -> list[np.ndarray]:
+    """float64 [questions, candidates] of each sample: the loss in nats of every candidate as the answer of every dialog's question."""
+    end = needs_end(tokenizer, candidates, model.cfg)
+    options = lambda sample: tuple(question(dialog[0].text, answer) for dialog in sample.dialogs for answer in candidates)
+    documents = [score_document(replace(s, dialogs=options(s)), tokenizer, model.cfg, end=end) for s in samples]
+    cfg = fit_budget(model.cfg, documents)
+    graphdef, state = nnx.split(model)
+    losses = [np.zeros(len(s.dialogs) * len(candidates)) for s in samples]
+    bar = tqdm(total=sum(len(s.dialogs) for s in samples), desc="lowest loss", unit="question")
+    for batch, document, dialog in rows_in_order(documents, cfg, rows, features):
+        log_probs = np.asarray(_score(graphdef, state, batch), np.float64)
+        for d in np.unique(document[document >= 0]):
+            here = document == d
+            np.add.at(losses[d], dialog[here], -log_probs[here])
+            bar.update(len(samples[d].dialogs))
+    bar.close()
+    return [loss.reshape(-1, len(candidates)) for loss in losses]
+
+
+def needs_end(tokenizer, candidates: Sequence[str], cfg: EVLMConfig) -> bool:
+    """Whether one candidate's tokens begin another's. Raises ValueError if two candidates are the same tokens."""
+    sample = Sample("candidates", "candidates", (), tuple(question("?", answer) for answer in candidates))
+    document = score_document(sample, tokenizer, cfg, end=False)
+    tokens = [tuple(document.targets[document.dialog == i].tolist()) for i in range(len(candidates))]
+    if twice := [candidates[i] for i, count in enumerate(map(tokens.count, tokens)) if count > 1]:
+        raise ValueError(f"candidates {', '.join(map(repr, twice))} are the same tokens; leave out all but one")
+    return any(a != b and b[: len(a)] == a for a in tokens for b in tokens)
+
+
+def fit_budget(cfg: EVLMConfig, documents: Sequence[Document]) -> EVLMConfig:
+    """The configuration with row budgets that suit these documents: `data.length` closes a row, the others seldom do."""
+    need = np.array([Budget.needed(document) for document in documents])
+    length = max(cfg.data.length, int(need[:, 0].max()))
+    usual = need.sum(0) / need[:, 0].sum() * length * SLACK
+    images, targets, pairs = (max(math.ceil(u), int(most)) for u, most in zip(usual[1:], need[:, 1:].max(0), strict=True))
+    return replace(cfg, data=replace(cfg.data, length=length, images=images, targets=targets, pairs=max(pairs, images)))
+
+
+def accuracy_table(examples: Iterable[Mapping], types: Mapping[str, Sequence[str]]) -> list[dict]:
+    """Accuracy of all examples and by type of the true answer, beside what the most common answer of the type would score.
+
+    Args:
+      examples: with "image", "answer" and "correct".
+    Returns:
+      [{"type", "count", "correct", "accuracy", "error": standard error clustered by image or None, "interval": Wilson 95%,
+      "majority", "majority_answer"}], "all" first.
+    """
+    type_of = {answer: kind for kind, answers in types.items() for answer in answers}
+    groups: dict[str, list[Mapping]] = {"all": []} | {kind: [] for kind in types}
+    for example in examples:
+        groups["all"].append(example)
+        groups[type_of[example["answer"]]].append(example)
+    table = []
+    for kind, group in groups.items():
+        if not group:
+            continue
+        right, count = sum(bool(e["correct"]) for e in group), len(group)
+        error = clustered_error([float(e["correct"]) for e in group], [e["image"] for e in group])
+        (common, times), *_ = Counter(e["answer"] for e in group).most_common(1)
+        row = {"type": kind, "count": count, "correct": right, "accuracy": right / count, "error": None if math.isnan(error) else error}
+        table.append(row | {"interval": wilson(right, count), "majority": times / count, "majority_answer": common})
+    return table
+
+
+def _score(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> jax.Array:
+    """Log-probability of every target, float32 [B, M]; the head computes each distinct position of a row once."""
+    places = [np.unique(at[target >= 0]) for at, target in zip(batch.target_at, batch.targets, strict=True)]
+    width = -(-max(map(len, places)) // 32) * 32  # few compiled shapes
+    positions = np.stack([np.pad(p, (0, width - len(p))) for p in places])
+    slots = np.stack([np.searchsorted(p, at).clip(0, max(0, len(p) - 1)) for p, at in zip(places, batch.target_at, strict=True)])
+    return _picks(graphdef, state, _hidden(graphdef, state, batch), positions, slots, batch.targets)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _hidden(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> jax.Array:
+    return nnx.merge(graphdef, state).hidden(batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _picks(graphdef, state, hidden: jax.Array, positions: jax.Array, slots: jax.Array, targets: jax.Array) -> jax.Array:
+    """Row by row, so that the logits of one row are all that is ever in memory."""
+    model = nnx.merge(graphdef, state)
+
+    def row(inputs):
+        hidden, positions, slots, targets = inputs
+        return jax.nn.log_softmax(model.logits(hidden[positions]))[slots, jnp.maximum(targets, 0)]
+
+    return jax.lax.map(row, (hidden, positions, slots, targets))

@@ -1,0 +1,52 @@
+"""Packaging. The core needs no torch; versions that CI runs stand in requirements.txt."""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "jax>=0.10.2",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "grain>=0.2.18",
+    "ml_collections>=1.1.0",
+    "chex>=0.1.92",
+    "einops>=0.8.2",
+    "gguf>=0.19.0",  # reads GGUF weights
+    "jinja2>=3.1",  # the report
+    "matplotlib>=3.10",  # pictures
+    "ml_dtypes",
+    "numpy>=2.0",
+    "onnx>=1.23.2",  # reads ONNX weights
+    "pillow>=12.0",
+    "safetensors>=0.8.0",
+    "tokenizers>=0.23.3",
+    "tqdm",
+]
+DEMO = ["av>=18.1.0", "emoji>=2.16.0", "tensorboardX>=2.6.5"]
+
+setup(
+    name="evlm-jax",
+    version="0.1.0",
+    description="EVLM (arXiv 2407.14177) in JAX: gated cross-attention from hierarchical ViT features into a frozen language model",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["evlm_jax", "evlm_jax.*", "experiments"]),
+    package_data={"evlm_jax": ["*.html"]},
+    install_requires=CORE,
+    extras_require={
+        "demo": DEMO,
+        "test": [
+            *DEMO,
+            "hypothesis",
+            "pytest",
+            "pycocoevalcap==1.2",
+            "rouge-score==0.1.2",
+            "ruff",
+            "torch==2.13.0",  # a plain `torch` brings gigabytes of CUDA
+            "transformers==5.23.0",
+        ],
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+    },
+    entry_points={"console_scripts": ["evlm=evlm_jax.cli:main"]},
+)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from evlm_jax.config import EVLMConfig
 from evlm_jax.data import video
@@ -48,8 +48,8 @@ def pixels(refs: Sequence[ImageRef], cfg: EVLMConfig) -> np.ndarray:
 def _frames(path: str, seconds: list[float]) -> list[np.ndarray]:
     try:
         return video.decode(path, seconds)
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{path}: cannot decode the video: {error}") from error
+    except video.VideoError as error:
+        raise ImageError(str(error)) from error
 
 
 def _open(path: str) -> Image.Image:
@@ -57,10 +57,10 @@ def _open(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             if image.width * image.height > MOST_PIXELS:
-                raise ImageError(f"{path}: {image.width} x {image.height} pixels, the limit is {MOST_PIXELS}")
+                raise ValueError(f"{image.width} x {image.height} pixels, the limit is {MOST_PIXELS}")
             image.load()
             image = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except Exception as error:  # damaged files make the decoders raise errors of any kind
         raise ImageError(f"{path}: cannot decode the image: {error}") from error
     if image.mode.startswith("I"):  # 16 bits
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))

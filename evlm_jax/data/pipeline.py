@@ -9,6 +9,8 @@ so its position is a number and the few indices that wait in its packing window.
 """
 
 import atexit
+import functools
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,7 @@ from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import Document, encode
 
 PREFETCH = 2  # batches made ahead, in a thread
+TABLE = 1 << 16  # documents of a source: up to here their order is a table
 
 
 def batches(
@@ -61,8 +64,9 @@ def batches(
 def stream(sources: Sequence[Sequence[Sample]], tokenizer, cfg: EVLMConfig) -> grain.MapDataset:
     """The endless stream of documents that the lanes share."""
     seeds = [(cfg.data.seed + 0x9E3779B1 * i) % 2**32 for i in range(len(sources))]
-    documents = [Documents(source, tokenizer, cfg).shuffle(seed).repeat() for source, seed in zip(sources, seeds)]
-    return grain.MapDataset.select_from_datasets(documents, Mixture(cfg.data.weights, cfg.train.batch))
+    documents = [Documents(source, tokenizer, cfg) for source in sources]
+    shuffled = [d.shuffle(seed) if len(d) > TABLE else Shuffle(d, seed) for d, seed in zip(documents, seeds)]
+    return grain.MapDataset.select_from_datasets([d.repeat() for d in shuffled], Mixture(cfg.data.weights, cfg.train.batch))
 
 
 class Documents(grain.MapDataset):
@@ -82,6 +86,21 @@ class Documents(grain.MapDataset):
         first = int(self._ends[number - 1]) if number else 0
         data = self._cfg.data
         return encode(part(self._source[number], place - first, data.dialogs, (data.seed, epoch, number)), self._tokenizer, self._cfg)
+
+
+class Shuffle(grain.MapDataset):
+    """Another order in each epoch, by a table. Grain's own needs none, but walks through 2**16 numbers: milliseconds for a short source."""
+
+    def __init__(self, parent: grain.MapDataset, seed: int):
+        super().__init__(parent)
+        self._order = functools.lru_cache(2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(len(parent)))
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index: int) -> Document:
+        epoch, place = divmod(index, len(self))
+        return self._parent[epoch * len(self) + int(self._order(epoch)[place])]
 
 
 class Mixture(grain.transforms.DatasetSelectionMap):
@@ -213,7 +232,10 @@ def _pictures(documents: Sequence[Document], cfg: EVLMConfig, features: FeatureS
         except image.ImageError as error:
             return error
 
-    if features is not None:
-        return map(load, documents)
-    with ThreadPoolExecutor() as pool:
-        return iter(list(pool.map(load, documents)))
+    return map(load, documents) if features is not None else _threads().map(load, documents)
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """Decoding and resizing let other threads run; one pool serves all iterators of the process."""
+    return ThreadPoolExecutor(os.cpu_count())

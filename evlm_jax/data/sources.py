@@ -120,7 +120,7 @@ def llava(name: str, root: Path, row: dict) -> Sample:
         if "video" in row:
             visuals.append(video.uniform(root / row["video"], row.get("frames", FRAMES)))
         turns = tuple(Turn(roles[turn["from"]], turn["value"].replace("<video>", MARKER)) for turn in row["conversations"])
-    except (KeyError, TypeError, AttributeError, OSError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise SampleError(f"sample {name}/{key}: {type(error).__name__}: {error}") from error
     return Sample(key, name, tuple(visuals), (turns,))
 
@@ -142,6 +142,8 @@ class Lines(Sequence):
         return len(self._starts) - 1
 
     def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         with open(self.path, "rb") as file:
             file.seek(self._starts[index])
             line = file.readline()

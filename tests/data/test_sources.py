@@ -1,0 +1,116 @@
+"""Samples field by field: the demo's sources, LLaVA rows, folders."""
+
+import json
+
+import pytest
+
+from evlm_jax import assets
+from evlm_jax.data.samples import ImageRef, SampleError, Turn
+from evlm_jax.data.sources import open_source
+from tests.data.made import row, write_images, write_jsonl
+from tests.data.test_images import write_video
+
+
+def needs(name):
+    return pytest.mark.skipif(not assets.available(name), reason=f"needs the asset {name}: run `evlm fetch`")
+
+
+@needs("easy-vqa")
+@pytest.mark.parametrize("name, split, images, questions", [("easy-vqa", "train", 4000, 38575), ("easy-vqa-test", "test", 1000, 9673)])
+def test_easy_vqa_is_the_published_split(name, split, images, questions):
+    source = open_source(name)
+    folder = assets.path("easy-vqa") / split
+    published = json.loads((folder / "questions.json").read_text())
+    assert (len(source), sum(source.dialog_counts())) == (images, questions)
+    found = [(turns[0].text, turns[1].text, int(sample.key)) for sample in source for turns in sample.dialogs]
+    assert sorted(found) == sorted(("<image>" + q, a, i) for q, a, i in published)
+    assert source[7].visuals == ((ImageRef(str(folder / "images" / f"{source[7].key}.png")),),)
+
+
+@needs("openmoji")
+def test_emoji_splits_share_no_code_point():
+    train, test, chinese = (open_source(name) for name in ("emoji-en", "emoji-en-test", "emoji-zh"))
+    keys = [{sample.key for sample in source} for source in (train, test, chinese)]
+    assert not keys[0] & keys[1] and keys[0] == keys[2] and 0.05 < len(test) / len(train) < 0.2
+    apple = {sample.key: sample for sample in [*train, *test]}["1F34E"]
+    assert apple.dialogs == ((Turn("user", "<image>Name this emoji."), Turn("assistant", "red apple")),)
+    assert all(sample.refs[0].path.endswith(f"{sample.key}.png") for sample in chinese)
+
+
+@needs("clips")
+def test_clips_are_videos_of_uniform_frames():
+    sample = open_source("clips")[0]
+    times = [ref.frame for ref in sample.visuals[0]]
+    assert len(times) == 16 and times == sorted(times) and {ref.path for ref in sample.refs} == {str(assets.path("clips") / sample.key)}
+
+
+def test_llava_rows(tmp_path):
+    video = write_video(tmp_path / "v.mp4", seconds=4, fps=5)
+    rows = [
+        row("one", "a.png", "<image>\nWhat?", "This."),
+        row("many", ["a.png", "b/c.png"], "<image><image>Compare.", "Equal."),
+        row("text", None, "Hello", "Hi", "And?", "No."),
+        row("film", None, "<video>What happens?", "Light.") | {"video": video.name, "frames": 2},
+    ]
+    name = write_jsonl(tmp_path / "rows.jsonl", rows)
+    one, many, text, film = open_source(name)
+    assert (one.key, one.source, one.visuals) == ("one", name, ((ImageRef(str(tmp_path / "a.png")),),))
+    assert one.dialogs == ((Turn("user", "<image>\nWhat?"), Turn("assistant", "This.")),)
+    assert many.visuals == ((ImageRef(str(tmp_path / "a.png")),), (ImageRef(str(tmp_path / "b/c.png")),))
+    assert text.visuals == () and [turn.role for turn in text.dialogs[0]] == ["user", "assistant"] * 2
+    assert film.visuals == ((ImageRef(str(video), 1.0), ImageRef(str(video), 3.0)),)
+    assert film.dialogs[0][0].text == "<image>What happens?"
+
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert [sample.key for sample in open_source(f"jsonl:{tmp_path / 'rows.json'}")] == ["one", "many", "text", "film"]
+
+
+def test_jsonl_is_read_by_row_whatever_the_spacing(tmp_path):
+    rows = [json.dumps(row(f"ü{i}", None, "q" * i, "a"), ensure_ascii=False) for i in range(5)]
+    (tmp_path / "rows.jsonl").write_text("\n" + rows[0] + "\n\n" + "\r\n".join(rows[1:]), "utf-8")
+    source = open_source(f"jsonl:{tmp_path / 'rows.jsonl'}")
+    assert [source[i].key for i in (4, 0, 3, 1, 2)] == ["ü4", "ü0", "ü3", "ü1", "ü2"]
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"id": "r9"}, "r9: KeyError: 'conversations'"),
+        (row("r9", 5, "q", "a"), "r9: TypeError"),
+        ({"id": "r9", "conversations": [{"from": "robot", "value": "x"}]}, "r9: KeyError: 'robot'"),
+        ({"id": "r9", "conversations": [{"from": "human", "value": None}]}, "r9: AttributeError"),
+        ({"id": "r9", "video": "none.mp4", "conversations": []}, "r9: VideoError: .*none.mp4"),
+    ],
+)
+def test_bad_rows_name_themselves(tmp_path, bad, message):
+    source = open_source(write_jsonl(tmp_path / "rows.jsonl", [bad]))
+    with pytest.raises(SampleError, match=message):
+        source[0]
+
+
+def test_broken_json_names_file_and_row(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row("a", None, "q", "a")) + '\n{"id": \n')
+    with pytest.raises(SampleError, match=r"rows.jsonl: row 2"):
+        open_source(f"jsonl:{tmp_path / 'rows.jsonl'}")[1]
+
+
+def test_folder(tmp_path):
+    write_images(tmp_path / "deep", 2)
+    (tmp_path / "deep" / "0.txt").write_text("A cat.\n")
+    with pytest.raises(ValueError, match=r"1 images have no caption file.*1.txt"):
+        open_source(f"folder:{tmp_path}")
+    (tmp_path / "deep" / "1.txt").write_text("Ein Hund.")
+    source = open_source(f"folder:{tmp_path}")
+    assert [(sample.key, sample.dialogs[0][1].text) for sample in source] == [("deep/0.png", "A cat."), ("deep/1.png", "Ein Hund.")]
+    assert source[0].dialogs[0][0].text.count("<image>") == len(source[0].visuals) == 1
+
+
+@pytest.mark.parametrize("name", ["laion", "tar:/x", "jsonl"])
+def test_unknown_sources_list_the_known_ones(name):
+    with pytest.raises(ValueError, match=f"data.sources: unknown source '{name}'.*easy-vqa.*jsonl:PATH"):
+        open_source(name)
+
+
+def test_empty_source_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="has no samples"):
+        open_source(f"folder:{tmp_path}")

@@ -17,6 +17,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from evlm_jax.batch import Batch
+from evlm_jax.data.features import FeatureStore
+from evlm_jax.data.pipeline import rows_in_order
+from evlm_jax.data.samples import MARKER, Sample
+from evlm_jax.data.text import encode
 from evlm_jax.models.attention import attention, text_mask
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.layers import rope_tables
@@ -72,6 +76,41 @@ def trace(model: EVLM, batch: Batch, positions: jax.Array) -> tuple[jax.Array, j
     x = model.embed(batch.tokens, batch.media_slot)
     x, weights = jax.lax.scan(step, x, (jnp.arange(cfg.llm.layers), model.llm.layers))
     return model.llm.ln_f(x), weights[jnp.array(cfg.cross_layers)]
+
+
+def word_maps(model: EVLM, tokenizer, sample: Sample, features: FeatureStore | None = None) -> list[dict]:
+    """Attention over the first image for every word of a dialog of one question and one answer.
+
+    Words of the question are looked up where they are read, words of the answer where they are predicted; a word of several
+    tokens gets their mean.
+
+    Returns:
+      [{"word", "grid": [g, g] (see `heat`), "predicted"}]
+    """
+    (batch, _, _), *_ = rows_in_order([encode(sample, tokenizer, model.cfg)], model.cfg, 1, features)
+    (asked, answer), first = sample.dialogs[0], int(np.flatnonzero(batch.media_slot[0] >= 0)[-1]) + 1
+    read = _words(tokenizer, batch.tokens[0, first:], range(first, model.cfg.data.length), asked.text.rpartition(MARKER)[2])
+    said = _words(tokenizer, batch.targets[0], batch.target_at[0], answer.text)
+    maps = attention_maps(model, batch, 0, [p for _, places in read + said for p in places])[:, :, :, 0]
+    rows, at = [], 0
+    for i, (word, places) in enumerate(read + said):
+        grid = heat(maps[:, :, at : at + len(places)], model.cfg.vit.prefix_tokens)
+        rows.append({"word": word, "grid": grid, "predicted": i >= len(read)})
+        at += len(places)
+    return rows
+
+
+def _words(tokenizer, tokens: np.ndarray, places: Sequence[int], text: str) -> list[tuple[str, list[int]]]:
+    """The words of `text`, which `tokens` begin with, and the places of the tokens of each."""
+    places_of, spelled = [[] for _ in text.split()], ""
+    for token, place in zip(tokens, places, strict=True):
+        if len(spelled.strip()) >= len(text.strip()):
+            break
+        piece = tokenizer.decode([token])
+        spelled += piece
+        if piece.strip():
+            places_of[len(spelled.split()) - 1].append(int(place))
+    return list(zip(text.split(), places_of, strict=True))
 
 
 def heat(weights: np.ndarray, prefix_tokens: int) -> np.ndarray:

@@ -8,8 +8,7 @@ beginning of another (else it would be compared without being needed).
 
 import functools
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import jax
@@ -25,7 +24,7 @@ from evlm_jax.data.pack import Budget
 from evlm_jax.data.pipeline import rows_in_order
 from evlm_jax.data.samples import MARKER, Sample, question
 from evlm_jax.data.text import Document, score_document
-from evlm_jax.evals.statistics import clustered_error, wilson
+from evlm_jax.evals.statistics import accuracy_table
 from evlm_jax.models.evlm import EVLM
 
 EASY_VQA = {  # answer type -> answers
@@ -37,7 +36,12 @@ SLACK = 1.1  # room over the average need of a row's tokens, so that length stay
 
 
 def evaluate(
-    model: EVLM, tokenizer, samples: Sequence[Sample], types: Mapping[str, Sequence[str]], features: FeatureStore | None = None, rows: int = 2
+    model: EVLM,
+    tokenizer,
+    samples: Sequence[Sample],
+    types: Mapping[str, Sequence[str]],
+    features: FeatureStore | None = None,
+    rows: int = 2,
 ) -> dict:
     """Answers every dialog (one question, one true answer) of the samples with the candidate of lowest loss.
 
@@ -98,32 +102,6 @@ def fit_budget(cfg: EVLMConfig, documents: Sequence[Document]) -> EVLMConfig:
     usual = need.sum(0) / need[:, 0].sum() * length * SLACK
     images, targets, pairs = (max(math.ceil(u), int(most)) for u, most in zip(usual[1:], need[:, 1:].max(0), strict=True))
     return replace(cfg, data=replace(cfg.data, length=length, images=images, targets=targets, pairs=max(pairs, images)))
-
-
-def accuracy_table(examples: Iterable[Mapping], types: Mapping[str, Sequence[str]]) -> list[dict]:
-    """Accuracy of all examples and by type of the true answer, beside what the most common answer of the type would score.
-
-    Args:
-      examples: with "image", "answer" and "correct".
-    Returns:
-      [{"type", "count", "correct", "accuracy", "error": standard error clustered by image or None, "interval": Wilson 95%,
-      "majority", "majority_answer"}], "all" first.
-    """
-    type_of = {answer: kind for kind, answers in types.items() for answer in answers}
-    groups: dict[str, list[Mapping]] = {"all": []} | {kind: [] for kind in types}
-    for example in examples:
-        groups["all"].append(example)
-        groups[type_of[example["answer"]]].append(example)
-    table = []
-    for kind, group in groups.items():
-        if not group:
-            continue
-        right, count = sum(bool(e["correct"]) for e in group), len(group)
-        error = clustered_error([float(e["correct"]) for e in group], [e["image"] for e in group])
-        (common, times), *_ = Counter(e["answer"] for e in group).most_common(1)
-        row = {"type": kind, "count": count, "correct": right, "accuracy": right / count, "error": None if math.isnan(error) else error}
-        table.append(row | {"interval": wilson(right, count), "majority": times / count, "majority_answer": common})
-    return table
 
 
 def _score(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> jax.Array:

@@ -21,7 +21,7 @@ PACKAGES = ("evlm-jax", "jax", "flax", "numpy", "tokenizers", "pillow")
 
 
 def weights_hash(arrays: dict[str, jax.Array]) -> str:
-    """sha256 over names, dtypes, shapes and bytes of {canonical name: array}: the same weights give the same hash in any checkpoint layout."""
+    """sha256 over names, dtypes, shapes and bytes of {canonical name: array}: the same in any checkpoint layout."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])

@@ -1,7 +1,8 @@
-"""How sure a score is: Wilson's interval of a proportion, and standard errors when examples share an image."""
+"""Accuracy by answer type, and how sure it is: Wilson's interval, and standard errors when examples share an image."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -30,3 +31,29 @@ def clustered_error(values: Sequence[float], clusters: Sequence[Hashable]) -> fl
         return math.nan
     sums = np.bincount([number[c] for c in clusters], x - x.mean(), count)
     return float(math.sqrt(count / (count - 1) * np.square(sums).sum()) / len(x))
+
+
+def accuracy_table(examples: Iterable[Mapping], types: Mapping[str, Sequence[str]]) -> list[dict]:
+    """Accuracy of all examples and by type of the true answer, beside what the most common answer of the type would score.
+
+    Args:
+      examples: with "image", "answer" and "correct".
+    Returns:
+      [{"type", "count", "correct", "accuracy", "error": standard error clustered by image or None, "interval": Wilson 95%,
+      "majority", "majority_answer"}], "all" first.
+    """
+    type_of = {answer: kind for kind, answers in types.items() for answer in answers}
+    groups: dict[str, list[Mapping]] = {"all": []} | {kind: [] for kind in types}
+    for example in examples:
+        groups["all"].append(example)
+        groups[type_of[example["answer"]]].append(example)
+    table = []
+    for kind, group in groups.items():
+        if not group:
+            continue
+        right, count = sum(bool(e["correct"]) for e in group), len(group)
+        error = clustered_error([float(e["correct"]) for e in group], [e["image"] for e in group])
+        (common, times), *_ = Counter(e["answer"] for e in group).most_common(1)
+        row = {"type": kind, "count": count, "correct": right, "accuracy": right / count, "error": None if math.isnan(error) else error}
+        table.append(row | {"interval": wilson(right, count), "majority": times / count, "majority_answer": common})
+    return table

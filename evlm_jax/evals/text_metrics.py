@@ -14,7 +14,8 @@ from collections import Counter
 import numpy as np
 
 ORDERS = 4  # longest n-gram of BLEU and CIDEr
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\d+(?:[.,:]\d+)+|[^\W_\u3040-\u30ff\u3400-\u9fff]+(?:-[^\W_\u3040-\u30ff\u3400-\u9fff]+)*|'[^\W\d_]+")
+CJK = "\u3040-\u30ff\u3400-\u9fff"
+WORD = re.compile(rf"[{CJK}]|\d+(?:[.,:]\d+)+|[^\W_{CJK}]+(?:-[^\W_{CJK}]+)*|'[^\W\d_]+")
 
 
 def words(text: str) -> list[str]:

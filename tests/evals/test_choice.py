@@ -46,8 +46,8 @@ def test_equals_each_candidate_alone(samples, model, candidates):
     alone = []
     for sample in samples:
         for dialog in sample.dialogs:
-            one = lambda answer: replace(sample, dialogs=(question(dialog[0].text, answer),))
-            alone += [score_document(one(answer), TOKENIZER, model.cfg, end=end) for answer in candidates]
+            each = [replace(sample, dialogs=(question(dialog[0].text, answer),)) for answer in candidates]
+            alone += [score_document(one, TOKENIZER, model.cfg, end=end) for one in each]
     expected = np.zeros(len(alone))
     for batch, document, _ in rows_in_order(alone, replace(model.cfg, data=replace(model.cfg.data, window=1)), 2):
         loss = np.asarray(jax.jit(losses)(model, batch), np.float64)
@@ -65,14 +65,6 @@ def test_evaluate_picks_the_lowest_and_counts_by_type(samples, model):
     rows = {row["type"]: row for row in result["accuracy"]}
     assert {kind: row["count"] for kind, row in rows.items()} == {"all": 10, "yes / no": 7, "colour": 3}
     assert rows["all"]["correct"] == sum(e["correct"] for e in result["examples"])
-
-
-def test_accuracy_table():
-    examples = [{"image": i // 2, "answer": a, "correct": c} for i, (a, c) in enumerate([("yes", 1), ("yes", 0), ("no", 1), ("blue", 1)])]
-    every, binary, colour = choice.accuracy_table(examples, TYPES)
-    assert (every["count"], every["accuracy"], every["majority"], every["majority_answer"]) == (4, 0.75, 0.5, "yes")
-    assert (binary["accuracy"], binary["majority"]) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
-    assert (colour["accuracy"], colour["error"]) == (1.0, None) and colour["interval"][0] < 0.3
 
 
 def test_candidates_of_equal_tokens_are_refused(model):

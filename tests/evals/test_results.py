@@ -23,6 +23,15 @@ def test_clustered_error():
     assert np.isnan(statistics.clustered_error([1.0, 0.0], ["a", "a"]))
 
 
+def test_accuracy_table():
+    examples = [{"image": i // 2, "answer": a, "correct": c} for i, (a, c) in enumerate([("yes", 1), ("yes", 0), ("no", 1), ("blue", 1)])]
+    types = {"yes / no": ("yes", "no"), "colour": ("red", "blue"), "shape": ("circle",)}
+    every, binary, colour = statistics.accuracy_table(examples, types)
+    assert (every["count"], every["accuracy"], every["majority"], every["majority_answer"]) == (4, 0.75, 0.5, "yes")
+    assert (binary["accuracy"], binary["majority"]) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
+    assert (colour["accuracy"], colour["error"]) == (1.0, None) and colour["interval"][0] < 0.3
+
+
 def test_weights_hash_sees_values_names_and_shapes_but_not_order():
     a, b = np.arange(6.0).reshape(2, 3), jnp.ones(3)
     same = results.weights_hash({"a": a, "b": b})
@@ -33,7 +42,8 @@ def test_weights_hash_sees_values_names_and_shapes_but_not_order():
 
 def test_save_and_load(tmp_path):
     cfg = tiny_config()
-    result = {"scores": {"accuracy": np.float32(0.5), "curve": jnp.arange(3)}, "text": "红苹果", "provenance": results.provenance(cfg, "ab", "step 8")}
+    scores = {"accuracy": np.float32(0.5), "curve": jnp.arange(3)}
+    result = {"scores": scores, "text": "红苹果", "provenance": results.provenance(cfg, "ab", "step 8")}
     path = results.save(tmp_path / "deep" / "r.json", result)
     back = results.load(path)
     assert back["scores"] == {"accuracy": 0.5, "curve": [0, 1, 2]} and back["text"] == "红苹果"

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -e '.[demo]'")
-from PIL import Image  # noqa: E402
-
-from evlm_jax import viz  # noqa: E402
-from evlm_jax.models.evlm import EVLM  # noqa: E402
-from tests.evals.random_model import random_model  # noqa: E402
-from tests.tiny import tiny_batch, tiny_config  # noqa: E402
+from evlm_jax import viz
+from evlm_jax.batch import Batch
+from evlm_jax.data.samples import MARKER, ImageRef, Sample, question
+from evlm_jax.models.evlm import EVLM
+from tests.data.made import TOKENIZER
+from tests.evals.random_model import random_model
+from tests.tiny import tiny_batch, tiny_config
 
 
 @pytest.mark.parametrize("every, sinks", [(1, 0), (3, 1)])
@@ -23,7 +24,8 @@ def test_trace_is_the_model(every, sinks):
     batch = tiny_batch(cfg, 1)
     expected = jax.jit(EVLM.hidden)(model, batch)
     for row in range(len(batch.tokens)):
-        hidden, weights = viz.trace(model, jax.tree.map(lambda a: a[row : row + 1], batch), jnp.arange(5))
+        one = Batch(*(None if field is None else field[row : row + 1] for field in batch))
+        hidden, weights = viz.trace(model, one, jnp.arange(5))
         np.testing.assert_allclose(hidden[0], expected[row], atol=2e-5)
         assert len(weights) == len(cfg.cross_layers)
 
@@ -39,6 +41,17 @@ def test_attention_maps_stay_in_the_visible_range():
     per_image = maps.sum(-1)
     assert np.all(per_image[:, :, ~visible] == 0) and np.all(per_image[:, :, visible] > 0)
     assert visible.any() and per_image.sum(-1).max() < 1  # the rest is the zero sink's
+
+
+@pytest.mark.parametrize("template", ["plain", "chatml"])
+def test_word_maps(template, tmp_path):
+    cfg = tiny_config(llm=dict(vocab=TOKENIZER.vocab_size), data=dict(template=template, length=96, targets=32, pairs=24))
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    sample = Sample("a", "test", ((ImageRef(str(tmp_path / "a.png")),),), (question(MARKER + "is it red?", "oh yes"),))
+    rows = viz.word_maps(random_model(cfg, 0), TOKENIZER, sample)
+    assert [(row["word"], row["predicted"]) for row in rows] == [("is", False), ("it", False), ("red?", False), ("oh", True), ("yes", True)]
+    assert all(row["grid"].shape == (2, 2) and 0 < row["grid"].sum() < 1 for row in rows)
+    assert not np.allclose(rows[0]["grid"], rows[2]["grid"])
 
 
 def test_heat_and_overlay_put_the_glow_where_the_weight_is():

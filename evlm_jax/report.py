@@ -1,0 +1,119 @@
+"""One HTML page about a run, with everything inside it: no script, no network, light and dark.
+
+`render` needs nothing but the results, a plain dict as JSON holds it, so a saved run can be shown again without the model:
+
+    title, tagline     text
+    headline           [{value, label, note}]                        the three or four numbers to remember
+    setup              [[name, value]]                               towers, parameters, steps
+    time               [[part, seconds]]
+    losses             {source: {step: [...], loss: [...]}}
+    accuracy           [{type, count, accuracy, error, majority, majority_answer, greedy}]    greedy may be None
+    vqa                [{image, questions: [{question, answer, prediction, correct}]}]
+    caption_scores     {count, exact_match, rouge_l, cider, bleu_1, ...}
+    emoji, photos      [{image, answer, prediction, correct}]
+    attention          [{image, words: [{word, grid, predicted}]}]   grid: [g][g] weights over the patches
+    gates              {layers, attn, ffn}                           tanh of the gates
+    provenance         as evals/results.py makes it
+
+Images are `data:` addresses (viz.data_uri).
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+from evlm_jax import viz
+from evlm_jax.config import EVLMConfig
+from evlm_jax.data.samples import Sample
+
+SECTIONS = "title tagline headline setup time losses accuracy vqa caption_scores emoji photos attention gates provenance".split()
+TEMPLATE = Path(__file__).with_name("report.html")
+
+
+def render(results: dict, out: Path | str) -> Path:
+    """Writes the page and returns its path. Raises ValueError naming the sections that `results` lacks."""
+    if missing := [name for name in SECTIONS if name not in results]:
+        raise ValueError(f"report: results lack {', '.join(missing)}; see evlm_jax/report.py for what each holds")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": percent, "duration": duration, "thousands": "{:,}".format}
+    page = environment.from_string(TEMPLATE.read_text("utf-8")).render(
+        results,
+        attention=[strip(row) for row in results["attention"]],
+        loss_svg=Markup(viz.loss_curves(results["losses"])),
+        gate_svg=Markup(viz.gate_bars(**results["gates"])),
+        provenance_json=json.dumps(results["provenance"], ensure_ascii=False, indent=1),
+        total_seconds=sum(seconds for _, seconds in results["time"]),
+    )
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    return out
+
+
+def training_sections(metrics: Path | str, cfg: EVLMConfig) -> dict:
+    """`losses` and `gates` from a run's metrics.jsonl (metrics.py). Raises ValueError if it has no line."""
+    lines = [json.loads(line) for line in Path(metrics).read_text("utf-8").splitlines()]
+    if not lines:
+        raise ValueError(f"report: {metrics} is empty; train.log_every = {cfg.train.log_every} may be more than the steps of the run")
+    losses = {}
+    for source in cfg.data.sources:
+        points = [(line["step"], line[key]) for line in lines if (key := f"loss/{source}") in line]
+        losses[source] = {"step": [step for step, _ in points], "loss": [loss for _, loss in points]}
+    gate = lambda kind: [lines[-1][f"xattn/{layer}/{kind}_gate"] for layer in cfg.cross_layers]
+    return {"losses": losses, "gates": {"layers": list(cfg.cross_layers), "attn": gate("attn"), "ffn": gate("ffn")}}
+
+
+def accuracy_section(choice: dict, greedy: dict) -> list[dict]:
+    """The `accuracy` rows of the lowest-loss result, with the greedy result's accuracy of the same type, None where it has none."""
+    generated = {row["type"]: row["accuracy"] for row in greedy["accuracy"]}
+    return [row | {"greedy": generated.get(row["type"])} for row in choice["accuracy"]]
+
+
+def vqa_section(choice: dict, samples: Sequence[Sample], pictures: int = 8, questions: int = 4, seed: int = 0) -> list[dict]:
+    """`pictures` of the result and `questions` about each, drawn by a seed."""
+    rng, paths, by_image = random.Random(seed), {sample.key: sample.refs[0].path for sample in samples}, {}
+    for example in choice["examples"]:
+        by_image.setdefault(example["image"], []).append(example)
+    chosen = rng.sample(sorted(by_image), min(pictures, len(by_image)))
+    pick = lambda asked: rng.sample(asked, min(questions, len(asked)))
+    return [{"image": _picture(paths[key], 192), "questions": pick(by_image[key])} for key in chosen]
+
+
+def caption_section(captions: dict, samples: Sequence[Sample], pictures: int, size: int, seed: int = 0) -> list[dict]:
+    """`pictures` of a caption result with what was said about them, drawn by a seed."""
+    paths, examples = {sample.key: sample.refs[0].path for sample in samples}, captions["examples"]
+    chosen = random.Random(seed).sample(examples, min(pictures, len(examples)))
+    return [example | {"image": _picture(paths[example["image"]], size)} for example in chosen]
+
+
+def _picture(path: str, size: int) -> str:
+    """JPEG for photographs, PNG for drawings, which it keeps sharp and makes no larger."""
+    image = Image.open(path)
+    drawn = image.convert("RGB").getcolors(4096) is not None
+    return viz.data_uri(image, size, "PNG" if drawn else "JPEG")
+
+
+def strip(row: dict) -> dict:
+    """An entry of `attention` with the drawn picture of each word instead of its grid."""
+    image = viz.from_data_uri(row["image"])
+    draw = lambda word: viz.data_uri(viz.overlay(image, np.asarray(word["grid"])), kind="JPEG")
+    return row | {"words": [word | {"picture": draw(word)} for word in row["words"]]}
+
+
+def percent(value: float) -> str:
+    """0.9134 -> "91.3%"."""
+    return f"{100 * value:.1f}%"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 8.4 s, 12 min 05 s, 2 h 10 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

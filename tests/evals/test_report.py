@@ -1,0 +1,105 @@
+"""The report renders from a results file alone, with every section, and asks the network for nothing."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evlm_jax import report, viz
+from evlm_jax.data.samples import MARKER, ImageRef, Sample, question
+from evlm_jax.evals import results
+from tests.tiny import tiny_config
+
+SECTIONS = ("accuracy", "vqa", "attention", "emoji", "photos", "training", "setup")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Results as the demo saves them, made from small results of the evaluators."""
+    cfg, rng, samples = tiny_config(), np.random.default_rng(0), []
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 255, (80, 80, 3), np.uint8)).save(tmp_path / f"{i}.png")
+        samples.append(Sample(str(i), "test", ((ImageRef(str(tmp_path / f"{i}.png")),),), (question(MARKER + "is it <b>?", "yes"),)))
+    example = lambda i, guess: {"image": str(i), "question": "is it <b>?", "answer": "yes", "prediction": guess, "correct": guess == "yes"}
+    examples = [example(0, "yes"), example(1, "no"), example(2, "")]
+    row = {"type": "all", "count": 9673, "accuracy": 0.9134, "error": None, "majority": 0.37, "majority_answer": "yes"}
+    lines = [{"step": s, "loss/vqa": 2 / s, "loss/caption": 3 / s} for s in (1, 2, 3)]
+    lines[-1] |= {f"xattn/{layer}/{kind}_gate": 0.1 * layer for layer in cfg.cross_layers for kind in ("attn", "ffn")}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    captions = report.caption_section({"examples": examples}, samples, 3, 64)
+    image = viz.data_uri(Image.open(tmp_path / "0.png"))
+    words = [{"word": word, "grid": rng.random((4, 4)), "predicted": word == "yes"} for word in ("red", "yes")]
+    made = dict(
+        title="It <sees>", tagline="two towers", headline=[{"value": "91.3%", "label": "right", "note": "majority 37%"}],
+        setup=[["vision", "tiny"]], time=[["training", 754.0], ["evaluation", 61.0]],
+        accuracy=report.accuracy_section({"accuracy": [row, row | {"type": "colour"}]}, {"accuracy": [row | {"accuracy": 0.5}]}),
+        vqa=report.vqa_section({"examples": examples}, samples, pictures=2), emoji=captions, photos=captions,
+        caption_scores={"count": 3, "exact_match": 1 / 3, "rouge_l": 0.5, "cider": 1.25},
+        attention=[{"image": image, "words": words}], provenance=results.provenance(cfg, "0" * 64),
+    )  # fmt: skip
+    return results.save(tmp_path / "results.json", made | report.training_sections(tmp_path / "metrics.jsonl", cfg))
+
+
+class Page(HTMLParser):
+    """Ids, addresses and text of a page; fails on tags that do not match."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.addresses, self.text, self.open = set(), [], "", []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.ids |= {value for name, value in attrs if name == "id"}
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_renders_every_section_from_the_saved_results(saved, tmp_path):
+    text = report.render(results.load(saved), tmp_path / "out" / "report.html").read_text("utf-8")
+    page = Page(text)
+    assert page.ids >= set(SECTIONS)
+    numbers = ("91.3%", "50.0%", "33.3%", "1.250", "9,673", "12 min 34 s", "13 min 35 s")
+    for shown in (*numbers, "It <sees>", "is it <b>?", "(nothing)", "0" * 64):
+        assert shown in page.text
+    assert text.count("<svg") == 2
+    pictures = [a for a in page.addresses if a.startswith("data:image/")]
+    assert len(pictures) == 2 + 3 + 3 + 2 * 3  # vqa, emoji, photos, and the attention strip above and in its section
+    assert all(viz.from_data_uri(a).size >= (64, 64) for a in pictures)
+    assert not [a for a in page.addresses if not a.startswith(("data:", "#"))] and not re.search(r"url\((?!#)|@import|<script", text)
+
+
+def test_a_missing_section_is_named(saved, tmp_path):
+    made = results.load(saved)
+    del made["gates"], made["emoji"]
+    with pytest.raises(ValueError, match="results lack emoji, gates"):
+        report.render(made, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_greedy_column_is_empty_where_the_type_was_not_drawn(saved):
+    rows = results.load(saved)["accuracy"]
+    assert [(row["type"], row["greedy"]) for row in rows] == [("all", 0.5), ("colour", None)]
+
+
+def test_empty_metrics_are_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="metrics.jsonl is empty"):
+        report.training_sections(tmp_path / "metrics.jsonl", tiny_config())
+
+
+def test_durations():
+    assert [report.duration(s) for s in (8.44, 59.2, 60, 754, 7830)] == ["8.4 s", "59 s", "1 min 00 s", "12 min 34 s", "2 h 10 min"]

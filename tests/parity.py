@@ -1,0 +1,89 @@
+"""Helpers of the parity tests: our towers from a foreign checkpoint, run through the main path of the model."""
+
+import importlib.util
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from evlm_jax import assets
+from evlm_jax.batch import Batch
+from evlm_jax.config import EVLMConfig
+from evlm_jax.convert import engine
+from evlm_jax.convert.readers import open_source
+from evlm_jax.models.evlm import EVLM
+from evlm_jax.names import unflatten
+from evlm_jax.ops.grouping import plan
+from tests.tiny import tiny_config
+
+needs_transformers = pytest.mark.skipif(
+    not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")), reason='needs torch and transformers: pip install -e ".[test]"'
+)
+
+
+def needs_asset(name: str):
+    """Skips where the asset cache lacks `name`."""
+    return pytest.mark.skipif(not assets.available(name), reason=f"asset {name} is not in the cache: run `evlm fetch {name}`")
+
+
+def config_for(where: str, tower: str, **changes) -> EVLMConfig:
+    """The tiny config with one tower as the checkpoint describes it."""
+    section = engine.describe(where)
+    return tiny_config(**{tower: section | changes})
+
+
+def load(cfg: EVLMConfig, where: str, tower: str) -> EVLM:
+    """An EVLM with one tower from a checkpoint; everything else is 0."""
+    shapes = engine.parameter_shapes(cfg)
+    arrays = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    wanted = {name: shape for name, shape in shapes.items() if name.startswith(tower)}
+    arrays |= engine.convert(cfg, open_source(assets.locate(where)), tower, wanted)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
+    return nnx.merge(graphdef, jax.tree.map(jnp.asarray, unflatten(cfg, arrays, state)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(graphdef, state, batch: Batch) -> jax.Array:
+    model = nnx.merge(graphdef, state)
+    return model.logits(model.hidden(batch))
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(graphdef, state, pixels: jax.Array) -> jax.Array:
+    return nnx.merge(graphdef, state).encode(pixels)
+
+
+def text_logits(cfg: EVLMConfig, model: EVLM, tokens: np.ndarray) -> np.ndarray:
+    """Logits [T, vocab] of a row that is one document without images."""
+    length, data = len(tokens), cfg.data
+    none = np.zeros(length, np.int32)
+    row = {
+        "tokens": tokens,
+        "positions": np.arange(length),
+        "seen_until": np.full(length, length),
+        "media_slot": none - 1,
+        "visible_start": none,
+        "visible_stop": none,
+        "target_at": none,
+        "targets": none - 1,
+        "target_source": none,
+        **plan(none, none, cfg.xattn.tile, data.pairs),
+    }
+    pixels = np.zeros((1, data.images, cfg.vit.image_size, cfg.vit.image_size, 3), np.uint8)
+    batch = Batch(**{name: jnp.asarray(value, jnp.int32)[None] for name, value in row.items()}, pixels=pixels, taps=None)
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(_logits(*nnx.split(model), batch))[0]
+
+
+def encode(model: EVLM, pixels: np.ndarray) -> np.ndarray:
+    """Taps [G, S, V] of one uint8 image."""
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(_encode(*nnx.split(model), pixels[None]))[0]
+
+
+def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Largest difference over the largest magnitude."""
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())

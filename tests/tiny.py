@@ -2,6 +2,7 @@
 
 # ruff: noqa: C408 (sections as keyword arguments read like the config)
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -102,8 +103,8 @@ def _row(cfg: EVLMConfig, rng: np.random.Generator, fill: float) -> dict:
 
 def tiny_towers(cfg: EVLMConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Random towers by canonical name, in place of `convert.engine.load_towers`."""
-    model = EVLM(cfg, nnx.Rngs(seed))
-    towers = nnx.filter_state(nnx.state(model), lambda path, _: path[0] in ("vit", "llm"))
+    keep = lambda path, _: path[0] in ("vit", "llm")
+    towers = jax.jit(lambda: nnx.filter_state(nnx.state(EVLM(cfg, nnx.Rngs(seed))), keep))()
     return {name: np.asarray(array) for name, array in flatten(cfg, towers).items()}
 
 

@@ -1,0 +1,200 @@
+"""The loop: what stays, what moves, where it stops, and that a run cut anywhere ends with the same bits."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from evlm_jax import checkpoint, names, optim
+from evlm_jax.models.evlm import EVLM
+from evlm_jax.sharding import make_mesh, replicated
+from evlm_jax.train import Phase, fresh, gradients, train
+from tests.tiny import CROSS_ONLY, UPPER_VIT, TinyData, tiny_batch, tiny_config, tiny_towers
+
+STEPS, BOUNDARY = 50, 24
+TWO = ({"start": 0.0, "warmup": 0, "rules": CROSS_ONLY}, {"start": BOUNDARY / STEPS, "warmup": 0, "rules": UPPER_VIT})
+CFG = tiny_config(optim={"phases": TWO, "lr": 1e-2}, train={"steps": STEPS, "save_every": 12, "keep": 9, "log_every": 5})
+
+
+@pytest.fixture(scope="module")
+def towers():
+    return tiny_towers(CFG)
+
+
+@pytest.fixture(scope="module")
+def compilations():
+    """Names of the functions that XLA compiled in the uninterrupted run, in order."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, towers, compilations):
+    """The directory of a run over two phases that nothing interrupts."""
+    listen = lambda event, _, **about: event.endswith("backend_compile_duration") and compilations.append(about["fun_name"])
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    workdir = tmp_path_factory.mktemp("whole")
+    assert train(CFG, workdir, TinyData(CFG), towers) == STEPS
+    jax.monitoring.unregister_event_duration_listener(listen)
+    return workdir
+
+
+def assert_same_bits(a: checkpoint.Snapshot, b: checkpoint.Snapshot):
+    for mine, other in ((a.params, b.params), (a.groups, b.groups), (a.frozen, b.frozen)):
+        assert mine.keys() == other.keys()
+        for name, array in mine.items():
+            assert array.dtype == other[name].dtype and array.tobytes() == other[name].tobytes(), name
+    assert a.meta == b.meta
+
+
+def test_one_compilation_per_phase(whole_run, compilations):
+    assert compilations.count("jit(step)") == 2
+
+
+def test_frozen_bits_stay(whole_run, towers):
+    params, _ = checkpoint.load_params(whole_run)
+    moved = {name for name, tower in towers.items() if params[name].tobytes() != tower.tobytes()}
+    assert moved == {name for name in towers if name.startswith(("vit/blocks/2/", "vit/blocks/3/"))}
+
+
+def test_what_trains_moves_and_learns(whole_run):
+    first, last = checkpoint.read(whole_run, 12), checkpoint.read(whole_run, STEPS)
+    assert all(first.params[name].tobytes() != last.params[name].tobytes() for name in first.params)
+    lines = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_media_embeddings_begin_among_the_words(towers):
+    phase = Phase(CFG, 0, replicated(make_mesh()))
+    begun = names.flatten(CFG, fresh(phase, towers, frozenset()))
+    words, media = towers["llm/embed"], np.asarray(begun["media/embedding"])
+    assert np.abs(media - words.mean(0)).max() < 5 * words.std(0).max()
+    np.testing.assert_allclose((media - words.mean(0)).std(), words.std(), rtol=0.2)
+    assert all(not np.any(begun[f"xattn/{layer}/{gate}"]) for layer in CFG.cross_layers for gate in ("attn_gate", "ffn_gate"))
+
+
+def test_first_update_of_the_newly_trainable_group(whole_run, tmp_path, towers):
+    before = checkpoint.read(whole_run, BOUNDARY)
+    after = interrupted(tmp_path, whole_run, start=BOUNDARY, stop=BOUNDARY + 1)
+    rate = 0.5 * float(optim.schedule(CFG, BOUNDARY))  # UPPER_VIT halves it
+    moved = np.concatenate([(after.params[n] - before.frozen[n]).ravel() for n in after.params if n.startswith("vit/")])
+    assert 0.5 * rate < np.sqrt(np.mean(moved**2)) <= 1.1 * rate
+    assert after.groups["1/count"] == 1 and after.groups["0/count"] == BOUNDARY + 1
+
+
+def interrupted(workdir, whole_run, start: int, stop: int) -> checkpoint.Snapshot:
+    """What a copy of `whole_run`, taken when step `start` was its newest, saves when SIGTERM comes in step `stop`."""
+    shutil.copytree(whole_run, workdir, dirs_exist_ok=True)
+    for step in checkpoint.steps(workdir):
+        if step > start:
+            shutil.rmtree(workdir / "steps" / str(step))
+    reached = train(CFG, workdir, TinyData(CFG), {}, on_step=lambda step, _: step == stop and os.kill(os.getpid(), signal.SIGTERM))
+    assert reached == stop
+    return checkpoint.read(workdir)
+
+
+@pytest.mark.parametrize("cut", [BOUNDARY - 1, BOUNDARY, BOUNDARY + 1])
+def test_resumed_run_has_the_bits_of_the_whole_run(whole_run, tmp_path, cut, capsys):
+    """k steps, SIGTERM, resume, N - k steps: just before, at and after the step where the upper ViT is unfrozen."""
+    assert interrupted(tmp_path, whole_run, start=12, stop=cut).meta["step"] == cut
+    assert train(CFG, tmp_path, TinyData(CFG), {}) == STEPS
+    assert f"resume from step {cut}" in capsys.readouterr().out
+    assert_same_bits(checkpoint.read(tmp_path), checkpoint.read(whole_run))
+    lines = lambda workdir: [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines(tmp_path)] == [line["step"] for line in lines(whole_run)]
+    assert lines(tmp_path)[-1]["loss"] == lines(whole_run)[-1]["loss"]
+
+
+def test_refreezing_stage_keeps_trained_bits(whole_run, tmp_path):
+    """Stage 3 of the paper freezes what stage 2 trained; bfloat16 towers, so that a cast would show."""
+    params, _ = checkpoint.load_params(whole_run)
+    stage = tiny_config(train={"steps": 2, "frozen_dtype": "bfloat16"})
+    train(stage, tmp_path, TinyData(stage, seed=1), params, checkpoint.trained(whole_run))
+    after, config = checkpoint.load_params(tmp_path)
+    assert config == stage
+    upper = [name for name in params if name.startswith(("vit/blocks/2/", "vit/blocks/3/"))]
+    assert upper and all(after[name].tobytes() == params[name].tobytes() for name in upper)
+    assert after["vit/cls"].dtype == ml_dtypes.bfloat16 and after["xattn/0/q/kernel"].tobytes() != params["xattn/0/q/kernel"].tobytes()
+    assert checkpoint.trained(tmp_path) == checkpoint.trained(whole_run)
+
+
+def test_micro_batches_equal_one_batch():
+    """Rows with very different numbers of targets, so that a mean of means would be far off."""
+    cfgs = [tiny_config(train={"batch": 4, "accumulate": k}) for k in (1, 4)]
+    sparse = [tiny_batch(cfgs[0], seed, rows=1, fill=fill) for seed, fill in enumerate((1.0, 0.3, 0.6, 0.3))]
+    batch = jax.tree.map(lambda *rows: np.concatenate(rows), *sparse)
+    assert len(set((batch.targets >= 0).sum(1))) >= 3
+    model = jax.jit(lambda: EVLM(cfgs[0], nnx.Rngs(0)))()
+    for gate in (model.xattn.attn_gate, model.xattn.ffn_gate):
+        gate[...] += 0.5
+    graphdef, params, frozen = nnx.split(model, lambda path, _: path[0] in ("xattn", "media"), ...)
+    run = lambda cfg: jax.jit(lambda p, f, b: gradients(cfg, graphdef, p, f, b))(params, frozen, batch)
+    (one, sums), (many, split) = map(run, cfgs)
+    np.testing.assert_array_equal(sums["count"], split["count"])
+    difference = jax.tree.map(lambda a, b: a - b, one, many)
+    assert optax.global_norm(difference) <= 1e-6 * optax.global_norm(one)
+    assert max(float(abs(g).max()) for g in jax.tree.leaves(difference)) <= 1e-6
+
+
+def test_not_a_number_stops_the_run(tmp_path):
+    cfg = tiny_config(data={"cache_features": True}, train={"steps": 12, "save_every": 4, "keep": 9})
+    spoil = lambda index, batch: batch._replace(taps=batch.taps * np.nan) if index == 5 else batch
+    states = {}
+    keep = lambda step, model: states.update({step: [np.array(a) for a in jax.tree.leaves(nnx.state(model()))]})
+    with pytest.raises(FloatingPointError, match=r"step 6: .*nan.*5/0, 5/1"):
+        train(cfg, tmp_path, TinyData(cfg, change=spoil), tiny_towers(cfg), on_step=keep)
+    assert checkpoint.steps(tmp_path) == [4]
+    assert max(states) > 6  # later steps had been dispatched; they changed nothing either
+    assert any((a != b).any() for a, b in zip(states[4], states[5], strict=True))
+    for later in range(6, max(states) + 1):
+        assert all((a == b).all() for a, b in zip(states[5], states[later], strict=True))
+
+
+def test_a_parameter_without_value_is_named(towers, tmp_path):
+    with pytest.raises(ValueError, match="missing llm/ln_f/scale"):
+        train(CFG, tmp_path, TinyData(CFG), {name: array for name, array in towers.items() if name != "llm/ln_f/scale"})
+
+
+KILLED = """
+import sys
+from tests.test_train import CFG, TinyData, tiny_towers, train
+train(CFG, sys.argv[1], TinyData(CFG), tiny_towers(CFG), on_step=lambda step, _: print("step", step, flush=True))
+"""
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_kill_at_random_moments(whole_run, tmp_path, kills):
+    """Each run goes on from the newest finalised step and says so; the last one ends with the bits of the whole run."""
+    rng, killed = np.random.default_rng(kills), 0
+    while checkpoint.steps(tmp_path)[-1:] != [STEPS]:
+        newest = (checkpoint.steps(tmp_path) or [None])[-1]
+        process = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        out, reached = [], 0
+        victim = killed < kills and int(rng.integers(1, 2 * CFG.train.save_every))  # steps until it dies, at a random moment of the next
+        for line in process.stdout:
+            out.append(line)
+            reached += line.startswith("step ")
+            if victim and reached == victim:
+                time.sleep(rng.uniform(0, 0.3))
+                process.kill()
+                break
+        process.wait()
+        killed += process.returncode == -signal.SIGKILL
+        assert newest is None or any(line.startswith(f"resume from step {newest} ") for line in out), out
+        left = [path.name for path in (tmp_path / "steps").iterdir()]
+        half = [path for path in left if "tmp" in path]
+        steps = checkpoint.steps(tmp_path)
+        last = max((int(line.split()[1]) for line in out if line.startswith("step ")), default=0)
+        assert not steps or last - steps[-1] <= CFG.train.save_every + 2, (last, left, half)
+    assert killed == kills
+    assert not list((tmp_path / "steps").glob("*tmp*"))
+    assert_same_bits(checkpoint.read(tmp_path), checkpoint.read(whole_run))

@@ -26,13 +26,17 @@ from pathlib import Path
 import jinja2
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from evlm_jax import viz
 from evlm_jax.config import EVLMConfig
+from evlm_jax.data.features import FeatureStore
+from evlm_jax.data.image import load
 from evlm_jax.data.samples import Sample
+from evlm_jax.models.evlm import EVLM
 
 SECTIONS = "title tagline headline setup time losses accuracy vqa caption_scores emoji photos attention gates provenance".split()
+PICTURE = 320  # pixels a side of the pictures that attention is drawn over
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
@@ -90,6 +94,31 @@ def caption_section(captions: dict, samples: Sequence[Sample], pictures: int, si
     paths, examples = {sample.key: sample.refs[0].path for sample in samples}, captions["examples"]
     chosen = random.Random(seed).sample(examples, min(pictures, len(examples)))
     return [example | {"image": _picture(paths[example["image"]], size)} for example in chosen]
+
+
+def attention_section(model: EVLM, tokenizer, samples: Sequence[Sample], features: FeatureStore | None = None) -> list[dict]:
+    """The picture as the model sees it and the attention of every word; each sample has one dialog of a question and an answer."""
+    rows = []
+    for sample in samples:
+        seen = Image.fromarray(load(sample.refs[0], PICTURE, model.cfg.data.resize))
+        words = [word | {"grid": word["grid"].tolist()} for word in viz.word_maps(model, tokenizer, sample, features)]
+        rows.append({"image": viz.data_uri(seen, kind="JPEG"), "words": words})
+    return rows
+
+
+def banner(row: dict, size: int = 224) -> Image.Image:
+    """An entry of `attention` as one picture to share: the image, then the glow for each word, with the words below."""
+    image, font = viz.from_data_uri(row["image"]).convert("RGB"), ImageFont.load_default(size // 9)
+    cells = [(image.resize((size, size)), "")]
+    for word in row["words"]:
+        cells.append((viz.overlay(image, np.asarray(word["grid"]), size), "\u2192 " * word["predicted"] + word["word"]))
+    sheet = Image.new("RGB", (len(cells) * (size + 2) - 2, size + size // 5), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (cell, text) in enumerate(cells):
+        sheet.paste(cell, (i * (size + 2), 0))
+        ink = "#c2410c" if text.startswith("\u2192") else "#23252b"
+        draw.text((i * (size + 2) + size / 2, size + size / 10), text, ink, font, anchor="mm")
+    return sheet
 
 
 def _picture(path: str, size: int) -> str:

@@ -11,6 +11,8 @@ from PIL import Image
 from evlm_jax import report, viz
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, question
 from evlm_jax.evals import results
+from tests.data.made import TOKENIZER
+from tests.evals.random_model import random_model
 from tests.tiny import tiny_config
 
 SECTIONS = ("accuracy", "vqa", "attention", "emoji", "photos", "training", "setup")
@@ -77,7 +79,7 @@ def test_renders_every_section_from_the_saved_results(saved, tmp_path):
         assert shown in page.text
     assert text.count("<svg") == 2
     pictures = [a for a in page.addresses if a.startswith("data:image/")]
-    assert len(pictures) == 2 + 3 + 3 + 2 * 3  # vqa, emoji, photos, and the attention strip above and in its section
+    assert len(pictures) == 2 + 3 + 3 + 2 * 3  # vqa, emoji, photos, and the only attention strip above and in its section
     assert all(viz.from_data_uri(a).size >= (64, 64) for a in pictures)
     assert not [a for a in page.addresses if not a.startswith(("data:", "#"))] and not re.search(r"url\((?!#)|@import|<script", text)
 
@@ -99,6 +101,19 @@ def test_empty_metrics_are_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="metrics.jsonl is empty"):
         report.training_sections(tmp_path / "metrics.jsonl", tiny_config())
+
+
+def test_attention_section_and_banner(tmp_path):
+    cfg = tiny_config(llm=dict(vocab=TOKENIZER.vocab_size), data=dict(template="plain", length=96, targets=32, pairs=24))
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
+    sample = Sample("a", "test", ((ImageRef(str(tmp_path / "a.png")),),), (question(MARKER + "is it red?", "yes"),))
+    (row,) = json.loads(json.dumps(report.attention_section(random_model(cfg, 0), TOKENIZER, [sample])))
+    assert [word["word"] for word in row["words"]] == ["is", "it", "red?", "yes"]
+    assert viz.from_data_uri(row["image"]).size == (report.PICTURE, report.PICTURE)
+    picture = report.banner(row, 90)
+    assert picture.size == (5 * 92 - 2, 108)
+    below = np.asarray(picture.crop((0, 90, *picture.size))).min(-1)
+    assert below[:, :90].min() == 255 and all(below[:, i * 92 : i * 92 + 90].min() < 128 for i in range(1, 5))  # a word under each glow
 
 
 def test_durations():

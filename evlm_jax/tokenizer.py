@@ -32,7 +32,7 @@ class Tokenizer:
         return self.inner.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, without any special token."""
+        """Ids of the text, without any special token. Bytes that the vocabulary lacks (SmolLM2: of no assigned character) are left out."""
         return self.inner.encode(text, add_special_tokens=False).ids
 
     def id(self, special: str) -> int:

@@ -20,7 +20,8 @@ from evlm_jax.ops.grouping import plan
 from tests.tiny import tiny_config
 
 needs_transformers = pytest.mark.skipif(
-    not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")), reason='needs torch and transformers: pip install -e ".[test]"'
+    not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")),
+    reason='needs torch and transformers: pip install -e ".[test]"',
 )
 
 

@@ -150,7 +150,11 @@ def test_every_pattern_inverts(family):
         if not row.pattern:
             continue
         left, right = row.pattern.split(" -> ")
-        lengths = {axis: n for axis, n in (sizes | {"n": len(row.paths)}).items() if axis in row.pattern.replace("(", " ").replace(")", " ").split()}
+        lengths = {
+            axis: n
+            for axis, n in (sizes | {"n": len(row.paths)}).items()
+            if axis in row.pattern.replace("(", " ").replace(")", " ").split()
+        }
         shape = [1 if token == "1" else 60 if token.startswith("(") else 5 for token in tokens(left)]
         array = np.arange(np.prod(shape)).reshape(shape)
         forward = einops.rearrange(array, row.pattern, **lengths)

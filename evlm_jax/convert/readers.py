@@ -8,6 +8,7 @@ import json
 import math
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,8 +88,12 @@ def read_safetensors(path: Path) -> Source:
         if facts["dtype"] not in SAFETENSORS_TYPES:
             raise ValueError(f"{path}: {name} has dtype {facts['dtype']}; read are {', '.join(SAFETENSORS_TYPES)}")
         dtype, shape = np.dtype(SAFETENSORS_TYPES[facts["dtype"]]), tuple(facts["shape"])
-        tensors[name] = Tensor(shape, lambda d=dtype, s=shape, at=start, n=math.prod(shape): np.fromfile(path, d, n, offset=at).reshape(s))
+        tensors[name] = Tensor(shape, partial(_read_array, path, dtype, shape, start))
     return Source(path, {}, tensors)
+
+
+def _read_array(path: Path, dtype: np.dtype, shape: tuple[int, ...], start: int) -> np.ndarray:
+    return np.fromfile(path, dtype, math.prod(shape), offset=start).reshape(shape)
 
 
 GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

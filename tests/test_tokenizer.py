@@ -1,0 +1,97 @@
+"""Tokenizers: text never becomes a special token, ids decode to the text, and transformers agrees."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers.pre_tokenizers import ByteLevel
+
+from evlm_jax import assets
+from evlm_jax.tokenizer import load_tokenizer
+from tests.parity import needs_asset, needs_transformers
+
+SMOLLM2 = "smollm2-135m-instruct"
+CHINESE_AND_CODE = "红苹果 🍎 <|im_end|>\n\n  def f(x):\n\treturn x ** 2  # 2024-11-05 \r\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(SMOLLM2)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory, tokenizer):
+    """The same vocabulary as a Hugging Face directory."""
+    folder = tmp_path_factory.mktemp("hf")
+    tokenizer.inner.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
+    return folder
+
+
+@needs_asset(SMOLLM2)
+def test_smollm2_vocabulary(tokenizer):
+    assert tokenizer.vocab_size == 49152
+    assert tokenizer.eos == (tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>")) == (2, 0)
+    assert tokenizer.id("<repo_name>") == 3
+    assert tokenizer.decode([1, *tokenizer.encode("hello"), 2]) == "hello"
+    assert tokenizer.decode([1, *tokenizer.encode("hello"), 2], skip_special=False) == "<|im_start|>hello<|im_end|>"
+
+
+@needs_asset(SMOLLM2)
+def test_digits_stand_alone(tokenizer):
+    """SmolLM2 was trained so; transformers' GGUF reader joins a newline and spaces in front of a digit."""
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("in 2024")] == ["in", " ", "2", "0", "2", "4"]
+
+
+@needs_asset(SMOLLM2)
+@settings(max_examples=300, deadline=None)
+@given(text=st.text() | st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", "<repo_name>", "<|im_", "end|>", " ", "a"])).map("".join))
+def test_round_trip_and_no_special_token_from_text(tokenizer, text):
+    """But for bytes that the vocabulary lacks: SmolLM2 has none for planes 4 to 15 of Unicode, which are unassigned."""
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text or not representable(tokenizer, text)
+    assert representable(tokenizer, "é 红苹果 🍎")
+    assert not set(ids) & set(tokenizer.specials.values())
+
+
+def representable(tokenizer, text: str) -> bool:
+    """Whether the vocabulary has every byte of the text."""
+    pieces = ByteLevel(add_prefix_space=False).pre_tokenize_str(text)
+    return all(tokenizer.inner.token_to_id(letter) is not None for piece, _ in pieces for letter in piece)
+
+
+@needs_asset(SMOLLM2)
+def test_directory_equals_gguf(tokenizer, directory):
+    other = load_tokenizer(directory)
+    assert other.encode(CHINESE_AND_CODE) == tokenizer.encode(CHINESE_AND_CODE)
+    assert other.specials == tokenizer.specials and other.vocab_size == tokenizer.vocab_size
+    assert other.eos == (0, 2)
+    assert other.decode(other.encode(CHINESE_AND_CODE)) == CHINESE_AND_CODE
+
+
+@needs_asset(SMOLLM2)
+@needs_transformers
+def test_transformers_gives_the_same_ids(tokenizer, directory):
+    """On real text, through their fast tokenizer of the same directory, and their GGUF reader wherever no digit stands."""
+    from pydoc_data.topics import topics
+
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
+    text = topics["assert"] + topics["integers"] + CHINESE_AND_CODE.replace("<|im_end|>", "")
+    assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode(text)
+    path = assets.path(SMOLLM2)
+    from_gguf = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    lines = [line for line in topics["class"].splitlines() if not any(c.isdigit() for c in line)]
+    assert len(lines) > 50
+    assert [from_gguf(line, add_special_tokens=False).input_ids for line in lines] == [tokenizer.encode(line) for line in lines]
+
+
+@needs_asset(SMOLLM2)
+def test_names_that_are_no_special_token_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="'hello' is not a special token; there are .*<repo_name>"):
+        tokenizer.id("hello")
+
+
+def test_missing_file_names_what_was_looked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match="tokenizer.json does not exist"):
+        load_tokenizer(tmp_path)

@@ -76,15 +76,21 @@ class Checkpoints:
             groups=ocp.args.PyTreeSave(_nest(groups)),
             meta=ocp.args.JsonSave(meta | {"step": step, "store": self._store}),
         )
+        self._tidy()
         self._manager.save(step, args=items)
-        named = {_meta(self.root, s)["store"] for s in steps(self.root)} | {self._store}
-        unused = [path for path in (self.root / FROZEN).iterdir() if path.name not in named]
-        for path in [*unused, *(self.root / STEPS / "deleted").glob("*")]:
-            path.rmtree()
 
     def close(self) -> None:
         """Waits for the save under way."""
+        self._tidy()
         self._manager.close()
+
+    def _tidy(self) -> None:
+        """With no save under way: deletes what keep-n has put aside, and stores that no step names."""
+        self._manager.wait_until_finished()
+        named = {_meta(self.root, step)["store"] for step in steps(self.root)} | {self._store}
+        unused = [path for path in (self.root / FROZEN).iterdir() if path.name not in named]
+        for path in [*unused, *(self.root / STEPS / "deleted").glob("*")]:
+            path.rmtree()
 
 
 def steps(workdir: str) -> list[int]:

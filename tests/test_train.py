@@ -129,7 +129,7 @@ def test_refreezing_stage_keeps_trained_bits(whole_run, tmp_path):
 
 def test_micro_batches_equal_one_batch():
     """Rows with very different numbers of targets, so that a mean of means would be far off."""
-    cfgs = [tiny_config(train={"batch": 4, "accumulate": k}) for k in (1, 4)]
+    cfgs = [tiny_config(data={"cache_features": True}, train={"batch": 4, "accumulate": k}) for k in (1, 4)]
     sparse = [tiny_batch(cfgs[0], seed, rows=1, fill=fill) for seed, fill in enumerate((1.0, 0.3, 0.6, 0.3))]
     batch = jax.tree.map(lambda *rows: np.concatenate(rows), *sparse)
     assert len(set((batch.targets >= 0).sum(1))) >= 3
@@ -171,30 +171,32 @@ train(CFG, sys.argv[1], TinyData(CFG), tiny_towers(CFG), on_step=lambda step, _:
 """
 
 
+def run_and_kill(workdir, at_step: int | None, seconds: float) -> tuple[bool, list[str]]:
+    """Trains in a process of its own, killed `seconds` after it has said `at_step` steps. Returns (killed, its lines)."""
+    command = [sys.executable, "-c", KILLED, workdir]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if sum(line.startswith("step ") for line in lines) == at_step:
+                time.sleep(seconds)
+                process.kill()
+                at_step = None
+    return process.returncode == -signal.SIGKILL, lines
+
+
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_at_random_moments(whole_run, tmp_path, kills):
     """Each run goes on from the newest finalised step and says so; the last one ends with the bits of the whole run."""
-    rng, killed = np.random.default_rng(kills), 0
-    while checkpoint.steps(tmp_path)[-1:] != [STEPS]:
-        newest = (checkpoint.steps(tmp_path) or [None])[-1]
-        process = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        out, reached = [], 0
-        victim = killed < kills and int(rng.integers(1, 2 * CFG.train.save_every))  # steps until it dies, at a random moment of the next
-        for line in process.stdout:
-            out.append(line)
-            reached += line.startswith("step ")
-            if victim and reached == victim:
-                time.sleep(rng.uniform(0, 0.3))
-                process.kill()
-                break
-        process.wait()
-        killed += process.returncode == -signal.SIGKILL
-        assert newest is None or any(line.startswith(f"resume from step {newest} ") for line in out), out
-        left = [path.name for path in (tmp_path / "steps").iterdir()]
-        half = [path for path in left if "tmp" in path]
-        steps = checkpoint.steps(tmp_path)
-        last = max((int(line.split()[1]) for line in out if line.startswith("step ")), default=0)
-        assert not steps or last - steps[-1] <= CFG.train.save_every + 2, (last, left, half)
-    assert killed == kills
-    assert not list((tmp_path / "steps").glob("*tmp*"))
+    rng, killed, interval, newest = np.random.default_rng(kills), 0, CFG.train.save_every, 0
+    while newest < STEPS:
+        at_step = int(rng.integers(1, 2 * interval)) if killed < kills else None
+        died, lines = run_and_kill(tmp_path, at_step, rng.uniform(0, 0.3))
+        resumed = [line for line in lines if line.startswith("resume from step")]
+        assert [f"from step {newest} of" in line for line in resumed] == [True] * bool(newest)
+        reached = max((int(line.split()[1]) for line in lines if line.startswith("step ")), default=newest)
+        killed, newest = killed + died, max(checkpoint.steps(tmp_path), default=0)
+        assert newest >= ((reached - 1) // interval - 1) * interval  # all saves but the one under way
+        assert not died or killed <= kills
+    assert not list(tmp_path.glob("*/*tmp*"))
     assert_same_bits(checkpoint.read(tmp_path), checkpoint.read(whole_run))

@@ -1,0 +1,69 @@
+"""The lines of a run, and that they go on after a cut."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from evlm_jax.flops import train_flops
+from evlm_jax.metrics import Meter, work
+from tests.tiny import tiny_batch, tiny_config
+
+
+def report(cfg, loss, count):
+    """A report of train_step, on the host."""
+    gates = {f"xattn/{kind}": np.arange(cfg.llm.layers) / 10 + shift for kind, shift in (("attn_gate", 0.0), ("ffn_gate", 0.5))}
+    sums = {"source_loss": np.array(loss, np.float32), "source_count": np.array(count, np.float32)}
+    return sums | {"grad_norm": np.float32(2.0), "lr": np.float32(0.5), "gates": gates}
+
+
+def lines(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_averages_over_targets(tmp_path):
+    cfg = tiny_config(train={"log_every": 2, "peak_flops": 1e12})
+    with Meter(cfg, tmp_path, step=0, devices=2, tensorboard=False) as meter:
+        meter._since -= 10  # both steps took ten seconds together
+        meter.add(1, {"tokens": 30.0, "images": 2.0, "flops": 1e12}, report(cfg, [8.0, 0.0], [2, 0]))
+        assert lines(tmp_path) == []
+        meter.add(2, {"tokens": 70.0, "images": 3.0, "flops": 3e12}, report(cfg, [2.0, 0.0], [3, 0]))
+    (line,) = lines(tmp_path)
+    assert (line["step"], line["loss"], line["loss/vqa"], line["lr"], line["grad_norm"]) == (2, 2.0, 2.0, 0.5, 2.0)
+    assert "loss/caption" not in line  # no target of that source
+    np.testing.assert_allclose([line["tokens_per_s"], line["images_per_s"], line["mfu"]], [10, 0.5, 0.2], rtol=0.01)
+    np.testing.assert_allclose([line["xattn/3/attn_gate"], line["xattn/0/ffn_gate"]], [0.3, 0.5])
+
+
+def test_lines_of_a_cut_run_are_dropped(tmp_path):
+    cfg = tiny_config()
+    with Meter(cfg, tmp_path, step=0, devices=1, tensorboard=False) as meter:
+        for step in (1, 2, 3):
+            meter.add(step, {"tokens": 1.0, "images": 1.0, "flops": 1.0}, report(cfg, [1.0 * step, 1.0], [1, 1]))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    with Meter(cfg, tmp_path, step=2, devices=1, tensorboard=False) as meter:
+        assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+        meter.add(3, {"tokens": 1.0, "images": 1.0, "flops": 1.0}, report(cfg, [9.0, 1.0], [1, 1]))
+    assert [line["loss"] for line in lines(tmp_path)] == [1.0, 1.5, 5.0]
+
+
+def test_work_leaves_padding_out():
+    cfg = tiny_config()
+    batch = tiny_batch(cfg, seed=0, rows=1, fill=0.6)
+    used = 1 + int(np.flatnonzero(batch.positions[0]).max())
+    seen = {i for a, b in zip(batch.visible_start[0], batch.visible_stop[0], strict=True) for i in range(a, b)}
+    assert work(cfg, batch) == {"tokens": used, "images": len(seen), "flops": train_flops(cfg, batch)}
+    assert 0 < used < cfg.data.length and 0 < len(seen)
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    cfg = tiny_config()
+    with Meter(cfg, tmp_path, step=0, devices=1, tensorboard=True) as meter:
+        meter.add(1, {"tokens": 1.0, "images": 1.0, "flops": 1.0}, report(cfg, [1.0, 1.0], [1, 1]))
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"loss/vqa" in events.read_bytes()
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ImportError, match="pip install"):
+        Meter(cfg, tmp_path, step=0, devices=1, tensorboard=True)

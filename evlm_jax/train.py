@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.sharding import Sharding
 
 from evlm_jax import names, optim
 from evlm_jax.batch import Batch
 from evlm_jax.checkpoint import Arrays, Checkpoints, Snapshot
-from evlm_jax.config import EVLMConfig, to_dict
+from evlm_jax.config import EVLMConfig, from_config_dict, to_dict
 from evlm_jax.loss import loss_sums
 from evlm_jax.metrics import Meter, work
 from evlm_jax.models.evlm import EVLM
@@ -87,6 +88,8 @@ class Phase:
         self.graphdef, self.shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
         self.plan = optim.plan(cfg, number, self.shapes)
         self.trained = {name for path in self.plan.rates for name in names.canonical(cfg, path)}
+        if cfg.data.cache_features and any(path[0] == "vit" for path in self.plan.rates):
+            raise ValueError(f"optim.phases[{number}] trains the vision tower, cached taps would not follow: set data.cache_features=False")
 
         def step(state, frozen, batch):
             return train_step(cfg, self.graphdef, self.plan, state, frozen, batch)
@@ -183,7 +186,7 @@ def train(
         step, phase = 0, Phase(cfg, snapshot.meta["phase"] if snapshot else 0, replicated(mesh))
         if snapshot:
             step, trained = snapshot.meta["step"], trained | set(snapshot.meta["trained"])
-            print(f"resume from step {step} of {checkpoints.root}", flush=True)
+            print(f"resume from step {step} of {checkpoints.root}{_changes(cfg, snapshot.meta['config'])}", flush=True)
             whole, groups = restored(phase, snapshot)
             data.set_state(snapshot.meta["data"])
         else:
@@ -191,9 +194,10 @@ def train(
         meter = stack.enter_context(Meter(cfg, workdir, step, mesh.size, tensorboard))
         stop = stack.enter_context(_sigterm())
         state, pending = None, deque()
-        while step < cfg.train.steps and not stop.is_set():
+        while step < cfg.train.steps:
             if state is None or optim.phase_at(cfg, step) != phase.number:
                 if state is not None:
+                    _look(pending, 0, meter)
                     whole, groups = phase.whole(state), state.groups
                 phase = Phase(cfg, optim.phase_at(cfg, step), phase.sharding)
                 state = phase.enter(step, whole, groups)
@@ -206,11 +210,20 @@ def train(
             _look(pending, IN_FLIGHT, meter)
             if on_step:
                 on_step(step, functools.partial(phase.model, state))
-            if step % cfg.train.save_every == 0 or step == cfg.train.steps or stop.is_set():
+            last = step == cfg.train.steps or stop.is_set()
+            if last or step % cfg.train.save_every == 0:
                 _look(pending, 0, meter)
                 meta = {"phase": phase.number, "data": data.get_state(), "config": to_dict(cfg), "trained": sorted(trained)}
                 checkpoints.save(step, *phase.on_disk(state), meta)
+            if last:
+                break
     return step
+
+
+def _changes(cfg: EVLMConfig, saved: dict) -> str:
+    """Says where the config is not that of the checkpoint: such a run goes on, but has not the bits of either config."""
+    old, new = (flatten_dict(to_dict(c), sep=".") for c in (from_config_dict(saved), cfg))
+    return "".join(f"; {key} was {old[key]}, is {value}" for key, value in new.items() if value != old[key])
 
 
 def _look(pending: deque, left: int, meter: Meter) -> None:

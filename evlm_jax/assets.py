@@ -104,11 +104,15 @@ def locate(source: str | Path) -> Path:
     return Path(source)
 
 
+def cache_root() -> Path:
+    """Where assets and features are kept: $EVLM_CACHE, or ~/.cache/evlm_jax."""
+    return Path(os.environ.get("EVLM_CACHE") or Path.home() / ".cache" / "evlm_jax")
+
+
 def _folder(name: str, cache: Path | None) -> Path:
     if name not in ASSETS:
         raise AssetError(f"unknown asset {name!r}; there are {', '.join(ASSETS)}")
-    root = Path(cache or os.environ.get("EVLM_CACHE") or Path.home() / ".cache" / "evlm_jax")
-    return root / f"{name}-{ASSETS[name].pin}"
+    return (cache or cache_root()) / f"{name}-{ASSETS[name].pin}"
 
 
 def _make(name: str, folder: Path, progress: bool) -> None:

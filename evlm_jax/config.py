@@ -19,7 +19,10 @@ import ml_collections
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """A ViT by choices, not by family. DINOv2: pre/all/gelu + layer_scale; EVA02-CLIP-E: res_post/qv/gelu; CLIP: pre/all/quick_gelu + embed_norm."""
+    """A ViT by choices, not by family.
+
+    DINOv2: pre, all, gelu, layer_scale. EVA02-CLIP-E: res_post, qv, gelu. CLIP: pre, all, quick_gelu, embed_norm.
+    """
 
     depth: int
     width: int

@@ -21,7 +21,7 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.data import image
 from evlm_jax.data.samples import ImageRef
 
-CHUNK = 32  # images encoded at a time: one compiled shape
+CHUNK, STEP = 32, 8  # most images encoded at a time; a smaller rest is padded to a multiple of STEP: few compiled shapes
 
 
 def fingerprint(cfg: EVLMConfig, weights: Mapping[str, np.ndarray]) -> str:
@@ -37,7 +37,7 @@ class FeatureStore:
 
     Args:
       path: the folder, usually `cache / "features" / fingerprint(cfg, weights)`.
-      encode: uint8 [CHUNK, h, w, 3] -> [CHUNK, G, S, V], e.g. `jax.jit(model.encode)`.
+      encode: uint8 [n, h, w, 3] -> [n, G, S, V], e.g. `jax.jit(model.encode)`.
       cfg: gives the record's shape and the preprocessing.
     """
 
@@ -83,7 +83,8 @@ class FeatureStore:
 
     def _append(self, chunk: Sequence[tuple[str, ImageRef]], keys, taps) -> None:
         """Encodes one chunk, writes the records, then their keys."""
-        pixels, good = np.zeros((CHUNK, self.cfg.vit.image_size, self.cfg.vit.image_size, 3), np.uint8), []
+        rows = -(-len(chunk) // STEP) * STEP
+        pixels, good = np.zeros((rows, self.cfg.vit.image_size, self.cfg.vit.image_size, 3), np.uint8), []
         try:
             pixels[: len(chunk)] = image.pixels([ref for _, ref in chunk], self.cfg)  # frames of one video together
             good = [key for key, _ in chunk]

@@ -46,7 +46,7 @@ def batches(
     number of processes restores from that.
 
     Args:
-      features: where the taps come from if `data.cache_features`; first filled with all images of the sources.
+      features: where the taps come from if `data.cache_features`; what it lacks is computed when a batch needs it.
       process, processes: this process makes the rows [process * n, (process + 1) * n) of n = train.batch / processes.
     """
     if cfg.train.batch % processes:
@@ -54,8 +54,6 @@ def batches(
     if cfg.data.cache_features != (features is not None):
         raise ValueError(f"config: data.cache_features is {cfg.data.cache_features}; a feature store is needed exactly when it is true")
     sources = [open_source(name) for name in cfg.data.sources]
-    if features is not None:
-        features.fill(ref for source in sources for sample in source for ref in sample.refs)
     rows = cfg.train.batch // processes
     lanes = range(process * rows, (process + 1) * rows)
     return Prefetch(RowsIterator(stream(sources, tokenizer, cfg), cfg, lanes, features), PREFETCH)

@@ -43,8 +43,13 @@ def provenance(cfg: EVLMConfig, weights: str, checkpoint: str = "") -> dict:
         "config": to_dict(cfg),
         "preprocessing": {"image_size": cfg.vit.image_size, "resize": cfg.data.resize, "mean": cfg.vit.mean, "std": cfg.vit.std},
         "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
+        "device": device(),
     }
+
+
+def device() -> str:
+    """What the run used, for people."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores"
 
 
 def save(path: Path | str, result: dict) -> Path:

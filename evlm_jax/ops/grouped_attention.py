@@ -38,7 +38,7 @@ def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, plan: Plan, sink
 
 
 def _row(q: jax.Array, k: jax.Array, v: jax.Array, plan: Plan, sinks: int) -> jax.Array:
-    (tokens, n, h), (tiles, tile), kv = q.shape, plan.tile_tokens.shape, k.shape[2]
+    (n, h), (tiles, tile), kv = q.shape[1:], plan.tile_tokens.shape, k.shape[2]
     grouped = permute(q, plan.tile_tokens.reshape(-1), plan.token_tile).reshape(tiles, tile, kv, n // kv, h)
     owner = jnp.minimum(plan.pair_tile, tiles - 1)  # padding pairs compute something that nobody reads
     scores = jnp.einsum("ptkgh,pskh->pkgts", grouped[owner], k[plan.pair_image], preferred_element_type=jnp.float32) * h**-0.5
@@ -52,9 +52,10 @@ def _row(q: jax.Array, k: jax.Array, v: jax.Array, plan: Plan, sinks: int) -> ja
         return jax.ops.segment_sum(x, plan.pair_tile, tiles, indices_are_sorted=True)
 
     tile_top = jax.ops.segment_max(top, plan.pair_tile, tiles, indices_are_sorted=True)
-    tile_top = jnp.maximum(tile_top, 0.0 if sinks else -1e30)
-    scale = jnp.exp(top - tile_top[owner])
-    denominator = merge(total * scale) + sinks * jnp.exp(-tile_top)
+    tile_top = jnp.maximum(tile_top, 0.0) if sinks else jnp.where(jnp.isfinite(tile_top), tile_top, 0.0)
+    padding = (plan.pair_tile == tiles)[:, None, None, None]
+    scale = jnp.where(padding, 0.0, jnp.exp(top - tile_top[owner]))
+    denominator = merge(total * scale) + (sinks * jnp.exp(-tile_top) if sinks else 0.0)
     merged = merge(out * scale[..., None]) / jnp.where(denominator > 0, denominator, 1.0)[..., None]
     merged = merged.transpose(0, 3, 1, 2, 4).reshape(tiles * tile, n, h).astype(q.dtype)
     return permute(merged, plan.token_tile, plan.tile_tokens.reshape(-1))

@@ -12,7 +12,7 @@ from evlm_jax.data.text import score_document
 from evlm_jax.evals import choice
 from evlm_jax.loss import losses
 from tests.data.made import TOKENIZER
-from tests.evals.random_model import random_model
+from tests.random_model import random_model
 from tests.tiny import tiny_config
 
 TYPES = {"yes / no": ("yes", "no"), "colour": ("red", "reddish", "blue")}  # "red" begins "reddish"

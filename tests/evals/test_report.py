@@ -12,7 +12,7 @@ from evlm_jax import report, viz
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, question
 from evlm_jax.evals import results
 from tests.data.made import TOKENIZER
-from tests.evals.random_model import random_model
+from tests.random_model import random_model
 from tests.tiny import tiny_config
 
 SECTIONS = ("accuracy", "vqa", "attention", "emoji", "photos", "training", "setup")

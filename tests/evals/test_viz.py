@@ -13,7 +13,7 @@ from evlm_jax.batch import Batch
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, question
 from evlm_jax.models.evlm import EVLM
 from tests.data.made import TOKENIZER
-from tests.evals.random_model import random_model
+from tests.random_model import random_model
 from tests.tiny import tiny_batch, tiny_config
 
 

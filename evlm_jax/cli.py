@@ -1,0 +1,140 @@
+"""`evlm SUBCOMMAND`: the command line. Each subcommand imports only what it needs."""
+
+import argparse
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+
+import ml_collections
+
+from evlm_jax.assets import AssetError
+from evlm_jax.config import EVLMConfig, from_config_dict
+
+CONFIG_HELP = "FILE.py[:arg]; fields are overridden with --config.section.field=value"
+
+
+def load_config(spec: str, overrides: list[str] = ()) -> EVLMConfig:
+    """The config of an experiment file.
+
+    Args:
+      spec: "experiments/demo.py" or "experiments/demo.py:fast"; the part behind the colon goes to `get_config`.
+      overrides: "--config.optim.lr=1e-4" and the like; values are Python literals, anything else is text.
+    Raises:
+      ValueError: no such file, an override that is not one, an unknown field or a wrong type; named in full.
+    """
+    path, _, arg = spec.partition(":")
+    if not Path(path).is_file():
+        raise ValueError(f"--config: no file {path}; give an experiment such as experiments/demo.py:fast")
+    module_spec = importlib.util.spec_from_file_location(f"experiment_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    config = module.get_config(arg) if arg else module.get_config()
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not key.startswith("--config.") or not equals:
+            raise ValueError(f"unknown argument {override}; config fields are set as --config.section.field=value")
+        set_field(config, key.removeprefix("--config."), text)
+    return from_config_dict(config)
+
+
+def set_field(config: ml_collections.ConfigDict, key: str, text: str) -> None:
+    """Sets the field `key` ("optim.lr") from the command line. Raises ValueError for a key that does not exist."""
+    *sections, field = key.split(".")
+    for section in sections:
+        config = config[section] if isinstance(config, ml_collections.ConfigDict) and section in config else None
+    if not isinstance(config, ml_collections.ConfigDict) or field not in config:
+        raise ValueError(f"config: unknown key {key}")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    with config.ignore_type():  # from_config_dict checks types, with the field's full name
+        config[field] = value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status. Errors a user can mend are one line."""
+    parser = argparse.ArgumentParser(prog="evlm", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
+    for name, (add_arguments, run, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        add_arguments(command)
+        command.set_defaults(run=run)
+    args, overrides = parser.parse_known_args(argv)
+    if overrides and not hasattr(args, "config"):
+        parser.error(f"unknown arguments: {' '.join(overrides)}")
+    try:
+        return args.run(args, overrides) or 0
+    except (ValueError, OSError, FloatingPointError, AssetError) as error:
+        print(f"evlm: {error}", file=sys.stderr)
+        return 1
+
+
+# ------------------------------------------------------------------------------------------------------------- subcommands
+
+
+def _fetch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", help="assets; all of them where left out")
+
+
+def _fetch(args: argparse.Namespace, _overrides: list[str]) -> None:
+    from evlm_jax import assets
+
+    assets.fetch(args.names or None)
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help=CONFIG_HELP)
+    parser.add_argument("--workdir", required=True, help="checkpoints, metrics.jsonl and TensorBoard files; a run in it goes on")
+    parser.add_argument("--init", help="checkpoint of an earlier stage to start from, instead of the towers alone")
+    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard files as well")
+
+
+def _train(args: argparse.Namespace, overrides: list[str]) -> None:
+    from evlm_jax.run import train_run
+
+    train_run(load_config(args.config, overrides), args.workdir, args.init, args.tensorboard)
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, help="directory of a training run")
+    parser.add_argument("--prompt", required=True, help="question; images stand in front of it, or at <image> markers")
+    parser.add_argument("--image", action="append", default=[], help="may be given several times")
+    parser.add_argument("--video", help="a clip whose frames are seen together")
+    parser.add_argument("--frames", type=int, default=16, help="of the video, uniformly sampled")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _generate(args: argparse.Namespace, _overrides: list[str]) -> None:
+    from evlm_jax import generate
+
+    generate.main(args)
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--fast", dest="form", action="store_const", const="fast", help="a few minutes: the whole road, little training")
+    form.add_argument("--full", dest="form", action="store_const", const="full", help="several passes over all questions")
+    parser.add_argument("--workdir", help="default: runs/demo, runs/demo-fast or runs/demo-full")
+    parser.set_defaults(form="")
+
+
+def _demo(args: argparse.Namespace, _overrides: list[str]) -> None:
+    from evlm_jax import demo
+
+    demo.run(args.form, args.workdir or "-".join(filter(None, ["runs/demo", args.form])))
+
+
+COMMANDS = {
+    "demo": (_demo_arguments, _demo, "fetch, train, evaluate and report on real weights and data"),
+    "fetch": (_fetch_arguments, _fetch, "fetch the demo's weights and data"),
+    "generate": (_generate_arguments, _generate, "answer a prompt about images or a video"),
+    "train": (_train_arguments, _train, "train an experiment"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

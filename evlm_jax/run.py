@@ -1,0 +1,56 @@
+"""What the commands share: from a config to towers, features and batches; from a checkpoint to a model."""
+
+import contextlib
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from evlm_jax import assets, checkpoint, names
+from evlm_jax.config import EVLMConfig
+from evlm_jax.convert.engine import load_towers
+from evlm_jax.data.features import FeatureStore, fingerprint
+from evlm_jax.data.pipeline import batches
+from evlm_jax.models.evlm import EVLM
+from evlm_jax.tokenizer import Tokenizer, load_tokenizer
+from evlm_jax.train import train
+
+
+class Trained(NamedTuple):
+    """A model from a checkpoint, with all it needs."""
+
+    model: EVLM
+    tokenizer: Tokenizer
+    params: dict[str, np.ndarray]  # by canonical name
+
+
+def feature_store(cfg: EVLMConfig, params: dict[str, np.ndarray]) -> FeatureStore:
+    """The disk cache of the frozen tower's taps, in the assets' cache."""
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
+    is_vit = lambda path, _: path[0] == "vit"
+    tower = {name: array for name, array in params.items() if name.startswith("vit/")}
+    vit = jax.device_put(names.unflatten(cfg, tower, nnx.filter_state(shapes, is_vit)))
+    rest = nnx.filter_state(shapes, lambda *leaf: not is_vit(*leaf))  # shapes only: encoding reads none of it
+    encode = jax.jit(lambda vit, pixels: nnx.merge(graphdef, nnx.merge_state(vit, rest)).encode(pixels))
+    return FeatureStore(assets.cache_root() / "features" / fingerprint(cfg, params), lambda pixels: encode(vit, pixels), cfg)
+
+
+def train_run(cfg: EVLMConfig, workdir: str, init: str | None = None, tensorboard: bool = False) -> int:
+    """Trains `cfg` in `workdir`, or goes on there; `init` is the run of an earlier stage. Returns the finished updates."""
+    if init:
+        params, _ = checkpoint.load_params(init)
+        trained = checkpoint.trained(init)
+    else:
+        params, trained = load_towers(cfg), frozenset()
+    features = feature_store(cfg, params) if cfg.data.cache_features else None
+    with contextlib.closing(batches(cfg, load_tokenizer(cfg.init.llm), features)) as data:
+        return train(cfg, workdir, data, params, trained, tensorboard=tensorboard)
+
+
+def load_trained(workdir: str, step: int | None = None) -> Trained:
+    """The newest (or given) checkpoint of a run."""
+    params, cfg = checkpoint.load_params(workdir, step)
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
+    model = nnx.merge(graphdef, jax.device_put(names.unflatten(cfg, params, shapes)))
+    return Trained(model, load_tokenizer(cfg.init.llm), params)

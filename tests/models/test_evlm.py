@@ -1,0 +1,199 @@
+"""Invariants of the whole model, with nonzero gates: who can see whom, and that nothing else matters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from evlm_jax.batch import Batch
+from evlm_jax.config import EVLMConfig
+from evlm_jax.loss import losses
+from evlm_jax.models.attention import attention, text_mask
+from evlm_jax.models.evlm import EVLM
+from evlm_jax.models.layers import rope_tables
+from evlm_jax.ops.grouped_attention import Plan, grouped_attention
+from evlm_jax.ops.grouping import plan
+from tests.random_model import random_model
+from tests.tiny import tiny_batch, tiny_config
+
+
+def open_gates(cfg: EVLMConfig, seed: int = 0) -> EVLM:
+    """A random model whose gates let much through."""
+    model = random_model(cfg, seed)
+    model.xattn.attn_gate[...] = jnp.full(model.xattn.attn_gate.shape, 0.8)
+    model.xattn.ffn_gate[...] = jnp.full(model.xattn.ffn_gate.shape, -0.6)
+    return model
+
+
+@jax.jit
+def hidden(model: EVLM, batch: Batch) -> jax.Array:
+    """All arrays of a batch traced."""
+    return model.hidden(batch)
+
+
+def row(cfg: EVLMConfig, documents: list[list], seed: int = 0) -> Batch:
+    """One row from documents given as lists of "i" (an image), ("v", n) (a video of n frames) and numbers (words of text)."""
+    rng = np.random.default_rng(seed)
+    t = {name: [] for name in ("tokens", "positions", "seen_until", "media_slot", "visible_start", "visible_stop")}
+    image = 0
+    for document in documents:
+        begin, see = len(t["tokens"]), (0, 0)
+        end = begin + sum(p if isinstance(p, int) else cfg.media.tokens * (1 if p == "i" else p[1]) for p in document)
+        for part in document:
+            frames = 0 if isinstance(part, int) else 1 if part == "i" else part[1]
+            spans = [see] * part if not frames else [(image + f, image + f + 1) for f in range(frames) for _ in range(cfg.media.tokens)]
+            for i, (start, stop) in enumerate(spans):
+                t["media_slot"].append(i % cfg.media.tokens if frames else -1)
+                t["tokens"].append(int(rng.integers(0, 200)))
+                t["positions"].append(len(t["tokens"]) - 1 - begin)
+                t["seen_until"].append(end)
+                t["visible_start"].append(start)
+                t["visible_stop"].append(stop)
+            if frames:
+                see, image = (image, image + frames), image + frames
+    pad = cfg.data.length - len(t["tokens"])
+    fields = {name: values + [{"media_slot": -1}.get(name, 0)] * pad for name, values in t.items()}
+    fields["seen_until"][len(t["tokens"]) :] = range(len(t["tokens"]) + 1, cfg.data.length + 1)
+    fields = {name: np.array(values, np.int32) for name, values in fields.items()}
+    fields |= plan(fields["visible_start"], fields["visible_stop"], cfg.xattn.tile, cfg.data.pairs)
+    none = np.zeros(cfg.data.targets, np.int32)
+    fields |= dict(target_at=none, targets=none - 1, target_source=none)
+    shape = (cfg.data.images, cfg.vit.image_size, cfg.vit.image_size, 3)
+    fields |= dict(pixels=rng.integers(0, 256, shape).astype(np.uint8), taps=None)
+    return Batch(**{name: None if value is None else value[None] for name, value in fields.items()})
+
+
+def repaint(batch: Batch, image: int) -> Batch:
+    """The batch with another picture in one slot."""
+    pixels = batch.pixels.copy()
+    pixels[:, image] = 255 - pixels[:, image]
+    return batch._replace(pixels=pixels)
+
+
+def changed(cfg: EVLMConfig, batch: Batch, image: int) -> np.ndarray:
+    """[T]: whose output bits depend on the picture in a slot."""
+    model = open_gates(cfg)
+    a, b = hidden(model, batch), hidden(model, repaint(batch, image))
+    return np.asarray((a != b).any(-1))[0]
+
+
+def test_gates_at_zero_are_the_language_model_alone():
+    cfg = tiny_config()
+    model, batch = random_model(cfg, 0), jax.tree.map(jnp.asarray, tiny_batch(cfg, 0))
+    model.xattn.attn_gate[...] = model.xattn.ffn_gate[...] = jnp.zeros(len(cfg.cross_layers))
+
+    @jax.jit
+    def alone(model, batch):
+        rope, mask = rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta), text_mask(batch.seen_until)
+        step = lambda x, block: (block(x, rope, lambda q, k, v: attention(q, k, v, mask)), None)
+        x, _ = jax.lax.scan(step, model.embed(batch.tokens, batch.media_slot), model.llm.layers)
+        return model.llm.ln_f(x)
+
+    assert (np.asarray(hidden(model, batch)) == np.asarray(alone(model, batch))).all()
+    assert (np.asarray(hidden(open_gates(cfg), batch)) != np.asarray(alone(model, batch))).any()
+
+
+def test_images_reach_only_their_document_and_what_follows_them():
+    cfg = tiny_config()
+    n = cfg.media.tokens
+    #                        before  A   text  B  text         another document
+    batch = row(cfg, [[3, "i", 4, "i", 5], ["i", 6], [4]])
+    first, second = 3, 3 + n + 4
+    end = second + n + 5
+    other_end = end + n + 6
+    index = np.arange(cfg.data.length)
+    by_first, by_second, by_other = (changed(cfg, batch, image) for image in range(3))
+    assert by_first[first:end].all(), "an earlier image reaches later text, through self-attention over its media tokens"
+    assert not by_first[(index < first) | (index >= end)].any()
+    assert by_second[second:end].all() and not by_second[(index < second) | (index >= end)].any()
+    assert by_other[end:other_end].all() and not by_other[(index < end) | (index >= other_end)].any()
+
+
+def test_one_block_sees_the_visible_range_only():
+    """The last layer's cross-attention alone: what enters it is fixed, so nothing arrives through self-attention."""
+    cfg = tiny_config(llm=dict(layers=1))
+    batch, n = row(cfg, [[2, "i", 3, "i", 3], [("v", 2), 4]]), cfg.media.tokens
+
+    @jax.jit
+    def block(model, batch):
+        taps = model.encode(batch.pixels)
+        cross = jax.tree.map(lambda a: a[0], model.xattn)
+        k, v = cross.keys_values(taps[:, :, 0])
+        grouping = Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
+        return cross(model.embed(batch.tokens, batch.media_slot), lambda q: grouped_attention(q, k, v, grouping, cfg.xattn.sinks))
+
+    model = open_gates(cfg)
+    before = np.asarray(block(model, batch))[0]
+    video = 2 + n + 3 + n + 3
+    for image in range(4):
+        touched = (before != np.asarray(block(model, repaint(batch, image)))[0]).any(-1)
+        sees = (batch.visible_start[0] <= image) & (image < batch.visible_stop[0])
+        assert (touched == sees).all(), f"image {image}"
+    assert batch.visible_stop[0][video] - batch.visible_start[0][video] == 1, "a frame's media token sees its own frame"
+    assert batch.visible_stop[0][video + 2 * n] - batch.visible_start[0][video + 2 * n] == 2, "text of a video sees all frames"
+
+
+def test_packed_equals_unpacked():
+    cfg = tiny_config()
+    documents = [[2, "i", 5], [("v", 2), 4], [6]]
+    model = open_gates(cfg)
+    packed = row(cfg, documents)
+    together = np.asarray(hidden(model, packed))[0]
+    at = image = 0
+    for document in documents:
+        images = sum(1 if p == "i" else p[1] for p in document if not isinstance(p, int))
+        one = row(cfg, [document])
+        size = int(one.seen_until[0, 0])
+        one.tokens[0, :size] = packed.tokens[0, at : at + size]
+        one.pixels[0, :images] = packed.pixels[0, image : image + images]
+        alone = np.asarray(hidden(model, one))[0, :size]
+        np.testing.assert_allclose(together[at : at + size], alone, atol=1e-5 * np.abs(alone).max())
+        at, image = at + size, image + images
+
+
+@pytest.mark.parametrize("schedule", ["blocked", "cyclic"])
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_schedule_and_placement_equal_a_plain_loop(schedule, every):
+    """Layers one by one, as the paper describes them; 3 does not divide the 4 layers."""
+    cfg = tiny_config(xattn=dict(schedule=schedule, every=every))
+    model, batch = open_gates(cfg), jax.tree.map(jnp.asarray, tiny_batch(cfg, 3))
+    taps = model.encode(batch.pixels)
+    rope, mask = rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta), text_mask(batch.seen_until)
+    x, grouping = model.embed(batch.tokens, batch.media_slot), Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
+    layers, used = -(-cfg.llm.layers // every), []
+    for layer in range(cfg.llm.layers):
+        if layer % every == 0:
+            i = layer // every
+            used.append(i * 3 // layers if schedule == "blocked" else i % 3)
+            cross = jax.tree.map(lambda a, i=i: a[i], model.xattn)
+            k, v = cross.keys_values(taps[:, :, used[-1]])
+            x = cross(x, lambda q, k=k, v=v: grouped_attention(q, k, v, grouping, cfg.xattn.sinks))
+        x = jax.tree.map(lambda a, i=layer: a[i], model.llm.layers)(x, rope, lambda q, k, v: attention(q, k, v, mask))
+    expected = np.asarray(model.llm.ln_f(x))
+    assert tuple(used) == cfg.tap_of_cross_layer
+    np.testing.assert_allclose(hidden(model, batch), expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_no_gradient(remat):
+    batch = tiny_batch(tiny_config(), 1)
+
+    def gradient(remat):
+        model = open_gates(tiny_config(train=dict(remat=remat)))
+        graphdef, state = nnx.split(model)
+        loss = lambda state, batch: losses(nnx.merge(graphdef, state), batch).sum()
+        return jax.tree.leaves(jax.jit(jax.grad(loss))(state, batch))
+
+    plain = gradient("none")
+    largest = max(float(jnp.abs(a).max()) for a in plain)
+    for a, b in zip(plain, gradient(remat), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6 * largest, rtol=1e-4)
+
+
+def test_vit_taps_above_the_highest_do_not_exist():
+    cfg = tiny_config(vit=dict(taps=(1, 3)))
+    model = random_model(cfg, 0)
+    assert sum(jax.tree.leaves(s)[0].shape[0] for s in map(nnx.state, model.vit.stacks)) == 3
+    full = random_model(tiny_config(vit=dict(taps=(1, 2, 3, 4), cuts=())), 0)
+    assert full.encode(np.zeros((2, 8, 8, 3), np.uint8)).shape == (2, 4, cfg.vit.tokens, cfg.vit.width)

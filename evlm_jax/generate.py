@@ -1,0 +1,205 @@
+"""Answers to prompts about images and videos: batches of prompts, sampling, stop tokens, streaming.
+
+Prompts are documents of data/text.py (`prompt`). They are answered in batches of similar length, padded to a few sizes (powers of
+two), so that few programs are compiled. Without a callback the host looks at the answers every CHUNK tokens only.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evlm_jax.data import image, text, video
+from evlm_jax.data.samples import MARKER, ImageRef, Turn
+from evlm_jax.models.decoding import CHUNK, Prompt, Sampling, Weights, decode, prefill
+from evlm_jax.models.evlm import EVLM
+from evlm_jax.ops.grouped_attention import Plan
+from evlm_jax.ops.grouping import plan
+from evlm_jax.tokenizer import Tokenizer
+
+ROWS = 8  # prompts answered together
+SMALLEST = 32  # bucket of prompt lengths
+
+
+class Answer(NamedTuple):
+    """What was generated, without the token that ended it."""
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+class Generator:
+    """A model ready to answer.
+
+    Args:
+      model: its config decides the dtype of activations.
+      dtype: of the matrices, "float32" | "bfloat16"; train.dtype where left out.
+      features: refs -> taps [n, G, S, V], e.g. FeatureStore.get; where left out, images are loaded and encoded here.
+      rows: most prompts answered together.
+    """
+
+    def __init__(
+        self,
+        model: EVLM,
+        tokenizer: Tokenizer,
+        dtype: str | None = None,
+        features: Callable[[Sequence[ImageRef]], np.ndarray] | None = None,
+        rows: int = ROWS,
+    ):
+        cfg = model.cfg
+        self.cfg, self.tokenizer, self.rows = cfg, tokenizer, rows
+        self.weights = jax.jit(lambda model: Weights.of(model, dtype or cfg.train.dtype))(model)
+        self.features = features or partial(_encode, model, jax.jit(EVLM.encode))
+        self._prefill = jax.jit(partial(prefill, cfg), static_argnames=("slots", "images"))
+        self._decode = jax.jit(partial(decode, cfg), donate_argnames="state")
+
+    def prompt(self, turns: Sequence[Turn], visuals: Sequence[tuple[ImageRef, ...]] = ()) -> text.Document:
+        """A document that `generate` continues. Raises SampleError if markers and visuals differ in number."""
+        return text.prompt(turns, visuals, self.tokenizer, self.cfg)
+
+    def generate(
+        self,
+        prompts: Sequence[text.Document],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[int] | None = None,
+        callback: Callable[[int, str], None] | None = None,
+    ) -> list[Answer]:
+        """Answers in the order of the prompts. No answer depends on the other prompts, only on its own place in the list.
+
+        Args:
+          temperature: 0 is greedy.
+          top_p: draws from the smallest set of best tokens with this probability.
+          seed: the draw of prompt i depends on (seed, i).
+          stop: ids that end an answer; the tokenizer's where left out.
+          callback: called with (index of the prompt, next piece of its answer) as soon as it is known.
+        Raises:
+          ValueError: a prompt that is no single path (text.prompt makes them), or a sampling option out of range.
+        """
+        if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+            raise ValueError(f"need temperature >= 0, 0 < top_p <= 1, max_new_tokens >= 1; got {temperature}, {top_p}, {max_new_tokens}")
+        for document in prompts:
+            if not np.array_equal(document.positions, np.arange(len(document.tokens))) or not len(document.tokens):
+                raise ValueError(f"prompt {document.key}: not one unbranched text; make it with Generator.prompt")
+        how = Sampling(jnp.float32(temperature), jnp.float32(top_p), jnp.array(self.tokenizer.eos if stop is None else stop, jnp.int32))
+        random = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
+        streams = [Stream(self.tokenizer, how.stop.tolist(), index, callback) for index in range(len(prompts))]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
+        for first in range(0, len(order), self.rows):
+            chosen = order[first : first + self.rows]
+            self._answer([prompts[i] for i in chosen], [streams[i] for i in chosen], random[np.array(chosen)], how, max_new_tokens)
+        return [stream.answer() for stream in streams]
+
+    def _answer(self, prompts: list[text.Document], streams: list["Stream"], random: jax.Array, how: Sampling, most: int) -> None:
+        """One batch, into its streams."""
+        refs = list(dict.fromkeys(ref for document in prompts for ref in document.refs))
+        prompt = collate(prompts, refs, self.cfg.xattn.tile)
+        slots = _bucket(max(len(document.tokens) for document in prompts) + most, prompt.tokens.shape[1])
+        random = random[np.minimum(np.arange(len(prompt.length)), len(prompts) - 1)]
+        sizes = {"slots": slots, "images": _bucket(prompt.visible.max())}
+        state = self._prefill(self.weights, prompt, self._taps(refs), random, how, **sizes)
+        new, known = np.asarray(state.token)[:, None], 0
+        while True:
+            known += new.shape[1]
+            for stream, tokens in zip(streams, new):
+                stream.push(tokens)
+            if known >= most or all(stream.ended for stream in streams):
+                return
+            limit = 1 if streams[0].callback else min(CHUNK, most - known)
+            state, out = self._decode(self.weights, state, how, jnp.int32(limit))
+            new = np.asarray(out)[:, :limit]
+
+    def _taps(self, refs: list[ImageRef]) -> jax.Array:
+        """[n, G, S, V], n a bucket; zeros behind the last one."""
+        vit = self.cfg.vit
+        taps = np.zeros((_bucket(len(refs)), len(vit.taps), vit.tokens, vit.width), np.float32)
+        if refs:
+            taps[: len(refs)] = self.features(refs)
+        return jnp.asarray(taps)
+
+
+def collate(prompts: Sequence[text.Document], refs: Sequence[ImageRef], tile: int) -> Prompt:
+    """Prompts as padded arrays, every size a power of two. `refs`: all images, as they will stand in `taps`."""
+    rows, length = _bucket(len(prompts)), _bucket(max(len(d.tokens) for d in prompts), SMALLEST)
+    images, pairs = _bucket(max(len(d.refs) for d in prompts)), _bucket(max(d.pairs for d in prompts))
+    number = {ref: i for i, ref in enumerate(refs)}
+    arrays = {name: np.zeros((rows, length), np.int32) for name in ("tokens", "media_slot", "visible_start", "visible_stop")}
+    arrays["media_slot"] -= 1
+    lengths, start, count = np.zeros((3, rows), np.int32)
+    image_number = np.zeros((rows, images), np.int32)
+    for row, document in enumerate(prompts):
+        lengths[row] = len(document.tokens)
+        for name, array in arrays.items():
+            array[row, : lengths[row]] = getattr(document, name)
+        start[row], count[row] = document.visible_start[-1], document.visible_stop[-1] - document.visible_start[-1]
+        image_number[row, : len(document.refs)] = [number[ref] for ref in document.refs]
+    plans = [plan(a, b, tile, pairs) for a, b in zip(arrays["visible_start"], arrays["visible_stop"])]
+    grouped = Plan(*(np.stack([p[name] for p in plans]) for name in Plan._fields))
+    return Prompt(arrays["tokens"], arrays["media_slot"], lengths, grouped, image_number, start, count)
+
+
+def main(args: argparse.Namespace) -> None:
+    """`evlm generate`: prints the answer as it grows. Images come first, then the video; in front of the prompt or at its markers."""
+    from evlm_jax.run import load_trained
+
+    trained = load_trained(args.checkpoint)
+    visuals = [(ImageRef(path),) for path in args.image]
+    if args.video:
+        visuals.append(video.uniform(args.video, args.frames))
+    front = "" if MARKER in args.prompt else MARKER * len(visuals)
+    generator = Generator(trained.model, trained.tokenizer)
+    prompt = generator.prompt([Turn("user", front + args.prompt)], visuals)
+    options = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    generator.generate([prompt], args.max_new_tokens, **options, callback=lambda _, piece: print(piece, end="", flush=True))
+    print()
+
+
+class Stream:
+    """One growing answer."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: list[int], index: int, callback: Callable[[int, str], None] | None):
+        self.tokenizer, self.stop, self.index, self.callback = tokenizer, stop, index, callback
+        self.tokens, self.ended, self._shown = [], False, ""
+
+    def push(self, tokens: np.ndarray) -> None:
+        """Takes new tokens up to the one that ends the answer."""
+        for token in tokens.tolist():
+            self.ended |= token in self.stop
+            if not self.ended:
+                self.tokens.append(token)
+        if self.callback:
+            self._show()
+
+    def _show(self) -> None:
+        """Hands on what is new, but no half of a character whose other bytes are still to come."""
+        whole = self.tokenizer.decode(self.tokens)
+        ready = whole if self.ended else whole.rstrip("\ufffd")
+        if len(ready) > len(self._shown):
+            piece, self._shown = ready[len(self._shown) :], ready
+            self.callback(self.index, piece)
+
+    def answer(self) -> Answer:
+        if self.callback and not self.ended:
+            self.ended = True
+            self._show()
+        return Answer(self.tokenizer.decode(self.tokens), tuple(self.tokens))
+
+
+def _encode(model: EVLM, encode: Callable, refs: Sequence[ImageRef]) -> np.ndarray:
+    """Taps of images, computed now."""
+    pixels = np.zeros((_bucket(len(refs)), model.cfg.vit.image_size, model.cfg.vit.image_size, 3), np.uint8)
+    pixels[: len(refs)] = image.pixels(refs, model.cfg)
+    return np.asarray(encode(model, pixels).astype(jnp.float32))[: len(refs)]
+
+
+def _bucket(size: int, smallest: int = 1) -> int:
+    """The next power of two times `smallest`."""
+    while smallest < size:
+        smallest *= 2
+    return smallest

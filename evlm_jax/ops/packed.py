@@ -1,0 +1,91 @@
+"""Stacks of matrices laid out for few rows: in decoding, a token costs one reading of all weights, and nothing else counts.
+
+On CPU, XLA's own products copy a layer out of its stack first and widen 16-bit weights into memory. Written as a sum of scaled
+rows they become one fused loop that reads each weight once, straight from the stack. bfloat16 rows 2i and 2i+1 stand in one
+uint32, so that widening them is a shift and a mask:
+
+    uint32      odd row | even row          float32 of the even row = word << 16, of the odd row = word & 0xffff0000
+
+Elsewhere a kernel stays a plain array and the product a plain product: the platform is chosen here, when weights are packed.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+FEW = 16  # rows up to which a product is bound by reading the weights
+UNROLL = 16  # matrix rows summed inside the fused loop
+COLUMNS = 4096  # of one piece of the output head: its partial sums stay in the cache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Linear layers of a stack, one of which is `layer`. Called as a Linear: x [..., in] -> [..., out]."""
+
+    kernel: jax.Array  # [L, in, out], or uint32 [L, in / 2, out] that holds pairs of bfloat16 rows
+    bias: jax.Array | None  # [L, out]
+    layer: jax.Array | int = 0
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        flat = x.reshape(-1, x.shape[-1])
+        product = _few if len(flat) <= FEW and jax.default_backend() == "cpu" else _many
+        y = product(flat, self.kernel, self.layer).astype(x.dtype)
+        y = y if self.bias is None else y + self.bias[self.layer].astype(x.dtype)
+        return y.reshape(*x.shape[:-1], -1)
+
+
+def compute_dtype(dtype: str) -> jnp.dtype:
+    """Of activations beside weights of `dtype`: CPUs have no 16-bit products, so there it is float32."""
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else dtype)
+
+
+def pack(kernel: jax.Array, dtype: str) -> jax.Array:
+    """[L, in, out] -> the kernel of a Packed, with weights of `dtype`."""
+    kernel = kernel.astype(dtype)
+    if jax.default_backend() != "cpu" or kernel.dtype != jnp.bfloat16 or kernel.shape[1] % 2:
+        return kernel
+    pairs = kernel.reshape(kernel.shape[0], -1, 2, kernel.shape[2]).swapaxes(2, 3)
+    return jax.lax.bitcast_convert_type(pairs, jnp.uint32)
+
+
+def pack_head(kernel: jax.Array, dtype: str) -> Packed:
+    """[in, vocab] cut into pieces of columns, as the layers of a Packed; the last piece is padded."""
+    pieces = max(1, kernel.shape[1] // COLUMNS) if jax.default_backend() == "cpu" else 1
+    padded = jnp.pad(kernel, ((0, 0), (0, -kernel.shape[1] % pieces)))
+    return Packed(pack(padded.reshape(len(kernel), pieces, -1).swapaxes(0, 1), dtype), None)
+
+
+def logits(head: Packed, x: jax.Array, vocab: int) -> jax.Array:
+    """x [B, in] -> float32 [B, vocab]."""
+    pieces = jax.lax.map(lambda i: dataclasses.replace(head, layer=i)(x), jnp.arange(head.kernel.shape[0]))
+    return pieces.swapaxes(0, 1).reshape(len(x), -1)[:, :vocab].astype(jnp.float32)
+
+
+def _widen(words: jax.Array) -> tuple[jax.Array, ...]:
+    """Rows of a kernel as one or two arrays of rows: float32 of the even and of the odd rows where they are paired."""
+    if words.dtype != jnp.uint32:
+        return (words,)
+    return tuple(jax.lax.bitcast_convert_type(half, jnp.float32) for half in (words << 16, words & jnp.uint32(0xFFFF0000)))
+
+
+def _few(x: jax.Array, kernel: jax.Array, layer: jax.Array | int) -> jax.Array:
+    """x [B, in] as sums of `chunk` scaled rows [groups, B, out], in one fused loop, and the sum of those as a product with ones."""
+    (layers, rows, out), (batch, width) = kernel.shape, x.shape
+    chunk = math.gcd(rows, UNROLL * rows // width)
+    grouped, scales = kernel.reshape(layers, -1, chunk, out), x.T.reshape(rows // chunk, chunk, width // rows, batch)
+    total = 0.0
+    for j in range(chunk):
+        words = jax.lax.dynamic_slice(grouped, (layer, 0, j, 0), (1, rows // chunk, 1, out))[0]
+        for half, row in enumerate(_widen(words)):
+            total += scales[:, j, half, :, None] * row
+    ones = jnp.ones((1, rows // chunk), x.dtype)
+    return (ones @ total.reshape(rows // chunk, -1)).reshape(batch, out)
+
+
+def _many(x: jax.Array, kernel: jax.Array, layer: jax.Array | int) -> jax.Array:
+    """A plain product with the layer taken out of the stack."""
+    parts = _widen(jax.lax.dynamic_index_in_dim(kernel, layer, 0, False))
+    return sum(x[:, i :: len(parts)] @ part.astype(x.dtype) for i, part in enumerate(parts))

@@ -1,0 +1,217 @@
+"""Generation: caches against the full forward, batches against single prompts, sampling against NumPy, streaming."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from evlm_jax.batch import Batch
+from evlm_jax.data.samples import ImageRef, Turn
+from evlm_jax.generate import Generator, Stream, collate
+from evlm_jax.models import decoding
+from evlm_jax.models.evlm import EVLM
+from evlm_jax.ops import packed
+from evlm_jax.ops.grouping import plan
+from tests.data.made import ByteTokenizer, refs
+from tests.tiny import tiny_config
+
+
+class Letters(ByteTokenizer):
+    """Every id the tiny model can choose is a letter: nothing is invalid, and answers are easy to compare."""
+
+    eos = (259,)
+
+    def decode(self, ids, skip_special=True):
+        return "".join(chr(0x100 + i) for i in ids)
+
+
+def made(**overrides):
+    """(model with open gates, generator with random taps): vocabulary 260, so that every id of the tokenizer exists."""
+    cfg = tiny_config(llm=dict(vocab=260) | overrides.pop("llm", {}), **overrides)
+    model = EVLM(cfg, nnx.Rngs(0))
+    gates = model.xattn.attn_gate[...].shape
+    model.xattn.attn_gate[...] = jnp.linspace(0.5, 1.5, gates[0])
+    model.xattn.ffn_gate[...] = jnp.linspace(-1, 1, gates[0])
+    return model, Generator(model, Letters(), features=lambda refs: taps(cfg, refs), rows=4)
+
+
+def taps(cfg, refs):
+    """[n, G, S, V], a function of the reference."""
+    shape = (len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width)
+    seed = lambda ref: [int(ref.path.split(".")[0]), int(10 * (ref.frame or 0))]
+    return np.stack([np.random.default_rng(seed(ref)).standard_normal(shape, np.float32) for ref in refs])
+
+
+PROMPTS = (
+    ([Turn("user", "no picture")], ()),
+    ([Turn("user", "before <image> and behind")], refs(1)),
+    ([Turn("user", "<image>one <image> two"), Turn("assistant", "yes"), Turn("user", "and <image> this?")], refs(1, 1, 1)),
+    ([Turn("user", "a picture <image> and a film <image> what?")], refs(1, 5)),
+    ([Turn("user", "a film <image> and a picture <image>, and then many words until another bucket of lengths begins")], refs(3, 1)),
+)
+
+
+def full_forward(model, document, tokens):
+    """Logits [len(tokens), vocab] that choose each of `tokens` after the prompt, from one pass over everything."""
+    cfg, fed = model.cfg, len(tokens) - 1
+    length = len(document.tokens) + fed
+    grown = lambda array, value: np.concatenate([array, np.full(fed, value, np.int32)])
+    start, stop = (grown(a, a[-1]) for a in (document.visible_start, document.visible_stop))
+    row = {
+        "tokens": np.concatenate([document.tokens, np.array(tokens[:-1], np.int32)]),
+        "positions": np.arange(length),
+        "seen_until": np.full(length, length),
+        "media_slot": grown(document.media_slot, -1),
+    }
+    row |= {"visible_start": start, "visible_stop": stop} | plan(start, stop, cfg.xattn.tile, 64)
+    none = np.zeros((1, 1), np.int32)
+    arrays = {name: array[None] for name, array in row.items()} | dict.fromkeys(("target_at", "targets", "target_source"), none)
+    images = taps(cfg, document.refs or (ImageRef("0.png"),))
+    hidden = model.hidden(Batch(**arrays, pixels=None, taps=images[None]))
+    return np.asarray(model.logits(hidden)[0, len(document.tokens) - 1 :])
+
+
+def cached_logits(generator, documents, tokens):
+    """The same from the caches, for a batch, whatever the model would choose instead of `tokens` [B, n]."""
+    cfg = generator.cfg
+    state_of, next_of = jax.jit(partial(decoding.read_prompts, cfg), static_argnums=(4, 5)), jax.jit(partial(decoding.read_tokens, cfg))
+    refs = list(dict.fromkeys(ref for document in documents for ref in document.refs))
+    prompt = collate(documents, refs, cfg.xattn.tile)
+    random = jax.random.split(jax.random.key(0), len(prompt.length))
+    first, state = state_of(generator.weights, prompt, generator._taps(refs), random, 256, 8)
+    found = [first]
+    for i in range(tokens.shape[1] - 1):
+        token = jnp.zeros_like(state.token).at[: len(tokens)].set(tokens[:, i])
+        logits, state = next_of(generator.weights, state._replace(token=token, position=state.position + 1))
+        found.append(logits)
+    return np.stack(found, 1)[: len(documents)]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"xattn": dict(every=3, sinks=0, schedule="cyclic")}, {"llm": dict(qkv_bias=True, tied=False, kv_heads=4)}],
+    ids=["tied", "every third, no sink", "biases, own head"],
+)
+def test_caches_equal_the_full_forward(overrides):
+    """A batch of different lengths and numbers of images, texts before images, and videos."""
+    model, generator = made(**overrides)
+    documents = [generator.prompt(*prompt) for prompt in PROMPTS]
+    tokens = np.random.default_rng(0).integers(0, 256, (len(documents), 6)).astype(np.int32)
+    found = cached_logits(generator, documents, tokens)
+    for row, document in enumerate(documents):
+        wanted = full_forward(model, document, tokens[row].tolist())
+        assert np.abs(found[row] - wanted).max() <= 1e-5 * np.abs(wanted).max(), document.key
+    assert np.abs(found[1] - full_forward(EVLM(model.cfg, nnx.Rngs(0)), documents[1], tokens[1].tolist())).max() > 1e-2  # gates are seen
+
+
+def test_greedy_answers_are_the_argmax_of_the_full_forward():
+    model, generator = made()
+    documents = [generator.prompt(*prompt) for prompt in PROMPTS]
+    for document, answer in zip(documents, generator.generate(documents, 10, stop=())):
+        assert list(answer.tokens) == full_forward(model, document, list(answer.tokens)).argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_batch_answers_like_each_prompt_alone(temperature):
+    """With sampling, place i in the list decides the draw, so the others are replaced and not removed."""
+    _, generator = made()
+    documents = [generator.prompt(*prompt) for prompt in PROMPTS]
+    together = generator.generate(documents, 12, temperature, 0.9, seed=3)
+    for i in (1, 3):
+        others = [documents[0]] * i + [documents[i]]
+        assert generator.generate(others, 12, temperature, 0.9, seed=3)[i] == together[i]
+    if temperature:
+        assert generator.generate(documents, 12, temperature, 0.9, seed=4) != together
+
+
+def test_generation_stops_at_a_stop_token():
+    _, generator = made()
+    document = generator.prompt(*PROMPTS[1])
+    free = generator.generate([document] * 2, 70, stop=())[0].tokens  # more than one call of decode
+    assert len(free) == 70
+    last = free[40]
+    end = free.index(last)
+    answers = generator.generate([document] * 2, 70, stop=(last,))
+    assert [answer.tokens for answer in answers] == [free[:end]] * 2
+    assert generator.generate([document], 1)[0].tokens == free[:1]
+
+
+def test_callback_gets_the_pieces_in_order():
+    _, generator = made()
+    documents, pieces = [generator.prompt(*prompt) for prompt in PROMPTS[:3]], []
+    answers = generator.generate(documents, 9, callback=lambda index, piece: pieces.append((index, piece)))
+    assert answers == generator.generate(documents, 9)
+    for index, answer in enumerate(answers):
+        mine = [piece for i, piece in pieces if i == index]
+        assert "".join(mine) == answer.text and [len(piece) for piece in mine] == [1] * len(answer.tokens)
+    assert [i for i, _ in pieces[:3]] != [0, 0, 0]  # the answers grow together
+
+
+def test_streaming_holds_back_half_a_character():
+    pieces = []
+    stream = Stream(ByteTokenizer(), [259], 0, lambda _, piece: pieces.append(piece))
+    for byte in "aé😀b".encode():
+        stream.push(np.array([byte]))
+    assert pieces == ["a", "é", "😀", "b"]
+
+
+@pytest.mark.parametrize("top_p", [0.2, 0.7, 1.0])
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_top_p_against_numpy(top_p, temperature):
+    """Frequencies of many draws are those of the renormalised nucleus."""
+    logits = np.random.default_rng(0).normal(0, 2, 20).astype(np.float32)
+    draws = 20000
+    keys = jax.random.split(jax.random.key(1), draws)
+    tokens = decoding.sample(jnp.tile(logits, (draws, 1)), keys, jnp.float32(temperature), jnp.float32(top_p))
+    found = np.bincount(np.asarray(tokens), minlength=20) / draws
+
+    wanted = np.exp(logits / temperature - (logits / temperature).max())
+    wanted /= wanted.sum()
+    order = np.argsort(-wanted)
+    inside = order[: np.searchsorted(np.cumsum(wanted[order]), top_p) + 1]
+    nucleus = np.zeros(20)
+    nucleus[inside] = wanted[inside] / wanted[inside].sum()
+    assert set(np.flatnonzero(found)) <= set(inside)
+    assert np.abs(found - nucleus).max() < 4 * np.sqrt(0.25 / draws)
+
+
+def test_temperature_zero_is_the_argmax():
+    logits = jax.random.normal(jax.random.key(0), (5, 30))
+    keys = jax.random.split(jax.random.key(1), 5)
+    assert (decoding.sample(logits, keys, jnp.float32(0), jnp.float32(0.5)) == logits.argmax(-1)).all()
+
+
+def test_state_spec_is_what_prefill_makes():
+    _, generator = made()
+    cfg, document = generator.cfg, generator.prompt(*PROMPTS[1])
+    prompt, images = collate([document] * 2, document.refs, cfg.xattn.tile), generator._taps(document.refs)
+    random = jax.random.split(jax.random.key(0), 2)
+    _, state = jax.eval_shape(lambda: decoding.read_prompts(cfg, generator.weights, prompt, images, random, 64, 2))
+    form = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+    assert form(state) == form(decoding.DecodeState.spec(cfg, 2, 64, 2))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 40])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_products(rows, dtype):
+    """Every form of the product is the plain one with weights of that dtype."""
+    kernel = jax.random.normal(jax.random.key(0), (3, 24, 40))
+    x = jax.random.normal(jax.random.key(1), (rows, 24))
+    wanted = x @ kernel[1].astype(dtype).astype(jnp.float32)
+    found = packed.Packed(packed.pack(kernel, dtype), None, 1)(x)
+    assert jnp.abs(found - wanted).max() <= 1e-5 * jnp.abs(wanted).max()
+    head = packed.pack_head(jnp.concatenate([kernel[1]] * 210, 1), dtype)  # several pieces, the last one padded
+    found = packed.logits(head, x, 8400)
+    assert jnp.abs(found - jnp.tile(wanted, (1, 210))).max() <= 1e-5 * jnp.abs(wanted).max()
+
+
+def test_refuses_what_it_cannot_answer():
+    _, generator = made()
+    document = generator.prompt(*PROMPTS[0])
+    with pytest.raises(ValueError, match="prompt prompt: not one unbranched text"):
+        generator.generate([document._replace(positions=document.positions * 0)])
+    with pytest.raises(ValueError, match="0 < top_p <= 1"):
+        generator.generate([document], top_p=0)

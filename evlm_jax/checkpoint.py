@@ -147,10 +147,9 @@ def _manifest_file(root: epath.Path, store: str) -> epath.Path:
 
 def _arrays(path: epath.Path) -> Arrays:
     """What was saved at `path`, as NumPy."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        tree = reader.metadata(path).item_metadata.tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return flatten_dict(reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy)), sep="/")
+    handler = ocp.PyTreeCheckpointHandler()
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(path).tree)
+    return flatten_dict(handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy)), sep="/")
 
 
 def _nest(arrays: dict) -> dict:

@@ -105,11 +105,11 @@ def sections(cfg, trained, features, workdir, test, emoji, photos, scored, gener
 
 def facts(cfg: EVLMConfig, trained: Trained, scored: dict, generated: dict, clock: Clock) -> dict:
     """Headline and setup of the report."""
-    overall = scored["accuracy"][0]
+    overall, x = scored["accuracy"][0], cfg.xattn
     count = lambda *parts: sum(array.size for name, array in trained.params.items() if name.startswith(parts))
     emoji = generated["emoji"]["scores"]
     minutes = sum(seconds for _, seconds in clock.parts) / 60
-    percent = report.percent
+    percent, frozen = report.percent, f"{count('vit/', 'llm/') / 1e6:.0f} M frozen"
     majority = f"always “{overall['majority_answer']}” scores {percent(overall['majority'])}"
     return {
         "title": "A vision-language model, trained on this machine",
@@ -118,13 +118,13 @@ def facts(cfg: EVLMConfig, trained: Trained, scored: dict, generated: dict, cloc
         "headline": [
             {"value": percent(overall["accuracy"]), "label": "of easy-vqa's test questions right", "note": majority},
             {"value": f"{minutes:.0f} min", "label": "from nothing to this page", "note": results.device()},
-            {"value": f"{count('xattn/', 'media/') / 1e6:.1f} M", "label": "trained parameters", "note": f"{count('vit/', 'llm/') / 1e6:.0f} M frozen"},
+            {"value": f"{count('xattn/', 'media/') / 1e6:.1f} M", "label": "trained parameters", "note": frozen},
             {"value": percent(emoji["exact_match"]), "label": "unseen emoji named exactly", "note": f"CIDEr {emoji['cider']:.2f}"},
         ],
         "setup": [
             ("Vision tower", f"DINOv2 ViT-S/14, frozen, {cfg.vit.image_size} px, taps {', '.join(map(str, cfg.vit.taps))}"),
             ("Language model", f"SmolLM2-135M-Instruct, frozen, {cfg.llm.layers} layers"),
-            ("Cross-attention", f"{len(cfg.cross_layers)} gated blocks, {cfg.xattn.heads} heads x {cfg.xattn.head_dim}, FFN {cfg.xattn.ffn}"),
+            ("Cross-attention", f"{len(cfg.cross_layers)} gated blocks, {x.heads} heads x {x.head_dim}, FFN {x.ffn}"),
             ("Media tokens", f"{cfg.media.tokens} an image"),
             ("Training", f"{cfg.train.steps} steps of {cfg.train.batch} rows x {cfg.data.length} tokens, {cfg.train.dtype}"),
             ("Optimizer", f"AdamW, peak rate {cfg.optim.lr:g}, gates x{cfg.optim.phases[0].rules[0].lr:g}"),

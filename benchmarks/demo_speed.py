@@ -1,0 +1,163 @@
+"""Speed of the demo's model against peers, all in one run: `python -m benchmarks.demo_speed`.
+
+Generation: SmolLM2-135M from one GGUF file, ours against transformers and, where llama-cpp-python is installed, llama.cpp. Training: the
+demo's step against a plain PyTorch loop on the same batch. Other programs share the machine: read the ratios.
+"""
+
+import importlib.util
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.peers import Run, llama_cpp_run, transformers_run
+from benchmarks.torch_step import make_step
+from evlm_jax import assets
+from evlm_jax.batch import Batch
+from evlm_jax.config import EVLMConfig, from_config_dict
+from evlm_jax.convert.engine import load_towers, parameter_shapes
+from evlm_jax.data.pack import assemble
+from evlm_jax.data.samples import ImageRef, Sample, question
+from evlm_jax.data.text import encode
+from evlm_jax.models import decoding
+from evlm_jax.models.evlm import EVLM
+from evlm_jax.names import unflatten
+from evlm_jax.ops.grouped_attention import Plan
+from evlm_jax.sharding import batch_sharding, make_mesh, replicated
+from evlm_jax.tokenizer import load_tokenizer
+from evlm_jax.train import Phase
+from experiments import demo
+
+SHAPES = ((1, 64), (1, 512), (8, 64))  # rows, prompt length
+NEW = 32  # tokens
+REPEATS = 3  # of which the fastest counts
+
+
+def load(cfg: EVLMConfig) -> EVLM:
+    """The towers with closed gates."""
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
+    arrays = {name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(cfg).items()} | load_towers(cfg)
+    return nnx.merge(graphdef, jax.tree.map(jnp.asarray, unflatten(cfg, arrays, shapes)))
+
+
+def our_run(model: EVLM, dtype: str, images: int) -> Run:
+    """Prefill and decode; every token sees `images` images."""
+    cfg, vit = model.cfg, model.cfg.vit
+    weights = jax.jit(lambda model: decoding.Weights.of(model, dtype))(model)
+    prefill = jax.jit(partial(decoding.prefill, cfg), static_argnames=("slots", "images"))
+    decode = jax.jit(partial(decoding.decode, cfg), donate_argnames="state")
+    how = decoding.Sampling(jnp.float32(0), jnp.float32(1), jnp.full(8, -1))
+    taps = jnp.zeros((1, len(vit.taps), vit.tokens, vit.width))
+
+    def run(tokens, new):
+        rows, length = tokens.shape
+        full = lambda *shape, value=0: np.full(shape, value, np.int32)
+        tiles = -(-length // cfg.xattn.tile)
+        index = np.arange(length)
+        order = np.pad(index, (0, tiles * cfg.xattn.tile - length), constant_values=length).reshape(tiles, -1)
+        each = lambda a: np.tile(a, (rows,) + (1,) * a.ndim).astype(np.int32)
+        plan = Plan(each(order), each(index), each(np.arange(tiles) if images else np.full(tiles, tiles)), full(rows, tiles))
+        prompt = decoding.Prompt(
+            tokens, full(rows, length, value=-1), full(rows, value=length), plan, full(rows, 1), full(rows), full(rows, value=images)
+        )
+        random = jax.random.split(jax.random.key(0), rows)
+        start = time.perf_counter()
+        state = jax.block_until_ready(prefill(weights, prompt, taps, random, how, slots=length + new, images=1))
+        read = time.perf_counter()
+        jax.block_until_ready(decode(weights, state, how, jnp.int32(new)))
+        return read - start, time.perf_counter() - read
+
+    return run
+
+
+def generation(cfg: EVLMConfig) -> None:
+    """Prints a line an engine: tokens/s of prefill and decode for each of SHAPES, beside the first one's."""
+    gguf = assets.path(cfg.init.llm)
+    whole = load(cfg)
+    alone = demo.get_config()
+    alone.xattn.update(every=cfg.llm.layers, ffn=16)  # one closed block is left: within 1% of the language model alone
+    llm = load(from_config_dict(alone))
+    engines = {
+        "ours float32": lambda: our_run(llm, "float32", 0),
+        "ours bfloat16": lambda: our_run(llm, "bfloat16", 0),
+        "ours float32, with cross-attention": lambda: our_run(whole, "float32", 1),
+        "ours bfloat16, with cross-attention": lambda: our_run(whole, "bfloat16", 1),
+        "transformers float32": lambda: transformers_run(gguf),
+    }
+    if importlib.util.find_spec("llama_cpp"):
+        engines |= {f"llama.cpp {kind}": partial(llama_cpp_run, gguf, kind) for kind in ("f32", "f16", "as stored")}
+    tokens = np.random.default_rng(0).integers(1000, 40000, (8, 512)).astype(np.int32)
+    columns = [f"{rows} x {length} {what}" for rows, length in SHAPES for what in ("prefill", f"+{NEW}")]
+    print(f"{'tokens/s':<37}" + "".join(f"{column:>17}" for column in columns))
+    first = None
+    for name, engine in engines.items():
+        run = engine()
+        speeds = np.array([_speed(run, tokens[:rows, :length]) for rows, length in SHAPES]).ravel()
+        first = speeds if first is None else first
+        print(f"{name:<37}" + "".join(f"{speed:9.0f} ({speed / base:4.2f}x)" for speed, base in zip(speeds, first)), flush=True)
+
+
+def _speed(run: Run, tokens: np.ndarray) -> tuple[float, float]:
+    run(tokens, NEW)  # compiles
+    seconds = np.min([run(tokens, NEW) for _ in range(REPEATS)], axis=0)
+    return tokens.size / seconds[0], len(tokens) * NEW / seconds[1]
+
+
+def demo_batch(cfg: EVLMConfig) -> Batch:
+    """Rows full of images with several questions each, as easy-vqa has them, and random taps."""
+    tokenizer = load_tokenizer(cfg.init.llm)
+    colours, shapes = ("red", "blue", "green", "brown"), ("circle", "triangle", "rectangle")
+    asked = [("what is the color of the shape?", c) for c in colours[:1]] + [("what shape is in the image?", s) for s in shapes[:1]]
+    asked += [(f"is there a {c} {s}?", "no") for c in colours for s in shapes][: cfg.data.dialogs or None]
+    dialogs = tuple(question("<image>" + q, a) for q, a in asked[:8])
+    rows = []
+    for row in range(cfg.train.batch):
+        documents = [encode(Sample(f"{row}/{i}", "", ((ImageRef(f"{i}.png"),),), dialogs), tokenizer, cfg) for i in range(cfg.data.images)]
+        size = np.cumsum([(len(d.tokens), len(d.targets), d.pairs) for d in documents], axis=0)
+        fits = (size <= (cfg.data.length, cfg.data.targets, cfg.data.pairs)).all(1)
+        rows.append([document for document, fit in zip(documents, fits) if fit])
+    fields = assemble(rows, cfg)
+    shape = Batch.spec(cfg).taps.shape
+    return Batch(**fields, pixels=None, taps=np.random.default_rng(0).standard_normal(shape, np.float32).astype(jnp.bfloat16))
+
+
+def training(cfg: EVLMConfig) -> None:
+    """Prints tokens (positions that are not padding) per second of one optimizer step."""
+    batch, mesh = demo_batch(cfg), make_mesh()
+    phase = Phase(cfg, 0, replicated(mesh))
+    state = phase.enter(0, nnx.state(load(cfg)), {})
+    on_device = jax.device_put(batch, batch_sharding(mesh))
+
+    def ours():
+        nonlocal state
+        state, report = phase.update(state, on_device)
+        jax.block_until_ready(report)
+
+    length = batch.tokens.shape[1]
+    used = int((batch.seen_until > np.arange(length) + 1).sum())
+    print(f"train step of {len(batch.tokens)} x {length} positions: {used} used, {int((batch.targets >= 0).sum())} targets")
+    speeds = {name: used / _fastest(step) for name, step in (("ours float32", ours), ("PyTorch float32", make_step(cfg, batch)))}
+    for name, speed in speeds.items():
+        print(f"{name:<37}{speed:9.0f} ({speed / speeds['ours float32']:4.2f}x)")
+
+
+def _fastest(step) -> float:
+    seconds = []
+    for _ in range(1 + REPEATS):  # the first one compiles
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def main() -> None:
+    cfg = from_config_dict(demo.get_config())
+    generation(cfg)
+    training(cfg)
+
+
+if __name__ == "__main__":
+    main()

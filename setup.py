@@ -9,20 +9,20 @@ CORE = [
     "orbax-checkpoint>=0.12.8",
     "grain>=0.2.18",
     "ml_collections>=1.1.0",
-    "chex>=0.1.92",
-    "einops>=0.8.2",
-    "gguf>=0.19.0",  # reads GGUF weights
+    "einops>=0.8.2",  # the patterns of the conversion tables
+    "etils>=1.14",
+    "gguf>=0.19.0",  # dequantises GGUF weights
     "jinja2>=3.1",  # the report
-    "matplotlib>=3.10",  # pictures
-    "ml_dtypes",
+    "markupsafe>=3.0",
+    "matplotlib>=3.10",
+    "ml_dtypes>=0.5",
     "numpy>=2.0",
     "onnx>=1.23.2",  # reads ONNX weights
     "pillow>=12.0",
-    "safetensors>=0.8.0",
     "tokenizers>=0.23.3",
-    "tqdm",
+    "tqdm>=4.67",
 ]
-DEMO = ["av>=18.1.0", "emoji>=2.16.0", "tensorboardX>=2.6.5"]
+DEMO = ["av>=18.1.0", "tensorboardX>=2.6.5"]  # video; TensorBoard files
 
 setup(
     name="evlm-jax",
@@ -37,11 +37,12 @@ setup(
         "demo": DEMO,
         "test": [
             *DEMO,
-            "hypothesis",
-            "pytest",
+            "einops-exts==0.0.4",  # of open_flamingo's block
+            "hypothesis>=6.150",
+            "pytest>=9.0",
             "pycocoevalcap==1.2",
             "rouge-score==0.1.2",
-            "ruff",
+            "ruff>=0.14",
             "torch==2.13.0",  # a plain `torch` brings gigabytes of CUDA
             "transformers==5.23.0",
         ],

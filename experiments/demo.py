@@ -54,7 +54,7 @@ def smollm2_135m() -> dict:
 
 def get_config(form: str = "") -> ConfigDict:
     """The demo. `form`: "" (within 30 minutes on 2 cores), "fast" (a few minutes), "full" (every question, several times)."""
-    steps = {"": 150, "fast": 8, "full": 1500}[form]
+    steps = {"": 130, "fast": 8, "full": 1500}[form]
     config = base.get_config()
     config.name = "demo"
     config.vit = dinov2_small(image_size=112)
@@ -73,16 +73,16 @@ def get_config(form: str = "") -> ConfigDict:
         cache_features=True,
     )
     config.optim.update(
-        lr=1e-3,
+        lr=1.5e-3,
         min_lr=1e-4,
-        warmup=20,
+        warmup=10,
         clip=1.0,
         phases=(
             dict(
                 start=0.0,
                 warmup=0,
                 rules=(
-                    dict(pattern=r"gate$", lr=20.0),
+                    dict(pattern=r"gate$", lr=15.0),
                     dict(pattern=r"^(xattn|media)/", lr=1.0),
                     dict(pattern=r"^(vit|llm)/", lr=None),
                 ),

@@ -42,7 +42,11 @@ class Clock:
 
 
 def run(form: str, workdir: str) -> Path:
-    """The whole demo; returns the page. `form`: "", "fast" or "full", as experiments/demo.py has them."""
+    """The whole demo; returns the page. `form`: "", "fast" or "full", as experiments/demo.py has them.
+
+    Raises:
+      InterruptedError: SIGTERM came while training; what was trained is saved.
+    """
     cfg, clock, out = from_config_dict(experiment.get_config(form)), Clock(), Path(workdir)
     with clock.part("fetch weights and data"):
         assets.fetch()
@@ -54,7 +58,9 @@ def run(form: str, workdir: str) -> Path:
         features = feature_store(cfg, load_towers(cfg))
         features.fill(ref for sample in [*test, *emoji, *photos] for ref in sample.refs)
     with clock.part("train"):
-        train_run(cfg, workdir, tensorboard=True)
+        done = train_run(cfg, workdir, tensorboard=True)
+        if done < cfg.train.steps:
+            raise InterruptedError(f"stopped at step {done} of {cfg.train.steps}; the same command goes on from there")
     trained = load_trained(workdir)
     with clock.part("answer every test question by lowest loss"):
         scored = choice.evaluate(trained.model, trained.tokenizer, test, choice.EASY_VQA, features)

@@ -1,11 +1,13 @@
 """What a run reports: a progress bar, DIR/metrics.jsonl and, where asked, TensorBoard.
 
 Values arrive on the host some steps after they were dispatched, so reporting never makes the device wait. Between two lines
-losses are averaged over targets and rates over time; the other values are those of the line's own step.
+losses are averaged over targets, rates over time, used shares of the budgets over steps; samples that the data left out are
+counted by cause; the other values are those of the line's own step.
 """
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Self
 
@@ -13,6 +15,7 @@ from tqdm import tqdm
 
 from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
+from evlm_jax.data.pack import Drop
 from evlm_jax.flops import real_tokens, seen_images, train_flops
 from evlm_jax.names import canonical
 
@@ -32,7 +35,8 @@ class Meter:
         whole = [line for line in lines if line.endswith("}")]  # a killed run may leave half a line
         self._path.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
         self._board = _board(workdir, step) if tensorboard else None
-        self._bar = tqdm(total=cfg.train.steps, initial=step, unit="step", dynamic_ncols=True)
+        self._bar = tqdm(desc=cfg.name, total=cfg.train.steps, initial=step, unit="step", dynamic_ncols=True)
+        self._dropped = {}
         self._reset()
 
     def __enter__(self) -> Self:
@@ -46,6 +50,7 @@ class Meter:
     def add(self, step: int, batch: dict[str, float], values: dict) -> None:
         """The values of update `step` (1-based), on the host; `batch` is what `work` counted of its batch."""
         self._totals = {name: self._totals.get(name, 0.0) + value for name, value in (batch | _sums(self._cfg, values)).items()}
+        self._steps += 1
         self._bar.update()
         if step % self._cfg.train.log_every == 0 or step == self._cfg.train.steps:
             self._write(step, self._summary() | {"lr": values["lr"], "grad_norm": values["grad_norm"]} | _gates(self._cfg, values["gates"]))
@@ -60,7 +65,15 @@ class Meter:
         out |= {f"{name}_per_s": totals[name] / seconds for name in ("tokens", "images")}
         if self._cfg.train.peak_flops:
             out["mfu"] = totals["flops"] / (seconds * self._devices * self._cfg.train.peak_flops)
-        return out
+        out |= {name: value / self._steps for name, value in totals.items() if name.startswith("fill/")}
+        return out | {name: value for name, value in totals.items() if name.startswith("dropped/")}
+
+    def dropped(self, drops: list[Drop]) -> None:
+        """Tells of samples that were left out: the first of each cause in words, all of them by number on the bar."""
+        for drop in drops:
+            self._dropped[drop.cause] = self._dropped.get(drop.cause, 0) + 1
+            if self._dropped[drop.cause] == 1:
+                self._bar.write(f"left out, {drop.cause}: {drop.message}; further ones are counted only")
 
     def _write(self, step: int, line: dict[str, float]) -> None:
         line = {name: float(value) for name, value in line.items()}
@@ -68,16 +81,19 @@ class Meter:
             file.write(json.dumps({"step": step, **line}) + "\n")
         for name, value in line.items() if self._board else ():
             self._board.add_scalar(name, value, step)
-        self._bar.set_postfix(loss=f"{line['loss']:.3f}", tokens=f"{line['tokens_per_s']:.0f}/s", images=f"{line['images_per_s']:.1f}/s")
+        rates = {name: f"{line[f'{name}_per_s']:.1f}/s" for name in ("tokens", "images")}
+        self._bar.set_postfix({"loss": f"{line['loss']:.3f}"} | rates | self._dropped)
         self._reset()
 
     def _reset(self) -> None:
-        self._totals, self._since = {}, time.monotonic()
+        self._totals, self._steps, self._since = {}, 0, time.monotonic()
 
 
-def work(cfg: EVLMConfig, batch: Batch) -> dict[str, float]:
-    """What a batch of NumPy arrays holds, padding left out: text tokens, images that are looked at, FLOPs needed."""
-    return {"tokens": float(real_tokens(batch).sum()), "images": float(seen_images(batch)), "flops": train_flops(cfg, batch)}
+def work(cfg: EVLMConfig, batch: Batch, info: dict) -> dict[str, float]:
+    """What a batch of NumPy arrays holds, padding left out: text tokens, images that are looked at, FLOPs needed, and `info` of it."""
+    counts = {"tokens": float(real_tokens(batch).sum()), "images": float(seen_images(batch)), "flops": train_flops(cfg, batch)}
+    counts |= {f"fill/{name}": share for name, share in info["fill"].items()}
+    return counts | {f"dropped/{cause}": float(n) for cause, n in Counter(drop.cause for drop in info["drops"]).items()}
 
 
 def _sums(cfg: EVLMConfig, values: dict) -> dict[str, float]:

@@ -168,7 +168,7 @@ def train(
     """Trains to train.steps, or to SIGTERM; goes on from the newest checkpoint in `workdir` where there is one.
 
     Args:
-      data: yields (Batch of NumPy arrays, {"keys": sample keys}); get_state() -> JSON and set_state(JSON) keep its position.
+      data: yields (Batch of NumPy arrays, info) as data.pipeline.batches; get_state() -> JSON and set_state(JSON) keep its position.
       params: canonical name -> array: the towers, or all parameters of an earlier stage (checkpoint.load_params).
       trained: those of `params` that an earlier stage trained (checkpoint.trained).
       on_step: called with the number of finished updates and a function that gives the model, valid until it returns.
@@ -206,7 +206,8 @@ def train(
             batch, info = next(data)
             state, report = phase.update(state, jax.device_put(batch, batch_sharding(mesh)))
             step += 1
-            pending.append((step, info["keys"], work(cfg, batch), report))
+            pending.append((step, info["keys"], work(cfg, batch, info), report))
+            meter.dropped(info["drops"])
             _look(pending, IN_FLIGHT, meter)
             if on_step:
                 on_step(step, functools.partial(phase.model, state))

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from evlm_jax.data.pack import Drop
 from evlm_jax.flops import train_flops
 from evlm_jax.metrics import Meter, work
 from tests.tiny import tiny_batch, tiny_config
@@ -54,8 +55,24 @@ def test_work_leaves_padding_out():
     batch = tiny_batch(cfg, seed=0, rows=1, fill=0.6)
     used = 1 + int(np.flatnonzero(batch.positions[0]).max())
     seen = {i for a, b in zip(batch.visible_start[0], batch.visible_stop[0], strict=True) for i in range(a, b)}
-    assert work(cfg, batch) == {"tokens": used, "images": len(seen), "flops": train_flops(cfg, batch)}
+    drops = [Drop("too long", "a"), Drop("unreadable image", "b"), Drop("too long", "c")]
+    counted = {"tokens": used, "images": len(seen), "flops": train_flops(cfg, batch)}
+    counted |= {"fill/tokens": 0.5, "dropped/too long": 2, "dropped/unreadable image": 1}
+    assert work(cfg, batch, {"fill": {"tokens": 0.5}, "drops": drops}) == counted
     assert 0 < used < cfg.data.length and 0 < len(seen)
+
+
+def test_left_out_samples_are_counted_and_the_first_is_shown(tmp_path, capsys):
+    cfg = tiny_config(train={"log_every": 2})
+    with Meter(cfg, tmp_path, step=0, devices=1, tensorboard=False) as meter:
+        for step, shares in ((1, (0.5, 1)), (2, (1.0, 2))):
+            counted = dict(zip(("fill/tokens", "dropped/too long"), shares))
+            meter.dropped([Drop("too long", f"sample {step}")] * shares[1])
+            meter.add(step, {"tokens": 1.0, "images": 1.0, "flops": 1.0} | counted, report(cfg, [1.0, 1.0], [1, 1]))
+    (line,) = lines(tmp_path)
+    assert (line["fill/tokens"], line["dropped/too long"]) == (0.75, 3)
+    said = capsys.readouterr()
+    assert "left out, too long: sample 1" in said.out and "sample 2" not in said.out and "too long=3" in said.err
 
 
 def test_tensorboard(tmp_path, monkeypatch):

@@ -24,16 +24,17 @@ _TINY = dict(
         layer_scale=True, class_token=True, registers=0, patch_bias=True, embed_norm=False, eps=1e-6, taps=(2, 3, 4), cuts=(),
         interpolation="bicubic", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
     ),
-    llm=dict(vocab=256, hidden=64, layers=4, heads=4, kv_heads=2, head_dim=16, mlp=128, rope_theta=1e4, eps=1e-5, qkv_bias=False, tied=True),
+    llm=dict(vocab=256, hidden=64, layers=4, heads=4, kv_heads=2, head_dim=16, mlp=128, rope_theta=1e4, eps=1e-5,
+             qkv_bias=False, tied=True),
     xattn=dict(heads=2, head_dim=16, ffn=32, every=1, schedule="blocked", sinks=1, tile=8, eps=1e-5),
     media=dict(tokens=2, placeholder="<|media|>"),
     data=dict(
-        sources=("vqa", "caption"), weights=(1.0, 1.0), template="chatml", length=48, images=4, targets=24, pairs=12, dialogs=0, isolate=True,
-        window=8, resize="squash", cache_features=False, seed=0,
+        sources=("vqa", "caption"), weights=(1.0, 1.0), template="chatml", length=48, images=4, targets=24, pairs=12, dialogs=0,
+        isolate=True, window=8, resize="squash", cache_features=False, seed=0,
     ),
     optim=dict(
-        lr=1e-3, min_lr=1e-4, warmup=2, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05, no_decay=("gate$", "norm", "bias$", "^media/"), clip=1.0,
-        phases=(dict(start=0.0, warmup=0, rules=CROSS_ONLY),),
+        lr=1e-3, min_lr=1e-4, warmup=2, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05, no_decay=("gate$", "norm", "bias$", "^media/"),
+        clip=1.0, phases=(dict(start=0.0, warmup=0, rules=CROSS_ONLY),),
     ),
     train=dict(
         steps=8, batch=2, accumulate=1, dtype="float32", param_dtype="float32", frozen_dtype="float32", remat="none", save_every=4, keep=2,
@@ -120,7 +121,8 @@ class TinyData:
     def __next__(self):
         index, self.next = self.next, self.next + 1
         batch = tiny_batch(self.cfg, seed=1000 * self.seed + index)
-        return self.change(index, batch), {"keys": [f"{index}/{row}" for row in range(self.cfg.train.batch)]}
+        keys = [f"{index}/{row}" for row in range(self.cfg.train.batch)]
+        return self.change(index, batch), {"keys": keys, "fill": {}, "drops": []}
 
     def get_state(self):
         return {"next": self.next}

@@ -1,0 +1,90 @@
+"""The door from an experiment file to the code is strict both ways; overrides on the command line; the shipped experiments."""
+
+import ast
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+
+import evlm_jax
+from evlm_jax import cli, config
+from evlm_jax.config import from_config_dict, to_dict
+from experiments import base, demo
+
+DEMO = str(Path(demo.__file__))
+
+
+@pytest.mark.parametrize("made", [base.get_config(), *(demo.get_config(form) for form in ("", "fast", "full"))])
+def test_shipped_experiments_pass_the_door_and_come_back(made):
+    cfg = from_config_dict(made)
+    assert from_config_dict(to_dict(cfg)) == cfg
+
+
+def broken(section: str, **fields):
+    made = demo.get_config().to_dict()
+    for name, value in fields.items():
+        if value is None:
+            del made[section][name]
+        else:
+            made[section][name] = value
+    return made
+
+
+@pytest.mark.parametrize(
+    "made, message",
+    [
+        (broken("train", stepz=3), "unknown key train.stepz; TrainConfig has steps, "),
+        (broken("train", steps=None), "missing key train.steps"),
+        (broken("train", steps="many"), "train.steps must be int, got 'many'"),
+        (broken("train", steps=True), "train.steps must be int, got True"),
+        (broken("vit", taps=(0, 8)), "vit.taps must lie in 1..vit.depth = 12"),
+        (broken("vit", mean=(0.5, 0.5)), "vit.mean needs 3 values, got 2"),
+        (broken("optim", phases=({"start": 0.0, "warmup": 0, "rules": ({"rate": 1.0},)},)), r"unknown key optim.phases\[0\].rules\[0\].rate"),
+        (broken("data", weights=(1.0,)), "data.weights needs one weight for each of data.sources"),
+        (broken("train", dtype="float16"), "train.dtype is 'float16'; use one of float32, bfloat16"),
+        (demo.get_config().to_dict() | {"vit": 3}, "vit must be a section with keys, got 3"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_field_in_full(made, message):
+    with pytest.raises(ValueError, match=message):
+        from_config_dict(made)
+
+
+def test_every_field_is_read():
+    """A field that no line of the package reads would be an option without effect."""
+    read = set()
+    for path in Path(evlm_jax.__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        checks = [node for node in tree.body if getattr(node, "name", "") == "check" and path.name == "config.py"]
+        tree.body = [node for node in tree.body if node not in checks]  # to be checked is not to be read
+        read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    kinds = [kind for _, kind in inspect.getmembers(config, dataclasses.is_dataclass) if kind.__module__ == config.__name__]
+    assert len(kinds) == 11
+    unread = [f"{kind.__name__}.{field.name}" for kind in kinds for field in dataclasses.fields(kind) if field.name not in read]
+    assert unread == ["ViTConfig.depth"]  # bounds the taps, and is compared with the checkpoint; blocks end at the highest tap
+
+
+def test_overrides():
+    overrides = ["--config.optim.lr=1e-4", "--config.vit.taps=(2, 4)", "--config.init.llm=/models/a b", "--config.data.isolate=False"]
+    cfg = cli.load_config(f"{DEMO}:fast", overrides)
+    assert (cfg.optim.lr, cfg.vit.taps, cfg.init.llm, cfg.data.isolate) == (1e-4, (2, 4), "/models/a b", False)
+    assert cfg.train == from_config_dict(demo.get_config("fast")).train
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "--config", "nowhere.py", "--workdir", "w"], "no file nowhere.py"),
+        (["train", "--config", DEMO, "--workdir", "w", "--config.optim.rate=1"], "unknown key optim.rate"),
+        (["train", "--config", DEMO, "--workdir", "w", "--config.rate.lr=1"], "unknown key rate.lr"),
+        (["train", "--config", DEMO, "--workdir", "w", "--lr=1"], "unknown argument --lr=1"),
+        (["train", "--config", DEMO, "--workdir", "w", "--config.train.steps=1.5"], "train.steps must be int, got 1.5"),
+        (["fetch", "nothing"], "nothing"),
+        (["generate", "--checkpoint", "nowhere", "--prompt", "a"], "nowhere"),
+    ],
+)
+def test_command_line_errors_are_one_line(arguments, message, capsys):
+    assert cli.main(arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("evlm: ") and message in said and said.count("\n") == 1

@@ -37,6 +37,7 @@ setup(
         "demo": DEMO,
         "test": [
             *DEMO,
+            "accelerate>=1.10",  # with which transformers reads GGUF
             "einops-exts==0.0.4",  # of open_flamingo's block
             "hypothesis>=6.150",
             "pytest>=9.0",

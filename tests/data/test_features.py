@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evlm_jax.data.features import CHUNK, FeatureStore, fingerprint
+from evlm_jax.data.features import CHUNK, STEP, FeatureStore, fingerprint
 from evlm_jax.data.image import ImageError, pixels
 from evlm_jax.data.pipeline import batches
 from evlm_jax.data.samples import ImageRef
@@ -25,8 +25,9 @@ class Encoder:
         self.seen = 0
 
     def __call__(self, images):
-        assert images.shape == (CHUNK, 8, 8, 3) and images.dtype == np.uint8
-        self.seen += int((images.reshape(CHUNK, -1).max(1) > 0).sum())
+        assert len(images) <= CHUNK and len(images) % STEP == 0  # few compiled shapes
+        assert images.shape[1:] == (8, 8, 3) and images.dtype == np.uint8
+        self.seen += int((images.reshape(len(images), -1).max(1) > 0).sum())
         return self.of(images)
 
     @staticmethod
@@ -133,9 +134,9 @@ def test_batches_carry_taps(tmp_path):
     cfg = tiny_config(data=dict(sources=(f"folder:{tmp_path / 'pictures'}",), weights=(1.0,), length=96, cache_features=True))
     store = FeatureStore(tmp_path / "store", Encoder(), cfg)
     iterator = batches(cfg, TOKENIZER, store)
-    assert len(store) == 6  # all before the first batch
     batch, info = next(iterator)
     iterator.close()
+    assert len(store) <= 6  # what the batches needed
     assert batch.pixels is None and batch.taps.dtype == ml_dtypes.bfloat16
     for b, keys in enumerate(info["keys"]):
         refs = [ImageRef(key.removeprefix("folder:")) for key in keys]

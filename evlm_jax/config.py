@@ -173,10 +173,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Where the towers come from: an asset name, a directory or a file."""
+    """Where the towers come from, an asset name, a directory or a file; how the new parameters start."""
 
     vision: str
     llm: str
+    centre_norms: bool  # the cross-attention's norms from the first batch (models/norm_init.py); False: scale 1, bias 0
 
 
 @dataclass(frozen=True)

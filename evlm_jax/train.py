@@ -26,6 +26,7 @@ from evlm_jax.config import EVLMConfig, from_config_dict, to_dict
 from evlm_jax.loss import loss_sums
 from evlm_jax.metrics import Meter, work
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.models.norm_init import centre_norms
 from evlm_jax.sharding import batch_sharding, check_rows, make_mesh, replicated
 
 IN_FLIGHT = 2  # steps dispatched before the host looks at the values of an older one
@@ -191,6 +192,11 @@ def train(
             data.set_state(snapshot.meta["data"])
         else:
             whole, groups = fresh(phase, params, trained), {}
+            if cfg.init.centre_norms and not any(name.startswith("xattn/") for name in params):
+                position = data.get_state()
+                batch = jax.device_put(next(data)[0], batch_sharding(mesh))
+                data.set_state(position)
+                whole = centre_norms(nnx.merge(phase.graphdef, whole), batch)
         meter = stack.enter_context(Meter(cfg, workdir, step, mesh.size, tensorboard))
         stop = stack.enter_context(_sigterm())
         state, pending = None, deque()

@@ -106,6 +106,6 @@ def get_config() -> ConfigDict:
                 seed=0,
                 peak_flops=0.0,
             ),
-            init=dict(vision="", llm=""),
+            init=dict(vision="", llm="", centre_norms=False),
         )
     )

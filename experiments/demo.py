@@ -63,7 +63,7 @@ def get_config(form: str = "") -> ConfigDict:
     config.media.update(tokens=4, placeholder="<repo_name>")
     config.data.update(
         sources=("easy-vqa", "emoji-en"),
-        weights=(0.6, 0.4),
+        weights=(0.85, 0.15),
         template="plain",  # a third fewer tokens than a chat template
         length=256,
         images=8,
@@ -73,9 +73,10 @@ def get_config(form: str = "") -> ConfigDict:
         cache_features=True,
     )
     config.optim.update(
-        lr=1.5e-3,
-        min_lr=1e-4,
+        lr=1e-3,
+        min_lr=5e-4,
         warmup=10,
+        b2=0.95,  # a short run: the second moment must follow
         clip=1.0,
         phases=(
             dict(
@@ -83,6 +84,7 @@ def get_config(form: str = "") -> ConfigDict:
                 warmup=0,
                 rules=(
                     dict(pattern=r"gate$", lr=15.0),
+                    dict(pattern=r"^xattn/\d+/o/", lr=3.0),
                     dict(pattern=r"^(xattn|media)/", lr=1.0),
                     dict(pattern=r"^(vit|llm)/", lr=None),
                 ),
@@ -100,5 +102,5 @@ def get_config(form: str = "") -> ConfigDict:
         log_every=5,
         peak_flops=195e9,
     )
-    config.init.update(vision="dinov2-small", llm="smollm2-135m-instruct")
+    config.init.update(vision="dinov2-small", llm="smollm2-135m-instruct", centre_norms=True)
     return config

@@ -40,7 +40,7 @@ _TINY = dict(
         steps=8, batch=2, accumulate=1, dtype="float32", param_dtype="float32", frozen_dtype="float32", remat="none", save_every=4, keep=2,
         log_every=1, seed=0, peak_flops=0.0,
     ),
-    init=dict(vision="", llm=""),
+    init=dict(vision="", llm="", centre_norms=False),
 )  # fmt: skip
 
 

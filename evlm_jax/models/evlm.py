@@ -4,6 +4,9 @@ Unusual: the language model and the cross-attention run as ONE scan over layers;
 scan picks its own by number, so `blocked`, `cyclic` and any other schedule are the same program.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -54,8 +57,15 @@ class EVLM(nnx.Module):
 
     def hidden(self, batch: Batch) -> jax.Array:
         """[B, T, D] after the final norm."""
+        return self.observed(batch, self.taps(batch), lambda block, tap, x: None)[0]
+
+    def taps(self, batch: Batch) -> jax.Array:
+        """[G, B, I, S, V], from pixels or as they are given."""
         taps = self.encode(batch.pixels) if batch.taps is None else batch.taps.astype(self.dtype)
-        taps = jnp.moveaxis(taps, 2, 0)  # [G, B, I, S, V]
+        return jnp.moveaxis(taps, 2, 0)
+
+    def observed(self, batch: Batch, taps: jax.Array, observe: Callable) -> tuple[jax.Array, Any]:
+        """`hidden`, and what `observe(block, its tap [B, I, S, V], its input x [B, T, D])` returns for each block, stacked."""
         x = self.embed(batch.tokens, batch.media_slot)
         rope = rope_tables(batch.positions, self.cfg.llm.head_dim, self.cfg.llm.rope_theta)
         mask = text_mask(batch.seen_until)
@@ -67,23 +77,26 @@ class EVLM(nnx.Module):
         def group(x, inputs):
             """One cross-attention block and the `every` decoder layers behind it."""
             cross, tap, blocks = inputs
+            seen = observe(cross, taps[tap], x)
             k, v = cross.keys_values(taps[tap])
             x = cross(x, lambda q: grouped_attention(q, k, v, plan, self.cfg.xattn.sinks))
-            return jax.lax.scan(decoder, x, blocks)
+            return jax.lax.scan(decoder, x, blocks)[0], seen
 
-        return self.llm.ln_f(self._run(group, x))
+        x, seen = self._run(group, x)
+        return self.llm.ln_f(x), seen
 
-    def _run(self, group, x: jax.Array) -> jax.Array:
+    def _run(self, group, x: jax.Array) -> tuple[jax.Array, Any]:
         """Scan `group` over all layers; where `every` does not divide them, the rest is one shorter group."""
         every, tap = self.cfg.xattn.every, jnp.array(self.cfg.tap_of_cross_layer)
         full = self.cfg.llm.layers // every
         head = jax.tree.map(lambda a: a[: full * every].reshape(full, every, *a.shape[1:]), self.llm.layers)
         crosses = self.xattn if full == len(tap) else jax.tree.map(lambda a: a[:full], self.xattn)
-        x, _ = jax.lax.scan(REMAT[self.cfg.train.remat](group), x, (crosses, tap[:full], head))
+        x, seen = jax.lax.scan(REMAT[self.cfg.train.remat](group), x, (crosses, tap[:full], head))
         if full < len(tap):
             rest = jax.tree.map(lambda a: a[full * every :], self.llm.layers)
-            x, _ = group(x, (jax.tree.map(lambda a: a[-1], self.xattn), tap[-1], rest))
-        return x
+            x, last = group(x, (jax.tree.map(lambda a: a[-1], self.xattn), tap[-1], rest))
+            seen = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), seen, last)
+        return x, seen
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., vocab]."""

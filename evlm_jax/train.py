@@ -193,10 +193,7 @@ def train(
         else:
             whole, groups = fresh(phase, params, trained), {}
             if cfg.init.centre_norms and not any(name.startswith("xattn/") for name in params):
-                position = data.get_state()
-                batch = jax.device_put(next(data)[0], batch_sharding(mesh))
-                data.set_state(position)
-                whole = centre_norms(nnx.merge(phase.graphdef, whole), batch)
+                whole = centre_norms(nnx.merge(phase.graphdef, whole), jax.device_put(_peek(data), batch_sharding(mesh)))
         meter = stack.enter_context(Meter(cfg, workdir, step, mesh.size, tensorboard))
         stop = stack.enter_context(_sigterm())
         state, pending = None, deque()
@@ -225,6 +222,14 @@ def train(
             if last:
                 break
     return step
+
+
+def _peek(data: Iterator) -> Batch:
+    """The next batch, which will come again."""
+    position = data.get_state()
+    batch, _ = next(data)
+    data.set_state(position)
+    return batch
 
 
 def _changes(cfg: EVLMConfig, saved: dict) -> str:

@@ -154,6 +154,7 @@ def _fastest(step) -> float:
 
 
 def main() -> None:
+    """Measures and prints."""
     cfg = from_config_dict(demo.get_config())
     generation(cfg)
     training(cfg)

@@ -85,6 +85,7 @@ def fastest(step) -> float:
 
 
 def main() -> None:
+    """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=2048)

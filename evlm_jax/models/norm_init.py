@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from evlm_jax.batch import Batch
+from evlm_jax.flops import real_tokens
 from evlm_jax.models.evlm import EVLM
 
 FLOOR = 1e-2  # added to variances, so that a channel that hardly moves is not blown up
@@ -25,8 +26,7 @@ def centre_norms(model: EVLM, batch: Batch) -> nnx.State:
     taps, row = model.taps(batch), jnp.arange(len(batch.tokens))[:, None]
     zeros = jnp.zeros(batch.tokens.shape)
     predicts = zeros.at[row, batch.target_at].add(batch.targets >= 0)
-    real = (batch.positions > 0) | (batch.seen_until > jnp.arange(zeros.shape[1]) + 1)
-    text = (real & (batch.media_slot < 0)).astype(jnp.float32)
+    text = (real_tokens(batch) & (batch.media_slot < 0)).astype(jnp.float32)
     images = jnp.zeros(taps.shape[1:4])  # [B, I, S]
     images = images.at[row, batch.pair_image].max((batch.pair_tile < batch.tile_tokens.shape[1])[..., None].astype(jnp.float32))
 

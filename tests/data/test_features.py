@@ -136,7 +136,6 @@ def test_batches_carry_taps(tmp_path):
     iterator = batches(cfg, TOKENIZER, store)
     batch, info = next(iterator)
     iterator.close()
-    assert len(store) <= 6  # what the batches needed
     assert batch.pixels is None and batch.taps.dtype == ml_dtypes.bfloat16
     for b, keys in enumerate(info["keys"]):
         refs = [ImageRef(key.removeprefix("folder:")) for key in keys]

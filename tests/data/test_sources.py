@@ -9,13 +9,10 @@ from evlm_jax.data.samples import ImageRef, SampleError, Turn
 from evlm_jax.data.sources import open_source
 from tests.data.made import row, write_images, write_jsonl
 from tests.data.test_images import write_video
+from tests.parity import needs_asset
 
 
-def needs(name):
-    return pytest.mark.skipif(not assets.available(name), reason=f"needs the asset {name}: run `evlm fetch`")
-
-
-@needs("easy-vqa")
+@needs_asset("easy-vqa")
 @pytest.mark.parametrize("name, split, images, questions", [("easy-vqa", "train", 4000, 38575), ("easy-vqa-test", "test", 1000, 9673)])
 def test_easy_vqa_is_the_published_split(name, split, images, questions):
     source = open_source(name)
@@ -27,7 +24,7 @@ def test_easy_vqa_is_the_published_split(name, split, images, questions):
     assert source[7].visuals == ((ImageRef(str(folder / "images" / f"{source[7].key}.png")),),)
 
 
-@needs("openmoji")
+@needs_asset("openmoji")
 def test_emoji_splits_share_no_code_point():
     train, test, chinese = (open_source(name) for name in ("emoji-en", "emoji-en-test", "emoji-zh"))
     keys = [{sample.key for sample in source} for source in (train, test, chinese)]
@@ -37,7 +34,7 @@ def test_emoji_splits_share_no_code_point():
     assert all(sample.refs[0].path.endswith(f"{sample.key}.png") for sample in chinese)
 
 
-@needs("clips")
+@needs_asset("clips")
 def test_clips_are_videos_of_uniform_frames():
     sample = open_source("clips")[0]
     times = [ref.frame for ref in sample.visuals[0]]

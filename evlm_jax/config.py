@@ -161,6 +161,7 @@ class TrainConfig:
     batch: int  # rows of an optimizer step, over all devices
     accumulate: int  # micro-batches of a step; divides `batch`
     dtype: str  # compute: "float32" | "bfloat16"
+    matmul_precision: str  # operands of products, where the dtype is wider: "float32" | "bfloat16"
     param_dtype: str  # trainable parameters and moments
     frozen_dtype: str  # frozen towers
     remat: str  # "none" | "dots" | "full"
@@ -239,6 +240,7 @@ def check(cfg: EVLMConfig) -> None:
         ("data.resize", data.resize, ("squash", "crop", "pad")),
         ("data.template", data.template, ("chatml", "plain")),
         ("train.dtype", train.dtype, ("float32", "bfloat16")),
+        ("train.matmul_precision", train.matmul_precision, ("float32", "bfloat16")),
         ("train.param_dtype", train.param_dtype, ("float32", "bfloat16")),
         ("train.frozen_dtype", train.frozen_dtype, ("float32", "bfloat16")),
         ("train.remat", train.remat, ("none", "dots", "full")),

@@ -97,6 +97,7 @@ def get_config() -> ConfigDict:
                 batch=480,
                 accumulate=1,
                 dtype="bfloat16",
+                matmul_precision="bfloat16",
                 param_dtype="float32",
                 frozen_dtype="bfloat16",
                 remat="dots",

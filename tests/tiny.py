@@ -37,8 +37,8 @@ _TINY = dict(
         clip=1.0, phases=(dict(start=0.0, warmup=0, rules=CROSS_ONLY),),
     ),
     train=dict(
-        steps=8, batch=2, accumulate=1, dtype="float32", param_dtype="float32", frozen_dtype="float32", remat="none", save_every=4, keep=2,
-        log_every=1, seed=0, peak_flops=0.0,
+        steps=8, batch=2, accumulate=1, dtype="float32", matmul_precision="float32", param_dtype="float32",
+        frozen_dtype="float32", remat="none", save_every=4, keep=2, log_every=1, seed=0, peak_flops=0.0,
     ),
     init=dict(vision="", llm="", centre_norms=False),
 )  # fmt: skip

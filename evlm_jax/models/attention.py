@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from evlm_jax.ops.product import product
+
 NEGATIVE = -1e30  # finite, so that a row that sees nothing gives numbers and not NaN
 
 
@@ -15,11 +17,11 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     b, t, n, h = q.shape
     kv, group = k.shape[2], n // k.shape[2]
     q = q.reshape(b, t, kv, group, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, group * t, h)
-    scores = jnp.matmul(q, k.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32) * h**-0.5
+    scores = product("bkqh,bskh->bkqs", q, k) * h**-0.5
     if mask is not None:
         scores = jnp.where(jnp.tile(mask, (1, group, 1))[:, None], scores, NEGATIVE)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.matmul(weights, v.transpose(0, 2, 1, 3)).reshape(b, kv, group, t, h)
+    out = product("bkqs,bskh->bkqh", weights, v).astype(v.dtype).reshape(b, kv, group, t, h)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 

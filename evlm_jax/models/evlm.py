@@ -4,6 +4,7 @@ Unusual: the language model and the cross-attention run as ONE scan over layers;
 scan picks its own by number, so `blocked`, `cyclic` and any other schedule are the same program.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,17 @@ class Media(nnx.Module):
         self.embedding = param(rngs, (cfg.media.tokens, cfg.llm.hidden), (None, "embed"), std=0.02)
 
 
+def _precisely(method: Callable) -> Callable:
+    """The method under train.matmul_precision."""
+
+    @functools.wraps(method)
+    def call(self, *args):
+        with jax.default_matmul_precision(self.cfg.train.matmul_precision):
+            return method(self, *args)
+
+    return call
+
+
 class EVLM(nnx.Module):
     """The whole model. Parameters are float32 at initialisation; compute is in `cfg.train.dtype`."""
 
@@ -43,6 +55,7 @@ class EVLM(nnx.Module):
         """Of all activations."""
         return jnp.dtype(self.cfg.train.dtype)
 
+    @_precisely
     def encode(self, pixels: jax.Array) -> jax.Array:
         """uint8 [..., h, w, 3] -> taps [..., G, S, V]."""
         mean, std = jnp.array(self.cfg.vit.mean), jnp.array(self.cfg.vit.std)
@@ -64,6 +77,7 @@ class EVLM(nnx.Module):
         taps = self.encode(batch.pixels) if batch.taps is None else batch.taps.astype(self.dtype)
         return jnp.moveaxis(taps, 2, 0)
 
+    @_precisely
     def observed(self, batch: Batch, taps: jax.Array, observe: Callable) -> tuple[jax.Array, Any]:
         """`hidden`, and what `observe(block, its tap [B, I, S, V], its input x [B, T, D])` returns for each block, stacked."""
         x = self.embed(batch.tokens, batch.media_slot)
@@ -98,6 +112,7 @@ class EVLM(nnx.Module):
             seen = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), seen, last)
         return x, seen
 
+    @_precisely
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., vocab]."""
         return self.llm.logits(hidden)

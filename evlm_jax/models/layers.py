@@ -9,6 +9,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from evlm_jax.ops.product import product
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float | None = None, value: float = 0.0) -> nnx.Param:
@@ -27,7 +30,7 @@ class Linear(nnx.Module):
         self.bias = param(rngs, shape[1:], axes[1:]) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = checkpoint_name(product("...x,xy->...y", x, self.kernel[...]).astype(x.dtype), "linear")
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -104,6 +107,6 @@ def stack(block: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -
 
 REMAT = {
     "none": lambda f: f,
-    "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names("linear")),
     "full": jax.checkpoint,
 }

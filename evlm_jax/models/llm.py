@@ -7,11 +7,11 @@ training and attention over a cache in generation.
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from evlm_jax.config import LLMConfig
 from evlm_jax.models.layers import Linear, RMSNorm, heads, param, rotate, stack
+from evlm_jax.ops.product import product
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -71,5 +71,5 @@ class LLM(nnx.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """x [..., D] after the final norm -> float32 [..., vocab]."""
         if self.head is None:
-            return jnp.einsum("...d,vd->...v", x, self.embed[...].astype(x.dtype), preferred_element_type=jnp.float32)
-        return jnp.einsum("...d,dv->...v", x, self.head.kernel[...].astype(x.dtype), preferred_element_type=jnp.float32)
+            return product("...d,vd->...v", x, self.embed[...])
+        return product("...d,dv->...v", x, self.head.kernel[...])

@@ -12,6 +12,7 @@ from flax import nnx
 from evlm_jax.config import ViTConfig
 from evlm_jax.models.attention import attention
 from evlm_jax.models.layers import MLP, REMAT, LayerNorm, Linear, heads, param, stack
+from evlm_jax.ops.product import product
 
 
 class SelfAttention(nnx.Module):
@@ -58,7 +59,7 @@ class Patch(nnx.Module):
         self.bias = param(rngs, (v,), ("embed",)) if cfg.patch_bias else None
 
     def __call__(self, patches: jax.Array) -> jax.Array:
-        x = patches @ self.kernel[...].reshape(patches.shape[-1], -1).astype(patches.dtype)
+        x = product("...p,pv->...v", patches, self.kernel[...].reshape(patches.shape[-1], -1)).astype(patches.dtype)
         return x if self.bias is None else x + self.bias[...].astype(x.dtype)
 
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from evlm_jax.ops.product import product
+
 
 class Plan(NamedTuple):
     """The plan's fields of Batch; shapes and padding as documented there."""
@@ -41,11 +43,11 @@ def _row(q: jax.Array, k: jax.Array, v: jax.Array, plan: Plan, sinks: int) -> ja
     (n, h), (tiles, tile), kv = q.shape[1:], plan.tile_tokens.shape, k.shape[2]
     grouped = permute(q, plan.tile_tokens.reshape(-1), plan.token_tile).reshape(tiles, tile, kv, n // kv, h)
     owner = jnp.minimum(plan.pair_tile, tiles - 1)  # padding pairs compute something that nobody reads
-    scores = jnp.einsum("ptkgh,pskh->pkgts", grouped[owner], k[plan.pair_image], preferred_element_type=jnp.float32) * h**-0.5
+    scores = product("ptkgh,pskh->pkgts", grouped[owner], k[plan.pair_image]) * h**-0.5
     top = jax.lax.stop_gradient(scores.max(-1))
     weights = jnp.exp(scores - top[..., None])
     total = weights.sum(-1)
-    out = jnp.einsum("pkgts,pskh->pkgth", weights.astype(v.dtype), v[plan.pair_image], preferred_element_type=jnp.float32)
+    out = product("pkgts,pskh->pkgth", weights.astype(v.dtype), v[plan.pair_image])
 
     # Merge the pairs of a tile: rescale all to the tile's largest score, then add. The sink joins here, as `sinks` logits of 0.
     def merge(x):

@@ -15,6 +15,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from evlm_jax.ops.product import product
+
 FEW = 16  # rows up to which a product is bound by reading the weights
 UNROLL = 16  # matrix rows summed inside the fused loop
 COLUMNS = 4096  # of one piece of the output head: its partial sums stay in the cache
@@ -36,7 +38,7 @@ class Packed:
 
 
 def compute_dtype(dtype: str) -> jnp.dtype:
-    """Of activations beside weights of `dtype`: CPUs have no 16-bit products, so there it is float32."""
+    """Of activations beside weights of `dtype`: on CPUs everything but a product is slower in 16 bits, so there it is float32."""
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else dtype)
 
 
@@ -89,6 +91,8 @@ def _few(x: jax.Array, kernel: jax.Array, layer: jax.Array | int) -> jax.Array:
 
 
 def _many(x: jax.Array, kernel: jax.Array, layer: jax.Array | int) -> jax.Array:
-    """A plain product with the layer taken out of the stack."""
-    parts = _widen(jax.lax.dynamic_index_in_dim(kernel, layer, 0, False))
-    return sum(x[:, i :: len(parts)] @ part.astype(x.dtype) for i, part in enumerate(parts))
+    """A plain product with the layer taken out of the stack; operands of the weights' dtype, sums in float32."""
+    rows = jax.lax.dynamic_index_in_dim(kernel, layer, 0, False)
+    pairs = rows.dtype == jnp.uint32
+    parts = [jax.lax.bitcast_convert_type((rows >> s).astype(jnp.uint16), jnp.bfloat16) for s in (0, 16)] if pairs else [rows]
+    return sum(product("bx,xy->by", x[:, i :: len(parts)].astype(part.dtype), part) for i, part in enumerate(parts))

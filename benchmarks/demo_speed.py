@@ -6,6 +6,7 @@ demo's step against a plain PyTorch loop on the same batch. Other programs share
 
 import importlib.util
 import time
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -85,8 +86,8 @@ def generation(cfg: EVLMConfig) -> None:
         "ours bfloat16": lambda: our_run(llm, "bfloat16", 0),
         "ours float32, with cross-attention": lambda: our_run(whole, "float32", 1),
         "ours bfloat16, with cross-attention": lambda: our_run(whole, "bfloat16", 1),
-        "transformers float32": lambda: transformers_run(gguf),
     }
+    engines |= {f"transformers {dtype}": partial(transformers_run, gguf, dtype) for dtype in ("float32", "bfloat16")}
     if importlib.util.find_spec("llama_cpp"):
         engines |= {f"llama.cpp {kind}": partial(llama_cpp_run, gguf, kind) for kind in ("f32", "f16", "as stored")}
     tokens = np.random.default_rng(0).integers(1000, 40000, (8, 512)).astype(np.int32)
@@ -124,24 +125,37 @@ def demo_batch(cfg: EVLMConfig) -> Batch:
     return Batch(**fields, pixels=None, taps=np.random.default_rng(0).standard_normal(shape, np.float32).astype(jnp.bfloat16))
 
 
-def training(cfg: EVLMConfig) -> None:
-    """Prints tokens (positions that are not padding) per second of one optimizer step."""
-    batch, mesh = demo_batch(cfg), make_mesh()
-    phase = Phase(cfg, 0, replicated(mesh))
-    state = phase.enter(0, nnx.state(load(cfg)), {})
-    on_device = jax.device_put(batch, batch_sharding(mesh))
+def training() -> None:
+    """Prints tokens (positions that are not padding) per second of one optimizer step, with products of each precision."""
+    first = None
+    for precision in ("float32", "bfloat16"):
+        config = demo.get_config()
+        config.train.matmul_precision = precision
+        cfg = from_config_dict(config)
+        batch = demo_batch(cfg)
+        used = int((batch.seen_until > np.arange(cfg.data.length) + 1).sum())
+        if first is None:
+            print(
+                f"train step of {len(batch.tokens)} x {cfg.data.length} positions: {used} used, {int((batch.targets >= 0).sum())} targets"
+            )
+        for name, step in (("ours", our_step(cfg, batch)), ("PyTorch", make_step(cfg, batch))):
+            speed = used / _fastest(step)
+            first = first or speed
+            print(f"{name + ', products in ' + precision:<37}{speed:9.0f} ({speed / first:4.2f}x)", flush=True)
 
-    def ours():
+
+def our_step(cfg: EVLMConfig, batch: Batch) -> Callable[[], None]:
+    """A function that does one optimizer step on the batch."""
+    mesh = make_mesh()
+    phase = Phase(cfg, 0, replicated(mesh))
+    state, on_device = phase.enter(0, nnx.state(load(cfg)), {}), jax.device_put(batch, batch_sharding(mesh))
+
+    def step() -> None:
         nonlocal state
         state, report = phase.update(state, on_device)
         jax.block_until_ready(report)
 
-    length = batch.tokens.shape[1]
-    used = int((batch.seen_until > np.arange(length) + 1).sum())
-    print(f"train step of {len(batch.tokens)} x {length} positions: {used} used, {int((batch.targets >= 0).sum())} targets")
-    speeds = {name: used / _fastest(step) for name, step in (("ours float32", ours), ("PyTorch float32", make_step(cfg, batch)))}
-    for name, speed in speeds.items():
-        print(f"{name:<37}{speed:9.0f} ({speed / speeds['ours float32']:4.2f}x)")
+    return step
 
 
 def _fastest(step) -> float:
@@ -155,9 +169,8 @@ def _fastest(step) -> float:
 
 def main() -> None:
     """Measures and prints."""
-    cfg = from_config_dict(demo.get_config())
-    generation(cfg)
-    training(cfg)
+    generation(from_config_dict(demo.get_config()))
+    training()
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ Run = Callable[[np.ndarray, int], tuple[float, float]]
 _SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
 
 
-def transformers_run(gguf: Path) -> Run:
-    """AutoModelForCausalLM with its cache, in float32."""
+def transformers_run(gguf: Path, dtype: str) -> Run:
+    """AutoModelForCausalLM with its cache."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32").eval()
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype).eval()
 
     @torch.no_grad()
     def run(tokens, new):

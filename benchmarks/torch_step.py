@@ -90,7 +90,7 @@ class Model(nn.Module):
 
 
 def make_step(cfg: EVLMConfig, batch: Batch):
-    """A function that does one optimizer step on the batch and returns the loss."""
+    """A function that does one optimizer step on the batch and returns the loss; train.matmul_precision "bfloat16" is autocast."""
     model = Model(cfg)
     as_torch = lambda a: None if a is None else torch.tensor(a.astype("float32" if a.dtype.itemsize == 2 else a.dtype))
     tensors = Batch(*map(as_torch, batch))._replace(targets=torch.tensor(batch.targets).long())
@@ -98,7 +98,8 @@ def make_step(cfg: EVLMConfig, batch: Batch):
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = model.loss(tensors)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cfg.train.matmul_precision == "bfloat16"):
+            loss = model.loss(tensors)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.clip)
         optimizer.step()

@@ -20,9 +20,9 @@ from evlm_jax.generate import Generator
 from evlm_jax.run import Trained, feature_store, load_trained, train_run
 from experiments import demo as experiment
 
-GREEDY = 1000  # questions answered by free generation as well
 CAPTION_TOKENS = 16
-FAST = {"images": 40, "greedy": 40, "emoji": 24}  # what `--fast` evaluates; the others take everything
+# How much each form evaluates, of what it does not take as a whole; "greedy": questions answered by free generation as well.
+SIZES = {"": {"greedy": 1000}, "fast": {"images": 40, "greedy": 40, "emoji": 24}, "full": {}}
 ATTENTION = 4  # pictures in the report with attention by word
 
 
@@ -50,7 +50,7 @@ def run(form: str, workdir: str) -> Path:
     cfg, clock, out = from_config_dict(experiment.get_config(form)), Clock(), Path(workdir)
     with clock.part("fetch weights and data"):
         assets.fetch()
-    sizes = FAST if form == "fast" else {}
+    sizes = SIZES[form]
     test = list(open_source("easy-vqa-test"))[: sizes.get("images")]
     emoji = list(open_source("emoji-en-test"))[: sizes.get("emoji")]
     photos = list(open_source("photos"))
@@ -65,7 +65,7 @@ def run(form: str, workdir: str) -> Path:
     with clock.part("answer every test question by lowest loss"):
         scored = choice.evaluate(trained.model, trained.tokenizer, test, choice.EASY_VQA, features)
     with clock.part("generate answers and captions"):
-        generated = generate(trained, features, caption.draw_questions(test, sizes.get("greedy", GREEDY)), emoji, photos)
+        generated = generate(trained, features, caption.draw_questions(test, sizes.get("greedy")), emoji, photos)
     with clock.part("report"):
         found = {"vqa": scored, **generated, "sections": sections(cfg, trained, features, workdir, test, emoji, photos, scored, generated)}
     found["sections"] |= {"time": clock.parts, **facts(cfg, trained, scored, generated, clock)}

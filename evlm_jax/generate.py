@@ -38,7 +38,7 @@ class Generator:
 
     Args:
       model: its config decides the dtype of activations.
-      dtype: of the matrices, "float32" | "bfloat16"; train.dtype where left out.
+      dtype: of the matrices, "float32" | "bfloat16"; where left out train.matmul_precision, in which they were trained.
       features: refs -> taps [n, G, S, V], e.g. FeatureStore.get; where left out, images are loaded and encoded here.
       rows: most prompts answered together.
     """
@@ -53,7 +53,7 @@ class Generator:
     ):
         cfg = model.cfg
         self.cfg, self.tokenizer, self.rows = cfg, tokenizer, rows
-        self.weights = jax.jit(lambda model: Weights.of(model, dtype or cfg.train.dtype))(model)
+        self.weights = jax.jit(lambda model: Weights.of(model, dtype or cfg.train.matmul_precision))(model)
         self.features = features or partial(_encode, model, jax.jit(EVLM.encode))
         self._prefill = jax.jit(partial(prefill, cfg), static_argnames=("slots", "images"))
         self._decode = jax.jit(partial(decode, cfg), donate_argnames="state")

@@ -54,7 +54,7 @@ def smollm2_135m() -> dict:
 
 def get_config(form: str = "") -> ConfigDict:
     """The demo. `form`: "" (within 30 minutes on 2 cores), "fast" (a few minutes), "full" (every question, several times)."""
-    steps = {"": 380, "fast": 8, "full": 1500}[form]
+    steps = {"": 380, "fast": 8, "full": 700}[form]
     config = base.get_config()
     config.name = "demo"
     config.vit = dinov2_small(image_size=112)

@@ -38,8 +38,8 @@ def evaluate(
     return result | ({"accuracy": accuracy_table(examples, types)} if types else {})
 
 
-def draw_questions(samples: Sequence[Sample], count: int, seed: int = 0) -> list[Sample]:
-    """`count` dialogs of all samples, drawn by a seed without repeats, as samples of one dialog each, in the order of the samples."""
+def draw_questions(samples: Sequence[Sample], count: int | None, seed: int = 0) -> list[Sample]:
+    """`count` (or all) dialogs, drawn by a seed without repeats, as samples of one dialog each, in the order of the samples."""
     places = [(i, j) for i, sample in enumerate(samples) for j in range(len(sample.dialogs))]
-    chosen = sorted(random.Random(seed).sample(places, min(count, len(places))))
+    chosen = sorted(random.Random(seed).sample(places, len(places))[:count])
     return [replace(samples[i], dialogs=(samples[i].dialogs[j],)) for i, j in chosen]

@@ -44,6 +44,7 @@ setup(
             "pycocoevalcap==1.2",
             "rouge-score==0.1.2",
             "ruff>=0.14",
+            "tiktoken>=0.13",
             "torch==2.13.0",  # a plain `torch` brings gigabytes of CUDA
             "transformers==5.23.0",
         ],

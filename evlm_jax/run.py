@@ -10,6 +10,7 @@ from flax import nnx
 from evlm_jax import assets, checkpoint, names
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.engine import load_towers
+from evlm_jax.convert.interpolate import resize_positions
 from evlm_jax.data.features import FeatureStore, fingerprint
 from evlm_jax.data.pipeline import batches
 from evlm_jax.models.evlm import EVLM
@@ -36,13 +37,16 @@ def feature_store(cfg: EVLMConfig, params: dict[str, np.ndarray]) -> FeatureStor
     return FeatureStore(assets.cache_root() / "features" / fingerprint(cfg, params), lambda pixels: encode(vit, pixels), cfg)
 
 
+def next_stage(cfg: EVLMConfig, init: str) -> tuple[dict[str, np.ndarray], frozenset[str]]:
+    """All parameters of an earlier stage's run, positions resampled for `cfg`'s image size, and the names of those it trained."""
+    params, before = checkpoint.load_params(init)
+    params["vit/pos"] = resize_positions(params["vit/pos"], before.vit.grid, cfg.vit.grid, cfg.vit.interpolation)
+    return params, checkpoint.trained(init)
+
+
 def train_run(cfg: EVLMConfig, workdir: str, init: str | None = None, tensorboard: bool = False) -> int:
     """Trains `cfg` in `workdir`, or goes on there; `init` is the run of an earlier stage. Returns the finished updates."""
-    if init:
-        params, _ = checkpoint.load_params(init)
-        trained = checkpoint.trained(init)
-    else:
-        params, trained = load_towers(cfg), frozenset()
+    params, trained = next_stage(cfg, init) if init else (load_towers(cfg), frozenset())
     features = feature_store(cfg, params) if cfg.data.cache_features else None
     with contextlib.closing(batches(cfg, load_tokenizer(cfg.init.llm), features)) as data:
         return train(cfg, workdir, data, params, trained, tensorboard=tensorboard)

@@ -49,15 +49,36 @@ def qwen_14b() -> dict:
     )
 
 
+def rules(vit_depth: int, vit_from: int | None = None) -> tuple[dict, ...]:
+    """Trains cross-attention, media embeddings and the ViT's blocks from the 0-based number `vit_from` on; all else is frozen."""
+    trained = [r"^(xattn|media)/"]
+    if vit_from is not None:
+        trained.append(rf"^vit/blocks/({'|'.join(map(str, range(vit_from, vit_depth)))})/")
+    return tuple(dict(pattern=p, lr=1.0) for p in trained) + tuple(dict(pattern=p, lr=None) for p in (r"^vit/", r"^llm/"))
+
+
+def set_stage(config: ConfigDict, stage: str) -> ConfigDict:
+    """Turns a config of stage 1 ("pretrain") into that of "continual" or "sft"; start those with `--init` of the stage before."""
+    depth = config.vit.depth
+    half, quarter = depth // 2, depth // 4
+    # lr, min_lr, steps, warm-up, batch, first block of the ViT that is trained
+    later = {"continual": (1e-4, 5e-5, 50_000, 2000, 160, half), "sft": (5e-5, 1e-6, 12_000, 500, 16, depth - quarter)}
+    config.name = f"{config.name}_{stage}"
+    if stage != "pretrain":
+        if stage not in later:
+            raise ValueError(f"no stage {stage!r}; there are pretrain, {', '.join(later)}")
+        lr, min_lr, steps, warmup, batch, first = later[stage]
+        config.vit.image_size *= 2
+        config.optim.update(lr=lr, min_lr=min_lr, warmup=warmup, phases=(dict(start=0.0, warmup=0, rules=rules(depth, first)),))
+        config.train.update(steps=steps, batch=batch)
+    return config
+
+
 def get_config() -> ConfigDict:
     """Stage 1, multi-modal pre-training."""
-    frozen_llm = dict(pattern=r"^llm/", lr=None)
-    cross = dict(pattern=r"^(xattn|media)/", lr=1.0)
-    upper_vit = dict(pattern=r"^vit/blocks/(3[2-9]|[45]\d|6[0-3])/", lr=1.0)
-    frozen_vit = dict(pattern=r"^vit/", lr=None)
     return ConfigDict(
         dict(
-            name="evlm_14b_pretrain",
+            name="evlm_14b",
             vit=eva02_clip_e_plus(),
             llm=qwen_14b(),
             xattn=dict(heads=8, head_dim=128, ffn=2560, every=1, schedule="blocked", sinks=1, tile=32, eps=1e-5),
@@ -88,8 +109,8 @@ def get_config() -> ConfigDict:
                 no_decay=NO_DECAY,
                 clip=10.0,
                 phases=(
-                    dict(start=0.0, warmup=0, rules=(cross, frozen_vit, frozen_llm)),
-                    dict(start=0.25, warmup=0, rules=(cross, upper_vit, frozen_vit, frozen_llm)),
+                    dict(start=0.0, warmup=0, rules=rules(64)),
+                    dict(start=0.25, warmup=0, rules=rules(64, 32)),
                 ),
             ),
             train=dict(

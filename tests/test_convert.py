@@ -3,6 +3,7 @@
 import json
 
 import einops
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -104,6 +105,44 @@ def test_empty_or_missing_source_is_named():
     for where in ("", "/no/such/place"):
         with pytest.raises(FileNotFoundError, match="nor an asset"):
             engine.describe(where)
+
+
+class Code:
+    """What a pickle can do: call something when it is loaded."""
+
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+@needs_transformers
+def test_pytorch_files(tmp_path, capsys):
+    """Nested, bfloat16 and sharded; a pickle with code in it is refused and does not run."""
+    import torch
+
+    source = llama_directory(tmp_path)
+    arrays = {name: tensor.read() for name, tensor in source.tensors.items()}
+    tensors = {name: torch.tensor(array).to(torch.bfloat16) for name, array in arrays.items()}
+    torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "whole.pt")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "model.safetensors").rename(tmp_path / "unused")
+    (tmp_path / "config.json").rename(tmp_path / "shards" / "config.json")
+    shard_of = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(tensors)}
+    for shard in set(shard_of.values()):
+        torch.save({name: tensor for name, tensor in tensors.items() if shard_of[name] == shard}, tmp_path / "shards" / shard)
+    (tmp_path / "shards" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shard_of}))
+    for place in ("whole.pt", "shards"):
+        found = readers.open_source(tmp_path / place).tensors
+        assert found.keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert found[name].shape == array.shape
+            assert found[name].read().tobytes() == array.astype(ml_dtypes.bfloat16).tobytes()
+    torch.save({"model.norm.weight": tensors["model.norm.weight"], "more": Code()}, tmp_path / "code.pt")
+    with pytest.raises(ValueError, match=r"code.pt: damaged, or holds more than tensors"):
+        readers.open_source(tmp_path / "code.pt")
+    assert "this ran" not in capsys.readouterr().out
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cut.pt: damaged"):
+        readers.open_source(tmp_path / "cut.pt")
 
 
 def test_truncated_file_and_missing_shard(tmp_path):

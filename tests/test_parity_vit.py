@@ -11,6 +11,7 @@ from evlm_jax import assets
 from tests.parity import config_for, encode, load, needs_asset, needs_transformers, relative
 
 IMAGENET = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+HALF = np.full((2, 3), 0.5)
 OPENAI = np.array([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
 
 
@@ -70,7 +71,16 @@ TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "im
 
 @needs_transformers
 @pytest.mark.parametrize(
-    "family, image_size", [("Dinov2", 42), ("Dinov2WithRegisters", 28), ("Dinov2WithRegisters", 42), ("CLIPVision", 42), ("CLIP", 28)]
+    "family, image_size",
+    [
+        ("Dinov2", 42),
+        ("Dinov2WithRegisters", 28),
+        ("Dinov2WithRegisters", 42),
+        ("CLIPVision", 42),
+        ("CLIP", 28),
+        ("SiglipVision", 42),
+        ("Siglip", 28),
+    ],
 )
 def test_tiny_random_towers_from_a_transformers_directory(tmp_path, family, image_size):
     """At the trained size and, with interpolated positions, at another one."""
@@ -78,8 +88,9 @@ def test_tiny_random_towers_from_a_transformers_directory(tmp_path, family, imag
     import transformers
 
     torch.manual_seed(0)
-    clip = family.startswith("CLIP")
-    if family == "CLIP":
+    clip, siglip = family.startswith("CLIP"), family.startswith("Siglip")
+    sizes = TINY | ({"intermediate_size": 56} if clip or siglip else {})
+    if family in ("CLIP", "Siglip"):
         text = {
             "hidden_size": 16,
             "num_hidden_layers": 1,
@@ -88,20 +99,21 @@ def test_tiny_random_towers_from_a_transformers_directory(tmp_path, family, imag
             "vocab_size": 9,
             "eos_token_id": 1,
         }
-        config = transformers.CLIPConfig(vision_config=TINY | {"intermediate_size": 56}, text_config=text)
+        config = getattr(transformers, f"{family}Config")(vision_config=sizes, text_config=text)
     else:
-        config = getattr(transformers, f"{family}Config")(**TINY, **({"intermediate_size": 56} if clip else {}))
+        config = getattr(transformers, f"{family}Config")(**sizes)
     theirs = getattr(transformers, f"{family}Model")(config).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape))
     theirs.save_pretrained(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (image_size, image_size, 3), np.uint8)
-    vision = theirs.vision_model if family == "CLIP" else theirs
-    reference = hidden_states(vision, pixels, OPENAI if clip else IMAGENET, **({"interpolate_pos_encoding": True} if clip else {}))
+    vision = theirs.vision_model if family in ("CLIP", "Siglip") else theirs
+    constants = OPENAI if clip else HALF if siglip else IMAGENET
+    reference = hidden_states(vision, pixels, constants, **({"interpolate_pos_encoding": True} if clip or siglip else {}))
     rule = "antialias" if family == "Dinov2WithRegisters" else "bicubic"  # as their own code resizes positions
     cfg = config_for(str(tmp_path), "vit", image_size=image_size, taps=(1, 3), interpolation=rule)
-    assert cfg.vit.registers == (4 if "Registers" in family else 0) and cfg.vit.embed_norm == clip
+    assert cfg.vit.registers == (4 if "Registers" in family else 0) and cfg.vit.embed_norm == clip and cfg.vit.class_token != siglip
     taps = encode(load(cfg, str(tmp_path), "vit"), pixels)
     assert relative(taps[0], reference[1]) <= 1e-5
     assert relative(taps[1], reference[3]) <= 1e-5
@@ -126,12 +138,12 @@ def eva_checkpoint(rng: np.random.Generator, depth: int, width: int, mlp: int, p
         block |= {"attn.proj.bias": (width,), "mlp.fc1.weight": (mlp, width), "mlp.fc1.bias": (mlp,), "mlp.fc2.weight": (width, mlp)}
         block |= {"mlp.fc2.bias": (width,)} | {f"norm{j}.{kind}": (width,) for j in (1, 2) for kind in ("weight", "bias")}
         shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
-    return {f"visual.{name}": 0.3 * rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    return {name: 0.3 * rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def eva_oracle(weights: dict[str, np.ndarray], pixels: np.ndarray, depth: int, heads: int, patch: int) -> list[np.ndarray]:
     """conversion.md section 1, in float64: x + norm1(attn(x)), x + norm2(mlp(x)); no bias on k; erf GELU; eps 1e-6."""
-    w = {name.removeprefix("visual."): array.astype(np.float64) for name, array in weights.items()}
+    w = {name: array.astype(np.float64) for name, array in weights.items()}
     image, erf = normalised(pixels, OPENAI)[0].astype(np.float64), np.vectorize(math.erf)
     grid = image.shape[1] // patch
     tiles = [image[:, r * patch : (r + 1) * patch, c * patch : (c + 1) * patch] for r in range(grid) for c in range(grid)]
@@ -157,13 +169,15 @@ def eva_oracle(weights: dict[str, np.ndarray], pixels: np.ndarray, depth: int, h
     return outputs
 
 
-def test_eva_against_a_numpy_oracle(tmp_path):
+@pytest.mark.parametrize("prefix", ["", "visual.", "visual.trunk."])  # timm, the EVA repository, open_clip
+def test_eva_against_a_numpy_oracle(tmp_path, prefix):
     from safetensors.numpy import save_file
 
     rng = np.random.default_rng(0)
     sizes = {"depth": 3, "width": 24, "mlp": 40, "patch": 7, "grid": 2}
     weights = eva_checkpoint(rng, **sizes)
-    save_file(weights | {"text.logit_scale": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
+    other = {"text.logit_scale": np.zeros(1, np.float32)} if prefix else {}
+    save_file({prefix + name: array for name, array in weights.items()} | other, tmp_path / "model.safetensors")
     vision = {
         "image_size": 14,
         "layers": 3,

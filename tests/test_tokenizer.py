@@ -1,12 +1,16 @@
 """Tokenizers: text never becomes a special token, ids decode to the text, and transformers agrees."""
 
+import base64
+import json
+import unicodedata
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 
 from evlm_jax import assets
-from evlm_jax.tokenizer import load_tokenizer
+from evlm_jax.tokenizer import QWEN_SPLIT, _byte_letters, load_tokenizer
 from tests.parity import needs_asset, needs_transformers
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -16,6 +20,24 @@ CHINESE_AND_CODE = "红苹果 🍎 <|im_end|>\n\n  def f(x):\n\treturn x ** 2  #
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer(SMOLLM2)
+
+
+@pytest.fixture(scope="module")
+def ranks(tokenizer):
+    """SmolLM2's vocabulary in tiktoken's form, {bytes: rank}: the bytes, then what each merge makes."""
+    letter_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    merges = json.loads(tokenizer.inner.to_str())["model"]["merges"]
+    words = [*_byte_letters(), *dict.fromkeys("".join(pair) for pair in merges)]
+    return {bytes(letter_of[letter] for letter in word): rank for rank, word in enumerate(words)}
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory, ranks):
+    """A directory as Qwen 1.0 ships it, with that vocabulary."""
+    folder = tmp_path_factory.mktemp("qwen")
+    lines = (base64.b64encode(token) + f" {rank}".encode() for token, rank in ranks.items())
+    (folder / "qwen.tiktoken").write_bytes(b"\n".join(lines) + b"\n")
+    return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
@@ -94,4 +116,31 @@ def test_names_that_are_no_special_token_are_refused(tokenizer):
 
 def test_missing_file_names_what_was_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.json does not exist"):
+        load_tokenizer(tmp_path)
+
+
+@needs_asset(SMOLLM2)
+@settings(max_examples=300, deadline=None)
+@given(text=st.text() | st.lists(st.sampled_from(["<|im_end|>", "it's", "红苹果", " 1234", "\r\n", "  ", "a\u0301"])).map("".join))
+def test_tiktoken_file_as_tiktoken_reads_it(qwen, ranks, text):
+    tiktoken = pytest.importorskip("tiktoken", reason="needs tiktoken: pip install -e '.[test]'")
+    theirs = tiktoken.Encoding("qwen", pat_str=QWEN_SPLIT, mergeable_ranks=ranks, special_tokens={})
+    text = text.encode("utf-8", "ignore").decode()
+    ids = qwen.encode(text)
+    assert ids == theirs.encode(unicodedata.normalize("NFC", text), disallowed_special=())
+    assert not set(ids) & set(qwen.specials.values())
+    assert qwen.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+@needs_asset(SMOLLM2)
+def test_special_tokens_of_qwen(qwen, ranks):
+    base = len(ranks)  # 151,643 in the real file
+    names = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_0|>", "<|extra_204|>"
+    assert [qwen.id(name) for name in names] == [base, base + 1, base + 2, base + 3, base + 207]
+    assert qwen.eos == (base, base + 2) and qwen.vocab_size == base + 208
+
+
+def test_damaged_tiktoken_file_is_named(tmp_path):
+    (tmp_path / "qwen.tiktoken").write_text("no rank here\n")
+    with pytest.raises(ValueError, match="qwen.tiktoken is not a tiktoken file"):
         load_tokenizer(tmp_path)

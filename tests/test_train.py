@@ -17,6 +17,7 @@ from flax import nnx
 
 from evlm_jax import checkpoint, names, optim
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.run import next_stage
 from evlm_jax.sharding import make_mesh, replicated
 from evlm_jax.train import Phase, fresh, gradients, train
 from tests.tiny import CROSS_ONLY, UPPER_VIT, TinyData, tiny_batch, tiny_config, tiny_towers
@@ -125,6 +126,23 @@ def test_refreezing_stage_keeps_trained_bits(whole_run, tmp_path):
     assert upper and all(after[name].tobytes() == params[name].tobytes() for name in upper)
     assert after["vit/cls"].dtype == ml_dtypes.bfloat16 and after["xattn/0/q/kernel"].tobytes() != params["xattn/0/q/kernel"].tobytes()
     assert checkpoint.trained(tmp_path) == checkpoint.trained(whole_run)
+
+
+def test_next_stage_at_another_size(whole_run, tmp_path):
+    """224 to 448 between the paper's stages 1 and 2: all is taken over but the position table, which is resampled as torch does."""
+    torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[test]'")
+    before, _ = checkpoint.load_params(whole_run)
+    same, names_before = next_stage(CFG, whole_run)
+    assert names_before == checkpoint.trained(whole_run)
+    assert all((array == before[name]).all() for name, array in same.items())
+    cfg = tiny_config(vit={"image_size": 16}, train={"steps": 1})
+    params, trained = next_stage(cfg, whole_run)
+    table = before["vit/pos"]
+    grid = torch.tensor(table[1:]).reshape(1, 2, 2, -1).permute(0, 3, 1, 2)
+    wanted = torch.nn.functional.interpolate(grid, (4, 4), mode="bicubic").permute(0, 2, 3, 1).reshape(16, -1).numpy()
+    np.testing.assert_allclose(params["vit/pos"][1:], wanted, atol=1e-6)
+    assert (params["vit/pos"][:1] == table[:1]).all()
+    assert train(cfg, tmp_path, TinyData(cfg, seed=1), params, trained) == 1
 
 
 def test_micro_batches_equal_one_batch():

@@ -8,6 +8,7 @@ import numpy as np
 from evlm_jax.convert.readers import Source
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 OPENAI = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "quick_gelu": "quick_gelu"}
 
@@ -18,7 +19,7 @@ def describe_source(source: Source, family: str, prefix: str) -> dict:
     Raises:
       ValueError: config.json is missing where it is needed, or describes something EVLM's towers do not cover.
     """
-    facts = {"dinov2": _dinov2, "clip": _clip, "eva02": _eva, "llama": _llama, "llama-gguf": _gguf, "qwen": _qwen}
+    facts = {"dinov2": _dinov2, "clip": _clip, "siglip": _siglip, "eva02": _eva, "llama": _llama, "llama-gguf": _gguf, "qwen": _qwen}
     try:
         return facts[family.removesuffix("-transformers5")](source, prefix)
     except KeyError as missing:
@@ -58,24 +59,37 @@ def _dinov2(source: Source, prefix: str) -> dict:
     return _vision(source, prefix, IMAGENET, kernel=kernel, **choices, **sizes)
 
 
-def _clip(source: Source, prefix: str) -> dict:
-    config = source.metadata.get("vision_config", source.metadata)
-    choices = {"norm": "pre", "bias": "all", "layer_scale": False, "patch_bias": False, "embed_norm": True, "registers": 0}
+def _huggingface_sizes(config: dict) -> dict:
+    """Of a CLIP or SigLIP vision config."""
     sizes = {"depth": config["num_hidden_layers"], "width": config["hidden_size"], "heads": config["num_attention_heads"]}
     sizes |= {"mlp": config["intermediate_size"], "pretrained_size": config["image_size"], "eps": config["layer_norm_eps"]}
-    kernel = "embeddings.patch_embedding.weight"
-    return _vision(source, prefix, OPENAI, kernel=kernel, activation=ACTIVATIONS[config["hidden_act"]], **choices, **sizes)
+    return sizes | {"activation": ACTIVATIONS[config["hidden_act"]]}
+
+
+def _clip(source: Source, prefix: str) -> dict:
+    sizes = _huggingface_sizes(source.metadata.get("vision_config", source.metadata))
+    choices = {"norm": "pre", "bias": "all", "layer_scale": False, "patch_bias": False, "embed_norm": True, "registers": 0}
+    return _vision(source, prefix, OPENAI, kernel="embeddings.patch_embedding.weight", **choices, **sizes)
+
+
+def _siglip(source: Source, prefix: str) -> dict:
+    sizes = _huggingface_sizes(source.metadata.get("vision_config", source.metadata))
+    choices = {"norm": "pre", "bias": "all", "layer_scale": False, "patch_bias": True, "embed_norm": False, "registers": 0}
+    return _vision(source, prefix, HALF, kernel="embeddings.patch_embedding.weight", class_token=False, **choices, **sizes)
 
 
 def _eva(source: Source, prefix: str) -> dict:
-    """config.json is the EVA repository's model config, with its `vision_cfg`."""
-    config = source.metadata["vision_cfg"]
+    """Everything stands in the shapes but the heads: those of the published E sizes, or as `vision_cfg` of a config.json says."""
+    shape = lambda name: source.tensors[prefix + name].shape
+    width, patch = shape("patch_embed.proj.weight")[0], shape("patch_embed.proj.weight")[-1]
+    config = source.metadata.get("vision_cfg", {"postnorm": True} | ({"head_width": 112} if width == 1792 else {}))
     if not config.get("postnorm") or config.get("rope") or config.get("naiveswiglu") or config.get("subln"):
         raise ValueError(f"{source.path}: only the E size of EVA02-CLIP (postnorm, no rope, no swiglu, no subln) is covered")
     choices = {"norm": "res_post", "bias": "qv", "layer_scale": False, "patch_bias": True, "embed_norm": False, "registers": 0}
-    width = config["width"]
-    sizes = {"depth": config["layers"], "width": width, "heads": width // config["head_width"], "mlp": round(width * config["mlp_ratio"])}
-    sizes |= {"pretrained_size": config["image_size"], "eps": 1e-6, "activation": "gelu"}
+    depth = 1 + max(int(name.removeprefix(prefix).split(".")[1]) for name in source.tensors if name.startswith(f"{prefix}blocks."))
+    sizes = {"depth": depth, "width": width, "heads": width // config["head_width"], "mlp": shape("blocks.0.mlp.fc1.bias")[0]}
+    size = math.isqrt(shape("pos_embed")[1] - 1) * patch
+    sizes |= {"pretrained_size": size, "eps": 1e-6, "activation": "gelu"}
     return _vision(source, prefix, OPENAI, kernel="patch_embed.proj.weight", **choices, **sizes)
 
 

@@ -6,6 +6,7 @@ a source reads headers only (except ONNX, which is one protobuf message).
 
 import json
 import math
+import pickle
 import struct
 from collections.abc import Callable
 from functools import partial
@@ -32,19 +33,18 @@ class Source(NamedTuple):
 
 
 def open_source(path: Path) -> Source:
-    """By what the path is: a directory with safetensors, a .safetensors, .gguf or .onnx file. Raises ValueError otherwise."""
+    """By what the path is: a Hugging Face directory, or a .safetensors, .gguf, .onnx or PyTorch file. Raises ValueError otherwise."""
     readers = {".gguf": read_gguf, ".onnx": read_onnx, ".safetensors": read_safetensors}
+    readers |= dict.fromkeys((".pt", ".pth", ".bin"), read_torch)
     if path.is_dir():
         return read_directory(path)
     if path.suffix not in readers:
-        raise ValueError(
-            f"{path}: cannot read {path.suffix or 'this'} files; give a directory with safetensors or one of {', '.join(readers)}"
-        )
+        raise ValueError(f"{path}: cannot read {path.suffix or 'this'} files; give a Hugging Face directory or one of {', '.join(readers)}")
     return readers[path.suffix](path)
 
 
 def read_directory(folder: Path) -> Source:
-    """A Hugging Face directory: config.json, and model.safetensors or shards with an index.
+    """A Hugging Face directory: config.json, and one file of weights or shards with an index; safetensors before PyTorch's own format.
 
     Raises:
       FileNotFoundError: no weights, or a shard that the index names is missing.
@@ -52,19 +52,23 @@ def read_directory(folder: Path) -> Source:
     """
     config = folder / "config.json"
     metadata = json.loads(config.read_text("utf-8")) if config.is_file() else {}
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        single = folder / "model.safetensors"
-        if not single.is_file():
-            raise FileNotFoundError(f"{folder}: neither model.safetensors nor {index.name}; export the model with save_pretrained")
-        return Source(folder, metadata, read_safetensors(single).tensors)
+    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch)):
+        if (folder / f"{name}.index.json").is_file():
+            return Source(folder, metadata, _shards(folder / f"{name}.index.json", read))
+        if (folder / name).is_file():
+            return Source(folder, metadata, read(folder / name).tensors)
+    raise FileNotFoundError(f"{folder}: no model.safetensors, pytorch_model.bin or index of shards; export the model with save_pretrained")
+
+
+def _shards(index: Path, read: Callable[[Path], Source]) -> dict[str, Tensor]:
+    """The tensors of all shards that an index names."""
     shard_of = json.loads(index.read_text("utf-8"))["weight_map"]
-    if missing := sorted({shard for shard in shard_of.values() if not (folder / shard).is_file()}):
-        raise FileNotFoundError(f"{folder}: {index.name} names shards that are not there: {', '.join(missing)}; copy them again")
-    shards = {shard: read_safetensors(folder / shard).tensors for shard in set(shard_of.values())}
+    if missing := sorted({shard for shard in shard_of.values() if not (index.parent / shard).is_file()}):
+        raise FileNotFoundError(f"{index.parent}: {index.name} names shards that are not there: {', '.join(missing)}; copy them again")
+    shards = {shard: read(index.parent / shard).tensors for shard in set(shard_of.values())}
     if lost := sorted(name for name, shard in shard_of.items() if name not in shards[shard]):
-        raise ValueError(f"{folder}: not in the shard that {index.name} names: {', '.join(lost)}")
-    return Source(folder, metadata, {name: shards[shard][name] for name, shard in shard_of.items()})
+        raise ValueError(f"{index.parent}: not in the shard that {index.name} names: {', '.join(lost)}")
+    return {name: shards[shard][name] for name, shard in shard_of.items()}
 
 
 SAFETENSORS_TYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": ml_dtypes.bfloat16, "I64": "i8", "I32": "i4", "U8": "u1", "BOOL": "?"}
@@ -149,6 +153,32 @@ def read_gguf(path: Path) -> Source:
         return Tensor(shape, lambda: quants.dequantize(raw(), kind).reshape(shape))
 
     return Source(path, metadata, {info[0]: reader(*info) for info in infos})
+
+
+def read_torch(path: Path) -> Source:
+    """PyTorch's own format, mapped into memory; a state dict, or one under "state_dict", "model" or "module".
+
+    Raises:
+      ImportError: torch is not installed.
+      ValueError: damaged, or a pickle that holds more than tensors: it could run code, and is not read.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(f"{path}: PyTorch's format needs torch: pip install torch, or give the same weights as safetensors") from error
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path}: damaged, or holds more than tensors; copy it again, or ask for safetensors ({error})") from error
+    for key in ("state_dict", "model", "module"):
+        state = state[key] if isinstance(state.get(key), dict) else state
+
+    def array(tensor) -> np.ndarray:
+        if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16 of its own: the bits go over
+            return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+    return Source(path, {}, {name: Tensor(tuple(t.shape), partial(array, t)) for name, t in state.items() if isinstance(t, torch.Tensor)})
 
 
 def read_onnx(path: Path) -> Source:

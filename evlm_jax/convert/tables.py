@@ -78,28 +78,45 @@ def _dinov2(name: str, qkv: dict[str, str], out: str) -> Family:
     return Family(name, "vit", signature, rows, ("", "dinov2.", "dinov2_with_registers.", "backbone."), drop, drop_outside=True)
 
 
-def _clip() -> Family:
-    """Hugging Face's CLIPVisionModel, alone or inside CLIPModel. `pre_layrnorm` is spelled so."""
+def _huggingface_encoder() -> tuple[Row, ...]:
+    """The blocks of Hugging Face's CLIP and SigLIP."""
     foreign, path = "encoder.layers.{}", "vit/blocks/{}"
-    attention = [row for x in "qkv" for row in _linear(f"{foreign}.self_attn.{x}_proj", f"{path}/attn/{x}")]
-    rows = (
-        _row("embeddings.class_embedding", "vit/cls"),
-        _row("embeddings.position_embedding.weight", "vit/pos"),
-        *_patch("embeddings.patch_embedding"),
-        *_norm("pre_layrnorm", "vit/embed_norm"),
-        *attention,
+    return (
+        *(row for x in "qkv" for row in _linear(f"{foreign}.self_attn.{x}_proj", f"{path}/attn/{x}")),
         *_linear(f"{foreign}.self_attn.out_proj", f"{path}/attn/o"),
         *_norm(f"{foreign}.layer_norm1", f"{path}/norm1"),
         *_norm(f"{foreign}.layer_norm2", f"{path}/norm2"),
         *_linear(f"{foreign}.mlp.fc1", f"{path}/mlp/fc1"),
         *_linear(f"{foreign}.mlp.fc2", f"{path}/mlp/fc2"),
     )
+
+
+def _clip() -> Family:
+    """Hugging Face's CLIPVisionModel, alone or inside CLIPModel. `pre_layrnorm` is spelled so."""
+    rows = (
+        _row("embeddings.class_embedding", "vit/cls"),
+        _row("embeddings.position_embedding.weight", "vit/pos"),
+        *_patch("embeddings.patch_embedding"),
+        *_norm("pre_layrnorm", "vit/embed_norm"),
+        *_huggingface_encoder(),
+    )
     drop = (r"post_layernorm\.(weight|bias)", r"embeddings\.position_ids")
     return Family("clip", "vit", "embeddings.class_embedding", rows, ("", "vision_model."), drop, drop_outside=True)
 
 
+def _siglip() -> Family:
+    """Hugging Face's SiglipVisionModel, alone or inside SiglipModel: no class token; the pooling head is dropped."""
+    rows = (
+        _row("embeddings.position_embedding.weight", "vit/pos"),
+        *_patch("embeddings.patch_embedding"),
+        *_huggingface_encoder(),
+    )
+    drop = (r"post_layernorm\.(weight|bias)", r"embeddings\.position_ids", r"head\..*")
+    return Family("siglip", "vit", "embeddings.patch_embedding.bias", rows, ("", "vision_model."), drop, drop_outside=True)
+
+
 def _eva() -> Family:
-    """EVA02-CLIP-E in the names of the EVA repository: fused qkv without bias, a bias for q and for v."""
+    """EVA02-CLIP-E in the names of the EVA repository, of timm and of open_clip: fused qkv without bias, a bias for q and for v."""
     foreign, path = "blocks.{}", "vit/blocks/{}"
     rows = (
         _row("cls_token", "vit/cls", "1 1 v -> v"),
@@ -115,7 +132,7 @@ def _eva() -> Family:
         *_linear(f"{foreign}.mlp.fc2", f"{path}/mlp/fc2"),
     )
     drop = (r"norm\.(weight|bias)", r"head\.(weight|bias)")
-    return Family("eva02", "vit", "blocks.0.attn.q_bias", rows, ("", "visual."), drop, drop_outside=True)
+    return Family("eva02", "vit", "blocks.0.attn.q_bias", rows, ("", "visual.", "visual.trunk."), drop, drop_outside=True)
 
 
 def _llama() -> Family:
@@ -181,6 +198,7 @@ FAMILIES = (
     ),
     _dinov2("dinov2-transformers5", {x: f"attention.{x}_proj" for x in "qkv"}, "attention.o_proj"),
     _clip(),
+    _siglip(),
     _eva(),
     _llama(),
     _llama_gguf(),

@@ -1,0 +1,61 @@
+"""Every experiment of full size: published parameter counts, and rules that cover each parameter in each phase and stage."""
+
+import importlib
+import math
+
+import pytest
+from flax import nnx
+
+from evlm_jax import optim
+from evlm_jax.config import from_config_dict
+from evlm_jax.convert.engine import parameter_shapes
+from evlm_jax.models.evlm import EVLM
+from evlm_jax.names import canonical
+
+STAGES = ("pretrain", "continual", "sft")
+# Qwen-14B and EVA02-CLIP-E+ without norm and head: counted from the published shapes. Qwen2.5: model.safetensors.index.json. CLIP-L: the
+# 303,179,776 of CLIPVisionModel without its post_layernorm (2 x 1024). Cross-attention of the 14B: the paper's 1.61 B, matrices only.
+PUBLISHED = {
+    "evlm_14b": {"vit/": 4_348_717_312, "llm/": 14_167_290_880},
+    "evlm_7b": {"vit/": 303_177_728, "llm/": 7_615_616_512},
+    "evlm_1b": {"vit/": 303_177_728, "llm/": 494_032_768},
+}
+
+
+def config(name: str, stage: str = "pretrain"):
+    """The experiment's config, checked."""
+    return from_config_dict(importlib.import_module(f"experiments.{name}").get_config(stage))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts(name):
+    sizes = {path: math.prod(shape) for path, shape in parameter_shapes(config(name)).items()}
+    count = lambda *parts: sum(size for path, size in sizes.items() if path.startswith(parts))
+    assert {part: count(part) for part in PUBLISHED[name]} == PUBLISHED[name]
+    if name == "evlm_14b":  # the norms' 1 M more would round to 1.62
+        assert round(sum(size for path, size in sizes.items() if path.startswith("xattn/") and path.endswith("kernel")) / 1e9, 2) == 1.61
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_stage_trains(name, stage):
+    cfg = config(name, stage)
+    assert cfg.vit.image_size == (224 if stage == "pretrain" else 448)
+    shapes = nnx.state(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
+    *_, last = plans = [optim.plan(cfg, phase, shapes) for phase in range(len(cfg.optim.phases))]
+    blocks = {int(name.split("/")[2]) for name in _names(cfg, last) if name.startswith("vit/blocks/")}
+    first = cfg.vit.depth - cfg.vit.depth // (4 if stage == "sft" else 2)
+    assert blocks == set(range(first, cfg.vit.depth))
+    assert len(plans) == (2 if stage == "pretrain" else 1)
+    assert not any(name.startswith("llm/") for name in _names(cfg, last))
+    if stage == "pretrain":
+        assert all(name.startswith(("xattn/", "media/")) for name in _names(cfg, plans[0]))
+
+
+def _names(cfg, plan) -> set[str]:
+    return {name for path in plan.rates for name in canonical(cfg, path)}
+
+
+def test_unknown_stage_is_named():
+    with pytest.raises(ValueError, match="no stage 'finetune'; there are pretrain, continual, sft"):
+        config("evlm_14b", "finetune")

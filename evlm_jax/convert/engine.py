@@ -6,7 +6,7 @@ then are tensors read, one at a time.
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import einops
@@ -127,7 +127,7 @@ def read(source: Source, steps: list[Step], sizes: dict[str, int]) -> Iterator[t
     for foreign, row, names in steps:
         array = source.tensors[foreign].read()
         if row.pattern:
-            lengths = {axis: length for axis, length in (sizes | {"n": len(names)}).items() if re.search(rf"\b{axis}\b", row.pattern)}
+            lengths = _lengths(row.pattern, sizes | {"n": len(names)})
             try:
                 array = einops.rearrange(array, row.pattern, **lengths)
             except einops.EinopsError as error:
@@ -135,3 +135,29 @@ def read(source: Source, steps: list[Step], sizes: dict[str, int]) -> Iterator[t
                     f"{source.path}: {foreign} has shape {array.shape}, which does not fit {row.pattern!r} with {lengths}"
                 ) from error
         yield from zip(names, array if len(names) > 1 else (array,), strict=True)
+
+
+def unplan(family: Family, names: Iterable[str]) -> list[Step]:
+    """The inverse of `plan`: steps that use every canonical name exactly once. Raises ValueError listing those without a place."""
+    names = set(names)
+    found = (
+        Step(foreign, row, filled) for name in sorted(names) for row in family.rows for foreign, filled in [row.unmatch(name) or ("", ())]
+    )
+    steps = [step for step in found if step.names and names >= set(step.names)]
+    if homeless := sorted(names - {name for step in steps for name in step.names}):
+        raise ValueError(f"{family.name} has no place for:\n  " + "\n  ".join(homeless))
+    return steps
+
+
+def unread(step: Step, arrays: Sequence[np.ndarray], sizes: dict[str, int]) -> np.ndarray:
+    """The foreign tensor of one step of `unplan`, from the arrays of its canonical names."""
+    array = np.stack(arrays) if len(arrays) > 1 else arrays[0]
+    if not step.row.pattern:
+        return array
+    foreign, ours = step.row.pattern.split(" -> ")
+    return einops.rearrange(array, f"{ours} -> {foreign}", **_lengths(step.row.pattern, sizes | {"n": len(arrays)}))
+
+
+def _lengths(pattern: str, sizes: dict[str, int]) -> dict[str, int]:
+    """Those of `sizes` whose axis stands in the pattern."""
+    return {axis: length for axis, length in sizes.items() if re.search(rf"\b{axis}\b", pattern)}

@@ -24,13 +24,18 @@ class Row:
         found = re.fullmatch(re.escape(self.foreign).replace(r"\{\}", r"(\d+)"), name)
         return found and tuple(path.format(*found.groups()) for path in self.paths)
 
+    def unmatch(self, name: str) -> tuple[str, tuple[str, ...]] | None:
+        """The foreign name that the canonical `name` goes to, and all canonical names that go there; None unless `name` is the first."""
+        found = re.fullmatch(re.escape(self.paths[0]).replace(r"\{\}", r"(\d+)"), name)
+        return found and (self.foreign.format(*found.groups()), tuple(path.format(*found.groups()) for path in self.paths))
+
 
 @dataclass(frozen=True)
 class Family:
     """A naming scheme. It is recognised by `signature`, a tensor that no other family has; `prefixes` may stand before every name."""
 
     name: str
-    tower: str  # "vit" | "llm"
+    tower: str  # "vit" | "llm" | "evlm": all of it
     signature: str
     rows: tuple[Row, ...]
     prefixes: tuple[str, ...] = ("",)
@@ -190,6 +195,37 @@ def _qwen() -> Family:
     return Family("qwen", "llm", "transformer.h.0.attn.c_attn.weight", rows, drop=drop)
 
 
+def _evlm() -> Family:
+    """The whole model in the names of convert/torch_model."""
+    vit, llm, cross = "vit.blocks.{}", "llm.layers.{}", "xattn.{}"
+    parts = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "o", "fc1": "ffn/fc1", "fc2": "ffn/fc2"}
+    rows = (
+        *(_row(f"vit.{name}", f"vit/{name}") for name in ("cls", "registers", "pos")),
+        *_patch("vit.patch"),
+        *_norm("vit.embed_norm", "vit/embed_norm"),
+        *(row for x in "qkvo" for row in _linear(f"{vit}.attn.{x}", f"vit/blocks/{{}}/attn/{x}")),
+        *(row for i in "12" for row in _norm(f"{vit}.norm{i}", f"vit/blocks/{{}}/norm{i}")),
+        *(row for i in "12" for row in _linear(f"{vit}.mlp.fc{i}", f"vit/blocks/{{}}/mlp/fc{i}")),
+        *(_row(f"{vit}.scale{i}", f"vit/blocks/{{}}/scale{i}") for i in "12"),
+        _row("llm.embed.weight", "llm/embed"),
+        *(row for x in "qkvo" for row in _linear(f"{llm}.attn.{x}", f"llm/layers/{{}}/attn/{x}")),
+        *(row for x in ("gate", "up", "down") for row in _linear(f"{llm}.mlp.{x}", f"llm/layers/{{}}/mlp/{x}", bias=False)),
+        *(_row(f"{llm}.ln{i}.weight", f"llm/layers/{{}}/ln{i}/scale") for i in "12"),
+        _row("llm.ln_f.weight", "llm/ln_f/scale"),
+        *_linear("llm.head", "llm/head", bias=False),
+        *(row for name, path in parts.items() for row in _linear(f"{cross}.{name}", f"xattn/{{}}/{path}", bias=False)),
+        *(
+            row
+            for name, path in {"norm": "norm", "kv_norm": "kv_norm", "ff_norm": "ffn_norm"}.items()
+            for row in _norm(f"{cross}.{name}", f"xattn/{{}}/{path}")
+        ),
+        _row(f"{cross}.attn_gate", "xattn/{}/attn_gate"),
+        _row(f"{cross}.ff_gate", "xattn/{}/ffn_gate"),
+        _row("media_tokens", "media/embedding"),
+    )
+    return Family("evlm", "evlm", "media_tokens", rows)
+
+
 FAMILIES = (
     _dinov2(
         "dinov2",
@@ -203,4 +239,5 @@ FAMILIES = (
     _llama(),
     _llama_gguf(),
     _qwen(),
+    _evlm(),
 )

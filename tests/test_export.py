@@ -1,0 +1,162 @@
+"""The exported directory, loaded by a process that has no jax and no evlm_jax, against the model it was made from."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from evlm_jax.batch import Batch
+from evlm_jax.convert import export
+from evlm_jax.names import flatten
+from evlm_jax.ops.grouping import plan
+from tests.parity import needs_transformers, relative
+from tests.random_model import random_model
+from tests.tiny import tiny_config
+
+TOWERS = {
+    "dinov2, tied Llama": {},
+    "eva, Qwen": {
+        "vit": {"norm": "res_post", "bias": "qv", "layer_scale": False},
+        "llm": {"qkv_bias": True, "tied": False, "kv_heads": 4},
+        "xattn": {"schedule": "cyclic", "every": 3},
+    },
+    "clip, no zero key": {
+        "vit": {"layer_scale": False, "patch_bias": False, "embed_norm": True, "activation": "quick_gelu", "taps": (1, 3)},
+        "xattn": {"sinks": 0},
+    },
+    "siglip": {"vit": {"layer_scale": False, "class_token": False, "activation": "gelu_tanh"}, "xattn": {"every": 2, "sinks": 2}},
+    "dinov2 with registers": {"vit": {"registers": 3}},
+}
+IMAGE = 255  # token
+# A number of words, or the frames of a visual.
+ROWS = {
+    "text alone": [7],
+    "text, image, text": [3, (0,), 5],
+    "several images": [(0,), 2, (1,), (2,), 6],
+    "video": [2, (0, 1, 2), 4],
+    "video, then an image": [(0, 1), 3, (2,), 4],
+}
+SCRIPT = """
+import sys
+sys.modules |= dict.fromkeys(("jax", "flax", "evlm_jax", "torchvision", "einops"))  # as if they were not installed
+import numpy as np, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+folder = sys.argv[1]
+assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "evlm"
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+model.save_pretrained(folder + "/again")
+again = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True).eval()
+assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+data, out = np.load(folder + "/inputs.npz"), {}
+for name in sorted({key.split("/")[0] for key in data}):
+    inputs = {part: torch.tensor(data[f"{name}/{part}"]) for part in ("input_ids", "pixel_values", "image_groups")}
+    with torch.no_grad():
+        out[f"{name}/logits"] = model(**inputs).logits[0].numpy()
+        sizes = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+        cached = model.generate(**inputs, **sizes)
+        assert torch.equal(cached, model.generate(**inputs, use_cache=False, **sizes)), name
+        assert cached.shape[1] == inputs["input_ids"].shape[1] + 12
+        beams = model.generate(**inputs, num_beams=3, **sizes)
+        assert torch.equal(beams, model.generate(**inputs, num_beams=3, use_cache=False, **sizes)), name
+        out[f"{name}/generated"] = cached[0].numpy()
+np.savez(folder + "/outputs.npz", **out)
+"""
+
+
+def row(cfg, parts, pixels):
+    """(Batch of one row, inputs of the PyTorch model) of a row of ROWS; its words are a function of their place."""
+    fields = {name: [] for name in ("tokens", "media_slot", "visible_start", "visible_stop")}
+    frames, groups, seen = 0, [], (0, 0)
+    for number, part in enumerate(parts):
+        if isinstance(part, int):
+            for _ in range(part):
+                values = (7 * len(fields["tokens"]) + 3) % 250, -1, *seen
+                for field, value in zip(fields.values(), values, strict=True):
+                    field.append(value)
+            continue
+        for frame in range(frames, frames + len(part)):
+            for slot in range(cfg.media.tokens):
+                for field, value in zip(fields.values(), (IMAGE, slot, frame, frame + 1), strict=True):
+                    field.append(value)
+        seen, groups = (frames, frames + len(part)), groups + [number] * len(part)
+        frames += len(part)
+    arrays = {name: np.array(values, np.int32) for name, values in fields.items()}
+    length = len(arrays["tokens"])
+    arrays |= {"positions": np.arange(length), "seen_until": np.full(length, length)}
+    arrays |= {"target_at": np.zeros(1), "targets": np.full(1, -1), "target_source": np.zeros(1)}
+    arrays |= plan(arrays["visible_start"], arrays["visible_stop"], cfg.xattn.tile, 16)
+    batch = Batch(**{name: jnp.asarray(array, jnp.int32)[None] for name, array in arrays.items()}, pixels=pixels[None], taps=None)
+    normal = (pixels[:frames] / 255.0 - np.array(cfg.vit.mean)) / np.array(cfg.vit.std)
+    inputs = {"input_ids": arrays["tokens"][None].astype(np.int64), "image_groups": np.array([groups], np.int64).reshape(1, -1)}
+    return batch, inputs | {"pixel_values": normal.transpose(0, 3, 1, 2)[None].astype(np.float32)}
+
+
+@needs_transformers
+@pytest.mark.parametrize("towers", TOWERS)
+def test_loaded_without_jax(tmp_path, towers):
+    cfg = tiny_config(**TOWERS[towers])
+    model = random_model(cfg, seed=0)
+    folder = tmp_path / "out"
+    with export.complete_or_nothing(folder) as writing:
+        export.write_code(writing)
+        export.write_weights(writing, {name: np.asarray(array) for name, array in flatten(cfg, nnx.state(model)).items()})
+        tokenizer = SimpleNamespace(id=lambda name: IMAGE, eos=(254,))
+        for name, content in export.describe_model(cfg, tokenizer, "float32").items():
+            (writing / name).write_text(json.dumps(content))
+    pixels = np.random.default_rng(0).integers(0, 256, (3, cfg.vit.image_size, cfg.vit.image_size, 3)).astype(np.uint8)
+    rows = {name: row(cfg, parts, pixels) for name, parts in ROWS.items()}
+    np.savez(folder / "inputs.npz", **{f"{name}/{part}": array for name, (_, inputs) in rows.items() for part, array in inputs.items()})
+    environment = os.environ | {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", SCRIPT, folder], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = np.load(folder / "outputs.npz")
+    for name, (batch, _) in rows.items():
+        with jax.default_matmul_precision("highest"):
+            ours = np.asarray(logits(*nnx.split(model), batch))[0]
+        assert relative(found[f"{name}/logits"], ours) <= 1e-4, name
+        first = found[f"{name}/generated"][len(ours)]
+        assert ours[-1, first] >= ours[-1].max() - 1e-3
+
+
+def logits(graphdef, state, batch: Batch) -> jax.Array:
+    """[1, T, vocab]."""
+
+    @jax.jit
+    def run(state, batch):
+        model = nnx.merge(graphdef, state)
+        return model.logits(model.hidden(batch))
+
+    return run(state, batch)
+
+
+def test_nothing_is_left_of_a_failed_export(tmp_path):
+    with pytest.raises(ValueError, match="xattn.0.attn_gate holds NaN"), export.complete_or_nothing(tmp_path / "out") as folder:
+        export.write_weights(folder, {"xattn/0/attn_gate": np.array(np.nan, np.float32)})
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError, match="give a new directory"), export.complete_or_nothing(tmp_path / "out"):
+        pass
+
+
+def test_shards(tmp_path, monkeypatch):
+    """Sharded as Hugging Face has it, read back bit for bit."""
+    from evlm_jax.convert import readers, writers
+
+    monkeypatch.setattr(writers, "SHARD", 1000)
+    cfg = tiny_config()
+    params = {name: np.asarray(array) for name, array in flatten(cfg, nnx.state(random_model(cfg, seed=0))).items()}
+    params = {name: array.astype(jnp.bfloat16) if name.startswith("llm/") else array for name, array in params.items()}
+    export.write_weights(tmp_path, params)
+    (tmp_path / "config.json").write_text("{}")
+    source = readers.open_source(tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 10
+    up = source.tensors["llm.layers.2.mlp.up.weight"].read()
+    assert up.dtype == jnp.bfloat16 and up.tobytes() == params["llm/layers/2/mlp/up/kernel"].T.tobytes()
+    assert len(source.tensors) == len(params)

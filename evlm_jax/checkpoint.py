@@ -3,15 +3,18 @@
     DIR/steps/120/params   trainable parameters          by canonical name, one array per layer: independent of stacks,
     DIR/steps/120/groups   Adam state of every group     cuts, mesh and stage
     DIR/steps/120/meta     step, phase, data position, config, names trained so far, and the hash of
-    DIR/frozen/HASH        the frozen parameters, finalised before the first step that names it
+    DIR/frozen/HASH        the frozen parameters in safetensors files, finalised before the first step that names it
 
 The hash is of the content. A store is written again only where it does not hold what a phase freezes: a phase that unfreezes
 more rests on the store of the phase before, and its own trained values lie over it. Saves are asynchronous and atomic (orbax
-writes aside and renames); a store is deleted only when no step names it any more.
+writes aside and renames); a store is deleted only when no step names it any more. An imported model (convert/importer.py) is a
+store and a step 0 that trained nothing.
 """
 
 import hashlib
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -20,10 +23,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from evlm_jax.config import EVLMConfig, from_config_dict
+from evlm_jax.config import EVLMConfig, from_config_dict, to_dict
+from evlm_jax.tensors import Tensor, Tensors, digest, read_all, read_folder, write_folder
 
 Arrays = dict[str, np.ndarray]  # by canonical name
-STEPS, FROZEN = "steps", "frozen"
+STEPS, FROZEN, MANIFEST, INCOMPLETE = "steps", "frozen", "manifest.json", ".incomplete"
 
 
 class Snapshot(NamedTuple):
@@ -43,7 +47,7 @@ class Checkpoints:
         self.root = epath.Path(workdir).resolve()
         for part in (STEPS, FROZEN):
             (self.root / part).mkdir(parents=True, exist_ok=True)
-            for path in (self.root / part).glob("*.orbax-checkpoint-tmp*"):
+            for path in [*(self.root / part).glob("*.orbax-checkpoint-tmp*"), *(self.root / part).glob(f"*{INCOMPLETE}")]:
                 print(f"checkpoint: removing the half-written {path}", flush=True)
                 path.rmtree()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, todelete_subdir="deleted")  # renamed first: deleting is atomic too
@@ -51,23 +55,23 @@ class Checkpoints:
         self._store = None
 
     def resume(self) -> Snapshot | None:
-        """The newest finalised step, None in a new directory. Raises as `read` does."""
+        """The newest finalised step, None in a new directory. Raises as `read` does, and ValueError for an imported model."""
         if not steps(self.root):
             return None
         snapshot = read(self.root)
+        if not snapshot.groups:
+            raise ValueError(f"{self.root} is an imported model, not a run: give another workdir, and this one as --init")
         self._store = snapshot.meta["store"]
         return snapshot
 
     def freeze(self, arrays: Arrays) -> None:
         """Makes sure that a store holds `arrays`; the steps saved from now on rest on it."""
-        manifest = _manifest(arrays)
-        if self._store and manifest.items() <= json.loads(_manifest_file(self.root, self._store).read_text()).items():
+        manifest = {name: digest(np.asarray(array)) for name, array in arrays.items()}
+        if self._store and manifest.items() <= _manifest(self.root, self._store).items():
             return
-        self._store = _digest(manifest)
+        self._store = _hash(manifest)
         if not (self.root / FROZEN / self._store).exists():
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-                items = ocp.args.Composite(params=ocp.args.PyTreeSave(_nest(arrays)), manifest=ocp.args.JsonSave(manifest))
-                writer.save(self.root / FROZEN / self._store, args=items)
+            write_store(self.root, {name: Tensor.of(np.asarray(array)) for name, array in arrays.items()})
 
     def save(self, step: int, params: dict[str, jax.Array], groups: dict[str, jax.Array], meta: dict) -> None:
         """Starts saving, after a save still under way has ended; returns when the arrays have left the devices."""
@@ -93,74 +97,125 @@ class Checkpoints:
             path.rmtree()
 
 
+def write_store(root: epath.Path, tensors: Tensors, written: Callable[[int], None] = lambda _: None) -> str:
+    """Writes a frozen store tensor by tensor; one that was cut off under the same root goes on. Returns its hash.
+
+    Args:
+      written: called with the bytes of each piece that is on disk.
+    """
+    aside = root / FROZEN / f"new{INCOMPLETE}"
+    aside.mkdir(parents=True, exist_ok=True)
+    manifest = write_folder(aside, tensors, written)
+    (aside / MANIFEST).write_text(json.dumps(manifest, indent=0))
+    aside.rename(root / FROZEN / _hash(manifest))
+    return _hash(manifest)
+
+
+def write_imported(root: epath.Path, cfg: EVLMConfig, store: str, origin: dict) -> None:
+    """Step 0 of a model that rests on `store` alone; `origin` says where it comes from."""
+    meta = {"step": 0, "phase": 0, "data": None, "config": to_dict(cfg), "trained": [], "store": store, "origin": origin}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        writer.save(root / STEPS / "0", args=ocp.args.Composite(meta=ocp.args.JsonSave(meta)))
+
+
+def identity(workdir: str, step: int | None) -> list:
+    """What tells a step of a run from any other: place, number, time."""
+    path, _ = _find(workdir, step)
+    return [str(path), path.stat().mtime]
+
+
 def steps(workdir: str) -> list[int]:
     """Finalised steps, ascending."""
     return sorted(int(path.name) for path in (epath.Path(workdir) / STEPS).glob("*") if path.name.isdigit())
 
 
-def read(workdir: str, step: int | None = None, groups: bool = True) -> Snapshot:
+def read(workdir: str, step: int | None = None) -> Snapshot:
     """A finalised step, the newest where `step` is None.
 
     Raises:
       FileNotFoundError: no such step.
       ValueError: the frozen store is missing or another one; names the hash needed and the hash found.
     """
+    path, meta = _find(workdir, step)
+    return Snapshot(_arrays(path / "params"), read_all(_frozen(path.parent.parent, meta["store"])), _arrays(path / "groups"), meta)
+
+
+def open_params(workdir: str, step: int | None = None) -> tuple[dict[str, Tensor], EVLMConfig]:
+    """All parameters of the model, trained ones over the frozen store, read one at a time; and the config. Raises as `read` does."""
+    path, meta = _find(workdir, step)
+    return _frozen(path.parent.parent, meta["store"]) | _trained(path / "params"), from_config_dict(meta["config"])
+
+
+def load_params(workdir: str, step: int | None = None) -> tuple[Arrays, EVLMConfig]:
+    """`open_params`, in memory."""
+    tensors, cfg = open_params(workdir, step)
+    return read_all(tensors), cfg
+
+
+def trained(workdir: str, step: int | None = None) -> frozenset[str]:
+    """Names that this run or one before it trained: the next stage keeps their bits."""
+    return frozenset(_find(workdir, step)[1]["trained"])
+
+
+def _find(workdir: str, step: int | None) -> tuple[epath.Path, dict]:
+    """Where a step lies, and its meta."""
     root = epath.Path(workdir).resolve()
     found = steps(root)
     if not found or (step is not None and step not in found):
         raise FileNotFoundError(f"{root} has no checkpoint{'' if step is None else f' of step {step}'}; finalised steps: {found or 'none'}")
     path = root / STEPS / str(found[-1] if step is None else step)
-    meta = _meta(root, path.name)
-    return Snapshot(_arrays(path / "params"), _frozen(root, meta["store"]), _arrays(path / "groups") if groups else {}, meta)
+    return path, _meta(root, path.name)
 
 
-def load_params(workdir: str, step: int | None = None) -> tuple[Arrays, EVLMConfig]:
-    """All parameters of the model, trained ones over the frozen store, and the config. Raises as `read` does."""
-    snapshot = read(workdir, step, groups=False)
-    return snapshot.frozen | snapshot.params, from_config_dict(snapshot.meta["config"])
-
-
-def trained(workdir: str, step: int | None = None) -> frozenset[str]:
-    """Names that this run or one before it trained: the next stage keeps their bits."""
-    found = steps(workdir)
-    return frozenset(_meta(epath.Path(workdir), found[-1] if step is None else step)["trained"])
-
-
-def _frozen(root: epath.Path, store: str) -> Arrays:
+def _frozen(root: epath.Path, store: str) -> dict[str, Tensor]:
     path = root / FROZEN / store
     if not path.exists():
         present = ", ".join(sorted(p.name for p in (root / FROZEN).glob("*"))) or "none"
         raise ValueError(f"the checkpoint needs the frozen store {store}, {root / FROZEN} has {present}: copy {store} there")
-    arrays = _arrays(path / "params")
-    if (digest := _digest(_manifest(arrays))) != store:
-        raise ValueError(f"the checkpoint needs the frozen store {store}, the content of {path} has hash {digest}: copy the original there")
-    return arrays
+    manifest = _manifest(root, store)
+    if (found := _hash(manifest)) != store:
+        raise ValueError(f"the checkpoint needs the frozen store {store}, the content of {path} has hash {found}: copy the original there")
+
+    def checked(name: str, tensor: Tensor) -> np.ndarray:
+        if digest(array := tensor.read()) != manifest[name]:
+            raise ValueError(f"{path}: {name} is not what was written there (its hash differs): copy the original store there")
+        return array
+
+    return {name: tensor._replace(read=partial(checked, name, tensor)) for name, tensor in (read_folder(path) or {}).items()}
 
 
 def _meta(root: epath.Path, step: int | str) -> dict:
     return json.loads((root / STEPS / str(step) / "meta" / "metadata").read_text())
 
 
-def _manifest_file(root: epath.Path, store: str) -> epath.Path:
-    return root / FROZEN / store / "manifest" / "metadata"
+def _manifest(root: epath.Path, store: str) -> dict[str, str]:
+    """{name: hash of its tensor} of a frozen store."""
+    return json.loads((root / FROZEN / store / MANIFEST).read_text())
 
 
-def _arrays(path: epath.Path) -> Arrays:
-    """What was saved at `path`, as NumPy."""
+def _hash(manifest: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _trained(path: epath.Path) -> dict[str, Tensor]:
+    """What orbax saved at `path`; nothing where there is no such item."""
+    if not path.exists():
+        return {}
+    saved = flatten_dict(ocp.PyTreeCheckpointHandler().metadata(path).tree, sep="/")
+    one = lambda name: _arrays(path, {name: saved[name]})[name]
+    return {name: Tensor(tuple(about.shape), np.dtype(about.dtype), partial(one, name)) for name, about in saved.items()}
+
+
+def _arrays(path: epath.Path, saved: dict | None = None) -> Arrays:
+    """What orbax saved at `path`, or of that the names in `saved`, as NumPy."""
+    if not path.exists():
+        return {}
     handler = ocp.PyTreeCheckpointHandler()
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(path).tree)
-    return flatten_dict(handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy)), sep="/")
+    tree = handler.metadata(path).tree if saved is None else _nest(saved)
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    part = {"item": tree, "partial_restore": True} if saved else {}
+    return flatten_dict(handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy, **part)), sep="/")
 
 
 def _nest(arrays: dict) -> dict:
     return unflatten_dict(arrays, sep="/")
-
-
-def _manifest(arrays: Arrays) -> dict[str, str]:
-    """{name: hash of dtype, shape and bytes}."""
-    content = lambda a: hashlib.sha256(f"{a.dtype} {a.shape} ".encode() + np.ascontiguousarray(a).tobytes()).hexdigest()
-    return {name: content(np.asarray(array)) for name, array in arrays.items()}
-
-
-def _digest(manifest: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]

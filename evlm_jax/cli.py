@@ -115,6 +115,33 @@ def _generate(args: argparse.Namespace, _overrides: list[str]) -> None:
     generate.main(args)
 
 
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="import|export|verify")
+    read = actions.add_parser("import", help="foreign towers, or an export of ours, to a checkpoint")
+    read.add_argument("--config", required=True, help=CONFIG_HELP)
+    read.add_argument("--vision", help="vision tower: an asset, a directory or a file; init.vision where left out")
+    read.add_argument("--llm", help="language model, likewise; init.llm where left out")
+    read.add_argument("--model", help="instead of the two: a directory that `evlm convert export --format hf` wrote")
+    read.add_argument("--out", required=True, help="new directory; start training from it with --init")
+    write = actions.add_parser("export", help="a checkpoint to PyTorch")
+    write.add_argument("--checkpoint", required=True, help="directory of a training run, or of an import")
+    write.add_argument("--step", type=int, help="the newest where left out")
+    write.add_argument("--format", choices=("hf", "torch", "openflamingo", "llm"), default="hf")
+    write.add_argument("--out", required=True, help="new directory")
+
+
+def _convert(args: argparse.Namespace, overrides: list[str]) -> int | None:
+    if args.action == "export":
+        from evlm_jax.convert import export
+
+        return export.export(args.checkpoint, args.out, args.format, args.step)
+    from evlm_jax.convert import importer
+
+    towers = {"vision": args.vision, "llm": args.llm}
+    cfg = load_config(args.config, [*(f"--config.init.{tower}={where}" for tower, where in towers.items() if where), *overrides])
+    return importer.import_export(cfg, args.model, args.out) if args.model else importer.import_towers(cfg, args.out)
+
+
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--fast", dest="form", action="store_const", const="fast", help="a few minutes: the whole road, little training")
@@ -130,6 +157,7 @@ def _demo(args: argparse.Namespace, _overrides: list[str]) -> None:
 
 
 COMMANDS = {
+    "convert": (_convert_arguments, _convert, "checkpoints from and to PyTorch"),
     "demo": (_demo_arguments, _demo, "fetch, train, evaluate and report on real weights and data"),
     "fetch": (_fetch_arguments, _fetch, "fetch the demo's weights and data"),
     "generate": (_generate_arguments, _generate, "answer a prompt about images or a video"),

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.sharding import Sharding
@@ -26,6 +25,7 @@ from evlm_jax.config import EVLMConfig, from_config_dict, to_dict
 from evlm_jax.loss import loss_sums
 from evlm_jax.metrics import Meter, work
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.models.fresh import cross_attention, media_embedding
 from evlm_jax.models.norm_init import centre_norms
 from evlm_jax.sharding import batch_sharding, check_rows, make_mesh, replicated
 
@@ -128,8 +128,7 @@ class Phase:
 def fresh(phase: Phase, params: Arrays, trained: frozenset[str]) -> nnx.State:
     """The whole model before its first step: `params`, and new cross-attention and media embeddings where they have none.
 
-    Frozen towers take train.frozen_dtype; what an earlier stage trained keeps its bits. Media embeddings start as the mean of
-    the word embeddings plus noise at their scale (paper.md section 1).
+    Frozen towers take train.frozen_dtype; what an earlier stage trained keeps its bits.
 
     Raises:
       ValueError: listing missing, unexpected and wrongly shaped parameters.
@@ -137,14 +136,11 @@ def fresh(phase: Phase, params: Arrays, trained: frozenset[str]) -> nnx.State:
     cfg, keep = phase.cfg, trained | phase.trained
     values = {name: array if name in keep else array.astype(cfg.train.frozen_dtype) for name, array in params.items()}
     if "media/embedding" not in params and "llm/embed" in params:
-        words = np.asarray(params["llm/embed"], np.float32)
-        noise = np.random.default_rng(cfg.train.seed).standard_normal((cfg.media.tokens, cfg.llm.hidden))
-        values["media/embedding"] = (words.mean(0) + words.std(0) * noise).astype(np.float32)
+        values["media/embedding"] = media_embedding(cfg, params["llm/embed"])
     if any(name.startswith("xattn/") for name in params):
         return jax.device_put(names.unflatten(cfg, values, phase.shapes), phase.sharding)
-    cross = lambda path, _: path[0] == "xattn"
     rest = names.unflatten(cfg, values, nnx.filter_state(phase.shapes, lambda path, _: path[0] != "xattn"))
-    new = lambda: nnx.filter_state(nnx.state(EVLM(cfg, nnx.Rngs(cfg.train.seed))), cross)
+    new = lambda: nnx.State({"xattn": nnx.state(cross_attention(cfg))})
     return nnx.merge_state(jax.device_put(rest, phase.sharding), jax.jit(new, out_shardings=phase.sharding)())
 
 
@@ -192,7 +188,7 @@ def train(
             data.set_state(snapshot.meta["data"])
         else:
             whole, groups = fresh(phase, params, trained), {}
-            if cfg.init.centre_norms and not any(name.startswith("xattn/") for name in params):
+            if cfg.init.centre_norms and not any(name.startswith("xattn/") for name in trained):
                 whole = centre_norms(nnx.merge(phase.graphdef, whole), jax.device_put(_peek(data), batch_sharding(mesh)))
         meter = stack.enter_context(Meter(cfg, workdir, step, mesh.size, tensorboard))
         stop = stack.enter_context(_sigterm())

@@ -17,6 +17,7 @@ from evlm_jax.convert.readers import open_source
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.names import unflatten
 from evlm_jax.ops.grouping import plan
+from evlm_jax.tensors import read_all
 from tests.tiny import tiny_config
 
 needs_transformers = pytest.mark.skipif(
@@ -40,8 +41,7 @@ def load(cfg: EVLMConfig, where: str, tower: str) -> EVLM:
     """An EVLM with one tower from a checkpoint; everything else is 0."""
     shapes = engine.parameter_shapes(cfg)
     arrays = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    wanted = {name: shape for name, shape in shapes.items() if name.startswith(tower)}
-    arrays |= engine.convert(cfg, open_source(assets.locate(where)), tower, wanted)
+    arrays |= read_all(engine.open_tower(cfg, open_source(assets.locate(where)), tower).tensors)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
     return nnx.merge(graphdef, jax.tree.map(jnp.asarray, unflatten(cfg, arrays, state)))
 

@@ -14,6 +14,7 @@ from evlm_jax import assets
 from evlm_jax.convert import engine, readers
 from evlm_jax.convert.interpolate import resize_positions, weights
 from evlm_jax.convert.tables import FAMILIES
+from evlm_jax.tensors import read_all
 from tests.parity import needs_asset, needs_transformers
 from tests.tiny import tiny_config
 
@@ -45,7 +46,7 @@ def llama_directory(folder, shapes: dict | None = None, **changes) -> readers.So
 
 def test_every_array_lands_transposed_under_its_name(tmp_path):
     source = llama_directory(tmp_path)
-    arrays = engine.convert(CFG, source, "llm", SHAPES)
+    arrays = read_all(engine.open_tower(CFG, source, "llm").tensors)
     assert {name: array.shape for name, array in arrays.items()} == SHAPES
     assert (arrays["llm/layers/2/mlp/down/kernel"] == source.tensors["model.layers.2.mlp.down_proj.weight"].read().T).all()
 
@@ -54,7 +55,7 @@ def test_errors_list_every_name(tmp_path):
     shapes = {"model.layers.1.extra.weight": (3,), "model.layers.9.mlp.up_proj.weight": (3, 3)}
     shapes |= {"model.norm.weight": None, "model.layers.3.mlp.up_proj.weight": None}
     with pytest.raises(ValueError) as error:
-        engine.convert(CFG, llama_directory(tmp_path, shapes), "llm", SHAPES)
+        engine.open_tower(CFG, llama_directory(tmp_path, shapes), "llm")
     for line in (
         "no place for model.layers.1.extra.weight",
         "no place for model.layers.9.mlp.up_proj.weight",
@@ -66,12 +67,12 @@ def test_errors_list_every_name(tmp_path):
 
 def test_wrong_shape_names_the_array(tmp_path):
     with pytest.raises(ValueError, match=r"llm/layers/0/mlp/up/kernel \(64, 127\), the config needs \(64, 128\)"):
-        engine.convert(CFG, llama_directory(tmp_path, {"model.layers.0.mlp.up_proj.weight": (127, 64)}), "llm", SHAPES)
+        engine.open_tower(CFG, llama_directory(tmp_path, {"model.layers.0.mlp.up_proj.weight": (127, 64)}), "llm")
 
 
 def test_another_architecture_lists_every_field(tmp_path):
     with pytest.raises(ValueError) as error:
-        engine.convert(CFG, llama_directory(tmp_path, rms_norm_eps=1e-6, rope_theta=5e5), "llm", SHAPES)
+        engine.open_tower(CFG, llama_directory(tmp_path, rms_norm_eps=1e-6, rope_theta=5e5), "llm")
     assert "llm.eps is 1e-05, the checkpoint has 1e-06" in str(error.value)
     assert "llm.rope_theta is 10000.0, the checkpoint has 500000.0" in str(error.value)
 
@@ -92,7 +93,7 @@ def test_a_missing_key_of_config_json_is_named(tmp_path):
 
 def test_language_model_as_vision_tower_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds llama, which is no vit"):
-        engine.convert(CFG, llama_directory(tmp_path), "vit", SHAPES)
+        engine.open_tower(CFG, llama_directory(tmp_path), "vit")
 
 
 def test_unknown_names_are_refused(tmp_path):
@@ -174,7 +175,7 @@ def test_blocks_above_the_highest_tap_are_dropped():
     cfg = tiny_config(vit=stored | {"image_size": 28, "taps": (2, 5)})
     source = readers.open_source(assets.path("dinov2-small"))
     shapes = {name: shape for name, shape in engine.parameter_shapes(cfg).items() if name.startswith("vit/")}
-    arrays = engine.convert(cfg, source, "vit", shapes)
+    arrays = engine.open_tower(cfg, source, "vit").tensors
     assert {name.split("/")[2] for name in arrays if "blocks" in name} == set("01234")
     _, dropped = engine.plan(source, *engine.recognise(source), shapes)
     assert "backbone.layernorm.weight" in dropped and "backbone.encoder.layer.5.norm1.weight" in dropped

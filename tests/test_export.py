@@ -1,10 +1,8 @@
 """The exported directory, loaded by a process that has no jax and no evlm_jax, against the model it was made from."""
 
-import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +12,8 @@ from flax import nnx
 
 from evlm_jax.batch import Batch
 from evlm_jax.convert import export
-from evlm_jax.names import flatten
 from evlm_jax.ops.grouping import plan
+from tests.checkpoints import IMAGE, run_directory
 from tests.parity import needs_transformers, relative
 from tests.random_model import random_model
 from tests.tiny import tiny_config
@@ -34,7 +32,6 @@ TOWERS = {
     "siglip": {"vit": {"layer_scale": False, "class_token": False, "activation": "gelu_tanh"}, "xattn": {"every": 2, "sinks": 2}},
     "dinov2 with registers": {"vit": {"registers": 3}},
 }
-IMAGE = 255  # token
 # A number of words, or the frames of a visual.
 ROWS = {
     "text alone": [7],
@@ -104,12 +101,8 @@ def test_loaded_without_jax(tmp_path, towers):
     cfg = tiny_config(**TOWERS[towers])
     model = random_model(cfg, seed=0)
     folder = tmp_path / "out"
-    with export.complete_or_nothing(folder) as writing:
-        export.write_code(writing)
-        export.write_weights(writing, {name: np.asarray(array) for name, array in flatten(cfg, nnx.state(model)).items()})
-        tokenizer = SimpleNamespace(id=lambda name: IMAGE, eos=(254,))
-        for name, content in export.describe_model(cfg, tokenizer, "float32").items():
-            (writing / name).write_text(json.dumps(content))
+    run_directory(tmp_path / "run", cfg, model)
+    export.export(str(tmp_path / "run"), str(folder), "hf")
     pixels = np.random.default_rng(0).integers(0, 256, (3, cfg.vit.image_size, cfg.vit.image_size, 3)).astype(np.uint8)
     rows = {name: row(cfg, parts, pixels) for name, parts in ROWS.items()}
     np.savez(folder / "inputs.npz", **{f"{name}/{part}": array for name, (_, inputs) in rows.items() for part, array in inputs.items()})
@@ -136,27 +129,15 @@ def logits(graphdef, state, batch: Batch) -> jax.Array:
     return run(state, batch)
 
 
-def test_nothing_is_left_of_a_failed_export(tmp_path):
-    with pytest.raises(ValueError, match="xattn.0.attn_gate holds NaN"), export.complete_or_nothing(tmp_path / "out") as folder:
-        export.write_weights(folder, {"xattn/0/attn_gate": np.array(np.nan, np.float32)})
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "out").mkdir()
-    with pytest.raises(FileExistsError, match="give a new directory"), export.complete_or_nothing(tmp_path / "out"):
-        pass
-
-
-def test_shards(tmp_path, monkeypatch):
-    """Sharded as Hugging Face has it, read back bit for bit."""
-    from evlm_jax.convert import readers, writers
-
-    monkeypatch.setattr(writers, "SHARD", 1000)
+def test_a_failed_export_leaves_nothing(tmp_path):
     cfg = tiny_config()
-    params = {name: np.asarray(array) for name, array in flatten(cfg, nnx.state(random_model(cfg, seed=0))).items()}
-    params = {name: array.astype(jnp.bfloat16) if name.startswith("llm/") else array for name, array in params.items()}
-    export.write_weights(tmp_path, params)
-    (tmp_path / "config.json").write_text("{}")
-    source = readers.open_source(tmp_path)
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 10
-    up = source.tensors["llm.layers.2.mlp.up.weight"].read()
-    assert up.dtype == jnp.bfloat16 and up.tobytes() == params["llm/layers/2/mlp/up/kernel"].T.tobytes()
-    assert len(source.tensors) == len(params)
+    model = random_model(cfg, seed=0)
+    model.xattn.attn_gate[...] = model.xattn.attn_gate[...].at[2].set(jnp.nan)
+    run_directory(tmp_path / "run", cfg, model)
+    for form in ("hf", "torch", "openflamingo"):
+        with pytest.raises(ValueError, match="attn_gate holds NaN"):
+            export.export(str(tmp_path / "run"), str(tmp_path / "out"), form)
+        assert not list(tmp_path.glob("out*"))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError, match="give a new directory"):
+        export.export(str(tmp_path / "run"), str(tmp_path / "out"), "llm")

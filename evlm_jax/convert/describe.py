@@ -20,6 +20,7 @@ def describe_source(source: Source, family: str, prefix: str) -> dict:
       ValueError: config.json is missing where it is needed, or describes something EVLM's towers do not cover.
     """
     facts = {"dinov2": _dinov2, "clip": _clip, "siglip": _siglip, "eva02": _eva, "llama": _llama, "llama-gguf": _gguf, "qwen": _qwen}
+    facts |= {"evlm": _evlm}
     try:
         return facts[family.removesuffix("-transformers5")](source, prefix)
     except KeyError as missing:
@@ -157,3 +158,9 @@ def _qwen(source: Source, prefix: str) -> dict:
         "qkv_bias": True,
         "tied": config["tie_word_embeddings"],
     }
+
+
+def _evlm(source: Source, prefix: str) -> dict:
+    """An export of ours says it in our own words; by section of EVLMConfig."""
+    fixed = lambda value: tuple(value) if isinstance(value, list) else value
+    return {name: {key: fixed(value) for key, value in source.metadata[name].items()} for name in ("vit", "llm", "xattn", "media")}

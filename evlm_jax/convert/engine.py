@@ -1,12 +1,13 @@
-"""Foreign checkpoints -> canonical arrays, by the tables of tables.py.
+"""Foreign checkpoints <-> canonical tensors, by the tables of tables.py.
 
-Two steps: `plan` decides from names alone what becomes what and refuses everything that does not fit, with every name; only
-then are tensors read, one at a time.
+Two steps: `plan` (and `unplan`, its inverse) decides from names, shapes and dtypes alone what becomes what and refuses everything that
+does not fit, with every name. Only then are tensors read, one at a time, when the `Tensor` that needs them is.
 """
 
+import functools
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import einops
@@ -22,6 +23,7 @@ from evlm_jax.convert.readers import Source, open_source
 from evlm_jax.convert.tables import FAMILIES, Family, Row
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.names import canonical, is_stacked
+from evlm_jax.tensors import FLOATS, Tensor, Tensors, read_all
 
 log = logging.getLogger(__name__)
 Shapes = dict[str, tuple[int, ...]]
@@ -41,12 +43,9 @@ def load_towers(cfg: EVLMConfig) -> dict[str, np.ndarray]:
     Raises:
       ValueError: the checkpoint is of another architecture than the config says (every field), or tensors do not fit (every name).
     """
-    shapes, towers = parameter_shapes(cfg), {}
-    for tower, where in (("vit", cfg.init.vision), ("llm", cfg.init.llm)):
-        source = open_source(assets.locate(where))
-        expected = {name: shape for name, shape in shapes.items() if name.startswith(tower)}
-        towers |= convert(cfg, source, tower, expected)
-    return towers
+    places = {"vit": cfg.init.vision, "llm": cfg.init.llm}
+    towers = [open_tower(cfg, open_source(assets.locate(where)), tower) for tower, where in places.items()]
+    return read_all(towers[0].tensors | towers[1].tensors)
 
 
 def describe(where: str) -> dict:
@@ -63,24 +62,49 @@ def parameter_shapes(cfg: EVLMConfig) -> Shapes:
     return {name: shape[is_stacked(path) :] for path, shape in leaves for name in canonical(cfg, path)}
 
 
-def convert(cfg: EVLMConfig, source: Source, tower: str, expected: Shapes) -> dict[str, np.ndarray]:
-    """One tower. Raises ValueError as load_towers."""
+class Tower(NamedTuple):
+    """A part of the model as a foreign checkpoint has it."""
+
+    family: str
+    tensors: dict[str, Tensor]  # by canonical name
+    dropped: list[str]  # foreign names without a place in EVLM, on purpose
+
+
+def open_tower(cfg: EVLMConfig, source: Source, tower: str) -> Tower:
+    """The part `tower` of the model: "vit" | "llm" | "evlm". Raises ValueError as load_towers; reads nothing."""
     family, prefix = recognise(source)
     if family.tower != tower:
         raise ValueError(f"{source.path} holds {family.name}, which is no {tower}; check init.vision and init.llm")
-    section = getattr(cfg, tower)
-    stored = describe_source(source, family.name, prefix)
-    if wrong := [f"{tower}.{k} is {getattr(section, k)}, the checkpoint has {v}" for k, v in stored.items() if getattr(section, k) != v]:
-        raise ValueError(f"{source.path} does not fit the config; change the config:\n  " + "\n  ".join(wrong))
+    check_fields(cfg, source, describe_source(source, family.name, prefix), tower)
+    expected = {name: shape for name, shape in parameter_shapes(cfg).items() if tower == "evlm" or name.startswith(f"{tower}/")}
     steps, dropped = plan(source, family, prefix, expected)
     log.info("%s: %s, %d tensors read, %d dropped on purpose: %s", source.path, family.name, len(steps), len(dropped), ", ".join(dropped))
-    arrays = dict(read(source, steps, {"heads": stored["heads"], "kv_heads": stored.get("kv_heads"), "two": 2}))
+    tensors = ours(source, steps, sizes(cfg, tower))
     if tower == "vit":
-        vit = cfg.vit
-        arrays["vit/pos"] = resize_positions(arrays["vit/pos"], vit.pretrained_size // vit.patch, vit.grid, vit.interpolation)
-    if wrong := [f"{n} {arrays[n].shape}, the config needs {shape}" for n, shape in expected.items() if arrays[n].shape != shape]:
+        tensors["vit/pos"] = _resized(cfg, tensors["vit/pos"])
+    if wrong := [f"{n} {tensors[n].shape}, the config needs {shape}" for n, shape in expected.items() if tensors[n].shape != shape]:
         raise ValueError(f"{source.path}: shapes do not fit:\n  " + "\n  ".join(wrong))
-    return arrays
+    return Tower(family.name, tensors, dropped)
+
+
+def check_fields(cfg: EVLMConfig, source: Source, stored: dict, tower: str) -> None:
+    """Raises ValueError listing every field of the config that the checkpoint contradicts."""
+    sections = stored if tower == "evlm" else {tower: stored}
+    fields = [(f"{name}.{key}", getattr(getattr(cfg, name), key), value) for name, said in sections.items() for key, value in said.items()]
+    if wrong := [f"{name} is {have}, the checkpoint has {value}" for name, have, value in fields if have != value]:
+        raise ValueError(f"{source.path} does not fit the config; change the config:\n  " + "\n  ".join(wrong))
+
+
+def sizes(cfg: EVLMConfig, tower: str) -> dict[str, int]:
+    """Axis lengths that the tables' patterns cannot know from shapes."""
+    return {"two": 2} | ({"heads": cfg.llm.heads, "kv_heads": cfg.llm.kv_heads} if tower == "llm" else {})
+
+
+def _resized(cfg: EVLMConfig, table: Tensor) -> Tensor:
+    """The position table at vit.image_size."""
+    vit, stored = cfg.vit, cfg.vit.pretrained_size // cfg.vit.patch
+    shape = (table.shape[0] - stored**2 + vit.grid**2, table.shape[1])
+    return Tensor(shape, table.dtype, lambda: resize_positions(table.read(), stored, vit.grid, vit.interpolation))
 
 
 def recognise(source: Source) -> tuple[Family, str]:
@@ -117,24 +141,34 @@ def plan(source: Source, family: Family, prefix: str, expected: Shapes) -> tuple
             unmatched.append(foreign)
     unfilled = expected.keys() - {name for step in steps for name in step.names}
     problems = [f"no place for {name}" for name in unmatched] + [f"nothing fills {name}" for name in sorted(unfilled)]
+    dtypes = {step.foreign: source.tensors[step.foreign].dtype for step in steps}
+    problems += [f"{name} is {dtype}; weights are {', '.join(map(str, FLOATS))}" for name, dtype in dtypes.items() if dtype not in FLOATS]
     if problems:
         raise ValueError(f"{source.path} ({family.name}) does not fit the config:\n  " + "\n  ".join(problems))
     return steps, dropped
 
 
-def read(source: Source, steps: list[Step], sizes: dict[str, int]) -> Iterator[tuple[str, np.ndarray]]:
-    """Runs the steps, one tensor at a time. Raises ValueError naming a tensor that its pattern does not fit."""
-    for foreign, row, names in steps:
-        array = source.tensors[foreign].read()
-        if row.pattern:
-            lengths = _lengths(row.pattern, sizes | {"n": len(names)})
-            try:
-                array = einops.rearrange(array, row.pattern, **lengths)
-            except einops.EinopsError as error:
-                raise ValueError(
-                    f"{source.path}: {foreign} has shape {array.shape}, which does not fit {row.pattern!r} with {lengths}"
-                ) from error
-        yield from zip(names, array if len(names) > 1 else (array,), strict=True)
+def ours(source: Source, steps: Sequence[Step], lengths: dict[str, int]) -> dict[str, Tensor]:
+    """The canonical tensors of `plan`'s steps. Raises ValueError naming a tensor that its pattern does not fit."""
+
+    @functools.lru_cache(maxsize=1)  # the parts of a fused tensor are read one after another
+    def parts(number: int) -> np.ndarray:
+        return _rearrange(steps[number], source.tensors[steps[number].foreign].read(), lengths)
+
+    tensors = {}
+    for number, step in enumerate(steps):
+        foreign = source.tensors[step.foreign]
+        try:
+            shape = _rearrange(step, np.broadcast_to(np.zeros((), foreign.dtype), foreign.shape), lengths).shape
+        except einops.EinopsError as error:
+            raise ValueError(f"{source.path}: {step.foreign} has shape {foreign.shape}, which does not fit {step.row.pattern!r}") from error
+        if len(step.names) == 1:
+            read = lambda step=step, foreign=foreign: _rearrange(step, foreign.read(), lengths)
+            tensors[step.names[0]] = Tensor(shape, foreign.dtype, read)
+            continue
+        for i, name in enumerate(step.names):
+            tensors[name] = Tensor(shape[1:], foreign.dtype, lambda number=number, i=i: parts(number)[i])
+    return tensors
 
 
 def unplan(family: Family, names: Iterable[str]) -> list[Step]:
@@ -149,15 +183,30 @@ def unplan(family: Family, names: Iterable[str]) -> list[Step]:
     return steps
 
 
-def unread(step: Step, arrays: Sequence[np.ndarray], sizes: dict[str, int]) -> np.ndarray:
-    """The foreign tensor of one step of `unplan`, from the arrays of its canonical names."""
-    array = np.stack(arrays) if len(arrays) > 1 else arrays[0]
-    if not step.row.pattern:
-        return array
-    foreign, ours = step.row.pattern.split(" -> ")
-    return einops.rearrange(array, f"{ours} -> {foreign}", **_lengths(step.row.pattern, sizes | {"n": len(arrays)}))
+def theirs(family: Family, tensors: Tensors, lengths: dict[str, int]) -> dict[str, Tensor]:
+    """The inverse of `ours`: all of `tensors` in the names and layouts of a family. Raises ValueError as `unplan`."""
+
+    def made(step: Step, arrays: list[np.ndarray]) -> np.ndarray:
+        if not step.row.pattern:
+            return arrays[0]
+        foreign, canonical = step.row.pattern.split(" -> ")
+        fused = arrays[0] if len(arrays) == 1 else np.stack(arrays)
+        return einops.rearrange(fused, f"{canonical} -> {foreign}", **_lengths(step, lengths))
+
+    out = {}
+    for step in unplan(family, tensors):
+        parts = [tensors[name] for name in step.names]
+        shape = made(step, [np.broadcast_to(np.zeros((), part.dtype), part.shape) for part in parts]).shape
+        out[step.foreign] = Tensor(shape, parts[0].dtype, lambda step=step, parts=parts: made(step, [part.read() for part in parts]))
+    return out
 
 
-def _lengths(pattern: str, sizes: dict[str, int]) -> dict[str, int]:
-    """Those of `sizes` whose axis stands in the pattern."""
-    return {axis: length for axis, length in sizes.items() if re.search(rf"\b{axis}\b", pattern)}
+def _rearrange(step: Step, array: np.ndarray, lengths: dict[str, int]) -> np.ndarray:
+    """A foreign array in our layout; with a leading axis over the names of a fused one."""
+    return einops.rearrange(array, step.row.pattern, **_lengths(step, lengths)) if step.row.pattern else array
+
+
+def _lengths(step: Step, lengths: dict[str, int]) -> dict[str, int]:
+    """Those of `lengths` whose axis stands in the pattern, and `n` of a fused tensor."""
+    named = lengths | {"n": len(step.names)}
+    return {axis: length for axis, length in named.items() if re.search(rf"\b{axis}\b", step.row.pattern)}

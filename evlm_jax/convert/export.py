@@ -1,11 +1,14 @@
-"""A checkpoint of ours -> a directory that transformers loads, with the PyTorch model of convert/torch_model as its remote code."""
+"""A checkpoint of ours -> files for PyTorch, tensor by tensor: `evlm convert export --checkpoint DIR --out DIR --format hf`.
+
+hf            a directory for transformers, with the PyTorch model of convert/torch_model as its remote code
+torch         evlm.pt, one state dict, beside the same model without transformers
+openflamingo  openflamingo.pt, the trained part in open_flamingo's names
+llm           the language model alone, as LlamaForCausalLM or Qwen2ForCausalLM
+"""
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +16,15 @@ from tqdm import tqdm
 
 from evlm_jax import checkpoint
 from evlm_jax.config import EVLMConfig
-from evlm_jax.convert.engine import unplan, unread
+from evlm_jax.convert.engine import sizes, theirs
 from evlm_jax.convert.tables import FAMILIES
-from evlm_jax.convert.writers import Entry, write_shards
+from evlm_jax.convert.torch_file import write_torch
+from evlm_jax.convert.whole import whole
+from evlm_jax.tensors import Tensors, write_folder
 from evlm_jax.tokenizer import Tokenizer, load_tokenizer
 
 CODE = Path(__file__).parent / "torch_model"
+PLAIN_CODE = ("towers_evlm.py", "plain_evlm.py")  # needs torch alone
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}"
     "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}{% endfor %}"
@@ -27,56 +33,88 @@ CHATML = (
 PLAIN = "{% for message in messages %}{{ message['content'] + (' Answer:' if message['role'] == 'user' else eos_token) }}{% endfor %}"
 
 
-def export_hf(source: str, out: str, step: int | None = None) -> None:
-    """Writes the newest (or given) step of a run as a Hugging Face directory: weights, tokenizer, processor, configuration and code.
+def export(source: str, out: str, form: str, step: int | None = None) -> None:
+    """Writes the newest (or given) step of a run in a form of FORMATS.
 
     Raises:
       FileExistsError: `out` is there already.
       FileNotFoundError: no such checkpoint.
+      ValueError: a tensor that holds NaN or infinity, or has no place in that form; nothing is left behind.
     """
-    params, cfg = checkpoint.load_params(source, step)
+    tensors, cfg = checkpoint.open_params(source, step)
+    with whole(out, {"source": checkpoint.identity(source, step), "form": form}) as folder:
+        FORMATS[form](Path(folder), tensors, cfg)
+
+
+def export_hf(folder: Path, tensors: Tensors, cfg: EVLMConfig) -> None:
+    """Weights, tokenizer, processor, configuration and code."""
     tokenizer = load_tokenizer(cfg.init.llm)
-    with complete_or_nothing(Path(out)) as folder:
-        write_code(folder)
-        dtype = np.result_type(*{array.dtype for array in params.values()}).name
-        for name, content in (describe_model(cfg, tokenizer, dtype) | describe_processor(cfg, tokenizer)).items():
-            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        tokenizer.inner.save(str(folder / "tokenizer.json"))
-        write_weights(folder, params)
-
-
-@contextmanager
-def complete_or_nothing(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` at the end and is removed if anything fails."""
-    if out.exists():
-        raise FileExistsError(f"{out} exists; give a new directory, or remove it")
-    folder = out.with_name(out.name + ".incomplete")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
-    folder.rename(out)
-
-
-def write_weights(folder: Path, params: dict[str, np.ndarray]) -> None:
-    """All parameters, in the names of convert/torch_model."""
-    family = next(family for family in FAMILIES if family.name == "evlm")
-    entries = []
-    for step in unplan(family, params):
-        arrays = [params[name] for name in step.names]
-        make = partial(unread, step, arrays, {})
-        entries.append(Entry(step.foreign, make().shape, arrays[0].dtype, make))
-    with tqdm(total=sum(entry.size for entry in entries), unit="B", unit_scale=True, desc=folder.name) as bar:
-        write_shards(folder, entries, bar.update)
-
-
-def write_code(folder: Path) -> None:
-    """The PyTorch model, copied."""
     for file in sorted(CODE.glob("*_evlm.py")):
         shutil.copyfile(file, folder / file.name)
+    write_json(folder, describe_model(cfg, tokenizer, common_dtype(tensors)) | describe_processor(cfg, tokenizer))
+    write_tokenizer(folder, tokenizer, cfg)
+    _write(write_folder, folder, in_names_of("evlm", tensors, cfg))
+
+
+def export_torch(folder: Path, tensors: Tensors, cfg: EVLMConfig) -> None:
+    """One state dict and the plain module."""
+    for name in PLAIN_CODE:
+        shutil.copyfile(CODE / name, folder / name)
+    model = describe_model(cfg, load_tokenizer(cfg.init.llm), common_dtype(tensors))["config.json"]
+    write_json(folder, {"config.json": {name: value for name, value in model.items() if name not in ("auto_map", "architectures")}})
+    _write(write_torch, folder / "evlm.pt", in_names_of("evlm", tensors, cfg))
+
+
+def export_openflamingo(folder: Path, tensors: Tensors, cfg: EVLMConfig) -> None:
+    """The gated blocks and the media tokens."""
+    trained = {name: tensor for name, tensor in tensors.items() if name.startswith(("xattn/", "media/"))}
+    _write(write_torch, folder / "openflamingo.pt", in_names_of("openflamingo", trained, cfg))
+
+
+def export_llm(folder: Path, tensors: Tensors, cfg: EVLMConfig) -> None:
+    """A directory that AutoModelForCausalLM loads without remote code."""
+    llm = {name: tensor for name, tensor in tensors.items() if name.startswith("llm/")}
+    tokenizer = load_tokenizer(cfg.init.llm)
+    write_json(folder, describe_llm(cfg, tokenizer, common_dtype(llm)))
+    write_tokenizer(folder, tokenizer, cfg)
+    _write(write_folder, folder, in_names_of("llama", llm, cfg))
+
+
+FORMATS = {"hf": export_hf, "torch": export_torch, "openflamingo": export_openflamingo, "llm": export_llm}
+
+
+def in_names_of(family: str, tensors: Tensors, cfg: EVLMConfig) -> Tensors:
+    """All of `tensors`, as a family of tables.py has them. Raises ValueError naming those without a place."""
+    found = next(f for f in FAMILIES if f.name == family)
+    return theirs(found, tensors, sizes(cfg, found.tower))
+
+
+def common_dtype(tensors: Tensors) -> str:
+    """The one that holds all others."""
+    return np.result_type(*{tensor.dtype for tensor in tensors.values()}).name
+
+
+def _write(write, place: Path, tensors: Tensors) -> None:
+    with tqdm(total=sum(tensor.size for tensor in tensors.values()), unit="B", unit_scale=True, desc=place.name) as bar:
+        write(place, tensors, bar.update)
+
+
+# -------------------------------------------------------------------------------------------------------- what stands beside
+
+
+def write_json(folder: Path, contents: dict[str, dict]) -> None:
+    """{file name: content}."""
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, cfg: EVLMConfig) -> None:
+    """tokenizer.json and tokenizer_config.json."""
+    eos = tokenizer.decode([tokenizer.eos[0]], skip_special=False)
+    text = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": eos, "padding_side": "left"}
+    text |= {"clean_up_tokenization_spaces": False, "chat_template": {"chatml": CHATML, "plain": PLAIN}[cfg.data.template]}
+    write_json(folder, {"tokenizer_config.json": text})
+    tokenizer.inner.save(str(folder / "tokenizer.json"))
 
 
 def describe_model(cfg: EVLMConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, dict]:
@@ -86,15 +124,27 @@ def describe_model(cfg: EVLMConfig, tokenizer: Tokenizer, dtype: str) -> dict[st
     sections = {name: asdict(getattr(cfg, name)) for name in ("vit", "llm", "xattn", "media")}
     model = {"model_type": "evlm", "architectures": ["EVLMForCausalLM"], "auto_map": auto, "dtype": dtype}
     model |= sections | {"image_token_id": tokenizer.id(cfg.media.placeholder)}
-    return {
-        "config.json": model,
-        "generation_config.json": {"eos_token_id": list(tokenizer.eos), "pad_token_id": tokenizer.eos[0]},
-    }
+    return {"config.json": model, "generation_config.json": _generation(tokenizer)}
+
+
+def describe_llm(cfg: EVLMConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, dict]:
+    """config.json and generation_config.json of a stock language model."""
+    llm = cfg.llm
+    kind = ("Qwen2ForCausalLM", "qwen2") if llm.qkv_bias else ("LlamaForCausalLM", "llama")
+    model = {"architectures": [kind[0]], "model_type": kind[1], "dtype": dtype, "vocab_size": llm.vocab, "hidden_size": llm.hidden}
+    model |= {"num_hidden_layers": llm.layers, "num_attention_heads": llm.heads, "num_key_value_heads": llm.kv_heads}
+    model |= {"head_dim": llm.head_dim, "intermediate_size": llm.mlp, "rms_norm_eps": llm.eps, "hidden_act": "silu"}
+    model |= {"rope_theta": llm.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": llm.rope_theta}}
+    model |= {"tie_word_embeddings": llm.tied, "bos_token_id": None} | _generation(tokenizer)
+    return {"config.json": model, "generation_config.json": _generation(tokenizer)}
+
+
+def _generation(tokenizer: Tokenizer) -> dict:
+    return {"eos_token_id": list(tokenizer.eos), "pad_token_id": tokenizer.eos[0]}
 
 
 def describe_processor(cfg: EVLMConfig, tokenizer: Tokenizer) -> dict[str, dict]:
-    """processor_config.json and tokenizer_config.json."""
-    eos = tokenizer.decode([tokenizer.eos[0]], skip_special=False)
+    """processor_config.json."""
     processor = {
         "processor_class": "EVLMProcessor",
         "auto_map": {"AutoProcessor": "processing_evlm.EVLMProcessor"},
@@ -105,6 +155,4 @@ def describe_processor(cfg: EVLMConfig, tokenizer: Tokenizer) -> dict[str, dict]
         "media_tokens": cfg.media.tokens,
         "image_token_id": tokenizer.id(cfg.media.placeholder),
     }
-    text = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": eos, "padding_side": "left"}
-    text |= {"clean_up_tokenization_spaces": False, "chat_template": {"chatml": CHATML, "plain": PLAIN}[cfg.data.template]}
-    return {"processor_config.json": processor, "tokenizer_config.json": text}
+    return {"processor_config.json": processor}

@@ -1,14 +1,13 @@
 """Foreign checkpoint files as named tensors that are read one at a time.
 
-Every reader returns a `Source`: the file's own metadata, and for each tensor its shape and a function that reads it. Opening
-a source reads headers only (except ONNX, which is one protobuf message).
+Every reader returns a `Source`: the file's own metadata, and a `Tensor` by name. Opening a source reads headers only (except ONNX,
+which is one protobuf message).
 """
 
 import json
 import math
 import pickle
 import struct
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-
-class Tensor(NamedTuple):
-    """`read()` gives the array; nothing is kept."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
+from evlm_jax.tensors import NAME, Tensor, read_folder, read_safetensors
 
 
 class Source(NamedTuple):
@@ -34,7 +28,7 @@ class Source(NamedTuple):
 
 def open_source(path: Path) -> Source:
     """By what the path is: a Hugging Face directory, or a .safetensors, .gguf, .onnx or PyTorch file. Raises ValueError otherwise."""
-    readers = {".gguf": read_gguf, ".onnx": read_onnx, ".safetensors": read_safetensors}
+    readers = {".gguf": read_gguf, ".onnx": read_onnx, ".safetensors": lambda path: Source(path, {}, read_safetensors(path))}
     readers |= dict.fromkeys((".pt", ".pth", ".bin"), read_torch)
     if path.is_dir():
         return read_directory(path)
@@ -52,52 +46,10 @@ def read_directory(folder: Path) -> Source:
     """
     config = folder / "config.json"
     metadata = json.loads(config.read_text("utf-8")) if config.is_file() else {}
-    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch)):
-        if (folder / f"{name}.index.json").is_file():
-            return Source(folder, metadata, _shards(folder / f"{name}.index.json", read))
-        if (folder / name).is_file():
-            return Source(folder, metadata, read(folder / name).tensors)
-    raise FileNotFoundError(f"{folder}: no model.safetensors, pytorch_model.bin or index of shards; export the model with save_pretrained")
-
-
-def _shards(index: Path, read: Callable[[Path], Source]) -> dict[str, Tensor]:
-    """The tensors of all shards that an index names."""
-    shard_of = json.loads(index.read_text("utf-8"))["weight_map"]
-    if missing := sorted({shard for shard in shard_of.values() if not (index.parent / shard).is_file()}):
-        raise FileNotFoundError(f"{index.parent}: {index.name} names shards that are not there: {', '.join(missing)}; copy them again")
-    shards = {shard: read(index.parent / shard).tensors for shard in set(shard_of.values())}
-    if lost := sorted(name for name, shard in shard_of.items() if name not in shards[shard]):
-        raise ValueError(f"{index.parent}: not in the shard that {index.name} names: {', '.join(lost)}")
-    return {name: shards[shard][name] for name, shard in shard_of.items()}
-
-
-SAFETENSORS_TYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": ml_dtypes.bfloat16, "I64": "i8", "I32": "i4", "U8": "u1", "BOOL": "?"}
-
-
-def read_safetensors(path: Path) -> Source:
-    """One file: 8 bytes of header length, a JSON header, then the bytes. Raises ValueError if the file is cut short."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
-        if length > size:
-            raise ValueError(f"{path}: not a complete safetensors file; copy it again")
-        header = json.loads(file.read(length))
-    tensors = {}
-    for name, facts in header.items():
-        if name == "__metadata__":
-            continue
-        start, stop = (8 + length + offset for offset in facts["data_offsets"])
-        if stop > size:
-            raise ValueError(f"{path}: ends at byte {size}, but {name} ends at {stop}; copy it again")
-        if facts["dtype"] not in SAFETENSORS_TYPES:
-            raise ValueError(f"{path}: {name} has dtype {facts['dtype']}; read are {', '.join(SAFETENSORS_TYPES)}")
-        dtype, shape = np.dtype(SAFETENSORS_TYPES[facts["dtype"]]), tuple(facts["shape"])
-        tensors[name] = Tensor(shape, partial(_read_array, path, dtype, shape, start))
-    return Source(path, {}, tensors)
-
-
-def _read_array(path: Path, dtype: np.dtype, shape: tuple[int, ...], start: int) -> np.ndarray:
-    return np.fromfile(path, dtype, math.prod(shape), offset=start).reshape(shape)
+    for name, read in ((NAME, read_safetensors), ("pytorch_model.bin", lambda path: read_torch(path).tensors)):
+        if (tensors := read_folder(folder, name, read)) is not None:
+            return Source(folder, metadata, tensors)
+    raise FileNotFoundError(f"{folder}: no {NAME}, pytorch_model.bin or index of shards; export the model with save_pretrained")
 
 
 GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -150,7 +102,7 @@ def read_gguf(path: Path) -> Source:
             raise ValueError(f"{path}: {name} lies behind the end of the file; fetch it again")
         rows = (*shape[:-1], shape[-1] // block * size)
         raw = lambda: np.frombuffer(data[base + offset : base + offset + length], np.uint8).reshape(rows)
-        return Tensor(shape, lambda: quants.dequantize(raw(), kind).reshape(shape))
+        return Tensor(shape, np.dtype(np.float32), lambda: quants.dequantize(raw(), kind).reshape(shape))
 
     return Source(path, metadata, {info[0]: reader(*info) for info in infos})
 
@@ -178,7 +130,11 @@ def read_torch(path: Path) -> Source:
             return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
 
-    return Source(path, {}, {name: Tensor(tuple(t.shape), partial(array, t)) for name, t in state.items() if isinstance(t, torch.Tensor)})
+    def promise(tensor) -> Tensor:
+        name = str(tensor.dtype).removeprefix("torch.")
+        return Tensor(tuple(tensor.shape), np.dtype(getattr(ml_dtypes, name, name)), partial(array, tensor))
+
+    return Source(path, {}, {name: promise(tensor) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)})
 
 
 def read_onnx(path: Path) -> Source:
@@ -190,16 +146,18 @@ def read_onnx(path: Path) -> Source:
     import onnx
 
     graph = onnx.load(path).graph
-    array = onnx.numpy_helper.to_array
+    array, dtype = onnx.numpy_helper.to_array, lambda t: onnx.helper.tensor_dtype_to_np_dtype(t.data_type)
     constants = {t.name: t for t in graph.initializer}
-    tensors = {name: Tensor(tuple(t.dims), lambda t=t: array(t)) for name, t in constants.items() if not name.startswith("onnx::")}
+    tensors = {
+        name: Tensor(tuple(t.dims), dtype(t), lambda t=t: array(t)) for name, t in constants.items() if not name.startswith("onnx::")
+    }
     for node in graph.node:
         if node.op_type == "MatMul" and (t := constants.pop(node.input[1], None)) is not None:
             name = node.name.strip("/").removesuffix("/MatMul").replace("/", ".") + ".weight"
-            tensors[name] = Tensor(tuple(t.dims)[::-1], lambda t=t: array(t).T)
+            tensors[name] = Tensor(tuple(t.dims)[::-1], dtype(t), lambda t=t: array(t).T)
     folded = [t for name, t in constants.items() if name.startswith("onnx::") and len(t.dims) == 3]
     if len(folded) == 2:
         shape = (1, sum(t.dims[1] for t in folded), folded[0].dims[2])
-        positions = Tensor(shape, lambda: np.concatenate([array(t) for t in folded], 1))
+        positions = Tensor(shape, dtype(folded[0]), lambda: np.concatenate([array(t) for t in folded], 1))
         tensors["backbone.embeddings.position_embeddings"] = positions
     return Source(path, {}, tensors)

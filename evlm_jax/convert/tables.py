@@ -155,9 +155,8 @@ def _llama() -> Family:
         _row("model.norm.weight", "llm/ln_f/scale"),
         _row("lm_head.weight", "llm/head/kernel", LINEAR),
     )
-    return Family(
-        "llama", "llm", "model.layers.0.self_attn.q_proj.weight", rows, drop=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
-    )
+    drop = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight")  # the head where it is tied, but saved
+    return Family("llama", "llm", "model.layers.0.self_attn.q_proj.weight", rows, drop=drop)
 
 
 def _llama_gguf() -> Family:

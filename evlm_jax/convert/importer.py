@@ -1,0 +1,76 @@
+"""Foreign towers, or an export of ours -> a checkpoint that training, generation and export read, tensor by tensor."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from evlm_jax import assets, checkpoint
+from evlm_jax.config import EVLMConfig, to_dict
+from evlm_jax.convert.engine import Tower, open_tower
+from evlm_jax.convert.readers import Source, open_source
+from evlm_jax.convert.whole import whole
+from evlm_jax.models.fresh import cross_attention_tensors, media_embedding
+from evlm_jax.tensors import Tensor
+from evlm_jax.tokenizer import load_tokenizer
+
+
+def import_towers(cfg: EVLMConfig, out: str) -> None:
+    """A new model of `cfg`: the towers of init.vision and init.llm, cross-attention with closed gates, media embeddings.
+
+    Raises:
+      FileExistsError: `out` is there already.
+      ValueError: a tower does not fit the config (every field, every name), a tensor holds NaN, or the vocabulary is larger than the
+        embedding; nothing is left behind.
+    """
+    check_vocabulary(cfg, cfg.init.llm)
+    sources = {tower: open_source(assets.locate(where)) for tower, where in (("vit", cfg.init.vision), ("llm", cfg.init.llm))}
+    towers = {tower: open_tower(cfg, source, tower) for tower, source in sources.items()}
+    words, shape = towers["llm"].tensors["llm/embed"], (cfg.media.tokens, cfg.llm.hidden)
+    media = Tensor(shape, np.dtype(np.float32), lambda: media_embedding(cfg, words.read()))
+    _write(cfg, out, sources, towers, cross_attention_tensors(cfg) | {"media/embedding": media})
+
+
+def import_export(cfg: EVLMConfig, model: str, out: str) -> None:
+    """All of a model that `evlm convert export --format hf` wrote. Raises as `import_towers`."""
+    cfg = replace(cfg, init=replace(cfg.init, vision=model, llm=model))
+    check_vocabulary(cfg, model)
+    source = open_source(Path(model))
+    _write(cfg, out, {"evlm": source}, {"evlm": open_tower(cfg, source, "evlm")}, {})
+
+
+def check_vocabulary(cfg: EVLMConfig, where: str) -> None:
+    """Raises ValueError if the tokenizer has more ids than the embedding rows, or lacks media.placeholder."""
+    tokenizer = load_tokenizer(where)
+    if tokenizer.vocab_size > cfg.llm.vocab:
+        mend = "the tokenizer is of another model"
+        raise ValueError(f"{where}: the tokenizer has {tokenizer.vocab_size} ids, llm.vocab is {cfg.llm.vocab}: {mend}")
+    tokenizer.id(cfg.media.placeholder)
+
+
+def _write(cfg: EVLMConfig, out: str, sources: dict[str, Source], towers: dict[str, Tower], new: dict[str, Tensor]) -> None:
+    """The checkpoint: one store and a step 0."""
+    tensors = {name: tensor for tower in towers.values() for name, tensor in tower.tensors.items()} | new
+    origin = {tower: _origin(cfg, tower, sources[tower], found) for tower, found in towers.items()}
+    for tower, about in origin.items():
+        print(f"{tower}: {about['family']} from {about['path']}, positions {about['positions']}, {len(about['dropped'])} tensors dropped")
+        print("".join(f"  dropped on purpose: {name}\n" for name in about["dropped"]), end="", flush=True)
+    plan = {"config": to_dict(cfg), "files": {str(p): [p.stat().st_size, p.stat().st_mtime] for s in sources.values() for p in _files(s)}}
+    with whole(out, plan) as folder:
+        with tqdm(total=sum(tensor.size for tensor in tensors.values()), unit="B", unit_scale=True, desc=folder.stem) as bar:
+            store = checkpoint.write_store(folder, tensors, bar.update)
+        checkpoint.write_imported(folder, cfg, store, origin)
+
+
+def _origin(cfg: EVLMConfig, tower: str, source: Source, found: Tower) -> dict:
+    """What the checkpoint says of where a part of it comes from."""
+    stored = cfg.vit.pretrained_size // cfg.vit.patch
+    resized = f"{stored}x{stored} -> {cfg.vit.grid}x{cfg.vit.grid} by {cfg.vit.interpolation}"
+    changed = tower == "vit" and stored != cfg.vit.grid
+    return {"path": str(source.path), "family": found.family, "positions": resized if changed else "as stored", "dropped": found.dropped}
+
+
+def _files(source: Source) -> list[Path]:
+    """The files of a source."""
+    return sorted(path for path in source.path.iterdir() if path.is_file()) if source.path.is_dir() else [source.path]

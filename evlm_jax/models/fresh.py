@@ -1,0 +1,47 @@
+"""How new parameters begin: the cross-attention and the media embeddings. Everything else comes from checkpoints."""
+
+import functools
+
+import jax
+import numpy as np
+from flax import nnx
+
+from evlm_jax.config import EVLMConfig
+from evlm_jax.models import xattn
+from evlm_jax.models.layers import stack
+from evlm_jax.tensors import Tensor
+
+ROWS = 8192  # of the word embeddings, in float64 at a time
+
+
+def cross_attention(cfg: EVLMConfig) -> xattn.Block:
+    """The stack of all blocks, by train.seed."""
+    return stack(lambda rngs: xattn.Block(cfg, rngs), len(cfg.cross_layers), nnx.Rngs(cfg.train.seed))
+
+
+def cross_attention_tensors(cfg: EVLMConfig) -> dict[str, Tensor]:
+    """The same parameters by canonical name, made a layer at a time."""
+    count = len(cfg.cross_layers)
+
+    def block(number):
+        rngs = jax.tree.map(lambda keys: keys[number], nnx.Rngs(cfg.train.seed).split(count))
+        return {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(xattn.Block(cfg, rngs)))}
+
+    make = functools.lru_cache(maxsize=1)(jax.jit(block))
+    shapes = jax.eval_shape(block, 0)
+    return {
+        f"xattn/{layer}/{name}": Tensor(about.shape, np.dtype(about.dtype), lambda number=number, name=name: np.asarray(make(number)[name]))
+        for number, layer in enumerate(cfg.cross_layers)
+        for name, about in shapes.items()
+    }
+
+
+def media_embedding(cfg: EVLMConfig, words: np.ndarray) -> np.ndarray:
+    """float32 [media tokens, D]: the mean of the word embeddings [vocab, D] plus noise at their scale (paper.md section 1)."""
+    mean, square = np.zeros((2, words.shape[1]))
+    for first in range(0, len(words), ROWS):
+        block = words[first : first + ROWS].astype(np.float64)
+        mean += block.sum(0) / len(words)
+        square += (block**2).sum(0) / len(words)
+    noise = np.random.default_rng(cfg.train.seed).standard_normal((cfg.media.tokens, words.shape[1]))
+    return (mean + np.sqrt(square - mean**2) * noise).astype(np.float32)

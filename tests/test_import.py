@@ -1,0 +1,194 @@
+"""`evlm convert import`: what it writes, goes on with after a kill, and refuses without leaving a directory behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from evlm_jax import checkpoint, tensors
+from evlm_jax.config import to_dict
+from evlm_jax.convert import engine, export, importer
+from evlm_jax.convert.readers import open_source
+from evlm_jax.tensors import Tensor, read_all, write_folder
+from tests.checkpoints import dinov2_directory, family, llama_directory, random_tensors, run_directory
+from tests.random_model import random_model
+from tests.tiny import tiny_config
+
+CFG = tiny_config(vit={"image_size": 16, "taps": (1, 3)})  # positions are interpolated, block 4 is dropped
+CHOICES = {  # of the tiny config, that a family needs
+    "clip": {"vit": {"layer_scale": False, "patch_bias": False, "embed_norm": True, "activation": "quick_gelu"}},
+    "siglip": {"vit": {"layer_scale": False, "class_token": False, "activation": "gelu_tanh"}},
+    "eva02": {"vit": {"layer_scale": False, "norm": "res_post", "bias": "qv"}},
+    "dinov2": {"vit": {"registers": 3}},
+    "llama": {"llm": {"qkv_bias": True, "tied": False}},
+    "qwen": {"llm": {"qkv_bias": True, "tied": False, "kv_heads": 4}},
+}
+
+
+@pytest.fixture
+def towers(tmp_path):
+    """The config, with towers on disk in bfloat16."""
+    vision, llm = dinov2_directory(tmp_path / "vision", CFG, "bfloat16"), llama_directory(tmp_path / "llm", CFG, "bfloat16")
+    return replace(CFG, init=replace(CFG.init, vision=str(vision), llm=str(llm)))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and a[n].tobytes() == b[n].tobytes() for n in a)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", [f.name for f in engine.FAMILIES if f.name != "openflamingo"])
+def test_every_family_there_and_back(tmp_path, name, dtype):
+    """Ours -> theirs on disk -> ours -> theirs, byte for byte."""
+    found, cfg = family(name), tiny_config(**CHOICES.get(name, {}))
+    before, sizes = random_tensors(cfg, found.tower, dtype), engine.sizes(cfg, found.tower)
+    write_folder(tmp_path, engine.theirs(found, before, sizes))
+    source = open_source(tmp_path)
+    assert engine.recognise(source) == (found, "")
+    steps, dropped = engine.plan(source, found, "", {name: tensor.shape for name, tensor in before.items()})
+    after = engine.ours(source, steps, sizes)
+    assert not dropped and same(read_all(before), read_all(after))
+    assert same(read_all(source.tensors), read_all(engine.theirs(found, after, sizes)))
+
+
+def test_towers_become_a_checkpoint(tmp_path, towers, capsys):
+    importer.import_towers(towers, str(tmp_path / "out"))
+    params, cfg = checkpoint.load_params(tmp_path / "out")
+    assert cfg == towers and not checkpoint.trained(tmp_path / "out")
+    assert {name: array.shape for name, array in params.items()} == engine.parameter_shapes(cfg)
+    assert same({n: a for n, a in params.items() if n.startswith(("vit/", "llm/"))}, engine.load_towers(cfg))
+    assert all(array == 0 for name, array in params.items() if name.endswith("gate"))
+    said, meta = capsys.readouterr().out, json.loads((tmp_path / "out/steps/0/meta/metadata").read_text())
+    assert meta["origin"]["vit"]["positions"] == "2x2 -> 4x4 by bicubic" and meta["origin"]["llm"]["positions"] == "as stored"
+    assert "dropped on purpose: layernorm.weight" in said and "encoder.layer.3.norm1.weight" in meta["origin"]["vit"]["dropped"]
+    with pytest.raises(ValueError, match="an imported model, not a run: give another workdir"):
+        checkpoint.Checkpoints(tmp_path / "out", keep=1).resume()
+
+
+def test_an_export_comes_back_bit_for_bit(tmp_path):
+    cfg = run_directory(tmp_path / "run", CFG, random_model(CFG, seed=0), frozen_dtype="bfloat16")
+    export.export(str(tmp_path / "run"), str(tmp_path / "hf"), "hf")
+    importer.import_export(cfg, str(tmp_path / "hf"), str(tmp_path / "back"))
+    assert same(checkpoint.load_params(tmp_path / "back")[0], checkpoint.load_params(tmp_path / "run")[0])
+    export.export(str(tmp_path / "back"), str(tmp_path / "again"), "hf")
+    for path in (tmp_path / "hf").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+    with pytest.raises(ValueError, match=r"xattn.tile is 4, the checkpoint has 8"):
+        importer.import_export(replace(cfg, xattn=replace(cfg.xattn, tile=4)), str(tmp_path / "hf"), str(tmp_path / "other"))
+
+
+def damage(towers, how: str):
+    """Spoils the language model on disk; returns what the error must say."""
+    folder = Path(towers.init.llm)
+    held = read_all(open_source(folder).tensors)
+    norm, up = "model.norm.weight", "model.layers.2.mlp.up_proj.weight"
+    if how == "truncated":
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-5])
+        return "copy it again"
+    if how == "vocabulary":
+        tokens = json.loads((folder / "tokenizer.json").read_text())
+        tokens["model"]["vocab"] |= {f"word{i}": 256 + i for i in range(200)}
+        (folder / "tokenizer.json").write_text(json.dumps(tokens))
+        return "the tokenizer has 300 ids, llm.vocab is 256"
+    if how == "wrong family":
+        (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"rope_theta": 5e5}))
+        return "llm.rope_theta is 10000.0, the checkpoint has 500000.0"
+    changed = {
+        "extra tensor": ({"model.extra": held[norm]}, "no place for model.extra"),
+        "missing tensor": ({up: None}, "nothing fills llm/layers/2/mlp/up/kernel"),
+        "wrong dtype": ({norm: np.ones(64, np.int32)}, f"{norm} is int32"),
+        "NaN": ({up: np.where(np.arange(64) == 9, np.nan, held[up]).astype(ml_dtypes.bfloat16)}, "llm/layers/2/mlp/up/kernel holds NaN"),
+    }
+    change, message = changed[how]
+    kept = {name: array for name, array in (held | change).items() if array is not None}
+    save_file(kept, folder / "model.safetensors")
+    return message
+
+
+@pytest.mark.parametrize("how", ["truncated", "vocabulary", "wrong family", "extra tensor", "missing tensor", "wrong dtype", "NaN"])
+def test_bad_input_leaves_nothing(tmp_path, towers, how):
+    message = damage(towers, how)
+    with pytest.raises(ValueError, match=message):
+        importer.import_towers(towers, str(tmp_path / "out"))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_missing_shard_leaves_nothing(tmp_path, towers, monkeypatch):
+    monkeypatch.setattr(tensors, "SHARD", 20_000)
+    llama_directory(tmp_path / "sharded", CFG)
+    lost = sorted((tmp_path / "sharded").glob("model-*"))[1]
+    lost.unlink()
+    with pytest.raises(FileNotFoundError, match=f"names shards that are not there: {lost.name}"):
+        importer.import_towers(replace(towers, init=replace(towers.init, llm=str(tmp_path / "sharded"))), str(tmp_path / "out"))
+    assert not list(tmp_path.glob("out*"))
+
+
+KILLED = """
+import os, signal, sys, json
+from evlm_jax import tensors
+from evlm_jax.config import from_config_dict
+from evlm_jax.convert import importer
+tensors.SHARD = 20_000
+left, write = int(sys.argv[3]), tensors.write_tensor
+def counted(*args):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(*args)
+tensors.write_tensor = counted
+importer.import_towers(from_config_dict(json.loads(sys.argv[1])), sys.argv[2])
+"""
+
+
+def test_a_kill_leaves_what_the_next_import_goes_on_with(tmp_path, towers, monkeypatch):
+    out = tmp_path / "out"
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", KILLED, json.dumps(to_dict(towers)), str(out), "40"]
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
+    assert not out.exists()
+    (aside,) = (tmp_path / "out.incomplete/frozen").iterdir()
+    before = {path.name: path.stat().st_mtime_ns for path in aside.glob("*.safetensors")}
+    assert before
+    monkeypatch.setattr(tensors, "SHARD", 20_000)
+    kept = []
+    monkeypatch.setattr(
+        tensors, "write_tensor", lambda file, name, *rest, write=tensors.write_tensor: kept.append(name) or write(file, name, *rest)
+    )
+    importer.import_towers(towers, str(out))
+    (store,) = (out / "frozen").iterdir()
+    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in store.glob("*.safetensors")}.items()
+    params, _ = checkpoint.load_params(out)
+    assert 0 < len(kept) < len(params) and not (tmp_path / "out.incomplete").exists()
+    assert same({n: a for n, a in params.items() if n.startswith(("vit/", "llm/"))}, engine.load_towers(towers))
+
+
+def test_a_changed_source_starts_over(tmp_path, towers):
+    (tmp_path / "out.incomplete").mkdir()
+    (tmp_path / "out.incomplete/plan.json").write_text('{"another": "plan"}')
+    (tmp_path / "out.incomplete/left").write_text("over")
+    importer.import_towers(towers, str(tmp_path / "out"))
+    assert not (tmp_path / "out/left").exists() and not (tmp_path / "out/plan.json").exists()
+
+
+def test_flat_files(tmp_path, monkeypatch):
+    """A tensor of every layout and dtype: written in blocks, read back, hashed as `digest` does."""
+    rng = np.random.default_rng(0)
+    arrays = {"scalar": np.float32(2.5) * np.ones((), np.float32), "turned": rng.standard_normal((70, 90)).astype(np.float32).T}
+    arrays |= {"half": rng.standard_normal((3, 4, 5)).astype(np.float16), "brain": rng.standard_normal(7).astype(ml_dtypes.bfloat16)}
+    arrays["brain turned"] = rng.standard_normal((5, 4, 3)).astype(ml_dtypes.bfloat16).transpose(2, 0, 1)
+    monkeypatch.setattr(tensors, "BLOCK", 100)
+    hashes = write_folder(tmp_path, {name: Tensor.of(array) for name, array in arrays.items()})
+    assert hashes == {name: tensors.digest(array) for name, array in arrays.items()}
+    assert same(read_all(open_source(tmp_path).tensors), arrays)
+    assert same(load_file(tmp_path / "model.safetensors"), arrays)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors"]

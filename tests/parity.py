@@ -2,6 +2,7 @@
 
 import importlib.util
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,18 @@ needs_transformers = pytest.mark.skipif(
     not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")),
     reason='needs torch and transformers: pip install -e ".[test]"',
 )
+
+
+def open_flamingo_helpers():
+    """The file of open_flamingo with its blocks, by its path: the package itself imports far more than they need."""
+    package = importlib.util.find_spec("open_flamingo")
+    if package is None:
+        pytest.skip("needs open_flamingo, which pins an old torch: pip install --no-deps open_flamingo==2.0.1")
+    file = Path(package.submodule_search_locations[0]) / "src" / "helpers.py"
+    spec = importlib.util.spec_from_file_location("open_flamingo_helpers", file)
+    helpers = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(helpers)
+    return helpers
 
 
 def needs_asset(name: str):

@@ -222,7 +222,27 @@ def _evlm() -> Family:
         _row(f"{cross}.ff_gate", "xattn/{}/ffn_gate"),
         _row("media_tokens", "media/embedding"),
     )
-    return Family("evlm", "evlm", "media_tokens", rows)
+    return Family("evlm", "evlm", "xattn.0.attn_gate", rows)
+
+
+def _openflamingo() -> Family:
+    """The trained part as open_flamingo keeps it, its language model being Llama or Qwen2. `norm_media` and `media_tokens` are EVLM's
+    own: open_flamingo's perceiver ends with the norm, and it has no media tokens."""
+    foreign, path = "lang_encoder.model.layers.{}.gated_cross_attn_layer", "xattn/{}"
+    rows = (
+        *_norm(f"{foreign}.attn.norm", f"{path}/norm"),
+        *_norm(f"{foreign}.attn.norm_media", f"{path}/kv_norm"),
+        *_linear(f"{foreign}.attn.to_q", f"{path}/q", bias=False),
+        Row(f"{foreign}.attn.to_kv.weight", tuple(f"{path}/{x}/kernel" for x in "kv"), "(n o) i -> n i o"),
+        *_linear(f"{foreign}.attn.to_out", f"{path}/o", bias=False),
+        _row(f"{foreign}.attn_gate", f"{path}/attn_gate", "1 -> "),
+        *_norm(f"{foreign}.ff.0", f"{path}/ffn_norm"),
+        *_linear(f"{foreign}.ff.1", f"{path}/ffn/fc1", bias=False),
+        *_linear(f"{foreign}.ff.3", f"{path}/ffn/fc2", bias=False),
+        _row(f"{foreign}.ff_gate", f"{path}/ffn_gate", "1 -> "),
+        _row("media_tokens", "media/embedding"),
+    )
+    return Family("openflamingo", "xattn", "lang_encoder.model.layers.0.gated_cross_attn_layer.attn_gate", rows)
 
 
 FAMILIES = (
@@ -239,4 +259,5 @@ FAMILIES = (
     _llama_gguf(),
     _qwen(),
     _evlm(),
+    _openflamingo(),
 )

@@ -1,8 +1,5 @@
 """The gated block against open_flamingo's, with nonzero gates and an image mask."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,19 +9,12 @@ from flax import nnx
 from evlm_jax.models import xattn
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
 from evlm_jax.ops.grouping import plan
+from tests.parity import open_flamingo_helpers
 from tests.tiny import tiny_config
 
 
 def test_block_equals_open_flamingo():
-    torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[test]'")
-    package = importlib.util.find_spec("open_flamingo")
-    if package is None:
-        pytest.skip("needs open_flamingo, which pins an old torch: pip install --no-deps open_flamingo==2.0.1")
-    # The one file by its path: the package itself imports far more than the block needs.
-    file = Path(package.submodule_search_locations[0]) / "src" / "helpers.py"
-    spec = importlib.util.spec_from_file_location("open_flamingo_helpers", file)
-    helpers = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(helpers)
+    torch, helpers = pytest.importorskip("torch", reason="needs torch: pip install -e '.[test]'"), open_flamingo_helpers()
     hidden, visual, words, images, tokens = 64, 32, 12, 3, 5
     cfg = tiny_config(llm=dict(hidden=hidden), vit=dict(width=visual), xattn=dict(heads=8, head_dim=64, ffn=4 * hidden, sinks=0))
     torch.manual_seed(0)

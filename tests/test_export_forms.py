@@ -1,0 +1,119 @@
+"""The other forms of an export: loaded by the software that they are for."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from evlm_jax import checkpoint
+from evlm_jax.convert import export
+from evlm_jax.models import xattn
+from evlm_jax.names import flatten
+from evlm_jax.ops.grouped_attention import Plan, grouped_attention
+from evlm_jax.ops.grouping import plan
+from tests.checkpoints import run_directory
+from tests.parity import needs_transformers, open_flamingo_helpers, relative, text_logits
+from tests.random_model import random_model
+from tests.tiny import tiny_config
+
+
+@needs_transformers
+@pytest.mark.parametrize("llm", [{}, {"qkv_bias": True, "tied": False, "kv_heads": 4}], ids=["LlamaForCausalLM", "Qwen2ForCausalLM"])
+def test_llm_is_a_stock_model(tmp_path, llm, request):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cfg = tiny_config(llm=llm)
+    model = random_model(cfg, seed=0)
+    run_directory(tmp_path / "run", cfg, model)
+    export.export(str(tmp_path / "run"), str(tmp_path / "out"), "llm")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(theirs).__name__ in request.node.name and not hasattr(theirs.config, "auto_map")
+    tokens = np.random.default_rng(0).integers(0, cfg.llm.vocab, 40)
+    model.xattn.attn_gate[...], model.xattn.ffn_gate[...] = 0 * model.xattn.attn_gate[...], 0 * model.xattn.ffn_gate[...]
+    with torch.no_grad():
+        reference = theirs(torch.tensor(tokens)[None]).logits[0].numpy()
+    assert relative(text_logits(cfg, model, tokens), reference) <= 1e-5
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.decode(tokenizer("What is this?")["input_ids"]) == "What is this?"
+
+
+@needs_transformers
+def test_openflamingo(tmp_path):
+    import torch
+
+    hidden, visual, words, images, tokens = 64, 32, 12, 3, 5
+    cfg = tiny_config(xattn={"heads": 8, "head_dim": 64, "ffn": 4 * hidden, "sinks": 0, "every": 2})
+    model = random_model(cfg, seed=0)
+    run_directory(tmp_path / "run", cfg, model)
+    export.export(str(tmp_path / "run"), str(tmp_path / "out"), "openflamingo")
+    state = torch.load(tmp_path / "out/openflamingo.pt", weights_only=True)
+    assert torch.equal(state.pop("media_tokens"), torch.tensor(np.asarray(model.media.embedding[...])))
+    prefix = "lang_encoder.model.layers.2.gated_cross_attn_layer."
+    block = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    norm = [block.pop(f"attn.norm_media.{part}") for part in ("weight", "bias")]
+    theirs = open_flamingo_helpers().GatedCrossAttentionBlock(dim=hidden, dim_visual=visual)
+    theirs.load_state_dict(block)  # strict
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, words, hidden)).astype(np.float32)
+    tap = rng.standard_normal((1, images, tokens, visual)).astype(np.float32)
+    marks = np.zeros((1, words), bool)
+    marks[0, [2, 5, 9]] = True
+    with torch.no_grad():
+        media = torch.nn.functional.layer_norm(torch.tensor(tap), (visual,), *norm, eps=cfg.xattn.eps)
+        expected = theirs(torch.tensor(x), media, media_locations=torch.tensor(marks)).numpy()
+    ours: xattn.Block = jax.tree.map(lambda a: a[1], model.xattn)
+    stop = marks[0].cumsum().astype(np.int32)
+    grouping = Plan(**{name: jnp.array(p)[None] for name, p in plan(np.maximum(stop - 1, 0), stop, cfg.xattn.tile, 12).items()})
+    with jax.default_matmul_precision("highest"):
+        keys, values = ours.keys_values(jnp.array(tap))
+        got = ours(jnp.array(x), lambda q: grouped_attention(q, keys, values, grouping, 0))
+    assert relative(np.asarray(got), expected) <= 1e-5
+
+
+PLAIN = """
+import sys
+sys.modules |= dict.fromkeys(("jax", "flax", "evlm_jax", "transformers", "torchvision", "einops"))  # as if they were not installed
+import json, torch
+sys.path.insert(0, sys.argv[1])
+from plain_evlm import EVLM
+config = json.load(open(sys.argv[1] + "/config.json"))
+model = EVLM(config).eval()
+model.load_state_dict(torch.load(sys.argv[1] + "/evlm.pt", weights_only=True, mmap=True))
+with torch.no_grad():
+    tokens = torch.arange(40)[None] % 250
+    torch.save(model(tokens), sys.argv[1] + "/logits.pt")
+"""
+
+
+@needs_transformers
+def test_torch_needs_torch_alone(tmp_path):
+    import torch
+
+    cfg = tiny_config()
+    model = random_model(cfg, seed=0)
+    run_directory(tmp_path / "run", cfg, model, frozen_dtype="bfloat16")
+    export.export(str(tmp_path / "run"), str(tmp_path / "out"), "torch")
+    state = torch.load(tmp_path / "out/evlm.pt", weights_only=True)
+    held = checkpoint.open_params(str(tmp_path / "run"))[0]
+    assert len(state) == len(held)
+    assert state["llm.layers.1.mlp.up.weight"].dtype == torch.bfloat16
+    up = held["llm/layers/1/mlp/up/kernel"].read().T
+    assert state["llm.layers.1.mlp.up.weight"].view(torch.int16).numpy().tobytes() == up.tobytes()
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, tmp_path / "out"], env=os.environ | {"PYTHONPATH": ""}, cwd=tmp_path, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rounded = {
+        name: np.asarray(array).astype(held[name].dtype).astype(np.float32) for name, array in flatten(cfg, nnx.state(model)).items()
+    }
+    from evlm_jax.names import unflatten
+
+    graphdef, shapes = nnx.split(model)
+    ours = text_logits(cfg, nnx.merge(graphdef, unflatten(cfg, rounded, shapes)), np.arange(40) % 250)
+    assert relative(torch.load(tmp_path / "out/logits.pt")[0].numpy(), ours) <= 1e-4

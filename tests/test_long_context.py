@@ -1,17 +1,20 @@
-"""Qwen 1.0 beyond its context: caches against a decoder in NumPy written from the formulas.
+"""Qwen 1.0 beyond its context: caches, and the PyTorch model with its cache, against a decoder in NumPy written from the formulas.
 
 A context of 16 tokens stands for Qwen's 2048.
 """
 
+import json
 import math
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from flax import nnx
 
+from evlm_jax.convert import export
 from evlm_jax.names import flatten
-from tests.parity import answer_logits, relative
+from tests.parity import answer_logits, needs_transformers, relative, text_logits
 from tests.random_model import random_model
 from tests.tiny import tiny_config
 
@@ -84,3 +87,32 @@ def test_caches_equal_numpy(dynamic_ntk, logn):
     changed = np.abs(reference - wanted(model.cfg.llm, params, False, False)).max(-1) > 1e-3
     grown = LENGTHS[:, None] + np.arange(STEPS + 1)
     assert (changed == (dynamic_ntk & (LENGTHS > CONTEXT)[:, None] | logn & (grown > CONTEXT))).all()
+
+
+@needs_transformers
+def test_exported_model_equals_numpy(tmp_path):
+    """Prompts padded on the left, tokens one at a time by its cache; in training it has neither, as ours."""
+    import torch
+
+    from evlm_jax.convert.torch_model.modeling_evlm import EVLMForCausalLM
+
+    model, params = made(dynamic_ntk=CONTEXT, logn=CONTEXT)
+    export.write_weights(tmp_path, params)
+    for name, content in export.describe_model(model.cfg, SimpleNamespace(id=lambda name: 255, eos=(254,)), "float32").items():
+        (tmp_path / name).write_text(json.dumps(content))
+    theirs = EVLMForCausalLM.from_pretrained(tmp_path)
+    prompts, answers = texts()
+    padding = LENGTHS.max() - LENGTHS
+    ids = torch.tensor(np.stack([np.pad(prompt, (n, 0)) for prompt, n in zip(prompts, padding)]))
+    mask = torch.tensor(np.arange(LENGTHS.max()) >= padding[:, None]).long()
+    with torch.no_grad():
+        out = theirs(ids, attention_mask=mask, use_cache=True)
+        found = [out.logits[:, -1]]
+        for token in torch.tensor(answers.T[..., None]):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            out = theirs(token, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+            found.append(out.logits[:, -1])
+    assert relative(torch.stack(found, 1).numpy(), wanted(model.cfg.llm, params, True, True)) <= 1e-5
+    with torch.no_grad():
+        trained = theirs.train()(torch.tensor(prompts[-1])[None]).logits[0].numpy()
+    assert relative(trained, text_logits(model.cfg, model, prompts[-1])) <= 1e-5

@@ -77,6 +77,8 @@ class LLMConfig:
     eps: float
     qkv_bias: bool
     tied: bool  # the output head is the embedding
+    dynamic_ntk: int  # tokens of a prompt beyond which its rotary base grows in generation (models/long_context.py); 0: never
+    logn: int  # tokens beyond which queries are scaled up in generation; 0: never
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,8 @@ def check(cfg: EVLMConfig) -> None:
         (all(1 <= t <= vit.depth for t in vit.taps), "vit.taps", f"must lie in 1..vit.depth = {vit.depth} (1-based)"),
         (all(1 <= t <= vit.depth for t in vit.cuts), "vit.cuts", f"must lie in 1..vit.depth = {vit.depth}"),
         (llm.heads % llm.kv_heads == 0, "llm.kv_heads", f"must divide llm.heads = {llm.heads}"),
+        (llm.dynamic_ntk >= 0, "llm.dynamic_ntk", "must be the trained context in tokens, or 0 for never"),
+        (llm.logn == 0 or llm.logn >= 2, "llm.logn", "must be the trained context in tokens, at least 2, or 0 for never"),
         (1 <= xattn.every <= llm.layers, "xattn.every", f"must lie in 1..llm.layers = {llm.layers}"),
         (xattn.sinks >= 0, "xattn.sinks", "must not be negative"),
         (xattn.tile >= 1, "xattn.tile", "must be positive"),

@@ -46,6 +46,8 @@ def qwen_14b() -> dict:
         eps=1e-6,
         qkv_bias=True,
         tied=False,
+        dynamic_ntk=2048,
+        logn=2048,
     )
 
 

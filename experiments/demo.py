@@ -49,6 +49,8 @@ def smollm2_135m() -> dict:
         eps=1e-5,
         qkv_bias=False,
         tied=True,
+        dynamic_ntk=0,
+        logn=0,
     )
 
 

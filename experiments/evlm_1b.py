@@ -22,6 +22,8 @@ def get_config(stage: str = "pretrain") -> ConfigDict:
         eps=1e-6,
         qkv_bias=True,
         tied=True,
+        dynamic_ntk=0,
+        logn=0,
     )
     config.xattn.update(heads=3, head_dim=64, ffn=448)
     return base.set_stage(config, stage)

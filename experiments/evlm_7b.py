@@ -49,6 +49,8 @@ def get_config(stage: str = "pretrain") -> ConfigDict:
         eps=1e-6,
         qkv_bias=True,
         tied=False,
+        dynamic_ntk=0,
+        logn=0,
     )
     config.xattn.update(heads=6, head_dim=128, ffn=1792)
     config.media.placeholder = "<|image_pad|>"

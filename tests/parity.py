@@ -1,6 +1,7 @@
 """Helpers of the parity tests: our towers from a foreign checkpoint, run through the main path of the model."""
 
 import importlib.util
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert import engine
 from evlm_jax.convert.readers import open_source
+from evlm_jax.models import decoding
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.names import unflatten
+from evlm_jax.ops.grouped_attention import Plan
 from evlm_jax.ops.grouping import plan
 from evlm_jax.tensors import read_all
 from tests.tiny import tiny_config
@@ -90,6 +93,27 @@ def text_logits(cfg: EVLMConfig, model: EVLM, tokens: np.ndarray) -> np.ndarray:
     batch = Batch(**{name: jnp.asarray(value, jnp.int32)[None] for name, value in row.items()}, pixels=pixels, taps=None)
     with jax.default_matmul_precision("highest"):
         return np.asarray(_logits(*nnx.split(model), batch))[0]
+
+
+def answer_logits(model: EVLM, prompts: Sequence[np.ndarray], answers: np.ndarray | None = None) -> np.ndarray:
+    """Logits [B, 1 + n, vocab] by the caches: behind the prompts, texts of any lengths, and behind each token of `answers` [B, n]."""
+    cfg, rows, length = model.cfg, len(prompts), max(map(len, prompts))
+    answers = np.zeros((rows, 0), np.int32) if answers is None else answers
+    tokens = np.stack([np.pad(prompt, (0, length - len(prompt))) for prompt in prompts])
+    none = np.zeros((rows, length), np.int32)
+    grouped = Plan(*(np.stack([array] * rows) for array in plan(none[0], none[0], cfg.xattn.tile, 1).values()))
+    prompt = decoding.Prompt(tokens, none - 1, np.array([*map(len, prompts)]), grouped, none[:, :1], none[:, 0], none[:, 0])
+    taps, random = np.zeros((1, len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width)), jax.random.split(jax.random.key(0), rows)
+    read_prompts = jax.jit(partial(decoding.read_prompts, cfg), static_argnames=("slots", "images"))
+    read_tokens = jax.jit(partial(decoding.read_tokens, cfg))
+    with jax.default_matmul_precision("highest"):
+        weights = decoding.Weights.of(model, "float32")
+        first, state = read_prompts(weights, prompt, taps, random, slots=length + answers.shape[1], images=1)
+        found = [first]
+        for token in answers.T:
+            logits, state = read_tokens(weights, state._replace(token=jnp.asarray(token), position=state.position + 1))
+            found.append(logits)
+    return np.stack(found, 1)
 
 
 def encode(model: EVLM, pixels: np.ndarray) -> np.ndarray:

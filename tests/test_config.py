@@ -42,6 +42,8 @@ def broken(section: str, **fields):
         (broken("vit", mean=(0.5, 0.5)), "vit.mean needs 3 values, got 2"),
         (broken("optim", phases=({"start": 0.0, "warmup": 0, "rules": ({"rate": 1.0},)},)), r"rules\[0\].rate"),
         (broken("data", weights=(1.0,)), "data.weights needs one weight for each of data.sources"),
+        (broken("llm", logn=1), "llm.logn must be the trained context in tokens, at least 2, or 0 for never"),
+        (broken("llm", dynamic_ntk=-1), "llm.dynamic_ntk must be the trained context in tokens, or 0 for never"),
         (broken("train", dtype="float16"), "train.dtype is 'float16'; use one of float32, bfloat16"),
         (demo.get_config().to_dict() | {"vit": 3}, "vit must be a section with keys, got 3"),
     ],

@@ -196,8 +196,9 @@ def test_temperature_zero_is_the_argmax():
     assert (decoding.sample(logits, keys, jnp.float32(0), jnp.float32(0.5)) == logits.argmax(-1)).all()
 
 
-def test_state_spec_is_what_prefill_makes():
-    _, generator = made()
+@pytest.mark.parametrize("context", [0, 16])
+def test_state_spec_is_what_prefill_makes(context):
+    _, generator = made(dynamic_ntk=context)
     cfg, document = generator.cfg, generator.prompt(*PROMPTS[1])
     prompt, images = collate([document] * 2, document.refs, cfg.xattn.tile), generator._taps(document.refs)
     random = jax.random.split(jax.random.key(0), 2)

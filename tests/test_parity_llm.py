@@ -1,12 +1,14 @@
 """Language models against transformers, float32, highest matmul precision."""
 
+import json
+
 import numpy as np
 import pytest
 
 from evlm_jax import assets
 from evlm_jax.convert import engine
 from evlm_jax.tokenizer import load_tokenizer
-from tests.parity import config_for, load, needs_asset, needs_transformers, relative, text_logits
+from tests.parity import answer_logits, config_for, load, needs_asset, needs_transformers, relative, text_logits
 
 pytestmark = needs_transformers
 SMOLLM2 = "smollm2-135m-instruct"
@@ -85,19 +87,17 @@ def test_tiny_random_models_from_a_transformers_directory(tmp_path, family, kv_h
     assert relative(text_logits(cfg, load(cfg, str(tmp_path), "llm"), tokens), reference) <= 1e-5
 
 
-def randomise(model) -> None:
+def randomise(model, spread: float = 0.3) -> None:
     """Norm weights and biases away from their defaults, so that a forgotten one shows."""
     import torch
 
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape))
+            parameter.add_(spread * torch.randn(parameter.shape))
 
 
-def test_qwen1_names_equal_the_qwen2_model_of_the_same_numbers(tmp_path):
-    """Qwen 1.0's fused c_attn, and w2 as the gate; up to 2048 tokens it is the same function as Qwen2 (conversion.md section 2)."""
-    import json
-
+def qwen1_directory(folder) -> tuple[dict, object]:
+    """A tiny Qwen 1.0 checkpoint in `folder`: (its config.json, transformers' Qwen2 model of the same numbers)."""
     import torch
     import transformers
     from safetensors.torch import save_file
@@ -106,7 +106,7 @@ def test_qwen1_names_equal_the_qwen2_model_of_the_same_numbers(tmp_path):
     theirs = transformers.Qwen2ForCausalLM(
         transformers.Qwen2Config(**SIZES, num_key_value_heads=4, rms_norm_eps=1e-6, tie_word_embeddings=False)
     ).eval()
-    randomise(theirs)
+    randomise(theirs, 0.1)  # sharp attention over 2048 keys magnifies rounding
     state, renamed = theirs.state_dict(), {}
     for i in range(3):
         layer = lambda name, i=i: state[f"model.layers.{i}.{name}"]
@@ -117,18 +117,40 @@ def test_qwen1_names_equal_the_qwen2_model_of_the_same_numbers(tmp_path):
         renamed |= {f"transformer.h.{i}.{new}.weight": layer(f"{old}.weight").clone() for new, old in names.items()}
         renamed[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
     renamed |= {"transformer.wte.weight": state["model.embed_tokens.weight"], "transformer.ln_f.weight": state["model.norm.weight"]}
-    save_file(renamed | {"lm_head.weight": state["lm_head.weight"]}, tmp_path / "model.safetensors")
+    save_file(renamed | {"lm_head.weight": state["lm_head.weight"]}, folder / "model.safetensors")
     config = SIZES | {
         "intermediate_size": 112,
         "kv_channels": 8,
         "rotary_emb_base": 10000,
         "layer_norm_epsilon": 1e-6,
         "tie_word_embeddings": False,
+        "seq_length": 2048,
+        "use_dynamic_ntk": True,
+        "use_logn_attn": True,
     }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert engine.describe(str(tmp_path))["mlp"] == 56
+    (folder / "config.json").write_text(json.dumps(config))
+    return config, theirs
+
+
+def test_qwen1_equals_the_qwen2_model_of_the_same_numbers_up_to_2048_tokens(tmp_path):
+    """Qwen 1.0's fused c_attn, and w2 as the gate; training and generation. Beyond 2048 tokens generation is another function."""
+    import torch
+
+    _, theirs = qwen1_directory(tmp_path)
     cfg = config_for(str(tmp_path), "llm")
-    tokens = np.random.default_rng(0).integers(0, 99, 40)
+    assert (cfg.llm.mlp, cfg.llm.dynamic_ntk, cfg.llm.logn) == (56, 2048, 2048)
+    model, tokens = load(cfg, str(tmp_path), "llm"), np.random.default_rng(0).integers(0, 99, 2049)
     with torch.no_grad():
         reference = theirs(torch.tensor(tokens)[None]).logits[0].numpy()
-    assert relative(text_logits(cfg, load(cfg, str(tmp_path), "llm"), tokens), reference) <= 1e-5
+    assert relative(text_logits(cfg, model, tokens[:2048]), reference[:2048]) <= 1e-5
+    assert relative(answer_logits(model, [tokens[:2048]])[0, 0], reference[2047]) <= 1e-5
+    assert relative(answer_logits(model, [tokens])[0, 0], reference[2048]) > 1e-3
+
+
+def test_qwen1_config_decides_what_happens_beyond_its_context(tmp_path):
+    config, _ = qwen1_directory(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"use_dynamic_ntk": False, "seq_length": 4096}))
+    assert {"dynamic_ntk": 0, "logn": 4096}.items() <= engine.describe(str(tmp_path)).items()
+    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "use_logn_attn"}))
+    with pytest.raises(ValueError, match="config.json lacks 'use_logn_attn'"):
+        engine.describe(str(tmp_path))

@@ -25,7 +25,7 @@ _TINY = dict(
         interpolation="bicubic", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
     ),
     llm=dict(vocab=256, hidden=64, layers=4, heads=4, kv_heads=2, head_dim=16, mlp=128, rope_theta=1e4, eps=1e-5,
-             qkv_bias=False, tied=True),
+             qkv_bias=False, tied=True, dynamic_ntk=0, logn=0),
     xattn=dict(heads=2, head_dim=16, ffn=32, every=1, schedule="blocked", sinks=1, tile=8, eps=1e-5),
     media=dict(tokens=2, placeholder="<|media|>"),
     data=dict(

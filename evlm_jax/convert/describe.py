@@ -119,6 +119,8 @@ def _llama(source: Source, prefix: str) -> dict:
         "eps": config["rms_norm_eps"],
         "qkv_bias": f"{prefix}model.layers.0.self_attn.q_proj.bias" in source.tensors,
         "tied": config.get("tie_word_embeddings", False),
+        "dynamic_ntk": 0,
+        "logn": 0,
     }
 
 
@@ -139,6 +141,8 @@ def _gguf(source: Source, prefix: str) -> dict:
         "eps": float(str(np.float32(config["attention.layer_norm_rms_epsilon"]))),  # stored as float32
         "qkv_bias": False,
         "tied": "output.weight" not in source.tensors,
+        "dynamic_ntk": 0,
+        "logn": 0,
     }
 
 
@@ -157,6 +161,8 @@ def _qwen(source: Source, prefix: str) -> dict:
         "eps": config["layer_norm_epsilon"],
         "qkv_bias": True,
         "tied": config["tie_word_embeddings"],
+        "dynamic_ntk": config["seq_length"] if config["use_dynamic_ntk"] else 0,
+        "logn": config["seq_length"] if config["use_logn_attn"] else 0,
     }
 
 

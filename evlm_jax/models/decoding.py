@@ -20,6 +20,7 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.models.attention import attention
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.layers import Linear, rope_tables
+from evlm_jax.models.long_context import rope_base, sharpen
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
 from evlm_jax.ops.packed import Packed, compute_dtype, logits, pack, pack_head
 
@@ -77,6 +78,7 @@ class DecodeState(NamedTuple):
     done: jax.Array  # [B] bool, `token` ends the answer
     random: jax.Array  # [B] PRNG keys
     visible: jax.Array  # [B] int32, how many of the R images are seen
+    theta: jax.Array | None  # [B] float32, rotary bases by dynamic NTK; None: rope_theta
     self_keys: jax.Array  # [L, B, K, H, C]
     self_values: jax.Array  # [L, B, K, C, H]
     cross_keys: jax.Array  # [X, B, N, H, Z]
@@ -92,7 +94,8 @@ class DecodeState(NamedTuple):
         sizes = (*text, h, slots), (*text, slots, h), (*cross, cfg.xattn.head_dim, seen), (*cross, seen, cfg.xattn.head_dim)
         caches = (jax.ShapeDtypeStruct(size, dtype) for size in sizes)
         key = jax.eval_shape(jax.random.key, 0).dtype
-        return cls(row(jnp.int32), row(jnp.int32), row(jnp.bool), row(key), row(jnp.int32), *caches)
+        theta = row(jnp.float32) if cfg.llm.dynamic_ntk else None
+        return cls(row(jnp.int32), row(jnp.int32), row(jnp.bool), row(key), row(jnp.int32), theta, *caches)
 
 
 def prefill(cfg: EVLMConfig, weights: Weights, prompt: Prompt, taps: jax.Array, random: jax.Array, how: Sampling, slots: int, images: int):
@@ -147,7 +150,8 @@ def read_prompts(cfg: EVLMConfig, weights: Weights, prompt: Prompt, taps: jax.Ar
     def cross_attend(block, q):
         return grouped_attention(q, *(jax.lax.dynamic_index_in_dim(a, block, 0, False) for a in cross), prompt.plan, cfg.xattn.sinks)
 
-    x, (keys, values) = _decoder(cfg, weights, x, jnp.broadcast_to(index, (rows, length)), self_attend, cross_attend)
+    theta = rope_base(cfg.llm, prompt.length)
+    x, (keys, values) = _decoder(cfg, weights, x, jnp.broadcast_to(index, (rows, length)), theta, self_attend, cross_attend)
     text = [jnp.pad(a.swapaxes(2, 3), ((0, 0),) * 3 + ((0, slots - length), (0, 0))) for a in (keys, values)]  # [L, B, K, C, H]
     slot = jnp.minimum(prompt.visible_start[:, None] + jnp.arange(images), prompt.image.shape[1] - 1)  # [B, R]
     seen = [jnp.take_along_axis(a, slot[None, :, :, None, None, None], axis=2) for a in cross]
@@ -155,7 +159,7 @@ def read_prompts(cfg: EVLMConfig, weights: Weights, prompt: Prompt, taps: jax.Ar
     seen = [jnp.pad(a, ((0, 0),) * 3 + ((0, max(cfg.xattn.sinks, 1)), (0, 0))) for a in seen]
     caches = text[0].swapaxes(3, 4), text[1], seen[0].swapaxes(3, 4), seen[1]
     last = x[jnp.arange(rows), prompt.length - 1]
-    state = DecodeState(jnp.zeros(rows, jnp.int32), prompt.length - 1, prompt.length <= 0, random, prompt.visible, *caches)
+    state = DecodeState(jnp.zeros(rows, jnp.int32), prompt.length - 1, prompt.length <= 0, random, prompt.visible, theta, *caches)
     return logits(weights.head, last, cfg.llm.vocab), state
 
 
@@ -182,7 +186,7 @@ def read_tokens(cfg: EVLMConfig, weights: Weights, state: DecodeState) -> tuple[
         return attention(q, *cached(state.cross_keys, state.cross_values, block), seen[:, None])
 
     x = weights.embed[state.token][:, None].astype(compute_dtype(cfg.train.dtype))
-    x, (k, v) = _decoder(cfg, weights, x, state.position[:, None], self_attend, cross_attend)
+    x, (k, v) = _decoder(cfg, weights, x, state.position[:, None], state.theta, self_attend, cross_attend)
     keys, values = state.self_keys, state.self_values
     for row, slot in enumerate(state.position):  # one small update a row is done in place, a scatter is not
         keys = jax.lax.dynamic_update_slice(keys, k[:, row : row + 1, 0, :, :, None].astype(keys.dtype), (0, row, 0, 0, slot))
@@ -220,21 +224,30 @@ def _choose(logits: jax.Array, state: DecodeState, how: Sampling) -> DecodeState
     return state._replace(token=token, position=state.position + ~state.done, done=state.done | jnp.isin(token, how.stop))
 
 
-def _decoder(cfg: EVLMConfig, weights: Weights, x: jax.Array, positions: jax.Array, self_attend: Callable, cross_attend: Callable):
+def _decoder(
+    cfg: EVLMConfig,
+    weights: Weights,
+    x: jax.Array,
+    positions: jax.Array,
+    theta: jax.Array | None,
+    self_attend: Callable,
+    cross_attend: Callable,
+):
     """All layers over T tokens at `positions` [B, T]: x [B, T, D] -> hidden [B, T, D], (their keys, values) [L, B, T, K, H].
 
     Args:
+      theta: as in DecodeState.
       self_attend: (layer, q, k, v of these tokens) -> attention output.
       cross_attend: (cross-attention block, q) -> attention output.
     """
-    rope = rope_tables(positions, cfg.llm.head_dim, cfg.llm.rope_theta)
+    rope = rope_tables(positions, cfg.llm.head_dim, cfg.llm.rope_theta if theta is None else theta[:, None, None, None])
 
     def layer(x, number):
         new = []
 
         def attend(q, k, v):
             new.extend((k, v))
-            return self_attend(number, q, k, v)
+            return self_attend(number, sharpen(cfg.llm, q, positions), k, v)
 
         x = _block(weights.layers, number)(x, rope, attend)
         return x, tuple(new)

@@ -81,8 +81,8 @@ class MLP(nnx.Module):
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 
-def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Rotary cos and sin, float32 [B, T, 1, H/2], of integer positions [B, T]."""
+def rope_tables(positions: jax.Array, head_dim: int, theta: float | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rotary cos and sin, float32 [B, T, 1, H/2], of integer positions [B, T]. `theta`: the base, or [B, 1, 1, 1], one for each row."""
     inverse = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angle = positions[..., None, None].astype(jnp.float32) * inverse
     return jnp.cos(angle), jnp.sin(angle)

@@ -3,6 +3,8 @@
 Every token of a row sees a contiguous range of the row's images. Keys and values of the images are projected once and kept in the cache.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -43,11 +45,12 @@ class CrossAttention(nn.Module):
 
 
 class EVLMCache(DynamicCache):
-    """Keys and values of the text, as everywhere, and of the images: one pair for each cross-attention block."""
+    """Keys and values of the text, as everywhere, and of the images: one pair for each cross-attention block. The prompts' rotary base."""
 
     def __init__(self):
         super().__init__()
         self.images, self.count = [], 0  # [(keys, values)], images of a row
+        self.theta = None  # a number, or [B, 1, 1, 1]; all beams of a row have the same
 
     def reorder_cache(self, beam_idx):
         super().reorder_cache(beam_idx)
@@ -141,11 +144,13 @@ class EVLMForCausalLM(PreTrainedModel, GenerationMixin):
             _check_images(visible[1], pixel_values.shape[1])
         images = past_key_values.images if past else self._project(pixel_values)
         count = past_key_values.count if past else pixel_values.shape[1]
-        if use_cache and not past:
-            past_key_values.images, past_key_values.count = images, count
         if attention_mask is None:
             attention_mask = torch.ones((rows, past + length), dtype=torch.long, device=input_ids.device)
-        hidden = self._decode(self._embed(input_ids), attention_mask, visible, images, count, past_key_values)
+        theta = past_key_values.theta if past else self._rope_base(attention_mask)
+        if use_cache and not past:
+            past_key_values.images, past_key_values.count, past_key_values.theta = images, count, theta
+        rope = self._rope(attention_mask, length, theta)
+        hidden = self._decode(self._embed(input_ids), attention_mask, rope, visible, images, count, past_key_values)
         logits = self.llm.logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None:
@@ -173,13 +178,30 @@ class EVLMForCausalLM(PreTrainedModel, GenerationMixin):
         slot = (media.cumsum(1) - 1) % len(self.media_tokens)
         return torch.where(media[..., None], self.media_tokens[slot], self.llm.embed(input_ids))
 
-    def _decode(self, x, attention_mask, visible, images, count, cache):
+    def _rope_base(self, attention_mask):
+        """theta; or Qwen 1.0's dynamic NTK by the tokens L of each prompt: theta * max(1, 2 ** ceil(log2(L / c) + 1) - 1) ** (H / (H - 2)).
+
+        Without a cache every call is a new prompt, as it is in Qwen's own code.
+        """
+        cfg = Config(self.config.llm)
+        if self.training or not cfg.dynamic_ntk:
+            return cfg.rope_theta
+        alpha = [2 ** (1 + (max(n - 1, 0) // cfg.dynamic_ntk).bit_length()) - 1 for n in attention_mask.sum(1).tolist()]
+        base = [cfg.rope_theta * a ** (cfg.head_dim / (cfg.head_dim - 2)) for a in alpha]
+        return torch.tensor(base, dtype=torch.float32, device=attention_mask.device)[:, None, None, None]
+
+    def _rope(self, attention_mask, length, theta):
+        """cos and sin [B, 1, T, H/2] of the last `length` tokens; the factors [B, 1, T, 1] of their queries by logn attention, or None."""
+        cfg = Config(self.config.llm)
+        position = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, None, -length:, None].float()
+        inverse = theta ** (-torch.arange(0, cfg.head_dim, 2, device=position.device, dtype=torch.float32) / cfg.head_dim)
+        angle = position * inverse
+        logn = cfg.logn and not self.training
+        return angle.cos(), angle.sin(), ((position + 1).log() / math.log(cfg.logn)).clamp(min=1) if logn else None
+
+    def _decode(self, x, attention_mask, rope, visible, images, count, cache):
         """All layers: x [B, T, D] -> [B, T, D]."""
-        length, total, cfg = x.shape[1], attention_mask.shape[1], Config(self.config.llm)
-        position = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
-        inverse = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2, device=x.device, dtype=torch.float32) / cfg.head_dim)
-        angle = position[:, None, :, None].float() * inverse
-        rope = angle.cos(), angle.sin()
+        length, total = x.shape[1], attention_mask.shape[1]
         key = torch.arange(total, device=x.device)
         text_mask = (key <= key[total - length :, None]) & attention_mask[:, None, :].bool()
         image = torch.arange(count, device=x.device).repeat_interleave(self._visual_tokens)

@@ -126,7 +126,7 @@ class SelfAttention(nn.Module):
         self.head_dim = cfg.head_dim
 
     def forward(self, x, rope, mask, cache, layer):
-        cos, sin = rope
+        cos, sin, scale = rope
 
         def rotate(a):
             low, high = a.float().chunk(2, -1)
@@ -134,6 +134,8 @@ class SelfAttention(nn.Module):
 
         q, k, v = (split_heads(project(x), self.head_dim) for project in (self.q, self.k, self.v))
         q, k = rotate(q), rotate(k)
+        if scale is not None:
+            q = (q * scale).to(q.dtype)
         if cache is not None:
             k, v = cache.update(k, v, layer)
         return self.o(attend(q, k, v, mask))

@@ -13,7 +13,7 @@ from flax import nnx
 from evlm_jax import checkpoint
 from evlm_jax.convert import export
 from evlm_jax.models import xattn
-from evlm_jax.names import flatten
+from evlm_jax.names import flatten, unflatten
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
 from evlm_jax.ops.grouping import plan
 from tests.checkpoints import run_directory
@@ -80,14 +80,11 @@ PLAIN = """
 import sys
 sys.modules |= dict.fromkeys(("jax", "flax", "evlm_jax", "transformers", "torchvision", "einops"))  # as if they were not installed
 import json, torch
-sys.path.insert(0, sys.argv[1])
-from plain_evlm import EVLM
-config = json.load(open(sys.argv[1] + "/config.json"))
-model = EVLM(config).eval()
-model.load_state_dict(torch.load(sys.argv[1] + "/evlm.pt", weights_only=True, mmap=True))
+from out.plain_evlm import EVLM  # the directory is a package
+model = EVLM(json.load(open("out/config.json"))).eval()
+model.load_state_dict(torch.load("out/evlm.pt", weights_only=True, mmap=True))
 with torch.no_grad():
-    tokens = torch.arange(40)[None] % 250
-    torch.save(model(tokens), sys.argv[1] + "/logits.pt")
+    torch.save(model(torch.arange(40)[None] % 250), "out/logits.pt")
 """
 
 
@@ -105,15 +102,11 @@ def test_torch_needs_torch_alone(tmp_path):
     assert state["llm.layers.1.mlp.up.weight"].dtype == torch.bfloat16
     up = held["llm/layers/1/mlp/up/kernel"].read().T
     assert state["llm.layers.1.mlp.up.weight"].view(torch.int16).numpy().tobytes() == up.tobytes()
-    done = subprocess.run(
-        [sys.executable, "-c", PLAIN, tmp_path / "out"], env=os.environ | {"PYTHONPATH": ""}, cwd=tmp_path, text=True, capture_output=True
-    )
+    done = subprocess.run([sys.executable, "-c", PLAIN], env=os.environ | {"PYTHONPATH": ""}, cwd=tmp_path, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rounded = {
         name: np.asarray(array).astype(held[name].dtype).astype(np.float32) for name, array in flatten(cfg, nnx.state(model)).items()
     }
-    from evlm_jax.names import unflatten
-
     graphdef, shapes = nnx.split(model)
     ours = text_logits(cfg, nnx.merge(graphdef, unflatten(cfg, rounded, shapes)), np.arange(40) % 250)
     assert relative(torch.load(tmp_path / "out/logits.pt")[0].numpy(), ours) <= 1e-4

@@ -12,10 +12,13 @@ from flax import nnx
 
 from evlm_jax import checkpoint
 from evlm_jax.convert import export
+from evlm_jax.data import image, text
+from evlm_jax.data.samples import ImageRef, Turn
 from evlm_jax.models import xattn
 from evlm_jax.names import flatten, unflatten
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
 from evlm_jax.ops.grouping import plan
+from evlm_jax.tokenizer import load_tokenizer
 from tests.checkpoints import run_directory
 from tests.parity import needs_transformers, open_flamingo_helpers, relative, text_logits
 from tests.random_model import random_model
@@ -74,6 +77,43 @@ def test_openflamingo(tmp_path):
         keys, values = ours.keys_values(jnp.array(tap))
         got = ours(jnp.array(x), lambda q: grouped_attention(q, keys, values, grouping, 0))
     assert relative(np.asarray(got), expected) <= 1e-5
+
+
+CHATS = {
+    "one image": [("user", "<image>What is this?")],
+    "two turns, specials spelled": [("user", "Look:<image> and <image><|im_end|>"), ("assistant", "A cat."), ("user", "Why <|media|>?")],
+    "no image": [("user", "Hello!")],
+}
+
+
+@needs_transformers
+@pytest.mark.parametrize("template", ["chatml", "plain"])
+@pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
+def test_processor_gives_what_training_saw(tmp_path, template, resize):
+    """Tokens and pixels of chats against data/text.py and data/image.py."""
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    cfg = tiny_config(data={"template": template, "resize": resize}, vit={"image_size": 16})
+    cfg = run_directory(tmp_path / "run", cfg, random_model(cfg, seed=0))
+    export.export(str(tmp_path / "run"), str(tmp_path / "out"), "hf")
+    processor, tokenizer = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True), load_tokenizer(cfg.init.llm)
+    rng, files = np.random.default_rng(0), []
+    for i, channels in enumerate((3, 4)):  # of which one has transparency
+        files.append(str(tmp_path / f"{i}.png"))
+        Image.fromarray(rng.integers(0, 256, (30, 20 + 30 * i, channels), np.uint8)).save(files[-1])
+    for chat in CHATS.values():
+        refs = [ImageRef(file) for file in files[: sum(content.count("<image>") for _, content in chat)]]
+        document = text.prompt([Turn(*turn) for turn in chat], [(ref,) for ref in refs], tokenizer, cfg)
+        messages = [{"role": role, "content": content} for role, content in chat]
+        inputs = processor(messages, images=[Image.open(ref.path) for ref in refs])
+        assert inputs["input_ids"][0].tolist() == document.tokens.tolist()
+        ours = (image.pixels(refs, cfg) / 255 - np.array(cfg.vit.mean)) / np.array(cfg.vit.std)
+        np.testing.assert_allclose(inputs["pixel_values"][0].numpy(), ours.transpose(0, 3, 1, 2), atol=1e-6)
+    with pytest.raises(ValueError, match="2 <image> and 0 <video>, given are 1 images"):
+        processor("<image><image>", images=[Image.open(files[0])])
+    batch = processor(["a<video>b", "cd"], videos=[[[Image.open(file) for file in files]], []], images=[[], []])
+    assert batch["attention_mask"].sum(1).tolist() == [2 + 2 * cfg.media.tokens, 2] and batch["image_groups"][0].tolist() == [1, 1]
 
 
 PLAIN = """

@@ -145,6 +145,7 @@ def _generation(tokenizer: Tokenizer) -> dict:
 
 def describe_processor(cfg: EVLMConfig, tokenizer: Tokenizer) -> dict[str, dict]:
     """processor_config.json."""
+    chatml = cfg.data.template == "chatml"
     processor = {
         "processor_class": "EVLMProcessor",
         "auto_map": {"AutoProcessor": "processing_evlm.EVLMProcessor"},
@@ -154,5 +155,8 @@ def describe_processor(cfg: EVLMConfig, tokenizer: Tokenizer) -> dict[str, dict]
         "resize": cfg.data.resize,
         "media_tokens": cfg.media.tokens,
         "image_token_id": tokenizer.id(cfg.media.placeholder),
+        "template": cfg.data.template,
+        "turn_start": tokenizer.id("<|im_start|>") if chatml else None,
+        "turn_end": tokenizer.id("<|im_end|>") if chatml else tokenizer.eos[0],
     }
     return {"processor_config.json": processor}

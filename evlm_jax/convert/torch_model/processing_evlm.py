@@ -1,4 +1,4 @@
-"""Text with `<image>` and `<video>` marks, images and videos -> the inputs of EVLM."""
+"""Text or chats with `<image>` and `<video>` marks, images and videos -> the inputs of EVLM."""
 
 import re
 
@@ -16,22 +16,38 @@ class EVLMProcessor(ProcessorMixin):
       resize: "squash" stretches, "crop" cuts the middle square, "pad" fills the rest with the mean colour.
       media_tokens: length of the run that stands for an image.
       image_token_id: of which the run is made.
+      template: of chats, "chatml" | "plain".
+      turn_start, turn_end: ids around a turn; plain has only the one that ends an answer.
     """
 
     attributes = ["tokenizer"]
     tokenizer_class = "AutoTokenizer"
 
     def __init__(
-        self, tokenizer=None, image_size=224, mean=(0.5,) * 3, std=(0.5,) * 3, resize="squash", media_tokens=16, image_token_id=0, **kwargs
+        self,
+        tokenizer=None,
+        image_size=224,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        resize="squash",
+        media_tokens=16,
+        image_token_id=0,
+        template="plain",
+        turn_start=None,
+        turn_end=None,
+        **kwargs,
     ):
         super().__init__(tokenizer, **kwargs)
         self.image_size, self.mean, self.std, self.resize = image_size, tuple(mean), tuple(std), resize
         self.media_tokens, self.image_token_id = media_tokens, image_token_id
+        self.template, self.turn_start, self.turn_end = template, turn_start, turn_end
 
     def __call__(self, text, images=(), videos=(), return_tensors="pt"):
         """
         Args:
-          text: one prompt, or a list of prompts; each `<image>` takes the next image, each `<video>` the next video.
+          text: a string, as it is; or a chat, [{"role": "user", "content": "<image>What is this?"}, ...], which the answer continues; or a
+            list of prompts, all of one kind. Each `<image>` takes the next image, each `<video>` the next video. What text spells is
+            never a special token.
           images: PIL images of the prompt; for several prompts a list for each.
           videos: lists of PIL frames, likewise.
         Returns:
@@ -39,7 +55,7 @@ class EVLMProcessor(ProcessorMixin):
         Raises:
           ValueError: other than one mark for each image and video.
         """
-        several = not isinstance(text, str)
+        several = not (isinstance(text, str) or isinstance(text[0], dict))
         prompts = list(text) if several else [text]
         images, videos = (list(a) if several and len(a) else [list(a)] * len(prompts) for a in (images, videos))
         rows = [self._row(*row) for row in zip(prompts, images, videos, strict=True)]
@@ -56,21 +72,41 @@ class EVLMProcessor(ProcessorMixin):
 
     def _row(self, text, images, videos):
         """Ids, frames and group numbers of one prompt."""
+        pieces = [text] if isinstance(text, str) else self._chat(text)
         visuals = {"<image>": iter([[image] for image in images]), "<video>": iter(videos)}
-        if (found := [text.count(mark) for mark in visuals]) != [len(images), len(videos)]:
+        found = [sum(piece.count(mark) for piece in pieces if isinstance(piece, str)) for mark in visuals]
+        if found != [len(images), len(videos)]:
             raise ValueError(
                 f"the text has {found[0]} <image> and {found[1]} <video>, given are {len(images)} images, {len(videos)} videos"
             )
         ids, frames, numbers = [], [], []
-        for number, part in enumerate(re.split("(<image>|<video>)", text)):
+        parts = (part for piece in pieces for part in (re.split("(<image>|<video>)", piece) if isinstance(piece, str) else [piece]))
+        for number, part in enumerate(parts):
             if part not in visuals:
-                ids += self.tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"] if part else []
+                ids += [part] if isinstance(part, int) else self._spell(part)
                 continue
             for frame in next(visuals[part]):
                 ids += [self.image_token_id] * self.media_tokens
                 frames.append(self._pixels(frame))
                 numbers.append(number)
         return ids, frames, numbers
+
+    def _spell(self, text):
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
+
+    def _chat(self, messages):
+        """Texts, and ids of special tokens, of a chat up to where the answer begins."""
+        pieces = []
+        for i, message in enumerate(messages):
+            role, content = message["role"], message["content"]
+            if role not in ("user", "assistant"):
+                raise ValueError(f"unknown role {role!r}; use user or assistant")
+            if self.template == "chatml":
+                said = [f"user\n{content}"] if role == "user" else ["assistant\n", content]
+                pieces += ["\n"] * (i > 0) + [self.turn_start, *said, self.turn_end]
+            else:
+                pieces += [f"{content} Answer:"] if role == "user" else [" " * (i > 0) + content, self.turn_end]
+        return pieces + (["\n", self.turn_start, "assistant\n"] if self.template == "chatml" else [])
 
     def _pixels(self, image):
         """[3, h, w], normalised; transparency lies over white."""

@@ -142,6 +142,18 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> int | None:
     return importer.import_export(cfg, args.model, args.out) if args.model else importer.import_towers(cfg, args.out)
 
 
+def _upcycle_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, help="directory of a dense run")
+    parser.add_argument("--config", required=True, help=f"of the stage with experts: {CONFIG_HELP}")
+    parser.add_argument("--out", required=True, help="directory to write; train from it with --init")
+
+
+def _upcycle(args: argparse.Namespace, overrides: list[str]) -> None:
+    from evlm_jax.upcycle import upcycle_run
+
+    upcycle_run(args.checkpoint, load_config(args.config, overrides), args.out)
+
+
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--fast", dest="form", action="store_const", const="fast", help="a few minutes: the whole road, little training")
@@ -162,6 +174,7 @@ COMMANDS = {
     "fetch": (_fetch_arguments, _fetch, "fetch the demo's weights and data"),
     "generate": (_generate_arguments, _generate, "answer a prompt about images or a video"),
     "train": (_train_arguments, _train, "train an experiment"),
+    "upcycle": (_upcycle_arguments, _upcycle, "turn the FFNs of a dense run's cross-attention into mixtures of experts"),
 }
 
 if __name__ == "__main__":

@@ -7,14 +7,15 @@ Letters used for shapes everywhere in this package:
   B batch rows     T text positions   I image slots of a row   S visual tokens of one image   D LLM hidden
   V visual width   N query heads      K key/value heads        H head dim                     F FFN hidden
   L layers         G tap groups       M supervised targets     J tiles of a row               P (tile, image) pairs
+  E experts
 """
 
 import dataclasses
-import types
-import typing
 from dataclasses import dataclass
 
 import ml_collections
+
+from evlm_jax.strict import build
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,26 @@ class XAttnConfig:
     sinks: int  # zero keys padded to the visual sequence
     tile: int  # tokens of one attention tile; all tokens of a tile see the same images
     eps: float
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Fine-grained experts in the FFN of the cross-attention, beside a world expert that is a whole FFN (paper section 2)."""
+
+    copies: int  # of the dense FFN; 0: the FFN is dense, and nothing below counts
+    slices: int  # of a copy, along its hidden dimension: E = copies * slices experts of hidden xattn.ffn / slices
+    top_k: int  # experts of a token
+    gates: str  # of the chosen k: "renormalise" (they sum to 1) | "softmax" (as they are among all E)
+    capacity: float  # an expert takes at most capacity * tokens * top_k / E choices and drops the rest; 0: no limit
+    balance: float  # coefficient of the load-balance loss, a layer
+    z: float  # coefficient of the router's z-loss, a layer
+    tile: int  # rows of a tile; all rows of a tile have the same expert
+    upcycle: str  # how a dense FFN becomes experts: "preserve" | "preserve_zero" | "paper" (upcycle.py)
+
+    @property
+    def experts(self) -> int:
+        """E; 0 where the FFN is dense."""
+        return self.copies * self.slices
 
 
 @dataclass(frozen=True)
@@ -191,6 +212,7 @@ class EVLMConfig:
     vit: ViTConfig
     llm: LLMConfig
     xattn: XAttnConfig
+    moe: MoEConfig
     media: MediaConfig
     data: DataConfig
     optim: OptimConfig
@@ -214,7 +236,7 @@ class EVLMConfig:
 
 def check(cfg: EVLMConfig) -> None:
     """Relations between fields. Raises ValueError naming the field and the mend."""
-    vit, llm, xattn, data, train = cfg.vit, cfg.llm, cfg.xattn, cfg.data, cfg.train
+    vit, llm, xattn, moe, data, train = cfg.vit, cfg.llm, cfg.xattn, cfg.moe, cfg.data, cfg.train
     rules = [
         (vit.image_size % vit.patch == 0, "vit.image_size", f"must be a multiple of vit.patch = {vit.patch}"),
         (vit.pretrained_size % vit.patch == 0, "vit.pretrained_size", f"must be a multiple of vit.patch = {vit.patch}"),
@@ -229,6 +251,11 @@ def check(cfg: EVLMConfig) -> None:
         (1 <= xattn.every <= llm.layers, "xattn.every", f"must lie in 1..llm.layers = {llm.layers}"),
         (xattn.sinks >= 0, "xattn.sinks", "must not be negative"),
         (xattn.tile >= 1, "xattn.tile", "must be positive"),
+        (moe.copies >= 0, "moe.copies", "must not be negative"),
+        (moe.slices >= 1 and xattn.ffn % moe.slices == 0, "moe.slices", f"must divide xattn.ffn = {xattn.ffn}"),
+        (not moe.copies or 1 <= moe.top_k <= moe.experts, "moe.top_k", f"must lie in 1..moe.copies * moe.slices = {moe.experts}"),
+        (min(moe.capacity, moe.balance, moe.z) >= 0, "moe.capacity, moe.balance, moe.z", "must not be negative"),
+        (moe.tile >= 1, "moe.tile", "must be positive"),
         (cfg.media.tokens >= 1, "media.tokens", "must be positive"),
         (len(data.sources) == len(data.weights), "data.weights", "needs one weight for each of data.sources"),
         (data.pairs >= data.images, "data.pairs", f"must be at least data.images = {data.images}"),
@@ -241,6 +268,8 @@ def check(cfg: EVLMConfig) -> None:
         ("vit.activation", vit.activation, ("gelu", "gelu_tanh", "quick_gelu")),
         ("vit.interpolation", vit.interpolation, ("bicubic", "antialias")),
         ("xattn.schedule", xattn.schedule, ("blocked", "cyclic")),
+        ("moe.gates", moe.gates, ("renormalise", "softmax")),
+        ("moe.upcycle", moe.upcycle, ("preserve", "preserve_zero", "paper")),
         ("data.resize", data.resize, ("squash", "crop", "pad")),
         ("data.template", data.template, ("chatml", "plain")),
         ("train.dtype", train.dtype, ("float32", "bfloat16")),
@@ -261,37 +290,9 @@ def from_config_dict(config: ml_collections.ConfigDict) -> EVLMConfig:
     Raises:
       ValueError: unknown key, missing key, or a value of the wrong type; the message lists the full names.
     """
-    return _build(EVLMConfig, config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config, "")
+    return build(EVLMConfig, config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config, "")
 
 
 def to_dict(cfg: EVLMConfig) -> dict:
     """Plain dict for JSON; `from_config_dict` reads it back."""
     return dataclasses.asdict(cfg)
-
-
-def _build(kind, value, prefix: str):
-    """`value` as an instance of the annotation `kind`; `prefix` is the key's full name so far."""
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ValueError(f"config: {prefix or 'root'} must be a section with keys, got {value!r}")
-        hints = typing.get_type_hints(kind)
-        join = lambda key: f"{prefix}.{key}" if prefix else key
-        if unknown := [join(k) for k in value if k not in hints]:
-            raise ValueError(f"config: unknown key {', '.join(unknown)}; {kind.__name__} has {', '.join(hints)}")
-        if missing := [join(k) for k in hints if k not in value]:
-            raise ValueError(f"config: missing key {', '.join(missing)}")
-        return kind(**{k: _build(hints[k], value[k], join(k)) for k in hints})
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(value, (tuple, list)):
-            raise ValueError(f"config: {prefix} must be a tuple, got {value!r}")
-        args = typing.get_args(kind)
-        if args[-1] is not Ellipsis and len(args) != len(value):
-            raise ValueError(f"config: {prefix} needs {len(args)} values, got {len(value)}")
-        return tuple(_build(args[0], v, f"{prefix}[{i}]") for i, v in enumerate(value))
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    for option in options:
-        if option is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, option) and (option is bool or not isinstance(value, bool)):
-            return value
-    raise ValueError(f"config: {prefix} must be {' or '.join(o.__name__ for o in options)}, got {value!r}")

@@ -27,8 +27,9 @@ def llm_flops_per_token(cfg: EVLMConfig) -> float:
 
 def xattn_flops_per_token(cfg: EVLMConfig) -> float:
     """Forward of all cross-attention blocks for one text token, scores left out."""
-    x, d = cfg.xattn, cfg.llm.hidden
-    return 2 * len(cfg.cross_layers) * (2 * d * x.heads * x.head_dim + 2 * d * x.ffn)
+    x, d, moe = cfg.xattn, cfg.llm.hidden, cfg.moe
+    ffn = 2 * d * x.ffn * (1 + moe.top_k / moe.slices) + d * moe.experts if moe.copies else 2 * d * x.ffn
+    return 2 * len(cfg.cross_layers) * (2 * d * x.heads * x.head_dim + ffn)
 
 
 def real_tokens(batch: Batch) -> np.ndarray:

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 from tqdm import tqdm
 
 from evlm_jax.batch import Batch
@@ -53,7 +54,8 @@ class Meter:
         self._steps += 1
         self._bar.update()
         if step % self._cfg.train.log_every == 0 or step == self._cfg.train.steps:
-            self._write(step, self._summary() | {"lr": values["lr"], "grad_norm": values["grad_norm"]} | _gates(self._cfg, values["gates"]))
+            now = {"lr": values["lr"], "grad_norm": values["grad_norm"]} | _gates(self._cfg, values["gates"])
+            self._write(step, self._summary() | now | _routing(self._cfg, values.get("routing")))
 
     def _summary(self) -> dict[str, float]:
         """Means over the targets and rates since the last line."""
@@ -75,12 +77,15 @@ class Meter:
             if self._dropped[drop.cause] == 1:
                 self._bar.write(f"left out, {drop.cause}: {drop.message}; further ones are counted only")
 
-    def _write(self, step: int, line: dict[str, float]) -> None:
-        line = {name: float(value) for name, value in line.items()}
+    def _write(self, step: int, line: dict) -> None:
+        line = {name: np.asarray(value, np.float64).tolist() for name, value in line.items()}
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **line}) + "\n")
         for name, value in line.items() if self._board else ():
-            self._board.add_scalar(name, value, step)
+            for part, number in enumerate(value) if isinstance(value, list) else ():
+                self._board.add_scalar(f"{name}/{part}", number, step)
+            if not isinstance(value, list):
+                self._board.add_scalar(name, value, step)
         rates = {name: f"{line[f'{name}_per_s']:.1f}/s" for name in ("tokens", "images")}
         self._bar.set_postfix({"loss": f"{line['loss']:.3f}"} | rates | self._dropped)
         self._reset()
@@ -106,6 +111,21 @@ def _sums(cfg: EVLMConfig, values: dict) -> dict[str, float]:
 def _gates(cfg: EVLMConfig, gates: dict) -> dict[str, float]:
     """{in-memory path: tanh of the gates of all layers} -> {canonical name: one value}."""
     return {name: gate for path, layers in gates.items() for name, gate in zip(canonical(cfg, path.split("/")), layers, strict=True)}
+
+
+def _routing(cfg: EVLMConfig, routing: dict | None) -> dict:
+    """models/moe.py's Routing of all blocks, as {field: [blocks, ...]} -> means over tokens by canonical name; loads are shares [E]."""
+    if routing is None:
+        return {}
+    tokens, load = np.maximum(routing["tokens"], 1), routing["load"]
+    mean = {name: routing[name] / tokens for name in ("entropy", "balance", "z")}
+    out = {"auxiliary_loss": (cfg.moe.balance * mean["balance"] + cfg.moe.z * mean["z"]).sum()}
+    for i, layer in enumerate(cfg.cross_layers):
+        shares = {"load": load[i].sum(0), "load_text": load[i, 0], "load_media": load[i, 1]}
+        values = {name: count / max(count.sum(), 1) for name, count in shares.items()}
+        values |= {name: value[i] for name, value in mean.items()} | {"dropped": routing["dropped"][i]}
+        out |= {f"xattn/{layer}/ffn/{name}": value for name, value in values.items()}
+    return out
 
 
 def _board(workdir: str, step: int):

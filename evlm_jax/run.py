@@ -38,8 +38,13 @@ def feature_store(cfg: EVLMConfig, params: dict[str, np.ndarray]) -> FeatureStor
 
 
 def next_stage(cfg: EVLMConfig, init: str) -> tuple[dict[str, np.ndarray], frozenset[str]]:
-    """All parameters of an earlier stage's run, positions resampled for `cfg`'s image size, and the names of those it trained."""
+    """All parameters of an earlier stage's run, positions resampled for `cfg`'s image size, and the names of those it trained.
+
+    Raises ValueError where the run is dense and `cfg` has experts.
+    """
     params, before = checkpoint.load_params(init)
+    if cfg.moe.copies and not before.moe.copies:
+        raise ValueError(f"{init} is dense and the config has moe.copies = {cfg.moe.copies}: make experts of its FFNs with `evlm upcycle`")
     params["vit/pos"] = resize_positions(params["vit/pos"], before.vit.grid, cfg.vit.grid, cfg.vit.interpolation)
     return params, checkpoint.trained(init)
 

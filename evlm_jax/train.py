@@ -47,7 +47,7 @@ def gradients(cfg: EVLMConfig, graphdef: nnx.GraphDef, params: nnx.State, frozen
     """Gradient of the mean loss over all targets of the batch, from sums over the micro-batches; float32.
 
     Returns:
-      (gradients like `params`, {"loss": [sources] sums, "count": [sources]})
+      (gradients like `params`, sums over the batch as in loss.loss_sums)
     """
 
     def loss(params, rows):
@@ -60,8 +60,9 @@ def gradients(cfg: EVLMConfig, graphdef: nnx.GraphDef, params: nnx.State, frozen
     k = cfg.train.accumulate  # row r goes to micro-batch r % k, so that every device has its share of each
     micro_batches = jax.tree.map(lambda x: x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), batch)
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    per_source = jnp.zeros(len(cfg.data.sources))
-    (grads, sums), _ = jax.lax.scan(micro_batch, (zeros, {"loss": per_source, "count": per_source}), micro_batches)
+    _, sums = jax.eval_shape(loss, params, jax.tree.map(lambda x: x[0], micro_batches))
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+    (grads, sums), _ = jax.lax.scan(micro_batch, (zeros, nothing), micro_batches)
     count = jnp.maximum(sums["count"].sum(), 1)
     return jax.tree.map(lambda g: g / count, grads), sums
 
@@ -75,6 +76,8 @@ def train_step(cfg: EVLMConfig, graphdef: nnx.GraphDef, plan: optim.Plan, state:
     report = {"healthy": healthy, "grad_norm": norm, "lr": optim.schedule(cfg, state.step), "source_loss": sums["loss"]}
     gates = {path: jnp.tanh(gate[...]) for path, gate in nnx.to_flat_state(params) if str(path[-1]).endswith("gate")}
     report |= {"source_count": sums["count"], "gates": {"/".join(map(str, path)): gate for path, gate in gates.items()}}
+    if "routing" in sums:
+        report["routing"] = sums["routing"]._asdict()
     return jax.tree.map(lambda a, b: jnp.where(healthy, a, b), moved, still), report
 
 

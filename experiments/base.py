@@ -84,6 +84,17 @@ def get_config() -> ConfigDict:
             vit=eva02_clip_e_plus(),
             llm=qwen_14b(),
             xattn=dict(heads=8, head_dim=128, ffn=2560, every=1, schedule="blocked", sinks=1, tile=32, eps=1e-5),
+            moe=dict(
+                copies=0,
+                slices=4,
+                top_k=4,
+                gates="renormalise",
+                capacity=0.0,
+                balance=0.01,
+                z=0.001,
+                tile=64,
+                upcycle="preserve",
+            ),
             media=dict(tokens=16, placeholder="<|extra_0|>"),
             data=dict(
                 sources=(),

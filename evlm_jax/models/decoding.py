@@ -21,6 +21,7 @@ from evlm_jax.models.attention import attention
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.layers import Linear, rope_tables
 from evlm_jax.models.long_context import rope_base, sharpen
+from evlm_jax.models.moe import Experts, PackedExperts
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
 from evlm_jax.ops.packed import Packed, compute_dtype, logits, pack, pack_head
 
@@ -266,20 +267,23 @@ def _decoder(
 
 
 def _pack(stack: nnx.Module, dtype: str) -> nnx.Module:
-    """A stack of blocks with a Packed in place of each Linear."""
+    """A stack of blocks with a Packed in place of each Linear, and PackedExperts in place of Experts."""
 
     def convert(leaf):
+        if isinstance(leaf, Experts):
+            return PackedExperts.of(leaf, dtype)
         if not isinstance(leaf, Linear):
             return leaf
         return Packed(pack(leaf.kernel[...], dtype), None if leaf.bias is None else leaf.bias[...])
 
-    return jax.tree.map(convert, stack, is_leaf=lambda leaf: isinstance(leaf, Linear))
+    return jax.tree.map(convert, stack, is_leaf=lambda leaf: isinstance(leaf, (Linear, Experts)))
 
 
 def _block(stack: nnx.Module, layer: jax.Array | int) -> nnx.Module:
-    """One block of a stack; its Packed read their weights where they lie."""
+    """One block of a stack; what is packed reads its weights where they lie."""
+    packed = lambda leaf: isinstance(leaf, (Packed, PackedExperts))
 
     def pick(leaf):
-        return dataclasses.replace(leaf, layer=layer) if isinstance(leaf, Packed) else leaf[layer]
+        return dataclasses.replace(leaf, layer=layer) if packed(leaf) else leaf[layer]
 
-    return jax.tree.map(pick, stack, is_leaf=lambda leaf: isinstance(leaf, Packed))
+    return jax.tree.map(pick, stack, is_leaf=packed)

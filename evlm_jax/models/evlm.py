@@ -14,7 +14,8 @@ from flax import nnx
 
 from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
-from evlm_jax.models import xattn
+from evlm_jax.flops import real_tokens
+from evlm_jax.models import moe, xattn
 from evlm_jax.models.attention import attention, text_mask
 from evlm_jax.models.layers import REMAT, param, rope_tables, stack
 from evlm_jax.models.llm import LLM
@@ -70,7 +71,12 @@ class EVLM(nnx.Module):
 
     def hidden(self, batch: Batch) -> jax.Array:
         """[B, T, D] after the final norm."""
-        return self.observed(batch, self.taps(batch), lambda block, tap, x: None)[0]
+        return self.routed(batch)[0]
+
+    def routed(self, batch: Batch) -> tuple[jax.Array, moe.Routing | None]:
+        """`hidden`, and what the routing of each block tells, stacked; None where the FFNs are dense."""
+        hidden, _, routing = self.observed(batch, self.taps(batch), lambda block, tap, x: None)
+        return hidden, routing
 
     def taps(self, batch: Batch) -> jax.Array:
         """[G, B, I, S, V], from pixels or as they are given."""
@@ -78,12 +84,13 @@ class EVLM(nnx.Module):
         return jnp.moveaxis(taps, 2, 0)
 
     @_precisely
-    def observed(self, batch: Batch, taps: jax.Array, observe: Callable) -> tuple[jax.Array, Any]:
-        """`hidden`, and what `observe(block, its tap [B, I, S, V], its input x [B, T, D])` returns for each block, stacked."""
+    def observed(self, batch: Batch, taps: jax.Array, observe: Callable) -> tuple[jax.Array, Any, moe.Routing | None]:
+        """`hidden`; what `observe(block, its tap [B, I, S, V], its input x [B, T, D])` returns for each block, stacked; `routed`'s rest."""
         x = self.embed(batch.tokens, batch.media_slot)
         rope = rope_tables(batch.positions, self.cfg.llm.head_dim, self.cfg.llm.rope_theta)
         mask = text_mask(batch.seen_until)
         plan = Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
+        kind = jnp.where(batch.media_slot >= 0, moe.MEDIA, jnp.where(real_tokens(batch), moe.TEXT, moe.PADDING))
 
         def decoder(x, block):
             return block(x, rope, lambda q, k, v: attention(q, k, v, mask)), None
@@ -93,11 +100,11 @@ class EVLM(nnx.Module):
             cross, tap, blocks = inputs
             seen = observe(cross, taps[tap], x)
             k, v = cross.keys_values(taps[tap])
-            x = cross(x, lambda q: grouped_attention(q, k, v, plan, self.cfg.xattn.sinks))
-            return jax.lax.scan(decoder, x, blocks)[0], seen
+            x, routing = cross.routed(x, lambda q: grouped_attention(q, k, v, plan, self.cfg.xattn.sinks), kind)
+            return jax.lax.scan(decoder, x, blocks)[0], (seen, routing)
 
-        x, seen = self._run(group, x)
-        return self.llm.ln_f(x), seen
+        x, (seen, routing) = self._run(group, x)
+        return self.llm.ln_f(x), seen, routing
 
     def _run(self, group, x: jax.Array) -> tuple[jax.Array, Any]:
         """Scan `group` over all layers; where `every` does not divide them, the rest is one shorter group."""

@@ -1,7 +1,7 @@
 """Gated cross-attention block, placed before an LLM layer (paper section 2; Flamingo, arXiv 2204.14198).
 
     x += tanh(attn_gate) * CrossAttention(LN(x), LN(tap))
-    x += tanh(ffn_gate) * FFN(LN(x))
+    x += tanh(ffn_gate) * FFN(LN(x))          the FFN is dense, or a mixture of experts (moe.py)
 
 Gates start at 0: the block is the identity, bit for bit. Nothing has a bias but the norms: the zero sink (grouped_attention)
 stands for keys and values that are projections of zero vectors, which are zero only without biases.
@@ -15,6 +15,7 @@ from flax import nnx
 
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models.layers import MLP, LayerNorm, Linear, heads, param
+from evlm_jax.models.moe import MoE, Routing
 
 
 class Block(nnx.Module):
@@ -30,7 +31,7 @@ class Block(nnx.Module):
         self.o = Linear((n, d), ("heads", "embed"), rngs)
         self.attn_gate = param(rngs, (), ())
         self.ffn_norm = LayerNorm(d, cfg.xattn.eps, rngs)
-        self.ffn = MLP(d, cfg.xattn.ffn, "gelu", False, rngs)
+        self.ffn = MoE(d, cfg.xattn.ffn, cfg.moe, rngs) if cfg.moe.copies else MLP(d, cfg.xattn.ffn, "gelu", False, rngs)
         self.ffn_gate = param(rngs, (), ())
         self.head_dim = cfg.xattn.head_dim
 
@@ -41,9 +42,14 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, attend: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """`attend` maps queries [B, T, N, H] to attention outputs of the same shape."""
+        return self.routed(x, attend, None)[0]
+
+    def routed(self, x: jax.Array, attend: Callable[[jax.Array], jax.Array], kind: jax.Array | None) -> tuple[jax.Array, Routing | None]:
+        """The same and what its routing tells; `kind` [B, T] as in moe.py. A dense FFN has no routing."""
         out = attend(heads(self.q(self.norm(x)), self.head_dim))
         x = x + _gate(self.attn_gate, x) * self.o(out.reshape(*x.shape[:-1], -1))
-        return x + _gate(self.ffn_gate, x) * self.ffn(self.ffn_norm(x))
+        y, routing = self.ffn(self.ffn_norm(x), kind) if isinstance(self.ffn, MoE) else (self.ffn(self.ffn_norm(x)), None)
+        return x + _gate(self.ffn_gate, x) * y, routing
 
 
 def _gate(gate: nnx.Param, x: jax.Array) -> jax.Array:

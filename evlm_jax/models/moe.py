@@ -1,0 +1,162 @@
+"""Fine-grained mixture of experts (paper section 2): a router picks k of E slices of an FFN for a token, a world expert sees all.
+
+    y = world(x) + sum over the k chosen experts e of gate_e * fc2_e(gelu(fc1_e(x)))
+
+    gates = softmax(x @ router) over all E, the k largest; "renormalise" divides them by their sum
+
+Unusual: the router is float32 whatever the rest is. A gate multiplies the hidden layer instead of the output, which is the same and
+narrower, so no output of an expert is kept for the backward pass. Padding is not routed, and counts in no statistic.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from evlm_jax.config import MoEConfig
+from evlm_jax.models.layers import ACTIVATIONS, MLP, param
+from evlm_jax.ops.grouped_attention import permute
+from evlm_jax.ops.grouped_matmul import Groups, combine, dispatch, group, grouped_matmul, map_tiles
+from evlm_jax.ops.packed import Packed, pack
+
+TEXT, MEDIA, PADDING = 0, 1, -1  # kinds of tokens
+
+
+class Routing(NamedTuple):
+    """What routing tells of a layer: float32 sums over tokens, so that micro-batches add up."""
+
+    tokens: jax.Array  # [], how many were routed
+    load: jax.Array  # [2, E] choices of each expert, by text and by media tokens; dropped ones count
+    dropped: jax.Array  # [] choices over the capacity
+    entropy: jax.Array  # [] of the probabilities over all E, in nats
+    balance: jax.Array  # [] tokens * load-balance loss: E * sum of (share of the choices * mean probability), 1 when balanced
+    z: jax.Array  # [] squared logsumexp of the logits
+
+
+def auxiliary_loss(cfg: MoEConfig, routing: Routing) -> jax.Array:
+    """Load-balance loss (arXiv 2101.03961; 2401.06066) and z-loss (2202.08906), weighted, summed over layers: the mean over tokens."""
+    return ((cfg.balance * routing.balance + cfg.z * routing.z) / jnp.maximum(routing.tokens, 1)).sum()
+
+
+class Router(nnx.Module):
+    """x [N, D] -> logits [N, E], float32."""
+
+    def __init__(self, width: int, experts: int, rngs: nnx.Rngs):
+        self.kernel = param(rngs, (width, experts), ("embed", "expert"), std=width**-0.5)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        logits = jnp.dot(x.astype(jnp.float32), self.kernel[...].astype(jnp.float32), precision="highest")
+        return checkpoint_name(logits, "linear")
+
+
+class GroupedLinear(nnx.Module):
+    """One matrix an expert: rows sorted by expert [R, in] -> [R, out]."""
+
+    def __init__(self, shape: tuple[int, int, int], axes: tuple[str, str, str], rngs: nnx.Rngs):
+        self.kernel = param(rngs, shape, axes, std=shape[1] ** -0.5)
+
+    def __call__(self, x: jax.Array, groups: Groups, tile: int) -> jax.Array:
+        return grouped_matmul(x, self.kernel[...], groups.first, tile)
+
+
+class Experts(nnx.Module):
+    """The routed part: two matrices an expert around GELU, without biases."""
+
+    def __init__(self, width: int, hidden: int, cfg: MoEConfig, rngs: nnx.Rngs):
+        self.fc1 = GroupedLinear((cfg.experts, width, hidden), ("expert", "embed", "mlp"), rngs)
+        self.fc2 = GroupedLinear((cfg.experts, hidden, width), ("expert", "mlp", "embed"), rngs)
+        self.cfg = cfg
+
+    def __call__(self, x: jax.Array, gates: jax.Array, chosen: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x [N, D], gates [N, k], chosen [N, k] (E: nobody), how many tokens are routed -> ([N, D], number of dropped choices)."""
+        cfg, k = self.cfg, chosen.shape[1]
+        limit = jnp.ceil(cfg.capacity * tokens * k / cfg.experts).astype(jnp.int32) if cfg.capacity else None
+        groups, tile = _groups(chosen, cfg, limit)
+        hidden = checkpoint_name(self.fc1(dispatch(x, groups, len(x)), groups, tile), "linear")
+        hidden = _gated(hidden, gates, groups)
+        out = checkpoint_name(combine(self.fc2(hidden, groups, tile), groups, len(x)), "linear")
+        return out, tokens * k - (groups.row < len(groups.choice)).sum()
+
+
+class MoE(nnx.Module):
+    """The FFN of a gated cross-attention block with experts: x [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, width: int, hidden: int, cfg: MoEConfig, rngs: nnx.Rngs):
+        self.router = Router(width, cfg.experts, rngs)
+        self.experts = Experts(width, hidden // cfg.slices, cfg, rngs)
+        self.world = MLP(width, hidden, "gelu", False, rngs)
+        self.cfg = cfg
+
+    def __call__(self, x: jax.Array, kind: jax.Array | None = None) -> tuple[jax.Array, Routing]:
+        """`kind` [B, T]: TEXT, MEDIA or PADDING; all text where left out."""
+        flat = x.reshape(-1, x.shape[-1])
+        kind = jnp.full(len(flat), TEXT) if kind is None else kind.reshape(-1)
+        logits = self.router(flat)
+        probabilities = jax.nn.softmax(logits)
+        gates, chosen = jax.lax.top_k(probabilities, self.cfg.top_k)
+        if self.cfg.gates == "renormalise":
+            gates = gates / gates.sum(-1, keepdims=True)
+        chosen = jnp.where((kind == PADDING)[:, None], self.cfg.experts, chosen)
+        routed, dropped = self.experts(flat, gates, chosen, (kind != PADDING).sum())
+        return (self.world(flat) + routed).reshape(x.shape), _statistics(logits, probabilities, chosen, kind, dropped)
+
+
+def _statistics(logits: jax.Array, probabilities: jax.Array, chosen: jax.Array, kind: jax.Array, dropped: jax.Array) -> Routing:
+    """logits and probabilities [N, E], chosen [N, k], kind [N]."""
+    experts, real = logits.shape[1], (kind != PADDING).astype(jnp.float32)
+    tokens = real.sum()
+    at = jnp.where((kind == PADDING)[:, None], 2 * experts, kind[:, None] * experts + chosen)
+    load = jnp.zeros(2 * experts).at[at].add(1.0, mode="drop").reshape(2, experts)
+    share = load.sum(0) / jnp.maximum(load.sum(), 1)
+    total = jax.nn.logsumexp(logits, axis=-1)
+    entropy = total - (probabilities * logits).sum(-1)
+    return Routing(
+        tokens=tokens,
+        load=load,
+        dropped=dropped.astype(jnp.float32),
+        entropy=(entropy * real).sum(),
+        balance=experts * (share * (probabilities * real[:, None]).sum(0)).sum(),
+        z=(jnp.square(total) * real).sum(),
+    )
+
+
+def _groups(chosen: jax.Array, cfg: MoEConfig, limit: jax.Array | None = None) -> tuple[Groups, int]:
+    """The rows of chosen [N, k], and the tile: no larger than an expert's share of the choices."""
+    tile = max(1, min(cfg.tile, chosen.size // cfg.experts))
+    return group(chosen.T.reshape(-1), cfg.experts, tile, limit), tile
+
+
+def _gated(hidden: jax.Array, gates: jax.Array, groups: Groups) -> jax.Array:
+    """gate * gelu(hidden), in the rows of `groups`."""
+    gate = permute(gates.T.reshape(-1), groups.choice, groups.row)[:, None]
+    return (ACTIVATIONS["gelu"](hidden) * gate).astype(hidden.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedExperts:
+    """Experts of a stack of layers, one of which is `layer`, laid out for decoding; called as Experts, never with a limit."""
+
+    fc1: Packed  # of the stack's layers * E matrices
+    fc2: Packed
+    cfg: MoEConfig = dataclasses.field(metadata={"static": True})
+    layer: jax.Array | int = 0
+
+    @classmethod
+    def of(cls, experts: Experts, dtype: str) -> "PackedExperts":
+        """Of a stack [L, E, ...], with matrices of `dtype`."""
+        flat = lambda linear: linear.kernel[...].reshape(-1, *linear.kernel.shape[2:])
+        return cls(*(Packed(pack(flat(linear), dtype), None) for linear in (experts.fc1, experts.fc2)), experts.cfg)
+
+    def __call__(self, x: jax.Array, gates: jax.Array, chosen: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of the matrices, those of chosen experts are read."""
+        groups, tile = _groups(chosen, self.cfg)
+        matrix = self.layer * self.cfg.experts + jnp.arange(self.cfg.experts)
+        through = lambda linear, rows: map_tiles(
+            lambda rows, i: dataclasses.replace(linear, layer=i)(rows), rows, matrix, groups.first, tile
+        )
+        hidden = _gated(through(self.fc1, dispatch(x, groups, len(x))), gates, groups)
+        return combine(through(self.fc2, hidden), groups, len(x)), jnp.zeros(())

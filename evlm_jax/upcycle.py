@@ -1,0 +1,135 @@
+"""A dense FFN of the gated cross-attention becomes a mixture of experts (paper section 2): `evlm upcycle`.
+
+The FFN is copied, each copy is cut into slices along its hidden dimension: expert copy * slices + i is slice i of a copy. The world
+expert is the whole FFN. A token's k experts beside it would be another function than the FFN was, so there are policies:
+
+    preserve        the slices of a copy share a column of the router, so the k = slices best are one whole copy (arXiv 2410.07524);
+                    routed fc2 is scaled by k / 2 (gates are 1 / k), the world's by 1 / 2: the sum is what it was
+    preserve_zero   a random router; routed fc2 is 0, the world expert alone is the FFN: exact for any k, gates and capacity
+    paper           a random router; slices and copies as they are
+
+All factors are in the weights; models/moe.py knows nothing of them. One layer is made at a time, from names without their prefix.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from evlm_jax import checkpoint
+from evlm_jax.checkpoint import Arrays, Checkpoints
+from evlm_jax.config import EVLMConfig, MoEConfig, to_dict
+from evlm_jax.models.layers import MLP
+from evlm_jax.models.moe import MoE
+
+TOKENS = 512  # of the batch that the receipt is about
+FC1, FC2 = "ffn/fc1/kernel", "ffn/fc2/kernel"
+
+
+def check(moe: MoEConfig) -> None:
+    """Raises ValueError where a dense FFN cannot become these experts, or not by this policy."""
+    if not moe.copies:
+        raise ValueError("upcycle: moe.copies is 0, the target is dense; choose a config with experts, such as experiments/evlm_14b.py:moe")
+    fits = moe.top_k == moe.slices and moe.gates == "renormalise" and not moe.capacity
+    if moe.upcycle == "preserve" and not fits:
+        raise ValueError(
+            f"upcycle: moe.upcycle=preserve needs moe.top_k = moe.slices, moe.gates=renormalise and moe.capacity = 0, not "
+            f"top_k {moe.top_k}, slices {moe.slices}, gates {moe.gates}, capacity {moe.capacity}: use moe.upcycle=preserve_zero"
+        )
+
+
+def upcycle_layer(layer: Arrays, moe: MoEConfig, rng: np.random.Generator) -> Arrays:
+    """The arrays of one block with experts in place of its FFN; dtypes stay, the router is float32. Raises ValueError as `check`.
+
+    Args:
+      layer: "ffn/fc1/kernel" [D, F], "ffn/fc2/kernel" [F, D], and others, which are handed on.
+      rng: of the router, normal with deviation D**-0.5.
+    """
+    check(moe)
+    fc1, fc2 = layer[FC1], layer[FC2]
+    (width, hidden), routed, world = fc1.shape, 1.0, 1.0
+    router = rng.standard_normal((width, moe.experts)) * width**-0.5
+    if moe.upcycle == "preserve":
+        routed, world, router = moe.top_k / 2, 0.5, router[:, :: moe.slices].repeat(moe.slices, axis=1)
+    elif moe.upcycle == "preserve_zero":
+        routed = 0.0
+    scaled = lambda array, factor: (array.astype(np.float32) * np.float32(factor)).astype(array.dtype)
+    of_copies = lambda slices: np.concatenate([slices] * moe.copies)
+    return {name: array for name, array in layer.items() if name not in (FC1, FC2)} | {
+        "ffn/router/kernel": router.astype(np.float32),
+        "ffn/experts/fc1/kernel": of_copies(fc1.reshape(width, moe.slices, -1).transpose(1, 0, 2)),
+        "ffn/experts/fc2/kernel": of_copies(scaled(fc2, routed).reshape(moe.slices, hidden // moe.slices, width)),
+        "ffn/world/fc1/kernel": fc1,
+        "ffn/world/fc2/kernel": scaled(fc2, world),
+    }
+
+
+def upcycle(params: Arrays, cfg: EVLMConfig) -> Iterator[tuple[int, Arrays, Arrays]]:
+    """(LLM layer, its block before, its block after) of each cross-attention block of a dense model; names are without "xattn/LAYER/".
+
+    Raises:
+      ValueError: as `check`, and where a block has no dense FFN.
+    """
+    for layer in cfg.cross_layers:
+        prefix = f"xattn/{layer}/"
+        before = {name.removeprefix(prefix): array for name, array in params.items() if name.startswith(prefix)}
+        if missing := [prefix + name for name in (FC1, FC2) if name not in before]:
+            raise ValueError(f"upcycle: the checkpoint has no {', '.join(missing)}; it must be of a dense model with moe.copies = 0")
+        yield layer, before, upcycle_layer(before, cfg.moe, np.random.default_rng([cfg.train.seed, layer]))
+
+
+def receipt(before: Arrays, after: Arrays, moe: MoEConfig, seed: int = 0) -> tuple[float, float, np.ndarray]:
+    """What one layer's FFN and its experts make of TOKENS standard normal tokens behind the layer's norm, in float32.
+
+    Returns:
+      (largest difference, largest magnitude of the dense FFN, load [E])
+    """
+    x = jnp.asarray(np.random.default_rng(seed).standard_normal((1, TOKENS, len(before[FC1]))), jnp.float32)
+    x = x * before["ffn_norm/scale"] + before["ffn_norm/bias"]
+    width, hidden = before[FC1].shape
+    dense = _filled(lambda: MLP(width, hidden, "gelu", False, nnx.Rngs(0)), before)
+    y, (routed, routing) = _both(dense, _filled(lambda: MoE(width, hidden, moe, nnx.Rngs(0)), after), x)
+    return float(jnp.abs(y - routed).max()), float(jnp.abs(y).max()), np.asarray(routing.load.sum(0))
+
+
+@jax.jit
+def _both(dense: MLP, moe: MoE, x: jax.Array):
+    with jax.default_matmul_precision("highest"):
+        return dense(x), moe(x)
+
+
+def _filled(make, arrays: Arrays) -> nnx.Module:
+    """The module with float32 arrays by name, behind "ffn/"."""
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    leaves = [(path, leaf.replace(jnp.asarray(arrays["ffn/" + "/".join(path)], jnp.float32))) for path, leaf in nnx.to_flat_state(state)]
+    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+
+def upcycle_run(source: str, cfg: EVLMConfig, out: str) -> None:
+    """Writes the newest step of the dense run `source` as a run with the experts of `cfg`, to start a stage from (`evlm train --init`).
+
+    Raises:
+      FileExistsError: `out` has checkpoints.
+      ValueError: as `upcycle`; or towers or cross-attention of `cfg` are not those of the checkpoint.
+    """
+    check(cfg.moe)
+    params, before = checkpoint.load_params(source)
+    if wrong := [name for name in ("llm", "xattn", "media") if getattr(cfg, name) != getattr(before, name)]:
+        raise ValueError(f"upcycle: sections {', '.join(wrong)} of the config are not those of {source}; give the config of its next stage")
+    if checkpoint.steps(out):
+        raise FileExistsError(f"{out} has checkpoints; give a new directory")
+    made, trained = {}, {name for name in checkpoint.trained(source) if not name.startswith("xattn/")}
+    for layer, dense, experts in upcycle(params, replace(before, moe=cfg.moe)):
+        difference, largest, load = receipt(dense, experts, cfg.moe)
+        made |= {f"xattn/{layer}/{name}": array for name, array in experts.items()}
+        chosen = f"{(load > 0).sum()} of {len(load)} experts chosen"
+        print(f"layer {layer}: |dense - moe| <= {difference:.2e}, |dense| <= {largest:.2e}, {chosen}", flush=True)
+    rest = {name: array for name, array in params.items() if not name.startswith("xattn/")}
+    meta = {"phase": 0, "data": None, "config": to_dict(replace(before, moe=cfg.moe)), "trained": sorted(trained | set(made))}
+    with contextlib.closing(Checkpoints(out, keep=1)) as checkpoints:
+        checkpoints.freeze(rest)
+        checkpoints.save(0, made, {"0/count": np.int32(0)}, meta)

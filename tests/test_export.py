@@ -33,6 +33,12 @@ TOWERS = {
     },
     "siglip": {"vit": {"layer_scale": False, "class_token": False, "activation": "gelu_tanh"}, "xattn": {"every": 2, "sinks": 2}},
     "dinov2 with registers": {"vit": {"registers": 3}},
+    "dinov2, experts": {"moe": {"copies": 2, "slices": 4, "top_k": 3, "gates": "softmax"}, "xattn": {"every": 2}},
+    "clip, Qwen, experts": {
+        "vit": {"layer_scale": False, "patch_bias": False, "embed_norm": True, "activation": "quick_gelu", "taps": (1, 3)},
+        "llm": {"qkv_bias": True, "tied": False},
+        "moe": {"copies": 4, "slices": 4, "top_k": 4},
+    },
     "eva, Qwen 1.0 beyond its context": {
         "vit": {"norm": "res_post", "bias": "qv", "layer_scale": False},
         "llm": {"qkv_bias": True, "tied": False, "kv_heads": 4, "dynamic_ntk": 16, "logn": 16},
@@ -52,6 +58,7 @@ import sys
 sys.modules |= dict.fromkeys(("jax", "flax", "evlm_jax", "torchvision", "einops"))  # as if they were not installed
 import numpy as np, torch
 from transformers import AutoConfig, AutoModelForCausalLM
+torch.set_num_threads(1)
 folder = sys.argv[1]
 assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "evlm"
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
@@ -67,8 +74,8 @@ for name in sorted({key.split("/")[0] for key in data}):
         cached = model.generate(**inputs, **sizes)
         assert torch.equal(cached, model.generate(**inputs, use_cache=False, **sizes)), name
         assert cached.shape[1] == inputs["input_ids"].shape[1] + 40
-        beams = model.generate(**inputs, num_beams=3, **sizes)
-        assert torch.equal(beams, model.generate(**inputs, num_beams=3, use_cache=False, **sizes)), name
+        sizes |= {"max_new_tokens": 8, "num_beams": 3}
+        assert torch.equal(model.generate(**inputs, **sizes), model.generate(**inputs, use_cache=False, **sizes)), name
         out[f"{name}/generated"] = cached[0].numpy()
 np.savez(folder + "/outputs.npz", **out)
 """
@@ -99,7 +106,7 @@ def row(cfg, parts, pixels, answer=()):
     length = len(arrays["tokens"])
     arrays |= {"positions": np.arange(length), "seen_until": np.full(length, length)}
     arrays |= {"target_at": np.zeros(1), "targets": np.full(1, -1), "target_source": np.zeros(1)}
-    arrays |= plan(arrays["visible_start"], arrays["visible_stop"], cfg.xattn.tile, 16)
+    arrays |= plan(arrays["visible_start"], arrays["visible_stop"], cfg.xattn.tile, 32)
     batch = Batch(**{name: jnp.asarray(array, jnp.int32)[None] for name, array in arrays.items()}, pixels=pixels[None], taps=None)
     normal = (pixels[:frames] / 255.0 - np.array(cfg.vit.mean)) / np.array(cfg.vit.std)
     inputs = {"input_ids": arrays["tokens"][None].astype(np.int64), "image_groups": np.array([groups], np.int64).reshape(1, -1)}

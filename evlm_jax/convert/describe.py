@@ -169,4 +169,4 @@ def _qwen(source: Source, prefix: str) -> dict:
 def _evlm(source: Source, prefix: str) -> dict:
     """An export of ours says it in our own words; by section of EVLMConfig."""
     fixed = lambda value: tuple(value) if isinstance(value, list) else value
-    return {name: {key: fixed(value) for key, value in source.metadata[name].items()} for name in ("vit", "llm", "xattn", "media")}
+    return {name: {key: fixed(value) for key, value in source.metadata[name].items()} for name in ("vit", "llm", "xattn", "moe", "media")}

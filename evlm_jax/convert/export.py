@@ -121,7 +121,7 @@ def describe_model(cfg: EVLMConfig, tokenizer: Tokenizer, dtype: str) -> dict[st
     """config.json and generation_config.json."""
     auto = {"AutoConfig": "configuration_evlm.EVLMConfig", "AutoModelForCausalLM": "modeling_evlm.EVLMForCausalLM"}
     auto |= {"AutoProcessor": "processing_evlm.EVLMProcessor"}
-    sections = {name: asdict(getattr(cfg, name)) for name in ("vit", "llm", "xattn", "media")}
+    sections = {name: asdict(getattr(cfg, name)) for name in ("vit", "llm", "xattn", "moe", "media")}
     model = {"model_type": "evlm", "architectures": ["EVLMForCausalLM"], "auto_map": auto, "dtype": dtype}
     model |= sections | {"image_token_id": tokenizer.id(cfg.media.placeholder)}
     return {"config.json": model, "generation_config.json": _generation(tokenizer)}

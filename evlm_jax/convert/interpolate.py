@@ -36,7 +36,12 @@ def weights(size: int, target: int, rule: str) -> np.ndarray:
 
 
 def resize_positions(table: np.ndarray, grid: int, target: int, rule: str) -> np.ndarray:
-    """[prefix + grid*grid, V] -> [prefix + target*target, V]; the prefix (class) row stays. Computed in float64."""
+    """[prefix + grid*grid, V] -> [prefix + target*target, V]; the prefix (class) row stays. Computed in float64.
+
+    At the same size the table keeps its bits, signs of zeros included.
+    """
+    if grid == target:
+        return table
     prefix, patches = np.split(table, [len(table) - grid**2])
     matrix = weights(grid, target, rule)
     patches = np.einsum("oi,pj,ijv->opv", matrix, matrix, patches.reshape(grid, grid, -1).astype(np.float64), optimize=True)

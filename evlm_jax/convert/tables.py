@@ -220,6 +220,9 @@ def _evlm() -> Family:
         ),
         _row(f"{cross}.attn_gate", "xattn/{}/attn_gate"),
         _row(f"{cross}.ff_gate", "xattn/{}/ffn_gate"),
+        *_linear(f"{cross}.moe.router", "xattn/{}/ffn/router", bias=False),
+        *(row for i in "12" for row in _linear(f"{cross}.moe.world.fc{i}", f"xattn/{{}}/ffn/world/fc{i}", bias=False)),
+        *(_row(f"{cross}.moe.experts.fc{i}", f"xattn/{{}}/ffn/experts/fc{i}/kernel", "e o i -> e i o") for i in "12"),
         _row("media_tokens", "media/embedding"),
     )
     return Family("evlm", "evlm", "xattn.0.attn_gate", rows)

@@ -4,12 +4,12 @@ from transformers import PretrainedConfig
 
 
 class EVLMConfig(PretrainedConfig):
-    """`vit`, `llm`, `xattn` and `media` are plain dicts; `image_token_id` is the id that stands for one media token."""
+    """`vit`, `llm`, `xattn`, `moe` and `media` are plain dicts; `image_token_id` is the id that stands for one media token."""
 
     model_type = "evlm"
 
-    def __init__(self, vit=None, llm=None, xattn=None, media=None, image_token_id=0, **kwargs):
-        self.vit, self.llm, self.xattn, self.media = vit or {}, llm or {}, xattn or {}, media or {}
+    def __init__(self, vit=None, llm=None, xattn=None, moe=None, media=None, image_token_id=0, **kwargs):
+        self.vit, self.llm, self.xattn, self.moe, self.media = (section or {} for section in (vit, llm, xattn, moe, media))
         self.image_token_id = image_token_id
         # The names by which transformers' generation asks for the language model's sizes.
         self.vocab_size, self.hidden_size = self.llm.get("vocab"), self.llm.get("hidden")

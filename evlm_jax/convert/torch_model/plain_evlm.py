@@ -9,11 +9,47 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .towers_evlm import LLM, Config, ViT, attend, split_heads
+from .towers_evlm import LLM, MLP, Config, ViT, attend, split_heads
+
+
+class Experts(nn.Module):
+    """The matrices of all experts: fc1 [E, F, D], fc2 [E, D, F]."""
+
+    def __init__(self, experts, width, hidden):
+        super().__init__()
+        self.fc1 = nn.Parameter(torch.zeros(experts, hidden, width))
+        self.fc2 = nn.Parameter(torch.zeros(experts, width, hidden))
+
+
+class MoE(nn.Module):
+    """y = world(x) + sum over the top_k experts e of gate_e * fc2_e(gelu(fc1_e(x))); the router is float32. No expert has a limit."""
+
+    def __init__(self, width, hidden, moe):
+        super().__init__()
+        experts = moe.copies * moe.slices
+        self.router = nn.Linear(width, experts, bias=False)
+        self.experts = Experts(experts, width, hidden // moe.slices)
+        self.world = MLP(width, hidden, "gelu", False)
+        self.top_k, self.renormalise = moe.top_k, moe.gates == "renormalise"
+
+    def forward(self, x):
+        flat = x.flatten(0, -2)
+        gates, chosen = F.linear(flat.float(), self.router.weight.float()).softmax(-1).topk(self.top_k)
+        if self.renormalise:
+            gates = gates / gates.sum(-1, keepdim=True)
+        out = self.world(flat)
+        for expert in chosen.unique().tolist():
+            token, place = (chosen == expert).nonzero(as_tuple=True)
+            hidden = F.gelu(F.linear(flat[token], self.experts.fc1[expert])) * gates[token, place, None].to(x.dtype)
+            out = out.index_add(0, token, F.linear(hidden, self.experts.fc2[expert]))
+        return out.view_as(x)
 
 
 class CrossAttention(nn.Module):
-    """x += tanh(attn_gate) * attention over the tap; x += tanh(ff_gate) * FFN. The zero keys are appended to the images' keys."""
+    """x += tanh(attn_gate) * attention over the tap; x += tanh(ff_gate) * FFN. The zero keys are appended to the images' keys.
+
+    The FFN is fc2(gelu(fc1(x))), or a mixture of experts.
+    """
 
     def __init__(self, cfg):
         super().__init__()
@@ -22,7 +58,10 @@ class CrossAttention(nn.Module):
         self.norm, self.kv_norm, self.ff_norm = (nn.LayerNorm(width, xattn.eps) for width in (d, vit.width, d))
         self.to_q, self.to_out = nn.Linear(d, n, bias=False), nn.Linear(n, d, bias=False)
         self.to_k, self.to_v = (nn.Linear(vit.width, n, bias=False) for _ in range(2))
-        self.fc1, self.fc2 = nn.Linear(d, xattn.ffn, bias=False), nn.Linear(xattn.ffn, d, bias=False)
+        if cfg.moe["copies"]:
+            self.moe = MoE(d, xattn.ffn, Config(cfg.moe))
+        else:
+            self.fc1, self.fc2, self.moe = nn.Linear(d, xattn.ffn, bias=False), nn.Linear(xattn.ffn, d, bias=False), None
         self.attn_gate, self.ff_gate = (nn.Parameter(torch.zeros(())) for _ in range(2))
         self.head_dim, self.sinks = xattn.head_dim, xattn.sinks
 
@@ -36,7 +75,9 @@ class CrossAttention(nn.Module):
         out = attend(split_heads(self.to_q(self.norm(x)), self.head_dim), keys, values, mask[:, None])
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0)
         x = x + self.attn_gate.float().tanh().to(x.dtype) * self.to_out(out)
-        return x + self.ff_gate.float().tanh().to(x.dtype) * self.fc2(F.gelu(self.fc1(self.ff_norm(x))))
+        y = self.ff_norm(x)
+        y = self.moe(y) if self.moe else self.fc2(F.gelu(self.fc1(y)))
+        return x + self.ff_gate.float().tanh().to(x.dtype) * y
 
 
 def visible_ranges(input_ids, image_token_id, media_tokens, groups):

@@ -36,6 +36,16 @@ def test_parameter_counts(name):
         assert round(sum(size for path, size in sizes.items() if path.startswith("xattn/") and path.endswith("kernel")) / 1e9, 2) == 1.61
 
 
+def test_parameters_of_the_experts():
+    """The paper's 5.8 B of cross-attention, all of them trained."""
+    cfg = config("evlm_14b", "moe")
+    sizes = {path: math.prod(shape) for path, shape in parameter_shapes(cfg).items() if path.startswith("xattn/")}
+    assert round(sum(sizes.values()) / 1e9, 1) == 5.8
+    assert (cfg.name, cfg.train, cfg.optim) == ("evlm_14b_moe", config("evlm_14b", "sft").train, config("evlm_14b", "sft").optim)
+    plan = optim.plan(cfg, 0, nnx.state(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0)))))
+    assert sizes.keys() <= _names(cfg, plan)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_a_stage_trains(name, stage):

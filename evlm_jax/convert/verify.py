@@ -161,7 +161,8 @@ def report(examples: Sequence[Example], a: Sequence[Trace], b: Sequence[Trace], 
     longest = max(a, key=lambda trace: len(trace.seen))
     order = [*longest.seen, "logits"]
     if idle := [name for name in closed(longest) if any(name in trace.seen for trace in b)]:
-        print(f"not compared, because their gates are closed: {', '.join(idle)}")
+        every = len(idle) == sum(name.startswith("xattn/") for name in order)
+        print(f"weights not compared, because their gates are closed: {'all of xattn' if every else ', '.join(idle)}")
     parted = sorted((d.parted for d in found if d.parted), key=lambda step: order.index(step[0]))
     if parted:
         name, error = parted[0]

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(overrides)}")
     try:
         return args.run(args, overrides) or 0
-    except (ValueError, OSError, FloatingPointError, AssetError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, AssetError) as error:
         print(f"evlm: {error}", file=sys.stderr)
         return 1
 
@@ -128,6 +128,12 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     write.add_argument("--step", type=int, help="the newest where left out")
     write.add_argument("--format", choices=("hf", "torch", "openflamingo", "llm"), default="hf")
     write.add_argument("--out", required=True, help="new directory")
+    same = actions.add_parser("verify", help="whether two models compute the same, and where they part; exit status 1 if not")
+    for side in "AB":
+        same.add_argument(side, help="directory of a run or an import, or a Hugging Face directory")
+    same.add_argument("--image", action="append", default=[], help="seen by every prompt; with --prompt, in place of the built-in ones")
+    same.add_argument("--prompt", action="append", default=[], help="images stand in front of it, or at <image> markers")
+    same.add_argument("--tolerance", type=float, default=1e-3, help="of differences, relative to magnitudes")
 
 
 def _convert(args: argparse.Namespace, overrides: list[str]) -> int | None:
@@ -135,6 +141,10 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> int | None:
         from evlm_jax.convert import export
 
         return export.export(args.checkpoint, args.out, args.format, args.step)
+    if args.action == "verify":
+        from evlm_jax.convert.verify import verify
+
+        return 0 if verify(args.A, args.B, args.image, args.prompt, args.tolerance) else 1
     from evlm_jax.convert import importer
 
     towers = {"vision": args.vision, "llm": args.llm}

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evlm_jax.config import EVLMConfig
+from evlm_jax.config import EVLMConfig, MediaConfig
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, SampleError, Turn
 from evlm_jax.ops.grouping import pair_count
 
@@ -145,14 +145,14 @@ def prompt(turns: Sequence[Turn], visuals: Sequence[tuple[ImageRef, ...]], token
     """The document that generation continues: its last token predicts the first token of the answer."""
     sample = Sample(key, key, tuple(visuals), (tuple(turns),))
     pieces = _render(sample, lambda spans, dialog: Template(cfg.data.template, tokenizer).prompt(dialog, spans))
-    return lay_out([_steps(pieces[0], tokenizer, cfg)[0]], [()], sample, cfg)
+    return lay_out([steps(pieces[0], tokenizer, cfg.media)[0]], [()], sample, cfg)
 
 
 def document(dialogs: Sequence[Sequence[Piece]], sample: Sample, tokenizer, cfg: EVLMConfig) -> Document:
     """The trie of dialogs given as pieces (for text between the frames of a video, say); `sample` gives images, key and source."""
     paths, targets = [], []
     for pieces in dialogs:
-        path, supervised = _steps(pieces, tokenizer, cfg)
+        path, supervised = steps(pieces, tokenizer, cfg.media)
         # The first token of a document follows nothing, so it cannot be a target.
         wanted = [depth for depth in range(1, len(path)) if supervised[depth]]
         targets.append([(depth - 1, path[depth][0]) for depth in wanted])
@@ -161,6 +161,23 @@ def document(dialogs: Sequence[Sequence[Piece]], sample: Sample, tokenizer, cfg:
 
 
 Step = tuple[int, int, int, int]  # token, media slot, visible start, visible stop
+
+
+def steps(pieces: Sequence[Piece], tokenizer, media: MediaConfig) -> tuple[list[Step], list[bool]]:
+    """Tokens with what they see, and which of them are supervised."""
+    laid, supervised = [], []
+    see = (0, 0)  # text before any image sees none
+    for piece in pieces:
+        if isinstance(piece, Media):
+            placeholder = tokenizer.id(media.placeholder)
+            new = [(placeholder, slot, piece.frame, piece.frame + 1) for slot in range(media.tokens)]
+            see, labelled = (piece.start, piece.stop), False
+        else:
+            ids = (piece.id,) if isinstance(piece, Token) else _tokens(tokenizer, piece.text)
+            new, labelled = [(token, -1, *see) for token in ids], piece.supervised
+        laid += new
+        supervised += [labelled] * len(new)
+    return laid, supervised
 
 
 def lay_out(paths: Sequence[Sequence[Step]], targets: Sequence[Sequence[tuple[int, int]]], sample: Sample, cfg: EVLMConfig) -> Document:
@@ -219,23 +236,6 @@ def _split(text: str, supervised: bool, marks) -> list[Piece]:
         start, stop = next(marks)
         pieces += [Media(frame, start, stop) for frame in range(start, stop)] + [Text(other, supervised)]
     return [piece for piece in pieces if piece != Text("", supervised)]
-
-
-def _steps(pieces: Sequence[Piece], tokenizer, cfg: EVLMConfig) -> tuple[list[Step], list[bool]]:
-    """Tokens with what they see, and which of them are supervised."""
-    steps, supervised = [], []
-    see = (0, 0)  # text before any image sees none
-    for piece in pieces:
-        if isinstance(piece, Media):
-            placeholder = tokenizer.id(cfg.media.placeholder)
-            new = [(placeholder, slot, piece.frame, piece.frame + 1) for slot in range(cfg.media.tokens)]
-            see, labelled = (piece.start, piece.stop), False
-        else:
-            ids = (piece.id,) if isinstance(piece, Token) else _tokens(tokenizer, piece.text)
-            new, labelled = [(token, -1, *see) for token in ids], piece.supervised
-        steps += new
-        supervised += [labelled] * len(new)
-    return steps, supervised
 
 
 @functools.lru_cache(maxsize=1 << 16)

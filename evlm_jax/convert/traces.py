@@ -1,0 +1,240 @@
+"""Runs a model of either kind and keeps what each step gives, for convert/verify.py.
+
+A checkpoint of ours is run twice in float32: its logits come from the model's own scan, its intermediates from a plain loop over the
+same blocks, so that a fault of the scan shows too. A Hugging Face directory is run by transformers, with hooks on its modules.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evlm_jax import checkpoint
+from evlm_jax.batch import Batch
+from evlm_jax.convert.describe import describe_source
+from evlm_jax.convert.engine import recognise
+from evlm_jax.convert.readers import open_source
+from evlm_jax.models.attention import attention, text_mask
+from evlm_jax.models.evlm import EVLM
+from evlm_jax.models.layers import rope_tables
+from evlm_jax.models.vit import stack_bounds
+from evlm_jax.ops.grouped_attention import Plan, grouped_attention
+from evlm_jax.ops.grouping import pair_count, plan
+from evlm_jax.run import load_trained
+from evlm_jax.tokenizer import Tokenizer, load_tokenizer
+
+
+class Example(NamedTuple):
+    """A prompt as both models read it."""
+
+    name: str
+    tokens: np.ndarray  # [T] int32
+    media_slot: np.ndarray  # [T], as the next two in Batch
+    visible_start: np.ndarray
+    visible_stop: np.ndarray
+    pixels: np.ndarray  # [I, h, w, 3] uint8
+    groups: np.ndarray  # [I]; frames of one video have the same number
+
+
+class Trace(NamedTuple):
+    """What a model made of one prompt. Names, in order: vit/tap N (1-based), embed, xattn/L and llm/layers/L by turns, llm/ln_f."""
+
+    seen: dict[str, np.ndarray]  # [I, S, V] of a tap, else [T, D]
+    logits: np.ndarray  # [T, vocab] float32
+
+
+class Side(NamedTuple):
+    """A model that is not loaded yet."""
+
+    path: str
+    run: Callable[["Side", Sequence[Example], bool], list[Trace]]  # True: leave the cross-attention out
+    sections: dict[str, dict[str, Any]]  # vit, llm, xattn, media of EVLMConfig, and media.image_token_id; llm alone of a language model
+    tokenizer: Tokenizer
+
+
+def look(where: str) -> Side:
+    """What lies at `where`, read from its configuration alone.
+
+    Raises:
+      FileNotFoundError: neither a checkpoint of ours nor a Hugging Face directory.
+      ValueError: a model that has no logits, or an architecture that is not EVLM's.
+    """
+    if checkpoint.steps(where):
+        cfg = checkpoint.open_params(where)[1]
+        tokenizer = load_tokenizer(cfg.init.llm)
+        sections = {name: asdict(getattr(cfg, name)) for name in ("vit", "llm", "xattn", "moe", "media")}
+        sections["media"]["image_token_id"] = tokenizer.id(cfg.media.placeholder)
+        return Side(where, run_checkpoint, sections, tokenizer)
+    if not (Path(where) / "config.json").is_file():
+        raise FileNotFoundError(f"{where}: neither a run (steps/) nor a Hugging Face directory (config.json)")
+    source = open_source(Path(where))
+    family, prefix = recognise(source)
+    if family.name not in ("evlm", "llama"):
+        raise ValueError(f"{where} holds {family.name}: compared are EVLM and language models of Llama's and Qwen2's kind")
+    found = describe_source(source, family.name, prefix)
+    if family.name == "llama":
+        return Side(where, run_huggingface, {"llm": found}, load_tokenizer(where))
+    found["media"]["image_token_id"] = source.metadata["image_token_id"]
+    return Side(where, run_huggingface, found, load_tokenizer(where))
+
+
+# ------------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def run_checkpoint(side: Side, examples: Sequence[Example], llm_only: bool) -> list[Trace]:
+    """The newest step of a run, all examples as rows of one batch."""
+    model = load_trained(side.path).model
+    exact = {"dtype": "float32", "matmul_precision": "float32"}
+    model.cfg = replace(model.cfg, train=replace(model.cfg.train, **exact))
+    if llm_only:  # a closed gate makes a block the identity, bit for bit
+        for gate in (model.xattn.attn_gate, model.xattn.ffn_gate):
+            gate[...] = jnp.zeros_like(gate[...])
+    batch = batch_of(examples, model.cfg.xattn.tile, model.cfg.vit.image_size)
+    with jax.default_matmul_precision("highest"):
+        logits = np.asarray(_logits(model, batch))
+        seen = {name: np.asarray(a) for name, a in _loop(model, batch)}
+
+    def trace(row: int, example: Example) -> Trace:
+        own = {name: a[row, : len(example.pixels if name.startswith("vit/") else example.tokens)] for name, a in seen.items()}
+        return Trace({name: a for name, a in own.items() if a.size}, logits[row, : len(example.tokens)])
+
+    return [trace(row, example) for row, example in enumerate(examples)]
+
+
+@jax.jit
+def _logits(model: EVLM, batch: Batch) -> jax.Array:
+    """By the path that training takes."""
+    return model.logits(model.hidden(batch))
+
+
+@jax.jit
+def _vision(block, x):
+    return block(x)
+
+
+@jax.jit
+def _decoder(block, x, rope, mask):
+    return block(x, rope, lambda q, k, v: attention(q, k, v, mask))
+
+
+@partial(jax.jit, static_argnums=0)
+def _cross(sinks, block, x, tap, grouping):
+    k, v = block.keys_values(tap)
+    return block(x, lambda q: grouped_attention(q, k, v, grouping, sinks))
+
+
+def _loop(model: EVLM, batch: Batch) -> Iterator[tuple[str, jax.Array]]:
+    """(name, [B, I, S, V] or [B, T, D]) of every step."""
+    cfg, vit = model.cfg, model.vit
+    layer = lambda stack, i: jax.tree.map(lambda a: a[i], stack)
+    x = (batch.pixels / 255.0 - jnp.array(cfg.vit.mean)) / jnp.array(cfg.vit.std)
+    x, taps = vit.embed(x.reshape(-1, *x.shape[2:])), []
+    for (first, stop), blocks in zip(stack_bounds(cfg.vit), vit.stacks, strict=True):
+        for i in range(stop - first):
+            x = _vision(layer(blocks, i), x)
+        if stop in cfg.vit.taps:
+            taps.append(x.reshape(*batch.pixels.shape[:2], *x.shape[1:]))
+            yield f"vit/tap {stop}", taps[-1]
+
+    mask, rope = text_mask(batch.seen_until), rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta)
+    grouping = Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
+    x = model.embed(batch.tokens, batch.media_slot)
+    yield "embed", x
+    for i in range(cfg.llm.layers):
+        if i in cfg.cross_layers:
+            number = cfg.cross_layers.index(i)
+            x = _cross(cfg.xattn.sinks, layer(model.xattn, number), x, taps[cfg.tap_of_cross_layer[number]], grouping)
+            yield f"xattn/{i}", x
+        x = _decoder(layer(model.llm.layers, i), x, rope, mask)
+        yield f"llm/layers/{i}", x
+    yield "llm/ln_f", model.llm.ln_f(x)
+
+
+def batch_of(examples: Sequence[Example], tile: int, size: int) -> Batch:
+    """One example a row, padded to the largest; at least one image."""
+    rows, length = len(examples), max(len(example.tokens) for example in examples)
+    images = max(1, *(len(example.pixels) for example in examples))
+    pairs = max(1, *(pair_count(example.visible_start, example.visible_stop, tile) for example in examples))
+    names = ("tokens", "media_slot", "visible_start", "visible_stop")
+    arrays = {name: np.full((rows, length), -(name == "media_slot"), np.int32) for name in names}
+    arrays |= {name: np.tile(np.arange(length, dtype=np.int32), (rows, 1)) for name in ("positions", "seen_until")}
+    arrays["seen_until"] += 1
+    pixels = np.zeros((rows, images, size, size, 3), np.uint8)
+    for row, example in enumerate(examples):
+        pixels[row, : len(example.pixels)] = example.pixels
+        arrays["seen_until"][row, : len(example.tokens)] = len(example.tokens)
+        for name in names:
+            arrays[name][row, : len(example.tokens)] = getattr(example, name)
+    plans = [plan(*ranges, tile, pairs) for ranges in zip(arrays["visible_start"], arrays["visible_stop"])]
+    arrays |= {name: np.stack([p[name] for p in plans]) for name in Plan._fields}
+    none = np.zeros((rows, 1), np.int32)
+    return Batch(**arrays, target_at=none, targets=none - 1, target_source=none, pixels=pixels, taps=None)
+
+
+# ------------------------------------------------------------------------------------------------------------ Hugging Face
+
+
+def run_huggingface(side: Side, examples: Sequence[Example], llm_only: bool) -> list[Trace]:
+    """A directory that transformers loads, one example at a time.
+
+    Raises:
+      ImportError: torch or transformers is missing.
+      ValueError: tensors that the model needs are missing, or some are left over.
+    """
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise ImportError(f"{side.path}: running it needs PyTorch: pip install torch transformers ({error})") from error
+    how = {"trust_remote_code": True, "dtype": torch.float32, "output_loading_info": True}
+    model, loading = AutoModelForCausalLM.from_pretrained(side.path, **how)
+    if wrong := sorted(f"{kind.removesuffix('_keys')} {key}" for kind in ("missing_keys", "unexpected_keys") for key in loading[kind]):
+        raise ValueError(f"{side.path}: tensors do not fit the model; export it again:\n  " + "\n  ".join(wrong))
+    if llm_only and "xattn" in side.sections:
+        for name, parameter in model.xattn.named_parameters():
+            if name.endswith("_gate"):
+                parameter.data.zero_()
+    seen: dict[str, np.ndarray] = {}
+    _hook(model.eval(), side.sections, seen)
+
+    def trace(example: Example) -> Trace:
+        seen.clear()
+        inputs = {"input_ids": example.tokens[None].astype(np.int64)}
+        if "vit" in side.sections:
+            mean, std = (np.array(side.sections["vit"][name]) for name in ("mean", "std"))
+            pixels = ((example.pixels / 255.0 - mean) / std).transpose(0, 3, 1, 2)[None].astype(np.float32)
+            inputs |= {"pixel_values": pixels, "image_groups": example.groups[None].astype(np.int64)}
+        with torch.no_grad():
+            logits = model(**{name: torch.from_numpy(a) for name, a in inputs.items()}, use_cache=False).logits
+        return Trace(dict(seen), logits[0].numpy())
+
+    return [trace(example) for example in examples]
+
+
+def _hook(model, sections: dict[str, dict[str, Any]], seen: dict[str, np.ndarray]) -> None:
+    """Every later call of the model fills `seen`."""
+
+    def keep(name: str, out) -> None:
+        out = out[0] if isinstance(out, tuple) else out
+        seen[name] = (out if name.startswith("vit/") else out[0]).detach().numpy().copy()
+
+    def after(module, name: str) -> None:
+        module.register_forward_hook(lambda _module, _inputs, out: keep(name, out))
+
+    if "vit" in sections:
+        llm, norm, first = model.llm, model.llm.ln_f, model.xattn["0"]
+        for tap in sections["vit"]["taps"]:
+            after(model.vit.blocks[tap - 1], f"vit/tap {tap}")
+        for layer, block in model.xattn.items():
+            after(block, f"xattn/{layer}")
+    else:
+        llm, norm, first = model.model, model.model.norm, model.model.layers[0]
+    first.register_forward_pre_hook(lambda _module, inputs: keep("embed", inputs[0]))
+    for i, layer in enumerate(llm.layers):
+        after(layer, f"llm/layers/{i}")
+    after(norm, "llm/ln_f")

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from evlm_jax import checkpoint, tensors
+from evlm_jax.cli import main
 from evlm_jax.config import to_dict
 from evlm_jax.convert import engine, export, importer
 from evlm_jax.convert.readers import open_source
@@ -132,6 +133,27 @@ def test_a_missing_shard_leaves_nothing(tmp_path, towers, monkeypatch):
     with pytest.raises(FileNotFoundError, match=f"names shards that are not there: {lost.name}"):
         importer.import_towers(replace(towers, init=replace(towers.init, llm=str(tmp_path / "sharded"))), str(tmp_path / "out"))
     assert not list(tmp_path.glob("out*"))
+
+
+EXPERIMENT = """
+import json
+from ml_collections import ConfigDict
+def get_config(form=""):
+    return ConfigDict(json.loads({text!r}), convert_dict=True)
+"""
+
+
+def test_the_commands(tmp_path, towers, capsys):
+    """Import, export, import of the export, as they are typed; what goes wrong is one line and status 1."""
+    (tmp_path / "mine.py").write_text(EXPERIMENT.format(text=json.dumps(to_dict(CFG))))
+    config, place = ["--config", str(tmp_path / "mine.py")], lambda name: str(tmp_path / name)
+    assert main(["convert", "import", *config, "--vision", towers.init.vision, "--llm", towers.init.llm, "--out", place("a")]) == 0
+    assert main(["convert", "export", "--checkpoint", place("a"), "--out", place("hf")]) == 0
+    assert main(["convert", "import", *config, "--model", place("hf"), "--out", place("b")]) == 0
+    assert same(checkpoint.load_params(place("a"))[0], checkpoint.load_params(place("b"))[0])
+    capsys.readouterr()
+    assert main(["convert", "import", *config, "--model", place("hf"), "--out", place("b")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"evlm: {place('b')} exists; give a new directory, or remove it"
 
 
 KILLED = """

@@ -142,7 +142,7 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> int | None:
 
         return export.export(args.checkpoint, args.out, args.format, args.step)
     if args.action == "verify":
-        from evlm_jax.convert.verify import verify
+        from evlm_jax.verify import verify
 
         return 0 if verify(args.A, args.B, args.image, args.prompt, args.tolerance) else 1
     from evlm_jax.convert import importer

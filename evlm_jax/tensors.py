@@ -11,7 +11,8 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import IO, NamedTuple
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -44,6 +45,14 @@ class Tensor(NamedTuple):
 
 
 Tensors = Mapping[str, Tensor]
+
+
+class Source(NamedTuple):
+    """A checkpoint: `metadata` is config.json, the GGUF key-value store, or empty."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, Tensor]
 
 
 def read_all(tensors: Tensors) -> dict[str, np.ndarray]:

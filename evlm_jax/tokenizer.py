@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from evlm_jax import assets
-from evlm_jax.convert.readers import read_gguf
+from evlm_jax.gguf_file import read_gguf
 
 STOP_NAMES = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "</s>")  # of the families that convert/tables.py knows
 GGUF_CONTROL = 3  # token type

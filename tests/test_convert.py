@@ -14,7 +14,7 @@ from evlm_jax import assets
 from evlm_jax.convert import engine, readers
 from evlm_jax.convert.interpolate import resize_positions, weights
 from evlm_jax.convert.tables import FAMILIES
-from evlm_jax.tensors import read_all
+from evlm_jax.tensors import Source, read_all
 from tests.parity import needs_asset, needs_transformers
 from tests.tiny import tiny_config
 
@@ -22,7 +22,7 @@ CFG = tiny_config()
 SHAPES = {name: shape for name, shape in engine.parameter_shapes(CFG).items() if name.startswith("llm/")}
 
 
-def llama_directory(folder, shapes: dict | None = None, **changes) -> readers.Source:
+def llama_directory(folder, shapes: dict | None = None, **changes) -> Source:
     """A Llama checkpoint of the tiny config's decoder in `folder`; `shapes` and config keys as changed."""
     llm = CFG.llm
     tensors = {

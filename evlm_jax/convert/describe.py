@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from evlm_jax.convert.readers import Source
+from evlm_jax.tensors import Source
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}

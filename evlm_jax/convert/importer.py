@@ -9,10 +9,10 @@ from tqdm import tqdm
 from evlm_jax import assets, checkpoint
 from evlm_jax.config import EVLMConfig, to_dict
 from evlm_jax.convert.engine import Tower, open_tower
-from evlm_jax.convert.readers import Source, open_source
+from evlm_jax.convert.readers import open_source
 from evlm_jax.convert.whole import whole
 from evlm_jax.models.fresh import cross_attention_tensors, media_embedding
-from evlm_jax.tensors import Tensor
+from evlm_jax.tensors import Source, Tensor
 from evlm_jax.tokenizer import load_tokenizer
 
 

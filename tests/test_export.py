@@ -59,7 +59,7 @@ sys.modules |= dict.fromkeys(("jax", "flax", "evlm_jax", "torchvision", "einops"
 import numpy as np, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 torch.set_num_threads(1)
-folder = sys.argv[1]
+folder, new = sys.argv[1], int(sys.argv[2])
 assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "evlm"
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 model.save_pretrained(folder + "/again")
@@ -70,10 +70,10 @@ for name in sorted({key.split("/")[0] for key in data}):
     inputs = {part: torch.tensor(data[f"{name}/{part}"]) for part in ("input_ids", "pixel_values", "image_groups")}
     with torch.no_grad():
         out[f"{name}/logits"] = model(**inputs).logits[0].numpy()
-        sizes = dict(max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+        sizes = dict(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
         cached = model.generate(**inputs, **sizes)
         assert torch.equal(cached, model.generate(**inputs, use_cache=False, **sizes)), name
-        assert cached.shape[1] == inputs["input_ids"].shape[1] + 40
+        assert cached.shape[1] == inputs["input_ids"].shape[1] + new
         sizes |= {"max_new_tokens": 8, "num_beams": 3}
         assert torch.equal(model.generate(**inputs, **sizes), model.generate(**inputs, use_cache=False, **sizes)), name
         out[f"{name}/generated"] = cached[0].numpy()
@@ -125,7 +125,13 @@ def test_loaded_without_jax(tmp_path, towers):
     rows = {name: row(cfg, parts, pixels) for name, parts in (LONG if cfg.llm.dynamic_ntk else ROWS).items()}
     np.savez(folder / "inputs.npz", **{f"{name}/{part}": array for name, (_, inputs) in rows.items() for part, array in inputs.items()})
     environment = os.environ | {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    done = subprocess.run([sys.executable, "-c", SCRIPT, folder], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, folder, "24" if cfg.llm.dynamic_ntk else "40"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = np.load(folder / "outputs.npz")
     for name, (batch, _) in rows.items():

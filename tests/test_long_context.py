@@ -3,10 +3,8 @@
 A context of 16 tokens stands for Qwen's 2048.
 """
 
-import json
 import math
 from functools import cache
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from flax import nnx
 
 from evlm_jax.convert import export
 from evlm_jax.names import flatten
+from tests.checkpoints import run_directory
 from tests.parity import answer_logits, needs_transformers, relative, text_logits
 from tests.random_model import random_model
 from tests.tiny import tiny_config
@@ -97,10 +96,9 @@ def test_exported_model_equals_numpy(tmp_path):
     from evlm_jax.convert.torch_model.modeling_evlm import EVLMForCausalLM
 
     model, params = made(dynamic_ntk=CONTEXT, logn=CONTEXT)
-    export.write_weights(tmp_path, params)
-    for name, content in export.describe_model(model.cfg, SimpleNamespace(id=lambda name: 255, eos=(254,)), "float32").items():
-        (tmp_path / name).write_text(json.dumps(content))
-    theirs = EVLMForCausalLM.from_pretrained(tmp_path)
+    run_directory(tmp_path / "run", model.cfg, model)
+    export.export(str(tmp_path / "run"), str(tmp_path / "out"), "hf")
+    theirs = EVLMForCausalLM.from_pretrained(tmp_path / "out")
     prompts, answers = texts()
     padding = LENGTHS.max() - LENGTHS
     ids = torch.tensor(np.stack([np.pad(prompt, (n, 0)) for prompt, n in zip(prompts, padding)]))

@@ -57,7 +57,7 @@ def read_gguf(path: Path) -> Source:
         if base + offset + length > len(data):
             raise ValueError(f"{path}: {name} lies behind the end of the file; fetch it again")
         rows = (*shape[:-1], shape[-1] // block * size)
-        raw = lambda: np.frombuffer(data[base + offset : base + offset + length], np.uint8).reshape(rows)
+        raw = lambda: np.fromfile(path, np.uint8, length, offset=base + offset).reshape(rows)
         return Tensor(shape, np.dtype(np.float32), lambda: quants.dequantize(raw(), kind).reshape(shape))
 
     return Source(path, metadata, {info[0]: reader(*info) for info in infos})

@@ -137,6 +137,13 @@ def test_pytorch_files(tmp_path, capsys):
         for name, array in arrays.items():
             assert found[name].shape == array.shape
             assert found[name].read().tobytes() == array.astype(ml_dtypes.bfloat16).tobytes()
+    turned = torch.arange(24.0).reshape(4, 6)
+    torch.save({"turned": turned.T, "part": turned[1:3, 2:]}, tmp_path / "views.pt")
+    for name, view in (("turned", turned.T), ("part", turned[1:3, 2:])):
+        assert (readers.open_source(tmp_path / "views.pt").tensors[name].read() == view.numpy()).all()
+    torch.save({"w": turned}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="old.pt: w is in the format of before PyTorch 1.6"):
+        readers.open_source(tmp_path / "old.pt")
     torch.save({"model.norm.weight": tensors["model.norm.weight"], "more": Code()}, tmp_path / "code.pt")
     with pytest.raises(ValueError, match=r"code.pt: damaged, or holds more than tensors"):
         readers.open_source(tmp_path / "code.pt")

@@ -6,7 +6,6 @@ which is one protobuf message).
 
 import json
 import pickle
-from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -43,33 +42,39 @@ def read_directory(folder: Path) -> Source:
 
 
 def read_torch(path: Path) -> Source:
-    """PyTorch's own format, mapped into memory; a state dict, or one under "state_dict", "model" or "module".
+    """PyTorch's own format; a state dict, or one under "state_dict", "model" or "module". torch tells where each tensor lies in the file.
 
     Raises:
       ImportError: torch is not installed.
-      ValueError: damaged, or a pickle that holds more than tensors: it could run code, and is not read.
+      ValueError: damaged, or a pickle that holds more than tensors: it could run code, and is not read; or of before PyTorch 1.6.
     """
     try:
         import torch
+        from torch._subclasses.fake_tensor import FakeTensorMode
     except ImportError as error:
         raise ImportError(f"{path}: PyTorch's format needs torch: pip install torch, or give the same weights as safetensors") from error
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with FakeTensorMode():  # no tensor is read
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise ValueError(f"{path}: damaged, or holds more than tensors; copy it again, or ask for safetensors ({error})") from error
     for key in ("state_dict", "model", "module"):
         state = state[key] if isinstance(state.get(key), dict) else state
 
-    def array(tensor) -> np.ndarray:
-        if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16 of its own: the bits go over
-            return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.numpy()
+    def promise(name: str, tensor) -> Tensor:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        dtype, strides = np.dtype(getattr(ml_dtypes, kind, kind)), tensor.stride()
+        if (start := getattr(tensor.untyped_storage(), "_checkpoint_offset", None)) is None:
+            raise ValueError(f"{path}: {name} is in the format of before PyTorch 1.6: load and save the file with a newer torch")
 
-    def promise(tensor) -> Tensor:
-        name = str(tensor.dtype).removeprefix("torch.")
-        return Tensor(tuple(tensor.shape), np.dtype(getattr(ml_dtypes, name, name)), partial(array, tensor))
+        def read() -> np.ndarray:
+            count = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides)) if tensor.numel() else 0
+            flat = np.fromfile(path, dtype, count, offset=start + tensor.storage_offset() * dtype.itemsize)
+            return np.lib.stride_tricks.as_strided(flat, tuple(tensor.shape), [stride * dtype.itemsize for stride in strides])
 
-    return Source(path, {}, {name: promise(tensor) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)})
+        return Tensor(tuple(tensor.shape), dtype, read)
+
+    return Source(path, {}, {name: promise(name, tensor) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)})
 
 
 def read_onnx(path: Path) -> Source:

@@ -7,13 +7,13 @@
 
 The hash is of the content. A store is written again only where it does not hold what a phase freezes: a phase that unfreezes
 more rests on the store of the phase before, and its own trained values lie over it. Saves are asynchronous and atomic (orbax
-writes aside and renames); a store is deleted only when no step names it any more. An imported model (convert/importer.py) is a
-store and a step 0 that trained nothing.
+writes aside and renames); a store is deleted only when no step names it any more. A model that was imported or upcycled
+is a store and a step 0 without trained parameters beside it.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -60,7 +60,7 @@ class Checkpoints:
             return None
         snapshot = read(self.root)
         if not snapshot.groups:
-            raise ValueError(f"{self.root} is an imported model, not a run: give another workdir, and this one as --init")
+            raise ValueError(f"{self.root} was imported or upcycled and is no run: give another workdir, and this as --init")
         self._store = snapshot.meta["store"]
         return snapshot
 
@@ -111,9 +111,9 @@ def write_store(root: epath.Path, tensors: Tensors, written: Callable[[int], Non
     return _hash(manifest)
 
 
-def write_imported(root: epath.Path, cfg: EVLMConfig, store: str, origin: dict) -> None:
-    """Step 0 of a model that rests on `store` alone; `origin` says where it comes from."""
-    meta = {"step": 0, "phase": 0, "data": None, "config": to_dict(cfg), "trained": [], "store": store, "origin": origin}
+def write_imported(root: epath.Path, cfg: EVLMConfig, store: str, origin: dict, trained: Iterable[str] = ()) -> None:
+    """Step 0 of a model that rests on `store` alone; `origin` says where it comes from, `trained` what had been trained there."""
+    meta = {"step": 0, "phase": 0, "data": None, "config": to_dict(cfg), "trained": sorted(trained), "store": store, "origin": origin}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         writer.save(root / STEPS / "0", args=ocp.args.Composite(meta=ocp.args.JsonSave(meta)))
 

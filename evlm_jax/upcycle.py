@@ -11,20 +11,23 @@ expert is the whole FFN. A token's k experts beside it would be another function
 All factors are in the weights; models/moe.py knows nothing of them. One layer is made at a time, from names without their prefix.
 """
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import replace
+import functools
+from collections.abc import Callable
+from dataclasses import asdict, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from evlm_jax import checkpoint
-from evlm_jax.checkpoint import Arrays, Checkpoints
-from evlm_jax.config import EVLMConfig, MoEConfig, to_dict
+from evlm_jax.checkpoint import Arrays
+from evlm_jax.config import EVLMConfig, MoEConfig
 from evlm_jax.models.layers import MLP
 from evlm_jax.models.moe import MoE
+from evlm_jax.tensors import Tensor, Tensors, read_all
+from evlm_jax.whole import whole
 
 TOKENS = 512  # of the batch that the receipt is about
 FC1, FC2 = "ffn/fc1/kernel", "ffn/fc2/kernel"
@@ -68,18 +71,31 @@ def upcycle_layer(layer: Arrays, moe: MoEConfig, rng: np.random.Generator) -> Ar
     }
 
 
-def upcycle(params: Arrays, cfg: EVLMConfig) -> Iterator[tuple[int, Arrays, Arrays]]:
-    """(LLM layer, its block before, its block after) of each cross-attention block of a dense model; names are without "xattn/LAYER/".
+def upcycle(tensors: Tensors, cfg: EVLMConfig, say: Callable[[str], None] = print) -> dict[str, Tensor]:
+    """All tensors of a dense model, with the experts of `cfg`: a layer is made, and its receipt said, when it is read.
 
     Raises:
       ValueError: as `check`, and where a block has no dense FFN.
     """
-    for layer in cfg.cross_layers:
-        prefix = f"xattn/{layer}/"
-        before = {name.removeprefix(prefix): array for name, array in params.items() if name.startswith(prefix)}
-        if missing := [prefix + name for name in (FC1, FC2) if name not in before]:
-            raise ValueError(f"upcycle: the checkpoint has no {', '.join(missing)}; it must be of a dense model with moe.copies = 0")
-        yield layer, before, upcycle_layer(before, cfg.moe, np.random.default_rng([cfg.train.seed, layer]))
+    prefixes = {layer: f"xattn/{layer}/" for layer in cfg.cross_layers}
+    if missing := [p + name for p in prefixes.values() for name in (FC1, FC2) if p + name not in tensors]:
+        raise ValueError(f"upcycle: the checkpoint has no {', '.join(missing)}; it must be of a dense model with moe.copies = 0")
+
+    @functools.lru_cache(maxsize=1)  # a layer's tensors are read one after another
+    def block(layer: int) -> Arrays:
+        prefix = prefixes[layer]
+        before = read_all({name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)})
+        after = upcycle_layer(before, cfg.moe, np.random.default_rng([cfg.train.seed, layer]))
+        difference, largest, load = receipt(before, after, cfg.moe)
+        chosen = f"{(load > 0).sum()} of {len(load)} experts chosen"
+        say(f"layer {layer}: |dense - moe| <= {difference:.2e}, |dense| <= {largest:.2e}, {chosen}")
+        return after
+
+    out, like = {name: tensor for name, tensor in tensors.items() if not name.startswith("xattn/")}, block(cfg.cross_layers[0])
+    for layer, prefix in prefixes.items():
+        for name, array in like.items():
+            out[prefix + name] = Tensor(array.shape, array.dtype, lambda layer=layer, name=name: block(layer)[name])
+    return out
 
 
 def receipt(before: Arrays, after: Arrays, moe: MoEConfig, seed: int = 0) -> tuple[float, float, np.ndarray]:
@@ -110,26 +126,22 @@ def _filled(make, arrays: Arrays) -> nnx.Module:
 
 
 def upcycle_run(source: str, cfg: EVLMConfig, out: str) -> None:
-    """Writes the newest step of the dense run `source` as a run with the experts of `cfg`, to start a stage from (`evlm train --init`).
+    """Writes the newest step of the dense run `source` as a model with the experts of `cfg`, to start a stage from (`evlm train --init`).
+
+    Tensors pass one layer at a time, whatever the model's size.
 
     Raises:
-      FileExistsError: `out` has checkpoints.
+      FileExistsError: `out` is there already.
       ValueError: as `upcycle`; or towers or cross-attention of `cfg` are not those of the checkpoint.
     """
     check(cfg.moe)
-    params, before = checkpoint.load_params(source)
+    tensors, before = checkpoint.open_params(source)
     if wrong := [name for name in ("llm", "xattn", "media") if getattr(cfg, name) != getattr(before, name)]:
         raise ValueError(f"upcycle: sections {', '.join(wrong)} of the config are not those of {source}; give the config of its next stage")
-    if checkpoint.steps(out):
-        raise FileExistsError(f"{out} has checkpoints; give a new directory")
-    made, trained = {}, {name for name in checkpoint.trained(source) if not name.startswith("xattn/")}
-    for layer, dense, experts in upcycle(params, replace(before, moe=cfg.moe)):
-        difference, largest, load = receipt(dense, experts, cfg.moe)
-        made |= {f"xattn/{layer}/{name}": array for name, array in experts.items()}
-        chosen = f"{(load > 0).sum()} of {len(load)} experts chosen"
-        print(f"layer {layer}: |dense - moe| <= {difference:.2e}, |dense| <= {largest:.2e}, {chosen}", flush=True)
-    rest = {name: array for name, array in params.items() if not name.startswith("xattn/")}
-    meta = {"phase": 0, "data": None, "config": to_dict(replace(before, moe=cfg.moe)), "trained": sorted(trained | set(made))}
-    with contextlib.closing(Checkpoints(out, keep=1)) as checkpoints:
-        checkpoints.freeze(rest)
-        checkpoints.save(0, made, {"0/count": np.int32(0)}, meta)
+    after, plan = replace(before, moe=cfg.moe), {"source": checkpoint.identity(source, None), "moe": asdict(cfg.moe)}
+    made = upcycle(tensors, after, tqdm.write)
+    trained = {name for name in checkpoint.trained(source) if name in made} | {name for name in made if name.startswith("xattn/")}
+    with whole(out, plan) as folder:
+        with tqdm(total=sum(tensor.size for tensor in made.values()), unit="B", unit_scale=True, desc=folder.stem) as bar:
+            store = checkpoint.write_store(folder, made, bar.update)
+        checkpoint.write_imported(folder, after, store, {"upcycled": source}, trained)

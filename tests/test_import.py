@@ -70,7 +70,7 @@ def test_towers_become_a_checkpoint(tmp_path, towers, capsys):
     said, meta = capsys.readouterr().out, json.loads((tmp_path / "out/steps/0/meta/metadata").read_text())
     assert meta["origin"]["vit"]["positions"] == "2x2 -> 4x4 by bicubic" and meta["origin"]["llm"]["positions"] == "as stored"
     assert "dropped on purpose: layernorm.weight" in said and "encoder.layer.3.norm1.weight" in meta["origin"]["vit"]["dropped"]
-    with pytest.raises(ValueError, match="an imported model, not a run: give another workdir"):
+    with pytest.raises(ValueError, match="imported or upcycled and is no run: give another workdir"):
         checkpoint.Checkpoints(tmp_path / "out", keep=1).resume()
 
 

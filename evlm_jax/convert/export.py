@@ -19,9 +19,9 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.engine import sizes, theirs
 from evlm_jax.convert.tables import FAMILIES
 from evlm_jax.convert.torch_file import write_torch
-from evlm_jax.convert.whole import whole
 from evlm_jax.tensors import Tensors, write_folder
 from evlm_jax.tokenizer import Tokenizer, load_tokenizer
+from evlm_jax.whole import whole
 
 CODE = Path(__file__).parent / "torch_model"
 PLAIN_CODE = ("towers_evlm.py", "plain_evlm.py")  # needs torch alone

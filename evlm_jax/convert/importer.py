@@ -10,10 +10,10 @@ from evlm_jax import assets, checkpoint
 from evlm_jax.config import EVLMConfig, to_dict
 from evlm_jax.convert.engine import Tower, open_tower
 from evlm_jax.convert.readers import open_source
-from evlm_jax.convert.whole import whole
 from evlm_jax.models.fresh import cross_attention_tensors, media_embedding
 from evlm_jax.tensors import Source, Tensor
 from evlm_jax.tokenizer import load_tokenizer
+from evlm_jax.whole import whole
 
 
 def import_towers(cfg: EVLMConfig, out: str) -> None:

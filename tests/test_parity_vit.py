@@ -77,6 +77,7 @@ TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "im
         ("Dinov2WithRegisters", 28),
         ("Dinov2WithRegisters", 42),
         ("CLIPVision", 42),
+        ("CLIPVision gelu", 28),  # LAION's
         ("CLIP", 28),
         ("SiglipVision", 42),
         ("Siglip", 28),
@@ -88,8 +89,9 @@ def test_tiny_random_towers_from_a_transformers_directory(tmp_path, family, imag
     import transformers
 
     torch.manual_seed(0)
+    family, _, activation = family.partition(" ")
     clip, siglip = family.startswith("CLIP"), family.startswith("Siglip")
-    sizes = TINY | ({"intermediate_size": 56} if clip or siglip else {})
+    sizes = TINY | ({"intermediate_size": 56} if clip or siglip else {}) | ({"hidden_act": activation} if activation else {})
     if family in ("CLIP", "Siglip"):
         text = {
             "hidden_size": 16,

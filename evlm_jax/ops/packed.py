@@ -1,8 +1,8 @@
-"""Stacks of matrices laid out for few rows: in decoding, a token costs one reading of all weights, and nothing else counts.
+"""Stacks of matrices laid out for decoding: a token costs one reading of all weights, and nothing else counts.
 
-On CPU, XLA's own products copy a layer out of its stack first and widen 16-bit weights into memory. Written as a sum of scaled
-rows they become one fused loop that reads each weight once, straight from the stack. bfloat16 rows 2i and 2i+1 stand in one
-uint32, so that widening them is a shift and a mask:
+On CPU, XLA's own products copy a layer out of its stack first and widen 16-bit weights into memory. For a single row of x, written
+as a sum of scaled rows, they become one fused loop that reads each weight once, straight from the stack. Rows 2i and 2i+1 of bfloat16
+stand in one uint32, so that widening them is a shift and a mask:
 
     uint32      odd row | even row          float32 of the even row = word << 16, of the odd row = word & 0xffff0000
 
@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from evlm_jax.ops.product import product
 
-FEW = 16  # rows up to which a product is bound by reading the weights
 UNROLL = 16  # matrix rows summed inside the fused loop
 COLUMNS = 4096  # of one piece of the output head: its partial sums stay in the cache
 
@@ -32,7 +31,7 @@ class Packed:
     layer: jax.Array | int = 0
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = _product(x.reshape(-1, x.shape[-1]), self.kernel, self.layer, FEW).astype(x.dtype)
+        y = _product(x.reshape(-1, x.shape[-1]), self.kernel, self.layer).astype(x.dtype)
         y = y if self.bias is None else y + self.bias[self.layer].astype(x.dtype)
         return y.reshape(*x.shape[:-1], -1)
 
@@ -60,13 +59,13 @@ def pack_head(kernel: jax.Array, dtype: str) -> Packed:
 
 def logits(head: Packed, x: jax.Array, vocab: int) -> jax.Array:
     """x [B, in] -> float32 [B, vocab]."""
-    pieces = jax.lax.map(lambda i: _product(x, head.kernel, i, few=1), jnp.arange(head.kernel.shape[0]))
+    pieces = jax.lax.map(lambda i: _product(x, head.kernel, i), jnp.arange(head.kernel.shape[0]))
     return pieces.swapaxes(0, 1).reshape(len(x), -1)[:, :vocab].astype(jnp.float32)
 
 
-def _product(x: jax.Array, kernel: jax.Array, layer: jax.Array | int, few: int) -> jax.Array:
-    """x [B, in] times one layer; `few`: the B up to which summing rows is faster than widening the layer for a plain product."""
-    return (_few if len(x) <= few and jax.default_backend() == "cpu" else _many)(x, kernel, layer)
+def _product(x: jax.Array, kernel: jax.Array, layer: jax.Array | int) -> jax.Array:
+    """x [B, in] times one layer. From two rows on, copying and widening the layer costs less than the loop's arithmetic."""
+    return (_one if len(x) == 1 and jax.default_backend() == "cpu" else _many)(x, kernel, layer)
 
 
 def _widen(words: jax.Array) -> tuple[jax.Array, ...]:
@@ -76,18 +75,17 @@ def _widen(words: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(jax.lax.bitcast_convert_type(half, jnp.float32) for half in (words << 16, words & jnp.uint32(0xFFFF0000)))
 
 
-def _few(x: jax.Array, kernel: jax.Array, layer: jax.Array | int) -> jax.Array:
-    """x [B, in] as sums of `chunk` scaled rows [groups, B, out], in one fused loop, and the sum of those as a product with ones."""
-    (layers, rows, out), (batch, width) = kernel.shape, x.shape
+def _one(x: jax.Array, kernel: jax.Array, layer: jax.Array | int) -> jax.Array:
+    """x [1, in] as sums of `chunk` scaled rows [groups, out], in one fused loop, and the sum of those as a product with ones."""
+    (layers, rows, out), width = kernel.shape, x.shape[1]
     chunk = math.gcd(rows, UNROLL * rows // width)
-    grouped, scales = kernel.reshape(layers, -1, chunk, out), x.T.reshape(rows // chunk, chunk, width // rows, batch)
+    grouped, scales = kernel.reshape(layers, -1, chunk, out), x.reshape(rows // chunk, chunk, width // rows)
     total = 0.0
     for j in range(chunk):
-        words = jax.lax.dynamic_slice(grouped, (layer, 0, j, 0), (1, rows // chunk, 1, out))[0]
+        words = jax.lax.dynamic_slice(grouped, (layer, 0, j, 0), (1, rows // chunk, 1, out))[0, :, 0]
         for half, row in enumerate(_widen(words)):
-            total += scales[:, j, half, :, None] * row
-    ones = jnp.ones((1, rows // chunk), x.dtype)
-    return (ones @ total.reshape(rows // chunk, -1)).reshape(batch, out)
+            total += scales[:, j, half, None] * row
+    return jnp.ones((1, rows // chunk), x.dtype) @ total
 
 
 def _many(x: jax.Array, kernel: jax.Array, layer: jax.Array | int) -> jax.Array:

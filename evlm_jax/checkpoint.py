@@ -107,8 +107,12 @@ def write_store(root: epath.Path, tensors: Tensors, written: Callable[[int], Non
     aside.mkdir(parents=True, exist_ok=True)
     manifest = write_folder(aside, tensors, written)
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=0))
-    aside.rename(root / FROZEN / _hash(manifest))
-    return _hash(manifest)
+    store = root / FROZEN / _hash(manifest)
+    if store.exists():  # a writer that was cut off behind this line has left it
+        aside.rmtree()
+    else:
+        aside.rename(store)
+    return store.name
 
 
 def write_imported(root: epath.Path, cfg: EVLMConfig, store: str, origin: dict, trained: Iterable[str] = ()) -> None:
@@ -176,12 +180,16 @@ def _frozen(root: epath.Path, store: str) -> dict[str, Tensor]:
     if (found := _hash(manifest)) != store:
         raise ValueError(f"the checkpoint needs the frozen store {store}, the content of {path} has hash {found}: copy the original there")
 
-    def checked(name: str, tensor: Tensor) -> np.ndarray:
-        if digest(array := tensor.read()) != manifest[name]:
+    tensors = read_folder(path) or {}
+    if lost := sorted(manifest.keys() - tensors.keys()):
+        raise ValueError(f"{path}: {len(lost)} tensors are not there, first of them {', '.join(lost[:3])}: copy the original store there")
+
+    def checked(name: str) -> np.ndarray:
+        if digest(array := tensors[name].read()) != manifest[name]:
             raise ValueError(f"{path}: {name} is not what was written there (its hash differs): copy the original store there")
         return array
 
-    return {name: tensor._replace(read=partial(checked, name, tensor)) for name, tensor in (read_folder(path) or {}).items()}
+    return {name: tensors[name]._replace(read=partial(checked, name)) for name in manifest}
 
 
 def _meta(root: epath.Path, step: int | str) -> dict:

@@ -1,4 +1,4 @@
-"""Runs a model of either kind and keeps what each step gives, for convert/verify.py.
+"""Runs a model of either kind and keeps what each step gives, for verify.py.
 
 A checkpoint of ours is run twice in float32: its logits come from the model's own scan, its intermediates from a plain loop over the
 same blocks, so that a fault of the scan shows too. A Hugging Face directory is run by transformers, with hooks on its modules.
@@ -53,7 +53,9 @@ class Side(NamedTuple):
 
     path: str
     run: Callable[["Side", Sequence[Example], bool], list[Trace]]  # True: leave the cross-attention out
-    sections: dict[str, dict[str, Any]]  # vit, llm, xattn, media of EVLMConfig, and media.image_token_id; llm alone of a language model
+    sections: dict[
+        str, dict[str, Any]
+    ]  # vit, llm, xattn, moe, media of EVLMConfig, and media.image_token_id; llm alone of a language model
     tokenizer: Tokenizer
 
 

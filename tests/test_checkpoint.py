@@ -77,6 +77,18 @@ def test_a_missing_or_different_store_is_refused_with_both_hashes(tmp_path):
         Checkpoints(tmp_path / "a", keep=2).resume()
 
 
+def test_a_damaged_store_is_refused_by_name(tmp_path):
+    run(tmp_path, arrays(0, "vit/cls", "vit/pos"), 1)
+    (file,) = tmp_path.glob("frozen/*/model.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="vit/pos is not what was written there"):
+        checkpoint.load_params(tmp_path)
+    file.unlink()
+    with pytest.raises(ValueError, match="2 tensors are not there, first of them vit/cls, vit/pos"):
+        checkpoint.open_params(tmp_path)
+
+
 def test_one_store_serves_the_phases_that_freeze_less(tmp_path):
     """The trained values lie over the store, which is not written again for a part of it."""
     run(tmp_path, arrays(0, "vit/cls", "vit/pos"), 1)

@@ -18,6 +18,7 @@ from evlm_jax.cli import main
 from evlm_jax.config import to_dict
 from evlm_jax.convert import engine, export, importer
 from evlm_jax.convert.readers import open_source
+from evlm_jax.run import next_stage
 from evlm_jax.tensors import Tensor, read_all, write_folder
 from tests.checkpoints import dinov2_directory, family, llama_directory, random_tensors, run_directory
 from tests.random_model import random_model
@@ -81,6 +82,8 @@ def test_an_export_comes_back_bit_for_bit(tmp_path, copies):
     export.export(str(tmp_path / "run"), str(tmp_path / "hf"), "hf")
     importer.import_export(cfg, str(tmp_path / "hf"), str(tmp_path / "back"))
     assert same(checkpoint.load_params(tmp_path / "back")[0], checkpoint.load_params(tmp_path / "run")[0])
+    params, trained = next_stage(cfg, str(tmp_path / "back"))  # of which no new stage may start a norm anew, or cast a block
+    assert trained == params.keys()
     export.export(str(tmp_path / "back"), str(tmp_path / "again"), "hf")
     for path in (tmp_path / "hf").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
@@ -194,6 +197,18 @@ def test_a_kill_leaves_what_the_next_import_goes_on_with(tmp_path, towers, monke
     params, _ = checkpoint.load_params(out)
     assert 0 < len(kept) < len(params) and not (tmp_path / "out.incomplete").exists()
     assert same({n: a for n, a in params.items() if n.startswith(("vit/", "llm/"))}, engine.load_towers(towers))
+
+
+def test_a_kill_between_store_and_step(tmp_path, towers, monkeypatch):
+    """The store is there, the step that names it is not: the next import writes both."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_imported", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            importer.import_towers(towers, str(out))
+    assert not out.exists() and len(list((tmp_path / "out.incomplete/frozen").iterdir())) == 1
+    importer.import_towers(towers, str(out))
+    assert len(list((out / "frozen").iterdir())) == 1 and len(checkpoint.load_params(out)[0]) > 40
 
 
 def test_a_changed_source_starts_over(tmp_path, towers):

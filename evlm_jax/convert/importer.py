@@ -1,5 +1,6 @@
 """Foreign towers, or an export of ours -> a checkpoint that training, generation and export read, tensor by tensor."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,11 +34,16 @@ def import_towers(cfg: EVLMConfig, out: str) -> None:
 
 
 def import_export(cfg: EVLMConfig, model: str, out: str) -> None:
-    """All of a model that `evlm convert export --format hf` wrote. Raises as `import_towers`."""
+    """All of a model that `evlm convert export --format hf` wrote; counts as trained, so what begins there keeps its bits.
+
+    Raises as `import_towers`.
+    """
+    model = str(Path(model).resolve())
     cfg = replace(cfg, init=replace(cfg.init, vision=model, llm=model))
     check_vocabulary(cfg, model)
     source = open_source(Path(model))
-    _write(cfg, out, {"evlm": source}, {"evlm": open_tower(cfg, source, "evlm")}, {})
+    tower = open_tower(cfg, source, "evlm")
+    _write(cfg, out, {"evlm": source}, {"evlm": tower}, {}, trained=tower.tensors)
 
 
 def check_vocabulary(cfg: EVLMConfig, where: str) -> None:
@@ -49,7 +55,14 @@ def check_vocabulary(cfg: EVLMConfig, where: str) -> None:
     tokenizer.id(cfg.media.placeholder)
 
 
-def _write(cfg: EVLMConfig, out: str, sources: dict[str, Source], towers: dict[str, Tower], new: dict[str, Tensor]) -> None:
+def _write(
+    cfg: EVLMConfig,
+    out: str,
+    sources: dict[str, Source],
+    towers: dict[str, Tower],
+    new: dict[str, Tensor],
+    trained: Iterable[str] = (),
+) -> None:
     """The checkpoint: one store and a step 0."""
     tensors = {name: tensor for tower in towers.values() for name, tensor in tower.tensors.items()} | new
     origin = {tower: _origin(cfg, tower, sources[tower], found) for tower, found in towers.items()}
@@ -60,7 +73,7 @@ def _write(cfg: EVLMConfig, out: str, sources: dict[str, Source], towers: dict[s
     with whole(out, plan) as folder:
         with tqdm(total=sum(tensor.size for tensor in tensors.values()), unit="B", unit_scale=True, desc=folder.stem) as bar:
             store = checkpoint.write_store(folder, tensors, bar.update)
-        checkpoint.write_imported(folder, cfg, store, origin)
+        checkpoint.write_imported(folder, cfg, store, origin, trained)
 
 
 def _origin(cfg: EVLMConfig, tower: str, source: Source, found: Tower) -> dict:

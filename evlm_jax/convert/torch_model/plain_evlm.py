@@ -103,6 +103,7 @@ def visible_ranges(input_ids, image_token_id, media_tokens, groups):
 
 
 def check_images(stop, count):
+    """Raises ValueError where a token sees an image that is not given."""
     if (needed := int(stop.max())) > count:
         raise ValueError(f"input_ids have {needed} images in a row, pixel_values only {count}: give pixel_values [B, I, 3, h, w]")
 

@@ -37,6 +37,8 @@ def attend(q, k, v, mask=None):
 
 
 class MLP(nn.Module):
+    """Two matrices around an activation."""
+
     def __init__(self, width, hidden, activation, bias):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, hidden, bias), nn.Linear(hidden, width, bias)
@@ -47,6 +49,8 @@ class MLP(nn.Module):
 
 
 class VisionAttention(nn.Module):
+    """Attention within one image; `bias` "qv" leaves the keys without."""
+
     def __init__(self, cfg):
         super().__init__()
         self.q, self.v, self.o = (nn.Linear(cfg.width, cfg.width) for _ in range(3))
@@ -107,6 +111,8 @@ class ViT(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    """In float32; cast before the scale, as Llama and Qwen do."""
+
     def __init__(self, width, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
@@ -117,6 +123,8 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """Projections, rotary positions and the cache around `attend`."""
+
     def __init__(self, cfg):
         super().__init__()
         n, k = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
@@ -142,6 +150,8 @@ class SelfAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
     def __init__(self, cfg):
         super().__init__()
         self.gate, self.up = (nn.Linear(cfg.hidden, cfg.mlp, bias=False) for _ in range(2))
@@ -152,6 +162,8 @@ class GatedMLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """Pre-norm decoder layer."""
+
     def __init__(self, cfg):
         super().__init__()
         self.ln1, self.ln2 = (RMSNorm(cfg.hidden, cfg.eps) for _ in range(2))
@@ -163,6 +175,8 @@ class Layer(nn.Module):
 
 
 class LLM(nn.Module):
+    """Embedding, layers, last norm and head; the layers are run by EVLM, with cross-attention between them."""
+
     def __init__(self, cfg):
         super().__init__()
         self.embed = nn.Embedding(cfg.vocab, cfg.hidden)

@@ -139,6 +139,7 @@ class DataConfig:
     isolate: bool  # documents of a row do not see each other
     window: int  # samples the packer may choose from
     resize: str  # "squash" | "crop" | "pad"
+    scaled_decoding: bool  # JPEGs at 1/2, 1/4 or 1/8 where that is not smaller than the input (data/image.py)
     cache_features: bool  # compute the frozen tower's taps once and keep them on disk
     seed: int
 

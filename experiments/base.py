@@ -108,6 +108,7 @@ def get_config() -> ConfigDict:
                 isolate=True,
                 window=256,
                 resize="squash",
+                scaled_decoding=True,
                 cache_features=False,
                 seed=0,
             ),

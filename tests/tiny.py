@@ -31,7 +31,7 @@ _TINY = dict(
     media=dict(tokens=2, placeholder="<|media|>"),
     data=dict(
         sources=("vqa", "caption"), weights=(1.0, 1.0), template="chatml", length=48, images=4, targets=24, pairs=12, dialogs=0,
-        isolate=True, window=8, resize="squash", cache_features=False, seed=0,
+        isolate=True, window=8, resize="squash", scaled_decoding=False, cache_features=False, seed=0,
     ),
     optim=dict(
         lr=1e-3, min_lr=1e-4, warmup=2, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05, no_decay=("gate$", "norm", "bias$", "^media/"),

@@ -35,11 +35,17 @@ class Sample:
     source: str  # as in `data.sources`
     visuals: tuple[tuple[ImageRef, ...], ...]
     dialogs: tuple[tuple[Turn, ...], ...]
+    scores: tuple[float, ...] = ()  # relevance of each visual to its text, where the data tell it
 
     @property
     def refs(self) -> tuple[ImageRef, ...]:
         """All frames of all visuals: the image slots of its document, in order."""
         return tuple(frame for visual in self.visuals for frame in visual)
+
+
+def literal(text: str) -> str:
+    """Text from the world, where `<image>` is no marker: it is spelled `< image>`."""
+    return text.replace(MARKER, "< image>")
 
 
 def question(text: str, answer: str) -> tuple[Turn, Turn]:

@@ -68,7 +68,7 @@ def write_images(folder, count, size=8):
 def write_jsonl(path, rows):
     """Rows as a .jsonl file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return f"jsonl:{path}"
+    return f"llava:{path}"
 
 
 def row(key, image, *texts):

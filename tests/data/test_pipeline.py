@@ -15,7 +15,8 @@ from evlm_jax.data import pipeline
 from evlm_jax.data.image import ImageError
 from evlm_jax.data.pipeline import Documents, Mixture, batches, rows_in_order, stream
 from evlm_jax.data.samples import Sample, SampleError, question
-from evlm_jax.data.sources import Source, open_source
+from evlm_jax.data.source import Source
+from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import encode, score_document
 from tests.data.made import TOKENIZER, refs, row, write_images, write_jsonl
 from tests.tiny import tiny_config

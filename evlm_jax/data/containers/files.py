@@ -52,22 +52,22 @@ def version(path: str) -> str:
 
 
 def find(path: str, suffixes: Iterable[str]) -> list[str]:
-    """A file, a pattern with *, ? or [], or everything below a folder; of the last two what has one of the suffixes, in order of name."""
+    """A file; or what lies below a folder or matches a pattern and has one of the suffixes, in order of name. Raises FileNotFoundError."""
     system, inner = fsspec.core.url_to_fs(path)
-    if any(character in inner for character in "*?["):
-        found = system.glob(inner)
-    elif system.isfile(inner):
+    if system.isfile(inner):
         return [path]
-    elif system.isdir(inner):
-        found = system.find(inner)
-    else:
-        raise FileNotFoundError(f"{path}: no such file or directory")
+    folder = system.isdir(inner)
+    found = system.find(inner) if folder else system.glob(inner)
+    if not found and not folder:
+        raise FileNotFoundError(f"{path}: no such file, folder or pattern of files")
     kept = sorted(file for file in found if file.lower().endswith(tuple(suffixes)))
     return [system.unstrip_protocol(file) for file in kept] if remote(path) else kept
 
 
 def join(folder: str, name: str) -> str:
-    """`name` in `folder`; a name that is absolute or a URL stays as it is."""
+    """`name` in `folder`; a name that is absolute or a URL stays as it is, an empty one is the folder."""
+    if not name:
+        return folder
     return name if remote(name) else posixpath.join(folder, name)
 
 

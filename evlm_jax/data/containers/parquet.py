@@ -43,6 +43,15 @@ class Parquet(Sequence):
         return row
 
 
+def read_columns(path: str, columns: Sequence[str]) -> dict[str, list]:
+    """Whole columns. Raises OSError, or ValueError that names the file."""
+    try:
+        with files.open_file(path) as file:
+            return pq.read_table(file, columns=list(columns)).to_pydict()
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: cannot read the columns {', '.join(columns)}: {error}") from error
+
+
 def read(place: str, path: str) -> bytes:
     """The bytes of a reference: place = ROW/COLUMN/...; names and numbers lead into structs and lists."""
     row, column, *inner = place.split("/")

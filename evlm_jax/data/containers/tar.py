@@ -3,7 +3,7 @@
 import json
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from urllib.parse import quote
 
 import numpy as np
@@ -54,11 +54,21 @@ class Tar(Sequence):
         first = np.searchsorted(self._groups, np.arange(len(self)))
         return [MEMBER.fullmatch(bytes(name).decode(errors="replace"))[1] for name in self._members["name"][first]]
 
+    def pictures(self, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """(key, reference) of every member in one of these fields."""
+        for name, start, size in self._members[["name", "start", "size"]].tolist():
+            key, field = MEMBER.fullmatch(name.decode(errors="replace")).groups()
+            if field.lower() in fields:
+                yield key, self._reference(name.decode(errors="replace"), start, size)
+
     def _value(self, field: str, name: str, start: int, size: int):
         if field == "json":
             return json.loads(files.read_range(self.path, start, size))
         if field in TEXTS:
             return files.read_range(self.path, start, size).decode()
+        return self._reference(name, start, size)
+
+    def _reference(self, name: str, start: int, size: int) -> str:
         return f"range://{start}+{size}/{quote(name)}::{self.path}"
 
 

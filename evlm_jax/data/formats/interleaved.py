@@ -40,8 +40,8 @@ def assign(similarity: np.ndarray) -> np.ndarray:
     """
     similarity = np.asarray(similarity, np.float64)
     count, sentences = similarity.shape
-    images, columns = linear_sum_assignment(np.tile(similarity, (1, -(-count // sentences))), maximize=True)
-    return columns[np.argsort(images)] % sentences
+    _, columns = linear_sum_assignment(np.tile(similarity, (1, -(-count // sentences))), maximize=True)
+    return columns % sentences
 
 
 def mmc4(name: str, root: str, row: dict, *, images: str = "images") -> Sample:

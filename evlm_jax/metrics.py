@@ -97,7 +97,7 @@ class Meter:
 def work(cfg: EVLMConfig, batch: Batch, info: dict) -> dict[str, float]:
     """What a batch of NumPy arrays holds, padding left out: text tokens, images that are looked at, FLOPs needed, and `info` of it."""
     counts = {"tokens": float(real_tokens(batch).sum()), "images": float(seen_images(batch)), "flops": train_flops(cfg, batch)}
-    counts |= {f"fill/{name}": share for name, share in info["fill"].items()}
+    counts |= {f"fill/{name}": share for name, share in info["fill"].items()} | {"cut": float(info["cut"])}
     return counts | {f"dropped/{cause}": float(n) for cause, n in Counter(drop.cause for drop in info["drops"]).items()}
 
 

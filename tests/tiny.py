@@ -123,7 +123,7 @@ class TinyData:
         index, self.next = self.next, self.next + 1
         batch = tiny_batch(self.cfg, seed=1000 * self.seed + index)
         keys = [f"{index}/{row}" for row in range(self.cfg.train.batch)]
-        return self.change(index, batch), {"keys": keys, "fill": {}, "drops": []}
+        return self.change(index, batch), {"keys": keys, "fill": {}, "drops": [], "cut": 0}
 
     def get_state(self):
         return {"next": self.next}

@@ -5,7 +5,7 @@ the lanes. Lane j reads the documents n * lanes + j, n = 0, 1, ... of one endles
 
     n -> source (by weight, one pattern for all lanes) -> shuffle of the source (another in each epoch) -> sample and part -> Document
 
-so its position is a number and the few indices that wait in its packing window.
+(with the parts that a long one is cut into), so its position is a number and the few indices that wait in its packing window.
 """
 
 import atexit
@@ -24,11 +24,12 @@ import numpy as np
 from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
 from evlm_jax.data import image
+from evlm_jax.data.cut import encode_parts
 from evlm_jax.data.features import FeatureStore
 from evlm_jax.data.pack import Drop, Packer, assemble, fill, unfit
 from evlm_jax.data.samples import Sample, part, part_count
 from evlm_jax.data.sources import open_source
-from evlm_jax.data.text import Document, encode
+from evlm_jax.data.text import Document
 
 PREFETCH = 2  # batches made ahead, in a thread
 TABLE = 1 << 16  # documents of a source: up to here their order is a table
@@ -41,7 +42,8 @@ def batches(
 
     `close()` stops its thread.
 
-    info: "keys" (the samples of each row), "fill" (used share of each budget), "drops" (list of Drop since the last batch).
+    info: "keys" (the samples of each row), "fill" (used share of each budget), "drops" (list of Drop since the last batch), "cut" (parts of
+    longer documents among them).
     State: {"lanes": {lane number: {"next", "pending"}}}, JSON-able; the states of several processes are merged by merging "lanes", and any
     number of processes restores from that.
 
@@ -83,7 +85,8 @@ class Documents(grain.MapDataset):
         number = int(np.searchsorted(self._ends, place, side="right"))
         first = int(self._ends[number - 1]) if number else 0
         data = self._cfg.data
-        return encode(part(self._source[number], place - first, data.dialogs, (data.seed, epoch, number)), self._tokenizer, self._cfg)
+        sample = part(self._source[number], place - first, data.dialogs, (data.seed, epoch, number))
+        return encode_parts(sample, self._tokenizer, self._cfg)
 
 
 class Shuffle(grain.MapDataset):
@@ -154,8 +157,9 @@ class RowsIterator(grain.DatasetIterator):
         for packer in self._packers.values():
             packer.drops = []
         batch, damaged = collate(rows, self._cfg, self._features)
+        cut = sum(document.parts > 1 for row in rows for document in row)
         keys = [[f"{document.source}/{document.key}" for document in row] for row in rows]
-        return batch, {"keys": keys, "fill": fill(rows, self._cfg.data), "drops": drops + damaged}
+        return batch, {"keys": keys, "fill": fill(rows, self._cfg.data), "drops": drops + damaged, "cut": cut}
 
     def get_state(self) -> dict:
         """The position of every lane of this process."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import ml_collections
 
+from evlm_jax.config_data import CleanConfig, DataConfig
 from evlm_jax.strict import build
 
 
@@ -125,26 +126,6 @@ class MediaConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Row budgets (all static) and the sources of a run."""
-
-    sources: tuple[str, ...]  # names registered in data/sources.py
-    weights: tuple[float, ...]  # sampling weight of each source
-    template: str  # chat template: "chatml" | "plain"
-    length: int  # T, text positions of a row
-    images: int  # I, image slots of a row
-    targets: int  # M, supervised positions of a row
-    pairs: int  # P, (tile, image) pairs of a row
-    dialogs: int  # at most this many dialogs about the same image share a document (0: all of them)
-    isolate: bool  # documents of a row do not see each other
-    window: int  # samples the packer may choose from
-    resize: str  # "squash" | "crop" | "pad"
-    scaled_decoding: bool  # JPEGs at 1/2, 1/4 or 1/8 where that is not smaller than the input (data/image.py)
-    cache_features: bool  # compute the frozen tower's taps once and keep them on disk
-    seed: int
-
-
-@dataclass(frozen=True)
 class Rule:
     """First match wins. `lr` multiplies the schedule; None freezes."""
 
@@ -216,6 +197,7 @@ class EVLMConfig:
     moe: MoEConfig
     media: MediaConfig
     data: DataConfig
+    clean: CleanConfig
     optim: OptimConfig
     train: TrainConfig
     init: InitConfig

@@ -33,6 +33,10 @@ _TINY = dict(
         sources=("vqa", "caption"), weights=(1.0, 1.0), template="chatml", length=48, images=4, targets=24, pairs=12, dialogs=0,
         isolate=True, window=8, resize="squash", scaled_decoding=False, cache_features=False, seed=0,
     ),
+    clean=dict(
+        letters=0.2, digits=7, duplicates=0.5, links=("https?:", r"\.(com|png)"), words=3, dates=(r"\d{4}-\d\d-\d\d",), simplify=True,
+        similarity=0.3, deviation=2.0, aspect=3.0, side=8, web_images=5, web_characters=200, web_similarity=0.2,
+    ),
     optim=dict(
         lr=1e-3, min_lr=1e-4, warmup=2, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05, no_decay=("gate$", "norm", "bias$", "^media/"),
         clip=1.0, phases=(dict(start=0.0, warmup=0, rules=CROSS_ONLY),),

@@ -34,14 +34,8 @@ def load(ref: ImageRef, size: int, resize: str, fill: tuple[int, int, int] = WHI
 
 
 def load_all(refs: Sequence[ImageRef], size: int, resize: str, fill: tuple[int, int, int] = WHITE, scaled: bool = False) -> np.ndarray:
-    """uint8 [n, size, size, 3]. Frames of one video are decoded in one pass."""
-    times: dict[str, list[float]] = {}
-    for ref in refs:
-        if ref.frame is not None:
-            times.setdefault(ref.path, []).append(ref.frame)
-    frames = {(path, second): frame for path, seconds in times.items() for second, frame in zip(seconds, _frames(path, seconds))}
-    least = size if scaled else 0
-    images = [decode(ref.path, least) if ref.frame is None else Image.fromarray(frames[ref.path, ref.frame]) for ref in refs]
+    """uint8 [n, size, size, 3]."""
+    images = decode_all(refs, size if scaled else 0)
     return np.stack([np.asarray(_fit(image, size, resize, fill)) for image in images]) if refs else np.zeros((0, size, size, 3), np.uint8)
 
 
@@ -49,6 +43,16 @@ def pixels(refs: Sequence[ImageRef], cfg: EVLMConfig) -> np.ndarray:
     """`load_all` as the configuration says; padding has the tower's mean colour, which is 0 after normalisation."""
     fill = tuple(round(255 * channel) for channel in cfg.vit.mean)
     return load_all(refs, cfg.vit.image_size, cfg.data.resize, fill, cfg.data.scaled_decoding)
+
+
+def decode_all(refs: Sequence[ImageRef], least: int = 0) -> list[Image.Image]:
+    """As `decode`; frames of one video are decoded in one pass."""
+    times: dict[str, list[float]] = {}
+    for ref in refs:
+        if ref.frame is not None:
+            times.setdefault(ref.path, []).append(ref.frame)
+    frames = {(path, second): frame for path, seconds in times.items() for second, frame in zip(seconds, _frames(path, seconds))}
+    return [decode(ref.path, least) if ref.frame is None else Image.fromarray(frames[ref.path, ref.frame]) for ref in refs]
 
 
 def decode(path: str, least: int = 0) -> Image.Image:

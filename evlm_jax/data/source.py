@@ -4,6 +4,8 @@ import bisect
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
+
 from evlm_jax.data.containers import files, rows
 from evlm_jax.data.samples import Sample, SampleError
 
@@ -65,6 +67,28 @@ class Chain(Sequence[Sample]):
     def dialog_counts(self) -> list[int]:
         """Dialogs of every sample."""
         return [count for part in self.parts for count in part.dialog_counts()]
+
+
+class Subset(Sequence[Sample]):
+    """The samples whose numbers stand in a .npy file: what cleaning or sampling by cluster (data/sampling.py) kept."""
+
+    def __init__(self, name: str, source: Source | Chain, file: str):
+        with files.open_file(file) as opened:
+            self._numbers = np.load(opened)
+        if self._numbers.dtype.kind not in "iu" or self._numbers.ndim != 1 or ((self._numbers < 0) | (self._numbers >= len(source))).any():
+            raise ValueError(f"data source {name!r}: {file} must hold whole numbers from 0 to {len(source) - 1}, one dimension")
+        self.name, self._source = name, source
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._source[int(self._numbers[index])]
+
+    def dialog_counts(self) -> list[int]:
+        """Dialogs of every sample."""
+        counts = self._source.dialog_counts()
+        return [counts[number] for number in self._numbers]
 
 
 def by_row(mapper: Callable[..., Sample]) -> Callable[..., Chain]:

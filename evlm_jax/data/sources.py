@@ -1,4 +1,4 @@
-"""Where samples come from, by the names used in `data.sources`: KIND:PATH, with options as in KIND:PATH?images=FOLDER&prompt=TEXT.
+"""Where samples come from, by the names used in `data.sources`: KIND:PATH, with options as in KIND:PATH?images=FOLDER&keep=NUMBERS.npy.
 
 PATH is a file, a pattern with *, or a folder; local, or a URL that fsspec opens (gs://, s3://). docs/data.md shows every kind with its
 files and its samples. Besides there are the assets of the demo:
@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl
 from evlm_jax import assets
 from evlm_jax.data.formats import captions, chat, grounding, interleaved, plain, vqa
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, question
-from evlm_jax.data.source import Source, by_row
+from evlm_jax.data.source import Source, Subset, by_row
 
 NAME = {"en": "Name this emoji.", "zh": "说出这个表情的名字。"}
 
@@ -33,9 +33,11 @@ def open_source(name: str) -> Sequence[Sample]:
         path, _, query = place.partition("?")
         options = dict(parse_qsl(query, keep_blank_values=True))
         if unknown := [option for option in options if option not in options_of(kind)]:
-            known = ", ".join(options_of(kind)) or "none"
+            known = ", ".join(options_of(kind))
             raise ValueError(f"config: data.sources: {name!r} has the unknown option {unknown[0]!r}; {kind} has {known}")
+        keep = options.pop("keep", None)
         source = FORMATS[kind](name, path, **options)
+        source = source if keep is None else Subset(name, source, keep)
     elif name in BUILT_IN:
         source = BUILT_IN[name](name)
     else:
@@ -47,11 +49,11 @@ def open_source(name: str) -> Sequence[Sample]:
 
 
 def options_of(kind: str) -> tuple[str, ...]:
-    """Options of a kind: the keyword-only parameters of its opener or row mapper, or the options of its set."""
+    """Options of a kind: `keep`, and the keyword-only parameters of its opener or row mapper, or the options of its set."""
     if kind in vqa.SETS:
-        return ("images", *vqa.SETS[kind].options)
+        return ("images", *vqa.SETS[kind].options, "keep")
     parameters = inspect.signature(ROW_FORMATS.get(kind, FORMATS[kind])).parameters.values()
-    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
+    return (*(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY), "keep")
 
 
 def easy_vqa(name: str, split: str) -> Source:

@@ -269,9 +269,9 @@ def test_bad_files_are_errors_with_their_names(tmp_path):
 
 
 def test_unknown_options_are_named():
-    with pytest.raises(ValueError, match="unknown option 'image'; llava has images, frames"):
+    with pytest.raises(ValueError, match="unknown option 'image'; llava has images, frames, keep"):
         open_source("llava:/x.jsonl?image=a")
-    with pytest.raises(ValueError, match="unknown option 'x'; text has none"):
+    with pytest.raises(ValueError, match="unknown option 'x'; text has keep"):
         open_source("text:/x.jsonl?x=")
 
 

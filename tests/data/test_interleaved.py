@@ -49,7 +49,7 @@ def test_mmc4(tmp_path):
     write_jsonl(tmp_path / "docs_shard_0_v2.jsonl", [mmc4_row(), mmc4_row(url="none", image_info=[])])
     first, bare = open_source(f"mmc4:{tmp_path}")
     assert first.key == "http://x" and paths(first) == [f"{tmp_path}/images/a0.png", f"{tmp_path}/images/b1.png"]
-    assert said(first) == [[("assistant", "<image>One. Two < image>.<image>Three.")]]
+    assert said(first) == [[("assistant", "<image>One. Two < image>. <image>Three.")]]
     assert first.scores == (0.27, 0.31)
     assert (bare.visuals, said(bare)) == ((), [[("assistant", "One. Two < image>. Three.")]])
 
@@ -58,7 +58,7 @@ def test_mmc4_without_a_published_match_is_assigned(tmp_path):
     unmatched = [{"image_name": fact["image_name"]} for fact in mmc4_row()["image_info"]]
     write_jsonl(tmp_path / "docs.jsonl", [mmc4_row(image_info=unmatched), mmc4_row(image_info=unmatched, similarity_matrix=[[1, 2, 3]])])
     source = open_source(f"mmc4:{tmp_path / 'docs.jsonl'}")
-    assert said(source[0]) == [[("assistant", "<image>One. Two < image>.<image>Three.")]] and source[0].scores == (0.27, 0.31)
+    assert said(source[0]) == [[("assistant", "<image>One. Two < image>. <image>Three.")]] and source[0].scores == (0.27, 0.31)
     with pytest.raises(SampleError, match=r"http://x: ValueError: similarity_matrix is \(1, 3\), there are 2 images and 3 texts.*row 2"):
         source[1]
 
@@ -79,7 +79,7 @@ OBELICS = [([URLS[0], None, None, URLS[1], None], [None, "One", "Two", None, "Th
 
 def check_obelics(source):
     first, second = source
-    assert said(first) == [[("assistant", "<image>One\n\nTwo<image>Three")]] and said(second) == [[("assistant", "<image>Four")]]
+    assert said(first) == [[("assistant", "<image>One\n\nTwo\n\n<image>Three")]] and said(second) == [[("assistant", "<image>Four")]]
     assert [shows(path) for path in paths(first)] == [0, 1] and first.key != second.key
     with pytest.raises(ImageError, match=hashlib.sha256(URLS[2].encode()).hexdigest()):
         shows(paths(second)[0])  # was not downloaded

@@ -18,15 +18,16 @@ from evlm_jax.data.source import Source, by_row, key_of
 
 
 def document(name: str, key: str, parts: Iterable[str | ImageRef], between: str, scores: Sequence[float] = ()) -> Sample:
-    """Texts and pictures in reading order; `between` stands between two texts that follow each other."""
-    said, visuals, last = "", [], None
+    """Texts and pictures in reading order; `between` stands between two texts, in front of the pictures that are there."""
+    said, marks, visuals = "", "", []
     for part in parts:
         if isinstance(part, ImageRef):
             visuals.append((part,))
-            said += MARKER
+            marks += MARKER
         else:
-            said += between * (last is str) + literal(part)
-        last = type(part)
+            said += between * bool(said) + marks + literal(part)
+            marks = ""
+    said += marks
     return Sample(key, name, tuple(visuals), ((Turn("assistant", said),),), tuple(scores))
 
 

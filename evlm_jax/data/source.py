@@ -13,7 +13,7 @@ KEYS = ("id", "key", "__key__", "uuid", "url", "image", "video", "file_name")  #
 
 
 class Source(Sequence[Sample]):
-    """Samples of one sequence of rows.
+    """Samples of one sequence of rows. A row that cannot be read, or is no sample, raises SampleError with its file, number and key.
 
     Args:
       name: as in `data.sources`.
@@ -32,12 +32,15 @@ class Source(Sequence[Sample]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        row = self.rows[index]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row = None
         try:
+            row = self.rows[index]
             return self._sample(row)
         except SampleError:
             raise
-        except (KeyError, TypeError, AttributeError, ValueError, IndexError, OSError) as error:
+        except Exception as error:  # readers of damaged files and mappers of wrong rows raise errors of any kind
             place = f"{self.where}: row {index + 1}" if self.where else f"row {index + 1}"
             raise SampleError(f"sample {self.name}/{key_of(row)}: {type(error).__name__}: {error} ({place})") from error
 
@@ -103,6 +106,8 @@ def by_row(mapper: Callable[..., Sample]) -> Callable[..., Chain]:
 
 
 def key_of(row) -> str:
-    """How a row calls itself; "?" if it does not."""
+    """How a row calls itself; "?" if it does not, or could not be read."""
+    if row is None:
+        return "?"
     named = next((row[field] for field in KEYS if row.get(field) is not None), "?") if isinstance(row, dict) else row
     return str(named[0] if isinstance(named, (tuple, list)) and named else named)

@@ -262,7 +262,7 @@ def test_bad_files_are_errors_with_their_names(tmp_path):
     (tmp_path / "broken.json").write_text("[{")
     with pytest.raises(ValueError, match="broken.json: Expecting"):
         open_source(f"chartqa:{tmp_path / 'broken.json'}")
-    with pytest.raises(ValueError, match="one.json: must be a list of rows, not dict"):
+    with pytest.raises(ValueError, match="one.json: cannot read the file: there must be a list of rows, not dict"):
         open_source(f"llava:{write(tmp_path / 'one.json', {'id': 1})}")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         open_source(f"llava:{tmp_path}/nowhere")

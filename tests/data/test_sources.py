@@ -87,7 +87,7 @@ def test_bad_rows_name_themselves(tmp_path, bad, message):
 
 def test_broken_json_names_file_and_row(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row("a", None, "q", "a")) + '\n{"id": \n')
-    with pytest.raises(SampleError, match=r"rows.jsonl: row 2"):
+    with pytest.raises(SampleError, match=r"JSONDecodeError: .*rows.jsonl: row 2"):
         open_source(f"llava:{tmp_path / 'rows.jsonl'}")[1]
 
 

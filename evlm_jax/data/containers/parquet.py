@@ -15,18 +15,14 @@ _one_at_a_time = threading.Lock()  # readers of one file
 
 
 class Parquet(Sequence):
-    """Rows {column: value}. Binary values, also as "bytes" of a struct or of a list of structs, are references. Raises ValueError."""
+    """Rows {column: value}. Binary values, also as "bytes" of a struct or of a list of structs, are references."""
 
     def __init__(self, path: str):
         self.path, self._version = path, files.version(path)
-        try:
-            with files.open_file(path) as file:
-                opened = pq.ParquetFile(file)
-                self._schema, self._leaves = opened.schema_arrow, _leaves(opened)
-                groups = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
-        except pa.ArrowException as error:
-            raise ValueError(f"{path}: cannot read the parquet file: {error}") from error
-        self._ends = np.cumsum(groups, dtype=np.int64)
+        with files.open_file(path) as file:
+            opened = pq.ParquetFile(file)
+            self._schema, self._leaves = opened.schema_arrow, _leaves(opened)
+        self._ends = _ends(path, self._version)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -91,7 +87,7 @@ def _find(ends: np.ndarray, index: int) -> tuple[int, int]:
 def _ends(path: str, version: str) -> np.ndarray:
     with files.open_file(path) as file:
         metadata = pq.read_metadata(file)
-    return np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
+    return np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], dtype=np.int64)
 
 
 @functools.lru_cache(KEPT)

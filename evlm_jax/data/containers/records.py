@@ -9,7 +9,6 @@ from array_record.python.array_record_module import ArrayRecordReader
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from evlm_jax.data.containers import files
-from evlm_jax.data.samples import SampleError
 
 
 class Records(Sequence):
@@ -17,7 +16,7 @@ class Records(Sequence):
 
     def __init__(self, path: str):
         if files.remote(path):
-            raise ValueError(f"{path}: ArrayRecord files are read from local disks only; copy it")
+            raise ValueError("ArrayRecord files are read from local disks only; copy it")
         self.path, self._reader = path, _reader(path, files.version(path))
 
     def __len__(self) -> int:
@@ -26,10 +25,7 @@ class Records(Sequence):
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        try:
-            row = _row(self._reader.read([index])[0])
-        except Exception as error:  # msgpack and protobuf raise errors of their own
-            raise SampleError(f"{self.path}: row {index + 1}: {error}") from error
+        row = _row(self._reader.read([index])[0])
         return {name: f"record://{index}/{name}::{self.path}" if isinstance(value, bytes) else value for name, value in row.items()}
 
 
@@ -43,7 +39,7 @@ def read(place: str, path: str) -> bytes:
 def _reader(path: str, version: str) -> ArrayRecordReader:
     reader = ArrayRecordReader(path, "readahead_buffer_size:0")
     if not reader.ok():
-        raise ValueError(f"{path}: cannot read the ArrayRecord file: it is damaged or cut off")
+        raise ValueError("it is damaged or cut off")
     return reader
 
 

@@ -36,9 +36,12 @@ def find(path: str) -> list[str]:
 
 
 def open_rows(path: str) -> Sequence[dict]:
-    """The rows of one container file. Raises OSError, or ValueError that names it."""
+    """The rows of one container file. Raises ValueError that names it; a row that cannot be read raises errors of any kind."""
     module, name = next(value for suffix, value in CONTAINERS.items() if path.endswith(suffix))
-    return getattr(_module(module), name)(path)
+    try:
+        return getattr(_module(module), name)(path)
+    except Exception as error:  # of damaged files readers raise errors of any kind
+        raise ValueError(f"{path}: cannot read the file: {error}") from error
 
 
 def open_ref(ref: str) -> BinaryIO:

@@ -9,7 +9,6 @@ from urllib.parse import quote
 import numpy as np
 
 from evlm_jax.data.containers import files
-from evlm_jax.data.samples import SampleError
 
 MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")  # key, field
 TEXTS = ("txt", "text", "caption", "cls")
@@ -24,10 +23,7 @@ class Tar(Sequence):
 
     def __init__(self, path: str):
         self.path = path
-        try:
-            self._members = files.index(path, "tar", _members)
-        except (tarfile.TarError, EOFError) as error:
-            raise ValueError(f"{path}: cannot read the tar file: {error}") from error
+        self._members = files.index(path, "tar", _members)
         self._groups = self._members["group"]
 
     def __len__(self) -> int:
@@ -42,11 +38,11 @@ class Tar(Sequence):
             row["__key__"], field = MEMBER.fullmatch(name).groups()
             field = field.lower()
             if field in row:
-                raise SampleError(f"{self.path}: row {index + 1}: {name} comes twice")
+                raise ValueError(f"{name} comes twice")
             try:
                 row[field] = self._value(field, name, start, size)
             except ValueError as error:
-                raise SampleError(f"{self.path}: row {index + 1}: {name}: {error}") from error
+                raise ValueError(f"{name}: {error}") from error
         return row
 
     def keys(self) -> list[str]:

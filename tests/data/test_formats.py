@@ -114,6 +114,15 @@ def test_folder_of_pictures_and_videos(tmp_path):
     assert [ref.frame for ref in film.refs] == [1.0, 3.0]
 
 
+def test_a_relative_path(tmp_path, monkeypatch):
+    write_images(tmp_path / "deep", 1)
+    (tmp_path / "deep/0.txt").write_text("A cat.")
+    monkeypatch.chdir(tmp_path)
+    (sample,) = open_source("folder:deep")
+    monkeypatch.chdir("/")
+    assert sample.key == "0.png" and shows(paths(sample)[0]) == 0
+
+
 def test_qwen_vl(tmp_path):
     text = "Picture 1: <img>a/1.jpg</img>\nPicture 2: <img>/b/2.jpg</img>\nWhat differs?"
     answer = "<ref>The <image> cat</ref><box>(10,20),(300,400)</box> is gone."

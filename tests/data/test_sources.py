@@ -2,12 +2,15 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from evlm_jax import assets
 from evlm_jax.data.samples import ImageRef, SampleError, Turn
 from evlm_jax.data.sources import open_source
 from tests.data.made import row, write_images, write_jsonl
+from tests.data.test_containers import png, shows
 from tests.data.test_images import write_video
 from tests.parity import needs_asset
 
@@ -60,6 +63,18 @@ def test_llava_rows(tmp_path):
 
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     assert [sample.key for sample in open_source(f"llava:{tmp_path / 'rows.json'}")] == ["one", "many", "text", "film"]
+
+
+def test_llava_rows_in_parquet(tmp_path):
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
+    pq.write_table(
+        pa.table({"id": ["a"], "image": pa.array([{"bytes": png(3), "path": "3.png"}], image), "conversations": [turns]}),
+        tmp_path / "a.parquet",
+    )
+    (sample,) = open_source(f"llava:{tmp_path}")
+    assert sample.key == "a" and sample.dialogs == ((Turn("user", "<image>\nWhat?"), Turn("assistant", "This.")),)
+    assert shows(sample.refs[0].path) == 3
 
 
 def test_jsonl_is_read_by_row_whatever_the_spacing(tmp_path):

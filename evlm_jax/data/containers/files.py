@@ -1,5 +1,6 @@
 """Files by path, or by a URL that fsspec opens (gs://, s3://, memory://, ...), and indices of large files that are kept in the cache."""
 
+import functools
 import hashlib
 import os
 import posixpath
@@ -45,10 +46,16 @@ def read_range(path: str, start: int, size: int) -> bytes:
 def version(path: str) -> str:
     """Another one when the file changes: of size and time for a local file, of what the store tells for a remote one. Raises OSError."""
     if remote(path):
-        system, inner = fsspec.core.url_to_fs(path)
-        return system.ukey(inner)
+        return _remote_version(path)
     stat = os.stat(path)
     return f"{stat.st_size}-{stat.st_mtime_ns}"
+
+
+@functools.lru_cache(1 << 16)
+def _remote_version(path: str) -> str:
+    """Asked for once: what is remote does not change while a run reads it."""
+    system, inner = fsspec.core.url_to_fs(path)
+    return system.ukey(inner)
 
 
 def find(path: str, suffixes: Iterable[str]) -> list[str]:

@@ -55,7 +55,7 @@ def read(place: str, path: str) -> bytes:
     group, at = _find(ends, int(row))
     value = _table(path, files.version(path), group, (column,))[column][at].as_py()
     for step in inner:
-        value = value[int(step) if isinstance(value, list) else step]
+        value = value and value[int(step) if isinstance(value, list) else step]
     if value is None:
         raise ValueError("the cell is empty")
     return value
@@ -67,15 +67,22 @@ def _named(kind: pa.DataType, value, place: str, path: str):
         return f"parquet://{place}::{path}"
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         return {**(value or {}), "bytes": f"parquet://{place}/bytes::{path}"}
-    if isinstance(value, list) and pa.types.is_struct(kind.value_type):
+    if value is not None and _is_list(kind):
         return [_named(kind.value_type, inner, f"{place}/{i}", path) for i, inner in enumerate(value)]
     return value
 
 
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
 def _leaves(opened: pq.ParquetFile) -> tuple[str, ...]:
-    """Paths of the columns that are no pictures."""
+    """Paths of the columns that are no pictures; of a list of pictures there must be one, to tell its length."""
     columns = [opened.schema.column(i) for i in range(len(opened.schema))]
-    return tuple(c.path for c in columns if c.physical_type != "BYTE_ARRAY" or c.logical_type.type != "NONE")
+    plain = {c.path for c in columns if c.physical_type != "BYTE_ARRAY" or c.logical_type.type != "NONE"}
+    lists = {field.name for field in opened.schema_arrow if _is_list(field.type)}
+    told = {path.partition(".")[0] for path in plain}
+    return tuple(c.path for c in columns if c.path in plain or c.path.partition(".")[0] in lists - told)
 
 
 def _find(ends: np.ndarray, index: int) -> tuple[int, int]:

@@ -45,11 +45,6 @@ class Tar(Sequence):
                 raise ValueError(f"{name}: {error}") from error
         return row
 
-    def keys(self) -> list[str]:
-        """Of all rows, in order."""
-        first = np.searchsorted(self._groups, np.arange(len(self)))
-        return [MEMBER.fullmatch(bytes(name).decode(errors="replace"))[1] for name in self._members["name"][first]]
-
     def pictures(self, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
         """(key, reference) of every member in one of these fields."""
         for name, start, size in self._members[["name", "start", "size"]].tolist():

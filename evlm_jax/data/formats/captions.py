@@ -88,6 +88,7 @@ def _captions(name: str, path: str, rows: list[tuple], folder: str, prompt: str)
 
 def folder(name: str, path: str, *, prompt: str = DESCRIBE, frames: str = str(FRAMES)) -> Source:
     """Images and videos anywhere below a folder, each with its caption in a .txt beside it."""
+    path = path if files.remote(path) else os.path.abspath(path)
     kinds = tuple(f".{kind}" for kind in (*IMAGES, *VIDEOS))
     stem = lambda file: os.path.splitext(file)[0]
     found = files.find(path, (*kinds, ".txt"))

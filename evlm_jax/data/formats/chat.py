@@ -19,7 +19,8 @@ def llava(name: str, root: str, row: dict, *, images: str = "", frames: str = st
     """
     folder = files.join(root, images)
     pictures = row.get("image") or []
-    visuals = [(ImageRef(files.join(folder, image)),) for image in ([pictures] if isinstance(pictures, str) else pictures)]
+    file = lambda image: image["bytes"] if isinstance(image, dict) else files.join(folder, image)  # in parquet they may be inside
+    visuals = [(ImageRef(file(image)),) for image in (pictures if isinstance(pictures, list) else [pictures])]
     if "video" in row:
         visuals.append(video.uniform(files.join(folder, row["video"]), int(row.get("frames", frames))))
     turns = tuple(Turn(ROLES[turn["from"]], turn["value"].replace("<video>", MARKER)) for turn in row["conversations"])

@@ -43,7 +43,7 @@ class Rule(NamedTuple):
     stored: tuple[str, ...] = ()  # in addition
 
 
-# Of parameters first, then of activations. "vision_*" and "images" change places where mesh.images is "rows".
+# Of parameters first, then of activations. "vision*" and the last two are others where mesh.images is "rows".
 RULES = {
     "whole": Rule(),
     "norm": Rule(),
@@ -53,16 +53,22 @@ RULES = {
     "mlp": Rule(("tensor",)),
     "vocab": Rule(("tensor",)),
     "expert": Rule(("expert",)),
-    "vision": Rule(stored=PIECES),
-    "vision_heads": Rule(stored=("tensor",)),
-    "vision_mlp": Rule(stored=("tensor",)),
+    "vision": Rule(stored=(*PIECES, "tensor")),  # pieces along two dimensions would be gathered by sums of zeros
+    "vision_heads": Rule(),
+    "vision_mlp": Rule(),
     "rows": Rule(ROWS),
     "copies": Rule(("data",)),  # rows, where another dimension is in pieces
     "pieces": Rule(PIECES),
     "images": Rule(("tensor",)),  # of a row
     "pictures": Rule((*ROWS, "tensor")),  # images of all rows
 }
-BY_ROWS = {"vision_heads": Rule(("tensor",)), "vision_mlp": Rule(("tensor",)), "images": Rule(), "pictures": Rule(ROWS)}
+BY_ROWS = {
+    "vision": Rule(stored=PIECES),
+    "vision_heads": Rule(("tensor",)),
+    "vision_mlp": Rule(("tensor",)),
+    "images": Rule(),
+    "pictures": Rule(ROWS),
+}
 
 _active: ContextVar["Layout | None"] = ContextVar("layout", default=None)
 
@@ -168,7 +174,7 @@ def make_layout(cfg: EVLMConfig, devices: list | None = None) -> Layout:
 
 def mesh_sizes(mesh: MeshConfig, devices: int) -> dict[str, int]:
     """Devices of each axis. Raises ValueError where their product is another number."""
-    sizes = {axis: getattr(mesh, axis) for axis in AXES}
+    sizes = dict(zip(AXES, (mesh.data, mesh.fsdp, mesh.expert, mesh.tensor)))
     free = [axis for axis in ("data", "fsdp") if sizes[axis] == -1]
     if len(free) > 1 or min(size for axis, size in sizes.items() if axis not in free) < 1:
         raise ValueError(f"config: mesh {sizes}: axes are positive; one of data and fsdp may be -1")

@@ -129,6 +129,14 @@ class Phase:
         print(f"phase {self.number} from step {step}: trains {size(trainable)}, freezes {size(self.frozen)}", flush=True)
         return self._begin(step, trainable, groups)
 
+    def lower(self) -> jax.stages.Lowered:
+        """The step for the devices of the layout, which need not be there; `compile()` it to read memory, FLOPs and collectives."""
+        frozen = nnx.split_state(self.shapes, self.plan.trains, ...)[1]
+        frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, self.cfg.train.frozen_dtype), frozen)
+        inputs, layout = (self.spec(), frozen, Batch.spec(self.cfg)), self.layout
+        shardings = layout.trained(inputs[0]), layout.frozen(frozen), layout.batch(inputs[2])
+        return self._step.lower(*jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), inputs, shardings))
+
     def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         """One step; `state` is donated."""
         return self._step(state, self.frozen, batch)

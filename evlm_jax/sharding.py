@@ -141,6 +141,24 @@ class Layout:
         place = lambda node: node.replace(self.place(node, stored)) if _is_param(node) else self.replicated
         return jax.tree.map(place, tree, is_leaf=_is_param)
 
+    def own_rows(self, batch: int) -> list[int]:
+        """Numbers of the rows of a batch that devices of this process hold, ascending."""
+        held = self.rows.addressable_devices_indices_map((batch,)).values()
+        return sorted({row for (rows,) in held for row in range(*rows.indices(batch))})
+
+    def put_rows(self, batch: Batch, own: list[int], count: int) -> Batch:
+        """The rows `own` of a batch of `count`, NumPy arrays on this process, as arrays on all devices."""
+        place = {row: i for i, row in enumerate(own)}
+
+        def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+            def piece(index: tuple[slice, ...]) -> np.ndarray:
+                first, stop, _ = index[0].indices(count)
+                return x[(slice(place[first], place[first] + stop - first), *index[1:])]
+
+            return jax.make_array_from_callback((count, *x.shape[1:]), sharding, piece)
+
+        return jax.tree.map(put, batch, self.batch(batch))
+
     def jit(self, f: Callable, **options) -> Callable:
         """jax.jit of `f` on this mesh."""
 

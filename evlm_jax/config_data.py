@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -10,7 +11,7 @@ class DataConfig:
 
     sources: tuple[str, ...]  # names registered in data/sources.py
     weights: tuple[float, ...]  # sampling weight of each source
-    template: str  # chat template: "chatml" | "plain"
+    template: Literal["chatml", "plain"]  # chat template
     length: int  # T, text positions of a row
     images: int  # I, image slots of a row
     targets: int  # M, supervised positions of a row
@@ -18,7 +19,7 @@ class DataConfig:
     dialogs: int  # at most this many dialogs about the same image share a document (0: all of them)
     isolate: bool  # documents of a row do not see each other
     window: int  # samples the packer may choose from
-    resize: str  # "squash" | "crop" | "pad"
+    resize: Literal["squash", "crop", "pad"]
     scaled_decoding: bool  # JPEGs at 1/2, 1/4 or 1/8 where that is not smaller than the input (data/image.py)
     cache_features: bool  # compute the frozen tower's taps once and keep them on disk
     seed: int

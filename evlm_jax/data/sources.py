@@ -36,7 +36,10 @@ def open_source(name: str) -> Sequence[Sample]:
             known = ", ".join(options_of(kind))
             raise ValueError(f"config: data.sources: {name!r} has the unknown option {unknown[0]!r}; {kind} has {known}")
         keep = options.pop("keep", None)
-        source = FORMATS[kind](name, path, **options)
+        try:
+            source = FORMATS[kind](name, path, **options)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"data source {name!r} has not the fields of {kind}: {type(error).__name__}: {error}") from error
         source = source if keep is None else Subset(name, source, keep)
     elif name in BUILT_IN:
         source = BUILT_IN[name](name)

@@ -117,6 +117,7 @@ def write_parquet(path):
         "jpg": pa.array([png(i) for i in range(8)], pa.binary()),
         "image": pa.array([picture(10 + i) for i in range(8)], image),
         "images": pa.array([[picture(20 + i + j) for j in range(i % 3)] for i in range(8)], pa.list_(image)),
+        "odd/name::of%it": pa.array([png(30 + i) for i in range(8)], pa.binary()),
         "bare": pa.array([[png(40 + i)] * (i % 2) for i in range(8)], pa.list_(pa.binary())),
         "boxes": pa.array([[[0.5 * i, 1.0]] for i in range(8)], pa.list_(pa.list_(pa.float64()))),
         "qa": pa.array([[{"q": f"q{i}", "a": None}] for i in range(8)], pa.list_(pa.struct([("q", pa.string()), ("a", pa.string())]))),
@@ -134,7 +135,7 @@ def test_parquet_rows(tmp_path):
         for name in ("key", "boxes", "qa"):
             assert row[name] == expected[i][name]
         assert row["image"]["path"] == expected[i]["image"]["path"]
-        assert [shows(row["jpg"]), shows(row["image"]["bytes"])] == [i, 10 + i]
+        assert [shows(row[name]) for name in ("jpg", "odd/name::of%it")] == [i, 30 + i] and shows(row["image"]["bytes"]) == 10 + i
         assert [shows(ref) for ref in row["bare"]] == [40 + i] * (i % 2)
         assert [shows(image["bytes"]) for image in row["images"]] == [20 + i + j for j in range(i % 3)]
 

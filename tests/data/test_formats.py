@@ -268,6 +268,9 @@ def test_bad_files_are_errors_with_their_names(tmp_path):
         open_source(f"vqav2:{file}")
     with pytest.raises(ValueError, match="train.json: entry 1: KeyError: 'imageId'"):
         open_source(f"gqa:{write(tmp_path / 'train.json', {'1': {'question': 'q'}})}")
+    for kind in ("coco-captions", "karpathy"):
+        with pytest.raises(ValueError, match=f"has not the fields of {kind}: KeyError: 'images'"):
+            open_source(f"{kind}:{write(tmp_path / 'empty.json', {'annotations': []})}")
     (tmp_path / "broken.json").write_text("[{")
     with pytest.raises(ValueError, match="broken.json: Expecting"):
         open_source(f"chartqa:{tmp_path / 'broken.json'}")

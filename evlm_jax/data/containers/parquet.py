@@ -3,6 +3,7 @@
 import functools
 import threading
 from collections.abc import Sequence
+from urllib.parse import quote, unquote
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +36,7 @@ class Parquet(Sequence):
         row = {}
         for field in self._schema:
             value = table[field.name][place].as_py() if table is not None and field.name in table.column_names else None
-            row[field.name] = _named(field.type, value, f"{index}/{field.name}", self.path)
+            row[field.name] = _named(field.type, value, f"{index}/{quote(field.name, safe='')}", self.path)
         return row
 
 
@@ -50,7 +51,7 @@ def read_columns(path: str, columns: Sequence[str]) -> dict[str, list]:
 
 def read(place: str, path: str) -> bytes:
     """The bytes of a reference: place = ROW/COLUMN/...; names and numbers lead into structs and lists."""
-    row, column, *inner = place.split("/")
+    row, column, *inner = map(unquote, place.split("/"))
     ends = _ends(path, files.version(path))
     group, at = _find(ends, int(row))
     value = _table(path, files.version(path), group, (column,))[column][at].as_py()

@@ -63,7 +63,7 @@ def most_common(answers: Iterable[str]) -> str:
 
 def choices(text: str, options: Iterable[str]) -> str:
     """A question with lettered options."""
-    return "\n".join([text, *(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)), CHOOSE])
+    return "\n".join([text, *(f"{LETTERS[i]}. {option}" for i, option in enumerate(options)), CHOOSE])
 
 
 def _vqa(path: str, options: dict[str, str]) -> Iterable[dict]:
@@ -100,7 +100,7 @@ def _science_question(entry: dict) -> str:
 
 
 def _fold(entry: dict) -> str | None:
-    return entry["image"] and f"{entry['split']}/{entry['id']}/{entry['image']}"
+    return f"{entry['split']}/{entry['id']}/{entry['image']}" if entry["image"] else None
 
 
 _COCO = Fields(
@@ -139,7 +139,7 @@ SETS = {
         lambda path, _: load(path),
         image=lambda e: e["imgname"],
         question=lambda e: e["query"],
-        answer=lambda e: e["label"],
+        answer=lambda e: str(e["label"]),
         images="png",
     ),
     "ai2d": Fields(

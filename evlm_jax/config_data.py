@@ -21,6 +21,7 @@ class DataConfig:
     window: int  # samples the packer may choose from
     resize: Literal["squash", "crop", "pad"]
     scaled_decoding: bool  # JPEGs at 1/2, 1/4 or 1/8 where that is not smaller than the input (data/image.py)
+    most_drops: float  # share of the documents that may be left out before the run stops
     cache_features: bool  # compute the frozen tower's taps once and keep them on disk
     seed: int
 

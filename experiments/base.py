@@ -136,6 +136,7 @@ def get_config() -> ConfigDict:
                 window=256,
                 resize="squash",
                 scaled_decoding=True,
+                most_drops=0.1,
                 cache_features=False,
                 seed=0,
             ),

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evlm_jax.config import DataConfig, EVLMConfig
+from evlm_jax.data.samples import RowError
 from evlm_jax.data.text import Document
 from evlm_jax.ops.grouping import plan
 
@@ -98,15 +99,21 @@ class Packer:
     def _refill(self) -> None:
         unfits = 0
         while len(self._pending) < self.data.window and self.next < len(self.stream):
-            for part, document in enumerate(_parts(self.stream[self.next])):
+            try:
+                parts = _parts(self.stream[self.next])
+            except RowError as error:
+                parts = ()
+                self.drops.append(Drop("bad row", str(error)))
+                unfits += 1
+            for part, document in enumerate(parts):
                 if drop := unfit(document, self.data):
                     self.drops.append(drop)
                     unfits += 1
-                    if unfits == MOST_DROPS:
-                        raise ValueError(f"{MOST_DROPS} documents in a row cannot be used; the last: {drop.message}")
                 else:
                     unfits = 0
                     self._add(self.next, part, document)
+            if unfits >= MOST_DROPS:
+                raise ValueError(f"{MOST_DROPS} documents in a row cannot be used; the last: {self.drops[-1].message}")
             self.next += self.step
 
     def _add(self, index: int, part: int, document: Document) -> None:

@@ -12,6 +12,7 @@ import atexit
 import functools
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -32,6 +33,7 @@ from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import Document
 
 PREFETCH = 2  # batches made ahead, in a thread
+ENOUGH = 1000  # documents, before their share of drops is judged
 TABLE = 1 << 16  # documents of a source: up to here their order is a table
 
 
@@ -145,6 +147,7 @@ class RowsIterator(grain.DatasetIterator):
     def __init__(self, documents: grain.MapDataset, cfg: EVLMConfig, lanes: Sequence[int], features: FeatureStore | None):
         super().__init__()
         self._cfg, self._features = cfg, features
+        self._used, self._lost = 0, Counter()
         self._packers = {lane: Packer(documents, cfg.data, lane, cfg.train.batch) for lane in lanes}
 
     def __next__(self) -> tuple[Batch, dict]:
@@ -153,9 +156,22 @@ class RowsIterator(grain.DatasetIterator):
         for packer in self._packers.values():
             packer.drops = []
         batch, damaged = collate(rows, self._cfg, self._features)
+        self._budget(sum(map(len, rows)) - len(damaged), drops + damaged)
         cut = sum(document.parts > 1 for row in rows for document in row)
         keys = [[f"{document.source}/{document.key}" for document in row] for row in rows]
         return batch, {"keys": keys, "fill": fill(rows, self._cfg.data), "drops": drops + damaged, "cut": cut}
+
+    def _budget(self, used: int, drops: Sequence[Drop]) -> None:
+        """Stops a run that loses more than `data.most_drops` of its documents, once a thousand were seen."""
+        self._used += used
+        self._lost.update(drop.cause for drop in drops)
+        lost, share = self._lost.total(), self._cfg.data.most_drops
+        if lost + self._used >= ENOUGH and lost > share * (lost + self._used):
+            causes = ", ".join(f"{cause} {count}" for cause, count in self._lost.most_common())
+            raise ValueError(
+                f"{lost} of {lost + self._used} documents were left out ({causes}), more than data.most_drops = {share:g}; "
+                f"the last: {drops[-1].message if drops else ''}"
+            )
 
     def get_state(self) -> dict:
         """The position of every lane of this process."""

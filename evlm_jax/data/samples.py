@@ -11,6 +11,10 @@ class SampleError(ValueError):
     """A sample contradicts itself. The message names its key."""
 
 
+class RowError(SampleError):
+    """A row cannot be read, or is no sample. The message names its file, number and key."""
+
+
 @dataclass(frozen=True, slots=True)
 class ImageRef:
     """An image file, or the frame that a video shows at `frame` seconds."""

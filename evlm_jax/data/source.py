@@ -7,13 +7,13 @@ from functools import partial
 import numpy as np
 
 from evlm_jax.data.containers import files, rows
-from evlm_jax.data.samples import Sample, SampleError
+from evlm_jax.data.samples import RowError, Sample, SampleError
 
 KEYS = ("id", "key", "__key__", "uuid", "url", "image", "video", "file_name")  # the first that a row has is its name
 
 
 class Source(Sequence[Sample]):
-    """Samples of one sequence of rows. A row that cannot be read, or is no sample, raises SampleError with its file, number and key.
+    """Samples of one sequence of rows. A row that cannot be read, or is no sample, raises RowError with its file, number and key.
 
     Args:
       name: as in `data.sources`.
@@ -42,7 +42,7 @@ class Source(Sequence[Sample]):
             raise
         except Exception as error:  # readers of damaged files and mappers of wrong rows raise errors of any kind
             place = f"{self.where}: row {index + 1}" if self.where else f"row {index + 1}"
-            raise SampleError(f"sample {self.name}/{key_of(row)}: {type(error).__name__}: {error} ({place})") from error
+            raise RowError(f"sample {self.name}/{key_of(row)}: {type(error).__name__}: {error} ({place})") from error
 
     def dialog_counts(self) -> list[int]:
         """Dialogs of every sample, without building the samples."""

@@ -177,6 +177,34 @@ def test_an_unreadable_image_takes_the_targets_of_its_document_only(tmp_path):
     assert max(seen) > 0
 
 
+def test_bad_rows_are_left_out_by_name(tmp_path):
+    rows = [row("good", None, "q", "aa"), {"id": "bad", "conversations": 5}, row("fine", None, "q", "bb")]
+    cfg = single(tmp_path, rows)
+    with open(tmp_path / "rows.jsonl", "a") as file:
+        file.write('{"id": \n')
+    drops, keys = Counter(), Counter()
+    for _, info in take(batches(cfg, TOKENIZER), 8):
+        drops.update(drop.cause for drop in info["drops"])
+        keys.update(key.split("/")[-1] for key in info["keys"][0])
+        assert all(re.search(r"(bad|\?): (TypeError|JSONDecodeError): .*rows.jsonl: row (2|4)\)$", drop.message) for drop in info["drops"])
+    assert set(drops) == {"bad row"} and drops["bad row"] > 4 and set(keys) == {"good", "fine"}
+
+
+@pytest.mark.parametrize("share, stops", [(0.2, True), (0.3, False)])
+def test_too_many_drops_stop_the_run(tmp_path, monkeypatch, share, stops):
+    monkeypatch.setattr(pipeline, "ENOUGH", 40)
+    rows = [row(f"r{i}", None, "q", "a") for i in range(6)] + [row("mute", None, "q"), {"id": "bad"}]
+    iterator = batches(single(tmp_path, rows, most_drops=share), TOKENIZER)
+    if stops:
+        with pytest.raises(
+            ValueError, match=r"documents were left out \((bad row|nothing supervised) \d+, .*more than data.most_drops = 0.2"
+        ):
+            take(iterator, 20)
+        iterator.close()
+    else:
+        take(iterator, 20)
+
+
 def test_a_wrong_number_of_images_stops_with_the_key(tmp_path):
     cfg = single(tmp_path, [row("two-of-one", "0.png", "<image><image>q", "a")])
     with pytest.raises(SampleError, match="two-of-one"):

@@ -12,28 +12,8 @@ from pycocotools.coco import COCO
 from evlm_jax.data.image import load
 from evlm_jax.data.samples import ImageRef, SampleError, Turn
 from evlm_jax.data.sources import FORMATS, open_source
-from tests.data.made import row, write_images, write_jsonl
-from tests.data.test_containers import png, shows, write_tar
+from tests.data.made import asked, paths, png, row, said, shows, write_images, write_json, write_jsonl, write_tar
 from tests.data.test_images import write_video
-
-
-def write(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, ensure_ascii=False), "utf-8")
-    return path
-
-
-def said(sample):
-    """[(role, text), ...] of each dialog."""
-    return [[(turn.role, turn.text) for turn in dialog] for dialog in sample.dialogs]
-
-
-def paths(sample):
-    return [ref.path for ref in sample.refs]
-
-
-def asked(*pairs):
-    return [[("user", question), ("assistant", answer)] for question, answer in pairs]
 
 
 def test_img2dataset_tars(tmp_path):
@@ -76,7 +56,7 @@ def test_video2dataset_tars(tmp_path):
 def test_coco_captions_are_those_of_pycocotools(tmp_path):
     images = [{"id": i, "file_name": f"{i:012d}.jpg", "width": 8, "height": 8} for i in (9, 25, 30)]
     annotations = [{"id": n, "image_id": i, "caption": f" caption {n} "} for n, i in enumerate((25, 9, 25, 9, 9))]
-    file = write(tmp_path / "annotations/captions_train2017.json", {"images": images, "annotations": annotations})
+    file = write_json(tmp_path / "annotations/captions_train2017.json", {"images": images, "annotations": annotations})
     source = open_source(f"coco-captions:{file}")
     theirs = COCO(str(file))
     assert [sample.key for sample in source] == ["9", "25"] and source.dialog_counts() == [3, 2]  # 30 has no caption
@@ -94,7 +74,7 @@ def test_karpathy_splits(tmp_path):
         "sentences": [{"raw": f"A {n}.", "tokens": ["a", str(n)]}, {"raw": f"B {n}.", "tokens": []}],
     }  # fmt: skip
     kinds = ["train", "restval", "val", "test"]
-    file = write(tmp_path / "dataset_coco.json", {"images": [image(n, split) for n, split in enumerate(kinds)], "dataset": "coco"})
+    file = write_json(tmp_path / "dataset_coco.json", {"images": [image(n, split) for n, split in enumerate(kinds)], "dataset": "coco"})
     train = open_source(f"karpathy:{file}")
     assert [sample.key for sample in train] == ["100", "101"] and paths(train[1]) == [f"{tmp_path}/val2014/1.jpg"]
     assert said(train[1]) == asked(("<image>Describe this image.", "A 1."), ("<image>Describe this image.", "B 1."))
@@ -127,7 +107,7 @@ def test_qwen_vl(tmp_path):
     text = "Picture 1: <img>a/1.jpg</img>\nPicture 2: <img>/b/2.jpg</img>\nWhat differs?"
     answer = "<ref>The <image> cat</ref><box>(10,20),(300,400)</box> is gone."
     turns = [{"from": "user", "value": text}, {"from": "assistant", "value": answer}]
-    file = write(tmp_path / "train.json", [{"id": "identity_0", "conversations": turns}])
+    file = write_json(tmp_path / "train.json", [{"id": "identity_0", "conversations": turns}])
     (sample,) = open_source(f"qwen-vl:{file}")
     assert (sample.key, paths(sample)) == ("identity_0", [f"{tmp_path}/a/1.jpg", "/b/2.jpg"])
     expected = ("Picture 1: <image>\nPicture 2: <image>\nWhat differs?", answer.replace("<image>", "< image>"))
@@ -152,85 +132,6 @@ def test_plain_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "Once <image> upon"}\n{"id": 7, "text": "b"}\n')
     first, second = open_source(f"text:{tmp_path / 'a.jsonl'}")
     assert (first.visuals, first.dialogs) == ((), ((Turn("assistant", "Once < image> upon"),),)) and second.key == "7"
-
-
-def coco_vqa(tmp_path, prefix):
-    questions = [{"image_id": i, "question": f"q{n}?", "question_id": 10 * i + n} for n, i in enumerate((5, 7, 5))]
-    say = lambda *texts: [{"answer": text, "answer_confidence": "yes", "answer_id": n} for n, text in enumerate(texts)]
-    answers = [{"question_id": q["question_id"], "image_id": q["image_id"], "answers": say("no", "yes", "yes")} for q in questions]
-    write(tmp_path / f"{prefix}mscoco_train2014_annotations.json", {"annotations": answers[::-1], "data_subtype": "train2014"})
-    questions = {"questions": questions, "data_subtype": "train2014", "task_type": "Open-Ended"}
-    return write(tmp_path / f"{prefix}OpenEnded_mscoco_train2014_questions.json", questions)
-
-
-@pytest.mark.parametrize("kind, prefix", [("vqav2", "v2_"), ("okvqa", "")])
-def test_vqav2_and_okvqa(tmp_path, kind, prefix):
-    file = coco_vqa(tmp_path, prefix)
-    five, seven = source = open_source(f"{kind}:{file}?images=/coco")
-    assert source.dialog_counts() == [2, 1]
-    assert paths(five) == ["/coco/train2014/COCO_train2014_000000000005.jpg"]
-    assert said(five) == asked(("<image>q0?", "yes"), ("<image>q2?", "yes")) and said(seven) == asked(("<image>q1?", "yes"))
-
-
-def science(question, choices, answer, split, hint="", image=None):
-    """An entry of ScienceQA's problems.json."""
-    return dict(question=question, choices=choices, answer=answer, hint=hint, image=image, task="closed choice", split=split)
-
-
-CHOICES = "A. one\nB. two\nC. three\nReply with the letter of the right option."
-VQA = {  # the published entries; the picture of the first sample below the folder; its dialogs
-    "gqa": (
-        {"02930152": {"imageId": "2354786", "question": "Is the sky dark?", "answer": "yes", "fullAnswer": "Yes, the sky is dark."}},
-        "images/2354786.jpg",
-        ("Is the sky dark?", "yes"),
-    ),
-    "textvqa": (
-        {"data": [{"question": "what brand?", "image_id": "0054c91397f2fe05", "question_id": 0, "answers": ["nous", "dakota", "dakota"]}]},
-        "train_images/0054c91397f2fe05.jpg",
-        ("what brand?", "dakota"),
-    ),
-    "docvqa": (
-        {"data": [{"questionId": 337, "question": "what date?", "image": "documents/xnbl0037_1.png", "answers": ["1/8/93", "93"]}]},
-        "documents/xnbl0037_1.png",
-        ("what date?", "1/8/93"),
-    ),
-    "chartqa": ([{"imgname": "41699051005347.png", "query": "How many?", "label": "14"}], "png/41699051005347.png", ("How many?", "14")),
-    "scienceqa": (
-        {
-            "1": science("Which?", ["one", "two", "three"], 1, "train", "Look.", "image.png"),
-            "2": science("Why?", ["a", "b"], 0, "train"),
-            "3": science("Hidden?", ["a", "b"], 0, "test"),
-        },
-        "images/train/1/image.png",
-        (f"Context: Look.\nWhich?\n{CHOICES}", "B"),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", VQA)
-def test_vqa_sets(tmp_path, kind):
-    facts, picture, (question, answer) = VQA[kind]
-    source = open_source(f"{kind}:{write(tmp_path / 'train.json', facts)}")
-    assert paths(source[0]) == [f"{tmp_path}/{picture}"] and said(source[0]) == asked((f"<image>{question}", answer))
-    if kind == "scienceqa":
-        assert len(source) == 2 and source[1].visuals == ()
-        assert said(source[1]) == asked(("Why?\nA. a\nB. b\nReply with the letter of the right option.", "A"))
-
-
-def test_ai2d_leaves_the_test_pictures_out(tmp_path):
-    for n in (0, 1, 2):
-        text = {f"Which {n}?": {"abcLabel": False, "answerTexts": ["one", "two", "three"], "correctAnswer": n, "questionId": f"{n}.png-0"}}
-        write(tmp_path / f"questions/{n}.png.json", {"questions": text, "imageName": f"{n}.png"})
-    with pytest.raises(FileNotFoundError, match="ai2d_test_ids.csv"):
-        open_source(f"ai2d:{tmp_path}")
-    (tmp_path / "ai2d_test_ids.csv").write_text("1\n")
-    train = open_source(f"ai2d:{tmp_path}")
-    assert [paths(s) for s in train] == [[f"{tmp_path}/images/0.png"], [f"{tmp_path}/images/2.png"]]
-    assert said(train[1]) == asked((f"<image>Which 2?\n{CHOICES}", "C"))
-    assert [[s.key for s in open_source(f"ai2d:{tmp_path}?split={split}")] for split in ("test", "all")] == [
-        ["1.png"],
-        ["0.png", "1.png", "2.png"],
-    ]
 
 
 BAD = {
@@ -262,20 +163,14 @@ def test_bad_rows_are_errors_with_file_row_and_key(tmp_path, case):
 
 
 def test_bad_files_are_errors_with_their_names(tmp_path):
-    file = coco_vqa(tmp_path, "v2_")
-    write(tmp_path / "v2_mscoco_train2014_annotations.json", {"annotations": []})
-    with pytest.raises(ValueError, match="questions.json: entry 1: KeyError: 50"):
-        open_source(f"vqav2:{file}")
-    with pytest.raises(ValueError, match="train.json: entry 1: KeyError: 'imageId'"):
-        open_source(f"gqa:{write(tmp_path / 'train.json', {'1': {'question': 'q'}})}")
     for kind in ("coco-captions", "karpathy"):
         with pytest.raises(ValueError, match=f"has not the fields of {kind}: KeyError: 'images'"):
-            open_source(f"{kind}:{write(tmp_path / 'empty.json', {'annotations': []})}")
+            open_source(f"{kind}:{write_json(tmp_path / 'empty.json', {'annotations': []})}")
     (tmp_path / "broken.json").write_text("[{")
     with pytest.raises(ValueError, match="broken.json: Expecting"):
         open_source(f"chartqa:{tmp_path / 'broken.json'}")
     with pytest.raises(ValueError, match="one.json: cannot read the file: there must be a list of rows, not dict"):
-        open_source(f"llava:{write(tmp_path / 'one.json', {'id': 1})}")
+        open_source(f"llava:{write_json(tmp_path / 'one.json', {'id': 1})}")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         open_source(f"llava:{tmp_path}/nowhere")
 

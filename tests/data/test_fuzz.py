@@ -14,7 +14,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from evlm_jax.data.image import ImageError, load
 from evlm_jax.data.samples import SampleError
 from evlm_jax.data.sources import open_source
-from tests.data.test_containers import png
+from tests.data.made import png
 
 
 def facts(i):

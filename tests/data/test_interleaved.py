@@ -17,9 +17,7 @@ from evlm_jax.data.formats.interleaved import assign
 from evlm_jax.data.image import ImageError, load
 from evlm_jax.data.samples import SampleError
 from evlm_jax.data.sources import open_source
-from tests.data.made import write_images, write_jsonl
-from tests.data.test_containers import png, shows
-from tests.data.test_formats import asked, paths, said, write
+from tests.data.made import asked, paths, png, said, shows, write_images, write_json, write_jsonl
 
 
 @pytest.mark.parametrize("images, sentences", [(1, 1), (2, 4), (3, 3), (4, 2), (5, 2)])
@@ -119,7 +117,7 @@ def write_refcoco(folder):
         {"id": 1, "image_id": 7, "bbox": [20.0, 10.0, 100.0, 50.0], "category_id": 3},
         {"id": 2, "image_id": 7, "bbox": [0, 0, 200, 100], "category_id": 3},
     ]
-    write(folder / "refcoco/instances.json", {"images": images, "annotations": annotations, "categories": [{"id": 3, "name": "cat"}]})
+    write_json(folder / "refcoco/instances.json", {"images": images, "annotations": annotations, "categories": [{"id": 3, "name": "cat"}]})
     refs = [
         {"ref_id": n, "ann_id": n, "image_id": 7, "category_id": 3, "split": split, "file_name": f"COCO_train2014_000000000007_{n}.jpg",
          "sentences": [{"sent": text, "raw": text.upper(), "tokens": text.split(), "sent_id": 0} for text in texts], "sent_ids": [0]}

@@ -9,8 +9,7 @@ import pytest
 from evlm_jax import assets
 from evlm_jax.data.samples import ImageRef, SampleError, Turn
 from evlm_jax.data.sources import open_source
-from tests.data.made import row, write_images, write_jsonl
-from tests.data.test_containers import png, shows
+from tests.data.made import png, row, shows, write_images, write_jsonl
 from tests.data.test_images import write_video
 from tests.parity import needs_asset
 

@@ -208,7 +208,7 @@ def train(
             batch, info = next(data)
             state, report = phase.update(state, jax.device_put(batch, batch_sharding(mesh)))
             step += 1
-            pending.append((step, info["keys"], work(cfg, batch, info), report))
+            pending.append((step, info["keys"], work(cfg, batch, info, phase.trained), report))
             meter.dropped(info["drops"])
             _look(pending, IN_FLIGHT, meter)
             if on_step:

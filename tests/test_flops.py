@@ -26,7 +26,7 @@ def config(**sections) -> EVLMConfig:
 def program(cfg: EVLMConfig, p: dict, pixels: jax.Array, chosen: jax.Array) -> jax.Array:
     """A number that depends on every product of the model: pixels [B * I, g * g, 3 * patch**2], chosen [B * T, k] experts."""
     part = jax.named_scope
-    t, d, n, h = ROWS * cfg.data.length, cfg.llm.hidden, cfg.llm.heads, cfg.llm.head_dim
+    t, d, n = ROWS * cfg.data.length, cfg.llm.hidden, cfg.llm.heads
     norm = lambda x, scale=1.0: scale * x / jnp.sqrt(1e-6 + jnp.square(x).mean(-1, keepdims=True))
     split = lambda x, rows, heads: x.reshape(rows, -1, heads, x.shape[-1] // heads)
 

@@ -54,6 +54,7 @@ class Block(nnx.Module):
         self.ln2 = RMSNorm(cfg.hidden, cfg.eps, rngs)
         self.mlp = GatedMLP(cfg, rngs)
 
+    @jax.named_scope("llm")
     def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
         x = x + self.attn(self.ln1(x), rope, attend)
         return x + self.mlp(self.ln2(x))
@@ -68,6 +69,7 @@ class LLM(nnx.Module):
         self.ln_f = RMSNorm(cfg.hidden, cfg.eps, rngs)
         self.head = None if cfg.tied else Linear((cfg.hidden, cfg.vocab), ("embed", "vocab"), rngs)
 
+    @jax.named_scope("head")
     def logits(self, x: jax.Array) -> jax.Array:
         """x [..., D] after the final norm -> float32 [..., vocab]."""
         if self.head is None:

@@ -58,6 +58,7 @@ class Patch(nnx.Module):
         self.kernel = param(rngs, (p, p, 3, v), (None, None, None, "embed"), std=(3 * p * p) ** -0.5)
         self.bias = param(rngs, (v,), ("embed",)) if cfg.patch_bias else None
 
+    @jax.named_scope("patch")
     def __call__(self, patches: jax.Array) -> jax.Array:
         x = product("...p,pv->...v", patches, self.kernel[...].reshape(patches.shape[-1], -1)).astype(patches.dtype)
         return x if self.bias is None else x + self.bias[...].astype(x.dtype)
@@ -85,8 +86,9 @@ class ViT(nnx.Module):
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         x, taps = self.embed(pixels), []
-        for (_, stop), blocks in zip(stack_bounds(self.cfg), self.stacks, strict=True):
-            x, _ = jax.lax.scan(REMAT[self.remat](lambda x, block: (block(x), None)), x, blocks)
+        for (start, stop), blocks in zip(stack_bounds(self.cfg), self.stacks, strict=True):
+            with jax.named_scope(f"vit_{start}"):
+                x, _ = jax.lax.scan(REMAT[self.remat](lambda x, block: (block(x), None)), x, blocks)
             if stop in self.cfg.taps:
                 taps.append(x)
         return jnp.stack(taps, 1)

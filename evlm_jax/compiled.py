@@ -36,6 +36,7 @@ class Operation(NamedTuple):
 
     flops: float
     bytes: float
+    hidden: bool  # runs beside others: a copy that was started and is waited for later
 
 
 @dataclass
@@ -130,10 +131,11 @@ class _Counting:
             flops = _custom_call(total, instruction)
         elif (kind := opcode.removesuffix("-start")) in COLLECTIVES:
             total.transfers[self._transfer(computation, instruction, kind)] += 1
-        total.operations[Operation(flops, self._bytes(computation, instruction))] += 1
+        total.operations[Operation(flops, self._bytes(computation, instruction), opcode.endswith("-start"))] += 1
 
     def _transfer(self, computation: Computation, instruction: Instruction, kind: str) -> Transfer:
-        operands = sum(leaf.bytes for name in instruction.operands for leaf in computation.by_name[name].leaves)
+        sent = instruction.operands[:1] if kind == "ragged-all-to-all" else instruction.operands  # the rest is where results go
+        operands = sum(leaf.bytes for name in sent for leaf in computation.by_name[name].leaves)
         result = sum(leaf.bytes for leaf in instruction.leaves)
         result -= operands if instruction.opcode.endswith("-start") else 0  # a started one carries its operands along
         return Transfer(kind, replica_group(instruction, self.devices), result if kind == "all-gather" else operands)

@@ -129,6 +129,10 @@ class Phase:
         print(f"phase {self.number} from step {step}: trains {size(trainable)}, freezes {size(self.frozen)}", flush=True)
         return self._begin(step, trainable, groups)
 
+    def lower(self, state: TrainState, frozen: nnx.State, batch: Batch) -> jax.stages.Lowered:
+        """The step, ready to be compiled, for shapes with shardings."""
+        return self._step.lower(state, frozen, batch)
+
     def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         """One step; `state` is donated."""
         return self._step(state, self.frozen, batch)

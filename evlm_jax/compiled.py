@@ -16,10 +16,25 @@ from typing import NamedTuple
 
 from evlm_jax.hlo import Computation, Instruction, Module, replica_group
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all", "collective-broadcast")
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+    "collective-broadcast",
+)
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "opt-barrier"}
 _CALLS = {"call": ("to_apply",), "call-start": ("to_apply", "calls"), "async-start": ("calls",)}
-_NO_PRODUCTS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked", "PrepareAsyncCallDone", "PrepareAsyncCallStart", "TopK"}
+_NO_PRODUCTS = {
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+    "GatherScatterIndicesBitpacked",
+    "PrepareAsyncCallDone",
+    "PrepareAsyncCallStart",
+    "TopK",
+}
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -130,7 +145,8 @@ class _Counting:
         elif opcode == "custom-call":
             flops = _custom_call(total, instruction)
         elif (kind := opcode.removesuffix("-start")) in COLLECTIVES:
-            total.transfers[self._transfer(computation, instruction, kind)] += 1
+            transfer = self._transfer(computation, instruction, kind)
+            total.transfers[transfer] += len(transfer.group) > 1
         total.operations[Operation(flops, self._bytes(computation, instruction), opcode.endswith("-start"))] += 1
 
     def _transfer(self, computation: Computation, instruction: Instruction, kind: str) -> Transfer:

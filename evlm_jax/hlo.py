@@ -1,7 +1,7 @@
 """Reads the text of an optimised HLO module (`Compiled.as_text()`), as XLA:CPU and libtpu print it.
 
-    %fusion.2 = (bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, f32[]) fusion(%a, %b), kind=kOutput, calls=%fused.2, metadata={op_name="..."}
-     name        shape, as leaves; S(1): on the chip, not in HBM     opcode   operands    attributes
+%fusion.2 = (bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, f32[]) fusion(%a, %b), kind=kOutput, calls=%fused.2, metadata={op_name="..."}
+ name        shape, as leaves; S(1): on the chip, not in HBM     opcode   operands    attributes
 """
 
 import math

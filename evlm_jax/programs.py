@@ -72,12 +72,16 @@ def _prefill(of: Phase) -> Program:
     ints = lambda *shape: jax.ShapeDtypeStruct((rows, *shape), jnp.int32, sharding=layout.rows)
     plan = Plan(ints(cfg.data.pairs, cfg.xattn.tile), ints(t), ints(cfg.data.pairs), ints(cfg.data.pairs))
     prompt = Prompt(ints(t), ints(t), ints(), plan, ints(i), ints(), ints())
-    taps = jax.ShapeDtypeStruct((rows * i, len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width), jnp.dtype(cfg.train.dtype), sharding=layout.rows)
+    taps = jax.ShapeDtypeStruct(
+        (rows * i, len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width), jnp.dtype(cfg.train.dtype), sharding=layout.rows
+    )
     weights, key = _weights(of), jax.eval_shape(jax.random.key, 0).dtype
     random = jax.ShapeDtypeStruct((rows,), key, sharding=layout.rows)
     run = layout.jit(lambda weights, prompt, taps, random, how: prefill(cfg, weights, prompt, taps, random, how, slots=t, images=1))
     work = Work.full(cfg, rows)._replace(encoded=0, targets=rows)
-    return Program(run.lower(weights, prompt, taps, random, _sampling(layout)), {"parameters": _share(weights), "taps": _share(taps)}, work, set())
+    return Program(
+        run.lower(weights, prompt, taps, random, _sampling(layout)), {"parameters": _share(weights), "taps": _share(taps)}, work, set()
+    )
 
 
 def _decode(of: Phase) -> Program:

@@ -77,10 +77,8 @@ def _changes(cfg: EVLMConfig, devices: int) -> Iterator[tuple[str, Callable[[EVL
         fewer = mesh.slices
         yield f"mesh.data={fewer} mesh.fsdp={sizes['fsdp'] * sizes['data'] // fewer}", set_mesh(data=fewer, fsdp=-1)
     if sizes["fsdp"] % 2 == 0:
-        yield (
-            f"mesh.tensor={2 * sizes['tensor']} mesh.fsdp={sizes['fsdp'] // 2}",
-            set_mesh(tensor=2 * sizes["tensor"], fsdp=sizes["fsdp"] // 2),
-        )
+        tensor, fsdp = 2 * sizes["tensor"], sizes["fsdp"] // 2
+        yield f"mesh.tensor={tensor} mesh.fsdp={fsdp}", set_mesh(tensor=tensor, fsdp=fsdp)
 
 
 def sweep(cfg: EVLMConfig, topology: str, what: str, phase: int) -> list[dict]:
@@ -88,13 +86,8 @@ def sweep(cfg: EVLMConfig, topology: str, what: str, phase: int) -> list[dict]:
     reports = []
     for candidate in meshes(cfg, topology):
         for remat in REMATS if what == "train" else REMATS[:1]:
-            report = plan(
-                dataclasses.replace(candidate, train=dataclasses.replace(candidate.train, remat=remat)),
-                topology,
-                what,
-                phase,
-                consumers=False,
-            )
+            tried = dataclasses.replace(candidate, train=dataclasses.replace(candidate.train, remat=remat))
+            report = plan(tried, topology, what, phase, consumers=False)
             reports.append(report)
             print(_line(report), flush=True)
     reports.sort(key=lambda r: (not r["fits"], r["time"]["seconds"] if "time" in r else 0))

@@ -1,5 +1,6 @@
 """What `evlm plan` compiles: the real train step, the evaluation's losses, a prefill or a step of decoding, for shapes alone."""
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -47,6 +48,8 @@ def build(cfg: EVLMConfig, layout: Layout, what: str, phase: int = 0) -> Program
     """
     if not 0 <= phase < len(cfg.optim.phases):
         raise ValueError(f"--phase {phase}: the config has phases 0 to {len(cfg.optim.phases) - 1}")
+    if not cfg.data.sources:  # without one, the step would report no loss, and XLA leave its forward part out
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, sources=("all",), weights=(1.0,)))
     of = Phase(cfg, phase, layout)
     return {"train": _train, "eval": _eval, "prefill": _prefill, "decode": _decode}[what](of)
 
@@ -56,7 +59,7 @@ def _train(of: Phase) -> Program:
     state, batch = _put(shapes, of.layout.trained(shapes)), _put(batch, of.layout.batch(batch))
     frozen = _frozen(of)
     arguments = {"frozen": _share(frozen), "trainable": _share(state.params), "optimizer": _share(state.groups), "batch": _share(batch)}
-    return Program(of.lower(state, frozen, batch), arguments, Work.full(of.cfg, of.cfg.train.batch), of.trained)
+    return Program(of.lower(), arguments, Work.full(of.cfg, of.cfg.train.batch), of.trained)
 
 
 def _eval(of: Phase) -> Program:

@@ -52,6 +52,8 @@ def devices(topology: str, slices: int = 1) -> tuple[list[jax.Device], Chip | No
       ImportError: libtpu is not installed.
     """
     kind, _, shape = topology.partition(":")
+    with contextlib.suppress(RuntimeError):  # devices exist already
+        jax.config.update("jax_platforms", "cpu")  # nobody looks for a TPU, whose compiler is all that is wanted
     if kind == "cpu" or kind in CHIPS and kind.startswith("h"):
         if not shape.isdigit() or slices > 1:
             raise ValueError(f"--topology {topology}: give a number of devices, such as {kind}:8, and mesh.slices = 1")

@@ -187,6 +187,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--what", choices=("train", "eval", "prefill", "decode"), default="train")
     parser.add_argument("--phase", type=int, default=0, help="of training: what is trained")
     parser.add_argument("--sweep", action="store_true", help="try meshes and remat policies, and rank them")
+    parser.add_argument("--no-mend", action="store_true", help="where it does not fit, look for no change that makes it")
     parser.add_argument("--price", type=float, help="of a chip-hour")
     parser.add_argument("--json", help="file to write the report to")
 

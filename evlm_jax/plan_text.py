@@ -7,22 +7,17 @@ def show(report: dict) -> str:
     """A page on one program."""
     mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
     policies = " ".join(f"{name}={value}" for name, value in report["policies"].items())
+    arguments = [(name, f"{share['count']:,}", _gib(share["bytes"])) for name, share in report["arguments"].items()]
     lines = [
         f"{report['config']}, {report['what']}, phase {report['phase']}, {report['rows']} rows on {report['topology']}",
         f"mesh {mesh}; {policies}",
         "",
-        *_table(
-            ("arguments", "count", "GiB a device"), ((name, f"{s['count']:,}", _gib(s["bytes"])) for name, s in report["arguments"].items())
-        ),
+        *_table(("arguments", "count", "GiB a device"), arguments),
         "",
     ]
     lines += _fitting(report) if report["fits"] else _not_fitting(report)
-    return "\n".join(
-        [
-            *lines,
-            f"traced in {report['lower_seconds']:.0f} s, compiled in {report['compile_seconds']:.0f} s, {report['ram_gib']:.1f} GiB of RAM",
-        ]
-    )
+    seconds = f"traced in {report['lower_seconds']:.0f} s, compiled in {report['compile_seconds']:.0f} s"
+    return "\n".join([*lines, f"{seconds}, {report['ram_gib']:.1f} GiB of RAM"])
 
 
 def _fitting(report: dict) -> list[str]:
@@ -34,11 +29,8 @@ def _fitting(report: dict) -> list[str]:
     rows = [(c["kind"], c["group"], f"{c['count']:,.0f}", _gib(c["bytes"]), _gib(c["sent"])) for c in report["collectives"]]
     lines += _table(("collectives of a device", "group", "count", "GiB", "GiB sent"), rows) + [""]
     lines += [f"note: {what} ({count:,.0f})" for what, count in report["notes"].items()]
-    return (
-        lines
-        + [f"bytes through HBM, an estimate: {_gib(report['bytes'])} GiB a device"]
-        + (_time(report["time"]) if "time" in report else [])
-    )
+    lines.append(f"bytes through HBM, an estimate: {_gib(report['bytes'])} GiB a device")
+    return lines + (_time(report["time"]) if "time" in report else [])
 
 
 def _parts(report: dict, devices: int) -> list[tuple]:

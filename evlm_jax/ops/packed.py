@@ -58,6 +58,7 @@ def pack_head(kernel: jax.Array, dtype: str) -> Packed:
     return Packed(pack(padded.reshape(len(kernel), pieces, -1).swapaxes(0, 1), dtype), None)
 
 
+@jax.named_scope("head")
 def logits(head: Packed, x: jax.Array, vocab: int) -> jax.Array:
     """x [B, in] -> float32 [B, vocab]."""
     pieces = jax.lax.map(lambda i: _product(x, head.kernel, i), jnp.arange(head.kernel.shape[0]))

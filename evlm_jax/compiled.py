@@ -16,25 +16,13 @@ from typing import NamedTuple
 
 from evlm_jax.hlo import Computation, Instruction, Module, replica_group
 
-COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "ragged-all-to-all",
-    "collective-broadcast",
-)
+COLLECTIVES = set("all-gather all-reduce reduce-scatter all-to-all ragged-all-to-all collective-permute collective-broadcast".split())
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "opt-barrier"}
 _CALLS = {"call": ("to_apply",), "call-start": ("to_apply", "calls"), "async-start": ("calls",)}
-_NO_PRODUCTS = {
-    "AllocateBuffer",
-    "AssumeGatherIndicesInBound",
-    "GatherScatterIndicesBitpacked",
-    "PrepareAsyncCallDone",
-    "PrepareAsyncCallStart",
-    "TopK",
-}
+_NO_PRODUCTS = set(  # targets of custom calls
+    "AllocateBuffer AssumeGatherIndicesInBound AsyncCollectiveDone AsyncCollectiveStart GatherScatterIndicesBitpacked "
+    "PrepareAsyncCallDone PrepareAsyncCallStart TopK".split()
+)
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -146,7 +134,7 @@ class _Counting:
             flops = _custom_call(total, instruction)
         elif (kind := opcode.removesuffix("-start")) in COLLECTIVES:
             transfer = self._transfer(computation, instruction, kind)
-            total.transfers[transfer] += len(transfer.group) > 1
+            total.transfers[transfer] += len(transfer.group) > 1 and not _goes_on(computation, instruction)
         total.operations[Operation(flops, self._bytes(computation, instruction), opcode.endswith("-start"))] += 1
 
     def _transfer(self, computation: Computation, instruction: Instruction, kind: str) -> Transfer:
@@ -225,6 +213,12 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
         return None
     distance = int(limit.inside) - int(start.inside) + (compare.attribute("direction") == "LE")
     return max(0, math.ceil(distance / step[0]))
+
+
+def _goes_on(computation: Computation, instruction: Instruction) -> bool:
+    """libtpu writes a collective that runs beside products into each of their fusions; it begins in one of them alone."""
+    begins = any('"AsyncCollectiveStart"' in other.rest for other in computation.instructions if other.opcode == "custom-call")
+    return "chain_id=" in instruction.rest and not begins
 
 
 def _in_hbm(computation: Computation, name: str) -> bool:

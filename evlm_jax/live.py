@@ -77,7 +77,15 @@ class _Peaks:
         return made, last
 
     def _carried(self, instruction: Instruction, held: dict) -> dict[int, int | None]:
-        """{leaf of an asynchronous start: buffer of the operand that it is}: a copy's stand behind its result, all others in front."""
+        """{leaf: buffer of an operand that it is}: what a fusion updates in place; the operands of an asynchronous start.
+
+        The operand of a copy stands behind its result, those of other starts in front.
+        """
+        if instruction.opcode == "fusion":
+            fused, of = self.module[instruction.called("calls")[0]], [held[name] for name in instruction.operands]
+            roots = fused.root.operands if fused.root.opcode == "tuple" else (fused.root.name,)
+            targets = {place: _target(fused, name) for place, name in enumerate(roots)}
+            return {place: of[number][0] for place, number in targets.items() if number is not None}
         if not instruction.opcode.endswith("-start"):
             return {}
         source = [number for name in instruction.operands for number in held[name]]
@@ -100,18 +108,16 @@ class _Peaks:
             places = range(len(leaves)) if start.opcode == "copy-start" else reversed(range(len(leaves)))
             begin = next((i for i in places if leaves[i : i + len(wanted)] == wanted), None)
             return None if begin is None else of[0][begin : begin + len(wanted)]
-        if opcode == "fusion":
-            return self._updated(instruction, of)
         return None
 
-    def _updated(self, instruction: Instruction, of: list) -> list[int | None] | None:
-        """A fusion that updates an operand in place."""
-        fused = self.module[instruction.called("calls")[0]]
-        root = fused.through(fused.root.name, "bitcast")
-        if root.opcode != "dynamic-update-slice":
-            return None
-        target = fused.through(root.operands[0], "bitcast")
-        return of[int(target.inside)] if target.opcode == "parameter" else None
+
+def _target(fused: Computation, name: str) -> int | None:
+    """Number of the parameter that a result of a fused computation updates in place."""
+    root = fused.through(name, "bitcast")
+    if root.opcode != "dynamic-update-slice":
+        return None
+    target = fused.through(root.operands[0], "bitcast")
+    return int(target.inside) if target.opcode == "parameter" else None
 
 
 def _runs(instruction: Instruction) -> list[str]:

@@ -190,6 +190,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-mend", action="store_true", help="where it does not fit, look for no change that makes it")
     parser.add_argument("--price", type=float, help="of a chip-hour")
     parser.add_argument("--json", help="file to write the report to")
+    parser.add_argument("--hlo", help="file to write the optimised program to")
 
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> int:

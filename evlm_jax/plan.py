@@ -8,6 +8,7 @@ import re
 import resource
 import time
 from collections import Counter
+from pathlib import Path
 
 import jax
 
@@ -23,7 +24,15 @@ OTHER = "other"
 LARGEST = 10  # buffers that are told
 
 
-def plan(cfg: EVLMConfig, topology: str, what: str = "train", phase: int = 0, price: float | None = None, consumers: bool = True) -> dict:
+def plan(
+    cfg: EVLMConfig,
+    topology: str,
+    what: str = "train",
+    phase: int = 0,
+    price: float | None = None,
+    consumers: bool = True,
+    hlo: str | None = None,
+) -> dict:
     """The report on one program, ready for JSON; `show` prints it. Bytes and FLOPs are of one device where not said otherwise.
 
     Args:
@@ -32,6 +41,7 @@ def plan(cfg: EVLMConfig, topology: str, what: str = "train", phase: int = 0, pr
       phase: number of the phase of training, which decides what is trained.
       price: of a chip-hour.
       consumers: where the program does not fit, compile it for a larger memory to see what fills it.
+      hlo: file to write the optimised program to.
     Raises:
       ValueError: a mesh, batch or topology that cannot be, before anything is compiled.
     """
@@ -64,6 +74,8 @@ def plan(cfg: EVLMConfig, topology: str, what: str = "train", phase: int = 0, pr
     if executable is None:
         report["largest"] = _roomy(cfg, topology, what, phase, len(devices)) if consumers else None
     else:
+        if hlo:
+            Path(hlo).write_text(executable.as_text())
         report |= _read(cfg, layout, chip, program, executable, price)
     report["ram_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return report

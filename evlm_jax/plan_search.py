@@ -24,7 +24,7 @@ def main(args: argparse.Namespace, overrides: list[str], load_config: Callable) 
     if args.sweep:
         report = sweep(cfg, args.topology, args.what, args.phase)
     else:
-        report = plan(cfg, args.topology, args.what, args.phase, args.price, consumers=not args.no_mend)
+        report = plan(cfg, args.topology, args.what, args.phase, args.price, not args.no_mend, args.hlo)
         if not report["fits"] and not args.no_mend:
             report["tried"] = mend(cfg, args.topology, args.what, args.phase)
         print(show(report))

@@ -89,12 +89,28 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="checkpoints, metrics.jsonl and TensorBoard files; a run in it goes on")
     parser.add_argument("--init", help="checkpoint of an earlier stage to start from, instead of the towers alone")
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard files as well")
+    parser.add_argument("--profile", type=_span, metavar="A:B", help="trace the updates A to B into WORKDIR/profile")
+    parser.add_argument("--distributed", action="store_true", help="one of several processes, as the environment says: TPU pod, GKE, Slurm")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="one of several processes: address of process 0")
+    parser.add_argument("--processes", type=int, help="with --coordinator: how many")
+    parser.add_argument("--process", type=int, help="with --coordinator: number of this one, from 0")
+
+
+def _span(text: str) -> tuple[int, int]:
+    first, _, last = text.partition(":")
+    if not 1 <= int(first) <= int(last):
+        raise ValueError(text)
+    return int(first), int(last)
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:
+    if args.distributed or args.coordinator:
+        from evlm_jax import processes  # before anything asks for devices
+
+        processes.join(args.coordinator, args.processes, args.process)
     from evlm_jax.run import train_run
 
-    train_run(load_config(args.config, overrides), args.workdir, args.init, args.tensorboard)
+    train_run(load_config(args.config, overrides), args.workdir, args.init, args.tensorboard, args.profile)
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:

@@ -36,6 +36,7 @@ class Block(nnx.Module):
         self.ffn_gate = param(rngs, (), ())
         self.head_dim = cfg.xattn.head_dim
 
+    @jax.named_scope("keys_values")
     def keys_values(self, tap: jax.Array) -> tuple[jax.Array, jax.Array]:
         """tap [..., S, V] -> keys and values [..., S, N, H]: once per image, cached in generation."""
         normed = self.kv_norm(tap)
@@ -46,6 +47,7 @@ class Block(nnx.Module):
         """`attend` maps queries [B, T, N, H] to attention outputs of the same shape."""
         return self.routed(x, attend, None)[0]
 
+    @jax.named_scope("cross")
     def routed(self, x: jax.Array, attend: Callable[[jax.Array], jax.Array], kind: jax.Array | None) -> tuple[jax.Array, Routing | None]:
         """The same and what its routing tells; `kind` [B, T] as in moe.py. A dense FFN has no routing."""
         out = attend(heads(self.q(self.norm(x)), self.head_dim))

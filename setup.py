@@ -58,6 +58,7 @@ setup(
         "cloud": ["gcsfs", "s3fs"],  # what fsspec needs for gs:// and s3://
         "clean": ["OpenCC>=1.4.2"],  # traditional to simplified Chinese
         "tpu": ["jax[tpu]"],
+        "plan": ["jax[tpu]"],  # the compiler for TPUs, of the matching version; it runs without one
         "cuda": ["jax[cuda13]"],
     },
     entry_points={"console_scripts": ["evlm=evlm_jax.cli:main"]},

@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import webdataset
 from pycocotools.coco import COCO
 
 from evlm_jax.data.image import load
@@ -42,12 +44,9 @@ def test_img2dataset_parquet(tmp_path):
 
 def test_video2dataset_tars(tmp_path):
     film = write_video(tmp_path / "v.mp4", seconds=4, fps=5)
-    path = write_tar(tmp_path / "a.tar", [], mp4=b"")
-    import webdataset
-
-    with webdataset.TarWriter(path) as writer:
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
         writer.write({"__key__": "0", "mp4": film.read_bytes(), "txt": "A film."})
-    (sample,) = open_source(f"img2dataset:{path}?frames=4")
+    (sample,) = open_source(f"img2dataset:{tmp_path}/a.tar?frames=4")
     assert [ref.frame for ref in sample.visuals[0]] == [0.5, 1.5, 2.5, 3.5] and said(sample) == [[("assistant", "<image>A film.")]]
     frames = [int(load(ref, 8, "squash").mean()) for ref in sample.refs]
     assert frames == pytest.approx([24, 84, 144, 204], abs=4)
@@ -183,8 +182,6 @@ def test_unknown_options_are_named():
 
 
 def test_remote_files(tmp_path):
-    import fsspec
-
     memory = fsspec.filesystem("memory")
     memory.pipe("/set/rows.jsonl", json.dumps(row("r", "pictures/3.png", "<image>q", "a")).encode())
     memory.pipe("/set/pictures/3.png", png(3))

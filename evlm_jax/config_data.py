@@ -31,7 +31,8 @@ class CleanConfig:
     """Rules of data/clean.py for captions and web documents, of data/ocr/scans.py for real pages. Which there are is the paper's
     (section 3.1), thresholds are ours.
 
-    Captions meet the first group, pictures of all the second, documents the third, pages the fourth. A word is a run of letters, or one Chinese character.
+    Captions meet the first group, pictures of all the second, documents the third, pages the fourth. A word is a run
+    of letters, or one Chinese character.
     """
 
     letters: float  # more than this share of what is no space must be letters

@@ -17,6 +17,7 @@ from evlm_jax.data.samples import MARKER, ImageRef, Sample, literal
 from evlm_jax.data.source import Source
 
 LONG = 300  # characters: of a longer text a part is taken
+UNSEEN, VARIANTS = ("Cc", "Cf", "Cs"), "\ufe0e\ufe0f"  # kinds of characters that leave no ink; "as text" and "as emoji"
 EMPTY = 100  # samples in a row without text, before it is an error
 
 
@@ -106,7 +107,7 @@ def supply(sources: Sequence[Sequence[Sample]], role: str, rng: np.random.Genera
 
 def plain(text: str) -> str:
     """One line without marks that nobody sees, as it can be drawn and read."""
-    seen = "".join(c for c in text.replace(MARKER, " ") if c.isspace() or unicodedata.category(c)[0] not in "C" and c not in "\ufe0e\ufe0f")
+    seen = "".join(c for c in text.replace(MARKER, " ") if c.isspace() or not (unicodedata.category(c) in UNSEEN or c in VARIANTS))
     return literal(" ".join(seen.split()))
 
 

@@ -1,4 +1,4 @@
-"""Fonts of synthetic pages: those that are shipped by language, files that a user names, the characters that each has, the ink of a word."""
+"""Fonts of synthetic pages: the shipped ones by language, and files that a user names; their characters, and the ink of a word."""
 
 import functools
 import os
@@ -72,7 +72,7 @@ def able(faces: Sequence[Face], text: str) -> tuple[Face, ...]:
 
 
 def writable(faces: Sequence[Face], texts: Iterable[str]) -> tuple[str, tuple[Face, ...]]:
-    """The first text that some font can write, and those fonts. Raises ValueError naming the characters where there is none in a hundred."""
+    """The first text that some font can write, and those fonts. Raises ValueError where a hundred cannot be written."""
     for tried, text in enumerate(texts):
         if found := able(faces, text):
             return text, found

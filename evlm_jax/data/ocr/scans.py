@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from evlm_jax.config import EVLMConfig
 from evlm_jax.data import image
@@ -175,5 +175,6 @@ def paint_over(picture: Image.Image, quads: Sequence[np.ndarray]) -> Image.Image
     mask = Image.new("L", picture.size, 0)
     pen = ImageDraw.Draw(mask)
     for quad in quads:
-        pen.polygon([tuple(corner) for corner in quad * picture.size], fill=255, outline=255, width=2 * MARGIN + 1)
+        pen.polygon([tuple(corner) for corner in quad * picture.size], fill=255)
+    mask = mask.filter(ImageFilter.MaxFilter(2 * MARGIN + 1))
     return Image.fromarray(cv2.inpaint(np.asarray(picture), np.asarray(mask), RADIUS, cv2.INPAINT_TELEA))

@@ -5,7 +5,7 @@ estimate: what each top-level operation reads and writes in HBM; a slice of a st
 writes, a copy into the core's memory once. A conditional counts its dearest branch.
 """
 
-import itertools
+import functools
 import json
 import math
 import re
@@ -252,13 +252,22 @@ def _convolution(computation: Computation, instruction: Instruction) -> float:
     return 2.0 * reach * size("o", out, "f") * size("k", kernel, "i") * size("l", left, "b") / groups
 
 
+@functools.cache
 def _meetings(inputs: int, kernel: int, outputs: int, low: int, stride: int, base: int, dilation: int) -> int:
-    """Pairs (output, tap of the kernel) of one spatial dimension that meet an element of the input."""
-    total = 0
-    for tap, out in itertools.product(range(kernel), range(outputs)) if kernel * outputs < 1 << 22 else ():
-        at = out * stride + tap * dilation - low
-        total += at % base == 0 and 0 <= at // base < inputs
-    return total if kernel * outputs < 1 << 22 else min(inputs, outputs) * kernel
+    """Pairs (output, tap of the kernel) of one spatial dimension that meet an element of the input.
+
+    They are those where at = output * stride + tap * dilation - low is a multiple of `base` in [0, (inputs - 1) * base].
+    """
+    total, common = 0, math.gcd(stride, base)
+    every = base // common  # outputs from one that meets to the next
+    for tap in range(kernel):
+        shift = low - tap * dilation
+        if shift % common == 0:
+            first = max(0, -(-shift // stride))
+            last = min(outputs - 1, (shift + (inputs - 1) * base) // stride)
+            meets = shift // common * pow(stride // common, -1, every) % every
+            total += max(0, (last - meets) // every - (first - 1 - meets) // every) if last >= first else 0
+    return total
 
 
 def _custom_call(total: Costs, instruction: Instruction) -> float:

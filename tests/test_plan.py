@@ -26,34 +26,34 @@ def config(**sections):
 
 
 def ratios(report: dict) -> dict[str, float]:
-    """{part: executed / needed}."""
-    done = {part: sum(passes.values()) * report["devices"] for part, passes in report["executed"].items()}
+    """{part: executed, without what is computed again, / needed}."""
+    done = {part: (passes["forward"] + passes["backward"]) * report["devices"] for part, passes in report["executed"].items()}
     return {part: done.get(part, 0.0) / sum(cost.values()) for part, cost in report["needed"].items()}
 
 
-@pytest.mark.parametrize(("phase", "copies"), [(0, 0), (1, 2)])
-def test_a_step_executes_what_is_needed_and_known_extras(phase, copies):
-    cfg = config(moe={"copies": copies}, train={"batch": 2})
+@pytest.mark.parametrize(("phase", "remat"), [(0, "full"), (1, "none")])
+def test_a_step_executes_what_is_needed_and_known_extras(phase, remat):
+    cfg = config(train={"batch": 2, "remat": remat})
     report = plan(cfg, "cpu:1", phase=phase)
     t, pairs = cfg.data.length, cfg.data.pairs * cfg.xattn.tile
     known = {flops.LLM_SCORES: 2 * t / (t + 1), flops.CROSS_SCORES: pairs / t}  # masked halves; tiles that may be empty
     # The norm's gradient is a product more; of a trained ViT, taps 2 of 3 need a gradient, in 2 of 4 layers, and all get one.
-    keys = 1.5 if phase == 0 else 3 / (2 + 2 / 4)
-    for part, ratio in ratios(report).items():
-        if not (phase == 1 and part == flops.TRAINED_VIT):  # below its lowest products no gradient is needed
-            assert ratio == pytest.approx(keys if part == flops.KEYS else known.get(part, 1.0), rel=1e-6), part
+    known[flops.KEYS] = 3 / 2 if phase == 0 else 3 / (2 + 2 / 4)
+    found = ratios(report)
+    if phase == 1:
+        assert 1 <= found.pop(flops.TRAINED_VIT) < 1.1  # norms in front of the lowest trained kernels as well
+    assert found == pytest.approx({part: known.get(part, 1.0) for part in found}, rel=1e-6)
     assert OTHER not in report["executed"]
-    again = sum(passes["again"] for passes in report["executed"].values())
-    assert again == 0
-
-
-def test_rematerialisation_is_told_apart():
-    executed = plan(config(train={"remat": "full"}), "cpu:1")["executed"]
-    assert executed[flops.FFN]["again"] == executed[flops.FFN]["forward"] > 0
-    assert executed[flops.FROZEN_VIT]["again"] == executed[flops.FROZEN_VIT]["backward"] == 0
+    again = {part: passes["again"] for part, passes in report["executed"].items() if passes["again"]}
+    trained = {flops.KEYS, flops.CROSS, flops.CROSS_SCORES, flops.FFN, flops.LLM, flops.LLM_SCORES}
+    assert again.keys() == (
+        {flops.KEYS, flops.CROSS, flops.CROSS_SCORES, flops.FFN, flops.LLM, flops.LLM_SCORES} if remat == "full" else set()
+    )
+    assert not again or again[flops.FFN] <= report["executed"][flops.FFN]["forward"]
 
 
 @tpu
+@pytest.mark.slow
 def test_a_tpu_slice(tmp_path):
     """All axes; the parts add up over devices as on one, and the state lies in pieces."""
     cfg = config(moe={"copies": 2}, mesh={"fsdp": 2, "expert": 2, "tensor": 2, "data": 1, "zero": 3, "frozen": "sharded"})

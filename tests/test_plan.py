@@ -46,9 +46,7 @@ def test_a_step_executes_what_is_needed_and_known_extras(phase, remat):
     assert OTHER not in report["executed"]
     again = {part: passes["again"] for part, passes in report["executed"].items() if passes["again"]}
     trained = {flops.KEYS, flops.CROSS, flops.CROSS_SCORES, flops.FFN, flops.LLM, flops.LLM_SCORES}
-    assert again.keys() == (
-        {flops.KEYS, flops.CROSS, flops.CROSS_SCORES, flops.FFN, flops.LLM, flops.LLM_SCORES} if remat == "full" else set()
-    )
+    assert again.keys() == (trained if remat == "full" else set())
     assert not again or again[flops.FFN] <= report["executed"][flops.FFN]["forward"]
 
 

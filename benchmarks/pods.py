@@ -20,7 +20,7 @@ from pathlib import Path
 
 from evlm_jax import chips, flops
 from evlm_jax.cli import load_config
-from evlm_jax.plan import phase_share
+from evlm_jax.programs import phase_steps
 
 FILE, PAGE = Path("docs/pods.json"), Path("docs/pods.md")
 RUNS = {  # name: (stage, phase)
@@ -142,7 +142,7 @@ def _row(run: str, report: dict) -> tuple[str, ...]:
         return run, f"{report['topology']}: does not fit"
     time, mesh, chip = report["time"], report["mesh"], report["chip"]
     stage, phase = RUNS[run]
-    days = time["days"] * phase_share(load_config(f"experiments/evlm_14b.py:{stage}"), phase)
+    days = phase_steps(load_config(f"experiments/evlm_14b.py:{stage}"), phase) * time["seconds"] / 86400
     return (
         run,
         report["topology"],

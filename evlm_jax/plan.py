@@ -15,12 +15,12 @@ import jax
 from evlm_jax import chips, compiled, flops, live, programs, roofline
 from evlm_jax.config import EVLMConfig
 from evlm_jax.hlo import Module
-from evlm_jax.optim import starts
 from evlm_jax.sharding import Layout, make_layout
 
 _SCOPES = re.compile(r"\b(patch|vit_\d+|keys_values|cross|moe|router|experts|ffn|scores|llm|head)\b")
 _CROSS = {"scores": flops.CROSS_SCORES, "router": flops.ROUTER, "experts": flops.ROUTED, "moe": flops.WORLD, "ffn": flops.FFN}
 OTHER = "other"
+GUESS = "compiled by XLA:CPU, which is no compiler of this chip: memory and bytes of HBM are a rough guess"
 LARGEST = 10  # buffers that are told
 
 
@@ -110,7 +110,7 @@ def _read(cfg: EVLMConfig, layout: Layout, chip: chips.Chip | None, program: pro
         "executed": executed(cfg, program.trained, costs),
         "bytes": costs.bytes,
         "collectives": sorted(collectives, key=lambda c: -c["sent"]),
-        "notes": dict(costs.notes),
+        "notes": dict(costs.notes) | ({GUESS: 1} if chip and devices[0].platform == "cpu" else {}),
         "largest": _buffers(module),
     }
     return out | ({"time": _time(cfg, program, chip, costs, devices, price)} if chip else {})
@@ -161,8 +161,8 @@ def _time(cfg: EVLMConfig, program: programs.Program, chip: chips.Chip, costs: c
     out |= {"tokens_per_s": program.work.tokens / step.seconds, "images_per_s": program.work.images / step.seconds}
     out["mfu"] = needed / (step.seconds * count * chip.flops)
     if program.trained:
-        out["steps"] = cfg.train.steps
-        out["days"] = cfg.train.steps * step.seconds / 86400
+        out["steps"] = program.steps
+        out["days"] = out["steps"] * step.seconds / 86400
         out["chip_days"] = out["days"] * count
         out |= {"price": out["chip_days"] * 24 * price} if price else {}
     return out
@@ -200,9 +200,3 @@ def cube(chips: int) -> str:
         sides[sides.index(min(sides))] *= 2
         chips //= 2
     return "x".join(map(str, sorted(sides) if 1 not in sides else sorted(sides, reverse=True)))
-
-
-def phase_share(cfg: EVLMConfig, phase: int) -> float:
-    """Share of the steps that a phase makes."""
-    first = [*starts(cfg), cfg.train.steps]
-    return (first[phase + 1] - first[phase]) / cfg.train.steps

@@ -10,8 +10,9 @@ import pytest
 from evlm_jax import chips, flops, plan_search, roofline
 from evlm_jax.cli import main
 from evlm_jax.compiled import Costs, Operation, Transfer
-from evlm_jax.plan import OTHER, cube, phase_share, plan
+from evlm_jax.plan import OTHER, cube, plan
 from evlm_jax.plan_text import show
+from evlm_jax.programs import phase_steps
 from tests.tiny import CROSS_ONLY, UPPER_VIT, tiny_config
 
 tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason='pip install -e ".[plan]"')
@@ -31,7 +32,7 @@ def ratios(report: dict) -> dict[str, float]:
     return {part: done.get(part, 0.0) / sum(cost.values()) for part, cost in report["needed"].items()}
 
 
-@pytest.mark.parametrize(("phase", "remat"), [(0, "full"), (1, "none")])
+@pytest.mark.parametrize(("phase", "remat"), [(0, "full"), pytest.param(1, "none", marks=pytest.mark.slow)])
 def test_a_step_executes_what_is_needed_and_known_extras(phase, remat):
     cfg = config(train={"batch": 2, "remat": remat})
     report = plan(cfg, "cpu:1", phase=phase)
@@ -164,4 +165,4 @@ def test_seconds_of_a_step():
 
 def test_slices_and_phases():
     assert [cube(n) for n in (4, 8, 16, 32, 64, 256)] == ["2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x8x8"]
-    assert [phase_share(config(), phase) for phase in (0, 1)] == [0.25, 0.75]
+    assert [phase_steps(config(), phase) for phase in (0, 1)] == [25, 75]

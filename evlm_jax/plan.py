@@ -182,15 +182,12 @@ def _short(op_name: str) -> str:
 
 
 def _roomy(cfg: EVLMConfig, topology: str, what: str, phase: int, count: int) -> dict | None:
-    """What would fill the memory: the same program for chips of 95 or 192 GiB; None where it does not fit them either."""
-    for kind, cores in (("v5p", 1), ("tpu7x", 2)):
-        wide = f"{kind}:{cube(count // cores // cfg.mesh.slices)}"
-        if wide.partition(":")[0] == topology.partition(":")[0] or count // cores < 4 * cfg.mesh.slices:
-            continue
-        report = plan(cfg, wide, what, phase, consumers=False)
-        if report["fits"]:
-            return {"topology": wide, "memory": report["memory"], "buffers": report["largest"]}
-    return None
+    """What would fill the memory: the same program for as many chips of 95 GiB; None where it does not fit them either."""
+    wide = f"v5p:{cube(count // cfg.mesh.slices)}"
+    if topology.startswith("v5p") or count < 4 * cfg.mesh.slices:
+        return None
+    report = plan(cfg, wide, what, phase, consumers=False)
+    return {"topology": wide, "memory": report["memory"], "buffers": report["largest"]} if report["fits"] else None
 
 
 def cube(chips: int) -> str:

@@ -77,8 +77,8 @@ def test_other_programs(what):
 
 @tpu
 @pytest.mark.slow
-def test_what_does_not_fit_is_told_with_a_mend(capsys):
-    cfg = config(data={"length": 1024}, train={"batch": 4096}, mesh={"data": 1, "fsdp": 4})
+def test_what_does_not_fit_is_told_with_a_mend():
+    cfg = config(data={"length": 1024}, train={"batch": 2048}, mesh={"data": 1, "fsdp": 4})
     report = plan(cfg, "v5e:2x2")
     report["tried"] = plan_search.mend(cfg, "v5e:2x2", "train", 0)
     assert not report["fits"] and report["largest"]["buffers"][0]["bytes"] > 2**30

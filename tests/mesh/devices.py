@@ -117,10 +117,10 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, experts):
     assert whole.params.keys() == moved.params.keys()
 
 
-def trained_on(cfg, workdir):
+def trained_on(cfg, workdir, data=lambda cfg, own: TinyData(cfg), on_step=None):
     """Trains on as many devices as the mesh has; what is restored has the bits that were saved."""
     layout = layout_of(cfg)
-    if before := checkpoint.steps(workdir) if workdir.exists() else []:
+    if before := checkpoint.steps(workdir):
         saved = checkpoint.read(workdir, before[-1])
         phase = Phase(cfg, 0, layout)
         whole = put(names.unflatten(cfg, saved.frozen | saved.params, phase.shapes), phase.place)
@@ -128,4 +128,4 @@ def trained_on(cfg, workdir):
         assert all(restored[name].tobytes() == array.tobytes() for name, array in (saved.frozen | saved.params).items())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_, found=list(layout.mesh.devices.flat): found)
-        train(cfg, workdir, TinyData(cfg), tiny_towers(cfg))
+        train(cfg, workdir, data(cfg, layout.own_rows(cfg.train.batch)), tiny_towers(cfg), on_step=on_step)

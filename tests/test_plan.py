@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
+from benchmarks import pods
 from evlm_jax import chips, flops, plan_search, roofline
-from evlm_jax.cli import main
+from evlm_jax.cli import load_config, main
 from evlm_jax.compiled import Costs, Operation, Transfer
 from evlm_jax.plan import OTHER, cube, plan
 from evlm_jax.plan_text import show
@@ -161,6 +162,19 @@ def test_seconds_of_a_step():
     step = roofline.step(chip, costs, devices)
     assert (step.products, step.hbm, step.ici, step.dcn) == pytest.approx((2, 3, 3, 0))
     assert (step.seconds, step.bound, step.binds) == (pytest.approx(5), pytest.approx(4), "HBM")
+
+
+@pytest.mark.parametrize("run", pods.RUNS)
+def test_the_pods_page_plans_what_can_be(run):
+    """Every slice that the batch allows has a valid config, and there is one of each size up to 16 chips."""
+    for kind, shapes in pods.SLICES.items():
+        for shape in shapes[:3]:
+            words = pods.arguments(run, f"{kind}:{shape}", tensor=1)
+            mesh, micro = words[words.index("--mesh") + 1].split(","), words[-1]
+            cfg = load_config(words[1], [*(f"--config.mesh.{field}" for field in mesh), micro])
+            assert cfg.train.batch == cfg.train.accumulate * cfg.mesh.fsdp * cfg.mesh.expert
+    assert pods.arguments(run, "v5e:16x16", tensor=1) is None  # more chips than rows
+    assert all(pods.arguments(run, topology, tensor, rows=rows) for run, topology, tensor, rows in pods.PODS)
 
 
 def test_slices_and_phases():

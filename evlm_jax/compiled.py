@@ -132,6 +132,8 @@ class _Counting:
             total.products[instruction.op_name] += flops
         elif opcode == "custom-call":
             flops = _custom_call(total, instruction)
+        elif opcode == "send" and "is_host_transfer=true" in instruction.rest:
+            total.transfers[_between_slices(instruction, self.devices)] += 1
         elif (kind := opcode.removesuffix("-start")) in COLLECTIVES:
             transfer = self._transfer(computation, instruction, kind)
             total.transfers[transfer] += len(transfer.group) > 1 and not _goes_on(computation, instruction)
@@ -213,6 +215,13 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
         return None
     distance = int(limit.inside) - int(start.inside) + (compare.attribute("direction") == "LE")
     return max(0, math.ceil(distance / step[0]))
+
+
+def _between_slices(instruction: Instruction, devices: int) -> Transfer:
+    """libtpu leaves what goes over the data-centre network to the host: a send, whose group here is a device of the first and last slice."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
+    name = (kind[1].lower().replace("_", "-") if kind else "send") + " between slices"
+    return Transfer(name, (0, devices - 1), instruction.leaves[0].bytes)
 
 
 def _goes_on(computation: Computation, instruction: Instruction) -> bool:

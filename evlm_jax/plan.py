@@ -140,18 +140,20 @@ def _part(op_name: str, lowest: int) -> str:
 
 
 def _trips(cfg: EVLMConfig, layout: Layout, program: programs.Program, op_name: str, trips: list[float]) -> list[float] | None:
-    """Of the loops over an expert's tiles: as many as a balanced load needs, in the largest strides first."""
+    """Of the loops over an expert's tiles: as many as a balanced load needs, in the largest strides first.
+
+    Every product has a loop for each stride; where a device has one expert, loops of several products stand together.
+    """
     if "experts" not in _SCOPES.findall(op_name):
         return None
     mesh, hidden = layout.mesh.shape, cfg.xattn.ffn // cfg.moe.slices
     tokens = program.work.tokens / cfg.train.accumulate / (mesh["data"] * mesh["fsdp"] * mesh["expert"])
     rest = tokens * cfg.moe.top_k * mesh["expert"] / cfg.moe.experts * 2 * cfg.llm.hidden * hidden / mesh["tensor"]
-    out, order = [0.0] * len(trips), sorted(range(len(trips)), key=lambda i: -trips[i])
-    for i in order:
-        if trips[i]:
-            out[i] = rest / trips[i] if i == order[-1] else rest // trips[i]
-            rest -= out[i] * trips[i]
-    return out
+    counts, strides = {}, sorted(set(trips), reverse=True)
+    for trip in strides:
+        counts[trip] = rest / trip if trip == strides[-1] else rest // trip
+        rest -= counts[trip] * trip
+    return [counts[trip] for trip in trips]
 
 
 def _time(cfg: EVLMConfig, program: programs.Program, chip: chips.Chip, costs: compiled.Costs, devices: list, price: float | None) -> dict:

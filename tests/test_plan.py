@@ -54,9 +54,10 @@ def test_a_step_executes_what_is_needed_and_known_extras(phase, remat):
 
 @tpu
 @pytest.mark.slow
-def test_a_tpu_slice(tmp_path):
+@pytest.mark.parametrize(("fsdp", "expert"), [(2, 2), (1, 4)])  # two experts a device, and one
+def test_a_tpu_slice(fsdp, expert, tmp_path):
     """All axes; the parts add up over devices as on one, and the state lies in pieces."""
-    cfg = config(moe={"copies": 2}, mesh={"fsdp": 2, "expert": 2, "tensor": 2, "data": 1, "zero": 3, "frozen": "sharded"})
+    cfg = config(moe={"copies": 2}, mesh={"fsdp": fsdp, "expert": expert, "tensor": 2, "data": 1, "zero": 3, "frozen": "sharded"})
     report = plan(cfg, "v5p:2x2x2", hlo=str(tmp_path / "step.txt"))
     assert ratios(report)[flops.LLM] == ratios(report)[flops.ROUTED] == pytest.approx(1, rel=1e-6)
     assert report["fits"] and report["time"]["seconds"] > 0 and report["memory"]["peak"] > 0
@@ -86,6 +87,18 @@ def test_what_does_not_fit_is_told_with_a_mend():
     assert report["tried"][-1]["fits"] and report["tried"][-1]["change"].startswith("train.")
     text = show(report)
     assert "does not fit" in text and "scores" in text and "accumulate" in text
+
+
+@tpu
+@pytest.mark.slow
+def test_several_slices():
+    """Gradients are summed over the data-centre network; all else stays within a slice."""
+    report = plan(config(mesh={"data": 2, "fsdp": 4, "slices": 2}), "v5e:2x2")
+    assert report["fits"] and report["devices"] == 8
+    between = {c["kind"]: c["bytes"] for c in report["collectives"] if "between slices" in c["kind"]}
+    gradients = report["arguments"]["trainable"]["bytes"]
+    assert gradients * 0.9 < between["all-reduce between slices"] < gradients * 1.5  # with embeddings, norms and the loss, in float32
+    assert report["time"]["dcn"] == pytest.approx(sum(between.values()) / chips.CHIPS["v5e"].dcn)
 
 
 @tpu

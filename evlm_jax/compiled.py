@@ -140,9 +140,11 @@ class _Counting:
         total.operations[Operation(flops, self._bytes(computation, instruction), opcode.endswith("-start"))] += 1
 
     def _transfer(self, computation: Computation, instruction: Instruction, kind: str) -> Transfer:
-        sent = instruction.operands[:1] if kind == "ragged-all-to-all" else instruction.operands  # the rest is where results go
-        operands = sum(leaf.bytes for name in sent for leaf in computation.by_name[name].leaves)
+        operands = sum(leaf.bytes for name in instruction.operands for leaf in computation.by_name[name].leaves)
         result = sum(leaf.bytes for leaf in instruction.leaves)
+        if kind == "ragged-all-to-all":  # one side has room for all rows of all devices; what travels is, in the mean, the other side
+            sent = sum(leaf.bytes for leaf in computation.by_name[instruction.operands[0]].leaves)
+            return Transfer(kind, replica_group(instruction, self.devices), min(sent, result))
         result -= operands if instruction.opcode.endswith("-start") else 0  # a started one carries its operands along
         return Transfer(kind, replica_group(instruction, self.devices), result if kind == "all-gather" else operands)
 
@@ -218,7 +220,7 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
 
 
 def _between_slices(instruction: Instruction, devices: int) -> Transfer:
-    """libtpu leaves what goes over the data-centre network to the host: a send, whose group here is a device of the first and last slice."""
+    """libtpu leaves what goes over the data-centre network to the host, as a send. Its group here: a device of the first and last slice."""
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
     name = (kind[1].lower().replace("_", "-") if kind else "send") + " between slices"
     return Transfer(name, (0, devices - 1), instruction.leaves[0].bytes)

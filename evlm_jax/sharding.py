@@ -235,7 +235,7 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def lookup(table: nnx.Variable, index: jax.Array) -> jax.Array:
-    """Rows of a table [vocab, D] for index [B, T] -> [B, T, D]. A table that waits in pieces of D stays so; what is found changes places."""
+    """Rows of a table [vocab, D] for index [B, T] -> [B, T, D]. A table in pieces of D stays so; what is found changes places."""
     layout = _active.get()
     if layout is not None and (layout.cfg.zero == 3 or layout.cfg.frozen == "sharded"):
         return shard(shard(table[...][shard(index, "copies")], "copies", None, "pieces"), "rows")

@@ -33,10 +33,10 @@ RUNS = {  # name: (stage, phase)
 FLAT, CUBES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"), ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
 SLICES = {"v5p": CUBES, "v6e": FLAT, "v5e": FLAT}
 TENSORS = (1, 2, 4, 8)
-PODS = (  # of realistic size, with the paper's ZeRO-2: run, topology, devices along tensor, rows of a device and micro-batch
-    ("pretrain, ViT frozen", "v5p:4x4x4", 2, 15),
-    ("sft with experts, 448 px", "v5p:2x2x4", 1, 1),
-    ("pretrain, ViT frozen", "v6e:16x16", 8, 3),
+PODS = (  # of realistic size, with the paper's ZeRO-2: run, topology, devices along tensor, rows of a device and micro-batch, remat
+    ("pretrain, ViT frozen", "v5p:4x4x4", 2, 5, "dots"),
+    ("pretrain, ViT frozen", "v6e:16x16", 8, 3, "full"),
+    ("sft with experts, 448 px", "v5p:2x2x4", 1, 1, "full"),
 )
 HEAD = """# The paper's runs on TPU pods
 
@@ -57,11 +57,12 @@ Full rematerialisation, ZeRO-3, frozen towers in pieces, one row a device and mi
 """
 LARGE = """## Pods of realistic size
 
-ZeRO-2, as the paper has it, and full rematerialisation.
+ZeRO-2, as the paper has it.
 """
 PARTS = """## Executed by needed FLOPs, part by part
 
-Full rematerialisation makes a trained part 4/3, a frozen one with a gradient through it 3/2. Scores of the language model are computed for
+Full rematerialisation makes a trained part 4/3, a frozen one with a gradient through it 3/2; where the outputs of linear layers are kept
+(`dots`) both are 1. Scores of the language model are computed for
 all pairs and masked: twice what causal attention needs. Scores of the cross-attention are computed for all (tile, image) pairs that a batch
 has room for, filled or not. Keys and values have a product more for the gradient of the norm in front of them.
 """
@@ -80,6 +81,11 @@ def arguments(run: str, topology: str, tensor: int, remat: str = "full", zero: i
     mesh = f"fsdp={across // expert},expert={expert},tensor={tensor},zero={zero},frozen=sharded"
     micro = f"--config.train.accumulate={cfg.train.batch // (across * rows)}"
     return ["--config", config, "--phase", str(phase), "--topology", topology, "--mesh", mesh, "--remat", remat, "--no-mend", micro]
+
+
+def pod(run: str, topology: str, tensor: int, rows: int, remat: str) -> list[str] | None:
+    """`arguments` of an entry of PODS."""
+    return arguments(run, topology, tensor, remat, zero=2, rows=rows)
 
 
 def plan(words: list[str]) -> dict:
@@ -124,15 +130,31 @@ def page() -> str:
     reports = known()
     ask = lambda words: reports.get(" ".join(words))
     small = [(run, smallest(run, kind, ask), kind) for run, kind in itertools.product(RUNS, SLICES)]
-    large = [(run, ask(arguments(run, topology, tensor, zero=2, rows=rows)), topology) for run, topology, tensor, rows in PODS]
+    large = [(run, ask(pod(run, topology, *how)), f"{topology}, remat {how[-1]}") for run, topology, *how in PODS]
     return "\n".join([HEAD, *_table(small), "", LARGE, *_table(large), "", PARTS, *_ratios(large), ""])
 
 
+COLUMNS = "run slice mesh HBM_a_chip,_GiB step,_s binds MFU days chip-days remat executed_/_needed compiled_in".split()
+
+
 def _table(plans: list[tuple[str, dict | None, str]]) -> list[str]:
-    head = ("run", "slice", "mesh", "HBM a chip, GiB", "step, s", "binds", "MFU", "days", "chip-days", "executed / needed", "compiled in")
+    head = (
+        "run",
+        "slice",
+        "mesh",
+        "HBM a chip, GiB",
+        "step, s",
+        "binds",
+        "MFU",
+        "days",
+        "chip-days",
+        "remat",
+        "executed / needed",
+        "compiled in",
+    )
     rows = [_row(run, report) if report else (run, f"{where}: not planned yet") for run, report, where in plans]
-    cells = lambda row: "| " + " | ".join([*row, *[""] * (len(head) - len(row))]) + " |"
-    return [cells(head), "|" + " --- |" * len(head), *map(cells, rows)]
+    cells = lambda row: "| " + " | ".join([*row, *[""] * (len(COLUMNS) - len(row))]) + " |"
+    return [cells([column.replace("_", " ") for column in COLUMNS]), "|" + " --- |" * len(COLUMNS), *map(cells, rows)]
 
 
 def _row(run: str, report: dict) -> tuple[str, ...]:
@@ -152,6 +174,7 @@ def _row(run: str, report: dict) -> tuple[str, ...]:
         f"{time['mfu']:.0%}",
         f"{days:,.1f}",
         f"{days * report['devices'] / chip['cores']:,.0f}",
+        report["policies"]["remat"],
         f"{_sum(report['executed']) * report['devices'] / _sum(report['needed']):.2f}",
         f"{report['compile_seconds']:.0f} s, {report['ram_gib']:.1f} GiB",
     )
@@ -180,8 +203,8 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", type=int, default=list(range(len(RUNS))), help="numbers of runs")
     args = parser.parse_args()
     if args.action == "plan":
-        for run, topology, tensor, rows in PODS:
-            planned(arguments(run, topology, tensor, zero=2, rows=rows))
+        for run, topology, *how in PODS:
+            planned(pod(run, topology, *how))
         for kind, number in itertools.product(args.kinds, args.runs):
             smallest(list(RUNS)[number], kind, planned)
     else:

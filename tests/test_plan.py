@@ -187,7 +187,7 @@ def test_the_pods_page_plans_what_can_be(run):
             cfg = load_config(words[1], [*(f"--config.mesh.{field}" for field in mesh), micro])
             assert cfg.train.batch == cfg.train.accumulate * cfg.mesh.fsdp * cfg.mesh.expert
     assert pods.arguments(run, "v5e:16x16", tensor=1) is None  # more chips than rows
-    assert all(pods.arguments(run, topology, tensor, rows=rows) for run, topology, tensor, rows in pods.PODS)
+    assert all(pods.pod(*entry) for entry in pods.PODS)
 
 
 def test_slices_and_phases():

@@ -62,9 +62,9 @@ ZeRO-2, as the paper has it.
 PARTS = """## Executed by needed FLOPs, part by part
 
 Full rematerialisation makes a trained part 4/3, a frozen one with a gradient through it 3/2; where the outputs of linear layers are kept
-(`dots`) both are 1. Scores of the language model are computed for
-all pairs and masked: twice what causal attention needs. Scores of the cross-attention are computed for all (tile, image) pairs that a batch
-has room for, filled or not. Keys and values have a product more for the gradient of the norm in front of them.
+(`dots`) both are 1. Scores of the language model are computed for all pairs and masked: twice what causal attention needs. Scores of the
+cross-attention are computed for all (tile, image) pairs that a batch has room for, filled or not. Keys and values have a product more for
+the gradient of the norm in front of them.
 """
 LIMIT = 1500  # seconds of a plan, on a machine that is shared
 
@@ -138,23 +138,12 @@ COLUMNS = "run slice mesh HBM_a_chip,_GiB step,_s binds MFU days chip-days remat
 
 
 def _table(plans: list[tuple[str, dict | None, str]]) -> list[str]:
-    head = (
-        "run",
-        "slice",
-        "mesh",
-        "HBM a chip, GiB",
-        "step, s",
-        "binds",
-        "MFU",
-        "days",
-        "chip-days",
-        "remat",
-        "executed / needed",
-        "compiled in",
-    )
-    rows = [_row(run, report) if report else (run, f"{where}: not planned yet") for run, report, where in plans]
+    """A row a plan, and below what is not planned yet."""
     cells = lambda row: "| " + " | ".join([*row, *[""] * (len(COLUMNS) - len(row))]) + " |"
-    return [cells([column.replace("_", " ") for column in COLUMNS]), "|" + " --- |" * len(COLUMNS), *map(cells, rows)]
+    rows = [_row(run, report) for run, report, _ in plans if report]
+    table = [cells([column.replace("_", " ") for column in COLUMNS]), "|" + " --- |" * len(COLUMNS), *map(cells, rows)]
+    missing = [f"{run} ({where})" for run, report, where in plans if not report]
+    return table + (["", f"Not planned yet: {'; '.join(missing)}."] if missing else [])
 
 
 def _row(run: str, report: dict) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 _CALLS = {"call": ("to_apply",), "call-start": ("to_apply", "calls"), "async-start": ("calls",)}
 _NO_PRODUCTS = set(  # targets of custom calls
     "AllocateBuffer AssumeGatherIndicesInBound AsyncCollectiveDone AsyncCollectiveStart GatherScatterIndicesBitpacked "
-    "PrepareAsyncCallDone PrepareAsyncCallStart TopK".split()
+    "ConcatBitcast PrepareAsyncCallDone PrepareAsyncCallStart TopK ZeroCrop".split()
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
 

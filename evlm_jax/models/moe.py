@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from evlm_jax.config import MoEConfig
 from evlm_jax.models.layers import ACTIVATIONS, MLP, param
 from evlm_jax.ops.grouped_attention import permute
-from evlm_jax.ops.grouped_matmul import Groups, combine, dispatch, group, grouped_matmul, map_tiles
+from evlm_jax.ops.grouped_matmul import Groups, combine, combine_matmul, dispatch, dispatch_matmul, group, map_tiles
 from evlm_jax.ops.packed import Packed, pack
 
 TEXT, MEDIA, PADDING = 0, 1, -1  # kinds of tokens
@@ -53,13 +53,10 @@ class Router(nnx.Module):
 
 
 class GroupedLinear(nnx.Module):
-    """One matrix an expert: rows sorted by expert [R, in] -> [R, out]."""
+    """One matrix an expert [E, in, out]."""
 
     def __init__(self, shape: tuple[int, int, int], axes: tuple[str, str, str], rngs: nnx.Rngs):
         self.kernel = param(rngs, shape, axes, std=shape[1] ** -0.5)
-
-    def __call__(self, x: jax.Array, groups: Groups, tile: int) -> jax.Array:
-        return grouped_matmul(x, self.kernel[...], groups.first, tile)
 
 
 class Experts(nnx.Module):
@@ -75,10 +72,9 @@ class Experts(nnx.Module):
         cfg, k = self.cfg, chosen.shape[1]
         limit = jnp.ceil(cfg.capacity * tokens * k / cfg.experts).astype(jnp.int32) if cfg.capacity else None
         groups, tile = _groups(chosen, cfg, limit)
-        hidden = checkpoint_name(self.fc1(dispatch(x, groups, len(x)), groups, tile), "linear")
-        hidden = _gated(hidden, gates, groups)
-        out = checkpoint_name(combine(self.fc2(hidden, groups, tile), groups, len(x)), "linear")
-        return out, tokens * k - (groups.row < len(groups.choice)).sum()
+        hidden = checkpoint_name(dispatch_matmul(x, self.fc1.kernel[...], groups, tile), "linear")
+        out = combine_matmul(_gated(hidden, gates, groups), self.fc2.kernel[...], groups, len(x), tile)
+        return checkpoint_name(out, "linear"), tokens * k - (groups.row < len(groups.choice)).sum()
 
 
 class MoE(nnx.Module):

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from evlm_jax.ops.product import operand_dtype, product
+from evlm_jax.sharding import platform
 
 STRIDES = (16, 4, 1)  # tiles that are multiplied together where an expert has so many
 
@@ -129,7 +130,7 @@ _combine.defvjp(lambda y, kernels, groups, *static: (_combine(y, kernels, groups
 
 def _to_rows(spec: str, x: jax.Array, kernels: jax.Array, groups: Groups, tile: int, dtype: jnp.dtype) -> jax.Array:
     """x [N, D] -> [R, F]; spec: the product of rows [n, D] with one kernel."""
-    if kernel := _tokamax():
+    if kernel := _tokamax(platform()):
         kernels = kernels if spec == "nd,df->nf" else kernels.swapaxes(1, 2)
         return kernel(dispatch(x.astype(dtype), groups, len(x)), kernels.astype(dtype), groups.sizes(tile)).astype(x.dtype)
     apply = lambda token, kernel: product(spec, _take(x, token), kernel, dtype).astype(x.dtype)
@@ -138,7 +139,7 @@ def _to_rows(spec: str, x: jax.Array, kernels: jax.Array, groups: Groups, tile: 
 
 def _to_tokens(spec: str, y: jax.Array, kernels: jax.Array, groups: Groups, tokens: int, tile: int, dtype: jnp.dtype) -> jax.Array:
     """y [R, F] -> [tokens, D]; spec: the product of rows [n, F] with one kernel."""
-    if kernel := _tokamax():
+    if kernel := _tokamax(platform()):
         kernels = kernels if spec == "nf,fd->nd" else kernels.swapaxes(1, 2)
         return combine(kernel(y.astype(dtype), kernels.astype(dtype), groups.sizes(tile)), groups, tokens).astype(y.dtype)
 
@@ -153,7 +154,7 @@ def _to_tokens(spec: str, y: jax.Array, kernels: jax.Array, groups: Groups, toke
 
 def _sum_by_expert(y: jax.Array, x: jax.Array, groups: Groups, tile: int, dtype: jnp.dtype) -> jax.Array:
     """y [R, F], x [N, D] -> float32 [E, F, D], the sum of outer products over the rows of each expert."""
-    if kernel := _tokamax():
+    if kernel := _tokamax(platform()):
         return kernel(y.astype(dtype), dispatch(x.astype(dtype), groups, len(x)), groups.sizes(tile))
 
     def expert(_, inputs):
@@ -167,12 +168,12 @@ def _sum_by_expert(y: jax.Array, x: jax.Array, groups: Groups, tile: int, dtype:
 
 
 @functools.cache
-def _tokamax() -> Callable | None:
+def _tokamax(backend: str) -> Callable | None:
     """The kernels of tokamax, None where it is not installed or its form is XLA's own; says once which form it is.
 
     They take x [R, a] with kernels [E, a, b], or with g [R, b] for the sum of outer products [E, a, b], and the rows of each expert.
     """
-    kinds = {"gpu": ("mosaic", "triton"), "tpu": ("mosaic",)}.get(jax.default_backend())
+    kinds = {"gpu": ("mosaic", "triton"), "tpu": ("mosaic",)}.get(backend)
     if kinds is None or importlib.util.find_spec("tokamax") is None:
         print("experts: products tile by tile" + ("; pip install tokamax for kernels of this backend" if kinds else ""), flush=True)
         return None

@@ -57,7 +57,7 @@ def smollm2_135m() -> dict:
 
 def get_config(form: str = "") -> ConfigDict:
     """The demo. `form`: "" (within 30 minutes on 2 cores), "fast" (a few minutes), "full" (every question, several times), "moe"."""
-    steps, weights = {"": (380, (0.85, 0.15)), "fast": (8, (0.85, 0.15)), "full": (600, (0.7, 0.3)), "moe": (50, (0.85, 0.15))}[form]
+    steps, weights = {"": (380, (0.85, 0.15)), "fast": (8, (0.85, 0.15)), "full": (600, (0.7, 0.3)), "moe": (40, (0.85, 0.15))}[form]
     config = base.get_config()
     config.name = "demo"
     config.vit = dinov2_small(image_size=112)

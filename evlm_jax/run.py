@@ -14,6 +14,7 @@ from evlm_jax.convert.interpolate import resize_positions
 from evlm_jax.data.features import FeatureStore, fingerprint
 from evlm_jax.data.pipeline import batches
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.sharding import make_layout
 from evlm_jax.tokenizer import Tokenizer, load_tokenizer
 from evlm_jax.train import train
 
@@ -53,7 +54,8 @@ def train_run(cfg: EVLMConfig, workdir: str, init: str | None = None, tensorboar
     """Trains `cfg` in `workdir`, or goes on there; `init` is the run of an earlier stage. Returns the finished updates."""
     params, trained = next_stage(cfg, init) if init else (load_towers(cfg), frozenset())
     features = feature_store(cfg, params) if cfg.data.cache_features else None
-    with contextlib.closing(batches(cfg, load_tokenizer(cfg.init.llm), features)) as data:
+    own = make_layout(cfg).own_rows(cfg.train.batch)
+    with contextlib.closing(batches(cfg, load_tokenizer(cfg.init.llm), features, own)) as data:
         return train(cfg, workdir, data, params, trained, tensorboard=tensorboard)
 
 

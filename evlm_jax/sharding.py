@@ -43,7 +43,7 @@ class Rule(NamedTuple):
     stored: tuple[str, ...] = ()  # in addition
 
 
-# Of parameters first, then of activations. "vision_*" and "images" change places where mesh.images is "rows".
+# Of parameters first, then of activations. "vision*" and the last two are others where mesh.images is "rows".
 RULES = {
     "whole": Rule(),
     "norm": Rule(),
@@ -53,16 +53,22 @@ RULES = {
     "mlp": Rule(("tensor",)),
     "vocab": Rule(("tensor",)),
     "expert": Rule(("expert",)),
-    "vision": Rule(stored=PIECES),
-    "vision_heads": Rule(stored=("tensor",)),
-    "vision_mlp": Rule(stored=("tensor",)),
+    "vision": Rule(stored=(*PIECES, "tensor")),  # pieces along two dimensions would be gathered by sums of zeros
+    "vision_heads": Rule(),
+    "vision_mlp": Rule(),
     "rows": Rule(ROWS),
     "copies": Rule(("data",)),  # rows, where another dimension is in pieces
     "pieces": Rule(PIECES),
     "images": Rule(("tensor",)),  # of a row
     "pictures": Rule((*ROWS, "tensor")),  # images of all rows
 }
-BY_ROWS = {"vision_heads": Rule(("tensor",)), "vision_mlp": Rule(("tensor",)), "images": Rule(), "pictures": Rule(ROWS)}
+BY_ROWS = {
+    "vision": Rule(stored=PIECES),
+    "vision_heads": Rule(("tensor",)),
+    "vision_mlp": Rule(("tensor",)),
+    "images": Rule(),
+    "pictures": Rule(ROWS),
+}
 
 _active: ContextVar["Layout | None"] = ContextVar("layout", default=None)
 
@@ -135,6 +141,24 @@ class Layout:
         place = lambda node: node.replace(self.place(node, stored)) if _is_param(node) else self.replicated
         return jax.tree.map(place, tree, is_leaf=_is_param)
 
+    def own_rows(self, batch: int) -> list[int]:
+        """Numbers of the rows of a batch that devices of this process hold, ascending."""
+        held = self.rows.addressable_devices_indices_map((batch,)).values()
+        return sorted({row for (rows,) in held for row in range(*rows.indices(batch))})
+
+    def put_rows(self, batch: Batch, own: list[int], count: int) -> Batch:
+        """The rows `own` of a batch of `count`, NumPy arrays on this process, as arrays on all devices."""
+        place = {row: i for i, row in enumerate(own)}
+
+        def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+            def piece(index: tuple[slice, ...]) -> np.ndarray:
+                first, stop, _ = index[0].indices(count)
+                return x[(slice(place[first], place[first] + stop - first), *index[1:])]
+
+            return jax.make_array_from_callback((count, *x.shape[1:]), sharding, piece)
+
+        return jax.tree.map(put, batch, self.batch(batch))
+
     def jit(self, f: Callable, **options) -> Callable:
         """jax.jit of `f` on this mesh."""
 
@@ -168,7 +192,7 @@ def make_layout(cfg: EVLMConfig, devices: list | None = None) -> Layout:
 
 def mesh_sizes(mesh: MeshConfig, devices: int) -> dict[str, int]:
     """Devices of each axis. Raises ValueError where their product is another number."""
-    sizes = {axis: getattr(mesh, axis) for axis in AXES}
+    sizes = dict(zip(AXES, (mesh.data, mesh.fsdp, mesh.expert, mesh.tensor)))
     free = [axis for axis in ("data", "fsdp") if sizes[axis] == -1]
     if len(free) > 1 or min(size for axis, size in sizes.items() if axis not in free) < 1:
         raise ValueError(f"config: mesh {sizes}: axes are positive; one of data and fsdp may be -1")

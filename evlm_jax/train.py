@@ -6,8 +6,6 @@ gradient is not finite changes nothing, and neither does any step behind it, so 
 
 import contextlib
 import functools
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -25,8 +23,9 @@ from evlm_jax.loss import loss_sums
 from evlm_jax.metrics import Meter, work
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.norm_init import centre_norms
+from evlm_jax.processes import gather, on_host, say, stopping
 from evlm_jax.sharding import Layout, check_parameters, gather_once, make_layout, settle
-from evlm_jax.start import fresh, put, restored
+from evlm_jax.start import fresh, restored
 
 IN_FLIGHT = 2  # steps dispatched before the host looks at the values of an older one
 
@@ -126,8 +125,16 @@ class Phase:
         trainable, frozen = nnx.split_state(params, self.plan.trains, ...)
         self.frozen = jax.jit(lambda tree: tree, out_shardings=self.layout.frozen(frozen))(frozen)
         size = lambda tree: f"{sum(x.size for x in jax.tree.leaves(tree)):,} parameters"
-        print(f"phase {self.number} from step {step}: trains {size(trainable)}, freezes {size(self.frozen)}", flush=True)
+        say(f"phase {self.number} from step {step}: trains {size(trainable)}, freezes {size(self.frozen)}")
         return self._begin(step, trainable, groups)
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step for the devices of the layout, which need not be there; `compile()` it to read memory, FLOPs and collectives."""
+        frozen = nnx.split_state(self.shapes, self.plan.trains, ...)[1]
+        frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, self.cfg.train.frozen_dtype), frozen)
+        inputs, layout = (self.spec(), frozen, Batch.spec(self.cfg)), self.layout
+        shardings = layout.trained(inputs[0]), layout.frozen(frozen), layout.batch(inputs[2])
+        return self._step.lower(*jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), inputs, shardings))
 
     def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         """One step; `state` is donated."""
@@ -145,6 +152,16 @@ class Phase:
 # ---------------------------------------------------------------------------------------------------------------- the loop
 
 
+class Start(NamedTuple):
+    """Where the loop begins."""
+
+    step: int
+    phase: Phase
+    params: nnx.State  # of the whole model
+    groups: optim.Groups
+    trained: frozenset[str]
+
+
 def train(
     cfg: EVLMConfig,
     workdir: str,
@@ -153,6 +170,7 @@ def train(
     trained: frozenset[str] = frozenset(),
     on_step: Callable[[int, Callable[[], EVLM]], None] | None = None,
     tensorboard: bool = False,
+    profile: tuple[int, int] | None = None,
 ) -> int:
     """Trains to train.steps, or to SIGTERM; goes on from the newest checkpoint in `workdir` where there is one.
 
@@ -162,27 +180,19 @@ def train(
       trained: those of `params` that an earlier stage trained (checkpoint.trained).
       on_step: called with the number of finished updates and a function that gives the model, valid until it returns.
       tensorboard: write TensorBoard files, next to metrics.jsonl.
+      profile: (first, last) update of a trace, in `workdir`/profile.
     Returns:
       the number of finished updates, saved.
     Raises:
       FloatingPointError: loss or gradient is not finite; names the step and its samples. Nothing is saved behind it.
     """
     layout = make_layout(cfg)
+    load = functools.partial(layout.put_rows, own=layout.own_rows(cfg.train.batch), count=cfg.train.batch)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, cfg.train.keep)))
-        snapshot = checkpoints.resume()
-        step, phase = 0, Phase(cfg, snapshot.meta["phase"] if snapshot else 0, layout)
-        if snapshot:
-            step, trained = snapshot.meta["step"], trained | set(snapshot.meta["trained"])
-            print(f"resume from step {step} of {checkpoints.root}{_changes(cfg, snapshot.meta['config'])}", flush=True)
-            whole, groups = restored(cfg, phase.shapes, phase.place, phase.plan, snapshot)
-            data.set_state(snapshot.meta["data"])
-        else:
-            whole, groups = fresh(cfg, phase.shapes, phase.place, params, trained | phase.trained), {}
-            if cfg.init.centre_norms and not any(name.startswith("xattn/") for name in trained):
-                whole = layout.jit(centre_norms)(nnx.merge(phase.graphdef, whole), put(_peek(data), layout.batch))
+        step, phase, whole, groups, trained = _start(cfg, checkpoints, layout, data, load, params, trained)
         meter = stack.enter_context(Meter(cfg, workdir, step, layout.mesh.size, tensorboard))
-        stop = stack.enter_context(_sigterm())
+        stop = stack.enter_context(stopping())
         state, pending = None, deque()
         while step < cfg.train.steps:
             if state is None or optim.phase_at(cfg, step) != phase.number:
@@ -191,24 +201,50 @@ def train(
                     whole, groups = phase.whole(state), state.groups
                 phase = Phase(cfg, optim.phase_at(cfg, step), layout)
                 state = phase.enter(step, whole, groups)
-                checkpoints.freeze(names.flatten(cfg, jax.device_get(phase.frozen)))
+                checkpoints.freeze(names.flatten(cfg, on_host(phase.frozen)))
                 trained, whole, groups = trained | phase.trained, None, None
             batch, info = next(data)
-            state, report = phase.update(state, put(batch, layout.batch))
+            if profile and step + 1 == profile[0]:
+                jax.profiler.start_trace(f"{checkpoints.root}/profile")
+            state, report = phase.update(state, load(batch))
             step += 1
             pending.append((step, info["keys"], work(cfg, batch, info), report))
             meter.dropped(info["drops"])
             _look(pending, IN_FLIGHT, meter)
             if on_step:
                 on_step(step, functools.partial(phase.model, state))
-            last = step == cfg.train.steps or stop.is_set()
+            last = stop(step) or step == cfg.train.steps
+            if profile and (step == profile[1] or profile[0] <= step < profile[1] and last):
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
             if last or step % cfg.train.save_every == 0:
                 _look(pending, 0, meter)
-                meta = {"phase": phase.number, "data": data.get_state(), "config": to_dict(cfg), "trained": sorted(trained)}
-                checkpoints.save(step, *phase.on_disk(state), meta)
+                checkpoints.save(step, *phase.on_disk(state), _meta(cfg, phase, data, trained))
             if last:
                 break
     return step
+
+
+def _start(
+    cfg: EVLMConfig, checkpoints: Checkpoints, layout: Layout, data: Iterator, load: Callable, params: Arrays, trained: frozenset
+) -> Start:
+    """From the newest checkpoint, or from `params`."""
+    snapshot = checkpoints.resume()
+    phase = Phase(cfg, snapshot.meta["phase"] if snapshot else 0, layout)
+    if snapshot:
+        say(f"resume from step {snapshot.meta['step']} of {checkpoints.root}{_changes(cfg, snapshot.meta['config'])}")
+        data.set_state(snapshot.meta["data"])
+        trained = trained | set(snapshot.meta["trained"])
+        return Start(snapshot.meta["step"], phase, *restored(cfg, phase.shapes, phase.place, phase.plan, snapshot), trained)
+    whole = fresh(cfg, phase.shapes, phase.place, params, trained | phase.trained)
+    if cfg.init.centre_norms and not any(name.startswith("xattn/") for name in trained):
+        whole = layout.jit(centre_norms)(nnx.merge(phase.graphdef, whole), load(_peek(data)))
+    return Start(0, phase, whole, {}, trained)
+
+
+def _meta(cfg: EVLMConfig, phase: Phase, data: Iterator, trained: frozenset[str]) -> dict:
+    """What a checkpoint says beside its arrays."""
+    return {"phase": phase.number, "data": _merged(gather(data.get_state())), "config": to_dict(cfg), "trained": sorted(trained)}
 
 
 def _peek(data: Iterator) -> Batch:
@@ -236,12 +272,7 @@ def _look(pending: deque, left: int, meter: Meter) -> None:
         meter.add(step, counted, report)
 
 
-@contextlib.contextmanager
-def _sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, instead of ending the process."""
-    stop = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _merged(states: list[dict]) -> dict:
+    """Positions in the data of all processes as one: what is a dict in them is joined."""
+    join = lambda values: functools.reduce(dict.__or__, values) if isinstance(values[0], dict) else values[0]
+    return {key: join([state[key] for state in states]) for key in states[0]}

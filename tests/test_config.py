@@ -15,7 +15,7 @@ from experiments import base, demo
 DEMO = str(Path(demo.__file__))
 
 
-@pytest.mark.parametrize("made", [base.get_config(), *(demo.get_config(form) for form in ("", "fast", "full"))])
+@pytest.mark.parametrize("made", [base.get_config(), *(demo.get_config(form) for form in ("", "fast", "full", "moe"))])
 def test_shipped_experiments_pass_the_door_and_come_back(made):
     cfg = from_config_dict(made)
     assert from_config_dict(to_dict(cfg)) == cfg

@@ -49,6 +49,7 @@ setup(
             "transformers==5.23.0",
         ],
         "tpu": ["jax[tpu]"],
+        "plan": ["jax[tpu]"],  # the compiler for TPUs, of the matching version; it runs without one
         "cuda": ["jax[cuda13]"],
     },
     entry_points={"console_scripts": ["evlm=evlm_jax.cli:main"]},

@@ -8,6 +8,7 @@ counted by cause; the other values are those of the line's own step.
 import json
 import time
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Self
 
@@ -108,9 +109,13 @@ class Meter:
         self._own, self._sums, self._steps, self._since = Counter(), Counter(), 0, time.monotonic()
 
 
-def work(cfg: EVLMConfig, batch: Batch, info: dict) -> dict[str, float]:
-    """What a batch of NumPy arrays holds, padding left out: text tokens, images that are looked at, FLOPs needed, and `info` of it."""
-    counts = {"tokens": float(real_tokens(batch).sum()), "images": float(seen_images(batch)), "flops": train_flops(cfg, batch)}
+def work(cfg: EVLMConfig, batch: Batch, info: dict, trained: Collection[str]) -> dict[str, float]:
+    """What a batch of NumPy arrays holds, padding left out: text tokens, images that are looked at, FLOPs needed, and `info` of it.
+
+    `trained`: canonical names of the parameters that train.
+    """
+    counts = {"tokens": float(real_tokens(batch).sum()), "images": float(seen_images(batch))}
+    counts["flops"] = train_flops(cfg, trained, batch)
     counts |= {f"fill/{name}": share for name, share in info["fill"].items()}
     return counts | {f"dropped/{cause}": float(n) for cause, n in Counter(drop.cause for drop in info["drops"]).items()}
 

@@ -53,9 +53,10 @@ RULES = {
     "mlp": Rule(("tensor",)),
     "vocab": Rule(("tensor",)),
     "expert": Rule(("expert",)),
-    "vision": Rule(stored=(*PIECES, "tensor")),  # pieces along two dimensions would be gathered by sums of zeros
+    "vision": Rule(stored=(*PIECES, "tensor")),
     "vision_heads": Rule(),
-    "vision_mlp": Rule(),
+    "vision_mlp": Rule(stored=(*PIECES, "tensor")),
+    "image_heads": Rule(stored=(*PIECES, "tensor")),
     "rows": Rule(ROWS),
     "copies": Rule(("data",)),  # rows, where another dimension is in pieces
     "pieces": Rule(PIECES),
@@ -65,7 +66,8 @@ RULES = {
 BY_ROWS = {
     "vision": Rule(stored=PIECES),
     "vision_heads": Rule(("tensor",)),
-    "vision_mlp": Rule(("tensor",)),
+    "vision_mlp": Rule(("tensor",), PIECES),
+    "image_heads": Rule(("tensor",), PIECES),
     "images": Rule(),
     "pictures": Rule(ROWS),
 }

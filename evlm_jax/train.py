@@ -208,7 +208,7 @@ def train(
                 jax.profiler.start_trace(f"{checkpoints.root}/profile")
             state, report = phase.update(state, load(batch))
             step += 1
-            pending.append((step, info["keys"], work(cfg, batch, info), report))
+            pending.append((step, info["keys"], work(cfg, batch, info, phase.trained), report))
             meter.dropped(info["drops"])
             _look(pending, IN_FLIGHT, meter)
             if on_step:

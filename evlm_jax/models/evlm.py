@@ -132,7 +132,7 @@ class EVLM(nnx.Module):
         spec, head = self.llm.head_matrix(self.cfg.train.operands)
 
         def logits(hidden: jax.Array) -> jax.Array:
-            with jax.default_matmul_precision(self.cfg.train.matmul_precision):
+            with jax.default_matmul_precision(self.cfg.train.matmul_precision), jax.named_scope("head"):
                 return product(spec, hidden, head)
 
         return logits

@@ -79,6 +79,7 @@ class MLP(nnx.Module):
         self.fc2 = Linear((hidden, width), axes[::-1], rngs, bias)
         self.activation = activation
 
+    @jax.named_scope("ffn")
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 

@@ -54,6 +54,7 @@ class Block(nnx.Module):
         self.ln2 = RMSNorm(cfg.hidden, cfg.eps, rngs)
         self.mlp = GatedMLP(cfg, rngs)
 
+    @jax.named_scope("llm")
     def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
         x = x + self.attn(self.ln1(x), rope, attend)
         return x + self.mlp(self.ln2(x))

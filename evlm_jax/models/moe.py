@@ -51,6 +51,7 @@ class Router(nnx.Module):
     def __init__(self, width: int, experts: int, rngs: nnx.Rngs):
         self.kernel = param(rngs, (width, experts), ("whole", "whole"), std=width**-0.5)
 
+    @jax.named_scope("router")
     def __call__(self, x: jax.Array) -> jax.Array:
         logits = jnp.dot(x.astype(jnp.float32), self.kernel[...].astype(jnp.float32), precision="highest")
         return checkpoint_name(logits, "linear")
@@ -71,6 +72,7 @@ class Experts(nnx.Module):
         self.fc2 = GroupedLinear((cfg.experts, hidden, width), ("expert", "mlp", "embed"), rngs)
         self.cfg = cfg
 
+    @jax.named_scope("experts")
     def __call__(self, x: jax.Array, gates: jax.Array, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [N, D], gates [N, k], chosen [N, k] (E: nobody) -> ([N, D], number of dropped choices). On a mesh, a capacity is a device's."""
         rows, kernels = ("rows",), [weight(linear.kernel, operand_dtype(x)) for linear in (self.fc1, self.fc2)]
@@ -125,6 +127,7 @@ class MoE(nnx.Module):
         self.world = MLP(width, hidden, "gelu", False, rngs)
         self.cfg = cfg
 
+    @jax.named_scope("moe")
     def __call__(self, x: jax.Array, kind: jax.Array | None = None) -> tuple[jax.Array, Routing]:
         """`kind` [B, T]: TEXT, MEDIA or PADDING; all text where left out."""
         flat = x.reshape(-1, x.shape[-1])

@@ -39,7 +39,7 @@ class Block(nnx.Module):
         self.norm1 = LayerNorm(cfg.width, cfg.eps, rngs)
         self.attn = SelfAttention(cfg, rngs)
         self.norm2 = LayerNorm(cfg.width, cfg.eps, rngs)
-        self.mlp = MLP(cfg.width, cfg.mlp, cfg.activation, True, rngs, ("vision", "vision_mlp"))
+        self.mlp = MLP(cfg.width, cfg.mlp, cfg.activation, True, rngs, ("whole", "vision_mlp"))
         self.scale1 = param(rngs, (cfg.width,), ("norm",), value=1.0) if cfg.layer_scale else None
         self.scale2 = param(rngs, (cfg.width,), ("norm",), value=1.0) if cfg.layer_scale else None
         self.pre = cfg.norm == "pre"
@@ -59,6 +59,7 @@ class Patch(nnx.Module):
         self.kernel = param(rngs, (p, p, 3, v), ("whole", "whole", "whole", "vision"), std=(3 * p * p) ** -0.5)
         self.bias = param(rngs, (v,), ("vision",)) if cfg.patch_bias else None
 
+    @jax.named_scope("patch")
     def __call__(self, patches: jax.Array) -> jax.Array:
         kernel = weight(self.kernel, operand_dtype(patches)).reshape(patches.shape[-1], -1)
         x = product("...p,pv->...v", patches, kernel).astype(patches.dtype)
@@ -87,8 +88,9 @@ class ViT(nnx.Module):
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         x, taps = shard(self.embed(shard(pixels, "pictures")), "pictures"), []
-        for (_, stop), blocks in zip(stack_bounds(self.cfg), self.stacks, strict=True):
-            x, _ = jax.lax.scan(REMAT[self.remat](lambda x, block: (shard(block(x), "pictures"), None)), x, blocks)
+        for (start, stop), blocks in zip(stack_bounds(self.cfg), self.stacks, strict=True):
+            with jax.named_scope(f"vit_{start}"):
+                x, _ = jax.lax.scan(REMAT[self.remat](lambda x, block: (shard(block(x), "pictures"), None)), x, blocks)
             if stop in self.cfg.taps:
                 taps.append(x)
         return jnp.stack(taps, 1)

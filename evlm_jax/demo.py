@@ -132,7 +132,7 @@ def facts(cfg: EVLMConfig, trained: Trained, scored: dict, generated: dict, cloc
         "and the names of emoji.",
         "headline": [
             {"value": percent(overall["accuracy"]), "label": "of easy-vqa's test questions right", "note": majority},
-            {"value": f"{minutes:.0f} min", "label": "from nothing to this page", "note": results.device()},
+            {"value": f"{minutes:.0f} min", "label": f"from {'the dense run' if moe.copies else 'nothing'} to this page", "note": results.device()},
             {"value": f"{count('xattn/', 'media/') / 1e6:.1f} M", "label": "trained parameters", "note": frozen},
             {"value": percent(emoji["exact_match"]), "label": "unseen emoji named exactly", "note": f"CIDEr {emoji['cider']:.2f}"},
         ],

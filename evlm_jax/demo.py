@@ -124,6 +124,7 @@ def facts(cfg: EVLMConfig, trained: Trained, scored: dict, generated: dict, cloc
     count = lambda *parts: sum(array.size for name, array in trained.params.items() if name.startswith(parts))
     emoji = generated["emoji"]["scores"]
     minutes = sum(seconds for _, seconds in clock.parts) / 60
+    begin = "the dense run" if moe.copies else "nothing"
     percent, frozen = report.percent, f"{count('vit/', 'llm/') / 1e6:.0f} M frozen"
     majority = f"always “{overall['majority_answer']}” scores {percent(overall['majority'])}"
     return {
@@ -132,7 +133,7 @@ def facts(cfg: EVLMConfig, trained: Trained, scored: dict, generated: dict, cloc
         "and the names of emoji.",
         "headline": [
             {"value": percent(overall["accuracy"]), "label": "of easy-vqa's test questions right", "note": majority},
-            {"value": f"{minutes:.0f} min", "label": f"from {'the dense run' if moe.copies else 'nothing'} to this page", "note": results.device()},
+            {"value": f"{minutes:.0f} min", "label": f"from {begin} to this page", "note": results.device()},
             {"value": f"{count('xattn/', 'media/') / 1e6:.1f} M", "label": "trained parameters", "note": frozen},
             {"value": percent(emoji["exact_match"]), "label": "unseen emoji named exactly", "note": f"CIDEr {emoji['cider']:.2f}"},
         ],

@@ -2,8 +2,9 @@
 
 16 experts of which a token has 4, and the world expert. The dense FFN is as wide as what a token uses of both. Loads are balanced, or
 as a random router makes them ("skewed": a common vector in all tokens draws most of them to few experts). XLA's ragged_dot, with the
-same routing, is the naive form. All sides take turns, round after round; the fastest and the median round are printed, with their
-ratio to the dense FFN's, and the peak of temporaries (compiled.memory_analysis()).
+same routing, is the naive form. All sides take turns, round after round. Printed are the fastest and the median round, the median of
+processor time (of all cores; what others on the machine disturb least), each with its ratio to the dense FFN's, and the peak of
+temporaries (compiled.memory_analysis()). One core: `taskset -c 0`.
 """
 
 import argparse
@@ -48,15 +49,15 @@ def compiled(layer: Callable, model: nnx.Module, x: jax.Array) -> jax.stages.Com
     return jax.jit(jax.grad(lambda model, x: (layer(model, x) * weight).sum(), argnums=(0, 1))).lower(model, x).compile()
 
 
-def measure(sides: dict[str, tuple], rounds: int) -> dict[str, list[float]]:
-    """Seconds of {name: (compiled, model, x)}, which take turns; a first round is not counted."""
+def measure(sides: dict[str, tuple], rounds: int) -> dict[str, np.ndarray]:
+    """{name: seconds of the clock and of processors [rounds, 2]} of {name: (compiled, model, x)}; a first round is not counted."""
     seconds = {name: [] for name in sides}
     for _ in range(1 + rounds):
         for name, (step, model, x) in sides.items():
-            begin = time.perf_counter()
+            begin = time.perf_counter(), time.process_time()
             jax.block_until_ready(step(model, x))
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: values[1:] for name, values in seconds.items()}
+            seconds[name].append(np.subtract((time.perf_counter(), time.process_time()), begin))
+    return {name: np.array(values[1:]) for name, values in seconds.items()}
 
 
 def main() -> None:
@@ -82,9 +83,10 @@ def main() -> None:
             load = np.asarray(jax.jit(lambda model, x: model(x)[1].load.sum(0))(model, x))
             print(f"  load, {name}: {load.min():.0f} to {load.max():.0f} tokens an expert", flush=True)
         found = measure(sides, args.rounds or ROUNDS[size])
-        print(f"  {'':<22}{'fastest':>18}{'median':>20}{'temporaries':>14}")
-        for name, seconds in found.items():
-            values = [f"{of(seconds):9.4f} s ({of(seconds) / of(found['dense']):5.2f}x)" for of in (min, np.median)]
+        print(f"  {'':<22}{'fastest':>18}{'median':>20}{'processors':>20}{'temporaries':>14}")
+        figures = {name: (s[:, 0].min(), np.median(s[:, 0]), np.median(s[:, 1])) for name, s in found.items()}
+        for name in sides:
+            values = [f"{mine:9.4f} s ({mine / bar:5.2f}x)" for mine, bar in zip(figures[name], figures["dense"])]
             print(f"  {name:<22}{' '.join(values)} {sides[name][0].memory_analysis().temp_size_in_bytes / 2**20:8.0f} MB", flush=True)
 
 

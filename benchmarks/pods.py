@@ -18,9 +18,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from evlm_jax import chips, flops
+from evlm_jax import flops
 from evlm_jax.cli import load_config
-from evlm_jax.programs import phase_steps
+from evlm_jax.planning import chips
+from evlm_jax.planning.programs import phase_steps
 
 FILE, PAGE = Path("docs/pods.json"), Path("docs/pods.md")
 RUNS = {  # name: (stage, phase)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evlm_jax import chips
-from evlm_jax.compiled import Costs, Transfer, _meetings, costs
-from evlm_jax.hlo import Instruction, Module, replica_group
-from evlm_jax.live import fullest
+from evlm_jax.planning import chips
+from evlm_jax.planning.compiled import Costs, Transfer, _meetings, costs
+from evlm_jax.planning.hlo import Instruction, Module, replica_group
+from evlm_jax.planning.live import fullest
 from tests.hand_programs import DEVICES, HIDDEN, KEPT, LAYERS, ROWS, WIDTH, build
 
 TPU = pytest.param("tpu", marks=pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason='pip install -e ".[plan]"'))

@@ -8,12 +8,13 @@ import sys
 import pytest
 
 from benchmarks import pods
-from evlm_jax import chips, flops, plan_search, roofline
+from evlm_jax import flops
 from evlm_jax.cli import load_config, main
-from evlm_jax.compiled import Costs, Operation, Transfer
-from evlm_jax.plan import OTHER, cube, plan
-from evlm_jax.plan_text import show
-from evlm_jax.programs import phase_steps
+from evlm_jax.planning import chips, roofline, search
+from evlm_jax.planning.compiled import Costs, Operation, Transfer
+from evlm_jax.planning.plan import OTHER, cube, plan
+from evlm_jax.planning.programs import phase_steps
+from evlm_jax.planning.text import show
 from tests.tiny import CROSS_ONLY, UPPER_VIT, tiny_config
 
 tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason='pip install -e ".[plan]"')
@@ -82,7 +83,7 @@ def test_other_programs(what):
 def test_what_does_not_fit_is_told_with_a_mend():
     cfg = config(data={"length": 1024}, train={"batch": 2048}, mesh={"data": 1, "fsdp": 4})
     report = plan(cfg, "v5e:2x2")
-    report["tried"] = plan_search.mend(cfg, "v5e:2x2", "train", 0)
+    report["tried"] = search.mend(cfg, "v5e:2x2", "train", 0)
     assert not report["fits"] and report["largest"]["buffers"][0]["bytes"] > 2**30
     assert report["tried"][-1]["fits"] and report["tried"][-1]["change"].startswith("train.")
     text = show(report)
@@ -104,7 +105,7 @@ def test_several_slices():
 @tpu
 def test_the_sweep_offers_possible_meshes_only():
     cfg = config(mesh={"data": 1, "fsdp": -1})
-    found = {(c.mesh.fsdp, c.mesh.tensor) for c in plan_search.meshes(cfg, "v5e:2x2")}
+    found = {(c.mesh.fsdp, c.mesh.tensor) for c in search.meshes(cfg, "v5e:2x2")}
     assert found == {(-1, 1), (-1, 2)}  # 2 key heads
 
 

@@ -52,7 +52,7 @@ def batches(
 
     Args:
       features: where the taps come from if `data.cache_features`; what it lacks is computed when a batch needs it.
-      lanes: numbers of the rows that this process makes, ascending (sharding.Layout.own_rows); all where left out.
+      lanes: numbers of the rows that this process makes, ascending (mesh.Layout.own_rows); all where left out.
     """
     if cfg.data.cache_features != (features is not None):
         raise ValueError(f"config: data.cache_features is {cfg.data.cache_features}; a feature store is needed exactly when it is true")

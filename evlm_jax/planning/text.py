@@ -1,6 +1,6 @@
 """The report of plan.py in words, for people."""
 
-from evlm_jax.chips import GIB
+from evlm_jax.planning.chips import GIB
 
 VERDICTS = {True: "fits", False: "does not fit", None: "cannot be"}
 

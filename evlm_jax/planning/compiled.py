@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from evlm_jax.hlo import Computation, Instruction, Module, replica_group
+from evlm_jax.planning.hlo import Computation, Instruction, Module, replica_group
 
 COLLECTIVES = set("all-gather all-reduce reduce-scatter all-to-all ragged-all-to-all collective-permute collective-broadcast".split())
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "opt-barrier"}

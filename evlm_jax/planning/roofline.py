@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import jax
 
-from evlm_jax.chips import Chip
-from evlm_jax.compiled import Costs, Transfer
+from evlm_jax.planning.chips import Chip
+from evlm_jax.planning.compiled import Costs, Transfer
 
 HOST = 8  # GPUs that NVLink joins
 

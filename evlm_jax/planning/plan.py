@@ -12,10 +12,11 @@ from pathlib import Path
 
 import jax
 
-from evlm_jax import chips, compiled, flops, live, programs, roofline
+from evlm_jax import flops
 from evlm_jax.config import EVLMConfig
-from evlm_jax.hlo import Module
-from evlm_jax.sharding import Layout, make_layout
+from evlm_jax.mesh import Layout, make_layout
+from evlm_jax.planning import chips, compiled, live, programs, roofline
+from evlm_jax.planning.hlo import Module
 
 _SCOPES = re.compile(r"\b(patch|vit_\d+|keys_values|cross|moe|router|experts|ffn|scores|llm|head)\b")
 _CROSS = {"scores": flops.CROSS_SCORES, "router": flops.ROUTER, "experts": flops.ROUTED, "moe": flops.WORLD, "ffn": flops.FFN}

@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from evlm_jax import chips
 from evlm_jax.config import EVLMConfig
-from evlm_jax.plan import plan
-from evlm_jax.plan_text import show
-from evlm_jax.sharding import ROWS, make_layout, mesh_sizes
+from evlm_jax.mesh import ROWS, make_layout, mesh_sizes
+from evlm_jax.planning import chips
+from evlm_jax.planning.plan import plan
+from evlm_jax.planning.text import show
 
 REMATS = ("none", "dots", "full")
 

@@ -13,7 +13,7 @@ import pytest
 from evlm_jax.batch import Batch
 from evlm_jax.data import pipeline
 from evlm_jax.data.image import ImageError
-from evlm_jax.data.pipeline import Documents, Mixture, batches, rows_in_order, stream
+from evlm_jax.data.pipeline import Documents, Mixture, RowsIterator, batches, rows_in_order, stream
 from evlm_jax.data.samples import Sample, SampleError, question
 from evlm_jax.data.source import Source
 from evlm_jax.data.sources import open_source
@@ -246,3 +246,24 @@ def test_documents_are_a_grain_dataset(cfg):
     """Random access through grain's own transformations."""
     documents = Documents(open_source(cfg.data.sources[0]), TOKENIZER, cfg)
     assert isinstance(documents, grain.MapDataset) and documents[3].key == "r3" and documents[31 + 3].key == "r3"
+
+
+def test_an_error_of_the_next_batch_leaves_this_one_whole(cfg):
+    """Rows are packed ahead; what is wrong with them shows when their turn comes, and no position counts them."""
+    documents = stream([open_source(name) for name in cfg.data.sources], TOKENIZER, cfg)
+    whole, other = (RowsIterator(documents, cfg, range(4), None) for _ in range(2))
+    start, calls = other._start, []
+
+    def fails():
+        calls.append(1)
+        if len(calls) == 3:
+            raise SampleError("made/k")
+        return start()
+
+    other._start = fails
+    for _ in range(2):
+        assert_equal(next(other), next(whole))
+        assert other.get_state() == whole.get_state()
+    with pytest.raises(SampleError, match="made/k"):
+        next(other)
+    assert other.get_state() == whole.get_state()

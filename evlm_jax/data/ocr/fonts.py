@@ -82,7 +82,7 @@ def writable(faces: Sequence[Face], texts: Iterable[str]) -> tuple[str, tuple[Fa
     raise ValueError("there is no text")
 
 
-@functools.lru_cache(512)
+@functools.lru_cache(64)
 def font(face: Face, px: int) -> ImageFont.FreeTypeFont:
     """Laid out glyph by glyph, without shaping: the same on every machine, whatever Pillow was built with."""
     opened = ImageFont.truetype(face.path, px, index=face.index, layout_engine=ImageFont.Layout.BASIC)

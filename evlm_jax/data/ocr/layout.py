@@ -116,7 +116,7 @@ def wrap(text: str, face: Face, px: int, room: int) -> list[list[str]]:
                 head = bisect.bisect_right(range(1, len(word)), left, key=lambda n: width(face, px, word[:n]))
                 while head > 1 and word[head] in NEVER_FIRST:
                     head -= 1
-            head = head or (not line)
+            head = head or int(not line)  # an empty line takes a character at least
             if head:
                 line.append(word[:head])
                 used += space * (len(line) > 1) + width(face, px, word[:head])
@@ -154,7 +154,7 @@ def write(
 
 
 def article(sheet: Sheet, low: int = 11, high: int = 17, most_columns: int = 3, tight: bool = False) -> None:
-    """Maybe a heading, columns of paragraphs, some with a heading of their own."""
+    """Maybe a heading, then columns of paragraphs. `low` and `high`: font sizes; `tight`: as much text as there is room for."""
     rng, (w, h) = sheet.rng, sheet.size
     margin = max(4, round((0.02 if tight else rng.uniform(0.04, 0.1)) * min(w, h)))
     px, spacing, top = sheet.px(low, high), rng.uniform(1.15, 1.3) if tight else rng.uniform(1.2, 1.6), margin

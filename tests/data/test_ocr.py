@@ -11,6 +11,7 @@ from evlm_jax.data.ocr import fonts, layout
 from evlm_jax.data.ocr.dialogs import dialogs
 from evlm_jax.data.ocr.page import draw, homography, onto
 from tests.data.written import LANGUAGES, pages, words_of
+from tests.parity import needs_asset
 
 
 def inked(words, size):
@@ -98,6 +99,14 @@ def test_wrapped_lines_fit_and_lose_nothing(text, room):
         assert len("".join(line)) == 1 or sum(fonts.width(face, 12, word) for word in line) <= room
     if not layout.CJK.search(text) and all(fonts.width(face, 12, word) <= room for word in text.split()):
         assert [word for line in lines for word in line] == text.split()
+
+
+@needs_asset("noto-cjk")
+def test_no_line_begins_with_a_closing_mark():
+    face = fonts.faces("zh")[0]
+    room = fonts.width(face, 20, "天天天")
+    assert layout.wrap("红红红红红红，红", face, 20, room) == [["红红红"], ["红红"], ["红，红"]]
+    assert layout.wrap("红，。红", face, 20, fonts.width(face, 20, "红")) == [["红"], ["，"], ["。"], ["红"]]
 
 
 def test_every_layout_is_drawn(monkeypatch):

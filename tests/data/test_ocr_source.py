@@ -116,6 +116,13 @@ def test_answers_come_through_the_tokenizer(folder, tokenizer):
         assert said.strip() == dialog[1].text
 
 
+def test_a_part_of_the_pages(folder):
+    np.save(folder / "keep.npy", [5, 2])
+    whole, part = opened(folder, "en"), opened(folder, "en", f"keep={folder}/keep.npy")
+    assert [sample.dialogs for sample in part] == [whole[i].dialogs for i in (5, 2)] and part.dialog_counts() == [4, 4]
+    np.testing.assert_array_equal(image.decode(part[0].refs[0].path), image.decode(whole[5].refs[0].path))
+
+
 def test_threads_draw_the_same(folder):
     source = opened(folder, "en", "size=200")
     with ThreadPoolExecutor(8) as pool:

@@ -8,7 +8,7 @@ beginning of another (else it would be compared without being needed).
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
@@ -22,46 +22,11 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.data.features import FeatureStore
 from evlm_jax.data.pack import Budget
 from evlm_jax.data.pipeline import rows_in_order
-from evlm_jax.data.samples import MARKER, Sample, question
+from evlm_jax.data.samples import Sample, question
 from evlm_jax.data.text import Document, score_document
-from evlm_jax.evals.statistics import accuracy_table
 from evlm_jax.models.evlm import EVLM
 
-EASY_VQA = {  # answer type -> answers
-    "yes / no": ("yes", "no"),
-    "shape": ("circle", "rectangle", "triangle"),
-    "colour": ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
-}
 SLACK = 1.1  # room over the average need of a row's tokens, so that length stays what closes a row
-
-
-def evaluate(
-    model: EVLM,
-    tokenizer,
-    samples: Sequence[Sample],
-    types: Mapping[str, Sequence[str]],
-    features: FeatureStore | None = None,
-    rows: int = 2,
-) -> dict:
-    """Answers every dialog (one question, one true answer) of the samples with the candidate of lowest loss.
-
-    Args:
-      types: answer type -> its answers; the candidates of every question are all answers of all types.
-      rows: of a batch.
-    Returns:
-      {"task", "method", "candidates", "accuracy": as `accuracy_table`, "examples": [{"image", "question", "answer", "prediction",
-      "correct", "losses"}]}: one example a question, losses in nats in the order of the candidates.
-    """
-    candidates = [answer for answers in types.values() for answer in answers]
-    examples = []
-    for sample, losses in zip(samples, candidate_losses(model, tokenizer, samples, candidates, features, rows), strict=True):
-        for (asked, truth), loss in zip(sample.dialogs, losses, strict=True):
-            guess = candidates[int(loss.argmin())]
-            row = {"image": sample.key, "question": asked.text.replace(MARKER, ""), "answer": truth.text, "prediction": guess}
-            examples.append(row | {"correct": guess == truth.text, "losses": [round(float(x), 4) for x in loss]})
-    source = samples[0].source
-    table = accuracy_table(examples, types)
-    return {"task": source, "method": "lowest loss", "candidates": candidates, "accuracy": table, "examples": examples}
 
 
 def candidate_losses(
@@ -74,7 +39,7 @@ def candidate_losses(
     cfg = fit_budget(model.cfg, documents)
     graphdef, state = nnx.split(model)
     losses = [np.zeros(len(s.dialogs) * len(candidates)) for s in samples]
-    bar = tqdm(total=sum(len(s.dialogs) for s in samples), desc="lowest loss", unit="question")
+    bar = tqdm(total=sum(len(s.dialogs) for s in samples), desc="lowest loss", unit="question", leave=False)
     for batch, document, dialog in rows_in_order(documents, cfg, rows, features):
         log_probs = np.asarray(_score(graphdef, state, batch), np.float64)
         for d in np.unique(document[document >= 0]):

@@ -32,14 +32,12 @@ def compare(a: dict, b: dict) -> list[dict]:
     error is clustered as in `scored`; p is two-sided, of a normal distribution: 1 where no answer differs, None for a single cluster.
     Raises ValueError where the two are not of the same questions.
     """
-    if a["task"] != b["task"]:
-        raise ValueError(f"one result is of {a['task']}, the other of {b['task']}")
     first, second = ({row["id"]: row for row in result["examples"]} for result in (a, b))
     if first.keys() != second.keys():
         alone = f"{len(first.keys() - second.keys())} only in the first, {len(second.keys() - first.keys())} only in the second"
         raise ValueError(f"the results are not of the same questions: {alone}")
-    rows, score = list(first.values()), find(a["task"]).score
-    each, other = score(rows).each, score([second[name] for name in first]).each
+    rows = list(first.values())
+    each, other = find(a["task"]).score(rows).each, find(b["task"]).score([second[name] for name in first]).each
     found = []
     for metric in [metric for metric in each if metric in other]:
         pairs = [(x, y, r["cluster"]) for x, y, r in zip(each[metric], other[metric], rows) if x is not None and y is not None]

@@ -10,13 +10,14 @@ from evlm_jax.data.pipeline import rows_in_order
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, question
 from evlm_jax.data.text import score_document
 from evlm_jax.evals import choice
+from evlm_jax.evals.answer import LowestLoss
+from evlm_jax.evals.tasks.demo import of_samples
 from evlm_jax.loss import losses
 from tests.data.made import TOKENIZER
 from tests.random_model import random_model
 from tests.tiny import tiny_config
 
-TYPES = {"yes / no": ("yes", "no"), "colour": ("red", "reddish", "blue")}  # "red" begins "reddish"
-CANDIDATES = ["yes", "no", "red", "reddish", "blue"]
+CANDIDATES = ["yes", "no", "red", "reddish", "blue"]  # "red" begins "reddish"
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +57,15 @@ def test_equals_each_candidate_alone(samples, model, candidates):
     assert np.concatenate(together).std() > 0.1
 
 
-def test_evaluate_picks_the_lowest_and_counts_by_type(samples, model):
-    result = choice.evaluate(model, TOKENIZER, samples, TYPES)
-    assert [e["question"] for e in result["examples"][:3]] == ["is it red?", "is it red?", "what colour?"]
-    for example in result["examples"]:
-        assert example["prediction"] == CANDIDATES[int(np.argmin(example["losses"]))]
-        assert example["correct"] == (example["prediction"] == example["answer"])
-    rows = {row["type"]: row for row in result["accuracy"]}
-    assert {kind: row["count"] for kind, row in rows.items()} == {"all": 10, "yes / no": 7, "colour": 3}
-    assert rows["all"]["correct"] == sum(e["correct"] for e in result["examples"])
+def test_answers_are_the_candidates_of_lowest_loss(samples, model):
+    asked = [q for turn in range(4) for q in of_samples(samples) if q.id.endswith(f"-{turn}")]  # no image's questions are neighbours
+    answers = LowestLoss(model, TOKENIZER, CANDIDATES)(asked)
+    losses = dict(zip((q.id for q in of_samples(samples)), np.concatenate(choice.candidate_losses(model, TOKENIZER, samples, CANDIDATES))))
+    for question_, answer in zip(asked, answers, strict=True):
+        best = np.argsort(losses[question_.id])
+        assert answer["ranking"] == [CANDIDATES[i] for i in best] and answer["prediction"] == answer["ranking"][0]
+        np.testing.assert_allclose(answer["losses"], np.sort(losses[question_.id]), atol=1e-3)
+    assert len({tuple(answer["ranking"]) for answer in answers}) > 1
 
 
 def test_candidates_of_equal_tokens_are_refused(model):

@@ -11,7 +11,7 @@ from evlm_jax.data.samples import ImageRef
 SUFFIXES = (".jpg", ".jpeg", ".png", ".JPEG", ".JPG", ".webp")
 
 
-class Row(Mapping):
+class Row:
     """An entry of a file. A field that is not there raises ValueError."""
 
     def __init__(self, file: Path, number: int | str, data: Mapping):
@@ -24,11 +24,12 @@ class Row(Mapping):
             raise self.error(f"no field {key!r}; there are {', '.join(map(str, self.data))}")
         return self.data[key]
 
-    def __iter__(self):
-        return iter(self.data)
+    def __contains__(self, key: str) -> bool:
+        return key in self.data
 
-    def __len__(self) -> int:
-        return len(self.data)
+    def get(self, key: str, default=None):
+        """What may be left out."""
+        return self.data.get(key, default)
 
     def error(self, text: str) -> ValueError:
         """To be raised: what is wrong with this row."""

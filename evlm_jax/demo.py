@@ -14,7 +14,7 @@ from evlm_jax.convert.engine import load_towers
 from evlm_jax.data.features import FeatureStore
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, question
 from evlm_jax.evals import results, score, tasks
-from evlm_jax.evals.answer import Greedy, LowestLoss
+from evlm_jax.evals.answer import Generated, LowestLoss
 from evlm_jax.evals.runner import Answerer, evaluate
 from evlm_jax.evals.statistics import accuracy_table
 from evlm_jax.evals.task import Question, draw, first
@@ -67,7 +67,7 @@ def run(form: str, workdir: str) -> Path:
         chooses = LowestLoss(trained.model, trained.tokenizer, ANSWERS, features)
         found = {"vqa": answered("vqa", asked, chooses)}
     with clock.part("generate answers and captions"):
-        generates = Greedy(Generator(trained.model, trained.tokenizer, features=features.get), tasks.find("emoji").tokens)
+        generates = Generated(Generator(trained.model, trained.tokenizer, features=features.get), tasks.find("emoji").tokens)
         found |= {name: answered(name, asked, generates) for name in ("greedy", "emoji", "photos")}
     with clock.part("report"):
         page = sections(cfg, trained, features, workdir, asked, found)

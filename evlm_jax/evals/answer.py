@@ -1,4 +1,4 @@
-"""How a model answers questions: free generation, greedy, or the candidate of lowest loss."""
+"""How a model answers questions: free generation, or the candidate of lowest loss."""
 
 from collections.abc import Sequence
 
@@ -15,14 +15,14 @@ BEST = 5  # candidates that a row keeps
 SIMILAR = 64  # characters: prompts whose lengths differ by less are answered together, those about one image side by side
 
 
-class Greedy:
+class Generated:
     """Generates. An answer is a row's {"prediction": raw text}."""
 
     method = "greedy"
 
-    def __init__(self, generator: Generator, tokens: int):
-        """`tokens`: most new ones of an answer; `generator.rows` questions are answered together."""
-        self.generator, self.tokens, self.chunk = generator, tokens, generator.rows
+    def __init__(self, generator: Generator, tokens: int, **sampling: float):
+        """`tokens`: most new ones of an answer; `generator.rows` questions are answered together. Greedy without `sampling`."""
+        self.generator, self.tokens, self.chunk, self.sampling = generator, tokens, generator.rows, sampling
 
     def order(self, asked: Question) -> tuple:
         """Questions are answered in the order of this."""
@@ -32,7 +32,8 @@ class Greedy:
         """The answers, in the order of the questions."""
         template = self.generator.cfg.data.template
         prompts = [self.generator.prompt([Turn("user", prompt_text(q, template))], q.visuals) for q in questions]
-        return [{"prediction": answer.text.strip()} for answer in self.generator.generate(prompts, max_new_tokens=self.tokens)]
+        answers = self.generator.generate(prompts, max_new_tokens=self.tokens, **self.sampling)
+        return [{"prediction": answer.text.strip()} for answer in answers]
 
 
 class LowestLoss:
@@ -68,6 +69,6 @@ class LowestLoss:
 
 
 def prompt_text(asked: Question, template: str) -> str:
-    """What the user's turn says: the images, then the text. The plain template ends a question with " Answer:" by itself."""
+    """The user's turn: the text, with the images in front of it or at its markers. " Answer:" is said by the plain template itself."""
     text = asked.text.removesuffix(ANSWER) if template == "plain" else asked.text
-    return MARKER * len(asked.visuals) + text
+    return text if MARKER in text else MARKER * len(asked.visuals) + text

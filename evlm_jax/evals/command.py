@@ -5,12 +5,12 @@ from pathlib import Path
 
 from evlm_jax import checkpoint
 from evlm_jax.evals import results, score, tasks
-from evlm_jax.evals.answer import Greedy, LowestLoss
+from evlm_jax.evals.answer import Generated, LowestLoss
 from evlm_jax.evals.judge import open_judge
 from evlm_jax.evals.runner import evaluate
 from evlm_jax.evals.task import first
 from evlm_jax.generate import Generator
-from evlm_jax.run import feature_store, load_trained
+from evlm_jax.run import features_of, load_trained
 
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -22,14 +22,13 @@ def run_eval(args: argparse.Namespace) -> None:
     questions = first(every, args.limit)
     trained = load_trained(args.checkpoint)
     cfg = trained.model.cfg
-    features = feature_store(cfg, trained.params) if cfg.data.cache_features else None
-    if features:
+    if features := features_of(trained):
         features.fill(ref for asked in questions for visual in asked.visuals for ref in visual)
     if task.candidates:
         answer = LowestLoss(trained.model, trained.tokenizer, task.candidates(every), features, args.batch)
     else:
         look = features.get if features else None
-        answer = Greedy(Generator(trained.model, trained.tokenizer, features=look, rows=args.batch), task.tokens)
+        answer = Generated(Generator(trained.model, trained.tokenizer, features=look, rows=args.batch), task.tokens)
     name = f"{Path(args.checkpoint).name} step {checkpoint.steps(args.checkpoint)[-1]}"
     found = results.provenance(cfg, results.weights_hash(trained.params), name)
     about = {"split": split, "prompts": args.prompt, "template": cfg.data.template, "batch": args.batch}

@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from evlm_jax.evals.task import Question, Task
 
+Judge = Callable[[str], str]
+
 
 class Answerer(Protocol):
     """What answers: evals/answer.py, or anything that is like it."""
@@ -28,7 +30,9 @@ class Answerer(Protocol):
         """{"prediction", ...} of each."""
 
 
-def evaluate(task: Task, questions: Sequence[Question], answer: Answerer, about: dict, progress: Path | None = None, judge=None) -> dict:
+def evaluate(
+    task: Task, questions: Sequence[Question], answer: Answerer, about: dict, progress: Path | None = None, judge: Judge | None = None
+) -> dict:
     """Answers the questions; what `progress` holds is taken from there.
 
     Args:
@@ -43,15 +47,19 @@ def evaluate(task: Task, questions: Sequence[Question], answer: Answerer, about:
     head = {"task": task.name, "method": answer.method, "max_new_tokens": answer.tokens, **about}
     with Log(progress, head) as log:
         rows = _rows(questions, log.known)
-        order = sorted(range(len(rows)), key=lambda i: answer.order(questions[i]))
-        chunks = [order[i : i + answer.chunk] for i in range(0, len(order), answer.chunk)]
-        todo = [[i for i in chunk if "prediction" not in rows[i]] for chunk in chunks]
+        todo = [[i for i in chunk if "prediction" not in rows[i]] for chunk in chunks(questions, answer)]
         for chunk in _bar(todo, len(rows), task.name):
             log.write([rows[i] for i in chunk], answer([questions[i] for i in chunk]))
         if task.judge and judge:
             for one in _bar([[i] for i, row in enumerate(rows) if "judgement" not in row], len(rows), "judge"):
                 log.write([rows[one[0]]], [{"judgement": judge(task.judge(rows[one[0]]))}])
     return head | {"examples": rows}
+
+
+def chunks(questions: Sequence[Question], answer: Answerer) -> list[list[int]]:
+    """Places of the questions that are answered together: neighbours in the answerer's order."""
+    order = sorted(range(len(questions)), key=lambda i: answer.order(questions[i]))
+    return [order[i : i + answer.chunk] for i in range(0, len(order), answer.chunk)]
 
 
 class Log:
@@ -113,6 +121,3 @@ def _bar(chunks: Sequence[list[int]], total: int, name: str) -> Iterator[list[in
         for chunk in filter(None, chunks):
             yield chunk
             bar.update(len(chunk))
-
-
-Judge = Callable[[str], str]

@@ -68,6 +68,21 @@ def test_answers_are_the_candidates_of_lowest_loss(samples, model):
     assert len({tuple(answer["losses"]) for answer in answers}) > 5
 
 
+def test_greedy_is_what_the_whole_forward_pass_likes_best(samples):
+    cfg = tiny_config(llm=dict(vocab=TOKENIZER.vocab_size), data=dict(length=96, images=2, targets=32, pairs=24))
+    model = random_model(cfg, 5)  # it likes to say "z"
+    letters = [chr(i) for i in range(32, 127)]
+    asked = [replace(samples[0], dialogs=tuple(question(f"{MARKER}{n}?", letter) for letter in letters)) for n in range(4)]
+    found = choice.answer_losses(model, TOKENIZER, asked, end=False)
+    best = jax.jit(lambda model, batch: model.logits(model.hidden(batch)).argmax(-1))
+    documents = [score_document(sample, TOKENIZER, model.cfg, end=False) for sample in asked]
+    for batch, document, dialog in rows_in_order(documents, choice.fit_budget(model.cfg, documents), 1):
+        said = np.asarray(best(model, batch))[0][batch.target_at[0]] == batch.targets[0]
+        for d, number, right in zip(document[0], dialog[0], said):
+            assert d < 0 or found[d][1][number] == right
+    assert 0 < sum(greedy.any() for _, greedy in found) and all(greedy.sum() <= 1 for _, greedy in found)
+
+
 def test_candidates_of_equal_tokens_are_refused(model):
     with pytest.raises(ValueError, match="'no', 'no' are the same tokens"):
         choice.needs_end(TOKENIZER, ["yes", "no", "no"], model.cfg)

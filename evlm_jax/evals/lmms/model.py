@@ -57,16 +57,17 @@ class EvlmJax(lmms):
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """(log-probability of the continuation as the answer, whether greedy generation would begin with it)."""
-        samples, template = [], self.generator.cfg.data.template
+        samples, found, template = [], [(0.0, True)] * len(requests), self.generator.cfg.data.template  # as nothing said is
         with tempfile.TemporaryDirectory() as folder:
             for i, (text, target, visuals, *place) in enumerate(request.args for request in requests):
                 doc = self._doc(*place)
                 asked = Question(str(i), text, stored(visuals(doc), Path(folder), self.frames), None, str(i))
-                answer = target if isinstance(target, str) else target(doc)
-                dialog = question(prompt_text(asked, template), answer.removeprefix(" "))
-                samples.append(Sample(str(i), "lmms-eval", asked.visuals, (dialog,)))
-            found = answer_losses(self.trained.model, self.trained.tokenizer, samples, self.features, self.rows, end=False)
-        return [(-float(loss[0]), bool(greedy[0])) for loss, greedy in found]
+                if answer := (target if isinstance(target, str) else target(doc)).removeprefix(" "):  # the template has the space
+                    samples.append(Sample(str(i), "lmms-eval", asked.visuals, (question(prompt_text(asked, template), answer),)))
+            losses = answer_losses(self.trained.model, self.trained.tokenizer, samples, self.features, self.rows, end=False)
+        for sample, (loss, greedy) in zip(samples, losses, strict=True):
+            found[int(sample.key)] = (-float(loss[0]), bool(greedy[0]))
+        return found
 
     def _doc(self, number: int, task: str, split: str):
         return self.task_dict[task][split][number]

@@ -66,6 +66,7 @@ setup(
             "zstandard>=0.25",
         ],
         "tpu": ["jax[tpu]"],
+        "plan": ["jax[tpu]"],  # the compiler for TPUs, of the matching version; it runs without one
         "cuda": ["jax[cuda13]"],
     },
     entry_points={

@@ -24,6 +24,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from evlm_jax.config import EVLMConfig, from_config_dict, to_dict
+from evlm_jax.processes import is_first, say, wait
 from evlm_jax.tensors import Tensor, Tensors, digest, read_all, read_folder, write_folder
 
 Arrays = dict[str, np.ndarray]  # by canonical name
@@ -45,11 +46,12 @@ class Checkpoints:
     def __init__(self, workdir: str, keep: int):
         """Opens or creates `workdir`; removes, and says, what an interrupted run left half-written."""
         self.root = epath.Path(workdir).resolve()
-        for part in (STEPS, FROZEN):
+        for part in (STEPS, FROZEN) if is_first() else ():
             (self.root / part).mkdir(parents=True, exist_ok=True)
             for path in [*(self.root / part).glob("*.orbax-checkpoint-tmp*"), *(self.root / part).glob(f"*{INCOMPLETE}")]:
-                print(f"checkpoint: removing the half-written {path}", flush=True)
+                say(f"checkpoint: removing the half-written {path}")
                 path.rmtree()
+        wait("checkpoint: the directory is tidy")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, todelete_subdir="deleted")  # renamed first: deleting is atomic too
         self._manager = ocp.CheckpointManager(self.root / STEPS, options=options)
         self._store = None
@@ -70,8 +72,9 @@ class Checkpoints:
         if self._store and manifest.items() <= _manifest(self.root, self._store).items():
             return
         self._store = _hash(manifest)
-        if not (self.root / FROZEN / self._store).exists():
+        if is_first() and not (self.root / FROZEN / self._store).exists():
             write_store(self.root, {name: Tensor.of(np.asarray(array)) for name, array in arrays.items()})
+        wait("checkpoint: the frozen store is written")
 
     def save(self, step: int, params: dict[str, jax.Array], groups: dict[str, jax.Array], meta: dict) -> None:
         """Starts saving, after a save still under way has ended; returns when the arrays have left the devices."""
@@ -91,6 +94,8 @@ class Checkpoints:
     def _tidy(self) -> None:
         """With no save under way: deletes what keep-n has put aside, and stores that no step names."""
         self._manager.wait_until_finished()
+        if not is_first():
+            return
         named = {_meta(self.root, step)["store"] for step in steps(self.root)} | {self._store}
         unused = [path for path in (self.root / FROZEN).iterdir() if path.name not in named]
         for path in [*unused, *(self.root / STEPS / "deleted").glob("*")]:

@@ -90,12 +90,28 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="checkpoints, metrics.jsonl and TensorBoard files; a run in it goes on")
     parser.add_argument("--init", help="checkpoint of an earlier stage to start from, instead of the towers alone")
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard files as well")
+    parser.add_argument("--profile", type=_span, metavar="A:B", help="trace the updates A to B into WORKDIR/profile")
+    parser.add_argument("--distributed", action="store_true", help="one of several processes, as the environment says: TPU pod, GKE, Slurm")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="one of several processes: address of process 0")
+    parser.add_argument("--processes", type=int, help="with --coordinator: how many")
+    parser.add_argument("--process", type=int, help="with --coordinator: number of this one, from 0")
+
+
+def _span(text: str) -> tuple[int, int]:
+    first, _, last = text.partition(":")
+    if not 1 <= int(first) <= int(last):
+        raise ValueError(text)
+    return int(first), int(last)
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:
+    if args.distributed or args.coordinator:
+        from evlm_jax import processes  # before anything asks for devices
+
+        processes.join(args.coordinator, args.processes, args.process)
     from evlm_jax.run import train_run
 
-    train_run(load_config(args.config, overrides), args.workdir, args.init, args.tensorboard)
+    train_run(load_config(args.config, overrides), args.workdir, args.init, args.tensorboard, args.profile)
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -191,12 +207,34 @@ def _score(args: argparse.Namespace, _overrides: list[str]) -> None:
     command.run_score(args)
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help=CONFIG_HELP)
+    parser.add_argument("--topology", required=True, help="v5p:4x4x4, v6e:16x16, cpu:8 and the like")
+    parser.add_argument("--mesh", default="", help="fields of config.mesh: data=1,fsdp=32,tensor=2")
+    parser.add_argument("--global-batch", type=int, help="train.batch")
+    parser.add_argument("--remat", help="train.remat")
+    parser.add_argument("--what", choices=("train", "eval", "prefill", "decode"), default="train")
+    parser.add_argument("--phase", type=int, default=0, help="of training: what is trained")
+    parser.add_argument("--sweep", action="store_true", help="try meshes and remat policies, and rank them")
+    parser.add_argument("--no-mend", action="store_true", help="where it does not fit, look for no change that makes it")
+    parser.add_argument("--price", type=float, help="of a chip-hour")
+    parser.add_argument("--json", help="file to write the report to")
+    parser.add_argument("--hlo", help="file to write the optimised program to")
+
+
+def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
+    from evlm_jax import plan_search
+
+    return plan_search.main(args, overrides, load_config)
+
+
 COMMANDS = {
     "convert": (_convert_arguments, _convert, "checkpoints from and to PyTorch"),
     "demo": (_demo_arguments, _demo, "fetch, train, evaluate and report on real weights and data"),
     "eval": (arguments.add_eval, _eval, "answer a benchmark and score the answers"),
     "fetch": (_fetch_arguments, _fetch, "fetch the demo's weights and data"),
     "generate": (_generate_arguments, _generate, "answer a prompt about images or a video"),
+    "plan": (_plan_arguments, _plan, "compile for a TPU pod that is not there: memory, FLOPs, collectives, time"),
     "score": (arguments.add_score, _score, "score a result of eval again, or compare two of them"),
     "train": (_train_arguments, _train, "train an experiment"),
     "upcycle": (_upcycle_arguments, _upcycle, "turn the FFNs of a dense run's cross-attention into mixtures of experts"),

@@ -12,10 +12,13 @@ Letters used for shapes everywhere in this package:
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 import ml_collections
 
 from evlm_jax.strict import build
+
+Float = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,9 @@ class ViTConfig:
     patch: int
     image_size: int  # pixels of the square input; S = (image_size / patch)**2 + prefix tokens
     pretrained_size: int  # pixels the stored position table was trained at
-    norm: str  # "pre": x + f(norm(x)); "res_post": x + norm(f(x))
-    bias: str  # "all", or "qv": no bias on the keys
-    activation: str  # "gelu" (erf) | "gelu_tanh" | "quick_gelu"
+    norm: Literal["pre", "res_post"]  # x + f(norm(x)) or x + norm(f(x))
+    bias: Literal["all", "qv"]  # "qv": no bias on the keys
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"]  # "gelu" is by erf
     layer_scale: bool
     class_token: bool
     registers: int  # tokens after the class token, without position
@@ -43,7 +46,7 @@ class ViTConfig:
     eps: float
     taps: tuple[int, ...]  # 1-based block numbers whose outputs are returned, ascending
     cuts: tuple[int, ...]  # further block numbers where the stack is cut: the freeze boundaries of every stage
-    interpolation: str  # position table, pretrained_size -> image_size: "bicubic" (a=-0.75) | "antialias" (a=-0.5)
+    interpolation: Literal["bicubic", "antialias"]  # position table, pretrained_size -> image_size; a = -0.75 or -0.5
     mean: tuple[float, float, float]  # RGB normalisation of the tower
     std: tuple[float, float, float]
 
@@ -90,7 +93,7 @@ class XAttnConfig:
     head_dim: int  # r_c = heads * head_dim / hidden
     ffn: int  # r_f = ffn / hidden
     every: int  # a block before layers 0, every, 2 * every, ...
-    schedule: str  # "blocked": tap i serves neighbouring layers | "cyclic": layer l gets tap l mod G
+    schedule: Literal["blocked", "cyclic"]  # tap i serves neighbouring layers, or layer l gets tap l mod G
     sinks: int  # zero keys padded to the visual sequence
     tile: int  # tokens of one attention tile; all tokens of a tile see the same images
     eps: float
@@ -103,12 +106,12 @@ class MoEConfig:
     copies: int  # of the dense FFN; 0: the FFN is dense, and nothing below counts
     slices: int  # of a copy, along its hidden dimension: E = copies * slices experts of hidden xattn.ffn / slices
     top_k: int  # experts of a token
-    gates: str  # of the chosen k: "renormalise" (they sum to 1) | "softmax" (as they are among all E)
+    gates: Literal["renormalise", "softmax"]  # of the chosen k: they sum to 1, or as they are among all E
     capacity: float  # an expert takes at most capacity * tokens * top_k / E choices and drops the rest; 0: no limit
     balance: float  # coefficient of the load-balance loss, a layer
     z: float  # coefficient of the router's z-loss, a layer
     tile: int  # rows of a tile; all rows of a tile have the same expert
-    upcycle: str  # how a dense FFN becomes experts: "preserve" | "preserve_zero" | "paper" (upcycle.py)
+    upcycle: Literal["preserve", "preserve_zero", "paper"]  # how a dense FFN becomes experts (upcycle.py)
 
     @property
     def experts(self) -> int:
@@ -130,7 +133,7 @@ class DataConfig:
 
     sources: tuple[str, ...]  # names registered in data/sources.py
     weights: tuple[float, ...]  # sampling weight of each source
-    template: str  # chat template: "chatml" | "plain"
+    template: Literal["chatml", "plain"]  # chat template
     length: int  # T, text positions of a row
     images: int  # I, image slots of a row
     targets: int  # M, supervised positions of a row
@@ -138,7 +141,7 @@ class DataConfig:
     dialogs: int  # at most this many dialogs about the same image share a document (0: all of them)
     isolate: bool  # documents of a row do not see each other
     window: int  # samples the packer may choose from
-    resize: str  # "squash" | "crop" | "pad"
+    resize: Literal["squash", "crop", "pad"]
     cache_features: bool  # compute the frozen tower's taps once and keep them on disk
     seed: int
 
@@ -170,6 +173,7 @@ class OptimConfig:
     b1: float
     b2: float
     eps: float
+    mu_dtype: Float  # first moments; second ones need the mantissa of param_dtype
     weight_decay: float
     no_decay: tuple[str, ...]  # patterns of canonical names without weight decay
     clip: float
@@ -183,16 +187,36 @@ class TrainConfig:
     steps: int
     batch: int  # rows of an optimizer step, over all devices
     accumulate: int  # micro-batches of a step; divides `batch`
-    dtype: str  # compute: "float32" | "bfloat16"
-    matmul_precision: str  # operands of products, where the dtype is wider: "float32" | "bfloat16"
-    param_dtype: str  # trainable parameters and moments
-    frozen_dtype: str  # frozen towers
-    remat: str  # "none" | "dots" | "full"
+    dtype: Float  # compute
+    matmul_precision: Float  # operands of products, where the dtype is wider
+    param_dtype: Float  # trainable parameters and second moments
+    frozen_dtype: Float  # frozen towers
+    remat: Literal["none", "dots", "full"]  # computed again in the backward pass: nothing, all but linear layers, all
+    loss_chunk: int  # targets of a row whose logits exist together, computed again in the backward pass; 0: all, kept
     save_every: int
     keep: int
     log_every: int
     seed: int
     peak_flops: float  # of one device, for MFU; 0 leaves MFU out
+
+    @property
+    def operands(self) -> str:
+        """Dtype of the operands of products."""
+        return "bfloat16" if "bfloat16" in (self.dtype, self.matmul_precision) else "float32"
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices by axis (sharding.py); their product is the number of devices. One of `data` and `fsdp` may be -1: what the others leave."""
+
+    data: int  # copies of everything, each with its own rows; several slices of a pod are joined along this axis
+    fsdp: int  # rows, and what is stored in pieces
+    expert: int  # rows and pieces likewise, and the experts of a mixture
+    tensor: int  # heads, hidden layers of FFNs, and the vocabulary
+    slices: int  # of a multi-slice machine; divides `data`
+    zero: Literal[2, 3]  # trainable parameters are gathered once a step, or layer by layer when they are needed
+    frozen: Literal["sharded", "replicated"]  # frozen parameters, over `fsdp` and `expert`
+    images: Literal["all", "rows"]  # the ViT's images over all axes, or over the axes of rows and its heads over `tensor`
 
 
 @dataclass(frozen=True)
@@ -217,6 +241,7 @@ class EVLMConfig:
     data: DataConfig
     optim: OptimConfig
     train: TrainConfig
+    mesh: MeshConfig
     init: InitConfig
 
     def __post_init__(self):
@@ -260,25 +285,9 @@ def check(cfg: EVLMConfig) -> None:
         (len(data.sources) == len(data.weights), "data.weights", "needs one weight for each of data.sources"),
         (data.pairs >= data.images, "data.pairs", f"must be at least data.images = {data.images}"),
         (train.batch % train.accumulate == 0, "train.accumulate", f"must divide train.batch = {train.batch}"),
+        (train.loss_chunk >= 0, "train.loss_chunk", "must not be negative"),
         (len(cfg.optim.phases) > 0 and cfg.optim.phases[0].start == 0, "optim.phases", "the first must start at 0"),
     ]
-    choices = [
-        ("vit.norm", vit.norm, ("pre", "res_post")),
-        ("vit.bias", vit.bias, ("all", "qv")),
-        ("vit.activation", vit.activation, ("gelu", "gelu_tanh", "quick_gelu")),
-        ("vit.interpolation", vit.interpolation, ("bicubic", "antialias")),
-        ("xattn.schedule", xattn.schedule, ("blocked", "cyclic")),
-        ("moe.gates", moe.gates, ("renormalise", "softmax")),
-        ("moe.upcycle", moe.upcycle, ("preserve", "preserve_zero", "paper")),
-        ("data.resize", data.resize, ("squash", "crop", "pad")),
-        ("data.template", data.template, ("chatml", "plain")),
-        ("train.dtype", train.dtype, ("float32", "bfloat16")),
-        ("train.matmul_precision", train.matmul_precision, ("float32", "bfloat16")),
-        ("train.param_dtype", train.param_dtype, ("float32", "bfloat16")),
-        ("train.frozen_dtype", train.frozen_dtype, ("float32", "bfloat16")),
-        ("train.remat", train.remat, ("none", "dots", "full")),
-    ]
-    rules += [(value in allowed, name, f"is {value!r}; use one of {', '.join(allowed)}") for name, value, allowed in choices]
     for ok, name, mend in rules:
         if not ok:
             raise ValueError(f"config: {name} {mend}")

@@ -1,35 +1,83 @@
-"""Floating-point operations that a training step needs, counted from the config (2 per multiply-add). Letters: see config.py.
+"""Floating-point operations that a step needs, counted from the config (2 per multiply-add). Letters: see config.py.
 
-Needed, not executed: 2ND forward, +2ND where a gradient passes through, +2ND only where weights train. So a frozen ViT costs
-2ND, a frozen LLM under trained cross-attention 4ND, trained layers 6ND. Causal attention counts half; the head counts at
-supervised positions only; padding counts nothing.
+Needed, not executed: 2ND forward, +2ND where a gradient passes to the input of a product, +2ND only where its weights train. So a
+frozen ViT costs 2ND, a frozen LLM under trained cross-attention 4ND, trained layers 6ND, and below the lowest trained block of the
+ViT there is no backward. Causal attention counts half, cross-attention the images that a token sees, the head supervised positions
+only; padding counts nothing, and neither does rematerialisation.
+
+Not counted as needed: the product that would give a norm in front of a trained kernel its gradient, where nothing else lies below,
+because that follows from the kernel's gradient. So keys and values of a frozen tower's images cost 4ND (a program that asks for the
+norm's gradient the plain way executes 6ND). What is not a product (norms, softmax, optimizer) is left out.
 """
+
+from collections.abc import Collection, Iterator
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
 
-
-def vit_flops(cfg: EVLMConfig) -> float:
-    """Forward of one image up to the highest tap."""
-    vit, s = cfg.vit, cfg.vit.tokens
-    block = 2 * s * (4 * vit.width**2 + 2 * vit.width * vit.mlp) + 4 * s * s * vit.width
-    return max(vit.taps) * block + 2 * vit.grid**2 * vit.patch**2 * 3 * vit.width
-
-
-def llm_flops_per_token(cfg: EVLMConfig) -> float:
-    """Forward of all layers for one token, attention scores and head left out."""
-    llm = cfg.llm
-    attn = llm.hidden * llm.head_dim * (2 * llm.heads + 2 * llm.kv_heads)
-    return 2 * llm.layers * (attn + 3 * llm.hidden * llm.mlp)
+FROZEN_VIT, TRAINED_VIT = "vision tower, frozen", "vision tower, trained"
+KEYS, CROSS, CROSS_SCORES = "keys and values of images", "cross-attention projections", "cross-attention scores"
+FFN, ROUTER, ROUTED, WORLD = "cross-attention FFN", "router", "routed experts", "world expert"
+LLM, LLM_SCORES, HEAD = "language model, linear", "language model, scores", "head"
+PARTS = (FROZEN_VIT, TRAINED_VIT, KEYS, CROSS, CROSS_SCORES, FFN, ROUTER, ROUTED, WORLD, LLM, LLM_SCORES, HEAD)
 
 
-def xattn_flops_per_token(cfg: EVLMConfig) -> float:
-    """Forward of all cross-attention blocks for one text token, scores left out."""
-    x, d, moe = cfg.xattn, cfg.llm.hidden, cfg.moe
-    ffn = 2 * d * x.ffn * (1 + moe.top_k / moe.slices) + d * moe.experts if moe.copies else 2 * d * x.ffn
-    return 2 * len(cfg.cross_layers) * (2 * d * x.heads * x.head_dim + ffn)
+class Work(NamedTuple):
+    """What a step has to look at, summed over its rows."""
+
+    tokens: float  # text positions that are not padding
+    attended: float  # (query, key) pairs of self-attention
+    images: float  # images whose keys and values are projected
+    encoded: float  # images that go through the ViT
+    visible: float  # (token, image) pairs of cross-attention
+    targets: float  # positions that the head sees
+
+    @classmethod
+    def of(cls, batch: Batch) -> Self:
+        """Of a batch of NumPy arrays, padding left out."""
+        real, images = real_tokens(batch), seen_images(batch)
+        return cls(
+            tokens=real.sum(),
+            attended=(batch.positions + 1)[real].sum(),
+            images=images,
+            encoded=0 if batch.pixels is None else images,
+            visible=(batch.visible_stop - batch.visible_start).sum(),
+            targets=(batch.targets >= 0).sum(),
+        )
+
+    @classmethod
+    def full(cls, cfg: EVLMConfig, rows: int) -> Self:
+        """Of `rows` rows without padding: each one document of T tokens, all I images seen, one image a token, M targets."""
+        t, i = cfg.data.length, cfg.data.images
+        return cls(
+            rows * t, rows * t * (t + 1) / 2, rows * i, 0 if cfg.data.cache_features else rows * i, rows * t, rows * cfg.data.targets
+        )
+
+
+class Cost(NamedTuple):
+    """FLOPs of a part."""
+
+    forward: float = 0.0
+    inputs: float = 0.0  # gradients of activations
+    weights: float = 0.0  # gradients of kernels
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+class Product(NamedTuple):
+    """A product of a layer, or the two of an attention's scores."""
+
+    part: str
+    name: str  # canonical name of its parameters without the last piece; "" where both operands are activations
+    flops: float  # forward
+
+
+Stage = tuple[Product, ...]  # products that stand side by side
 
 
 def real_tokens(batch: Batch) -> np.ndarray:
@@ -43,17 +91,98 @@ def seen_images(batch: Batch) -> int:
     return sum(len(np.unique(row[tile < padding])) for row, tile in zip(batch.pair_image, batch.pair_tile, strict=True))
 
 
-def train_flops(cfg: EVLMConfig, batch: Batch) -> float:
-    """FLOPs needed by forward and backward of a batch of NumPy arrays, with the towers frozen and cross-attention trained."""
-    llm, layers, width = cfg.llm, len(cfg.cross_layers), cfg.xattn.heads * cfg.xattn.head_dim
-    real = real_tokens(batch)
-    targets = (batch.targets >= 0).sum()
-    seen = (batch.visible_stop - batch.visible_start).sum()
-    images = seen_images(batch)
-    text = 2 * llm_flops_per_token(cfg) * real.sum()
-    scores = 2 * 4 * llm.layers * llm.heads * llm.head_dim * (batch.positions + 1)[real].sum()
-    head = 2 * 2 * llm.hidden * llm.vocab * targets
-    cross = 3 * xattn_flops_per_token(cfg) * real.sum() + 3 * 4 * layers * width * cfg.vit.tokens * seen
-    keys = 2 * 2 * layers * 2 * cfg.vit.width * width * cfg.vit.tokens * images  # no gradient into a frozen tower
-    vision = 0.0 if batch.pixels is None else vit_flops(cfg) * images
-    return float(text + scores + head + cross + keys + vision)
+def needed(cfg: EVLMConfig, trained: Collection[str], work: Work) -> dict[str, Cost]:
+    """{part: its cost}, in the order of PARTS, without parts that the model lacks.
+
+    Args:
+      trained: canonical names of the parameters that train; none of them is inference.
+    """
+    kernels = {name.removesuffix("/kernel") for name in trained}
+    costs = {part: np.zeros(3) for part in PARTS}
+
+    def count(product: Product, passes: bool) -> bool:
+        """Adds a product to which a gradient's way down leads only if `passes`; whether any gradient reaches its output."""
+        trains = product.name in kernels
+        part = TRAINED_VIT if product.part == FROZEN_VIT and (passes or trains) else product.part
+        costs[part] += np.array([1, (1 if product.name else 2) * passes, trains]) * product.flops
+        return passes or trains
+
+    reached = []  # for each tap, whether its gradient is needed
+    passes = any(name.startswith(("vit/cls", "vit/registers", "vit/pos")) for name in trained)
+    for number, stage in enumerate(_vision(cfg, work)):
+        passes = any([count(product, passes) for product in stage])
+        reached += [passes] if number in [STAGES * block for block in cfg.vit.taps] else []
+    passes = any(name.startswith(("media/", "llm/embed")) for name in trained)
+    for stage in _text(cfg, work):
+        below = lambda product, passes=passes: reached[_tap(cfg, product.name)] if product.part == KEYS else passes
+        passes = any([count(product, below(product)) for product in stage])
+    return {part: Cost(*map(float, cost)) for part, cost in costs.items() if cost.any()}
+
+
+def train_flops(cfg: EVLMConfig, trained: Collection[str], batch: Batch) -> float:
+    """FLOPs needed by forward and backward of a batch of NumPy arrays."""
+    return sum(cost.total for cost in needed(cfg, trained, Work.of(batch)).values())
+
+
+def lowest_trained_block(cfg: EVLMConfig, trained: Collection[str]) -> int:
+    """0-based number of the ViT block below which there is no backward; the number of blocks where the tower is frozen."""
+    if any(name.startswith("vit/") and not name.startswith("vit/blocks/") for name in trained):
+        return 0
+    return min((int(name.split("/")[2]) for name in trained if name.startswith("vit/blocks/")), default=cfg.vit.depth)
+
+
+STAGES = 5  # of a block of the ViT
+
+
+def _vision(cfg: EVLMConfig, work: Work) -> Iterator[Stage]:
+    """From the pixels to the highest tap: the patches, then STAGES of each block."""
+    vit, tokens = cfg.vit, work.encoded * cfg.vit.tokens
+    one = lambda name, size, rows=tokens: Product(FROZEN_VIT, name, 2.0 * rows * size)
+    yield (one("vit/patch", vit.patch**2 * 3 * vit.width, work.encoded * vit.grid**2),)
+    for block in range(max(vit.taps)):
+        name = f"vit/blocks/{block}"
+        yield tuple(one(f"{name}/attn/{p}", vit.width**2) for p in "qkv")
+        yield (one("", 2 * vit.tokens * vit.width),)
+        yield (one(f"{name}/attn/o", vit.width**2),)
+        yield (one(f"{name}/mlp/fc1", vit.width * vit.mlp),)
+        yield (one(f"{name}/mlp/fc2", vit.width * vit.mlp),)
+
+
+def _text(cfg: EVLMConfig, work: Work) -> Iterator[Stage]:
+    """From the embeddings to the logits."""
+    llm, d, every = cfg.llm, cfg.llm.hidden, cfg.xattn.every
+    one = lambda part, name, size, rows=work.tokens: Product(part, name, 2.0 * rows * size)
+    for layer in range(llm.layers):
+        if layer % every == 0:
+            yield from _cross(cfg, work, layer)
+        name = f"llm/layers/{layer}"
+        sizes = {"q": llm.heads, "k": llm.kv_heads, "v": llm.kv_heads}
+        yield tuple(one(LLM, f"{name}/attn/{p}", d * n * llm.head_dim) for p, n in sizes.items())
+        yield (one(LLM_SCORES, "", 2 * llm.heads * llm.head_dim, work.attended),)
+        yield (one(LLM, f"{name}/attn/o", d * llm.heads * llm.head_dim),)
+        yield tuple(one(LLM, f"{name}/mlp/{p}", d * llm.mlp) for p in ("gate", "up"))
+        yield (one(LLM, f"{name}/mlp/down", d * llm.mlp),)
+    yield (one(HEAD, "llm/embed" if llm.tied else "llm/head", d * llm.vocab, work.targets),)
+
+
+def _cross(cfg: EVLMConfig, work: Work, layer: int) -> Iterator[Stage]:
+    """The cross-attention block in front of an LLM layer."""
+    x, moe, d, s = cfg.xattn, cfg.moe, cfg.llm.hidden, cfg.vit.tokens
+    name, width = f"xattn/{layer}", cfg.xattn.heads * cfg.xattn.head_dim
+    one = lambda part, leaf, size, rows=work.tokens: Product(part, leaf and f"{name}/{leaf}", 2.0 * rows * size)
+    keys = (one(KEYS, leaf, cfg.vit.width * width, work.images * s) for leaf in "kv")
+    yield (one(CROSS, "q", d * width), *keys)
+    yield (one(CROSS_SCORES, "", 2 * width * s, work.visible),)
+    yield (one(CROSS, "o", d * width),)
+    if not moe.copies:
+        yield from ((one(FFN, f"ffn/{fc}", d * x.ffn),) for fc in ("fc1", "fc2"))
+        return
+    routed, router = d * x.ffn // moe.slices * moe.top_k, one(ROUTER, "ffn/router", d * moe.experts)
+    ffn = lambda fc: (one(ROUTED, f"ffn/experts/{fc}", routed), one(WORLD, f"ffn/world/{fc}", d * x.ffn))
+    yield (router, *ffn("fc1"))
+    yield ffn("fc2")
+
+
+def _tap(cfg: EVLMConfig, name: str) -> int:
+    """Number of the tap that the cross-attention parameter `name` reads."""
+    return cfg.tap_of_cross_layer[int(name.split("/")[1]) // cfg.xattn.every]

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from evlm_jax.batch import Batch
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.moe import auxiliary_loss
+from evlm_jax.sharding import shard
 
 
 def losses(model: EVLM, batch: Batch) -> jax.Array:
@@ -29,7 +30,18 @@ def loss_sums(model: EVLM, batch: Batch, sources: int) -> tuple[jax.Array, dict]
 
 
 def _cross_entropy(model: EVLM, hidden: jax.Array, batch: Batch) -> jax.Array:
-    hidden = jnp.take_along_axis(hidden, batch.target_at[..., None], axis=1)
-    log_probs = jax.nn.log_softmax(model.logits(hidden))
-    picked = jnp.take_along_axis(log_probs, jnp.maximum(batch.targets, 0)[..., None], axis=-1)[..., 0]
-    return jnp.where(batch.targets >= 0, -picked, 0.0)
+    """By chunks of `train.loss_chunk` targets: the logits of one chunk are all that is ever in memory, forward and backward."""
+    readout, count = model.readout(), batch.targets.shape[1]
+    chunk = model.cfg.train.loss_chunk or count
+
+    def of(hidden: jax.Array, at: jax.Array, targets: jax.Array) -> jax.Array:
+        logits = shard(readout(jnp.take_along_axis(hidden, at[..., None], axis=1)), "rows", None, "vocab")
+        picked = jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0.0).sum(-1)  # no look-up in a split vocabulary
+        return jnp.where(targets >= 0, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
+
+    if chunk >= count:
+        return of(hidden, batch.target_at, batch.targets)
+    cut = lambda x, fill: jnp.pad(x, ((0, 0), (0, -count % chunk)), constant_values=fill).reshape(len(x), -1, chunk).swapaxes(0, 1)
+    body = jax.checkpoint(lambda _, inputs: (None, of(hidden, *inputs)), prevent_cse=False)
+    losses = jax.lax.scan(body, None, (cut(batch.target_at, 0), cut(batch.targets, -1)))[1]
+    return losses.swapaxes(0, 1).reshape(len(hidden), -1)[:, :count]

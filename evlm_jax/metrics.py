@@ -8,10 +8,12 @@ counted by cause; the other values are those of the line's own step.
 import json
 import time
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Self
 
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from evlm_jax.batch import Batch
@@ -19,6 +21,7 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.data.pack import Drop
 from evlm_jax.flops import real_tokens, seen_images, train_flops
 from evlm_jax.names import canonical
+from evlm_jax.processes import gather, is_first
 
 
 class Meter:
@@ -31,12 +34,14 @@ class Meter:
           ImportError: `tensorboard` is asked for and tensorboardX is not installed.
         """
         self._cfg, self._devices = cfg, devices
-        self._path = Path(workdir) / "metrics.jsonl"
+        self._path = epath.Path(workdir) / "metrics.jsonl"
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         whole = [line for line in lines if line.endswith("}")]  # a killed run may leave half a line
-        self._path.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
-        self._board = _board(workdir, step) if tensorboard else None
-        self._bar = tqdm(desc=cfg.name, total=cfg.train.steps, initial=step, unit="step", dynamic_ncols=True)
+        self._lines = [line + "\n" for line in whole if json.loads(line)["step"] <= step]
+        if is_first():
+            self._path.write_text("".join(self._lines))
+        self._board = _board(workdir, step) if tensorboard and is_first() else None
+        self._bar = tqdm(desc=cfg.name, total=cfg.train.steps, initial=step, unit="step", dynamic_ncols=True, disable=not is_first())
         self._dropped = {}
         self._reset()
 
@@ -50,7 +55,8 @@ class Meter:
 
     def add(self, step: int, batch: dict[str, float], values: dict) -> None:
         """The values of update `step` (1-based), on the host; `batch` is what `work` counted of its batch."""
-        self._totals = {name: self._totals.get(name, 0.0) + value for name, value in (batch | _sums(self._cfg, values)).items()}
+        self._own.update(batch)
+        self._sums.update(_sums(self._cfg, values))
         self._steps += 1
         self._bar.update()
         if step % self._cfg.train.log_every == 0 or step == self._cfg.train.steps:
@@ -59,15 +65,18 @@ class Meter:
 
     def _summary(self) -> dict[str, float]:
         """Means over the targets and rates since the last line."""
-        seconds, totals = time.monotonic() - self._since, self._totals
-        out = {"loss": totals["loss"] / max(totals["count"], 1)}
+        shares = gather(self._own)  # each process has seen its own rows
+        seconds, sums, totals = time.monotonic() - self._since, self._sums, Counter()
+        for share in shares:
+            totals.update(share)
+        out = {"loss": sums["loss"] / max(sums["count"], 1)}
         for source in self._cfg.data.sources:
-            if count := totals[f"count/{source}"]:
-                out[f"loss/{source}"] = totals[f"loss/{source}"] / count
+            if count := sums[f"count/{source}"]:
+                out[f"loss/{source}"] = sums[f"loss/{source}"] / count
         out |= {f"{name}_per_s": totals[name] / seconds for name in ("tokens", "images")}
         if self._cfg.train.peak_flops:
             out["mfu"] = totals["flops"] / (seconds * self._devices * self._cfg.train.peak_flops)
-        out |= {name: value / self._steps for name, value in totals.items() if name.startswith("fill/")}
+        out |= {name: value / (self._steps * len(shares)) for name, value in totals.items() if name.startswith("fill/")}
         return out | {name: value for name, value in totals.items() if name.startswith("dropped/")}
 
     def dropped(self, drops: list[Drop]) -> None:
@@ -78,9 +87,16 @@ class Meter:
                 self._bar.write(f"left out, {drop.cause}: {drop.message}; further ones are counted only")
 
     def _write(self, step: int, line: dict) -> None:
+        self._reset()
+        if not is_first():
+            return
         line = {name: np.asarray(value, np.float64).tolist() for name, value in line.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **line}) + "\n")
+        self._lines.append(json.dumps({"step": step, **line}) + "\n")
+        if "://" in str(self._path):  # objects of a store cannot be appended to
+            self._path.write_text("".join(self._lines))
+        else:
+            with self._path.open("a") as file:
+                file.write(self._lines[-1])
         for name, value in line.items() if self._board else ():
             for part, number in enumerate(value) if isinstance(value, list) else ():
                 self._board.add_scalar(f"{name}/{part}", number, step)
@@ -88,15 +104,18 @@ class Meter:
                 self._board.add_scalar(name, value, step)
         rates = {name: f"{line[f'{name}_per_s']:.1f}/s" for name in ("tokens", "images")}
         self._bar.set_postfix({"loss": f"{line['loss']:.3f}"} | rates | self._dropped)
-        self._reset()
 
     def _reset(self) -> None:
-        self._totals, self._steps, self._since = {}, 0, time.monotonic()
+        self._own, self._sums, self._steps, self._since = Counter(), Counter(), 0, time.monotonic()
 
 
-def work(cfg: EVLMConfig, batch: Batch, info: dict) -> dict[str, float]:
-    """What a batch of NumPy arrays holds, padding left out: text tokens, images that are looked at, FLOPs needed, and `info` of it."""
-    counts = {"tokens": float(real_tokens(batch).sum()), "images": float(seen_images(batch)), "flops": train_flops(cfg, batch)}
+def work(cfg: EVLMConfig, batch: Batch, info: dict, trained: Collection[str]) -> dict[str, float]:
+    """What a batch of NumPy arrays holds, padding left out: text tokens, images that are looked at, FLOPs needed, and `info` of it.
+
+    `trained`: canonical names of the parameters that train.
+    """
+    counts = {"tokens": float(real_tokens(batch).sum()), "images": float(seen_images(batch))}
+    counts["flops"] = train_flops(cfg, trained, batch)
     counts |= {f"fill/{name}": share for name, share in info["fill"].items()}
     return counts | {f"dropped/{cause}": float(n) for cause, n in Counter(drop.cause for drop in info["drops"]).items()}
 

@@ -159,7 +159,7 @@ def members(plan: Plan, group: int, tree: nnx.State) -> nnx.State:
 
 
 def _adam(cfg: EVLMConfig) -> optax.GradientTransformation:
-    return optax.scale_by_adam(cfg.optim.b1, cfg.optim.b2, cfg.optim.eps)
+    return optax.scale_by_adam(cfg.optim.b1, cfg.optim.b2, cfg.optim.eps, mu_dtype=cfg.optim.mu_dtype)
 
 
 def _spread(values: dict[Path, float], like: nnx.State) -> nnx.State:

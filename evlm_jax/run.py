@@ -14,6 +14,7 @@ from evlm_jax.convert.interpolate import resize_positions
 from evlm_jax.data.features import FeatureStore, fingerprint
 from evlm_jax.data.pipeline import batches
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.sharding import make_layout
 from evlm_jax.tokenizer import Tokenizer, load_tokenizer
 from evlm_jax.train import train
 
@@ -49,12 +50,20 @@ def next_stage(cfg: EVLMConfig, init: str) -> tuple[dict[str, np.ndarray], froze
     return params, checkpoint.trained(init)
 
 
-def train_run(cfg: EVLMConfig, workdir: str, init: str | None = None, tensorboard: bool = False) -> int:
-    """Trains `cfg` in `workdir`, or goes on there; `init` is the run of an earlier stage. Returns the finished updates."""
+def train_run(
+    cfg: EVLMConfig, workdir: str, init: str | None = None, tensorboard: bool = False, profile: tuple[int, int] | None = None
+) -> int:
+    """Trains `cfg` in `workdir`, or goes on there; `init` is the run of an earlier stage. Returns the finished updates.
+
+    Programs that were compiled once are kept in the assets' cache, or where JAX_COMPILATION_CACHE_DIR says.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(assets.cache_root() / "compiled"))
     params, trained = next_stage(cfg, init) if init else (load_towers(cfg), frozenset())
     features = feature_store(cfg, params) if cfg.data.cache_features else None
-    with contextlib.closing(batches(cfg, load_tokenizer(cfg.init.llm), features)) as data:
-        return train(cfg, workdir, data, params, trained, tensorboard=tensorboard)
+    own = make_layout(cfg).own_rows(cfg.train.batch)
+    with contextlib.closing(batches(cfg, load_tokenizer(cfg.init.llm), features, own)) as data:
+        return train(cfg, workdir, data, params, trained, tensorboard=tensorboard, profile=profile)
 
 
 def features_of(trained: Trained) -> FeatureStore | None:

@@ -21,6 +21,10 @@ def build(kind, value, prefix: str):
         if missing := [join(k) for k in hints if k not in value]:
             raise ValueError(f"config: missing key {', '.join(missing)}")
         return kind(**{k: build(hints[k], value[k], join(k)) for k in hints})
+    if typing.get_origin(kind) is typing.Literal:
+        if value not in (allowed := typing.get_args(kind)) or isinstance(value, bool):
+            raise ValueError(f"config: {prefix} is {value!r}; use one of {', '.join(map(str, allowed))}")
+        return value
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (tuple, list)):
             raise ValueError(f"config: {prefix} must be a tuple, got {value!r}")

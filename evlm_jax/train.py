@@ -6,28 +6,26 @@ gradient is not finite changes nothing, and neither does any step behind it, so 
 
 import contextlib
 import functools
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict
-from jax.sharding import Sharding
 
 from evlm_jax import names, optim
 from evlm_jax.batch import Batch
-from evlm_jax.checkpoint import Arrays, Checkpoints, Snapshot
+from evlm_jax.checkpoint import Arrays, Checkpoints
 from evlm_jax.config import EVLMConfig, from_config_dict, to_dict
 from evlm_jax.loss import loss_sums
 from evlm_jax.metrics import Meter, work
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.models.fresh import cross_attention, media_embedding
 from evlm_jax.models.norm_init import centre_norms
-from evlm_jax.sharding import batch_sharding, check_rows, make_mesh, replicated
+from evlm_jax.processes import gather, on_host, say, stopping
+from evlm_jax.sharding import Layout, check_parameters, gather_once, make_layout, settle
+from evlm_jax.start import fresh, restored
 
 IN_FLIGHT = 2  # steps dispatched before the host looks at the values of an older one
 
@@ -44,7 +42,7 @@ class TrainState(NamedTuple):
 
 
 def gradients(cfg: EVLMConfig, graphdef: nnx.GraphDef, params: nnx.State, frozen: nnx.State, batch: Batch):
-    """Gradient of the mean loss over all targets of the batch, from sums over the micro-batches; float32.
+    """Gradient of the mean loss over all targets of the batch, from sums over the micro-batches; float32, in the pieces that are stored.
 
     Returns:
       (gradients like `params`, sums over the batch as in loss.loss_sums)
@@ -55,11 +53,12 @@ def gradients(cfg: EVLMConfig, graphdef: nnx.GraphDef, params: nnx.State, frozen
 
     def micro_batch(total, rows):
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, rows)
-        return jax.tree.map(jnp.add, total, (jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums)), None
+        return jax.tree.map(jnp.add, total, (settle(jax.tree.map(lambda g: g.astype(jnp.float32), grads)), sums)), None
 
+    params = gather_once(params, cfg.train.operands)
     k = cfg.train.accumulate  # row r goes to micro-batch r % k, so that every device has its share of each
     micro_batches = jax.tree.map(lambda x: x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), batch)
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    zeros = settle(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
     _, sums = jax.eval_shape(loss, params, jax.tree.map(lambda x: x[0], micro_batches))
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
     (grads, sums), _ = jax.lax.scan(micro_batch, (zeros, nothing), micro_batches)
@@ -85,11 +84,12 @@ def train_step(cfg: EVLMConfig, graphdef: nnx.GraphDef, plan: optim.Plan, state:
 
 
 class Phase:
-    """From one change of the trainable set to the next: its plan, the frozen parameters, one compiled step."""
+    """From one change of the trainable set to the next: its plan, where its arrays lie, the frozen parameters, one compiled step."""
 
-    def __init__(self, cfg: EVLMConfig, number: int, sharding: Sharding):
-        self.cfg, self.number, self.sharding = cfg, number, sharding
+    def __init__(self, cfg: EVLMConfig, number: int, layout: Layout):
+        self.cfg, self.number, self.layout = cfg, number, layout
         self.graphdef, self.shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
+        check_parameters(layout, self.shapes, lambda path: names.canonical(cfg, path)[0])
         self.plan = optim.plan(cfg, number, self.shapes)
         self.trained = {name for path in self.plan.rates for name in names.canonical(cfg, path)}
         if cfg.data.cache_features and any(path[0] == "vit" for path in self.plan.rates):
@@ -98,19 +98,43 @@ class Phase:
         def step(state, frozen, batch):
             return train_step(cfg, self.graphdef, self.plan, state, frozen, batch)
 
-        self._step = jax.jit(step, donate_argnums=0, out_shardings=sharding)
+        shardings = layout.trained(self.spec())
+        self._begin = jax.jit(self.begin, out_shardings=shardings)
+        self._step = layout.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
         self.on_disk = jax.jit(lambda state: (names.flatten(cfg, state.params), optim.flatten(cfg, state.groups)))
 
-    def enter(self, step: int, params: nnx.State, groups: optim.Groups) -> TrainState:
-        """Splits the parameters of the whole model, promotes the trainable ones to their dtype, begins new groups."""
-        trainable, self.frozen = nnx.split_state(params, self.plan.trains, ...)
-        own = lambda tree, dtype: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), tree)  # a step overwrites its state
+    def begin(self, step: int, trainable: nnx.State, groups: optim.Groups) -> TrainState:
+        """The state at the first step of the phase. Parameters are promoted to their dtype; all is copied, for a step overwrites it."""
+        own = lambda tree, dtype: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), tree)
         trainable = own(trainable, self.cfg.train.param_dtype)
-        begin = jax.jit(lambda trainable, groups: optim.begin(self.cfg, self.plan, trainable, groups), out_shardings=self.sharding)
-        state = TrainState(jnp.int32(step), jnp.bool(True), trainable, begin(trainable, own(groups, None)))
+        return TrainState(jnp.int32(step), jnp.bool(True), trainable, optim.begin(self.cfg, self.plan, trainable, own(groups, None)))
+
+    def spec(self) -> TrainState:
+        """Shapes and dtypes of the state."""
+        return jax.eval_shape(self.begin, 0, nnx.split_state(self.shapes, self.plan.trains, ...)[0], {})
+
+    def place(self, tree) -> Any:
+        """Shardings of parameters of the whole model or of a part, or of moments."""
+        if not isinstance(tree, nnx.State):
+            return self.layout.trained(tree)
+        trainable, frozen = nnx.split_state(tree, self.plan.trains, ...)
+        return nnx.merge_state(self.layout.trained(trainable), self.layout.frozen(frozen))
+
+    def enter(self, step: int, params: nnx.State, groups: optim.Groups) -> TrainState:
+        """Splits the parameters of the whole model and begins; they may lie as in the phase before."""
+        trainable, frozen = nnx.split_state(params, self.plan.trains, ...)
+        self.frozen = jax.jit(lambda tree: tree, out_shardings=self.layout.frozen(frozen))(frozen)
         size = lambda tree: f"{sum(x.size for x in jax.tree.leaves(tree)):,} parameters"
-        print(f"phase {self.number} from step {step}: trains {size(trainable)}, freezes {size(self.frozen)}", flush=True)
-        return jax.device_put(state, self.sharding)
+        say(f"phase {self.number} from step {step}: trains {size(trainable)}, freezes {size(self.frozen)}")
+        return self._begin(step, trainable, groups)
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step for the devices of the layout, which need not be there; `compile()` it to read memory, FLOPs and collectives."""
+        frozen = nnx.split_state(self.shapes, self.plan.trains, ...)[1]
+        frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, self.cfg.train.frozen_dtype), frozen)
+        inputs, layout = (self.spec(), frozen, Batch.spec(self.cfg)), self.layout
+        shardings = layout.trained(inputs[0]), layout.frozen(frozen), layout.batch(inputs[2])
+        return self._step.lower(*jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), inputs, shardings))
 
     def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         """One step; `state` is donated."""
@@ -125,35 +149,17 @@ class Phase:
         return nnx.merge(self.graphdef, state.params, self.frozen)
 
 
-# ------------------------------------------------------------------------------------------------------- where a run starts
-
-
-def fresh(phase: Phase, params: Arrays, trained: frozenset[str]) -> nnx.State:
-    """The whole model before its first step: `params`, and new cross-attention and media embeddings where they have none.
-
-    Frozen towers take train.frozen_dtype; what an earlier stage trained keeps its bits.
-
-    Raises:
-      ValueError: listing missing, unexpected and wrongly shaped parameters.
-    """
-    cfg, keep = phase.cfg, trained | phase.trained
-    values = {name: array if name in keep else array.astype(cfg.train.frozen_dtype) for name, array in params.items()}
-    if "media/embedding" not in params and "llm/embed" in params:
-        values["media/embedding"] = media_embedding(cfg, params["llm/embed"])
-    if any(name.startswith("xattn/") for name in params):
-        return jax.device_put(names.unflatten(cfg, values, phase.shapes), phase.sharding)
-    rest = names.unflatten(cfg, values, nnx.filter_state(phase.shapes, lambda path, _: path[0] != "xattn"))
-    new = lambda: nnx.State({"xattn": nnx.state(cross_attention(cfg))})
-    return nnx.merge_state(jax.device_put(rest, phase.sharding), jax.jit(new, out_shardings=phase.sharding)())
-
-
-def restored(phase: Phase, snapshot: Snapshot) -> tuple[nnx.State, optim.Groups]:
-    """The whole model and the Adam states of a checkpoint, bit for bit."""
-    whole = names.unflatten(phase.cfg, snapshot.frozen | snapshot.params, phase.shapes)
-    return jax.device_put((whole, optim.unflatten(phase.cfg, phase.plan, snapshot.groups, phase.shapes)), phase.sharding)
-
-
 # ---------------------------------------------------------------------------------------------------------------- the loop
+
+
+class Start(NamedTuple):
+    """Where the loop begins."""
+
+    step: int
+    phase: Phase
+    params: nnx.State  # of the whole model
+    groups: optim.Groups
+    trained: frozenset[str]
 
 
 def train(
@@ -164,6 +170,7 @@ def train(
     trained: frozenset[str] = frozenset(),
     on_step: Callable[[int, Callable[[], EVLM]], None] | None = None,
     tensorboard: bool = False,
+    profile: tuple[int, int] | None = None,
 ) -> int:
     """Trains to train.steps, or to SIGTERM; goes on from the newest checkpoint in `workdir` where there is one.
 
@@ -173,54 +180,71 @@ def train(
       trained: those of `params` that an earlier stage trained (checkpoint.trained).
       on_step: called with the number of finished updates and a function that gives the model, valid until it returns.
       tensorboard: write TensorBoard files, next to metrics.jsonl.
+      profile: (first, last) update of a trace, in `workdir`/profile.
     Returns:
       the number of finished updates, saved.
     Raises:
       FloatingPointError: loss or gradient is not finite; names the step and its samples. Nothing is saved behind it.
     """
-    mesh = make_mesh()
-    check_rows(mesh, cfg.train.batch // cfg.train.accumulate, "train.batch / train.accumulate")
+    layout = make_layout(cfg)
+    load = functools.partial(layout.put_rows, own=layout.own_rows(cfg.train.batch), count=cfg.train.batch)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, cfg.train.keep)))
-        snapshot = checkpoints.resume()
-        step, phase = 0, Phase(cfg, snapshot.meta["phase"] if snapshot else 0, replicated(mesh))
-        if snapshot:
-            step, trained = snapshot.meta["step"], trained | set(snapshot.meta["trained"])
-            print(f"resume from step {step} of {checkpoints.root}{_changes(cfg, snapshot.meta['config'])}", flush=True)
-            whole, groups = restored(phase, snapshot)
-            data.set_state(snapshot.meta["data"])
-        else:
-            whole, groups = fresh(phase, params, trained), {}
-            if cfg.init.centre_norms and not any(name.startswith("xattn/") for name in trained):
-                whole = centre_norms(nnx.merge(phase.graphdef, whole), jax.device_put(_peek(data), batch_sharding(mesh)))
-        meter = stack.enter_context(Meter(cfg, workdir, step, mesh.size, tensorboard))
-        stop = stack.enter_context(_sigterm())
+        step, phase, whole, groups, trained = _start(cfg, checkpoints, layout, data, load, params, trained)
+        meter = stack.enter_context(Meter(cfg, workdir, step, layout.mesh.size, tensorboard))
+        stop = stack.enter_context(stopping())
         state, pending = None, deque()
         while step < cfg.train.steps:
             if state is None or optim.phase_at(cfg, step) != phase.number:
                 if state is not None:
                     _look(pending, 0, meter)
                     whole, groups = phase.whole(state), state.groups
-                phase = Phase(cfg, optim.phase_at(cfg, step), phase.sharding)
+                phase = Phase(cfg, optim.phase_at(cfg, step), layout)
                 state = phase.enter(step, whole, groups)
-                checkpoints.freeze(names.flatten(cfg, jax.device_get(phase.frozen)))
+                checkpoints.freeze(names.flatten(cfg, on_host(phase.frozen)))
                 trained, whole, groups = trained | phase.trained, None, None
             batch, info = next(data)
-            state, report = phase.update(state, jax.device_put(batch, batch_sharding(mesh)))
+            if profile and step + 1 == profile[0]:
+                jax.profiler.start_trace(f"{checkpoints.root}/profile")
+            state, report = phase.update(state, load(batch))
             step += 1
-            pending.append((step, info["keys"], work(cfg, batch, info), report))
+            pending.append((step, info["keys"], work(cfg, batch, info, phase.trained), report))
             meter.dropped(info["drops"])
             _look(pending, IN_FLIGHT, meter)
             if on_step:
                 on_step(step, functools.partial(phase.model, state))
-            last = step == cfg.train.steps or stop.is_set()
+            last = stop(step) or step == cfg.train.steps
+            if profile and (step == profile[1] or profile[0] <= step < profile[1] and last):
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
             if last or step % cfg.train.save_every == 0:
                 _look(pending, 0, meter)
-                meta = {"phase": phase.number, "data": data.get_state(), "config": to_dict(cfg), "trained": sorted(trained)}
-                checkpoints.save(step, *phase.on_disk(state), meta)
+                checkpoints.save(step, *phase.on_disk(state), _meta(cfg, phase, data, trained))
             if last:
                 break
     return step
+
+
+def _start(
+    cfg: EVLMConfig, checkpoints: Checkpoints, layout: Layout, data: Iterator, load: Callable, params: Arrays, trained: frozenset
+) -> Start:
+    """From the newest checkpoint, or from `params`."""
+    snapshot = checkpoints.resume()
+    phase = Phase(cfg, snapshot.meta["phase"] if snapshot else 0, layout)
+    if snapshot:
+        say(f"resume from step {snapshot.meta['step']} of {checkpoints.root}{_changes(cfg, snapshot.meta['config'])}")
+        data.set_state(snapshot.meta["data"])
+        trained = trained | set(snapshot.meta["trained"])
+        return Start(snapshot.meta["step"], phase, *restored(cfg, phase.shapes, phase.place, phase.plan, snapshot), trained)
+    whole = fresh(cfg, phase.shapes, phase.place, params, trained | phase.trained)
+    if cfg.init.centre_norms and not any(name.startswith("xattn/") for name in trained):
+        whole = layout.jit(centre_norms)(nnx.merge(phase.graphdef, whole), load(_peek(data)))
+    return Start(0, phase, whole, {}, trained)
+
+
+def _meta(cfg: EVLMConfig, phase: Phase, data: Iterator, trained: frozenset[str]) -> dict:
+    """What a checkpoint says beside its arrays."""
+    return {"phase": phase.number, "data": _merged(gather(data.get_state())), "config": to_dict(cfg), "trained": sorted(trained)}
 
 
 def _peek(data: Iterator) -> Batch:
@@ -248,12 +272,7 @@ def _look(pending: deque, left: int, meter: Meter) -> None:
         meter.add(step, counted, report)
 
 
-@contextlib.contextmanager
-def _sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, instead of ending the process."""
-    stop = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _merged(states: list[dict]) -> dict:
+    """Positions in the data of all processes as one: what is a dict in them is joined."""
+    join = lambda values: functools.reduce(dict.__or__, values) if isinstance(values[0], dict) else values[0]
+    return {key: join([state[key] for state in states]) for key in states[0]}

@@ -118,6 +118,7 @@ def get_config() -> ConfigDict:
                 b1=0.9,
                 b2=0.999,
                 eps=1e-8,
+                mu_dtype="float32",
                 weight_decay=0.05,
                 no_decay=NO_DECAY,
                 clip=10.0,
@@ -135,12 +136,14 @@ def get_config() -> ConfigDict:
                 param_dtype="float32",
                 frozen_dtype="bfloat16",
                 remat="dots",
+                loss_chunk=256,
                 save_every=1000,
                 keep=3,
                 log_every=10,
                 seed=0,
                 peak_flops=0.0,
             ),
+            mesh=dict(data=1, fsdp=-1, expert=1, tensor=1, slices=1, zero=2, frozen="sharded", images="all"),
             init=dict(vision="", llm="", centre_norms=False),
         )
     )

@@ -100,10 +100,12 @@ def get_config(form: str = "") -> ConfigDict:
         frozen_dtype="float32",
         matmul_precision="bfloat16",  # on CPUs with AMX a step takes half the time
         remat="full",
+        loss_chunk=0,
         save_every=100,
         keep=2,
         log_every=5,
         peak_flops=195e9,
     )
+    config.mesh.update(data=-1, fsdp=1, frozen="replicated")
     config.init.update(vision="dinov2-small", llm="smollm2-135m-instruct", centre_norms=True)
     return config

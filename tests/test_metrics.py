@@ -11,6 +11,8 @@ from evlm_jax.flops import train_flops
 from evlm_jax.metrics import Meter, work
 from tests.tiny import tiny_batch, tiny_config
 
+TRAINED = {"xattn/0/q/kernel", "media/embedding"}
+
 
 def report(cfg, loss, count):
     """A report of train_step, on the host."""
@@ -56,9 +58,9 @@ def test_work_leaves_padding_out():
     used = 1 + int(np.flatnonzero(batch.positions[0]).max())
     seen = {i for a, b in zip(batch.visible_start[0], batch.visible_stop[0], strict=True) for i in range(a, b)}
     drops = [Drop("too long", "a"), Drop("unreadable image", "b"), Drop("too long", "c")]
-    counted = {"tokens": used, "images": len(seen), "flops": train_flops(cfg, batch)}
+    counted = {"tokens": used, "images": len(seen), "flops": train_flops(cfg, TRAINED, batch)}
     counted |= {"fill/tokens": 0.5, "dropped/too long": 2, "dropped/unreadable image": 1}
-    assert work(cfg, batch, {"fill": {"tokens": 0.5}, "drops": drops}) == counted
+    assert work(cfg, batch, {"fill": {"tokens": 0.5}, "drops": drops}, TRAINED) == counted
     assert 0 < used < cfg.data.length and 0 < len(seen)
 
 

@@ -19,8 +19,9 @@ from evlm_jax import checkpoint, names, optim
 from evlm_jax.loss import loss_sums
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.run import next_stage
-from evlm_jax.sharding import make_mesh, replicated
-from evlm_jax.train import Phase, fresh, gradients, train
+from evlm_jax.sharding import make_layout
+from evlm_jax.start import fresh
+from evlm_jax.train import Phase, gradients, train
 from tests.tiny import CROSS_ONLY, UPPER_VIT, TinyData, tiny_batch, tiny_config, tiny_towers
 
 STEPS, BOUNDARY = 50, 24
@@ -50,6 +51,11 @@ def whole_run(tmp_path_factory, towers, compilations):
     return workdir
 
 
+def begun(phase: Phase, towers) -> nnx.State:
+    """The whole model before its first step."""
+    return fresh(CFG, phase.shapes, phase.place, towers, frozenset())
+
+
 def assert_same_bits(a: checkpoint.Snapshot, b: checkpoint.Snapshot):
     for mine, other in ((a.params, b.params), (a.groups, b.groups), (a.frozen, b.frozen)):
         assert mine.keys() == other.keys()
@@ -72,7 +78,7 @@ def test_what_trains_moves_and_learns(whole_run, towers):
     """Batches are random words: what can be learned of them is themselves."""
     first, last = checkpoint.read(whole_run, 12), checkpoint.read(whole_run, STEPS)
     assert all(first.params[name].tobytes() != last.params[name].tobytes() for name in first.params)
-    phase, data = Phase(CFG, 0, replicated(make_mesh())), TinyData(CFG)
+    phase, data = Phase(CFG, 0, make_layout(CFG)), TinyData(CFG)
     batches = [next(data)[0] for _ in range(STEPS)]
 
     @jax.jit
@@ -80,17 +86,17 @@ def test_what_trains_moves_and_learns(whole_run, towers):
         total, sums = loss_sums(nnx.merge(phase.graphdef, state), batch, len(CFG.data.sources))
         return total / sums["count"].sum()
 
-    before, after = fresh(phase, towers, frozenset()), names.unflatten(CFG, last.frozen | last.params, phase.shapes)
+    before, after = begun(phase, towers), names.unflatten(CFG, last.frozen | last.params, phase.shapes)
     assert np.mean([loss(after, batch) for batch in batches]) < np.mean([loss(before, batch) for batch in batches])
 
 
 def test_media_embeddings_begin_among_the_words(towers):
-    phase = Phase(CFG, 0, replicated(make_mesh()))
-    begun = names.flatten(CFG, fresh(phase, towers, frozenset()))
-    words, media = towers["llm/embed"], np.asarray(begun["media/embedding"])
+    phase = Phase(CFG, 0, make_layout(CFG))
+    new = names.flatten(CFG, begun(phase, towers))
+    words, media = towers["llm/embed"], np.asarray(new["media/embedding"])
     assert np.abs(media - words.mean(0)).max() < 5 * words.std(0).max()
     np.testing.assert_allclose((media - words.mean(0)).std(), words.std(), rtol=0.2)
-    assert all(not np.any(begun[f"xattn/{layer}/{gate}"]) for layer in CFG.cross_layers for gate in ("attn_gate", "ffn_gate"))
+    assert all(not np.any(new[f"xattn/{layer}/{gate}"]) for layer in CFG.cross_layers for gate in ("attn_gate", "ffn_gate"))
 
 
 def test_first_update_of_the_newly_trainable_group(whole_run, tmp_path, towers):
@@ -195,7 +201,7 @@ def test_a_parameter_without_value_is_named(towers, tmp_path):
 
 def test_cached_taps_need_a_frozen_tower():
     with pytest.raises(ValueError, match=r"phases\[1\] trains the vision tower.*cache_features=False"):
-        Phase(tiny_config(optim={"phases": TWO}, data={"cache_features": True}), 1, replicated(make_mesh()))
+        Phase(tiny_config(optim={"phases": TWO}, data={"cache_features": True}), 1, make_layout(CFG))
 
 
 def test_a_changed_config_is_said(whole_run, tmp_path, towers, capsys):

@@ -34,13 +34,14 @@ _TINY = dict(
         isolate=True, window=8, resize="squash", cache_features=False, seed=0,
     ),
     optim=dict(
-        lr=1e-3, min_lr=1e-4, warmup=2, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05, no_decay=("gate$", "norm", "bias$", "^media/"),
-        clip=1.0, phases=(dict(start=0.0, warmup=0, rules=CROSS_ONLY),),
+        lr=1e-3, min_lr=1e-4, warmup=2, b1=0.9, b2=0.999, eps=1e-8, mu_dtype="float32", weight_decay=0.05,
+        no_decay=("gate$", "norm", "bias$", "^media/"), clip=1.0, phases=(dict(start=0.0, warmup=0, rules=CROSS_ONLY),),
     ),
     train=dict(
         steps=8, batch=2, accumulate=1, dtype="float32", matmul_precision="float32", param_dtype="float32",
-        frozen_dtype="float32", remat="none", save_every=4, keep=2, log_every=1, seed=0, peak_flops=0.0,
+        frozen_dtype="float32", remat="none", loss_chunk=0, save_every=4, keep=2, log_every=1, seed=0, peak_flops=0.0,
     ),
+    mesh=dict(data=-1, fsdp=1, expert=1, tensor=1, slices=1, zero=2, frozen="replicated", images="all"),
     init=dict(vision="", llm="", centre_norms=False),
 )  # fmt: skip
 

@@ -35,7 +35,7 @@ TABLE = 1 << 16  # documents of a source: up to here their order is a table
 
 
 def batches(
-    cfg: EVLMConfig, tokenizer, features: FeatureStore | None = None, process: int = 0, processes: int = 1
+    cfg: EVLMConfig, tokenizer, features: FeatureStore | None = None, lanes: Sequence[int] | None = None
 ) -> grain.DatasetIterator[tuple[Batch, dict]]:
     """An endless iterator of (Batch of numpy arrays, info) with `get_state()` and `set_state(state)`, both about what was consumed.
 
@@ -47,16 +47,12 @@ def batches(
 
     Args:
       features: where the taps come from if `data.cache_features`; what it lacks is computed when a batch needs it.
-      process, processes: this process makes the rows [process * n, (process + 1) * n) of n = train.batch / processes.
+      lanes: numbers of the rows that this process makes, ascending (sharding.Layout.own_rows); all where left out.
     """
-    if cfg.train.batch % processes:
-        raise ValueError(f"config: train.batch = {cfg.train.batch} rows cannot be shared by {processes} processes")
     if cfg.data.cache_features != (features is not None):
         raise ValueError(f"config: data.cache_features is {cfg.data.cache_features}; a feature store is needed exactly when it is true")
     sources = [open_source(name) for name in cfg.data.sources]
-    rows = cfg.train.batch // processes
-    lanes = range(process * rows, (process + 1) * rows)
-    return Prefetch(RowsIterator(stream(sources, tokenizer, cfg), cfg, lanes, features), PREFETCH)
+    return Prefetch(RowsIterator(stream(sources, tokenizer, cfg), cfg, lanes or range(cfg.train.batch), features), PREFETCH)
 
 
 def stream(sources: Sequence[Sequence[Sample]], tokenizer, cfg: EVLMConfig) -> grain.MapDataset:

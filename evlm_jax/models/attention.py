@@ -8,6 +8,7 @@ from evlm_jax.ops.product import product
 NEGATIVE = -1e30  # finite, so that a row that sees nothing gives numbers and not NaN
 
 
+@jax.named_scope("scores")
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """q [B, T, N, H], k and v [B, S, K, H] with K dividing N, mask [B, T, S] -> [B, T, N, H]. Softmax in float32.
 

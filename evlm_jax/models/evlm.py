@@ -21,13 +21,17 @@ from evlm_jax.models.layers import REMAT, param, rope_tables, stack
 from evlm_jax.models.llm import LLM
 from evlm_jax.models.vit import ViT
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
+from evlm_jax.ops.product import product
+from evlm_jax.sharding import local, shard
+
+IMAGE_KEYS = ("rows", None, None, "heads")  # [B, I, S, N, H]
 
 
 class Media(nnx.Module):
     """What an image is in the text stream."""
 
     def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
-        self.embedding = param(rngs, (cfg.media.tokens, cfg.llm.hidden), (None, "embed"), std=0.02)
+        self.embedding = param(rngs, (cfg.media.tokens, cfg.llm.hidden), ("whole", "whole"), std=0.02)
 
 
 def _precisely(method: Callable) -> Callable:
@@ -66,8 +70,8 @@ class EVLM(nnx.Module):
 
     def embed(self, tokens: jax.Array, media_slot: jax.Array) -> jax.Array:
         """Word embeddings, and the learnable rows at media positions: [B, T] -> [B, T, D]."""
-        words, media = self.llm.embed[...][tokens], self.media.embedding[...][jnp.maximum(media_slot, 0)]
-        return jnp.where(media_slot[..., None] >= 0, media.astype(self.dtype), words.astype(self.dtype))
+        media = self.media.embedding[...][jnp.maximum(media_slot, 0)].astype(self.dtype)
+        return jnp.where(media_slot[..., None] >= 0, media, self.llm.words(tokens).astype(self.dtype))
 
     def hidden(self, batch: Batch) -> jax.Array:
         """[B, T, D] after the final norm."""
@@ -81,7 +85,7 @@ class EVLM(nnx.Module):
     def taps(self, batch: Batch) -> jax.Array:
         """[G, B, I, S, V], from pixels or as they are given."""
         taps = self.encode(batch.pixels) if batch.taps is None else batch.taps.astype(self.dtype)
-        return jnp.moveaxis(taps, 2, 0)
+        return shard(jnp.moveaxis(shard(taps, "rows", "images"), 2, 0), None, "rows", "images")
 
     @_precisely
     def observed(self, batch: Batch, taps: jax.Array, observe: Callable) -> tuple[jax.Array, Any, moe.Routing | None]:
@@ -92,15 +96,19 @@ class EVLM(nnx.Module):
         plan = Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
         kind = jnp.where(batch.media_slot >= 0, moe.MEDIA, jnp.where(real_tokens(batch), moe.TEXT, moe.PADDING))
 
+        text, keys = ("rows", None, "heads"), ("rows", None, "kv_heads")
+        attend = local(attention, (text, keys, keys, ("rows",)), text)
+        look = local(functools.partial(grouped_attention, sinks=self.cfg.xattn.sinks), (text, IMAGE_KEYS, IMAGE_KEYS, ("rows",)), text)
+
         def decoder(x, block):
-            return block(x, rope, lambda q, k, v: attention(q, k, v, mask)), None
+            return shard(block(x, rope, lambda q, k, v: attend(q, k, v, mask)), "rows"), None
 
         def group(x, inputs):
             """One cross-attention block and the `every` decoder layers behind it."""
             cross, tap, blocks = inputs
             seen = observe(cross, taps[tap], x)
             k, v = cross.keys_values(taps[tap])
-            x, routing = cross.routed(x, lambda q: grouped_attention(q, k, v, plan, self.cfg.xattn.sinks), kind)
+            x, routing = cross.routed(x, lambda q: look(q, k, v, plan), kind)
             return jax.lax.scan(decoder, x, blocks)[0], (seen, routing)
 
         x, (seen, routing) = self._run(group, x)
@@ -119,7 +127,16 @@ class EVLM(nnx.Module):
             seen = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), seen, last)
         return x, seen
 
-    @_precisely
+    def readout(self) -> Callable[[jax.Array], jax.Array]:
+        """A function [..., D] -> float32 [..., vocab]. On a mesh the head is gathered once, for all its calls."""
+        spec, head = self.llm.head_matrix(self.cfg.train.operands)
+
+        def logits(hidden: jax.Array) -> jax.Array:
+            with jax.default_matmul_precision(self.cfg.train.matmul_precision), jax.named_scope("head"):
+                return product(spec, hidden, head)
+
+        return logits
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., vocab]."""
-        return self.llm.logits(hidden)
+        return self.readout()(hidden)

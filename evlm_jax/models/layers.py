@@ -5,16 +5,18 @@ where activations enter the model. Norms compute in float32. Parameters carry th
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from evlm_jax.ops.product import product
+from evlm_jax.ops.product import operand_dtype, product
+from evlm_jax.sharding import weight
 
 
-def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float | None = None, value: float = 0.0) -> nnx.Param:
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None = None, value: float = 0.0) -> nnx.Param:
     """A float32 parameter: normal with deviation `std`, or the constant `value`; `axes` names every dimension for sharding.py."""
     if len(axes) != len(shape):
         raise ValueError(f"axes {axes} must name every dimension of shape {shape}")
@@ -25,12 +27,12 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], 
 class Linear(nnx.Module):
     """x [..., in] -> [..., out]."""
 
-    def __init__(self, shape: tuple[int, int], axes: tuple[str | None, str | None], rngs: nnx.Rngs, bias: bool = False):
+    def __init__(self, shape: tuple[int, int], axes: tuple[str, str], rngs: nnx.Rngs, bias: bool = False):
         self.kernel = param(rngs, shape, axes, std=shape[0] ** -0.5)
         self.bias = param(rngs, shape[1:], axes[1:]) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = checkpoint_name(product("...x,xy->...y", x, self.kernel[...]).astype(x.dtype), "linear")
+        y = checkpoint_name(product("...x,xy->...y", x, weight(self.kernel, operand_dtype(x))).astype(x.dtype), "linear")
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -72,11 +74,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class MLP(nnx.Module):
     """Two matrices around an activation: x [..., D] -> [..., D]."""
 
-    def __init__(self, width: int, hidden: int, activation: str, bias: bool, rngs: nnx.Rngs):
-        self.fc1 = Linear((width, hidden), ("embed", "mlp"), rngs, bias)
-        self.fc2 = Linear((hidden, width), ("mlp", "embed"), rngs, bias)
+    def __init__(self, width: int, hidden: int, activation: str, bias: bool, rngs: nnx.Rngs, axes: tuple[str, str] = ("embed", "mlp")):
+        self.fc1 = Linear((width, hidden), axes, rngs, bias)
+        self.fc2 = Linear((hidden, width), axes[::-1], rngs, bias)
         self.activation = activation
 
+    @jax.named_scope("ffn")
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
@@ -105,8 +108,9 @@ def stack(block: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -
     return jax.vmap(block)(rngs.split(count))
 
 
-REMAT = {
-    "none": lambda f: f,
-    "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names("linear")),
-    "full": jax.checkpoint,
+_POLICIES = {
+    "none": jax.checkpoint_policies.save_anything_except_these_names("weight"),  # a gathered matrix is never kept
+    "dots": jax.checkpoint_policies.save_only_these_names("linear"),
+    "full": None,
 }
+REMAT = {name: partial(jax.checkpoint, policy=policy, prevent_cse=False) for name, policy in _POLICIES.items()}  # for bodies of scans

@@ -11,7 +11,7 @@ from flax import nnx
 
 from evlm_jax.config import LLMConfig
 from evlm_jax.models.layers import Linear, RMSNorm, heads, param, rotate, stack
-from evlm_jax.ops.product import product
+from evlm_jax.sharding import shard, weight
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -54,6 +54,7 @@ class Block(nnx.Module):
         self.ln2 = RMSNorm(cfg.hidden, cfg.eps, rngs)
         self.mlp = GatedMLP(cfg, rngs)
 
+    @jax.named_scope("llm")
     def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
         x = x + self.attn(self.ln1(x), rope, attend)
         return x + self.mlp(self.ln2(x))
@@ -68,8 +69,13 @@ class LLM(nnx.Module):
         self.ln_f = RMSNorm(cfg.hidden, cfg.eps, rngs)
         self.head = None if cfg.tied else Linear((cfg.hidden, cfg.vocab), ("embed", "vocab"), rngs)
 
-    def logits(self, x: jax.Array) -> jax.Array:
-        """x [..., D] after the final norm -> float32 [..., vocab]."""
+    def head_matrix(self, dtype: str) -> tuple[str, jax.Array]:
+        """The head, and its product with [..., D] as ops/product.py writes it."""
         if self.head is None:
-            return product("...d,vd->...v", x, self.embed[...])
-        return product("...d,dv->...v", x, self.head.kernel[...])
+            return "...d,vd->...v", weight(self.embed, dtype)
+        return "...d,dv->...v", weight(self.head.kernel, dtype)
+
+    def words(self, tokens: jax.Array) -> jax.Array:
+        """Embeddings of tokens [B, T] -> [B, T, D]. On a mesh the table stays in pieces of D, and what is looked up changes places."""
+        found = self.embed[...][shard(tokens, "copies")]
+        return shard(shard(found, "copies", None, "pieces"), "rows")

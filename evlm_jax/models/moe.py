@@ -9,7 +9,9 @@ narrower, so no output of an expert is kept for the backward pass. Padding is no
 """
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +20,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from evlm_jax.config import MoEConfig
 from evlm_jax.models.layers import ACTIVATIONS, MLP, param
+from evlm_jax.ops.exchange import bring, route, send
 from evlm_jax.ops.grouped_attention import permute
-from evlm_jax.ops.grouped_matmul import Groups, combine, dispatch, group, grouped_matmul, map_tiles
+from evlm_jax.ops.grouped_matmul import combine, dispatch, group, grouped_matmul, map_tiles
 from evlm_jax.ops.packed import Packed, pack
+from evlm_jax.ops.product import operand_dtype
+from evlm_jax.sharding import local, mesh_axes, platform, weight
 
 TEXT, MEDIA, PADDING = 0, 1, -1  # kinds of tokens
 
@@ -45,21 +50,19 @@ class Router(nnx.Module):
     """x [N, D] -> logits [N, E], float32."""
 
     def __init__(self, width: int, experts: int, rngs: nnx.Rngs):
-        self.kernel = param(rngs, (width, experts), ("embed", "expert"), std=width**-0.5)
+        self.kernel = param(rngs, (width, experts), ("whole", "whole"), std=width**-0.5)
 
+    @jax.named_scope("router")
     def __call__(self, x: jax.Array) -> jax.Array:
         logits = jnp.dot(x.astype(jnp.float32), self.kernel[...].astype(jnp.float32), precision="highest")
         return checkpoint_name(logits, "linear")
 
 
 class GroupedLinear(nnx.Module):
-    """One matrix an expert: rows sorted by expert [R, in] -> [R, out]."""
+    """One matrix an expert [E, in, out]."""
 
     def __init__(self, shape: tuple[int, int, int], axes: tuple[str, str, str], rngs: nnx.Rngs):
-        self.kernel = param(rngs, shape, axes, std=shape[1] ** -0.5)
-
-    def __call__(self, x: jax.Array, groups: Groups, tile: int) -> jax.Array:
-        return grouped_matmul(x, self.kernel[...], groups.first, tile)
+        self.kernel, self.axes = param(rngs, shape, axes, std=shape[1] ** -0.5), axes
 
 
 class Experts(nnx.Module):
@@ -70,15 +73,47 @@ class Experts(nnx.Module):
         self.fc2 = GroupedLinear((cfg.experts, hidden, width), ("expert", "mlp", "embed"), rngs)
         self.cfg = cfg
 
-    def __call__(self, x: jax.Array, gates: jax.Array, chosen: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x [N, D], gates [N, k], chosen [N, k] (E: nobody), how many tokens are routed -> ([N, D], number of dropped choices)."""
-        cfg, k = self.cfg, chosen.shape[1]
-        limit = jnp.ceil(cfg.capacity * tokens * k / cfg.experts).astype(jnp.int32) if cfg.capacity else None
-        groups, tile = _groups(chosen, cfg, limit)
-        hidden = checkpoint_name(self.fc1(dispatch(x, groups, len(x)), groups, tile), "linear")
-        hidden = _gated(hidden, gates, groups)
-        out = checkpoint_name(combine(self.fc2(hidden, groups, tile), groups, len(x)), "linear")
-        return out, tokens * k - (groups.row < len(groups.choice)).sum()
+    @jax.named_scope("experts")
+    def __call__(self, x: jax.Array, gates: jax.Array, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x [N, D], gates [N, k], chosen [N, k] (E: nobody) -> ([N, D], number of dropped choices). On a mesh, a capacity is a device's."""
+        rows, kernels = ("rows",), [weight(linear.kernel, operand_dtype(x)) for linear in (self.fc1, self.fc2)]
+        run = local(functools.partial(_experts, self.cfg), (rows, rows, rows, self.fc1.axes, self.fc2.axes), (rows, rows))
+        out, dropped = run(x, gates, chosen, *kernels)
+        return checkpoint_name(out, "linear"), dropped.sum()
+
+
+def _experts(
+    cfg: MoEConfig, x: jax.Array, gates: jax.Array, chosen: jax.Array, fc1: jax.Array, fc2: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Experts.__call__ on the tokens of one device, which holds [E / P, ...] experts and a part of their hidden layers; dropped [1]."""
+    k, tokens = chosen.shape[1], (chosen[:, 0] < cfg.experts).sum()
+    limit = jnp.ceil(cfg.capacity * tokens * k / cfg.experts).astype(jnp.int32) if cfg.capacity else None
+    tile, axis = _tile(chosen, cfg), mesh_axes("expert")
+    groups = group(chosen.T.reshape(-1), cfg.experts, 1 if axis else tile, limit)
+    rows, gate = dispatch(x, groups, len(x)), permute(gates.T.reshape(-1), groups.choice, groups.row)[:, None]
+    products = lambda first: lambda rows, kernels: grouped_matmul(rows, kernels, first, tile)
+    if axis:
+        way = {"axis": axis[0], "ragged": platform() != "cpu"}
+        there, expert = route(groups.first, axis[0], len(rows))
+        rows, gate = send(rows, there, **way), send(gate, there, **way)
+        own, count = group(expert, len(fc1), tile), len(rows)
+        out = _ffn(dispatch(rows, own, count), dispatch(gate, own, count), fc1, fc2, products(own.first))
+        out = bring(combine(out, own, count), there, **way)
+    else:
+        out = _ffn(rows, gate, fc1, fc2, products(groups.first))
+    out, parts = combine(out, groups, len(x)), mesh_axes("mlp")
+    return jax.lax.psum(out, parts) if parts else out, (tokens * k - (groups.row < len(groups.choice)).sum())[None]
+
+
+def _tile(chosen: jax.Array, cfg: MoEConfig) -> int:
+    """Rows of a tile: no more than an expert's share of the choices."""
+    return max(1, min(cfg.tile, chosen.size // cfg.experts))
+
+
+def _ffn(rows: jax.Array, gate: jax.Array, fc1: Any, fc2: Any, product: Callable[[jax.Array, Any], jax.Array]) -> jax.Array:
+    """fc2(gate * gelu(fc1(rows))) with rows [R, D] and gate [R, 1]; `product(rows, kernels)` takes each row's own kernel."""
+    hidden = checkpoint_name(product(rows, fc1), "linear")
+    return product((ACTIVATIONS["gelu"](hidden) * gate).astype(rows.dtype), fc2)
 
 
 class MoE(nnx.Module):
@@ -90,6 +125,7 @@ class MoE(nnx.Module):
         self.world = MLP(width, hidden, "gelu", False, rngs)
         self.cfg = cfg
 
+    @jax.named_scope("moe")
     def __call__(self, x: jax.Array, kind: jax.Array | None = None) -> tuple[jax.Array, Routing]:
         """`kind` [B, T]: TEXT, MEDIA or PADDING; all text where left out."""
         flat = x.reshape(-1, x.shape[-1])
@@ -100,7 +136,7 @@ class MoE(nnx.Module):
         if self.cfg.gates == "renormalise":
             gates = gates / gates.sum(-1, keepdims=True)
         chosen = jnp.where((kind == PADDING)[:, None], self.cfg.experts, chosen)
-        routed, dropped = self.experts(flat, gates, chosen, (kind != PADDING).sum())
+        routed, dropped = self.experts(flat, gates, chosen)
         return (self.world(flat) + routed).reshape(x.shape), _statistics(logits, probabilities, chosen, kind, dropped)
 
 
@@ -123,18 +159,6 @@ def _statistics(logits: jax.Array, probabilities: jax.Array, chosen: jax.Array, 
     )
 
 
-def _groups(chosen: jax.Array, cfg: MoEConfig, limit: jax.Array | None = None) -> tuple[Groups, int]:
-    """The rows of chosen [N, k], and the tile: no larger than an expert's share of the choices."""
-    tile = max(1, min(cfg.tile, chosen.size // cfg.experts))
-    return group(chosen.T.reshape(-1), cfg.experts, tile, limit), tile
-
-
-def _gated(hidden: jax.Array, gates: jax.Array, groups: Groups) -> jax.Array:
-    """gate * gelu(hidden), in the rows of `groups`."""
-    gate = permute(gates.T.reshape(-1), groups.choice, groups.row)[:, None]
-    return (ACTIVATIONS["gelu"](hidden) * gate).astype(hidden.dtype)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedExperts:
@@ -151,12 +175,12 @@ class PackedExperts:
         flat = lambda linear: linear.kernel[...].reshape(-1, *linear.kernel.shape[2:])
         return cls(*(Packed(pack(flat(linear), dtype), None) for linear in (experts.fc1, experts.fc2)), experts.cfg)
 
-    def __call__(self, x: jax.Array, gates: jax.Array, chosen: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, gates: jax.Array, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of the matrices, those of chosen experts are read."""
-        groups, tile = _groups(chosen, self.cfg)
-        matrix = self.layer * self.cfg.experts + jnp.arange(self.cfg.experts)
-        through = lambda linear, rows: map_tiles(
-            lambda rows, i: dataclasses.replace(linear, layer=i)(rows), rows, matrix, groups.first, tile
-        )
-        hidden = _gated(through(self.fc1, dispatch(x, groups, len(x))), gates, groups)
-        return combine(through(self.fc2, hidden), groups, len(x)), jnp.zeros(())
+        tile, matrix = _tile(chosen, self.cfg), self.layer * self.cfg.experts + jnp.arange(self.cfg.experts)
+        groups = group(chosen.T.reshape(-1), self.cfg.experts, tile)
+        one = lambda linear: lambda rows, number: dataclasses.replace(linear, layer=number)(rows)
+        product = lambda rows, linear: map_tiles(one(linear), rows, matrix, groups.first, tile)
+        gate = permute(gates.T.reshape(-1), groups.choice, groups.row)[:, None]
+        out = _ffn(dispatch(x, groups, len(x)), gate, self.fc1, self.fc2, product)
+        return combine(out, groups, len(x)), jnp.zeros(())

@@ -17,7 +17,6 @@ from evlm_jax.models.evlm import EVLM
 FLOOR = 1e-2  # added to variances, so that a channel that hardly moves is not blown up
 
 
-@jax.jit
 def centre_norms(model: EVLM, batch: Batch) -> nnx.State:
     """The model's State with the norms of its cross-attention set for `batch`.
 

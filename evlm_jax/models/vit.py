@@ -12,14 +12,15 @@ from flax import nnx
 from evlm_jax.config import ViTConfig
 from evlm_jax.models.attention import attention
 from evlm_jax.models.layers import MLP, REMAT, LayerNorm, Linear, heads, param, stack
-from evlm_jax.ops.product import product
+from evlm_jax.ops.product import operand_dtype, product
+from evlm_jax.sharding import shard, weight
 
 
 class SelfAttention(nnx.Module):
     """Bidirectional attention within one image."""
 
     def __init__(self, cfg: ViTConfig, rngs: nnx.Rngs):
-        square, axes = (cfg.width, cfg.width), ("embed", "heads")
+        square, axes = (cfg.width, cfg.width), ("vision", "vision_heads")
         self.q = Linear(square, axes, rngs, bias=True)
         self.k = Linear(square, axes, rngs, bias=cfg.bias == "all")
         self.v = Linear(square, axes, rngs, bias=True)
@@ -38,7 +39,7 @@ class Block(nnx.Module):
         self.norm1 = LayerNorm(cfg.width, cfg.eps, rngs)
         self.attn = SelfAttention(cfg, rngs)
         self.norm2 = LayerNorm(cfg.width, cfg.eps, rngs)
-        self.mlp = MLP(cfg.width, cfg.mlp, cfg.activation, True, rngs)
+        self.mlp = MLP(cfg.width, cfg.mlp, cfg.activation, True, rngs, ("whole", "vision_mlp"))
         self.scale1 = param(rngs, (cfg.width,), ("norm",), value=1.0) if cfg.layer_scale else None
         self.scale2 = param(rngs, (cfg.width,), ("norm",), value=1.0) if cfg.layer_scale else None
         self.pre = cfg.norm == "pre"
@@ -55,11 +56,13 @@ class Patch(nnx.Module):
 
     def __init__(self, cfg: ViTConfig, rngs: nnx.Rngs):
         p, v = cfg.patch, cfg.width
-        self.kernel = param(rngs, (p, p, 3, v), (None, None, None, "embed"), std=(3 * p * p) ** -0.5)
-        self.bias = param(rngs, (v,), ("embed",)) if cfg.patch_bias else None
+        self.kernel = param(rngs, (p, p, 3, v), ("whole", "whole", "whole", "vision"), std=(3 * p * p) ** -0.5)
+        self.bias = param(rngs, (v,), ("vision",)) if cfg.patch_bias else None
 
+    @jax.named_scope("patch")
     def __call__(self, patches: jax.Array) -> jax.Array:
-        x = product("...p,pv->...v", patches, self.kernel[...].reshape(patches.shape[-1], -1)).astype(patches.dtype)
+        kernel = weight(self.kernel, operand_dtype(patches)).reshape(patches.shape[-1], -1)
+        x = product("...p,pv->...v", patches, kernel).astype(patches.dtype)
         return x if self.bias is None else x + self.bias[...].astype(x.dtype)
 
 
@@ -76,17 +79,18 @@ class ViT(nnx.Module):
     def __init__(self, cfg: ViTConfig, rngs: nnx.Rngs, remat: str = "none"):
         v = cfg.width
         self.cls = param(rngs, (v,), ("norm",), std=0.02) if cfg.class_token else None
-        self.registers = param(rngs, (cfg.registers, v), (None, "norm"), std=0.02) if cfg.registers else None
-        self.pos = param(rngs, (cfg.grid**2 + cfg.class_token, v), (None, "norm"), std=0.02)
+        self.registers = param(rngs, (cfg.registers, v), ("whole", "norm"), std=0.02) if cfg.registers else None
+        self.pos = param(rngs, (cfg.grid**2 + cfg.class_token, v), ("whole", "norm"), std=0.02)
         self.patch = Patch(cfg, rngs)
         self.embed_norm = LayerNorm(v, cfg.eps, rngs) if cfg.embed_norm else None
         self.stacks = nnx.List([stack(lambda r: Block(cfg, r), stop - start, rngs) for start, stop in stack_bounds(cfg)])
         self.cfg, self.remat = cfg, remat
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        x, taps = self.embed(pixels), []
-        for (_, stop), blocks in zip(stack_bounds(self.cfg), self.stacks, strict=True):
-            x, _ = jax.lax.scan(REMAT[self.remat](lambda x, block: (block(x), None)), x, blocks)
+        x, taps = shard(self.embed(shard(pixels, "pictures")), "pictures"), []
+        for (start, stop), blocks in zip(stack_bounds(self.cfg), self.stacks, strict=True):
+            with jax.named_scope(f"vit_{start}"):
+                x, _ = jax.lax.scan(REMAT[self.remat](lambda x, block: (shard(block(x), "pictures"), None)), x, blocks)
             if stop in self.cfg.taps:
                 taps.append(x)
         return jnp.stack(taps, 1)

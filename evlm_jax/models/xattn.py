@@ -16,6 +16,7 @@ from flax import nnx
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models.layers import MLP, LayerNorm, Linear, heads, param
 from evlm_jax.models.moe import MoE, Routing
+from evlm_jax.sharding import shard
 
 
 class Block(nnx.Module):
@@ -26,8 +27,8 @@ class Block(nnx.Module):
         self.norm = LayerNorm(d, cfg.xattn.eps, rngs)
         self.kv_norm = LayerNorm(v, cfg.xattn.eps, rngs)  # taps are raw residual streams whose scale grows with depth
         self.q = Linear((d, n), ("embed", "heads"), rngs)
-        self.k = Linear((v, n), ("vision", "heads"), rngs)
-        self.v = Linear((v, n), ("vision", "heads"), rngs)
+        self.k = Linear((v, n), ("whole", "image_heads"), rngs)
+        self.v = Linear((v, n), ("whole", "image_heads"), rngs)
         self.o = Linear((n, d), ("heads", "embed"), rngs)
         self.attn_gate = param(rngs, (), ())
         self.ffn_norm = LayerNorm(d, cfg.xattn.eps, rngs)
@@ -35,15 +36,18 @@ class Block(nnx.Module):
         self.ffn_gate = param(rngs, (), ())
         self.head_dim = cfg.xattn.head_dim
 
+    @jax.named_scope("keys_values")
     def keys_values(self, tap: jax.Array) -> tuple[jax.Array, jax.Array]:
         """tap [..., S, V] -> keys and values [..., S, N, H]: once per image, cached in generation."""
         normed = self.kv_norm(tap)
-        return heads(self.k(normed), self.head_dim), heads(self.v(normed), self.head_dim)
+        project = lambda linear: shard(heads(linear(normed), self.head_dim), "rows", "images", None, "image_heads")
+        return project(self.k), project(self.v)
 
     def __call__(self, x: jax.Array, attend: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """`attend` maps queries [B, T, N, H] to attention outputs of the same shape."""
         return self.routed(x, attend, None)[0]
 
+    @jax.named_scope("cross")
     def routed(self, x: jax.Array, attend: Callable[[jax.Array], jax.Array], kind: jax.Array | None) -> tuple[jax.Array, Routing | None]:
         """The same and what its routing tells; `kind` [B, T] as in moe.py. A dense FFN has no routing."""
         out = attend(heads(self.q(self.norm(x)), self.head_dim))

@@ -34,6 +34,7 @@ permute.defvjp(
 )
 
 
+@jax.named_scope("scores")
 def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, plan: Plan, sinks: int) -> jax.Array:
     """q [B, T, N, H], k and v [B, I, S, K, H] -> [B, T, N, H]; softmax and merge in float32."""
     return jax.vmap(lambda q, k, v, *plan: _row(q, k, v, Plan(*plan), sinks))(q, k, v, *map(jnp.asarray, plan))

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from evlm_jax.ops.product import operand_dtype, product
+from evlm_jax.sharding import platform
 
 STRIDES = (16, 4, 1)  # tiles that are multiplied together where an expert has so many
 
@@ -82,14 +83,14 @@ def grouped_matmul(x: jax.Array, kernels: jax.Array, first: jax.Array, tile: int
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _grouped(x: jax.Array, kernels: jax.Array, first: jax.Array, tile: int, dtype: jnp.dtype) -> jax.Array:
-    if kernel := _tokamax():
+    if kernel := _tokamax(platform()):
         return kernel(x.astype(dtype), kernels.astype(dtype), (first[1:] - first[:-1]) * tile).astype(x.dtype)
     return map_tiles(lambda rows, kernel: product("td,df->tf", rows, kernel, dtype), x, kernels, first, tile)
 
 
 def _backward(tile: int, dtype: jnp.dtype, saved: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x, kernels, first = saved
-    if kernel := _tokamax():
+    if kernel := _tokamax(platform()):
         sizes, x_cast, g_cast = (first[1:] - first[:-1]) * tile, x.astype(dtype), g.astype(dtype)
         of_x, of_kernels = kernel(g_cast, kernels.astype(dtype).swapaxes(1, 2), sizes), kernel(x_cast, g_cast, sizes)
     else:
@@ -105,12 +106,12 @@ _grouped.defvjp(
 
 
 @functools.cache
-def _tokamax() -> Callable | None:
+def _tokamax(backend: str) -> Callable | None:
     """The kernels of tokamax, None where it is not installed or its form is XLA's own; says once which form it is.
 
     They take x [R, a] with kernels [E, a, b], or with g [R, b] for the sum of outer products [E, a, b], and the rows of each expert.
     """
-    kinds = {"gpu": ("mosaic", "triton"), "tpu": ("mosaic",)}.get(jax.default_backend())
+    kinds = {"gpu": ("mosaic", "triton"), "tpu": ("mosaic",)}.get(backend)
     if kinds is None or importlib.util.find_spec("tokamax") is None:
         print("experts: products tile by tile" + ("; pip install tokamax for kernels of this backend" if kinds else ""), flush=True)
         return None

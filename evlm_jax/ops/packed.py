@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from evlm_jax.ops.product import product
+from evlm_jax.sharding import platform
 
 UNROLL = 16  # matrix rows summed inside the fused loop
 COLUMNS = 4096  # of one piece of the output head: its partial sums stay in the cache
@@ -38,13 +39,13 @@ class Packed:
 
 def compute_dtype(dtype: str) -> jnp.dtype:
     """Of activations beside weights of `dtype`: on CPUs everything but a product is slower in 16 bits, so there it is float32."""
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else dtype)
+    return jnp.dtype(jnp.float32 if platform() == "cpu" else dtype)
 
 
 def pack(kernel: jax.Array, dtype: str) -> jax.Array:
     """[L, in, out] -> the kernel of a Packed, with weights of `dtype`."""
     kernel = kernel.astype(dtype)
-    if jax.default_backend() != "cpu" or kernel.dtype != jnp.bfloat16 or kernel.shape[1] % 2:
+    if platform() != "cpu" or kernel.dtype != jnp.bfloat16 or kernel.shape[1] % 2:
         return kernel
     pairs = kernel.reshape(kernel.shape[0], -1, 2, kernel.shape[2]).swapaxes(2, 3)
     return jax.lax.bitcast_convert_type(pairs, jnp.uint32)
@@ -52,11 +53,12 @@ def pack(kernel: jax.Array, dtype: str) -> jax.Array:
 
 def pack_head(kernel: jax.Array, dtype: str) -> Packed:
     """[in, vocab] cut into pieces of columns, as the layers of a Packed; the last piece is padded."""
-    pieces = max(1, kernel.shape[1] // COLUMNS) if jax.default_backend() == "cpu" else 1
+    pieces = max(1, kernel.shape[1] // COLUMNS) if platform() == "cpu" else 1
     padded = jnp.pad(kernel, ((0, 0), (0, -kernel.shape[1] % pieces)))
     return Packed(pack(padded.reshape(len(kernel), pieces, -1).swapaxes(0, 1), dtype), None)
 
 
+@jax.named_scope("head")
 def logits(head: Packed, x: jax.Array, vocab: int) -> jax.Array:
     """x [B, in] -> float32 [B, vocab]."""
     pieces = jax.lax.map(lambda i: _product(x, head.kernel, i), jnp.arange(head.kernel.shape[0]))
@@ -65,7 +67,7 @@ def logits(head: Packed, x: jax.Array, vocab: int) -> jax.Array:
 
 def _product(x: jax.Array, kernel: jax.Array, layer: jax.Array | int) -> jax.Array:
     """x [B, in] times one layer. From two rows on, copying and widening the layer costs less than the loop's arithmetic."""
-    return (_one if len(x) == 1 and jax.default_backend() == "cpu" else _many)(x, kernel, layer)
+    return (_one if len(x) == 1 and platform() == "cpu" else _many)(x, kernel, layer)
 
 
 def _widen(words: jax.Array) -> tuple[jax.Array, ...]:

@@ -36,7 +36,7 @@ def test_norms_centre_what_they_read(every):
     cfg = tiny_config(xattn={"every": every})
     batch, model = tiny_batch(cfg, seed=0, rows=2, fill=0.5), new_model(cfg)
     before = inputs(model, batch)
-    nnx.update(model, centre_norms(model, batch))
+    nnx.update(model, jax.jit(centre_norms)(model, batch))
 
     at = np.arange(2)[:, None].repeat(cfg.data.targets, 1)[batch.targets >= 0], batch.target_at[batch.targets >= 0]
     text = real_tokens(batch) & (batch.media_slot < 0)

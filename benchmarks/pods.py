@@ -1,0 +1,193 @@
+"""docs/pods.md: the paper's runs on pods, planned by the compiler. No TPU is needed; libtpu is (pip install -e ".[plan]").
+
+    python -m benchmarks.pods plan     # compiles for slices of growing size until each run fits: hours; goes on where it was
+    python -m benchmarks.pods write    # docs/pods.md from docs/pods.json
+
+A slice is tried with the policies that hold least: full rematerialisation, ZeRO-3, frozen towers in pieces, one row a device and
+micro-batch; first with all devices along fsdp, then with more and more of them along tensor. Each plan is a process of its own.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from evlm_jax import chips, flops
+from evlm_jax.cli import load_config
+from evlm_jax.plan import phase_share
+
+FILE, PAGE = Path("docs/pods.json"), Path("docs/pods.md")
+RUNS = {  # name: (stage, phase)
+    "pretrain, ViT frozen": ("pretrain", 0),
+    "pretrain, upper ViT trained": ("pretrain", 1),
+    "continual, 448 px": ("continual", 0),
+    "sft, 448 px": ("sft", 0),
+    "sft with experts, 448 px": ("moe", 0),
+}
+FLAT, CUBES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"), ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
+SLICES = {"v5p": CUBES, "v6e": FLAT, "v5e": FLAT}
+TENSORS = (1, 2, 4, 8)
+PODS = (  # of realistic size, with the paper's ZeRO-2: run, topology, devices along tensor, rows of a device and micro-batch
+    ("pretrain, ViT frozen", "v5p:4x4x4", 2, 15),
+    ("sft with experts, 448 px", "v5p:2x2x4", 1, 1),
+    ("pretrain, ViT frozen", "v6e:16x16", 8, 3),
+    ("pretrain, upper ViT trained", "v5p:4x4x4", 2, 5),
+    ("continual, 448 px", "v5p:4x4x4", 2, 1),
+)
+HEAD = """# The paper's runs on TPU pods
+
+Written by `python -m benchmarks.pods write` from [pods.json](pods.json), which `python -m benchmarks.pods plan` makes by `evlm plan`: the
+real train step of [evlm_14b.py](../experiments/evlm_14b.py) with the paper's batches (480, 160, 16), compiled by the TPU compiler for
+slices that are not there. Nothing here was measured on a TPU.
+
+A step's seconds are those of a roofline, operation by operation: products at the published peak, HBM at its bandwidth, collectives hidden
+behind them. They are a lower bound for this program; well-tuned runs of others reach 40 to 65% of the peak. Days are those of the run's
+own share of the steps (pre-training trains cross-attention alone for its first 31,250 steps, the upper ViT as well for 93,750). A batch
+is full: no position is padding, every image is seen. HBM is XLA's own account of the fullest moment, arguments included. Executed FLOPs
+are read from the compiled program, needed ones are defined in [flops.py](../evlm_jax/flops.py).
+
+## The smallest slice that fits
+
+Full rematerialisation, ZeRO-3, frozen towers in pieces, one row a device and micro-batch.
+"""
+LARGE = """## Pods of realistic size
+
+ZeRO-2, as the paper has it, and full rematerialisation.
+"""
+PARTS = """## Executed by needed FLOPs, part by part
+
+Full rematerialisation makes a trained part 4/3, a frozen one with a gradient through it 3/2. Scores of the language model are computed for
+all pairs and masked: twice what causal attention needs. Scores of the cross-attention are computed for all (tile, image) pairs that a batch
+has room for, filled or not. Keys and values have a product more for the gradient of the norm in front of them.
+"""
+LIMIT = 1500  # seconds of a plan, on a machine that is shared
+
+
+def arguments(run: str, topology: str, tensor: int, remat: str = "full", zero: int = 3, rows: int = 1) -> list[str] | None:
+    """Of `evlm plan`, with `rows` rows a device and micro-batch; None where the batch cannot be split so."""
+    stage, phase = RUNS[run]
+    config = f"experiments/evlm_14b.py:{stage}"
+    cfg, count = load_config(config), math.prod(map(int, topology.partition(":")[2].split("x")))
+    across = count // tensor
+    if count % tensor or cfg.train.batch % (across * rows):
+        return None
+    expert = math.gcd(across, cfg.moe.experts) if cfg.moe.copies else 1
+    mesh = f"fsdp={across // expert},expert={expert},tensor={tensor},zero={zero},frozen=sharded"
+    micro = f"--config.train.accumulate={cfg.train.batch // (across * rows)}"
+    return ["--config", config, "--phase", str(phase), "--topology", topology, "--mesh", mesh, "--remat", remat, "--no-mend", micro]
+
+
+def plan(words: list[str]) -> dict:
+    """The report of `evlm plan`, in a process of its own; {"fits": None} and why where there is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "plan.json"
+        command = [sys.executable, "-m", "evlm_jax.cli", "plan", *words, "--json", str(out)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, preexec_fn=lambda: os.nice(10))
+        except subprocess.TimeoutExpired:
+            return {"fits": None, "says": f"no end within {LIMIT} s"}
+        return json.loads(out.read_text()) if out.exists() else {"fits": None, "says": done.stderr.strip().splitlines()[-1]}
+
+
+def known() -> dict[str, dict]:
+    """{arguments: report} of all plans so far."""
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+def planned(words: list[str]) -> dict:
+    """The report, from the file where it is there."""
+    reports, key = known(), " ".join(words)
+    if key not in reports:
+        reports[key] = plan(words)
+        FILE.write_text(json.dumps(reports, indent=1) + "\n")
+        print(key, {name: reports[key].get(name) for name in ("fits", "says", "compile_seconds", "ram_gib")}, flush=True)
+    return reports[key]
+
+
+def smallest(run: str, kind: str, ask: Callable[[list[str]], dict | None]) -> dict | None:
+    """The report of the smallest slice of a kind of chip that fits; None where `ask` knows of none."""
+    for shape, tensor in itertools.product(SLICES[kind], TENSORS):
+        if words := arguments(run, f"{kind}:{shape}", tensor):
+            report = ask(words)
+            if report is None or report["fits"]:
+                return report
+    return None
+
+
+def page() -> str:
+    """docs/pods.md."""
+    reports = known()
+    ask = lambda words: reports.get(" ".join(words))
+    small = [(run, smallest(run, kind, ask), kind) for run, kind in itertools.product(RUNS, SLICES)]
+    large = [(run, ask(arguments(run, topology, tensor, zero=2, rows=rows)), topology) for run, topology, tensor, rows in PODS]
+    return "\n".join([HEAD, *_table(small), "", LARGE, *_table(large), "", PARTS, *_ratios(large), ""])
+
+
+def _table(plans: list[tuple[str, dict | None, str]]) -> list[str]:
+    head = ("run", "slice", "mesh", "HBM a chip, GiB", "step, s", "binds", "MFU", "days", "chip-days", "executed / needed", "compiled in")
+    rows = [_row(run, report) if report else (run, f"{where}: not planned yet") for run, report, where in plans]
+    cells = lambda row: "| " + " | ".join([*row, *[""] * (len(head) - len(row))]) + " |"
+    return [cells(head), "|" + " --- |" * len(head), *map(cells, rows)]
+
+
+def _row(run: str, report: dict) -> tuple[str, ...]:
+    """Peak of HBM: at the fullest moment by XLA's account, arguments included."""
+    if not report["fits"]:
+        return run, f"{report['topology']}: does not fit"
+    time, mesh, chip = report["time"], report["mesh"], report["chip"]
+    stage, phase = RUNS[run]
+    days = time["days"] * phase_share(load_config(f"experiments/evlm_14b.py:{stage}"), phase)
+    return (
+        run,
+        report["topology"],
+        " ".join(f"{axis} {mesh[axis]}" for axis in ("fsdp", "expert", "tensor") if mesh[axis] > 1),
+        f"{report['memory']['peak'] / chips.GIB:.1f} of {chip['hbm'] / chips.GIB:.0f}",
+        f"{time['seconds']:.2f}",
+        time["binds"],
+        f"{time['mfu']:.0%}",
+        f"{days:,.1f}",
+        f"{days * report['devices'] / chip['cores']:,.0f}",
+        f"{_sum(report['executed']) * report['devices'] / _sum(report['needed']):.2f}",
+        f"{report['compile_seconds']:.0f} s, {report['ram_gib']:.1f} GiB",
+    )
+
+
+def _ratios(plans: list[tuple[str, dict | None, str]]) -> list[str]:
+    """Executed by needed FLOPs, part by part."""
+    plans = [(run, report) for run, report, _ in plans if report and report["fits"]]
+    ratio = lambda report, part: sum(report["executed"].get(part, {}).values()) * report["devices"] / sum(report["needed"][part].values())
+    lines = ["| part | " + " | ".join(f"{run}, {report['topology']}" for run, report in plans) + " |", "|" + " --- |" * (len(plans) + 1)]
+    for part in flops.PARTS:
+        if any(part in report["needed"] for _, report in plans):
+            cells = [f"{ratio(report, part):.2f}" if part in report["needed"] else "" for _, report in plans]
+            lines.append(f"| {part} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _sum(parts: dict[str, dict[str, float]]) -> float:
+    return sum(sum(part.values()) for part in parts.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("plan", "write"))
+    parser.add_argument("--kinds", nargs="+", choices=SLICES, default=list(SLICES))
+    parser.add_argument("--runs", nargs="+", type=int, default=list(range(len(RUNS))), help="numbers of runs")
+    args = parser.parse_args()
+    if args.action == "plan":
+        for run, topology, tensor, rows in PODS:
+            planned(arguments(run, topology, tensor, zero=2, rows=rows))
+        for kind, number in itertools.product(args.kinds, args.runs):
+            smallest(list(RUNS)[number], kind, planned)
+    else:
+        PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()

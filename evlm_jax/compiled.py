@@ -1,0 +1,277 @@
+"""What one execution of a compiled, partitioned program does on one device: products, bytes of HBM, collectives, live memory.
+
+Read from the optimised HLO, with the body of a loop counted as often as it runs (XLA's own cost_analysis counts it once). Bytes are an
+estimate: what each top-level operation reads and writes in HBM; a slice of a stack counts by itself, an update in place by what it
+writes, a copy into the core's memory once. A conditional counts its dearest branch.
+"""
+
+import itertools
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from evlm_jax.hlo import Computation, Instruction, Module, replica_group
+
+COLLECTIVES = set("all-gather all-reduce reduce-scatter all-to-all ragged-all-to-all collective-permute collective-broadcast".split())
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "opt-barrier"}
+_CALLS = {"call": ("to_apply",), "call-start": ("to_apply", "calls"), "async-start": ("calls",)}
+_NO_PRODUCTS = set(  # targets of custom calls
+    "AllocateBuffer AssumeGatherIndicesInBound AsyncCollectiveDone AsyncCollectiveStart GatherScatterIndicesBitpacked "
+    "PrepareAsyncCallDone PrepareAsyncCallStart TopK".split()
+)
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+class Transfer(NamedTuple):
+    """A kind of collective."""
+
+    kind: str
+    group: tuple[int, ...]  # devices of the first group
+    bytes: int  # a device's share before a gather is not counted: the whole result of a gather, the operands of all others
+
+
+class Operation(NamedTuple):
+    """Of a kind of top-level operation."""
+
+    flops: float
+    bytes: float
+    hidden: bool  # runs beside others: a copy that was started and is waited for later
+
+
+@dataclass
+class Costs:
+    """Of one execution; how often each thing happens."""
+
+    products: Counter = field(default_factory=Counter)  # {op_name: FLOPs of dots and convolutions}
+    operations: Counter = field(default_factory=Counter)  # {Operation: executions}
+    transfers: Counter = field(default_factory=Counter)  # {Transfer: executions}
+    notes: Counter = field(default_factory=Counter)  # {what could not be counted exactly: how often}
+
+    def add(self, other: "Costs", times: float = 1.0) -> None:
+        """`other`, `times` times."""
+        for name, mine in vars(self).items():
+            for key, count in getattr(other, name).items():
+                mine[key] += count * times
+
+    @property
+    def flops(self) -> float:
+        return sum(self.products.values())
+
+    @property
+    def bytes(self) -> float:
+        return sum(operation.bytes * count for operation, count in self.operations.items())
+
+
+Trips = Callable[[str, Sequence[float]], Sequence[float] | None]
+
+
+def costs(module: Module, devices: int, trips: Trips = lambda op_name, flops: None) -> Costs:
+    """Costs of the entry computation.
+
+    Args:
+      devices: of the whole program.
+      trips: (op_name of loops of one computation whose trip counts depend on data, FLOPs of one trip of each) -> how often each runs
+        on average; None where that is not known: such a loop counts once and stands in `notes`.
+    """
+    return _Counting(module, devices, trips).computation(module[module.entry])
+
+
+class _Counting:
+    def __init__(self, module: Module, devices: int, trips: Trips):
+        self.module, self.devices, self.trips, self.known = module, devices, trips, {}
+
+    def computation(self, computation: Computation) -> Costs:
+        """Of one execution."""
+        if computation.name not in self.known:
+            total, open_loops = Costs(), {}
+            for instruction in computation.instructions:
+                if instruction.opcode != "while":
+                    self._instruction(total, computation, instruction)
+                elif (count := trip_count(self.module, computation, instruction)) is not None:
+                    total.add(self._called(instruction, "body"), count)
+                else:
+                    open_loops.setdefault(instruction.op_name, []).append(self._called(instruction, "body"))
+            for name, bodies in open_loops.items():
+                counts = self.trips(name, [body.flops for body in bodies])
+                what = f"loop of unknown length, counted {'once' if counts is None else 'by its average'}: {name}"
+                total.notes[what] += len(bodies)
+                for body, count in zip(bodies, counts or [1] * len(bodies), strict=True):
+                    total.add(body, count)
+            self.known[computation.name] = total
+        return self.known[computation.name]
+
+    def _called(self, instruction: Instruction, *keys: str) -> Costs:
+        total = Costs()
+        for name in instruction.called(*keys):
+            total.add(self.computation(self.module[name]))
+        return total
+
+    def _instruction(self, total: Costs, computation: Computation, instruction: Instruction) -> None:
+        opcode, flops = instruction.opcode, 0.0
+        if opcode in _FREE or opcode.endswith("-done") or opcode.endswith("-update"):
+            return
+        if opcode == "conditional":
+            keys = ("branch_computations", "true_computation", "false_computation")
+            branches = [self.computation(self.module[name]) for name in instruction.called(*keys)]
+            return total.add(max(branches, key=lambda branch: (branch.flops, branch.bytes)))
+        if opcode in _CALLS:
+            return total.add(self._called(instruction, *_CALLS[opcode]))
+        if opcode == "fusion":
+            inner = self._called(instruction, "calls")
+            scattered = instruction.called("calls")[0].startswith("all-reduce-scatter")
+            total.transfers.update({t._replace(kind="reduce-scatter") if scattered else t: n for t, n in inner.transfers.items()})
+            total.products.update(inner.products)
+            total.notes.update(inner.notes)
+            flops = inner.flops
+        elif opcode in ("dot", "convolution"):
+            flops = (_dot if opcode == "dot" else _convolution)(computation, instruction)
+            total.products[instruction.op_name] += flops
+        elif opcode == "custom-call":
+            flops = _custom_call(total, instruction)
+        elif (kind := opcode.removesuffix("-start")) in COLLECTIVES:
+            transfer = self._transfer(computation, instruction, kind)
+            total.transfers[transfer] += len(transfer.group) > 1 and not _goes_on(computation, instruction)
+        total.operations[Operation(flops, self._bytes(computation, instruction), opcode.endswith("-start"))] += 1
+
+    def _transfer(self, computation: Computation, instruction: Instruction, kind: str) -> Transfer:
+        sent = instruction.operands[:1] if kind == "ragged-all-to-all" else instruction.operands  # the rest is where results go
+        operands = sum(leaf.bytes for name in sent for leaf in computation.by_name[name].leaves)
+        result = sum(leaf.bytes for leaf in instruction.leaves)
+        result -= operands if instruction.opcode.endswith("-start") else 0  # a started one carries its operands along
+        return Transfer(kind, replica_group(instruction, self.devices), result if kind == "all-gather" else operands)
+
+    def _bytes(self, computation: Computation, instruction: Instruction) -> float:
+        """Read and written in HBM."""
+        own = sum(leaf.bytes for leaf in instruction.leaves if leaf.hbm)
+        if instruction.opcode.endswith("-start"):
+            return own  # operands and results stand in its tuple
+        if instruction.opcode == "fusion":
+            inner = self.module[instruction.called("calls")[0]]
+            reads = (self._read(inner, n) * _in_hbm(computation, name) for n, name in enumerate(instruction.operands))
+            return sum(reads) + self._written(inner)
+        if instruction.opcode in _SLICES:
+            return own + own * _in_hbm(computation, instruction.operands[0])
+        if instruction.opcode == "dynamic-update-slice":
+            return 2 * sum(leaf.bytes for leaf in computation.by_name[instruction.operands[1]].leaves) * bool(own)
+        return own + sum(leaf.bytes for name in instruction.operands for leaf in computation.by_name[name].leaves if leaf.hbm)
+
+    def _read(self, fused: Computation, number: int) -> float:
+        """How much of parameter `number` a fused computation reads."""
+        whole, read, behind = fused.parameters[number], 0.0, [fused.parameters[number]]
+        size = sum(leaf.bytes for leaf in whole.leaves)
+        while behind:
+            source = behind.pop()
+            for user in fused.users[source.name]:
+                if user.opcode in ("bitcast", "reshape", "get-tuple-element"):
+                    behind.append(user)
+                elif user.opcode in _SLICES and user.operands[0] == source.name:
+                    read += sum(leaf.bytes for leaf in user.leaves)
+                elif user.opcode == "fusion":
+                    inner = self.module[user.called("calls")[0]]
+                    read += sum(self._read(inner, n) for n, name in enumerate(user.operands) if name == source.name)
+                elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == source.name):
+                    return size
+        return min(read, size)
+
+    def _written(self, fused: Computation) -> float:
+        """What a fused computation writes to HBM; an update in place only its slice."""
+        roots = [fused.by_name[name] for name in fused.root.operands] if fused.root.opcode == "tuple" else [fused.root]
+        total = 0.0
+        for root in roots:
+            source = fused.through(root.name, "bitcast", "reshape", "copy")
+            if source.opcode == "dynamic-update-slice":
+                source = fused.by_name[source.operands[1]]
+                total += sum(leaf.bytes for leaf in source.leaves) * any(leaf.hbm for leaf in root.leaves)
+            elif source.opcode == "fusion":
+                total += self._written(self.module[source.called("calls")[0]])
+            else:
+                total += sum(leaf.bytes for leaf in root.leaves if leaf.hbm)
+        return total
+
+
+def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
+    """How often a while loop runs: as XLA says, or from `i < limit` with a constant start, limit and step; None where data decide."""
+    if found := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
+        return int(found[1])
+    condition, body = (module[loop.called(key)[0]] for key in ("condition", "body"))
+    compare = condition.root
+    if compare.opcode != "compare" or compare.attribute("direction") not in ("LT", "LE"):
+        return None
+    counter, limit = (condition.through(name, "copy", "bitcast") for name in compare.operands)
+    if counter.opcode != "get-tuple-element" or limit.opcode != "constant":
+        return None
+    index = int(counter.attribute("index"))
+    start = computation.through(computation.through(loop.operands[0], "copy").operands[index], "copy", "copy-done", "copy-start")
+    following = body.through(body.root.operands[index], "copy", "copy-done", "copy-start")
+    step = [body.by_name[name] for name in following.operands] if following.opcode == "add" else []
+    step = [int(i.inside) for i in step if i.opcode == "constant"]
+    if start.opcode != "constant" or len(step) != 1 or step[0] < 1:
+        return None
+    distance = int(limit.inside) - int(start.inside) + (compare.attribute("direction") == "LE")
+    return max(0, math.ceil(distance / step[0]))
+
+
+def _goes_on(computation: Computation, instruction: Instruction) -> bool:
+    """libtpu writes a collective that runs beside products into each of their fusions; it begins in one of them alone."""
+    begins = any('"AsyncCollectiveStart"' in other.rest for other in computation.instructions if other.opcode == "custom-call")
+    return "chain_id=" in instruction.rest and not begins
+
+
+def _in_hbm(computation: Computation, name: str) -> bool:
+    return any(leaf.hbm for leaf in computation.by_name[name].leaves)
+
+
+def _dims(computation: Computation, instruction: Instruction, operand: int) -> tuple[int, ...]:
+    return computation.by_name[instruction.operands[operand]].leaves[0].dims
+
+
+def _dot(computation: Computation, instruction: Instruction) -> float:
+    contracted = re.findall(r"\d+", instruction.attribute("lhs_contracting_dims"))
+    left = _dims(computation, instruction, 0)
+    return 2.0 * math.prod(instruction.leaves[0].dims) * math.prod(left[int(i)] for i in contracted)
+
+
+def _convolution(computation: Computation, instruction: Instruction) -> float:
+    """2 per multiply-add that meets no padding and no hole: libtpu writes batched dots as convolutions over dilated operands."""
+    left, kernel, out = re.match(r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels")).groups()
+    sizes = {"l": _dims(computation, instruction, 0), "k": _dims(computation, instruction, 1), "o": instruction.leaves[0].dims}
+    size = lambda which, labels, label: sizes[which][labels.index(label)]
+    window = dict(part.split("=") for part in instruction.attribute("window").strip("{}").split())
+    reach = 1
+    for d in range(len(left) - 2):
+        label = str(d)
+        field_of = lambda key, default, d=d: window[key].split("x")[d] if key in window else default
+        low = int(field_of("pad", "0_0").split("_")[0])
+        stride, base, dilation = (int(field_of(key, "1")) for key in ("stride", "lhs_dilate", "rhs_dilate"))
+        reach *= _meetings(size("l", left, label), size("k", kernel, label), size("o", out, label), low, stride, base, dilation)
+    groups = int(instruction.attribute("batch_group_count") or 1)
+    return 2.0 * reach * size("o", out, "f") * size("k", kernel, "i") * size("l", left, "b") / groups
+
+
+def _meetings(inputs: int, kernel: int, outputs: int, low: int, stride: int, base: int, dilation: int) -> int:
+    """Pairs (output, tap of the kernel) of one spatial dimension that meet an element of the input."""
+    total = 0
+    for tap, out in itertools.product(range(kernel), range(outputs)) if kernel * outputs < 1 << 22 else ():
+        at = out * stride + tap * dilation - low
+        total += at % base == 0 and 0 <= at // base < inputs
+    return total if kernel * outputs < 1 << 22 else min(inputs, outputs) * kernel
+
+
+def _custom_call(total: Costs, instruction: Instruction) -> float:
+    """FLOPs that a kernel itself tells; targets that tell none are noted."""
+    target = instruction.attribute("custom_call_target").strip('"')
+    config = re.search(r"backend_config=(\{.*\})", instruction.rest)
+    try:
+        estimate = json.loads(config[1]).get("custom_call_config", {}).get("cost_estimate", {}) if config else {}
+    except json.JSONDecodeError:
+        estimate = {}
+    if "flops" in estimate:
+        total.products[instruction.op_name] += float(estimate["flops"])
+        return float(estimate["flops"])
+    if target not in _NO_PRODUCTS:
+        total.notes[f"custom call, counted without FLOPs: {target}"] += 1
+    return 0.0

@@ -1,0 +1,208 @@
+"""`evlm plan`: compiles the real program of a config for a machine that is not there, and says what it holds, does and takes.
+
+Needed FLOPs are those of flops.py for a batch without padding. Executed ones are read from the optimised program (compiled.py), and
+belong to the parts of the model by the jax.named_scope under which they were traced.
+"""
+
+import re
+import resource
+import time
+from collections import Counter
+from pathlib import Path
+
+import jax
+
+from evlm_jax import chips, compiled, flops, live, programs, roofline
+from evlm_jax.config import EVLMConfig
+from evlm_jax.hlo import Module
+from evlm_jax.optim import starts
+from evlm_jax.sharding import Layout, make_layout
+
+_SCOPES = re.compile(r"\b(patch|vit_\d+|keys_values|cross|moe|router|experts|ffn|scores|llm|head)\b")
+_CROSS = {"scores": flops.CROSS_SCORES, "router": flops.ROUTER, "experts": flops.ROUTED, "moe": flops.WORLD, "ffn": flops.FFN}
+OTHER = "other"
+LARGEST = 10  # buffers that are told
+
+
+def plan(
+    cfg: EVLMConfig,
+    topology: str,
+    what: str = "train",
+    phase: int = 0,
+    price: float | None = None,
+    consumers: bool = True,
+    hlo: str | None = None,
+) -> dict:
+    """The report on one program, ready for JSON; `show` prints it. Bytes and FLOPs are of one device where not said otherwise.
+
+    Args:
+      topology: see chips.devices.
+      what: one of programs.WHATS.
+      phase: number of the phase of training, which decides what is trained.
+      price: of a chip-hour.
+      consumers: where the program does not fit, compile it for a larger memory to see what fills it.
+      hlo: file to write the optimised program to.
+    Raises:
+      ValueError: a mesh, batch or topology that cannot be, before anything is compiled.
+    """
+    devices, chip = chips.devices(topology, cfg.mesh.slices)
+    layout = make_layout(cfg, devices)
+    begin = time.monotonic()
+    program = programs.build(cfg, layout, what, phase)
+    report = {
+        "config": cfg.name,
+        "topology": topology,
+        "chip": chip and chip._asdict(),
+        "devices": len(devices),
+        "mesh": dict(layout.mesh.shape) | {"slices": cfg.mesh.slices, "zero": cfg.mesh.zero, "frozen": cfg.mesh.frozen},
+        "policies": {"remat": cfg.train.remat, "accumulate": cfg.train.accumulate, "images": cfg.mesh.images},
+        "what": what,
+        "phase": phase,
+        "rows": cfg.train.batch,
+        "arguments": {name: share._asdict() for name, share in program.arguments.items()},
+        "needed": {part: cost._asdict() for part, cost in flops.needed(cfg, program.trained, program.work).items()},
+        "lower_seconds": time.monotonic() - begin,
+    }
+    begin = time.monotonic()
+    try:
+        executable, report["fits"] = program.lowered.compile(), True
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        executable, report["fits"], report["says"] = None, False, str(error)
+    report["compile_seconds"] = time.monotonic() - begin
+    if executable is None:
+        report["largest"] = _roomy(cfg, topology, what, phase, len(devices)) if consumers else None
+    else:
+        if hlo:
+            Path(hlo).write_text(executable.as_text())
+        report |= _read(cfg, layout, chip, program, executable, price)
+    report["ram_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return report
+
+
+def _read(cfg: EVLMConfig, layout: Layout, chip: chips.Chip | None, program: programs.Program, executable, price: float | None) -> dict:
+    """What the compiled program tells."""
+    memory, module = executable.memory_analysis(), Module(executable.as_text())
+    devices = list(layout.mesh.devices.flat)
+    costs = compiled.costs(module, len(devices), lambda name, trips: _trips(cfg, layout, program, name, trips))
+    kinds = Counter()
+    for transfer, count in costs.transfers.items():
+        kinds[transfer.kind, len(transfer.group)] += count
+    collectives = [
+        {
+            "kind": kind,
+            "group": size,
+            "count": count,
+            "bytes": sum(t.bytes * n for t, n in costs.transfers.items() if (t.kind, len(t.group)) == (kind, size)),
+            "sent": sum(roofline.wire(t) * n for t, n in costs.transfers.items() if (t.kind, len(t.group)) == (kind, size)),
+        }
+        for (kind, size), count in kinds.items()
+    ]
+    out = {
+        "memory": {
+            "arguments": memory.argument_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            "code": memory.generated_code_size_in_bytes,
+            "peak": memory.peak_memory_in_bytes,
+        },
+        "executed": executed(cfg, program.trained, costs),
+        "bytes": costs.bytes,
+        "collectives": sorted(collectives, key=lambda c: -c["sent"]),
+        "notes": dict(costs.notes),
+        "largest": _buffers(module),
+    }
+    return out | ({"time": _time(cfg, program, chip, costs, devices, price)} if chip else {})
+
+
+def executed(cfg: EVLMConfig, trained: set[str], costs: compiled.Costs) -> dict[str, dict[str, float]]:
+    """{part: FLOPs of one device, forward, computed again, backward}."""
+    lowest, out = flops.lowest_trained_block(cfg, trained), {}
+    for name, count in costs.products.items():
+        part = out.setdefault(_part(name, lowest), {"forward": 0.0, "again": 0.0, "backward": 0.0})
+        part["again" if "rematted" in name else "backward" if "transpose(" in name else "forward"] += count
+    return {part: out[part] for part in (*flops.PARTS, OTHER) if part in out}
+
+
+def _part(op_name: str, lowest: int) -> str:
+    scopes = _SCOPES.findall(op_name)
+    if vit := [scope for scope in scopes if scope.startswith("vit_") or scope == "patch"]:
+        first = 0 if vit[0] == "patch" else int(vit[0].removeprefix("vit_"))
+        return flops.TRAINED_VIT if first >= lowest else flops.FROZEN_VIT
+    if "keys_values" in scopes:
+        return flops.KEYS
+    if "cross" in scopes:
+        return next((part for scope, part in _CROSS.items() if scope in scopes), flops.CROSS)
+    if "llm" in scopes:
+        return flops.LLM_SCORES if "scores" in scopes else flops.LLM
+    return flops.HEAD if "head" in scopes else OTHER
+
+
+def _trips(cfg: EVLMConfig, layout: Layout, program: programs.Program, op_name: str, trips: list[float]) -> list[float] | None:
+    """Of the loops over an expert's tiles: as many as a balanced load needs, in the largest strides first."""
+    if "experts" not in _SCOPES.findall(op_name):
+        return None
+    mesh, hidden = layout.mesh.shape, cfg.xattn.ffn // cfg.moe.slices
+    tokens = program.work.tokens / cfg.train.accumulate / (mesh["data"] * mesh["fsdp"] * mesh["expert"])
+    rest = tokens * cfg.moe.top_k * mesh["expert"] / cfg.moe.experts * 2 * cfg.llm.hidden * hidden / mesh["tensor"]
+    out, order = [0.0] * len(trips), sorted(range(len(trips)), key=lambda i: -trips[i])
+    for i in order:
+        if trips[i]:
+            out[i] = rest / trips[i] if i == order[-1] else rest // trips[i]
+            rest -= out[i] * trips[i]
+    return out
+
+
+def _time(cfg: EVLMConfig, program: programs.Program, chip: chips.Chip, costs: compiled.Costs, devices: list, price: float | None) -> dict:
+    step, count = roofline.step(chip, costs, devices), len(devices) / chip.cores
+    needed = sum(cost.total for cost in flops.needed(cfg, program.trained, program.work).values())
+    out = step._asdict() | {"seconds": step.seconds, "binds": step.binds}
+    out |= {"tokens_per_s": program.work.tokens / step.seconds, "images_per_s": program.work.images / step.seconds}
+    out["mfu"] = needed / (step.seconds * count * chip.flops)
+    if program.trained:
+        out["steps"] = cfg.train.steps
+        out["days"] = cfg.train.steps * step.seconds / 86400
+        out["chip_days"] = out["days"] * count
+        out |= {"price": out["chip_days"] * 24 * price} if price else {}
+    return out
+
+
+def _buffers(module: Module) -> list[dict]:
+    """What fills the memory, arguments left out; equal ones together."""
+    buffers = Counter((b.shape, _short(b.op_name), b.bytes) for b in live.fullest(module)[1])
+    largest = sorted(buffers.items(), key=lambda item: -item[0][2] * item[1])[:LARGEST]
+    return [{"shape": shape, "where": where, "count": count, "bytes": count * size} for (shape, where, size), count in largest]
+
+
+def _short(op_name: str) -> str:
+    """The scopes and the operation, with the pass."""
+    scopes = [*dict.fromkeys(_SCOPES.findall(op_name)), op_name.rpartition("/")[2]]
+    return "/".join(scopes) + (" again" if "rematted" in op_name else " backward" if "transpose(" in op_name else "")
+
+
+def _roomy(cfg: EVLMConfig, topology: str, what: str, phase: int, count: int) -> dict | None:
+    """What would fill the memory: the same program for chips of 95 or 192 GiB; None where it does not fit them either."""
+    for kind, cores in (("v5p", 1), ("tpu7x", 2)):
+        wide = f"{kind}:{cube(count // cores // cfg.mesh.slices)}"
+        if wide.partition(":")[0] == topology.partition(":")[0] or count // cores < 4 * cfg.mesh.slices:
+            continue
+        report = plan(cfg, wide, what, phase, consumers=False)
+        if report["fits"]:
+            return {"topology": wide, "memory": report["memory"], "buffers": report["largest"]}
+    return None
+
+
+def cube(chips: int) -> str:
+    """A three-dimensional slice of so many chips, a power of two: "4x4x8"."""
+    sides = [1, 1, 1]
+    while chips > 1:
+        sides[sides.index(min(sides))] *= 2
+        chips //= 2
+    return "x".join(map(str, sorted(sides) if 1 not in sides else sorted(sides, reverse=True)))
+
+
+def phase_share(cfg: EVLMConfig, phase: int) -> float:
+    """Share of the steps that a phase makes."""
+    first = [*starts(cfg), cfg.train.steps]
+    return (first[phase + 1] - first[phase]) / cfg.train.steps

@@ -1,0 +1,119 @@
+"""Around `plan`: the command, what would make a program fit, and a sweep over meshes and policies."""
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from evlm_jax import chips
+from evlm_jax.config import EVLMConfig
+from evlm_jax.plan import plan
+from evlm_jax.plan_text import show
+from evlm_jax.sharding import ROWS, make_layout, mesh_sizes
+
+REMATS = ("none", "dots", "full")
+
+
+def main(args: argparse.Namespace, overrides: list[str], load_config: Callable) -> int:
+    """`evlm plan`; exit status 1 where the program does not fit."""
+    fields = [f"--config.mesh.{field.strip()}" for field in args.mesh.split(",") if field]
+    fields += [f"--config.train.{name}={value}" for name, value in (("batch", args.global_batch), ("remat", args.remat)) if value]
+    cfg = load_config(args.config, [*fields, *overrides])
+    if args.sweep:
+        report = sweep(cfg, args.topology, args.what, args.phase)
+    else:
+        report = plan(cfg, args.topology, args.what, args.phase, args.price, not args.no_mend, args.hlo)
+        if not report["fits"] and not args.no_mend:
+            report["tried"] = mend(cfg, args.topology, args.what, args.phase)
+        print(show(report))
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+    return 0 if args.sweep or report["fits"] else 1
+
+
+def mend(cfg: EVLMConfig, topology: str, what: str, phase: int) -> list[dict]:
+    """Changes in the order of their cost, each alone and then all of them one upon another, until one fits."""
+    tried, together, names = [], cfg, []
+    for name, change in _changes(cfg, len(chips.devices(topology, cfg.mesh.slices)[0])):
+        tried.append({"change": name, "fits": fits(change(cfg), topology, what, phase)})
+        if tried[-1]["fits"]:
+            return tried
+    for name, change in _changes(cfg, len(chips.devices(topology, cfg.mesh.slices)[0])):
+        together, names = change(together), [*names, name]
+        if len(names) > 1:
+            tried.append({"change": " and ".join(names), "fits": fits(together, topology, what, phase)})
+            if tried[-1]["fits"]:
+                return tried
+    return tried
+
+
+def fits(cfg: EVLMConfig, topology: str, what: str, phase: int) -> bool:
+    """Whether a config that is possible at all fits."""
+    try:
+        return plan(cfg, topology, what, phase, consumers=False)["fits"]
+    except ValueError:
+        return False
+
+
+def _changes(cfg: EVLMConfig, devices: int) -> Iterator[tuple[str, Callable[[EVLMConfig], EVLMConfig]]]:
+    """What `cfg` can give up for memory, the cheapest first."""
+    train, mesh, sizes = cfg.train, cfg.mesh, mesh_sizes(cfg.mesh, devices)
+    set_train = lambda **fields: lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, **fields))
+    set_mesh = lambda **fields: lambda c: dataclasses.replace(c, mesh=dataclasses.replace(c.mesh, **fields))
+    for remat in REMATS[REMATS.index(train.remat) + 1 :]:
+        yield f"train.remat={remat}", set_train(remat=remat)
+    rows = math.prod(sizes[axis] for axis in ROWS)
+    for count in range(train.accumulate + 1, train.batch // rows + 1):
+        if train.batch % (rows * count) == 0 and count >= 2 * train.accumulate:
+            yield f"train.accumulate={count}", set_train(accumulate=count)
+            break
+    if mesh.frozen == "replicated":
+        yield "mesh.frozen=sharded", set_mesh(frozen="sharded")
+    if mesh.zero == 2:
+        yield "mesh.zero=3", set_mesh(zero=3)
+    if sizes["data"] > mesh.slices:
+        fewer = mesh.slices
+        yield f"mesh.data={fewer} mesh.fsdp={sizes['fsdp'] * sizes['data'] // fewer}", set_mesh(data=fewer, fsdp=-1)
+    if sizes["fsdp"] % 2 == 0:
+        tensor, fsdp = 2 * sizes["tensor"], sizes["fsdp"] // 2
+        yield f"mesh.tensor={tensor} mesh.fsdp={fsdp}", set_mesh(tensor=tensor, fsdp=fsdp)
+
+
+def sweep(cfg: EVLMConfig, topology: str, what: str, phase: int) -> list[dict]:
+    """Reports of all meshes and remat policies that are possible, those that fit first, the fastest first."""
+    reports = []
+    for candidate in meshes(cfg, topology):
+        for remat in REMATS if what == "train" else REMATS[:1]:
+            tried = dataclasses.replace(candidate, train=dataclasses.replace(candidate.train, remat=remat))
+            report = plan(tried, topology, what, phase, consumers=False)
+            reports.append(report)
+            print(_line(report), flush=True)
+    reports.sort(key=lambda r: (not r["fits"], r["time"]["seconds"] if "time" in r else 0))
+    print("\nranked:", *map(_line, reports), sep="\n")
+    return reports
+
+
+def meshes(cfg: EVLMConfig, topology: str) -> Iterator[EVLMConfig]:
+    """`cfg` on every mesh of powers of two that its sizes allow, one copy of everything a slice."""
+    devices, _ = chips.devices(topology, cfg.mesh.slices)
+    powers = lambda most: [2**i for i in range(most.bit_length()) if 2**i <= most]
+    for tensor in powers(len(devices)):
+        for expert in powers(cfg.moe.experts or 1):
+            mesh = dataclasses.replace(cfg.mesh, data=cfg.mesh.slices, fsdp=-1, expert=expert, tensor=tensor)
+            candidate = dataclasses.replace(cfg, mesh=mesh)
+            try:
+                make_layout(candidate, devices)
+            except ValueError:
+                continue
+            yield candidate
+
+
+def _line(report: dict) -> str:
+    mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
+    head = f"{mesh} remat={report['policies']['remat']}"
+    if not report["fits"]:
+        return f"{head}: does not fit"
+    time = report.get("time")
+    return f"{head}: {report['memory']['peak'] / chips.GIB:.1f} GiB" + (f", {time['seconds']:.3f} s, {time['binds']} binds" if time else "")

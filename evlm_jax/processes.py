@@ -1,0 +1,83 @@
+"""Several processes, one run: how they find each other, what they tell each other, and which of them speaks.
+
+A process runs this program on one host of a pod. All of them dispatch the same steps; only process 0 prints, writes metrics and
+deletes. Alone, every function here is trivial, so nothing else asks how many there are.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Makes this process one of several; what is left out comes from the environment (a TPU pod, GKE, Slurm, Open MPI).
+
+    Args:
+      coordinator: "HOST:PORT" of process 0.
+      processes: how many there are.
+      process: number of this one, from 0.
+    Raises:
+      ValueError: some of the three are given, but not all, and the environment does not say the rest.
+    """
+    if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(coordinator, processes, process)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"processes: {error}; give --coordinator HOST:PORT, --processes N and --process I") from error
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all."""
+    return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Prints, once for all processes."""
+    if is_first():
+        print(text, flush=True)
+
+
+def wait(name: str) -> None:
+    """Until all processes are here; `name` says where, in errors."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def gather(value: Any) -> list:
+    """The JSON-able values of all processes, in their order, on each of them."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(text)))
+    padded = multihost_utils.process_allgather(np.pad(text, (0, sizes.max() - len(text))))
+    return [json.loads(bytes(row[:size])) for row, size in zip(padded, sizes)]
+
+
+def on_host(tree: Any) -> Any:
+    """All arrays of a tree as NumPy, on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Callable[[int], bool]]:
+    """A function of the finished steps: whether to stop here, because SIGTERM came to some process. The same step on all of them."""
+    if jax.process_count() > 1:  # jax.distributed has its own handler
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    stop = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield lambda step: stop.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)

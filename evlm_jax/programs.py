@@ -1,0 +1,138 @@
+"""What `evlm plan` compiles: the real train step, the evaluation's losses, a prefill or a step of decoding, for shapes alone."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from evlm_jax.batch import Batch
+from evlm_jax.config import EVLMConfig
+from evlm_jax.flops import Work
+from evlm_jax.loss import losses
+from evlm_jax.models.decoding import DecodeState, Prompt, Sampling, Weights, prefill, read_tokens
+from evlm_jax.ops.grouped_attention import Plan
+from evlm_jax.sharding import Layout
+from evlm_jax.train import Phase
+
+WHATS = ("train", "eval", "prefill", "decode")
+STOPS = 8  # stop tokens of a generation
+
+
+class Share(NamedTuple):
+    """A part of the arguments."""
+
+    count: int  # elements, over all devices once
+    bytes: int  # on one device
+
+
+class Program(NamedTuple):
+    """Ready to be compiled."""
+
+    lowered: jax.stages.Lowered
+    arguments: dict[str, Share]
+    work: Work  # with no row padded
+    trained: set[str]  # canonical names of what trains
+
+
+def build(cfg: EVLMConfig, layout: Layout, what: str, phase: int = 0) -> Program:
+    """One of WHATS on the mesh of `layout`, of train.batch rows.
+
+    "prefill": prompts of data.length tokens with data.images images each, encoded before. "decode": one token a row, behind data.length
+    others, with one image in sight. Frozen parameters count in train.frozen_dtype, also those that an earlier stage trained.
+
+    Raises:
+      ValueError: no such phase.
+    """
+    if not 0 <= phase < len(cfg.optim.phases):
+        raise ValueError(f"--phase {phase}: the config has phases 0 to {len(cfg.optim.phases) - 1}")
+    if not cfg.data.sources:  # without one, the step would report no loss, and XLA leave its forward part out
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, sources=("all",), weights=(1.0,)))
+    of = Phase(cfg, phase, layout)
+    return {"train": _train, "eval": _eval, "prefill": _prefill, "decode": _decode}[what](of)
+
+
+def _train(of: Phase) -> Program:
+    shapes, batch = of.spec(), Batch.spec(of.cfg)
+    state, batch = _put(shapes, of.layout.trained(shapes)), _put(batch, of.layout.batch(batch))
+    frozen = _frozen(of)
+    arguments = {"frozen": _share(frozen), "trainable": _share(state.params), "optimizer": _share(state.groups), "batch": _share(batch)}
+    return Program(of.lower(), arguments, Work.full(of.cfg, of.cfg.train.batch), of.trained)
+
+
+def _eval(of: Phase) -> Program:
+    batch = Batch.spec(of.cfg)
+    params, batch = _parameters(of), _put(batch, of.layout.batch(batch))
+    run = of.layout.jit(lambda params, batch: losses(nnx.merge(of.graphdef, params), batch))
+    arguments = {"parameters": _share(params), "batch": _share(batch)}
+    return Program(run.lower(params, batch), arguments, Work.full(of.cfg, of.cfg.train.batch), set())
+
+
+def _prefill(of: Phase) -> Program:
+    cfg, layout, rows, t, i = of.cfg, of.layout, of.cfg.train.batch, of.cfg.data.length, of.cfg.data.images
+    ints = lambda *shape: jax.ShapeDtypeStruct((rows, *shape), jnp.int32, sharding=layout.rows)
+    plan = Plan(ints(cfg.data.pairs, cfg.xattn.tile), ints(t), ints(cfg.data.pairs), ints(cfg.data.pairs))
+    prompt = Prompt(ints(t), ints(t), ints(), plan, ints(i), ints(), ints())
+    taps = jax.ShapeDtypeStruct(
+        (rows * i, len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width), jnp.dtype(cfg.train.dtype), sharding=layout.rows
+    )
+    weights, key = _weights(of), jax.eval_shape(jax.random.key, 0).dtype
+    random = jax.ShapeDtypeStruct((rows,), key, sharding=layout.rows)
+    run = layout.jit(lambda weights, prompt, taps, random, how: prefill(cfg, weights, prompt, taps, random, how, slots=t, images=1))
+    work = Work.full(cfg, rows)._replace(encoded=0, targets=rows)
+    return Program(
+        run.lower(weights, prompt, taps, random, _sampling(layout)), {"parameters": _share(weights), "taps": _share(taps)}, work, set()
+    )
+
+
+def _decode(of: Phase) -> Program:
+    cfg, layout, rows, t = of.cfg, of.layout, of.cfg.train.batch, of.cfg.data.length
+    with layout.active():
+        spec = DecodeState.spec(cfg, rows, t, 1)
+    text, cross = (layout.sharding((None, "rows", axis)) for axis in ("kv_heads", "heads"))
+    caches = {"self_keys": text, "self_values": text, "cross_keys": cross, "cross_values": cross}
+    state = _put(spec, DecodeState(**{k: caches.get(k, layout.rows) if v is not None else None for k, v in spec._asdict().items()}))
+    weights = _weights(of)
+    run = layout.jit(lambda weights, state: read_tokens(cfg, weights, state), donate_argnums=1)
+    work = Work(tokens=rows, attended=rows * t, images=0, encoded=0, visible=rows, targets=rows)
+    return Program(run.lower(weights, state), {"parameters": _share(weights), "caches": _share(state)}, work, set())
+
+
+def _frozen(of: Phase) -> nnx.State:
+    frozen = _cast(nnx.split_state(of.shapes, of.plan.trains, ...)[1], of.cfg.train.frozen_dtype)
+    return _put(frozen, of.layout.frozen(frozen))
+
+
+def _parameters(of: Phase) -> nnx.State:
+    trainable = _cast(nnx.split_state(of.shapes, of.plan.trains, ...)[0], of.cfg.train.param_dtype)
+    return nnx.merge_state(_put(trainable, of.layout.trained(trainable)), _frozen(of))
+
+
+def _weights(of: Phase) -> Weights:
+    """Laid out for decoding; each array lies where XLA itself takes it from the parameters' places."""
+    params = _parameters(of)
+    pack = of.layout.jit(lambda params: Weights.of(nnx.merge(of.graphdef, params), of.cfg.train.operands))
+    lowered = pack.lower(params)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
+    return _put(shapes, lowered.compile().output_shardings)
+
+
+def _sampling(layout: Layout) -> Sampling:
+    one = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.replicated)
+    return Sampling(one(jnp.float32), one(jnp.float32), one(jnp.int32, STOPS))
+
+
+def _cast(tree: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
+
+
+def _put(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings)
+
+
+def _share(tree: Any) -> Share:
+    leaves = jax.tree.leaves(tree)
+    size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return Share(sum(math.prod(x.shape) for x in leaves), sum(map(size, leaves)))

@@ -1,0 +1,44 @@
+"""Where a run starts: canonical arrays on the host become the model's State on the mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from evlm_jax import names, optim
+from evlm_jax.checkpoint import Arrays, Snapshot
+from evlm_jax.config import EVLMConfig
+from evlm_jax.models.fresh import cross_attention, media_embedding
+
+Place = Callable[[Any], Any]  # a tree of parameters or moments, or of their shapes -> a tree of their shardings
+
+
+def fresh(cfg: EVLMConfig, shapes: nnx.State, place: Place, params: Arrays, keep: frozenset[str]) -> nnx.State:
+    """The whole model before its first step: `params`, and new cross-attention and media embeddings where they have none.
+
+    Args:
+      shapes: of the whole model.
+      keep: names that keep their dtype: what is trained, or was in an earlier stage. Frozen towers take train.frozen_dtype.
+    Raises:
+      ValueError: listing missing, unexpected and wrongly shaped parameters.
+    """
+    values = {name: array if name in keep else array.astype(cfg.train.frozen_dtype) for name, array in params.items()}
+    if "media/embedding" not in params and "llm/embed" in params:
+        values["media/embedding"] = media_embedding(cfg, params["llm/embed"])
+    if any(name.startswith("xattn/") for name in params):
+        return put(names.unflatten(cfg, values, shapes), place)
+    rest = names.unflatten(cfg, values, nnx.filter_state(shapes, lambda path, _: path[0] != "xattn"))
+    new = lambda: nnx.from_flat_state([(("xattn", *path), leaf) for path, leaf in nnx.to_flat_state(nnx.state(cross_attention(cfg)))])
+    return nnx.merge_state(put(rest, place), jax.jit(new, out_shardings=place(jax.eval_shape(new)))())
+
+
+def restored(cfg: EVLMConfig, shapes: nnx.State, place: Place, plan: optim.Plan, snapshot: Snapshot) -> tuple[nnx.State, optim.Groups]:
+    """The whole model and the Adam states of a checkpoint, bit for bit."""
+    whole = names.unflatten(cfg, snapshot.frozen | snapshot.params, shapes)
+    return put(whole, place), put(optim.unflatten(cfg, plan, snapshot.groups, shapes), place)
+
+
+def put(tree: Any, place: Place) -> Any:
+    """A tree of NumPy arrays on the devices; each process hands over what its own devices hold."""
+    return jax.tree.map(lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree, place(tree))

@@ -1,0 +1,131 @@
+"""What runs on eight devices; tests/test_mesh.py starts it in a process that has them. Everything is compared with one device."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from evlm_jax import checkpoint, names
+from evlm_jax.processes import on_host
+from evlm_jax.sharding import Layout, make_layout
+from evlm_jax.start import put
+from evlm_jax.train import Phase, gradients, train
+from tests.random_model import random_model
+from tests.tiny import UPPER_VIT, TinyData, tiny_batch, tiny_config, tiny_towers
+
+MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8), (2, 2, 2, 1), (1, 2, 2, 2)]
+POLICIES = [{"zero": 3, "frozen": "sharded", "images": "all"}, {"zero": 2, "frozen": "replicated", "images": "rows"}]
+
+
+def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], **train):
+    """Sizes that eight devices divide; the upper half of the ViT trains too."""
+    axes = dict(zip(("data", "fsdp", "expert", "tensor"), mesh))
+    return tiny_config(
+        vit={"heads": 8, "width": 64, "mlp": 128},
+        llm={"heads": 8, "kv_heads": 8, "head_dim": 8},
+        xattn={"heads": 8, "head_dim": 8, "ffn": 64},
+        moe={"copies": 4 if experts else 0},
+        data={"images": 8, "length": 64, "targets": 32, "pairs": 24},
+        optim={"phases": ({"start": 0.0, "warmup": 0, "rules": UPPER_VIT},), "lr": 1e-2},
+        train={"batch": 8, "remat": "dots", "loss_chunk": 12, "save_every": 2, "steps": 4} | train,
+        mesh=axes | policy,
+    )
+
+
+def layout_of(cfg) -> Layout:
+    count = cfg.mesh.data * cfg.mesh.fsdp * cfg.mesh.expert * cfg.mesh.tensor
+    return make_layout(cfg, jax.devices()[:count])
+
+
+def found(cfg):
+    """(gradients and sums of a random model on a batch, with arrays as they lie on the mesh)."""
+    layout = layout_of(cfg)
+    phase = Phase(cfg, 0, layout)
+    params = jax.tree.map(np.asarray, nnx.state(random_model(cfg, 0)))
+    trainable, frozen = nnx.split_state(params, phase.plan.trains, ...)
+    trainable, frozen = put(trainable, layout.trained), put(frozen, layout.frozen)
+    run = layout.jit(lambda p, f, b: gradients(cfg, phase.graphdef, p, f, b), out_shardings=(layout.trained(trainable), layout.replicated))
+    with jax.default_matmul_precision("highest"):
+        return run(trainable, frozen, layout.put_rows(tiny_batch(cfg, 0), range(8), 8))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Gradients and sums on one device, dense and with experts."""
+    return [on_host(found(config(experts=experts))) for experts in (False, True)]
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_gradients_equal_those_of_one_device(mesh, experts, alone):
+    policy = POLICIES[(MESHES.index(mesh) + experts) % 2]
+    cfg = config(mesh, experts, policy)
+    grads, sums = found(cfg)
+    assert_sharded(cfg, grads)
+    grads, wanted = nnx.to_flat_state(on_host(grads)), dict(nnx.to_flat_state(alone[experts][0]))
+    assert {path for path, _ in grads} == wanted.keys()
+    for path, leaf in grads:
+        # The loss does not depend on a bias of keys: what is found there is rounding, and is measured by the bias of queries.
+        measure = wanted[(*path[:-2], "q", "bias")] if path[-2:] == ("k", "bias") else wanted[path]
+        assert np.abs(leaf[...] - wanted[path][...]).max() <= 1e-5 * np.abs(measure[...]).max(), path
+    for mine, other in zip(jax.tree.leaves(on_host(sums)), jax.tree.leaves(alone[experts][1]), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6 * np.abs(other).max())
+
+
+def assert_sharded(cfg, tree):
+    """Every matrix is held in pieces: over fsdp and expert, and over tensor, as far as the mesh has them."""
+    mesh, whole = cfg.mesh, 0
+    for path, leaf in nnx.to_flat_state(tree):
+        value, axes = jax.tree.leaves(leaf)[0], leaf.get_metadata()["axes"]
+        parts = value.size // value.addressable_shards[0].data.size
+        if len(axes) < 2 or set(axes) <= {"whole", "norm"}:
+            whole += 1
+        else:
+            assert parts == mesh.fsdp * mesh.expert * mesh.tensor, (path, parts)
+    assert whole < len(nnx.to_flat_state(tree))
+
+
+def test_state_is_sharded_and_a_step_compiles_once(tmp_path, capsys):
+    cfg = config((1, 2, 2, 2), experts=True)
+    compiled, seen = [], []
+    listen = lambda event, _, **about: event.endswith("backend_compile_duration") and compiled.append(about["fun_name"])
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    assert train(cfg, tmp_path, TinyData(cfg), tiny_towers(cfg), on_step=lambda step, model: seen.append(step)) == 4
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled.count("jit(step)") == 1 and seen == [1, 2, 3, 4]
+    phase = Phase(cfg, 0, layout_of(cfg))
+    state = phase.layout.trained(phase.spec())
+    for moments in (state.groups[0].mu, state.groups[0].nu, state.params):
+        for _, leaf in nnx.to_flat_state(moments):
+            axes = leaf.get_metadata()["axes"]
+            assert len(axes) < 2 or set(axes) <= {"whole", "norm"} or not jax.tree.leaves(leaf)[0].is_fully_replicated
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_a_run_goes_on_on_another_mesh(tmp_path, experts):
+    """Bit-equal parameters when nothing is trained in between, and the same losses as an uninterrupted run, within rounding."""
+    runs = {"whole": [(1, 2, 2, 2)], "moved": [(8, 1, 1, 1), (1, 2, 1, 2), (1, 1, 1, 1)]}
+    for name, meshes in runs.items():
+        for number, mesh in enumerate(meshes):
+            cfg = config(mesh, experts, POLICIES[number % 2], steps=6 if number == len(meshes) - 1 else 2 * (number + 1))
+            trained_on(cfg, tmp_path / name)
+    whole, moved = (checkpoint.read(tmp_path / name) for name in runs)
+    lines = [[json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in runs]
+    np.testing.assert_allclose(*lines, rtol=1e-4)
+    assert whole.params.keys() == moved.params.keys()
+
+
+def trained_on(cfg, workdir, data=lambda cfg, own: TinyData(cfg), on_step=None):
+    """Trains on as many devices as the mesh has; what is restored has the bits that were saved."""
+    layout = layout_of(cfg)
+    if before := checkpoint.steps(workdir):
+        saved = checkpoint.read(workdir, before[-1])
+        phase = Phase(cfg, 0, layout)
+        whole = put(names.unflatten(cfg, saved.frozen | saved.params, phase.shapes), phase.place)
+        restored = names.flatten(cfg, on_host(whole))
+        assert all(restored[name].tobytes() == array.tobytes() for name, array in (saved.frozen | saved.params).items())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_, found=list(layout.mesh.devices.flat): found)
+        train(cfg, workdir, data(cfg, layout.own_rows(cfg.train.batch)), tiny_towers(cfg), on_step=on_step)

@@ -1,0 +1,136 @@
+"""Costs read from optimised programs, of XLA:CPU and of the TPU compiler, against counts by hand."""
+
+import importlib.util
+import itertools
+import subprocess
+import sys
+
+import pytest
+
+from evlm_jax import chips
+from evlm_jax.compiled import Costs, Transfer, costs
+from evlm_jax.hlo import Instruction, Module, replica_group
+from evlm_jax.live import fullest
+from tests.hand_programs import DEVICES, HIDDEN, KEPT, LAYERS, ROWS, WIDTH, build
+
+TPU = pytest.param("tpu", marks=pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason='pip install -e ".[plan]"'))
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> dict:
+    """{platform: {name: (text, bytes of temporaries)}}; CPU devices are in a process of their own: this one may have begun with fewer."""
+    folder = tmp_path_factory.mktemp("programs")
+    subprocess.run([sys.executable, "-m", "tests.hand_programs", str(folder)], check=True)
+    found = {"cpu": {path.stem: (path.read_text(), int(path.with_suffix(".bytes").read_text())) for path in folder.glob("*.txt")}}
+    if importlib.util.find_spec("libtpu"):
+        compiled = {name: lowered.compile() for name, lowered in build(chips.devices("v5e:2x4")[0]).items()}
+        found["tpu"] = {name: (done.as_text(), done.memory_analysis().temp_size_in_bytes) for name, done in compiled.items()}
+    return found
+
+
+@pytest.fixture(params=["cpu", TPU])
+def program(request, texts):
+    """name -> Module."""
+    return lambda name: Module(texts[request.param][name][0])
+
+
+def of(module: Module, **options) -> Costs:
+    return costs(module, DEVICES, **options)
+
+
+def test_loops_count_as_often_as_they_run(program):
+    counted = of(program("layers"))
+    assert counted.flops == LAYERS * 6 * 2 * ROWS * WIDTH * HIDDEN / DEVICES
+    assert all("stack" in name for name in counted.products)
+    backward = sum(flops for name, flops in counted.products.items() if "transpose(" in name)
+    assert backward == counted.flops * 4 / 6
+    assert of(program("nested")).flops == 3 * 4 * 2 * 64**3
+    assert not counted.notes
+
+
+def test_gradients_are_summed_over_the_rows(program):
+    """The first kernels are gathered for each layer, forward and backward; all gradients are summed, a layer at a time."""
+    transfers = of(program("layers")).transfers
+    assert {transfer.group for transfer in transfers} == {tuple(range(DEVICES))}
+    gathers = {t.bytes: count for t, count in transfers.items() if t.kind == "all-gather"}
+    assert list(gathers.values()) == [2 * LAYERS] and gathers.keys() <= {WIDTH * HIDDEN * size for size in (2, 4)}
+    summed = sum(t.bytes * count for t, count in transfers.items() if t.kind in ("all-reduce", "reduce-scatter"))
+    assert summed == LAYERS * 2 * WIDTH * HIDDEN * 4 + 4  # and the loss
+
+
+def test_batched_products(program):
+    assert of(program("attention")).flops == 2 * 16 * 24 * 4 * 32  # one row a device
+
+
+def test_padding_of_a_convolution_is_not_counted(program):
+    taps = sum(0 <= out + tap - 1 < 9 for out, tap in itertools.product(range(9), range(3)))
+    assert of(program("convolution")).flops == 2 * 2 * taps * 3 * 4
+
+
+def test_a_loop_of_unknown_length_is_named_or_told(program):
+    module = program("open")
+    once = of(module)
+    assert once.flops == 2 * 64**3
+    (note,) = once.notes
+    assert "counted once" in note and "endless" in note
+    asked = {}
+    told = of(module, trips=lambda name, flops: asked.update({name: list(flops)}) or [2.5])
+    assert told.flops == 2.5 * 2 * 64**3
+    assert [*asked.values()] == [[2 * 64**3]]
+    assert all("by its average" in note for note in told.notes)
+
+
+def test_the_dearest_branch_counts(program):
+    assert of(program("branches")).flops == 2 * 2 * 64**3
+
+
+def test_collectives(program):
+    """Groups along a are 4 devices apart by 2, along b 2 neighbours."""
+    found = of(program("exchange")).transfers
+    size = 16 * 128 * 4
+    along_a, along_b = (0, 2, 4, 6), (0, 1)
+    expected = {
+        Transfer("all-reduce", along_a, size): 1,
+        Transfer("all-gather", along_b, 2 * size): 1,
+        Transfer("all-to-all", along_a, 2 * size): 1,
+        Transfer("collective-permute", along_b, 2 * size): 1,
+    }
+    assert dict(found) == expected
+
+
+def test_a_stack_is_read_and_written_slice_by_slice(program):
+    stack = 32 * 256 * 512 * 4
+    assert stack <= of(program("slices")).bytes < 5 * stack  # 32 times as much if each step touched all of it
+
+
+@pytest.mark.parametrize("platform", ["cpu", TPU])
+def test_what_is_kept_for_the_backward_pass_fills_the_memory(platform, texts):
+    text, temporaries = texts[platform]["residuals"]
+    total, buffers = fullest(Module(text))
+    kept = 20 * KEPT * 256 * 4  # x and tanh of every layer
+    assert [buffer.bytes for buffer in buffers[:2]] == [kept, kept]
+    assert total == pytest.approx(temporaries, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("rest", "group"),
+    [
+        ("replica_groups={{0,2},{1,3}}, x=1", (0, 2)),
+        ("replica_groups=[2,4]<=[8], x=1", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), x=1", (0, 4)),
+        ("replica_groups=mesh['x'=2,'y'=4] {'x'}, y=1", (0, 4)),
+        ("replica_groups=mesh['x'=1,'y'=4,'z'=2], device_ids=([2,4]T(1,0)) {'z'}, y=1", (0, 4)),
+        ("replica_groups=mesh['x'=8] {'x':(2)2}, y=1", (0, 2)),
+        ("replica_groups={}, x=1", tuple(range(8))),
+    ],
+)
+def test_forms_of_replica_groups(rest, group):
+    instruction = Instruction("a", "f32[]", "all-reduce", (), "", rest, False)
+    assert replica_group(instruction, 8) == group
+
+
+def test_other_text_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY computation"):
+        Module("hello")
+    with pytest.raises(ValueError, match="unknown form"):
+        replica_group(Instruction("a", "f32[]", "all-reduce", (), "", "replica_groups=?", False), 8)

@@ -1,0 +1,162 @@
+"""The mesh: on eight devices (tests/mesh/devices.py), on several processes, and what is refused before anything is compiled."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from evlm_jax import checkpoint
+from evlm_jax.sharding import RULES, check_parameters, make_layout, mesh_sizes
+from evlm_jax.train import Phase
+from tests.tiny import tiny_config
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_on_eight_devices(capsys):
+    flags = "--xla_force_host_platform_device_count=8"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/mesh/devices.py"]
+    run = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, cwd=ROOT, capture_output=True, text=True)
+    with capsys.disabled():
+        print(f"\non eight devices: {run.stdout.strip().splitlines()[-1]}")
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    "mesh, message",
+    [
+        ({"data": 3}, r"mesh .*'data': 3.* is 3 devices, there are 8"),
+        ({"data": -1, "fsdp": -1}, "one of data and fsdp may be -1"),
+        ({"data": 1, "fsdp": 0}, "axes are positive"),
+        ({"data": -1, "tensor": 3}, "their product must be that"),
+        ({"data": 4, "tensor": 2, "slices": 3}, "mesh.slices = 3 must divide mesh.data = 4"),
+        ({"data": 8}, r"train.batch / train.accumulate = 2 rows cannot be split over 8 devices .*multiple, or give devices to mesh.tensor"),
+        ({"data": 1, "tensor": 8}, "llm.heads = 4 must be a multiple of mesh.tensor = 8"),
+        ({"data": 1, "fsdp": 2, "tensor": 4}, "llm.kv_heads = 2 must be a multiple of mesh.tensor = 4"),
+    ],
+)
+def test_a_wrong_mesh_is_refused_before_any_compilation(mesh, message):
+    with pytest.raises(ValueError, match=message):
+        make_layout(tiny_config(mesh=mesh), jax.devices() * 8)
+
+
+def test_experts_and_images_must_divide():
+    cfg = tiny_config(moe={"copies": 3, "slices": 1}, mesh={"data": 1, "expert": 2})
+    with pytest.raises(ValueError, match="3 experts cannot be split over mesh.expert = 2"):
+        make_layout(cfg, jax.devices() * 2)
+    odd = tiny_config(data={"images": 3}, mesh={"data": 1, "tensor": 2})
+    with pytest.raises(ValueError, match="data.images = 3 must be a multiple of mesh.tensor = 2"):
+        make_layout(odd, jax.devices() * 2)
+    with pytest.raises(ValueError, match="vit.heads = 1 must be"):
+        make_layout(tiny_config(vit={"heads": 1}, mesh={"data": 1, "tensor": 2, "images": "rows"}), jax.devices() * 2)
+
+
+def test_sizes_of_axes():
+    mesh = tiny_config(mesh={"data": 2, "fsdp": -1, "tensor": 4}).mesh
+    assert mesh_sizes(mesh, 64) == {"data": 2, "fsdp": 8, "expert": 1, "tensor": 4}
+    assert mesh_sizes(replace(mesh, fsdp=8), 64)["fsdp"] == 8
+
+
+class Workers:
+    """Processes of tests/mesh/worker.py that train together; each has an equal share of the mesh's devices."""
+
+    def __init__(self, workdir, count: int, steps: int, mesh: tuple):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={math.prod(mesh) // count}",
+        }
+        command = [sys.executable, "-m", "tests.mesh.worker"]
+        arguments = [str(count), str(port), str(workdir), str(steps), str(mesh)]
+        self.logs = [tempfile.TemporaryFile("w+") for _ in range(count)]
+        self.processes = [
+            subprocess.Popen([*command, str(i), *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+            for i, log in enumerate(self.logs)
+        ]
+
+    def reach(self, step: int) -> None:
+        """Waits until process 0 has made an update."""
+        assert any(line == f"step {step}\n" for line in self.processes[0].stdout), self.errors()
+
+    def end(self) -> list[int]:
+        """Exit statuses, when all have ended."""
+        for process in self.processes:
+            process.communicate()
+        return [process.returncode for process in self.processes]
+
+    def finish(self) -> None:
+        """They must end well."""
+        assert not any(self.end()), self.errors()
+
+    def errors(self) -> str:
+        """What they said last."""
+        for log in self.logs:
+            log.seek(0)
+        return "\n".join(log.read()[-3000:] for log in self.logs)
+
+
+def losses(workdir) -> list[float]:
+    """Of every step."""
+    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_train_as_one_does(tmp_path, count):
+    for name, processes in (("one", 1), ("several", count)):
+        Workers(tmp_path / name, processes, 4, (1, 2, 1, 2)).finish()
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "several"), rtol=1e-5)
+    one, several = (checkpoint.read(tmp_path / name) for name in ("one", "several"))
+    assert one.meta | {"config": {}} == several.meta | {"config": {}}
+    for name, array in one.params.items():
+        np.testing.assert_allclose(several.params[name], array, atol=1e-3 * np.abs(array).max() + 1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_killed_process_and_a_restart_of_all(tmp_path):
+    """One of two processes is killed in mid-run; started again, all go on from the newest checkpoint."""
+    Workers(tmp_path / "whole", 2, 8, (1, 2, 1, 2)).finish()
+    cut = Workers(tmp_path / "cut", 2, 8, (1, 2, 1, 2))
+    cut.reach(5)
+    cut.processes[1].kill()
+    assert all(cut.end())  # the other one notices and fails
+    assert max(checkpoint.steps(tmp_path / "cut")) in (2, 4)
+    Workers(tmp_path / "cut", 2, 8, (1, 2, 1, 2)).finish()
+    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=1e-6)
+    assert checkpoint.read(tmp_path / "cut").meta == checkpoint.read(tmp_path / "whole").meta
+
+
+@pytest.mark.slow
+def test_sigterm_of_one_process_stops_all_at_one_step(tmp_path):
+    workers = Workers(tmp_path, 2, 1000, (1, 2, 1, 2))
+    workers.reach(3)
+    workers.processes[1].terminate()
+    workers.finish()
+    (step,) = {max(checkpoint.steps(tmp_path))}
+    assert 3 <= step < 1000 and checkpoint.read(tmp_path).meta["data"] == {"next": step}
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_and_another_mesh(tmp_path):
+    """4 -> 1 -> 2 processes; each compares what it restores with what was saved, bit for bit (trained_on)."""
+    for steps, (count, mesh) in enumerate([(4, (2, 2, 1, 2)), (1, (1, 1, 1, 1)), (2, (1, 2, 2, 1))], start=1):
+        Workers(tmp_path, count, 2 * steps, mesh).finish()
+    assert len(losses(tmp_path)) == 6
+
+
+def test_a_parameter_that_no_rule_covers_is_named(monkeypatch):
+    cfg = tiny_config()
+    phase = Phase(cfg, 0, make_layout(cfg))
+    monkeypatch.delitem(RULES, "heads")
+    with pytest.raises(ValueError, match=r"xattn/q/kernel has axes \('embed', 'heads'\): name every dimension by one of whole, norm"):
+        check_parameters(phase.layout, phase.shapes, lambda path: "/".join(map(str, path)))

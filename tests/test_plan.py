@@ -1,0 +1,169 @@
+"""The planner: what it counts of real steps, what it says of what cannot be or does not fit."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from evlm_jax import chips, flops, plan_search, roofline
+from evlm_jax.cli import main
+from evlm_jax.compiled import Costs, Operation, Transfer
+from evlm_jax.plan import OTHER, cube, phase_share, plan
+from evlm_jax.plan_text import show
+from tests.tiny import CROSS_ONLY, UPPER_VIT, tiny_config
+
+tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason='pip install -e ".[plan]"')
+TWO_PHASES = {"phases": ({"start": 0.0, "warmup": 0, "rules": CROSS_ONLY}, {"start": 0.25, "warmup": 0, "rules": UPPER_VIT})}
+
+
+def config(**sections):
+    """Bfloat16 as on TPUs; the upper half of the ViT is trained in phase 1."""
+    dtypes = {"dtype": "bfloat16", "matmul_precision": "bfloat16", "frozen_dtype": "bfloat16"}
+    sections["train"] = {"batch": 8, "steps": 100, **dtypes, **sections.get("train", {})}
+    return tiny_config(vit={"cuts": (2,)}, optim=TWO_PHASES, **sections)
+
+
+def ratios(report: dict) -> dict[str, float]:
+    """{part: executed / needed}."""
+    done = {part: sum(passes.values()) * report["devices"] for part, passes in report["executed"].items()}
+    return {part: done.get(part, 0.0) / sum(cost.values()) for part, cost in report["needed"].items()}
+
+
+@pytest.mark.parametrize(("phase", "copies"), [(0, 0), (1, 2)])
+def test_a_step_executes_what_is_needed_and_known_extras(phase, copies):
+    cfg = config(moe={"copies": copies}, train={"batch": 2})
+    report = plan(cfg, "cpu:1", phase=phase)
+    t, pairs = cfg.data.length, cfg.data.pairs * cfg.xattn.tile
+    known = {flops.LLM_SCORES: 2 * t / (t + 1), flops.CROSS_SCORES: pairs / t}  # masked halves; tiles that may be empty
+    # The norm's gradient is a product more; of a trained ViT, taps 2 of 3 need a gradient, in 2 of 4 layers, and all get one.
+    keys = 1.5 if phase == 0 else 3 / (2 + 2 / 4)
+    for part, ratio in ratios(report).items():
+        if not (phase == 1 and part == flops.TRAINED_VIT):  # below its lowest products no gradient is needed
+            assert ratio == pytest.approx(keys if part == flops.KEYS else known.get(part, 1.0), rel=1e-6), part
+    assert OTHER not in report["executed"]
+    again = sum(passes["again"] for passes in report["executed"].values())
+    assert again == 0
+
+
+def test_rematerialisation_is_told_apart():
+    executed = plan(config(train={"remat": "full"}), "cpu:1")["executed"]
+    assert executed[flops.FFN]["again"] == executed[flops.FFN]["forward"] > 0
+    assert executed[flops.FROZEN_VIT]["again"] == executed[flops.FROZEN_VIT]["backward"] == 0
+
+
+@tpu
+def test_a_tpu_slice(tmp_path):
+    """All axes; the parts add up over devices as on one, and the state lies in pieces."""
+    cfg = config(moe={"copies": 2}, mesh={"fsdp": 2, "expert": 2, "tensor": 2, "data": 1, "zero": 3, "frozen": "sharded"})
+    report = plan(cfg, "v5p:2x2x2", hlo=str(tmp_path / "step.txt"))
+    assert ratios(report)[flops.LLM] == ratios(report)[flops.ROUTED] == pytest.approx(1, rel=1e-6)
+    assert report["fits"] and report["time"]["seconds"] > 0 and report["memory"]["peak"] > 0
+    assert report["arguments"]["optimizer"]["bytes"] < report["arguments"]["optimizer"]["count"] * 4 / 2
+    assert {"all-gather", "ragged-all-to-all"} <= {c["kind"] for c in report["collectives"]}
+    assert all("by its average" in note for note in report["notes"])
+    assert "routed experts" in show(report) and "binds" in show(report)
+    assert "HloModule" in (tmp_path / "step.txt").read_text()[:20]
+
+
+@tpu
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["eval", "prefill", "decode"])
+def test_other_programs(what):
+    report = plan(config(mesh={"data": 2, "fsdp": 1, "tensor": 2}), "v5e:2x2", what)
+    assert ratios(report)[flops.LLM] == ratios(report)[flops.HEAD] == pytest.approx(1)
+    assert "days" not in report["time"]
+
+
+@tpu
+@pytest.mark.slow
+def test_what_does_not_fit_is_told_with_a_mend(capsys):
+    cfg = config(data={"length": 1024}, train={"batch": 4096}, mesh={"data": 1, "fsdp": 4})
+    report = plan(cfg, "v5e:2x2")
+    report["tried"] = plan_search.mend(cfg, "v5e:2x2", "train", 0)
+    assert not report["fits"] and report["largest"]["buffers"][0]["bytes"] > 2**30
+    assert report["tried"][-1]["fits"] and report["tried"][-1]["change"].startswith("train.")
+    text = show(report)
+    assert "does not fit" in text and "scores" in text and "accumulate" in text
+
+
+@tpu
+def test_the_sweep_offers_possible_meshes_only():
+    cfg = config(mesh={"data": 1, "fsdp": -1})
+    found = {(c.mesh.fsdp, c.mesh.tensor) for c in plan_search.meshes(cfg, "v5e:2x2")}
+    assert found == {(-1, 1), (-1, 2)}  # 2 key heads
+
+
+def test_the_command_on_cpu_devices(tmp_path):
+    experiment = tmp_path / "tiny.py"
+    experiment.write_text(
+        "from ml_collections import ConfigDict\nfrom tests.tiny import _TINY\n\n\ndef get_config():\n    return ConfigDict(_TINY)\n"
+    )
+    out = tmp_path / "plan.json"
+    words = ["--config", str(experiment), "--topology", "cpu:4", "--mesh", "data=2,fsdp=2", "--global-batch", "4", "--json", str(out)]
+    done = subprocess.run([sys.executable, "-m", "evlm_jax.cli", "plan", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert (report["devices"], report["rows"], report["mesh"]["fsdp"]) == (4, 4, 2)
+    assert "language model, linear" in done.stdout and "all-reduce" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--topology", "v9:2x2"], "unknown; use cpu:8"),
+        (["--topology", "cpu:two"], "give a number of devices"),
+        (["--topology", "cpu:1", "--mesh", "data=3"], "product must be that"),
+        (["--topology", "cpu:1", "--mesh", "rows=3"], "unknown key mesh.rows"),
+        (["--topology", "cpu:1", "--phase", "7"], "the config has phases 0 to 0"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_compiled(words, message, capsys, monkeypatch):
+    monkeypatch.setattr("jax.stages.Lowered.compile", None)
+    assert main(["plan", "--config", "experiments/demo.py:fast", *words]) == 1
+    assert message in capsys.readouterr().err
+
+
+@tpu
+@pytest.mark.parametrize(
+    ("topology", "mesh", "message"),
+    [
+        ("v5e:3x3", {}, "v5e:3x3"),
+        ("v5e:2x4", {"data": 8, "tensor": 1}, "rows cannot be split over 8"),
+        ("v5e:2x4", {"tensor": 8}, "multiple"),
+    ],
+)
+def test_what_a_slice_cannot_do_is_said_as_well(topology, mesh, message, monkeypatch):
+    monkeypatch.setattr("jax.stages.Lowered.compile", None)
+    with pytest.raises(ValueError, match=message):
+        plan(tiny_config(mesh={"data": 1, "fsdp": 1, **mesh}), topology)
+
+
+@tpu
+def test_links_of_a_torus():
+    devices, chip = chips.devices("v5p:2x2x2")
+    along = lambda axis: tuple(i for i, d in enumerate(devices) if all(d.coords[a] == 0 for a in range(3) if a != axis))
+    assert roofline.link(chip, devices, along(2)) == ("ici", 200e9)
+    assert roofline.link(chip, devices, tuple(range(8))) == ("ici", 600e9)
+    two, _ = chips.devices("v5p:2x2x1", slices=2)
+    assert roofline.link(chip, two, tuple(range(8))) == ("dcn", 6.25e9)
+    with pytest.raises(ValueError, match="no rate of its data-centre network"):
+        roofline.link(chip._replace(dcn=None), two, tuple(range(8)))
+
+
+def test_seconds_of_a_step():
+    """Two operations, one held up by each unit; a hidden copy; a sum over 4 of 8 GPUs."""
+    devices, chip = [type("Device", (), {"platform": "gpu", "id": i}) for i in range(8)], chips.CHIPS["h100"]
+    costs = Costs()
+    costs.operations.update({Operation(989e12, 1.0, False): 2, Operation(1.0, 3350e9, False): 3, Operation(0.0, 3350e9, True): 1})
+    costs.products["x"] = 2 * 989e12
+    costs.transfers[Transfer("all-reduce", (0, 1, 2, 3), 450 * 10**9)] = 2
+    step = roofline.step(chip, costs, devices)
+    assert (step.products, step.hbm, step.ici, step.dcn) == pytest.approx((2, 3, 3, 0))
+    assert (step.seconds, step.bound, step.binds) == (pytest.approx(5), pytest.approx(4), "HBM")
+
+
+def test_slices_and_phases():
+    assert [cube(n) for n in (4, 8, 16, 32, 64, 256)] == ["2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x8x8"]
+    assert [phase_share(config(), phase) for phase in (0, 1)] == [0.25, 0.75]

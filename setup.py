@@ -60,6 +60,7 @@ setup(
             "pandas>=3.1",
             "python-dotenv>=1.2",
             "pytablewriter>=1.2",
+            "sacrebleu==2.6.0",
             "scikit-learn>=1.9",
             "sqlitedict>=2.1",
             "tenacity>=9.2",

@@ -72,6 +72,6 @@ setup(
     },
     entry_points={
         "console_scripts": ["evlm=evlm_jax.cli:main"],
-        "lmms_eval.models": ["evlm_jax=evlm_jax.evals.lmms:manifest"],
+        "lmms_eval.models": ["evlm=evlm_jax.evals.lmms:manifests"],
     },
 )

@@ -26,7 +26,7 @@ class Generated:
 
     def order(self, asked: Question) -> tuple:
         """Questions are answered in the order of this."""
-        return len(asked.text) // SIMILAR, asked.cluster
+        return similar(asked)
 
     def __call__(self, questions: Sequence[Question]) -> list[dict]:
         """The answers, in the order of the questions."""
@@ -66,6 +66,11 @@ class LowestLoss:
                 names = [self.candidates[k] for k in best]
                 rows[i] = {"prediction": names[0], "ranking": names, "losses": [round(float(loss[k]), 4) for k in best]}
         return rows
+
+
+def similar(asked: Question) -> tuple[int, str]:
+    """Sorts questions by length, roughly, and within that by image."""
+    return len(asked.text) // SIMILAR, asked.cluster
 
 
 def prompt_text(asked: Question, template: str) -> str:

@@ -1,6 +1,10 @@
 """`evlm eval` and `evlm score` on a checkpoint, from the command line to the saved result."""
 
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +58,30 @@ def test_answers_are_the_generator_s(run, tmp_path, capsys):
 def test_the_plain_template_says_answer_by_itself():
     asked = Question("0", "Is it red? Answer:", (("a",), ("b",)), "yes", "0")
     assert prompt_text(asked, "plain") == 2 * MARKER + "Is it red?" and prompt_text(asked, "chatml").endswith("red? Answer:")
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on(run, tmp_path):
+    """SIGKILL while it answers; what it had answered stays, and the scores are those of a run that was not cut off."""
+    data, out, whole = layouts.write("gqa", tmp_path / "gqa"), tmp_path / "r.json", tmp_path / "whole.json"
+    row = json.loads((data / "testdev_balanced_questions.json").read_text())["200"]
+    many = {str(i): row | {"question": f"Is it {i}?"} for i in range(160)}
+    (data / "testdev_balanced_questions.json").write_text(json.dumps(many))
+    log = out.with_suffix(".jsonl")
+    command = [sys.executable, "-m", "evlm_jax.cli", "eval", "--checkpoint", str(run), "--task", "gqa", "--data", str(data), "--batch", "4"]
+    process = subprocess.Popen([*command, "--out", str(out)], cwd=Path(cli.__file__).parents[1])
+    deadline = time.monotonic() + 300
+    while not log.exists() or log.read_text("utf-8").count("\n") < 9:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    before = log.read_bytes()
+    assert before.count(b"\n") < 161 and not out.exists()
+    result = evaluated(run, "gqa", data, out, "--batch", "4")
+    assert log.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
+    assert result["scores"] == evaluated(run, "gqa", data, whole, "--batch", "4")["scores"]
+    assert log.read_bytes() == whole.with_suffix(".jsonl").read_bytes() and log.read_text("utf-8").count("\n") == 161
 
 
 def test_classes_by_lowest_loss(run, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from evlm_jax import cli
+from evlm_jax.convert import export
 from evlm_jax.data import video
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, question
 from evlm_jax.evals import results
@@ -39,7 +40,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(run):
     """The plug-in, as lmms-eval makes it, with documents that are what they show."""
-    from evlm_jax.evals.lmms.model import EvlmJax
+    from evlm_jax.evals.lmms.jax_model import EvlmJax
 
     made = EvlmJax.create_from_arg_string(f"checkpoint={run},frames=3", {"batch_size": 4, "device": None})
     return made
@@ -109,6 +110,7 @@ def test_loglikelihood(run, model, seen):
     assert [said for _, said in found] == [greedy[0], True, greedy[1]]
 
 
+@pytest.mark.slow
 def test_multi_round(ours, model, seen):
     docs, visuals = seen
 
@@ -128,6 +130,22 @@ def test_multi_round(ours, model, seen):
         assert list(answers) == expected and len(answers) == 1 + len(docs[i])
 
 
+@pytest.mark.slow
+def test_an_export_answers_like_its_checkpoint(run, model, seen, tmp_path):
+    from evlm_jax.evals.lmms.hf_model import EvlmHf
+
+    export.export(str(run), str(tmp_path / "hf"), "hf")
+    other = EvlmHf(str(tmp_path / "hf"), frames=3, batch_size=2, device="cpu")
+    other.task_dict = model.task_dict
+    how = {"max_new_tokens": 8, "do_sample": False}
+    requests = [ask("generate_until", f"what {i}?", how, look, i) for i in range(len(seen[0]))]
+    assert other.generate_until(requests) == model.generate_until(requests)
+    requests = [ask("loglikelihood", "what?", target, look, i) for target in (" yes", " it is") for i in (0, 4)]
+    (ours, greedy), (theirs, also) = (zip(*plugin.loglikelihood(requests)) for plugin in (model, other))
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4)
+    assert greedy == also
+
+
 TASK = """
 task: tiny_gqa
 dataset_path: json
@@ -145,7 +163,7 @@ metric_list:
 
 @pytest.mark.slow
 def test_the_command_gives_our_evaluator_s_number(run, tmp_path):
-    if "evlm_jax" not in [point.name for point in importlib.metadata.entry_points(group="lmms_eval.models")]:
+    if "evlm" not in [point.name for point in importlib.metadata.entry_points(group="lmms_eval.models")]:
         pytest.skip("the installed metadata have no plug-in: pip install -e . again")
     data = layouts.write("gqa", tmp_path / "gqa")
     said = tmp_path / "ours.json"

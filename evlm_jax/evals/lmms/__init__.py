@@ -1,11 +1,12 @@
-"""The plug-in for lmms-eval: `python -m lmms_eval --model evlm_jax --model_args checkpoint=DIR --tasks ...`.
+"""The plug-in for lmms-eval: `--model evlm_jax --model_args checkpoint=DIR`, and `--model evlm_hf --model_args pretrained=EXPORT`.
 
-lmms-eval finds it by the entry-point group "lmms_eval.models"; this file is all that it imports before the model is asked for.
+lmms-eval finds it by the entry-point group "lmms_eval.models"; this file is all that it imports before a model is asked for.
 """
 
 
-def manifest():
+def manifests():
     """What lmms-eval registers."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest("evlm_jax", simple_class_path="evlm_jax.evals.lmms.model.EvlmJax")
+    models = {"evlm_jax": "jax_model.EvlmJax", "evlm_hf": "hf_model.EvlmHf"}
+    return [ModelManifest(name, simple_class_path=f"evlm_jax.evals.lmms.{place}") for name, place in models.items()]

@@ -1,7 +1,8 @@
-"""lmms-eval's model interface over a checkpoint of ours: the same prompts, batches and generation as `evlm eval`."""
+"""Requests of lmms-eval, as questions: what a model of ours, in JAX or in PyTorch, is asked."""
 
 import hashlib
 import tempfile
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,32 +13,33 @@ from PIL import Image
 from tqdm import tqdm
 
 from evlm_jax.data import video
-from evlm_jax.data.samples import ImageRef, Sample, question
+from evlm_jax.data.samples import ImageRef
 from evlm_jax.data.sources import SUFFIXES
-from evlm_jax.evals.answer import Generated, prompt_text
-from evlm_jax.evals.choice import answer_losses
+from evlm_jax.evals.answer import similar
 from evlm_jax.evals.runner import chunks
 from evlm_jax.evals.task import Question
-from evlm_jax.generate import ROWS, Generator
-from evlm_jax.run import features_of, load_trained
 
 TOKENS = 1024  # most new ones of an answer whose task does not say
 Visuals = tuple[tuple[ImageRef, ...], ...]
 
 
-class EvlmJax(lmms):
-    """The newest checkpoint of a run. `--model_args checkpoint=DIR,frames=16`.
+class Requests(lmms):
+    """Images are PIL images or paths, videos are paths. They stand in front of the text, or at its <image> markers."""
 
-    Images are PIL images or paths, videos are paths. They stand in front of the text, or at its <image> markers.
-    """
+    order = staticmethod(similar)
 
-    def __init__(self, checkpoint: str, frames: int = 16, batch_size: int | str = ROWS, device: str | None = None, max_batch_size=None):
-        """`device` and `max_batch_size` are lmms-eval's; JAX takes the devices that it finds."""
+    def __init__(self, frames: int, chunk: int):
+        """`frames`: of a video, uniformly sampled; `chunk`: questions answered together."""
         super().__init__()
-        trained = load_trained(checkpoint)
-        self.trained, self.features, self.frames, self.rows = trained, features_of(trained), int(frames), int(batch_size)
-        look = self.features.get if self.features else None
-        self.generator = Generator(trained.model, trained.tokenizer, features=look, rows=self.rows)
+        self.frames, self.chunk = int(frames), int(chunk)
+
+    @abstractmethod
+    def answer(self, questions: Sequence[Question], tokens: int, temperature: float, top_p: float) -> list[str]:
+        """Generates; temperature 0 is greedy."""
+
+    @abstractmethod
+    def losses(self, asked: Sequence[tuple[Question, str]]) -> list[tuple[float, bool]]:
+        """Of each answer its loss in nats, without the token that ends it, and whether greedy generation would begin with it."""
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Answers, cut where a text of `until` begins."""
@@ -57,16 +59,15 @@ class EvlmJax(lmms):
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """(log-probability of the continuation as the answer, whether greedy generation would begin with it)."""
-        samples, found, template = [], [(0.0, True)] * len(requests), self.generator.cfg.data.template  # as nothing said is
+        found, asked = [(0.0, True)] * len(requests), {}  # as an empty continuation is
         with tempfile.TemporaryDirectory() as folder:
             for i, (text, target, visuals, *place) in enumerate(request.args for request in requests):
                 doc = self._doc(*place)
-                asked = Question(str(i), text, stored(visuals(doc), Path(folder), self.frames), None, str(i))
                 if answer := (target if isinstance(target, str) else target(doc)).removeprefix(" "):  # the template has the space
-                    samples.append(Sample(str(i), "lmms-eval", asked.visuals, (question(prompt_text(asked, template), answer),)))
-            losses = answer_losses(self.trained.model, self.trained.tokenizer, samples, self.features, self.rows, end=False)
-        for sample, (loss, greedy) in zip(samples, losses, strict=True):
-            found[int(sample.key)] = (-float(loss[0]), bool(greedy[0]))
+                    seen = stored(visuals(doc), Path(folder), self.frames)
+                    asked[i] = (Question(str(i), text, seen, None, str(i)), answer)
+            for i, (loss, greedy) in zip(asked, self.losses(list(asked.values())), strict=True):
+                found[i] = (-loss, greedy)
         return found
 
     def _doc(self, number: int, task: str, split: str):
@@ -77,15 +78,14 @@ class EvlmJax(lmms):
         answers, groups = [""] * len(asked), {}
         for i, (_, how, _) in enumerate(asked):
             groups.setdefault(options(how), []).append(i)
-        bar = tqdm(total=len(asked), desc="evlm_jax", unit="answer")
+        bar = tqdm(total=len(asked), desc=type(self).__name__, unit="answer")
         for (tokens, temperature, top_p, until), places in groups.items():
-            answer = Generated(self.generator, tokens, temperature=temperature, top_p=top_p)
             bare = [Question(str(i), asked[i][0], (), None, f"{i:09}") for i in places]
-            for chunk in chunks(bare, answer):
+            for chunk in chunks(bare, self):
                 with tempfile.TemporaryDirectory() as folder:  # images of one chunk at a time
                     whole = [replace(bare[k], visuals=stored(asked[places[k]][2](), Path(folder), self.frames)) for k in chunk]
-                    for k, row in zip(chunk, answer(whole), strict=True):
-                        answers[places[k]] = cut(row["prediction"], until)
+                    for k, answer in zip(chunk, self.answer(whole, tokens, temperature, top_p), strict=True):
+                        answers[places[k]] = cut(answer, until)
                 bar.update(len(chunk))
         bar.close()
         return answers
@@ -112,7 +112,7 @@ def options(how: dict) -> tuple[int, float, float, tuple[str, ...]]:
     Raises ValueError for beam search.
     """
     if how.get("num_beams", 1) not in (None, 1):
-        raise ValueError(f"evlm_jax: num_beams = {how['num_beams']}: there is no beam search; set num_beams=1 with --gen_kwargs")
+        raise ValueError(f"num_beams = {how['num_beams']}: there is no beam search; set num_beams=1 with --gen_kwargs")
     temperature = float(how.get("temperature") or 0.0) if how.get("do_sample", True) else 0.0
     until = how.get("until") or ()
     ends = (until,) if isinstance(until, str) else tuple(until)
@@ -141,5 +141,5 @@ def stored(given: Sequence, folder: Path, frames: int) -> Visuals:
             suffix = Path(visual).suffix.lower()
             found.append((ImageRef(str(visual)),) if suffix in SUFFIXES else video.uniform(visual, frames))
         else:
-            raise ValueError(f"evlm_jax: a visual is {type(visual).__name__}; images are PIL images or paths, videos are paths")
+            raise ValueError(f"a visual is {type(visual).__name__}; images are PIL images or paths, videos are paths")
     return tuple(found)

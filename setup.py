@@ -19,6 +19,7 @@ CORE = [
     "numpy>=2.0",
     "onnx>=1.23.2",  # reads ONNX weights
     "pillow>=12.0",
+    "scipy>=1.14",  # reads the labels of ImageNet's devkit
     "tokenizers>=0.23.3",
     "tqdm>=4.67",
 ]

@@ -7,7 +7,7 @@ from evlm_jax import checkpoint
 from evlm_jax.evals import results, score, tasks
 from evlm_jax.evals.answer import Generated, LowestLoss
 from evlm_jax.evals.judge import open_judge
-from evlm_jax.evals.runner import evaluate
+from evlm_jax.evals.runner import evaluate, unjudged
 from evlm_jax.evals.task import first
 from evlm_jax.generate import Generator
 from evlm_jax.run import features_of, load_trained
@@ -43,9 +43,10 @@ def run_score(args: argparse.Namespace) -> None:
     """Scores again, offline; compares where asked."""
     result = results.load(args.results)
     task = tasks.find(result["task"])
-    if args.judge and task.judge:
-        judge = open_judge(args.judge, args.judge_model)
-        result["examples"] = [row | {"judgement": row.get("judgement") or judge(task.judge(row))} for row in result["examples"]]
+    if args.judge:
+        judge, rows = open_judge(args.judge, args.judge_model), result["examples"]
+        for i in unjudged(task, rows):
+            rows[i]["judgement"] = judge(task.judge(rows[i]))
     result = score.scored(result)
     print(score.table(result))
     if args.against:

@@ -51,9 +51,14 @@ def evaluate(
         for chunk in _bar(todo, len(rows), task.name):
             log.write([rows[i] for i in chunk], answer([questions[i] for i in chunk]))
         if task.judge and judge:
-            for one in _bar([[i] for i, row in enumerate(rows) if "judgement" not in row], len(rows), "judge"):
-                log.write([rows[one[0]]], [{"judgement": judge(task.judge(rows[one[0]]))}])
+            for (i,) in _bar([[i] for i in unjudged(task, rows)], len(rows), "judge"):
+                log.write([rows[i]], [{"judgement": judge(task.judge(rows[i]))}])
     return head | {"examples": rows}
+
+
+def unjudged(task: Task, rows: Sequence[dict]) -> list[int]:
+    """Places of the rows that still need the judge."""
+    return [i for i, row in enumerate(rows) if "judgement" not in row and task.judge and task.judge(row)]
 
 
 def chunks(questions: Sequence[Question], answer: Answerer) -> list[list[int]]:

@@ -49,7 +49,7 @@ class Task:
       data: whether it needs a path.
       tokens: most new tokens of an answer.
       candidates: closed set of answers, chosen from by lowest loss instead of by generation: questions -> texts.
-      judge: row -> prompt for a judge, whose reply the scorer finds in row["judgement"].
+      judge: row -> prompt for a judge, whose reply the scorer finds in row["judgement"]; "" where none is needed.
     """
 
     name: str

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from evlm_jax.evals.scorers import boxes, choices, documents, vqa, yes_no
+from evlm_jax.evals.tasks import mmbench
 
 NEED = "needs lmms-eval: pip install -e '.[lmms]' and pip install --no-deps lmms-eval==0.7.3"
 COUNT = 600
@@ -176,6 +177,24 @@ def test_circular_eval(said):
     assert pandas.DataFrame(rows)["index"].is_unique
     with pytest.raises(ValueError, match="question 5 has rotations but no first round"):
         choices.circular([True], [5 + choices.ROTATION])
+
+
+def test_circular_eval_with_a_judge(said):
+    """Both ask the same judge, who always names an option."""
+    theirs, rng, rows = lmms("tasks.mmbench.mmbench_evals").MMBench_Evaluator(), random.Random(7), []
+    for i, text in enumerate(said):
+        for turn in range(rng.randint(1, 2)):
+            row = {"index": i + turn * choices.ROTATION, "answer": rng.choice("ABCD"), "prediction": text, "category": "x", "question": "?"}
+            rows.append(row | {"reply": rng.choice([f"{row['answer']}.", row["answer"], f"({rng.choice('ABCD')})"])})
+    table = [row | OPTIONS for row in rows]
+    theirs.extract_answer_from_item = lambda item: (theirs.can_infer(item["reply"], dict(OPTIONS)), item["reply"])
+    overall, *_ = theirs.eval_result(table, "openai")
+    ours = [row | {"options": OPTIONS} for row in rows]
+    waiting = mmbench.score(ours)
+    assert "circular (judge)" not in waiting.each and waiting.whole["not judged"] == sum(bool(mmbench.judge(row)) for row in ours) > 100
+    judged = mmbench.score([row | ({"judgement": row["reply"]} if mmbench.judge(row) else {}) for row in ours])
+    hits = [hit for hit in judged.each["circular (judge)"] if hit is not None]
+    assert sum(hits) / COUNT == pytest.approx(100 * overall, abs=1e-9) and 0.1 < overall < 0.9 and judged.whole["not judged"] == 0
 
 
 def test_boxes(said):

@@ -5,7 +5,9 @@ import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.io
 
 from evlm_jax.evals import score, tasks
 from evlm_jax.evals.paper import PAPER
@@ -46,8 +48,7 @@ def right(question):
 
 
 def judge(prompt):
-    assert "It grows brighter." in prompt
-    return "Verbosity: 4\nAccuracy: 10"
+    return "Verbosity: 4\nAccuracy: 10" if "It grows brighter." in prompt else "Z"
 
 
 @pytest.mark.parametrize("name", sorted(layouts.WRITERS))
@@ -192,3 +193,24 @@ def test_synsets_have_names_and_doubles_are_one_candidate(tmp_path):
     assert task.candidates(questions) == ["cat", "crane"] and len(questions) == 30 and len(task.questions(data, "all")) == 36
     rows = [{"answer": "cat", "ranking": ["crane", "cat"], "cluster": "a"}, {"answer": "cat", "ranking": ["cat"], "cluster": "b"}]
     assert task.score(rows).each == {"acc@1": [0, 100], "acc@5": [100, 100]}
+
+
+def test_imagenet_as_it_comes(tmp_path):
+    data, kit = tmp_path / "val", tmp_path / "ILSVRC2012_devkit_t12" / "data"
+    for i in range(1, 25):
+        layouts.picture(data / f"ILSVRC2012_val_{i:08d}.JPEG", i % 10)
+    task = tasks.find("classes")
+    with pytest.raises(ValueError, match="their labels, ILSVRC2012_devkit_t12/data, are neither in it nor beside it"):
+        task.questions(data, None)
+    kit.mkdir(parents=True)
+    fields = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object)]
+    synsets = [(1, "n01440764", "tench, Tinca tinca"), (2, "n02012849", "crane"), (3, "n03126707", "crane")]
+    scipy.io.savemat(kit / "meta.mat", {"synsets": np.array(synsets, fields)})
+    truth = kit / "ILSVRC2012_validation_ground_truth.txt"
+    truth.write_text("".join(f"{1 + i % 2}\n" for i in range(23)) + "3\n")
+    questions = task.questions(data, None)
+    assert [q.id for q in questions[:2]] == ["n01440764/ILSVRC2012_val_00000001.JPEG", "n02012849/ILSVRC2012_val_00000002.JPEG"]
+    assert len(questions) == 21 and len(task.questions(data, "all")) == 24 and task.candidates(questions) == ["crane", "tench"]
+    truth.write_text("1\n2\n")
+    with pytest.raises(ValueError, match="ground_truth.txt: row 3: no class of meta.mat for ILSVRC2012_val_00000003.JPEG"):
+        task.questions(data, None)

@@ -43,7 +43,7 @@ def read(data: Path, split: str, style: str) -> list[Question]:
             frames = video.uniform(ref.path, FRAMES)
         except video.VideoError as error:
             raise row.error(str(error)) from error
-        questions.append(Question(f"{name}-{row.number}", row.get("question", ASK), (frames,), row["answer"], name))
+        questions.append(Question(f"{name}-{row.number}", row.get("question", ASK), (frames,), row["answer"], name, {"frames": FRAMES}))
     return questions
 
 

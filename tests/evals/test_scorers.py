@@ -213,6 +213,19 @@ def test_boxes(said):
     assert boxes.iou((0, 0, 0, 0), (0, 0, 0, 0)) == 0
 
 
+def grid_boxes(said):
+    """Predictions in Qwen-VL's form, good ones, bad ones and `said`, and true boxes from 0 to 1."""
+    rng, predictions, truth = random.Random(8), [], []
+    for text in said:
+        left, top = rng.randint(0, 500), rng.randint(0, 500)
+        box = [left, top, left + rng.randint(50, 400), top + rng.randint(50, 400)]
+        near = [x + round(rng.gauss(0, 40)) for x in box]
+        good = "<ref>it</ref><box>({},{}),({},{})</box>".format(*near)
+        predictions.append(rng.choice([good, good, good, text, good[:-9], good.replace(",", ", "), good + good, "({},{})".format(*near)]))
+        truth.append([x / 1000 for x in box])
+    return predictions, truth
+
+
 @pytest.fixture(scope="module")
 def reference(said):
     """What the scripts that no package has say about the same predictions; tests/evals/reference_scores.json names them."""
@@ -243,3 +256,9 @@ def test_llava_scienceqa(said, reference):
 
 def test_llava_gqa():
     assert vqa.gqa(["Red.", "red", "red!", "12%..", "红"], ["red", "red", "red", "12%", "红"], "llava") == [1, 1, 0, 1, 1]
+
+
+def test_qwen_vl_boxes(said, reference):
+    predictions, truth = grid_boxes(said)
+    right = "".join("01"[overlap >= 0.5] for overlap in boxes.overlaps(predictions, truth, "qwen-vl"))
+    assert right == reference["boxes"] and 100 < right.count("1") < 500

@@ -234,6 +234,14 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     return x if layout is None else jax.lax.with_sharding_constraint(x, layout.sharding(axes))
 
 
+def lookup(table: nnx.Variable, index: jax.Array) -> jax.Array:
+    """Rows of a table [vocab, D] for index [B, T] -> [B, T, D]. A table in pieces of D stays so; what is found changes places."""
+    layout = _active.get()
+    if layout is not None and (layout.cfg.zero == 3 or layout.cfg.frozen == "sharded"):
+        return shard(shard(table[...][shard(index, "copies")], "copies", None, "pieces"), "rows")
+    return shard(table[...][index], "rows")
+
+
 def weight(param: nnx.Variable, dtype: jnp.dtype) -> jax.Array:
     """A parameter where it is used. On a mesh it is gathered in `dtype`; its gradient is summed over rows, in pieces, where it waits."""
     layout = _active.get()

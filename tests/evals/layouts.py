@@ -101,14 +101,14 @@ def ai2d(folder):
 
 
 def mmbench(folder):
-    cell = base64.b64encode(picture(folder / "x.jpg").read_bytes()).decode()
+    cell = lambda i: base64.b64encode(picture(folder / f"{i}.jpg", i).read_bytes()).decode()
     header = "index question hint A B C D answer category l2-category image split".split()
     lines = [header]
     for i in range(3):
         for turn in range(2):
             texts = ["cat", "dog"] if turn == 0 else ["dog", "cat"]
             place = [str(i + turn * ROTATION), "Which?", "Look." if i == 1 else "nan", *texts, "", ""]
-            lines.append([*place, "AB"[turn], "kind", "group", cell if turn == 0 else str(i), "dev"])
+            lines.append([*place, "AB"[turn], "kind", "group", cell(i) if turn == 0 else str(i), "dev"])
     path = folder / "mmbench_dev.tsv"
     path.write_text("".join("\t".join(line) + "\n" for line in lines), "utf-8")
     return path

@@ -1,6 +1,6 @@
 """DocVQA and ChartQA: answers that are read off the image.
 
-docvqa    SPLIT_v1.0.json with the images' paths in it (documents/*.png)
+docvqa    SPLIT_v1.0.json or SPLIT_v1.0_withQT.json, with the images' paths in it (documents/*.png)
 chartqa   SPLIT/SPLIT_human.json, SPLIT/SPLIT_augmented.json, SPLIT/png/
 """
 
@@ -16,8 +16,8 @@ PARTS = ("human", "augmented")
 
 def read_docvqa(data: Path, split: str, style: str) -> list[Question]:
     """The test split has no answers."""
-    questions = []
-    for row in json_rows(data / f"{split}_v1.0.json", "data"):
+    questions, typed = [], data / f"{split}_v1.0_withQT.json"
+    for row in json_rows(typed if typed.is_file() else data / f"{split}_v1.0.json", "data"):
         answers = None if split == "test" else row["answers"]
         if answers == []:
             raise row.error("0 answers, there must be at least one")

@@ -30,6 +30,7 @@ def read(data: Path, split: str, style: str, suffix: dict[str, str]) -> list[Que
     """Every rotation is a question; they are scored together."""
     rows, questions = tsv_rows(data, ("index", "question", "hint", "A", "B", "answer", "category", "image", "split")), []
     cells = {row["index"]: row["image"] for row in rows}
+    seen = lambda cell: cells.get(cell, cell)  # a cell may name the row that has the image
     for row in rows:
         if row["split"] != split:
             continue
@@ -41,9 +42,10 @@ def read(data: Path, split: str, style: str, suffix: dict[str, str]) -> list[Que
             text = f"{hint} " * bool(hint) + f"{row['question']} {SEVERAL}{lettered(options)}\n" + suffix[style]
         else:
             text = f"{hint}\n" * bool(hint) + f"{row['question']}\n{lettered(options)}" + suffix.get(style, ANSWER)
-        facts = {"options": options, "index": int(row["index"]), "category": row["category"]}
-        image = row.image(_stored(row, cells.get(row["image"], row["image"])))  # a cell may name the row that has the image
-        questions.append(Question(row["index"], text, image, row["answer"], str(facts["index"] % ROTATION), facts))
+        index, image = int(row["index"]), row.image(_stored(row, seen(row["image"])))
+        about = hashlib.sha256(seen(cells.get(str(index % ROTATION), row["image"])).encode()).hexdigest()[:16]  # the first round's image
+        facts = {"options": options, "index": index, "category": row["category"]}
+        questions.append(Question(row["index"], text, image, row["answer"], about, facts))
     if not questions:
         raise ValueError(f"{data}: no row of split {split!r}")
     return questions

@@ -30,21 +30,29 @@ def lmms(module):
     return importlib.import_module(f"lmms_eval.{module}")
 
 
-@pytest.fixture(scope="module")
-def said():
+def predictions():
     """COUNT predictions: all awkward ones, alone and joined, and short texts of common words."""
     rng = random.Random(0)
     made = AWKWARD + [f"{a}{rng.choice([' ', ', ', '. ', '-'])}{b}" for a, b in zip(rng.sample(AWKWARD, len(AWKWARD)), AWKWARD)]
     return made + [" ".join(rng.choices(WORDS + AWKWARD, k=rng.randint(1, 4))) for _ in range(COUNT - len(made))]
 
 
-@pytest.fixture(scope="module")
-def answers(said):
+def ten_answers(said):
     """Ten answers a prediction, some of them equal to it, some of them all the same."""
     rng = random.Random(1)
     bare = lambda text: text.replace(",", "").replace("?", "").replace("'s", " 's").upper()
     drawn = [rng.choices([text, bare(text), *rng.choices(said, k=2), *WORDS[:2]], k=10) for text in said]
     return [[group[0]] * 10 if i % 7 == 0 else group for i, group in enumerate(drawn)]
+
+
+@pytest.fixture(scope="module")
+def said():
+    return predictions()
+
+
+@pytest.fixture(scope="module")
+def answers(said):
+    return ten_answers(said)
 
 
 def test_vqa_accuracy(said, answers):
@@ -228,9 +236,9 @@ def grid_boxes(said):
 
 @pytest.fixture(scope="module")
 def reference(said):
-    """What the scripts that no package has say about the same predictions; tests/evals/reference_scores.json names them."""
+    """What scripts that no package has say about the same predictions; tests/evals/reference_scores.py runs them."""
     saved = json.loads((Path(__file__).parent / "reference_scores.json").read_text("utf-8"))
-    assert saved["predictions"] == said, "the predictions changed: run the scripts again"
+    assert saved["predictions"] == said, "the predictions changed: run tests/evals/reference_scores.py again"
     return saved
 
 

@@ -16,7 +16,7 @@ SIMILAR = 64  # characters: prompts whose lengths differ by less are answered to
 
 
 class Generated:
-    """Generates. An answer is a row's {"prediction": raw text}."""
+    """Generates. An answer is a row's {"prediction": the text, without space around it}."""
 
     method = "greedy"
 

@@ -7,11 +7,11 @@ family's scorer looks at}. So scores can be computed again without the model and
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from evlm_jax.data.samples import ImageRef
+from evlm_jax.data.samples import MARKER, ImageRef
 
 STYLES = ("lmms-eval", "llava", "qwen-vl")  # whose prompts are used
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -75,6 +75,8 @@ class Task:
         questions = self.read(Path(data or "."), split, style)
         if twice := [name for name, times in Counter(question.id for question in questions).items() if times > 1]:
             raise ValueError(f"{self.name}: {data}: question {twice[0]} stands there twice")
+        if style == "llava" and self.data:  # there, images are a line of their own
+            return [replace(question, text=f"{MARKER * len(question.visuals)}\n{question.text}") for question in questions]
         return questions
 
 

@@ -78,6 +78,8 @@ def test_prompts(style, tmp_path):
     text = {}
     for name in ("gqa", "scienceqa-img", "mmbench-cn", "ai2d", "refcoco", "coco", "classes"):
         text[name] = tasks.find(name).questions(layouts.write(name, tmp_path / name), None, style)[-1].text
+        assert text[name].startswith("<image>\n") == (style == "llava")
+        text[name] = text[name].removeprefix("<image>\n")
     lettered = "A. cat\nB. dog\nAnswer with the option's letter from the given choices directly."
     assert text["gqa"] == ("Is it red? Answer:" if style == "qwen-vl" else "Is it red?\nAnswer the question using a single word or phrase.")
     named = "Context: Look.\nQuestion: Which?\nOptions: A. cat\nB. dog\nAnswer:"

@@ -22,10 +22,11 @@ from evlm_jax.evals.tasks.demo import ANSWERS, EASY_VQA
 from evlm_jax.evals.text_metrics import words
 from evlm_jax.generate import Generator
 from evlm_jax.run import Trained, feature_store, load_trained, train_run
+from evlm_jax.upcycle import upcycle_run
 from experiments import demo as experiment
 
 # How much each form evaluates, of what it does not take as a whole; "greedy": questions answered by free generation as well.
-SIZES = {"": {"greedy": 1000}, "fast": {"vqa": 370, "greedy": 40, "emoji": 24}, "full": {}}
+SIZES = {"": {"greedy": 1000}, "fast": {"vqa": 370, "greedy": 40, "emoji": 24}, "full": {}, "moe": {"greedy": 1000}}
 TASKS = {"vqa": "easy-vqa-choice", "greedy": "easy-vqa", "emoji": "emoji", "photos": "photos"}
 ATTENTION = 4  # pictures in the report with attention by word
 
@@ -45,10 +46,11 @@ class Clock:
         self.parts.append((name, time.monotonic() - since))
 
 
-def run(form: str, workdir: str) -> Path:
-    """The whole demo; returns the page. `form`: "", "fast" or "full", as experiments/demo.py has them.
+def run(form: str, workdir: str, dense: str | None = None) -> Path:
+    """The whole demo; returns the page. `form`: as experiments/demo.py has them; "moe" makes its experts of the run `dense`.
 
     Raises:
+      ValueError, FileNotFoundError: `dense` is no dense run of this model.
       InterruptedError: SIGTERM came while training; what was trained is saved.
     """
     cfg, clock, out = from_config_dict(experiment.get_config(form)), Clock(), Path(workdir)
@@ -59,7 +61,7 @@ def run(form: str, workdir: str) -> Path:
         features = feature_store(cfg, load_towers(cfg))
         features.fill(ref for part in asked.values() for question in part for (ref,) in question.visuals)
     with clock.part("train"):
-        done = train_run(cfg, workdir, tensorboard=True)
+        done = train_run(cfg, workdir, upcycled(dense, cfg, out / "upcycled") if dense else None, tensorboard=True)
         if done < cfg.train.steps:
             raise InterruptedError(f"stopped at step {done} of {cfg.train.steps}; the same command goes on from there")
     trained = load_trained(workdir)
@@ -75,6 +77,13 @@ def run(form: str, workdir: str) -> Path:
     results.save(out / "results.json", found | {"sections": page, "provenance": page["provenance"]})
     print_table(found, clock, written := report.render(page, out / "report.html"))
     return written
+
+
+def upcycled(dense: str, cfg: EVLMConfig, out: Path) -> str:
+    """The model with experts that `dense` becomes, made in `out` where it is not there yet."""
+    if not out.exists():
+        upcycle_run(dense, cfg, str(out))
+    return str(out)
 
 
 def questions(sizes: dict[str, int]) -> dict[str, list[Question]]:
@@ -123,10 +132,11 @@ def caption_scores(result: dict) -> dict[str, float]:
 
 def facts(cfg: EVLMConfig, trained: Trained, found: dict, clock: Clock) -> dict:
     """Headline and setup of the report."""
-    overall, x = found["vqa"]["accuracy"][0], cfg.xattn
+    overall, x, moe = found["vqa"]["accuracy"][0], cfg.xattn, cfg.moe
     count = lambda *parts: sum(array.size for name, array in trained.params.items() if name.startswith(parts))
     emoji = caption_scores(found["emoji"])
     minutes = sum(seconds for _, seconds in clock.parts) / 60
+    begin = "the dense run" if moe.copies else "nothing"
     percent, frozen = report.percent, f"{count('vit/', 'llm/') / 1e6:.0f} M frozen"
     majority = f"always “{overall['majority_answer']}” scores {percent(overall['majority'])}"
     return {
@@ -135,7 +145,7 @@ def facts(cfg: EVLMConfig, trained: Trained, found: dict, clock: Clock) -> dict:
         "and the names of emoji.",
         "headline": [
             {"value": percent(overall["accuracy"]), "label": "of easy-vqa's test questions right", "note": majority},
-            {"value": f"{minutes:.0f} min", "label": "from nothing to this page", "note": results.device()},
+            {"value": f"{minutes:.0f} min", "label": f"from {begin} to this page", "note": results.device()},
             {"value": f"{count('xattn/', 'media/') / 1e6:.1f} M", "label": "trained parameters", "note": frozen},
             {"value": percent(emoji["exact_match"]), "label": "unseen emoji named exactly", "note": f"CIDEr {emoji['cider']:.2f}"},
         ],
@@ -143,6 +153,7 @@ def facts(cfg: EVLMConfig, trained: Trained, found: dict, clock: Clock) -> dict:
             ("Vision tower", f"DINOv2 ViT-S/14, frozen, {cfg.vit.image_size} px, taps {', '.join(map(str, cfg.vit.taps))}"),
             ("Language model", f"SmolLM2-135M-Instruct, frozen, {cfg.llm.layers} layers"),
             ("Cross-attention", f"{len(cfg.cross_layers)} gated blocks, {x.heads} heads x {x.head_dim}, FFN {x.ffn}"),
+            ("Experts", f"{moe.experts} of {x.ffn // moe.slices}, {moe.top_k} a token, and one for all" if moe.copies else "none"),
             ("Media tokens", f"{cfg.media.tokens} an image"),
             ("Training", f"{cfg.train.steps} steps of {cfg.train.batch} rows x {cfg.data.length} tokens, {cfg.train.dtype}"),
             ("Optimizer", f"AdamW, peak rate {cfg.optim.lr:g}, gates x{cfg.optim.phases[0].rules[0].lr:g}"),

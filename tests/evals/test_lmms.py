@@ -81,6 +81,7 @@ def ours(run):
     return answer
 
 
+@pytest.mark.slow
 def test_generate_until(ours, model, seen):
     docs, visuals = seen
     how = {"max_new_tokens": 12, "do_sample": False, "temperature": 0.7, "until": ["\n\n"]}

@@ -7,7 +7,8 @@ CORE = [
     "flax>=0.12.8",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
-    "grain>=0.2.18",
+    "fsspec>=2026.9",  # gs://, s3:// and others
+    "grain>=0.2.18",  # brings array_record
     "ml_collections>=1.1.0",
     "einops>=0.8.2",  # the patterns of the conversion tables
     "etils>=1.14",
@@ -16,10 +17,13 @@ CORE = [
     "markupsafe>=3.0",
     "matplotlib>=3.10",
     "ml_dtypes>=0.5",
+    "msgpack>=1.2",  # rows of ArrayRecord files
     "numpy>=2.0",
     "onnx>=1.23.2",  # reads ONNX weights
     "pillow>=12.0",
-    "scipy>=1.14",  # reads the labels of ImageNet's devkit
+    "protobuf>=7.36",  # rows of ArrayRecord files
+    "pyarrow>=26.0",
+    "scipy>=1.17",  # jax needs it as well
     "tokenizers>=0.23.3",
     "tqdm>=4.67",
 ]
@@ -38,6 +42,7 @@ setup(
         "demo": DEMO,
         "test": [
             *DEMO,
+            "OpenCC>=1.4.2",
             "accelerate>=1.10",  # with which transformers reads GGUF
             "einops-exts==0.0.4",  # of open_flamingo's block
             "hypothesis>=6.150",
@@ -46,6 +51,7 @@ setup(
             "rouge-score==0.1.2",
             "ruff>=0.14",
             "tiktoken>=0.13",
+            "webdataset==1.0.2",  # writes the tars of tests
             "torch==2.13.0",  # a plain `torch` brings gigabytes of CUDA
             "transformers==5.23.0",
         ],
@@ -67,6 +73,8 @@ setup(
             "tenacity>=9.2",
             "zstandard>=0.25",
         ],
+        "cloud": ["gcsfs", "s3fs"],  # what fsspec needs for gs:// and s3://
+        "clean": ["OpenCC>=1.4.2"],  # traditional to simplified Chinese
         "tpu": ["jax[tpu]"],
         "plan": ["jax[tpu]"],  # the compiler for TPUs, of the matching version; it runs without one
         "cuda": ["jax[cuda13]"],

@@ -225,9 +225,9 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
-    from evlm_jax import plan_search
+    from evlm_jax.planning import search
 
-    return plan_search.main(args, overrides, load_config)
+    return search.main(args, overrides, load_config)
 
 
 COMMANDS = {

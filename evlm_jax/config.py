@@ -16,6 +16,7 @@ from typing import Literal
 
 import ml_collections
 
+from evlm_jax.config_data import CleanConfig, DataConfig
 from evlm_jax.strict import build
 
 Float = Literal["float32", "bfloat16"]
@@ -128,25 +129,6 @@ class MediaConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Row budgets (all static) and the sources of a run."""
-
-    sources: tuple[str, ...]  # names registered in data/sources.py
-    weights: tuple[float, ...]  # sampling weight of each source
-    template: Literal["chatml", "plain"]  # chat template
-    length: int  # T, text positions of a row
-    images: int  # I, image slots of a row
-    targets: int  # M, supervised positions of a row
-    pairs: int  # P, (tile, image) pairs of a row
-    dialogs: int  # at most this many dialogs about the same image share a document (0: all of them)
-    isolate: bool  # documents of a row do not see each other
-    window: int  # samples the packer may choose from
-    resize: Literal["squash", "crop", "pad"]
-    cache_features: bool  # compute the frozen tower's taps once and keep them on disk
-    seed: int
-
-
-@dataclass(frozen=True)
 class Rule:
     """First match wins. `lr` multiplies the schedule; None freezes."""
 
@@ -207,7 +189,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices by axis (sharding.py); their product is the number of devices. One of `data` and `fsdp` may be -1: what the others leave."""
+    """Devices by axis (mesh.py); their product is the number of devices. One of `data` and `fsdp` may be -1: what the others leave."""
 
     data: int  # copies of everything, each with its own rows; several slices of a pod are joined along this axis
     fsdp: int  # rows, and what is stored in pieces
@@ -239,6 +221,7 @@ class EVLMConfig:
     moe: MoEConfig
     media: MediaConfig
     data: DataConfig
+    clean: CleanConfig
     optim: OptimConfig
     train: TrainConfig
     mesh: MeshConfig
@@ -283,6 +266,7 @@ def check(cfg: EVLMConfig) -> None:
         (moe.tile >= 1, "moe.tile", "must be positive"),
         (cfg.media.tokens >= 1, "media.tokens", "must be positive"),
         (len(data.sources) == len(data.weights), "data.weights", "needs one weight for each of data.sources"),
+        (0 <= data.most_drops <= 1, "data.most_drops", "must be a share, from 0 to 1"),
         (data.pairs >= data.images, "data.pairs", f"must be at least data.images = {data.images}"),
         (train.batch % train.accumulate == 0, "train.accumulate", f"must divide train.batch = {train.batch}"),
         (train.loss_chunk >= 0, "train.loss_chunk", "must not be negative"),

@@ -77,7 +77,7 @@ class Meter:
         if self._cfg.train.peak_flops:
             out["mfu"] = totals["flops"] / (seconds * self._devices * self._cfg.train.peak_flops)
         out |= {name: value / (self._steps * len(shares)) for name, value in totals.items() if name.startswith("fill/")}
-        return out | {name: value for name, value in totals.items() if name.startswith("dropped/")}
+        return out | {name: value for name, value in totals.items() if name.startswith(("dropped/", "cut"))}
 
     def dropped(self, drops: list[Drop]) -> None:
         """Tells of samples that were left out: the first of each cause in words, all of them by number on the bar."""
@@ -116,7 +116,7 @@ def work(cfg: EVLMConfig, batch: Batch, info: dict, trained: Collection[str]) ->
     """
     counts = {"tokens": float(real_tokens(batch).sum()), "images": float(seen_images(batch))}
     counts["flops"] = train_flops(cfg, trained, batch)
-    counts |= {f"fill/{name}": share for name, share in info["fill"].items()}
+    counts |= {f"fill/{name}": share for name, share in info["fill"].items()} | {"cut": float(info["cut"])}
     return counts | {f"dropped/{cause}": float(n) for cause, n in Counter(drop.cause for drop in info["drops"]).items()}
 
 

@@ -51,6 +51,33 @@ def qwen_14b() -> dict:
     )
 
 
+def clean() -> dict:
+    """Thresholds of data/clean.py: the paper gives none but the 2048 characters."""
+    month = "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
+    return dict(
+        letters=0.2,
+        digits=7,
+        duplicates=0.5,
+        links=(r"https?:", r"www\.", r"\.(com|net|org|cn|html?)\b", r"\.(png|jpe?g|gif|webp|bmp|svg|pdf|mp4)\b"),
+        words=3,
+        dates=(
+            r"\b\d{4}[-/.]\d{1,2}[-/.]\d{1,2}\b",
+            r"\b\d{1,2}[-/.]\d{1,2}[-/.](\d{4}|\d{2})\b",
+            rf"\b{month}\.? \d{{1,2}}(st|nd|rd|th)?,? \d{{4}}\b",
+            rf"\b\d{{1,2}}(st|nd|rd|th)? {month},? \d{{4}}\b",
+            r"\d{4} ?年|\d{1,2} ?月 ?\d{1,2} ?[日号]",
+        ),
+        simplify=True,
+        similarity=0.28,  # LAION's, on CLIP ViT-B/32
+        deviation=2.0,
+        aspect=3.0,
+        side=64,
+        web_images=30,
+        web_characters=2048,
+        web_similarity=0.24,  # MMC4's, on CLIP ViT-L/14
+    )
+
+
 def rules(vit_depth: int, vit_from: int | None = None) -> tuple[dict, ...]:
     """Trains cross-attention, media embeddings and the ViT's blocks from the 0-based number `vit_from` on; all else is frozen."""
     trained = [r"^(xattn|media)/"]
@@ -108,9 +135,12 @@ def get_config() -> ConfigDict:
                 isolate=True,
                 window=256,
                 resize="squash",
+                scaled_decoding=True,
+                most_drops=0.1,
                 cache_features=False,
                 seed=0,
             ),
+            clean=clean(),
             optim=dict(
                 lr=6e-4,
                 min_lr=3e-5,

@@ -75,6 +75,7 @@ def get_config(form: str = "") -> ConfigDict:
         window=64,
         cache_features=True,
     )
+    config.clean.update(similarity=0.0, web_similarity=0.0)  # there is no scorer
     config.optim.update(
         lr=1e-3,
         min_lr=5e-4,

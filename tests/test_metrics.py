@@ -59,8 +59,8 @@ def test_work_leaves_padding_out():
     seen = {i for a, b in zip(batch.visible_start[0], batch.visible_stop[0], strict=True) for i in range(a, b)}
     drops = [Drop("too long", "a"), Drop("unreadable image", "b"), Drop("too long", "c")]
     counted = {"tokens": used, "images": len(seen), "flops": train_flops(cfg, TRAINED, batch)}
-    counted |= {"fill/tokens": 0.5, "dropped/too long": 2, "dropped/unreadable image": 1}
-    assert work(cfg, batch, {"fill": {"tokens": 0.5}, "drops": drops}, TRAINED) == counted
+    counted |= {"fill/tokens": 0.5, "cut": 3, "dropped/too long": 2, "dropped/unreadable image": 1}
+    assert work(cfg, batch, {"fill": {"tokens": 0.5}, "drops": drops, "cut": 3}, TRAINED) == counted
     assert 0 < used < cfg.data.length and 0 < len(seen)
 
 

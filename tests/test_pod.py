@@ -7,10 +7,10 @@ import importlib.util
 
 import pytest
 
-from evlm_jax import chips
-from evlm_jax.compiled import COLLECTIVES
-from evlm_jax.hlo import Instruction, Module
-from evlm_jax.sharding import make_layout
+from evlm_jax.mesh import make_layout
+from evlm_jax.planning import chips
+from evlm_jax.planning.compiled import COLLECTIVES
+from evlm_jax.planning.hlo import Instruction, Module
 from evlm_jax.train import Phase
 from tests.tiny import tiny_config
 

@@ -31,7 +31,11 @@ _TINY = dict(
     media=dict(tokens=2, placeholder="<|media|>"),
     data=dict(
         sources=("vqa", "caption"), weights=(1.0, 1.0), template="chatml", length=48, images=4, targets=24, pairs=12, dialogs=0,
-        isolate=True, window=8, resize="squash", cache_features=False, seed=0,
+        isolate=True, window=8, resize="squash", scaled_decoding=False, most_drops=1.0, cache_features=False, seed=0,
+    ),
+    clean=dict(
+        letters=0.2, digits=7, duplicates=0.5, links=("https?:", r"\.(com|png)"), words=3, dates=(r"\d{4}-\d\d-\d\d",), simplify=True,
+        similarity=0.3, deviation=2.0, aspect=3.0, side=8, web_images=5, web_characters=200, web_similarity=0.2,
     ),
     optim=dict(
         lr=1e-3, min_lr=1e-4, warmup=2, b1=0.9, b2=0.999, eps=1e-8, mu_dtype="float32", weight_decay=0.05,
@@ -124,7 +128,7 @@ class TinyData:
         index, self.next = self.next, self.next + 1
         batch = tiny_batch(self.cfg, seed=1000 * self.seed + index)
         keys = [f"{index}/{row}" for row in range(self.cfg.train.batch)]
-        return self.change(index, batch), {"keys": keys, "fill": {}, "drops": []}
+        return self.change(index, batch), {"keys": keys, "fill": {}, "drops": [], "cut": 0}
 
     def get_state(self):
         return {"next": self.next}

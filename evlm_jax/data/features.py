@@ -6,6 +6,7 @@ The folder's name is a fingerprint of the tower and the preprocessing; a record'
 the frame for videos: moved files are found again and changed files are not mistaken.
 """
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from evlm_jax.config import EVLMConfig
 from evlm_jax.data import image
+from evlm_jax.data.containers import rows
 from evlm_jax.data.samples import ImageRef
 
 CHUNK, STEP = 32, 8  # most images encoded at a time; a smaller rest is padded to a multiple of STEP: few compiled shapes
@@ -26,7 +28,9 @@ CHUNK, STEP = 32, 8  # most images encoded at a time; a smaller rest is padded t
 
 def fingerprint(cfg: EVLMConfig, weights: Mapping[str, np.ndarray]) -> str:
     """Names everything that taps depend on: the tower's weights by canonical name (`vit/...`), its configuration, the resizing."""
-    digest = hashlib.sha256(repr((cfg.vit, cfg.data.resize, cfg.train.dtype, cfg.train.matmul_precision)).encode())
+    digest = hashlib.sha256(
+        repr((cfg.vit, cfg.data.resize, cfg.data.scaled_decoding, cfg.train.dtype, cfg.train.matmul_precision)).encode()
+    )
     for name in sorted(name for name in weights if name.startswith("vit/")):
         digest.update(name.encode() + np.ascontiguousarray(weights[name]).tobytes())
     return digest.hexdigest()[:16]
@@ -64,8 +68,12 @@ class FeatureStore:
 
     def fill(self, refs: Iterable[ImageRef], progress: bool = True) -> None:
         """Computes what is missing. Images that cannot be read are left to `get` to complain about."""
-        wanted = {content_key(ref): ref for ref in refs if os.path.isfile(ref.path)}
-        missing = {key: ref for key, ref in wanted.items() if key not in self._records and key not in self._broken}
+        missing = {}
+        for ref in refs:
+            with contextlib.suppress(image.ImageError):
+                key = content_key(ref)
+                if key not in self._records and key not in self._broken:
+                    missing[key] = ref
         if not missing:
             return
         with open(self.path / "keys.txt", "a") as keys, open(self.path / "taps.bin", "ab") as taps:
@@ -115,14 +123,13 @@ class FeatureStore:
 def content_key(ref: ImageRef) -> str:
     """sha256 of the file, and the frame's time. Raises ImageError if the file cannot be opened."""
     try:
-        stat = os.stat(ref.path)
-        digest = _file_hash(ref.path, stat.st_size, stat.st_mtime_ns)
-    except OSError as error:
-        raise image.ImageError(f"{ref.path}: {error.strerror}") from error
+        digest = _hash(ref.path, rows.version(ref.path))
+    except Exception as error:  # containers raise errors of any kind
+        raise image.ImageError(f"{ref.path}: {getattr(error, 'strerror', None) or error}") from error
     return digest if ref.frame is None else f"{digest}@{ref.frame:.6f}"
 
 
 @functools.lru_cache(maxsize=1 << 20)
-def _file_hash(path: str, size: int, modified: int) -> str:
-    with open(path, "rb") as file:
+def _hash(path: str, version: str) -> str:
+    with rows.open_ref(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

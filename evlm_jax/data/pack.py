@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evlm_jax.config import DataConfig, EVLMConfig
+from evlm_jax.data.samples import RowError
 from evlm_jax.data.text import Document
 from evlm_jax.ops.grouping import plan
 
@@ -57,26 +58,27 @@ class Packer:
 
     A row begins with the oldest document of the window, so none waits forever; then the largest that still fits is added, and the window
     is filled up again, until none fits. Which documents make a row depends on the stream alone, so a position is `next` and the indices
-    of the window.
+    (and parts, of documents that were cut) in the window.
     """
 
     def __init__(self, stream: Sequence[Document], data: DataConfig, start: int = 0, step: int = 1):
         self.stream, self.data, self.step = stream, data, step
         self.next, self.drops = start, []
-        self._pending: list[tuple[int, Document]] = []
+        self._pending: list[tuple[int, int, Document]] = []  # stream index, part, document
         self._costs = np.zeros((data.window, len(Budget._fields)), np.int64)
 
     @property
     def state(self) -> dict:
         """JSON-able position: what `restore` takes."""
-        return {"next": self.next, "pending": [index for index, _ in self._pending]}
+        return {"next": self.next, "pending": [[index, part] for index, part, _ in self._pending]}
 
     def restore(self, state: dict) -> None:
         """Goes to a position."""
         self.next, self.drops = state["next"], []
         self._pending = []
-        for index in state["pending"]:
-            self._add(index, self.stream[index])
+        documents = {index: _parts(self.stream[index]) for index in {index for index, _ in state["pending"]}}
+        for index, part in state["pending"]:
+            self._add(index, part, documents[index][part])
 
     def row(self) -> list[tuple[int, Document]]:
         """The next row's documents with their stream indices; empty at the end of the stream. What cannot fit goes to `drops`."""
@@ -92,25 +94,38 @@ class Packer:
                 return chosen
             room = room - costs[best]
             costs[best:-1] = costs[best + 1 :]
-            chosen.append(self._pending.pop(best))
+            index, _, document = self._pending.pop(best)
+            chosen.append((index, document))
 
     def _refill(self) -> None:
         unfits = 0
         while len(self._pending) < self.data.window and self.next < len(self.stream):
-            document = self.stream[self.next]
-            if drop := unfit(document, self.data):
-                self.drops.append(drop)
+            try:
+                parts = _parts(self.stream[self.next])
+            except RowError as error:
+                parts = ()
+                self.drops.append(Drop("bad row", str(error)))
                 unfits += 1
-                if unfits == MOST_DROPS:
-                    raise ValueError(f"{MOST_DROPS} documents in a row cannot be used; the last: {drop.message}")
-            else:
-                unfits = 0
-                self._add(self.next, document)
+            for part, document in enumerate(parts):
+                if drop := unfit(document, self.data):
+                    self.drops.append(drop)
+                    unfits += 1
+                else:
+                    unfits = 0
+                    self._add(self.next, part, document)
+            if unfits >= MOST_DROPS:
+                raise ValueError(f"{MOST_DROPS} documents in a row cannot be used; the last: {self.drops[-1].message}")
             self.next += self.step
 
-    def _add(self, index: int, document: Document) -> None:
+    def _add(self, index: int, part: int, document: Document) -> None:
+        if len(self._pending) == len(self._costs):  # the parts of one document may exceed the window
+            self._costs = np.concatenate([self._costs, np.zeros_like(self._costs)])
         self._costs[len(self._pending)] = Budget.needed(document)
-        self._pending.append((index, document))
+        self._pending.append((index, part, document))
+
+
+def _parts(document: Document) -> tuple[Document, ...]:
+    return document, *document.rest
 
 
 def assemble(rows: Sequence[Sequence[Document]], cfg: EVLMConfig) -> dict[str, np.ndarray]:

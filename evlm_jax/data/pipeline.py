@@ -5,17 +5,19 @@ the lanes. Lane j reads the documents n * lanes + j, n = 0, 1, ... of one endles
 
     n -> source (by weight, one pattern for all lanes) -> shuffle of the source (another in each epoch) -> sample and part -> Document
 
-so its position is a number and the few indices that wait in its packing window.
+(with the parts that a long one is cut into), so its position is a number and the few indices that wait in its packing window.
 """
 
 import atexit
 import functools
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from math import lcm
+from typing import NamedTuple
 
 import grain
 import ml_dtypes
@@ -24,13 +26,15 @@ import numpy as np
 from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
 from evlm_jax.data import image
+from evlm_jax.data.cut import encode_parts
 from evlm_jax.data.features import FeatureStore
 from evlm_jax.data.pack import Drop, Packer, assemble, fill, unfit
 from evlm_jax.data.samples import Sample, part, part_count
 from evlm_jax.data.sources import open_source
-from evlm_jax.data.text import Document, encode
+from evlm_jax.data.text import Document
 
 PREFETCH = 2  # batches made ahead, in a thread
+ENOUGH = 1000  # documents, before their share of drops is judged
 TABLE = 1 << 16  # documents of a source: up to here their order is a table
 
 
@@ -41,13 +45,14 @@ def batches(
 
     `close()` stops its thread.
 
-    info: "keys" (the samples of each row), "fill" (used share of each budget), "drops" (list of Drop since the last batch).
+    info: "keys" (the samples of each row), "fill" (used share of each budget), "drops" (list of Drop since the last batch), "cut" (parts of
+    longer documents among them).
     State: {"lanes": {lane number: {"next", "pending"}}}, JSON-able; the states of several processes are merged by merging "lanes", and any
     number of processes restores from that.
 
     Args:
       features: where the taps come from if `data.cache_features`; what it lacks is computed when a batch needs it.
-      lanes: numbers of the rows that this process makes, ascending (sharding.Layout.own_rows); all where left out.
+      lanes: numbers of the rows that this process makes, ascending (mesh.Layout.own_rows); all where left out.
     """
     if cfg.data.cache_features != (features is not None):
         raise ValueError(f"config: data.cache_features is {cfg.data.cache_features}; a feature store is needed exactly when it is true")
@@ -79,7 +84,8 @@ class Documents(grain.MapDataset):
         number = int(np.searchsorted(self._ends, place, side="right"))
         first = int(self._ends[number - 1]) if number else 0
         data = self._cfg.data
-        return encode(part(self._source[number], place - first, data.dialogs, (data.seed, epoch, number)), self._tokenizer, self._cfg)
+        sample = part(self._source[number], place - first, data.dialogs, (data.seed, epoch, number))
+        return encode_parts(sample, self._tokenizer, self._cfg)
 
 
 class Shuffle(grain.MapDataset):
@@ -136,25 +142,66 @@ class Prefetch(grain.experimental.ThreadPrefetchDatasetIterator):
             super().close()
 
 
+class Ready(NamedTuple):
+    """Packed rows whose pictures are being decoded."""
+
+    rows: list[list[Document]]
+    drops: list[Drop]
+    pictures: Iterator[np.ndarray | image.ImageError]
+
+
 class RowsIterator(grain.DatasetIterator):
-    """Packed batches of some lanes: see `batches`."""
+    """Packed batches of some lanes: see `batches`. The next rows are packed while the pictures of these are decoded."""
 
     def __init__(self, documents: grain.MapDataset, cfg: EVLMConfig, lanes: Sequence[int], features: FeatureStore | None):
         super().__init__()
         self._cfg, self._features = cfg, features
+        self._used, self._lost = 0, Counter()
         self._packers = {lane: Packer(documents, cfg.data, lane, cfg.train.batch) for lane in lanes}
+        self._ahead: Ready | Exception | None = None
+        self._position = self._positions()  # without what is ahead
 
     def __next__(self) -> tuple[Batch, dict]:
+        ready = self._ahead or self._start()
+        if isinstance(ready, Exception):
+            raise ready
+        self._position = self._positions()
+        try:
+            self._ahead = self._start()
+        except Exception as error:  # of the next batch: this one is whole
+            self._ahead = error
+        rows, drops, pictures = ready
+        batch, damaged = collate(rows, self._cfg, pictures)
+        self._budget(sum(map(len, rows)) - len(damaged), drops + damaged)
+        cut = sum(document.parts > 1 for row in rows for document in row)
+        keys = [[f"{document.source}/{document.key}" for document in row] for row in rows]
+        return batch, {"keys": keys, "fill": fill(rows, self._cfg.data), "drops": drops + damaged, "cut": cut}
+
+    def _start(self) -> Ready:
+        """The next row of every lane."""
         rows = [[document for _, document in packer.row()] for packer in self._packers.values()]
         drops = [drop for packer in self._packers.values() for drop in packer.drops]
         for packer in self._packers.values():
             packer.drops = []
-        batch, damaged = collate(rows, self._cfg, self._features)
-        keys = [[f"{document.source}/{document.key}" for document in row] for row in rows]
-        return batch, {"keys": keys, "fill": fill(rows, self._cfg.data), "drops": drops + damaged}
+        return Ready(rows, drops, _pictures(rows, self._cfg, self._features))
+
+    def _budget(self, used: int, drops: Sequence[Drop]) -> None:
+        """Stops a run that loses more than `data.most_drops` of its documents, once a thousand were seen."""
+        self._used += used
+        self._lost.update(drop.cause for drop in drops)
+        lost, share = self._lost.total(), self._cfg.data.most_drops
+        if lost + self._used >= ENOUGH and lost > share * (lost + self._used):
+            causes = ", ".join(f"{cause} {count}" for cause, count in self._lost.most_common())
+            raise ValueError(
+                f"{lost} of {lost + self._used} documents were left out ({causes}), more than data.most_drops = {share:g}; "
+                f"the last: {drops[-1].message if drops else ''}"
+            )
 
     def get_state(self) -> dict:
         """The position of every lane of this process."""
+        return self._position
+
+    def _positions(self) -> dict:
         return {"lanes": {str(lane): packer.state for lane, packer in self._packers.items()}}
 
     def set_state(self, state: dict) -> None:
@@ -163,6 +210,7 @@ class RowsIterator(grain.DatasetIterator):
             raise ValueError(f"the saved data position has no lanes {missing}: train.batch must stay what it was when it was saved")
         for lane, packer in self._packers.items():
             packer.restore(state["lanes"][str(lane)])
+        self._ahead, self._position = None, self._positions()
 
 
 def rows_in_order(
@@ -184,7 +232,8 @@ def rows_in_order(
         packed.append(row)
     for first in range(0, len(packed), rows):
         chunk = packed[first : first + rows] + [[]] * max(0, first + rows - len(packed))
-        batch, damaged = collate([[document for _, document in row] for row in chunk], cfg, features)
+        laid = [[document for _, document in row] for row in chunk]
+        batch, damaged = collate(laid, cfg, _pictures(laid, cfg, features))
         if damaged:
             raise image.ImageError(damaged[0].message)
         owner, dialog = np.full((2, rows, cfg.data.targets), -1, np.int32)
@@ -196,12 +245,16 @@ def rows_in_order(
         yield batch, owner, dialog
 
 
-def collate(rows: Sequence[Sequence[Document]], cfg: EVLMConfig, features: FeatureStore | None) -> tuple[Batch, list[Drop]]:
-    """Rows of documents as a Batch, with pictures. A document with an unreadable image keeps its place, but no targets, and is reported."""
+def collate(
+    rows: Sequence[Sequence[Document]], cfg: EVLMConfig, loaded: Iterator[np.ndarray | image.ImageError]
+) -> tuple[Batch, list[Drop]]:
+    """Rows of documents as a Batch, with the pictures of each document, in order.
+
+    A document with an unreadable image keeps its place, but no targets, and is reported.
+    """
     spec = Batch.spec(cfg, len(rows))
-    name, shape, dtype = ("taps", spec.taps.shape, ml_dtypes.bfloat16) if features is not None else ("pixels", spec.pixels.shape, np.uint8)
+    name, shape, dtype = ("pixels", spec.pixels.shape, np.uint8) if spec.taps is None else ("taps", spec.taps.shape, ml_dtypes.bfloat16)
     pictures, kept, drops = np.zeros(shape, dtype), [], []
-    loaded = _pictures([document for row in rows for document in row], cfg, features)
     for b, row in enumerate(rows):
         kept.append([])
         slot = 0
@@ -217,8 +270,11 @@ def collate(rows: Sequence[Sequence[Document]], cfg: EVLMConfig, features: Featu
     return Batch(**assemble(kept, cfg), **other), drops
 
 
-def _pictures(documents: Sequence[Document], cfg: EVLMConfig, features: FeatureStore | None) -> Iterator[np.ndarray | image.ImageError]:
-    """Pixels or taps of each document, or what is wrong with them."""
+def _pictures(
+    rows: Sequence[Sequence[Document]], cfg: EVLMConfig, features: FeatureStore | None
+) -> Iterator[np.ndarray | image.ImageError]:
+    """Pixels or taps of each document, or what is wrong with them; pixels are in work at once."""
+    documents = [document for row in rows for document in row]
 
     def load(document: Document) -> np.ndarray | image.ImageError:
         try:

@@ -11,6 +11,10 @@ class SampleError(ValueError):
     """A sample contradicts itself. The message names its key."""
 
 
+class RowError(SampleError):
+    """A row cannot be read, or is no sample. The message names its file, number and key."""
+
+
 @dataclass(frozen=True, slots=True)
 class ImageRef:
     """An image file, or the frame that a video shows at `frame` seconds."""
@@ -35,11 +39,17 @@ class Sample:
     source: str  # as in `data.sources`
     visuals: tuple[tuple[ImageRef, ...], ...]
     dialogs: tuple[tuple[Turn, ...], ...]
+    scores: tuple[float, ...] = ()  # relevance of each visual to its text, where the data tell it
 
     @property
     def refs(self) -> tuple[ImageRef, ...]:
         """All frames of all visuals: the image slots of its document, in order."""
         return tuple(frame for visual in self.visuals for frame in visual)
+
+
+def literal(text: str) -> str:
+    """Text from the world, where `<image>` is no marker: it is spelled `< image>`."""
+    return text.replace(MARKER, "< image>")
 
 
 def question(text: str, answer: str) -> tuple[Turn, Turn]:

@@ -1,63 +1,62 @@
-"""Where samples come from, by the names used in `data.sources`: a container of rows, and a mapper that turns a row into a Sample.
+"""Where samples come from, by the names used in `data.sources`: KIND:PATH, with options as in KIND:PATH?images=FOLDER&keep=NUMBERS.npy.
+
+PATH is a file, a pattern with *, or a folder; local, or a URL that fsspec opens (gs://, s3://). docs/data.md shows every kind with its
+files and its samples. Besides there are the assets of the demo:
 
 easy-vqa  easy-vqa-test              the published splits; one sample an image with all its questions
 emoji-en  emoji-zh  emoji-en-test    drawings and their names; the splits share no code point
-photos  clips                        the few real photographs and videos of the demo, with captions
-jsonl:PATH                           rows in LLaVA's layout (.jsonl, or .json with one list); images relative to the file
-folder:PATH                          images with a caption in a .txt of the same stem
+photos  clips                        a few real photographs and videos, with captions
 """
 
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
+from urllib.parse import parse_qsl
 
 from evlm_jax import assets
-from evlm_jax.data import video
-from evlm_jax.data.samples import MARKER, ImageRef, Sample, SampleError, Turn, question
+from evlm_jax.data.formats import captions, chat, grounding, interleaved, plain, vqa
+from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, question
+from evlm_jax.data.source import Source, Subset, by_row
 
-DESCRIBE = f"{MARKER}Describe this image."
-DESCRIBE_VIDEO = f"{MARKER}Describe this video."
-NAME = {"en": f"{MARKER}Name this emoji.", "zh": f"{MARKER}说出这个表情的名字。"}
-FRAMES = 16  # of a video whose row does not say `frames` (the paper shows 16)
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+NAME = {"en": "Name this emoji.", "zh": "说出这个表情的名字。"}
 
 
-class Source(Sequence[Sample]):
-    """Random access to samples; rows are mapped when asked for.
+def open_source(name: str) -> Sequence[Sample]:
+    """The source of this name: random access, and `dialog_counts()`.
 
-    Args:
-      name: as in `data.sources`.
-      rows: any sequence.
-      sample: mapper from a row to its Sample.
-      dialogs: mapper from a row to its number of dialogs; by default every row has one.
+    Raises:
+      ValueError: an unknown kind or option, or nothing in it; FileNotFoundError; AssetError if the demo's files were not fetched.
     """
+    kind, colon, place = name.partition(":")
+    if colon and kind in FORMATS:
+        path, _, query = place.partition("?")
+        options = dict(parse_qsl(query, keep_blank_values=True))
+        if unknown := [option for option in options if option not in options_of(kind)]:
+            known = ", ".join(options_of(kind))
+            raise ValueError(f"config: data.sources: {name!r} has the unknown option {unknown[0]!r}; {kind} has {known}")
+        keep = options.pop("keep", None)
+        try:
+            source = FORMATS[kind](name, path, **options)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"data source {name!r} has not the fields of {kind}: {type(error).__name__}: {error}") from error
+        source = source if keep is None else Subset(name, source, keep)
+    elif name in BUILT_IN:
+        source = BUILT_IN[name](name)
+    else:
+        known = [*BUILT_IN, *(f"{kind}:PATH" for kind in FORMATS)]
+        raise ValueError(f"config: data.sources: unknown source {name!r}; use one of {', '.join(known)}")
+    if not len(source):
+        raise ValueError(f"data source {name!r} has no samples")
+    return source
 
-    def __init__(self, name: str, rows: Sequence, sample: Callable[[object], Sample], dialogs: Callable[[object], int] | None = None):
-        if not rows:
-            raise ValueError(f"data source {name!r} has no samples")
-        self.name, self.rows, self._sample, self._dialogs = name, rows, sample, dialogs
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self._sample(self.rows[index])
-
-    def dialog_counts(self) -> list[int]:
-        """Dialogs of every sample, without building the samples."""
-        return [1] * len(self) if self._dialogs is None else [self._dialogs(row) for row in self.rows]
-
-
-def open_source(name: str) -> Source:
-    """The source of this name. Raises ValueError for an unknown one, AssetError if its files were not fetched."""
-    kind, colon, path = name.partition(":")
-    if colon and kind in LOCAL:
-        return LOCAL[kind](name, Path(path))
-    if name in BUILT_IN:
-        return BUILT_IN[name](name)
-    known = [*BUILT_IN, *(f"{kind}:PATH" for kind in LOCAL)]
-    raise ValueError(f"config: data.sources: unknown source {name!r}; use one of {', '.join(known)}")
+def options_of(kind: str) -> tuple[str, ...]:
+    """Options of a kind: `keep`, and the keyword-only parameters of its opener or row mapper, or the options of its set."""
+    if kind in vqa.SETS:
+        return ("images", *vqa.SETS[kind].options, "keep")
+    parameters = inspect.signature(ROW_FORMATS.get(kind, FORMATS[kind])).parameters.values()
+    return (*(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY), "keep")
 
 
 def easy_vqa(name: str, split: str) -> Source:
@@ -79,83 +78,14 @@ def emoji(name: str, language: str, split: str) -> Source:
     folder = assets.path("openmoji")
     facts = json.loads((folder / "names.json").read_text("utf-8"))
     rows = [(code, fact[language]) for code, fact in sorted(facts.items()) if fact["split"] == split]
-    return Source(name, rows, lambda row: _captioned(name, row[0], folder / f"{row[0]}.png", NAME[language], row[1]))
+    return Source(name, rows, lambda row: captions.captioned(name, row[0], str(folder / f"{row[0]}.png"), [row[1]], NAME[language]))
 
 
 def captioned(name: str) -> Source:
     """An asset with captions.json = {file: caption}; its videos are seen as uniform frames."""
     folder = assets.path(name)
     rows = sorted(json.loads((folder / "captions.json").read_text("utf-8")).items())
-    prompt = DESCRIBE_VIDEO if name == "clips" else DESCRIBE
-    return Source(name, rows, lambda row: _captioned(name, row[0], folder / row[0], prompt, row[1]))
-
-
-def folder(name: str, path: Path) -> Source:
-    """Images anywhere below `path`, each with its caption in a .txt beside it."""
-    rows = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-    if bare := [file for file in rows if not file.with_suffix(".txt").exists()]:
-        raise ValueError(f"data source {name!r}: {len(bare)} images have no caption file, the first is {bare[0].with_suffix('.txt')}")
-
-    def sample(file: Path) -> Sample:
-        return _captioned(name, str(file.relative_to(path)), file, DESCRIBE, file.with_suffix(".txt").read_text("utf-8").strip())
-
-    return Source(name, rows, sample)
-
-
-def jsonl(name: str, path: Path) -> Source:
-    """LLaVA's layout: {"id", "image": str or list, "conversations": [{"from": "human" or "gpt", "value": text with <image>}]}.
-
-    A row may instead name a "video" (marker `<video>` or `<image>`), with its number of "frames"; one with neither is text.
-    """
-    return Source(name, Lines(path) if path.suffix != ".json" else json.loads(path.read_text("utf-8")), partial(llava, name, path.parent))
-
-
-def llava(name: str, root: Path, row: dict) -> Sample:
-    """One row of LLaVA's layout. Raises SampleError naming the row's id for what it lacks."""
-    key = str(row.get("id", row.get("image", row.get("video", "?"))))
-    roles = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
-    try:
-        images = row.get("image", [])
-        visuals = [(ImageRef(str(root / image)),) for image in ([images] if isinstance(images, str) else images)]
-        if "video" in row:
-            visuals.append(video.uniform(root / row["video"], row.get("frames", FRAMES)))
-        turns = tuple(Turn(roles[turn["from"]], turn["value"].replace("<video>", MARKER)) for turn in row["conversations"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise SampleError(f"sample {name}/{key}: {type(error).__name__}: {error}") from error
-    return Sample(key, name, tuple(visuals), (turns,))
-
-
-class Lines(Sequence):
-    """The rows of a .jsonl file: read one by one, by their places in the file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        with open(path, "rb") as file:
-            starts = [0]
-            for line in file:
-                starts.append(starts[-1] + len(line))
-                if not line.strip():
-                    starts.pop(-2)
-        self._starts = starts
-
-    def __len__(self) -> int:
-        return len(self._starts) - 1
-
-    def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        with open(self.path, "rb") as file:
-            file.seek(self._starts[index])
-            line = file.readline()
-        try:
-            return json.loads(line)
-        except ValueError as error:
-            raise SampleError(f"{self.path}: row {index + 1}: {error}") from error
-
-
-def _captioned(name: str, key: str, file: Path, prompt: str, caption: str) -> Sample:
-    frames = video.uniform(file, FRAMES) if file.suffix == ".mp4" else (ImageRef(str(file)),)
-    return Sample(key, name, (frames,), (question(prompt, caption),))
+    return Source(name, rows, lambda row: captions.captioned(name, row[0], str(folder / row[0]), [row[1]], captions.DESCRIBE))
 
 
 BUILT_IN: dict[str, Callable[[str], Source]] = {
@@ -167,4 +97,21 @@ BUILT_IN: dict[str, Callable[[str], Source]] = {
     "photos": captioned,
     "clips": captioned,
 }
-LOCAL: dict[str, Callable[[str, Path], Source]] = {"jsonl": jsonl, "folder": folder}
+ROW_FORMATS: dict[str, Callable[..., Sample]] = {  # over rows of any container
+    "img2dataset": captions.img2dataset,
+    "llava": chat.llava,
+    "qwen-vl": chat.qwen_vl,
+    "mmc4": interleaved.mmc4,
+    "grit": grounding.grit,
+    "synthdog": plain.synthdog,
+    "text": plain.text,
+}
+FORMATS: dict[str, Callable[..., Sequence[Sample]]] = {
+    **{kind: by_row(mapper) for kind, mapper in ROW_FORMATS.items()},
+    "folder": captions.folder,
+    "coco-captions": captions.coco,
+    "karpathy": captions.karpathy,
+    "obelics": interleaved.obelics,
+    "refcoco": grounding.refcoco,
+    **{kind: partial(vqa.open_set, fields) for kind, fields in vqa.SETS.items()},
+}

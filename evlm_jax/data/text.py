@@ -70,13 +70,16 @@ class Document(NamedTuple):
     key: str
     source: str
     pairs: int  # (tile, image) pairs of its cross-attention
+    parts: int = 1  # that its sample was cut into (data/cut.py)
+    rest: tuple["Document", ...] = ()  # the other parts, where it is the first
 
 
 class Template:
     """A chat template over a tokenizer.
 
     chatml (Qwen, SmolLM2): `<|im_start|>user\\n{text}<|im_end|>\\n<|im_start|>assistant\\n{answer}<|im_end|>`, a newline between turns.
-    plain: `{text} Answer:` ` {answer}` end-of-text; an assistant alone (a caption, a web document) is just its text and end-of-text.
+    plain: `{text} Answer:` ` {answer}` end-of-text.
+    An assistant alone (a caption, a web document) is just its text and end-of-text, in both.
     Supervised: what the assistant says and the token that ends it.
     """
 
@@ -99,11 +102,12 @@ class Template:
         found = sum(turn.text.count(MARKER) for turn in turns)
         if found != len(visuals):
             raise SampleError(f"{found} {MARKER} markers for {len(visuals)} images or videos")
+        said = self._plain if [turn.role for turn in turns] == ["assistant"] else self._turn
         for i, turn in enumerate(turns):
             if turn.role not in ("user", "assistant"):
                 raise SampleError(f"unknown role {turn.role!r}; use user or assistant")
             supervised = turn.role == "assistant" and (i == len(turns) - 1 or not answer_only)
-            pieces += self._turn(turn, i, supervised, supervised and end, marks)
+            pieces += said(turn, i, supervised, supervised and end, marks)
         return pieces
 
     def prompt(self, turns: Sequence[Turn], visuals: Sequence[tuple[int, int]]) -> list[Piece]:
@@ -129,7 +133,7 @@ class Template:
 
 def encode(sample: Sample, tokenizer, cfg: EVLMConfig) -> Document:
     """The document of all dialogs of a sample; without targets if nothing in it is supervised. Raises SampleError with the sample's key."""
-    return _encode(sample, tokenizer, cfg)
+    return document(render(sample, tokenizer, cfg), sample, tokenizer, cfg)
 
 
 def score_document(sample: Sample, tokenizer, cfg: EVLMConfig, end: bool = True) -> Document:
@@ -138,7 +142,7 @@ def score_document(sample: Sample, tokenizer, cfg: EVLMConfig, end: bool = True)
     Args:
       end: count the token that ends the answer as well.
     """
-    return _encode(sample, tokenizer, cfg, answer_only=True, end=end)
+    return document(render(sample, tokenizer, cfg, answer_only=True, end=end), sample, tokenizer, cfg)
 
 
 def prompt(turns: Sequence[Turn], visuals: Sequence[tuple[ImageRef, ...]], tokenizer, cfg: EVLMConfig, key: str = "prompt") -> Document:
@@ -146,6 +150,12 @@ def prompt(turns: Sequence[Turn], visuals: Sequence[tuple[ImageRef, ...]], token
     sample = Sample(key, key, tuple(visuals), (tuple(turns),))
     pieces = _render(sample, lambda spans, dialog: Template(cfg.data.template, tokenizer).prompt(dialog, spans))
     return lay_out([steps(pieces[0], tokenizer, cfg.media)[0]], [()], sample, cfg)
+
+
+def render(sample: Sample, tokenizer, cfg: EVLMConfig, **supervision: bool) -> list[list[Piece]]:
+    """The pieces of each dialog; `supervision` as in Template.dialog. Raises SampleError with the sample's key."""
+    template = Template(cfg.data.template, tokenizer)
+    return _render(sample, lambda spans, dialog: template.dialog(dialog, spans, **supervision))
 
 
 def document(dialogs: Sequence[Sequence[Piece]], sample: Sample, tokenizer, cfg: EVLMConfig) -> Document:
@@ -211,11 +221,6 @@ def lay_out(paths: Sequence[Sequence[Step]], targets: Sequence[Sequence[tuple[in
     pairs = pair_count(start, stop, cfg.xattn.tile)
     place = (tokens, ints(positions), ints(seen_until), media_slot, start, stop)
     return Document(*place, target_at, target, dialog, sample.refs, sample.key, sample.source, pairs)
-
-
-def _encode(sample: Sample, tokenizer, cfg: EVLMConfig, **supervision: bool) -> Document:
-    template = Template(cfg.data.template, tokenizer)
-    return document(_render(sample, lambda spans, dialog: template.dialog(dialog, spans, **supervision)), sample, tokenizer, cfg)
 
 
 def _render(sample: Sample, pieces) -> list[list[Piece]]:

@@ -7,6 +7,7 @@ from fractions import Fraction
 import av
 import numpy as np
 
+from evlm_jax.data.containers.rows import open_ref
 from evlm_jax.data.samples import ImageRef
 
 SEEK = 4.0  # seconds: over larger gaps, jumping to a key frame beats decoding on
@@ -58,7 +59,7 @@ def decode(path: str, seconds: Sequence[float]) -> list[np.ndarray]:
 def _opened(path: str):
     """(container, video stream)."""
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with open_ref(str(path)) as file, av.open(file, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise ValueError("there is no video stream")
             yield container, container.streams.video[0]

@@ -1,11 +1,14 @@
 """Small data for the data tests: a byte tokenizer, random samples, files on disk."""
 
+import io
 import json
 
 import numpy as np
+import webdataset
 from hypothesis import strategies as st
 from PIL import Image
 
+from evlm_jax.data.image import load
 from evlm_jax.data.samples import ImageRef, Sample, Turn
 from tests.tiny import tiny_config
 
@@ -68,10 +71,52 @@ def write_images(folder, count, size=8):
 def write_jsonl(path, rows):
     """Rows as a .jsonl file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return f"jsonl:{path}"
+    return f"llava:{path}"
 
 
 def row(key, image, *texts):
     """A row in LLaVA's layout."""
     turns = [{"from": "gpt" if i % 2 else "human", "value": text} for i, text in enumerate(texts)]
     return {"id": key, "conversations": turns} | ({"image": image} if image else {})
+
+
+def png(number: int) -> bytes:
+    """A picture of one colour that tells its number."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (number, 255 - number, 7)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def shows(ref: str) -> int:
+    """The number of the picture behind a reference, as training would load it."""
+    return int(load(ImageRef(ref), 8, "squash")[0, 0, 0])
+
+
+def write_tar(path, numbers, **more):
+    """Samples with a picture, text and json, in a tar of webdataset's."""
+    with webdataset.TarWriter(str(path)) as writer:
+        for i in numbers:
+            writer.write({"__key__": f"{i:05d}", "png": png(i), "txt": f"picture {i}", "json": {"similarity": i / 10}, **more})
+    return str(path)
+
+
+def write_json(path, value):
+    """A JSON file; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, ensure_ascii=False), "utf-8")
+    return path
+
+
+def said(sample):
+    """[(role, text), ...] of each dialog."""
+    return [[(turn.role, turn.text) for turn in dialog] for dialog in sample.dialogs]
+
+
+def paths(sample):
+    """Of all frames."""
+    return [ref.path for ref in sample.refs]
+
+
+def asked(*pairs):
+    """Dialogs of one question and answer, as `said` gives them."""
+    return [[("user", question), ("assistant", answer)] for question, answer in pairs]

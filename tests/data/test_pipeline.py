@@ -13,9 +13,10 @@ import pytest
 from evlm_jax.batch import Batch
 from evlm_jax.data import pipeline
 from evlm_jax.data.image import ImageError
-from evlm_jax.data.pipeline import Documents, Mixture, batches, rows_in_order, stream
+from evlm_jax.data.pipeline import Documents, Mixture, RowsIterator, batches, rows_in_order, stream
 from evlm_jax.data.samples import Sample, SampleError, question
-from evlm_jax.data.sources import Source, open_source
+from evlm_jax.data.source import Source
+from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import encode, score_document
 from tests.data.made import TOKENIZER, refs, row, write_images, write_jsonl
 from tests.tiny import tiny_config
@@ -176,6 +177,34 @@ def test_an_unreadable_image_takes_the_targets_of_its_document_only(tmp_path):
     assert max(seen) > 0
 
 
+def test_bad_rows_are_left_out_by_name(tmp_path):
+    rows = [row("good", None, "q", "aa"), {"id": "bad", "conversations": 5}, row("fine", None, "q", "bb")]
+    cfg = single(tmp_path, rows)
+    with open(tmp_path / "rows.jsonl", "a") as file:
+        file.write('{"id": \n')
+    drops, keys = Counter(), Counter()
+    for _, info in take(batches(cfg, TOKENIZER), 8):
+        drops.update(drop.cause for drop in info["drops"])
+        keys.update(key.split("/")[-1] for key in info["keys"][0])
+        assert all(re.search(r"(bad|\?): (TypeError|JSONDecodeError): .*rows.jsonl: row (2|4)\)$", drop.message) for drop in info["drops"])
+    assert set(drops) == {"bad row"} and drops["bad row"] > 4 and set(keys) == {"good", "fine"}
+
+
+@pytest.mark.parametrize("share, stops", [(0.2, True), (0.3, False)])
+def test_too_many_drops_stop_the_run(tmp_path, monkeypatch, share, stops):
+    monkeypatch.setattr(pipeline, "ENOUGH", 40)
+    rows = [row(f"r{i}", None, "q", "a") for i in range(6)] + [row("mute", None, "q"), {"id": "bad"}]
+    iterator = batches(single(tmp_path, rows, most_drops=share), TOKENIZER)
+    if stops:
+        with pytest.raises(
+            ValueError, match=r"documents were left out \((bad row|nothing supervised) \d+, .*more than data.most_drops = 0.2"
+        ):
+            take(iterator, 20)
+        iterator.close()
+    else:
+        take(iterator, 20)
+
+
 def test_a_wrong_number_of_images_stops_with_the_key(tmp_path):
     cfg = single(tmp_path, [row("two-of-one", "0.png", "<image><image>q", "a")])
     with pytest.raises(SampleError, match="two-of-one"):
@@ -217,3 +246,24 @@ def test_documents_are_a_grain_dataset(cfg):
     """Random access through grain's own transformations."""
     documents = Documents(open_source(cfg.data.sources[0]), TOKENIZER, cfg)
     assert isinstance(documents, grain.MapDataset) and documents[3].key == "r3" and documents[31 + 3].key == "r3"
+
+
+def test_an_error_of_the_next_batch_leaves_this_one_whole(cfg):
+    """Rows are packed ahead; what is wrong with them shows when their turn comes, and no position counts them."""
+    documents = stream([open_source(name) for name in cfg.data.sources], TOKENIZER, cfg)
+    whole, other = (RowsIterator(documents, cfg, range(4), None) for _ in range(2))
+    start, calls = other._start, []
+
+    def fails():
+        calls.append(1)
+        if len(calls) == 3:
+            raise SampleError("made/k")
+        return start()
+
+    other._start = fails
+    for _ in range(2):
+        assert_equal(next(other), next(whole))
+        assert other.get_state() == whole.get_state()
+    with pytest.raises(SampleError, match="made/k"):
+        next(other)
+    assert other.get_state() == whole.get_state()

@@ -2,12 +2,14 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from evlm_jax import assets
 from evlm_jax.data.samples import ImageRef, SampleError, Turn
 from evlm_jax.data.sources import open_source
-from tests.data.made import row, write_images, write_jsonl
+from tests.data.made import png, row, shows, write_images, write_jsonl
 from tests.data.test_images import write_video
 from tests.parity import needs_asset
 
@@ -59,13 +61,25 @@ def test_llava_rows(tmp_path):
     assert film.dialogs[0][0].text == "<image>What happens?"
 
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    assert [sample.key for sample in open_source(f"jsonl:{tmp_path / 'rows.json'}")] == ["one", "many", "text", "film"]
+    assert [sample.key for sample in open_source(f"llava:{tmp_path / 'rows.json'}")] == ["one", "many", "text", "film"]
+
+
+def test_llava_rows_in_parquet(tmp_path):
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
+    pq.write_table(
+        pa.table({"id": ["a"], "image": pa.array([{"bytes": png(3), "path": "3.png"}], image), "conversations": [turns]}),
+        tmp_path / "a.parquet",
+    )
+    (sample,) = open_source(f"llava:{tmp_path}")
+    assert sample.key == "a" and sample.dialogs == ((Turn("user", "<image>\nWhat?"), Turn("assistant", "This.")),)
+    assert shows(sample.refs[0].path) == 3
 
 
 def test_jsonl_is_read_by_row_whatever_the_spacing(tmp_path):
     rows = [json.dumps(row(f"ü{i}", None, "q" * i, "a"), ensure_ascii=False) for i in range(5)]
     (tmp_path / "rows.jsonl").write_text("\n" + rows[0] + "\n\n" + "\r\n".join(rows[1:]), "utf-8")
-    source = open_source(f"jsonl:{tmp_path / 'rows.jsonl'}")
+    source = open_source(f"llava:{tmp_path / 'rows.jsonl'}")
     assert [source[i].key for i in (4, 0, 3, 1, 2)] == ["ü4", "ü0", "ü3", "ü1", "ü2"]
 
 
@@ -87,8 +101,8 @@ def test_bad_rows_name_themselves(tmp_path, bad, message):
 
 def test_broken_json_names_file_and_row(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row("a", None, "q", "a")) + '\n{"id": \n')
-    with pytest.raises(SampleError, match=r"rows.jsonl: row 2"):
-        open_source(f"jsonl:{tmp_path / 'rows.jsonl'}")[1]
+    with pytest.raises(SampleError, match=r"JSONDecodeError: .*rows.jsonl: row 2"):
+        open_source(f"llava:{tmp_path / 'rows.jsonl'}")[1]
 
 
 def test_folder(tmp_path):
@@ -104,7 +118,7 @@ def test_folder(tmp_path):
 
 @pytest.mark.parametrize("name", ["laion", "tar:/x", "jsonl"])
 def test_unknown_sources_list_the_known_ones(name):
-    with pytest.raises(ValueError, match=f"data.sources: unknown source '{name}'.*easy-vqa.*jsonl:PATH"):
+    with pytest.raises(ValueError, match=f"data.sources: unknown source '{name}'.*easy-vqa.*llava:PATH"):
         open_source(name)
 
 

@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from evlm_jax import checkpoint, names
+from evlm_jax.mesh import Layout, make_layout
 from evlm_jax.processes import on_host
-from evlm_jax.sharding import Layout, make_layout
 from evlm_jax.start import put
 from evlm_jax.train import Phase, gradients, train
 from tests.random_model import random_model

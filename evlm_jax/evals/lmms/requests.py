@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from evlm_jax.data import video
 from evlm_jax.data.samples import ImageRef
-from evlm_jax.data.sources import SUFFIXES
 from evlm_jax.evals.answer import similar
 from evlm_jax.evals.runner import chunks
 from evlm_jax.evals.task import Question
+from evlm_jax.evals.tasks.official import SUFFIXES
 
 TOKENS = 1024  # most new ones of an answer whose task does not say
 Visuals = tuple[tuple[ImageRef, ...], ...]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evlm_jax.data.samples import ImageRef
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".JPEG", ".JPG", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".JPEG", ".JPG", ".webp", ".gif", ".bmp")
 
 
 class Row:

@@ -1,0 +1,74 @@
+"""The sections `data` and `clean` of the configuration (config.py)."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Row budgets (all static) and the sources of a run."""
+
+    sources: tuple[str, ...]  # names registered in data/sources.py
+    weights: tuple[float, ...]  # sampling weight of each source
+    template: Literal["chatml", "plain"]  # chat template
+    length: int  # T, text positions of a row
+    images: int  # I, image slots of a row
+    targets: int  # M, supervised positions of a row
+    pairs: int  # P, (tile, image) pairs of a row
+    dialogs: int  # at most this many dialogs about the same image share a document (0: all of them)
+    isolate: bool  # documents of a row do not see each other
+    window: int  # samples the packer may choose from
+    resize: Literal["squash", "crop", "pad"]
+    scaled_decoding: bool  # JPEGs at 1/2, 1/4 or 1/8 where that is not smaller than the input (data/image.py)
+    most_drops: float  # share of the documents that may be left out before the run stops
+    cache_features: bool  # compute the frozen tower's taps once and keep them on disk
+    seed: int
+
+
+@dataclass(frozen=True)
+class CleanConfig:
+    """Rules of data/clean.py for captions and web documents. Which there are is the paper's (section 3.1), thresholds are ours.
+
+    Captions meet the first group, pictures of both the second, documents the third. A word is a run of letters, or one Chinese character.
+    """
+
+    letters: float  # more than this share of what is no space must be letters
+    digits: int  # most digits in a row
+    duplicates: float  # share of words that came before in the text, from which on it is dropped
+    links: tuple[str, ...]  # patterns of addresses and file names
+    words: int  # least number of words
+    dates: tuple[str, ...]  # patterns of dates
+    simplify: bool  # traditional Chinese to simplified, by OpenCC
+    similarity: float  # least relevance of a picture to its caption; 0: any
+
+    deviation: float  # least standard deviation of some channel, of 255: less is a single colour
+    aspect: float  # greatest ratio of the sides
+    side: int  # least shorter side, in pixels
+
+    web_images: int  # most pictures of a document
+    web_characters: int  # most characters of its text
+    web_similarity: float  # least relevance of a picture to its sentence; 0: any
+
+    def __post_init__(self):
+        check(self)
+
+
+def check(clean: CleanConfig) -> None:
+    """Raises ValueError naming the field and the mend."""
+    counts = ("digits", "words", "deviation", "side", "web_images", "web_characters")
+    rules = [
+        (0 <= clean.letters <= 1, "letters", "must be a share, from 0 to 1"),
+        (0 < clean.duplicates <= 1, "duplicates", "must be a share, above 0 and at most 1"),
+        (clean.aspect >= 1, "aspect", "must be at least 1"),
+        *((getattr(clean, name) >= 0, name, "must not be negative") for name in counts),
+    ]
+    for name in ("links", "dates"):
+        for pattern in getattr(clean, name):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                rules.append((False, name, f"has {pattern!r}, which is no regular expression: {error}"))
+    for ok, name, mend in rules:
+        if not ok:
+            raise ValueError(f"config: clean.{name} {mend}")

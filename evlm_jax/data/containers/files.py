@@ -1,0 +1,108 @@
+"""Files by path, or by a URL that fsspec opens (gs://, s3://, memory://, ...), and indices of large files that are kept in the cache."""
+
+import functools
+import hashlib
+import os
+import posixpath
+import tempfile
+from collections.abc import Callable, Iterable
+from typing import BinaryIO
+
+import fsspec
+import numpy as np
+
+from evlm_jax.assets import cache_root
+
+SMALL = 1 << 24  # bytes: the index of a smaller file is made anew
+
+
+def remote(path: str) -> bool:
+    """Whether fsspec opens it."""
+    return "://" in path
+
+
+def open_file(path: str) -> BinaryIO:
+    """For reading. Raises OSError."""
+    if not remote(path):
+        return open(path, "rb")
+    system, inner = fsspec.core.url_to_fs(path)
+    return system.open(inner, "rb")
+
+
+def read_range(path: str, start: int, size: int) -> bytes:
+    """`size` bytes from `start` on. Raises OSError, and ValueError where the file ends before."""
+    if remote(path):
+        system, inner = fsspec.core.url_to_fs(path)
+        content = system.cat_file(inner, start, start + size)
+    else:
+        with open(path, "rb") as file:
+            file.seek(start)
+            content = file.read(size)
+    if len(content) != size:
+        raise ValueError(f"the file ends before byte {start + size}")
+    return content
+
+
+def version(path: str) -> str:
+    """Another one when the file changes: of size and time for a local file, of what the store tells for a remote one. Raises OSError."""
+    if remote(path):
+        return _remote_version(path)
+    stat = os.stat(path)
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
+
+
+@functools.lru_cache(1 << 16)
+def _remote_version(path: str) -> str:
+    """Asked for once: what is remote does not change while a run reads it."""
+    system, inner = fsspec.core.url_to_fs(path)
+    return system.ukey(inner)
+
+
+def find(path: str, suffixes: Iterable[str]) -> list[str]:
+    """A file; or what lies below a folder or matches a pattern and has one of the suffixes, in order of name. Raises FileNotFoundError."""
+    system, inner = fsspec.core.url_to_fs(path)
+    if system.isfile(inner):
+        return [path]
+    folder = system.isdir(inner)
+    found = system.find(inner) if folder else system.glob(inner)
+    if not found and not folder:
+        raise FileNotFoundError(f"{path}: no such file, folder or pattern of files")
+    kept = sorted(file for file in found if file.lower().endswith(tuple(suffixes)))
+    return [system.unstrip_protocol(file) for file in kept] if remote(path) else kept
+
+
+def join(folder: str, name: str) -> str:
+    """`name` in `folder`; a name that is absolute or a URL stays as it is, an empty one is the folder."""
+    if not name:
+        return folder
+    return name if remote(name) else posixpath.join(folder, name)
+
+
+def parent(path: str, levels: int = 1) -> str:
+    """The folder of a file, or one further up."""
+    for _ in range(levels):
+        path = posixpath.dirname(path)
+    return path
+
+
+def index(path: str, kind: str, build: Callable[[BinaryIO], np.ndarray]) -> np.ndarray:
+    """`build(file)`, which for large files is kept in the cache and mapped into memory, until the file changes.
+
+    Args:
+      kind: of the index, part of its name.
+    """
+    state = version(path)
+    with open_file(path) as file:
+        if file.seek(0, os.SEEK_END) < SMALL:
+            file.seek(0)
+            return build(file)
+        name = hashlib.sha256(repr((os.path.abspath(path) if not remote(path) else path, state)).encode()).hexdigest()[:32]
+        kept = cache_root() / "index" / f"{name}.{kind}.npy"
+        if not kept.exists():
+            file.seek(0)
+            array = build(file)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=kept.parent, suffix=".part", delete=False) as part:
+                np.save(part, array)
+            os.replace(part.name, kept)
+    return np.load(kept, mmap_mode="r")

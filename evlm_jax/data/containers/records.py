@@ -1,0 +1,94 @@
+"""ArrayRecord: records by number. A record is a row as JSON, as msgpack, or as the tf.train.Example that TensorFlow Datasets writes."""
+
+import functools
+import json
+from collections.abc import Sequence
+
+import msgpack
+from array_record.python.array_record_module import ArrayRecordReader
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+from evlm_jax.data.containers import files
+
+
+class Records(Sequence):
+    """Rows {field: value}; binary values are references."""
+
+    def __init__(self, path: str):
+        if files.remote(path):
+            raise ValueError("ArrayRecord files are read from local disks only; copy it")
+        self.path, self._reader = path, _reader(path, files.version(path))
+
+    def __len__(self) -> int:
+        return self._reader.num_records()
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row = _row(self._reader.read([index])[0])
+        return {name: f"record://{index}/{name}::{self.path}" if isinstance(value, bytes) else value for name, value in row.items()}
+
+
+def read(place: str, path: str) -> bytes:
+    """The bytes of a reference: place = ROW/FIELD."""
+    row, field = place.split("/", 1)
+    return _row(_reader(path, files.version(path)).read([int(row)])[0])[field]
+
+
+@functools.lru_cache(1 << 12)
+def _reader(path: str, version: str) -> ArrayRecordReader:
+    reader = ArrayRecordReader(path, "readahead_buffer_size:0")
+    if not reader.ok():
+        raise ValueError("it is damaged or cut off")
+    return reader
+
+
+def _row(record: bytes) -> dict:
+    """A JSON object begins with {, an Example with the byte 10, a msgpack map with one above 127."""
+    if record[:1] == b"{":
+        return json.loads(record)
+    if record[:1] == b"\n":
+        return {entry.key: _feature(entry.value) for entry in _example().FromString(record).features.feature}
+    row = msgpack.unpackb(record)
+    if not isinstance(row, dict):
+        raise ValueError(f"a record must be a map of fields, not {type(row).__name__}")
+    return row
+
+
+def _feature(feature):
+    """Bytes are text where they are UTF-8; one value stands for itself."""
+    kind = next((kind for kind in ("bytes_list", "float_list", "int64_list") if feature.HasField(kind)), None)
+    values = [_text(value) if kind == "bytes_list" else value for value in getattr(feature, kind).value] if kind else []
+    return values[0] if len(values) == 1 else values
+
+
+def _text(value: bytes) -> str | bytes:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+@functools.cache
+def _example():
+    """The message class of tf.train.Example, declared here so that TensorFlow is not needed. Its map is a list of entries on the wire."""
+    kind = descriptor_pb2.FieldDescriptorProto
+    one, many = kind.LABEL_OPTIONAL, kind.LABEL_REPEATED
+    messages = {
+        "BytesList": [("value", kind.TYPE_BYTES, many)],
+        "FloatList": [("value", kind.TYPE_FLOAT, many)],
+        "Int64List": [("value", kind.TYPE_INT64, many)],
+        "Feature": [("bytes_list", "BytesList", one), ("float_list", "FloatList", one), ("int64_list", "Int64List", one)],
+        "Entry": [("key", kind.TYPE_STRING, one), ("value", "Feature", one)],
+        "Features": [("feature", "Entry", many)],
+        "Example": [("features", "Features", one)],
+    }
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="evlm", syntax="proto3")
+    for name, fields in messages.items():
+        message = file.message_type.add(name=name)
+        for number, (title, of, label) in enumerate(fields, 1):
+            type_ = {"type": kind.TYPE_MESSAGE, "type_name": f".evlm.{of}"} if isinstance(of, str) else {"type": of}
+            message.field.add(name=title, number=number, label=label, **type_)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("evlm.Example"))

@@ -1,0 +1,105 @@
+"""Pictures and videos with captions."""
+
+import os
+from collections.abc import Sequence
+
+from evlm_jax.data import video
+from evlm_jax.data.containers import files
+from evlm_jax.data.containers.lines import load
+from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, literal, question
+from evlm_jax.data.source import Source, key_of
+
+DESCRIBE, DESCRIBE_VIDEO = "Describe this image.", "Describe this video."
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+VIDEOS = ("mp4", "webm", "mkv", "mov", "avi")
+FRAMES = 16  # of a video (the paper shows 16)
+
+
+def captioned(
+    name: str, key: str, file: str, captions: Sequence[str], prompt: str, frames: int = FRAMES, scores: Sequence[float] = ()
+) -> Sample:
+    """A dialog for each caption: the prompt and the caption as its answer; without a prompt, the caption alone."""
+    moving = file.partition("::")[0].lower().endswith(VIDEOS)
+    visual = video.uniform(file, frames) if moving else (ImageRef(file),)
+    if moving and prompt == DESCRIBE:
+        prompt = DESCRIBE_VIDEO
+    alone = lambda text: (Turn("assistant", MARKER + text),)
+    dialogs = tuple(question(MARKER + prompt, text) if prompt else alone(text) for text in map(literal, captions))
+    return Sample(key, name, (visual,), dialogs, tuple(scores))
+
+
+def img2dataset(name: str, root: str, row: dict, *, prompt: str = "", frames: str = str(FRAMES)) -> Sample:
+    """A row of img2dataset or video2dataset, as tar or parquet: jpg (or another kind), txt or caption, json with `similarity` maybe."""
+    facts = row | row.get("json", {})
+    file = picture(row, (*IMAGES, *VIDEOS))
+    caption = row["txt"] if "txt" in row else facts["caption"]
+    scores = () if facts.get("similarity") is None else (float(facts["similarity"]),)
+    return captioned(name, key_of(row), file, [caption], prompt, int(frames), scores)
+
+
+def picture(row: dict, kinds: Sequence[str] = IMAGES) -> str:
+    """The row's picture, in a field named as its kind. Raises ValueError."""
+    file = next((row[kind] for kind in kinds if row.get(kind)), None)
+    if file is None:
+        raise ValueError(f"no picture; the row has {', '.join(row)}")
+    return file
+
+
+def coco(name: str, path: str, *, images: str = "", prompt: str = DESCRIBE) -> Source:
+    """COCO's captions_{split}.json: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}.
+
+    Args:
+      images: their folder; by default COCO's own: {split} beside the folder of annotations.
+    """
+    facts = load(path)
+    folder = images or files.join(files.parent(path, 2), os.path.basename(path).removesuffix(".json").removeprefix("captions_"))
+    captions: dict[int, list[str]] = {}
+    for annotation in facts["annotations"]:
+        captions.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
+    rows = [(image["id"], image["file_name"], captions[image["id"]]) for image in facts["images"] if image["id"] in captions]
+    return _captions(name, path, rows, folder, prompt)
+
+
+def karpathy(name: str, path: str, *, split: str = "train", images: str = "", prompt: str = DESCRIBE) -> Source:
+    """Karpathy's dataset_{coco,flickr30k}.json: {"images": [{"filename", "filepath", "split", "sentences": [{"raw"}]}]}.
+
+    Args:
+      split: "train" takes "restval" too, as is usual.
+      images: the folder of `filepath`; by default the one of the file.
+    """
+    splits = ("train", "restval") if split == "train" else (split,)
+    rows = [
+        (
+            image.get("cocoid", image["imgid"]),
+            files.join(image.get("filepath", ""), image["filename"]),
+            [s["raw"] for s in image["sentences"]],
+        )
+        for image in load(path)["images"]
+        if image["split"] in splits
+    ]
+    return _captions(name, path, rows, images or files.parent(path), prompt)
+
+
+def _captions(name: str, path: str, rows: list[tuple], folder: str, prompt: str) -> Source:
+    """Rows are (key, file, captions)."""
+    sample = lambda row: captioned(name, str(row[0]), files.join(folder, row[1]), row[2], prompt)
+    return Source(name, rows, sample, dialogs=lambda row: len(row[2]), where=path)
+
+
+def folder(name: str, path: str, *, prompt: str = DESCRIBE, frames: str = str(FRAMES)) -> Source:
+    """Images and videos anywhere below a folder, each with its caption in a .txt beside it."""
+    path = path if files.remote(path) else os.path.abspath(path)
+    kinds = tuple(f".{kind}" for kind in (*IMAGES, *VIDEOS))
+    stem = lambda file: os.path.splitext(file)[0]
+    found = files.find(path, (*kinds, ".txt"))
+    texts = {stem(file) for file in found if file.endswith(".txt")}
+    rows = [file for file in found if file.lower().endswith(kinds)]
+    if bare := [file for file in rows if stem(file) not in texts]:
+        raise ValueError(f"data source {name!r}: {len(bare)} images have no caption file, the first is {stem(bare[0])}.txt")
+
+    def sample(file: str) -> Sample:
+        with files.open_file(stem(file) + ".txt") as text:
+            caption = text.read().decode().strip()
+        return captioned(name, file[len(path) :].lstrip("/"), file, [caption], prompt, int(frames))
+
+    return Source(name, rows, sample, where=path)

@@ -1,0 +1,99 @@
+"""Boxes as text: `<ref>the cat</ref><box>(x1,y1),(x2,y2)</box>` on a grid of 0 to 999, as Qwen-VL writes them."""
+
+import os
+import pickle
+from collections.abc import Iterable, Sequence
+
+from evlm_jax.data.containers import files
+from evlm_jax.data.containers.lines import load
+from evlm_jax.data.formats.captions import picture
+from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, literal, question
+from evlm_jax.data.source import Source
+
+GRID, SLACK = 1000, 0.01  # boxes may stick out by rounding
+LOCATE = "Locate: "
+
+
+def box(corners: Sequence[float]) -> str:
+    """`<box>(x1,y1),(x2,y2)</box>` of x1, y1, x2, y2 as shares of width and height. Raises ValueError for a box that is none."""
+    x1, y1, x2, y2 = corners
+    if not (-SLACK <= x1 <= x2 <= 1 + SLACK and -SLACK <= y1 <= y2 <= 1 + SLACK):
+        raise ValueError(f"box {tuple(corners)} is not within the picture")
+    a, b, c, d = (min(max(int(GRID * value), 0), GRID - 1) for value in (x1, y1, x2, y2))
+    return f"<box>({a},{b}),({c},{d})</box>"
+
+
+def refcoco(name: str, path: str, *, instances: str = "instances.json", images: str = "", split: str = "train") -> Source:
+    """RefCOCO, RefCOCO+ and RefCOCOg: refs(unc).p = [{"ann_id", "image_id", "split", "sentences": [{"sent"}]}] beside instances.json.
+
+    One sample a picture, one dialog a sentence: from what is said to its box.
+
+    Args:
+      images: folder of COCO's train2014; by default images/mscoco/images/train2014 two folders above the file, as in the refer toolkit.
+    """
+    facts = load(files.join(files.parent(path), instances))
+    pictures = {image["id"]: image for image in facts["images"]}
+    boxes = {annotation["id"]: annotation["bbox"] for annotation in facts["annotations"]}
+    folder = images or files.join(files.parent(path, 3), "images/mscoco/images/train2014")
+    said: dict[int, list[tuple[str, int]]] = {}
+    for ref in _unpickle(path):
+        if ref["split"] == split:
+            said.setdefault(ref["image_id"], []).extend((sentence["sent"], ref["ann_id"]) for sentence in ref["sentences"])
+
+    def sample(row) -> Sample:
+        picture, sentences = pictures[row[0]], row[1]
+        dialogs = []
+        for sentence, number in sentences:
+            x, y, w, h = boxes[number]
+            across, down = picture["width"], picture["height"]
+            place = box((x / across, y / down, (x + w) / across, (y + h) / down))
+            dialogs.append(question(f"{MARKER}{LOCATE}{literal(sentence)}", f"<ref>{literal(sentence)}</ref>{place}"))
+        return Sample(str(row[0]), name, ((ImageRef(files.join(folder, picture["file_name"])),),), tuple(dialogs))
+
+    return Source(name, list(said.items()), sample, dialogs=lambda row: len(row[1]), where=path)
+
+
+def grit(name: str, root: str, row: dict, *, images: str = "images", spans: str = "ref_exps") -> Sample:
+    """GRIT: "caption" with "ref_exps" or "noun_chunks" = [[start, end, x1, y1, x2, y2, score]], shares of width and height.
+
+    From img2dataset's tars with these columns in the json, or from the published parquet with pictures {key}.jpg in `images`. Boxes of
+    one span follow each other; a span that overlaps an earlier one is left out.
+    """
+    facts = row | row.get("json", {})
+    published = "jpg" not in row and "json" not in row
+    file = files.join(files.join(root, images), f"{facts['key']}.jpg") if published else picture(row)
+    score = facts.get("clip_similarity_vitl14", facts.get("clip_similarity_vitb32"))
+    text = grounded(facts["caption"], facts[spans])
+    return Sample(
+        str(facts["key"]), name, ((ImageRef(file),),), ((Turn("assistant", MARKER + text),),), () if score is None else (float(score),)
+    )
+
+
+def grounded(caption: str, spans: Iterable[Sequence[float]]) -> str:
+    """The caption with <ref> and <box> in it. Raises ValueError for a span outside of the text, or a box outside of the picture."""
+    boxes: dict[tuple[int, int], list[str]] = {}
+    for start, end, *corners in spans:
+        if not 0 <= start < end <= len(caption):
+            raise ValueError(f"span {start:g} to {end:g} in a text of {len(caption)} characters")
+        boxes.setdefault((int(start), int(end)), []).append(box(corners[:4]))
+    made, at = "", 0
+    for start, end in sorted(boxes, key=lambda span: (span[0], -span[1])):
+        if start >= at:
+            made += f"{literal(caption[at:start])}<ref>{literal(caption[start:end])}</ref>{''.join(boxes[start, end])}"
+            at = end
+    return made + literal(caption[at:])
+
+
+class _Plain(pickle.Unpickler):
+    """Of lists, dicts, texts and numbers: nothing is imported, so nothing can be run."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"the file asks for {module}.{name}, only plain values are read")
+
+
+def _unpickle(path: str) -> list[dict]:
+    try:
+        with files.open_file(path) as file:
+            return _Plain(file, encoding="utf-8").load()
+    except (pickle.UnpicklingError, EOFError, IndexError, ValueError, AttributeError, KeyError) as error:
+        raise ValueError(f"{os.path.basename(path)}: cannot read the pickle {path}: {error}") from error

@@ -1,0 +1,113 @@
+"""Random access to samples: rows of a container, and a mapper that turns a row into a Sample when it is asked for."""
+
+import bisect
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from evlm_jax.data.containers import files, rows
+from evlm_jax.data.samples import RowError, Sample, SampleError
+
+KEYS = ("id", "key", "__key__", "uuid", "url", "image", "video", "file_name")  # the first that a row has is its name
+
+
+class Source(Sequence[Sample]):
+    """Samples of one sequence of rows. A row that cannot be read, or is no sample, raises RowError with its file, number and key.
+
+    Args:
+      name: as in `data.sources`.
+      rows: any sequence.
+      sample: mapper from a row to its Sample.
+      dialogs: mapper from a row to its number of dialogs; by default every row has one.
+      where: the file, for errors.
+    """
+
+    def __init__(
+        self, name: str, rows: Sequence, sample: Callable[..., Sample], dialogs: Callable[..., int] | None = None, where: str = ""
+    ):
+        self.name, self.rows, self.where, self._sample, self._dialogs = name, rows, where, sample, dialogs
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row = None
+        try:
+            row = self.rows[index]
+            return self._sample(row)
+        except SampleError:
+            raise
+        except Exception as error:  # readers of damaged files and mappers of wrong rows raise errors of any kind
+            place = f"{self.where}: row {index + 1}" if self.where else f"row {index + 1}"
+            raise RowError(f"sample {self.name}/{key_of(row)}: {type(error).__name__}: {error} ({place})") from error
+
+    def dialog_counts(self) -> list[int]:
+        """Dialogs of every sample, without building the samples."""
+        return [1] * len(self) if self._dialogs is None else [self._dialogs(row) for row in self.rows]
+
+
+class Chain(Sequence[Sample]):
+    """Sources one after the other: the files of one `data.sources` entry."""
+
+    def __init__(self, name: str, parts: Sequence[Source]):
+        self.name, self.parts = name, parts
+        self._starts = [0]
+        for part in parts:
+            self._starts.append(self._starts[-1] + len(part))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = bisect.bisect_right(self._starts, index) - 1
+        return self.parts[part][index - self._starts[part]]
+
+    def dialog_counts(self) -> list[int]:
+        """Dialogs of every sample."""
+        return [count for part in self.parts for count in part.dialog_counts()]
+
+
+class Subset(Sequence[Sample]):
+    """The samples whose numbers stand in a .npy file: what cleaning or sampling by cluster (data/sampling.py) kept."""
+
+    def __init__(self, name: str, source: Source | Chain, file: str):
+        with files.open_file(file) as opened:
+            self._numbers = np.load(opened)
+        if self._numbers.dtype.kind not in "iu" or self._numbers.ndim != 1 or ((self._numbers < 0) | (self._numbers >= len(source))).any():
+            raise ValueError(f"data source {name!r}: {file} must hold whole numbers from 0 to {len(source) - 1}, one dimension")
+        self.name, self._source = name, source
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._source[int(self._numbers[index])]
+
+    def dialog_counts(self) -> list[int]:
+        """Dialogs of every sample."""
+        counts = self._source.dialog_counts()
+        return [counts[number] for number in self._numbers]
+
+
+def by_row(mapper: Callable[..., Sample]) -> Callable[..., Chain]:
+    """Opens every container file of a path; `mapper(name, folder of the file, row, **options)` makes a sample of a row."""
+
+    def opened(name: str, path: str, **options: str) -> Chain:
+        found = rows.find(path)
+        mappers = [partial(mapper, name, files.parent(file), **options) for file in found]
+        return Chain(name, [Source(name, rows.open_rows(file), sample, where=file) for file, sample in zip(found, mappers)])
+
+    return opened
+
+
+def key_of(row) -> str:
+    """How a row calls itself; "?" if it does not, or could not be read."""
+    if row is None:
+        return "?"
+    named = next((row[field] for field in KEYS if row.get(field) is not None), "?") if isinstance(row, dict) else row
+    return str(named[0] if isinstance(named, (tuple, list)) and named else named)

@@ -151,7 +151,7 @@ class Evil:
 def test_pickles_run_nothing(tmp_path, content, capsys):
     file = write_refcoco(tmp_path)
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"cannot read the pickle .*refs\(unc\).p"):
+    with pytest.raises(ValueError, match=r"refs\(unc\).p: "):
         open_source(f"refcoco:{file}")
     assert capsys.readouterr().out == ""
 

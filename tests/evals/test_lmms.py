@@ -56,7 +56,7 @@ def seen(model, tmp_path_factory):
     docs = [[opened[0]], [opened[1], opened[2]], [], [str(pictures[2])], [str(clip)]]
     model.task_dict = {"task": {"test": docs}}
     one = [(ImageRef(str(path)),) for path in pictures]
-    return docs, [(one[0],), (one[1], one[2]), (), (one[2],), (video.uniform(clip, 3),)]
+    return docs, [(one[0],), (one[1], one[2]), (), (one[2],), (video.sample(clip, 3),)]
 
 
 def ask(kind, *arguments):

@@ -36,7 +36,7 @@ def refcoco(name: str, path: str, *, instances: str = "instances.json", images: 
     boxes = {annotation["id"]: annotation["bbox"] for annotation in facts["annotations"]}
     folder = images or files.join(files.parent(path, 3), "images/mscoco/images/train2014")
     said: dict[int, list[tuple[str, int]]] = {}
-    for ref in _unpickle(path):
+    for ref in unpickle(path):
         if ref["split"] == split:
             said.setdefault(ref["image_id"], []).extend((sentence["sent"], ref["ann_id"]) for sentence in ref["sentences"])
 
@@ -91,9 +91,10 @@ class _Plain(pickle.Unpickler):
         raise pickle.UnpicklingError(f"the file asks for {module}.{name}, only plain values are read")
 
 
-def _unpickle(path: str) -> list[dict]:
+def unpickle(path: str) -> list[dict]:
+    """A pickle of plain values. Raises ValueError naming the file where it is damaged, or would run code."""
     try:
         with files.open_file(path) as file:
             return _Plain(file, encoding="utf-8").load()
     except (pickle.UnpicklingError, EOFError, IndexError, ValueError, AttributeError, KeyError) as error:
-        raise ValueError(f"{os.path.basename(path)}: cannot read the pickle {path}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error

@@ -139,7 +139,7 @@ def stored(given: Sequence, folder: Path, frames: int) -> Visuals:
             found.append((ImageRef(str(file)),))
         elif isinstance(visual, str | Path):
             suffix = Path(visual).suffix.lower()
-            found.append((ImageRef(str(visual)),) if suffix in SUFFIXES else video.uniform(visual, frames))
+            found.append((ImageRef(str(visual)),) if suffix in SUFFIXES else video.sample(visual, frames))
         else:
             raise ValueError(f"a visual is {type(visual).__name__}; images are PIL images or paths, videos are paths")
     return tuple(found)

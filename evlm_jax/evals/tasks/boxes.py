@@ -4,12 +4,11 @@ refcoco, refcoco+  refs(unc).p, instances.json, and the images in images/ or tra
 refcocog           refs(umd).p and the same
 """
 
-import io
-import pickle
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from evlm_jax.data.formats.grounding import unpickle
 from evlm_jax.evals.scorers import boxes
 from evlm_jax.evals.task import Question, Scores, Task, column, percent
 from evlm_jax.evals.tasks.official import Row, read_json
@@ -21,22 +20,11 @@ ASK = (
 RIGHT = 0.5  # IoU
 
 
-class Plain(pickle.Unpickler):
-    """Reads lists, dicts, text and numbers, and refuses anything that would run code."""
-
-    def find_class(self, module: str, name: str):
-        """Raises UnpicklingError."""
-        raise pickle.UnpicklingError(f"holds {module}.{name}, not plain data")
-
-
 def read_refs(file: Path) -> list[Row]:
     """The entries of a refs(...).p file."""
     if not file.is_file():
         raise ValueError(f"no file {file}")
-    try:
-        return [Row(file, number, ref) for number, ref in enumerate(Plain(io.BytesIO(file.read_bytes()), encoding="latin1").load(), 1)]
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{file}: {error}") from error
+    return [Row(file, number, ref) for number, ref in enumerate(unpickle(str(file)), 1)]
 
 
 def read(data: Path, split: str, style: str, refs: str) -> list[Question]:

@@ -40,7 +40,7 @@ def read(data: Path, split: str, style: str) -> list[Question]:
         folders = [data.parent / folder for folder in (".", "videos", "Test_Videos")]
         ((ref,),) = row.image(*(folder / (name + suffix) for folder in folders for suffix in SUFFIXES))
         try:
-            frames = video.uniform(ref.path, FRAMES)
+            frames = video.sample(ref.path, FRAMES)
         except video.VideoError as error:
             raise row.error(str(error)) from error
         questions.append(Question(f"{name}-{row.number}", row.get("question", ASK), (frames,), row["answer"], name, {"frames": FRAMES}))

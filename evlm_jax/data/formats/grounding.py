@@ -1,6 +1,5 @@
 """Boxes as text: `<ref>the cat</ref><box>(x1,y1),(x2,y2)</box>` on a grid of 0 to 999, as Qwen-VL writes them."""
 
-import os
 import pickle
 from collections.abc import Iterable, Sequence
 

@@ -126,6 +126,8 @@ def get_config() -> ConfigDict:
             data=dict(
                 sources=(),
                 weights=(),
+                tasks=(),
+                ends="repeat",
                 template="chatml",
                 length=2048,
                 images=64,

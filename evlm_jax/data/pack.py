@@ -68,6 +68,11 @@ class Packer:
         self._costs = np.zeros((data.window, len(Budget._fields)), np.int64)
 
     @property
+    def taken(self) -> int:
+        """Documents of the stream that are used or left out, with at least one of their parts gone from the window."""
+        return self.next // self.step - len({index for index, _, _ in self._pending})
+
+    @property
     def state(self) -> dict:
         """JSON-able position: what `restore` takes."""
         return {"next": self.next, "pending": [[index, part] for index, part, _ in self._pending]}

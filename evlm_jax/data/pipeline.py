@@ -38,8 +38,8 @@ def batches(
 
     info: "keys" (the samples of each row), "fill" (used share of each budget), "drops" (list of Drop since the last batch), "cut" (parts of
     longer documents among them).
-    State: {"lanes": {lane number: [{"next", "pending"} of each task]}}, JSON-able; the states of several processes are merged by merging "lanes", and any
-    number of processes restores from that.
+    State: {"lanes": {lane number: [{"next", "pending"} of each task]}}, JSON-able; the states of several processes are merged by merging
+    "lanes", and any number of processes restores from that.
 
     Args:
       features: where the taps come from if `data.cache_features`; what it lacks is computed when a batch needs it.

@@ -1,8 +1,8 @@
 """How full rows are, and how fast they are packed: `python -m benchmarks.packing`. `evlm data bench` tells the same of real data.
 
 Documents are made: lengths and images like those of captions, web pages, instructions and plain text. Padding of the image slots is
-what the ViT computes in vain. Rows a second are of one core's processor time, tokenising and decoding excluded; "assembled" is with all arrays of a
-Batch but the pictures.
+what the ViT computes in vain. Rows a second are of one core's processor time, tokenising and decoding excluded; "assembled" is with all
+arrays of a Batch but the pictures.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """`evlm data bench`: how fast a configuration's data are read, packed and decoded, and how full its rows are."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -11,6 +12,7 @@ from evlm_jax.config import DataConfig, EVLMConfig
 from evlm_jax.data import image
 from evlm_jax.data.mixture import tasks
 from evlm_jax.data.pack import Budget, Packer, assemble, fill
+from evlm_jax.data.samples import RowError
 from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import Document
 
@@ -68,22 +70,31 @@ def bench(cfg: EVLMConfig, tokenizer, count: int) -> str:
     lines = []
     for task in tasks([open_source(name) for name in cfg.data.sources], tokenizer, cfg):
         lines.append(f"task {task.name}" if task.name else "all sources")
-        documents, seconds = _timed(lambda task=task: [task.documents[i] for i in range(count)])
-        lines.append(f"{count / seconds:10.0f} documents/s read and tokenised")
+        documents, rate = _tried(lambda i, task=task: task.documents[i], range(count))
+        lines.append(rate("documents/s read and tokenised"))
         rows = rows_of(documents, cfg.data)
         if not rows:
             raise ValueError(f"{count} documents fill no row beyond the window of {cfg.data.window}: give a greater --documents")
-        some = rows[:64]
-        _, seconds = _timed(lambda some=some: assemble(some, cfg))
-        lines.append(f"{len(some) / seconds:10.0f} rows/s assembled")
+        _, rate = _tried(lambda row: assemble([row], cfg), rows[:64])
+        lines.append(rate("rows/s assembled"))
         refs = list(islice((ref for row in rows for document in row for ref in document.refs), 128))
         if refs:
-            _, seconds = _timed(lambda refs=refs: image.pixels(refs, cfg))
-            lines.append(f"{len(refs) / seconds:10.0f} images/s decoded and resized to {cfg.vit.image_size}")
+            _, rate = _tried(lambda ref: image.pixels([ref], cfg), refs)
+            lines.append(rate(f"images/s decoded and resized to {cfg.vit.image_size}"))
         lines += report(documents, cfg.data)
     return "\n".join(lines)
 
 
-def _timed(work: Callable[[], Iterable]) -> tuple[Iterable, float]:
-    begin = time.process_time()
-    return work(), time.process_time() - begin
+def _tried(work: Callable, items: Iterable) -> tuple[list, Callable[[str], str]]:
+    """What `work` makes of each, and a line about its speed: how many a second, and what could not be done."""
+    made, failed, begin = [], Counter(), time.process_time()
+    for item in items:
+        try:
+            made.append(work(item))
+        except RowError:
+            failed["bad row"] += 1
+        except image.ImageError:
+            failed["unreadable image"] += 1
+    rate = (len(made) + failed.total()) / (time.process_time() - begin)
+    lost = "; left out: " + ", ".join(f"{cause} {count}" for cause, count in failed.items()) if failed else ""
+    return made, lambda unit: f"{rate:10.0f} {unit}{lost}"

@@ -23,11 +23,11 @@ from evlm_jax.convert.engine import load_towers, parameter_shapes
 from evlm_jax.data.pack import assemble
 from evlm_jax.data.samples import ImageRef, Sample, question
 from evlm_jax.data.text import encode
+from evlm_jax.mesh import make_layout
 from evlm_jax.models import decoding
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.names import unflatten
 from evlm_jax.ops.grouped_attention import Plan
-from evlm_jax.sharding import batch_sharding, make_mesh, replicated
 from evlm_jax.tokenizer import load_tokenizer
 from evlm_jax.train import Phase
 from experiments import demo
@@ -146,9 +146,9 @@ def training() -> None:
 
 def our_step(cfg: EVLMConfig, batch: Batch) -> Callable[[], None]:
     """A function that does one optimizer step on the batch."""
-    mesh = make_mesh()
-    phase = Phase(cfg, 0, replicated(mesh))
-    state, on_device = phase.enter(0, nnx.state(load(cfg)), {}), jax.device_put(batch, batch_sharding(mesh))
+    layout = make_layout(cfg)
+    phase = Phase(cfg, 0, layout)
+    state, on_device = phase.enter(0, nnx.state(load(cfg)), {}), layout.put_rows(batch, range(cfg.train.batch), cfg.train.batch)
 
     def step() -> None:
         nonlocal state

@@ -2,11 +2,14 @@
 
 16 experts of which a token has 4, and the world expert. The dense FFN is as wide as what a token uses of both. Loads are balanced, or
 as a random router makes them ("skewed": a common vector in all tokens draws most of them to few experts). XLA's ragged_dot, with the
-same routing, is the naive form. The second figure is the peak of temporaries (compiled.memory_analysis()).
+same routing, is the naive form. All sides take turns, round after round. Printed are the fastest and the median round, the median of
+processor time (of all cores; what others on the machine disturb least), each with its ratio to the dense FFN's, and the peak of
+temporaries (compiled.memory_analysis()). One core: `taskset -c 0`.
 """
 
 import argparse
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +21,7 @@ from evlm_jax.models import moe
 from evlm_jax.models.layers import ACTIVATIONS, MLP
 
 SIZES = {"demo": (1024, 576, 288), "paper": (2048, 5120, 2560)}  # tokens, hidden, FFN
-TILES = {"demo": 64, "paper": 64}
-REPEATS = {"demo": 30, "paper": 3}  # of which the fastest counts
+ROUNDS = {"demo": 60, "paper": 5}
 
 
 def mixture(width: int, hidden: int, tile: int) -> moe.MoE:
@@ -41,43 +43,51 @@ def ragged(model: moe.MoE, x: jax.Array) -> jax.Array:
     return model.world(x) + jnp.zeros_like(flat).at[order // k].add(out)
 
 
-def measure(layer, model: nnx.Module, x: jax.Array, repeats: int) -> tuple[float, float]:
-    """(seconds, MB of temporaries) of the gradients with respect to the model and x."""
+def compiled(layer: Callable, model: nnx.Module, x: jax.Array) -> jax.stages.Compiled:
+    """The gradients with respect to the model and x."""
     weight = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
-    step = jax.jit(jax.grad(lambda model, x: (layer(model, x) * weight).sum(), argnums=(0, 1))).lower(model, x).compile()
-    seconds = []
-    for _ in range(1 + repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready(step(model, x))
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds[1:]), step.memory_analysis().temp_size_in_bytes / 2**20
+    return jax.jit(jax.grad(lambda model, x: (layer(model, x) * weight).sum(), argnums=(0, 1))).lower(model, x).compile()
+
+
+def measure(sides: dict[str, tuple], rounds: int) -> dict[str, np.ndarray]:
+    """{name: seconds of the clock and of processors [rounds, 2]} of {name: (compiled, model, x)}; a first round is not counted."""
+    seconds = {name: [] for name in sides}
+    for _ in range(1 + rounds):
+        for name, (step, model, x) in sides.items():
+            begin = time.perf_counter(), time.process_time()
+            jax.block_until_ready(step(model, x))
+            seconds[name].append(np.subtract((time.perf_counter(), time.process_time()), begin))
+    return {name: np.array(values[1:]) for name, values in seconds.items()}
 
 
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--tile", type=int, help="rows of a tile, instead of the size's own")
-    parser.add_argument("--no-naive", action="store_true", help="leave ragged_dot out: at the paper's size it takes minutes")
+    parser.add_argument("--tile", type=int, default=64)
+    parser.add_argument("--rounds", type=int, help="instead of the size's own")
+    parser.add_argument("--no-naive", action="store_true", help="leave ragged_dot out: at the paper's size a round of it takes minutes")
     args = parser.parse_args()
     for size in args.sizes:
         tokens, width, hidden = SIZES[size]
-        model = mixture(width, hidden, args.tile or TILES[size])
+        model = mixture(width, hidden, args.tile)
         even = jax.random.normal(jax.random.key(0), (1, tokens, width))
-        skewed = 0.5 * even + jax.random.normal(jax.random.key(1), (width,))
+        inputs = {"balanced": even, "skewed": 0.5 * even + jax.random.normal(jax.random.key(1), (width,))}
         dense = jax.jit(lambda w=width, h=2 * hidden: MLP(w, h, "gelu", False, nnx.Rngs(0)))()
-        bar = measure(lambda model, x: model(x), dense, even, REPEATS[size])
-        print(
-            f"{size}: {tokens} tokens, hidden {width}, experts of {hidden // 4}\n  dense{'':<24}{bar[0]:8.3f} s {bar[1]:8.0f} MB",
-            flush=True,
-        )
-        for name, x in (("balanced", even), ("skewed", skewed)):
+        sides = {"dense": (compiled(lambda model, x: model(x), dense, even), dense, even)}
+        print(f"{size}: {tokens} tokens, hidden {width}, experts of {hidden // 4}, tiles of {args.tile}", flush=True)
+        for form, layer in {"experts": lambda model, x: model(x)[0], "ragged_dot": ragged}.items():
+            step = None if form == "ragged_dot" and args.no_naive else compiled(layer, model, even)
+            sides |= {f"{form}, {name}": (step, model, x) for name, x in inputs.items() if step}
+        for name, x in inputs.items():
             load = np.asarray(jax.jit(lambda model, x: model(x)[1].load.sum(0))(model, x))
-            print(f"  load, {name}: {load.min():.0f} to {load.max():.0f} tokens an expert")
-            forms = {"experts": lambda model, x: model(x)[0]} | ({} if args.no_naive else {"ragged_dot": ragged})
-            for form, layer in forms.items():
-                seconds, megabytes = measure(layer, model, x, REPEATS[size])
-                print(f"  {form + ', ' + name:<29}{seconds:8.3f} s ({seconds / bar[0]:5.2f}x) {megabytes:6.0f} MB", flush=True)
+            print(f"  load, {name}: {load.min():.0f} to {load.max():.0f} tokens an expert", flush=True)
+        found = measure(sides, args.rounds or ROUNDS[size])
+        print(f"  {'':<22}{'fastest':>18}{'median':>20}{'processors':>20}{'temporaries':>14}")
+        figures = {name: (s[:, 0].min(), np.median(s[:, 0]), np.median(s[:, 1])) for name, s in found.items()}
+        for name in sides:
+            values = [f"{mine:9.4f} s ({mine / bar:5.2f}x)" for mine, bar in zip(figures[name], figures["dense"])]
+            print(f"  {name:<22}{' '.join(values)} {sides[name][0].memory_analysis().temp_size_in_bytes / 2**20:8.0f} MB", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from evlm_jax import chips, flops
+from evlm_jax import flops
 from evlm_jax.cli import load_config
-from evlm_jax.plan import phase_share
+from evlm_jax.planning import chips
+from evlm_jax.planning.programs import phase_steps
 
 FILE, PAGE = Path("docs/pods.json"), Path("docs/pods.md")
 RUNS = {  # name: (stage, phase)
@@ -33,12 +34,10 @@ RUNS = {  # name: (stage, phase)
 FLAT, CUBES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"), ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
 SLICES = {"v5p": CUBES, "v6e": FLAT, "v5e": FLAT}
 TENSORS = (1, 2, 4, 8)
-PODS = (  # of realistic size, with the paper's ZeRO-2: run, topology, devices along tensor, rows of a device and micro-batch
-    ("pretrain, ViT frozen", "v5p:4x4x4", 2, 15),
-    ("sft with experts, 448 px", "v5p:2x2x4", 1, 1),
-    ("pretrain, ViT frozen", "v6e:16x16", 8, 3),
-    ("pretrain, upper ViT trained", "v5p:4x4x4", 2, 5),
-    ("continual, 448 px", "v5p:4x4x4", 2, 1),
+PODS = (  # of realistic size, with the paper's ZeRO-2: run, topology, devices along tensor, rows of a device and micro-batch, remat
+    ("pretrain, ViT frozen", "v5p:4x4x4", 2, 5, "dots"),
+    ("pretrain, ViT frozen", "v6e:16x16", 8, 3, "full"),
+    ("sft with experts, 448 px", "v5p:2x2x4", 1, 1, "full"),
 )
 HEAD = """# The paper's runs on TPU pods
 
@@ -49,8 +48,9 @@ slices that are not there. Nothing here was measured on a TPU.
 A step's seconds are those of a roofline, operation by operation: products at the published peak, HBM at its bandwidth, collectives hidden
 behind them. They are a lower bound for this program; well-tuned runs of others reach 40 to 65% of the peak. Days are those of the run's
 own share of the steps (pre-training trains cross-attention alone for its first 31,250 steps, the upper ViT as well for 93,750). A batch
-is full: no position is padding, every image is seen. HBM is XLA's own account of the fullest moment, arguments included. Executed FLOPs
-are read from the compiled program, needed ones are defined in [flops.py](../evlm_jax/flops.py).
+is full: no position is padding, every image is seen. HBM is XLA's own account of the fullest moment, and in brackets all that it
+allocates; the compiler accepts the program or not. Executed FLOPs are read from the compiled program, needed ones are defined in
+[flops.py](../evlm_jax/flops.py). Compile times are of a machine of two cores that was shared.
 
 ## The smallest slice that fits
 
@@ -58,13 +58,14 @@ Full rematerialisation, ZeRO-3, frozen towers in pieces, one row a device and mi
 """
 LARGE = """## Pods of realistic size
 
-ZeRO-2, as the paper has it, and full rematerialisation.
+ZeRO-2, as the paper has it.
 """
 PARTS = """## Executed by needed FLOPs, part by part
 
-Full rematerialisation makes a trained part 4/3, a frozen one with a gradient through it 3/2. Scores of the language model are computed for
-all pairs and masked: twice what causal attention needs. Scores of the cross-attention are computed for all (tile, image) pairs that a batch
-has room for, filled or not. Keys and values have a product more for the gradient of the norm in front of them.
+Full rematerialisation makes a trained part 4/3, a frozen one with a gradient through it 3/2; where the outputs of linear layers are kept
+(`dots`) both are 1. Scores of the language model are computed for all pairs and masked: twice what causal attention needs. Scores of the
+cross-attention are computed for all (tile, image) pairs that a batch has room for, filled or not. Keys and values have a product more for
+the gradient of the norm in front of them.
 """
 LIMIT = 1500  # seconds of a plan, on a machine that is shared
 
@@ -81,6 +82,11 @@ def arguments(run: str, topology: str, tensor: int, remat: str = "full", zero: i
     mesh = f"fsdp={across // expert},expert={expert},tensor={tensor},zero={zero},frozen=sharded"
     micro = f"--config.train.accumulate={cfg.train.batch // (across * rows)}"
     return ["--config", config, "--phase", str(phase), "--topology", topology, "--mesh", mesh, "--remat", remat, "--no-mend", micro]
+
+
+def pod(run: str, topology: str, tensor: int, rows: int, remat: str) -> list[str] | None:
+    """`arguments` of an entry of PODS."""
+    return arguments(run, topology, tensor, remat, zero=2, rows=rows)
 
 
 def plan(words: list[str]) -> dict:
@@ -125,34 +131,40 @@ def page() -> str:
     reports = known()
     ask = lambda words: reports.get(" ".join(words))
     small = [(run, smallest(run, kind, ask), kind) for run, kind in itertools.product(RUNS, SLICES)]
-    large = [(run, ask(arguments(run, topology, tensor, zero=2, rows=rows)), topology) for run, topology, tensor, rows in PODS]
+    large = [(run, ask(pod(run, topology, *how)), f"{topology}, remat {how[-1]}") for run, topology, *how in PODS]
     return "\n".join([HEAD, *_table(small), "", LARGE, *_table(large), "", PARTS, *_ratios(large), ""])
 
 
+COLUMNS = "run slice mesh HBM_a_chip,_GiB step,_s binds MFU days chip-days remat executed_/_needed compiled_in".split()
+
+
 def _table(plans: list[tuple[str, dict | None, str]]) -> list[str]:
-    head = ("run", "slice", "mesh", "HBM a chip, GiB", "step, s", "binds", "MFU", "days", "chip-days", "executed / needed", "compiled in")
-    rows = [_row(run, report) if report else (run, f"{where}: not planned yet") for run, report, where in plans]
-    cells = lambda row: "| " + " | ".join([*row, *[""] * (len(head) - len(row))]) + " |"
-    return [cells(head), "|" + " --- |" * len(head), *map(cells, rows)]
+    """A row a plan, and below what is not planned yet."""
+    cells = lambda row: "| " + " | ".join([*row, *[""] * (len(COLUMNS) - len(row))]) + " |"
+    rows = [_row(run, report) for run, report, _ in plans if report]
+    table = [cells([column.replace("_", " ") for column in COLUMNS]), "|" + " --- |" * len(COLUMNS), *map(cells, rows)]
+    missing = [f"{run} ({where})" for run, report, where in plans if not report]
+    return table + (["", f"Not planned yet: {'; '.join(missing)}."] if missing else [])
 
 
 def _row(run: str, report: dict) -> tuple[str, ...]:
-    """Peak of HBM: at the fullest moment by XLA's account, arguments included."""
     if not report["fits"]:
         return run, f"{report['topology']}: does not fit"
-    time, mesh, chip = report["time"], report["mesh"], report["chip"]
+    time, mesh, chip, memory = report["time"], report["mesh"], report["chip"], report["memory"]
+    allocated = sum(size for name, size in memory.items() if name != "peak")
     stage, phase = RUNS[run]
-    days = time["days"] * phase_share(load_config(f"experiments/evlm_14b.py:{stage}"), phase)
+    days = phase_steps(load_config(f"experiments/evlm_14b.py:{stage}"), phase) * time["seconds"] / 86400
     return (
         run,
         report["topology"],
         " ".join(f"{axis} {mesh[axis]}" for axis in ("fsdp", "expert", "tensor") if mesh[axis] > 1),
-        f"{report['memory']['peak'] / chips.GIB:.1f} of {chip['hbm'] / chips.GIB:.0f}",
+        f"{memory['peak'] / chips.GIB:.1f} ({allocated / chips.GIB:.1f}) of {chip['hbm'] / chips.GIB:.0f}",
         f"{time['seconds']:.2f}",
         time["binds"],
         f"{time['mfu']:.0%}",
         f"{days:,.1f}",
         f"{days * report['devices'] / chip['cores']:,.0f}",
+        report["policies"]["remat"],
         f"{_sum(report['executed']) * report['devices'] / _sum(report['needed']):.2f}",
         f"{report['compile_seconds']:.0f} s, {report['ram_gib']:.1f} GiB",
     )
@@ -181,8 +193,8 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", type=int, default=list(range(len(RUNS))), help="numbers of runs")
     args = parser.parse_args()
     if args.action == "plan":
-        for run, topology, tensor, rows in PODS:
-            planned(arguments(run, topology, tensor, zero=2, rows=rows))
+        for run, topology, *how in PODS:
+            planned(pod(run, topology, *how))
         for kind, number in itertools.product(args.kinds, args.runs):
             smallest(list(RUNS)[number], kind, planned)
     else:

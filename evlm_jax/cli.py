@@ -184,14 +184,16 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--fast", dest="form", action="store_const", const="fast", help="a few minutes: the whole road, little training")
     form.add_argument("--full", dest="form", action="store_const", const="full", help="several passes over all questions")
-    parser.add_argument("--workdir", help="default: runs/demo, runs/demo-fast or runs/demo-full")
+    form.add_argument("--moe", metavar="RUN", help="the next stage of a demo's run, such as runs/demo: its FFNs become experts")
+    parser.add_argument("--workdir", help="default: runs/demo, runs/demo-fast, runs/demo-full or runs/demo-moe")
     parser.set_defaults(form="")
 
 
 def _demo(args: argparse.Namespace, _overrides: list[str]) -> None:
     from evlm_jax import demo
 
-    demo.run(args.form, args.workdir or "-".join(filter(None, ["runs/demo", args.form])))
+    form = "moe" if args.moe else args.form
+    demo.run(form, args.workdir or "-".join(filter(None, ["runs/demo", form])), args.moe)
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -210,9 +212,9 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
-    from evlm_jax import plan_search
+    from evlm_jax.planning import search
 
-    return plan_search.main(args, overrides, load_config)
+    return search.main(args, overrides, load_config)
 
 
 def _data_arguments(parser: argparse.ArgumentParser) -> None:

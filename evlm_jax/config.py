@@ -189,7 +189,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices by axis (sharding.py); their product is the number of devices. One of `data` and `fsdp` may be -1: what the others leave."""
+    """Devices by axis (mesh.py); their product is the number of devices. One of `data` and `fsdp` may be -1: what the others leave."""
 
     data: int  # copies of everything, each with its own rows; several slices of a pod are joined along this axis
     fsdp: int  # rows, and what is stored in pieces

@@ -18,11 +18,12 @@ from evlm_jax.data.sources import open_source
 from evlm_jax.evals import caption, choice, results
 from evlm_jax.generate import Generator
 from evlm_jax.run import Trained, feature_store, load_trained, train_run
+from evlm_jax.upcycle import upcycle_run
 from experiments import demo as experiment
 
 CAPTION_TOKENS = 16
 # How much each form evaluates, of what it does not take as a whole; "greedy": questions answered by free generation as well.
-SIZES = {"": {"greedy": 1000}, "fast": {"images": 40, "greedy": 40, "emoji": 24}, "full": {}}
+SIZES = {"": {"greedy": 1000}, "fast": {"images": 40, "greedy": 40, "emoji": 24}, "full": {}, "moe": {"greedy": 1000}}
 ATTENTION = 4  # pictures in the report with attention by word
 
 
@@ -41,10 +42,11 @@ class Clock:
         self.parts.append((name, time.monotonic() - since))
 
 
-def run(form: str, workdir: str) -> Path:
-    """The whole demo; returns the page. `form`: "", "fast" or "full", as experiments/demo.py has them.
+def run(form: str, workdir: str, dense: str | None = None) -> Path:
+    """The whole demo; returns the page. `form`: as experiments/demo.py has them; "moe" makes its experts of the run `dense`.
 
     Raises:
+      ValueError, FileNotFoundError: `dense` is no dense run of this model.
       InterruptedError: SIGTERM came while training; what was trained is saved.
     """
     cfg, clock, out = from_config_dict(experiment.get_config(form)), Clock(), Path(workdir)
@@ -58,7 +60,7 @@ def run(form: str, workdir: str) -> Path:
         features = feature_store(cfg, load_towers(cfg))
         features.fill(ref for sample in [*test, *emoji, *photos] for ref in sample.refs)
     with clock.part("train"):
-        done = train_run(cfg, workdir, tensorboard=True)
+        done = train_run(cfg, workdir, upcycled(dense, cfg, out / "upcycled") if dense else None, tensorboard=True)
         if done < cfg.train.steps:
             raise InterruptedError(f"stopped at step {done} of {cfg.train.steps}; the same command goes on from there")
     trained = load_trained(workdir)
@@ -74,6 +76,13 @@ def run(form: str, workdir: str) -> Path:
     page = report.render(found["sections"] | {"provenance": found["provenance"]}, out / "report.html")
     print_table(scored, generated, clock, page)
     return page
+
+
+def upcycled(dense: str, cfg: EVLMConfig, out: Path) -> str:
+    """The model with experts that `dense` becomes, made in `out` where it is not there yet."""
+    if not out.exists():
+        upcycle_run(dense, cfg, str(out))
+    return str(out)
 
 
 def generate(trained: Trained, features: FeatureStore, asked: list[Sample], emoji: list[Sample], photos: list[Sample]) -> dict[str, dict]:
@@ -111,10 +120,11 @@ def sections(cfg, trained, features, workdir, test, emoji, photos, scored, gener
 
 def facts(cfg: EVLMConfig, trained: Trained, scored: dict, generated: dict, clock: Clock) -> dict:
     """Headline and setup of the report."""
-    overall, x = scored["accuracy"][0], cfg.xattn
+    overall, x, moe = scored["accuracy"][0], cfg.xattn, cfg.moe
     count = lambda *parts: sum(array.size for name, array in trained.params.items() if name.startswith(parts))
     emoji = generated["emoji"]["scores"]
     minutes = sum(seconds for _, seconds in clock.parts) / 60
+    begin = "the dense run" if moe.copies else "nothing"
     percent, frozen = report.percent, f"{count('vit/', 'llm/') / 1e6:.0f} M frozen"
     majority = f"always “{overall['majority_answer']}” scores {percent(overall['majority'])}"
     return {
@@ -123,7 +133,7 @@ def facts(cfg: EVLMConfig, trained: Trained, scored: dict, generated: dict, cloc
         "and the names of emoji.",
         "headline": [
             {"value": percent(overall["accuracy"]), "label": "of easy-vqa's test questions right", "note": majority},
-            {"value": f"{minutes:.0f} min", "label": "from nothing to this page", "note": results.device()},
+            {"value": f"{minutes:.0f} min", "label": f"from {begin} to this page", "note": results.device()},
             {"value": f"{count('xattn/', 'media/') / 1e6:.1f} M", "label": "trained parameters", "note": frozen},
             {"value": percent(emoji["exact_match"]), "label": "unseen emoji named exactly", "note": f"CIDEr {emoji['cider']:.2f}"},
         ],
@@ -131,6 +141,7 @@ def facts(cfg: EVLMConfig, trained: Trained, scored: dict, generated: dict, cloc
             ("Vision tower", f"DINOv2 ViT-S/14, frozen, {cfg.vit.image_size} px, taps {', '.join(map(str, cfg.vit.taps))}"),
             ("Language model", f"SmolLM2-135M-Instruct, frozen, {cfg.llm.layers} layers"),
             ("Cross-attention", f"{len(cfg.cross_layers)} gated blocks, {x.heads} heads x {x.head_dim}, FFN {x.ffn}"),
+            ("Experts", f"{moe.experts} of {x.ffn // moe.slices}, {moe.top_k} a token, and one for all" if moe.copies else "none"),
             ("Media tokens", f"{cfg.media.tokens} an image"),
             ("Training", f"{cfg.train.steps} steps of {cfg.train.batch} rows x {cfg.data.length} tokens, {cfg.train.dtype}"),
             ("Optimizer", f"AdamW, peak rate {cfg.optim.lr:g}, gates x{cfg.optim.phases[0].rules[0].lr:g}"),

@@ -13,6 +13,7 @@
     emoji, photos      [{image, answer, prediction, correct}]
     attention          [{image, words: [{word, grid, predicted}]}]   grid: [g][g] weights over the patches
     gates              {layers, attn, ffn}                           tanh of the gates
+    experts            {layers, load: {kind of token: shares [X, E]}, entropy: [X], dropped}    None where the run is dense
     provenance         as evals/results.py makes it
 
 Images are `data:` addresses (viz.data_uri).
@@ -36,7 +37,7 @@ from evlm_jax.data.image import load
 from evlm_jax.data.samples import Sample
 from evlm_jax.models.evlm import EVLM
 
-SECTIONS = "title tagline headline setup time losses accuracy vqa caption_scores emoji photos attention gates provenance".split()
+SECTIONS = "title tagline headline setup time losses accuracy vqa caption_scores emoji photos attention gates experts provenance".split()
 PICTURE = 320  # pixels a side of the pictures that attention is drawn over
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -53,6 +54,8 @@ def render(results: dict, out: Path | str) -> Path:
         attention=[strip(row) for row in results["attention"]],
         loss_svg=Markup(viz.loss_curves(results["losses"])),
         gate_svg=Markup(viz.gate_bars(**results["gates"])),
+        load_svg=results["experts"] and Markup(viz.load_maps(results["experts"]["layers"], results["experts"]["load"])),
+        largest_load=results["experts"] and np.max([*results["experts"]["load"].values()]),
         provenance_json=json.dumps(results["provenance"], ensure_ascii=False, indent=1),
         total_seconds=sum(seconds for _, seconds in results["time"]),
     )
@@ -63,7 +66,7 @@ def render(results: dict, out: Path | str) -> Path:
 
 
 def training_sections(metrics: Path | str, cfg: EVLMConfig) -> dict:
-    """`losses` and `gates` from a run's metrics.jsonl (metrics.py). Raises ValueError if it has no line."""
+    """`losses`, `gates` and `experts` from a run's metrics.jsonl (metrics.py). Raises ValueError if it has no line."""
     lines = [json.loads(line) for line in Path(metrics).read_text("utf-8").splitlines()]
     if not lines:
         raise ValueError(f"report: {metrics} is empty; train.log_every = {cfg.train.log_every} may be more than the steps of the run")
@@ -72,7 +75,17 @@ def training_sections(metrics: Path | str, cfg: EVLMConfig) -> dict:
         points = [(line["step"], line[key]) for line in lines if (key := f"loss/{source}") in line]
         losses[source] = {"step": [step for step, _ in points], "loss": [loss for _, loss in points]}
     gate = lambda kind: [lines[-1][f"xattn/{layer}/{kind}_gate"] for layer in cfg.cross_layers]
-    return {"losses": losses, "gates": {"layers": list(cfg.cross_layers), "attn": gate("attn"), "ffn": gate("ffn")}}
+    gates = {"layers": list(cfg.cross_layers), "attn": gate("attn"), "ffn": gate("ffn")}
+    return {"losses": losses, "gates": gates, "experts": experts_section(lines[-1], cfg)}
+
+
+def experts_section(line: dict, cfg: EVLMConfig) -> dict | None:
+    """`experts` from one line of metrics.jsonl; None where the FFNs are dense."""
+    if not cfg.moe.copies:
+        return None
+    of = lambda name: [line[f"xattn/{layer}/ffn/{name}"] for layer in cfg.cross_layers]
+    load = {"all": of("load"), "text": of("load_text"), "media": of("load_media")}
+    return {"layers": list(cfg.cross_layers), "load": load, "entropy": of("entropy"), "dropped": sum(of("dropped"))}
 
 
 def accuracy_section(choice: dict, greedy: dict) -> list[dict]:

@@ -13,8 +13,8 @@ from evlm_jax.convert.engine import load_towers
 from evlm_jax.convert.interpolate import resize_positions
 from evlm_jax.data.features import FeatureStore, fingerprint
 from evlm_jax.data.pipeline import batches
+from evlm_jax.mesh import make_layout
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.sharding import make_layout
 from evlm_jax.tokenizer import Tokenizer, load_tokenizer
 from evlm_jax.train import train
 

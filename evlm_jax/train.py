@@ -20,11 +20,12 @@ from evlm_jax.batch import Batch
 from evlm_jax.checkpoint import Arrays, Checkpoints
 from evlm_jax.config import EVLMConfig, from_config_dict, to_dict
 from evlm_jax.loss import loss_sums
+from evlm_jax.mesh import Layout, check_parameters, make_layout
 from evlm_jax.metrics import Meter, work
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.norm_init import centre_norms
 from evlm_jax.processes import gather, on_host, say, stopping
-from evlm_jax.sharding import Layout, check_parameters, gather_once, make_layout, settle
+from evlm_jax.sharding import gather_once, settle
 from evlm_jax.start import fresh, restored
 
 IN_FLIGHT = 2  # steps dispatched before the host looks at the values of an older one

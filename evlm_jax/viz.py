@@ -1,4 +1,4 @@
-"""Pictures people look at: cross-attention over the image, gates by layer, loss curves.
+"""Pictures people look at: cross-attention over the image, gates by layer, loads of experts, loss curves.
 
 Charts are SVG text whose colours are CSS variables (`--ink`, `--series-0`...), so a page can show them light or dark;
 pictures are PNG or JPEG bytes.
@@ -180,19 +180,43 @@ def gate_bars(layers: Sequence[int], attn: Sequence[float], ffn: Sequence[float]
     return _svg(figure)
 
 
+def load_maps(layers: Sequence[int], load: dict[str, Sequence[Sequence[float]]]) -> str:
+    """SVG of {kind of token: shares [X, E]}: a map of LLM layers by experts each; all maps have one scale, from 0 to the largest share."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((11, 0.9 + 0.13 * len(layers)), layout="constrained")
+        panels = figure.subplots(1, len(load), sharey=True, squeeze=False)[0]
+    top = max(np.max(shares) for shares in load.values())
+    for axes, (kind, shares) in zip(panels, load.items(), strict=True):
+        shares = np.asarray(shares, np.float64)
+        axes.pcolormesh(shares, cmap=matplotlib.colors.ListedColormap([SERIES[0]]), alpha=shares / top)
+        axes.set_yticks(np.arange(0, len(layers), 5) + 0.5, [str(layer) for layer in layers[::5]])
+        axes.set_xticks(np.arange(0, shares.shape[1], 4) + 0.5, [str(expert) for expert in range(0, shares.shape[1], 4)])
+        axes.set_title(kind, color=INK, fontsize=11)
+        axes.set_xlabel("expert")
+        _theme(axes)
+    panels[0].set_ylabel("language model layer")
+    panels[0].invert_yaxis()  # of all panels: they share it
+    return _svg(figure)
+
+
 def _figure(width: float, height: float):
     """A figure and its axes in the theme's colours."""
     with matplotlib.rc_context(STYLE):
         figure = Figure((width, height), layout="constrained")
         axes = figure.add_subplot()
-    axes.tick_params(colors=INK, which="both")
     axes.grid(axis="y", color=LINE, linewidth=0.7)
     axes.set_axisbelow(True)
+    _theme(axes)
+    return figure, axes
+
+
+def _theme(axes) -> None:
+    """Ticks, labels and frame in the theme's colours."""
+    axes.tick_params(colors=INK, which="both")
     for spine in axes.spines.values():
         spine.set_color(LINE)
     axes.xaxis.label.set_color(INK)
     axes.yaxis.label.set_color(INK)
-    return figure, axes
 
 
 def _svg(figure: Figure) -> str:

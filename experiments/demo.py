@@ -1,6 +1,7 @@
 """EVLM on real weights and data that train on two CPU cores: frozen DINOv2 ViT-S/14 and SmolLM2-135M, easy-vqa and emoji names.
 
-`get_config("fast")` is the short form for CI, `get_config("full")` the long documented one.
+`get_config("fast")` is the short form for CI, `get_config("full")` the long documented one; `get_config("moe")` is the stage behind any
+of them, with experts that `evlm upcycle` made of its FFNs.
 """
 
 from ml_collections import ConfigDict
@@ -55,8 +56,8 @@ def smollm2_135m() -> dict:
 
 
 def get_config(form: str = "") -> ConfigDict:
-    """The demo. `form`: "" (within 30 minutes on 2 cores), "fast" (a few minutes), "full" (every question, several times)."""
-    steps, weights = {"": (380, (0.85, 0.15)), "fast": (8, (0.85, 0.15)), "full": (600, (0.7, 0.3))}[form]
+    """The demo. `form`: "" (within 30 minutes on 2 cores), "fast" (a few minutes), "full" (every question, several times), "moe"."""
+    steps, weights = {"": (380, (0.85, 0.15)), "fast": (8, (0.85, 0.15)), "full": (600, (0.7, 0.3)), "moe": (40, (0.85, 0.15))}[form]
     config = base.get_config()
     config.name = "demo"
     config.vit = dinov2_small(image_size=112)
@@ -109,4 +110,9 @@ def get_config(form: str = "") -> ConfigDict:
     )
     config.mesh.update(data=-1, fsdp=1, frozen="replicated")
     config.init.update(vision="dinov2-small", llm="smollm2-135m-instruct", centre_norms=True)
+    if form == "moe":
+        config.name = "demo_moe"
+        config.moe.copies = 4
+        config.data.seed = 1  # other batches than the stage before
+        config.optim.update(lr=3e-4, min_lr=1e-4)
     return config

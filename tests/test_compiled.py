@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from evlm_jax import chips
-from evlm_jax.compiled import Costs, Transfer, costs
-from evlm_jax.hlo import Instruction, Module, replica_group
-from evlm_jax.live import fullest
+from evlm_jax.planning import chips
+from evlm_jax.planning.compiled import Costs, Transfer, _meetings, costs
+from evlm_jax.planning.hlo import Instruction, Module, replica_group
+from evlm_jax.planning.live import fullest
 from tests.hand_programs import DEVICES, HIDDEN, KEPT, LAYERS, ROWS, WIDTH, build
 
 TPU = pytest.param("tpu", marks=pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason='pip install -e ".[plan]"'))
@@ -65,6 +67,13 @@ def test_batched_products(program):
 def test_padding_of_a_convolution_is_not_counted(program):
     taps = sum(0 <= out + tap - 1 < 9 for out, tap in itertools.product(range(9), range(3)))
     assert of(program("convolution")).flops == 2 * 2 * taps * 3 * 4
+
+
+@given(*(st.integers(1, 9),) * 3, st.integers(-3, 6), *(st.integers(1, 5),) * 3)
+def test_meetings_of_dilated_convolutions(inputs, kernel, outputs, low, stride, base, dilation):
+    at = [out * stride + tap * dilation - low for out in range(outputs) for tap in range(kernel)]
+    meet = sum(a % base == 0 and 0 <= a // base < inputs for a in at)
+    assert _meetings(inputs, kernel, outputs, low, stride, base, dilation) == meet
 
 
 def test_a_loop_of_unknown_length_is_named_or_told(program):

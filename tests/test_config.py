@@ -15,7 +15,7 @@ from experiments import base, demo
 DEMO = str(Path(demo.__file__))
 
 
-@pytest.mark.parametrize("made", [base.get_config(), *(demo.get_config(form) for form in ("", "fast", "full"))])
+@pytest.mark.parametrize("made", [base.get_config(), *(demo.get_config(form) for form in ("", "fast", "full", "moe"))])
 def test_shipped_experiments_pass_the_door_and_come_back(made):
     cfg = from_config_dict(made)
     assert from_config_dict(to_dict(cfg)) == cfg
@@ -64,7 +64,7 @@ def test_every_field_is_read():
     kinds = [kind for _, kind in inspect.getmembers(config, dataclasses.is_dataclass) if kind.__module__.startswith(config.__name__)]
     assert len(kinds) == 14
     unread = [f"{kind.__name__}.{field.name}" for kind in kinds for field in dataclasses.fields(kind) if field.name not in read]
-    assert unread == []
+    assert not unread
 
 
 def test_overrides():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from evlm_jax import checkpoint
-from evlm_jax.sharding import RULES, check_parameters, make_layout, mesh_sizes
+from evlm_jax.mesh import RULES, check_parameters, make_layout, mesh_sizes
 from evlm_jax.train import Phase
 from tests.tiny import tiny_config
 

@@ -7,11 +7,14 @@ import sys
 
 import pytest
 
-from evlm_jax import chips, flops, plan_search, roofline
-from evlm_jax.cli import main
-from evlm_jax.compiled import Costs, Operation, Transfer
-from evlm_jax.plan import OTHER, cube, phase_share, plan
-from evlm_jax.plan_text import show
+from benchmarks import pods
+from evlm_jax import flops
+from evlm_jax.cli import load_config, main
+from evlm_jax.planning import chips, roofline, search
+from evlm_jax.planning.compiled import Costs, Operation, Transfer
+from evlm_jax.planning.plan import OTHER, cube, plan
+from evlm_jax.planning.programs import phase_steps
+from evlm_jax.planning.text import show
 from tests.tiny import CROSS_ONLY, UPPER_VIT, tiny_config
 
 tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason='pip install -e ".[plan]"')
@@ -26,37 +29,36 @@ def config(**sections):
 
 
 def ratios(report: dict) -> dict[str, float]:
-    """{part: executed / needed}."""
-    done = {part: sum(passes.values()) * report["devices"] for part, passes in report["executed"].items()}
+    """{part: executed, without what is computed again, / needed}."""
+    done = {part: (passes["forward"] + passes["backward"]) * report["devices"] for part, passes in report["executed"].items()}
     return {part: done.get(part, 0.0) / sum(cost.values()) for part, cost in report["needed"].items()}
 
 
-@pytest.mark.parametrize(("phase", "copies"), [(0, 0), (1, 2)])
-def test_a_step_executes_what_is_needed_and_known_extras(phase, copies):
-    cfg = config(moe={"copies": copies}, train={"batch": 2})
+@pytest.mark.parametrize(("phase", "remat"), [(0, "full"), pytest.param(1, "none", marks=pytest.mark.slow)])
+def test_a_step_executes_what_is_needed_and_known_extras(phase, remat):
+    cfg = config(train={"batch": 2, "remat": remat})
     report = plan(cfg, "cpu:1", phase=phase)
     t, pairs = cfg.data.length, cfg.data.pairs * cfg.xattn.tile
     known = {flops.LLM_SCORES: 2 * t / (t + 1), flops.CROSS_SCORES: pairs / t}  # masked halves; tiles that may be empty
     # The norm's gradient is a product more; of a trained ViT, taps 2 of 3 need a gradient, in 2 of 4 layers, and all get one.
-    keys = 1.5 if phase == 0 else 3 / (2 + 2 / 4)
-    for part, ratio in ratios(report).items():
-        if not (phase == 1 and part == flops.TRAINED_VIT):  # below its lowest products no gradient is needed
-            assert ratio == pytest.approx(keys if part == flops.KEYS else known.get(part, 1.0), rel=1e-6), part
+    known[flops.KEYS] = 3 / 2 if phase == 0 else 3 / (2 + 2 / 4)
+    found = ratios(report)
+    if phase == 1:
+        assert 1 <= found.pop(flops.TRAINED_VIT) < 1.1  # norms in front of the lowest trained kernels as well
+    assert found == pytest.approx({part: known.get(part, 1.0) for part in found}, rel=1e-6)
     assert OTHER not in report["executed"]
-    again = sum(passes["again"] for passes in report["executed"].values())
-    assert again == 0
-
-
-def test_rematerialisation_is_told_apart():
-    executed = plan(config(train={"remat": "full"}), "cpu:1")["executed"]
-    assert executed[flops.FFN]["again"] == executed[flops.FFN]["forward"] > 0
-    assert executed[flops.FROZEN_VIT]["again"] == executed[flops.FROZEN_VIT]["backward"] == 0
+    again = {part: passes["again"] for part, passes in report["executed"].items() if passes["again"]}
+    trained = {flops.KEYS, flops.CROSS, flops.CROSS_SCORES, flops.FFN, flops.LLM, flops.LLM_SCORES}
+    assert again.keys() == (trained if remat == "full" else set())
+    assert not again or again[flops.FFN] <= report["executed"][flops.FFN]["forward"]
 
 
 @tpu
-def test_a_tpu_slice(tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize(("fsdp", "expert"), [(2, 2), (1, 4)])  # two experts a device, and one
+def test_a_tpu_slice(fsdp, expert, tmp_path):
     """All axes; the parts add up over devices as on one, and the state lies in pieces."""
-    cfg = config(moe={"copies": 2}, mesh={"fsdp": 2, "expert": 2, "tensor": 2, "data": 1, "zero": 3, "frozen": "sharded"})
+    cfg = config(moe={"copies": 2}, mesh={"fsdp": fsdp, "expert": expert, "tensor": 2, "data": 1, "zero": 3, "frozen": "sharded"})
     report = plan(cfg, "v5p:2x2x2", hlo=str(tmp_path / "step.txt"))
     assert ratios(report)[flops.LLM] == ratios(report)[flops.ROUTED] == pytest.approx(1, rel=1e-6)
     assert report["fits"] and report["time"]["seconds"] > 0 and report["memory"]["peak"] > 0
@@ -78,10 +80,10 @@ def test_other_programs(what):
 
 @tpu
 @pytest.mark.slow
-def test_what_does_not_fit_is_told_with_a_mend(capsys):
-    cfg = config(data={"length": 1024}, train={"batch": 4096}, mesh={"data": 1, "fsdp": 4})
+def test_what_does_not_fit_is_told_with_a_mend():
+    cfg = config(data={"length": 1024}, train={"batch": 2048}, mesh={"data": 1, "fsdp": 4})
     report = plan(cfg, "v5e:2x2")
-    report["tried"] = plan_search.mend(cfg, "v5e:2x2", "train", 0)
+    report["tried"] = search.mend(cfg, "v5e:2x2", "train", 0)
     assert not report["fits"] and report["largest"]["buffers"][0]["bytes"] > 2**30
     assert report["tried"][-1]["fits"] and report["tried"][-1]["change"].startswith("train.")
     text = show(report)
@@ -89,9 +91,21 @@ def test_what_does_not_fit_is_told_with_a_mend(capsys):
 
 
 @tpu
+@pytest.mark.slow
+def test_several_slices():
+    """Gradients are summed over the data-centre network; all else stays within a slice."""
+    report = plan(config(mesh={"data": 2, "fsdp": 4, "slices": 2}), "v5e:2x2")
+    assert report["fits"] and report["devices"] == 8
+    between = {c["kind"]: c["bytes"] for c in report["collectives"] if "between slices" in c["kind"]}
+    gradients = report["arguments"]["trainable"]["bytes"]
+    assert gradients * 0.9 < between["all-reduce between slices"] < gradients * 1.5  # with embeddings, norms and the loss, in float32
+    assert report["time"]["dcn"] == pytest.approx(sum(between.values()) / chips.CHIPS["v5e"].dcn)
+
+
+@tpu
 def test_the_sweep_offers_possible_meshes_only():
     cfg = config(mesh={"data": 1, "fsdp": -1})
-    found = {(c.mesh.fsdp, c.mesh.tensor) for c in plan_search.meshes(cfg, "v5e:2x2")}
+    found = {(c.mesh.fsdp, c.mesh.tensor) for c in search.meshes(cfg, "v5e:2x2")}
     assert found == {(-1, 1), (-1, 2)}  # 2 key heads
 
 
@@ -164,6 +178,19 @@ def test_seconds_of_a_step():
     assert (step.seconds, step.bound, step.binds) == (pytest.approx(5), pytest.approx(4), "HBM")
 
 
+@pytest.mark.parametrize("run", pods.RUNS)
+def test_the_pods_page_plans_what_can_be(run):
+    """Every slice that the batch allows has a valid config, and there is one of each size up to 16 chips."""
+    for kind, shapes in pods.SLICES.items():
+        for shape in shapes[:3]:
+            words = pods.arguments(run, f"{kind}:{shape}", tensor=1)
+            mesh, micro = words[words.index("--mesh") + 1].split(","), words[-1]
+            cfg = load_config(words[1], [*(f"--config.mesh.{field}" for field in mesh), micro])
+            assert cfg.train.batch == cfg.train.accumulate * cfg.mesh.fsdp * cfg.mesh.expert
+    assert pods.arguments(run, "v5e:16x16", tensor=1) is None  # more chips than rows
+    assert all(pods.pod(*entry) for entry in pods.PODS)
+
+
 def test_slices_and_phases():
     assert [cube(n) for n in (4, 8, 16, 32, 64, 256)] == ["2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x8x8"]
-    assert [phase_share(config(), phase) for phase in (0, 1)] == [0.25, 0.75]
+    assert [phase_steps(config(), phase) for phase in (0, 1)] == [25, 75]

@@ -17,9 +17,9 @@ from flax import nnx
 
 from evlm_jax import checkpoint, names, optim
 from evlm_jax.loss import loss_sums
+from evlm_jax.mesh import make_layout
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.run import next_stage
-from evlm_jax.sharding import make_layout
 from evlm_jax.start import fresh
 from evlm_jax.train import Phase, gradients, train
 from tests.tiny import CROSS_ONLY, UPPER_VIT, TinyData, tiny_batch, tiny_config, tiny_towers

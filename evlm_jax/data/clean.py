@@ -87,17 +87,21 @@ class Captions(Cleaner):
     def judge(self, sample: Sample) -> list[str | tuple[Turn, ...]]:
         """The rule that objects to each dialog, or the dialog as it is kept. May run in a thread."""
         cfg = self.cfg.clean
-        if len(sample.visuals) != 1:
-            raise SampleError(f"sample {sample.source}/{sample.key}: {len(sample.visuals)} visuals; captions are about one")
+        if len(sample.visuals) != 1 or not all(sample.dialogs):
+            raise SampleError(
+                f"sample {sample.source}/{sample.key}: {len(sample.visuals)} visuals; captions are about one, and say something"
+            )
         found = [text_rule(_caption(dialog), cfg) or self._simplified(dialog) for dialog in sample.dialogs]
         known = relevance(sample, cfg.similarity, self.scorer)
-        if known is not None and known[0] < cfg.similarity:
+        if known is not None and not known[0] >= cfg.similarity:  # nor is NaN
             found = [f if isinstance(f, str) else "similarity" for f in found]
         if left := [i for i, f in enumerate(found) if not isinstance(f, str)]:
             rule = picture_rule(sample.visuals[0], cfg)
-            scores = self._scores(sample, [_caption(found[i]) for i in left]) if known is None and not rule else np.full(len(left), np.inf)
+            scores = [np.inf] * len(left)
+            if known is None and not rule:
+                scores = self.scorer([sample.refs[0]], [_caption(found[i]) for i in left])[0]
             for i, score in zip(left, scores):
-                found[i] = rule or ("similarity" if score < cfg.similarity else found[i])
+                found[i] = rule or (found[i] if score >= cfg.similarity else "similarity")
         return found
 
     def note(self, sample: Sample, found: list[str | tuple[Turn, ...]]) -> Sample | None:
@@ -110,9 +114,6 @@ class Captions(Cleaner):
 
     def _simplified(self, dialog: tuple[Turn, ...]) -> tuple[Turn, ...]:
         return (*dialog[:-1], replace(dialog[-1], text=simplify(dialog[-1].text))) if self.cfg.clean.simplify else dialog
-
-    def _scores(self, sample: Sample, texts: list[str]) -> np.ndarray:
-        return self.scorer([sample.refs[0]], texts)[0]
 
 
 class Documents(Cleaner):
@@ -135,7 +136,7 @@ class Documents(Cleaner):
             matrix = self.scorer([sample.visuals[i][0] for i in good], sentences)
             scores = dict(zip(good, matrix[np.arange(len(good)), assign(matrix)]))
         for i in good:
-            if scores[i] < cfg.web_similarity:
+            if not scores[i] >= cfg.web_similarity:
                 rules[i] = "web_similarity"
         return ("no picture left" if all(rules) else ""), rules
 
@@ -216,6 +217,8 @@ def relevance(sample: Sample, least: float, scorer: Scorer | None) -> Sequence[f
     if not least:
         return [np.inf] * len(sample.visuals)
     if sample.scores:
+        if len(sample.scores) != len(sample.visuals):
+            raise SampleError(f"sample {sample.source}/{sample.key}: {len(sample.scores)} scores of {len(sample.visuals)} visuals")
         return sample.scores
     if scorer is None:
         raise ValueError(

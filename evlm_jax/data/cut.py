@@ -71,9 +71,13 @@ def _units(pieces: Sequence[Piece], tokenizer, cfg: EVLMConfig) -> Iterator[list
 def _too_long(unit: Sequence[Piece], tokenizer, cfg: EVLMConfig) -> int | None:
     """Where in a unit its text stands, if the unit fits no row and a shorter text would."""
     at = next((i for i, piece in enumerate(unit) if isinstance(piece, Text)), None)
-    if at is None or all(need <= room for need, room in zip(_cost(unit, tokenizer, cfg), Budget.of(cfg.data))):
+    if at is None or len(unit[at].text) < 2 or (room := _room(unit[:at], cfg)) <= 0:
         return None
-    return at if _room(unit[:at], cfg) > 0 and len(unit[at].text) > 1 else None
+    begin = unit[at].text[: LONGEST * room]  # of a very long text this tells, without all of it
+    fits = len(tokenizer.encode(begin)) <= room and all(
+        need <= have for need, have in zip(_cost(unit, tokenizer, cfg), Budget.of(cfg.data))
+    )
+    return None if fits else at
 
 
 def _room(pictures: Sequence[Media], cfg: EVLMConfig) -> int:

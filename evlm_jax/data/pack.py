@@ -84,8 +84,9 @@ class Packer:
         """Goes to a position."""
         self.next, self.drops = state["next"], []
         self._pending = []
+        documents = {index: _parts(self.stream[index]) for index in {index for index, _ in state["pending"]}}
         for index, part in state["pending"]:
-            self._add(index, part, _parts(self.stream[index])[part])
+            self._add(index, part, documents[index][part])
 
     def row(self) -> list[tuple[int, Document]]:
         """The next row's documents with their stream indices; empty at the end of the stream. What cannot fit goes to `drops`."""

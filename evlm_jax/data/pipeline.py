@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import grain
 import ml_dtypes
@@ -43,7 +44,7 @@ def batches(
 
     Args:
       features: where the taps come from if `data.cache_features`; what it lacks is computed when a batch needs it.
-      lanes: numbers of the rows that this process makes, ascending (sharding.Layout.own_rows); all where left out.
+      lanes: numbers of the rows that this process makes, ascending (mesh.Layout.own_rows); all where left out.
     """
     if cfg.data.cache_features != (features is not None):
         raise ValueError(f"config: data.cache_features is {cfg.data.cache_features}; a feature store is needed exactly when it is true")
@@ -108,23 +109,46 @@ class Prefetch(grain.experimental.ThreadPrefetchDatasetIterator):
             super().close()
 
 
+class Ready(NamedTuple):
+    """Packed rows whose pictures are being decoded."""
+
+    rows: list[list[Document]]
+    drops: list[Drop]
+    pictures: Iterator[np.ndarray | image.ImageError]
+
+
 class RowsIterator(grain.DatasetIterator):
-    """Packed batches of some lanes: see `batches`."""
+    """Packed batches of some lanes: see `batches`. The next rows are packed while the pictures of these are decoded."""
 
     def __init__(self, made: Sequence[Task], cfg: EVLMConfig, lanes: Sequence[int], features: FeatureStore | None):
         super().__init__()
         self._cfg, self._features = cfg, features
         self._used, self._lost, self._examples = 0, Counter(), {}
         self._lanes = {number: Lane(made, cfg, number) for number in lanes}
+        self._ahead: Ready | Exception | None = None
+        self._position = self._positions()  # without what is ahead
 
     def __next__(self) -> tuple[Batch, dict]:
-        rows = [lane.row() for lane in self._lanes.values()]
-        drops = [drop for lane in self._lanes.values() for drop in lane.drops()]
-        batch, damaged = collate(rows, self._cfg, self._features)
+        ready = self._ahead or self._start()
+        if isinstance(ready, Exception):
+            raise ready
+        self._position = self._positions()
+        try:
+            self._ahead = self._start()
+        except Exception as error:  # of the next batch: this one is whole
+            self._ahead = error
+        rows, drops, pictures = ready
+        batch, damaged = collate(rows, self._cfg, pictures)
         self._budget(sum(map(len, rows)) - len(damaged), drops + damaged)
         cut = sum(document.parts > 1 for row in rows for document in row)
         keys = [[f"{document.source}/{document.key}" for document in row] for row in rows]
         return batch, {"keys": keys, "fill": fill(rows, self._cfg.data), "drops": drops + damaged, "cut": cut}
+
+    def _start(self) -> Ready:
+        """The next row of every lane."""
+        rows = [lane.row() for lane in self._lanes.values()]
+        drops = [drop for lane in self._lanes.values() for drop in lane.drops()]
+        return Ready(rows, drops, load_pictures(rows, self._cfg, self._features))
 
     def _budget(self, used: int, drops: Sequence[Drop]) -> None:
         """Stops a run that loses more than `data.most_drops` of its documents, once a thousand were seen."""
@@ -139,6 +163,9 @@ class RowsIterator(grain.DatasetIterator):
 
     def get_state(self) -> dict:
         """The position of every lane of this process."""
+        return self._position
+
+    def _positions(self) -> dict:
         return {"lanes": {str(number): lane.state for number, lane in self._lanes.items()}}
 
     def set_state(self, state: dict) -> None:
@@ -147,6 +174,7 @@ class RowsIterator(grain.DatasetIterator):
             raise ValueError(f"the saved data position has no lanes {missing}: train.batch must stay what it was when it was saved")
         for number, lane in self._lanes.items():
             lane.restore(state["lanes"][str(number)])
+        self._ahead, self._position = None, self._positions()
 
 
 def rows_in_order(
@@ -168,7 +196,8 @@ def rows_in_order(
         packed.append(row)
     for first in range(0, len(packed), rows):
         chunk = packed[first : first + rows] + [[]] * max(0, first + rows - len(packed))
-        batch, damaged = collate([[document for _, document in row] for row in chunk], cfg, features)
+        laid = [[document for _, document in row] for row in chunk]
+        batch, damaged = collate(laid, cfg, load_pictures(laid, cfg, features))
         if damaged:
             raise image.ImageError(damaged[0].message)
         owner, dialog = np.full((2, rows, cfg.data.targets), -1, np.int32)
@@ -180,12 +209,16 @@ def rows_in_order(
         yield batch, owner, dialog
 
 
-def collate(rows: Sequence[Sequence[Document]], cfg: EVLMConfig, features: FeatureStore | None) -> tuple[Batch, list[Drop]]:
-    """Rows of documents as a Batch, with pictures. A document with an unreadable image keeps its place, but no targets, and is reported."""
+def collate(
+    rows: Sequence[Sequence[Document]], cfg: EVLMConfig, loaded: Iterator[np.ndarray | image.ImageError]
+) -> tuple[Batch, list[Drop]]:
+    """Rows of documents as a Batch, with the pictures of each document, in order.
+
+    A document with an unreadable image keeps its place, but no targets, and is reported.
+    """
     spec = Batch.spec(cfg, len(rows))
-    name, shape, dtype = ("taps", spec.taps.shape, ml_dtypes.bfloat16) if features is not None else ("pixels", spec.pixels.shape, np.uint8)
+    name, shape, dtype = ("pixels", spec.pixels.shape, np.uint8) if spec.taps is None else ("taps", spec.taps.shape, ml_dtypes.bfloat16)
     pictures, kept, drops = np.zeros(shape, dtype), [], []
-    loaded = _pictures([document for row in rows for document in row], cfg, features)
     for b, row in enumerate(rows):
         kept.append([])
         slot = 0
@@ -201,8 +234,11 @@ def collate(rows: Sequence[Sequence[Document]], cfg: EVLMConfig, features: Featu
     return Batch(**assemble(kept, cfg), **other), drops
 
 
-def _pictures(documents: Sequence[Document], cfg: EVLMConfig, features: FeatureStore | None) -> Iterator[np.ndarray | image.ImageError]:
-    """Pixels or taps of each document, or what is wrong with them."""
+def load_pictures(
+    rows: Sequence[Sequence[Document]], cfg: EVLMConfig, features: FeatureStore | None
+) -> Iterator[np.ndarray | image.ImageError]:
+    """Pixels or taps of each document, or what is wrong with them; pixels are in work at once."""
+    documents = [document for row in rows for document in row]
 
     def load(document: Document) -> np.ndarray | image.ImageError:
         try:

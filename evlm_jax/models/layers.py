@@ -17,7 +17,7 @@ from evlm_jax.sharding import weight
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None = None, value: float = 0.0) -> nnx.Param:
-    """A float32 parameter: normal with deviation `std`, or the constant `value`; `axes` names every dimension for sharding.py."""
+    """A float32 parameter: normal with deviation `std`, or the constant `value`; `axes` names every dimension for mesh.py."""
     if len(axes) != len(shape):
         raise ValueError(f"axes {axes} must name every dimension of shape {shape}")
     array = jnp.full(shape, value, jnp.float32) if std is None else std * jax.random.normal(rngs.params(), shape, jnp.float32)

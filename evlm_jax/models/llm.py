@@ -11,7 +11,7 @@ from flax import nnx
 
 from evlm_jax.config import LLMConfig
 from evlm_jax.models.layers import Linear, RMSNorm, heads, param, rotate, stack
-from evlm_jax.sharding import shard, weight
+from evlm_jax.sharding import lookup, weight
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -76,6 +76,5 @@ class LLM(nnx.Module):
         return "...d,dv->...v", weight(self.head.kernel, dtype)
 
     def words(self, tokens: jax.Array) -> jax.Array:
-        """Embeddings of tokens [B, T] -> [B, T, D]. On a mesh the table stays in pieces of D, and what is looked up changes places."""
-        found = self.embed[...][shard(tokens, "copies")]
-        return shard(shard(found, "copies", None, "pieces"), "rows")
+        """Embeddings of tokens [B, T] -> [B, T, D]."""
+        return lookup(self.embed, tokens)

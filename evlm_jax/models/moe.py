@@ -10,8 +10,7 @@ narrower, so no output of an expert is kept for the backward pass. Padding is no
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from evlm_jax.config import MoEConfig
 from evlm_jax.models.layers import ACTIVATIONS, MLP, param
 from evlm_jax.ops.exchange import bring, route, send
 from evlm_jax.ops.grouped_attention import permute
-from evlm_jax.ops.grouped_matmul import combine, dispatch, group, grouped_matmul, map_tiles
+from evlm_jax.ops.grouped_matmul import Groups, combine, combine_matmul, dispatch, dispatch_matmul, group, map_tiles
 from evlm_jax.ops.packed import Packed, pack
 from evlm_jax.ops.product import operand_dtype
 from evlm_jax.sharding import local, mesh_axes, platform, weight
@@ -90,18 +89,16 @@ def _experts(
     limit = jnp.ceil(cfg.capacity * tokens * k / cfg.experts).astype(jnp.int32) if cfg.capacity else None
     tile, axis = _tile(chosen, cfg), mesh_axes("expert")
     groups = group(chosen.T.reshape(-1), cfg.experts, 1 if axis else tile, limit)
-    rows, gate = dispatch(x, groups, len(x)), permute(gates.T.reshape(-1), groups.choice, groups.row)[:, None]
-    products = lambda first: lambda rows, kernels: grouped_matmul(rows, kernels, first, tile)
+    gate, parts = permute(gates.T.reshape(-1), groups.choice, groups.row)[:, None], mesh_axes("mlp")
     if axis:
-        way = {"axis": axis[0], "ragged": platform() != "cpu"}
+        way, rows = {"axis": axis[0], "ragged": platform() != "cpu"}, dispatch(x, groups, len(x))
         there, expert = route(groups.first, axis[0], len(rows))
         rows, gate = send(rows, there, **way), send(gate, there, **way)
-        own, count = group(expert, len(fc1), tile), len(rows)
-        out = _ffn(dispatch(rows, own, count), dispatch(gate, own, count), fc1, fc2, products(own.first))
-        out = bring(combine(out, own, count), there, **way)
+        own = group(expert, len(fc1), tile)
+        out = bring(_ffn(rows, dispatch(gate, own, len(rows)), fc1, fc2, own, tile), there, **way)
+        out = combine(out, groups, len(x))
     else:
-        out = _ffn(rows, gate, fc1, fc2, products(groups.first))
-    out, parts = combine(out, groups, len(x)), mesh_axes("mlp")
+        out = _ffn(x, gate, fc1, fc2, groups, tile)
     return jax.lax.psum(out, parts) if parts else out, (tokens * k - (groups.row < len(groups.choice)).sum())[None]
 
 
@@ -110,10 +107,15 @@ def _tile(chosen: jax.Array, cfg: MoEConfig) -> int:
     return max(1, min(cfg.tile, chosen.size // cfg.experts))
 
 
-def _ffn(rows: jax.Array, gate: jax.Array, fc1: Any, fc2: Any, product: Callable[[jax.Array, Any], jax.Array]) -> jax.Array:
-    """fc2(gate * gelu(fc1(rows))) with rows [R, D] and gate [R, 1]; `product(rows, kernels)` takes each row's own kernel."""
-    hidden = checkpoint_name(product(rows, fc1), "linear")
-    return product((ACTIVATIONS["gelu"](hidden) * gate).astype(rows.dtype), fc2)
+def _ffn(x: jax.Array, gate: jax.Array, fc1: jax.Array, fc2: jax.Array, groups: Groups, tile: int) -> jax.Array:
+    """x [N, D], gate [R, 1] -> [N, D]: for each token, the sum over its rows of fc2(gate * gelu(fc1(x)))."""
+    hidden = checkpoint_name(dispatch_matmul(x, fc1, groups, tile), "linear")
+    return combine_matmul(_gated(hidden, gate), fc2, groups, len(x), tile)
+
+
+def _gated(hidden: jax.Array, gate: jax.Array) -> jax.Array:
+    """gate * gelu(hidden)."""
+    return (ACTIVATIONS["gelu"](hidden) * gate).astype(hidden.dtype)
 
 
 class MoE(nnx.Module):
@@ -182,5 +184,5 @@ class PackedExperts:
         one = lambda linear: lambda rows, number: dataclasses.replace(linear, layer=number)(rows)
         product = lambda rows, linear: map_tiles(one(linear), rows, matrix, groups.first, tile)
         gate = permute(gates.T.reshape(-1), groups.choice, groups.row)[:, None]
-        out = _ffn(dispatch(x, groups, len(x)), gate, self.fc1, self.fc2, product)
-        return combine(out, groups, len(x)), jnp.zeros(())
+        hidden = _gated(product(dispatch(x, groups, len(x)), self.fc1), gate)
+        return combine(product(hidden, self.fc2), groups, len(x)), jnp.zeros(())

@@ -155,9 +155,9 @@ def test_the_question_of_a_caption_is_not_judged(tmp_path):
 
 def test_relevance_of_captions_from_the_data_or_a_scorer(tmp_path):
     good = saved(tmp_path / "a.png", noise(64, 64))
-    told = [caption_sample(good, "A red sofa.", scores=(score,)) for score in (0.27, 0.28, 0.9)]
+    told = [caption_sample(good, "A red sofa.", scores=(score,)) for score in (0.27, 0.28, 0.9, float("nan"))]
     cleaner = Captions(CFG)
-    assert [number for number, _ in clean(told, cleaner)] == [1, 2] and cleaner.receipt.dropped["caption"] == {"similarity": 1}
+    assert [number for number, _ in clean(told, cleaner)] == [1, 2] and cleaner.receipt.dropped["caption"] == {"similarity": 2}
     asked = []
 
     def scorer(refs, texts):
@@ -231,6 +231,11 @@ def test_bad_rows_are_counted(tmp_path):
     cleaner = Captions(FREE)
     assert list(clean([page("<image><image>x", *[ImageRef("a")] * 2)], cleaner)) == []
     assert "2 visuals; captions are about one" in cleaner.receipt.examples["bad row"]
+    cleaner = Documents(CFG)
+    assert list(clean([page("<image>x", ImageRef("a"), scores=(0.3, 0.4))], cleaner)) == []
+    assert "2 scores of 1 visuals" in cleaner.receipt.examples["bad row"]
+    cleaner = Captions(FREE)
+    assert list(clean([Sample("mute", "made", ((ImageRef("a"),),), ((),))], cleaner)) == [] and cleaner.receipt.seen == {"row": 1}
 
 
 def test_bad_thresholds_are_named():

@@ -14,8 +14,8 @@ import pytest
 from evlm_jax.batch import Batch
 from evlm_jax.data import pipeline
 from evlm_jax.data.image import ImageError
-from evlm_jax.data.mixture import Documents
-from evlm_jax.data.pipeline import batches, rows_in_order
+from evlm_jax.data.mixture import Documents, tasks
+from evlm_jax.data.pipeline import RowsIterator, batches, rows_in_order
 from evlm_jax.data.samples import Sample, SampleError, question
 from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import encode, score_document
@@ -248,3 +248,24 @@ def test_documents_are_a_grain_dataset(cfg):
     """Random access through grain's own transformations."""
     documents = Documents(open_source(cfg.data.sources[0]), TOKENIZER, cfg)
     assert isinstance(documents, grain.MapDataset) and documents[3].key == "r3" and documents[31 + 3].key == "r3"
+
+
+def test_an_error_of_the_next_batch_leaves_this_one_whole(cfg):
+    """Rows are packed ahead; what is wrong with them shows when their turn comes, and no position counts them."""
+    made = tasks([open_source(name) for name in cfg.data.sources], TOKENIZER, cfg)
+    whole, other = (RowsIterator(made, cfg, range(LANES), None) for _ in range(2))
+    start, calls = other._start, []
+
+    def fails():
+        calls.append(1)
+        if len(calls) == 3:
+            raise SampleError("made/k")
+        return start()
+
+    other._start = fails
+    for _ in range(2):
+        assert_equal(next(other), next(whole))
+        assert other.get_state() == whole.get_state()
+    with pytest.raises(SampleError, match="made/k"):
+        next(other)
+    assert other.get_state() == whole.get_state()

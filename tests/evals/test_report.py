@@ -15,13 +15,15 @@ from tests.data.made import TOKENIZER
 from tests.random_model import random_model
 from tests.tiny import tiny_config
 
+LOAD = [0.172, 0.062, 0.016] + 12 * [0.0577] + [0.0576]
 SECTIONS = ("accuracy", "vqa", "attention", "emoji", "photos", "training", "setup")
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """Results as the demo saves them, made from small results of the evaluators."""
-    cfg, rng, samples = tiny_config(), np.random.default_rng(0), []
+@pytest.fixture(params=["dense", "experts"])
+def saved(tmp_path, request):
+    """Results as the demo saves them, made from small results of the evaluators; of a dense run, and of one with experts."""
+    copies = 4 if request.param == "experts" else 0
+    cfg, rng, samples = tiny_config(moe={"copies": copies}), np.random.default_rng(0), []
     for i in range(3):
         Image.fromarray(rng.integers(0, 255, (80, 80, 3), np.uint8)).save(tmp_path / f"{i}.png")
         samples.append(Sample(str(i), "test", ((ImageRef(str(tmp_path / f"{i}.png")),),), (question(MARKER + "is it <b>?", "yes"),)))
@@ -30,6 +32,10 @@ def saved(tmp_path):
     row = {"type": "all", "count": 9673, "accuracy": 0.9134, "error": None, "majority": 0.37, "majority_answer": "yes"}
     lines = [{"step": s, "loss/vqa": 2 / s, "loss/caption": 3 / s} for s in (1, 2, 3)]
     lines[-1] |= {f"xattn/{layer}/{kind}_gate": 0.1 * layer for layer in cfg.cross_layers for kind in ("attn", "ffn")}
+    if copies:
+        lines[-1] |= {f"xattn/{layer}/ffn/{name}": LOAD for layer in cfg.cross_layers for name in ("load", "load_text", "load_media")}
+        lines[-1] |= {f"xattn/{layer}/ffn/entropy": 2.0 + 0.1 * layer for layer in cfg.cross_layers}
+        lines[-1] |= {f"xattn/{layer}/ffn/dropped": 300.0 for layer in cfg.cross_layers}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     captions = report.caption_section({"examples": examples}, samples, 3, 64)
     image = viz.data_uri(Image.open(tmp_path / "0.png"))
@@ -77,7 +83,10 @@ def test_renders_every_section_from_the_saved_results(saved, tmp_path):
     numbers = ("91.3%", "50.0%", "33.3%", "1.250", "9,673", "12 min 34 s", "13 min 35 s")
     for shown in (*numbers, "It <sees>", "is it <b>?", "(nothing)", "0" * 64):
         assert shown in page.text
-    assert text.count("<svg") == 2
+    experts = results.load(saved)["experts"]
+    assert ("experts" in page.ids) == (experts is not None) and text.count("<svg") == 2 + ("experts" in page.ids)
+    for shown in ("An even share is 6.2%", "the full colour 17.2%", "between 2.00 and 2.30 nats", "1,200 choices were dropped"):
+        assert (shown in page.text) == (experts is not None)
     pictures = [a for a in page.addresses if a.startswith("data:image/")]
     assert len(pictures) == 2 + 3 + 3 + 2 * 3  # vqa, emoji, photos, and the only attention strip above and in its section
     assert all(viz.from_data_uri(a).size >= (64, 64) for a in pictures)

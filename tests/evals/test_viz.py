@@ -1,5 +1,6 @@
 """Attention maps against the model itself; pictures and charts that can be read back."""
 
+import re
 import xml.etree.ElementTree as ElementTree
 
 import jax
@@ -75,8 +76,27 @@ def test_data_uri_round_trip():
 def test_charts_are_svg_in_theme_colours():
     curves = viz.loss_curves({"vqa": {"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0]}, "emoji": {"step": [1, 3], "loss": [5.0, 4.0]}})
     bars = viz.gate_bars([0, 2, 4], [0.1, -0.2, 0.3], [0.0, 0.1, 0.2])
-    for svg in (curves, bars):
+    maps = viz.load_maps([0, 3], {"text": [[0.5, 0.25, 0.25], [1, 0, 0]], "media": [[0, 0, 1], [0.1, 0.2, 0.7]]})
+    for svg, colour in ((curves, 1), (bars, 1), (maps, 0)):
         root = ElementTree.fromstring(svg)
         assert root.tag.endswith("svg") and root.get("viewBox") and root.get("width") is None
-        assert "var(--series-1)" in svg and "var(--ink)" in svg and "#0102" not in svg
+        assert f"var(--series-{colour})" in svg and "var(--ink)" in svg and "#0102" not in svg
     assert ">vqa<" in curves and ">emoji<" in curves
+
+
+def test_load_maps_are_as_strong_as_the_load():
+    """Every cell: its layer from top to bottom, its expert from left to right, its opacity the share of the largest one."""
+    load = {"text": [[0.5, 0.25, 0.2], [0.1, 0.3, 0.4]], "media": [[0.45, 0.25, 0.5], [0.05, 0.2, 0.15]]}  # a share of 0 is not drawn
+    root = ElementTree.fromstring(viz.load_maps([0, 3], load))
+    cells = []
+    for path in root.iter("{http://www.w3.org/2000/svg}path"):
+        if "var(--series-0)" in (style := path.get("style", "")):
+            x, y = re.match(r"M ([\d.]+) ([\d.]+)", path.get("d")).groups()
+            cells.append((float(x), float(y), float((re.search(r"fill-opacity: ([\d.]+)", style) or [0, 1])[1])))
+    assert len(cells) == 12
+    left, right = np.array(sorted(cells)[:6]), np.array(sorted(cells)[6:])
+    for panel, shares in ((left, load["text"]), (right, load["media"])):
+        by_place = [row[2] for row in sorted(panel.tolist(), key=lambda cell: (cell[1], cell[0]))]
+        np.testing.assert_allclose(by_place, np.ravel(shares) / 0.5, atol=1e-3)
+    text = "".join(root.itertext())
+    assert "text" in text and "media" in text and "language model layer" in text

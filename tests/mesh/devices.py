@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from evlm_jax import checkpoint, names
+from evlm_jax.mesh import Layout, make_layout
 from evlm_jax.processes import on_host
-from evlm_jax.sharding import Layout, make_layout
 from evlm_jax.start import put
 from evlm_jax.train import Phase, gradients, train
 from tests.random_model import random_model
@@ -76,31 +76,35 @@ def test_gradients_equal_those_of_one_device(mesh, experts, alone):
 
 def assert_sharded(cfg, tree):
     """Every matrix is held in pieces: over fsdp and expert, and over tensor, as far as the mesh has them."""
-    mesh, whole = cfg.mesh, 0
+    parts, whole = cfg.mesh.fsdp * cfg.mesh.expert * cfg.mesh.tensor, 0
     for path, leaf in nnx.to_flat_state(tree):
         value, axes = jax.tree.leaves(leaf)[0], leaf.get_metadata()["axes"]
-        parts = value.size // value.addressable_shards[0].data.size
         if len(axes) < 2 or set(axes) <= {"whole", "norm"}:
             whole += 1
         else:
-            assert parts == mesh.fsdp * mesh.expert * mesh.tensor, (path, parts)
+            assert value.size == parts * value.addressable_shards[0].data.size, (path, value.sharding)
     assert whole < len(nnx.to_flat_state(tree))
 
 
-def test_state_is_sharded_and_a_step_compiles_once(tmp_path, capsys):
+def test_state_is_sharded_before_and_after_a_step():
     cfg = config((1, 2, 2, 2), experts=True)
-    compiled, seen = [], []
+    layout = layout_of(cfg)
+    phase = Phase(cfg, 0, layout)
+    state = phase.enter(0, put(jax.tree.map(np.asarray, nnx.state(random_model(cfg, 0))), phase.place), {})
+    for step in range(2):
+        for tree in (state.params, state.groups[0].mu, state.groups[0].nu, phase.frozen):
+            assert_sharded(cfg, tree)
+        state, report = phase.update(state, layout.put_rows(tiny_batch(cfg, step), range(8), 8))
+    assert report["healthy"] and state.step == 2
+
+
+def test_a_step_compiles_once(tmp_path):
+    cfg, compiled, seen = config((1, 2, 2, 2), experts=True), [], []
     listen = lambda event, _, **about: event.endswith("backend_compile_duration") and compiled.append(about["fun_name"])
     jax.monitoring.register_event_duration_secs_listener(listen)
     assert train(cfg, tmp_path, TinyData(cfg), tiny_towers(cfg), on_step=lambda step, model: seen.append(step)) == 4
     jax.monitoring.unregister_event_duration_listener(listen)
     assert compiled.count("jit(step)") == 1 and seen == [1, 2, 3, 4]
-    phase = Phase(cfg, 0, layout_of(cfg))
-    state = phase.layout.trained(phase.spec())
-    for moments in (state.groups[0].mu, state.groups[0].nu, state.params):
-        for _, leaf in nnx.to_flat_state(moments):
-            axes = leaf.get_metadata()["axes"]
-            assert len(axes) < 2 or set(axes) <= {"whole", "norm"} or not jax.tree.leaves(leaf)[0].is_fully_replicated
 
 
 @pytest.mark.parametrize("experts", [False, True])

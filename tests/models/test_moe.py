@@ -107,7 +107,7 @@ def test_equals_transformers_block(gates, k):
 
 
 def loop(model: moe.MoE, x: np.ndarray, kind: np.ndarray):
-    """Token by token in float64: (output, load [2, E], dropped, mean entropy)."""
+    """Token by token in float64: (output, load [2, E], mean entropy, chosen [N, E], those that were not dropped)."""
     cfg, kernels = model.cfg, [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(nnx.state(model))]
     fc1, fc2, router, world1, world2 = kernels
     gelu = np.vectorize(lambda a: a * (1 + math.erf(a / math.sqrt(2))) / 2)
@@ -116,29 +116,46 @@ def loop(model: moe.MoE, x: np.ndarray, kind: np.ndarray):
     best = np.argsort(-p, axis=-1, kind="stable")[:, : cfg.top_k]
     real = kind != moe.PADDING
     limit = math.ceil(cfg.capacity * real.sum() * cfg.top_k / cfg.experts) if cfg.capacity else len(x) * cfg.top_k
-    out, load, dropped, taken = gelu(x @ world1) @ world2, np.zeros((2, cfg.experts)), 0, np.zeros(cfg.experts)
+    out, load, taken = gelu(x @ world1) @ world2, np.zeros((2, cfg.experts)), np.zeros(cfg.experts)
+    chosen, kept = np.zeros((2, len(x), cfg.experts), bool)
     for place in range(cfg.top_k):  # all first choices go before second ones
         for token in np.flatnonzero(real):
             e = best[token, place]
             load[kind[token], e] += 1
             taken[e] += 1
+            chosen[token, e], kept[token, e] = True, taken[e] <= limit
             if taken[e] > limit:
-                dropped += 1
                 continue
             gate = p[token, e] / (p[token, best[token]].sum() if cfg.gates == "renormalise" else 1)
             out[token] += gate * gelu(x[token] @ fc1[e]) @ fc2[e]
-    return out, load, dropped, -(p * np.log(p)).sum(-1)[real].mean()
+    return out, load, -(p * np.log(p)).sum(-1)[real].mean(), chosen, kept
+
+
+def every_expert(model: moe.MoE, x: jax.Array, chosen: np.ndarray, kept: np.ndarray) -> jax.Array:
+    """The definition, with a product of every token and every expert, for JAX to differentiate."""
+    gates = jnp.where(chosen, jax.nn.softmax(x @ model.router.kernel[...]), 0)
+    if model.cfg.gates == "renormalise":
+        gates = gates / jnp.where(chosen.any(-1), gates.sum(-1), 1)[:, None]
+    gelu = lambda a: jax.nn.gelu(a, approximate=False)
+    hidden = gelu(jnp.einsum("nd,edf->nef", x, model.experts.fc1.kernel[...]))
+    routed = jnp.einsum("ne,nef,efd->nd", gates * kept, hidden, model.experts.fc2.kernel[...])
+    return gelu(x @ model.world.fc1.kernel[...]) @ model.world.fc2.kernel[...] + routed
 
 
 @pytest.mark.parametrize("k, gates, capacity", [(k, "softmax", 0.7) if k % 2 else (k, "renormalise", 0.0) for k in range(1, 17)])
 def test_equals_a_loop_over_tokens(gates, k, capacity):
-    model, (x, _) = block(config(gates=gates, top_k=k, capacity=capacity)), inputs()
+    model, (x, weight) = block(config(gates=gates, top_k=k, capacity=capacity)), inputs()
     kind = np.random.default_rng(2).choice([moe.TEXT, moe.MEDIA, moe.PADDING], x.shape[:2], p=[0.5, 0.3, 0.2])
-    out, load, dropped, entropy = loop(model, x.reshape(-1, WIDTH), kind.reshape(-1))
+    flat, of = x.reshape(-1, WIDTH), weight.reshape(-1, WIDTH)
+    out, load, entropy, chosen, kept = loop(model, flat, kind.reshape(-1))
     with jax.default_matmul_precision("highest"):
-        y, routing = jax.jit(lambda model, x: model(x, kind))(model, x)
+        y, routing, *gradients = run(model, x, kind, weight)
+        wanted = jax.grad(lambda model, x: (every_expert(model, x, chosen, kept) * of).sum(), argnums=(0, 1))(model, flat)
     close(y.reshape(-1, WIDTH), out)
+    for mine, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
+        close(mine.reshape(other.shape), other)
     np.testing.assert_array_equal(routing.load, load)
+    dropped = (chosen & ~kept).sum()
     assert routing.dropped == dropped and (dropped > 0) == (capacity > 0)
     np.testing.assert_allclose(routing.entropy / routing.tokens, entropy, rtol=1e-5)
     assert routing.tokens == (kind != moe.PADDING).sum()

@@ -19,21 +19,36 @@ def close(ours, theirs):
     np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(np.abs(theirs).max(), 1e-30))
 
 
+TILE = 4
+
+
+def there(x, kernels, groups, tile):
+    """Sum over its choices of each token times their kernels [tokens, F], multiplied on the way into rows."""
+    return ops.combine(ops.dispatch_matmul(x, kernels, groups, tile), groups, len(x))
+
+
+def back(x, kernels, groups, tile):
+    """The same, multiplied on the way back."""
+    return ops.combine_matmul(ops.dispatch(x, groups, len(x)), kernels, groups, len(x), tile)
+
+
 @jax.jit
 def ours(x, kernels, expert, weight):
-    """Sum over its choices of each token times their kernels [tokens, F], and the gradients of its product with `weight`."""
+    """The sums of both ways, and the gradients of their products with `weight`."""
     groups = ops.group(expert, len(kernels), TILE)
 
-    def loss(x, kernels):
-        y = ops.grouped_matmul(ops.dispatch(x, groups, len(x)), kernels, groups.first, TILE)
-        out = ops.combine(y, groups, len(x))
+    def loss(x, kernels, way):
+        out = way(x, kernels, groups, TILE)
         return (out * weight).sum(), out
 
-    (_, out), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, kernels)
-    return out, *gradients
+    found = [jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, kernels, way) for way in (there, back)]
+    return [(out, *gradients) for (_, out), gradients in found]
 
 
-TILE = 4
+def check(found, wanted):
+    for way in found:
+        for mine, other in zip(way, wanted, strict=True):
+            close(mine, other)
 
 
 def loop(x, kernels, expert, weight):
@@ -59,16 +74,14 @@ def operands(tokens, seed=0):
 def test_any_load_equals_a_loop_over_tokens(expert):
     """21 tokens, two choices each; expert 4 is nobody. One choice of an expert twice by a token adds up as well."""
     x, kernels, weight = operands(21)
-    for mine, other in zip(ours(x, kernels, np.array(expert, np.int32), weight), loop(x, kernels, expert, weight)):
-        close(mine, other)
+    check(ours(x, kernels, np.array(expert, np.int32), weight), loop(x, kernels, expert, weight))
 
 
 @pytest.mark.parametrize("load", [(42, 0, 0, 0), (0, 0, 0, 42), (0, 21, 21, 0), (41, 1, 0, 0), (0, 0, 0, 0)])
 def test_skewed_loads(load):
     x, kernels, weight = operands(21)
     expert = np.repeat([*range(EXPERTS), EXPERTS], [*load, 42 - sum(load)]).astype(np.int32)
-    for mine, other in zip(ours(x, kernels, expert, weight), loop(x, kernels, expert, weight)):
-        close(mine, other)
+    check(ours(x, kernels, expert, weight), loop(x, kernels, expert, weight))
 
 
 @pytest.mark.parametrize("tile", [1, 3, 8])
@@ -77,8 +90,8 @@ def test_many_tiles_at_once(tile):
     x, kernels, weight = operands(200)
     expert = np.where(np.arange(200) < 170, 2, np.arange(200) % EXPERTS).astype(np.int32)
     groups = ops.group(expert, EXPERTS, tile)
-    y = ops.grouped_matmul(ops.dispatch(x, groups, 200), jnp.asarray(kernels), groups.first, tile)
-    close(ops.combine(y, groups, 200), loop(x, kernels, expert, weight)[0])
+    for way in (there, back):
+        close(way(x, jnp.asarray(kernels), groups, tile), loop(x, kernels, expert, weight)[0])
 
 
 def test_rows_of_the_drawing():
@@ -97,20 +110,18 @@ def test_over_the_limit_first_choices_stay():
     assert (np.asarray(groups.row) == rows).tolist() == [False, False, True, False, False, True]
 
 
-def test_one_kernel_is_not_copied_for_each_tile():
-    """The backward pass holds the gradient once, not once a tile: its temporaries are of the size of all kernels, not of all tiles."""
-    tokens, width = 512, 128
-    shapes = (tokens, width), (EXPERTS, width, width)
-    x, kernels = (jnp.zeros(shape) for shape in shapes)
-    expert = jnp.zeros(2 * tokens, jnp.int32)
+def test_no_wide_row_is_stored_and_no_kernel_copied_for_each_tile():
+    """Temporaries of both passes are less than the rows of all choices [R, D]; the gradient of a kernel is held once, not once a tile."""
+    tokens, width, hidden, k, tile = 512, 256, 16, 4, 4
+    x, fc1, fc2 = (jnp.zeros(shape) for shape in ((tokens, width), (EXPERTS, width, hidden), (EXPERTS, hidden, width)))
 
-    def loss(x, kernels):
-        groups = ops.group(expert, EXPERTS, 4)
-        return ops.combine(ops.grouped_matmul(ops.dispatch(x, groups, tokens), kernels, groups.first, 4), groups, tokens).sum()
+    def loss(x, fc1, fc2, expert):
+        groups = ops.group(expert, EXPERTS, tile)
+        return ops.combine_matmul(jnp.square(ops.dispatch_matmul(x, fc1, groups, tile)), fc2, groups, tokens, tile).sum()
 
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, kernels).compile()
-    rows, tiles = 4 * (2 * tokens + width), 256
-    assert compiled.memory_analysis().temp_size_in_bytes < 8 * rows * width + 4 * kernels.nbytes < tiles * kernels[0].nbytes / 2
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, fc1, fc2, jnp.zeros(k * tokens, jnp.int32)).compile()
+    rows, tiles = k * tokens * x[0].nbytes, k * tokens // tile * fc1[0].nbytes
+    assert compiled.memory_analysis().temp_size_in_bytes < rows < tiles
 
 
 def test_kernel_form(monkeypatch):
@@ -129,11 +140,11 @@ def test_kernel_form(monkeypatch):
         found = ours.__wrapped__(x, kernels, expert, weight)
     finally:
         ops._tokamax.cache_clear()
-    for mine, other in zip(found, loop(x, kernels, expert, weight)):
-        close(mine, other)
+    check(found, loop(x, kernels, expert, weight))
 
 
-def test_gradient_of_a_kernel_is_summed_in_float32():
+@pytest.mark.parametrize("way", [there, back])
+def test_gradient_of_a_kernel_is_summed_in_float32(way):
     """Under "bfloat16" operands are rounded, sums and the gradient of a float32 kernel are not."""
     x, kernels, weight = operands(21)
     expert = np.zeros(42, np.int32)
@@ -142,6 +153,6 @@ def test_gradient_of_a_kernel_is_summed_in_float32():
 
     def loss(kernels):
         with jax.default_matmul_precision("bfloat16"):
-            return (ops.grouped_matmul(ops.dispatch(x, groups, 21), kernels, groups.first, TILE) * ops.dispatch(weight, groups, 21)).sum()
+            return (way(x, kernels, groups, TILE) * weight).sum()
 
     close(jax.grad(loss)(jnp.asarray(kernels)), loop(rounded(x), kernels, expert, rounded(weight))[2])

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from evlm_jax.data.containers import files
 from evlm_jax.data.containers.parquet import read_columns
@@ -39,6 +38,8 @@ def assign(similarity: np.ndarray) -> np.ndarray:
     Args:
       similarity: [images, sentences].
     """
+    from scipy.optimize import linear_sum_assignment  # takes a third of the import of all data code, and few need it
+
     similarity = np.asarray(similarity, np.float64)
     count, sentences = similarity.shape
     _, columns = linear_sum_assignment(np.tile(similarity, (1, -(-count // sentences))), maximize=True)

@@ -14,7 +14,7 @@ from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
 from evlm_jax.data.mixture import tasks
 from evlm_jax.data.pack import Budget, fill
-from evlm_jax.data.pipeline import Lane, collate
+from evlm_jax.data.pipeline import Lane, collate, load_pictures
 from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import Document
 
@@ -30,7 +30,7 @@ def inspect(cfg: EVLMConfig, tokenizer, out: str, rows: int) -> Path:
     made = tasks([open_source(name) for name in cfg.data.sources], tokenizer, cfg)
     lanes = [Lane(made, cfg, number) for number in range(min(rows, cfg.train.batch))]
     chosen = [lane.row() for lane in lanes]
-    batch, damaged = collate(chosen, cfg, None)
+    batch, damaged = collate(chosen, cfg, load_pictures(chosen, cfg, None))
     drops = [drop.message for lane in lanes for drop in lane.drops()] + [drop.message for drop in damaged]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(TEMPLATE.read_text("utf-8")).render(

@@ -1,6 +1,8 @@
 """The report of plan.py in words, for people."""
 
-from evlm_jax.chips import GIB
+from evlm_jax.planning.chips import GIB
+
+VERDICTS = {True: "fits", False: "does not fit", None: "cannot be"}
 
 
 def show(report: dict) -> str:
@@ -63,7 +65,12 @@ def _not_fitting(report: dict) -> list[str]:
         lines += [f"compiled for {found['topology']} it takes {_gib(found['memory']['peak'])} GiB a device at its fullest; the largest:"]
         lines += _buffers(found["buffers"])
     for tried in report.get("tried", ()):
-        lines.append(f"{tried['change']}: {'fits' if tried['fits'] else 'does not fit'}")
+        lines.append(f"{tried['change']}: {VERDICTS[tried['fits']]}")
+        if tried["fits"]:
+            lines += [
+                f"it then takes {_gib(tried['memory']['peak'])} GiB a device at its fullest; the largest:",
+                *_buffers(tried["largest"]),
+            ]
     return lines
 
 

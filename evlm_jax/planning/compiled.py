@@ -5,7 +5,7 @@ estimate: what each top-level operation reads and writes in HBM; a slice of a st
 writes, a copy into the core's memory once. A conditional counts its dearest branch.
 """
 
-import itertools
+import functools
 import json
 import math
 import re
@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from evlm_jax.hlo import Computation, Instruction, Module, replica_group
+from evlm_jax.planning.hlo import Computation, Instruction, Module, replica_group
 
 COLLECTIVES = set("all-gather all-reduce reduce-scatter all-to-all ragged-all-to-all collective-permute collective-broadcast".split())
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "opt-barrier"}
 _CALLS = {"call": ("to_apply",), "call-start": ("to_apply", "calls"), "async-start": ("calls",)}
 _NO_PRODUCTS = set(  # targets of custom calls
     "AllocateBuffer AssumeGatherIndicesInBound AsyncCollectiveDone AsyncCollectiveStart GatherScatterIndicesBitpacked "
-    "PrepareAsyncCallDone PrepareAsyncCallStart TopK".split()
+    "ConcatBitcast PrepareAsyncCallDone PrepareAsyncCallStart TopK ZeroCrop".split()
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
 
@@ -132,15 +132,19 @@ class _Counting:
             total.products[instruction.op_name] += flops
         elif opcode == "custom-call":
             flops = _custom_call(total, instruction)
+        elif opcode == "send" and "is_host_transfer=true" in instruction.rest:
+            total.transfers[_between_slices(instruction, self.devices)] += 1
         elif (kind := opcode.removesuffix("-start")) in COLLECTIVES:
             transfer = self._transfer(computation, instruction, kind)
             total.transfers[transfer] += len(transfer.group) > 1 and not _goes_on(computation, instruction)
         total.operations[Operation(flops, self._bytes(computation, instruction), opcode.endswith("-start"))] += 1
 
     def _transfer(self, computation: Computation, instruction: Instruction, kind: str) -> Transfer:
-        sent = instruction.operands[:1] if kind == "ragged-all-to-all" else instruction.operands  # the rest is where results go
-        operands = sum(leaf.bytes for name in sent for leaf in computation.by_name[name].leaves)
+        operands = sum(leaf.bytes for name in instruction.operands for leaf in computation.by_name[name].leaves)
         result = sum(leaf.bytes for leaf in instruction.leaves)
+        if kind == "ragged-all-to-all":  # one side has room for all rows of all devices; what travels is, in the mean, the other side
+            sent = sum(leaf.bytes for leaf in computation.by_name[instruction.operands[0]].leaves)
+            return Transfer(kind, replica_group(instruction, self.devices), min(sent, result))
         result -= operands if instruction.opcode.endswith("-start") else 0  # a started one carries its operands along
         return Transfer(kind, replica_group(instruction, self.devices), result if kind == "all-gather" else operands)
 
@@ -215,6 +219,13 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
     return max(0, math.ceil(distance / step[0]))
 
 
+def _between_slices(instruction: Instruction, devices: int) -> Transfer:
+    """libtpu leaves what goes over the data-centre network to the host, as a send. Its group here: a device of the first and last slice."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
+    name = (kind[1].lower().replace("_", "-") if kind else "send") + " between slices"
+    return Transfer(name, (0, devices - 1), instruction.leaves[0].bytes)
+
+
 def _goes_on(computation: Computation, instruction: Instruction) -> bool:
     """libtpu writes a collective that runs beside products into each of their fusions; it begins in one of them alone."""
     begins = any('"AsyncCollectiveStart"' in other.rest for other in computation.instructions if other.opcode == "custom-call")
@@ -252,13 +263,22 @@ def _convolution(computation: Computation, instruction: Instruction) -> float:
     return 2.0 * reach * size("o", out, "f") * size("k", kernel, "i") * size("l", left, "b") / groups
 
 
+@functools.cache
 def _meetings(inputs: int, kernel: int, outputs: int, low: int, stride: int, base: int, dilation: int) -> int:
-    """Pairs (output, tap of the kernel) of one spatial dimension that meet an element of the input."""
-    total = 0
-    for tap, out in itertools.product(range(kernel), range(outputs)) if kernel * outputs < 1 << 22 else ():
-        at = out * stride + tap * dilation - low
-        total += at % base == 0 and 0 <= at // base < inputs
-    return total if kernel * outputs < 1 << 22 else min(inputs, outputs) * kernel
+    """Pairs (output, tap of the kernel) of one spatial dimension that meet an element of the input.
+
+    They are those where at = output * stride + tap * dilation - low is a multiple of `base` in [0, (inputs - 1) * base].
+    """
+    total, common = 0, math.gcd(stride, base)
+    every = base // common  # outputs from one that meets to the next
+    for tap in range(kernel):
+        shift = low - tap * dilation
+        if shift % common == 0:
+            first = max(0, -(-shift // stride))
+            last = min(outputs - 1, (shift + (inputs - 1) * base) // stride)
+            meets = shift // common * pow(stride // common, -1, every) % every
+            total += max(0, (last - meets) // every - (first - 1 - meets) // every) if last >= first else 0
+    return total
 
 
 def _custom_call(total: Costs, instruction: Instruction) -> float:

@@ -12,9 +12,10 @@ from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
 from evlm_jax.flops import Work
 from evlm_jax.loss import losses
+from evlm_jax.mesh import Layout
 from evlm_jax.models.decoding import DecodeState, Prompt, Sampling, Weights, prefill, read_tokens
 from evlm_jax.ops.grouped_attention import Plan
-from evlm_jax.sharding import Layout
+from evlm_jax.optim import starts
 from evlm_jax.train import Phase
 
 WHATS = ("train", "eval", "prefill", "decode")
@@ -35,6 +36,7 @@ class Program(NamedTuple):
     arguments: dict[str, Share]
     work: Work  # with no row padded
     trained: set[str]  # canonical names of what trains
+    steps: int = 0  # of training, in this phase
 
 
 def build(cfg: EVLMConfig, layout: Layout, what: str, phase: int = 0) -> Program:
@@ -54,12 +56,18 @@ def build(cfg: EVLMConfig, layout: Layout, what: str, phase: int = 0) -> Program
     return {"train": _train, "eval": _eval, "prefill": _prefill, "decode": _decode}[what](of)
 
 
+def phase_steps(cfg: EVLMConfig, phase: int) -> int:
+    """How many steps a phase makes."""
+    first = [*starts(cfg), cfg.train.steps]
+    return first[phase + 1] - first[phase]
+
+
 def _train(of: Phase) -> Program:
     shapes, batch = of.spec(), Batch.spec(of.cfg)
     state, batch = _put(shapes, of.layout.trained(shapes)), _put(batch, of.layout.batch(batch))
     frozen = _frozen(of)
     arguments = {"frozen": _share(frozen), "trainable": _share(state.params), "optimizer": _share(state.groups), "batch": _share(batch)}
-    return Program(of.lower(), arguments, Work.full(of.cfg, of.cfg.train.batch), of.trained)
+    return Program(of.lower(), arguments, Work.full(of.cfg, of.cfg.train.batch), of.trained, phase_steps(of.cfg, of.number))
 
 
 def _eval(of: Phase) -> Program:

@@ -6,7 +6,7 @@ own figure is the one to report: this tells who the consumers are.
 
 from typing import NamedTuple
 
-from evlm_jax.hlo import Computation, Instruction, Module
+from evlm_jax.planning.hlo import Computation, Instruction, Module
 
 
 class Buffer(NamedTuple):

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import jax
 
-from evlm_jax.chips import Chip
-from evlm_jax.compiled import Costs, Transfer
+from evlm_jax.planning.chips import Chip
+from evlm_jax.planning.compiled import Costs, Transfer
 
 HOST = 8  # GPUs that NVLink joins
 
@@ -52,10 +52,11 @@ def step(chip: Chip, costs: Costs, devices: list[jax.Device]) -> Step:
 
 
 def wire(transfer: Transfer) -> float:
-    """Bytes that a device sends, by ring algorithms."""
+    """Bytes that a device sends, by ring algorithms; between slices those that it hands to its host."""
     n = len(transfer.group)
-    share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}
-    return transfer.bytes * share.get(transfer.kind, (n - 1) / n)
+    if transfer.kind == "collective-permute" or "between slices" in transfer.kind:
+        return transfer.bytes
+    return transfer.bytes * (n - 1) / n * (2 if transfer.kind == "all-reduce" else 1)
 
 
 def link(chip: Chip, devices: list[jax.Device], group: tuple[int, ...]) -> tuple[str, float]:

@@ -82,5 +82,7 @@ def _libtpu() -> None:
     """Makes the compiler of TPUs load where there is none: it asks nobody for a machine, and other processes may load it as well."""
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError('the TPU compiler is missing: pip install "evlm-jax[plan]"')
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
+    settings = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    settings["TPU_ACCELERATOR_TYPE"] = "v5p-8"  # any: without one libtpu complains, and then takes the topology as it should
+    for name, value in settings.items():
         os.environ.setdefault(name, value)

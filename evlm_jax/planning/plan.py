@@ -12,15 +12,16 @@ from pathlib import Path
 
 import jax
 
-from evlm_jax import chips, compiled, flops, live, programs, roofline
+from evlm_jax import flops
 from evlm_jax.config import EVLMConfig
-from evlm_jax.hlo import Module
-from evlm_jax.optim import starts
-from evlm_jax.sharding import Layout, make_layout
+from evlm_jax.mesh import Layout, make_layout
+from evlm_jax.planning import chips, compiled, live, programs, roofline
+from evlm_jax.planning.hlo import Module
 
 _SCOPES = re.compile(r"\b(patch|vit_\d+|keys_values|cross|moe|router|experts|ffn|scores|llm|head)\b")
 _CROSS = {"scores": flops.CROSS_SCORES, "router": flops.ROUTER, "experts": flops.ROUTED, "moe": flops.WORLD, "ffn": flops.FFN}
 OTHER = "other"
+GUESS = "compiled by XLA:CPU, which is no compiler of this chip: memory and bytes of HBM are a rough guess"
 LARGEST = 10  # buffers that are told
 
 
@@ -110,7 +111,7 @@ def _read(cfg: EVLMConfig, layout: Layout, chip: chips.Chip | None, program: pro
         "executed": executed(cfg, program.trained, costs),
         "bytes": costs.bytes,
         "collectives": sorted(collectives, key=lambda c: -c["sent"]),
-        "notes": dict(costs.notes),
+        "notes": dict(costs.notes) | ({GUESS: 1} if chip and devices[0].platform == "cpu" else {}),
         "largest": _buffers(module),
     }
     return out | ({"time": _time(cfg, program, chip, costs, devices, price)} if chip else {})
@@ -140,18 +141,20 @@ def _part(op_name: str, lowest: int) -> str:
 
 
 def _trips(cfg: EVLMConfig, layout: Layout, program: programs.Program, op_name: str, trips: list[float]) -> list[float] | None:
-    """Of the loops over an expert's tiles: as many as a balanced load needs, in the largest strides first."""
+    """Of the loops over an expert's tiles: as many as a balanced load needs, in the largest strides first.
+
+    Every product has a loop for each stride; where a device has one expert, loops of several products stand together.
+    """
     if "experts" not in _SCOPES.findall(op_name):
         return None
     mesh, hidden = layout.mesh.shape, cfg.xattn.ffn // cfg.moe.slices
     tokens = program.work.tokens / cfg.train.accumulate / (mesh["data"] * mesh["fsdp"] * mesh["expert"])
     rest = tokens * cfg.moe.top_k * mesh["expert"] / cfg.moe.experts * 2 * cfg.llm.hidden * hidden / mesh["tensor"]
-    out, order = [0.0] * len(trips), sorted(range(len(trips)), key=lambda i: -trips[i])
-    for i in order:
-        if trips[i]:
-            out[i] = rest / trips[i] if i == order[-1] else rest // trips[i]
-            rest -= out[i] * trips[i]
-    return out
+    counts, strides = {}, sorted(set(trips), reverse=True)
+    for trip in strides:
+        counts[trip] = rest / trip if trip == strides[-1] else rest // trip
+        rest -= counts[trip] * trip
+    return [counts[trip] for trip in trips]
 
 
 def _time(cfg: EVLMConfig, program: programs.Program, chip: chips.Chip, costs: compiled.Costs, devices: list, price: float | None) -> dict:
@@ -161,8 +164,8 @@ def _time(cfg: EVLMConfig, program: programs.Program, chip: chips.Chip, costs: c
     out |= {"tokens_per_s": program.work.tokens / step.seconds, "images_per_s": program.work.images / step.seconds}
     out["mfu"] = needed / (step.seconds * count * chip.flops)
     if program.trained:
-        out["steps"] = cfg.train.steps
-        out["days"] = cfg.train.steps * step.seconds / 86400
+        out["steps"] = program.steps
+        out["days"] = out["steps"] * step.seconds / 86400
         out["chip_days"] = out["days"] * count
         out |= {"price": out["chip_days"] * 24 * price} if price else {}
     return out
@@ -182,15 +185,12 @@ def _short(op_name: str) -> str:
 
 
 def _roomy(cfg: EVLMConfig, topology: str, what: str, phase: int, count: int) -> dict | None:
-    """What would fill the memory: the same program for chips of 95 or 192 GiB; None where it does not fit them either."""
-    for kind, cores in (("v5p", 1), ("tpu7x", 2)):
-        wide = f"{kind}:{cube(count // cores // cfg.mesh.slices)}"
-        if wide.partition(":")[0] == topology.partition(":")[0] or count // cores < 4 * cfg.mesh.slices:
-            continue
-        report = plan(cfg, wide, what, phase, consumers=False)
-        if report["fits"]:
-            return {"topology": wide, "memory": report["memory"], "buffers": report["largest"]}
-    return None
+    """What would fill the memory: the same program for as many chips of 95 GiB; None where it does not fit them either."""
+    wide = f"v5p:{cube(count // cfg.mesh.slices)}"
+    if topology.startswith("v5p") or count < 4 * cfg.mesh.slices:
+        return None
+    report = plan(cfg, wide, what, phase, consumers=False)
+    return {"topology": wide, "memory": report["memory"], "buffers": report["largest"]} if report["fits"] else None
 
 
 def cube(chips: int) -> str:
@@ -200,9 +200,3 @@ def cube(chips: int) -> str:
         sides[sides.index(min(sides))] *= 2
         chips //= 2
     return "x".join(map(str, sorted(sides) if 1 not in sides else sorted(sides, reverse=True)))
-
-
-def phase_share(cfg: EVLMConfig, phase: int) -> float:
-    """Share of the steps that a phase makes."""
-    first = [*starts(cfg), cfg.train.steps]
-    return (first[phase + 1] - first[phase]) / cfg.train.steps

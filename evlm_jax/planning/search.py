@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from evlm_jax import chips
 from evlm_jax.config import EVLMConfig
-from evlm_jax.plan import plan
-from evlm_jax.plan_text import show
-from evlm_jax.sharding import ROWS, make_layout, mesh_sizes
+from evlm_jax.mesh import ROWS, make_layout, mesh_sizes
+from evlm_jax.planning import chips
+from evlm_jax.planning.plan import plan
+from evlm_jax.planning.text import show
 
 REMATS = ("none", "dots", "full")
 
@@ -34,27 +34,27 @@ def main(args: argparse.Namespace, overrides: list[str], load_config: Callable) 
 
 
 def mend(cfg: EVLMConfig, topology: str, what: str, phase: int) -> list[dict]:
-    """Changes in the order of their cost, each alone and then all of them one upon another, until one fits."""
-    tried, together, names = [], cfg, []
-    for name, change in _changes(cfg, len(chips.devices(topology, cfg.mesh.slices)[0])):
-        tried.append({"change": name, "fits": fits(change(cfg), topology, what, phase)})
-        if tried[-1]["fits"]:
-            return tried
-    for name, change in _changes(cfg, len(chips.devices(topology, cfg.mesh.slices)[0])):
-        together, names = change(together), [*names, name]
-        if len(names) > 1:
-            tried.append({"change": " and ".join(names), "fits": fits(together, topology, what, phase)})
-            if tried[-1]["fits"]:
-                return tried
+    """Changes in the order of their cost, each alone and then one upon another, until one fits.
+
+    Returns:
+      of each what it was, whether it fits (None: it cannot be), and of the one that does its memory and largest buffers.
+    """
+    changes = list(_changes(cfg, len(chips.devices(topology, cfg.mesh.slices)[0])))
+    candidates, together = [(name, change(cfg)) for name, change in changes], cfg
+    for number, (_, change) in enumerate(changes):
+        together = change(together)
+        candidates += [(" and ".join(name for name, _ in changes[: number + 1]), together)] if number else []
+    tried = []
+    for name, candidate in candidates:
+        try:
+            report = plan(candidate, topology, what, phase, consumers=False)
+        except ValueError:
+            report = {"fits": None}
+        tried.append({"change": name, "fits": report["fits"]})
+        if report["fits"]:
+            tried[-1] |= {key: report[key] for key in ("memory", "largest")}
+            break
     return tried
-
-
-def fits(cfg: EVLMConfig, topology: str, what: str, phase: int) -> bool:
-    """Whether a config that is possible at all fits."""
-    try:
-        return plan(cfg, topology, what, phase, consumers=False)["fits"]
-    except ValueError:
-        return False
 
 
 def _changes(cfg: EVLMConfig, devices: int) -> Iterator[tuple[str, Callable[[EVLMConfig], EVLMConfig]]]:

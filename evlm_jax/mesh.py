@@ -1,0 +1,248 @@
+"""The device mesh, and where every array lies on it: the only file that knows mesh axes. Models name the axes (sharding.py).
+
+    data      copies of everything; each takes its own rows of a batch
+    fsdp      rows, and pieces of what is stored
+    expert    rows and pieces likewise, and the experts of a mixture
+    tensor    heads, hidden layers of FFNs, the vocabulary; and images, in the ViT and up to the keys of the cross-attention
+
+RULES says, for every logical axis, over which mesh axes a dimension is split where it is used, and over which others as well
+where it waits. Vectors and scalars lie as they are used.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from evlm_jax.batch import Batch
+from evlm_jax.config import EVLMConfig, MeshConfig
+
+AXES = ("data", "fsdp", "expert", "tensor")
+ROWS = ("data", "fsdp", "expert")
+PIECES = ("fsdp", "expert")
+
+
+class Rule(NamedTuple):
+    """Mesh axes of a logical one."""
+
+    used: tuple[str, ...] = ()
+    stored: tuple[str, ...] = ()  # in addition
+
+
+# Of parameters first, then of activations. "vision*" and the last two are others where mesh.images is "rows".
+RULES = {
+    "whole": Rule(),
+    "norm": Rule(),
+    "embed": Rule(stored=PIECES),
+    "heads": Rule(("tensor",)),
+    "kv_heads": Rule(("tensor",)),
+    "mlp": Rule(("tensor",)),
+    "vocab": Rule(("tensor",)),
+    "expert": Rule(("expert",)),
+    "vision": Rule(stored=(*PIECES, "tensor")),
+    "vision_heads": Rule(),
+    "vision_mlp": Rule(stored=(*PIECES, "tensor")),
+    "image_heads": Rule(stored=(*PIECES, "tensor")),
+    "rows": Rule(ROWS),
+    "copies": Rule(("data",)),  # rows, where another dimension is in pieces
+    "pieces": Rule(PIECES),
+    "images": Rule(("tensor",)),  # of a row
+    "pictures": Rule((*ROWS, "tensor")),  # images of all rows
+}
+BY_ROWS = {
+    "vision": Rule(stored=PIECES),
+    "vision_heads": Rule(("tensor",)),
+    "vision_mlp": Rule(("tensor",), PIECES),
+    "image_heads": Rule(("tensor",), PIECES),
+    "images": Rule(),
+    "pictures": Rule(ROWS),
+}
+
+_active: ContextVar["Layout | None"] = ContextVar("layout", default=None)
+
+
+def active_layout() -> "Layout | None":
+    """Of what is being traced; None on one device."""
+    return _active.get()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh and the policies of config.mesh. The model functions of this file work by the one that is active while they are traced."""
+
+    mesh: Mesh
+    cfg: MeshConfig
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """For tracing and compiling what runs on this mesh."""
+        token = _active.set(self)
+        try:
+            yield
+        finally:
+            _active.reset(token)
+
+    def spec(self, axes: tuple[str | None, ...], stored: bool = False) -> P:
+        """Of an array with these logical axes; a mesh axis splits the first dimension that can take it."""
+        taken, out = set(), []
+        for rule in map(self.rule, axes):
+            names = [name for name in (*rule.used, *(rule.stored if stored else ())) if self.mesh.shape[name] > 1 and name not in taken]
+            taken |= set(names)
+            out.append(tuple(names) or None)
+        return P(*out)
+
+    def rule(self, axis: str | None) -> Rule:
+        """Of a logical axis; None is never split. Raises KeyError where there is no rule."""
+        if axis is None:
+            return Rule()
+        return (RULES | (BY_ROWS if self.cfg.images == "rows" else {}))[axis]
+
+    def sharding(self, axes: tuple[str | None, ...]) -> NamedSharding:
+        """Of an activation."""
+        return NamedSharding(self.mesh, self.spec(axes))
+
+    def place(self, param: nnx.Variable, stored: bool) -> NamedSharding:
+        """Of a parameter, or of a stack of them, whose layer axis in front is never split. Vectors lie as they are used."""
+        axes = param.get_metadata()["axes"]
+        layers = len(jax.tree.leaves(param)[0].shape) - len(axes)
+        return NamedSharding(self.mesh, P(*(None,) * layers, *self.spec(axes, stored and len(axes) > 1)))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The same on every device."""
+        return NamedSharding(self.mesh, P())
+
+    @property
+    def rows(self) -> NamedSharding:
+        """Rows of a batch, whatever else an array has."""
+        return self.sharding(("rows",))
+
+    def batch(self, batch: Batch) -> Batch:
+        """Shardings of a Batch, or of its shapes: rows over their axes, pictures of a row over those of images."""
+        pictures = self.sharding(("rows", "images"))
+        return Batch(**{k: v if v is None else pictures if k in ("pixels", "taps") else self.rows for k, v in batch._asdict().items()})
+
+    def trained(self, tree: Any) -> Any:
+        """Shardings of a tree with trainable parameters, their gradients or moments, as Variables; other leaves are on every device."""
+        return self._tree(tree, stored=True)
+
+    def frozen(self, tree: Any) -> Any:
+        """Shardings of frozen parameters."""
+        return self._tree(tree, stored=self.cfg.frozen == "sharded")
+
+    def _tree(self, tree: Any, stored: bool) -> Any:
+        place = lambda node: node.replace(self.place(node, stored)) if is_param(node) else self.replicated
+        return jax.tree.map(place, tree, is_leaf=is_param)
+
+    def own_rows(self, batch: int) -> list[int]:
+        """Numbers of the rows of a batch that devices of this process hold, ascending."""
+        held = self.rows.addressable_devices_indices_map((batch,)).values()
+        return sorted({row for (rows,) in held for row in range(*rows.indices(batch))})
+
+    def put_rows(self, batch: Batch, own: list[int], count: int) -> Batch:
+        """The rows `own` of a batch of `count`, NumPy arrays on this process, as arrays on all devices."""
+        place = {row: i for i, row in enumerate(own)}
+
+        def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+            def piece(index: tuple[slice, ...]) -> np.ndarray:
+                first, stop, _ = index[0].indices(count)
+                return x[(slice(place[first], place[first] + stop - first), *index[1:])]
+
+            return jax.make_array_from_callback((count, *x.shape[1:]), sharding, piece)
+
+        return jax.tree.map(put, batch, self.batch(batch))
+
+    def jit(self, f: Callable, **options) -> Callable:
+        """jax.jit of `f` on this mesh."""
+
+        @functools.wraps(f)
+        def traced(*args):
+            with self.active():
+                return f(*args)
+
+        return jax.jit(traced, **options)
+
+
+def make_layout(cfg: EVLMConfig, devices: list | None = None) -> Layout:
+    """The mesh of `cfg` on all devices, or on those given (also of a topology that is only compiled for).
+
+    Raises:
+      ValueError: the axes do not make the devices, or do not divide rows, images, heads or experts; names the field and the mend.
+    """
+    devices = list(devices or jax.devices())
+    sizes = mesh_sizes(cfg.mesh, len(devices))
+    _check(cfg, sizes)
+    shape = tuple(sizes[axis] for axis in AXES)
+    if cfg.mesh.slices > 1:
+        inner, outer = (sizes["data"] // cfg.mesh.slices, *shape[1:]), (cfg.mesh.slices, 1, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    elif devices[0].platform == "tpu":
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        grid = np.array(devices).reshape(shape)
+    return Layout(Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES)), cfg.mesh)
+
+
+def mesh_sizes(mesh: MeshConfig, devices: int) -> dict[str, int]:
+    """Devices of each axis. Raises ValueError where their product is another number."""
+    sizes = dict(zip(AXES, (mesh.data, mesh.fsdp, mesh.expert, mesh.tensor)))
+    free = [axis for axis in ("data", "fsdp") if sizes[axis] == -1]
+    if len(free) > 1 or min(size for axis, size in sizes.items() if axis not in free) < 1:
+        raise ValueError(f"config: mesh {sizes}: axes are positive; one of data and fsdp may be -1")
+    rest = math.prod(size for axis, size in sizes.items() if axis not in free)
+    sizes |= dict.fromkeys(free, devices // rest)
+    if math.prod(sizes.values()) != devices:
+        raise ValueError(f"config: mesh {sizes} is {math.prod(sizes.values())} devices, there are {devices}: their product must be that")
+    return sizes
+
+
+def _check(cfg: EVLMConfig, sizes: dict[str, int]) -> None:
+    rows, tensor, images = math.prod(sizes[axis] for axis in ROWS), sizes["tensor"], cfg.mesh.images == "all"
+    micro = cfg.train.batch // cfg.train.accumulate
+    rules = [
+        (sizes["data"] % cfg.mesh.slices == 0, f"mesh.slices = {cfg.mesh.slices} must divide mesh.data = {sizes['data']}"),
+        (
+            micro % rows == 0,
+            f"train.batch / train.accumulate = {micro} rows cannot be split over {rows} devices (mesh.data * fsdp * expert): "
+            "use a multiple, or give devices to mesh.tensor",
+        ),
+        (cfg.moe.experts % sizes["expert"] == 0, f"{cfg.moe.experts} experts cannot be split over mesh.expert = {sizes['expert']}"),
+    ]  # fmt: skip
+    split = {"llm.heads": cfg.llm.heads, "llm.kv_heads": cfg.llm.kv_heads, "xattn.heads": cfg.xattn.heads}
+    split |= {"data.images": cfg.data.images} if images else {"vit.heads": cfg.vit.heads}  # mesh.images says which of them
+    rules += [(n % tensor == 0, f"{name} = {n} must be a multiple of mesh.tensor = {tensor}") for name, n in split.items()]
+    for ok, message in rules:
+        if not ok:
+            raise ValueError(f"config: {message}")
+
+
+def check_parameters(layout: Layout, params: nnx.State, name: Callable[[tuple], str]) -> None:
+    """Whether every parameter can be laid out. Raises ValueError listing those without axes or rule, and those that are indivisible."""
+    problems = []
+    for path, param in nnx.to_flat_state(params):
+        axes, shape = param.get_metadata().get("axes"), jax.tree.leaves(param)[0].shape
+        if axes is None or not set(axes) <= RULES.keys():
+            problems.append(f"{name(path)} has axes {axes}: name every dimension by one of {', '.join(RULES)}")
+            continue
+        for size, split in zip(shape, layout.place(param, stored=True).spec):
+            split = (split,) if isinstance(split, str) else split or ()
+            parts = math.prod(layout.mesh.shape[axis] for axis in split)
+            if size % parts:
+                problems.append(f"{name(path)} {shape}: {size} cannot be split over {parts} devices (mesh.{' * '.join(split)})")
+    if problems:
+        raise ValueError("mesh: parameters do not fit:\n  " + "\n  ".join(problems))
+
+
+def is_param(node: Any) -> bool:
+    """Whether a node of a tree is a parameter with its axes."""
+    return isinstance(node, nnx.Variable)

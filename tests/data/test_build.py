@@ -1,5 +1,6 @@
 """`evlm data build`: what comes out is what went in, less what was dropped, whatever the number of processes and kills."""
 
+import io
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evlm_jax import assets
 from evlm_jax.data import image
 from evlm_jax.data.sources import open_source
 from evlm_jax.data.tools.build import Job, build, build_shard
@@ -78,6 +80,54 @@ def test_receipts_sum_under_rules(source, tmp_path):
         == outcome.written
         == len(open_source(f"built:{tmp_path / 'out'}"))
     )
+
+
+def test_the_receipt_of_real_pictures_and_junk_sums_exactly(tmp_path):
+    """Drawings of OpenMoji and of easy-VQA with good captions, and as many files of each kind of junk as the receipt must say."""
+    try:
+        drawings = (
+            sorted(assets.path("openmoji").glob("*.png"))[:40] + sorted((assets.path("easy-vqa") / "train" / "images").glob("*.png"))[:40]
+        )
+    except assets.AssetError as error:
+        pytest.skip(str(error))
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+
+    def add(name, content, caption="one small drawing here"):
+        (folder / f"{name}.png").write_bytes(content)
+        (folder / f"{name}.txt").write_text(caption)
+
+    def picture(width, height, noise=True):
+        pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8) * noise
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    for i, drawing in enumerate(drawings):
+        add(f"good{i}", drawing.read_bytes())
+    good = drawings[0].read_bytes()
+    junk = {
+        "damaged": (good[: len(good) // 2], {}),
+        "single colour": (picture(40, 40, noise=False), {}),
+        "aspect": (picture(400, 40), {}),
+        "side": (picture(7, 7), {}),
+        "letters": (good, {"caption": "12 34 56"}),
+        "digits": (good, {"caption": "call this number 123456789 now"}),
+        "duplicates": (good, {"caption": "buy buy buy buy"}),
+        "links": (good, {"caption": "picture from https://a.b"}),
+        "dates": (good, {"caption": "a picture of 2020-01-02 taken"}),
+        "words": (good, {"caption": "drawing"}),
+    }
+    for number, (rule, (content, caption)) in enumerate(junk.items(), 1):
+        for i in range(number):
+            add(f"{rule}{i}", content, **caption)
+    outcome = build(job(f"folder:{folder}", tmp_path / "out", rules="captions", size=20), workers=1)
+    expected = {rule: number for number, rule in enumerate(junk, 1)}
+    assert dict(outcome.rules.dropped["caption"]) == expected
+    total = len(drawings) + sum(expected.values())
+    assert outcome.seen == outcome.rules.seen["caption"] == total
+    assert outcome.written == outcome.rules.kept["caption"] == len(drawings) == len(open_source(f"built:{tmp_path / 'out'}"))
+    assert dict(outcome.dropped) == {"cleaned away": sum(expected.values())}
 
 
 def contents(folder):

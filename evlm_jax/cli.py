@@ -118,7 +118,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, help="question; images stand in front of it, or at <image> markers")
     parser.add_argument("--image", action="append", default=[], help="may be given several times")
     parser.add_argument("--video", help="a clip whose frames are seen together")
-    parser.add_argument("--frames", type=int, default=16, help="of the video, uniformly sampled")
+    parser.add_argument("--frames", default="16", help="of the video: a number, evenly spread, or a rate, as 2fps")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)

@@ -30,9 +30,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CleanConfig:
-    """Rules of data/clean.py for captions and web documents. Which there are is the paper's (section 3.1), thresholds are ours.
+    """Rules of data/clean.py for captions and web documents, of data/ocr/scans.py for real pages. Which there are is the paper's
+    (section 3.1), thresholds are ours.
 
-    Captions meet the first group, pictures of both the second, documents the third. A word is a run of letters, or one Chinese character.
+    Captions meet the first group, pictures of all the second, documents the third, pages the fourth. A word is a run
+    of letters, or one Chinese character.
     """
 
     letters: float  # more than this share of what is no space must be letters
@@ -52,17 +54,22 @@ class CleanConfig:
     web_characters: int  # most characters of its text
     web_similarity: float  # least relevance of a picture to its sentence; 0: any
 
+    page_confidence: float  # least confidence of a detector in a text; what is below is painted over
+    page_characters: int  # least number of characters of a page that are no space
+    page_similarity: float  # share of common text with an earlier page, from which on it is a duplicate; above 1: none is
+
     def __post_init__(self):
         check(self)
 
 
 def check(clean: CleanConfig) -> None:
     """Raises ValueError naming the field and the mend."""
-    counts = ("digits", "words", "deviation", "side", "web_images", "web_characters")
+    counts = ("digits", "words", "deviation", "side", "web_images", "web_characters", "page_confidence", "page_characters")
     rules = [
         (0 <= clean.letters <= 1, "letters", "must be a share, from 0 to 1"),
         (0 < clean.duplicates <= 1, "duplicates", "must be a share, above 0 and at most 1"),
         (clean.aspect >= 1, "aspect", "must be at least 1"),
+        (clean.page_similarity > 0, "page_similarity", "must be above 0"),
         *((getattr(clean, name) >= 0, name, "must not be negative") for name in counts),
     ]
     for name in ("links", "dates"):

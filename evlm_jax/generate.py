@@ -154,7 +154,7 @@ def main(args: argparse.Namespace) -> None:
     trained = load_trained(args.checkpoint)
     visuals = [(ImageRef(path),) for path in args.image]
     if args.video:
-        visuals.append(video.uniform(args.video, args.frames))
+        visuals.append(video.sample(args.video, args.frames))
     front = "" if MARKER in args.prompt else MARKER * len(visuals)
     generator = Generator(trained.model, trained.tokenizer)
     prompt = generator.prompt([Turn("user", front + args.prompt)], visuals)

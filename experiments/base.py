@@ -75,6 +75,9 @@ def clean() -> dict:
         web_images=30,
         web_characters=2048,
         web_similarity=0.24,  # MMC4's, on CLIP ViT-L/14
+        page_confidence=0.8,
+        page_characters=20,
+        page_similarity=0.8,
     )
 
 

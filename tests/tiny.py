@@ -36,6 +36,7 @@ _TINY = dict(
     clean=dict(
         letters=0.2, digits=7, duplicates=0.5, links=("https?:", r"\.(com|png)"), words=3, dates=(r"\d{4}-\d\d-\d\d",), simplify=True,
         similarity=0.3, deviation=2.0, aspect=3.0, side=8, web_images=5, web_characters=200, web_similarity=0.2,
+        page_confidence=0.8, page_characters=8, page_similarity=0.8,
     ),
     optim=dict(
         lr=1e-3, min_lr=1e-4, warmup=2, b1=0.9, b2=0.999, eps=1e-8, mu_dtype="float32", weight_decay=0.05,

@@ -201,12 +201,12 @@ def text_rule(text: str, cfg: CleanConfig) -> str:
 def picture_rule(visual: Sequence[ImageRef], cfg: CleanConfig) -> str:
     """The rule that objects to a picture, or to the frames of a video; empty if none does."""
     try:
-        frames = image.decode_all(visual)
+        frames = image.decode_all(visual, each=lambda frame: (max(ImageStat.Stat(frame).stddev), frame.size))
     except image.ImageError:
         return "damaged"
-    if all(max(ImageStat.Stat(frame).stddev) < cfg.deviation for frame in frames):
+    if all(deviation < cfg.deviation for deviation, _ in frames):
         return "single colour"
-    short, long = sorted(frames[0].size)
+    short, long = sorted(frames[0][1])
     if long > cfg.aspect * short:
         return "aspect"
     return "side" if short < cfg.side else ""

@@ -1,7 +1,8 @@
 """References to pixels: decode, orient, flatten, resize. uint8 RGB; the tower's normalisation is done on the device."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -15,6 +16,7 @@ MOST_PIXELS = 1 << 27  # of a file: a larger one is taken for a decompression bo
 MOST_BYTES = 1 << 28
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow knows others, some of which start programs
 WHITE = (255, 255, 255)
+Made = TypeVar("Made")
 
 
 class ImageError(ValueError):
@@ -35,8 +37,8 @@ def load(ref: ImageRef, size: int, resize: str, fill: tuple[int, int, int] = WHI
 
 def load_all(refs: Sequence[ImageRef], size: int, resize: str, fill: tuple[int, int, int] = WHITE, scaled: bool = False) -> np.ndarray:
     """uint8 [n, size, size, 3]."""
-    images = decode_all(refs, size if scaled else 0)
-    return np.stack([np.asarray(_fit(image, size, resize, fill)) for image in images]) if refs else np.zeros((0, size, size, 3), np.uint8)
+    images = decode_all(refs, size if scaled else 0, lambda image: np.asarray(_fit(image, size, resize, fill)))
+    return np.stack(images) if refs else np.zeros((0, size, size, 3), np.uint8)
 
 
 def pixels(refs: Sequence[ImageRef], cfg: EVLMConfig) -> np.ndarray:
@@ -45,14 +47,14 @@ def pixels(refs: Sequence[ImageRef], cfg: EVLMConfig) -> np.ndarray:
     return load_all(refs, cfg.vit.image_size, cfg.data.resize, fill, cfg.data.scaled_decoding)
 
 
-def decode_all(refs: Sequence[ImageRef], least: int = 0) -> list[Image.Image]:
-    """As `decode`; frames of one video are decoded in one pass."""
+def decode_all(refs: Sequence[ImageRef], least: int = 0, each: Callable[[Image.Image], Made] = lambda image: image) -> list[Made]:
+    """As `decode`, and `each` of it at once, so that large pictures do not pile up; frames of one video are decoded in one pass."""
     times: dict[str, list[float]] = {}
     for ref in refs:
         if ref.frame is not None:
             times.setdefault(ref.path, []).append(ref.frame)
-    frames = {(path, second): frame for path, seconds in times.items() for second, frame in zip(seconds, _frames(path, seconds))}
-    return [decode(ref.path, least) if ref.frame is None else Image.fromarray(frames[ref.path, ref.frame]) for ref in refs]
+    frames = {(path, second): frame for path, seconds in times.items() for second, frame in zip(seconds, _frames(path, seconds, each))}
+    return [each(decode(ref.path, least)) if ref.frame is None else frames[ref.path, ref.frame] for ref in refs]
 
 
 def decode(path: str, least: int = 0) -> Image.Image:
@@ -81,9 +83,9 @@ def decode(path: str, least: int = 0) -> Image.Image:
         raise ImageError(f"{path}: cannot decode the image: {error}") from error
 
 
-def _frames(path: str, seconds: list[float]) -> list[np.ndarray]:
+def _frames(path: str, seconds: list[float], each: Callable[[Image.Image], Made]) -> list[Made]:
     try:
-        return video.decode(path, seconds)
+        return video.decode(path, seconds, lambda frame: each(Image.fromarray(frame)))
     except video.VideoError as error:
         raise ImageError(str(error)) from error
 

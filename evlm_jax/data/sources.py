@@ -8,6 +8,7 @@ emoji-en  emoji-zh  emoji-en-test    drawings and their names; the splits share 
 photos  clips                        a few real photographs and videos, with captions
 """
 
+import functools
 import inspect
 import json
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from urllib.parse import parse_qsl
 
 from evlm_jax import assets
 from evlm_jax.data.formats import built, captions, chat, grounding, interleaved, plain, vqa
+from evlm_jax.data.ocr import book, scans
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, question
 from evlm_jax.data.source import Source, Subset, by_row
 
@@ -49,6 +51,16 @@ def open_source(name: str) -> Sequence[Sample]:
     if not len(source):
         raise ValueError(f"data source {name!r} has no samples")
     return source
+
+
+def read(number: str, name: str) -> bytes:
+    """The picture of a page: what `page://NUMBER::NAME` refers to."""
+    return _book(name).picture(int(number))
+
+
+@functools.lru_cache(16)
+def _book(name: str) -> book.Book:
+    return open_source(name)
 
 
 def options_of(kind: str) -> tuple[str, ...]:
@@ -114,5 +126,8 @@ FORMATS: dict[str, Callable[..., Sequence[Sample]]] = {
     "karpathy": captions.karpathy,
     "obelics": interleaved.obelics,
     "refcoco": grounding.refcoco,
+    "detected": scans.detected,
+    "ocr-en": partial(book.open_book, "en", open_source),
+    "ocr-zh": partial(book.open_book, "zh", open_source),
     **{kind: partial(vqa.open_set, fields) for kind, fields in vqa.SETS.items()},
 }

@@ -1,8 +1,11 @@
 """Frames of a video: which ones (as references, cheap), and their pixels (PyAV)."""
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from typing import TypeVar
 
 import av
 import numpy as np
@@ -10,35 +13,65 @@ import numpy as np
 from evlm_jax.data.containers.rows import open_ref
 from evlm_jax.data.samples import ImageRef
 
+MOST_FRAMES = 1024  # of one video
 SEEK = 4.0  # seconds: over larger gaps, jumping to a key frame beats decoding on
+LOST = 0.1  # share of its length that may lack at the end: sound often lasts longer than pictures
+Made = TypeVar("Made")
 
 
 class VideoError(ValueError):
     """A video cannot be read. The message names the file."""
 
 
-def uniform(path: str, frames: int) -> tuple[ImageRef, ...]:
-    """The middles of `frames` equal parts of the video."""
-    length = duration(path)
-    return tuple(ImageRef(str(path), (i + 0.5) * length / frames) for i in range(frames))
+def sample(path: str, frames: int | str | Sequence[float]) -> tuple[ImageRef, ...]:
+    """The frames of a video that are seen, 1024 at most.
+
+    Args:
+      frames: a number: the middles of so many equal parts; "2fps": so many a second from its beginning on, of a longer video 1024 by
+        number; a list: those at these seconds.
+    Raises:
+      VideoError: the video cannot be read; ValueError: `frames` is none of that, or too many.
+    """
+    if isinstance(frames, Sequence) and not isinstance(frames, str):
+        seconds = [float(second) for second in frames]
+        if not all(0 <= second < math.inf for second in seconds):
+            raise ValueError(f"{path}: seconds of frames must not be negative, they are {list(frames)}")
+    else:
+        seconds = _spread(str(frames), duration(path))
+    if not 1 <= len(seconds) <= MOST_FRAMES:
+        raise ValueError(f"{path}: a video has 1 to {MOST_FRAMES} frames, not {len(seconds)}")
+    return tuple(ImageRef(str(path), second) for second in seconds)
+
+
+def _spread(frames: str, length: float) -> list[float]:
+    number, rate = frames.removesuffix("fps"), frames.endswith("fps")
+    if not re.fullmatch(r"\d+(\.\d+)?" if rate else r"\d+", number) or not float(number):
+        raise ValueError(f"frames={frames}: write a number of frames, as 16, or a rate, as 2fps")
+    if rate and (count := max(1, math.ceil(length * float(number)))) <= MOST_FRAMES:
+        return [i / float(number) for i in range(count)]
+    count = MOST_FRAMES if rate else int(number)
+    return [(i + 0.5) * length / count for i in range(count)]
 
 
 def duration(path: str) -> float:
-    """Seconds. Raises VideoError."""
+    """Seconds: as the file tells, else to the end of its last picture. Raises VideoError."""
     with _opened(path) as (container, stream):
-        if stream.duration is not None:
-            return float(stream.duration * stream.time_base)
-        if container.duration is not None:
-            return container.duration / av.time_base
-        raise ValueError("it does not tell its duration; remux it")
+        return _told(container, stream) or _counted(container, stream)
 
 
-def decode(path: str, seconds: Sequence[float]) -> list[np.ndarray]:
-    """The frames shown at these times, uint8 [height, width, 3] each, in the order asked for; past the end, the last. Raises VideoError."""
-    found: dict[float, np.ndarray] = {}
+def decode(path: str, seconds: Sequence[float], each: Callable[[np.ndarray], Made] = lambda frame: frame) -> list[Made]:
+    """The frames shown at these times, upright uint8 [height, width, 3] each, in the order asked for; past the end, the last.
+
+    Args:
+      each: what is made of a frame as soon as it is decoded: a thousand large ones would not fit into memory.
+    Raises:
+      VideoError: damaged, or over before nine tenths of the length that it tells.
+    """
+    found: dict[float, Made] = {}
     with _opened(path) as (container, stream):
         stream.thread_type = "AUTO"
         first = stream.start_time or 0
+        told = (_told(container, stream) or 0) / stream.time_base
         current = ahead = frames = None
         for second in sorted(set(seconds)):
             due = first + Fraction(round(second * 1e6), 10**6) / stream.time_base  # 1.9 means 19/10
@@ -51,8 +84,25 @@ def decode(path: str, seconds: Sequence[float]) -> list[np.ndarray]:
                 ahead = next(frames, None)
             while ahead is not None and ahead.pts <= due:
                 current, ahead = ahead, next(frames, None)
-            found[second] = current.to_ndarray(format="rgb24")
+            shown = current.pts + (current.duration or 0) - first
+            if ahead is None and shown < min(due - first, (1 - LOST) * told):
+                raise ValueError(f"it ends at {float(shown * stream.time_base):g} s, but tells {float(told * stream.time_base):g} s")
+            found[second] = each(np.rot90(current.to_ndarray(format="rgb24"), round(current.rotation / 90)))
     return [found[second] for second in seconds]
+
+
+def _told(container, stream) -> float | None:
+    if stream.duration is not None:
+        return float(stream.duration * stream.time_base)
+    return None if container.duration is None else container.duration / av.time_base
+
+
+def _counted(container, stream) -> float:
+    """Without decoding. Raises ValueError where there is nothing."""
+    ends = [packet.pts + (packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None]
+    if not ends:
+        raise ValueError("there is no frame")
+    return float((max(ends) - (stream.start_time or 0)) * stream.time_base)
 
 
 @contextmanager

@@ -175,4 +175,4 @@ def test_a_video_in_a_tar(tmp_path):
     path = write_tar(tmp_path / "a.tar", [0], mp4=film.read_bytes())
     ref = rows.open_rows(path)[0]["mp4"]
     np.testing.assert_array_equal(video.decode(ref, [0.3, 2.5]), video.decode(film, [0.3, 2.5]))
-    assert [r.frame for r in video.uniform(ref, 4)] == [r.frame for r in video.uniform(film, 4)]
+    assert [r.frame for r in video.sample(ref, 4)] == [r.frame for r in video.sample(film, 4)]

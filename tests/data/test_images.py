@@ -142,8 +142,8 @@ def test_far_apart_frames_are_sought(tmp_path):
 
 def test_uniform_frames_are_the_middles_of_equal_parts(tmp_path):
     path = write_video(tmp_path / "v.mp4", seconds=4, fps=5)
-    assert video.uniform(path, 4) == tuple(ImageRef(str(path), t) for t in (0.5, 1.5, 2.5, 3.5))
-    assert load_all(video.uniform(path, 4), 8, "squash").mean((1, 2, 3)) == pytest.approx([24, 84, 144, 204], abs=4)
+    assert video.sample(path, 4) == tuple(ImageRef(str(path), t) for t in (0.5, 1.5, 2.5, 3.5))
+    assert load_all(video.sample(path, 4), 8, "squash").mean((1, 2, 3)) == pytest.approx([24, 84, 144, 204], abs=4)
 
 
 def test_images_and_frames_keep_their_order(tmp_path):

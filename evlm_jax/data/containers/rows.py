@@ -5,6 +5,7 @@ A reference is the path or URL of a file, or a place in a container:
     range://START+SIZE/NAME::FILE       bytes of a file: a member of a tar
     parquet://ROW/COLUMN/...::FILE      a cell
     record://ROW/FIELD::FILE            a field of a record of an ArrayRecord file
+    page://NUMBER::SOURCE               a page of a source that draws them (data/ocr)
 """
 
 import importlib
@@ -23,7 +24,8 @@ CONTAINERS = {
     ".jsonl": ("lines", "Lines"),
     ".json": ("lines", "load_list"),
 }
-READERS = {"range": "tar", "parquet": "parquet", "record": "records"}
+# kind of reference -> module of evlm_jax.data with `read(place, path)`; by name, as the one of pages stands above this one
+READERS = {"range": "containers.tar", "parquet": "containers.parquet", "record": "containers.records", "page": "sources"}
 
 
 def find(path: str) -> list[str]:
@@ -39,7 +41,7 @@ def open_rows(path: str) -> Sequence[dict]:
     """The rows of one container file. Raises ValueError that names it; a row that cannot be read raises errors of any kind."""
     module, name = next(value for suffix, value in CONTAINERS.items() if path.endswith(suffix))
     try:
-        return getattr(_module(module), name)(path)
+        return getattr(_module(f"containers.{module}"), name)(path)
     except Exception as error:  # of damaged files readers raise errors of any kind
         raise ValueError(f"{path}: cannot read the file: {error}") from error
 
@@ -51,8 +53,9 @@ def open_ref(ref: str) -> BinaryIO:
 
 
 def version(ref: str) -> str:
-    """Another one when the file behind a reference changes. Raises OSError."""
-    return files.version(_split(ref)[2])
+    """Another one when the file behind a reference changes; what is drawn stays. Raises OSError."""
+    kind, _, path = _split(ref)
+    return "" if kind == "page" else files.version(path)
 
 
 def _split(ref: str) -> tuple[str, str, str]:
@@ -65,4 +68,4 @@ def _split(ref: str) -> tuple[str, str, str]:
 
 
 def _module(name: str):
-    return importlib.import_module(f"evlm_jax.data.containers.{name}")
+    return importlib.import_module(f"evlm_jax.data.{name}")

@@ -12,15 +12,15 @@ from evlm_jax.data.source import Source, key_of
 DESCRIBE, DESCRIBE_VIDEO = "Describe this image.", "Describe this video."
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 VIDEOS = ("mp4", "webm", "mkv", "mov", "avi")
-FRAMES = 16  # of a video (the paper shows 16)
+FRAMES = "16"  # of a video (the paper shows 16), as in video.sample
 
 
 def captioned(
-    name: str, key: str, file: str, captions: Sequence[str], prompt: str, frames: int = FRAMES, scores: Sequence[float] = ()
+    name: str, key: str, file: str, captions: Sequence[str], prompt: str, frames: str = FRAMES, scores: Sequence[float] = ()
 ) -> Sample:
     """A dialog for each caption: the prompt and the caption as its answer; without a prompt, the caption alone."""
     moving = file.partition("::")[0].lower().endswith(VIDEOS)
-    visual = video.uniform(file, frames) if moving else (ImageRef(file),)
+    visual = video.sample(file, frames) if moving else (ImageRef(file),)
     if moving and prompt == DESCRIBE:
         prompt = DESCRIBE_VIDEO
     alone = lambda text: (Turn("assistant", MARKER + text),)
@@ -28,13 +28,13 @@ def captioned(
     return Sample(key, name, (visual,), dialogs, tuple(scores))
 
 
-def img2dataset(name: str, root: str, row: dict, *, prompt: str = "", frames: str = str(FRAMES)) -> Sample:
+def img2dataset(name: str, root: str, row: dict, *, prompt: str = "", frames: str = FRAMES) -> Sample:
     """A row of img2dataset or video2dataset, as tar or parquet: jpg (or another kind), txt or caption, json with `similarity` maybe."""
     facts = row | row.get("json", {})
     file = picture(row, (*IMAGES, *VIDEOS))
     caption = row["txt"] if "txt" in row else facts["caption"]
     scores = () if facts.get("similarity") is None else (float(facts["similarity"]),)
-    return captioned(name, key_of(row), file, [caption], prompt, int(frames), scores)
+    return captioned(name, key_of(row), file, [caption], prompt, frames, scores)
 
 
 def picture(row: dict, kinds: Sequence[str] = IMAGES) -> str:
@@ -86,7 +86,7 @@ def _captions(name: str, path: str, rows: list[tuple], folder: str, prompt: str)
     return Source(name, rows, sample, dialogs=lambda row: len(row[2]), where=path)
 
 
-def folder(name: str, path: str, *, prompt: str = DESCRIBE, frames: str = str(FRAMES)) -> Source:
+def folder(name: str, path: str, *, prompt: str = DESCRIBE, frames: str = FRAMES) -> Source:
     """Images and videos anywhere below a folder, each with its caption in a .txt beside it."""
     path = path if files.remote(path) else os.path.abspath(path)
     kinds = tuple(f".{kind}" for kind in (*IMAGES, *VIDEOS))
@@ -100,6 +100,6 @@ def folder(name: str, path: str, *, prompt: str = DESCRIBE, frames: str = str(FR
     def sample(file: str) -> Sample:
         with files.open_file(stem(file) + ".txt") as text:
             caption = text.read().decode().strip()
-        return captioned(name, file[len(path) :].lstrip("/"), file, [caption], prompt, int(frames))
+        return captioned(name, file[len(path) :].lstrip("/"), file, [caption], prompt, frames)
 
     return Source(name, rows, sample, where=path)

@@ -12,17 +12,17 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 INLINE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 
 
-def llava(name: str, root: str, row: dict, *, images: str = "", frames: str = str(FRAMES)) -> Sample:
+def llava(name: str, root: str, row: dict, *, images: str = "", frames: str = FRAMES) -> Sample:
     """LLaVA: {"id", "image": str or list, "conversations": [{"from": "human" or "gpt", "value": text with <image>}]}.
 
-    A row may instead name a "video" (marker `<video>` or `<image>`), with its number of "frames"; one with neither is text.
+    A row may instead name a "video" (marker `<video>` or `<image>`), with "frames" (number, rate or seconds); one with neither is text.
     """
     folder = files.join(root, images)
     pictures = row.get("image") or []
     file = lambda image: image["bytes"] if isinstance(image, dict) else files.join(folder, image)  # in parquet they may be inside
     visuals = [(ImageRef(file(image)),) for image in (pictures if isinstance(pictures, list) else [pictures])]
     if "video" in row:
-        visuals.append(video.uniform(files.join(folder, row["video"]), int(row.get("frames", frames))))
+        visuals.append(video.sample(files.join(folder, row["video"]), row.get("frames", frames)))
     turns = tuple(Turn(ROLES[turn["from"]], turn["value"].replace("<video>", MARKER)) for turn in row["conversations"])
     return Sample(key_of(row), name, tuple(visuals), (turns,))
 

@@ -1,0 +1,125 @@
+"""Synthetic pages as a source of samples: made when they are asked for, of any source's texts and pictures."""
+
+import io
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from urllib.parse import unquote, urlencode
+
+import numpy as np
+from PIL import Image
+
+from evlm_jax.data import image
+from evlm_jax.data.ocr.dialogs import DIALOGS, dialogs
+from evlm_jax.data.ocr.fonts import faces
+from evlm_jax.data.ocr.page import Page, compose, draw
+from evlm_jax.data.samples import MARKER, ImageRef, Sample, literal
+from evlm_jax.data.source import Source
+
+LONG = 300  # characters: of a longer text a part is taken
+UNSEEN, VARIANTS = ("Cc", "Cf", "Cs"), "\ufe0e\ufe0f"  # kinds of characters that leave no ink; "as text" and "as emoji"
+EMPTY = 100  # samples in a row without text, before it is an error
+
+
+class Book(Source):
+    """Pages by number. The picture of one is `page://NUMBER::NAME OF THE BOOK`; it is drawn when that is read (`picture`)."""
+
+    def __init__(self, name: str, pages: int, sample: Callable[[int], Sample], picture: Callable[[int], bytes]):
+        super().__init__(name, range(pages), sample, dialogs=lambda number: DIALOGS)
+        self.picture = picture
+
+
+def open_book(
+    language: str,
+    open_source: Callable[[str], Sequence[Sample]],
+    name: str,
+    path: str,
+    *,
+    pages: str = "1000000",
+    seed: str = "0",
+    size: str = "448",
+    characters: str = "2000",
+    role: str = "assistant",
+    pictures: str = "photos",
+    fonts: str = "",
+) -> Book:
+    """Pages written with the texts of other sources.
+
+    Args:
+      path: names of the sources of text, with commas; what would be mistaken (`,` `?` `&`) as in URLs (`%2C` `%3F` `%26`).
+      pages: how many; nothing is stored, so they may be millions.
+      size: longer side of the picture in pixels.
+      characters: most on a page.
+      role: whose turns are written, assistant or user.
+      pictures: source of the pictures below the pages; empty for none.
+      fonts: files that are used besides the shipped ones, with commas.
+    Raises:
+      ValueError: an option out of range, no font for the language, a source without text or pictures.
+    """
+    numbers = {
+        option: _number(option, value) for option, value in (("pages", pages), ("seed", seed), ("size", size), ("characters", characters))
+    }
+    if role not in ("assistant", "user"):
+        raise ValueError(f"data source {name!r}: role must be assistant or user, not {role!r}")
+    if not path:
+        raise ValueError(f"data source {name!r}: name the sources of its text, as in ocr-{language}:emoji-{language}")
+    texts = partial(supply, [open_source(unquote(part)) for part in path.split(",")], role)
+    backgrounds = open_source(pictures) if pictures else ()
+    given = dict(seed=seed, size=size, characters=characters, role=role, pictures=pictures, fonts=fonts, pages=pages)
+    whole = f"ocr-{language}:{path}?{urlencode(given)}"  # all that a picture depends on
+    usable = faces(language, fonts)
+
+    def page(number: int) -> Page:
+        return compose((numbers["seed"], number), numbers["size"], language, usable, texts, numbers["characters"], bool(pictures))
+
+    def sample(number: int) -> Sample:
+        made = page(number)
+        words = [word for line in made.sheet.lines for word in line.words]
+        placed = lambda parts: list(zip([part.text for part in parts], made.place([part.box for part in parts])))
+        asked = dialogs(language, placed(made.sheet.lines), placed(words), np.random.default_rng((numbers["seed"], number, 2)))
+        return Sample(str(number), name, ((ImageRef(f"page://{number}::{whole}"),),), asked)
+
+    def picture(number: int) -> bytes:
+        drawn, quality = draw(page(number), (numbers["seed"], number), partial(_background, backgrounds))
+        file = io.BytesIO()
+        drawn.save(file, "JPEG", quality=quality)
+        return file.getvalue()
+
+    return Book(name, numbers["pages"], sample, picture)
+
+
+def supply(sources: Sequence[Sequence[Sample]], role: str, rng: np.random.Generator) -> Iterator[str]:
+    """Endless texts: turns of this role of samples drawn by chance, each source as often. Raises ValueError where a hundred have none."""
+    empty = 0
+    while empty < EMPTY:
+        source = sources[rng.integers(len(sources))]
+        said = [turn.text for dialog in source[int(rng.integers(len(source)))].dialogs for turn in dialog if turn.role == role]
+        text = plain(said[rng.integers(len(said))]) if said else ""
+        if len(text) > LONG:
+            start = int(rng.integers(len(text) - LONG))
+            text = text[start : start + LONG]
+            text = text.partition(" ")[2].rpartition(" ")[0] or text  # whole words
+        empty = 0 if text else empty + 1
+        if text:
+            yield text
+    raise ValueError(f"{EMPTY} samples in a row have no text of the {role}: set ?role= to the other one, or name other sources")
+
+
+def plain(text: str) -> str:
+    """One line without marks that nobody sees, as it can be drawn and read."""
+    seen = "".join(c for c in text.replace(MARKER, " ") if c.isspace() or not (unicodedata.category(c) in UNSEEN or c in VARIANTS))
+    return literal(" ".join(seen.split()))
+
+
+def _background(sources: Sequence[Sample], rng: np.random.Generator) -> Image.Image:
+    """The first frame of a sample that has one. Raises ImageError."""
+    for _ in range(EMPTY):
+        if refs := sources[int(rng.integers(len(sources)))].refs:
+            return image.decode_all(refs[:1])[0]
+    raise ValueError(f"{EMPTY} samples in a row have no picture: name another source in ?pictures=")
+
+
+def _number(option: str, value: str) -> int:
+    if not value.isdecimal() or (option != "seed" and int(value) < 1):
+        raise ValueError(f"option {option} must be a whole number{'' if option == 'seed' else ' above 0'}, not {value!r}")
+    return int(value)

@@ -162,17 +162,29 @@ def test_after_a_failure_only_what_is_missing_is_made(source, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_build_goes_on(source, tmp_path):
-    """Kills at ten moments; the folder is that of an undisturbed build, by one process and by two."""
-    build(job(source, tmp_path / "whole"), workers=2)
-    script = f"""
-from tests.data.test_build import job, build
-build(job({source!r}, {str(tmp_path / "killed")!r}), workers=2)
-"""
-    for attempt in range(10):
+def test_a_killed_build_goes_on(tmp_path):
+    """Killed six times while it runs, the folder is that of an undisturbed build; two processes then, one at the end."""
+    (tmp_path / "large").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(100):
+        Image.fromarray(rng.integers(0, 255, (600, 600, 3), np.uint8)).save(tmp_path / "large" / f"{i}.png", compress_level=1)
+        (tmp_path / "large" / f"{i}.txt").write_text(f"picture {i}")
+    source, killed = f"folder:{tmp_path / 'large'}", tmp_path / "killed"
+    made = lambda out: job(source, out, side=500, size=1)
+    script = f"from tests.data.test_build import *\nbuild(job({source!r}, {str(killed)!r}, side=500, size=1), workers=2)"
+    finished = lambda: len(list((killed / "receipts").glob("*.txt")))
+    counts = []
+    for pause in (0, 0.01, 0.02, 0.03, 0.04, 0.05):
+        before, until = finished(), time.monotonic() + 60
         process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
-        time.sleep(1 + attempt)
+        while finished() == before and time.monotonic() < until:
+            time.sleep(0.005)
+        time.sleep(pause)
+        assert process.poll() is None, "the build ended before it was killed"
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    build(job(source, tmp_path / "killed"), workers=1)
-    assert contents(tmp_path / "whole") == contents(tmp_path / "killed")
+        counts.append(finished())
+    assert 0 < counts[0] and counts == sorted(counts) and counts[-1] < 100, counts
+    build(made(killed), workers=1)
+    build(made(tmp_path / "whole"), workers=2)
+    assert contents(tmp_path / "whole") == contents(killed)

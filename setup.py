@@ -57,11 +57,32 @@ setup(
             "torch==2.13.0",  # a plain `torch` brings gigabytes of CUDA
             "transformers==5.23.0",
         ],
+        # What lmms-eval needs to run our plug-in, but for torch; itself it comes by `pip install --no-deps lmms-eval==0.7.3`, whose own
+        # requirements are 97 packages with torch for CUDA.
+        "lmms": [
+            "anls==0.0.2",
+            "datasets==5.2.0",
+            "evaluate==0.4.6",
+            "jsonlines>=4.0",
+            "loguru>=0.7",
+            "openai>=3.57",
+            "pandas>=3.1",
+            "python-dotenv>=1.2",
+            "pytablewriter>=1.2",
+            "sacrebleu==2.6.0",
+            "scikit-learn>=1.9",
+            "sqlitedict>=2.1",
+            "tenacity>=9.2",
+            "zstandard>=0.25",
+        ],
         "cloud": ["gcsfs", "s3fs"],  # what fsspec needs for gs:// and s3://
         "clean": CLEAN,
         "tpu": ["jax[tpu]"],
         "plan": ["jax[tpu]"],  # the compiler for TPUs, of the matching version; it runs without one
         "cuda": ["jax[cuda13]"],
     },
-    entry_points={"console_scripts": ["evlm=evlm_jax.cli:main"]},
+    entry_points={
+        "console_scripts": ["evlm=evlm_jax.cli:main"],
+        "lmms_eval.models": ["evlm=evlm_jax.evals.lmms:manifests"],
+    },
 )

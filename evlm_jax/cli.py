@@ -10,6 +10,7 @@ import ml_collections
 
 from evlm_jax.assets import AssetError
 from evlm_jax.config import EVLMConfig, from_config_dict
+from evlm_jax.evals import arguments
 
 CONFIG_HELP = "FILE.py[:arg]; fields are overridden with --config.section.field=value"
 
@@ -196,6 +197,18 @@ def _demo(args: argparse.Namespace, _overrides: list[str]) -> None:
     demo.run(form, args.workdir or "-".join(filter(None, ["runs/demo", form])), args.moe)
 
 
+def _eval(args: argparse.Namespace, _overrides: list[str]) -> None:
+    from evlm_jax.evals import command
+
+    command.run_eval(args)
+
+
+def _score(args: argparse.Namespace, _overrides: list[str]) -> None:
+    from evlm_jax.evals import command
+
+    command.run_score(args)
+
+
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help=CONFIG_HELP)
     parser.add_argument("--topology", required=True, help="v5p:4x4x4, v6e:16x16, cpu:8 and the like")
@@ -233,9 +246,11 @@ COMMANDS = {
     "convert": (_convert_arguments, _convert, "checkpoints from and to PyTorch"),
     "data": (_data_arguments, _data, "look at training data, measure and prepare them"),
     "demo": (_demo_arguments, _demo, "fetch, train, evaluate and report on real weights and data"),
+    "eval": (arguments.add_eval, _eval, "answer a benchmark and score the answers"),
     "fetch": (_fetch_arguments, _fetch, "fetch the demo's weights and data"),
     "generate": (_generate_arguments, _generate, "answer a prompt about images or a video"),
     "plan": (_plan_arguments, _plan, "compile for a TPU pod that is not there: memory, FLOPs, collectives, time"),
+    "score": (arguments.add_score, _score, "score a result of eval again, or compare two of them"),
     "train": (_train_arguments, _train, "train an experiment"),
     "upcycle": (_upcycle_arguments, _upcycle, "turn the FFNs of a dense run's cross-attention into mixtures of experts"),
 }

@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +12,22 @@ from evlm_jax.checkpoint import steps
 from evlm_jax.config import EVLMConfig, from_config_dict
 from evlm_jax.convert.engine import load_towers
 from evlm_jax.data.features import FeatureStore
-from evlm_jax.data.samples import Sample, question
-from evlm_jax.data.sources import open_source
-from evlm_jax.evals import caption, choice, results
+from evlm_jax.data.samples import MARKER, ImageRef, Sample, question
+from evlm_jax.evals import results, score, tasks
+from evlm_jax.evals.answer import Generated, LowestLoss
+from evlm_jax.evals.runner import Answerer, evaluate
+from evlm_jax.evals.statistics import accuracy_table
+from evlm_jax.evals.task import Question, draw, first
+from evlm_jax.evals.tasks.demo import ANSWERS, EASY_VQA
+from evlm_jax.evals.text_metrics import words
 from evlm_jax.generate import Generator
 from evlm_jax.run import Trained, feature_store, load_trained, train_run
 from evlm_jax.upcycle import upcycle_run
 from experiments import demo as experiment
 
-CAPTION_TOKENS = 16
 # How much each form evaluates, of what it does not take as a whole; "greedy": questions answered by free generation as well.
-SIZES = {"": {"greedy": 1000}, "fast": {"images": 40, "greedy": 40, "emoji": 24}, "full": {}, "moe": {"greedy": 1000}}
+SIZES = {"": {"greedy": 1000}, "fast": {"vqa": 370, "greedy": 40, "emoji": 24}, "full": {}, "moe": {"greedy": 1000}}
+TASKS = {"vqa": "easy-vqa-choice", "greedy": "easy-vqa", "emoji": "emoji", "photos": "photos"}
 ATTENTION = 4  # pictures in the report with attention by word
 
 
@@ -52,30 +56,27 @@ def run(form: str, workdir: str, dense: str | None = None) -> Path:
     cfg, clock, out = from_config_dict(experiment.get_config(form)), Clock(), Path(workdir)
     with clock.part("fetch weights and data"):
         assets.fetch()
-    sizes = SIZES[form]
-    test = list(open_source("easy-vqa-test"))[: sizes.get("images")]
-    emoji = list(open_source("emoji-en-test"))[: sizes.get("emoji")]
-    photos = list(open_source("photos"))
+    asked = questions(SIZES[form])
     with clock.part("features of the test images"):
         features = feature_store(cfg, load_towers(cfg))
-        features.fill(ref for sample in [*test, *emoji, *photos] for ref in sample.refs)
+        features.fill(ref for part in asked.values() for question in part for (ref,) in question.visuals)
     with clock.part("train"):
         done = train_run(cfg, workdir, upcycled(dense, cfg, out / "upcycled") if dense else None, tensorboard=True)
         if done < cfg.train.steps:
             raise InterruptedError(f"stopped at step {done} of {cfg.train.steps}; the same command goes on from there")
     trained = load_trained(workdir)
     with clock.part("answer every test question by lowest loss"):
-        scored = choice.evaluate(trained.model, trained.tokenizer, test, choice.EASY_VQA, features)
+        chooses = LowestLoss(trained.model, trained.tokenizer, ANSWERS, features)
+        found = {"vqa": answered("vqa", asked, chooses)}
     with clock.part("generate answers and captions"):
-        generated = generate(trained, features, caption.draw_questions(test, sizes.get("greedy")), emoji, photos)
+        generates = Generated(Generator(trained.model, trained.tokenizer, features=features.get), tasks.find("emoji").tokens)
+        found |= {name: answered(name, asked, generates) for name in ("greedy", "emoji", "photos")}
     with clock.part("report"):
-        found = {"vqa": scored, **generated, "sections": sections(cfg, trained, features, workdir, test, emoji, photos, scored, generated)}
-    found["sections"] |= {"time": clock.parts, **facts(cfg, trained, scored, generated, clock)}
-    found |= {"provenance": provenance(trained, workdir)}
-    results.save(out / "results.json", found)
-    page = report.render(found["sections"] | {"provenance": found["provenance"]}, out / "report.html")
-    print_table(scored, generated, clock, page)
-    return page
+        page = sections(cfg, trained, features, workdir, asked, found)
+    page |= {"time": clock.parts, **facts(cfg, trained, found, clock), "provenance": provenance(trained, workdir)}
+    results.save(out / "results.json", found | {"sections": page, "provenance": page["provenance"]})
+    print_table(found, clock, written := report.render(page, out / "report.html"))
+    return written
 
 
 def upcycled(dense: str, cfg: EVLMConfig, out: Path) -> str:
@@ -85,44 +86,55 @@ def upcycled(dense: str, cfg: EVLMConfig, out: Path) -> str:
     return str(out)
 
 
-def generate(trained: Trained, features: FeatureStore, asked: list[Sample], emoji: list[Sample], photos: list[Sample]) -> dict[str, dict]:
-    """Greedy answers to questions, names of unseen emoji, names of photographs: results by name."""
-    generator = Generator(trained.model, trained.tokenizer, features=features.get)
-    answer = lambda prompts: [a.text.strip() for a in generator.generate(prompts, max_new_tokens=CAPTION_TOKENS)]
-    score = lambda samples, types=None: caption.evaluate(answer, trained.tokenizer, trained.model.cfg, samples, types)
-    like_emoji = emoji[0].dialogs[0][0].text  # the one prompt for pictures that the demo is trained on
-    photos = [replace(photo, dialogs=(question(like_emoji, photo.dialogs[0][-1].text),)) for photo in photos]
-    return {"greedy": score(asked, choice.EASY_VQA), "emoji": score(emoji), "photos": score(photos)}
+def questions(sizes: dict[str, int]) -> dict[str, list[Question]]:
+    """What is asked, by the name of its result."""
+    every = {name: tasks.find(task).questions(None, None) for name, task in TASKS.items()}
+    vqa = first(every["vqa"], sizes.get("vqa"))
+    return every | {"vqa": vqa, "greedy": draw(vqa, sizes.get("greedy")), "emoji": every["emoji"][: sizes.get("emoji")]}
 
 
-def sections(cfg, trained, features, workdir, test, emoji, photos, scored, generated) -> dict:
+def answered(name: str, asked: dict[str, list[Question]], answer: Answerer) -> dict:
+    """One result with scores, and with what the report shows of it: "shown" and, of easy-vqa, "accuracy"."""
+    result = score.scored(evaluate(tasks.find(TASKS[name]), asked[name], answer, {}))
+    shown = []
+    for row in result["examples"]:
+        right = row["answer"] if isinstance(row["answer"], str) else row["answer"][0]
+        line = {"image": row["cluster"], "question": row["prompt"], "answer": right, "prediction": row["prediction"]}
+        shown.append(line | {"correct": words(row["prediction"]) == words(right)})
+    return result | {"shown": shown} | ({"accuracy": accuracy_table(shown, EASY_VQA)} if "vqa" in TASKS[name] else {})
+
+
+def sections(cfg: EVLMConfig, trained: Trained, features: FeatureStore, workdir: str, asked: dict, found: dict) -> dict:
     """The report's sections that are made from results and pictures."""
-    predicted = {(e["image"], e["question"]): e["prediction"] for e in generated["greedy"]["examples"]}
-    by_key = {sample.key: sample for sample in test}
-    right = [e for e in generated["greedy"]["examples"] if e["correct"]]
-    shown = {e["image"]: e for e in right[:: max(1, len(right) // (3 * ATTENTION))]} or {
-        e["image"]: e for e in generated["greedy"]["examples"]
-    }
+    paths = {name: {q.cluster: q.visuals[0][0].path for q in asked[name]} for name in asked}
+    right = [e for e in found["greedy"]["shown"] if e["correct"]] or found["greedy"]["shown"]
+    shown = {e["image"]: e for e in right[:: max(1, len(right) // (3 * ATTENTION))]}
     looked = []
     for key, example in list(shown.items())[:ATTENTION]:
-        asked = next(dialog[0] for dialog in by_key[key].dialogs if dialog[0].text.endswith(example["question"]))
-        answer = predicted[key, example["question"]] or "?"
-        looked.append(replace(by_key[key], dialogs=(question(asked.text, answer),)))
+        dialog = question(MARKER + example["question"], example["prediction"] or "?")
+        looked.append(Sample(key, "easy-vqa", ((ImageRef(paths["greedy"][key]),),), (dialog,)))
     return report.training_sections(Path(workdir) / "metrics.jsonl", cfg) | {
-        "accuracy": report.accuracy_section(scored, generated["greedy"]),
-        "vqa": report.vqa_section(scored, test),
-        "caption_scores": generated["emoji"]["scores"],
-        "emoji": report.caption_section(generated["emoji"], emoji, pictures=24, size=96),
-        "photos": report.caption_section(generated["photos"], photos, pictures=12, size=320),
+        "accuracy": report.accuracy_section(found["vqa"], found["greedy"]),
+        "vqa": report.vqa_section(found["vqa"]["shown"], paths["vqa"]),
+        "caption_scores": caption_scores(found["emoji"]),
+        "emoji": report.caption_section(found["emoji"]["shown"], paths["emoji"], pictures=24, size=96),
+        "photos": report.caption_section(found["photos"]["shown"], paths["photos"], pictures=12, size=320),
         "attention": report.attention_section(trained.model, trained.tokenizer, looked, features),
     }
 
 
-def facts(cfg: EVLMConfig, trained: Trained, scored: dict, generated: dict, clock: Clock) -> dict:
+def caption_scores(result: dict) -> dict[str, float]:
+    """The report's scores of a caption result, as shares."""
+    value = {row["metric"]: row["value"] / 100 for row in result["scores"]}
+    names = {"exact_match": "exact match (words)", "rouge_l": "ROUGE-L (words)", "cider": "CIDEr (words)"}
+    return {"count": len(result["examples"])} | {name: value[metric] for name, metric in names.items()}
+
+
+def facts(cfg: EVLMConfig, trained: Trained, found: dict, clock: Clock) -> dict:
     """Headline and setup of the report."""
-    overall, x, moe = scored["accuracy"][0], cfg.xattn, cfg.moe
+    overall, x, moe = found["vqa"]["accuracy"][0], cfg.xattn, cfg.moe
     count = lambda *parts: sum(array.size for name, array in trained.params.items() if name.startswith(parts))
-    emoji = generated["emoji"]["scores"]
+    emoji = caption_scores(found["emoji"])
     minutes = sum(seconds for _, seconds in clock.parts) / 60
     begin = "the dense run" if moe.copies else "nothing"
     percent, frozen = report.percent, f"{count('vit/', 'llm/') / 1e6:.0f} M frozen"
@@ -154,14 +166,13 @@ def provenance(trained: Trained, workdir: str) -> dict:
     return results.provenance(trained.model.cfg, results.weights_hash(trained.params), f"{Path(workdir).name} step {steps(workdir)[-1]}")
 
 
-def print_table(scored: dict, generated: dict, clock: Clock, page: Path) -> None:
+def print_table(found: dict, clock: Clock, page: Path) -> None:
     """What the page says, on the terminal."""
-    greedy = {row["type"]: row["accuracy"] for row in generated["greedy"]["accuracy"]}
+    greedy = {row["type"]: row["accuracy"] for row in found["greedy"]["accuracy"]}
     print(f"\n{'easy-vqa test':<14}{'questions':>10}{'lowest loss':>13}{'greedy':>9}{'majority':>10}")
-    for row in scored["accuracy"]:
+    for row in found["vqa"]["accuracy"]:
         free = f"{100 * greedy[row['type']]:.1f}%" if row["type"] in greedy else "-"
         print(f"{row['type']:<14}{row['count']:>10}{100 * row['accuracy']:>12.1f}%{free:>9}{100 * row['majority']:>9.1f}%")
-    shown = {name: value for name, value in generated["emoji"]["scores"].items() if name in ("count", "exact_match", "rouge_l", "cider")}
-    print("unseen emoji:", ", ".join(f"{name} {np.round(value, 3)}" for name, value in shown.items()))
+    print("unseen emoji:", ", ".join(f"{name} {np.round(value, 3)}" for name, value in caption_scores(found["emoji"]).items()))
     print("\n".join(f"{report.duration(seconds):>14}  {name}" for name, seconds in clock.parts))
     print(f"{report.duration(sum(s for _, s in clock.parts)):>14}  in all\n\nreport: {page}")

@@ -9,7 +9,7 @@
     losses             {source: {step: [...], loss: [...]}}
     accuracy           [{type, count, accuracy, error, majority, majority_answer, greedy}]    greedy may be None
     vqa                [{image, questions: [{question, answer, prediction, correct}]}]
-    caption_scores     {count, exact_match, rouge_l, cider, bleu_1, ...}
+    caption_scores     {count, exact_match, rouge_l, cider}
     emoji, photos      [{image, answer, prediction, correct}]
     attention          [{image, words: [{word, grid, predicted}]}]   grid: [g][g] weights over the patches
     gates              {layers, attn, ffn}                           tanh of the gates
@@ -94,19 +94,18 @@ def accuracy_section(choice: dict, greedy: dict) -> list[dict]:
     return [row | {"greedy": generated.get(row["type"])} for row in choice["accuracy"]]
 
 
-def vqa_section(choice: dict, samples: Sequence[Sample], pictures: int = 8, questions: int = 4, seed: int = 0) -> list[dict]:
-    """`pictures` of the result and `questions` about each, drawn by a seed."""
-    rng, paths, by_image = random.Random(seed), {sample.key: sample.refs[0].path for sample in samples}, {}
-    for example in choice["examples"]:
+def vqa_section(examples: Sequence[dict], paths: dict[str, str], pictures: int = 8, questions: int = 4, seed: int = 0) -> list[dict]:
+    """`pictures` of the examples and `questions` about each, drawn by a seed. `paths`: image -> its file."""
+    rng, by_image = random.Random(seed), {}
+    for example in examples:
         by_image.setdefault(example["image"], []).append(example)
     chosen = rng.sample(sorted(by_image), min(pictures, len(by_image)))
     pick = lambda asked: rng.sample(asked, min(questions, len(asked)))
     return [{"image": _picture(paths[key], 192), "questions": pick(by_image[key])} for key in chosen]
 
 
-def caption_section(captions: dict, samples: Sequence[Sample], pictures: int, size: int, seed: int = 0) -> list[dict]:
-    """`pictures` of a caption result with what was said about them, drawn by a seed."""
-    paths, examples = {sample.key: sample.refs[0].path for sample in samples}, captions["examples"]
+def caption_section(examples: Sequence[dict], paths: dict[str, str], pictures: int, size: int, seed: int = 0) -> list[dict]:
+    """`pictures` of the examples with what was said about them, drawn by a seed."""
     chosen = random.Random(seed).sample(examples, min(pictures, len(examples)))
     return [example | {"image": _picture(paths[example["image"]], size)} for example in chosen]
 

@@ -66,6 +66,11 @@ def train_run(
         return train(cfg, workdir, data, params, trained, tensorboard=tensorboard, profile=profile)
 
 
+def features_of(trained: Trained) -> FeatureStore | None:
+    """The cache of a trained model's taps, where it was trained with one."""
+    return feature_store(trained.model.cfg, trained.params) if trained.model.cfg.data.cache_features else None
+
+
 def load_trained(workdir: str, step: int | None = None) -> Trained:
     """The newest (or given) checkpoint of a run."""
     params, cfg = checkpoint.load_params(workdir, step)

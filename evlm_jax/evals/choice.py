@@ -8,7 +8,7 @@ beginning of another (else it would be compared without being needed).
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
@@ -22,46 +22,11 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.data.features import FeatureStore
 from evlm_jax.data.pack import Budget
 from evlm_jax.data.pipeline import rows_in_order
-from evlm_jax.data.samples import MARKER, Sample, question
+from evlm_jax.data.samples import Sample, question
 from evlm_jax.data.text import Document, score_document
-from evlm_jax.evals.statistics import accuracy_table
 from evlm_jax.models.evlm import EVLM
 
-EASY_VQA = {  # answer type -> answers
-    "yes / no": ("yes", "no"),
-    "shape": ("circle", "rectangle", "triangle"),
-    "colour": ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
-}
 SLACK = 1.1  # room over the average need of a row's tokens, so that length stays what closes a row
-
-
-def evaluate(
-    model: EVLM,
-    tokenizer,
-    samples: Sequence[Sample],
-    types: Mapping[str, Sequence[str]],
-    features: FeatureStore | None = None,
-    rows: int = 2,
-) -> dict:
-    """Answers every dialog (one question, one true answer) of the samples with the candidate of lowest loss.
-
-    Args:
-      types: answer type -> its answers; the candidates of every question are all answers of all types.
-      rows: of a batch.
-    Returns:
-      {"task", "method", "candidates", "accuracy": as `accuracy_table`, "examples": [{"image", "question", "answer", "prediction",
-      "correct", "losses"}]}: one example a question, losses in nats in the order of the candidates.
-    """
-    candidates = [answer for answers in types.values() for answer in answers]
-    examples = []
-    for sample, losses in zip(samples, candidate_losses(model, tokenizer, samples, candidates, features, rows), strict=True):
-        for (asked, truth), loss in zip(sample.dialogs, losses, strict=True):
-            guess = candidates[int(loss.argmin())]
-            row = {"image": sample.key, "question": asked.text.replace(MARKER, ""), "answer": truth.text, "prediction": guess}
-            examples.append(row | {"correct": guess == truth.text, "losses": [round(float(x), 4) for x in loss]})
-    source = samples[0].source
-    table = accuracy_table(examples, types)
-    return {"task": source, "method": "lowest loss", "candidates": candidates, "accuracy": table, "examples": examples}
 
 
 def candidate_losses(
@@ -70,19 +35,33 @@ def candidate_losses(
     """float64 [questions, candidates] of each sample: the loss in nats of every candidate as the answer of every dialog's question."""
     end = needs_end(tokenizer, candidates, model.cfg)
     options = lambda sample: tuple(question(dialog[0].text, answer) for dialog in sample.dialogs for answer in candidates)
-    documents = [score_document(replace(s, dialogs=options(s)), tokenizer, model.cfg, end=end) for s in samples]
+    asked = [replace(sample, dialogs=options(sample)) for sample in samples]
+    return [loss.reshape(-1, len(candidates)) for loss, _ in answer_losses(model, tokenizer, asked, features, rows, end)]
+
+
+def answer_losses(
+    model: EVLM, tokenizer, samples: Sequence[Sample], features: FeatureStore | None = None, rows: int = 2, end: bool = True
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The last turn of every dialog of each sample: its loss in nats, float64, and whether greedy generation would say just that, bool.
+
+    Args:
+      rows: of a batch.
+      end: count the token that ends the answer as well.
+    """
+    documents = [score_document(sample, tokenizer, model.cfg, end=end) for sample in samples]
     cfg = fit_budget(model.cfg, documents)
     graphdef, state = nnx.split(model)
-    losses = [np.zeros(len(s.dialogs) * len(candidates)) for s in samples]
-    bar = tqdm(total=sum(len(s.dialogs) for s in samples), desc="lowest loss", unit="question")
+    found = [(np.zeros(len(sample.dialogs)), np.ones(len(sample.dialogs), bool)) for sample in samples]
+    bar = tqdm(total=sum(len(s.dialogs) for s in samples), desc="losses", unit="answer", leave=False)
     for batch, document, dialog in rows_in_order(documents, cfg, rows, features):
-        log_probs = np.asarray(_score(graphdef, state, batch), np.float64)
+        log_probs, best = _score(graphdef, state, batch)
         for d in np.unique(document[document >= 0]):
             here = document == d
-            np.add.at(losses[d], dialog[here], -log_probs[here])
+            np.add.at(found[d][0], dialog[here], -np.asarray(log_probs, np.float64)[here])
+            np.logical_and.at(found[d][1], dialog[here], np.asarray(best)[here])
             bar.update(len(samples[d].dialogs))
     bar.close()
-    return [loss.reshape(-1, len(candidates)) for loss in losses]
+    return found
 
 
 def needs_end(tokenizer, candidates: Sequence[str], cfg: EVLMConfig) -> bool:
@@ -104,8 +83,8 @@ def fit_budget(cfg: EVLMConfig, documents: Sequence[Document]) -> EVLMConfig:
     return replace(cfg, data=replace(cfg.data, length=length, images=images, targets=targets, pairs=max(pairs, images)))
 
 
-def _score(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> jax.Array:
-    """Log-probability of every target, float32 [B, M]; the head computes each distinct position of a row once."""
+def _score(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Of every target [B, M] the log-probability, float32, and whether it is the likeliest; each distinct position is computed once."""
     places = [np.unique(at[target >= 0]) for at, target in zip(batch.target_at, batch.targets, strict=True)]
     width = -(-max(map(len, places)) // 32) * 32  # few compiled shapes
     positions = np.stack([np.pad(p, (0, width - len(p))) for p in places])
@@ -119,12 +98,13 @@ def _hidden(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> jax.Array
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _picks(graphdef, state, hidden: jax.Array, positions: jax.Array, slots: jax.Array, targets: jax.Array) -> jax.Array:
+def _picks(graphdef, state, hidden: jax.Array, positions: jax.Array, slots: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Row by row, so that the logits of one row are all that is ever in memory."""
     model = nnx.merge(graphdef, state)
 
     def row(inputs):
         hidden, positions, slots, targets = inputs
-        return jax.nn.log_softmax(model.logits(hidden[positions]))[slots, jnp.maximum(targets, 0)]
+        log_probs = jax.nn.log_softmax(model.logits(hidden[positions]))
+        return log_probs[slots, jnp.maximum(targets, 0)], log_probs.argmax(-1)[slots] == targets
 
     return jax.lax.map(row, (hidden, positions, slots, targets))

@@ -92,13 +92,6 @@ def cider(predictions, references, sigma: float = 6.0) -> list[float]:
     return scores
 
 
-def caption_scores(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-    """All scores of raw strings, averaged: exact_match, rouge_l, cider (x10 scale of the paper's 0-10), bleu_1..bleu_4."""
-    p, refs = [words(text) for text in predictions], [[words(text) for text in group] for group in references]
-    means = {f.__name__: float(np.mean(f(p, refs))) for f in (exact_match, rouge_l, cider)}
-    return means | {f"bleu_{k + 1}": value for k, value in enumerate(bleu(p, refs))}
-
-
 def _pairs(predictions, references):
     """Both lists side by side. Raises ValueError when their lengths differ or a prediction has no reference."""
     if len(predictions) != len(references):

@@ -10,13 +10,14 @@ from evlm_jax.data.pipeline import rows_in_order
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, question
 from evlm_jax.data.text import score_document
 from evlm_jax.evals import choice
+from evlm_jax.evals.answer import LowestLoss
+from evlm_jax.evals.tasks.demo import of_samples
 from evlm_jax.loss import losses
 from tests.data.made import TOKENIZER
 from tests.random_model import random_model
 from tests.tiny import tiny_config
 
-TYPES = {"yes / no": ("yes", "no"), "colour": ("red", "reddish", "blue")}  # "red" begins "reddish"
-CANDIDATES = ["yes", "no", "red", "reddish", "blue"]
+CANDIDATES = ["yes", "no", "red", "reddish", "blue"]  # "red" begins "reddish"
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +57,30 @@ def test_equals_each_candidate_alone(samples, model, candidates):
     assert np.concatenate(together).std() > 0.1
 
 
-def test_evaluate_picks_the_lowest_and_counts_by_type(samples, model):
-    result = choice.evaluate(model, TOKENIZER, samples, TYPES)
-    assert [e["question"] for e in result["examples"][:3]] == ["is it red?", "is it red?", "what colour?"]
-    for example in result["examples"]:
-        assert example["prediction"] == CANDIDATES[int(np.argmin(example["losses"]))]
-        assert example["correct"] == (example["prediction"] == example["answer"])
-    rows = {row["type"]: row for row in result["accuracy"]}
-    assert {kind: row["count"] for kind, row in rows.items()} == {"all": 10, "yes / no": 7, "colour": 3}
-    assert rows["all"]["correct"] == sum(e["correct"] for e in result["examples"])
+def test_answers_are_the_candidates_of_lowest_loss(samples, model):
+    asked = [q for turn in range(4) for q in of_samples(samples) if q.id.endswith(f"-{turn}")]  # no image's questions are neighbours
+    answers = LowestLoss(model, TOKENIZER, CANDIDATES)(asked)
+    losses = dict(zip((q.id for q in of_samples(samples)), np.concatenate(choice.candidate_losses(model, TOKENIZER, samples, CANDIDATES))))
+    for question_, answer in zip(asked, answers, strict=True):
+        best = np.argsort(losses[question_.id])
+        assert answer["ranking"] == [CANDIDATES[i] for i in best] and answer["prediction"] == answer["ranking"][0]
+        np.testing.assert_allclose(answer["losses"], np.sort(losses[question_.id]), atol=1e-3)
+    assert len({tuple(answer["losses"]) for answer in answers}) > 5
+
+
+def test_greedy_is_what_the_whole_forward_pass_likes_best(samples):
+    cfg = tiny_config(llm=dict(vocab=TOKENIZER.vocab_size), data=dict(length=96, images=2, targets=32, pairs=24))
+    model = random_model(cfg, 5)  # it likes to say "z"
+    letters = [chr(i) for i in range(32, 127)]
+    asked = [replace(samples[0], dialogs=tuple(question(f"{MARKER}{n}?", letter) for letter in letters)) for n in range(4)]
+    found = choice.answer_losses(model, TOKENIZER, asked, end=False)
+    best = jax.jit(lambda model, batch: model.logits(model.hidden(batch)).argmax(-1))
+    documents = [score_document(sample, TOKENIZER, model.cfg, end=False) for sample in asked]
+    for batch, document, dialog in rows_in_order(documents, choice.fit_budget(model.cfg, documents), 1):
+        said = np.asarray(best(model, batch))[0][batch.target_at[0]] == batch.targets[0]
+        for d, number, right in zip(document[0], dialog[0], said):
+            assert d < 0 or found[d][1][number] == right
+    assert 0 < sum(greedy.any() for _, greedy in found) and all(greedy.sum() <= 1 for _, greedy in found)
 
 
 def test_candidates_of_equal_tokens_are_refused(model):

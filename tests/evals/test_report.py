@@ -23,10 +23,10 @@ SECTIONS = ("accuracy", "vqa", "attention", "emoji", "photos", "training", "setu
 def saved(tmp_path, request):
     """Results as the demo saves them, made from small results of the evaluators; of a dense run, and of one with experts."""
     copies = 4 if request.param == "experts" else 0
-    cfg, rng, samples = tiny_config(moe={"copies": copies}), np.random.default_rng(0), []
-    for i in range(3):
-        Image.fromarray(rng.integers(0, 255, (80, 80, 3), np.uint8)).save(tmp_path / f"{i}.png")
-        samples.append(Sample(str(i), "test", ((ImageRef(str(tmp_path / f"{i}.png")),),), (question(MARKER + "is it <b>?", "yes"),)))
+    cfg, rng = tiny_config(moe={"copies": copies}), np.random.default_rng(0)
+    paths = {str(i): str(tmp_path / f"{i}.png") for i in range(3)}
+    for path in paths.values():
+        Image.fromarray(rng.integers(0, 255, (80, 80, 3), np.uint8)).save(path)
     example = lambda i, guess: {"image": str(i), "question": "is it <b>?", "answer": "yes", "prediction": guess, "correct": guess == "yes"}
     examples = [example(0, "yes"), example(1, "no"), example(2, "")]
     row = {"type": "all", "count": 9673, "accuracy": 0.9134, "error": None, "majority": 0.37, "majority_answer": "yes"}
@@ -37,14 +37,14 @@ def saved(tmp_path, request):
         lines[-1] |= {f"xattn/{layer}/ffn/entropy": 2.0 + 0.1 * layer for layer in cfg.cross_layers}
         lines[-1] |= {f"xattn/{layer}/ffn/dropped": 300.0 for layer in cfg.cross_layers}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    captions = report.caption_section({"examples": examples}, samples, 3, 64)
+    captions = report.caption_section(examples, paths, 3, 64)
     image = viz.data_uri(Image.open(tmp_path / "0.png"))
     words = [{"word": word, "grid": rng.random((4, 4)), "predicted": word == "yes"} for word in ("red", "yes")]
     made = dict(
         title="It <sees>", tagline="two towers", headline=[{"value": "91.3%", "label": "right", "note": "majority 37%"}],
         setup=[["vision", "tiny"]], time=[["training", 754.0], ["evaluation", 61.0]],
         accuracy=report.accuracy_section({"accuracy": [row, row | {"type": "colour"}]}, {"accuracy": [row | {"accuracy": 0.5}]}),
-        vqa=report.vqa_section({"examples": examples}, samples, pictures=2), emoji=captions, photos=captions,
+        vqa=report.vqa_section(examples, paths, pictures=2), emoji=captions, photos=captions,
         caption_scores={"count": 3, "exact_match": 1 / 3, "rouge_l": 0.5, "cider": 1.25},
         attention=[{"image": image, "words": words}], provenance=results.provenance(cfg, "0" * 64),
     )  # fmt: skip

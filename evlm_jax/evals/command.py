@@ -1,0 +1,54 @@
+"""What `evlm eval` and `evlm score` do."""
+
+import argparse
+from pathlib import Path
+
+from evlm_jax import checkpoint
+from evlm_jax.evals import results, score, tasks
+from evlm_jax.evals.answer import Generated, LowestLoss
+from evlm_jax.evals.judge import open_judge
+from evlm_jax.evals.runner import evaluate, unjudged
+from evlm_jax.evals.task import first
+from evlm_jax.generate import Generator
+from evlm_jax.run import features_of, load_trained
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    """Answers, scores, saves, and prints the table."""
+    task = tasks.find(args.task)
+    judge = open_judge(args.judge, args.judge_model) if args.judge else None
+    split = args.split or task.splits[0]
+    every = task.questions(args.data, split, args.prompt)
+    questions = first(every, args.limit)
+    trained = load_trained(args.checkpoint)
+    cfg = trained.model.cfg
+    if features := features_of(trained):
+        features.fill(ref for asked in questions for visual in asked.visuals for ref in visual)
+    if task.candidates:
+        answer = LowestLoss(trained.model, trained.tokenizer, task.candidates(every), features, args.batch)
+    else:
+        look = features.get if features else None
+        answer = Generated(Generator(trained.model, trained.tokenizer, features=look, rows=args.batch), task.tokens)
+    name = f"{Path(args.checkpoint).name} step {checkpoint.steps(args.checkpoint)[-1]}"
+    found = results.provenance(cfg, results.weights_hash(trained.params), name)
+    about = {"split": split, "prompts": args.prompt, "template": cfg.data.template, "batch": args.batch}
+    about |= {key: found[key] for key in ("weights_sha256", "preprocessing")}
+    out = Path(args.out or Path(args.checkpoint) / "evals" / f"{task.name}-{split}.json")
+    result = evaluate(task, questions, answer, about, out.with_suffix(".jsonl"), judge)
+    result = score.scored(result | {"provenance": found})
+    print(f"\n{score.table(result)}\n\n{results.save(out, result)}")
+
+
+def run_score(args: argparse.Namespace) -> None:
+    """Scores again, offline; compares where asked."""
+    result = results.load(args.results)
+    task = tasks.find(result["task"])
+    if args.judge:
+        judge, rows = open_judge(args.judge, args.judge_model), result["examples"]
+        for i in unjudged(task, rows):
+            rows[i]["judgement"] = judge(task.judge(rows[i]))
+    result = score.scored(result)
+    print(score.table(result))
+    if args.against:
+        print(f"\n{score.comparison_table(score.compare(results.load(args.against), result))}")
+    results.save(args.results, result)

@@ -1,0 +1,76 @@
+"""RefCOCO, RefCOCO+, RefCOCOg: the box of what a phrase names.
+
+refcoco, refcoco+  refs(unc).p, instances.json, and the images in images/ or train2014/
+refcocog           refs(umd).p and the same
+"""
+
+import io
+import pickle
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from evlm_jax.evals.scorers import boxes
+from evlm_jax.evals.task import Question, Scores, Task, column, percent
+from evlm_jax.evals.tasks.official import Row, read_json
+
+ASK = (
+    "Bounding box coordinates are specified in the format (top-left x, top-left y, bottom-right x, bottom-right y). All values are "
+    "floating point numbers bounded between 0 and 1. Please provide the bounding box coordinate of the region this sentence describes: "
+)
+RIGHT = 0.5  # IoU
+
+
+class Plain(pickle.Unpickler):
+    """Reads lists, dicts, text and numbers, and refuses anything that would run code."""
+
+    def find_class(self, module: str, name: str):
+        """Raises UnpicklingError."""
+        raise pickle.UnpicklingError(f"holds {module}.{name}, not plain data")
+
+
+def read_refs(file: Path) -> list[Row]:
+    """The entries of a refs(...).p file."""
+    if not file.is_file():
+        raise ValueError(f"no file {file}")
+    try:
+        return [Row(file, number, ref) for number, ref in enumerate(Plain(io.BytesIO(file.read_bytes()), encoding="latin1").load(), 1)]
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def read(data: Path, split: str, style: str, refs: str) -> list[Question]:
+    """A question for each sentence. Its answer is the box, from 0 to 1 of the image."""
+    entry = lambda kind: {item["id"]: item for item in read_json(data / "instances.json", kind)}
+    images, annotations, questions = entry("images"), entry("annotations"), []
+    for row in read_refs(data / refs):
+        if row["split"] != split:
+            continue
+        if row["image_id"] not in images or row["ann_id"] not in annotations:
+            raise row.error(f"image {row['image_id']} or annotation {row['ann_id']} is not in {data / 'instances.json'}")
+        image, (left, top, width, height) = images[row["image_id"]], annotations[row["ann_id"]]["bbox"]
+        box = [left / image["width"], top / image["height"], (left + width) / image["width"], (top + height) / image["height"]]
+        seen = row.image(*(data / folder / image["file_name"] for folder in ("images", "train2014")))
+        for sentence in row["sentences"]:
+            text = f"<ref>{sentence['sent']}</ref><box>" if style == "qwen-vl" else ASK + sentence["sent"]
+            questions.append(Question(str(sentence["sent_id"]), text, seen, box, str(row["image_id"])))
+    if not questions:
+        raise ValueError(f"{data / refs}: no row of split {split!r}")
+    return questions
+
+
+def score(rows: Sequence[dict]) -> Scores:
+    """Share of boxes with an IoU of at least 0.5, and the mean IoU, by both ways to write a box."""
+    each = {}
+    for rule in ("lmms-eval", "qwen-vl"):
+        overlap = boxes.overlaps(column(rows, "prediction"), column(rows, "answer"), rule)
+        each |= {f"accuracy at 0.5 ({rule})": percent([float(x >= RIGHT) for x in overlap]), f"IoU ({rule})": percent(overlap)}
+    return Scores(each, {})
+
+
+UNC, UMD = ("val", "testA", "testB"), ("val", "test")
+TASKS = (
+    Task("refcoco", partial(read, refs="refs(unc).p"), score, UNC, tokens=64),
+    Task("refcoco+", partial(read, refs="refs(unc).p"), score, UNC, tokens=64),
+    Task("refcocog", partial(read, refs="refs(umd).p"), score, UMD, tokens=64),
+)

@@ -1,0 +1,196 @@
+"""The plug-in for lmms-eval: each kind of request against our own generation and losses, and a whole run of its command line."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evlm_jax import cli
+from evlm_jax.convert import export
+from evlm_jax.data import video
+from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, question
+from evlm_jax.evals import results
+from evlm_jax.evals.choice import answer_losses
+from evlm_jax.generate import Generator
+from evlm_jax.run import load_trained
+from tests.checkpoints import run_directory
+from tests.evals import layouts
+from tests.evals.test_scorers import NEED
+from tests.random_model import random_model
+from tests.tiny import tiny_config
+
+instance = pytest.importorskip("lmms_eval.api.instance", reason=NEED)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's directory."""
+    folder = tmp_path_factory.mktemp("run")
+    cfg = tiny_config(data=dict(length=96, images=4, targets=32, pairs=24))  # noqa: C408
+    run_directory(folder, cfg, random_model(cfg, 0))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    """The plug-in, as lmms-eval makes it, with documents that are what they show."""
+    from evlm_jax.evals.lmms.jax_model import EvlmJax
+
+    made = EvlmJax.create_from_arg_string(f"checkpoint={run},frames=3", {"batch_size": 4, "device": None})
+    return made
+
+
+@pytest.fixture(scope="module")
+def seen(model, tmp_path_factory):
+    """Three pictures and a clip: lmms-eval's documents, and our visuals of the same."""
+    folder = tmp_path_factory.mktemp("seen")
+    pictures = [layouts.picture(folder / f"{i}.png", 5 * i) for i in range(3)]
+    clip = layouts.video(folder).parent / "videos" / "a.mp4"
+    opened = [Image.open(path) for path in pictures]
+    docs = [[opened[0]], [opened[1], opened[2]], [], [str(pictures[2])], [str(clip)]]
+    model.task_dict = {"task": {"test": docs}}
+    one = [(ImageRef(str(path)),) for path in pictures]
+    return docs, [(one[0],), (one[1], one[2]), (), (one[2],), (video.uniform(clip, 3),)]
+
+
+def ask(kind, *arguments):
+    """A request about document `arguments[-1]`."""
+    *rest, number = arguments
+    return instance.Instance(kind, (*rest, number, "task", "test"), 0, {"task": "task", "doc_id": number, "repeats": 1})
+
+
+def look(doc):
+    return doc
+
+
+@pytest.fixture(scope="module")
+def ours(run):
+    """Our generator's answers to (text, visuals)."""
+    trained = load_trained(str(run))
+    generator = Generator(trained.model, trained.tokenizer)
+
+    def answer(prompts, **how):
+        return [a.text for a in generator.generate([generator.prompt([Turn("user", t)], v) for t, v in prompts], **how)]
+
+    return answer
+
+
+@pytest.mark.slow
+def test_generate_until(ours, model, seen):
+    docs, visuals = seen
+    how = {"max_new_tokens": 12, "do_sample": False, "temperature": 0.7, "until": ["\n\n"]}
+    answers = model.generate_until([ask("generate_until", f"what {i}?", how, look, i) for i in range(len(docs))])
+    prompts = [(MARKER * len(v) + f"what {i}?", v) for i, v in enumerate(visuals)]
+    assert answers == [text.strip() for text in ours(prompts, max_new_tokens=12)] and len(set(answers)) > 1
+    between = f"{MARKER} and {MARKER}?"
+    (expected,) = ours([(between, visuals[1])], max_new_tokens=12)
+    assert model.generate_until([ask("generate_until", between, how, look, 1)]) == [expected.strip()]
+    end = answers[0][2:4]
+    (cut,) = model.generate_until([ask("generate_until", "what 0?", how | {"until": end}, look, 0)])
+    assert cut == answers[0][: answers[0].find(end)]
+    with pytest.raises(ValueError, match="num_beams = 5: there is no beam search"):
+        model.generate_until([ask("generate_until", "?", how | {"num_beams": 5}, look, 0)])
+    with pytest.raises(ValueError, match="a visual is int; images are PIL images or paths"):
+        model.generate_until([ask("generate_until", "?", how, lambda doc: [5], 0)])
+
+
+def test_loglikelihood(run, model, seen):
+    _, visuals = seen
+    targets = [" yes", "", lambda doc: "a"]
+    found = model.loglikelihood([ask("loglikelihood", "what?", target, look, 0) for target in targets])
+    trained = load_trained(str(run))
+    dialogs = tuple(question(MARKER + "what?", answer) for answer in ("yes", "a"))
+    ((loss, greedy),) = answer_losses(trained.model, trained.tokenizer, [Sample("s", "s", visuals[0], dialogs)], end=False)
+    np.testing.assert_allclose([value for value, _ in found], [-loss[0], 0.0, -loss[1]], rtol=1e-5)
+    assert [said for _, said in found] == [greedy[0], True, greedy[1]]
+
+
+@pytest.mark.slow
+def test_multi_round(ours, model, seen):
+    docs, visuals = seen
+
+    def following(doc, previous_output, round_idx, previous_round_info):
+        assert len(previous_output) == round_idx and previous_round_info == (None if round_idx == 1 else [round_idx - 1])
+        over = round_idx == 1 + len(doc)  # documents end at different rounds
+        return (doc[:1], f"then, after {previous_output[-1]}?", over, previous_output, [round_idx])
+
+    how = {"max_new_tokens": 5, "do_sample": False}
+    numbers = (0, 1, 2)
+    found = model.generate_until_multi_round([ask("generate_until_multi_round", "first?", how, look, following, i) for i in numbers])
+    for i, answers in zip(numbers, found, strict=True):
+        say = lambda text, seen: ours([(MARKER * len(seen) + text, seen)], max_new_tokens=5)[0].strip()
+        expected = [say("first?", visuals[i])]
+        for _ in docs[i]:
+            expected.append(say(f"then, after {expected[-1]}?", visuals[i][:1]))
+        assert list(answers) == expected and len(answers) == 1 + len(docs[i])
+
+
+@pytest.mark.slow
+def test_an_export_answers_like_its_checkpoint(run, model, seen, tmp_path):
+    from evlm_jax.evals.lmms.hf_model import EvlmHf
+
+    export.export(str(run), str(tmp_path / "hf"), "hf")
+    other = EvlmHf(str(tmp_path / "hf"), frames=3, batch_size=2, device="cpu")
+    other.task_dict = model.task_dict
+    how = {"max_new_tokens": 8, "do_sample": False}
+    requests = [ask("generate_until", f"what {i}?", how, look, i) for i in range(len(seen[0]))]
+    assert other.generate_until(requests) == model.generate_until(requests)
+    requests = [ask("loglikelihood", "what?", target, look, i) for target in (" yes", " it is") for i in (0, 4)]
+    (ours, greedy), (theirs, also) = (zip(*plugin.loglikelihood(requests)) for plugin in (model, other))
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4)
+    assert greedy == also
+
+
+TASK = """
+task: tiny_gqa
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.look
+doc_to_text: "{{{{question}}}}\\nAnswer the question using a single word or phrase."
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{max_new_tokens: 16, do_sample: false}}
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true, ignore_punctuation: true}}
+"""
+
+
+@pytest.mark.slow
+def test_the_command_gives_our_evaluator_s_number(run, tmp_path):
+    if "evlm" not in [point.name for point in importlib.metadata.entry_points(group="lmms_eval.models")]:
+        pytest.skip("the installed metadata have no plug-in: pip install -e . again")
+    data = layouts.write("gqa", tmp_path / "gqa")
+    said = tmp_path / "ours.json"
+    common = ["--checkpoint", str(run), "--task", "gqa", "--data", str(data), "--out", str(said)]
+    assert cli.main(["eval", *common]) == 0
+    predictions = [row["prediction"] for row in results.load(said)["examples"]]
+    rows = json.loads((data / "testdev_balanced_questions.json").read_text())
+    rows = [row | {"path": str(data / "images" / f"{row['imageId']}.jpg")} for row in rows.values()]
+    for row, prediction in list(zip(rows, predictions, strict=True))[::3]:
+        row["answer"] = prediction.upper() + "!"  # so that some are right
+    edited = {str(200 + i): {k: v for k, v in row.items() if k != "path"} for i, row in enumerate(rows)}
+    (data / "testdev_balanced_questions.json").write_text(json.dumps(edited))
+    said.with_suffix(".jsonl").unlink()
+    assert cli.main(["eval", *common]) == 0
+    ours = {row["metric"]: row["value"] for row in results.load(said)["scores"]}["accuracy (lmms-eval)"]
+
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "tiny.yaml").write_text(TASK.format(rows=tmp_path / "rows.jsonl"))
+    look_up = "from PIL import Image\n\n\ndef look(doc):\n    return [Image.open(doc['path'])]\n"
+    (tmp_path / "tasks" / "utils.py").write_text(look_up)
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "lmms_eval", "--model", "evlm_jax", "--model_args", f"checkpoint={run}", "--tasks", "tiny_gqa"]
+    command += ["--include_path", str(tmp_path / "tasks"), "--batch_size", "8", "--output_path", str(tmp_path / "out")]
+    done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, cwd=Path(cli.__file__).parents[1])
+    assert done.returncode == 0, done.stderr[-3000:]
+    (saved,) = (tmp_path / "out").rglob("*results.json")
+    theirs = json.loads(saved.read_text())["results"]["tiny_gqa"]["exact_match,none"]
+    assert 100 * theirs == ours and ours >= 50

@@ -230,8 +230,21 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
     return search.main(args, overrides, load_config)
 
 
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    from evlm_jax.data.tools import command
+
+    command.add_arguments(parser)
+
+
+def _data(args: argparse.Namespace, overrides: list[str]) -> None:
+    from evlm_jax.data.tools import command
+
+    command.run(args, overrides, load_config)
+
+
 COMMANDS = {
     "convert": (_convert_arguments, _convert, "checkpoints from and to PyTorch"),
+    "data": (_data_arguments, _data, "look at training data, measure and prepare them"),
     "demo": (_demo_arguments, _demo, "fetch, train, evaluate and report on real weights and data"),
     "eval": (arguments.add_eval, _eval, "answer a benchmark and score the answers"),
     "fetch": (_fetch_arguments, _fetch, "fetch the demo's weights and data"),

@@ -266,6 +266,7 @@ def check(cfg: EVLMConfig) -> None:
         (moe.tile >= 1, "moe.tile", "must be positive"),
         (cfg.media.tokens >= 1, "media.tokens", "must be positive"),
         (len(data.sources) == len(data.weights), "data.weights", "needs one weight for each of data.sources"),
+        (len(data.tasks) in (0, len(data.sources)), "data.tasks", "needs one name for each of data.sources, or none at all"),
         (0 <= data.most_drops <= 1, "data.most_drops", "must be a share, from 0 to 1"),
         (data.pairs >= data.images, "data.pairs", f"must be at least data.images = {data.images}"),
         (train.batch % train.accumulate == 0, "train.accumulate", f"must divide train.batch = {train.batch}"),

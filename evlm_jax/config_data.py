@@ -10,7 +10,9 @@ class DataConfig:
     """Row budgets (all static) and the sources of a run."""
 
     sources: tuple[str, ...]  # names registered in data/sources.py
-    weights: tuple[float, ...]  # sampling weight of each source
+    weights: tuple[float, ...]  # share of the documents that each source has
+    tasks: tuple[str, ...]  # of each source: documents of different tasks share no row; empty: any may
+    ends: Literal["repeat", "error"]  # after its last document a source starts again, shuffled anew, or stops the run
     template: Literal["chatml", "plain"]  # chat template
     length: int  # T, text positions of a row
     images: int  # I, image slots of a row

@@ -101,6 +101,7 @@ def set_stage(config: ConfigDict, stage: str) -> ConfigDict:
             raise ValueError(f"no stage {stage!r}; there are pretrain, {', '.join(later)}")
         lr, min_lr, steps, warmup, batch, first = later[stage]
         config.vit.image_size *= 2
+        config.data.update(images=12, pairs=76)  # the paper's steps and samples make about 12 samples a row; pairs: T / tile + I
         config.optim.update(lr=lr, min_lr=min_lr, warmup=warmup, phases=(dict(start=0.0, warmup=0, rules=rules(depth, first)),))
         config.train.update(steps=steps, batch=batch)
     return config
@@ -129,6 +130,8 @@ def get_config() -> ConfigDict:
             data=dict(
                 sources=(),
                 weights=(),
+                tasks=(),
+                ends="repeat",
                 template="chatml",
                 length=2048,
                 images=64,

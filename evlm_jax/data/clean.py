@@ -54,6 +54,15 @@ class Receipt:
         else:
             self.kept[unit] += 1
 
+    def update(self, other: "Receipt") -> None:
+        """Adds what came after."""
+        self.seen.update(other.seen)
+        self.kept.update(other.kept)
+        for unit, counts in other.dropped.items():
+            self.dropped.setdefault(unit, Counter()).update(counts)
+        self.examples = other.examples | self.examples
+        self.simplified += other.simplified
+
     def __str__(self) -> str:
         lines = []
         for unit in sorted(self.seen):

@@ -56,9 +56,12 @@ def unfit(document: Document, data: DataConfig) -> Drop | None:
 class Packer:
     """Rows from every `step`-th document of a stream, beginning at `start`.
 
-    A row begins with the oldest document of the window, so none waits forever; then the largest that still fits is added, and the window
-    is filled up again, until none fits. Which documents make a row depends on the stream alone, so a position is `next` and the indices
-    (and parts, of documents that were cut) in the window.
+    A row begins with the oldest document of the window, so none waits forever. Then the one is added that leaves tokens and images most
+    even, as shares of what the row aims at: all tokens, and as many images as the window has for so many. The window is filled up again,
+    until none fits. So rows use up both, and none is crowded with the pictures that others lack.
+
+    Which documents make a row depends on the stream alone, so a position is `next` and the indices (and parts, of documents that were
+    cut) in the window.
     """
 
     def __init__(self, stream: Sequence[Document], data: DataConfig, start: int = 0, step: int = 1):
@@ -66,6 +69,11 @@ class Packer:
         self.next, self.drops = start, []
         self._pending: list[tuple[int, int, Document]] = []  # stream index, part, document
         self._costs = np.zeros((data.window, len(Budget._fields)), np.int64)
+
+    @property
+    def taken(self) -> int:
+        """Documents of the stream that are used or left out, with at least one of their parts gone from the window."""
+        return self.next // self.step - len({index for index, _, _ in self._pending})
 
     @property
     def state(self) -> dict:
@@ -82,20 +90,28 @@ class Packer:
 
     def row(self) -> list[tuple[int, Document]]:
         """The next row's documents with their stream indices; empty at the end of the stream. What cannot fit goes to `drops`."""
-        chosen, room, scale = [], np.array(Budget.of(self.data)), 1 / np.maximum(Budget.of(self.data), 1)
-        while True:
-            self._refill()
-            if not self._pending:
-                return chosen
+        chosen, room = [], np.array(Budget.of(self.data))
+        self._refill()
+        left = self._aim()
+        scale = np.maximum(left, 1)
+        while self._pending:
             costs = self._costs[: len(self._pending)]
-            size = np.where((costs <= room).all(1), (costs * scale).max(1), -1.0)
-            best = int(size.argmax()) if chosen else 0
-            if size[best] < 0:
-                return chosen
-            room = room - costs[best]
+            rest = np.where((costs <= room).all(1), ((left - costs[:, :2]) / scale).max(1), np.inf)
+            best = int(rest.argmin()) if chosen else 0  # of equals the oldest
+            if rest[best] == np.inf:
+                break
+            room, left = room - costs[best], left - costs[best, :2]
             costs[best:-1] = costs[best + 1 :]
             index, _, document = self._pending.pop(best)
             chosen.append((index, document))
+            self._refill()
+        return chosen
+
+    def _aim(self) -> np.ndarray:
+        """Tokens and images of a row that is full and has the window's mixture."""
+        tokens, images = self._costs[: len(self._pending), :2].sum(0)
+        mixed = -(-images * self.data.length // max(tokens, 1))
+        return np.array([self.data.length, min(mixed, self.data.images)])
 
     def _refill(self) -> None:
         unfits = 0

@@ -1,22 +1,16 @@
-"""Batches: the mixture of sources, packed in lanes, with pictures; the saved position makes every run repeatable.
+"""Batches: documents packed in lanes, with pictures; the saved position makes every run repeatable.
 
 The unit of determinism is a lane: row j of every batch comes from lane j of `train.batch`, whatever number of processes shares
-the lanes. Lane j reads the documents n * lanes + j, n = 0, 1, ... of one endless random-access stream:
-
-    n -> source (by weight, one pattern for all lanes) -> shuffle of the source (another in each epoch) -> sample and part -> Document
-
-(with the parts that a long one is cut into), so its position is a number and the few indices that wait in its packing window.
+the lanes. Lane j reads the documents n * lanes + j, n = 0, 1, ... of each task's endless stream (data/mixture.py), with the parts that a
+long one is cut into, so its position is a number and the few indices that wait in its packing window, for each task.
 """
 
 import atexit
 import functools
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
-from math import lcm
 from typing import NamedTuple
 
 import grain
@@ -26,16 +20,14 @@ import numpy as np
 from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
 from evlm_jax.data import image
-from evlm_jax.data.cut import encode_parts
 from evlm_jax.data.features import FeatureStore
+from evlm_jax.data.mixture import Task, tasks
 from evlm_jax.data.pack import Drop, Packer, assemble, fill, unfit
-from evlm_jax.data.samples import Sample, part, part_count
 from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import Document
 
 PREFETCH = 2  # batches made ahead, in a thread
 ENOUGH = 1000  # documents, before their share of drops is judged
-TABLE = 1 << 16  # documents of a source: up to here their order is a table
 
 
 def batches(
@@ -47,8 +39,8 @@ def batches(
 
     info: "keys" (the samples of each row), "fill" (used share of each budget), "drops" (list of Drop since the last batch), "cut" (parts of
     longer documents among them).
-    State: {"lanes": {lane number: {"next", "pending"}}}, JSON-able; the states of several processes are merged by merging "lanes", and any
-    number of processes restores from that.
+    State: {"lanes": {lane number: [{"next", "pending"} of each task]}}, JSON-able; the states of several processes are merged by merging
+    "lanes", and any number of processes restores from that.
 
     Args:
       features: where the taps come from if `data.cache_features`; what it lacks is computed when a batch needs it.
@@ -57,73 +49,48 @@ def batches(
     if cfg.data.cache_features != (features is not None):
         raise ValueError(f"config: data.cache_features is {cfg.data.cache_features}; a feature store is needed exactly when it is true")
     sources = [open_source(name) for name in cfg.data.sources]
-    return Prefetch(RowsIterator(stream(sources, tokenizer, cfg), cfg, lanes or range(cfg.train.batch), features), PREFETCH)
+    return Prefetch(RowsIterator(tasks(sources, tokenizer, cfg), cfg, lanes or range(cfg.train.batch), features), PREFETCH)
 
 
-def stream(sources: Sequence[Sequence[Sample]], tokenizer, cfg: EVLMConfig) -> grain.MapDataset:
-    """The endless stream of documents that the lanes share."""
-    seeds = [(cfg.data.seed + 0x9E3779B1 * i) % 2**32 for i in range(len(sources))]
-    documents = [Documents(source, tokenizer, cfg) for source in sources]
-    shuffled = [d.shuffle(seed) if len(d) > TABLE else Shuffle(d, seed) for d, seed in zip(documents, seeds)]
-    return grain.MapDataset.select_from_datasets([d.repeat() for d in shuffled], Mixture(cfg.data.weights, cfg.train.batch))
+class Lane:
+    """Rows of one lane, each of one task.
 
+    Whose turn it is, is drawn, so that lanes differ; by how far each task is behind its weight, so that shares of documents stay exact: a
+    task is at most a window and a row ahead.
+    """
 
-class Documents(grain.MapDataset):
-    """A source's documents: each sample, split as `data.dialogs` says; dialogs are dealt to the parts anew in each epoch."""
+    def __init__(self, made: Sequence[Task], cfg: EVLMConfig, number: int):
+        self._packers = [Packer(task.documents, cfg.data, number, cfg.train.batch) for task in made]
+        self._weights = np.array([task.weight for task in made])
+        self._window, self._seed = cfg.data.window, (cfg.data.seed, number)
 
-    def __init__(self, source, tokenizer, cfg: EVLMConfig):
-        super().__init__()
-        self._source, self._tokenizer, self._cfg = source, tokenizer, cfg
-        self._ends = np.cumsum([part_count(count, cfg.data.dialogs) for count in source.dialog_counts()])
+    def row(self) -> list[Document]:
+        """The documents of the next row."""
+        taken = np.array([packer.taken for packer in self._packers])
+        due = np.maximum(self._weights * (taken.sum() + self._window) - taken, 0)
+        task = np.random.default_rng((*self._seed, int(taken.sum()))).choice(len(due), p=due / due.sum())
+        return [document for _, document in self._packers[task].row()]
 
-    def __len__(self) -> int:
-        return int(self._ends[-1])
+    def drops(self) -> list[Drop]:
+        """What was left out since the last call."""
+        found = [drop for packer in self._packers for drop in packer.drops]
+        for packer in self._packers:
+            packer.drops = []
+        return found
 
-    def __getitem__(self, index: int) -> Document:
-        epoch, place = divmod(index, len(self))
-        number = int(np.searchsorted(self._ends, place, side="right"))
-        first = int(self._ends[number - 1]) if number else 0
-        data = self._cfg.data
-        sample = part(self._source[number], place - first, data.dialogs, (data.seed, epoch, number))
-        return encode_parts(sample, self._tokenizer, self._cfg)
+    @property
+    def state(self) -> list[dict]:
+        """JSON-able position: of each task's packer."""
+        return [packer.state for packer in self._packers]
 
-
-class Shuffle(grain.MapDataset):
-    """Another order in each epoch, by a table. Grain's own needs none, but walks through 2**16 numbers: milliseconds for a short source."""
-
-    def __init__(self, parent: grain.MapDataset, seed: int):
-        super().__init__(parent)
-        self._order = functools.lru_cache(2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(len(parent)))
-
-    def __len__(self) -> int:
-        return len(self._parent)
-
-    def __getitem__(self, index: int) -> Document:
-        epoch, place = divmod(index, len(self))
-        return self._parent[epoch * len(self) + int(self._order(epoch)[place])]
-
-
-class Mixture(grain.transforms.DatasetSelectionMap):
-    """Stream index -> (source, index in it). Each lane sees the sources in one periodic pattern with exactly their weights."""
-
-    def __init__(self, weights: Sequence[float], lanes: int):
-        if min(weights) <= 0:
-            raise ValueError(f"config: data.weights {tuple(weights)} must be positive")
-        exact = [Fraction(weight).limit_denominator(1000) for weight in weights]
-        counts = [int(weight * lcm(*(w.denominator for w in exact))) for weight in exact]
-        # The k-th of a source's c turns stands at (k + 1/2) / c of the period: as even as can be.
-        turns = sorted(((2 * k + 1) / (2 * c), source, k) for source, c in enumerate(counts) for k in range(c))
-        self._turns = [(source, k) for _, source, k in turns]
-        self._counts, self._lanes = counts, lanes
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        turn, lane = divmod(index, self._lanes)
-        period, place = divmod(turn, len(self._turns))
-        source, k = self._turns[place]
-        return source, (period * self._counts[source] + k) * self._lanes + lane
+    def restore(self, state: Sequence[dict]) -> None:
+        """Goes to a position. Raises ValueError where it is that of another number of tasks."""
+        if len(state) != len(self._packers):
+            raise ValueError(
+                f"the saved data position has {len(state)} tasks, data.tasks has {len(self._packers)}: they must stay the same"
+            )
+        for packer, own in zip(self._packers, state):
+            packer.restore(own)
 
 
 class Prefetch(grain.experimental.ThreadPrefetchDatasetIterator):
@@ -153,11 +120,11 @@ class Ready(NamedTuple):
 class RowsIterator(grain.DatasetIterator):
     """Packed batches of some lanes: see `batches`. The next rows are packed while the pictures of these are decoded."""
 
-    def __init__(self, documents: grain.MapDataset, cfg: EVLMConfig, lanes: Sequence[int], features: FeatureStore | None):
+    def __init__(self, made: Sequence[Task], cfg: EVLMConfig, lanes: Sequence[int], features: FeatureStore | None):
         super().__init__()
         self._cfg, self._features = cfg, features
-        self._used, self._lost = 0, Counter()
-        self._packers = {lane: Packer(documents, cfg.data, lane, cfg.train.batch) for lane in lanes}
+        self._used, self._lost, self._examples = 0, Counter(), {}
+        self._lanes = {number: Lane(made, cfg, number) for number in lanes}
         self._ahead: Ready | Exception | None = None
         self._position = self._positions()  # without what is ahead
 
@@ -179,37 +146,34 @@ class RowsIterator(grain.DatasetIterator):
 
     def _start(self) -> Ready:
         """The next row of every lane."""
-        rows = [[document for _, document in packer.row()] for packer in self._packers.values()]
-        drops = [drop for packer in self._packers.values() for drop in packer.drops]
-        for packer in self._packers.values():
-            packer.drops = []
-        return Ready(rows, drops, _pictures(rows, self._cfg, self._features))
+        rows = [lane.row() for lane in self._lanes.values()]
+        drops = [drop for lane in self._lanes.values() for drop in lane.drops()]
+        return Ready(rows, drops, load_pictures(rows, self._cfg, self._features))
 
     def _budget(self, used: int, drops: Sequence[Drop]) -> None:
         """Stops a run that loses more than `data.most_drops` of its documents, once a thousand were seen."""
         self._used += used
         self._lost.update(drop.cause for drop in drops)
+        for drop in drops:
+            self._examples.setdefault(drop.cause, drop.message)
         lost, share = self._lost.total(), self._cfg.data.most_drops
         if lost + self._used >= ENOUGH and lost > share * (lost + self._used):
-            causes = ", ".join(f"{cause} {count}" for cause, count in self._lost.most_common())
-            raise ValueError(
-                f"{lost} of {lost + self._used} documents were left out ({causes}), more than data.most_drops = {share:g}; "
-                f"the last: {drops[-1].message if drops else ''}"
-            )
+            causes = "".join(f"\n  {cause}: {count}, the first: {self._examples[cause]}" for cause, count in self._lost.most_common())
+            raise ValueError(f"{lost} of {lost + self._used} documents were left out, more than data.most_drops = {share:g}:{causes}")
 
     def get_state(self) -> dict:
         """The position of every lane of this process."""
         return self._position
 
     def _positions(self) -> dict:
-        return {"lanes": {str(lane): packer.state for lane, packer in self._packers.items()}}
+        return {"lanes": {str(number): lane.state for number, lane in self._lanes.items()}}
 
     def set_state(self, state: dict) -> None:
-        """Takes this process's lanes from a state. Raises ValueError where it lacks one."""
-        if missing := [lane for lane in self._packers if str(lane) not in state["lanes"]]:
+        """Takes this process's lanes from a state. Raises ValueError where it lacks one, or has another number of tasks."""
+        if missing := [number for number in self._lanes if str(number) not in state["lanes"]]:
             raise ValueError(f"the saved data position has no lanes {missing}: train.batch must stay what it was when it was saved")
-        for lane, packer in self._packers.items():
-            packer.restore(state["lanes"][str(lane)])
+        for number, lane in self._lanes.items():
+            lane.restore(state["lanes"][str(number)])
         self._ahead, self._position = None, self._positions()
 
 
@@ -233,7 +197,7 @@ def rows_in_order(
     for first in range(0, len(packed), rows):
         chunk = packed[first : first + rows] + [[]] * max(0, first + rows - len(packed))
         laid = [[document for _, document in row] for row in chunk]
-        batch, damaged = collate(laid, cfg, _pictures(laid, cfg, features))
+        batch, damaged = collate(laid, cfg, load_pictures(laid, cfg, features))
         if damaged:
             raise image.ImageError(damaged[0].message)
         owner, dialog = np.full((2, rows, cfg.data.targets), -1, np.int32)
@@ -270,7 +234,7 @@ def collate(
     return Batch(**assemble(kept, cfg), **other), drops
 
 
-def _pictures(
+def load_pictures(
     rows: Sequence[Sequence[Document]], cfg: EVLMConfig, features: FeatureStore | None
 ) -> Iterator[np.ndarray | image.ImageError]:
     """Pixels or taps of each document, or what is wrong with them; pixels are in work at once."""

@@ -16,7 +16,7 @@ from functools import partial
 from urllib.parse import parse_qsl
 
 from evlm_jax import assets
-from evlm_jax.data.formats import captions, chat, grounding, interleaved, plain, vqa
+from evlm_jax.data.formats import built, captions, chat, grounding, interleaved, plain, vqa
 from evlm_jax.data.ocr import book, scans
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, question
 from evlm_jax.data.source import Source, Subset, by_row
@@ -117,6 +117,7 @@ ROW_FORMATS: dict[str, Callable[..., Sample]] = {  # over rows of any container
     "grit": grounding.grit,
     "synthdog": plain.synthdog,
     "text": plain.text,
+    "built": built.built,
 }
 FORMATS: dict[str, Callable[..., Sequence[Sample]]] = {
     **{kind: by_row(mapper) for kind, mapper in ROW_FORMATS.items()},

@@ -1,5 +1,6 @@
 """Batches: the same stream for any number of processes and after any stop; mixtures, epochs, drops, evaluation rows."""
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -13,26 +14,28 @@ import pytest
 from evlm_jax.batch import Batch
 from evlm_jax.data import pipeline
 from evlm_jax.data.image import ImageError
-from evlm_jax.data.pipeline import Documents, Mixture, RowsIterator, batches, rows_in_order, stream
+from evlm_jax.data.mixture import Documents, tasks
+from evlm_jax.data.pipeline import RowsIterator, batches, rows_in_order
 from evlm_jax.data.samples import Sample, SampleError, question
-from evlm_jax.data.source import Source
 from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import encode, score_document
 from tests.data.made import TOKENIZER, refs, row, write_images, write_jsonl
 from tests.tiny import tiny_config
 
+LANES = 8
 
-@pytest.fixture(scope="module")
-def cfg(tmp_path_factory):
-    """Two sources of different length and kind, four lanes."""
+
+@pytest.fixture(scope="module", params=[(), ("chat", "captions")], ids=["mixed", "tasks"])
+def cfg(request, tmp_path_factory):
+    """Two sources of different length and kind, eight lanes; rows of both together, or of one each."""
     folder = tmp_path_factory.mktemp("data")
     write_images(folder / "pictures", 23)
     for i in range(23):
         (folder / "pictures" / f"{i}.txt").write_text("caption " * (i % 5 + 1))
     rows = [row(f"r{i}", f"pictures/{i % 23}.png" if i % 3 else None, "<image>" * bool(i % 3) + "q" * (i % 20), f"a{i}") for i in range(31)]
     sources = (write_jsonl(folder / "rows.jsonl", rows), f"folder:{folder / 'pictures'}")
-    data = dict(sources=sources, weights=(0.75, 0.25), length=200, targets=150, images=6, pairs=60, window=5, seed=3)
-    return tiny_config(data=data, train=dict(batch=4))
+    data = dict(sources=sources, weights=(0.75, 0.25), tasks=request.param, length=200, targets=150, images=6, pairs=60, window=5, seed=3)
+    return tiny_config(data=data, train=dict(batch=LANES))
 
 
 def take(iterator, count):
@@ -53,7 +56,7 @@ def test_batch_has_the_promised_shapes(cfg):
     batch, info = take(batches(cfg, TOKENIZER), 1)[0]
     for name, array, spec in zip(Batch._fields, batch, Batch.spec(cfg), strict=True):
         assert (array is None and spec is None) or (array.shape, array.dtype) == (spec.shape, spec.dtype), name
-    assert len(info["keys"]) == 4 and set(info["fill"]) == {"tokens", "images", "targets", "pairs"}
+    assert len(info["keys"]) == LANES and set(info["fill"]) == {"tokens", "images", "targets", "pairs"}
     assert set(batch.target_source[batch.targets >= 0]) == {0, 1}
 
 
@@ -87,10 +90,15 @@ def test_resume_at_random_points_equals_the_uninterrupted_stream(cfg):
     other.close()
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+def shared(processes):
+    """The lanes of each process."""
+    return [range(LANES * p // processes, LANES * (p + 1) // processes) for p in range(processes)]
+
+
+@pytest.mark.parametrize("processes", [2, 4, 8])
 def test_processes_share_the_rows_of_one_stream(cfg, processes):
     whole = take(batches(cfg, TOKENIZER), 12)
-    parts = [take(batches(cfg, TOKENIZER, lanes=range(4 * p // processes, 4 * (p + 1) // processes)), 12) for p in range(processes)]
+    parts = [take(batches(cfg, TOKENIZER, lanes=lanes), 12) for lanes in shared(processes)]
     for step, (batch, info) in enumerate(whole):
         pieces = [part[step] for part in parts]
         assert info["keys"] == [keys for _, piece in pieces for keys in piece["keys"]]
@@ -98,53 +106,47 @@ def test_processes_share_the_rows_of_one_stream(cfg, processes):
         np.testing.assert_array_equal(batch.pixels, np.concatenate([piece.pixels for piece, _ in pieces]))
 
 
-def test_state_restores_on_another_number_of_processes(cfg):
+@pytest.mark.parametrize("before, after", [(1, 8), (2, 1), (4, 2), (8, 4)])
+def test_state_restores_on_another_number_of_processes(cfg, before, after):
     expected = take(batches(cfg, TOKENIZER), 9)[-1]
-    two = [batches(cfg, TOKENIZER, lanes=(2 * p, 2 * p + 1)) for p in range(2)]
-    lanes = {}
-    for iterator in two:
+    saved = {}
+    for lanes in shared(before):
+        iterator = batches(cfg, TOKENIZER, lanes=lanes)
         take(iterator, 8)
-        lanes |= iterator.get_state()["lanes"]
-    one = batches(cfg, TOKENIZER)
-    one.set_state({"lanes": lanes})
-    assert_equal(take(one, 1)[0], expected)
-    with pytest.raises(ValueError, match=r"no lanes \[2, 3\]"):
-        batches(cfg, TOKENIZER).set_state(two[0].get_state())
+        saved |= json.loads(json.dumps(iterator.get_state()))["lanes"]
+    keys, pixels = [], []
+    for lanes in shared(after):
+        iterator = batches(cfg, TOKENIZER, lanes=lanes)
+        iterator.set_state({"lanes": saved})
+        batch, info = take(iterator, 1)[0]
+        keys, pixels = keys + info["keys"], [*pixels, batch.pixels]
+    assert keys == expected[1]["keys"]
+    np.testing.assert_array_equal(np.concatenate(pixels), expected[0].pixels)
 
 
-def test_mixture_is_exact_and_skips_nothing():
-    lanes, weights = 4, (0.7, 0.3)
-    mixture = Mixture(weights, lanes)
-    pairs = [mixture[i] for i in range(10 * lanes * 6)]
-    for lane in range(lanes):
-        for period in range(6):
-            mine = [source for source, _ in pairs[lane + period * 10 * lanes : (period + 1) * 10 * lanes : lanes]]
-            assert Counter(mine) == {0: 7, 1: 3}
-    for source in range(2):
-        indices = sorted(index for s, index in pairs if s == source)
-        assert indices == list(range(len(indices)))
-    with pytest.raises(ValueError, match="data.weights"):
-        Mixture((1.0, 0.0), lanes)
+def test_a_state_of_other_lanes_or_tasks_is_refused(cfg):
+    with contextlib.closing(batches(cfg, TOKENIZER, lanes=(0, 1))) as half, contextlib.closing(batches(cfg, TOKENIZER)) as whole:
+        with pytest.raises(ValueError, match=r"no lanes \[2, 3, 4, 5, 6, 7\]"):
+            whole.set_state(half.get_state())
+        state = {"lanes": {str(lane): [{"next": lane, "pending": []}] * 3 for lane in range(LANES)}}
+        with pytest.raises(ValueError, match="has 3 tasks, data.tasks has [12]"):
+            whole.set_state(state)
 
 
-@pytest.mark.parametrize("table", [0, 1 << 16])
-def test_every_epoch_has_every_dialog_once_in_another_order(table, monkeypatch):
-    monkeypatch.setattr(pipeline, "TABLE", table)  # by grain's shuffle, by a table
-    samples = [Sample(str(i), "made", refs(1), tuple(question(f"<image>{i}-{j}", "x") for j in range(i % 5 + 1))) for i in range(17)]
-    source = Source("made", samples, lambda sample: sample, dialogs=lambda sample: len(sample.dialogs))
-    cfg = tiny_config(data=dict(dialogs=2, sources=("made",), weights=(1.0,), length=999))
-    count = sum(-(-(i % 5 + 1) // 2) for i in range(17))
-    documents = stream([source], TOKENIZER, cfg)
-    epochs = []
-    for epoch in range(3):
-        parts = [documents[epoch * count + i] for i in range(count)]
-        epochs.append([(part.key, frozenset(re.findall(rb"\d+-\d+", bytes(t % 256 for t in part.tokens)))) for part in parts])
-        # The trie breaks off where questions agree, so whole questions are counted by their targets.
-        assert sum(len(part.targets) for part in parts) == 2 * sum(i % 5 + 1 for i in range(17))
-    keys = [[key for key, _ in epoch] for epoch in epochs]
-    assert Counter(keys[0]) == Counter(keys[1]) == Counter(keys[2])
-    assert keys[0] != keys[1] != keys[2]
-    assert Counter(epochs[0]) != Counter(epochs[1])  # dialogs are dealt to the parts anew
+def test_rows_hold_one_task_and_documents_their_weights(cfg):
+    """Shares of documents are exact to a packing window and a row, in each lane."""
+    iterator, kinds = batches(cfg, TOKENIZER), [[] for _ in range(LANES)]
+    for _, info in take(iterator, 60):
+        for lane, keys in enumerate(info["keys"]):
+            kinds[lane].append([key.startswith("folder") for key in keys])
+    mixed = sum(len(set(row)) > 1 for lane in kinds for row in lane)
+    assert (mixed == 0) == bool(cfg.data.tasks)
+    for lane in kinds:
+        flat = sum(lane, [])
+        slack = cfg.data.window + max(map(len, lane))
+        assert abs(sum(flat) - 0.25 * len(flat)) <= slack, (sum(flat), len(flat))
+    if cfg.data.tasks:
+        assert len({tuple(row[0] for row in lane) for lane in kinds}) > 1  # not all lanes have a task at once
 
 
 def single(tmp_path, rows, **data):
@@ -196,10 +198,10 @@ def test_too_many_drops_stop_the_run(tmp_path, monkeypatch, share, stops):
     rows = [row(f"r{i}", None, "q", "a") for i in range(6)] + [row("mute", None, "q"), {"id": "bad"}]
     iterator = batches(single(tmp_path, rows, most_drops=share), TOKENIZER)
     if stops:
-        with pytest.raises(
-            ValueError, match=r"documents were left out \((bad row|nothing supervised) \d+, .*more than data.most_drops = 0.2"
-        ):
+        with pytest.raises(ValueError, match="documents were left out, more than data.most_drops = 0.2:") as error:
             take(iterator, 20)
+        for cause, key in (("bad row", "bad: KeyError"), ("nothing supervised", "mute")):
+            assert re.search(rf"\n  {cause}: \d+, the first: .*{key}", str(error.value))
         iterator.close()
     else:
         take(iterator, 20)
@@ -250,8 +252,8 @@ def test_documents_are_a_grain_dataset(cfg):
 
 def test_an_error_of_the_next_batch_leaves_this_one_whole(cfg):
     """Rows are packed ahead; what is wrong with them shows when their turn comes, and no position counts them."""
-    documents = stream([open_source(name) for name in cfg.data.sources], TOKENIZER, cfg)
-    whole, other = (RowsIterator(documents, cfg, range(4), None) for _ in range(2))
+    made = tasks([open_source(name) for name in cfg.data.sources], TOKENIZER, cfg)
+    whole, other = (RowsIterator(made, cfg, range(LANES), None) for _ in range(2))
     start, calls = other._start, []
 
     def fails():

@@ -1,0 +1,131 @@
+"""`evlm data inspect`: rows as the model will see them, as one HTML page with everything inside it."""
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from evlm_jax.batch import Batch
+from evlm_jax.config import EVLMConfig
+from evlm_jax.data.mixture import tasks
+from evlm_jax.data.pack import Budget, fill
+from evlm_jax.data.pipeline import Lane, collate, load_pictures
+from evlm_jax.data.sources import open_source
+from evlm_jax.data.text import Document
+
+TEMPLATE = Path(__file__).with_name("inspect.html")
+MASK = 420  # most pixels a side of a mask
+COLOURS = 8  # of images, in turn
+HALF = "\ufffd"  # a token that ends within a character
+
+
+def inspect(cfg: EVLMConfig, tokenizer, out: str, rows: int) -> Path:
+    """Writes the page of the first step's first `rows` rows; its path."""
+    cfg = replace(cfg, data=replace(cfg.data, cache_features=False))  # pictures are to be seen
+    made = tasks([open_source(name) for name in cfg.data.sources], tokenizer, cfg)
+    lanes = [Lane(made, cfg, number) for number in range(min(rows, cfg.train.batch))]
+    chosen = [lane.row() for lane in lanes]
+    batch, damaged = collate(chosen, cfg, load_pictures(chosen, cfg, None))
+    drops = [drop.message for lane in lanes for drop in lane.drops()] + [drop.message for drop in damaged]
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(TEMPLATE.read_text("utf-8")).render(
+        title=cfg.name,
+        sources=list(zip(cfg.data.sources, cfg.data.weights)),
+        rows=[row(batch, b, documents, tokenizer, cfg) for b, documents in enumerate(chosen)],
+        drops=drops,
+    )
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, "utf-8")
+    return path
+
+
+def row(batch: Batch, b: int, documents: Sequence[Document], tokenizer, cfg: EVLMConfig) -> dict:
+    """What the page shows of a row: fill, documents, masks."""
+    used = sum(len(document.tokens) for document in documents)
+    budgets = zip(Budget._fields, Budget.of(cfg.data), fill([documents], cfg.data).values())
+    return {
+        "fill": [(name, round(share * room), room, f"{100 * share:.0f}%") for name, room, share in budgets],
+        "documents": list(_documents(batch, b, documents, tokenizer)),
+        "text_mask": _png(sees_text(batch, b)[:used, :used]),
+        "image_mask": _png(sees_images(batch, b, cfg.data.images)[:used]),
+    }
+
+
+def _documents(batch: Batch, b: int, documents: Sequence[Document], tokenizer) -> Iterator[dict]:
+    """Key, pictures and tokens of each document, as they stand in the batch."""
+    token = slot = 0
+    for document in documents:
+        here = range(token, token + len(document.tokens))
+        pictures = [{"number": i, "colour": i % COLOURS, "data": _png(batch.pixels[b, i])} for i in range(slot, slot + len(document.refs))]
+        yield {"name": f"{document.source}/{document.key}", "pictures": pictures, "tokens": spelled(batch, b, here, tokenizer)}
+        token, slot = here.stop, slot + len(document.refs)
+
+
+def spelled(batch: Batch, b: int, here: range, tokenizer) -> list[dict]:
+    """Tokens of a document: text, kind ("media", "given" or "learned"), what they see, what they predict.
+
+    A token is learned if the one that it follows predicts it; what is predicted and not laid out stands in `ends`. Tokens that end within
+    a character, and the media tokens of an image, are shown together.
+    """
+    targets: dict[int, list[int]] = {}
+    for at, target in zip(batch.target_at[b].tolist(), batch.targets[b].tolist()):
+        if target >= 0 and at in here:
+            targets.setdefault(at, []).append(target)
+    shown, last = [], None
+    path: list[int] = []
+    for q in here:
+        path = [k for k in path if q < batch.seen_until[b, k]]
+        ids, see = [int(batch.tokens[b, q])], (int(batch.visible_start[b, q]), int(batch.visible_stop[b, q]))
+        media = batch.media_slot[b, q] >= 0
+        kind = "media" if media else "learned" if path and ids[0] in targets.get(path[-1], ()) else "given"
+        joins = last is not None and (last["kind"], last["see"]) == (kind, see) and q - 1 in path
+        if joins and (media or HALF in last["text"]):
+            ids, shown = last["ids"] + ids, shown[:-1]
+        text = f"image {see[0]}" if media else tokenizer.decode(ids, skip_special=False)
+        predicts = [tokenizer.decode([target], skip_special=False) for target in dict.fromkeys(targets.get(q, ()))]
+        branch = not joins and bool(shown) and (q - 1 not in path)
+        last = {"text": text, "kind": kind, "see": see, "ids": ids, "predicts": predicts, "branch": branch}
+        last |= {"index": q, "position": int(batch.positions[b, q]), "until": int(batch.seen_until[b, q]), "colour": see[0] % COLOURS}
+        shown.append(last)
+        path.append(q)
+    for token in shown:
+        q = token["index"]
+        below = slice(q + 1, token["until"])
+        children = batch.tokens[b, below][batch.positions[b, below] == token["position"] + 1]
+        wanted = dict.fromkeys(targets.get(q, ()))
+        token["ends"] = [name for name, target in zip(token["predicts"], wanted) if target not in children]
+    return shown
+
+
+def sees_text(batch: Batch, b: int) -> np.ndarray:
+    """bool [T, T]: query (down) sees key (right)."""
+    at = np.arange(batch.tokens.shape[1])
+    return (at[None] <= at[:, None]) & (at[:, None] < batch.seen_until[b][None])
+
+
+def sees_images(batch: Batch, b: int, images: int) -> np.ndarray:
+    """bool [T, I]: token (down) sees image (right), by the (tile, image) pairs that the cross-attention computes."""
+    sees = np.zeros((batch.tokens.shape[1] + 1, images), bool)
+    real = batch.pair_tile[b] < batch.tile_tokens.shape[1]
+    for tile, slot in zip(batch.pair_tile[b][real], batch.pair_image[b][real]):
+        sees[batch.tile_tokens[b, tile], slot] = True
+    return sees[:-1]
+
+
+def _png(array: np.ndarray) -> str:
+    """A `data:` address. A mask is drawn at a size that can be seen."""
+    if array.dtype == bool:
+        shape = [max(1, MASK // max(1, side)) for side in array.shape]
+        picture = Image.fromarray(np.where(np.kron(array, np.ones(shape, bool)), 40, 235).astype(np.uint8))
+        picture = picture.resize([min(MASK, side) for side in picture.size], Image.Resampling.BOX)
+    else:
+        picture = Image.fromarray(array)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

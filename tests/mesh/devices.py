@@ -1,6 +1,8 @@
 """What runs on eight devices; tests/test_mesh.py starts it in a process that has them. Everything is compared with one device."""
 
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -113,8 +115,9 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, experts):
     runs = {"whole": [(1, 2, 2, 2)], "moved": [(8, 1, 1, 1), (1, 2, 1, 2), (1, 1, 1, 1)]}
     for name, meshes in runs.items():
         for number, mesh in enumerate(meshes):
-            cfg = config(mesh, experts, POLICIES[number % 2], steps=6 if number == len(meshes) - 1 else 2 * (number + 1))
-            trained_on(cfg, tmp_path / name)
+            last = 6 if number == len(meshes) - 1 else 2 * (number + 1)
+            stop = lambda step, _, last=last: step == last and os.kill(os.getpid(), signal.SIGTERM)
+            trained_on(config(mesh, experts, POLICIES[number % 2], steps=6), tmp_path / name, on_step=stop)
     whole, moved = (checkpoint.read(tmp_path / name) for name in runs)
     lines = [[json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in runs]
     np.testing.assert_allclose(*lines, rtol=1e-4)

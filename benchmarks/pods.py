@@ -187,6 +187,7 @@ def _sum(parts: dict[str, dict[str, float]]) -> float:
 
 
 def main() -> None:
+    """Plans what is not planned yet, or writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("plan", "write"))
     parser.add_argument("--kinds", nargs="+", choices=SLICES, default=list(SLICES))

@@ -78,7 +78,7 @@ def active_layout() -> "Layout | None":
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and the policies of config.mesh. The model functions of this file work by the one that is active while they are traced."""
+    """A mesh and the policies of config.mesh. sharding.py works by the one that is active during tracing."""
 
     mesh: Mesh
     cfg: MeshConfig
@@ -208,9 +208,9 @@ def mesh_sizes(mesh: MeshConfig, devices: int) -> dict[str, int]:
 
 def _check(cfg: EVLMConfig, sizes: dict[str, int]) -> None:
     rows, tensor, images = math.prod(sizes[axis] for axis in ROWS), sizes["tensor"], cfg.mesh.images == "all"
-    micro = cfg.train.batch // cfg.train.accumulate
+    micro, slices = cfg.train.batch // cfg.train.accumulate, cfg.mesh.slices
     rules = [
-        (sizes["data"] % cfg.mesh.slices == 0, f"mesh.slices = {cfg.mesh.slices} must divide mesh.data = {sizes['data']}"),
+        (slices >= 1 and sizes["data"] % slices == 0, f"mesh.slices = {slices} must divide mesh.data = {sizes['data']}"),
         (
             micro % rows == 0,
             f"train.batch / train.accumulate = {micro} rows cannot be split over {rows} devices (mesh.data * fsdp * expert): "

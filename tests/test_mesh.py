@@ -39,6 +39,7 @@ def test_on_eight_devices(capsys):
         ({"data": 1, "fsdp": 0}, "axes are positive"),
         ({"data": -1, "tensor": 3}, "their product must be that"),
         ({"data": 4, "tensor": 2, "slices": 3}, "mesh.slices = 3 must divide mesh.data = 4"),
+        ({"data": 8, "slices": 0}, "mesh.slices = 0 must divide mesh.data = 8"),
         ({"data": 8}, r"train.batch / train.accumulate = 2 rows cannot be split over 8 devices .*multiple, or give devices to mesh.tensor"),
         ({"data": 1, "tensor": 8}, "llm.heads = 4 must be a multiple of mesh.tensor = 8"),
         ({"data": 1, "fsdp": 2, "tensor": 4}, "llm.kv_heads = 2 must be a multiple of mesh.tensor = 4"),

@@ -56,7 +56,8 @@ def row(cfg: EVLMConfig, documents: list[list], seed: int = 0) -> Batch:
     fields = {name: values + [{"media_slot": -1}.get(name, 0)] * pad for name, values in t.items()}
     fields["seen_until"][len(t["tokens"]) :] = range(len(t["tokens"]) + 1, cfg.data.length + 1)
     fields = {name: np.array(values, np.int32) for name, values in fields.items()}
-    fields |= plan(fields["visible_start"], fields["visible_stop"], cfg.xattn.tile, cfg.data.pairs)
+    ranges = fields["visible_start"], fields["visible_stop"]
+    fields |= plan(*ranges, cfg.tile, cfg.data.pairs) if cfg.tile else dict.fromkeys(Plan._fields)
     none = np.zeros(cfg.data.targets, np.int32)
     fields |= dict(target_at=none, targets=none - 1, target_source=none)
     shape = (cfg.data.images, cfg.vit.image_size, cfg.vit.image_size, 3)

@@ -53,6 +53,14 @@ _TINY = dict(
 )  # fmt: skip
 
 
+BASELINES = {  # sections of the tiny config; its pictures have 4 patches
+    "fused": dict(bridge=dict(kind="fused")),
+    "flamingo": dict(bridge=dict(kind="flamingo"), media=dict(tokens=1)),
+    "llava": dict(bridge=dict(kind="llava"), xattn=dict(every=0), media=dict(tokens=4)),
+    "text only": dict(xattn=dict(every=0)),
+}
+
+
 def tiny_config(**overrides) -> EVLMConfig:
     """The tiny config with sections changed: `tiny_config(train=dict(steps=50), optim=dict(lr=1e-4))`."""
     config = ml_collections.ConfigDict(_TINY)

@@ -39,7 +39,8 @@ def export(source: str, out: str, form: str, step: int | None = None) -> None:
     Raises:
       FileExistsError: `out` is there already.
       FileNotFoundError: no such checkpoint.
-      ValueError: a baseline, which none of the forms knows (the language model's excepted); a tensor that holds NaN or infinity, or has no place in that form; nothing is left behind.
+      ValueError: a baseline in another form than "llm"; a tensor that holds NaN or infinity, or has no place in that form; nothing is
+        left behind.
     """
     tensors, cfg = checkpoint.open_params(source, step)
     if cfg.baseline and form != "llm":

@@ -22,8 +22,8 @@ def import_towers(cfg: EVLMConfig, out: str) -> None:
 
     Raises:
       FileExistsError: `out` is there already.
-      ValueError: the config is of a baseline; a tower does not fit the config (every field, every name), a tensor holds NaN, or the vocabulary is larger than the
-        embedding; nothing is left behind.
+      ValueError: the config is of a baseline, a tower does not fit it (every field, every name), a tensor holds NaN, or the vocabulary is
+        larger than the embedding; nothing is left behind.
     """
     _check_kind(cfg)
     check_vocabulary(cfg, cfg.init.llm)

@@ -15,12 +15,14 @@ from evlm_jax.models.layers import rope_tables
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
 from evlm_jax.ops.grouping import plan
 from tests.random_model import random_model
-from tests.tiny import tiny_batch, tiny_config
+from tests.tiny import BASELINES, tiny_batch, tiny_config
 
 
 def open_gates(cfg: EVLMConfig, seed: int = 0) -> EVLM:
     """A random model whose gates let much through."""
     model = random_model(cfg, seed)
+    if not cfg.cross_layers:
+        return model
     model.xattn.attn_gate[...] = jnp.full(model.xattn.attn_gate.shape, 0.8)
     model.xattn.ffn_gate[...] = jnp.full(model.xattn.ffn_gate.shape, -0.6)
     return model
@@ -95,8 +97,9 @@ def test_gates_at_zero_are_the_language_model_alone():
     assert (np.asarray(hidden(open_gates(cfg), batch)) != np.asarray(alone(model, batch))).any()
 
 
-def test_images_reach_only_their_document_and_what_follows_them():
-    cfg = tiny_config()
+@pytest.mark.parametrize("kind", ["evlm", "fused", "flamingo", "llava"])
+def test_images_reach_only_their_document_and_what_follows_them(kind):
+    cfg = tiny_config(**BASELINES.get(kind, {}))
     n = cfg.media.tokens
     #                        before  A   text  B  text         another document
     batch = row(cfg, [[3, "i", 4, "i", 5], ["i", 6], [4]])
@@ -135,8 +138,9 @@ def test_one_block_sees_the_visible_range_only():
     assert batch.visible_stop[0][video + 2 * n] - batch.visible_start[0][video + 2 * n] == 2, "text of a video sees all frames"
 
 
-def test_packed_equals_unpacked():
-    cfg = tiny_config()
+@pytest.mark.parametrize("kind", ["evlm", *BASELINES])
+def test_packed_equals_unpacked(kind):
+    cfg = tiny_config(**BASELINES.get(kind, {}))
     documents = [[2, "i", 5], [("v", 2), 4], [6]]
     model = open_gates(cfg)
     packed = row(cfg, documents)

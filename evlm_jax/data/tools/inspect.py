@@ -110,7 +110,7 @@ def sees_text(batch: Batch, b: int) -> np.ndarray:
 
 
 def sees_images(batch: Batch, b: int, images: int) -> np.ndarray:
-    """bool [T, I]: token (down) sees image (right), by the (tile, image) pairs that the cross-attention computes; all False where there is none."""
+    """bool [T, I]: token (down) sees image (right), by the (tile, image) pairs that cross-attention computes; False without it."""
     sees = np.zeros((batch.tokens.shape[1] + 1, images), bool)
     if batch.pair_tile is None:
         return sees[:-1]

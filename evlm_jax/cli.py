@@ -215,7 +215,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", default="", help="fields of config.mesh: data=1,fsdp=32,tensor=2")
     parser.add_argument("--global-batch", type=int, help="train.batch")
     parser.add_argument("--remat", help="train.remat")
-    parser.add_argument("--what", choices=("train", "eval", "prefill", "decode"), default="train")
+    parser.add_argument("--what", choices=("train", "eval", "prefill", "decode", "encode"), default="train")
     parser.add_argument("--phase", type=int, default=0, help="of training: what is trained")
     parser.add_argument("--sweep", action="store_true", help="try meshes and remat policies, and rank them")
     parser.add_argument("--no-mend", action="store_true", help="where it does not fit, look for no change that makes it")
@@ -242,12 +242,33 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> None:
     command.run(args, overrides, load_config)
 
 
+def _flops_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help=CONFIG_HELP)
+    parser.add_argument("--frames", default="1,4,16,64,256,1024", help="numbers of frames, each an image of its own for the ViT")
+    parser.add_argument("--text", type=int, default=64, help="text tokens behind the frames")
+    parser.add_argument(
+        "--context", type=int, help="tokens that the language model is made for; llm.dynamic_ntk or data.length where left out"
+    )
+    parser.add_argument("--chip", help="count bytes too, by the compiler of this chip: v5p, v6e, ... (it runs without one)")
+    parser.add_argument(
+        "--measure", type=int, nargs="?", const=16, metavar="FRAMES", help="run the real towers here, up to so many frames (16)"
+    )
+    parser.add_argument("--json", help="file to write the numbers to")
+
+
+def _flops(args: argparse.Namespace, overrides: list[str]) -> None:
+    from evlm_jax.costs import command
+
+    command.run(args, overrides, load_config)
+
+
 COMMANDS = {
     "convert": (_convert_arguments, _convert, "checkpoints from and to PyTorch"),
     "data": (_data_arguments, _data, "look at training data, measure and prepare them"),
     "demo": (_demo_arguments, _demo, "fetch, train, evaluate and report on real weights and data"),
     "eval": (arguments.add_eval, _eval, "answer a benchmark and score the answers"),
     "fetch": (_fetch_arguments, _fetch, "fetch the demo's weights and data"),
+    "flops": (_flops_arguments, _flops, "what a model costs beside LLaVA's and Flamingo's way: FLOPs, bytes, caches, seconds"),
     "generate": (_generate_arguments, _generate, "answer a prompt about images or a video"),
     "plan": (_plan_arguments, _plan, "compile for a TPU pod that is not there: memory, FLOPs, collectives, time"),
     "score": (arguments.add_score, _score, "score a result of eval again, or compare two of them"),

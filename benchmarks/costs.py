@@ -6,6 +6,7 @@ python -m benchmarks.costs write      # the page and its plots from the file
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,6 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from evlm_jax.cli import load_config
-from evlm_jax.costs import formula
 from evlm_jax.costs.command import published
 from evlm_jax.costs.counted import count
 from evlm_jax.costs.crossover import FRAMES
@@ -35,18 +35,18 @@ CONFIGS = {  # title: (experiment, tokens that its language model is made for, a
 MEASURED, UP_TO = "experiments/demo.py", 64  # frames
 HEAD = f"""# What EVLM costs, beside LLaVA's and Flamingo's way
 
-Written by `python -m benchmarks.costs write` from [costs.json](costs.json), which `python -m benchmarks.costs count` and `measure` make; the
-same tables for any config: `evlm flops --config FILE`. No number here is typed by hand.
+Written by `python -m benchmarks.costs write` from [costs.json](costs.json), which `python -m benchmarks.costs count` and `measure` make;
+the same tables for any config: `evlm flops --config FILE`. No number here is typed by hand.
 
 Three models share their towers and differ by at most three fields ([bridge.py](../evlm_jax/models/bridge.py)): `evlm`; `llava`, whose
 patches stand in the language model's text; `flamingo`, whose cross-attention looks at 64 latents a frame and has one media token. A case
 is one row: F frames, each an image of its own for the ViT, then {TEXT} text tokens that see all of them. Were the frames separate images,
 text would see the last one alone, and EVLM would keep that one's keys only.
 
-*Needed* is what mathematics asks for ([flops.py](../evlm_jax/flops.py), [cases.py](../evlm_jax/costs/cases.py)). *Compiled* is read from the
-optimised program, loops counted as often as they run ([counted.py](../evlm_jax/costs/counted.py)): FLOPs from XLA:CPU's program of two rows,
-halved, because that takes any size; bytes from the TPU compiler's program of one row on one {CHIP} chip. Nothing was run for those; what was
-run stands under *Measured*.
+*Needed* is what mathematics asks for ([flops.py](../evlm_jax/flops.py), [cases.py](../evlm_jax/costs/cases.py)). *Compiled* is read from
+the optimised program, loops counted as often as they run ([counted.py](../evlm_jax/costs/counted.py)): FLOPs from XLA:CPU's program of two
+rows, halved, because that takes any size; bytes from the TPU compiler's program of one row on one {CHIP} chip. Nothing was run for those;
+what was run stands under *Measured*.
 """
 PLOTS = {  # file: (what, value of (study, kind, frames), the same for all kinds or None)
     "costs-cache.png": ("KV cache, GiB", lambda s, kind, n: sum(s["needs"][kind][n]["cache"].values()) / GIB, None),
@@ -65,11 +65,11 @@ def known() -> dict:
 
 
 def count_all() -> None:
-    """Fills the file, program by program."""
-    for experiment, _ in CONFIGS.values():
+    """Fills the file, program by program: FLOPs of all, then bytes."""
+    for chip, (experiment, _) in itertools.product((None, CHIP), CONFIGS.values()):
         file = known()
         keep = lambda programs, file=file, experiment=experiment: save(FILE, file | {"programs": file["programs"] | {experiment: programs}})
-        count(load_config(experiment), list(FRAMES), TEXT, CHIP, file["programs"].get(experiment), keep)
+        count(load_config(experiment), list(FRAMES), TEXT, chip, file["programs"].get(experiment), keep)
 
 
 def studies() -> dict[str, dict]:

@@ -6,21 +6,22 @@ python -m benchmarks.costs write      # the page and its plots from the file
 """
 
 import argparse
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from evlm_jax.cli import load_config
 from evlm_jax.costs.command import published
-from evlm_jax.costs.counted import count
+from evlm_jax.costs.counted import programs
 from evlm_jax.costs.crossover import FRAMES
 from evlm_jax.costs.measure import measure
 from evlm_jax.costs.study import study
-from evlm_jax.costs.tables import KINDS, Table, executed, tables
+from evlm_jax.costs.summary import summary
+from evlm_jax.costs.tables import KINDS, Table, executed, tables, vision
 from evlm_jax.evals.results import save
 from evlm_jax.planning.chips import GIB
 from evlm_jax.viz import STYLE
@@ -32,6 +33,7 @@ CONFIGS = {  # title: (experiment, tokens that its language model is made for, a
     "CLIP ViT-L/14 and Qwen2.5-7B-Instruct, 28 heads share 4 keys and values": ("experiments/evlm_7b.py", 32768),
     "The demo: DINOv2 ViT-S/14 at 112 px and SmolLM2-135M, 9 heads share 3 keys and values": ("experiments/demo.py", 8192),
 }
+ORDER = (("encode", "FLOPs"), ("decode", "FLOPs"), ("prefill", "FLOPs"), ("decode", "bytes"), ("train", "FLOPs"), ("", "bytes"))
 MEASURED, UP_TO = "experiments/demo.py", 64  # frames
 HEAD = f"""# What EVLM costs, beside LLaVA's and Flamingo's way
 
@@ -53,7 +55,7 @@ PLOTS = {  # file: (what, value of (study, kind, frames), the same for all kinds
     "costs-prefill.png": (
         "prefill, compiled, TFLOP",
         lambda s, kind, n: executed(s, kind, "prefill", n) / 1e12,
-        lambda s, n: int(n) * sum(s["programs"]["encode, 1 frames, FLOPs"]["executed"].values()) / 1e12,
+        lambda s, n: vision(s, n) / 1e12,
     ),
     "costs-decode.png": ("a token of an answer reads, GiB", lambda s, kind, n: s["needs"][kind][n]["decode bytes"] / GIB, None),
 }
@@ -65,19 +67,23 @@ def known() -> dict:
 
 
 def count_all() -> None:
-    """Fills the file, program by program: FLOPs of all, then bytes."""
-    for chip, (experiment, _) in itertools.product((None, CHIP), CONFIGS.values()):
+    """Fills the file, program by program; TPU programs of prefill and training, which take minutes each, come last."""
+    rank = lambda name: next(i for i, (what, kind) in enumerate(ORDER) if what in name and name.endswith(kind))
+    wanted = [(e, name, f) for e, _ in CONFIGS.values() for name, f in programs(load_config(e), list(FRAMES), TEXT, CHIP)]
+    for experiment, name, f in tqdm(sorted(wanted, key=lambda one: rank(one[1])), unit="program"):
         file = known()
-        keep = lambda programs, file=file, experiment=experiment: save(FILE, file | {"programs": file["programs"] | {experiment: programs}})
-        count(load_config(experiment), list(FRAMES), TEXT, chip, file["programs"].get(experiment), keep)
+        found = file["programs"].setdefault(experiment, {})
+        if name not in found:
+            found[name] = f()
+            save(FILE, file)
 
 
 def studies() -> dict[str, dict]:
     """{title: study} of what is counted."""
     file, found = known(), {}
     for title, (experiment, context) in CONFIGS.items():
-        if programs := file["programs"].get(experiment):
-            found[title] = study(load_config(experiment), list(FRAMES), TEXT, CHIP, programs, context)
+        if experiment in file["programs"]:
+            found[title] = study(load_config(experiment), list(FRAMES), TEXT, CHIP, file["programs"][experiment], context)
             if experiment == MEASURED and "measured" in file:
                 found[title]["measured"] = file["measured"]
     return found
@@ -89,7 +95,7 @@ def page(found: dict[str, dict]) -> str:
     lines += [f"![{what}]({name})\n" for name, (what, _, _) in PLOTS.items()]
     for title, one in found.items():
         about = "; ".join(f"{name} {size:,}" for name, size in one["sizes"].items())
-        lines += [f"## {title}\n", f"{about[0].upper()}{about[1:]}.\n"]
+        lines += [f"## {title}\n", f"{about[0].upper()}{about[1:]}.\n", *(f"- {line}" for line in summary(one)), ""]
         for table in tables(one):
             lines += _markdown(table)
     return "\n".join(lines)

@@ -7,6 +7,7 @@ EVLM would keep the keys of that one alone.
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -96,16 +97,24 @@ def matrix_bytes(cfg: EVLMConfig) -> float:
     return _forward(cfg, Work(1, 0, 0, 0, 0, 1)) / 2 * jnp.dtype(cfg.train.operands).itemsize
 
 
-def decode_bytes(cfg: EVLMConfig) -> float:
-    """Read by one token of an answer of one row: all matrices and the whole cache, each once."""
-    return matrix_bytes(cfg) + cache(cfg).total
+def decode_bytes(cfg: EVLMConfig, rows: int = 1) -> float:
+    """Read by one token of an answer, where `rows` are answered together: its cache, and its share of the matrices, each read once.
+
+    Of a mixture of experts, as if all rows chose the same.
+    """
+    return matrix_bytes(cfg) / rows + cache(cfg).total
 
 
 def _forward(cfg: EVLMConfig, work: Work) -> float:
     return sum(cost.forward for cost in flops.needed(cfg, (), work).values())
 
 
-MEASURES = {"KV bytes": lambda cfg: cache(cfg).total, "prefill FLOPs": prefill_flops, "decode bytes": decode_bytes}
+MEASURES = {
+    "KV bytes": lambda cfg: cache(cfg).total,
+    "prefill FLOPs": prefill_flops,
+    "decode bytes": decode_bytes,
+    "decode bytes, 8 rows": partial(decode_bytes, rows=8),
+}
 
 
 def needs(cfg: EVLMConfig) -> dict:

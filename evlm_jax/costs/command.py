@@ -8,6 +8,7 @@ from evlm_jax.costs import formula
 from evlm_jax.costs.counted import count
 from evlm_jax.costs.measure import measure
 from evlm_jax.costs.study import study
+from evlm_jax.costs.summary import summary
 from evlm_jax.costs.tables import Table, tables
 from evlm_jax.evals.results import save
 from evlm_jax.planning.text import table
@@ -27,6 +28,7 @@ def run(args: argparse.Namespace, overrides: list[str], load_config: Callable) -
         found["measured"] = measure(cfg, [n for n in frames if n <= args.measure], args.text)
     for one in [published(), *tables(found)]:
         print("", one.title, one.says, "", *table(one.head, one.rows), sep="\n")
+    print("", *summary(found), sep="\n")
     if args.json:
         save(Path(args.json), {"formula": formula.rows(), "configs": {cfg.name: found}})
 

@@ -41,30 +41,20 @@ def _plan(cfg: EVLMConfig, topology: str, what: str) -> dict:
     return plan(cfg, topology, what, consumers=False, video=True)
 
 
-def count(
-    cfg: EVLMConfig, frames: list[int], text: int, chip: str | None, known: dict | None = None, save: Callable[[dict], None] | None = None
-) -> dict:
-    """{name: what was counted} of every program of a study: "llava, prefill, 16 frames, FLOPs"; the ViT's is that of one frame.
+def count(cfg: EVLMConfig, frames: list[int], text: int, chip: str | None) -> dict:
+    """{name: what was counted} of all of `programs`."""
+    found = dict(programs(cfg, frames, text, chip))
+    return {name: f() for name, f in tqdm(found.items(), desc=cfg.name, unit="program")}
+
+
+def programs(cfg: EVLMConfig, frames: list[int], text: int, chip: str | None) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """Every program of a study, (name, what counts it): "llava, prefill, 16 frames, FLOPs"; the ViT's is that of one frame.
 
     Args:
       chip: "v5p" and the like, for bytes; None: FLOPs alone.
-      known: what was counted already.
-      save: called with everything after each program.
     """
-    found = dict(known or {})
-    wanted = {name: f for name, f in _programs(cfg, frames, text, chip) if name not in found}
-    for name, f in tqdm(wanted.items(), desc=cfg.name, unit="program", disable=not wanted):
-        found[name] = f()
-        if save:
-            save(found)
-    return found
-
-
-def _programs(cfg: EVLMConfig, frames: list[int], text: int, chip: str | None) -> Iterator[tuple[str, Callable[[], dict]]]:
-    """The cheap ones first: TPU programs of prefill and training take minutes each."""
-    cases = list(itertools.product(WHATS, frames, counterparts(cfg).items()))
     yield "encode, 1 frames, FLOPs", partial(counted_flops, cfg, "encode", 1, text)
-    for what, number, (kind, model) in cases:
+    for what, number, (kind, model) in itertools.product(WHATS, frames, counterparts(cfg).items()):
         yield f"{kind}, {what}, {number} frames, FLOPs", partial(counted_flops, model, what, number, text)
-    for what, number, (kind, model) in cases if chip else ():
-        yield f"{kind}, {what}, {number} frames, bytes", partial(counted_bytes, model, what, number, text, chip)
+        if chip:
+            yield f"{kind}, {what}, {number} frames, bytes", partial(counted_bytes, model, what, number, text, chip)

@@ -94,7 +94,7 @@ def by_block(cfg: EVLMConfig, frames: int, text: int) -> dict:
 def crossovers(cfg: EVLMConfig, text: int) -> dict:
     """All of the above, for JSON; `text` tokens where only one number is asked for."""
     return {
-        "frames": {m: {t: cheaper_frames(cfg, m, t) for t in TEXTS} for m in MEASURES},
+        "frames": {m: {t: cheaper_frames(cfg, m, t) for t in sorted({*TEXTS, text})} for m in MEASURES},
         "texts": {m: {f: cheaper_texts(cfg, m, f) for f in FRAMES} for m in MEASURES},
         "heads": by_heads(cfg, BAR_FRAMES, text),
         "block": by_block(cfg, BAR_FRAMES, text),

@@ -47,14 +47,14 @@ def prefill(study: dict) -> Table:
     """FLOPs of prefill, with the media tokens' own attention and the ViT apart."""
     own = lambda n: study["needs"][EVLM][n]["media scores"]
     done = lambda kind, n: executed(study, kind, "prefill", n)
-    vit = _sum(study["programs"]["encode, 1 frames, FLOPs"]["executed"])
     row = lambda n: (
         *_first(study, n),
         *(tera(study["needs"][kind][n]["prefill"]) for kind in KINDS),
         *(tera(done(kind, n)) for kind in KINDS),
         f"1/{done(LLAVA, n) / done(EVLM, n):.1f}",
         f"{tera(own(n))} ({own(n) / study['needs'][EVLM][n]['prefill']:.1%})",
-        tera(vit * int(n)),
+        tera(vision(study, n)),
+        f"1/{(done(LLAVA, n) + vision(study, n)) / (done(EVLM, n) + vision(study, n)):.1f}",
     )
     head = *(f"needed: {kind}" for kind in KINDS), *(f"compiled: {kind}" for kind in KINDS)
     says = (
@@ -62,7 +62,12 @@ def prefill(study: dict) -> Table:
         "compute all pairs of self-attention and mask half of them; needed are the others. `media x media`: the part of EVLM's needed "
         "FLOPs that is self-attention of media tokens among themselves. The ViT's, the same for all, are of its compiled program."
     )
-    return Table("Prefill, TFLOP", says, (*FIRST, *head, "evlm / llava, compiled", "evlm: media x media", "ViT"), _each(study, row))
+    return Table(
+        "Prefill, TFLOP",
+        says,
+        (*FIRST, *head, "evlm / llava, compiled", "evlm: media x media", "ViT", "evlm / llava, with it"),
+        _each(study, row),
+    )
 
 
 def train(study: dict) -> Table:
@@ -129,17 +134,9 @@ def by_text(study: dict) -> Table:
 
 def by_heads(study: dict) -> Table:
     """Ratios by the language model's key and value heads."""
-    found, block = study["crossovers"]["heads"], study["crossovers"]["block"]
-    have, needed = study["sizes"]["key and value heads"], next((r["kv_heads"] for r in found if r["KV bytes"] < 1), None)
-    says = "Ratios evlm / llava of what is needed, at 256 frames, if the language model had other numbers of key and value heads. "
-    says += f"EVLM's cache is the smaller one from {needed} of them on" if needed else "EVLM's cache is the larger one with all of them"
-    says += f"; this one has {have}."
-    if not needed or needed > have:
-        ways = (
-            f"at most {block['heads']} heads of cross-attention" if block["heads"] else "",
-            f"every = {block['every']}" if block["every"] else "",
-        )
-        says += f" With {have} it is, if the blocks have {' or '.join(filter(None, ways)) or 'nothing that could be changed alone'}."
+    found, have = study["crossovers"]["heads"], study["sizes"]["key and value heads"]
+    says = "Ratios evlm / llava of what is needed, at 256 frames, if the language model had other numbers of key and value heads; "
+    says += f"this one has {have}."
     rows = [(str(r["kv_heads"]), *(f"{value:.3f}" for key, value in r.items() if key != "kv_heads")) for r in found]
     return Table("Shared key and value heads", says, ("heads", *(key for key in found[0] if key != "kv_heads")), rows)
 
@@ -186,6 +183,11 @@ FIRST = "frames", "tokens: evlm", "llava", "flamingo"
 def executed(study: dict, kind: str, what: str, n: str) -> float:
     """FLOPs of one row's compiled program."""
     return _sum(study["programs"][f"{kind}, {what}, {n} frames, FLOPs"]["executed"])
+
+
+def vision(study: dict, n: str) -> float:
+    """FLOPs of the compiled ViT on all frames."""
+    return int(n) * _sum(study["programs"]["encode, 1 frames, FLOPs"]["executed"])
 
 
 def intervals(found: list[list[int]]) -> str:

@@ -1,5 +1,6 @@
 """The cost study: the paper's formula, needs against a program unrolled by hand, caches against real ones, crossovers by brute force."""
 
+import importlib.util
 import json
 from dataclasses import replace
 
@@ -17,13 +18,15 @@ from evlm_jax.convert.engine import parameter_shapes
 from evlm_jax.costs import cases, counted, crossover, formula, measure
 from evlm_jax.costs.cases import EVLM, FLAMINGO, LLAVA, case, counterparts
 from evlm_jax.flops import Work
-from evlm_jax.models.decoding import DecodeState, Sampling, Weights, prefill
+from evlm_jax.models.decoding import DecodeState, Weights, prefill
 from evlm_jax.models.evlm import EVLM as Model
+from evlm_jax.models.sampling import Sampling
 from tests.random_model import random_model
 from tests.test_flops import _products, bridge_program
 from tests.tiny import BASELINES, tiny_config
 
 KINDS = (EVLM, LLAVA, FLAMINGO)
+tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason='pip install -e ".[plan]"')
 TINY = {"vit": {"taps": (1, 3)}, "llm": {"layers": 2, "tied": False}}
 
 
@@ -126,6 +129,24 @@ def test_compiled_programs_do_what_is_needed_and_known_extras(kind):
     found = counted.counted_flops(model, "decode", frames, text)
     sinks = 4 * cfg.xattn.heads * cfg.xattn.head_dim * cfg.xattn.sinks * len(cfg.cross_layers)  # stored as keys there
     assert sum(found["executed"].values()) == cases.decode_flops(cfg) + sinks
+
+
+def test_the_vit_is_counted_alone():
+    cfg = tiny_config(**TINY)
+    assert counted.counted_flops(cfg, "encode", 1, 11)["executed"] == {flops.FROZEN_VIT: cases.encode_flops(case(cfg, 1, 11))}
+
+
+@tpu
+@pytest.mark.slow
+def test_bytes_of_a_chip():
+    """Of a token of an answer, where matrices and caches are too large for the core's memory."""
+    llm = {"hidden": 2048, "layers": 4, "heads": 16, "kv_heads": 16, "head_dim": 128, "mlp": 8192, "vocab": 32768, "tied": False}
+    vit, wide = {"image_size": 64}, dict.fromkeys(("dtype", "matmul_precision", "frozen_dtype"), "bfloat16")
+    cfg = tiny_config(llm=llm, vit=vit, xattn={"heads": 4, "head_dim": 128, "ffn": 1024}, train=wide)
+    for kind, model in counterparts(cfg).items():
+        found = counted.counted_bytes(model, "decode", 64, 16, "v5p")
+        assert found["fits"] and not found["notes"]
+        assert found["bytes"] == pytest.approx(cases.decode_bytes(case(model, 64, 16)), rel=0.1), kind
 
 
 def test_parts_of_the_needs():

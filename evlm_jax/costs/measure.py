@@ -15,8 +15,9 @@ from evlm_jax.convert.engine import load_towers
 from evlm_jax.costs.cases import case, counterparts
 from evlm_jax.evals.results import device
 from evlm_jax.mesh import make_layout
-from evlm_jax.models.decoding import Prompt, Sampling, Weights, decode, prefill
+from evlm_jax.models.decoding import Prompt, Weights, decode, prefill
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.models.sampling import Sampling
 from evlm_jax.ops.grouped_attention import Plan
 from evlm_jax.ops.grouping import plan
 from evlm_jax.start import fresh

@@ -29,12 +29,12 @@ def _at(study: dict, n: str) -> list[str]:
 
 
 def _stops(study: dict) -> list[str]:
-    text, found = str(study["text"]), study["crossovers"]
-    out = []
-    for measure in found["frames"]:
-        frames = intervals(found["frames"][measure][text])
-        by_text = "; ".join(f"{int(n):,} frames: {intervals(where)}" for n, where in found["texts"][measure].items())
-        out.append(f"{measure}: EVLM takes less at these numbers of frames, with {text} text tokens: {frames}. Of text tokens: {by_text}.")
+    text, found, out = str(study["text"]), study["crossovers"], []
+    for measure, frames in found["frames"].items():
+        out.append(f"{measure}: with {text} text tokens EVLM takes less at these numbers of frames: {intervals(frames[text])}.")
+        limits = {n: intervals(where) for n, where in found["texts"][measure].items() if where}
+        stops = [f"{said} text tokens with {int(n):,} frame{'s' * (n != '1')}" for n, said in limits.items() if said != "all"]
+        out[-1] += f" Much text ends that: {'; '.join(stops)}." if stops else ""
     return out
 
 

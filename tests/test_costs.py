@@ -18,12 +18,14 @@ from evlm_jax.convert.engine import parameter_shapes
 from evlm_jax.costs import cases, counted, crossover, formula, measure
 from evlm_jax.costs.cases import EVLM, FLAMINGO, LLAVA, case, counterparts
 from evlm_jax.flops import Work
+from evlm_jax.mesh import make_layout
 from evlm_jax.models.decoding import DecodeState, Weights, prefill
 from evlm_jax.models.evlm import EVLM as Model
 from evlm_jax.models.sampling import Sampling
+from evlm_jax.train import Phase as TrainPhase
 from tests.random_model import random_model
 from tests.test_flops import _products, bridge_program
-from tests.tiny import BASELINES, tiny_config
+from tests.tiny import BASELINES, UPPER_VIT, tiny_config
 
 KINDS = (EVLM, LLAVA, FLAMINGO)
 tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason='pip install -e ".[plan]"')
@@ -208,6 +210,14 @@ def test_counterparts_are_the_baselines_and_change_three_fields():
     with pytest.raises(ValueError, match=r"tiny is a baseline \(bridge.kind = llava\); give EVLM's"):
         counterparts(counterparts(cfg)[LLAVA])
     assert not counterparts(tiny_config(moe={"copies": 2}))[LLAVA].moe.copies
+
+
+def test_a_case_fits_every_stage():
+    """Also one that trains the ViT, whose features no step may take from a cache, and one for many devices."""
+    phases = (dict(start=0.0, warmup=0, rules=UPPER_VIT),)
+    cfg = case(tiny_config(optim={"phases": phases}, mesh={"data": 2, "tensor": 2}, train={"batch": 4, "accumulate": 2}), 2, 9, rows=2)
+    trained = TrainPhase(cfg, 0, make_layout(cfg, jax.devices()[:1])).trained
+    assert trained == {name for name in parameter_shapes(cfg) if not name.startswith(("vit/", "llm/"))}
 
 
 # --------------------------------------------------------------------------------------------------------------- crossovers

@@ -13,11 +13,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from evlm_jax import flops
-from evlm_jax.config import EVLMConfig
+from evlm_jax.config import EVLMConfig, Phase, Rule
 from evlm_jax.flops import Work
 from evlm_jax.models.decoding import DecodeState
 
 EVLM, LLAVA, FLAMINGO = "evlm", "llava", "flamingo"
+FROZEN = Phase(0.0, 0, (Rule("^(xattn|media|bridge)/", 1.0), Rule("^(vit|llm)/", None)))
 
 
 class Cache(NamedTuple):
@@ -49,11 +50,16 @@ def counterparts(cfg: EVLMConfig) -> dict[str, EVLMConfig]:
 
 
 def case(cfg: EVLMConfig, frames: int, text: int, rows: int = 1) -> EVLMConfig:
-    """`cfg` with `rows` rows of one video each, encoded before, whose text is all supervised in training."""
+    """`cfg` on one device with `rows` rows of one video each, encoded before; in training all text is supervised, and towers are frozen."""
     media = cfg.media.tokens
     sizes = {"length": frames * media + text, "images": frames, "pairs": _pairs(media, frames, text, cfg.tile), "targets": text}
-    data = replace(cfg.data, **sizes, cache_features=True)
-    return replace(cfg, data=data, train=replace(cfg.train, batch=rows, accumulate=1))
+    return replace(
+        cfg,
+        data=replace(cfg.data, **sizes, cache_features=True),
+        train=replace(cfg.train, batch=rows, accumulate=1),
+        optim=replace(cfg.optim, phases=(FROZEN,)),
+        mesh=replace(cfg.mesh, data=1, fsdp=1, expert=1, tensor=1, slices=1),
+    )
 
 
 def _pairs(media: int, frames: int, text: int, tile: int) -> int:

@@ -29,9 +29,9 @@ from evlm_jax.viz import STYLE
 FILE, PAGE = Path("docs/costs.json"), Path("docs/costs.md")
 TEXT, CHIP = 64, "v5p"  # the paper's s_t
 CONFIGS = {  # title: (experiment, tokens that its language model is made for, as its own config.json says)
-    "The paper's model: EVA02-CLIP-E+ and Qwen-14B-Chat 1.0, every head with its own keys": ("experiments/evlm_14b.py", 2048),
-    "CLIP ViT-L/14 and Qwen2.5-7B-Instruct, 28 heads share 4 keys and values": ("experiments/evlm_7b.py", 32768),
-    "The demo: DINOv2 ViT-S/14 at 112 px and SmolLM2-135M, 9 heads share 3 keys and values": ("experiments/demo.py", 8192),
+    "The paper's model: EVA02-CLIP-E+ and Qwen-14B-Chat 1.0, every query head with its own keys": ("experiments/evlm_14b.py", 2048),
+    "CLIP ViT-L/14 and Qwen2.5-7B-Instruct, whose query heads share keys": ("experiments/evlm_7b.py", 32768),
+    "The demo: DINOv2 ViT-S/14 and SmolLM2-135M, whose query heads share keys": ("experiments/demo.py", 8192),
 }
 ORDER = (("encode", "FLOPs"), ("decode", "FLOPs"), ("prefill", "FLOPs"), ("decode", "bytes"), ("train", "FLOPs"), ("", "bytes"))
 MEASURED, UP_TO = "experiments/demo.py", 64  # frames
@@ -41,7 +41,7 @@ Written by `python -m benchmarks.costs write` from [costs.json](costs.json), whi
 the same tables for any config: `evlm flops --config FILE`. No number here is typed by hand.
 
 Three models share their towers and differ by at most three fields ([bridge.py](../evlm_jax/models/bridge.py)): `evlm`; `llava`, whose
-patches stand in the language model's text; `flamingo`, whose cross-attention looks at 64 latents a frame and has one media token. A case
+patches stand in the language model's text; `flamingo`, whose cross-attention looks at a few latents a frame, with one media token. A case
 is one row: F frames, each an image of its own for the ViT, then {TEXT} text tokens that see all of them. Were the frames separate images,
 text would see the last one alone, and EVLM would keep that one's keys only.
 

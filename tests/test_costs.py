@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import costs
 from evlm_jax import flops
 from evlm_jax.cli import load_config, main
 from evlm_jax.config import EVLMConfig
@@ -295,3 +296,8 @@ def test_the_command(tmp_path, capsys):
         assert said in shown
     assert found["tokens"] == {EVLM: {"2": 13}, LLAVA: {"2": 17}, FLAMINGO: {"2": 11}}
     assert len(found["programs"]) == 10
+
+
+def test_the_page_is_what_the_script_writes():
+    assert costs.PAGE.read_text() == costs.page(costs.studies()), "run python -m benchmarks.costs write"
+    assert all(costs.PAGE.with_name(name).exists() for name in costs.PLOTS)

@@ -23,9 +23,9 @@ def run(args: argparse.Namespace, overrides: list[str], load_config: Callable) -
         frames = []
     if not frames or frames[0] < 1 or args.text < 1:
         raise ValueError(f"--frames {args.frames}, --text {args.text}: give positive whole numbers, frames as 1,4,16")
-    found = study(cfg, frames, args.text, args.chip, count(cfg, frames, args.text, args.chip), args.context)
-    if args.measure:
-        found["measured"] = measure(cfg, [n for n in frames if n <= args.measure], args.text)
+    # Measured first: the planner makes this process one that looks for no accelerator.
+    measured = {"measured": measure(cfg, [n for n in frames if n <= args.measure], args.text)} if args.measure else {}
+    found = study(cfg, frames, args.text, args.chip, count(cfg, frames, args.text, args.chip), args.context) | measured
     for one in [published(), *tables(found)]:
         print("", one.title, one.says, "", *table(one.head, one.rows), sep="\n")
     print("", *summary(found), sep="\n")

@@ -43,8 +43,8 @@ def measure(cfg: EVLMConfig, frames: list[int], text: int) -> dict:
         runs["encode"] = lambda pixels=pixels: {"encode": _seconds(lambda: encode(models["evlm"], pixels))[0]}
         rounds = [{kind: run() for kind, run in runs.items()} for _ in range(1 + REPEATS)][1:]  # the first one compiles
         best = {kind: {part: min(r[kind][part] for r in rounds) for part in rounds[0][kind]} for kind in runs}
-        seconds[count] = best | best.pop("encode")
-        print(f"measured {count} frames: {seconds[count]}", flush=True)
+        seconds[str(count)] = best | best.pop("encode")
+        print(f"measured {count} frames: {seconds[str(count)]}", flush=True)
     return {"frames": seconds, "text": text, "new": NEW, "device": device(), "load": os.getloadavg()[0]}
 
 

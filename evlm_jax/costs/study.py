@@ -54,6 +54,7 @@ def sizes(cfg: EVLMConfig) -> dict[str, int]:
         "their width (r_c h)": cfg.xattn.heads * cfg.xattn.head_dim,
         "their FFN (r_f h)": cfg.xattn.ffn,
         "media tokens of a frame": cfg.media.tokens,
+        "latents of a frame (flamingo)": cfg.bridge.latents,
         "patches of a frame": cfg.vit.grid**2,
         "visual tokens of a frame": cfg.vit.tokens,
     }

@@ -1,31 +1,28 @@
 """A study in a few sentences."""
 
 from evlm_jax.costs.cases import EVLM, LLAVA
+from evlm_jax.costs.crossover import BAR_FRAMES
 from evlm_jax.costs.tables import executed, intervals, vision
 
 
 def summary(study: dict) -> list[str]:
-    """At the most frames; and where EVLM stops being cheaper than LLaVA's way."""
-    return [
-        *_at(study, str(study["frames"][-1])),
-        *(_at(study, "256") if 256 in study["frames"][:-1] else []),
-        *_stops(study),
-        _heads(study),
-    ]
+    """At the frames of the bars and at the most; and where EVLM stops being cheaper than LLaVA's way."""
+    told = [n for n in study["frames"] if n in (BAR_FRAMES, study["frames"][-1])]
+    return [*(_at(study, str(n)) for n in told), *_stops(study), _heads(study)]
 
 
-def _at(study: dict, n: str) -> list[str]:
+def _at(study: dict, n: str) -> str:
     needs = {kind: study["needs"][kind][n] for kind in (EVLM, LLAVA)}
     times = lambda value: f"1/{value(LLAVA) / value(EVLM):.1f}"
     size, done = lambda kind: sum(needs[kind]["cache"].values()), lambda kind: executed(study, kind, "prefill", n)
     share = needs[EVLM]["media scores"] / needs[EVLM]["prefill"]
-    return [
+    return (
         f"At {int(n):,} frames and {study['text']} text tokens EVLM keeps {size(EVLM) / size(LLAVA):.3f} of the cache of LLaVA's way. "
         f"Its prefill behind the ViT takes {times(done)} of the FLOPs as compiled, {times(lambda kind: needs[kind]['prefill'])} of those "
         f"needed, and {times(lambda kind: done(kind) + vision(study, n))} as compiled with the ViT. "
         f"A token of an answer reads {needs[EVLM]['decode bytes'] / needs[LLAVA]['decode bytes']:.3f} of the bytes. "
         f"{share:.1%} of EVLM's needed prefill are self-attention among media tokens."
-    ]
+    )
 
 
 def _stops(study: dict) -> list[str]:
@@ -42,12 +39,8 @@ def _heads(study: dict) -> str:
     """By the language model's key and value heads."""
     found, block, have = study["crossovers"]["heads"], study["crossovers"]["block"], study["sizes"]["key and value heads"]
     needed = next((row["kv_heads"] for row in found if row["KV bytes"] < 1), None)
-    says = (
-        f"EVLM's cache is the smaller one from {needed} key and value heads"
-        if needed
-        else "EVLM's cache is the larger one with any number of heads"
-    )
-    says += f" of the language model on; this one has {have}." if needed else f"; this one has {have}."
+    where = f"smaller one from {needed} key and value heads of the language model on" if needed else "larger one with any number of heads"
+    says = f"EVLM's cache is the {where}; this one has {have}."
     if needed and needed <= have:
         return says
     ways = [f"at most {block['heads']} heads" if block["heads"] else "", f"every = {block['every']}" if block["every"] else ""]

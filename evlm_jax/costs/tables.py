@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from evlm_jax.costs.cases import EVLM, FLAMINGO, LLAVA
+from evlm_jax.costs.crossover import BAR_FRAMES, MOST_FRAMES, MOST_TEXT
 from evlm_jax.planning.chips import GIB
 
 KINDS = EVLM, LLAVA, FLAMINGO
@@ -120,7 +121,8 @@ def by_frames(study: dict) -> Table:
     found = study["crossovers"]["frames"]
     rows = [(measure, *(intervals(found[measure][t]) for t in found[measure])) for measure in found]
     head = "evlm takes less", *(f"{t} text tokens" for t in next(iter(found.values())))
-    return Table("Numbers of frames at which EVLM is cheaper than LLaVA's way", "Of what is needed, up to 16,384 frames.", head, rows)
+    says = f"Of what is needed, up to {MOST_FRAMES:,} frames."
+    return Table("Numbers of frames at which EVLM is cheaper than LLaVA's way", says, head, rows)
 
 
 def by_text(study: dict) -> Table:
@@ -128,14 +130,14 @@ def by_text(study: dict) -> Table:
     found = study["crossovers"]["texts"]
     rows = [(measure, *(intervals(found[measure][n]) for n in found[measure])) for measure in found]
     head = "evlm takes less", *(f"{n} frames" for n in next(iter(found.values())))
-    says = "Of what is needed, up to 1,048,576 text tokens, all of them behind the frames."
+    says = f"Of what is needed, up to {MOST_TEXT:,} text tokens, all of them behind the frames."
     return Table("Numbers of text tokens at which EVLM is cheaper than LLaVA's way", says, head, rows)
 
 
 def by_heads(study: dict) -> Table:
     """Ratios by the language model's key and value heads."""
     found, have = study["crossovers"]["heads"], study["sizes"]["key and value heads"]
-    says = "Ratios evlm / llava of what is needed, at 256 frames, if the language model had other numbers of key and value heads; "
+    says = f"Ratios evlm / llava of what is needed at {BAR_FRAMES} frames, if the language model had other numbers of key and value heads; "
     says += f"this one has {have}."
     rows = [(str(r["kv_heads"]), *(f"{value:.3f}" for key, value in r.items() if key != "kv_heads")) for r in found]
     return Table("Shared key and value heads", says, ("heads", *(key for key in found[0] if key != "kv_heads")), rows)
@@ -146,12 +148,14 @@ def bars(study: dict) -> Table:
     rows = []
     for measure, bar in study["crossovers"]["bars"].items():
         values = {"needed": bar["needed"]}
-        if measure == "prefill FLOPs" and "256" in study["tokens"][EVLM]:
-            values["compiled"] = executed(study, EVLM, "prefill", "256") / executed(study, LLAVA, "prefill", "256")
+        if measure == "prefill FLOPs" and (n := str(BAR_FRAMES)) in study["tokens"][EVLM]:
+            values["compiled"] = executed(study, EVLM, "prefill", n) / executed(study, LLAVA, "prefill", n)
         for how, value in values.items():
             verdict = "met" if value <= bar["most"] else "not met"
             rows.append((f"{measure}, {how}", f"{bar['most']:.3f}", f"{value:.4f}", verdict, intervals(bar["texts"])))
-    says = f"Ratios evlm / llava at 256 frames and {study['text']} text tokens; last, for which text what is needed is below the bar."
+    says = (
+        f"Ratios evlm / llava at {BAR_FRAMES} frames and {study['text']} text tokens; last, for which text what is needed is below the bar."
+    )
     return Table("Bars", says, ("of", "at most", "found", "", "text tokens"), rows)
 
 
@@ -192,7 +196,7 @@ def vision(study: dict, n: str) -> float:
 
 def intervals(found: list[list[int]]) -> str:
     """In words."""
-    ends = {2**14, 2**20}
+    ends = {MOST_FRAMES, MOST_TEXT}
     say = lambda a, b: (
         "all" if a == 1 and b in ends else f"{a:,} and more" if b in ends else f"up to {b:,}" if a == 1 else f"{a:,} to {b:,}"
     )

@@ -69,8 +69,12 @@ def known() -> dict:
 def count_all() -> None:
     """Fills the file, program by program; TPU programs of prefill and training, which take minutes each, come last."""
     rank = lambda name: next(i for i, (what, kind) in enumerate(ORDER) if what in name and name.endswith(kind))
-    wanted = [(e, name, f) for e, _ in CONFIGS.values() for name, f in programs(load_config(e), list(FRAMES), TEXT, CHIP)]
-    for experiment, name, f in tqdm(sorted(wanted, key=lambda one: rank(one[1])), unit="program"):
+    frames = lambda name: int(name.split(", ")[2].split()[0])
+    wanted = []
+    for number, (experiment, _) in enumerate(CONFIGS.values()):
+        for name, f in programs(load_config(experiment), list(FRAMES), TEXT, CHIP):
+            wanted.append(((rank(name), number, frames(name)), experiment, name, f))
+    for _, experiment, name, f in tqdm(sorted(wanted, key=lambda one: one[0]), unit="program"):
         file = known()
         found = file["programs"].setdefault(experiment, {})
         if name not in found:

@@ -30,8 +30,8 @@ def _stops(study: dict) -> list[str]:
     for measure, frames in found["frames"].items():
         out.append(f"{measure}: with {text} text tokens EVLM takes less at these numbers of frames: {intervals(frames[text])}.")
         limits = {n: intervals(where) for n, where in found["texts"][measure].items() if where}
-        stops = [f"{said} text tokens with {int(n):,} frame{'s' * (n != '1')}" for n, said in limits.items() if said != "all"]
-        out[-1] += f" Much text ends that: {'; '.join(stops)}." if stops else ""
+        stops = [f"{said} with {int(n):,} frame{'s' * (n != '1')}" for n, said in limits.items() if said != "all"]
+        out[-1] += f" Of text tokens, where it is not whatever their number: {'; '.join(stops)}." if stops else ""
     return out
 
 

@@ -94,15 +94,19 @@ def decode(study: dict) -> Table:
         *(f"{executed(study, kind, 'decode', n) / 1e9:,.1f}" for kind in KINDS),
         *(gib(needs[kind][n]["decode bytes"]) for kind in KINDS),
         f"{needs[EVLM][n]['decode bytes'] / needs[LLAVA][n]['decode bytes']:.3f}",
-        *((_bytes(study, kind, "decode", n) for kind in KINDS) if chip else ()),
+        *((*(_bytes(study, kind, "decode", n) for kind in KINDS), _by_llava(study, n)) if chip else ()),
     )
     head = *(f"GFLOP: {kind}" for kind in KINDS), *(f"GiB: {kind}" for kind in KINDS), "evlm / llava"
     says = (
         f"One row. GiB: every matrix and the whole cache once; the matrices alone are {gib(needs[EVLM][_one(study)]['matrix bytes'])} GiB "
         f"(evlm) and {gib(needs[LLAVA][_one(study)]['matrix bytes'])} (llava)."
     )
-    says += f" On {chip}: bytes through HBM of the compiled program, an estimate." if chip else ""
-    return Table("A token of an answer", says, (*FIRST, *head, *(f"on {chip}: {kind}" for kind in KINDS if chip)), _each(study, row))
+    if chip:
+        head += *(f"on {chip}: {kind}" for kind in KINDS), "evlm / llava"
+        says += (
+            f" On {chip}: bytes through HBM of the compiled program, an estimate; above the needed ones is what it reads and writes again."
+        )
+    return Table("A token of an answer", says, (*FIRST, *head), _each(study, row))
 
 
 def memory(study: dict) -> Table:
@@ -235,6 +239,12 @@ def _one(study: dict) -> str:
 def _bytes(study: dict, kind: str, what: str, n: str) -> str:
     found = study["programs"].get(f"{kind}, {what}, {n} frames, bytes")
     return "" if found is None else gib(found["bytes"]) if found["fits"] else "-"
+
+
+def _by_llava(study: dict, n: str) -> str:
+    """Compiled bytes of a token of an answer, EVLM's by LLaVA's; blank where one is not known."""
+    found = [study["programs"].get(f"{kind}, decode, {n} frames, bytes", {}).get("bytes") for kind in (EVLM, LLAVA)]
+    return f"{found[0] / found[1]:.3f}" if all(found) else ""
 
 
 def _sum(parts: dict[str, float]) -> float:

@@ -75,10 +75,9 @@ def count_all() -> None:
         for name, f in programs(load_config(experiment), list(FRAMES), TEXT, CHIP):
             wanted.append(((rank(name), number, frames(name)), experiment, name, f))
     for _, experiment, name, f in tqdm(sorted(wanted, key=lambda one: one[0]), unit="program"):
-        file = known()
-        found = file["programs"].setdefault(experiment, {})
-        if name not in found:
-            found[name] = f()
+        if name not in known()["programs"].get(experiment, {}):
+            counted, file = f(), known()  # read again: `measure` may have written in the meantime
+            file["programs"].setdefault(experiment, {})[name] = counted
             save(FILE, file)
 
 

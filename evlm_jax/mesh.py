@@ -117,6 +117,10 @@ class Layout:
         layers = len(jax.tree.leaves(param)[0].shape) - len(axes)
         return NamedSharding(self.mesh, P(*(None,) * layers, *self.spec(axes, stored and len(axes) > 1)))
 
+    def parts(self, axis: str) -> int:
+        """Into how many pieces a dimension with this logical axis is split where it is used."""
+        return math.prod(self.mesh.shape[name] for name in self.rule(axis).used)
+
     @property
     def replicated(self) -> NamedSharding:
         """The same on every device."""
@@ -166,11 +170,16 @@ class Layout:
         """jax.jit of `f` on this mesh."""
 
         @functools.wraps(f)
-        def traced(*args):
+        def traced(*args, **named):
             with self.active():
-                return f(*args)
+                return f(*args, **named)
 
         return jax.jit(traced, **options)
+
+
+def jit(layout: Layout | None, f: Callable, **options) -> Callable:
+    """jax.jit of `f` on the mesh of `layout`, or on one device without one."""
+    return jax.jit(f, **options) if layout is None else layout.jit(f, **options)
 
 
 def make_layout(cfg: EVLMConfig, devices: list | None = None) -> Layout:

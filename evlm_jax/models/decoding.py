@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from evlm_jax.config import EVLMConfig
-from evlm_jax.models.attention import attention
 from evlm_jax.models.bridge import write
-from evlm_jax.models.evlm import EVLM
+from evlm_jax.models.evlm import EVLM, looks, reads
 from evlm_jax.models.layers import Linear, rope_tables
 from evlm_jax.models.long_context import rope_base, sharpen
 from evlm_jax.models.moe import Experts, PackedExperts
-from evlm_jax.ops.grouped_attention import Plan, grouped_attention
+from evlm_jax.ops.grouped_attention import Plan
 from evlm_jax.ops.packed import Packed, compute_dtype, logits, pack, pack_head
+from evlm_jax.sharding import local, shard
 
 CHUNK = 64  # most tokens of one call of `decode`
 
@@ -145,21 +145,23 @@ def read_prompts(cfg: EVLMConfig, weights: Weights, prompt: Prompt, taps: jax.Ar
     """
     rows, length = prompt.tokens.shape
     dtype = compute_dtype(cfg.train.dtype)
-    views = None if taps is None else view(cfg, weights, jnp.moveaxis(taps.astype(dtype), 1, 0))
+    views = None if taps is None else view(cfg, weights, jnp.moveaxis(shard(taps.astype(dtype), "pictures"), 1, 0))
     cross = project(cfg, weights, views, prompt.image) if cfg.cross_layers else None
     if weights.media is None:
         media = write(views[:, prompt.image], prompt.image_slot, prompt.media_slot)
     else:
         media = weights.media[jnp.maximum(prompt.media_slot, 0)].astype(dtype)
-    x = jnp.where(prompt.media_slot[..., None] >= 0, media, weights.embed[prompt.tokens].astype(dtype))
+    x = shard(jnp.where(prompt.media_slot[..., None] >= 0, media, weights.embed[prompt.tokens].astype(dtype)), "rows")
     index = jnp.arange(length)
     mask = jnp.broadcast_to(index <= index[:, None], (rows, length, length))
 
+    attend, look = reads(), looks(cfg)
+
     def self_attend(layer, q, k, v):
-        return attention(q, k, v, mask)
+        return attend(q, k, v, mask)
 
     def cross_attend(block, q):
-        return grouped_attention(q, *(jax.lax.dynamic_index_in_dim(a, block, 0, False) for a in cross), prompt.plan, cfg.xattn.sinks)
+        return look(q, *(jax.lax.dynamic_index_in_dim(a, block, 0, False) for a in cross), prompt.plan)
 
     theta = rope_base(cfg.llm, prompt.length)
     x, (keys, values) = _decoder(cfg, weights, x, jnp.broadcast_to(index, (rows, length)), theta, self_attend, cross_attend)
@@ -183,7 +185,7 @@ def read_tokens(cfg: EVLMConfig, weights: Weights, state: DecodeState) -> tuple[
     """Reads `token` of each row: (logits [B, vocab], the state with its keys)."""
     own = jnp.arange(state.self_values.shape[3]) == state.position[:, None]  # [B, C]
     earlier = jnp.arange(own.shape[1]) <= state.position[:, None]
-    seen = _sight(cfg, state) if cfg.cross_layers else None
+    seen, attend = _sight(cfg, state) if cfg.cross_layers else None, reads()
 
     def cached(keys, values, layer):
         """Keys and values as `attention` takes them, [B, slots, heads, H]."""
@@ -193,18 +195,25 @@ def read_tokens(cfg: EVLMConfig, weights: Weights, state: DecodeState) -> tuple[
     def self_attend(layer, q, k, v):
         keys, values = cached(state.self_keys, state.self_values, layer)
         here = own[..., None, None]
-        return attention(q, jnp.where(here, k, keys), jnp.where(here, v, values), earlier[:, None])
+        return attend(q, jnp.where(here, k, keys), jnp.where(here, v, values), earlier[:, None])
 
     def cross_attend(block, q):
-        return attention(q, *cached(state.cross_keys, state.cross_values, block), seen[:, None])
+        return attend(q, *cached(state.cross_keys, state.cross_values, block), seen[:, None])
 
-    x = weights.embed[state.token][:, None].astype(compute_dtype(cfg.train.dtype))
+    x = shard(weights.embed[state.token][:, None].astype(compute_dtype(cfg.train.dtype)), "rows")
     x, (k, v) = _decoder(cfg, weights, x, state.position[:, None], state.theta, self_attend, cross_attend)
-    keys, values = state.self_keys, state.self_values
-    for row, slot in enumerate(state.position):  # one small update a row is done in place, a scatter is not
+    caches, new = (None, "rows", "kv_heads"), (None, "rows", None, "kv_heads")
+    save = local(_save, (caches, caches, new, new, ("rows",)), (caches, caches))
+    keys, values = save(state.self_keys, state.self_values, k, v, state.position)
+    return logits(weights.head, x[:, 0], cfg.llm.vocab), state._replace(self_keys=keys, self_values=values)
+
+
+def _save(keys: jax.Array, values: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Caches [L, B, K, H, C] and [L, B, K, C, H] with the keys and values [L, B, 1, K, H] of a token at `position` [B]."""
+    for row, slot in enumerate(position):  # one small update a row is done in place, a scatter is not
         keys = jax.lax.dynamic_update_slice(keys, k[:, row : row + 1, 0, :, :, None].astype(keys.dtype), (0, row, 0, 0, slot))
         values = jax.lax.dynamic_update_slice(values, v[:, row : row + 1, 0, :, None].astype(values.dtype), (0, row, 0, slot, 0))
-    return logits(weights.head, x[:, 0], cfg.llm.vocab), state._replace(self_keys=keys, self_values=values)
+    return keys, values
 
 
 def _sight(cfg: EVLMConfig, state: DecodeState) -> jax.Array:

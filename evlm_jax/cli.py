@@ -8,6 +8,7 @@ from pathlib import Path
 
 import ml_collections
 
+from evlm_jax.ablate import arguments as ablate_arguments
 from evlm_jax.assets import AssetError
 from evlm_jax.config import EVLMConfig, from_config_dict
 from evlm_jax.evals import arguments
@@ -242,7 +243,14 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> None:
     command.run(args, overrides, load_config)
 
 
+def _ablate(args: argparse.Namespace, overrides: list[str]) -> int:
+    from evlm_jax.ablate import command
+
+    return command.main(args, overrides, load_config)
+
+
 COMMANDS = {
+    "ablate": (ablate_arguments.add, _ablate, "train variants of an experiment with several seeds, and compare them"),
     "convert": (_convert_arguments, _convert, "checkpoints from and to PyTorch"),
     "data": (_data_arguments, _data, "look at training data, measure and prepare them"),
     "demo": (_demo_arguments, _demo, "fetch, train, evaluate and report on real weights and data"),

@@ -7,9 +7,11 @@ import numpy as np
 from evlm_jax.data.features import FeatureStore
 from evlm_jax.data.samples import MARKER, Sample, Turn, question
 from evlm_jax.evals.choice import candidate_losses
-from evlm_jax.evals.task import ANSWER, Question
+from evlm_jax.evals.runner import Answerer
+from evlm_jax.evals.task import ANSWER, Question, Task
 from evlm_jax.generate import Generator
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.tokenizer import Tokenizer
 
 BEST = 5  # candidates that a row keeps
 SIMILAR = 64  # characters: prompts whose lengths differ by less are answered together, those about one image side by side
@@ -66,6 +68,20 @@ class LowestLoss:
                 names = [self.candidates[k] for k in best]
                 rows[i] = {"prediction": names[0], "ranking": names, "losses": [round(float(loss[k]), 4) for k in best]}
         return rows
+
+
+def answerer(
+    task: Task, every: Sequence[Question], model: EVLM, tokenizer: Tokenizer, features: FeatureStore | None = None, rows: int = 8
+) -> Answerer:
+    """Chooses among the task's candidates where it has some, else generates.
+
+    Args:
+      every: all questions of the split, which candidates are made of.
+      rows: of a batch.
+    """
+    if task.candidates:
+        return LowestLoss(model, tokenizer, task.candidates(every), features, rows)
+    return Generated(Generator(model, tokenizer, features=features.get if features else None, rows=rows), task.tokens)
 
 
 def similar(asked: Question) -> tuple[int, str]:

@@ -5,11 +5,10 @@ from pathlib import Path
 
 from evlm_jax import checkpoint
 from evlm_jax.evals import results, score, tasks
-from evlm_jax.evals.answer import Generated, LowestLoss
+from evlm_jax.evals.answer import answerer
 from evlm_jax.evals.judge import open_judge
 from evlm_jax.evals.runner import evaluate, unjudged
 from evlm_jax.evals.task import first
-from evlm_jax.generate import Generator
 from evlm_jax.run import features_of, load_trained
 
 
@@ -24,11 +23,7 @@ def run_eval(args: argparse.Namespace) -> None:
     cfg = trained.model.cfg
     if features := features_of(trained):
         features.fill(ref for asked in questions for visual in asked.visuals for ref in visual)
-    if task.candidates:
-        answer = LowestLoss(trained.model, trained.tokenizer, task.candidates(every), features, args.batch)
-    else:
-        look = features.get if features else None
-        answer = Generated(Generator(trained.model, trained.tokenizer, features=look, rows=args.batch), task.tokens)
+    answer = answerer(task, every, trained.model, trained.tokenizer, features, args.batch)
     name = f"{Path(args.checkpoint).name} step {checkpoint.steps(args.checkpoint)[-1]}"
     found = results.provenance(cfg, results.weights_hash(trained.params), name)
     about = {"split": split, "prompts": args.prompt, "template": cfg.data.template, "batch": args.batch}

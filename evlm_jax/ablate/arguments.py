@@ -18,7 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cores", type=_numbers, help="0,1,...: which to share; those of this process where left out")
     parser.add_argument("--gpus", type=_names, default=[], help="0,1,...: one run at a time on each, instead of --jobs")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints of finished runs")
-    parser.add_argument("--run", metavar="VARIANT/SEED", help="this run only, in this process")
+    parser.add_argument("--run", dest="only", metavar="VARIANT/SEED", help="this run only, in this process")
 
 
 def _names(text: str) -> list[str]:

@@ -14,8 +14,8 @@ from evlm_jax.evals import results
 def main(args: argparse.Namespace, overrides: list[str], load_config: Callable[[str, list[str]], EVLMConfig]) -> int:
     """Returns the exit status: 1 where a run failed. Raises ValueError for an unknown variant, before anything begins."""
     load = lambda variant: load_config(f"{args.config}:{variant}", overrides)
-    if args.run:
-        variant, _, seed = args.run.partition("/")
+    if args.only:
+        variant, _, seed = args.only.partition("/")
         job.run(load, variant, int(seed), args.questions, args.test, args.out, args.keep)
         return 0
     variants = list(dict.fromkeys([job.BASE, *args.variants]))

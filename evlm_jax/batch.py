@@ -34,17 +34,19 @@ class Batch(NamedTuple):
     target_at: jax.Array  # [B, M] int32; position whose output predicts the target
     targets: jax.Array  # [B, M] int32; -1 padding
     target_source: jax.Array  # [B, M] int32; index into data.sources, for the loss per source
-    tile_tokens: jax.Array  # [B, J, tile] int32; the row's tokens grouped by visible range, T padding
-    token_tile: jax.Array  # [B, T] int32; where a token stands in the flattened tile_tokens, J*tile if in none
-    pair_tile: jax.Array  # [B, P] int32; a tile and one image it sees: the unit of work; J padding, ascending
-    pair_image: jax.Array  # [B, P] int32
+    tile_tokens: (
+        jax.Array | None
+    )  # [B, J, tile] int32; this and the next three None without cross-attention; the row's tokens grouped by visible range, T padding
+    token_tile: jax.Array | None  # [B, T] int32; where a token stands in the flattened tile_tokens, J*tile if in none
+    pair_tile: jax.Array | None  # [B, P] int32; a tile and one image it sees: the unit of work; J padding, ascending
+    pair_image: jax.Array | None  # [B, P] int32
     pixels: jax.Array | None  # [B, I, height, width, 3] uint8; None where taps are given
     taps: jax.Array | None  # [B, I, G, S, V]; cached features of a frozen tower; None where pixels are given
 
     @classmethod
     def spec(cls, cfg: EVLMConfig, rows: int | None = None) -> "Batch":
         """Shapes and dtypes for tests, initialisation and ahead-of-time compilation."""
-        d, vit, tile = cfg.data, cfg.vit, cfg.xattn.tile
+        d, vit, tile = cfg.data, cfg.vit, cfg.tile
         b = rows or cfg.train.batch
         ints = lambda *shape: jax.ShapeDtypeStruct((b, *shape), jnp.int32)
         text, target, tiles, pairs = ints(d.length), ints(d.targets), ints(d.pairs, tile), ints(d.pairs)
@@ -60,10 +62,10 @@ class Batch(NamedTuple):
             target_at=target,
             targets=target,
             target_source=target,
-            tile_tokens=tiles,
-            token_tile=text,
-            pair_tile=pairs,
-            pair_image=pairs,
+            tile_tokens=tiles if tile else None,
+            token_tile=text if tile else None,
+            pair_tile=pairs if tile else None,
+            pair_image=pairs if tile else None,
             pixels=None if d.cache_features else pixels,
             taps=taps if d.cache_features else None,
         )

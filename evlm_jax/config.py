@@ -11,121 +11,16 @@ Letters used for shapes everywhere in this package:
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal
 
 import ml_collections
 
 from evlm_jax.config_data import CleanConfig, DataConfig
+from evlm_jax.config_model import BridgeConfig, LLMConfig, MediaConfig, MoEConfig, ViTConfig, XAttnConfig
 from evlm_jax.strict import build
 
 Float = Literal["float32", "bfloat16"]
-
-
-@dataclass(frozen=True)
-class ViTConfig:
-    """A ViT by choices, not by family.
-
-    DINOv2: pre, all, gelu, layer_scale. EVA02-CLIP-E: res_post, qv, gelu. CLIP: pre, all, quick_gelu, embed_norm.
-    """
-
-    depth: int
-    width: int
-    heads: int
-    mlp: int
-    patch: int
-    image_size: int  # pixels of the square input; S = (image_size / patch)**2 + prefix tokens
-    pretrained_size: int  # pixels the stored position table was trained at
-    norm: Literal["pre", "res_post"]  # x + f(norm(x)) or x + norm(f(x))
-    bias: Literal["all", "qv"]  # "qv": no bias on the keys
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu"]  # "gelu" is by erf
-    layer_scale: bool
-    class_token: bool
-    registers: int  # tokens after the class token, without position
-    patch_bias: bool
-    embed_norm: bool  # CLIP's ln_pre
-    eps: float
-    taps: tuple[int, ...]  # 1-based block numbers whose outputs are returned, ascending
-    cuts: tuple[int, ...]  # further block numbers where the stack is cut: the freeze boundaries of every stage
-    interpolation: Literal["bicubic", "antialias"]  # position table, pretrained_size -> image_size; a = -0.75 or -0.5
-    mean: tuple[float, float, float]  # RGB normalisation of the tower
-    std: tuple[float, float, float]
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch
-
-    @property
-    def prefix_tokens(self) -> int:
-        """Class token and registers, in front of the patches."""
-        return int(self.class_token) + self.registers
-
-    @property
-    def tokens(self) -> int:
-        """S, the visual tokens of one image."""
-        return self.grid**2 + self.prefix_tokens
-
-
-@dataclass(frozen=True)
-class LLMConfig:
-    """A pre-norm decoder with RMSNorm, rotary positions and a gated SiLU MLP: Llama, SmolLM2, Qwen 1.0, Qwen2."""
-
-    vocab: int
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    rope_theta: float
-    eps: float
-    qkv_bias: bool
-    tied: bool  # the output head is the embedding
-    dynamic_ntk: int  # tokens of a prompt beyond which its rotary base grows in generation (models/long_context.py); 0: never
-    logn: int  # tokens beyond which queries are scaled up in generation; 0: never
-
-
-@dataclass(frozen=True)
-class XAttnConfig:
-    """Gated cross-attention before the LLM layers (paper section 2)."""
-
-    heads: int
-    head_dim: int  # r_c = heads * head_dim / hidden
-    ffn: int  # r_f = ffn / hidden
-    every: int  # a block before layers 0, every, 2 * every, ...
-    schedule: Literal["blocked", "cyclic"]  # tap i serves neighbouring layers, or layer l gets tap l mod G
-    sinks: int  # zero keys padded to the visual sequence
-    tile: int  # tokens of one attention tile; all tokens of a tile see the same images
-    eps: float
-
-
-@dataclass(frozen=True)
-class MoEConfig:
-    """Fine-grained experts in the FFN of the cross-attention, beside a world expert that is a whole FFN (paper section 2)."""
-
-    copies: int  # of the dense FFN; 0: the FFN is dense, and nothing below counts
-    slices: int  # of a copy, along its hidden dimension: E = copies * slices experts of hidden xattn.ffn / slices
-    top_k: int  # experts of a token
-    gates: Literal["renormalise", "softmax"]  # of the chosen k: they sum to 1, or as they are among all E
-    capacity: float  # an expert takes at most capacity * tokens * top_k / E choices and drops the rest; 0: no limit
-    balance: float  # coefficient of the load-balance loss, a layer
-    z: float  # coefficient of the router's z-loss, a layer
-    tile: int  # rows of a tile; all rows of a tile have the same expert
-    upcycle: Literal["preserve", "preserve_zero", "paper"]  # how a dense FFN becomes experts (upcycle.py)
-
-    @property
-    def experts(self) -> int:
-        """E; 0 where the FFN is dense."""
-        return self.copies * self.slices
-
-
-@dataclass(frozen=True)
-class MediaConfig:
-    """Learnable embeddings that stand for an image in the text stream."""
-
-    tokens: int  # 16 in the paper
-    placeholder: str  # a spare token of the vocabulary, repeated `tokens` times
 
 
 @dataclass(frozen=True)
@@ -207,7 +102,7 @@ class InitConfig:
 
     vision: str
     llm: str
-    centre_norms: bool  # the cross-attention's norms from the first batch (models/norm_init.py); False: scale 1, bias 0
+    centre_norms: bool  # the cross-attention's norms, where it has any, from the first batch (models/norm_init.py); False: scale 1, bias 0
 
 
 @dataclass(frozen=True)
@@ -220,6 +115,7 @@ class EVLMConfig:
     xattn: XAttnConfig
     moe: MoEConfig
     media: MediaConfig
+    bridge: BridgeConfig
     data: DataConfig
     clean: CleanConfig
     optim: OptimConfig
@@ -233,18 +129,41 @@ class EVLMConfig:
     @property
     def cross_layers(self) -> tuple[int, ...]:
         """LLM layers that have a cross-attention block in front of them."""
-        return tuple(range(0, self.llm.layers, self.xattn.every))
+        return tuple(range(0, self.llm.layers, self.xattn.every)) if self.xattn.every else ()
 
     @property
     def tap_of_cross_layer(self) -> tuple[int, ...]:
-        """Index into `vit.taps` for each cross-attention block."""
-        n, g = len(self.cross_layers), len(self.vit.taps)
+        """Which of the feature sequences each cross-attention block looks at: an index into `vit.taps`, or 0 where the bridge makes one."""
+        n, g = len(self.cross_layers), len(self.vit.taps) if self.bridge.kind == "routed" else 1
         return tuple(i * g // n if self.xattn.schedule == "blocked" else i % g for i in range(n))
+
+    @property
+    def view_tokens(self) -> int:
+        """S', the keys of one image in cross-attention."""
+        return self.bridge.latents if self.bridge.kind == "flamingo" else self.vit.tokens
+
+    @property
+    def tile(self) -> int:
+        """Tokens of a tile of cross-attention; 0 where there is none."""
+        return self.xattn.tile if self.cross_layers else 0
+
+    @property
+    def sees(self) -> bool:
+        """Whether anything of an image reaches the language model."""
+        return bool(self.cross_layers) or self.bridge.kind == "llava"
+
+    @property
+    def baseline(self) -> str:
+        """In words, what makes this another model than EVLM; empty for EVLM itself."""
+        if self.bridge.kind != "routed":
+            return f"bridge.kind = {self.bridge.kind}"
+        return "" if self.cross_layers else "xattn.every = 0, no cross-attention"
 
 
 def check(cfg: EVLMConfig) -> None:
     """Relations between fields. Raises ValueError naming the field and the mend."""
-    vit, llm, xattn, moe, data, train = cfg.vit, cfg.llm, cfg.xattn, cfg.moe, cfg.data, cfg.train
+    vit, llm, xattn, moe, bridge, data, train = cfg.vit, cfg.llm, cfg.xattn, cfg.moe, cfg.bridge, cfg.data, cfg.train
+    patches, kind = vit.grid**2, bridge.kind
     rules = [
         (vit.image_size % vit.patch == 0, "vit.image_size", f"must be a multiple of vit.patch = {vit.patch}"),
         (vit.pretrained_size % vit.patch == 0, "vit.pretrained_size", f"must be a multiple of vit.patch = {vit.patch}"),
@@ -256,7 +175,10 @@ def check(cfg: EVLMConfig) -> None:
         (llm.heads % llm.kv_heads == 0, "llm.kv_heads", f"must divide llm.heads = {llm.heads}"),
         (llm.dynamic_ntk >= 0, "llm.dynamic_ntk", "must be the trained context in tokens, or 0 for never"),
         (llm.logn == 0 or llm.logn >= 2, "llm.logn", "must be the trained context in tokens, at least 2, or 0 for never"),
-        (1 <= xattn.every <= llm.layers, "xattn.every", f"must lie in 1..llm.layers = {llm.layers}"),
+        (0 <= xattn.every <= llm.layers, "xattn.every", f"must lie in 1..llm.layers = {llm.layers}, or be 0 for no cross-attention"),
+        (xattn.every == 0 or kind != "llava", "xattn.every", "must be 0 where bridge.kind is llava, whose images stand in the text"),
+        (xattn.every > 0 or kind in ("routed", "llava"), "xattn.every", f"must be positive: bridge.kind {kind} feeds cross-attention"),
+        (xattn.every > 0 or not moe.copies, "moe.copies", "must be 0 where xattn.every is 0: experts stand in cross-attention"),
         (xattn.sinks >= 0, "xattn.sinks", "must not be negative"),
         (xattn.tile >= 1, "xattn.tile", "must be positive"),
         (moe.copies >= 0, "moe.copies", "must not be negative"),
@@ -265,6 +187,8 @@ def check(cfg: EVLMConfig) -> None:
         (min(moe.capacity, moe.balance, moe.z) >= 0, "moe.capacity, moe.balance, moe.z", "must not be negative"),
         (moe.tile >= 1, "moe.tile", "must be positive"),
         (cfg.media.tokens >= 1, "media.tokens", "must be positive"),
+        (kind != "llava" or cfg.media.tokens == patches, "media.tokens", f"must be {patches}, one a patch, where bridge.kind is llava"),
+        (min(astuple(bridge)[1:]) >= 1, "bridge.latents, depth, heads, head_dim, ffn", "must be positive"),
         (len(data.sources) == len(data.weights), "data.weights", "needs one weight for each of data.sources"),
         (len(data.tasks) in (0, len(data.sources)), "data.tasks", "needs one name for each of data.sources, or none at all"),
         (0 <= data.most_drops <= 1, "data.most_drops", "must be a share, from 0 to 1"),

@@ -19,10 +19,11 @@ from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
 
 FROZEN_VIT, TRAINED_VIT = "vision tower, frozen", "vision tower, trained"
+BRIDGE = "bridge of a baseline"
 KEYS, CROSS, CROSS_SCORES = "keys and values of images", "cross-attention projections", "cross-attention scores"
 FFN, ROUTER, ROUTED, WORLD = "cross-attention FFN", "router", "routed experts", "world expert"
 LLM, LLM_SCORES, HEAD = "language model, linear", "language model, scores", "head"
-PARTS = (FROZEN_VIT, TRAINED_VIT, KEYS, CROSS, CROSS_SCORES, FFN, ROUTER, ROUTED, WORLD, LLM, LLM_SCORES, HEAD)
+PARTS = (FROZEN_VIT, TRAINED_VIT, BRIDGE, KEYS, CROSS, CROSS_SCORES, FFN, ROUTER, ROUTED, WORLD, LLM, LLM_SCORES, HEAD)
 
 
 class Work(NamedTuple):
@@ -87,8 +88,11 @@ def real_tokens(batch: Batch) -> np.ndarray:
 
 def seen_images(batch: Batch) -> int:
     """Image slots that some token sees."""
-    padding = batch.pair_tile.shape[1]
-    return sum(len(np.unique(row[tile < padding])) for row, tile in zip(batch.pair_image, batch.pair_tile, strict=True))
+    rows, length = batch.tokens.shape
+    edges, row = np.zeros((rows, batch.visible_stop.max(initial=0) + 1), np.int64), np.arange(rows).repeat(length)
+    np.add.at(edges, (row, batch.visible_start.ravel()), 1)
+    np.add.at(edges, (row, batch.visible_stop.ravel()), -1)
+    return int((edges.cumsum(1) > 0).sum())
 
 
 def needed(cfg: EVLMConfig, trained: Collection[str], work: Work) -> dict[str, Cost]:
@@ -109,10 +113,15 @@ def needed(cfg: EVLMConfig, trained: Collection[str], work: Work) -> dict[str, C
 
     reached = []  # for each tap, whether its gradient is needed
     passes = any(name.startswith(("vit/cls", "vit/registers", "vit/pos")) for name in trained)
-    for number, stage in enumerate(_vision(cfg, work)):
+    for number, stage in enumerate(_vision(cfg, work) if cfg.sees else ()):
         passes = any([count(product, passes) for product in stage])
         reached += [passes] if number in [STAGES * block for block in cfg.vit.taps] else []
-    passes = any(name.startswith(("media/", "llm/embed")) for name in trained)
+    if cfg.bridge.kind != "routed":
+        passes = "bridge/latents" in trained
+        for stage in _bridge(cfg, work):
+            passes = any([count(product, passes if tap is None else reached[tap]) for product, tap in stage])
+        reached = [passes]
+    passes = any(name.startswith(("media/", "llm/embed")) for name in trained) or cfg.bridge.kind == "llava" and passes
     for stage in _text(cfg, work):
         below = lambda product, passes=passes: reached[_tap(cfg, product.name)] if product.part == KEYS else passes
         passes = any([count(product, below(product)) for product in stage])
@@ -148,12 +157,31 @@ def _vision(cfg: EVLMConfig, work: Work) -> Iterator[Stage]:
         yield (one(f"{name}/mlp/fc2", vit.width * vit.mlp),)
 
 
+def _bridge(cfg: EVLMConfig, work: Work) -> Iterator[tuple[tuple[Product, int | None], ...]]:
+    """From the taps to what the language model sees: products, and the tap that one reads; None where it reads the stage before."""
+    vit, b, v = cfg.vit, cfg.bridge, cfg.vit.width
+    one = lambda name, size, tokens, tap=None: (Product(BRIDGE, name and f"bridge/{name}", 2.0 * work.images * tokens * size), tap)
+    if b.kind == "fused":
+        yield tuple(one("proj", v * v, vit.tokens, tap) for tap in range(len(vit.taps)))
+    elif b.kind == "llava":
+        yield (one("fc1", v * cfg.llm.hidden, vit.grid**2, -1),)
+        yield (one("fc2", cfg.llm.hidden**2, vit.grid**2),)
+    else:
+        inner = b.heads * b.head_dim
+        for name in (f"layers/{i}" for i in range(b.depth)):
+            pictures = (one(f"{name}/{p}", v * inner, vit.tokens, -1) for p in "kv")
+            yield (*pictures, *(one(f"{name}/{p}", v * inner, b.latents) for p in "qkv"))
+            yield (one("", 2 * inner * (vit.tokens + b.latents), b.latents),)
+            yield (one(f"{name}/o", v * inner, b.latents),)
+            yield from ((one(f"{name}/ffn/{fc}", v * v * b.ffn, b.latents),) for fc in ("fc1", "fc2"))
+
+
 def _text(cfg: EVLMConfig, work: Work) -> Iterator[Stage]:
     """From the embeddings to the logits."""
-    llm, d, every = cfg.llm, cfg.llm.hidden, cfg.xattn.every
+    llm, d = cfg.llm, cfg.llm.hidden
     one = lambda part, name, size, rows=work.tokens: Product(part, name, 2.0 * rows * size)
     for layer in range(llm.layers):
-        if layer % every == 0:
+        if layer in cfg.cross_layers:
             yield from _cross(cfg, work, layer)
         name = f"llm/layers/{layer}"
         sizes = {"q": llm.heads, "k": llm.kv_heads, "v": llm.kv_heads}
@@ -167,7 +195,7 @@ def _text(cfg: EVLMConfig, work: Work) -> Iterator[Stage]:
 
 def _cross(cfg: EVLMConfig, work: Work, layer: int) -> Iterator[Stage]:
     """The cross-attention block in front of an LLM layer."""
-    x, moe, d, s = cfg.xattn, cfg.moe, cfg.llm.hidden, cfg.vit.tokens
+    x, moe, d, s = cfg.xattn, cfg.moe, cfg.llm.hidden, cfg.view_tokens
     name, width = f"xattn/{layer}", cfg.xattn.heads * cfg.xattn.head_dim
     one = lambda part, leaf, size, rows=work.tokens: Product(part, leaf and f"{name}/{leaf}", 2.0 * rows * size)
     keys = (one(KEYS, leaf, cfg.vit.width * width, work.images * s) for leaf in "kv")

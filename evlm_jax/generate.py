@@ -102,7 +102,7 @@ class Generator:
     def _answer(self, prompts: list[text.Document], streams: list["Stream"], random: jax.Array, how: Sampling, most: int) -> None:
         """One batch, into its streams."""
         refs = list(dict.fromkeys(ref for document in prompts for ref in document.refs))
-        prompt = collate(prompts, refs, self.cfg.xattn.tile)
+        prompt = collate(prompts, refs, self.cfg.tile)
         slots = _bucket(max(len(document.tokens) for document in prompts) + most, prompt.tokens.shape[1])
         random = random[np.minimum(np.arange(len(prompt.length)), len(prompts) - 1)]
         sizes = {"slots": slots, "images": _bucket(prompt.visible.max())}
@@ -118,8 +118,10 @@ class Generator:
             state, out = self._decode(self.weights, state, how, jnp.int32(limit))
             new = np.asarray(out)[:, :limit]
 
-    def _taps(self, refs: list[ImageRef]) -> jax.Array:
-        """[n, G, S, V], n a bucket; zeros behind the last one."""
+    def _taps(self, refs: list[ImageRef]) -> jax.Array | None:
+        """[n, G, S, V], n a bucket; zeros behind the last one. None where the model sees no image."""
+        if not self.cfg.sees:
+            return None
         vit = self.cfg.vit
         taps = np.zeros((_bucket(len(refs)), len(vit.taps), vit.tokens, vit.width), np.float32)
         if refs:
@@ -128,7 +130,7 @@ class Generator:
 
 
 def collate(prompts: Sequence[text.Document], refs: Sequence[ImageRef], tile: int) -> Prompt:
-    """Prompts as padded arrays, every size a power of two. `refs`: all images, as they will stand in `taps`."""
+    """Prompts as padded arrays, every size a power of two. `refs`: all images, as they will stand in `taps`; `tile` 0: without a plan."""
     rows, length = _bucket(len(prompts)), _bucket(max(len(d.tokens) for d in prompts), SMALLEST)
     images, pairs = _bucket(max(len(d.refs) for d in prompts)), _bucket(max(d.pairs for d in prompts))
     number = {ref: i for i, ref in enumerate(refs)}
@@ -142,9 +144,11 @@ def collate(prompts: Sequence[text.Document], refs: Sequence[ImageRef], tile: in
             array[row, : lengths[row]] = getattr(document, name)
         start[row], count[row] = document.visible_start[-1], document.visible_stop[-1] - document.visible_start[-1]
         image_number[row, : len(document.refs)] = [number[ref] for ref in document.refs]
-    plans = [plan(a, b, tile, pairs) for a, b in zip(arrays["visible_start"], arrays["visible_stop"])]
-    grouped = Plan(*(np.stack([p[name] for p in plans]) for name in Plan._fields))
-    return Prompt(arrays["tokens"], arrays["media_slot"], lengths, grouped, image_number, start, count)
+    grouped = None
+    if tile:
+        plans = [plan(a, b, tile, pairs) for a, b in zip(arrays["visible_start"], arrays["visible_stop"])]
+        grouped = Plan(*(np.stack([p[name] for p in plans]) for name in Plan._fields))
+    return Prompt(arrays["tokens"], arrays["media_slot"], lengths, arrays["visible_start"], grouped, image_number, start, count)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from flax import nnx
 
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models.vit import stack_bounds
+from evlm_jax.models.xattn import Block
 
 
 def canonical(cfg: EVLMConfig, path: tuple) -> tuple[str, ...]:
@@ -22,13 +23,24 @@ def canonical(cfg: EVLMConfig, path: tuple) -> tuple[str, ...]:
             return tuple(f"llm/layers/{i}/{_tail(rest)}" for i in range(cfg.llm.layers))
         case ("xattn", *rest):
             return tuple(f"xattn/{i}/{_tail(rest)}" for i in cfg.cross_layers)
+        case ("bridge", "layers" | "norms" as stack, *rest):
+            count = cfg.bridge.depth if stack == "layers" else len(cfg.vit.taps)
+            return tuple(f"bridge/{stack}/{i}/{_tail(rest)}" for i in range(count))
         case rest:
             return (_tail(rest),)
 
 
 def is_stacked(path: tuple) -> bool:
     """Whether the leaf at `path` has a leading layer axis."""
-    return path[0] == "xattn" or tuple(map(str, path[:2])) in (("vit", "stacks"), ("llm", "layers"))
+    stacks = ("vit", "stacks"), ("llm", "layers"), ("bridge", "layers"), ("bridge", "norms")
+    return path[0] == "xattn" or tuple(map(str, path[:2])) in stacks
+
+
+def absent(cfg: EVLMConfig) -> tuple[str, ...]:
+    """Names that EVLM has and `cfg` has not: its first block of cross-attention, and the media embeddings."""
+    block = () if cfg.cross_layers else nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: Block(cfg, nnx.Rngs(0)))))
+    media = ("media/embedding",) if cfg.bridge.kind == "llava" else ()
+    return (*(f"xattn/0/{_tail(map(str, path))}" for path, _ in block), *media)
 
 
 def flatten(cfg: EVLMConfig, state: nnx.State) -> dict[str, jax.Array]:

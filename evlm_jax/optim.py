@@ -23,19 +23,22 @@ Path = tuple[str | int, ...]  # of a leaf in the model's State
 Groups = dict[int, optax.ScaleByAdamState]  # by the phase in which the group became trainable
 
 
-def resolve(rules: tuple[Rule, ...], parameters: Iterable[str]) -> dict[str, float | None]:
+def resolve(rules: tuple[Rule, ...], parameters: Iterable[str], absent: Iterable[str] = ()) -> dict[str, float | None]:
     """{canonical name: multiplier of the schedule, None where frozen}; the first rule that matches decides.
 
+    Args:
+      absent: parameters that a baseline lacks beside EVLM; a rule that decides one of them is no mistake.
     Raises:
       ValueError: names that no rule matches; rules that decide no name.
     """
     out, decided = {}, set()
+    decides = lambda name: next((i for i, rule in enumerate(rules) if re.search(rule.pattern, name)), None)
     for name in parameters:
-        number = next((i for i, rule in enumerate(rules) if re.search(rule.pattern, name)), None)
-        if number is None:
+        if (number := decides(name)) is None:
             raise ValueError(f"optim.phases: no rule matches {name}; add a rule, lr=None freezes it")
         out[name] = rules[number].lr
         decided.add(number)
+    decided |= set(map(decides, absent))
     if idle := [repr(rule.pattern) for i, rule in enumerate(rules) if i not in decided]:
         raise ValueError(f"optim.phases: no parameter is decided by {', '.join(idle)}; the first match wins: move it up or remove it")
     return out
@@ -85,7 +88,7 @@ def plan(cfg: EVLMConfig, phase: int, params: nnx.State) -> Plan:
 
 def _by_path(cfg: EVLMConfig, phase: int, paths: list[Path]) -> dict[Path, float | None]:
     """{path: multiplier or None} under the rules of `phase`; every layer of a stack must have the same."""
-    rates = resolve(cfg.optim.phases[phase].rules, [name for path in paths for name in names.canonical(cfg, path)])
+    rates = resolve(cfg.optim.phases[phase].rules, [name for path in paths for name in names.canonical(cfg, path)], names.absent(cfg))
     for path in paths:
         for before, name in itertools.pairwise(names.canonical(cfg, path)):
             if rates[before] != rates[name]:

@@ -11,8 +11,8 @@
     vqa                [{image, questions: [{question, answer, prediction, correct}]}]
     caption_scores     {count, exact_match, rouge_l, cider}
     emoji, photos      [{image, answer, prediction, correct}]
-    attention          [{image, words: [{word, grid, predicted}]}]   grid: [g][g] weights over the patches
-    gates              {layers, attn, ffn}                           tanh of the gates
+    attention          [{image, words: [{word, grid, predicted}]}]   grid: [g][g] weights over the patches; empty where it has none
+    gates              {layers, attn, ffn}                           tanh of the gates; None where there is no cross-attention
     experts            {layers, load: {kind of token: shares [X, E]}, entropy: [X], dropped}    None where the run is dense
     provenance         as evals/results.py makes it
 
@@ -53,7 +53,7 @@ def render(results: dict, out: Path | str) -> Path:
         results,
         attention=[strip(row) for row in results["attention"]],
         loss_svg=Markup(viz.loss_curves(results["losses"])),
-        gate_svg=Markup(viz.gate_bars(**results["gates"])),
+        gate_svg=results["gates"] and Markup(viz.gate_bars(**results["gates"])),
         load_svg=results["experts"] and Markup(viz.load_maps(results["experts"]["layers"], results["experts"]["load"])),
         largest_load=results["experts"] and np.max([*results["experts"]["load"].values()]),
         provenance_json=json.dumps(results["provenance"], ensure_ascii=False, indent=1),
@@ -75,7 +75,7 @@ def training_sections(metrics: Path | str, cfg: EVLMConfig) -> dict:
         points = [(line["step"], line[key]) for line in lines if (key := f"loss/{source}") in line]
         losses[source] = {"step": [step for step, _ in points], "loss": [loss for _, loss in points]}
     gate = lambda kind: [lines[-1][f"xattn/{layer}/{kind}_gate"] for layer in cfg.cross_layers]
-    gates = {"layers": list(cfg.cross_layers), "attn": gate("attn"), "ffn": gate("ffn")}
+    gates = {"layers": list(cfg.cross_layers), "attn": gate("attn"), "ffn": gate("ffn")} if cfg.cross_layers else None
     return {"losses": losses, "gates": gates, "experts": experts_section(lines[-1], cfg)}
 
 
@@ -111,7 +111,12 @@ def caption_section(examples: Sequence[dict], paths: dict[str, str], pictures: i
 
 
 def attention_section(model: EVLM, tokenizer, samples: Sequence[Sample], features: FeatureStore | None = None) -> list[dict]:
-    """The picture as the model sees it and the attention of every word; each sample has one dialog of a question and an answer."""
+    """The picture as the model sees it and the attention of every word; each sample has one dialog of a question and an answer.
+
+    Empty, and the page says so, where no cross-attention looks at patches.
+    """
+    if not viz.looks_at_patches(model.cfg):
+        return []
     rows = []
     for sample in samples:
         seen = Image.fromarray(load(sample.refs[0], PICTURE, model.cfg.data.resize))

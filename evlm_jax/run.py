@@ -41,9 +41,14 @@ def feature_store(cfg: EVLMConfig, params: dict[str, np.ndarray]) -> FeatureStor
 def next_stage(cfg: EVLMConfig, init: str) -> tuple[dict[str, np.ndarray], frozenset[str]]:
     """All parameters of an earlier stage's run, positions resampled for `cfg`'s image size, and the names of those it trained.
 
-    Raises ValueError where the run is dense and `cfg` has experts.
+    Raises ValueError where the run is dense and `cfg` has experts, or is of another kind of model.
     """
     params, before = checkpoint.load_params(init)
+    if before.baseline != cfg.baseline:
+        kinds = [kind or "no such change" for kind in (before.baseline, cfg.baseline)]
+        raise ValueError(
+            f"{init} has {kinds[0]}, the config {kinds[1]}: start a baseline from init.vision and init.llm, or from its own kind"
+        )
     if cfg.moe.copies and not before.moe.copies:
         raise ValueError(f"{init} is dense and the config has moe.copies = {cfg.moe.copies}: make experts of its FFNs with `evlm upcycle`")
     params["vit/pos"] = resize_positions(params["vit/pos"], before.vit.grid, cfg.vit.grid, cfg.vit.interpolation)

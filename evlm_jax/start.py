@@ -9,13 +9,13 @@ from flax import nnx
 from evlm_jax import names, optim
 from evlm_jax.checkpoint import Arrays, Snapshot
 from evlm_jax.config import EVLMConfig
-from evlm_jax.models.fresh import cross_attention, media_embedding
+from evlm_jax.models.fresh import NEW, media_embedding
 
 Place = Callable[[Any], Any]  # a tree of parameters or moments, or of their shapes -> a tree of their shardings
 
 
 def fresh(cfg: EVLMConfig, shapes: nnx.State, place: Place, params: Arrays, keep: frozenset[str]) -> nnx.State:
-    """The whole model before its first step: `params`, and new cross-attention and media embeddings where they have none.
+    """The whole model before its first step: `params`, and new cross-attention, bridge and media embeddings where they have none.
 
     Args:
       shapes: of the whole model.
@@ -24,13 +24,16 @@ def fresh(cfg: EVLMConfig, shapes: nnx.State, place: Place, params: Arrays, keep
       ValueError: listing missing, unexpected and wrongly shaped parameters.
     """
     values = {name: array if name in keep else array.astype(cfg.train.frozen_dtype) for name, array in params.items()}
-    if "media/embedding" not in params and "llm/embed" in params:
+    parts = {path[0] for path, _ in nnx.to_flat_state(shapes)}
+    if "media" in parts and "media/embedding" not in params and "llm/embed" in params:
         values["media/embedding"] = media_embedding(cfg, params["llm/embed"])
-    if any(name.startswith("xattn/") for name in params):
-        return put(names.unflatten(cfg, values, shapes), place)
-    rest = names.unflatten(cfg, values, nnx.filter_state(shapes, lambda path, _: path[0] != "xattn"))
-    new = lambda: nnx.from_flat_state([(("xattn", *path), leaf) for path, leaf in nnx.to_flat_state(nnx.state(cross_attention(cfg)))])
-    return nnx.merge_state(put(rest, place), jax.jit(new, out_shardings=place(jax.eval_shape(new)))())
+    missing = [part for part in NEW if part in parts and not any(name.startswith(f"{part}/") for name in params)]
+    rest = put(names.unflatten(cfg, values, nnx.filter_state(shapes, lambda path, _: path[0] not in missing)), place)
+    if not missing:
+        return rest
+    begin = lambda part: [((part, *path), leaf) for path, leaf in nnx.to_flat_state(nnx.state(NEW[part](cfg)))]
+    new = lambda: nnx.from_flat_state([leaf for part in missing for leaf in begin(part)])
+    return nnx.merge_state(rest, jax.jit(new, out_shardings=place(jax.eval_shape(new)))())
 
 
 def restored(cfg: EVLMConfig, shapes: nnx.State, place: Place, plan: optim.Plan, snapshot: Snapshot) -> tuple[nnx.State, optim.Groups]:

@@ -64,10 +64,12 @@ def look(where: str) -> Side:
 
     Raises:
       FileNotFoundError: neither a checkpoint of ours nor a Hugging Face directory.
-      ValueError: a model that has no logits, or an architecture that is not EVLM's.
+      ValueError: a model that has no logits, or an architecture that is not EVLM's; a baseline.
     """
     if checkpoint.steps(where):
         cfg = checkpoint.open_params(where)[1]
+        if cfg.baseline:
+            raise ValueError(f"{where} is a baseline ({cfg.baseline}): compared are EVLM and language models")
         tokenizer = load_tokenizer(cfg.init.llm)
         sections = {name: asdict(getattr(cfg, name)) for name in ("vit", "llm", "xattn", "moe", "media")}
         sections["media"]["image_token_id"] = tokenizer.id(cfg.media.placeholder)

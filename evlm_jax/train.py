@@ -238,7 +238,7 @@ def _start(
         trained = trained | set(snapshot.meta["trained"])
         return Start(snapshot.meta["step"], phase, *restored(cfg, phase.shapes, phase.place, phase.plan, snapshot), trained)
     whole = fresh(cfg, phase.shapes, phase.place, params, trained | phase.trained)
-    if cfg.init.centre_norms and not any(name.startswith("xattn/") for name in trained):
+    if cfg.init.centre_norms and cfg.cross_layers and not any(name.startswith("xattn/") for name in trained):
         whole = layout.jit(centre_norms)(nnx.merge(phase.graphdef, whole), load(_peek(data)))
     return Start(0, phase, whole, {}, trained)
 

@@ -136,7 +136,7 @@ def upcycle_run(source: str, cfg: EVLMConfig, out: str) -> None:
     """
     check(cfg.moe)
     tensors, before = checkpoint.open_params(source)
-    if wrong := [name for name in ("llm", "xattn", "media") if getattr(cfg, name) != getattr(before, name)]:
+    if wrong := [name for name in ("llm", "xattn", "media", "bridge") if getattr(cfg, name) != getattr(before, name)]:
         raise ValueError(f"upcycle: sections {', '.join(wrong)} of the config are not those of {source}; give the config of its next stage")
     after, plan = replace(before, moe=cfg.moe), {"source": checkpoint.identity(source, None), "moe": asdict(cfg.moe)}
     made = upcycle(tensors, after, tqdm.write)

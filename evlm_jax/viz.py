@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from evlm_jax.batch import Batch
+from evlm_jax.config import EVLMConfig
 from evlm_jax.data.features import FeatureStore
 from evlm_jax.data.pipeline import rows_in_order
 from evlm_jax.data.samples import MARKER, Sample
@@ -36,19 +37,24 @@ def attention_maps(model: EVLM, batch: Batch, row: int, positions: Sequence[int]
     X cross-attention layers, N heads, I image slots of the row, S visual tokens (prefix tokens first, then patches row by
     row). Weights over all images sum to 1 less the share of the zero sink; images that a position does not see have 0.
     A word that is read is looked up at its own position, a word that is predicted at the position before it.
+
+    Raises:
+      ValueError: no cross-attention looks at the visual tokens (`looks_at_patches`).
     """
+    if not looks_at_patches(model.cfg):
+        raise ValueError(f"attention over the patches of a picture cannot be shown: the model has {model.cfg.baseline}")
     one = jax.tree.map(lambda a: jnp.asarray(a)[row : row + 1], batch)
     return np.asarray(trace(model, one, jnp.asarray(positions))[1])
 
 
 @jax.jit
 def trace(model: EVLM, batch: Batch, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`model.hidden` of one row with dense cross-attention: ([1, T, D], weights [X, N, len(positions), I, S] of `positions`)."""
+    """`model.hidden` of one row with dense cross-attention: ([1, T, D], weights [X, N, len(positions), I, S'] of `positions`)."""
     cfg = model.cfg
     every, sinks, tap_of = cfg.xattn.every, cfg.xattn.sinks, jnp.array(cfg.tap_of_cross_layer)
-    taps = model.encode(batch.pixels) if batch.taps is None else batch.taps.astype(model.dtype)
+    views = model.views(batch)
     rope, mask = rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta), text_mask(batch.seen_until)
-    slot = jnp.arange(taps.shape[1])
+    slot = jnp.arange(views.shape[2])
     visible = (batch.visible_start[0, :, None] <= slot) & (slot < batch.visible_stop[0, :, None])  # [T, I]
 
     def dense(q, k):
@@ -64,7 +70,7 @@ def trace(model: EVLM, batch: Batch, positions: jax.Array) -> tuple[jax.Array, j
         """One decoder layer; its cross-attention block comes first where the layer has one."""
         layer, block = inputs
         cross = jax.tree.map(lambda a: a[layer // every], model.xattn)
-        (k, v), seen = cross.keys_values(taps[:, :, tap_of[layer // every]]), []
+        (k, v), seen = cross.keys_values(views[tap_of[layer // every]]), []
 
         def attend(q):
             seen.append(dense(q, k))
@@ -76,6 +82,11 @@ def trace(model: EVLM, batch: Batch, positions: jax.Array) -> tuple[jax.Array, j
     x = model.embed(batch.tokens, batch.media_slot)
     x, weights = jax.lax.scan(step, x, (jnp.arange(cfg.llm.layers), model.llm.layers))
     return model.llm.ln_f(x), weights[jnp.array(cfg.cross_layers)]
+
+
+def looks_at_patches(cfg: EVLMConfig) -> bool:
+    """Whether keys of cross-attention are the picture's tokens, so that attention can be drawn over it."""
+    return bool(cfg.cross_layers) and cfg.bridge.kind != "flamingo"
 
 
 def word_maps(model: EVLM, tokenizer, sample: Sample, features: FeatureStore | None = None) -> list[dict]:

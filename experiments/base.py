@@ -82,8 +82,8 @@ def clean() -> dict:
 
 
 def rules(vit_depth: int, vit_from: int | None = None) -> tuple[dict, ...]:
-    """Trains cross-attention, media embeddings and the ViT's blocks from the 0-based number `vit_from` on; all else is frozen."""
-    trained = [r"^(xattn|media)/"]
+    """Trains cross-attention, media embeddings, a baseline's bridge, and the ViT's blocks from the 0-based number `vit_from` on."""
+    trained = [r"^(xattn|media|bridge)/"]
     if vit_from is not None:
         trained.append(rf"^vit/blocks/({'|'.join(map(str, range(vit_from, vit_depth)))})/")
     return tuple(dict(pattern=p, lr=1.0) for p in trained) + tuple(dict(pattern=p, lr=None) for p in (r"^vit/", r"^llm/"))
@@ -127,6 +127,7 @@ def get_config() -> ConfigDict:
                 upcycle="preserve",
             ),
             media=dict(tokens=16, placeholder="<|extra_0|>"),
+            bridge=dict(kind="routed", latents=64, depth=6, heads=8, head_dim=64, ffn=4),
             data=dict(
                 sources=(),
                 weights=(),

@@ -89,7 +89,7 @@ def get_config(form: str = "") -> ConfigDict:
                 rules=(
                     dict(pattern=r"gate$", lr=15.0),
                     dict(pattern=r"^xattn/\d+/o/", lr=3.0),
-                    dict(pattern=r"^(xattn|media)/", lr=1.0),
+                    dict(pattern=r"^(xattn|media|bridge)/", lr=1.0),
                     dict(pattern=r"^(vit|llm)/", lr=None),
                 ),
             ),

@@ -102,7 +102,7 @@ def answer_logits(model: EVLM, prompts: Sequence[np.ndarray], answers: np.ndarra
     tokens = np.stack([np.pad(prompt, (0, length - len(prompt))) for prompt in prompts])
     none = np.zeros((rows, length), np.int32)
     grouped = Plan(*(np.stack([array] * rows) for array in plan(none[0], none[0], cfg.xattn.tile, 1).values()))
-    prompt = decoding.Prompt(tokens, none - 1, np.array([*map(len, prompts)]), grouped, none[:, :1], none[:, 0], none[:, 0])
+    prompt = decoding.Prompt(tokens, none - 1, np.array([*map(len, prompts)]), none, grouped, none[:, :1], none[:, 0], none[:, 0])
     taps, random = np.zeros((1, len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width)), jax.random.split(jax.random.key(0), rows)
     read_prompts = jax.jit(partial(decoding.read_prompts, cfg), static_argnames=("slots", "images"))
     read_tokens = jax.jit(partial(decoding.read_tokens, cfg))

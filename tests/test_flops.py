@@ -12,15 +12,15 @@ from jax.interpreters import partial_eval
 from evlm_jax import flops
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.engine import parameter_shapes
-from tests.tiny import tiny_batch, tiny_config
+from tests.tiny import BASELINES, tiny_batch, tiny_config
 
 ROWS = 3
 
 
 def config(**sections) -> EVLMConfig:
     """Every image is seen by T / I tokens."""
-    llm = {"layers": 2, "tied": False}
-    return tiny_config(llm=llm, vit={"taps": (1, 3)}, data={"length": 48, "images": 4, "targets": 48}, **sections)
+    sections = {"data": {"length": 48, "images": 4, "targets": 48}, "vit": {"taps": (1, 3)}, "llm": {"layers": 2, "tied": False}} | sections
+    return tiny_config(**sections)
 
 
 def program(cfg: EVLMConfig, p: dict, pixels: jax.Array, chosen: jax.Array) -> jax.Array:
@@ -160,3 +160,51 @@ def test_work_of_a_batch_leaves_padding_out():
     want = flops.Work(real.sum(), sees.sum(-1)[real].sum(), len(slots), len(slots), sum(map(len, visible)), (batch.targets >= 0).sum())
     assert flops.Work.of(batch) == want
     assert flops.Work.of(batch._replace(pixels=None)) == want._replace(encoded=0)
+
+
+def bridge_program(cfg: EVLMConfig, p: dict, tap: list[jax.Array]) -> jax.Array:
+    """A number that depends on every product of a bridge: `tap` [images, S, V] of each."""
+    b, v = cfg.bridge, cfg.vit.width
+    norm = lambda x, scale=1.0: scale * x / jnp.sqrt(1e-6 + jnp.square(x).mean(-1, keepdims=True))
+    with jax.named_scope(flops.BRIDGE):
+        if b.kind == "fused":
+            kernels = jnp.split(p["bridge/proj/kernel"], len(tap))
+            return jnp.sin(sum(norm(x) @ kernel for x, kernel in zip(tap, kernels))).sum()
+        if b.kind == "llava":
+            patches = tap[-1][:, cfg.vit.prefix_tokens :]
+            return jnp.sin(jnp.tanh(patches @ p["bridge/fc1/kernel"]) @ p["bridge/fc2/kernel"]).sum()
+        x = jnp.tile(p["bridge/latents"], (len(tap[-1]), 1, 1))
+        for i in range(b.depth):
+            kernel = lambda name, i=i: p[f"bridge/layers/{i}/{name}/kernel"]
+            split = lambda y: y.reshape(*y.shape[:2], b.heads, b.head_dim)
+            q = split(norm(x) @ kernel("q"))
+            k, v = (split(jnp.concatenate([norm(tap[-1]) @ kernel(c), norm(x) @ kernel(c)], 1)) for c in "kv")
+            out = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q, k)), v)
+            x = x + out.reshape(*x.shape[:2], -1) @ kernel("o")
+            x = x + jnp.tanh(norm(x) @ kernel("ffn/fc1")) @ kernel("ffn/fc2")
+        return jnp.sin(x).sum()
+
+
+@pytest.mark.parametrize("reached", [False, True])
+@pytest.mark.parametrize("kind", ["fused", "flamingo", "llava"])
+def test_needed_of_a_bridge_is_what_a_program_executes(kind, reached):
+    """`reached`: the ViT trains from behind the first tap on, so of two taps the second needs a gradient."""
+    cfg = config(**BASELINES[kind])
+    trained = {name for name in parameter_shapes(cfg) if name.startswith(("bridge/", "vit/blocks/2/" if reached else "bridge/"))}
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in parameter_shapes(cfg).items() if name.startswith("bridge/")}
+    tap = jax.ShapeDtypeStruct((ROWS * cfg.data.images, cfg.vit.tokens, cfg.vit.width), jnp.float32)
+
+    def step(train):
+        fixed = jnp.ones(tap.shape)
+        return jax.value_and_grad(lambda p, moved: bridge_program(cfg, p, [fixed, *(moved or [fixed])]), argnums=(0, 1))(*train)
+
+    jaxpr = jax.make_jaxpr(step)((shapes, [tap] if reached else []))
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+    costs = flops.needed(cfg, trained, flops.Work.full(cfg, ROWS))
+    assert costs[flops.BRIDGE].total == _products(jaxpr)[flops.BRIDGE]
+    assert costs[flops.LLM].inputs == costs[flops.LLM].forward  # what is in the text, or what the first block looks at, is trained
+
+
+def test_a_model_that_sees_nothing_needs_no_vision():
+    costs = flops.needed(config(**BASELINES["text only"]), {"media/embedding"}, flops.Work.full(config(), ROWS))
+    assert costs.keys() == {flops.LLM, flops.LLM_SCORES, flops.HEAD}

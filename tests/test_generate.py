@@ -9,14 +9,15 @@ import pytest
 from flax import nnx
 
 from evlm_jax.batch import Batch
-from evlm_jax.data.samples import Turn
+from evlm_jax.data.samples import ImageRef, Turn
 from evlm_jax.generate import Generator, Stream, collate
 from evlm_jax.models import decoding
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.ops import packed
+from evlm_jax.ops.grouped_attention import Plan
 from evlm_jax.ops.grouping import plan
 from tests.data.made import ByteTokenizer, refs
-from tests.tiny import tiny_config
+from tests.tiny import BASELINES, tiny_config
 
 
 class Letters(ByteTokenizer):
@@ -29,9 +30,10 @@ class Letters(ByteTokenizer):
 
 
 @cache
-def made(section="llm", **fields):
+def made(section="llm", baseline="", **fields):
     """(random model with open gates, generator with random taps): vocabulary 260, so that every id of the tokenizer exists."""
-    cfg = tiny_config(**{"llm": {"vocab": 260}, section: ({"vocab": 260} if section == "llm" else {}) | fields})
+    changes = BASELINES.get(baseline, {}) | {"llm": {"vocab": 260}}
+    cfg = tiny_config(**changes | {section: changes.get(section, {}) | fields})
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     random = lambda path, leaf: jnp.asarray(rng.normal("scale" in str(path), 0.15, leaf.shape), jnp.float32)
@@ -71,7 +73,7 @@ def full_forward(model, document, tokens, length=256):
     for name in ("visible_start", "visible_stop"):
         row[name][read:fed] = getattr(document, name)[-1]
     row |= {"positions": np.arange(length), "seen_until": np.full(length, length)}
-    row |= plan(row["visible_start"], row["visible_stop"], cfg.xattn.tile, 64)
+    row |= plan(row["visible_start"], row["visible_stop"], cfg.tile, 64) if cfg.tile else dict.fromkeys(Plan._fields)
     images = np.zeros((slots, len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width), np.float32)
     if document.refs:
         images[: len(document.refs)] = taps(cfg, document.refs)
@@ -85,7 +87,7 @@ def cached_logits(generator, documents, tokens):
     cfg = generator.cfg
     state_of, next_of = jax.jit(partial(decoding.read_prompts, cfg), static_argnums=(4, 5)), jax.jit(partial(decoding.read_tokens, cfg))
     refs = list(dict.fromkeys(ref for document in documents for ref in document.refs))
-    prompt = collate(documents, refs, cfg.xattn.tile)
+    prompt = collate(documents, refs, cfg.tile)
     random = jax.random.split(jax.random.key(0), len(prompt.length))
     first, state = state_of(generator.weights, prompt, generator._taps(refs), random, 256, 8)
     found = [first]
@@ -98,8 +100,13 @@ def cached_logits(generator, documents, tokens):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"section": "xattn", "every": 3, "sinks": 0, "schedule": "cyclic"}, {"qkv_bias": True, "tied": False, "kv_heads": 4}],
-    ids=["tied", "every third, no sink", "biases, own head"],
+    [
+        {},
+        {"section": "xattn", "every": 3, "sinks": 0, "schedule": "cyclic"},
+        {"qkv_bias": True, "tied": False, "kv_heads": 4},
+        *({"baseline": name} for name in BASELINES),
+    ],
+    ids=["tied", "every third, no sink", "biases, own head", *BASELINES],
 )
 def test_caches_equal_the_full_forward(changes):
     """A batch of different lengths and numbers of images, texts before images, and videos."""
@@ -110,8 +117,9 @@ def test_caches_equal_the_full_forward(changes):
     for row, document in enumerate(documents):
         wanted = full_forward(model, document, tokens[row].tolist())
         assert np.abs(found[row] - wanted).max() <= 1e-5 * np.abs(wanted).max(), row
-        without = full_forward(model, document._replace(visible_stop=document.visible_start), tokens[row].tolist())
-        assert (np.abs(found[row] - without).max() > 1e-2) == bool(document.refs)  # images count
+        other = document._replace(refs=tuple(ImageRef("9" + ref.path, ref.frame) for ref in document.refs))
+        without = full_forward(model, other, tokens[row].tolist())
+        assert (np.abs(found[row] - without).max() > 1e-2) == (bool(document.refs) and model.cfg.sees)  # images count
 
 
 def test_greedy_answers_are_the_argmax_of_the_full_forward():
@@ -196,11 +204,11 @@ def test_temperature_zero_is_the_argmax():
     assert (decoding.sample(logits, keys, jnp.float32(0), jnp.float32(0.5)) == logits.argmax(-1)).all()
 
 
-@pytest.mark.parametrize("context", [0, 16])
-def test_state_spec_is_what_prefill_makes(context):
-    _, generator = made(dynamic_ntk=context)
+@pytest.mark.parametrize("changes", [{}, {"dynamic_ntk": 16}, {"baseline": "llava"}, {"baseline": "flamingo"}])
+def test_state_spec_is_what_prefill_makes(changes):
+    _, generator = made(**changes)
     cfg, document = generator.cfg, generator.prompt(*PROMPTS[1])
-    prompt, images = collate([document] * 2, document.refs, cfg.xattn.tile), generator._taps(document.refs)
+    prompt, images = collate([document] * 2, document.refs, cfg.tile), generator._taps(document.refs)
     random = jax.random.split(jax.random.key(0), 2)
     _, state = jax.eval_shape(lambda: decoding.read_prompts(cfg, generator.weights, prompt, images, random, 64, 2))
     form = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)

@@ -12,9 +12,10 @@ from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig, from_config_dict
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.names import flatten
+from evlm_jax.ops.grouped_attention import Plan
 from evlm_jax.ops.grouping import plan
 
-CROSS_ONLY = ({"pattern": "^(xattn|media)/", "lr": 1.0}, {"pattern": "^(vit|llm)/", "lr": None})
+CROSS_ONLY = ({"pattern": "^(xattn|media|bridge)/", "lr": 1.0}, {"pattern": "^(vit|llm)/", "lr": None})
 UPPER_VIT = ({"pattern": "^vit/blocks/[23]/", "lr": 0.5}, *CROSS_ONLY)  # blocks 3 and 4 of 4, in 1-based numbers
 
 _TINY = dict(
@@ -29,6 +30,7 @@ _TINY = dict(
     xattn=dict(heads=2, head_dim=16, ffn=32, every=1, schedule="blocked", sinks=1, tile=8, eps=1e-5),
     moe=dict(copies=0, slices=2, top_k=2, gates="renormalise", capacity=0.0, balance=0.01, z=0.001, tile=8, upcycle="preserve"),
     media=dict(tokens=2, placeholder="<|media|>"),
+    bridge=dict(kind="routed", latents=3, depth=2, heads=2, head_dim=16, ffn=2),
     data=dict(
         sources=("vqa", "caption"), weights=(1.0, 1.0), tasks=(), ends="repeat", template="chatml", length=48, images=4, targets=24,
         pairs=12, dialogs=0, isolate=True, window=8, resize="squash", scaled_decoding=False, most_drops=1.0, cache_features=False, seed=0,
@@ -49,6 +51,14 @@ _TINY = dict(
     mesh=dict(data=-1, fsdp=1, expert=1, tensor=1, slices=1, zero=2, frozen="replicated", images="all"),
     init=dict(vision="", llm="", centre_norms=False),
 )  # fmt: skip
+
+
+BASELINES = {  # sections of the tiny config; its pictures have 4 patches
+    "fused": dict(bridge=dict(kind="fused")),
+    "flamingo": dict(bridge=dict(kind="flamingo"), media=dict(tokens=1)),
+    "llava": dict(bridge=dict(kind="llava"), xattn=dict(every=0), media=dict(tokens=4)),
+    "text only": dict(xattn=dict(every=0)),
+}
 
 
 def tiny_config(**overrides) -> EVLMConfig:
@@ -103,7 +113,7 @@ def _row(cfg: EVLMConfig, rng: np.random.Generator, fill: float) -> dict:
         row["target_at"][spots], row["targets"][spots] = answer - 1, row["tokens"][answer]
         row["target_source"][spots] = document % len(data.sources)
         at, image, target, document = at + size, image + images, target + len(answer), document + 1
-    row |= plan(row["visible_start"], row["visible_stop"], cfg.xattn.tile, data.pairs)
+    row |= plan(row["visible_start"], row["visible_stop"], cfg.tile, data.pairs) if cfg.tile else dict.fromkeys(Plan._fields)
     pixels = rng.integers(0, 256, (data.images, vit.image_size, vit.image_size, 3)).astype(np.uint8)
     taps = rng.standard_normal((data.images, len(vit.taps), vit.tokens, vit.width)).astype(jnp.bfloat16)
     return row | dict(pixels=None if data.cache_features else pixels, taps=taps if data.cache_features else None)

@@ -39,9 +39,12 @@ def export(source: str, out: str, form: str, step: int | None = None) -> None:
     Raises:
       FileExistsError: `out` is there already.
       FileNotFoundError: no such checkpoint.
-      ValueError: a tensor that holds NaN or infinity, or has no place in that form; nothing is left behind.
+      ValueError: a baseline in another form than "llm"; a tensor that holds NaN or infinity, or has no place in that form; nothing is
+        left behind.
     """
     tensors, cfg = checkpoint.open_params(source, step)
+    if cfg.baseline and form != "llm":
+        raise ValueError(f"{source} is a baseline ({cfg.baseline}): --format {form} knows EVLM alone; use evlm eval or evlm generate")
     with whole(out, {"source": checkpoint.identity(source, step), "form": form}) as folder:
         FORMATS[form](Path(folder), tensors, cfg)
 

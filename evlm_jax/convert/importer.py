@@ -22,9 +22,10 @@ def import_towers(cfg: EVLMConfig, out: str) -> None:
 
     Raises:
       FileExistsError: `out` is there already.
-      ValueError: a tower does not fit the config (every field, every name), a tensor holds NaN, or the vocabulary is larger than the
-        embedding; nothing is left behind.
+      ValueError: the config is of a baseline, a tower does not fit it (every field, every name), a tensor holds NaN, or the vocabulary is
+        larger than the embedding; nothing is left behind.
     """
+    _check_kind(cfg)
     check_vocabulary(cfg, cfg.init.llm)
     sources = {tower: open_source(assets.locate(where)) for tower, where in (("vit", cfg.init.vision), ("llm", cfg.init.llm))}
     towers = {tower: open_tower(cfg, source, tower) for tower, source in sources.items()}
@@ -38,12 +39,21 @@ def import_export(cfg: EVLMConfig, model: str, out: str) -> None:
 
     Raises as `import_towers`.
     """
+    _check_kind(cfg)
     model = str(Path(model).resolve())
     cfg = replace(cfg, init=replace(cfg.init, vision=model, llm=model))
     check_vocabulary(cfg, model)
     source = open_source(Path(model))
     tower = open_tower(cfg, source, "evlm")
     _write(cfg, out, {"evlm": source}, {"evlm": tower}, {}, trained=tower.tensors)
+
+
+def _check_kind(cfg: EVLMConfig) -> None:
+    """Raises ValueError for a baseline."""
+    if cfg.baseline:
+        raise ValueError(
+            f"the config is of a baseline ({cfg.baseline}), import makes EVLM alone: let evlm train read init.vision and init.llm"
+        )
 
 
 def check_vocabulary(cfg: EVLMConfig, where: str) -> None:

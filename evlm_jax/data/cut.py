@@ -84,8 +84,10 @@ def _room(pictures: Sequence[Media], cfg: EVLMConfig) -> int:
     """Tokens of text that fit a row behind these pictures."""
     data, seen = cfg.data, pictures[-1].stop - pictures[-1].start if pictures else 0
     room = min(data.length - len(pictures) * cfg.media.tokens, data.targets)
-    tiles = (data.pairs - len(pictures) * -(-cfg.media.tokens // cfg.xattn.tile)) // seen if seen else room
-    return min(room, tiles * cfg.xattn.tile) if len(pictures) <= data.images else 0
+    if seen and cfg.tile:
+        tiles = (data.pairs - len(pictures) * -(-cfg.media.tokens // cfg.tile)) // seen
+        room = min(room, tiles * cfg.tile)
+    return room if len(pictures) <= data.images else 0
 
 
 def _cost(unit: Sequence[Piece], tokenizer, cfg: EVLMConfig) -> Budget:
@@ -93,7 +95,7 @@ def _cost(unit: Sequence[Piece], tokenizer, cfg: EVLMConfig) -> Budget:
     laid, supervised = steps(unit, tokenizer, cfg.media)
     start, stop = np.array([step[2:] for step in laid], np.int32).reshape(-1, 2).T
     images = sum(isinstance(piece, Media) for piece in unit)
-    return Budget(len(laid), images, sum(supervised), pair_count(start, stop, cfg.xattn.tile))
+    return Budget(len(laid), images, sum(supervised), pair_count(start, stop, cfg.tile))
 
 
 def _split(text: str, room: int, count) -> tuple[str, str]:

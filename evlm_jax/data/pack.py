@@ -8,6 +8,7 @@ import numpy as np
 from evlm_jax.config import DataConfig, EVLMConfig
 from evlm_jax.data.samples import RowError
 from evlm_jax.data.text import Document
+from evlm_jax.ops.grouped_attention import Plan
 from evlm_jax.ops.grouping import plan
 
 MOST_DROPS = 1000  # in a row, without one document that fits: the configuration must be wrong
@@ -174,8 +175,10 @@ def assemble(rows: Sequence[Sequence[Document]], cfg: EVLMConfig) -> dict[str, n
                 fields["seen_until"][here][document.seen_until == n] = length
                 position += int(document.positions[-1]) + 1
             token, image, target = token + n, image + len(document.refs), target + m
-    plans = [plan(start, stop, cfg.xattn.tile, data.pairs) for start, stop in zip(fields["visible_start"], fields["visible_stop"])]
-    return fields | {name: np.stack([p[name] for p in plans]) for name in plans[0]}
+    if not cfg.tile:
+        return fields | dict.fromkeys(Plan._fields)
+    plans = [plan(start, stop, cfg.tile, data.pairs) for start, stop in zip(fields["visible_start"], fields["visible_stop"])]
+    return fields | {name: np.stack([p[name] for p in plans]) for name in Plan._fields}
 
 
 def fill(rows: Sequence[Sequence[Document]], data: DataConfig) -> dict[str, float]:

@@ -218,7 +218,7 @@ def lay_out(paths: Sequence[Sequence[Step]], targets: Sequence[Sequence[tuple[in
     tokens, media_slot, start, stop = np.array(nodes, np.int32).reshape(-1, 4).T.copy()
     target_at, target, dialog = np.array(found, np.int32).reshape(-1, 3).T.copy()
     ints = lambda values: np.array(values, np.int32)
-    pairs = pair_count(start, stop, cfg.xattn.tile)
+    pairs = pair_count(start, stop, cfg.tile)
     place = (tokens, ints(positions), ints(seen_until), media_slot, start, stop)
     return Document(*place, target_at, target, dialog, sample.refs, sample.key, sample.source, pairs)
 

@@ -18,6 +18,7 @@ from flax import nnx
 
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models.attention import attention
+from evlm_jax.models.bridge import write
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.layers import Linear, rope_tables
 from evlm_jax.models.long_context import rope_base, sharpen
@@ -32,9 +33,10 @@ class Weights(NamedTuple):
     """What decoding reads of a model; the layers stay stacked."""
 
     embed: jax.Array  # [vocab, D]
-    media: jax.Array  # [media tokens, D]
+    media: jax.Array | None  # [media tokens, D]; None where patches stand in their place
+    bridge: nnx.Module | None  # bridge.py, not packed: it runs once an image, as in training
     layers: nnx.Module  # llm.Block
-    crosses: nnx.Module  # xattn.Block
+    crosses: nnx.Module | None  # xattn.Block; None without cross-attention
     ln_f: nnx.Module
     head: Packed
 
@@ -44,7 +46,8 @@ class Weights(NamedTuple):
         llm = model.llm
         head = llm.embed[...].T if llm.head is None else llm.head.kernel[...]
         layers, crosses = _pack(llm.layers, dtype), _pack(model.xattn, dtype)
-        return cls(llm.embed[...].astype(dtype), model.media.embedding[...], layers, crosses, llm.ln_f, pack_head(head, dtype))
+        media = None if model.media is None else model.media.embedding[...]
+        return cls(llm.embed[...].astype(dtype), media, model.bridge, layers, crosses, llm.ln_f, pack_head(head, dtype))
 
 
 class Prompt(NamedTuple):
@@ -53,7 +56,8 @@ class Prompt(NamedTuple):
     tokens: jax.Array  # [B, T]
     media_slot: jax.Array  # [B, T]
     length: jax.Array  # [B]; 0 in a row that is padding
-    plan: Plan
+    image_slot: jax.Array  # [B, T] of what a media token stands for
+    plan: Plan | None  # None without cross-attention
     image: jax.Array  # [B, I] row of `taps` that fills each image slot
     visible_start: jax.Array  # [B] first image slot that the last token sees
     visible: jax.Array  # [B] how many it sees
@@ -70,7 +74,7 @@ class Sampling(NamedTuple):
 class DecodeState(NamedTuple):
     """All that changes while answers grow.
 
-    C: slots of the text. X: cross-attention blocks. Z: R * S keys of the images that can still be seen, then zero keys: the
+    C: slots of the text. X: cross-attention blocks. Z: R * S' keys of the images that can still be seen, then zero keys: the
     sinks, here worth being stored, or one for those who see nothing else.
     """
 
@@ -82,8 +86,8 @@ class DecodeState(NamedTuple):
     theta: jax.Array | None  # [B] float32, rotary bases by dynamic NTK; None: rope_theta
     self_keys: jax.Array  # [L, B, K, H, C]
     self_values: jax.Array  # [L, B, K, C, H]
-    cross_keys: jax.Array  # [X, B, N, H, Z]
-    cross_values: jax.Array  # [X, B, N, Z, H]
+    cross_keys: jax.Array | None  # [X, B, N, H, Z]; None without cross-attention
+    cross_values: jax.Array | None  # [X, B, N, Z, H]
 
     @classmethod
     def spec(cls, cfg: EVLMConfig, rows: int, slots: int, images: int) -> "DecodeState":
@@ -91,15 +95,17 @@ class DecodeState(NamedTuple):
         dtype, n, k, h = compute_dtype(cfg.train.dtype), cfg.xattn.heads, cfg.llm.kv_heads, cfg.llm.head_dim
         row = lambda dtype: jax.ShapeDtypeStruct((rows,), dtype)
         text, cross = (cfg.llm.layers, rows, k), (len(cfg.cross_layers), rows, n)
-        seen = images * cfg.vit.tokens + max(cfg.xattn.sinks, 1)
+        seen = images * cfg.view_tokens + max(cfg.xattn.sinks, 1)
         sizes = (*text, h, slots), (*text, slots, h), (*cross, cfg.xattn.head_dim, seen), (*cross, seen, cfg.xattn.head_dim)
-        caches = (jax.ShapeDtypeStruct(size, dtype) for size in sizes)
+        caches = [jax.ShapeDtypeStruct(size, dtype) if size[0] else None for size in sizes]
         key = jax.eval_shape(jax.random.key, 0).dtype
         theta = row(jnp.float32) if cfg.llm.dynamic_ntk else None
         return cls(row(jnp.int32), row(jnp.int32), row(jnp.bool), row(key), row(jnp.int32), theta, *caches)
 
 
-def prefill(cfg: EVLMConfig, weights: Weights, prompt: Prompt, taps: jax.Array, random: jax.Array, how: Sampling, slots: int, images: int):
+def prefill(
+    cfg: EVLMConfig, weights: Weights, prompt: Prompt, taps: jax.Array | None, random: jax.Array, how: Sampling, slots: int, images: int
+):
     """Reads the prompts and chooses the first token of each answer. Arguments as in `read_prompts`."""
     return _choose(*read_prompts(cfg, weights, prompt, taps, random, slots, images), how)
 
@@ -126,11 +132,11 @@ def decode(cfg: EVLMConfig, weights: Weights, state: DecodeState, how: Sampling,
     return state, out
 
 
-def read_prompts(cfg: EVLMConfig, weights: Weights, prompt: Prompt, taps: jax.Array, random: jax.Array, slots: int, images: int):
+def read_prompts(cfg: EVLMConfig, weights: Weights, prompt: Prompt, taps: jax.Array | None, random: jax.Array, slots: int, images: int):
     """Fills the caches.
 
     Args:
-      taps: [n, G, S, V] of all images.
+      taps: [n, G, S, V] of all images; None where the model sees none.
       random: [B] PRNG keys.
       slots: C of the state; at least T.
       images: R of the state; at least the largest prompt.visible.
@@ -139,8 +145,12 @@ def read_prompts(cfg: EVLMConfig, weights: Weights, prompt: Prompt, taps: jax.Ar
     """
     rows, length = prompt.tokens.shape
     dtype = compute_dtype(cfg.train.dtype)
-    cross = project(cfg, weights, taps.astype(dtype), prompt.image)
-    media = weights.media[jnp.maximum(prompt.media_slot, 0)].astype(dtype)
+    views = None if taps is None else view(cfg, weights, jnp.moveaxis(taps.astype(dtype), 1, 0))
+    cross = project(cfg, weights, views, prompt.image) if cfg.cross_layers else None
+    if weights.media is None:
+        media = write(views[:, prompt.image], prompt.image_slot, prompt.media_slot)
+    else:
+        media = weights.media[jnp.maximum(prompt.media_slot, 0)].astype(dtype)
     x = jnp.where(prompt.media_slot[..., None] >= 0, media, weights.embed[prompt.tokens].astype(dtype))
     index = jnp.arange(length)
     mask = jnp.broadcast_to(index <= index[:, None], (rows, length, length))
@@ -154,24 +164,26 @@ def read_prompts(cfg: EVLMConfig, weights: Weights, prompt: Prompt, taps: jax.Ar
     theta = rope_base(cfg.llm, prompt.length)
     x, (keys, values) = _decoder(cfg, weights, x, jnp.broadcast_to(index, (rows, length)), theta, self_attend, cross_attend)
     text = [jnp.pad(a.swapaxes(2, 3), ((0, 0),) * 3 + ((0, slots - length), (0, 0))) for a in (keys, values)]  # [L, B, K, C, H]
-    slot = jnp.minimum(prompt.visible_start[:, None] + jnp.arange(images), prompt.image.shape[1] - 1)  # [B, R]
-    seen = [jnp.take_along_axis(a, slot[None, :, :, None, None, None], axis=2) for a in cross]
-    seen = [a.reshape(*a.shape[:2], -1, *a.shape[4:]).swapaxes(2, 3) for a in seen]  # [X, B, N, R * S, H]
-    seen = [jnp.pad(a, ((0, 0),) * 3 + ((0, max(cfg.xattn.sinks, 1)), (0, 0))) for a in seen]
-    caches = text[0].swapaxes(3, 4), text[1], seen[0].swapaxes(3, 4), seen[1]
+    caches = text[0].swapaxes(3, 4), text[1], *(_keep(cfg, prompt, cross, images) if cross else (None, None))
     last = x[jnp.arange(rows), prompt.length - 1]
     state = DecodeState(jnp.zeros(rows, jnp.int32), prompt.length - 1, prompt.length <= 0, random, prompt.visible, theta, *caches)
     return logits(weights.head, last, cfg.llm.vocab), state
+
+
+def _keep(cfg: EVLMConfig, prompt: Prompt, cross: tuple[jax.Array, jax.Array], images: int) -> tuple[jax.Array, jax.Array]:
+    """Of `project`'s keys and values those that the last token of each prompt sees, as DecodeState has them."""
+    slot = jnp.minimum(prompt.visible_start[:, None] + jnp.arange(images), prompt.image.shape[1] - 1)  # [B, R]
+    seen = [jnp.take_along_axis(a, slot[None, :, :, None, None, None], axis=2) for a in cross]
+    seen = [a.reshape(*a.shape[:2], -1, *a.shape[4:]).swapaxes(2, 3) for a in seen]  # [X, B, N, R * S', H]
+    keys, values = (jnp.pad(a, ((0, 0),) * 3 + ((0, max(cfg.xattn.sinks, 1)), (0, 0))) for a in seen)
+    return keys.swapaxes(3, 4), values
 
 
 def read_tokens(cfg: EVLMConfig, weights: Weights, state: DecodeState) -> tuple[jax.Array, DecodeState]:
     """Reads `token` of each row: (logits [B, vocab], the state with its keys)."""
     own = jnp.arange(state.self_values.shape[3]) == state.position[:, None]  # [B, C]
     earlier = jnp.arange(own.shape[1]) <= state.position[:, None]
-    number = jnp.arange(state.cross_values.shape[3])
-    images = state.visible[:, None] * cfg.vit.tokens
-    sink = number - (len(number) - max(cfg.xattn.sinks, 1))
-    seen = (number < images) | (sink >= 0) & ((sink < cfg.xattn.sinks) | (images == 0))  # [B, Z]
+    seen = _sight(cfg, state) if cfg.cross_layers else None
 
     def cached(keys, values, layer):
         """Keys and values as `attention` takes them, [B, slots, heads, H]."""
@@ -195,6 +207,14 @@ def read_tokens(cfg: EVLMConfig, weights: Weights, state: DecodeState) -> tuple[
     return logits(weights.head, x[:, 0], cfg.llm.vocab), state._replace(self_keys=keys, self_values=values)
 
 
+def _sight(cfg: EVLMConfig, state: DecodeState) -> jax.Array:
+    """bool [B, Z]: which keys of cross-attention a row sees."""
+    number = jnp.arange(state.cross_values.shape[3])
+    images = state.visible[:, None] * cfg.view_tokens
+    sink = number - (len(number) - max(cfg.xattn.sinks, 1))
+    return (number < images) | (sink >= 0) & ((sink < cfg.xattn.sinks) | (images == 0))
+
+
 def sample(logits: jax.Array, random: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
     """One token of each row of logits [B, vocab]: the best where temperature is 0, else drawn from the smallest set of best tokens
     that together have probability `top_p` (nucleus sampling, arXiv 1904.09751). `random`: [B] PRNG keys."""
@@ -211,10 +231,18 @@ def sample(logits: jax.Array, random: jax.Array, temperature: jax.Array, top_p: 
     return jax.lax.cond(temperature > 0, lambda: jax.vmap(draw)(logits, random), greedy).astype(jnp.int32)
 
 
-def project(cfg: EVLMConfig, weights: Weights, taps: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of every cross-attention block: taps [n, G, S, V], image [B, I] -> [X, B, I, S, N, H]."""
+def view(cfg: EVLMConfig, weights: Weights, taps: jax.Array) -> jax.Array:
+    """What the bridge makes of taps [G, n, S, V]: [G', n, S', V or D], as in training whatever the dtype of `weights`."""
+    if weights.bridge is None:
+        return taps
+    with jax.default_matmul_precision(cfg.train.matmul_precision), jax.named_scope("bridge"):
+        return weights.bridge(taps)
+
+
+def project(cfg: EVLMConfig, weights: Weights, views: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of every cross-attention block: views [G', n, S', V], image [B, I] -> [X, B, I, S', N, H]."""
     number = jnp.array(cfg.tap_of_cross_layer)
-    each = lambda i: _block(weights.crosses, i).keys_values(taps[:, number[i]])
+    each = lambda i: _block(weights.crosses, i).keys_values(views[number[i]])
     return jax.tree.map(lambda a: a[:, image], jax.lax.map(each, jnp.arange(len(cfg.cross_layers))))
 
 
@@ -257,6 +285,9 @@ def _decoder(
         x = _block(weights.crosses, index)(x, partial(cross_attend, index))
         return jax.lax.scan(layer, x, index * cfg.xattn.every + jnp.arange(count))
 
+    if not cfg.cross_layers:
+        x, new = jax.lax.scan(layer, x, jnp.arange(cfg.llm.layers))
+        return weights.ln_f(x), new
     full, rest = divmod(cfg.llm.layers, cfg.xattn.every)
     x, new = jax.lax.scan(partial(group, count=cfg.xattn.every), x, jnp.arange(full))
     new = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), new)

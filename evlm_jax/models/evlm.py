@@ -1,5 +1,7 @@
 """EVLM: ViT taps, gated cross-attention before the layers of a language model, learnable media tokens. Composition only.
 
+Its baselines are the same model with something between taps and layers (bridge.py), or without cross-attention.
+
 Unusual: the language model and the cross-attention run as ONE scan over layers; all taps are stacked and each step of the
 scan picks its own by number, so `blocked`, `cyclic` and any other schedule are the same program.
 """
@@ -15,7 +17,7 @@ from flax import nnx
 from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
 from evlm_jax.flops import real_tokens
-from evlm_jax.models import moe, xattn
+from evlm_jax.models import bridge, moe, xattn
 from evlm_jax.models.attention import attention, text_mask
 from evlm_jax.models.layers import REMAT, param, rope_tables, stack
 from evlm_jax.models.llm import LLM
@@ -51,8 +53,9 @@ class EVLM(nnx.Module):
     def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
         self.vit = ViT(cfg.vit, rngs, cfg.train.remat)
         self.llm = LLM(cfg.llm, rngs)
-        self.xattn = stack(lambda r: xattn.Block(cfg, r), len(cfg.cross_layers), rngs)
-        self.media = Media(cfg, rngs)
+        self.xattn = stack(lambda r: xattn.Block(cfg, r), len(cfg.cross_layers), rngs) if cfg.cross_layers else None
+        self.media = Media(cfg, rngs) if cfg.bridge.kind != "llava" else None  # there patches stand in their place
+        self.bridge = bridge.make(cfg, rngs)
         self.cfg = cfg
 
     @property
@@ -68,10 +71,10 @@ class EVLM(nnx.Module):
         taps = self.vit(x.reshape(-1, *x.shape[-3:]))
         return taps.reshape(*pixels.shape[:-3], *taps.shape[1:])
 
-    def embed(self, tokens: jax.Array, media_slot: jax.Array) -> jax.Array:
-        """Word embeddings, and the learnable rows at media positions: [B, T] -> [B, T, D]."""
-        media = self.media.embedding[...][jnp.maximum(media_slot, 0)].astype(self.dtype)
-        return jnp.where(media_slot[..., None] >= 0, media, self.llm.words(tokens).astype(self.dtype))
+    def embed(self, tokens: jax.Array, media_slot: jax.Array, patches: jax.Array | None = None) -> jax.Array:
+        """Word embeddings, and at media positions the learnable rows, or `patches` [B, T, D] where given: [B, T] -> [B, T, D]."""
+        media = self.media.embedding[...][jnp.maximum(media_slot, 0)] if patches is None else patches
+        return jnp.where(media_slot[..., None] >= 0, media.astype(self.dtype), self.llm.words(tokens).astype(self.dtype))
 
     def hidden(self, batch: Batch) -> jax.Array:
         """[B, T, D] after the final norm."""
@@ -79,7 +82,7 @@ class EVLM(nnx.Module):
 
     def routed(self, batch: Batch) -> tuple[jax.Array, moe.Routing | None]:
         """`hidden`, and what the routing of each block tells, stacked; None where the FFNs are dense."""
-        hidden, _, routing = self.observed(batch, self.taps(batch), lambda block, tap, x: None)
+        hidden, _, routing = self.observed(batch, self.views(batch), lambda block, view, x: None)
         return hidden, routing
 
     def taps(self, batch: Batch) -> jax.Array:
@@ -87,27 +90,50 @@ class EVLM(nnx.Module):
         taps = self.encode(batch.pixels) if batch.taps is None else batch.taps.astype(self.dtype)
         return shard(jnp.moveaxis(shard(taps, "rows", "images"), 2, 0), None, "rows", "images")
 
+    def views(self, batch: Batch) -> jax.Array | None:
+        """What the language model sees of images, [G', B, I, S', V or D] as bridge.py has it; None where it sees nothing."""
+        return self.bridged(self.taps(batch)) if self.cfg.sees else None
+
     @_precisely
-    def observed(self, batch: Batch, taps: jax.Array, observe: Callable) -> tuple[jax.Array, Any, moe.Routing | None]:
-        """`hidden`; what `observe(block, its tap [B, I, S, V], its input x [B, T, D])` returns for each block, stacked; `routed`'s rest."""
-        x = self.embed(batch.tokens, batch.media_slot)
+    def bridged(self, taps: jax.Array) -> jax.Array:
+        """[G, B, I, S, V] -> `views`."""
+        if self.bridge is None:
+            return taps
+        with jax.named_scope("bridge"):
+            return shard(self.bridge(taps), None, "rows", "images")
+
+    @_precisely
+    def observed(self, batch: Batch, views: jax.Array | None, observe: Callable) -> tuple[jax.Array, Any, moe.Routing | None]:
+        """`hidden`; what `observe(block, its view [B, I, S', V], its input x [B, T, D])` returns for each block, stacked; `routed`'s rest.
+
+        Both are None where there is no block.
+        """
+        patches = None
+        if self.cfg.bridge.kind == "llava":
+            patches = local(bridge.write, ((None, "rows"), ("rows",), ("rows",)), ("rows",))(views, batch.visible_start, batch.media_slot)
+        x = self.embed(batch.tokens, batch.media_slot, patches)
         rope = rope_tables(batch.positions, self.cfg.llm.head_dim, self.cfg.llm.rope_theta)
         mask = text_mask(batch.seen_until)
-        plan = Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
         kind = jnp.where(batch.media_slot >= 0, moe.MEDIA, jnp.where(real_tokens(batch), moe.TEXT, moe.PADDING))
 
         text, keys = ("rows", None, "heads"), ("rows", None, "kv_heads")
         attend = local(attention, (text, keys, keys, ("rows",)), text)
-        look = local(functools.partial(grouped_attention, sinks=self.cfg.xattn.sinks), (text, IMAGE_KEYS, IMAGE_KEYS, ("rows",)), text)
 
         def decoder(x, block):
             return shard(block(x, rope, lambda q, k, v: attend(q, k, v, mask)), "rows"), None
 
+        if not self.cfg.cross_layers:
+            x, _ = jax.lax.scan(REMAT[self.cfg.train.remat](decoder), x, self.llm.layers)
+            return self.llm.ln_f(x), None, None
+
+        plan = Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
+        look = local(functools.partial(grouped_attention, sinks=self.cfg.xattn.sinks), (text, IMAGE_KEYS, IMAGE_KEYS, ("rows",)), text)
+
         def group(x, inputs):
             """One cross-attention block and the `every` decoder layers behind it."""
             cross, tap, blocks = inputs
-            seen = observe(cross, taps[tap], x)
-            k, v = cross.keys_values(taps[tap])
+            seen = observe(cross, views[tap], x)
+            k, v = cross.keys_values(views[tap])
             x, routing = cross.routed(x, lambda q: look(q, k, v, plan), kind)
             return jax.lax.scan(decoder, x, blocks)[0], (seen, routing)
 

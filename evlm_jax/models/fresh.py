@@ -1,4 +1,4 @@
-"""How new parameters begin: the cross-attention and the media embeddings. Everything else comes from checkpoints."""
+"""How new parameters begin: the cross-attention, a baseline's bridge, the media embeddings. Everything else comes from checkpoints."""
 
 import functools
 
@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 
 from evlm_jax.config import EVLMConfig
-from evlm_jax.models import xattn
+from evlm_jax.models import bridge, xattn
 from evlm_jax.models.layers import stack
 from evlm_jax.tensors import Tensor
 
@@ -17,6 +17,9 @@ ROWS = 8192  # of the word embeddings, in float64 at a time
 def cross_attention(cfg: EVLMConfig) -> xattn.Block:
     """The stack of all blocks, by train.seed."""
     return stack(lambda rngs: xattn.Block(cfg, rngs), len(cfg.cross_layers), nnx.Rngs(cfg.train.seed))
+
+
+NEW = {"xattn": cross_attention, "bridge": lambda cfg: bridge.make(cfg, nnx.Rngs(cfg.train.seed))}
 
 
 def cross_attention_tensors(cfg: EVLMConfig) -> dict[str, Tensor]:

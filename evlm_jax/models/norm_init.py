@@ -22,18 +22,18 @@ def centre_norms(model: EVLM, batch: Batch) -> nnx.State:
 
     They must be new (scale 1, bias 0), and the gates 0: then the blocks read the language model's own stream.
     """
-    taps, row = model.taps(batch), jnp.arange(len(batch.tokens))[:, None]
+    views, row = model.views(batch), jnp.arange(len(batch.tokens))[:, None]
     zeros = jnp.zeros(batch.tokens.shape)
     predicts = zeros.at[row, batch.target_at].add(batch.targets >= 0)
     text = (real_tokens(batch) & (batch.media_slot < 0)).astype(jnp.float32)
-    images = jnp.zeros(taps.shape[1:4])  # [B, I, S]
+    images = jnp.zeros(views.shape[1:4])  # [B, I, S']
     images = images.at[row, batch.pair_image].max((batch.pair_tile < batch.tile_tokens.shape[1])[..., None].astype(jnp.float32))
 
-    def observe(block, tap, x):
+    def observe(block, view, x):
         of_text = _moments(block.norm(x), predicts, text)
-        return {"norm": of_text, "ffn_norm": of_text, "kv_norm": _moments(block.kv_norm(tap), images, images)}
+        return {"norm": of_text, "ffn_norm": of_text, "kv_norm": _moments(block.kv_norm(view), images, images)}
 
-    for name, (centre, spread) in model.observed(batch, taps, observe)[1].items():
+    for name, (centre, spread) in model.observed(batch, views, observe)[1].items():
         norm = getattr(model.xattn, name)
         norm.scale[...], norm.bias[...] = 1 / spread, -centre / spread
     return nnx.state(model)

@@ -21,8 +21,8 @@ def ranges(visible_start: np.ndarray, visible_stop: np.ndarray) -> list[tuple[in
 
 
 def pair_count(visible_start: np.ndarray, visible_stop: np.ndarray, tile: int) -> int:
-    """Pairs that these tokens need: the packer's cost."""
-    return sum(-(-len(tokens) // tile) * (stop - start) for start, stop, tokens in ranges(visible_start, visible_stop))
+    """Pairs that these tokens need: the packer's cost. `tile` 0: there is no cross-attention, and they need none."""
+    return tile and sum(-(-len(tokens) // tile) * (stop - start) for start, stop, tokens in ranges(visible_start, visible_stop))
 
 
 def plan(visible_start: np.ndarray, visible_stop: np.ndarray, tile: int, pairs: int) -> dict[str, np.ndarray]:

@@ -131,6 +131,8 @@ def _part(op_name: str, lowest: int) -> str:
     if vit := [scope for scope in scopes if scope.startswith("vit_") or scope == "patch"]:
         first = 0 if vit[0] == "patch" else int(vit[0].removeprefix("vit_"))
         return flops.TRAINED_VIT if first >= lowest else flops.FROZEN_VIT
+    if "bridge" in scopes:
+        return flops.BRIDGE
     if "keys_values" in scopes:
         return flops.KEYS
     if "cross" in scopes:

@@ -81,11 +81,13 @@ def _eval(of: Phase) -> Program:
 def _prefill(of: Phase) -> Program:
     cfg, layout, rows, t, i = of.cfg, of.layout, of.cfg.train.batch, of.cfg.data.length, of.cfg.data.images
     ints = lambda *shape: jax.ShapeDtypeStruct((rows, *shape), jnp.int32, sharding=layout.rows)
-    plan = Plan(ints(cfg.data.pairs, cfg.xattn.tile), ints(t), ints(cfg.data.pairs), ints(cfg.data.pairs))
-    prompt = Prompt(ints(t), ints(t), ints(), plan, ints(i), ints(), ints())
+    pairs = cfg.data.pairs
+    plan = Plan(ints(pairs, cfg.tile), ints(t), ints(pairs), ints(pairs)) if cfg.tile else None
+    prompt = Prompt(ints(t), ints(t), ints(), ints(t), plan, ints(i), ints(), ints())
     taps = jax.ShapeDtypeStruct(
         (rows * i, len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width), jnp.dtype(cfg.train.dtype), sharding=layout.rows
     )
+    taps = taps if cfg.sees else None
     weights, key = _weights(of), jax.eval_shape(jax.random.key, 0).dtype
     random = jax.ShapeDtypeStruct((rows,), key, sharding=layout.rows)
     run = layout.jit(lambda weights, prompt, taps, random, how: prefill(cfg, weights, prompt, taps, random, how, slots=t, images=1))

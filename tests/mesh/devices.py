@@ -15,19 +15,21 @@ from evlm_jax.processes import on_host
 from evlm_jax.start import put
 from evlm_jax.train import Phase, gradients, train
 from tests.random_model import random_model
-from tests.tiny import UPPER_VIT, TinyData, tiny_batch, tiny_config, tiny_towers
+from tests.tiny import BASELINES, UPPER_VIT, TinyData, tiny_batch, tiny_config, tiny_towers
 
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8), (2, 2, 2, 1), (1, 2, 2, 2)]
 POLICIES = [{"zero": 3, "frozen": "sharded", "images": "all"}, {"zero": 2, "frozen": "replicated", "images": "rows"}]
 
 
-def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], **train):
-    """Sizes that eight devices divide; the upper half of the ViT trains too."""
+def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], kind="", **train):
+    """Sizes that eight devices divide; the upper half of the ViT trains too. `kind`: of a baseline."""
     axes = dict(zip(("data", "fsdp", "expert", "tensor"), mesh))
     return tiny_config(
         vit={"heads": 8, "width": 64, "mlp": 128},
         llm={"heads": 8, "kv_heads": 8, "head_dim": 8},
-        xattn={"heads": 8, "head_dim": 8, "ffn": 64},
+        xattn={"heads": 8, "head_dim": 8, "ffn": 64} | BASELINES.get(kind, {}).get("xattn", {}),
+        bridge={"heads": 8, "head_dim": 8} | BASELINES.get(kind, {}).get("bridge", {}),
+        media=BASELINES.get(kind, {}).get("media", {}),
         moe={"copies": 4 if experts else 0},
         data={"images": 8, "length": 64, "targets": 32, "pairs": 24},
         optim={"phases": ({"start": 0.0, "warmup": 0, "rules": UPPER_VIT},), "lr": 1e-2},
@@ -63,16 +65,26 @@ def alone():
 @pytest.mark.parametrize("mesh", MESHES)
 def test_gradients_equal_those_of_one_device(mesh, experts, alone):
     policy = POLICIES[(MESHES.index(mesh) + experts) % 2]
-    cfg = config(mesh, experts, policy)
+    assert_equal_to_alone(config(mesh, experts, policy), alone[experts])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", ["fused", "flamingo", "llava"])
+def test_gradients_of_baselines_equal_those_of_one_device(kind, policy):
+    assert_equal_to_alone(config((1, 2, 2, 2), policy=policy, kind=kind), on_host(found(config(kind=kind))))
+
+
+def assert_equal_to_alone(cfg, alone):
+    """Gradients and sums of a mesh, within rounding."""
     grads, sums = found(cfg)
     assert_sharded(cfg, grads)
-    grads, wanted = nnx.to_flat_state(on_host(grads)), dict(nnx.to_flat_state(alone[experts][0]))
+    grads, wanted = nnx.to_flat_state(on_host(grads)), dict(nnx.to_flat_state(alone[0]))
     assert {path for path, _ in grads} == wanted.keys()
     for path, leaf in grads:
         # The loss does not depend on a bias of keys: what is found there is rounding, and is measured by the bias of queries.
         measure = wanted[(*path[:-2], "q", "bias")] if path[-2:] == ("k", "bias") else wanted[path]
         assert np.abs(leaf[...] - wanted[path][...]).max() <= 1e-5 * np.abs(measure[...]).max(), path
-    for mine, other in zip(jax.tree.leaves(on_host(sums)), jax.tree.leaves(alone[experts][1]), strict=True):
+    for mine, other in zip(jax.tree.leaves(on_host(sums)), jax.tree.leaves(alone[1]), strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6 * np.abs(other).max())
 
 

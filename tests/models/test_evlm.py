@@ -15,12 +15,14 @@ from evlm_jax.models.layers import rope_tables
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
 from evlm_jax.ops.grouping import plan
 from tests.random_model import random_model
-from tests.tiny import tiny_batch, tiny_config
+from tests.tiny import BASELINES, tiny_batch, tiny_config
 
 
 def open_gates(cfg: EVLMConfig, seed: int = 0) -> EVLM:
     """A random model whose gates let much through."""
     model = random_model(cfg, seed)
+    if not cfg.cross_layers:
+        return model
     model.xattn.attn_gate[...] = jnp.full(model.xattn.attn_gate.shape, 0.8)
     model.xattn.ffn_gate[...] = jnp.full(model.xattn.ffn_gate.shape, -0.6)
     return model
@@ -56,7 +58,8 @@ def row(cfg: EVLMConfig, documents: list[list], seed: int = 0) -> Batch:
     fields = {name: values + [{"media_slot": -1}.get(name, 0)] * pad for name, values in t.items()}
     fields["seen_until"][len(t["tokens"]) :] = range(len(t["tokens"]) + 1, cfg.data.length + 1)
     fields = {name: np.array(values, np.int32) for name, values in fields.items()}
-    fields |= plan(fields["visible_start"], fields["visible_stop"], cfg.xattn.tile, cfg.data.pairs)
+    ranges = fields["visible_start"], fields["visible_stop"]
+    fields |= plan(*ranges, cfg.tile, cfg.data.pairs) if cfg.tile else dict.fromkeys(Plan._fields)
     none = np.zeros(cfg.data.targets, np.int32)
     fields |= dict(target_at=none, targets=none - 1, target_source=none)
     shape = (cfg.data.images, cfg.vit.image_size, cfg.vit.image_size, 3)
@@ -94,8 +97,9 @@ def test_gates_at_zero_are_the_language_model_alone():
     assert (np.asarray(hidden(open_gates(cfg), batch)) != np.asarray(alone(model, batch))).any()
 
 
-def test_images_reach_only_their_document_and_what_follows_them():
-    cfg = tiny_config()
+@pytest.mark.parametrize("kind", ["evlm", "fused", "flamingo", "llava"])
+def test_images_reach_only_their_document_and_what_follows_them(kind):
+    cfg = tiny_config(**BASELINES.get(kind, {}))
     n = cfg.media.tokens
     #                        before  A   text  B  text         another document
     batch = row(cfg, [[3, "i", 4, "i", 5], ["i", 6], [4]])
@@ -134,8 +138,9 @@ def test_one_block_sees_the_visible_range_only():
     assert batch.visible_stop[0][video + 2 * n] - batch.visible_start[0][video + 2 * n] == 2, "text of a video sees all frames"
 
 
-def test_packed_equals_unpacked():
-    cfg = tiny_config()
+@pytest.mark.parametrize("kind", ["evlm", *BASELINES])
+def test_packed_equals_unpacked(kind):
+    cfg = tiny_config(**BASELINES.get(kind, {}))
     documents = [[2, "i", 5], [("v", 2), 4], [6]]
     model = open_gates(cfg)
     packed = row(cfg, documents)

@@ -28,7 +28,7 @@ def new_model(cfg):
 def inputs(model, batch):
     """What each block reads after its norms: text [X, B, T, D] twice, visual tokens [X, B, I, S, V]."""
     observe = lambda block, tap, x: (block.norm(x), block.ffn_norm(x), block.kv_norm(tap))
-    return model.observed(batch, model.taps(batch), observe)[1]
+    return model.observed(batch, model.views(batch), observe)[1]
 
 
 @pytest.mark.parametrize("every", [1, 3])

@@ -110,8 +110,10 @@ def sees_text(batch: Batch, b: int) -> np.ndarray:
 
 
 def sees_images(batch: Batch, b: int, images: int) -> np.ndarray:
-    """bool [T, I]: token (down) sees image (right), by the (tile, image) pairs that the cross-attention computes."""
+    """bool [T, I]: token (down) sees image (right), by the (tile, image) pairs that cross-attention computes; False without it."""
     sees = np.zeros((batch.tokens.shape[1] + 1, images), bool)
+    if batch.pair_tile is None:
+        return sees[:-1]
     real = batch.pair_tile[b] < batch.tile_tokens.shape[1]
     for tile, slot in zip(batch.pair_tile[b][real], batch.pair_image[b][real]):
         sees[batch.tile_tokens[b, tile], slot] = True

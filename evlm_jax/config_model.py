@@ -1,0 +1,122 @@
+"""The sections of the configuration (config.py) that say what the model is."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """A ViT by choices, not by family.
+
+    DINOv2: pre, all, gelu, layer_scale. EVA02-CLIP-E: res_post, qv, gelu. CLIP: pre, all, quick_gelu, embed_norm.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    mlp: int
+    patch: int
+    image_size: int  # pixels of the square input; S = (image_size / patch)**2 + prefix tokens
+    pretrained_size: int  # pixels the stored position table was trained at
+    norm: Literal["pre", "res_post"]  # x + f(norm(x)) or x + norm(f(x))
+    bias: Literal["all", "qv"]  # "qv": no bias on the keys
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"]  # "gelu" is by erf
+    layer_scale: bool
+    class_token: bool
+    registers: int  # tokens after the class token, without position
+    patch_bias: bool
+    embed_norm: bool  # CLIP's ln_pre
+    eps: float
+    taps: tuple[int, ...]  # 1-based block numbers whose outputs are returned, ascending
+    cuts: tuple[int, ...]  # further block numbers where the stack is cut: the freeze boundaries of every stage
+    interpolation: Literal["bicubic", "antialias"]  # position table, pretrained_size -> image_size; a = -0.75 or -0.5
+    mean: tuple[float, float, float]  # RGB normalisation of the tower
+    std: tuple[float, float, float]
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Class token and registers, in front of the patches."""
+        return int(self.class_token) + self.registers
+
+    @property
+    def tokens(self) -> int:
+        """S, the visual tokens of one image."""
+        return self.grid**2 + self.prefix_tokens
+
+
+@dataclass(frozen=True)
+class LLMConfig:
+    """A pre-norm decoder with RMSNorm, rotary positions and a gated SiLU MLP: Llama, SmolLM2, Qwen 1.0, Qwen2."""
+
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    rope_theta: float
+    eps: float
+    qkv_bias: bool
+    tied: bool  # the output head is the embedding
+    dynamic_ntk: int  # tokens of a prompt beyond which its rotary base grows in generation (models/long_context.py); 0: never
+    logn: int  # tokens beyond which queries are scaled up in generation; 0: never
+
+
+@dataclass(frozen=True)
+class XAttnConfig:
+    """Gated cross-attention before the LLM layers (paper section 2)."""
+
+    heads: int
+    head_dim: int  # r_c = heads * head_dim / hidden
+    ffn: int  # r_f = ffn / hidden
+    every: int  # a block before layers 0, every, 2 * every, ...; 0: no block at all
+    schedule: Literal["blocked", "cyclic"]  # tap i serves neighbouring layers, or layer l gets tap l mod G
+    sinks: int  # zero keys padded to the visual sequence
+    tile: int  # tokens of one attention tile; all tokens of a tile see the same images
+    eps: float
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Fine-grained experts in the FFN of the cross-attention, beside a world expert that is a whole FFN (paper section 2)."""
+
+    copies: int  # of the dense FFN; 0: the FFN is dense, and nothing below counts
+    slices: int  # of a copy, along its hidden dimension: E = copies * slices experts of hidden xattn.ffn / slices
+    top_k: int  # experts of a token
+    gates: Literal["renormalise", "softmax"]  # of the chosen k: they sum to 1, or as they are among all E
+    capacity: float  # an expert takes at most capacity * tokens * top_k / E choices and drops the rest; 0: no limit
+    balance: float  # coefficient of the load-balance loss, a layer
+    z: float  # coefficient of the router's z-loss, a layer
+    tile: int  # rows of a tile; all rows of a tile have the same expert
+    upcycle: Literal["preserve", "preserve_zero", "paper"]  # how a dense FFN becomes experts (upcycle.py)
+
+    @property
+    def experts(self) -> int:
+        """E; 0 where the FFN is dense."""
+        return self.copies * self.slices
+
+
+@dataclass(frozen=True)
+class MediaConfig:
+    """Learnable embeddings that stand for an image in the text stream."""
+
+    tokens: int  # 16 in the paper; the number of patches where bridge.kind is "llava", which writes them here instead
+    placeholder: str  # a spare token of the vocabulary, repeated `tokens` times
+
+
+@dataclass(frozen=True)
+class BridgeConfig:
+    """What the language model sees of an image: EVLM, or a baseline it is compared with (models/bridge.py)."""
+
+    kind: Literal["routed", "fused", "flamingo", "llava"]  # taps by layer; all taps in one; latents of the last; its patches as text
+    latents: int  # of an image; this and what follows is of the resampler of "flamingo"
+    depth: int  # layers
+    heads: int
+    head_dim: int
+    ffn: int  # hidden width of its FFNs, in widths of the ViT

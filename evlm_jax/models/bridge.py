@@ -1,0 +1,100 @@
+"""What lies between the ViT's taps and the language model: nothing in EVLM, which hands taps to layers; a module in the baselines.
+
+    kind        taps [G, ..., S, V] become             after
+    routed      themselves                             EVLM
+    fused       one sequence [1, ..., S, V]            all taps beside each other, one projection: the fair rival of routed taps
+    flamingo    latents [1, ..., latents, V]           Flamingo's resampler of the last tap (arXiv 2204.14198, appendix A.1.1)
+    llava       patches in the text [1, ..., P, D]     LLaVA-1.5's projector of the last tap (arXiv 2310.03744)
+
+The first three are looked at by cross-attention. `llava` has none: its P patches stand in the text at the image's media positions.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from evlm_jax.config import EVLMConfig
+from evlm_jax.models.attention import attention
+from evlm_jax.models.layers import ACTIVATIONS, MLP, REMAT, LayerNorm, Linear, heads, param, stack
+from evlm_jax.sharding import shard
+
+
+class Fused(nnx.Module):
+    """A LayerNorm for each tap, whose scales grow with depth, and one projection of all: [G, ..., S, V] -> [1, ..., S, V]."""
+
+    def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
+        taps, width = len(cfg.vit.taps), cfg.vit.width
+        self.norms = stack(lambda r: LayerNorm(width, cfg.xattn.eps, r), taps, rngs)
+        self.proj = Linear((taps * width, width), ("vision_mlp", "whole"), rngs)
+
+    def __call__(self, taps: jax.Array) -> jax.Array:
+        normed = jax.vmap(lambda norm, tap: norm(tap))(self.norms, taps)
+        return self.proj(jnp.concatenate(tuple(normed), -1))[None]
+
+
+class ResamplerLayer(nnx.Module):
+    """Latents look at the picture and at themselves, then pass an FFN. Nothing has a bias but the norms."""
+
+    def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
+        width, inner, eps = cfg.vit.width, cfg.bridge.heads * cfg.bridge.head_dim, cfg.xattn.eps
+        self.norm_media, self.norm_latents, self.ffn_norm = (LayerNorm(width, eps, rngs) for _ in range(3))
+        self.q, self.k, self.v = (Linear((width, inner), ("vision", "vision_heads"), rngs) for _ in range(3))
+        self.o = Linear((inner, width), ("vision_heads", "vision"), rngs)
+        self.ffn = MLP(width, cfg.bridge.ffn * width, "gelu", False, rngs, ("whole", "vision_mlp"))
+        self.head_dim = cfg.bridge.head_dim
+
+    def __call__(self, latents: jax.Array, picture: jax.Array) -> jax.Array:
+        """latents [pictures, R, V], picture [pictures, S, V] -> latents."""
+        own = self.norm_latents(latents)
+        seen = jnp.concatenate([self.norm_media(picture), own], 1)
+        q, k, v = (heads(x, self.head_dim) for x in (self.q(own), self.k(seen), self.v(seen)))
+        latents = latents + self.o(attention(q, k, v).reshape(*own.shape[:-1], -1))
+        return latents + self.ffn(self.ffn_norm(latents))
+
+
+class Resampler(nnx.Module):
+    """The last tap by a fixed number of latents, after open_flamingo's PerceiverResampler: [G, ..., S, V] -> [1, ..., latents, V]."""
+
+    def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
+        self.latents = param(rngs, (cfg.bridge.latents, cfg.vit.width), ("whole", "norm"), std=1.0)
+        self.layers = stack(lambda r: ResamplerLayer(cfg, r), cfg.bridge.depth, rngs)
+        self.norm = LayerNorm(cfg.vit.width, cfg.xattn.eps, rngs)
+        self.remat = cfg.train.remat
+
+    def __call__(self, taps: jax.Array) -> jax.Array:
+        tap = taps[-1]
+        pictures = shard(tap.reshape(-1, *tap.shape[-2:]), "pictures")
+        latents = jnp.broadcast_to(self.latents[...].astype(tap.dtype), (len(pictures), *self.latents.shape))
+        step = REMAT[self.remat](lambda x, layer: (shard(layer(x, pictures), "pictures"), None))
+        latents = self.norm(jax.lax.scan(step, latents, self.layers)[0])
+        return latents.reshape(1, *tap.shape[:-2], *self.latents.shape)
+
+
+class Projector(nnx.Module):
+    """Two layers around a GELU for each patch of the last tap, the tokens in front left out: [G, ..., S, V] -> [1, ..., P, D]."""
+
+    def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
+        self.fc1 = Linear((cfg.vit.width, cfg.llm.hidden), ("whole", "vision_mlp"), rngs, bias=True)
+        self.fc2 = Linear((cfg.llm.hidden, cfg.llm.hidden), ("vision_mlp", "whole"), rngs, bias=True)
+        self.first = cfg.vit.prefix_tokens
+
+    def __call__(self, taps: jax.Array) -> jax.Array:
+        return self.fc2(ACTIVATIONS["gelu"](self.fc1(taps[-1][..., self.first :, :])))[None]
+
+
+KINDS = {"fused": Fused, "flamingo": Resampler, "llava": Projector}
+
+
+def make(cfg: EVLMConfig, rngs: nnx.Rngs) -> nnx.Module | None:
+    """The bridge of `cfg`; None where taps are looked at as they are."""
+    return None if cfg.bridge.kind == "routed" else KINDS[cfg.bridge.kind](cfg, rngs)
+
+
+def write(views: jax.Array, image: jax.Array, patch: jax.Array) -> jax.Array:
+    """What stands at media positions: views [1, B, I, P, D], image slot and number of the patch [B, T] -> [B, T, D].
+
+    At other positions it is something that nobody reads.
+    """
+    _, rows, _, patches, width = views.shape
+    index = image * patches + jnp.maximum(patch, 0)
+    return jnp.take_along_axis(views.reshape(rows, -1, width), index[..., None], axis=1)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import ml_collections
 
+from evlm_jax.ablate import arguments as ablate_arguments
 from evlm_jax.assets import AssetError
 from evlm_jax.config import EVLMConfig, from_config_dict
 from evlm_jax.evals import arguments
@@ -91,6 +92,10 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--init", help="checkpoint of an earlier stage to start from, instead of the towers alone")
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard files as well")
     parser.add_argument("--profile", type=_span, metavar="A:B", help="trace the updates A to B into WORKDIR/profile")
+    _process_arguments(parser)
+
+
+def _process_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--distributed", action="store_true", help="one of several processes, as the environment says: TPU pod, GKE, Slurm")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="one of several processes: address of process 0")
     parser.add_argument("--processes", type=int, help="with --coordinator: how many")
@@ -104,11 +109,15 @@ def _span(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def _train(args: argparse.Namespace, overrides: list[str]) -> None:
+def _join(args: argparse.Namespace) -> None:
     if args.distributed or args.coordinator:
         from evlm_jax import processes  # before anything asks for devices
 
         processes.join(args.coordinator, args.processes, args.process)
+
+
+def _train(args: argparse.Namespace, overrides: list[str]) -> None:
+    _join(args)
     from evlm_jax.run import train_run
 
     train_run(load_config(args.config, overrides), args.workdir, args.init, args.tensorboard, args.profile)
@@ -197,7 +206,13 @@ def _demo(args: argparse.Namespace, _overrides: list[str]) -> None:
     demo.run(form, args.workdir or "-".join(filter(None, ["runs/demo", form])), args.moe)
 
 
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.add_eval(parser)
+    _process_arguments(parser)
+
+
 def _eval(args: argparse.Namespace, _overrides: list[str]) -> None:
+    _join(args)
     from evlm_jax.evals import command
 
     command.run_eval(args)
@@ -242,11 +257,18 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> None:
     command.run(args, overrides, load_config)
 
 
+def _ablate(args: argparse.Namespace, overrides: list[str]) -> int:
+    from evlm_jax.ablate import command
+
+    return command.main(args, overrides, load_config)
+
+
 COMMANDS = {
+    "ablate": (ablate_arguments.add, _ablate, "train variants of an experiment with several seeds, and compare them"),
     "convert": (_convert_arguments, _convert, "checkpoints from and to PyTorch"),
     "data": (_data_arguments, _data, "look at training data, measure and prepare them"),
     "demo": (_demo_arguments, _demo, "fetch, train, evaluate and report on real weights and data"),
-    "eval": (arguments.add_eval, _eval, "answer a benchmark and score the answers"),
+    "eval": (_eval_arguments, _eval, "answer a benchmark and score the answers"),
     "fetch": (_fetch_arguments, _fetch, "fetch the demo's weights and data"),
     "generate": (_generate_arguments, _generate, "answer a prompt about images or a video"),
     "plan": (_plan_arguments, _plan, "compile for a TPU pod that is not there: memory, FLOPs, collectives, time"),

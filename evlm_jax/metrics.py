@@ -73,7 +73,7 @@ class Meter:
         for source in self._cfg.data.sources:
             if count := sums[f"count/{source}"]:
                 out[f"loss/{source}"] = sums[f"loss/{source}"] / count
-        out |= {f"{name}_per_s": totals[name] / seconds for name in ("tokens", "images")}
+        out |= {f"{name}_per_s": totals[name] / seconds for name in ("tokens", "images")} | {"step_seconds": seconds / self._steps}
         if self._cfg.train.peak_flops:
             out["mfu"] = totals["flops"] / (seconds * self._devices * self._cfg.train.peak_flops)
         out |= {name: value / (self._steps * len(shares)) for name, value in totals.items() if name.startswith("fill/")}

@@ -29,6 +29,7 @@ from evlm_jax.models.evlm import EVLM
 from evlm_jax.processes import on_host
 
 SLACK = 1.1  # room over the average need of a row's tokens, so that length stays what closes a row
+IMAGES, TARGETS, PAIRS = 2, 128, 4  # budgets are multiples of these: few compiled shapes
 
 
 def candidate_losses(
@@ -97,8 +98,9 @@ def fit_budget(cfg: EVLMConfig, documents: Sequence[Document], parts: int = 1) -
     need = np.array([Budget.needed(document) for document in documents])
     length = max(cfg.data.length, int(need[:, 0].max()))
     usual = need.sum(0) / need[:, 0].sum() * length * SLACK
-    images, targets, pairs = (max(math.ceil(u), int(most)) for u, most in zip(usual[1:], need[:, 1:].max(0), strict=True))
-    images = -(-images // parts) * parts
+    room = np.maximum(usual[1:], need[:, 1:].max(0))
+    steps = math.lcm(IMAGES, parts), TARGETS, PAIRS
+    images, targets, pairs = (step * math.ceil(size / step) for size, step in zip(room, steps, strict=True))
     return replace(cfg, data=replace(cfg.data, length=length, images=images, targets=targets, pairs=max(pairs, images)))
 
 

@@ -7,47 +7,25 @@ on the images alone: they are projected once, and after prefill only the range t
 `attention` multiplies them, and are only read while a token goes through the layers: its own keys come out at the end.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models.bridge import write
-from evlm_jax.models.evlm import EVLM, looks, reads
-from evlm_jax.models.layers import Linear, rope_tables
+from evlm_jax.models.evlm import looks, reads
+from evlm_jax.models.layers import rope_tables
 from evlm_jax.models.long_context import rope_base, sharpen
-from evlm_jax.models.moe import Experts, PackedExperts
+from evlm_jax.models.sampling import Sampling, sample
+from evlm_jax.models.weights import Weights, block
 from evlm_jax.ops.grouped_attention import Plan
-from evlm_jax.ops.packed import Packed, compute_dtype, logits, pack, pack_head
+from evlm_jax.ops.packed import compute_dtype, logits
 from evlm_jax.sharding import local, shard
 
 CHUNK = 64  # most tokens of one call of `decode`
-
-
-class Weights(NamedTuple):
-    """What decoding reads of a model; the layers stay stacked."""
-
-    embed: jax.Array  # [vocab, D]
-    media: jax.Array | None  # [media tokens, D]; None where patches stand in their place
-    bridge: nnx.Module | None  # bridge.py, not packed: it runs once an image, as in training
-    layers: nnx.Module  # llm.Block
-    crosses: nnx.Module | None  # xattn.Block; None without cross-attention
-    ln_f: nnx.Module
-    head: Packed
-
-    @classmethod
-    def of(cls, model: EVLM, dtype: str) -> "Weights":
-        """Of a model, with matrices of `dtype`."""
-        llm = model.llm
-        head = llm.embed[...].T if llm.head is None else llm.head.kernel[...]
-        layers, crosses = _pack(llm.layers, dtype), _pack(model.xattn, dtype)
-        media = None if model.media is None else model.media.embedding[...]
-        return cls(llm.embed[...].astype(dtype), media, model.bridge, layers, crosses, llm.ln_f, pack_head(head, dtype))
 
 
 class Prompt(NamedTuple):
@@ -61,14 +39,6 @@ class Prompt(NamedTuple):
     image: jax.Array  # [B, I] row of `taps` that fills each image slot
     visible_start: jax.Array  # [B] first image slot that the last token sees
     visible: jax.Array  # [B] how many it sees
-
-
-class Sampling(NamedTuple):
-    """How tokens are chosen."""
-
-    temperature: jax.Array  # [], 0 is greedy
-    top_p: jax.Array  # []
-    stop: jax.Array  # [any] ids that end an answer
 
 
 class DecodeState(NamedTuple):
@@ -224,22 +194,6 @@ def _sight(cfg: EVLMConfig, state: DecodeState) -> jax.Array:
     return (number < images) | (sink >= 0) & ((sink < cfg.xattn.sinks) | (images == 0))
 
 
-def sample(logits: jax.Array, random: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
-    """One token of each row of logits [B, vocab]: the best where temperature is 0, else drawn from the smallest set of best tokens
-    that together have probability `top_p` (nucleus sampling, arXiv 1904.09751). `random`: [B] PRNG keys."""
-
-    def draw(row, key):
-        scaled = row / temperature
-        best = jnp.sort(scaled, descending=True)
-        probability = jax.nn.softmax(best)
-        inside = jnp.cumsum(probability) - probability < top_p  # the mass in front of a token; the best one is always inside
-        floor = jnp.min(jnp.where(inside, best, jnp.inf))
-        return jax.random.categorical(key, jnp.where(scaled >= jnp.minimum(floor, best[0]), scaled, -jnp.inf))
-
-    greedy = lambda: jnp.argmax(logits, -1)
-    return jax.lax.cond(temperature > 0, lambda: jax.vmap(draw)(logits, random), greedy).astype(jnp.int32)
-
-
 def view(cfg: EVLMConfig, weights: Weights, taps: jax.Array) -> jax.Array:
     """What the bridge makes of taps [G, n, S, V]: [G', n, S', V or D], as in training whatever the dtype of `weights`."""
     if weights.bridge is None:
@@ -251,7 +205,7 @@ def view(cfg: EVLMConfig, weights: Weights, taps: jax.Array) -> jax.Array:
 def project(cfg: EVLMConfig, weights: Weights, views: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values of every cross-attention block: views [G', n, S', V], image [B, I] -> [X, B, I, S', N, H]."""
     number = jnp.array(cfg.tap_of_cross_layer)
-    each = lambda i: _block(weights.crosses, i).keys_values(views[number[i]])
+    each = lambda i: block(weights.crosses, i).keys_values(views[number[i]])
     return jax.tree.map(lambda a: a[:, image], jax.lax.map(each, jnp.arange(len(cfg.cross_layers))))
 
 
@@ -287,11 +241,11 @@ def _decoder(
             new.extend((k, v))
             return self_attend(number, sharpen(cfg.llm, q, positions), k, v)
 
-        x = _block(weights.layers, number)(x, rope, attend)
+        x = block(weights.layers, number)(x, rope, attend)
         return x, tuple(new)
 
     def group(x, index, count):
-        x = _block(weights.crosses, index)(x, partial(cross_attend, index))
+        x = block(weights.crosses, index)(x, partial(cross_attend, index))
         return jax.lax.scan(layer, x, index * cfg.xattn.every + jnp.arange(count))
 
     if not cfg.cross_layers:
@@ -304,26 +258,3 @@ def _decoder(
         x, last = group(x, full, rest)
         new = jax.tree.map(lambda *parts: jnp.concatenate(parts), new, last)
     return weights.ln_f(x), new
-
-
-def _pack(stack: nnx.Module, dtype: str) -> nnx.Module:
-    """A stack of blocks with a Packed in place of each Linear, and PackedExperts in place of Experts."""
-
-    def convert(leaf):
-        if isinstance(leaf, Experts):
-            return PackedExperts.of(leaf, dtype)
-        if not isinstance(leaf, Linear):
-            return leaf
-        return Packed(pack(leaf.kernel[...], dtype), None if leaf.bias is None else leaf.bias[...])
-
-    return jax.tree.map(convert, stack, is_leaf=lambda leaf: isinstance(leaf, (Linear, Experts)))
-
-
-def _block(stack: nnx.Module, layer: jax.Array | int) -> nnx.Module:
-    """One block of a stack; what is packed reads its weights where they lie."""
-    packed = lambda leaf: isinstance(leaf, (Packed, PackedExperts))
-
-    def pick(leaf):
-        return dataclasses.replace(leaf, layer=layer) if packed(leaf) else leaf[layer]
-
-    return jax.tree.map(pick, stack, is_leaf=packed)

@@ -99,9 +99,11 @@ def read(cfg: EVLMConfig, folder: Path, limit: int | None) -> dict:
     if train_run(cfg, str(folder)) < cfg.train.steps:
         raise InterruptedError("stopped while training; the same command goes on from there")
     memory, trained = peak_memory(), load_trained(str(folder), cfg.train.steps)
-    features, measured, clusters, scores = features_of(trained), {}, {}, {}
+    features, weights = features_of(trained), results.weights_hash(trained.params)
+    measured, clusters, scores = {}, {}, {}
     for name, most in ((CHOICE, limit), (CAPTION, None)):
-        result, questions = answered(name, trained, features, most, folder / "evals" / f"{name}-{cfg.train.steps}.jsonl")
+        progress = folder / "evals" / f"{name}-{cfg.train.steps}.jsonl"
+        result, questions = answered(name, trained, features, most, progress, {"weights_sha256": weights})
         each = {metric: values for metric, values in tasks.find(name).score(result["examples"]).each.items() if None not in values}
         if name == CAPTION:
             each["loss"] = caption_losses(trained, features, questions)
@@ -117,7 +119,7 @@ def read(cfg: EVLMConfig, folder: Path, limit: int | None) -> dict:
         "loss": float(np.mean([line["loss"] for line in lines[-LAST:]])),
         "step_seconds": float(np.median([line["step_seconds"] for line in lines])),
         "peak_bytes": memory,
-        "weights_sha256": results.weights_hash(trained.params),
+        "weights_sha256": weights,
         "device": results.device(),
     }
 
@@ -128,7 +130,7 @@ def answered(name: str, trained: Trained, features: FeatureStore | None, limit: 
     every = task.questions(None, None)
     questions = first(every, limit)
     answer = answerer(task, every, trained.model, trained.tokenizer, features, ROWS)
-    return evaluate(task, questions, answer, {}, progress), questions
+    return evaluate(task, questions, answer, about, progress), questions
 
 
 def caption_losses(trained: Trained, features: FeatureStore | None, questions: Sequence[Question]) -> list[float]:

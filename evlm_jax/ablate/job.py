@@ -35,7 +35,7 @@ from evlm_jax.run import Trained, features_of, load_trained, train_run
 from evlm_jax.train import Phase
 
 CHOICE, CAPTION = "easy-vqa-choice", "emoji"
-ROWS = 4  # of an evaluation's batch
+ROWS = {CHOICE: 4, CAPTION: 32}  # of an evaluation's batch
 LAST = 4  # lines of metrics.jsonl whose mean is a run's loss
 BASE = "base"
 
@@ -124,12 +124,14 @@ def read(cfg: EVLMConfig, folder: Path, limit: int | None) -> dict:
     }
 
 
-def answered(name: str, trained: Trained, features: FeatureStore | None, limit: int | None, progress: Path) -> tuple[dict, list[Question]]:
+def answered(
+    name: str, trained: Trained, features: FeatureStore | None, limit: int | None, progress: Path, about: dict
+) -> tuple[dict, list[Question]]:
     """A task's result as evals/runner.py makes it, and its questions."""
     task = tasks.find(name)
     every = task.questions(None, None)
     questions = first(every, limit)
-    answer = answerer(task, every, trained.model, trained.tokenizer, features, ROWS)
+    answer = answerer(task, every, trained.model, trained.tokenizer, features, ROWS[name])
     return evaluate(task, questions, answer, about, progress), questions
 
 
@@ -137,7 +139,7 @@ def caption_losses(trained: Trained, features: FeatureStore | None, questions: S
     """Nats of each question's right answer, the token that ends it included."""
     template = trained.model.cfg.data.template
     samples = [Sample(q.id, CAPTION, q.visuals, (question(prompt_text(q, template), q.answer[0]),)) for q in questions]
-    return [float(loss.sum()) for loss, _ in answer_losses(trained.model, trained.tokenizer, samples, features, ROWS)]
+    return [float(loss.sum()) for loss, _ in answer_losses(trained.model, trained.tokenizer, samples, features, ROWS[CHOICE])]
 
 
 def peak_memory() -> int:

@@ -17,7 +17,7 @@ SOURCES = ("easy-vqa", "emoji-en")
 def rules(gates: float = 15.0, vit: tuple[int, ...] = ()) -> tuple[dict, ...]:
     """One phase. `gates`: their rate, of the schedule's; `vit`: 0-based blocks of the tower that are trained."""
     trained = [dict(pattern=rf"^vit/blocks/({'|'.join(map(str, vit))})/", lr=0.1)] if vit else []
-    trained += [dict(pattern=r"gate$", lr=gates), dict(pattern=r"^xattn/\d+/o/", lr=3.0), dict(pattern=r"^(xattn|media)/", lr=1.0)]
+    trained += [dict(pattern=r"gate$", lr=gates), dict(pattern=r"^xattn/\d+/o/", lr=3.0), dict(pattern=r"^(xattn|media|bridge)/", lr=1.0)]
     return (dict(start=0.0, warmup=0, rules=(*trained, dict(pattern=r"^(vit|llm)/", lr=None))),)
 
 
@@ -51,6 +51,11 @@ VARIANTS: dict[str, dict[str, object]] = {
     "moe-top-1": {"moe.copies": 4, "moe.top_k": 1},
     "moe-top-8": {"moe.copies": 4, "moe.top_k": 8},
     "moe-softmax": {"moe.copies": 4, "moe.gates": "softmax"},
+    # other models on the same towers (evlm_jax/models/bridge.py); llava reads the highest of the base's taps
+    "fused": {"bridge.kind": "fused"},
+    "flamingo": {"bridge.kind": "flamingo", "media.tokens": 1, "vit.taps": (12,)},
+    "llava": {"bridge.kind": "llava", "xattn.every": 0, "media.tokens": 64},
+    "text-only": {"xattn.every": 0},
     # the tower
     "vit-upper-half": {"optim.phases": rules(vit=tuple(range(6, 12))), "data.cache_features": False},
 }

@@ -78,7 +78,9 @@ def full_forward(model, document, tokens, length=256):
     if document.refs:
         images[: len(document.refs)] = taps(cfg, document.refs)
     none = np.zeros((1, 1), np.int32)
-    arrays = {name: array[None] for name, array in row.items()} | dict.fromkeys(("target_at", "targets", "target_source"), none)
+    arrays = {name: None if array is None else array[None] for name, array in row.items()} | dict.fromkeys(
+        ("target_at", "targets", "target_source"), none
+    )
     return np.asarray(batch_logits(model, Batch(**arrays, pixels=None, taps=images[None]))[0, read - 1 : fed])
 
 

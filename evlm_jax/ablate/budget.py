@@ -56,8 +56,10 @@ def budgets(base: EVLMConfig, cfg: EVLMConfig, questions: int) -> dict[str, Cut]
             f"{cfg.name}: a run is read at two budgets, so its rate must stay what it is behind the warm-up: "
             "set optim.min_lr = optim.lr and one phase"
         )
-    price = next(cut.flops for cut in course(base) if cut.questions >= questions)
-    return {
-        QUESTIONS: next(cut for cut in course(cfg) if cut.questions >= questions),
-        FLOPS: next(cut for cut in course(cfg) if cut.flops >= price),
-    }
+    price, cuts = next(cut.flops for cut in course(base) if cut.questions >= questions), {}
+    for cut in course(cfg):
+        for name, reached in ((QUESTIONS, cut.questions >= questions), (FLOPS, cut.flops >= price)):
+            if reached:
+                cuts.setdefault(name, cut)
+        if len(cuts) == 2:
+            return cuts

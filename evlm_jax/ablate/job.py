@@ -35,7 +35,7 @@ from evlm_jax.run import Trained, features_of, load_trained, train_run
 from evlm_jax.train import Phase
 
 CHOICE, CAPTION = "easy-vqa-choice", "emoji"
-ROWS = 4  # of an evaluation's batch
+ROWS = {CHOICE: 4, CAPTION: 32}  # of an evaluation's batch
 LAST = 4  # lines of metrics.jsonl whose mean is a run's loss
 BASE = "base"
 
@@ -99,9 +99,11 @@ def read(cfg: EVLMConfig, folder: Path, limit: int | None) -> dict:
     if train_run(cfg, str(folder)) < cfg.train.steps:
         raise InterruptedError("stopped while training; the same command goes on from there")
     memory, trained = peak_memory(), load_trained(str(folder), cfg.train.steps)
-    features, measured, clusters, scores = features_of(trained), {}, {}, {}
+    features, weights = features_of(trained), results.weights_hash(trained.params)
+    measured, clusters, scores = {}, {}, {}
     for name, most in ((CHOICE, limit), (CAPTION, None)):
-        result, questions = answered(name, trained, features, most, folder / "evals" / f"{name}-{cfg.train.steps}.jsonl")
+        progress = folder / "evals" / f"{name}-{cfg.train.steps}.jsonl"
+        result, questions = answered(name, trained, features, most, progress, {"weights_sha256": weights})
         each = {metric: values for metric, values in tasks.find(name).score(result["examples"]).each.items() if None not in values}
         if name == CAPTION:
             each["loss"] = caption_losses(trained, features, questions)
@@ -117,25 +119,27 @@ def read(cfg: EVLMConfig, folder: Path, limit: int | None) -> dict:
         "loss": float(np.mean([line["loss"] for line in lines[-LAST:]])),
         "step_seconds": float(np.median([line["step_seconds"] for line in lines])),
         "peak_bytes": memory,
-        "weights_sha256": results.weights_hash(trained.params),
+        "weights_sha256": weights,
         "device": results.device(),
     }
 
 
-def answered(name: str, trained: Trained, features: FeatureStore | None, limit: int | None, progress: Path) -> tuple[dict, list[Question]]:
+def answered(
+    name: str, trained: Trained, features: FeatureStore | None, limit: int | None, progress: Path, about: dict
+) -> tuple[dict, list[Question]]:
     """A task's result as evals/runner.py makes it, and its questions."""
     task = tasks.find(name)
     every = task.questions(None, None)
     questions = first(every, limit)
-    answer = answerer(task, every, trained.model, trained.tokenizer, features, ROWS)
-    return evaluate(task, questions, answer, {}, progress), questions
+    answer = answerer(task, every, trained.model, trained.tokenizer, features, ROWS[name])
+    return evaluate(task, questions, answer, about, progress), questions
 
 
 def caption_losses(trained: Trained, features: FeatureStore | None, questions: Sequence[Question]) -> list[float]:
     """Nats of each question's right answer, the token that ends it included."""
     template = trained.model.cfg.data.template
     samples = [Sample(q.id, CAPTION, q.visuals, (question(prompt_text(q, template), q.answer[0]),)) for q in questions]
-    return [float(loss.sum()) for loss, _ in answer_losses(trained.model, trained.tokenizer, samples, features, ROWS)]
+    return [float(loss.sum()) for loss, _ in answer_losses(trained.model, trained.tokenizer, samples, features, ROWS[CHOICE])]
 
 
 def peak_memory() -> int:

@@ -8,10 +8,13 @@ from flax import nnx
 
 from evlm_jax import names
 from evlm_jax.config import from_config_dict
-from evlm_jax.evals.answer import Generated, LowestLoss
+from evlm_jax.data.samples import MARKER, Turn
+from evlm_jax.evals import tasks
+from evlm_jax.evals.answer import LowestLoss
 from evlm_jax.evals.tasks.demo import ANSWERS
 from evlm_jax.generate import Generator
 from evlm_jax.run import features_of, load_trained, train_run
+from experiments import demo
 from tests.parity import needs_asset
 
 CHANGES = {
@@ -29,9 +32,6 @@ CHANGES = {
 @pytest.mark.parametrize("kind", CHANGES)
 def test_trains_on_the_demo(kind, tmp_path):
     """A few steps: the loss falls; the checkpoint has the model's bits; it generates, and chooses by loss."""
-    from evlm_jax.evals import tasks
-    from experiments import demo
-
     config = demo.get_config("fast")
     config.update_from_flattened_dict(CHANGES[kind])
     config.optim.warmup, config.train.log_every = 2, 1
@@ -44,6 +44,7 @@ def test_trains_on_the_demo(kind, tmp_path):
     restored = names.flatten(trained.model.cfg, nnx.state(trained.model))
     assert all(np.asarray(restored[name]).tobytes() == array.tobytes() for name, array in trained.params.items())
     asked, features = tasks.find("easy-vqa").questions(None, None)[:4], features_of(trained)
-    answers = Generated(Generator(trained.model, trained.tokenizer, features=features.get), 4)(asked)
-    assert all(row["prediction"] for row in answers)
+    generator = Generator(trained.model, trained.tokenizer, features=features.get)
+    prompts = [generator.prompt([Turn("user", MARKER + question.text)], question.visuals) for question in asked]
+    assert [len(answer.tokens) for answer in generator.generate(prompts, 4, stop=())] == [4] * 4
     assert {row["prediction"] for row in LowestLoss(trained.model, trained.tokenizer, ANSWERS, features)(asked)} <= set(ANSWERS)

@@ -65,6 +65,11 @@ def render(results: dict, out: Path | str) -> Path:
     return out
 
 
+def style() -> str:
+    """The page's style sheet, for other pages."""
+    return TEMPLATE.read_text("utf-8").partition("<style>")[2].partition("</style>")[0]
+
+
 def training_sections(metrics: Path | str, cfg: EVLMConfig) -> dict:
     """`losses`, `gates` and `experts` from a run's metrics.jsonl (metrics.py). Raises ValueError if it has no line."""
     lines = [json.loads(line) for line in Path(metrics).read_text("utf-8").splitlines()]

@@ -44,10 +44,9 @@ def about(found: dict) -> str:
     seeds, limit = len({run["seed"] for run in runs}), settings["limit"]
     devices = sorted({reading["device"] for run in runs for reading in run["readings"].values()})
     asked = "all questions" if limit is None else f"{limit:,} questions"
-    return (
-        f"{len(variants(found))} variants, {seeds} {'seeds' if seeds > 1 else 'seed'}, {len(runs)} runs; budgets: {settings['questions']:,} "
-        f"questions, and the FLOPs that the base needs for as many; {asked} of easy-vqa's official test by lowest loss; {'; '.join(devices)}."
-    )
+    many = f"{len(variants(found))} variants, {seeds} {'seeds' if seeds > 1 else 'seed'}, {len(runs)} runs"
+    budget = f"{settings['questions']:,} questions, and the FLOPs that the base needs for as many"
+    return f"{many}; budgets: {budget}; {asked} of easy-vqa's official test, answered by lowest loss; {'; '.join(devices)}."
 
 
 def judgement_cells(judged: Judgement) -> list[str]:

@@ -23,11 +23,11 @@ whether it was right, so that every interval can be computed again. The runs are
 
 {{about}}
 
-A claim says that one variant beats another. It {HOLDS} where the 95% interval of the difference lies above 0, {FAILS} where it lies below, and
-is {UNDECIDED} in between. Intervals are of a bootstrap over images and seeds; the seeds' part is widened to Student's t, because there are
-few ([evals/statistics.py](../evlm_jax/evals/statistics.py)). p is of the paired t-test over seeds. Of several rivals the best by the same
-numbers is taken, which favours it. What the variants are: [ablations.md](ablations.md). The models are small, the questions synthetic: a
-claim that {HOLDS} here is no proof at 14 billion parameters, and neither is its opposite.
+A claim says that one variant beats another. It {HOLDS} where the 95% interval of the difference lies above 0, {FAILS} where it lies
+below, and is {UNDECIDED} in between. Intervals are of a bootstrap over images and seeds; the seeds' part is widened to Student's t, because
+there are few ([evals/statistics.py](../evlm_jax/evals/statistics.py)). p is of the paired t-test over seeds. Of several rivals the best by
+the same numbers is taken, which favours it. What the variants are: [ablations.md](ablations.md). The models are small, the questions
+synthetic: a claim that {HOLDS} here is no proof at 14 billion parameters, and neither is its opposite.
 """
 COLUMNS = ["claim", "compared", "budget", "measure", "difference", "seeds", "verdict"]
 

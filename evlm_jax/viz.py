@@ -178,6 +178,17 @@ def loss_curves(losses: dict[str, dict[str, Sequence[float]]]) -> str:
     return _svg(figure)
 
 
+def score_curves(curves: dict[str, dict[str, Sequence[float]]]) -> str:
+    """SVG of {name: {"step": [...], "score": [...]}}."""
+    figure, axes = _figure(7.2, 3.6)
+    for i, (name, curve) in enumerate(curves.items()):
+        dash = "-" if i < len(SERIES) else "--"  # more than there are colours
+        axes.plot(curve["step"], curve["score"], dash, color=SERIES[i % len(SERIES)], linewidth=2, marker="o", markersize=3, label=name)
+    axes.set(xlabel="step", ylabel="score")
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+    return _svg(figure)
+
+
 def gate_bars(layers: Sequence[int], attn: Sequence[float], ffn: Sequence[float]) -> str:
     """SVG of tanh(gate) of the cross-attention and of its FFN, by LLM layer."""
     figure, axes = _figure(7.2, 3.2)

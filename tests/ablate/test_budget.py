@@ -46,13 +46,13 @@ def test_the_course_is_that_of_training(cfg, tmp_path):
 
 
 def test_budgets(cfg):
-    same = budgets(cfg, cfg, 100)
-    assert same[QUESTIONS] == same[FLOPS] and same[QUESTIONS].questions >= 100
-    dear = replace(cfg, xattn=replace(cfg.xattn, heads=32, ffn=1024))
-    cuts = budgets(cfg, dear, 100)
+    same = budgets(cfg, cfg, 300)
+    assert same[QUESTIONS] == same[FLOPS] and same[QUESTIONS].questions >= 300
+    dear = replace(cfg, xattn=replace(cfg.xattn, heads=16, ffn=512))
+    cuts = budgets(cfg, dear, 300)
     reached = [cut for _, cut in zip(range(cuts[QUESTIONS].step), course(dear))]
-    assert reached[-1] == cuts[QUESTIONS] and reached[-1].questions >= 100 > reached[-2].questions
-    assert cuts[FLOPS].step < cuts[QUESTIONS].step and reached[cuts[FLOPS].step - 1].flops >= same[QUESTIONS].flops
+    assert reached[-1] == cuts[QUESTIONS] and reached[-1].questions >= 300 > reached[-2].questions
+    assert 1 < cuts[FLOPS].step < cuts[QUESTIONS].step and reached[cuts[FLOPS].step - 1].flops >= same[QUESTIONS].flops
     assert reached[cuts[FLOPS].step - 2].flops < same[QUESTIONS].flops
 
 

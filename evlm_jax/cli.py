@@ -258,6 +258,10 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _ablate(args: argparse.Namespace, overrides: list[str]) -> int:
+    from evlm_jax.ablate import slots
+
+    if args.only:
+        slots.bind(args.cores)  # before anything starts a thread
     from evlm_jax.ablate import command
 
     return command.main(args, overrides, load_config)

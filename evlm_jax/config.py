@@ -73,6 +73,9 @@ class TrainConfig:
     save_every: int
     keep: int
     log_every: int
+    monitors: tuple[str, ...]  # eval tasks that are followed (evals/monitor.py): TASK, or TASK:PATH of its official files
+    monitor_every: int  # updates between two looks; there is one at the end as well
+    monitor_questions: int  # the first of each task, as `evlm eval --limit` takes them; 0: all
     seed: int
     peak_flops: float  # of one device, for MFU; 0 leaves MFU out
 
@@ -194,6 +197,8 @@ def check(cfg: EVLMConfig) -> None:
         (0 <= data.most_drops <= 1, "data.most_drops", "must be a share, from 0 to 1"),
         (data.pairs >= data.images, "data.pairs", f"must be at least data.images = {data.images}"),
         (train.batch % train.accumulate == 0, "train.accumulate", f"must divide train.batch = {train.batch}"),
+        (not train.monitors or train.monitor_every >= 1, "train.monitor_every", "must be positive where train.monitors has tasks"),
+        (train.monitor_questions >= 0, "train.monitor_questions", "must not be negative; 0 is all of them"),
         (train.loss_chunk >= 0, "train.loss_chunk", "must not be negative"),
         (len(cfg.optim.phases) > 0 and cfg.optim.phases[0].start == 0, "optim.phases", "the first must start at 0"),
     ]

@@ -7,6 +7,7 @@
     setup              [[name, value]]                               towers, parameters, steps
     time               [[part, seconds]]
     losses             {source: {step: [...], loss: [...]}}
+    monitors           {task and metric: {step: [...], score: [...]}}    empty where none was followed
     accuracy           [{type, count, accuracy, error, majority, majority_answer, greedy}]    greedy may be None
     vqa                [{image, questions: [{question, answer, prediction, correct}]}]
     caption_scores     {count, exact_match, rouge_l, cider}
@@ -35,9 +36,12 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.data.features import FeatureStore
 from evlm_jax.data.image import load
 from evlm_jax.data.samples import Sample
+from evlm_jax.metrics import SECONDS, training_lines
 from evlm_jax.models.evlm import EVLM
 
-SECTIONS = "title tagline headline setup time losses accuracy vqa caption_scores emoji photos attention gates experts provenance".split()
+SECTIONS = (
+    "title tagline headline setup time losses monitors accuracy vqa caption_scores emoji photos attention gates experts provenance"
+).split()
 PICTURE = 320  # pixels a side of the pictures that attention is drawn over
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -53,6 +57,7 @@ def render(results: dict, out: Path | str) -> Path:
         results,
         attention=[strip(row) for row in results["attention"]],
         loss_svg=Markup(viz.loss_curves(results["losses"])),
+        monitor_svg=results["monitors"] and Markup(viz.score_curves(results["monitors"])),
         gate_svg=results["gates"] and Markup(viz.gate_bars(**results["gates"])),
         load_svg=results["experts"] and Markup(viz.load_maps(results["experts"]["layers"], results["experts"]["load"])),
         largest_load=results["experts"] and np.max([*results["experts"]["load"].values()]),
@@ -65,18 +70,24 @@ def render(results: dict, out: Path | str) -> Path:
     return out
 
 
+def style() -> str:
+    """The page's style sheet, for other pages."""
+    return TEMPLATE.read_text("utf-8").partition("<style>")[2].partition("</style>")[0]
+
+
 def training_sections(metrics: Path | str, cfg: EVLMConfig) -> dict:
-    """`losses`, `gates` and `experts` from a run's metrics.jsonl (metrics.py). Raises ValueError if it has no line."""
+    """`losses`, `monitors`, `gates` and `experts` from a run's metrics.jsonl (metrics.py). Raises ValueError if it has no line."""
     lines = [json.loads(line) for line in Path(metrics).read_text("utf-8").splitlines()]
     if not lines:
         raise ValueError(f"report: {metrics} is empty; train.log_every = {cfg.train.log_every} may be more than the steps of the run")
-    losses = {}
-    for source in cfg.data.sources:
-        points = [(line["step"], line[key]) for line in lines if (key := f"loss/{source}") in line]
-        losses[source] = {"step": [step for step, _ in points], "loss": [loss for _, loss in points]}
-    gate = lambda kind: [lines[-1][f"xattn/{layer}/{kind}_gate"] for layer in cfg.cross_layers]
+    curve = lambda key, name: {"step": [line["step"] for line in lines if key in line], name: [line[key] for line in lines if key in line]}
+    losses = {source: curve(f"loss/{source}", "loss") for source in cfg.data.sources}
+    followed = dict.fromkeys(key for line in lines for key in line if key.startswith("monitor/") and key != SECONDS)
+    monitors = {key.removeprefix("monitor/"): curve(key, "score") for key in followed}
+    last = training_lines(metrics)[-1]
+    gate = lambda kind: [last[f"xattn/{layer}/{kind}_gate"] for layer in cfg.cross_layers]
     gates = {"layers": list(cfg.cross_layers), "attn": gate("attn"), "ffn": gate("ffn")} if cfg.cross_layers else None
-    return {"losses": losses, "gates": gates, "experts": experts_section(lines[-1], cfg)}
+    return {"losses": losses, "monitors": monitors, "gates": gates, "experts": experts_section(last, cfg)}
 
 
 def experts_section(line: dict, cfg: EVLMConfig) -> dict | None:

@@ -14,6 +14,7 @@ from evlm_jax.convert.engine import load_towers
 from evlm_jax.convert.interpolate import resize_positions
 from evlm_jax.data.features import FeatureStore, fingerprint
 from evlm_jax.data.pipeline import batches
+from evlm_jax.evals.monitor import monitor
 from evlm_jax.mesh import Layout, make_layout
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.start import put
@@ -70,8 +71,10 @@ def train_run(
     params, trained = next_stage(cfg, init) if init else (load_towers(cfg), frozenset())
     features = feature_store(cfg, params) if cfg.data.cache_features else None
     own = make_layout(cfg).own_rows(cfg.train.batch)
-    with contextlib.closing(batches(cfg, load_tokenizer(cfg.init.llm), features, own)) as data:
-        return train(cfg, workdir, data, params, trained, tensorboard=tensorboard, profile=profile)
+    tokenizer = load_tokenizer(cfg.init.llm)
+    follow = monitor(cfg, tokenizer, features)
+    with contextlib.closing(batches(cfg, tokenizer, features, own)) as data:
+        return train(cfg, workdir, data, params, trained, follow, tensorboard, profile)
 
 
 def features_of(trained: Trained) -> FeatureStore | None:

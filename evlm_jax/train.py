@@ -169,7 +169,7 @@ def train(
     data: Iterator,
     params: Arrays,
     trained: frozenset[str] = frozenset(),
-    on_step: Callable[[int, Callable[[], EVLM]], None] | None = None,
+    on_step: Callable[[int, Callable[[], EVLM]], dict[str, float] | None] | None = None,
     tensorboard: bool = False,
     profile: tuple[int, int] | None = None,
 ) -> int:
@@ -179,7 +179,7 @@ def train(
       data: yields (Batch of NumPy arrays, info) as data.pipeline.batches; get_state() -> JSON and set_state(JSON) keep its position.
       params: canonical name -> array: the towers, or all parameters of an earlier stage (checkpoint.load_params).
       trained: those of `params` that an earlier stage trained (checkpoint.trained).
-      on_step: called with the number of finished updates and a function that gives the model, valid until it returns.
+      on_step: called with the finished updates and a function that gives the model, valid until it returns; what it returns is noted.
       tensorboard: write TensorBoard files, next to metrics.jsonl.
       profile: (first, last) update of a trace, in `workdir`/profile.
     Returns:
@@ -213,7 +213,7 @@ def train(
             meter.dropped(info["drops"])
             _look(pending, IN_FLIGHT, meter)
             if on_step:
-                on_step(step, functools.partial(phase.model, state))
+                meter.note(step, on_step(step, functools.partial(phase.model, state)))
             last = stop(step) or step == cfg.train.steps
             if profile and (step == profile[1] or profile[0] <= step < profile[1] and last):
                 jax.block_until_ready(state)

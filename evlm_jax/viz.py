@@ -178,6 +178,17 @@ def loss_curves(losses: dict[str, dict[str, Sequence[float]]]) -> str:
     return _svg(figure)
 
 
+def score_curves(curves: dict[str, dict[str, Sequence[float]]]) -> str:
+    """SVG of {name: {"step": [...], "score": [...]}}."""
+    figure, axes = _figure(7.2, 3.6)
+    for i, (name, curve) in enumerate(curves.items()):
+        dash = "-" if i < len(SERIES) else "--"  # more than there are colours
+        axes.plot(curve["step"], curve["score"], dash, color=SERIES[i % len(SERIES)], linewidth=2, marker="o", markersize=3, label=name)
+    axes.set(xlabel="step", ylabel="score")
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+    return _svg(figure)
+
+
 def gate_bars(layers: Sequence[int], attn: Sequence[float], ffn: Sequence[float]) -> str:
     """SVG of tanh(gate) of the cross-attention and of its FFN, by LLM layer."""
     figure, axes = _figure(7.2, 3.2)
@@ -210,12 +221,36 @@ def load_maps(layers: Sequence[int], load: dict[str, Sequence[Sequence[float]]])
     return _svg(figure)
 
 
-def _figure(width: float, height: float):
+def intervals(rows: dict[str, tuple[float, float, float, Sequence[float]]], label: str) -> str:
+    """SVG of {name: (mean, low, high, values)}: one line a name, from the top, with its values as points; 0 is marked."""
+    figure, axes = _figure(7.2, 0.9 + 0.27 * len(rows), grid="x")
+    for y, (mean, low, high, values) in enumerate(rows.values()):
+        axes.plot([low, high], [y, y], color=SERIES[1], linewidth=2)
+        axes.plot(values, [y] * len(values), "o", color=SERIES[1], alpha=0.5, markersize=4, markeredgewidth=0)
+        axes.plot([mean], [y], "D", color=SERIES[0], markersize=6, markeredgewidth=0)
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.set(xlabel=label)
+    return _svg(figure)
+
+
+def named_points(points: dict[str, tuple[float, float]], x: str, y: str) -> str:
+    """SVG of {name: (x, y)}, each with its name beside it."""
+    figure, axes = _figure(7.2, 4.2)
+    for name, (right, up) in points.items():
+        axes.plot([right], [up], "o", color=SERIES[0], markersize=6, markeredgewidth=0)
+        axes.annotate(name, (right, up), (5, 3), textcoords="offset points", color=INK, fontsize=9)
+    axes.set(xlabel=x, ylabel=y)
+    return _svg(figure)
+
+
+def _figure(width: float, height: float, grid: str = "y"):
     """A figure and its axes in the theme's colours."""
     with matplotlib.rc_context(STYLE):
         figure = Figure((width, height), layout="constrained")
         axes = figure.add_subplot()
-    axes.grid(axis="y", color=LINE, linewidth=0.7)
+    axes.grid(axis=grid, color=LINE, linewidth=0.7)
     axes.set_axisbelow(True)
     _theme(axes)
     return figure, axes

@@ -46,7 +46,8 @@ _TINY = dict(
     ),
     train=dict(
         steps=8, batch=2, accumulate=1, dtype="float32", matmul_precision="float32", param_dtype="float32",
-        frozen_dtype="float32", remat="none", loss_chunk=0, save_every=4, keep=2, log_every=1, seed=0, peak_flops=0.0,
+        frozen_dtype="float32", remat="none", loss_chunk=0, save_every=4, keep=2, log_every=1, monitors=(), monitor_every=0,
+        monitor_questions=0, seed=0, peak_flops=0.0,
     ),
     mesh=dict(data=-1, fsdp=1, expert=1, tensor=1, slices=1, zero=2, frozen="replicated", images="all"),
     init=dict(vision="", llm="", centre_norms=False),

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from evlm_jax.ablate import collect, job, processes
+from evlm_jax.ablate import collect, job, page, slots
 from evlm_jax.config import EVLMConfig
 from evlm_jax.evals import results
 
@@ -22,14 +22,12 @@ def main(args: argparse.Namespace, overrides: list[str], load_config: Callable[[
     for variant in variants:
         load(variant)
     names = [f"{variant}/{seed}" for seed in range(args.seeds) for variant in variants]
-    todo = [
-        processes.Run(name, _command(args, overrides, name), args.out / name / "log.txt") for name in names if not _done(args.out, name)
-    ]
+    todo = [slots.Run(name, _command(args, overrides, name), args.out / name / "log.txt") for name in names if not _done(args.out, name)]
     cores = args.cores or sorted(os.sched_getaffinity(0))
-    failed = processes.run_all(todo, processes.slots(args.jobs, cores, args.gpus), lambda text: print(text, flush=True))
+    failed = slots.run_all(todo, slots.slots(args.jobs, cores, args.gpus), lambda text: print(text, flush=True))
     found = collect.collect([args.out / name / "result.json" for name in names if _done(args.out, name)])
     file = results.save(args.out / "results.json", found)
-    print(f"\n{collect.table(found)}\n\n{file}")
+    print(f"\n{collect.table(found)}\n\n{file}\n{page.render(found, args.out / 'report.html')}")
     if failed:
         print(f"evlm: {len(failed)} of {len(names)} runs failed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)

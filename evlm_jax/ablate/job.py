@@ -8,7 +8,6 @@ DIR/VARIANT/SEED/metrics.jsonl and, until then or where they are kept, the check
 import base64
 import fcntl
 import itertools
-import json
 import math
 import resource
 import shutil
@@ -31,6 +30,7 @@ from evlm_jax.evals.choice import answer_losses
 from evlm_jax.evals.runner import evaluate
 from evlm_jax.evals.task import Question, first
 from evlm_jax.mesh import make_layout
+from evlm_jax.metrics import training_lines
 from evlm_jax.run import Trained, features_of, load_trained, train_run
 from evlm_jax.train import Phase
 
@@ -110,8 +110,7 @@ def read(cfg: EVLMConfig, folder: Path, limit: int | None) -> dict:
         measured |= {f"{name}/{metric}": pack(values) for metric, values in each.items()}
         clusters[name] = [len(list(group)) for _, group in itertools.groupby(row["cluster"] for row in result["examples"])]
         scores[name] = score.scored(result)["scores"]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if line["step"] <= cfg.train.steps and "loss" in line]
+    lines = [line for line in training_lines(folder / "metrics.jsonl") if line["step"] <= cfg.train.steps]
     return {
         "measured": measured,
         "clusters": clusters,

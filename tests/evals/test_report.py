@@ -30,13 +30,14 @@ def saved(tmp_path, request):
     example = lambda i, guess: {"image": str(i), "question": "is it <b>?", "answer": "yes", "prediction": guess, "correct": guess == "yes"}
     examples = [example(0, "yes"), example(1, "no"), example(2, "")]
     row = {"type": "all", "count": 9673, "accuracy": 0.9134, "error": None, "majority": 0.37, "majority_answer": "yes"}
-    lines = [{"step": s, "loss/vqa": 2 / s, "loss/caption": 3 / s} for s in (1, 2, 3)]
+    lines = [{"step": s, "loss": 2.5 / s, "loss/vqa": 2 / s, "loss/caption": 3 / s} for s in (1, 2, 3)]
     lines[-1] |= {f"xattn/{layer}/{kind}_gate": 0.1 * layer for layer in cfg.cross_layers for kind in ("attn", "ffn")}
     if copies:
         lines[-1] |= {f"xattn/{layer}/ffn/{name}": LOAD for layer in cfg.cross_layers for name in ("load", "load_text", "load_media")}
         lines[-1] |= {f"xattn/{layer}/ffn/entropy": 2.0 + 0.1 * layer for layer in cfg.cross_layers}
         lines[-1] |= {f"xattn/{layer}/ffn/dropped": 300.0 for layer in cfg.cross_layers}
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    notes = [{"step": s, "monitor/pope/accuracy": 50.0 + s, "monitor/seconds": 2.0} for s in (2, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines + copies // 4 * notes))
     captions = report.caption_section(examples, paths, 3, 64)
     image = viz.data_uri(Image.open(tmp_path / "0.png"))
     words = [{"word": word, "grid": rng.random((4, 4)), "predicted": word == "yes"} for word in ("red", "yes")]
@@ -84,7 +85,10 @@ def test_renders_every_section_from_the_saved_results(saved, tmp_path):
     for shown in (*numbers, "It <sees>", "is it <b>?", "(nothing)", "0" * 64):
         assert shown in page.text
     experts = results.load(saved)["experts"]
-    assert ("experts" in page.ids) == (experts is not None) and text.count("<svg") == 2 + ("experts" in page.ids)
+    assert ("experts" in page.ids) == (experts is not None) and text.count("<svg") == 2 + 2 * ("experts" in page.ids)
+    assert ("Followed in training" in page.text) == ("pope/accuracy" in page.text) == (experts is not None)
+    if experts:
+        assert results.load(saved)["monitors"] == {"pope/accuracy": {"step": [2, 4], "score": [52.0, 54.0]}}
     for shown in ("An even share is 6.2%", "the full colour 17.2%", "between 2.00 and 2.30 nats", "1,200 choices were dropped"):
         assert (shown in page.text) == (experts is not None)
     pictures = [a for a in page.addresses if a.startswith("data:image/")]

@@ -1,4 +1,4 @@
-"""Runs as processes of their own, several at a time, each on its share of the machine."""
+"""Runs as processes of their own, several at a time, each on its share of the machine. Imports nothing that starts threads."""
 
 import ctypes
 import os
@@ -63,17 +63,19 @@ def run_all(todo: Sequence[Run], room: Sequence[Slot], say: Callable[[str], None
     return failed
 
 
+def bind(cores: Sequence[int]) -> None:
+    """What a run does first: keeps itself, and the threads it will start, to its cores, and ends by SIGTERM when its parent ends."""
+    os.sched_setaffinity(0, cores)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _start(run: Run, slot: Slot) -> subprocess.Popen:
-    """The process, bound to its cores and its GPU; told to end where this one is killed."""
+    """The process of a run, told its cores and its GPU."""
     environment = os.environ | ({} if slot.gpu is None else {"CUDA_VISIBLE_DEVICES": slot.gpu})
-
-    def bind() -> None:
-        os.sched_setaffinity(0, slot.cores)
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("a") as log:
-        return subprocess.Popen(run.command, env=environment, preexec_fn=bind, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        command = [*run.command, "--cores", ",".join(map(str, slot.cores))]
+        return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 
 def _tail(log: Path) -> str:

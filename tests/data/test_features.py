@@ -132,9 +132,8 @@ def test_fingerprint_tells_towers_and_preprocessing_apart():
 def test_missing_taps_of_a_batch_are_computed_together(tmp_path, refs):
     encode = Encoder()
     store = FeatureStore(tmp_path / "store", encode, CFG)
-    made = [
-        encode_sample(Sample(str(i), "made", ((ref,),), (question("<image>q", "a"),)), TOKENIZER, CFG) for i, ref in enumerate(refs[:20])
-    ]
+    samples = [Sample(str(i), "made", ((ref,),), (question("<image>q", "a"),)) for i, ref in enumerate(refs[:20])]
+    made = [encode_sample(sample, TOKENIZER, CFG) for sample in samples]
     loaded = list(load_pictures([made[:9], made[9:]], CFG, store))
     np.testing.assert_array_equal(np.concatenate(loaded), expected(refs[:20]))
     assert (encode.calls, encode.seen) == (1, 20)

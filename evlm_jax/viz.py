@@ -8,6 +8,7 @@ import base64
 import io
 import re
 from collections.abc import Sequence
+from itertools import cycle
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.layers import rope_tables
 
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "evlm", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
-SENTINELS = {"#010203": "var(--ink)", "#010204": "var(--line)"} | {f"#0102{i + 16:02x}": f"var(--series-{i})" for i in range(6)}
+SENTINELS = {"#010203": "var(--ink)", "#010204": "var(--line)"} | {f"#0102{i + 16:02x}": f"var(--series-{i})" for i in range(8)}
 INK, LINE, *SERIES = SENTINELS
 
 
@@ -165,7 +166,7 @@ def from_data_uri(uri: str) -> Image.Image:
 def loss_curves(losses: dict[str, dict[str, Sequence[float]]]) -> str:
     """SVG of {source: {"step": [...], "loss": [...]}}: every value faint, a running mean on top."""
     figure, axes = _figure(7.2, 3.6)
-    for (source, curve), colour in zip(losses.items(), SERIES, strict=False):
+    for (source, curve), colour in zip(losses.items(), cycle(SERIES)):
         step, loss = np.asarray(curve["step"]), np.asarray(curve["loss"], np.float64)
         window = max(1, len(loss) // 25)
         smooth = np.convolve(np.pad(loss, (window - 1, 0), "edge"), np.ones(window) / window, "valid")

@@ -237,8 +237,10 @@ def collate(
 def load_pictures(
     rows: Sequence[Sequence[Document]], cfg: EVLMConfig, features: FeatureStore | None
 ) -> Iterator[np.ndarray | image.ImageError]:
-    """Pixels or taps of each document, or what is wrong with them; pixels are in work at once."""
+    """Pixels or taps of each document, or what is wrong with them; pixels are in work at once, missing taps are computed together."""
     documents = [document for row in rows for document in row]
+    if features is not None:
+        features.fill((ref for document in documents for ref in document.refs), progress=False)
 
     def load(document: Document) -> np.ndarray | image.ImageError:
         try:

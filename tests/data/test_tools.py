@@ -16,6 +16,7 @@ from evlm_jax.data.pack import assemble
 from evlm_jax.data.samples import Sample, question
 from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import encode
+from evlm_jax.data.tools import picture as picture_tool
 from evlm_jax.data.tools.inspect import sees_images, sees_text, spelled
 from evlm_jax.data.tools.stats import stats
 from tests.data.made import TOKENIZER, config, refs, row, write_images, write_jsonl
@@ -44,14 +45,15 @@ def test_tokens_are_shown_with_what_is_learned_and_seen():
     """(media), given, [learned], and what is predicted but not laid out. A character of two tokens is shown as one."""
     cfg = config(template="plain")
     dialogs = [question("<image>is it é?", "yes"), question("<image>is it?", "no"), question("<image>is it é?", "ye")]
+    dialogs.append(question("<image>éa", "no"))
     first = encode(Sample("first", "made", (), (question("a", "b"),)), Spelling(), cfg)
     document = encode(Sample("k", "made", refs(1), tuple(dialogs)), Spelling(), cfg)
     batch = Batch(**assemble([[first, document]], cfg), pixels=None, taps=None)
     tokens = spelled(batch, 0, range(len(first.tokens), len(first.tokens) + len(document.tokens)), Spelling())
     write = {"learned": "[{}]", "given": "{}", "media": "({})"}
     text = "".join(write[token["kind"]].format(token["text"]) + "".join(token["ends"]) for token in tokens)
-    assert text == "(image 0)is it é? Answer:[ ][y][e]<259>[s]<259>? Answer:[ ][n][o]<259>"
-    assert [token["text"] for token in tokens if token["branch"]] == ["?"]
+    assert text == "(image 0)is it é? Answer:[ ][y][e]<259>[s]<259>? Answer:[ ][n][o]<259>éa Answer:[ ][n][o]<259>"
+    assert [token["text"] for token in tokens if token["branch"]] == ["?", "é"]
     assert all(token["see"] == (0, 1) for token in tokens)
 
 
@@ -100,13 +102,21 @@ def write_experiment(path, cfg):
 def test_inspect_shows_pictures_as_they_are_seen_and_everything_is_inside(cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "load_tokenizer", lambda _: Spelling())
     out = tmp_path / "page.html"
-    assert cli.main(["data", "inspect", write_experiment(tmp_path / "e.py", cfg), "--out", str(out), "--rows", "2"]) == 0
+    written = ["--out", str(out), "--picture", str(tmp_path / "page.png")]
+    assert cli.main(["data", "inspect", write_experiment(tmp_path / "e.py", cfg), "--rows", "2", *written]) == 0
     text = out.read_text("utf-8")
     page = Page(text)
     assert all(link.startswith("data:") for link in page.links)
     seen = {np.asarray(picture)[0, 0, 0] for picture in page.pictures if picture.size == (8, 8)}
     assert seen <= set(range(9)) and len(seen) > 3
     assert len([picture for picture in page.pictures if picture.mode == "L"]) == 4  # two masks a row
+    with Image.open(tmp_path / "page.png") as drawn:
+        pixels = np.asarray(drawn.convert("RGB"), int)
+    colours = {tuple(colour) for colour in np.unique(pixels.reshape(-1, 3), axis=0).tolist()}
+    bright = [picture for picture in page.pictures if picture.size == (8, 8) and np.asarray(picture)[0, 0, 1] > 240]  # others are damaged
+    green = (np.abs(pixels - (4, 251, 7)).max(-1) <= 8).sum()
+    assert pixels.shape[1] == picture_tool.WIDE and green == len(bright) * picture_tool.THUMB**2  # each stands there too
+    assert {tuple(bytes.fromhex(colour[1:])) for colour in ("#c8efd4", "#f0eee8", "#c2410c")} <= colours  # learned, given, image 0
 
 
 def test_stats_count_what_is_there_and_what_is_lost(cfg):

@@ -89,6 +89,8 @@ def test_charts_are_svg_in_theme_colours():
         assert root.tag.endswith("svg") and root.get("viewBox") and root.get("width") is None
         assert f"var(--series-{colour})" in svg and "var(--ink)" in svg and "#0102" not in svg
     assert ">vqa<" in curves and ">emoji<" in curves
+    many = viz.loss_curves({f"source {i}": {"step": [1], "loss": [1.0]} for i in range(11)})  # more than there are colours
+    assert all(f">source {i}<" in many for i in range(11)) and "var(--series-7)" in many
 
 
 def test_load_maps_are_as_strong_as_the_load():

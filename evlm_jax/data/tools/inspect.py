@@ -17,15 +17,16 @@ from evlm_jax.data.pack import Budget, fill
 from evlm_jax.data.pipeline import Lane, collate, load_pictures
 from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import Document
+from evlm_jax.data.tools.picture import draw
 
 TEMPLATE = Path(__file__).with_name("inspect.html")
 MASK = 420  # most pixels a side of a mask
-COLOURS = 8  # of images, in turn
+COLOURS = ("#c2410c", "#1d6fb8", "#15803d", "#7c3aed", "#b45309", "#0e7490", "#be185d", "#4d7c0f")  # of images, in turn
 HALF = "\ufffd"  # a token that ends within a character
 
 
-def inspect(cfg: EVLMConfig, tokenizer, out: str, rows: int) -> Path:
-    """Writes the page of the first step's first `rows` rows; its path."""
+def inspect(cfg: EVLMConfig, tokenizer, out: str, rows: int, picture: str | None = None) -> Path:
+    """Writes the page of the first step's first `rows` rows, and where asked a `picture` of them (picture.py); the page's path."""
     cfg = replace(cfg, data=replace(cfg.data, cache_features=False))  # pictures are to be seen
     made = tasks([open_source(name) for name in cfg.data.sources], tokenizer, cfg)
     lanes = [Lane(made, cfg, number) for number in range(min(rows, cfg.train.batch))]
@@ -33,15 +34,19 @@ def inspect(cfg: EVLMConfig, tokenizer, out: str, rows: int) -> Path:
     batch, damaged = collate(chosen, cfg, load_pictures(chosen, cfg, None))
     drops = [drop.message for lane in lanes for drop in lane.drops()] + [drop.message for drop in damaged]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    shown = [row(batch, b, documents, tokenizer, cfg) for b, documents in enumerate(chosen)]
     page = environment.from_string(TEMPLATE.read_text("utf-8")).render(
         title=cfg.name,
+        colours=COLOURS,
         sources=list(zip(cfg.data.sources, cfg.data.weights)),
-        rows=[row(batch, b, documents, tokenizer, cfg) for b, documents in enumerate(chosen)],
+        rows=shown,
         drops=drops,
     )
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, "utf-8")
+    if picture:
+        draw(shown, COLOURS).quantize(256).save(picture, optimize=True)
     return path
 
 
@@ -62,7 +67,9 @@ def _documents(batch: Batch, b: int, documents: Sequence[Document], tokenizer) -
     token = slot = 0
     for document in documents:
         here = range(token, token + len(document.tokens))
-        pictures = [{"number": i, "colour": i % COLOURS, "data": _png(batch.pixels[b, i])} for i in range(slot, slot + len(document.refs))]
+        pictures = [
+            {"number": i, "colour": i % len(COLOURS), "data": _png(batch.pixels[b, i])} for i in range(slot, slot + len(document.refs))
+        ]
         yield {"name": f"{document.source}/{document.key}", "pictures": pictures, "tokens": spelled(batch, b, here, tokenizer)}
         token, slot = here.stop, slot + len(document.refs)
 
@@ -84,14 +91,15 @@ def spelled(batch: Batch, b: int, here: range, tokenizer) -> list[dict]:
         ids, see = [int(batch.tokens[b, q])], (int(batch.visible_start[b, q]), int(batch.visible_stop[b, q]))
         media = batch.media_slot[b, q] >= 0
         kind = "media" if media else "learned" if path and ids[0] in targets.get(path[-1], ()) else "given"
-        joins = last is not None and (last["kind"], last["see"]) == (kind, see) and q - 1 in path
-        if joins and (media or HALF in last["text"]):
+        follows = last is not None and (last["kind"], last["see"]) == (kind, see) and q - 1 in path
+        joins = follows and (media or HALF in last["text"])
+        if joins:
             ids, shown = last["ids"] + ids, shown[:-1]
         text = f"image {see[0]}" if media else tokenizer.decode(ids, skip_special=False)
         predicts = [tokenizer.decode([target], skip_special=False) for target in dict.fromkeys(targets.get(q, ()))]
-        branch = not joins and bool(shown) and (q - 1 not in path)
+        branch = last["branch"] if joins else bool(shown) and q - 1 not in path
         last = {"text": text, "kind": kind, "see": see, "ids": ids, "predicts": predicts, "branch": branch}
-        last |= {"index": q, "position": int(batch.positions[b, q]), "until": int(batch.seen_until[b, q]), "colour": see[0] % COLOURS}
+        last |= {"index": q, "position": int(batch.positions[b, q]), "until": int(batch.seen_until[b, q]), "colour": see[0] % len(COLOURS)}
         shown.append(last)
         path.append(q)
     for token in shown:

@@ -15,9 +15,11 @@ class DataConfig:
     ends: Literal["repeat", "error"]  # after its last document a source starts again, shuffled anew, or stops the run
     template: Literal["chatml", "plain"]  # chat template
     length: int  # T, text positions of a row
-    images: int  # I, image slots of a row
+    images: int  # most images of a row
     targets: int  # M, supervised positions of a row
-    pairs: int  # P, (tile, image) pairs of a row
+    pool: int  # neighbouring rows that share image slots and pairs
+    slots: int  # I, image slots of a pool
+    pairs: int  # P, (tile, image) pairs of a pool
     dialogs: int  # at most this many dialogs about the same image share a document (0: all of them)
     isolate: bool  # documents of a row do not see each other
     window: int  # samples the packer may choose from

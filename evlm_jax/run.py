@@ -61,7 +61,7 @@ def train_run(
         jax.config.update("jax_compilation_cache_dir", str(assets.cache_root() / "compiled"))
     params, trained = next_stage(cfg, init) if init else (load_towers(cfg), frozenset())
     features = feature_store(cfg, params) if cfg.data.cache_features else None
-    own = make_layout(cfg).own_rows(cfg.train.batch)
+    own = make_layout(cfg).own_pools(cfg.pools)
     with contextlib.closing(batches(cfg, load_tokenizer(cfg.init.llm), features, own)) as data:
         return train(cfg, workdir, data, params, trained, tensorboard=tensorboard, profile=profile)
 

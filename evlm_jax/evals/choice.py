@@ -75,12 +75,13 @@ def needs_end(tokenizer, candidates: Sequence[str], cfg: EVLMConfig) -> bool:
 
 
 def fit_budget(cfg: EVLMConfig, documents: Sequence[Document]) -> EVLMConfig:
-    """The configuration with row budgets that suit these documents: `data.length` closes a row, the others seldom do."""
+    """The configuration with budgets of rows, each with its own images, that suit these documents: `data.length` closes a row, the others seldom do."""
     need = np.array([Budget.needed(document) for document in documents])
     length = max(cfg.data.length, int(need[:, 0].max()))
     usual = need.sum(0) / need[:, 0].sum() * length * SLACK
     images, targets, pairs = (max(math.ceil(u), int(most)) for u, most in zip(usual[1:], need[:, 1:].max(0), strict=True))
-    return replace(cfg, data=replace(cfg.data, length=length, images=images, targets=targets, pairs=max(pairs, images)))
+    budgets = dict(length=length, images=images, targets=targets, pool=1, slots=images, pairs=max(pairs, images))
+    return replace(cfg, data=replace(cfg.data, **budgets))
 
 
 def _score(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -24,7 +24,7 @@ from evlm_jax.ops.grouped_attention import Plan, grouped_attention
 from evlm_jax.ops.product import product
 from evlm_jax.sharding import local, shard
 
-IMAGE_KEYS = ("rows", None, None, "heads")  # [B, I, S, N, H]
+IMAGE_KEYS = ("rows", None, None, "heads")  # [C, I, S, N, H]
 
 
 class Media(nnx.Module):
@@ -83,13 +83,13 @@ class EVLM(nnx.Module):
         return hidden, routing
 
     def taps(self, batch: Batch) -> jax.Array:
-        """[G, B, I, S, V], from pixels or as they are given."""
+        """[G, C, I, S, V], from pixels or as they are given."""
         taps = self.encode(batch.pixels) if batch.taps is None else batch.taps.astype(self.dtype)
         return shard(jnp.moveaxis(shard(taps, "rows", "images"), 2, 0), None, "rows", "images")
 
     @_precisely
     def observed(self, batch: Batch, taps: jax.Array, observe: Callable) -> tuple[jax.Array, Any, moe.Routing | None]:
-        """`hidden`; what `observe(block, its tap [B, I, S, V], its input x [B, T, D])` returns for each block, stacked; `routed`'s rest."""
+        """`hidden`; what `observe(block, its tap [C, I, S, V], its input x [B, T, D])` returns for each block, stacked; `routed`'s rest."""
         x = self.embed(batch.tokens, batch.media_slot)
         rope = rope_tables(batch.positions, self.cfg.llm.head_dim, self.cfg.llm.rope_theta)
         mask = text_mask(batch.seen_until)

@@ -22,12 +22,12 @@ def centre_norms(model: EVLM, batch: Batch) -> nnx.State:
 
     They must be new (scale 1, bias 0), and the gates 0: then the blocks read the language model's own stream.
     """
-    taps, row = model.taps(batch), jnp.arange(len(batch.tokens))[:, None]
+    taps, row, pool = model.taps(batch), *(jnp.arange(len(field))[:, None] for field in (batch.tokens, batch.pair_image))
     zeros = jnp.zeros(batch.tokens.shape)
     predicts = zeros.at[row, batch.target_at].add(batch.targets >= 0)
     text = (real_tokens(batch) & (batch.media_slot < 0)).astype(jnp.float32)
-    images = jnp.zeros(taps.shape[1:4])  # [B, I, S]
-    images = images.at[row, batch.pair_image].max((batch.pair_tile < batch.tile_tokens.shape[1])[..., None].astype(jnp.float32))
+    images = jnp.zeros(taps.shape[1:4])  # [C, I, S]
+    images = images.at[pool, batch.pair_image].max((batch.pair_tile < batch.tile_tokens.shape[1])[..., None].astype(jnp.float32))
 
     def observe(block, tap, x):
         of_text = _moments(block.norm(x), predicts, text)

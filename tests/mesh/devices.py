@@ -50,7 +50,7 @@ def found(cfg):
     trainable, frozen = put(trainable, layout.trained), put(frozen, layout.frozen)
     run = layout.jit(lambda p, f, b: gradients(cfg, phase.graphdef, p, f, b), out_shardings=(layout.trained(trainable), layout.replicated))
     with jax.default_matmul_precision("highest"):
-        return run(trainable, frozen, layout.put_rows(tiny_batch(cfg, 0), range(8), 8))
+        return run(trainable, frozen, layout.put_pools(tiny_batch(cfg, 0), range(8), 8))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_state_is_sharded_before_and_after_a_step():
     for step in range(2):
         for tree in (state.params, state.groups[0].mu, state.groups[0].nu, phase.frozen):
             assert_sharded(cfg, tree)
-        state, report = phase.update(state, layout.put_rows(tiny_batch(cfg, step), range(8), 8))
+        state, report = phase.update(state, layout.put_pools(tiny_batch(cfg, step), range(8), 8))
     assert report["healthy"] and state.step == 2
 
 
@@ -135,4 +135,4 @@ def trained_on(cfg, workdir, data=lambda cfg, own: TinyData(cfg), on_step=None):
         assert all(restored[name].tobytes() == array.tobytes() for name, array in (saved.frozen | saved.params).items())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_, found=list(layout.mesh.devices.flat): found)
-        train(cfg, workdir, data(cfg, layout.own_rows(cfg.train.batch)), tiny_towers(cfg), on_step=on_step)
+        train(cfg, workdir, data(cfg, layout.own_pools(cfg.pools)), tiny_towers(cfg), on_step=on_step)

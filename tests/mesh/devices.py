@@ -21,7 +21,7 @@ MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8), (2, 2, 2, 1), 
 POLICIES = [{"zero": 3, "frozen": "sharded", "images": "all"}, {"zero": 2, "frozen": "replicated", "images": "rows"}]
 
 
-def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], **train):
+def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], pool=1, **train):
     """Sizes that eight devices divide; the upper half of the ViT trains too."""
     axes = dict(zip(("data", "fsdp", "expert", "tensor"), mesh))
     return tiny_config(
@@ -29,7 +29,7 @@ def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], **train):
         llm={"heads": 8, "kv_heads": 8, "head_dim": 8},
         xattn={"heads": 8, "head_dim": 8, "ffn": 64},
         moe={"copies": 4 if experts else 0},
-        data={"images": 8, "length": 64, "targets": 32, "pairs": 24},
+        data={"images": 8, "length": 64, "targets": 32, "pool": pool, "slots": 8 * pool, "pairs": 24 * pool},
         optim={"phases": ({"start": 0.0, "warmup": 0, "rules": UPPER_VIT},), "lr": 1e-2},
         train={"batch": 8, "remat": "dots", "loss_chunk": 12, "save_every": 2, "steps": 4} | train,
         mesh=axes | policy,
@@ -50,7 +50,7 @@ def found(cfg):
     trainable, frozen = put(trainable, layout.trained), put(frozen, layout.frozen)
     run = layout.jit(lambda p, f, b: gradients(cfg, phase.graphdef, p, f, b), out_shardings=(layout.trained(trainable), layout.replicated))
     with jax.default_matmul_precision("highest"):
-        return run(trainable, frozen, layout.put_pools(tiny_batch(cfg, 0), range(8), 8))
+        return run(trainable, frozen, layout.put_pools(tiny_batch(cfg, 0), range(cfg.pools), cfg.pools))
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +66,25 @@ def test_gradients_equal_those_of_one_device(mesh, experts, alone):
     cfg = config(mesh, experts, policy)
     grads, sums = found(cfg)
     assert_sharded(cfg, grads)
-    grads, wanted = nnx.to_flat_state(on_host(grads)), dict(nnx.to_flat_state(alone[experts][0]))
+    assert_equal(grads, sums, alone[experts])
+
+
+@pytest.mark.parametrize("mesh, accumulate", [((8, 1, 1, 1), 1), ((1, 2, 2, 2), 2)])
+def test_rows_in_pools_give_the_gradients_of_rows_alone(mesh, accumulate):
+    """The same documents, with and without image slots of their own; pools on a mesh against rows on one device."""
+    cfg = config(mesh, policy=POLICIES[accumulate - 1], pool=2, batch=16, accumulate=accumulate)
+    assert_equal(*found(cfg), on_host(found(config(batch=16))))
+
+
+def assert_equal(grads, sums, expected):
+    """To 1e-5."""
+    grads, wanted = nnx.to_flat_state(on_host(grads)), dict(nnx.to_flat_state(expected[0]))
     assert {path for path, _ in grads} == wanted.keys()
     for path, leaf in grads:
         # The loss does not depend on a bias of keys: what is found there is rounding, and is measured by the bias of queries.
         measure = wanted[(*path[:-2], "q", "bias")] if path[-2:] == ("k", "bias") else wanted[path]
         assert np.abs(leaf[...] - wanted[path][...]).max() <= 1e-5 * np.abs(measure[...]).max(), path
-    for mine, other in zip(jax.tree.leaves(on_host(sums)), jax.tree.leaves(alone[experts][1]), strict=True):
+    for mine, other in zip(jax.tree.leaves(on_host(sums)), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6 * np.abs(other).max())
 
 

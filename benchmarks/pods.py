@@ -73,7 +73,7 @@ LIMIT = 1500  # seconds of a plan, on a machine that is shared
 
 
 def arguments(run: str, topology: str, tensor: int, remat: str = "full", zero: int = 3, rows: int = 1) -> list[str] | None:
-    """Of `evlm plan`, with `rows` rows a device and micro-batch; None where the batch cannot be split so. A single row has its own images."""
+    """Of `evlm plan`, with `rows` rows a device and micro-batch, a single one with its own images; None where they do not divide."""
     stage, phase = RUNS[run]
     config = f"experiments/evlm_14b.py:{stage}"
     cfg, count = load_config(config), math.prod(map(int, topology.partition(":")[2].split("x")))

@@ -27,7 +27,7 @@ from evlm_jax.config import EVLMConfig
 
 
 class Batch(NamedTuple):
-    """Packed rows, in C = B / data.pool pools. Padding: seen_until = index + 1, empty visible range, media_slot -1, target_at 0 with target -1."""
+    """Packed rows, in C pools. Padding: seen_until = index + 1, empty visible range, media_slot -1, target_at 0 with target -1."""
 
     tokens: jax.Array  # [B, T] int32; the placeholder id at media positions
     positions: jax.Array  # [B, T] int32, restart with every document

@@ -279,22 +279,8 @@ def check(cfg: EVLMConfig) -> None:
         (min(moe.capacity, moe.balance, moe.z) >= 0, "moe.capacity, moe.balance, moe.z", "must not be negative"),
         (moe.tile >= 1, "moe.tile", "must be positive"),
         (cfg.media.tokens >= 1, "media.tokens", "must be positive"),
-        (len(data.sources) == len(data.weights), "data.weights", "needs one weight for each of data.sources"),
-        (len(data.tasks) in (0, len(data.sources)), "data.tasks", "needs one name for each of data.sources, or none at all"),
-        (0 <= data.most_drops <= 1, "data.most_drops", "must be a share, from 0 to 1"),
-        (data.pool >= 1, "data.pool", "must be positive"),
-        (
-            data.images <= data.slots <= data.pool * data.images,
-            "data.slots",
-            f"must lie in data.images..data.pool * data.images = {data.images}..{data.pool * data.images}",
-        ),
-        (data.pairs >= data.slots, "data.pairs", f"must be at least data.slots = {data.slots}"),
         (train.batch % train.accumulate == 0, "train.accumulate", f"must divide train.batch = {train.batch}"),
-        (
-            train.batch % (train.accumulate * data.pool) == 0,
-            "data.pool",
-            f"must divide the {train.batch // train.accumulate} rows of train.batch / train.accumulate",
-        ),
+        (train.batch % (train.accumulate * data.pool) == 0, "data.pool", "must divide the rows of train.batch / train.accumulate"),
         (train.loss_chunk >= 0, "train.loss_chunk", "must not be negative"),
         (len(cfg.optim.phases) > 0 and cfg.optim.phases[0].start == 0, "optim.phases", "the first must start at 0"),
     ]

@@ -54,7 +54,7 @@ def test_rows_of_a_device_must_be_whole_pools():
     cfg = tiny_config(data={"pool": 2}, train={"batch": 12, "accumulate": 2}, mesh={"data": 2})
     with pytest.raises(ValueError, match=r"3 rows of a device and micro-batch .* are no whole pools of data.pool = 2: .*or data.pool = 1"):
         make_layout(cfg, jax.devices() * 2)
-    with pytest.raises(ValueError, match="data.pool must divide the 3 rows of train.batch / train.accumulate"):
+    with pytest.raises(ValueError, match="data.pool must divide the rows of train.batch / train.accumulate"):
         tiny_config(data={"pool": 2}, train={"batch": 12, "accumulate": 4})
     with pytest.raises(ValueError, match=r"data.slots must lie in data.images..data.pool \* data.images = 4..8"):
         tiny_config(data={"pool": 2, "slots": 9}, train={"batch": 2})

@@ -30,8 +30,8 @@ _TINY = dict(
     moe=dict(copies=0, slices=2, top_k=2, gates="renormalise", capacity=0.0, balance=0.01, z=0.001, tile=8, upcycle="preserve"),
     media=dict(tokens=2, placeholder="<|media|>"),
     data=dict(
-        sources=("vqa", "caption"), weights=(1.0, 1.0), tasks=(), ends="repeat", template="chatml", length=48, images=4, targets=24,
-        pool=1, pairs=12, dialogs=0, isolate=True, window=8, resize="squash", scaled_decoding=False, most_drops=1.0, cache_features=False, seed=0,
+        sources=("vqa", "caption"), weights=(1.0, 1.0), tasks=(), ends="repeat", template="chatml", length=48, images=4, targets=24, pool=1,
+        pairs=12, dialogs=0, isolate=True, window=8, resize="squash", scaled_decoding=False, most_drops=1.0, cache_features=False, seed=0,
     ),
     clean=dict(
         letters=0.2, digits=7, duplicates=0.5, links=("https?:", r"\.(com|png)"), words=3, dates=(r"\d{4}-\d\d-\d\d",), simplify=True,

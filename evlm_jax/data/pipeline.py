@@ -1,8 +1,9 @@
 """Batches: documents packed in lanes, with pictures; the saved position makes every run repeatable.
 
 The unit of determinism is a lane: pool j of every batch, `data.pool` rows, comes from lane j of as many as a batch has pools, whatever
-number of processes shares the lanes. Lane j reads the documents n * lanes + j, n = 0, 1, ... of each task's endless stream (data/mixture.py), with the parts that a
-long one is cut into, so its position is a number and the few indices that wait in its packing window, for each task.
+number of processes shares the lanes. Lane j reads the documents n * lanes + j, n = 0, 1, ... of each task's endless stream
+(data/mixture.py), with the parts that a long one is cut into, so its position is a number and the few indices that wait in its packing
+window, for each task.
 """
 
 import atexit
@@ -39,8 +40,8 @@ def batches(
 
     info: "keys" (the samples of each row), "fill" (used share of each budget), "drops" (list of Drop since the last batch), "cut" (parts of
     longer documents among them).
-    State: {"lanes": {lane number: [{"next", "pending"} of each task]}, "of": number of all lanes}, JSON-able; the states of several processes
-    are merged by merging "lanes", and any number of processes restores from that.
+    State: {"lanes": {lane number: [{"next", "pending"} of each task]}, "of": number of all lanes}, JSON-able; the states of several
+    processes are merged by merging "lanes", and any number of processes restores from that.
 
     Args:
       features: where the taps come from if `data.cache_features`; what it lacks is computed when a batch needs it.
@@ -176,7 +177,7 @@ class RowsIterator(grain.DatasetIterator):
         """Takes this process's lanes from a state. Raises ValueError where it lacks one, or is of other lanes or tasks."""
         if state["of"] != self._cfg.pools:
             raise ValueError(
-                f"the saved data position is of {state['of']} lanes, train.batch / data.pool makes {self._cfg.pools}: both must stay the same"
+                f"the saved data position is of {state['of']} lanes, train.batch / data.pool is {self._cfg.pools}: both must stay the same"
             )
         if missing := [number for number in self._lanes if str(number) not in state["lanes"]]:
             raise ValueError(f"the saved data position has no lanes {missing}: merge the positions of all processes")

@@ -75,7 +75,7 @@ def needs_end(tokenizer, candidates: Sequence[str], cfg: EVLMConfig) -> bool:
 
 
 def fit_budget(cfg: EVLMConfig, documents: Sequence[Document]) -> EVLMConfig:
-    """The configuration with budgets of rows, each with its own images, that suit these documents: `data.length` closes a row, the others seldom do."""
+    """The configuration with budgets that suit these documents: `data.length` closes a row, the others seldom do; images are of one row."""
     need = np.array([Budget.needed(document) for document in documents])
     length = max(cfg.data.length, int(need[:, 0].max()))
     usual = need.sum(0) / need[:, 0].sum() * length * SLACK

@@ -22,7 +22,8 @@ def centre_norms(model: EVLM, batch: Batch) -> nnx.State:
 
     They must be new (scale 1, bias 0), and the gates 0: then the blocks read the language model's own stream.
     """
-    taps, row, pool = model.taps(batch), *(jnp.arange(len(field))[:, None] for field in (batch.tokens, batch.pair_image))
+    taps = model.taps(batch)
+    row, pool = jnp.arange(len(batch.tokens))[:, None], jnp.arange(len(batch.pair_image))[:, None]
     zeros = jnp.zeros(batch.tokens.shape)
     predicts = zeros.at[row, batch.target_at].add(batch.targets >= 0)
     text = (real_tokens(batch) & (batch.media_slot < 0)).astype(jnp.float32)

@@ -64,7 +64,7 @@ def test_batch_has_the_promised_shapes(cfg):
 def test_pictures_stand_in_their_slots(cfg):
     """The colour of a made picture is its number."""
     batch, info = take(batches(cfg, TOKENIZER), 1)[0]
-    checked = 0
+    checked = slot = 0
     for b, keys in enumerate(info["keys"]):
         slot = 0 if b % cfg.data.pool == 0 else slot
         for name in keys:
@@ -133,7 +133,7 @@ def test_a_state_of_other_lanes_or_tasks_is_refused(cfg):
         state = {"lanes": {str(lane): [{"next": lane, "pending": []}] * 3 for lane in range(LANES)}, "of": LANES}
         with pytest.raises(ValueError, match="has 3 tasks, data.tasks has [12]"):
             whole.set_state(state)
-        with pytest.raises(ValueError, match="is of 16 lanes, train.batch / data.pool makes 8: both must stay the same"):
+        with pytest.raises(ValueError, match="is of 16 lanes, train.batch / data.pool is 8: both must stay the same"):
             whole.set_state(state | {"of": 16})
 
 
@@ -141,8 +141,8 @@ def test_rows_hold_one_task_and_documents_their_weights(cfg):
     """Shares of documents are exact to a packing window and a pool, in each lane."""
     iterator, kinds = batches(cfg, TOKENIZER), [[] for _ in range(LANES)]
     for _, info in take(iterator, 60):
-        for row, keys in enumerate(info["keys"]):
-            kinds[row // cfg.data.pool].append([key.startswith("folder") for key in keys])
+        for b, keys in enumerate(info["keys"]):
+            kinds[b // cfg.data.pool].append([key.startswith("folder") for key in keys])
     mixed = sum(len(set(row)) > 1 for lane in kinds for row in lane)
     assert (mixed == 0) == bool(cfg.data.tasks)
     for lane in kinds:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 
-import numpy as np
-
 from evlm_jax.config import DataConfig, EVLMConfig
 from evlm_jax.data import image
 from evlm_jax.data.mixture import tasks
@@ -75,7 +73,8 @@ def report(documents: Sequence[Document], data: DataConfig) -> list[str]:
         for rows in sorted({data.pool, POOL}):
             slots = max(math.ceil(natural * rows), most)
             if slots < data.slots * rows / data.pool:
-                fewer = replace(data, pool=rows, slots=slots, images=min(data.images, slots))
+                pairs = max(slots, data.pairs * rows // data.pool)
+                fewer = replace(data, pool=rows, slots=slots, images=slots if rows == 1 else min(data.images, slots), pairs=pairs)
                 lines.append(line(f"data.pool = {rows} slots = {slots}", documents, fewer) + "   less padding")
     return [*lines, FOOT]
 

@@ -37,7 +37,8 @@ def attention_maps(model: EVLM, batch: Batch, row: int, positions: Sequence[int]
     row). Weights over all images sum to 1 less the share of the zero sink; images that a position does not see have 0.
     A word that is read is looked up at its own position, a word that is predicted at the position before it.
     """
-    one = jax.tree.map(lambda a: jnp.asarray(a)[[row * len(a) // len(batch.tokens)]], batch)
+    own = lambda a: a[row * len(a) // len(batch.tokens)]  # of the row, or of its pool
+    one = jax.tree.map(lambda a: jnp.asarray(own(a))[None], batch)
     return np.asarray(trace(model, one, jnp.asarray(positions))[1])
 
 

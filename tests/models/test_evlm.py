@@ -124,8 +124,8 @@ def test_a_row_does_not_see_the_images_of_its_pool():
 
 
 def test_rows_in_pools_equal_rows_alone():
-    """Loss and gradients of the same documents."""
-    data = dict(pool=2, images=6, slots=9, pairs=24)
+    """Loss and gradients of the same documents, of given taps; tests/mesh/devices.py does it from pixels on."""
+    data = dict(pool=2, images=6, slots=9, pairs=24, cache_features=True)
     cfg = tiny_config(vit=dict(depth=2, taps=(2,)), data=data, train=dict(batch=4))
     model = open_gates(cfg)
     sums = jax.jit(jax.value_and_grad(lambda model, batch: loss_sums(model, batch, 2)[0]))

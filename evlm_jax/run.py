@@ -70,7 +70,7 @@ def train_run(
         jax.config.update("jax_compilation_cache_dir", str(assets.cache_root() / "compiled"))
     params, trained = next_stage(cfg, init) if init else (load_towers(cfg), frozenset())
     features = feature_store(cfg, params) if cfg.data.cache_features else None
-    own = make_layout(cfg).own_rows(cfg.train.batch)
+    own = make_layout(cfg).own_pools(cfg.pools)
     tokenizer = load_tokenizer(cfg.init.llm)
     follow = monitor(cfg, tokenizer, features)
     with contextlib.closing(batches(cfg, tokenizer, features, own)) as data:

@@ -57,14 +57,18 @@ def gradients(cfg: EVLMConfig, graphdef: nnx.GraphDef, params: nnx.State, frozen
         return jax.tree.map(jnp.add, total, (settle(jax.tree.map(lambda g: g.astype(jnp.float32), grads)), sums)), None
 
     params = gather_once(params, cfg.train.operands)
-    k = cfg.train.accumulate  # row r goes to micro-batch r % k, so that every device has its share of each
-    micro_batches = jax.tree.map(lambda x: x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), batch)
+    micro_batches = jax.tree.map(functools.partial(_split, len(batch.pair_tile), cfg.train.accumulate), batch)
     zeros = settle(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
     _, sums = jax.eval_shape(loss, params, jax.tree.map(lambda x: x[0], micro_batches))
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
     (grads, sums), _ = jax.lax.scan(micro_batch, (zeros, nothing), micro_batches)
     count = jnp.maximum(sums["count"].sum(), 1)
     return jax.tree.map(lambda g: g / count, grads), sums
+
+
+def _split(pools: int, k: int, x: jax.Array) -> jax.Array:
+    """[B or C, ...] -> k micro-batches. Pool c goes to number c % k, so that every device has its share of each."""
+    return x.reshape(pools // k, k, len(x) // pools, *x.shape[1:]).swapaxes(0, 1).reshape(k, len(x) // k, *x.shape[1:])
 
 
 def train_step(cfg: EVLMConfig, graphdef: nnx.GraphDef, plan: optim.Plan, state: TrainState, frozen: nnx.State, batch: Batch):
@@ -188,7 +192,7 @@ def train(
       FloatingPointError: loss or gradient is not finite; names the step and its samples. Nothing is saved behind it.
     """
     layout = make_layout(cfg)
-    load = functools.partial(layout.put_rows, own=layout.own_rows(cfg.train.batch), count=cfg.train.batch)
+    load = functools.partial(layout.put_pools, own=layout.own_pools(cfg.pools), count=cfg.pools)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, cfg.train.keep)))
         step, phase, whole, groups, trained = _start(cfg, checkpoints, layout, data, load, params, trained)

@@ -35,7 +35,7 @@ INK, LINE, *SERIES = SENTINELS
 def attention_maps(model: EVLM, batch: Batch, row: int, positions: Sequence[int]) -> np.ndarray:
     """Cross-attention of chosen text positions of one row, float32 [X, N, len(positions), I, S].
 
-    X cross-attention layers, N heads, I image slots of the row, S visual tokens (prefix tokens first, then patches row by
+    X cross-attention layers, N heads, I image slots of the row's pool, S visual tokens (prefix tokens first, then patches row by
     row). Weights over all images sum to 1 less the share of the zero sink; images that a position does not see have 0.
     A word that is read is looked up at its own position, a word that is predicted at the position before it.
 
@@ -44,7 +44,8 @@ def attention_maps(model: EVLM, batch: Batch, row: int, positions: Sequence[int]
     """
     if not looks_at_patches(model.cfg):
         raise ValueError(f"attention over the patches of a picture cannot be shown: the model has {model.cfg.baseline}")
-    one = jax.tree.map(lambda a: jnp.asarray(a)[row : row + 1], batch)
+    own = lambda a: a[row * len(a) // len(batch.tokens)]  # of the row, or of its pool
+    one = jax.tree.map(lambda a: jnp.asarray(own(a))[None], batch)
     return np.asarray(trace(model, one, jnp.asarray(positions))[1])
 
 

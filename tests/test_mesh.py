@@ -54,12 +54,22 @@ def test_a_wrong_mesh_is_refused_before_any_compilation(mesh, message):
         make_layout(tiny_config(mesh=mesh), jax.devices() * 8)
 
 
+def test_rows_of_a_device_must_be_whole_pools():
+    cfg = tiny_config(data={"pool": 2}, train={"batch": 12, "accumulate": 2}, mesh={"data": 2})
+    with pytest.raises(ValueError, match=r"3 rows of a device and micro-batch .* are no whole pools of data.pool = 2: .*or data.pool = 1"):
+        make_layout(cfg, jax.devices() * 2)
+    with pytest.raises(ValueError, match="data.pool must divide the rows of train.batch / train.accumulate"):
+        tiny_config(data={"pool": 2}, train={"batch": 12, "accumulate": 4})
+    with pytest.raises(ValueError, match=r"data.slots must lie in data.images..data.pool \* data.images = 4..8"):
+        tiny_config(data={"pool": 2, "slots": 9}, train={"batch": 2})
+
+
 def test_experts_and_images_must_divide():
     cfg = tiny_config(moe={"copies": 3, "slices": 1}, mesh={"data": 1, "expert": 2})
     with pytest.raises(ValueError, match="3 experts cannot be split over mesh.expert = 2"):
         make_layout(cfg, jax.devices() * 2)
     odd = tiny_config(data={"images": 3}, mesh={"data": 1, "tensor": 2})
-    with pytest.raises(ValueError, match="data.images = 3 must be a multiple of mesh.tensor = 2"):
+    with pytest.raises(ValueError, match="data.slots = 3 must be a multiple of mesh.tensor = 2"):
         make_layout(odd, jax.devices() * 2)
     with pytest.raises(ValueError, match="vit.heads = 1 must be"):
         make_layout(tiny_config(vit={"heads": 1}, mesh={"data": 1, "tensor": 2, "images": "rows"}), jax.devices() * 2)

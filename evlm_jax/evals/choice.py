@@ -91,7 +91,7 @@ def needs_end(tokenizer, candidates: Sequence[str], cfg: EVLMConfig) -> bool:
 
 
 def fit_budget(cfg: EVLMConfig, documents: Sequence[Document], parts: int = 1) -> EVLMConfig:
-    """The configuration with row budgets that suit these documents: `data.length` closes a row, the others seldom do.
+    """The configuration with budgets that suit these documents: `data.length` closes a row, the others seldom do; images are of one row.
 
     `parts`: what the image slots are split into, on a mesh.
     """
@@ -101,7 +101,8 @@ def fit_budget(cfg: EVLMConfig, documents: Sequence[Document], parts: int = 1) -
     room = np.maximum(usual[1:], need[:, 1:].max(0))
     steps = math.lcm(IMAGES, parts), TARGETS, PAIRS
     images, targets, pairs = (step * math.ceil(size / step) for size, step in zip(room, steps, strict=True))
-    return replace(cfg, data=replace(cfg.data, length=length, images=images, targets=targets, pairs=max(pairs, images)))
+    budgets = dict(length=length, images=images, targets=targets, pool=1, slots=images, pairs=max(pairs, images))
+    return replace(cfg, data=replace(cfg.data, **budgets))
 
 
 def _score(layout: Layout | None, graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -35,7 +35,7 @@ def reads() -> Callable:
 
 
 def looks(cfg: EVLMConfig) -> Callable:
-    """`grouped_attention` of a device's rows and heads: q [B, T, N, H], k and v [B, I, S', N, H], plan."""
+    """`grouped_attention` of a device's pools and heads: q [B, T, N, H], k and v [C, I, S', N, H], plan."""
     sight = functools.partial(grouped_attention, sinks=cfg.xattn.sinks)
     return local(sight, (TEXT, IMAGE_KEYS, IMAGE_KEYS, ("rows",)), TEXT)
 
@@ -97,17 +97,17 @@ class EVLM(nnx.Module):
         return hidden, routing
 
     def taps(self, batch: Batch) -> jax.Array:
-        """[G, B, I, S, V], from pixels or as they are given."""
+        """[G, C, I, S, V], from pixels or as they are given."""
         taps = self.encode(batch.pixels) if batch.taps is None else batch.taps.astype(self.dtype)
         return shard(jnp.moveaxis(shard(taps, "rows", "images"), 2, 0), None, "rows", "images")
 
     def views(self, batch: Batch) -> jax.Array | None:
-        """What the language model sees of images, [G', B, I, S', V or D] as bridge.py has it; None where it sees nothing."""
+        """What the language model sees of images, [G', C, I, S', V or D] as bridge.py has it; None where it sees nothing."""
         return self.bridged(self.taps(batch)) if self.cfg.sees else None
 
     @_precisely
     def bridged(self, taps: jax.Array) -> jax.Array:
-        """[G, B, I, S, V] -> `views`."""
+        """[G, C, I, S, V] -> `views`."""
         if self.bridge is None:
             return taps
         with jax.named_scope("bridge"):
@@ -115,7 +115,7 @@ class EVLM(nnx.Module):
 
     @_precisely
     def observed(self, batch: Batch, views: jax.Array | None, observe: Callable) -> tuple[jax.Array, Any, moe.Routing | None]:
-        """`hidden`; what `observe(block, its view [B, I, S', V], its input x [B, T, D])` returns for each block, stacked; `routed`'s rest.
+        """`hidden`; what `observe(block, its view [C, I, S', V], its input x [B, T, D])` returns for each block, stacked; `routed`'s rest.
 
         Both are None where there is no block.
         """

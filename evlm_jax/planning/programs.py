@@ -42,7 +42,7 @@ class Program(NamedTuple):
 
 
 def build(cfg: EVLMConfig, layout: Layout, what: str, phase: int = 0) -> Program:
-    """One of WHATS on the mesh of `layout`, of train.batch rows.
+    """One of WHATS on the mesh of `layout`, of train.batch rows; but for training every row has its own image slots.
 
     "prefill": prompts of data.length tokens with data.images images each, encoded before. "decode": one token a row, behind data.length
     others, with one image in sight. Frozen parameters count in train.frozen_dtype, also those that an earlier stage trained.
@@ -73,15 +73,17 @@ def _train(of: Phase) -> Program:
 
 
 def _eval(of: Phase) -> Program:
-    batch = Batch.spec(of.cfg)
+    cfg = of.cfg.apart
+    batch = Batch.spec(cfg)
     params, batch = _parameters(of), _put(batch, of.layout.batch(batch))
     run = of.layout.jit(lambda params, batch: losses(nnx.merge(of.graphdef, params), batch))
     arguments = {"parameters": _share(params), "batch": _share(batch)}
-    return Program(run.lower(params, batch), arguments, Work.full(of.cfg, of.cfg.train.batch), set())
+    return Program(run.lower(params, batch), arguments, Work.full(cfg, cfg.train.batch), set())
 
 
 def _prefill(of: Phase) -> Program:
-    cfg, layout, rows, t, i = of.cfg, of.layout, of.cfg.train.batch, of.cfg.data.length, of.cfg.data.images
+    cfg, layout = of.cfg.apart, of.layout
+    rows, t, i = cfg.train.batch, cfg.data.length, cfg.data.images
     ints = lambda *shape: jax.ShapeDtypeStruct((rows, *shape), jnp.int32, sharding=layout.rows)
     pairs = cfg.data.pairs
     plan = Plan(ints(pairs, cfg.tile), ints(t), ints(pairs), ints(pairs)) if cfg.tile else None

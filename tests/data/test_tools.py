@@ -32,13 +32,14 @@ class Spelling:
         return "".join(f"<{i}>" for i in ids if i > 255) or bytes(ids).decode(errors="replace")
 
 
-@pytest.fixture
-def cfg(tmp_path):
+@pytest.fixture(params=[1, 2])
+def cfg(request, tmp_path):
     write_images(tmp_path / "pictures", 9)
     (tmp_path / "pictures" / "5.png").write_bytes(b"no picture")
     rows = [row(f"r{i}", f"pictures/{i % 9}.png" if i % 3 else None, "<image>" * bool(i % 3) + "q" * i, f"a{i}") for i in range(30)]
     source = write_jsonl(tmp_path / "rows.jsonl", [*rows, row("mute", None, "q"), {"id": "bad"}, row("long", None, "q" * 999, "a")])
-    return tiny_config(data=dict(sources=(source,), weights=(1.0,), length=200, targets=150, images=6, pairs=60), train=dict(batch=2))
+    data = dict(sources=(source,), weights=(1.0,), length=200, targets=150, images=6, pool=request.param, slots=6, pairs=60)
+    return tiny_config(data=data, train=dict(batch=2))
 
 
 def test_tokens_are_shown_with_what_is_learned_and_seen():
@@ -66,10 +67,15 @@ def test_masks_are_those_of_the_documents():
     documents = [encode(sample, TOKENIZER, cfg) for sample in made]
     batch = Batch(**assemble([documents], cfg), pixels=None, taps=None)
     first, second = (len(document.tokens) for document in documents)
-    text, images = sees_text(batch, 0), sees_images(batch, 0, cfg.data.images)
+    text, images = sees_text(batch, 0), sees_images(batch, 0, cfg.data.slots)
     assert (text[:first, :first] == np.tri(first, dtype=bool)).all() and not text[first : first + second, :first].any()
     assert images[first - 1].nonzero()[0].tolist() == [1] and images[first + second - 1].nonzero()[0].tolist() == [2, 3]
     assert not images[first + second :].any()
+    shared = config(pool=2, slots=8)
+    batch = Batch(**assemble([documents[:1], documents[1:]], shared), pixels=None, taps=None)
+    rows = [sees_images(batch, b, 8) for b in range(2)]
+    assert rows[0][first - 1].nonzero()[0].tolist() == [1] and rows[1][second - 1].nonzero()[0].tolist() == [2, 3]
+    assert not rows[0][first:].any() and not rows[1][second:].any()
 
 
 class Page(HTMLParser):
@@ -134,7 +140,7 @@ def test_bench_names_rates_fill_and_padding(cfg, tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert re.search(r"documents/s read and tokenised; left out: bad row [12]\n", text)
     assert re.search(r"images/s decoded and resized to 8; left out: unreadable image \d+\n", text)
-    (padding,) = re.findall(r"data.images = 6: ([\d.]+)% of the ViT's images are padding", text)
+    (padding,) = re.findall(rf"data.slots = 6, of {cfg.data.pool} rows: ([\d.]+)% of the ViT's images are padding", text)
     (row,) = re.findall(r"^8 +[\d.]+ +([\d.]+)", text, re.MULTILINE)
     assert float(padding) + float(row) == pytest.approx(100, abs=0.11)
 

@@ -11,6 +11,7 @@ import ml_collections
 from evlm_jax.ablate import arguments as ablate_arguments
 from evlm_jax.assets import AssetError
 from evlm_jax.config import EVLMConfig, from_config_dict
+from evlm_jax.costs import arguments as costs_arguments
 from evlm_jax.evals import arguments
 
 CONFIG_HELP = "FILE.py[:arg]; fields are overridden with --config.section.field=value"
@@ -230,7 +231,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", default="", help="fields of config.mesh: data=1,fsdp=32,tensor=2")
     parser.add_argument("--global-batch", type=int, help="train.batch")
     parser.add_argument("--remat", help="train.remat")
-    parser.add_argument("--what", choices=("train", "eval", "prefill", "decode"), default="train")
+    parser.add_argument("--what", choices=("train", "eval", "prefill", "decode", "encode"), default="train")
     parser.add_argument("--phase", type=int, default=0, help="of training: what is trained")
     parser.add_argument("--sweep", action="store_true", help="try meshes and remat policies, and rank them")
     parser.add_argument("--no-mend", action="store_true", help="where it does not fit, look for no change that makes it")
@@ -267,6 +268,12 @@ def _ablate(args: argparse.Namespace, overrides: list[str]) -> int:
     return command.main(args, overrides, load_config)
 
 
+def _flops(args: argparse.Namespace, overrides: list[str]) -> None:
+    from evlm_jax.costs import command
+
+    command.run(args, overrides, load_config)
+
+
 COMMANDS = {
     "ablate": (ablate_arguments.add, _ablate, "train variants of an experiment with several seeds, and compare them"),
     "convert": (_convert_arguments, _convert, "checkpoints from and to PyTorch"),
@@ -274,6 +281,11 @@ COMMANDS = {
     "demo": (_demo_arguments, _demo, "fetch, train, evaluate and report on real weights and data"),
     "eval": (_eval_arguments, _eval, "answer a benchmark and score the answers"),
     "fetch": (_fetch_arguments, _fetch, "fetch the demo's weights and data"),
+    "flops": (
+        lambda parser: costs_arguments.add(parser, CONFIG_HELP),
+        _flops,
+        "what a model costs beside LLaVA's and Flamingo's way: FLOPs, bytes, caches, seconds",
+    ),
     "generate": (_generate_arguments, _generate, "answer a prompt about images or a video"),
     "plan": (_plan_arguments, _plan, "compile for a TPU pod that is not there: memory, FLOPs, collectives, time"),
     "score": (arguments.add_score, _score, "score a result of eval again, or compare two of them"),

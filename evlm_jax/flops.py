@@ -56,6 +56,12 @@ class Work(NamedTuple):
         encoded = 0 if cfg.data.cache_features else images
         return cls(rows * t, rows * t * (t + 1) / 2, images, encoded, rows * t, rows * cfg.data.targets)
 
+    @classmethod
+    def video(cls, cfg: EVLMConfig, rows: int) -> Self:
+        """As `full`, but a row is one video of I frames and then text, which sees them all; media tokens see their own frame."""
+        media = cfg.data.images * cfg.media.tokens
+        return cls.full(cfg, rows)._replace(visible=rows * (media + (cfg.data.length - media) * cfg.data.images))
+
 
 class Cost(NamedTuple):
     """FLOPs of a part."""

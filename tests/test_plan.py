@@ -71,10 +71,11 @@ def test_a_tpu_slice(fsdp, expert, tmp_path):
 
 @tpu
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["eval", "prefill", "decode"])
+@pytest.mark.parametrize("what", ["eval", "prefill", "decode", "encode"])
 def test_other_programs(what):
     report = plan(config(mesh={"data": 2, "fsdp": 1, "tensor": 2}), "v5e:2x2", what)
-    assert ratios(report)[flops.LLM] == ratios(report)[flops.HEAD] == pytest.approx(1)
+    parts = {flops.FROZEN_VIT} if what == "encode" else {flops.LLM, flops.HEAD}
+    assert {part: ratios(report)[part] for part in parts} == pytest.approx(dict.fromkeys(parts, 1))
     assert "days" not in report["time"]
 
 
@@ -152,6 +153,12 @@ def test_what_a_slice_cannot_do_is_said_as_well(topology, mesh, message, monkeyp
     monkeypatch.setattr("jax.stages.Lowered.compile", None)
     with pytest.raises(ValueError, match=message):
         plan(tiny_config(mesh={"data": 1, "fsdp": 1, **mesh}), topology)
+
+
+@tpu
+@pytest.mark.parametrize(("kind", "count"), [("v4", 1), ("v5e", 1), ("v5p", 1), ("v6e", 1), ("tpu7x", 2)])
+def test_one_chip(kind, count):
+    assert len(chips.devices(f"{kind}:1")[0]) == count
 
 
 @tpu

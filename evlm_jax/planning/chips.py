@@ -44,8 +44,8 @@ def devices(topology: str, slices: int = 1) -> tuple[list[jax.Device], Chip | No
     """Devices to compile for, and what they are; no accelerator is needed.
 
     Args:
-      topology: of a slice, "v5p:4x4x4"; or "cpu:8", whose devices may also run; or "h100:8", compiled by XLA:CPU, so that
-        FLOPs and collectives are those of the partitioned program, and memory is an approximation.
+      topology: of a slice, "v5p:4x4x4"; or "v5p:1", one chip; or "cpu:8", whose devices may also run; or "h100:8", compiled by XLA:CPU,
+        so that FLOPs and collectives are those of the partitioned program, and memory is an approximation.
       slices: how many, joined by the data-centre network.
     Raises:
       ValueError: an unknown kind or shape.
@@ -58,15 +58,16 @@ def devices(topology: str, slices: int = 1) -> tuple[list[jax.Device], Chip | No
         if not shape.isdigit() or slices > 1:
             raise ValueError(f"--topology {topology}: give a number of devices, such as {kind}:8, and mesh.slices = 1")
         return _cpus(int(shape)), CHIPS.get(kind)
-    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
+    if kind not in CHIPS or not re.fullmatch(r"1|\d+(x\d+)+", shape):
         raise ValueError(f"--topology {topology}: unknown; use cpu:8, v5p:4x4x4 and the like, with one of {', '.join(CHIPS)}")
     _libtpu()
+    whole = f"{kind}:{'x'.join('221'[: CHIPS[kind].axes])}" if shape == "1" else topology  # libtpu knows nothing smaller than a host
     options = {"chip_config_name": "megacore"} if kind == "v4" else {}
     try:
-        found = topologies.get_topology_desc(topology, "tpu", **options, **({"num_slices": slices} if slices > 1 else {}))
+        found = topologies.get_topology_desc(whole, "tpu", **options, **({"num_slices": slices} if slices > 1 else {}))
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"--topology {topology}: {str(error).splitlines()[0]}") from error
-    return list(found.devices), CHIPS[kind]
+    return list(found.devices)[: CHIPS[kind].cores if shape == "1" else None], CHIPS[kind]
 
 
 def _cpus(count: int) -> list[jax.Device]:

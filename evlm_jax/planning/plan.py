@@ -18,7 +18,7 @@ from evlm_jax.mesh import Layout, make_layout
 from evlm_jax.planning import chips, compiled, live, programs, roofline
 from evlm_jax.planning.hlo import Module
 
-_SCOPES = re.compile(r"\b(patch|vit_\d+|keys_values|cross|moe|router|experts|ffn|scores|llm|head)\b")
+_SCOPES = re.compile(r"\b(patch|vit_\d+|bridge|keys_values|cross|moe|router|experts|ffn|scores|llm|head)\b")
 _CROSS = {"scores": flops.CROSS_SCORES, "router": flops.ROUTER, "experts": flops.ROUTED, "moe": flops.WORLD, "ffn": flops.FFN}
 OTHER = "other"
 GUESS = "compiled by XLA:CPU, which is no compiler of this chip: memory and bytes of HBM are a rough guess"
@@ -33,6 +33,7 @@ def plan(
     price: float | None = None,
     consumers: bool = True,
     hlo: str | None = None,
+    video: bool = False,
 ) -> dict:
     """The report on one program, ready for JSON; `show` prints it. Bytes and FLOPs are of one device where not said otherwise.
 
@@ -43,13 +44,14 @@ def plan(
       price: of a chip-hour.
       consumers: where the program does not fit, compile it for a larger memory to see what fills it.
       hlo: file to write the optimised program to.
+      video: what a row is, see programs.build.
     Raises:
       ValueError: a mesh, batch or topology that cannot be, before anything is compiled.
     """
     devices, chip = chips.devices(topology, cfg.mesh.slices)
     layout = make_layout(cfg, devices)
     begin = time.monotonic()
-    program = programs.build(cfg, layout, what, phase)
+    program = programs.build(cfg, layout, what, phase, video)
     report = {
         "config": cfg.name,
         "topology": topology,

@@ -20,7 +20,7 @@ from evlm_jax.ops.grouped_attention import Plan
 from evlm_jax.optim import starts
 from evlm_jax.train import Phase
 
-WHATS = ("train", "eval", "prefill", "decode")
+WHATS = ("train", "eval", "prefill", "decode", "encode")
 STOPS = 8  # stop tokens of a generation
 
 
@@ -41,12 +41,15 @@ class Program(NamedTuple):
     steps: int = 0  # of training, in this phase
 
 
-def build(cfg: EVLMConfig, layout: Layout, what: str, phase: int = 0) -> Program:
+def build(cfg: EVLMConfig, layout: Layout, what: str, phase: int = 0, video: bool = False) -> Program:
     """One of WHATS on the mesh of `layout`, of train.batch rows; but for training every row has its own image slots.
 
     "prefill": prompts of data.length tokens with data.images images each, encoded before. "decode": one token a row, behind data.length
-    others, with one image in sight. Frozen parameters count in train.frozen_dtype, also those that an earlier stage trained.
+    others. "encode": the ViT alone. Frozen parameters count in train.frozen_dtype, also those that an earlier stage trained.
 
+    Args:
+      phase: of training.
+      video: each row is a video of data.images frames and then text, which sees them all; else a token sees one image.
     Raises:
       ValueError: no such phase.
     """
@@ -54,8 +57,12 @@ def build(cfg: EVLMConfig, layout: Layout, what: str, phase: int = 0) -> Program
         raise ValueError(f"--phase {phase}: the config has phases 0 to {len(cfg.optim.phases) - 1}")
     if not cfg.data.sources:  # without one, the step would report no loss, and XLA leave its forward part out
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, sources=("all",), weights=(1.0,)))
-    of = Phase(cfg, phase, layout)
-    return {"train": _train, "eval": _eval, "prefill": _prefill, "decode": _decode}[what](of)
+    make = {"train": _train, "eval": _eval, "prefill": _prefill, "decode": _decode, "encode": _encode}[what]
+    return make(Phase(cfg if what == "train" else cfg.apart, phase, layout), video)
+
+
+def _work(of: Phase, video: bool) -> Work:
+    return (Work.video if video else Work.full)(of.cfg, of.cfg.train.batch)
 
 
 def phase_steps(cfg: EVLMConfig, phase: int) -> int:
@@ -64,26 +71,24 @@ def phase_steps(cfg: EVLMConfig, phase: int) -> int:
     return first[phase + 1] - first[phase]
 
 
-def _train(of: Phase) -> Program:
+def _train(of: Phase, video: bool) -> Program:
     shapes, batch = of.spec(), Batch.spec(of.cfg)
     state, batch = _put(shapes, of.layout.trained(shapes)), _put(batch, of.layout.batch(batch))
     frozen = _frozen(of)
     arguments = {"frozen": _share(frozen), "trainable": _share(state.params), "optimizer": _share(state.groups), "batch": _share(batch)}
-    return Program(of.lower(), arguments, Work.full(of.cfg, of.cfg.train.batch), of.trained, phase_steps(of.cfg, of.number))
+    return Program(of.lower(), arguments, _work(of, video), of.trained, phase_steps(of.cfg, of.number))
 
 
-def _eval(of: Phase) -> Program:
-    cfg = of.cfg.apart
-    batch = Batch.spec(cfg)
+def _eval(of: Phase, video: bool) -> Program:
+    batch = Batch.spec(of.cfg)
     params, batch = _parameters(of), _put(batch, of.layout.batch(batch))
     run = of.layout.jit(lambda params, batch: losses(nnx.merge(of.graphdef, params), batch))
     arguments = {"parameters": _share(params), "batch": _share(batch)}
-    return Program(run.lower(params, batch), arguments, Work.full(cfg, cfg.train.batch), set())
+    return Program(run.lower(params, batch), arguments, _work(of, video), set())
 
 
-def _prefill(of: Phase) -> Program:
-    cfg, layout = of.cfg.apart, of.layout
-    rows, t, i = cfg.train.batch, cfg.data.length, cfg.data.images
+def _prefill(of: Phase, video: bool) -> Program:
+    cfg, layout, rows, t, i = of.cfg, of.layout, of.cfg.train.batch, of.cfg.data.length, of.cfg.data.images
     ints = lambda *shape: jax.ShapeDtypeStruct((rows, *shape), jnp.int32, sharding=layout.rows)
     pairs = cfg.data.pairs
     plan = Plan(ints(pairs, cfg.tile), ints(t), ints(pairs), ints(pairs)) if cfg.tile else None
@@ -94,24 +99,36 @@ def _prefill(of: Phase) -> Program:
     taps = taps if cfg.sees else None
     weights, key = _weights(of), jax.eval_shape(jax.random.key, 0).dtype
     random = jax.ShapeDtypeStruct((rows,), key, sharding=layout.rows)
-    run = layout.jit(lambda weights, prompt, taps, random, how: prefill(cfg, weights, prompt, taps, random, how, slots=t, images=1))
-    work = Work.full(cfg, rows)._replace(encoded=0, targets=rows)
+    sizes = {"slots": t, "images": i if video else 1}
+    run = layout.jit(lambda weights, prompt, taps, random, how: prefill(cfg, weights, prompt, taps, random, how, **sizes))
+    work = _work(of, video)._replace(encoded=0, targets=rows)
     return Program(
         run.lower(weights, prompt, taps, random, _sampling(layout)), {"parameters": _share(weights), "taps": _share(taps)}, work, set()
     )
 
 
-def _decode(of: Phase) -> Program:
+def _decode(of: Phase, video: bool) -> Program:
     cfg, layout, rows, t = of.cfg, of.layout, of.cfg.train.batch, of.cfg.data.length
+    seen = cfg.data.images if video else 1
     with layout.active():
-        spec = DecodeState.spec(cfg, rows, t, 1)
+        spec = DecodeState.spec(cfg, rows, t, seen)
     text, cross = (layout.sharding((None, "rows", axis)) for axis in ("kv_heads", "heads"))
     caches = {"self_keys": text, "self_values": text, "cross_keys": cross, "cross_values": cross}
     state = _put(spec, DecodeState(**{k: caches.get(k, layout.rows) if v is not None else None for k, v in spec._asdict().items()}))
     weights = _weights(of)
     run = layout.jit(lambda weights, state: read_tokens(cfg, weights, state), donate_argnums=1)
-    work = Work(tokens=rows, attended=rows * t, images=0, encoded=0, visible=rows, targets=rows)
+    work = Work(tokens=rows, attended=rows * t, images=0, encoded=0, visible=rows * seen, targets=rows)
     return Program(run.lower(weights, state), {"parameters": _share(weights), "caches": _share(state)}, work, set())
+
+
+def _encode(of: Phase, video: bool) -> Program:
+    cfg, rows = of.cfg, of.cfg.train.batch
+    shape = (rows, cfg.data.images, cfg.vit.image_size, cfg.vit.image_size, 3)
+    pixels = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=of.layout.sharding(("rows", "images")))
+    params = _parameters(of)
+    run = of.layout.jit(lambda params, pixels: nnx.merge(of.graphdef, params).encode(pixels))
+    work = Work(tokens=0, attended=0, images=0, encoded=rows * cfg.data.images, visible=0, targets=0)
+    return Program(run.lower(params, pixels), {"parameters": _share(params["vit"]), "pixels": _share(pixels)}, work, set())
 
 
 def _frozen(of: Phase) -> nnx.State:

@@ -1,5 +1,7 @@
 """The report of plan.py in words, for people."""
 
+from collections.abc import Iterable, Sequence
+
 from evlm_jax.planning.chips import GIB
 
 VERDICTS = {True: "fits", False: "does not fit", None: "cannot be"}
@@ -14,7 +16,7 @@ def show(report: dict) -> str:
         f"{report['config']}, {report['what']}, phase {report['phase']}, {report['rows']} rows on {report['topology']}",
         f"mesh {mesh}; {policies}",
         "",
-        *_table(("arguments", "count", "GiB a device"), arguments),
+        *table(("arguments", "count", "GiB a device"), arguments),
         "",
     ]
     lines += _fitting(report) if report["fits"] else _not_fitting(report)
@@ -27,9 +29,9 @@ def _fitting(report: dict) -> list[str]:
     size = f" of {_gib(report['chip']['hbm'] / report['chip']['cores'])}" if report["chip"] else ""
     lines = [f"memory a device{size} GiB: " + ", ".join(f"{name} {_gib(bytes_)}" for name, bytes_ in memory.items())]
     lines += ["what fills it at the fullest moment (an estimate):", *_buffers(report["largest"]), ""]
-    lines += _table(("TFLOP of all devices", "needed", "executed", "of it again", "ratio"), _parts(report, devices)) + [""]
+    lines += table(("TFLOP of all devices", "needed", "executed", "of it again", "ratio"), _parts(report, devices)) + [""]
     rows = [(c["kind"], c["group"], f"{c['count']:,.0f}", _gib(c["bytes"]), _gib(c["sent"])) for c in report["collectives"]]
-    lines += _table(("collectives of a device", "group", "count", "GiB", "GiB sent"), rows) + [""]
+    lines += table(("collectives of a device", "group", "count", "GiB", "GiB sent"), rows) + [""]
     lines += [f"note: {what} ({count:,.0f})" for what, count in report["notes"].items()]
     lines.append(f"bytes through HBM, an estimate: {_gib(report['bytes'])} GiB a device")
     return lines + (_time(report["time"]) if "time" in report else [])
@@ -82,7 +84,8 @@ def _gib(size: float) -> str:
     return f"{size / GIB:,.2f}"
 
 
-def _table(head: tuple, rows) -> list[str]:
+def table(head: Sequence, rows: Iterable[Sequence]) -> list[str]:
+    """Lines in columns, the first to the left, all others to the right."""
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in cells]

@@ -282,7 +282,7 @@ COMMANDS = {
     "eval": (_eval_arguments, _eval, "answer a benchmark and score the answers"),
     "fetch": (_fetch_arguments, _fetch, "fetch the demo's weights and data"),
     "flops": (
-        lambda parser: costs_arguments.add(parser, CONFIG_HELP),
+        costs_arguments.add,
         _flops,
         "what a model costs beside LLaVA's and Flamingo's way: FLOPs, bytes, caches, seconds",
     ),

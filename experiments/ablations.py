@@ -85,6 +85,8 @@ def _base() -> ConfigDict:
         length=256,
         images=8,
         targets=80,
+        pool=1,
+        slots=8,
         pairs=16,
         window=64,
         isolate=True,

@@ -33,7 +33,8 @@ _TINY = dict(
     bridge=dict(kind="routed", latents=3, depth=2, heads=2, head_dim=16, ffn=2),
     data=dict(
         sources=("vqa", "caption"), weights=(1.0, 1.0), tasks=(), ends="repeat", template="chatml", length=48, images=4, targets=24, pool=1,
-        pairs=12, dialogs=0, isolate=True, window=8, resize="squash", scaled_decoding=False, most_drops=1.0, cache_features=False, seed=0,
+        slots=4, pairs=12, dialogs=0, isolate=True, window=8, resize="squash", scaled_decoding=False, most_drops=1.0,
+        cache_features=False, seed=0,
     ),
     clean=dict(
         letters=0.2, digits=7, duplicates=0.5, links=("https?:", r"\.(com|png)"), words=3, dates=(r"\d{4}-\d\d-\d\d",), simplify=True,
@@ -71,7 +72,7 @@ def tiny_config(**overrides) -> EVLMConfig:
                 setattr(config[section], key, value)
         else:
             config[section] = values
-    if "slots" not in config.data:
+    if "slots" not in overrides.get("data", {}):
         config.data.slots = config.data.pool * config.data.images
     return from_config_dict(config)
 

@@ -23,7 +23,10 @@ from evlm_jax.config import EVLMConfig
 
 
 class Batch(NamedTuple):
-    """Packed rows. Padding: seen_until = index + 1, empty visible range, media_slot -1, target_at 0 with target -1."""
+    """Packed rows. Padding: seen_until = index + 1, empty visible range, media_slot -1, target_at 0 with target -1.
+
+    Tiles and pairs are None where the model has no cross-attention.
+    """
 
     tokens: jax.Array  # [B, T] int32; the placeholder id at media positions
     positions: jax.Array  # [B, T] int32, restart with every document
@@ -34,9 +37,7 @@ class Batch(NamedTuple):
     target_at: jax.Array  # [B, M] int32; position whose output predicts the target
     targets: jax.Array  # [B, M] int32; -1 padding
     target_source: jax.Array  # [B, M] int32; index into data.sources, for the loss per source
-    tile_tokens: (
-        jax.Array | None
-    )  # [B, J, tile] int32; this and the next three None without cross-attention; the row's tokens grouped by visible range, T padding
+    tile_tokens: jax.Array | None  # [B, J, tile] int32; the row's tokens grouped by visible range, T padding
     token_tile: jax.Array | None  # [B, T] int32; where a token stands in the flattened tile_tokens, J*tile if in none
     pair_tile: jax.Array | None  # [B, P] int32; a tile and one image it sees: the unit of work; J padding, ascending
     pair_image: jax.Array | None  # [B, P] int32

@@ -15,8 +15,9 @@ import numpy as np
 
 from evlm_jax.data import image, text, video
 from evlm_jax.data.samples import MARKER, ImageRef, Turn
-from evlm_jax.models.decoding import CHUNK, Prompt, Sampling, Weights, decode, prefill
+from evlm_jax.models.decoding import CHUNK, Prompt, Weights, decode, prefill
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.models.sampling import Sampling
 from evlm_jax.ops.grouped_attention import Plan
 from evlm_jax.ops.grouping import plan
 from evlm_jax.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ from flax import nnx
 from evlm_jax.batch import Batch
 from evlm_jax.data.samples import ImageRef, Turn
 from evlm_jax.generate import Generator, Stream, collate
-from evlm_jax.models import decoding
+from evlm_jax.models import decoding, sampling
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.ops import packed
 from evlm_jax.ops.grouped_attention import Plan
@@ -78,7 +78,9 @@ def full_forward(model, document, tokens, length=256):
     if document.refs:
         images[: len(document.refs)] = taps(cfg, document.refs)
     none = np.zeros((1, 1), np.int32)
-    arrays = {name: array[None] for name, array in row.items()} | dict.fromkeys(("target_at", "targets", "target_source"), none)
+    arrays = {name: None if array is None else array[None] for name, array in row.items()} | dict.fromkeys(
+        ("target_at", "targets", "target_source"), none
+    )
     return np.asarray(batch_logits(model, Batch(**arrays, pixels=None, taps=images[None]))[0, read - 1 : fed])
 
 
@@ -185,7 +187,7 @@ def test_top_p_against_numpy(top_p, temperature):
     logits = np.random.default_rng(0).normal(0, 2, 20).astype(np.float32)
     draws = 20000
     keys = jax.random.split(jax.random.key(1), draws)
-    tokens = decoding.sample(jnp.tile(logits, (draws, 1)), keys, jnp.float32(temperature), jnp.float32(top_p))
+    tokens = sampling.sample(jnp.tile(logits, (draws, 1)), keys, jnp.float32(temperature), jnp.float32(top_p))
     found = np.bincount(np.asarray(tokens), minlength=20) / draws
 
     wanted = np.exp(logits / temperature - (logits / temperature).max())
@@ -201,7 +203,7 @@ def test_top_p_against_numpy(top_p, temperature):
 def test_temperature_zero_is_the_argmax():
     logits = jax.random.normal(jax.random.key(0), (5, 30))
     keys = jax.random.split(jax.random.key(1), 5)
-    assert (decoding.sample(logits, keys, jnp.float32(0), jnp.float32(0.5)) == logits.argmax(-1)).all()
+    assert (sampling.sample(logits, keys, jnp.float32(0), jnp.float32(0.5)) == logits.argmax(-1)).all()
 
 
 @pytest.mark.parametrize("changes", [{}, {"dynamic_ntk": 16}, {"baseline": "llava"}, {"baseline": "flamingo"}])

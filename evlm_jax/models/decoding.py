@@ -23,6 +23,7 @@ from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.layers import Linear, rope_tables
 from evlm_jax.models.long_context import rope_base, sharpen
 from evlm_jax.models.moe import Experts, PackedExperts
+from evlm_jax.models.sampling import Sampling, sample
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
 from evlm_jax.ops.packed import Packed, compute_dtype, logits, pack, pack_head
 
@@ -61,14 +62,6 @@ class Prompt(NamedTuple):
     image: jax.Array  # [B, I] row of `taps` that fills each image slot
     visible_start: jax.Array  # [B] first image slot that the last token sees
     visible: jax.Array  # [B] how many it sees
-
-
-class Sampling(NamedTuple):
-    """How tokens are chosen."""
-
-    temperature: jax.Array  # [], 0 is greedy
-    top_p: jax.Array  # []
-    stop: jax.Array  # [any] ids that end an answer
 
 
 class DecodeState(NamedTuple):
@@ -213,22 +206,6 @@ def _sight(cfg: EVLMConfig, state: DecodeState) -> jax.Array:
     images = state.visible[:, None] * cfg.view_tokens
     sink = number - (len(number) - max(cfg.xattn.sinks, 1))
     return (number < images) | (sink >= 0) & ((sink < cfg.xattn.sinks) | (images == 0))
-
-
-def sample(logits: jax.Array, random: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
-    """One token of each row of logits [B, vocab]: the best where temperature is 0, else drawn from the smallest set of best tokens
-    that together have probability `top_p` (nucleus sampling, arXiv 1904.09751). `random`: [B] PRNG keys."""
-
-    def draw(row, key):
-        scaled = row / temperature
-        best = jnp.sort(scaled, descending=True)
-        probability = jax.nn.softmax(best)
-        inside = jnp.cumsum(probability) - probability < top_p  # the mass in front of a token; the best one is always inside
-        floor = jnp.min(jnp.where(inside, best, jnp.inf))
-        return jax.random.categorical(key, jnp.where(scaled >= jnp.minimum(floor, best[0]), scaled, -jnp.inf))
-
-    greedy = lambda: jnp.argmax(logits, -1)
-    return jax.lax.cond(temperature > 0, lambda: jax.vmap(draw)(logits, random), greedy).astype(jnp.int32)
 
 
 def view(cfg: EVLMConfig, weights: Weights, taps: jax.Array) -> jax.Array:

@@ -13,7 +13,8 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.flops import Work
 from evlm_jax.loss import losses
 from evlm_jax.mesh import Layout
-from evlm_jax.models.decoding import DecodeState, Prompt, Sampling, Weights, prefill, read_tokens
+from evlm_jax.models.decoding import DecodeState, Prompt, Weights, prefill, read_tokens
+from evlm_jax.models.sampling import Sampling
 from evlm_jax.ops.grouped_attention import Plan
 from evlm_jax.optim import starts
 from evlm_jax.train import Phase

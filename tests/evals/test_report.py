@@ -13,7 +13,7 @@ from evlm_jax.data.samples import MARKER, ImageRef, Sample, question
 from evlm_jax.evals import results
 from tests.data.made import TOKENIZER
 from tests.random_model import random_model
-from tests.tiny import tiny_config
+from tests.tiny import BASELINES, tiny_config
 
 LOAD = [0.172, 0.062, 0.016] + 12 * [0.0577] + [0.0576]
 SECTIONS = ("accuracy", "vqa", "attention", "emoji", "photos", "training", "setup")
@@ -95,6 +95,15 @@ def test_renders_every_section_from_the_saved_results(saved, tmp_path):
     assert len(pictures) == 2 + 3 + 3 + 2 * 3  # vqa, emoji, photos, and the only attention strip above and in its section
     assert all(viz.from_data_uri(a).size >= (64, 64) for a in pictures)
     assert not [a for a in page.addresses if not a.startswith(("data:", "#"))] and not re.search(r"url\((?!#)|@import|<script", text)
+
+
+def test_without_cross_attention_the_page_says_so(saved, tmp_path):
+    cfg = tiny_config(**BASELINES["llava"])
+    made = results.load(saved) | report.training_sections(saved.with_name("metrics.jsonl"), cfg)
+    made |= {"attention": report.attention_section(random_model(cfg, 0), TOKENIZER, [None])}
+    page = Page(text := report.render(made, tmp_path / "report.html").read_text("utf-8"))
+    assert "Not drawn: no cross-attention of this model" in page.text and "no cross-attention, and so no gates" in page.text
+    assert text.count("<svg") == 1 and page.ids >= set(SECTIONS)
 
 
 def test_a_missing_section_is_named(saved, tmp_path):

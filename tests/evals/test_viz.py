@@ -15,12 +15,12 @@ from evlm_jax.data.samples import MARKER, ImageRef, Sample, question
 from evlm_jax.models.evlm import EVLM
 from tests.data.made import TOKENIZER
 from tests.random_model import random_model
-from tests.tiny import tiny_batch, tiny_config
+from tests.tiny import BASELINES, tiny_batch, tiny_config
 
 
-@pytest.mark.parametrize("every, sinks", [(1, 0), (3, 1)])
-def test_trace_is_the_model(every, sinks):
-    cfg = tiny_config(xattn=dict(every=every, sinks=sinks))
+@pytest.mark.parametrize("every, sinks, kind", [(1, 0, "routed"), (3, 1, "routed"), (1, 1, "fused")])
+def test_trace_is_the_model(every, sinks, kind):
+    cfg = tiny_config(xattn=dict(every=every, sinks=sinks), bridge=dict(kind=kind))
     model = random_model(cfg, 0)
     batch = tiny_batch(cfg, 1)
     expected = jax.jit(EVLM.hidden)(model, batch)
@@ -42,6 +42,13 @@ def test_attention_maps_stay_in_the_visible_range():
     per_image = maps.sum(-1)
     assert np.all(per_image[:, :, ~visible] == 0) and np.all(per_image[:, :, visible] > 0)
     assert visible.any() and per_image.sum(-1).max() < 1  # the rest is the zero sink's
+
+
+@pytest.mark.parametrize("kind", ["flamingo", "llava", "text only"])
+def test_what_has_no_map_over_patches_says_so(kind):
+    cfg = tiny_config(**BASELINES[kind])
+    with pytest.raises(ValueError, match=f"cannot be shown: the model has {cfg.baseline}"):
+        viz.attention_maps(random_model(cfg, 0), tiny_batch(cfg, 2), 0, [0])
 
 
 @pytest.mark.parametrize("template", ["plain", "chatml"])

@@ -14,7 +14,9 @@ from evlm_jax import checkpoint, names, optim
 from evlm_jax.config import EVLMConfig, Rule
 from evlm_jax.convert import engine, export, importer
 from evlm_jax.convert.readers import open_source
+from evlm_jax.mesh import make_layout
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.planning import programs
 from evlm_jax.run import next_stage
 from evlm_jax.tensors import read_all
 from evlm_jax.traces import look
@@ -242,3 +244,13 @@ def test_conversion_knows_evlm_alone(tmp_path):
         next_stage(tiny_config(), str(tmp_path))
     export.export(str(tmp_path), str(tmp_path / "llm"), "llm")
     assert (tmp_path / "llm/config.json").exists()
+
+
+def test_llava_caches_no_keys_of_images():
+    """A step of decoding keeps keys and values of the text alone; EVLM's keeps those of an image in sight as well."""
+    cfg, evlm = tiny_config(**BASELINES["llava"]), tiny_config()
+    caches, more = (programs.build(c, make_layout(c), "decode").arguments["caches"].bytes for c in (cfg, evlm))
+    rows, llm, x = cfg.train.batch, cfg.llm, evlm.xattn
+    text = 2 * 4 * rows * llm.layers * llm.kv_heads * llm.head_dim * cfg.data.length
+    assert more - caches == 2 * 4 * rows * len(evlm.cross_layers) * x.heads * x.head_dim * (evlm.vit.tokens + x.sinks)
+    assert 0 <= caches - text < 100  # tokens, positions, keys of draws

@@ -57,7 +57,7 @@ def gradients(cfg: EVLMConfig, graphdef: nnx.GraphDef, params: nnx.State, frozen
         return jax.tree.map(jnp.add, total, (settle(jax.tree.map(lambda g: g.astype(jnp.float32), grads)), sums)), None
 
     params = gather_once(params, cfg.train.operands)
-    micro_batches = jax.tree.map(functools.partial(_split, len(batch.pair_tile), cfg.train.accumulate), batch)
+    micro_batches = jax.tree.map(functools.partial(_split, len(batch.tokens) // cfg.data.pool, cfg.train.accumulate), batch)
     zeros = settle(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
     _, sums = jax.eval_shape(loss, params, jax.tree.map(lambda x: x[0], micro_batches))
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)

@@ -128,7 +128,7 @@ def header() -> list[str]:
 
 def cells(row: Row) -> list[str]:
     """A row as text, for every table."""
-    facts = [row.variant, f"{row.trained / 1e6:.2f} M", f"{row.steps:.0f}", f"{row.questions:,.0f}", f"{row.flops / 1e15:.3f} P"]
+    facts = [row.variant, f"{row.trained / 1e6:.2f} M", f"{row.steps:.0f}", f"{row.questions:,.0f}", f"{row.flops:.3g}"]
     facts += [f"{row.step_seconds:.2f}", f"{row.peak_bytes / 2**30:.2f} GiB", f"{row.loss:.3f}"]
     return facts + [text for measure in MEASURES for text in _measured(row, measure)]
 

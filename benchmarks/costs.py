@@ -69,7 +69,7 @@ def known() -> dict:
 def count_all() -> None:
     """Fills the file, program by program; TPU programs of prefill and training, which take minutes each, come last."""
     rank = lambda name: next(i for i, (what, kind) in enumerate(ORDER) if what in name and name.endswith(kind))
-    frames = lambda name: int(name.split(", ")[2].split()[0])
+    frames = lambda name: int(name.split(", ")[-2].split()[0])
     wanted = []
     for number, (experiment, _) in enumerate(CONFIGS.values()):
         for name, f in programs(load_config(experiment), list(FRAMES), TEXT, CHIP):

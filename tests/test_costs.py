@@ -134,6 +134,17 @@ def test_compiled_programs_do_what_is_needed_and_known_extras(kind):
     assert sum(found["executed"].values()) == cases.decode_flops(cfg) + sinks
 
 
+@pytest.mark.slow
+def test_experts_of_an_answer():
+    """Of prefill by a balanced load; of decoding not all, and that is said."""
+    cfg = tiny_config(**TINY, moe={"copies": 2})
+    found = counted.counted_flops(cfg, "prefill", 3, 11)
+    for part in (flops.ROUTED, flops.WORLD, flops.ROUTER):
+        assert found["executed"][part] == pytest.approx(found["needed"][part]), part
+    assert found["notes"] and all("by its average" in note for note in found["notes"])
+    assert any("counted once" in note for note in counted.counted_flops(cfg, "decode", 3, 11)["notes"])
+
+
 def test_the_vit_is_counted_alone():
     cfg = tiny_config(**TINY)
     assert counted.counted_flops(cfg, "encode", 1, 11)["executed"] == {flops.FROZEN_VIT: cases.encode_flops(case(cfg, 1, 11))}

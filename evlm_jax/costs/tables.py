@@ -24,6 +24,7 @@ def tables(study: dict) -> list[Table]:
     """All tables of a study, in the order in which they are read."""
     out = [cache(study), prefill(study), train(study), decode(study)]
     out += [memory(study)] if study["chip"] else []
+    out += [notes(study)] if any(p.get("notes") for p in study["programs"].values()) else []
     out += [by_frames(study), by_text(study), by_heads(study), bars(study)]
     return out + ([measured(study)] if "measured" in study else [])
 
@@ -118,6 +119,13 @@ def memory(study: dict) -> Table:
         "self-attention are stored, [heads, tokens, tokens] in float32, and that is what fills the memory. Blank: not compiled yet."
     )
     return Table("Bytes through HBM of prefill and train step, GiB", says, head, _each(study, row))
+
+
+def notes(study: dict) -> Table:
+    """What could not be counted exactly."""
+    said = {(note, name) for name, program in study["programs"].items() for note in program.get("notes", ())}
+    rows = [(note, f"{sum(other == note for other, _ in said)}") for note in sorted({note for note, _ in said})]
+    return Table("Not counted exactly", "Loops whose length depends on data.", ("what", "programs"), rows)
 
 
 def by_frames(study: dict) -> Table:

@@ -177,6 +177,7 @@ class PackedExperts:
         flat = lambda linear: linear.kernel[...].reshape(-1, *linear.kernel.shape[2:])
         return cls(*(Packed(pack(flat(linear), dtype), None) for linear in (experts.fc1, experts.fc2)), experts.cfg)
 
+    @jax.named_scope("experts")
     def __call__(self, x: jax.Array, gates: jax.Array, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of the matrices, those of chosen experts are read."""
         tile, matrix = _tile(chosen, self.cfg), self.layer * self.cfg.experts + jnp.arange(self.cfg.experts)

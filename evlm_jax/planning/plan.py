@@ -147,9 +147,10 @@ def _part(op_name: str, lowest: int) -> str:
 def _trips(cfg: EVLMConfig, layout: Layout, program: programs.Program, op_name: str, trips: list[float]) -> list[float] | None:
     """Of the loops over an expert's tiles: as many as a balanced load needs, in the largest strides first.
 
-    Every product has a loop for each stride; where a device has one expert, loops of several products stand together.
+    Every product has a loop for each stride; where a device has one expert, loops of several products stand together. Of decoding on
+    CPUs some have no products, but sums of scaled rows: how often those run is not known.
     """
-    if "experts" not in _SCOPES.findall(op_name):
+    if "experts" not in _SCOPES.findall(op_name) or not all(trips):
         return None
     mesh, hidden = layout.mesh.shape, cfg.xattn.ffn // cfg.moe.slices
     tokens = program.work.tokens / cfg.train.accumulate / (mesh["data"] * mesh["fsdp"] * mesh["expert"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PR_SET_PDEATHSIG = 1
+PATIENCE = 60  # seconds, enough to save
 
 
 class Slot(NamedTuple):
@@ -55,12 +56,19 @@ def run_all(todo: Sequence[Run], room: Sequence[Slot], say: Callable[[str], None
                     say(f"{run.name}: {end} after {(time.monotonic() - since) / 60:.1f} min")
             time.sleep(0.2)
     finally:
-        for _, process, _ in running.values():
-            process.terminate()
-        for _, process, _ in running.values():
-            process.wait()
+        _stop([process for _, process, _ in running.values()])
         signal.signal(signal.SIGTERM, before)
     return failed
+
+
+def _stop(processes: Sequence[subprocess.Popen]) -> None:
+    """Ends them by SIGTERM; again each PATIENCE seconds, for training that was at its end takes the first and goes on to be read."""
+    while alive := [process for process in processes if process.poll() is None]:
+        for process in alive:
+            process.terminate()
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline and any(process.poll() is None for process in alive):
+            time.sleep(0.1)
 
 
 def bind(cores: Sequence[int]) -> None:

@@ -13,6 +13,7 @@ from evlm_jax.assets import AssetError
 from evlm_jax.config import EVLMConfig, from_config_dict
 from evlm_jax.costs import arguments as costs_arguments
 from evlm_jax.evals import arguments
+from evlm_jax.planning import arguments as planning_arguments
 
 CONFIG_HELP = "FILE.py[:arg]; fields are overridden with --config.section.field=value"
 
@@ -137,9 +138,22 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(args: argparse.Namespace, _overrides: list[str]) -> None:
-    from evlm_jax import generate
+    """Prints the answer as it grows. Images come first, then the video; in front of the prompt or at its markers."""
+    from evlm_jax.data import video
+    from evlm_jax.data.samples import MARKER, ImageRef, Turn
+    from evlm_jax.generate import Generator
+    from evlm_jax.run import load_trained
 
-    generate.main(args)
+    trained = load_trained(args.checkpoint)
+    visuals = [(ImageRef(path),) for path in args.image]
+    if args.video:
+        visuals.append(video.sample(args.video, args.frames))
+    front = "" if MARKER in args.prompt else MARKER * len(visuals)
+    generator = Generator(trained.model, trained.tokenizer)
+    prompt = generator.prompt([Turn("user", front + args.prompt)], visuals)
+    options = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    generator.generate([prompt], args.max_new_tokens, **options, callback=lambda _, piece: print(piece, end="", flush=True))
+    print()
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -225,21 +239,6 @@ def _score(args: argparse.Namespace, _overrides: list[str]) -> None:
     command.run_score(args)
 
 
-def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help=CONFIG_HELP)
-    parser.add_argument("--topology", required=True, help="v5p:4x4x4, v6e:16x16, cpu:8 and the like")
-    parser.add_argument("--mesh", default="", help="fields of config.mesh: data=1,fsdp=32,tensor=2")
-    parser.add_argument("--global-batch", type=int, help="train.batch")
-    parser.add_argument("--remat", help="train.remat")
-    parser.add_argument("--what", choices=("train", "eval", "prefill", "decode", "encode"), default="train")
-    parser.add_argument("--phase", type=int, default=0, help="of training: what is trained")
-    parser.add_argument("--sweep", action="store_true", help="try meshes and remat policies, and rank them")
-    parser.add_argument("--no-mend", action="store_true", help="where it does not fit, look for no change that makes it")
-    parser.add_argument("--price", type=float, help="of a chip-hour")
-    parser.add_argument("--json", help="file to write the report to")
-    parser.add_argument("--hlo", help="file to write the optimised program to")
-
-
 def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
     from evlm_jax.planning import search
 
@@ -287,7 +286,7 @@ COMMANDS = {
         "what a model costs beside LLaVA's and Flamingo's way: FLOPs, bytes, caches, seconds",
     ),
     "generate": (_generate_arguments, _generate, "answer a prompt about images or a video"),
-    "plan": (_plan_arguments, _plan, "compile for a TPU pod that is not there: memory, FLOPs, collectives, time"),
+    "plan": (planning_arguments.add, _plan, "compile for a TPU pod that is not there: memory, FLOPs, collectives, time"),
     "score": (arguments.add_score, _score, "score a result of eval again, or compare two of them"),
     "train": (_train_arguments, _train, "train an experiment"),
     "upcycle": (_upcycle_arguments, _upcycle, "turn the FFNs of a dense run's cross-attention into mixtures of experts"),

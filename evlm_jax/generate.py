@@ -4,7 +4,6 @@ Prompts are documents of data/text.py (`prompt`). They are answered in batches o
 two), so that few programs are compiled. Without a callback the host looks at the answers every CHUNK tokens only.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -13,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evlm_jax.data import image, text, video
-from evlm_jax.data.samples import MARKER, ImageRef, Turn
+from evlm_jax.data import image, text
+from evlm_jax.data.samples import ImageRef, Turn
 from evlm_jax.mesh import Layout, jit
 from evlm_jax.models.decoding import CHUNK, Prompt, decode, prefill
 from evlm_jax.models.evlm import EVLM
@@ -162,22 +161,6 @@ def collate(prompts: Sequence[text.Document], refs: Sequence[ImageRef], tile: in
         plans = [plan(a, b, tile, pairs) for a, b in zip(arrays["visible_start"], arrays["visible_stop"])]
         grouped = Plan(*(np.stack([p[name] for p in plans]) for name in Plan._fields))
     return Prompt(arrays["tokens"], arrays["media_slot"], lengths, arrays["visible_start"], grouped, image_number, start, count)
-
-
-def main(args: argparse.Namespace) -> None:
-    """`evlm generate`: prints the answer as it grows. Images come first, then the video; in front of the prompt or at its markers."""
-    from evlm_jax.run import load_trained
-
-    trained = load_trained(args.checkpoint)
-    visuals = [(ImageRef(path),) for path in args.image]
-    if args.video:
-        visuals.append(video.sample(args.video, args.frames))
-    front = "" if MARKER in args.prompt else MARKER * len(visuals)
-    generator = Generator(trained.model, trained.tokenizer)
-    prompt = generator.prompt([Turn("user", front + args.prompt)], visuals)
-    options = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
-    generator.generate([prompt], args.max_new_tokens, **options, callback=lambda _, piece: print(piece, end="", flush=True))
-    print()
 
 
 class Stream:

@@ -5,7 +5,7 @@ import argparse
 
 def add(parser: argparse.ArgumentParser) -> None:
     """All of them."""
-    parser.add_argument("--config", required=True, help="experiment file, FILE.py:ARGUMENT; its fields as elsewhere")
+    parser.add_argument("--config", required=True, help="FILE.py[:arg]; fields are overridden with --config.section.field=value")
     parser.add_argument("--frames", default="1,4,16,64,256,1024", help="numbers of frames, each an image of its own for the ViT")
     parser.add_argument("--text", type=int, default=64, help="text tokens behind the frames")
     parser.add_argument(

@@ -70,10 +70,9 @@ def train_run(
         jax.config.update("jax_compilation_cache_dir", str(assets.cache_root() / "compiled"))
     params, trained = next_stage(cfg, init) if init else (load_towers(cfg), frozenset())
     features = feature_store(cfg, params) if cfg.data.cache_features else None
-    own = make_layout(cfg).own_pools(cfg.pools)
-    tokenizer = load_tokenizer(cfg.init.llm)
-    follow = monitor(cfg, tokenizer, features)
-    with contextlib.closing(batches(cfg, tokenizer, features, own)) as data:
+    tokenizer, layout = load_tokenizer(cfg.init.llm), make_layout(cfg)
+    follow = monitor(cfg, tokenizer, features, layout)
+    with contextlib.closing(batches(cfg, tokenizer, features, layout.own_pools(cfg.pools))) as data:
         return train(cfg, workdir, data, params, trained, follow, tensorboard, profile)
 
 

@@ -34,11 +34,11 @@ class Cut(NamedTuple):
 def course(cfg: EVLMConfig) -> Iterator[Cut]:
     """The run of `cfg` up to its 1st, 2nd, ... update; endless."""
     made = tasks([open_source(name) for name in cfg.data.sources], load_tokenizer(cfg.init.llm), cfg)
-    lanes = [Lane(made, cfg, number) for number in range(cfg.train.batch)]
+    lanes = [Lane(made, cfg, number) for number in range(cfg.pools)]
     trained = Phase(cfg, 0, make_layout(cfg)).trained
     questions, flops = 0, 0.0
     for step in itertools.count(1):
-        rows = [lane.row() for lane in lanes]
+        rows = [row for lane in lanes for row in lane.rows()]
         batch = Batch(**assemble(rows, cfg), pixels=None if cfg.data.cache_features else np.zeros(0), taps=None)
         questions += sum(len(np.unique(document.dialog)) for row in rows for document in row)
         flops += train_flops(cfg, trained, batch)

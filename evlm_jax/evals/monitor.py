@@ -16,6 +16,8 @@ from evlm_jax.evals import score, tasks
 from evlm_jax.evals.answer import answerer
 from evlm_jax.evals.runner import evaluate
 from evlm_jax.evals.task import first
+from evlm_jax.generate import ROWS
+from evlm_jax.mesh import Layout
 from evlm_jax.metrics import SECONDS
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.tokenizer import Tokenizer
@@ -23,18 +25,15 @@ from evlm_jax.tokenizer import Tokenizer
 Look = Callable[[int, Callable[[], EVLM]], dict[str, float] | None]
 
 
-def monitor(cfg: EVLMConfig, tokenizer: Tokenizer, features: FeatureStore | None) -> Look | None:
+def monitor(cfg: EVLMConfig, tokenizer: Tokenizer, features: FeatureStore | None, layout: Layout) -> Look | None:
     """What `train` calls behind each update, with its number and the model: scores, or None where no look is due. None without monitors.
 
-    Raises ValueError for an unknown task, for files that do not fit, and where several processes train.
+    `layout`: of the mesh that trains; its devices share the questions. Raises ValueError for an unknown task and for files that do not fit.
     """
     if not cfg.train.monitors:
         return None
-    if jax.process_count() > 1:
-        raise ValueError(
-            "train.monitors: several processes cannot look at one model; leave it empty, and use `evlm eval` on the checkpoints"
-        )
-    followed = []
+    followed, parts = [], layout.parts("rows")
+    rows = -(-ROWS // parts) * parts
     for name in cfg.train.monitors:
         task, _, path = name.partition(":")
         task = tasks.find(task)
@@ -48,7 +47,7 @@ def monitor(cfg: EVLMConfig, tokenizer: Tokenizer, features: FeatureStore | None
         since = time.monotonic()
         for task, every in followed:
             questions = first(every, cfg.train.monitor_questions or None)
-            result = score.scored(evaluate(task, questions, answerer(task, every, current, tokenizer, features), {}))
+            result = score.scored(evaluate(task, questions, answerer(task, every, current, tokenizer, features, rows, layout), {}))
             found |= {f"monitor/{task.name}/{row['metric']}": row["value"] for row in result["scores"]}
         return found | {SECONDS: time.monotonic() - since}
 

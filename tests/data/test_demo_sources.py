@@ -104,7 +104,7 @@ def test_every_document_of_the_demo_fits_a_row(name):
 def test_the_demos_rows_are_full_nothing_is_dropped_and_shares_are_kept(form):
     cfg = from_config_dict(demo.get_config(form))
     lane = Lane(tasks([open_source(name) for name in cfg.data.sources], load_tokenizer(cfg.init.llm), cfg), cfg, 0)
-    rows = [lane.row() for _ in range(200)]
+    rows = [row for _ in range(200) for row in lane.rows()]
     documents = [document for row in rows for document in row]
     assert lane.drops() == []
     assert sum(len(document.tokens) for document in documents) > 0.96 * 200 * cfg.data.length

@@ -6,6 +6,7 @@ import pytest
 
 from evlm_jax import cli
 from evlm_jax.evals import monitor, results
+from evlm_jax.mesh import make_layout
 from evlm_jax.tokenizer import load_tokenizer
 from evlm_jax.train import train
 from tests.checkpoints import dinov2_directory, llama_directory
@@ -30,7 +31,7 @@ def lines(folder):
 
 def follow(cfg, folder, stop=None):
     """Trains; `stop`: an update behind whose look the process dies."""
-    look = monitor.monitor(cfg, load_tokenizer(cfg.init.llm), None)
+    look = monitor.monitor(cfg, load_tokenizer(cfg.init.llm), None, make_layout(cfg))
 
     def die(step, model):
         if step == stop:
@@ -56,8 +57,8 @@ def test_numbers_and_lines(cfg, tmp_path):
 
 def test_nothing_to_follow_and_wrong_tasks(cfg):
     plain = tiny_config()
-    assert monitor.monitor(plain, None, None) is None
+    assert monitor.monitor(plain, None, None, make_layout(plain)) is None
     with pytest.raises(ValueError, match="unknown task 'nope'"):
-        monitor.monitor(tiny_config(train=dict(monitors=("nope",), monitor_every=1)), None, None)
+        monitor.monitor(tiny_config(train=dict(monitors=("nope",), monitor_every=1)), None, None, make_layout(plain))
     with pytest.raises(ValueError, match="train.monitor_every must be positive"):
         tiny_config(train=dict(monitors=("pope",)))

@@ -1,6 +1,7 @@
 """Generation and losses on eight devices, and `evlm eval` there; tests/test_mesh.py starts it in a process that has them."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from evlm_jax import cli
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, question
 from evlm_jax.evals import choice
 from evlm_jax.evals.command import mesh_of
+from evlm_jax.evals.monitor import monitor
 from evlm_jax.generate import Generator
 from evlm_jax.run import load_trained
 from tests.checkpoints import run_directory
@@ -68,6 +70,18 @@ def test_the_command_takes_all_devices(run, tmp_path):
         assert cli.main(words) == 0
         results.append(json.loads(out.read_text())["examples"])
     assert results[0] == results[1] and all("prediction" in row for row in results[0])
+
+
+@pytest.mark.parametrize("run", ["dense"], indirect=True)
+def test_monitors_find_what_the_command_finds(run, tmp_path):
+    trained = load_trained(str(run[0]), mesh=mesh_of("fsdp=4,tensor=2,frozen=sharded"), rows=8)
+    cfg = trained.model.cfg
+    cfg = replace(cfg, train=replace(cfg.train, monitors=(f"gqa:{run[1]}",), monitor_every=1, monitor_questions=0))
+    seen = monitor(cfg, trained.tokenizer, None, trained.layout)(1, lambda: trained.model)
+    out = tmp_path / "out.json"
+    assert cli.main(["eval", "--checkpoint", str(run[0]), "--task", "gqa", "--data", str(run[1]), "--out", str(out)]) == 0
+    wanted = {f"monitor/gqa/{row['metric']}": row["value"] for row in json.loads(out.read_text())["scores"]}
+    assert {name: value for name, value in seen.items() if name != "monitor/seconds"} == wanted
 
 
 @pytest.mark.parametrize("run", ["dense"], indirect=True)

@@ -38,7 +38,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["evlm_jax", "evlm_jax.*", "experiments"]),
-    package_data={"evlm_jax": ["*.html"]},
+    package_data={"evlm_jax": ["*.html"], "evlm_jax.ablate": ["*.html"]},
     install_requires=CORE,
     extras_require={
         "demo": DEMO,

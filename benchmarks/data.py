@@ -50,7 +50,7 @@ def config(folder: Path, size: int, scaled: bool) -> EVLMConfig:
     chosen = demo.get_config()
     chosen.vit.image_size = size
     data = dict(sources=(f"img2dataset:{folder}",), weights=(1.0,), scaled_decoding=scaled, cache_features=False)
-    chosen.data.update(data, length=16 * BATCH, images=BATCH, targets=16 * BATCH, pairs=4 * BATCH)
+    chosen.data.update(data, length=16 * BATCH, images=BATCH, targets=16 * BATCH, slots=BATCH, pairs=4 * BATCH)
     chosen.train.batch = 1
     return from_config_dict(chosen)
 

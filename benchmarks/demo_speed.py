@@ -148,7 +148,7 @@ def our_step(cfg: EVLMConfig, batch: Batch) -> Callable[[], None]:
     """A function that does one optimizer step on the batch."""
     layout = make_layout(cfg)
     phase = Phase(cfg, 0, layout)
-    state, on_device = phase.enter(0, nnx.state(load(cfg)), {}), layout.put_rows(batch, range(cfg.train.batch), cfg.train.batch)
+    state, on_device = phase.enter(0, nnx.state(load(cfg)), {}), layout.put_pools(batch, range(cfg.pools), cfg.pools)
 
     def step() -> None:
         nonlocal state

@@ -6,18 +6,19 @@ entropy is that of the routers' probabilities, the mean over layers at the last 
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
 import numpy as np
+
+from evlm_jax.metrics import training_lines
 
 COLUMNS = ("run", "steps", "loss, first", "loss, last", "smallest share", "largest share", "idle", "entropy", "dropped")
 
 
 def row(run: Path) -> list[str]:
     """A run's cells; a dense one has no loads."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    lines = training_lines(run / "metrics.jsonl")
     losses = [np.mean([line["loss"] for line in some]) for some in (lines[:3], lines[-3:])]
     cells = [run.name, str(lines[-1]["step"]), *(f"{loss:.3f}" for loss in losses)]
     of = lambda name: np.array([[line[key] for key in line if key.endswith(f"/ffn/{name}")] for line in lines])

@@ -6,16 +6,20 @@ arrays of a Batch but the pictures.
 """
 
 import argparse
+import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from evlm_jax.cli import load_config
 from evlm_jax.config import DataConfig, EVLMConfig
+from evlm_jax.data.mixture import Task
 from evlm_jax.data.pack import assemble
+from evlm_jax.data.pipeline import Lane
 from evlm_jax.data.text import Document
-from evlm_jax.data.tools.bench import FOOT, WINDOWS, head, line, rows_of
+from evlm_jax.data.tools.bench import FOOT, WINDOWS, head, line, pools_of, rows_of, timed
 from evlm_jax.ops.grouping import pair_count
 
 MEDIA, TILE = 16, 32
@@ -41,6 +45,12 @@ STAGES = {  # shares of samples (paper, section 3)
     "sft": {"instructions": 815, "pages to read": 270, "questions": 1200},
 }
 
+BUDGETS = {  # data.images, data.pool, data.slots
+    "pretrain": ((64, 1, 64), (42, 1, 42), (64, 2, 84), (64, 5, 200), (64, 5, 208)),
+    "continual": ((64, 1, 64), (12, 1, 12), (24, 2, 24), (48, 5, 52), (48, 5, 56)),
+    "sft": ((64, 1, 64), (12, 1, 12), (13, 1, 13), (26, 2, 26)),
+}
+
 
 def document(tokens: int, images: int) -> Document:
     """One of these costs: images in front, each seen by its share of the text. Contents do not matter."""
@@ -62,19 +72,47 @@ def stream(shares: dict[str, float], count: int, seed: int = 0) -> list[Document
     return [document(*(draw(rng) for draw in DISTRIBUTIONS[kinds[kind]])) for kind in drawn]
 
 
-def assembled(documents: list[Document], data: DataConfig, cfg: EVLMConfig) -> float:
+class Endless(list):
+    """Documents without an end, as of data/mixture.py."""
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> Document:
+        return super().__getitem__(index % super().__len__())
+
+
+def made_tasks(shares: dict[str, float], count: int) -> list[Task]:
+    """A task for each kind."""
+    return [Task(kind, share / sum(shares.values()), Endless(stream({kind: 1}, count))) for kind, share in shares.items()]
+
+
+def by_task(made: list[Task], count: int, cfg: EVLMConfig) -> list[list[Document]]:
+    """Rows of `count` documents or more, each row of one kind."""
+    lane, rows = Lane(made, replace(cfg, train=replace(cfg.train, batch=cfg.data.pool)), 0), []
+    while sum(map(len, rows)) < count:
+        rows += lane.rows()
+    return rows
+
+
+def assembled(documents: list[Document], cfg: EVLMConfig) -> float:
     """Rows a second, packed and assembled."""
     begin = time.process_time()
-    rows = rows_of(documents, data)
-    for row in rows:
-        assemble([row], cfg)
+    rows = rows_of(documents, cfg.data)
+    for pool in pools_of(rows, cfg.data):
+        assemble(pool, cfg)
     return len(rows) / (time.process_time() - begin)
+
+
+def with_slots(data: DataConfig, images: int, pool: int, slots: int) -> DataConfig:
+    """Other image slots, and pairs for any text without videos."""
+    return replace(data, images=images, pool=pool, slots=slots, pairs=-(-data.length // TILE) * pool + slots)
 
 
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--documents", type=int, default=4000)
+    parser.add_argument("--documents", type=int, default=12_000)
     count = parser.parse_args().documents
     configs = {stage: load_config(f"experiments/evlm_14b.py:{stage}") for stage in STAGES}
     kinds = {**{kind: ("pretrain", {kind: 1}) for kind in DISTRIBUTIONS}, **{f"stage {stage}": (stage, STAGES[stage]) for stage in STAGES}}
@@ -85,12 +123,16 @@ def main() -> None:
         print("\n" + head(f"{name}, by window"))
         for window in WINDOWS:
             print(line(str(window), stream(shares, count), replace(configs["pretrain"].data, window=window)))
-    for stage, budgets in (("pretrain", (64, 48, 44, 40)), ("continual", (64, 16, 12, 11)), ("sft", (64, 16, 12, 11))):
-        print("\n" + head(f"{stage}, by data.images"))
-        for images in budgets:
-            print(line(str(images), stream(STAGES[stage], count), replace(configs[stage].data, images=images, pairs=64 + images)))
+    for stage, budgets in BUDGETS.items():
+        print("\n" + head(f"{stage}, images/pool/slots"))
+        documents, made = stream(STAGES[stage], count), made_tasks(STAGES[stage], count)
+        for budget in budgets:
+            cfg = replace(configs[stage], data=with_slots(configs[stage].data, *budget))
+            name = "/".join(map(str, budget))
+            print(line(f"{name} mixed", documents, cfg.data))
+            print(timed(f"{name} by task", partial(by_task, made, count, cfg), cfg.data))
     for stage, cfg in configs.items():
-        print(f"\n{stage}: {assembled(stream(STAGES[stage], count), cfg.data, cfg):.0f} rows/s packed and assembled", end="")
+        print(f"\n{stage}: {assembled(stream(STAGES[stage], count), cfg):.0f} rows/s packed and assembled", end="")
     print("\n" + FOOT)
 
 

@@ -34,6 +34,7 @@ RUNS = {  # name: (stage, phase)
 FLAT, CUBES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"), ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
 SLICES = {"v5p": CUBES, "v6e": FLAT, "v5e": FLAT}
 TENSORS = (1, 2, 4, 8)
+OWN = {"pretrain": (64, 128), "continual": (12, 76), "sft": (12, 76), "moe": (12, 76)}  # image slots and pairs of a row that shares none
 PODS = (  # of realistic size, with the paper's ZeRO-2: run, topology, devices along tensor, rows of a device and micro-batch, remat
     ("pretrain, ViT frozen", "v5p:4x4x4", 2, 5, "dots"),
     ("pretrain, ViT frozen", "v6e:16x16", 8, 3, "full"),
@@ -54,11 +55,12 @@ allocates; the compiler accepts the program or not. Executed FLOPs are read from
 
 ## The smallest slice that fits
 
-Full rematerialisation, ZeRO-3, frozen towers in pieces, one row a device and micro-batch.
+Full rematerialisation, ZeRO-3, frozen towers in pieces, one row a device and micro-batch. So rows share no image slots: each has 64 at
+224 px, 12 at 448 px.
 """
 LARGE = """## Pods of realistic size
 
-ZeRO-2, as the paper has it.
+ZeRO-2, as the paper has it. Five rows a device share 208 image slots (`data.pool=5`); otherwise slots are as above.
 """
 PARTS = """## Executed by needed FLOPs, part by part
 
@@ -71,7 +73,7 @@ LIMIT = 1500  # seconds of a plan, on a machine that is shared
 
 
 def arguments(run: str, topology: str, tensor: int, remat: str = "full", zero: int = 3, rows: int = 1) -> list[str] | None:
-    """Of `evlm plan`, with `rows` rows a device and micro-batch; None where the batch cannot be split so."""
+    """Of `evlm plan`, with `rows` rows a device and micro-batch, a single one with its own images; None where they do not divide."""
     stage, phase = RUNS[run]
     config = f"experiments/evlm_14b.py:{stage}"
     cfg, count = load_config(config), math.prod(map(int, topology.partition(":")[2].split("x")))
@@ -80,8 +82,12 @@ def arguments(run: str, topology: str, tensor: int, remat: str = "full", zero: i
         return None
     expert = math.gcd(across, cfg.moe.experts) if cfg.moe.copies else 1
     mesh = f"fsdp={across // expert},expert={expert},tensor={tensor},zero={zero},frozen=sharded"
-    micro = f"--config.train.accumulate={cfg.train.batch // (across * rows)}"
-    return ["--config", config, "--phase", str(phase), "--topology", topology, "--mesh", mesh, "--remat", remat, "--no-mend", micro]
+    words = ["--config", config, "--phase", str(phase), "--topology", topology, "--mesh", mesh, "--remat", remat, "--no-mend"]
+    words += [f"--config.train.accumulate={cfg.train.batch // (across * rows)}"]
+    if rows == 1 or rows % cfg.data.pool:
+        images, pairs = OWN[stage]
+        words += [f"--config.data.{name}={n}" for name, n in (("pool", 1), ("images", images), ("slots", images), ("pairs", pairs))]
+    return words
 
 
 def pod(run: str, topology: str, tensor: int, rows: int, remat: str) -> list[str] | None:

@@ -10,8 +10,12 @@ token's `seen_until` ends with its document; several dialogs about one image sha
     seen_until   7    7    5    5    5    7    7     9    9       2, 3, 4 end before 5: the dialogs do not see each other
     position     0    1    2    3    4    2    3     0    1       positions go on as if each dialog stood alone
 
-Text sees images. Token q sees image slots visible_start[q] <= i < visible_stop[q] of its row: a media token its own image
-(or frame), text the nearest previous image, text of a video all its frames, text before any image the empty range.
+Text sees images. `data.pool` neighbouring rows share image slots, so that a row with many images and one with few leave none
+empty. Token q sees slots visible_start[q] <= i < visible_stop[q] of its pool: a media token its own image (or frame), text
+the nearest previous image, text of a video all its frames, text before any image the empty range.
+
+    pool of 2 rows, 4 slots     row 0   A A A B B C C C          sees slots 0, 1, 2
+                                row 1   D D D D D - - -          sees slot 3
 """
 
 from typing import NamedTuple
@@ -23,7 +27,7 @@ from evlm_jax.config import EVLMConfig
 
 
 class Batch(NamedTuple):
-    """Packed rows. Padding: seen_until = index + 1, empty visible range, media_slot -1, target_at 0 with target -1.
+    """Packed rows, in C pools. Padding: seen_until = index + 1, empty visible range, media_slot -1, target_at 0 with target -1.
 
     Tiles and pairs are None where the model has no cross-attention.
     """
@@ -37,22 +41,23 @@ class Batch(NamedTuple):
     target_at: jax.Array  # [B, M] int32; position whose output predicts the target
     targets: jax.Array  # [B, M] int32; -1 padding
     target_source: jax.Array  # [B, M] int32; index into data.sources, for the loss per source
-    tile_tokens: jax.Array | None  # [B, J, tile] int32; the row's tokens grouped by visible range, T padding
-    token_tile: jax.Array | None  # [B, T] int32; where a token stands in the flattened tile_tokens, J*tile if in none
-    pair_tile: jax.Array | None  # [B, P] int32; a tile and one image it sees: the unit of work; J padding, ascending
-    pair_image: jax.Array | None  # [B, P] int32
-    pixels: jax.Array | None  # [B, I, height, width, 3] uint8; None where taps are given
-    taps: jax.Array | None  # [B, I, G, S, V]; cached features of a frozen tower; None where pixels are given
+    tile_tokens: jax.Array | None  # [C, J, tile] int32; the pool's tokens, row after row, grouped by visible range; U = pool*T padding
+    token_tile: jax.Array | None  # [C, U] int32; where a token stands in the flattened tile_tokens, J*tile if in none
+    pair_tile: jax.Array | None  # [C, P] int32; a tile and one image it sees: the unit of work; J padding, ascending
+    pair_image: jax.Array | None  # [C, P] int32
+    pixels: jax.Array | None  # [C, I, height, width, 3] uint8; None where taps are given
+    taps: jax.Array | None  # [C, I, G, S, V]; cached features of a frozen tower; None where pixels are given
 
     @classmethod
     def spec(cls, cfg: EVLMConfig, rows: int | None = None) -> "Batch":
         """Shapes and dtypes for tests, initialisation and ahead-of-time compilation."""
         d, vit, tile = cfg.data, cfg.vit, cfg.tile
         b = rows or cfg.train.batch
-        ints = lambda *shape: jax.ShapeDtypeStruct((b, *shape), jnp.int32)
-        text, target, tiles, pairs = ints(d.length), ints(d.targets), ints(d.pairs, tile), ints(d.pairs)
-        pixels = jax.ShapeDtypeStruct((b, d.images, vit.image_size, vit.image_size, 3), jnp.uint8)
-        taps = jax.ShapeDtypeStruct((b, d.images, len(vit.taps), vit.tokens, vit.width), jnp.bfloat16)
+        c = b // d.pool
+        ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+        text, target, pairs = ints(b, d.length), ints(b, d.targets), ints(c, d.pairs)
+        pixels = jax.ShapeDtypeStruct((c, d.slots, vit.image_size, vit.image_size, 3), jnp.uint8)
+        taps = jax.ShapeDtypeStruct((c, d.slots, len(vit.taps), vit.tokens, vit.width), jnp.bfloat16)
         return cls(
             tokens=text,
             positions=text,
@@ -63,8 +68,8 @@ class Batch(NamedTuple):
             target_at=target,
             targets=target,
             target_source=target,
-            tile_tokens=tiles if tile else None,
-            token_tile=text if tile else None,
+            tile_tokens=ints(c, d.pairs, tile) if tile else None,
+            token_tile=ints(c, d.pool * d.length) if tile else None,
             pair_tile=pairs if tile else None,
             pair_image=pairs if tile else None,
             pixels=None if d.cache_features else pixels,

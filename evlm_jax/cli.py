@@ -8,9 +8,12 @@ from pathlib import Path
 
 import ml_collections
 
+from evlm_jax.ablate import arguments as ablate_arguments
 from evlm_jax.assets import AssetError
 from evlm_jax.config import EVLMConfig, from_config_dict
+from evlm_jax.costs import arguments as costs_arguments
 from evlm_jax.evals import arguments
+from evlm_jax.planning import arguments as planning_arguments
 
 CONFIG_HELP = "FILE.py[:arg]; fields are overridden with --config.section.field=value"
 
@@ -91,6 +94,10 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--init", help="checkpoint of an earlier stage to start from, instead of the towers alone")
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard files as well")
     parser.add_argument("--profile", type=_span, metavar="A:B", help="trace the updates A to B into WORKDIR/profile")
+    _process_arguments(parser)
+
+
+def _process_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--distributed", action="store_true", help="one of several processes, as the environment says: TPU pod, GKE, Slurm")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="one of several processes: address of process 0")
     parser.add_argument("--processes", type=int, help="with --coordinator: how many")
@@ -104,11 +111,15 @@ def _span(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def _train(args: argparse.Namespace, overrides: list[str]) -> None:
+def _join(args: argparse.Namespace) -> None:
     if args.distributed or args.coordinator:
         from evlm_jax import processes  # before anything asks for devices
 
         processes.join(args.coordinator, args.processes, args.process)
+
+
+def _train(args: argparse.Namespace, overrides: list[str]) -> None:
+    _join(args)
     from evlm_jax.run import train_run
 
     train_run(load_config(args.config, overrides), args.workdir, args.init, args.tensorboard, args.profile)
@@ -127,9 +138,22 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(args: argparse.Namespace, _overrides: list[str]) -> None:
-    from evlm_jax import generate
+    """Prints the answer as it grows. Images come first, then the video; in front of the prompt or at its markers."""
+    from evlm_jax.data import video
+    from evlm_jax.data.samples import MARKER, ImageRef, Turn
+    from evlm_jax.generate import Generator
+    from evlm_jax.run import load_trained
 
-    generate.main(args)
+    trained = load_trained(args.checkpoint)
+    visuals = [(ImageRef(path),) for path in args.image]
+    if args.video:
+        visuals.append(video.sample(args.video, args.frames))
+    front = "" if MARKER in args.prompt else MARKER * len(visuals)
+    generator = Generator(trained.model, trained.tokenizer)
+    prompt = generator.prompt([Turn("user", front + args.prompt)], visuals)
+    options = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    generator.generate([prompt], args.max_new_tokens, **options, callback=lambda _, piece: print(piece, end="", flush=True))
+    print()
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -197,7 +221,13 @@ def _demo(args: argparse.Namespace, _overrides: list[str]) -> None:
     demo.run(form, args.workdir or "-".join(filter(None, ["runs/demo", form])), args.moe)
 
 
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.add_eval(parser)
+    _process_arguments(parser)
+
+
 def _eval(args: argparse.Namespace, _overrides: list[str]) -> None:
+    _join(args)
     from evlm_jax.evals import command
 
     command.run_eval(args)
@@ -207,21 +237,6 @@ def _score(args: argparse.Namespace, _overrides: list[str]) -> None:
     from evlm_jax.evals import command
 
     command.run_score(args)
-
-
-def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help=CONFIG_HELP)
-    parser.add_argument("--topology", required=True, help="v5p:4x4x4, v6e:16x16, cpu:8 and the like")
-    parser.add_argument("--mesh", default="", help="fields of config.mesh: data=1,fsdp=32,tensor=2")
-    parser.add_argument("--global-batch", type=int, help="train.batch")
-    parser.add_argument("--remat", help="train.remat")
-    parser.add_argument("--what", choices=("train", "eval", "prefill", "decode", "encode"), default="train")
-    parser.add_argument("--phase", type=int, default=0, help="of training: what is trained")
-    parser.add_argument("--sweep", action="store_true", help="try meshes and remat policies, and rank them")
-    parser.add_argument("--no-mend", action="store_true", help="where it does not fit, look for no change that makes it")
-    parser.add_argument("--price", type=float, help="of a chip-hour")
-    parser.add_argument("--json", help="file to write the report to")
-    parser.add_argument("--hlo", help="file to write the optimised program to")
 
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -242,18 +257,14 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> None:
     command.run(args, overrides, load_config)
 
 
-def _flops_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help=CONFIG_HELP)
-    parser.add_argument("--frames", default="1,4,16,64,256,1024", help="numbers of frames, each an image of its own for the ViT")
-    parser.add_argument("--text", type=int, default=64, help="text tokens behind the frames")
-    parser.add_argument(
-        "--context", type=int, help="tokens that the language model is made for; llm.dynamic_ntk or data.length where left out"
-    )
-    parser.add_argument("--chip", help="count bytes too, by the compiler of this chip: v5p, v6e, ... (it runs without one)")
-    parser.add_argument(
-        "--measure", type=int, nargs="?", const=16, metavar="FRAMES", help="run the real towers here, up to so many frames (16)"
-    )
-    parser.add_argument("--json", help="file to write the numbers to")
+def _ablate(args: argparse.Namespace, overrides: list[str]) -> int:
+    from evlm_jax.ablate import slots
+
+    if args.only:
+        slots.bind(args.cores)  # before anything starts a thread
+    from evlm_jax.ablate import command
+
+    return command.main(args, overrides, load_config)
 
 
 def _flops(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -263,14 +274,19 @@ def _flops(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 COMMANDS = {
+    "ablate": (ablate_arguments.add, _ablate, "train variants of an experiment with several seeds, and compare them"),
     "convert": (_convert_arguments, _convert, "checkpoints from and to PyTorch"),
     "data": (_data_arguments, _data, "look at training data, measure and prepare them"),
     "demo": (_demo_arguments, _demo, "fetch, train, evaluate and report on real weights and data"),
-    "eval": (arguments.add_eval, _eval, "answer a benchmark and score the answers"),
+    "eval": (_eval_arguments, _eval, "answer a benchmark and score the answers"),
     "fetch": (_fetch_arguments, _fetch, "fetch the demo's weights and data"),
-    "flops": (_flops_arguments, _flops, "what a model costs beside LLaVA's and Flamingo's way: FLOPs, bytes, caches, seconds"),
+    "flops": (
+        costs_arguments.add,
+        _flops,
+        "what a model costs beside LLaVA's and Flamingo's way: FLOPs, bytes, caches, seconds",
+    ),
     "generate": (_generate_arguments, _generate, "answer a prompt about images or a video"),
-    "plan": (_plan_arguments, _plan, "compile for a TPU pod that is not there: memory, FLOPs, collectives, time"),
+    "plan": (planning_arguments.add, _plan, "compile for a TPU pod that is not there: memory, FLOPs, collectives, time"),
     "score": (arguments.add_score, _score, "score a result of eval again, or compare two of them"),
     "train": (_train_arguments, _train, "train an experiment"),
     "upcycle": (_upcycle_arguments, _upcycle, "turn the FFNs of a dense run's cross-attention into mixtures of experts"),

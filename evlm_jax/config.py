@@ -4,10 +4,10 @@ Experiments return ConfigDicts (overridable as `--config.optim.lr=1e-4`); `from_
 and refuses unknown keys, missing keys and wrong types with the key's full name. Sizes are read from here and nowhere else.
 
 Letters used for shapes everywhere in this package:
-  B batch rows     T text positions   I image slots of a row   S visual tokens of one image   D LLM hidden
+  B batch rows     T text positions   I image slots of a pool  S visual tokens of one image   D LLM hidden
   V visual width   N query heads      K key/value heads        H head dim                     F FFN hidden
-  L layers         G tap groups       M supervised targets     J tiles of a row               P (tile, image) pairs
-  E experts
+  L layers         G tap groups       M supervised targets     J tiles of a pool              P (tile, image) pairs
+  E experts        C pools of rows
 """
 
 import dataclasses
@@ -73,6 +73,9 @@ class TrainConfig:
     save_every: int
     keep: int
     log_every: int
+    monitors: tuple[str, ...]  # eval tasks that are followed (evals/monitor.py): TASK, or TASK:PATH of its official files
+    monitor_every: int  # updates between two looks; there is one at the end as well
+    monitor_questions: int  # the first of each task, as `evlm eval --limit` takes them; 0: all
     seed: int
     peak_flops: float  # of one device, for MFU; 0 leaves MFU out
 
@@ -125,6 +128,20 @@ class EVLMConfig:
 
     def __post_init__(self):
         check(self)
+
+    @property
+    def pools(self) -> int:
+        """Pools of a batch."""
+        return self.train.batch // self.data.pool
+
+    @property
+    def apart(self) -> "EVLMConfig":
+        """For evaluation and generation: where rows share image slots, every row has its own instead, and pairs for all its text."""
+        data = self.data
+        if data.pool == 1:
+            return self
+        pairs = min(data.pairs, -(-data.length // self.xattn.tile) + data.images)
+        return dataclasses.replace(self, data=dataclasses.replace(data, pool=1, slots=data.images, pairs=pairs))
 
     @property
     def cross_layers(self) -> tuple[int, ...]:
@@ -189,11 +206,10 @@ def check(cfg: EVLMConfig) -> None:
         (cfg.media.tokens >= 1, "media.tokens", "must be positive"),
         (kind != "llava" or cfg.media.tokens == patches, "media.tokens", f"must be {patches}, one a patch, where bridge.kind is llava"),
         (min(astuple(bridge)[1:]) >= 1, "bridge.latents, depth, heads, head_dim, ffn", "must be positive"),
-        (len(data.sources) == len(data.weights), "data.weights", "needs one weight for each of data.sources"),
-        (len(data.tasks) in (0, len(data.sources)), "data.tasks", "needs one name for each of data.sources, or none at all"),
-        (0 <= data.most_drops <= 1, "data.most_drops", "must be a share, from 0 to 1"),
-        (data.pairs >= data.images, "data.pairs", f"must be at least data.images = {data.images}"),
         (train.batch % train.accumulate == 0, "train.accumulate", f"must divide train.batch = {train.batch}"),
+        (train.batch % (train.accumulate * data.pool) == 0, "data.pool", "must divide the rows of train.batch / train.accumulate"),
+        (not train.monitors or train.monitor_every >= 1, "train.monitor_every", "must be positive where train.monitors has tasks"),
+        (train.monitor_questions >= 0, "train.monitor_questions", "must not be negative; 0 is all of them"),
         (train.loss_chunk >= 0, "train.loss_chunk", "must not be negative"),
         (len(cfg.optim.phases) > 0 and cfg.optim.phases[0].start == 0, "optim.phases", "the first must start at 0"),
     ]

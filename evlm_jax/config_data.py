@@ -7,7 +7,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Row budgets (all static) and the sources of a run."""
+    """Budgets of rows (all static) and the sources of a run."""
 
     sources: tuple[str, ...]  # names registered in data/sources.py
     weights: tuple[float, ...]  # share of the documents that each source has
@@ -15,9 +15,11 @@ class DataConfig:
     ends: Literal["repeat", "error"]  # after its last document a source starts again, shuffled anew, or stops the run
     template: Literal["chatml", "plain"]  # chat template
     length: int  # T, text positions of a row
-    images: int  # I, image slots of a row
+    images: int  # most images of a row
     targets: int  # M, supervised positions of a row
-    pairs: int  # P, (tile, image) pairs of a row
+    pool: int  # neighbouring rows that share image slots and pairs
+    slots: int  # I, image slots of a pool
+    pairs: int  # P, (tile, image) pairs of a pool
     dialogs: int  # at most this many dialogs about the same image share a document (0: all of them)
     isolate: bool  # documents of a row do not see each other
     window: int  # samples the packer may choose from
@@ -26,6 +28,18 @@ class DataConfig:
     most_drops: float  # share of the documents that may be left out before the run stops
     cache_features: bool  # compute the frozen tower's taps once and keep them on disk
     seed: int
+
+    def __post_init__(self):
+        most = self.pool * self.images
+        rules = [
+            (len(self.sources) == len(self.weights), "weights", "needs one weight for each of data.sources"),
+            (len(self.tasks) in (0, len(self.sources)), "tasks", "needs one name for each of data.sources, or none at all"),
+            (0 <= self.most_drops <= 1, "most_drops", "must be a share, from 0 to 1"),
+            (self.pool >= 1, "pool", "must be positive"),
+            (self.images <= self.slots <= most, "slots", f"must lie in data.images..data.pool * data.images = {self.images}..{most}"),
+            (self.pairs >= self.slots, "pairs", f"must be at least data.slots = {self.slots}"),
+        ]
+        refuse("data", rules)
 
 
 @dataclass(frozen=True)
@@ -59,11 +73,17 @@ class CleanConfig:
     page_similarity: float  # share of common text with an earlier page, from which on it is a duplicate; above 1: none is
 
     def __post_init__(self):
-        check(self)
+        refuse("clean", _rules(self))
 
 
-def check(clean: CleanConfig) -> None:
-    """Raises ValueError naming the field and the mend."""
+def refuse(section: str, rules: list[tuple[bool, str, str]]) -> None:
+    """Raises ValueError naming the field and the mend, of the first rule (holds, field, mend) that does not hold."""
+    for ok, name, mend in rules:
+        if not ok:
+            raise ValueError(f"config: {section}.{name} {mend}")
+
+
+def _rules(clean: CleanConfig) -> list[tuple[bool, str, str]]:
     counts = ("digits", "words", "deviation", "side", "web_images", "web_characters", "page_confidence", "page_characters")
     rules = [
         (0 <= clean.letters <= 1, "letters", "must be a share, from 0 to 1"),
@@ -78,6 +98,4 @@ def check(clean: CleanConfig) -> None:
                 re.compile(pattern)
             except re.error as error:
                 rules.append((False, name, f"has {pattern!r}, which is no regular expression: {error}"))
-    for ok, name, mend in rules:
-        if not ok:
-            raise ValueError(f"config: clean.{name} {mend}")
+    return rules

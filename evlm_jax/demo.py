@@ -12,13 +12,14 @@ from evlm_jax.checkpoint import steps
 from evlm_jax.config import EVLMConfig, from_config_dict
 from evlm_jax.convert.engine import load_towers
 from evlm_jax.data.features import FeatureStore
-from evlm_jax.data.samples import MARKER, ImageRef, Sample, question
+from evlm_jax.data.samples import MARKER, Sample, question
+from evlm_jax.data.sources import open_source
 from evlm_jax.evals import results, score, tasks
 from evlm_jax.evals.answer import Generated, LowestLoss
 from evlm_jax.evals.runner import Answerer, evaluate
 from evlm_jax.evals.statistics import accuracy_table
 from evlm_jax.evals.task import Question, draw, first
-from evlm_jax.evals.tasks.demo import ANSWERS, EASY_VQA
+from evlm_jax.evals.tasks.demo import ANSWERS, EASY_VQA, of_samples
 from evlm_jax.evals.text_metrics import words
 from evlm_jax.generate import Generator
 from evlm_jax.run import Trained, feature_store, load_trained, train_run
@@ -29,6 +30,7 @@ from experiments import demo as experiment
 SIZES = {"": {"greedy": 1000}, "fast": {"vqa": 370, "greedy": 40, "emoji": 24}, "full": {}, "moe": {"greedy": 1000}}
 TASKS = {"vqa": "easy-vqa-choice", "greedy": "easy-vqa", "emoji": "emoji", "photos": "photos"}
 ATTENTION = 4  # pictures in the report with attention by word
+TAUGHT = 3  # samples in the report of each source that was trained on
 
 
 class Clock:
@@ -71,8 +73,9 @@ def run(form: str, workdir: str, dense: str | None = None) -> Path:
     with clock.part("generate answers and captions"):
         generates = Generated(Generator(trained.model, trained.tokenizer, features=features.get), tasks.find("emoji").tokens)
         found |= {name: answered(name, asked, generates) for name in ("greedy", "emoji", "photos")}
+        learned = taught(cfg, generates)
     with clock.part("report"):
-        page = sections(cfg, trained, features, workdir, asked, found)
+        page = sections(cfg, trained, features, workdir, asked, found) | {"sources": learned}
     page |= {"time": clock.parts, **facts(cfg, trained, found, clock), "provenance": provenance(trained, workdir)}
     results.save(out / "results.json", found | {"sections": page, "provenance": page["provenance"]})
     print_table(found, clock, written := report.render(page, out / "report.html"))
@@ -104,21 +107,34 @@ def answered(name: str, asked: dict[str, list[Question]], answer: Answerer) -> d
     return result | {"shown": shown} | ({"accuracy": accuracy_table(shown, EASY_VQA)} if "vqa" in TASKS[name] else {})
 
 
+def taught(cfg: EVLMConfig, answer: Answerer) -> list[dict]:
+    """The report's section of training data: answers to the first question of some samples of each source; documents have none."""
+    pairs = []
+    for source in map(open_source, cfg.data.sources):
+        samples = [source[i] for i in range(min(TAUGHT, len(source)))]
+        pairs += [(sample, of_samples([sample])[0]) for sample in samples if len(sample.dialogs[0]) > 1]
+    examples = []
+    for (sample, asked), said in zip(pairs, answer([asked for _, asked in pairs])):
+        line = {"source": sample.source, "question": asked.text, "answer": asked.answer, **said}
+        examples.append(line | {"correct": words(said["prediction"]) == words(asked.answer)})
+    return report.sources_section(examples, [sample.refs[0] for sample, _ in pairs])
+
+
 def sections(cfg: EVLMConfig, trained: Trained, features: FeatureStore, workdir: str, asked: dict, found: dict) -> dict:
     """The report's sections that are made from results and pictures."""
-    paths = {name: {q.cluster: q.visuals[0][0].path for q in asked[name]} for name in asked}
+    refs = {name: {q.cluster: q.visuals[0][0] for q in asked[name]} for name in asked}
     right = [e for e in found["greedy"]["shown"] if e["correct"]] or found["greedy"]["shown"]
     shown = {e["image"]: e for e in right[:: max(1, len(right) // (3 * ATTENTION))]}
     looked = []
     for key, example in list(shown.items())[:ATTENTION]:
         dialog = question(MARKER + example["question"], example["prediction"] or "?")
-        looked.append(Sample(key, "easy-vqa", ((ImageRef(paths["greedy"][key]),),), (dialog,)))
+        looked.append(Sample(key, "easy-vqa", ((refs["greedy"][key],),), (dialog,)))
     return report.training_sections(Path(workdir) / "metrics.jsonl", cfg) | {
         "accuracy": report.accuracy_section(found["vqa"], found["greedy"]),
-        "vqa": report.vqa_section(found["vqa"]["shown"], paths["vqa"]),
+        "vqa": report.vqa_section(found["vqa"]["shown"], refs["vqa"]),
         "caption_scores": caption_scores(found["emoji"]),
-        "emoji": report.caption_section(found["emoji"]["shown"], paths["emoji"], pictures=24, size=96),
-        "photos": report.caption_section(found["photos"]["shown"], paths["photos"], pictures=12, size=320),
+        "emoji": report.caption_section(found["emoji"]["shown"], refs["emoji"], pictures=24, size=96),
+        "photos": report.caption_section(found["photos"]["shown"], refs["photos"], pictures=6, size=320),
         "attention": report.attention_section(trained.model, trained.tokenizer, looked, features),
     }
 
@@ -141,8 +157,8 @@ def facts(cfg: EVLMConfig, trained: Trained, found: dict, clock: Clock) -> dict:
     majority = f"always “{overall['majority_answer']}” scores {percent(overall['majority'])}"
     return {
         "title": "A vision-language model, trained on this machine",
-        "tagline": "EVLM: a frozen DINOv2 and a frozen SmolLM2, joined by gated cross-attention that was trained from zero on easy-vqa "
-        "and the names of emoji.",
+        "tagline": "EVLM: a frozen DINOv2 and a frozen SmolLM2, joined by gated cross-attention that was trained from zero on "
+        "questions about shapes, names of emoji in two languages, written words, albums of photographs, and videos.",
         "headline": [
             {"value": percent(overall["accuracy"]), "label": "of easy-vqa's test questions right", "note": majority},
             {"value": f"{minutes:.0f} min", "label": f"from {begin} to this page", "note": results.device()},
@@ -156,6 +172,7 @@ def facts(cfg: EVLMConfig, trained: Trained, found: dict, clock: Clock) -> dict:
             ("Experts", f"{moe.experts} of {x.ffn // moe.slices}, {moe.top_k} a token, and one for all" if moe.copies else "none"),
             ("Media tokens", f"{cfg.media.tokens} an image"),
             ("Training", f"{cfg.train.steps} steps of {cfg.train.batch} rows x {cfg.data.length} tokens, {cfg.train.dtype}"),
+            ("Documents", ", ".join(f"{name} {100 * weight:g}%" for name, weight in zip(cfg.data.sources, cfg.data.weights))),
             ("Optimizer", f"AdamW, peak rate {cfg.optim.lr:g}, gates x{cfg.optim.phases[0].rules[0].lr:g}"),
         ],
     }  # fmt: skip

@@ -51,11 +51,10 @@ class Work(NamedTuple):
 
     @classmethod
     def full(cls, cfg: EVLMConfig, rows: int) -> Self:
-        """Of `rows` rows without padding: each one document of T tokens, all I images seen, one image a token, M targets."""
-        t, i = cfg.data.length, cfg.data.images
-        return cls(
-            rows * t, rows * t * (t + 1) / 2, rows * i, 0 if cfg.data.cache_features else rows * i, rows * t, rows * cfg.data.targets
-        )
+        """Of `rows` rows without padding: each one document of T tokens, all I images of a pool seen, one image a token, M targets."""
+        t, images = cfg.data.length, rows // cfg.data.pool * cfg.data.slots
+        encoded = 0 if cfg.data.cache_features else images
+        return cls(rows * t, rows * t * (t + 1) / 2, images, encoded, rows * t, rows * cfg.data.targets)
 
     @classmethod
     def video(cls, cfg: EVLMConfig, rows: int) -> Self:

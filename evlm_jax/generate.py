@@ -4,7 +4,6 @@ Prompts are documents of data/text.py (`prompt`). They are answered in batches o
 two), so that few programs are compiled. Without a callback the host looks at the answers every CHUNK tokens only.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -13,13 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evlm_jax.data import image, text, video
-from evlm_jax.data.samples import MARKER, ImageRef, Turn
-from evlm_jax.models.decoding import CHUNK, Prompt, Weights, decode, prefill
+from evlm_jax.data import image, text
+from evlm_jax.data.samples import ImageRef, Turn
+from evlm_jax.mesh import Layout, jit
+from evlm_jax.models.decoding import CHUNK, Prompt, decode, prefill
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.sampling import Sampling
+from evlm_jax.models.weights import Weights
 from evlm_jax.ops.grouped_attention import Plan
 from evlm_jax.ops.grouping import plan
+from evlm_jax.processes import on_host
 from evlm_jax.tokenizer import Tokenizer
 
 ROWS = 8  # prompts answered together
@@ -42,6 +44,7 @@ class Generator:
       dtype: of the matrices, "float32" | "bfloat16"; where left out train.matmul_precision, in which they were trained.
       features: refs -> taps [n, G, S, V], e.g. FeatureStore.get; where left out, images are loaded and encoded here.
       rows: most prompts answered together.
+      layout: of the mesh that holds `model`; its rows are shared among the devices. None: one device.
     """
 
     def __init__(
@@ -51,13 +54,15 @@ class Generator:
         dtype: str | None = None,
         features: Callable[[Sequence[ImageRef]], np.ndarray] | None = None,
         rows: int = ROWS,
+        layout: Layout | None = None,
     ):
         cfg = model.cfg
         self.cfg, self.tokenizer, self.rows = cfg, tokenizer, rows
-        self.weights = jax.jit(lambda model: Weights.of(model, dtype or cfg.train.matmul_precision))(model)
-        self.features = features or partial(_encode, model, jax.jit(EVLM.encode))
-        self._prefill = jax.jit(partial(prefill, cfg), static_argnames=("slots", "images"))
-        self._decode = jax.jit(partial(decode, cfg), donate_argnames="state")
+        self.weights = jit(layout, lambda model: Weights.of(model, dtype or cfg.train.matmul_precision))(model)
+        self.least = {"rows": 1, "pictures": 1} if layout is None else {axis: layout.parts(axis) for axis in ("rows", "pictures")}
+        self.features = features or partial(_encode, model, jit(layout, EVLM.encode), self.least["pictures"])
+        self._prefill = jit(layout, partial(prefill, cfg), static_argnames=("slots", "images"))
+        self._decode = jit(layout, partial(decode, cfg), donate_argnames="state")
 
     def prompt(self, turns: Sequence[Turn], visuals: Sequence[tuple[ImageRef, ...]] = ()) -> text.Document:
         """A document that `generate` continues. Raises SampleError if markers and visuals differ in number."""
@@ -91,7 +96,7 @@ class Generator:
                 raise ValueError(f"prompt {document.key}: not one unbranched text; make it with Generator.prompt")
         stop = tuple(self.tokenizer.eos if stop is None else stop)
         padded = np.array(stop + (-1,) * (_bucket(len(stop), STOPS) - len(stop)), np.int32)
-        how = Sampling(jnp.float32(temperature), jnp.float32(top_p), jnp.asarray(padded))
+        how = Sampling(np.float32(temperature), np.float32(top_p), padded)
         random = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
         streams = [Stream(self.tokenizer, stop, index, callback) for index in range(len(prompts))]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
@@ -103,12 +108,12 @@ class Generator:
     def _answer(self, prompts: list[text.Document], streams: list["Stream"], random: jax.Array, how: Sampling, most: int) -> None:
         """One batch, into its streams."""
         refs = list(dict.fromkeys(ref for document in prompts for ref in document.refs))
-        prompt = collate(prompts, refs, self.cfg.tile)
+        prompt = collate(prompts, refs, self.cfg.tile, self.least["rows"])
         slots = _bucket(max(len(document.tokens) for document in prompts) + most, prompt.tokens.shape[1])
         random = random[np.minimum(np.arange(len(prompt.length)), len(prompts) - 1)]
         sizes = {"slots": slots, "images": _bucket(prompt.visible.max())}
         state = self._prefill(self.weights, prompt, self._taps(refs), random, how, **sizes)
-        new, known = np.asarray(state.token)[:, None], 0
+        new, known = on_host(state.token)[:, None], 0
         while True:
             known += new.shape[1]
             for stream, tokens in zip(streams, new):
@@ -116,23 +121,29 @@ class Generator:
             if known >= most or all(stream.ended for stream in streams):
                 return
             limit = 1 if streams[0].callback else min(CHUNK, most - known)
-            state, out = self._decode(self.weights, state, how, jnp.int32(limit))
-            new = np.asarray(out)[:, :limit]
+            state, out = self._decode(self.weights, state, how, np.int32(limit))
+            new = on_host(out)[:, :limit]
 
-    def _taps(self, refs: list[ImageRef]) -> jax.Array | None:
+    def _taps(self, refs: list[ImageRef]) -> np.ndarray | None:
         """[n, G, S, V], n a bucket; zeros behind the last one. None where the model sees no image."""
         if not self.cfg.sees:
             return None
         vit = self.cfg.vit
-        taps = np.zeros((_bucket(len(refs)), len(vit.taps), vit.tokens, vit.width), np.float32)
+        taps = np.zeros((_bucket(len(refs), self.least["pictures"]), len(vit.taps), vit.tokens, vit.width), np.float32)
         if refs:
             taps[: len(refs)] = self.features(refs)
-        return jnp.asarray(taps)
+        return taps
 
 
-def collate(prompts: Sequence[text.Document], refs: Sequence[ImageRef], tile: int) -> Prompt:
-    """Prompts as padded arrays, every size a power of two. `refs`: all images, as they will stand in `taps`; `tile` 0: without a plan."""
-    rows, length = _bucket(len(prompts)), _bucket(max(len(d.tokens) for d in prompts), SMALLEST)
+def collate(prompts: Sequence[text.Document], refs: Sequence[ImageRef], tile: int, least: int = 1) -> Prompt:
+    """Prompts as padded arrays, every size a power of two.
+
+    Args:
+      refs: all images, as they will stand in `taps`.
+      tile: of cross-attention; 0: without a plan.
+      least: number of rows; their power of two is taken times this.
+    """
+    rows, length = _bucket(len(prompts), least), _bucket(max(len(d.tokens) for d in prompts), SMALLEST)
     images, pairs = _bucket(max(len(d.refs) for d in prompts)), _bucket(max(d.pairs for d in prompts))
     number = {ref: i for i, ref in enumerate(refs)}
     arrays = {name: np.zeros((rows, length), np.int32) for name in ("tokens", "media_slot", "visible_start", "visible_stop")}
@@ -150,22 +161,6 @@ def collate(prompts: Sequence[text.Document], refs: Sequence[ImageRef], tile: in
         plans = [plan(a, b, tile, pairs) for a, b in zip(arrays["visible_start"], arrays["visible_stop"])]
         grouped = Plan(*(np.stack([p[name] for p in plans]) for name in Plan._fields))
     return Prompt(arrays["tokens"], arrays["media_slot"], lengths, arrays["visible_start"], grouped, image_number, start, count)
-
-
-def main(args: argparse.Namespace) -> None:
-    """`evlm generate`: prints the answer as it grows. Images come first, then the video; in front of the prompt or at its markers."""
-    from evlm_jax.run import load_trained
-
-    trained = load_trained(args.checkpoint)
-    visuals = [(ImageRef(path),) for path in args.image]
-    if args.video:
-        visuals.append(video.sample(args.video, args.frames))
-    front = "" if MARKER in args.prompt else MARKER * len(visuals)
-    generator = Generator(trained.model, trained.tokenizer)
-    prompt = generator.prompt([Turn("user", front + args.prompt)], visuals)
-    options = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
-    generator.generate([prompt], args.max_new_tokens, **options, callback=lambda _, piece: print(piece, end="", flush=True))
-    print()
 
 
 class Stream:
@@ -200,11 +195,11 @@ class Stream:
         return Answer(self.tokenizer.decode(self.tokens), tuple(self.tokens))
 
 
-def _encode(model: EVLM, encode: Callable, refs: Sequence[ImageRef]) -> np.ndarray:
-    """Taps of images, computed now."""
-    pixels = np.zeros((_bucket(len(refs)), model.cfg.vit.image_size, model.cfg.vit.image_size, 3), np.uint8)
+def _encode(model: EVLM, encode: Callable, least: int, refs: Sequence[ImageRef]) -> np.ndarray:
+    """Taps of images, computed now; `least` as in `collate`."""
+    pixels = np.zeros((_bucket(len(refs), least), model.cfg.vit.image_size, model.cfg.vit.image_size, 3), np.uint8)
     pixels[: len(refs)] = image.pixels(refs, model.cfg)
-    return np.asarray(encode(model, pixels).astype(jnp.float32))[: len(refs)]
+    return on_host(encode(model, pixels))[: len(refs)].astype(np.float32)
 
 
 def _bucket(size: int, smallest: int = 1) -> int:

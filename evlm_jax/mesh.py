@@ -56,8 +56,8 @@ RULES = {
     "rows": Rule(ROWS),
     "copies": Rule(("data",)),  # rows, where another dimension is in pieces
     "pieces": Rule(PIECES),
-    "images": Rule(("tensor",)),  # of a row
-    "pictures": Rule((*ROWS, "tensor")),  # images of all rows
+    "images": Rule(("tensor",)),  # of a pool
+    "pictures": Rule((*ROWS, "tensor")),  # images of all pools
 }
 BY_ROWS = {
     "vision": Rule(stored=PIECES),
@@ -117,6 +117,10 @@ class Layout:
         layers = len(jax.tree.leaves(param)[0].shape) - len(axes)
         return NamedSharding(self.mesh, P(*(None,) * layers, *self.spec(axes, stored and len(axes) > 1)))
 
+    def parts(self, axis: str) -> int:
+        """Into how many pieces a dimension with this logical axis is split where it is used."""
+        return math.prod(self.mesh.shape[name] for name in self.rule(axis).used)
+
     @property
     def replicated(self) -> NamedSharding:
         """The same on every device."""
@@ -128,7 +132,7 @@ class Layout:
         return self.sharding(("rows",))
 
     def batch(self, batch: Batch) -> Batch:
-        """Shardings of a Batch, or of its shapes: rows over their axes, pictures of a row over those of images."""
+        """Shardings of a Batch, or of its shapes: rows and pools over their axes, pictures of a pool over those of images."""
         pictures = self.sharding(("rows", "images"))
         return Batch(**{k: v if v is None else pictures if k in ("pixels", "taps") else self.rows for k, v in batch._asdict().items()})
 
@@ -144,21 +148,24 @@ class Layout:
         place = lambda node: node.replace(self.place(node, stored)) if is_param(node) else self.replicated
         return jax.tree.map(place, tree, is_leaf=is_param)
 
-    def own_rows(self, batch: int) -> list[int]:
-        """Numbers of the rows of a batch that devices of this process hold, ascending."""
-        held = self.rows.addressable_devices_indices_map((batch,)).values()
-        return sorted({row for (rows,) in held for row in range(*rows.indices(batch))})
+    def own_pools(self, count: int) -> list[int]:
+        """Numbers of the pools, of a batch of `count`, that devices of this process hold, ascending."""
+        held = self.rows.addressable_devices_indices_map((count,)).values()
+        return sorted({pool for (pools,) in held for pool in range(*pools.indices(count))})
 
-    def put_rows(self, batch: Batch, own: list[int], count: int) -> Batch:
-        """The rows `own` of a batch of `count`, NumPy arrays on this process, as arrays on all devices."""
-        place = {row: i for i, row in enumerate(own)}
+    def put_pools(self, batch: Batch, own: list[int], count: int) -> Batch:
+        """The pools `own` of a batch of `count`, NumPy arrays on this process, as arrays on all devices."""
+        place = {pool: i for i, pool in enumerate(own)}
 
         def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-            def piece(index: tuple[slice, ...]) -> np.ndarray:
-                first, stop, _ = index[0].indices(count)
-                return x[(slice(place[first], place[first] + stop - first), *index[1:])]
+            size = len(x) // len(own)  # of a pool
 
-            return jax.make_array_from_callback((count, *x.shape[1:]), sharding, piece)
+            def piece(index: tuple[slice, ...]) -> np.ndarray:
+                first, stop, _ = index[0].indices(count * size)
+                begin = place[first // size] * size
+                return x[(slice(begin, begin + stop - first), *index[1:])]
+
+            return jax.make_array_from_callback((count * size, *x.shape[1:]), sharding, piece)
 
         return jax.tree.map(put, batch, self.batch(batch))
 
@@ -166,11 +173,16 @@ class Layout:
         """jax.jit of `f` on this mesh."""
 
         @functools.wraps(f)
-        def traced(*args):
+        def traced(*args, **named):
             with self.active():
-                return f(*args)
+                return f(*args, **named)
 
         return jax.jit(traced, **options)
+
+
+def jit(layout: Layout | None, f: Callable, **options) -> Callable:
+    """jax.jit of `f` on the mesh of `layout`, or on one device without one."""
+    return jax.jit(f, **options) if layout is None else layout.jit(f, **options)
 
 
 def make_layout(cfg: EVLMConfig, devices: list | None = None) -> Layout:
@@ -216,11 +228,16 @@ def _check(cfg: EVLMConfig, sizes: dict[str, int]) -> None:
             f"train.batch / train.accumulate = {micro} rows cannot be split over {rows} devices (mesh.data * fsdp * expert): "
             "use a multiple, or give devices to mesh.tensor",
         ),
+        (
+            micro % (rows * cfg.data.pool) == 0,
+            f"{micro // rows} rows of a device and micro-batch (train.batch / train.accumulate over mesh.data * fsdp * expert = {rows}) "
+            f"are no whole pools of data.pool = {cfg.data.pool}: use a multiple, or data.pool = 1 with data.slots = data.images",
+        ),
         (cfg.moe.experts % sizes["expert"] == 0, f"{cfg.moe.experts} experts cannot be split over mesh.expert = {sizes['expert']}"),
     ]  # fmt: skip
     split = {"llm.heads": cfg.llm.heads, "llm.kv_heads": cfg.llm.kv_heads}
     split |= {"xattn.heads": cfg.xattn.heads} if cfg.cross_layers else {}
-    split |= {"data.images": cfg.data.images} if images else {"vit.heads": cfg.vit.heads}  # mesh.images says which of them
+    split |= {"data.slots": cfg.data.slots} if images else {"vit.heads": cfg.vit.heads}  # mesh.images says which of them
     split |= {"bridge.heads": cfg.bridge.heads} if not images and cfg.bridge.kind == "flamingo" else {}
     rules += [(n % tensor == 0, f"{name} = {n} must be a multiple of mesh.tensor = {tensor}") for name, n in split.items()]
     for ok, message in rules:

@@ -23,6 +23,8 @@ from evlm_jax.flops import real_tokens, seen_images, train_flops
 from evlm_jax.names import canonical
 from evlm_jax.processes import gather, is_first
 
+SECONDS = "monitor/seconds"  # that were spent on something else than training
+
 
 class Meter:
     """Collects the values of every step and writes a line each `train.log_every` steps."""
@@ -42,7 +44,7 @@ class Meter:
             self._path.write_text("".join(self._lines))
         self._board = _board(workdir, step) if tensorboard and is_first() else None
         self._bar = tqdm(desc=cfg.name, total=cfg.train.steps, initial=step, unit="step", dynamic_ncols=True, disable=not is_first())
-        self._dropped = {}
+        self._dropped, self._notes = {}, {}
         self._reset()
 
     def __enter__(self) -> Self:
@@ -59,9 +61,19 @@ class Meter:
         self._sums.update(_sums(self._cfg, values))
         self._steps += 1
         self._bar.update()
+        noted = self._notes.pop(step, {})
         if step % self._cfg.train.log_every == 0 or step == self._cfg.train.steps:
             now = {"lr": values["lr"], "grad_norm": values["grad_norm"]} | _gates(self._cfg, values["gates"])
-            self._write(step, self._summary() | now | _routing(self._cfg, values.get("routing")))
+            self._write(step, self._summary() | now | _routing(self._cfg, values.get("routing")) | noted)
+            self._reset()
+        elif noted:
+            self._write(step, noted)
+
+    def note(self, step: int, values: dict[str, float] | None) -> None:
+        """Other values of update `step`, before it is added; they come into its line, or into one of its own. SECONDS count in no rate."""
+        if values:
+            self._notes[step] = values
+            self._since += values[SECONDS]
 
     def _summary(self) -> dict[str, float]:
         """Means over the targets and rates since the last line."""
@@ -73,7 +85,7 @@ class Meter:
         for source in self._cfg.data.sources:
             if count := sums[f"count/{source}"]:
                 out[f"loss/{source}"] = sums[f"loss/{source}"] / count
-        out |= {f"{name}_per_s": totals[name] / seconds for name in ("tokens", "images")}
+        out |= {f"{name}_per_s": totals[name] / seconds for name in ("tokens", "images")} | {"step_seconds": seconds / self._steps}
         if self._cfg.train.peak_flops:
             out["mfu"] = totals["flops"] / (seconds * self._devices * self._cfg.train.peak_flops)
         out |= {name: value / (self._steps * len(shares)) for name, value in totals.items() if name.startswith("fill/")}
@@ -87,7 +99,6 @@ class Meter:
                 self._bar.write(f"left out, {drop.cause}: {drop.message}; further ones are counted only")
 
     def _write(self, step: int, line: dict) -> None:
-        self._reset()
         if not is_first():
             return
         line = {name: np.asarray(value, np.float64).tolist() for name, value in line.items()}
@@ -102,11 +113,18 @@ class Meter:
                 self._board.add_scalar(f"{name}/{part}", number, step)
             if not isinstance(value, list):
                 self._board.add_scalar(name, value, step)
-        rates = {name: f"{line[f'{name}_per_s']:.1f}/s" for name in ("tokens", "images")}
-        self._bar.set_postfix({"loss": f"{line['loss']:.3f}"} | rates | self._dropped)
+        if "loss" in line:
+            rates = {name: f"{line[f'{name}_per_s']:.1f}/s" for name in ("tokens", "images")}
+            self._bar.set_postfix({"loss": f"{line['loss']:.3f}"} | rates | self._dropped)
 
     def _reset(self) -> None:
         self._own, self._sums, self._steps, self._since = Counter(), Counter(), 0, time.monotonic()
+
+
+def training_lines(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl that tell of updates, without those that hold notes alone."""
+    lines = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+    return [line for line in lines if "loss" in line]
 
 
 def work(cfg: EVLMConfig, batch: Batch, info: dict, trained: Collection[str]) -> dict[str, float]:

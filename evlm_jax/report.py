@@ -7,10 +7,12 @@
     setup              [[name, value]]                               towers, parameters, steps
     time               [[part, seconds]]
     losses             {source: {step: [...], loss: [...]}}
+    monitors           {task and metric: {step: [...], score: [...]}}    empty where none was followed
     accuracy           [{type, count, accuracy, error, majority, majority_answer, greedy}]    greedy may be None
     vqa                [{image, questions: [{question, answer, prediction, correct}]}]
     caption_scores     {count, exact_match, rouge_l, cider}
     emoji, photos      [{image, answer, prediction, correct}]
+    sources            [{source, image, question, answer, prediction, correct}]
     attention          [{image, words: [{word, grid, predicted}]}]   grid: [g][g] weights over the patches; empty where it has none
     gates              {layers, attn, ffn}                           tanh of the gates; None where there is no cross-attention
     experts            {layers, load: {kind of token: shares [X, E]}, entropy: [X], dropped}    None where the run is dense
@@ -33,11 +35,14 @@ from PIL import Image, ImageDraw, ImageFont
 from evlm_jax import viz
 from evlm_jax.config import EVLMConfig
 from evlm_jax.data.features import FeatureStore
-from evlm_jax.data.image import load
-from evlm_jax.data.samples import Sample
+from evlm_jax.data.image import decode_all, load
+from evlm_jax.data.samples import ImageRef, Sample
+from evlm_jax.metrics import SECONDS, training_lines
 from evlm_jax.models.evlm import EVLM
 
-SECTIONS = "title tagline headline setup time losses accuracy vqa caption_scores emoji photos attention gates experts provenance".split()
+SECTIONS = (
+    "title tagline headline setup time losses monitors accuracy vqa caption_scores emoji photos sources attention gates experts provenance"
+).split()
 PICTURE = 320  # pixels a side of the pictures that attention is drawn over
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -53,6 +58,7 @@ def render(results: dict, out: Path | str) -> Path:
         results,
         attention=[strip(row) for row in results["attention"]],
         loss_svg=Markup(viz.loss_curves(results["losses"])),
+        monitor_svg=results["monitors"] and Markup(viz.score_curves(results["monitors"])),
         gate_svg=results["gates"] and Markup(viz.gate_bars(**results["gates"])),
         load_svg=results["experts"] and Markup(viz.load_maps(results["experts"]["layers"], results["experts"]["load"])),
         largest_load=results["experts"] and np.max([*results["experts"]["load"].values()]),
@@ -65,18 +71,25 @@ def render(results: dict, out: Path | str) -> Path:
     return out
 
 
+def style() -> str:
+    """The page's style sheet, for other pages."""
+    return TEMPLATE.read_text("utf-8").partition("<style>")[2].partition("</style>")[0]
+
+
 def training_sections(metrics: Path | str, cfg: EVLMConfig) -> dict:
-    """`losses`, `gates` and `experts` from a run's metrics.jsonl (metrics.py). Raises ValueError if it has no line."""
+    """`losses`, `monitors`, `gates` and `experts` from a run's metrics.jsonl (metrics.py). Raises ValueError if it has no line."""
     lines = [json.loads(line) for line in Path(metrics).read_text("utf-8").splitlines()]
     if not lines:
         raise ValueError(f"report: {metrics} is empty; train.log_every = {cfg.train.log_every} may be more than the steps of the run")
-    losses = {}
-    for source in cfg.data.sources:
-        points = [(line["step"], line[key]) for line in lines if (key := f"loss/{source}") in line]
-        losses[source] = {"step": [step for step, _ in points], "loss": [loss for _, loss in points]}
-    gate = lambda kind: [lines[-1][f"xattn/{layer}/{kind}_gate"] for layer in cfg.cross_layers]
+    curve = lambda key, name: {"step": [line["step"] for line in lines if key in line], name: [line[key] for line in lines if key in line]}
+    losses = {source: curve(f"loss/{source}", "loss") for source in cfg.data.sources}
+    losses = {source: points for source, points in losses.items() if points["step"]}  # a short run may not meet a rare source
+    followed = dict.fromkeys(key for line in lines for key in line if key.startswith("monitor/") and key != SECONDS)
+    monitors = {key.removeprefix("monitor/"): curve(key, "score") for key in followed}
+    last = training_lines(metrics)[-1]
+    gate = lambda kind: [last[f"xattn/{layer}/{kind}_gate"] for layer in cfg.cross_layers]
     gates = {"layers": list(cfg.cross_layers), "attn": gate("attn"), "ffn": gate("ffn")} if cfg.cross_layers else None
-    return {"losses": losses, "gates": gates, "experts": experts_section(lines[-1], cfg)}
+    return {"losses": losses, "monitors": monitors, "gates": gates, "experts": experts_section(last, cfg)}
 
 
 def experts_section(line: dict, cfg: EVLMConfig) -> dict | None:
@@ -94,20 +107,25 @@ def accuracy_section(choice: dict, greedy: dict) -> list[dict]:
     return [row | {"greedy": generated.get(row["type"])} for row in choice["accuracy"]]
 
 
-def vqa_section(examples: Sequence[dict], paths: dict[str, str], pictures: int = 8, questions: int = 4, seed: int = 0) -> list[dict]:
-    """`pictures` of the examples and `questions` about each, drawn by a seed. `paths`: image -> its file."""
+def vqa_section(examples: Sequence[dict], refs: dict[str, ImageRef], pictures: int = 8, questions: int = 4, seed: int = 0) -> list[dict]:
+    """`pictures` of the examples and `questions` about each, drawn by a seed. `refs`: image -> its file."""
     rng, by_image = random.Random(seed), {}
     for example in examples:
         by_image.setdefault(example["image"], []).append(example)
     chosen = rng.sample(sorted(by_image), min(pictures, len(by_image)))
     pick = lambda asked: rng.sample(asked, min(questions, len(asked)))
-    return [{"image": _picture(paths[key], 192), "questions": pick(by_image[key])} for key in chosen]
+    return [{"image": _picture(refs[key], 192), "questions": pick(by_image[key])} for key in chosen]
 
 
-def caption_section(examples: Sequence[dict], paths: dict[str, str], pictures: int, size: int, seed: int = 0) -> list[dict]:
+def caption_section(examples: Sequence[dict], refs: dict[str, ImageRef], pictures: int, size: int, seed: int = 0) -> list[dict]:
     """`pictures` of the examples with what was said about them, drawn by a seed."""
     chosen = random.Random(seed).sample(examples, min(pictures, len(examples)))
-    return [example | {"image": _picture(paths[example["image"]], size)} for example in chosen]
+    return [example | {"image": _picture(refs[example["image"]], size)} for example in chosen]
+
+
+def sources_section(examples: Sequence[dict], refs: Sequence[ImageRef]) -> list[dict]:
+    """The examples, each with its picture."""
+    return [example | {"image": _picture(ref, 128)} for example, ref in zip(examples, refs, strict=True)]
 
 
 def attention_section(model: EVLM, tokenizer, samples: Sequence[Sample], features: FeatureStore | None = None) -> list[dict]:
@@ -140,10 +158,10 @@ def banner(row: dict, size: int = 224) -> Image.Image:
     return sheet
 
 
-def _picture(path: str, size: int) -> str:
+def _picture(ref: ImageRef, size: int) -> str:
     """JPEG for photographs, PNG for drawings, which it keeps sharp and makes no larger."""
-    image = Image.open(path)
-    drawn = image.convert("RGB").getcolors(4096) is not None
+    (image,) = decode_all([ref])
+    drawn = image.getcolors(4096) is not None
     return viz.data_uri(image, size, "PNG" if drawn else "JPEG")
 
 

@@ -1,6 +1,7 @@
 """What the commands share: from a config to towers, features and batches; from a checkpoint to a model."""
 
 import contextlib
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -8,13 +9,15 @@ import numpy as np
 from flax import nnx
 
 from evlm_jax import assets, checkpoint, names
-from evlm_jax.config import EVLMConfig
+from evlm_jax.config import EVLMConfig, MeshConfig
 from evlm_jax.convert.engine import load_towers
 from evlm_jax.convert.interpolate import resize_positions
 from evlm_jax.data.features import FeatureStore, fingerprint
 from evlm_jax.data.pipeline import batches
-from evlm_jax.mesh import make_layout
+from evlm_jax.evals.monitor import monitor
+from evlm_jax.mesh import Layout, make_layout
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.start import put
 from evlm_jax.tokenizer import Tokenizer, load_tokenizer
 from evlm_jax.train import train
 
@@ -25,6 +28,7 @@ class Trained(NamedTuple):
     model: EVLM
     tokenizer: Tokenizer
     params: dict[str, np.ndarray]  # by canonical name
+    layout: Layout | None = None  # of the mesh that holds the model; None: one device does
 
 
 def feature_store(cfg: EVLMConfig, params: dict[str, np.ndarray]) -> FeatureStore:
@@ -66,9 +70,10 @@ def train_run(
         jax.config.update("jax_compilation_cache_dir", str(assets.cache_root() / "compiled"))
     params, trained = next_stage(cfg, init) if init else (load_towers(cfg), frozenset())
     features = feature_store(cfg, params) if cfg.data.cache_features else None
-    own = make_layout(cfg).own_rows(cfg.train.batch)
-    with contextlib.closing(batches(cfg, load_tokenizer(cfg.init.llm), features, own)) as data:
-        return train(cfg, workdir, data, params, trained, tensorboard=tensorboard, profile=profile)
+    tokenizer, layout = load_tokenizer(cfg.init.llm), make_layout(cfg)
+    follow = monitor(cfg, tokenizer, features, layout)
+    with contextlib.closing(batches(cfg, tokenizer, features, layout.own_pools(cfg.pools))) as data:
+        return train(cfg, workdir, data, params, trained, follow, tensorboard, profile)
 
 
 def features_of(trained: Trained) -> FeatureStore | None:
@@ -76,9 +81,21 @@ def features_of(trained: Trained) -> FeatureStore | None:
     return feature_store(trained.model.cfg, trained.params) if trained.model.cfg.data.cache_features else None
 
 
-def load_trained(workdir: str, step: int | None = None) -> Trained:
-    """The newest (or given) checkpoint of a run."""
+def load_trained(workdir: str, step: int | None = None, mesh: MeshConfig | None = None, rows: int = 1) -> Trained:
+    """The newest (or given) checkpoint of a run, on one device, or on all of them.
+
+    Args:
+      mesh: of the devices.
+      rows: that they will share.
+    Raises:
+      ValueError: the mesh does not fit the devices, the rows or the model.
+    """
     params, cfg = checkpoint.load_params(workdir, step)
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
-    model = nnx.merge(graphdef, jax.device_put(names.unflatten(cfg, params, shapes)))
-    return Trained(model, load_tokenizer(cfg.init.llm), params)
+    state, layout = names.unflatten(cfg, params, shapes), None
+    if mesh is None:
+        state = jax.device_put(state)
+    else:
+        layout = make_layout(replace(cfg, mesh=mesh, train=replace(cfg.train, batch=rows, accumulate=1)))
+        state = put(state, layout.frozen)
+    return Trained(nnx.merge(graphdef, state), load_tokenizer(cfg.init.llm), params, layout)

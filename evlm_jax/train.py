@@ -57,14 +57,18 @@ def gradients(cfg: EVLMConfig, graphdef: nnx.GraphDef, params: nnx.State, frozen
         return jax.tree.map(jnp.add, total, (settle(jax.tree.map(lambda g: g.astype(jnp.float32), grads)), sums)), None
 
     params = gather_once(params, cfg.train.operands)
-    k = cfg.train.accumulate  # row r goes to micro-batch r % k, so that every device has its share of each
-    micro_batches = jax.tree.map(lambda x: x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), batch)
+    micro_batches = jax.tree.map(functools.partial(_split, len(batch.tokens) // cfg.data.pool, cfg.train.accumulate), batch)
     zeros = settle(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
     _, sums = jax.eval_shape(loss, params, jax.tree.map(lambda x: x[0], micro_batches))
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
     (grads, sums), _ = jax.lax.scan(micro_batch, (zeros, nothing), micro_batches)
     count = jnp.maximum(sums["count"].sum(), 1)
     return jax.tree.map(lambda g: g / count, grads), sums
+
+
+def _split(pools: int, k: int, x: jax.Array) -> jax.Array:
+    """[B or C, ...] -> k micro-batches. Pool c goes to number c % k, so that every device has its share of each."""
+    return x.reshape(pools // k, k, len(x) // pools, *x.shape[1:]).swapaxes(0, 1).reshape(k, len(x) // k, *x.shape[1:])
 
 
 def train_step(cfg: EVLMConfig, graphdef: nnx.GraphDef, plan: optim.Plan, state: TrainState, frozen: nnx.State, batch: Batch):
@@ -169,7 +173,7 @@ def train(
     data: Iterator,
     params: Arrays,
     trained: frozenset[str] = frozenset(),
-    on_step: Callable[[int, Callable[[], EVLM]], None] | None = None,
+    on_step: Callable[[int, Callable[[], EVLM]], dict[str, float] | None] | None = None,
     tensorboard: bool = False,
     profile: tuple[int, int] | None = None,
 ) -> int:
@@ -179,7 +183,7 @@ def train(
       data: yields (Batch of NumPy arrays, info) as data.pipeline.batches; get_state() -> JSON and set_state(JSON) keep its position.
       params: canonical name -> array: the towers, or all parameters of an earlier stage (checkpoint.load_params).
       trained: those of `params` that an earlier stage trained (checkpoint.trained).
-      on_step: called with the number of finished updates and a function that gives the model, valid until it returns.
+      on_step: called with the finished updates and a function that gives the model, valid until it returns; what it returns is noted.
       tensorboard: write TensorBoard files, next to metrics.jsonl.
       profile: (first, last) update of a trace, in `workdir`/profile.
     Returns:
@@ -188,7 +192,7 @@ def train(
       FloatingPointError: loss or gradient is not finite; names the step and its samples. Nothing is saved behind it.
     """
     layout = make_layout(cfg)
-    load = functools.partial(layout.put_rows, own=layout.own_rows(cfg.train.batch), count=cfg.train.batch)
+    load = functools.partial(layout.put_pools, own=layout.own_pools(cfg.pools), count=cfg.pools)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, cfg.train.keep)))
         step, phase, whole, groups, trained = _start(cfg, checkpoints, layout, data, load, params, trained)
@@ -213,7 +217,7 @@ def train(
             meter.dropped(info["drops"])
             _look(pending, IN_FLIGHT, meter)
             if on_step:
-                on_step(step, functools.partial(phase.model, state))
+                meter.note(step, on_step(step, functools.partial(phase.model, state)))
             last = stop(step) or step == cfg.train.steps
             if profile and (step == profile[1] or profile[0] <= step < profile[1] and last):
                 jax.block_until_ready(state)

@@ -8,6 +8,7 @@ import base64
 import io
 import re
 from collections.abc import Sequence
+from itertools import cycle
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +28,14 @@ from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.layers import rope_tables
 
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "evlm", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
-SENTINELS = {"#010203": "var(--ink)", "#010204": "var(--line)"} | {f"#0102{i + 16:02x}": f"var(--series-{i})" for i in range(6)}
+SENTINELS = {"#010203": "var(--ink)", "#010204": "var(--line)"} | {f"#0102{i + 16:02x}": f"var(--series-{i})" for i in range(8)}
 INK, LINE, *SERIES = SENTINELS
 
 
 def attention_maps(model: EVLM, batch: Batch, row: int, positions: Sequence[int]) -> np.ndarray:
     """Cross-attention of chosen text positions of one row, float32 [X, N, len(positions), I, S].
 
-    X cross-attention layers, N heads, I image slots of the row, S visual tokens (prefix tokens first, then patches row by
+    X cross-attention layers, N heads, I image slots of the row's pool, S visual tokens (prefix tokens first, then patches row by
     row). Weights over all images sum to 1 less the share of the zero sink; images that a position does not see have 0.
     A word that is read is looked up at its own position, a word that is predicted at the position before it.
 
@@ -43,7 +44,8 @@ def attention_maps(model: EVLM, batch: Batch, row: int, positions: Sequence[int]
     """
     if not looks_at_patches(model.cfg):
         raise ValueError(f"attention over the patches of a picture cannot be shown: the model has {model.cfg.baseline}")
-    one = jax.tree.map(lambda a: jnp.asarray(a)[row : row + 1], batch)
+    own = lambda a: a[row * len(a) // len(batch.tokens)]  # of the row, or of its pool
+    one = jax.tree.map(lambda a: jnp.asarray(own(a))[None], batch)
     return np.asarray(trace(model, one, jnp.asarray(positions))[1])
 
 
@@ -165,7 +167,7 @@ def from_data_uri(uri: str) -> Image.Image:
 def loss_curves(losses: dict[str, dict[str, Sequence[float]]]) -> str:
     """SVG of {source: {"step": [...], "loss": [...]}}: every value faint, a running mean on top."""
     figure, axes = _figure(7.2, 3.6)
-    for (source, curve), colour in zip(losses.items(), SERIES, strict=False):
+    for (source, curve), colour in zip(losses.items(), cycle(SERIES)):
         step, loss = np.asarray(curve["step"]), np.asarray(curve["loss"], np.float64)
         window = max(1, len(loss) // 25)
         smooth = np.convolve(np.pad(loss, (window - 1, 0), "edge"), np.ones(window) / window, "valid")
@@ -175,6 +177,17 @@ def loss_curves(losses: dict[str, dict[str, Sequence[float]]]) -> str:
     axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes.legend(frameon=False, labelcolor=INK)
+    return _svg(figure)
+
+
+def score_curves(curves: dict[str, dict[str, Sequence[float]]]) -> str:
+    """SVG of {name: {"step": [...], "score": [...]}}."""
+    figure, axes = _figure(7.2, 3.6)
+    for i, (name, curve) in enumerate(curves.items()):
+        dash = "-" if i < len(SERIES) else "--"  # more than there are colours
+        axes.plot(curve["step"], curve["score"], dash, color=SERIES[i % len(SERIES)], linewidth=2, marker="o", markersize=3, label=name)
+    axes.set(xlabel="step", ylabel="score")
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
     return _svg(figure)
 
 
@@ -210,12 +223,36 @@ def load_maps(layers: Sequence[int], load: dict[str, Sequence[Sequence[float]]])
     return _svg(figure)
 
 
-def _figure(width: float, height: float):
+def intervals(rows: dict[str, tuple[float, float, float, Sequence[float]]], label: str) -> str:
+    """SVG of {name: (mean, low, high, values)}: one line a name, from the top, with its values as points; 0 is marked."""
+    figure, axes = _figure(7.2, 0.9 + 0.27 * len(rows), grid="x")
+    for y, (mean, low, high, values) in enumerate(rows.values()):
+        axes.plot([low, high], [y, y], color=SERIES[1], linewidth=2)
+        axes.plot(values, [y] * len(values), "o", color=SERIES[1], alpha=0.5, markersize=4, markeredgewidth=0)
+        axes.plot([mean], [y], "D", color=SERIES[0], markersize=6, markeredgewidth=0)
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.set(xlabel=label)
+    return _svg(figure)
+
+
+def named_points(points: dict[str, tuple[float, float]], x: str, y: str) -> str:
+    """SVG of {name: (x, y)}, each with its name beside it."""
+    figure, axes = _figure(7.2, 4.2)
+    for name, (right, up) in points.items():
+        axes.plot([right], [up], "o", color=SERIES[0], markersize=6, markeredgewidth=0)
+        axes.annotate(name, (right, up), (5, 3), textcoords="offset points", color=INK, fontsize=9)
+    axes.set(xlabel=x, ylabel=y)
+    return _svg(figure)
+
+
+def _figure(width: float, height: float, grid: str = "y"):
     """A figure and its axes in the theme's colours."""
     with matplotlib.rc_context(STYLE):
         figure = Figure((width, height), layout="constrained")
         axes = figure.add_subplot()
-    axes.grid(axis="y", color=LINE, linewidth=0.7)
+    axes.grid(axis=grid, color=LINE, linewidth=0.7)
     axes.set_axisbelow(True)
     _theme(axes)
     return figure, axes

@@ -95,13 +95,15 @@ def set_stage(config: ConfigDict, stage: str) -> ConfigDict:
     half, quarter = depth // 2, depth // 4
     # lr, min_lr, steps, warm-up, batch, first block of the ViT that is trained
     later = {"continual": (1e-4, 5e-5, 50_000, 2000, 160, half), "sft": (5e-5, 1e-6, 12_000, 500, 16, depth - quarter)}
+    # The paper's steps and samples make about 12 samples a row; pairs: T / tile of each row, and the slots.
+    budgets = {"continual": dict(images=48, pool=5, slots=52, pairs=372), "sft": dict(images=13, pool=1, slots=13, pairs=77)}
     config.name = f"{config.name}_{stage}"
     if stage != "pretrain":
         if stage not in later:
             raise ValueError(f"no stage {stage!r}; there are pretrain, {', '.join(later)}")
         lr, min_lr, steps, warmup, batch, first = later[stage]
         config.vit.image_size *= 2
-        config.data.update(images=12, pairs=76)  # the paper's steps and samples make about 12 samples a row; pairs: T / tile + I
+        config.data.update(budgets[stage])
         config.optim.update(lr=lr, min_lr=min_lr, warmup=warmup, phases=(dict(start=0.0, warmup=0, rules=rules(depth, first)),))
         config.train.update(steps=steps, batch=batch)
     return config
@@ -137,7 +139,9 @@ def get_config() -> ConfigDict:
                 length=2048,
                 images=64,
                 targets=2048,
-                pairs=128,
+                pool=5,
+                slots=208,
+                pairs=528,
                 dialogs=0,
                 isolate=True,
                 window=256,
@@ -177,6 +181,9 @@ def get_config() -> ConfigDict:
                 save_every=1000,
                 keep=3,
                 log_every=10,
+                monitors=(),
+                monitor_every=0,
+                monitor_questions=0,
                 seed=0,
                 peak_flops=0.0,
             ),

@@ -38,7 +38,7 @@ def run_directory(folder: Path, cfg: EVLMConfig, model: EVLM, frozen_dtype: str 
     """What training `model` would leave in `folder` at step 3; returns its config."""
     cfg = replace(cfg, init=replace(cfg.init, llm=str(tokenizer_directory(folder / "tokenizer"))))
     arrays = {name: np.asarray(array) for name, array in flatten(cfg, nnx.state(model)).items()}
-    trained = {name: array for name, array in arrays.items() if name.startswith(("xattn/", "media/"))}
+    trained = {name: array for name, array in arrays.items() if name.startswith(("xattn/", "media/", "bridge/"))}
     checkpoints = Checkpoints(folder, keep=1)
     checkpoints.freeze({name: array.astype(frozen_dtype) for name, array in arrays.items() if name not in trained})
     groups = {"0/count": jnp.int32(3)} | {f"0/{moment}/{name}": array for moment in ("mu", "nu") for name, array in trained.items()}

@@ -12,7 +12,8 @@ from flax import nnx
 
 from evlm_jax.batch import Batch
 from evlm_jax.convert import export
-from evlm_jax.models.decoding import Prompt, Weights, read_prompts
+from evlm_jax.models.decoding import Prompt, read_prompts
+from evlm_jax.models.weights import Weights
 from evlm_jax.ops.grouped_attention import Plan
 from evlm_jax.ops.grouping import plan
 from tests.checkpoints import IMAGE, run_directory

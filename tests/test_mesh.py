@@ -17,17 +17,21 @@ import pytest
 from evlm_jax import checkpoint
 from evlm_jax.mesh import RULES, check_parameters, make_layout, mesh_sizes
 from evlm_jax.train import Phase
+from tests.checkpoints import run_directory
+from tests.evals import layouts
+from tests.random_model import random_model
 from tests.tiny import tiny_config
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_on_eight_devices(capsys):
+@pytest.mark.parametrize("part", ["devices", "answers"])
+def test_on_eight_devices(part, capsys):
     flags = "--xla_force_host_platform_device_count=8"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/mesh/devices.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/mesh/{part}.py"]
     run = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, cwd=ROOT, capture_output=True, text=True)
     with capsys.disabled():
-        print(f"\non eight devices: {run.stdout.strip().splitlines()[-1]}")
+        print(f"\n{part} on eight devices: {run.stdout.strip().splitlines()[-1]}")
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
 
 
@@ -50,12 +54,22 @@ def test_a_wrong_mesh_is_refused_before_any_compilation(mesh, message):
         make_layout(tiny_config(mesh=mesh), jax.devices() * 8)
 
 
+def test_rows_of_a_device_must_be_whole_pools():
+    cfg = tiny_config(data={"pool": 2}, train={"batch": 12, "accumulate": 2}, mesh={"data": 2})
+    with pytest.raises(ValueError, match=r"3 rows of a device and micro-batch .* are no whole pools of data.pool = 2: .*or data.pool = 1"):
+        make_layout(cfg, jax.devices() * 2)
+    with pytest.raises(ValueError, match="data.pool must divide the rows of train.batch / train.accumulate"):
+        tiny_config(data={"pool": 2}, train={"batch": 12, "accumulate": 4})
+    with pytest.raises(ValueError, match=r"data.slots must lie in data.images..data.pool \* data.images = 4..8"):
+        tiny_config(data={"pool": 2, "slots": 9}, train={"batch": 2})
+
+
 def test_experts_and_images_must_divide():
     cfg = tiny_config(moe={"copies": 3, "slices": 1}, mesh={"data": 1, "expert": 2})
     with pytest.raises(ValueError, match="3 experts cannot be split over mesh.expert = 2"):
         make_layout(cfg, jax.devices() * 2)
     odd = tiny_config(data={"images": 3}, mesh={"data": 1, "tensor": 2})
-    with pytest.raises(ValueError, match="data.images = 3 must be a multiple of mesh.tensor = 2"):
+    with pytest.raises(ValueError, match="data.slots = 3 must be a multiple of mesh.tensor = 2"):
         make_layout(odd, jax.devices() * 2)
     with pytest.raises(ValueError, match="vit.heads = 1 must be"):
         make_layout(tiny_config(vit={"heads": 1}, mesh={"data": 1, "tensor": 2, "images": "rows"}), jax.devices() * 2)
@@ -161,3 +175,24 @@ def test_a_parameter_that_no_rule_covers_is_named(monkeypatch):
     monkeypatch.delitem(RULES, "heads")
     with pytest.raises(ValueError, match=r"xattn/q/kernel has axes \('embed', 'heads'\): name every dimension by one of whole, norm"):
         check_parameters(phase.layout, phase.shapes, lambda path: "/".join(map(str, path)))
+
+
+def test_processes_answer_as_one_does(tmp_path):
+    """`evlm eval` on two processes of two devices each: what one process of one device finds."""
+    run, data = tmp_path / "run", layouts.write("gqa", tmp_path / "gqa")
+    cfg = tiny_config(data={"length": 96, "images": 2, "targets": 32, "pairs": 24})
+    run_directory(run, cfg, random_model(cfg, 0))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "evlm_jax.cli", "eval", "--checkpoint", run, "--task", "gqa", "--data", data, "--batch", "4", "--out"]
+    together = ["--coordinator", f"localhost:{port}", "--processes", "2", "--process"]
+    commands = [[*words, tmp_path / "one.json"], *([*words, tmp_path / "two.json", *together, str(i)] for i in range(2))]
+    flags = [{}, *[{"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}] * 2]
+    started = [
+        subprocess.Popen(list(map(str, command)), cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"} | flag)
+        for command, flag in zip(commands, flags)
+    ]
+    assert [process.wait() for process in started] == [0, 0, 0]
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one["examples"] == two["examples"] and one["scores"] == two["scores"]

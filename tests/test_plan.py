@@ -185,17 +185,24 @@ def test_seconds_of_a_step():
     assert (step.seconds, step.bound, step.binds) == (pytest.approx(5), pytest.approx(4), "HBM")
 
 
+def planned(words):
+    """The config of a plan's arguments."""
+    mesh = words[words.index("--mesh") + 1].split(",")
+    return load_config(words[1], [*(f"--config.mesh.{field}" for field in mesh), *(word for word in words if word.startswith("--config."))])
+
+
 @pytest.mark.parametrize("run", pods.RUNS)
 def test_the_pods_page_plans_what_can_be(run):
     """Every slice that the batch allows has a valid config, and there is one of each size up to 16 chips."""
     for kind, shapes in pods.SLICES.items():
         for shape in shapes[:3]:
             words = pods.arguments(run, f"{kind}:{shape}", tensor=1)
-            mesh, micro = words[words.index("--mesh") + 1].split(","), words[-1]
-            cfg = load_config(words[1], [*(f"--config.mesh.{field}" for field in mesh), micro])
-            assert cfg.train.batch == cfg.train.accumulate * cfg.mesh.fsdp * cfg.mesh.expert
+            cfg = planned(words)
+            assert cfg.train.batch == cfg.train.accumulate * cfg.mesh.fsdp * cfg.mesh.expert and cfg.data.pool == 1
     assert pods.arguments(run, "v5e:16x16", tensor=1) is None  # more chips than rows
-    assert all(pods.pod(*entry) for entry in pods.PODS)
+    for entry in pods.PODS:
+        cfg = planned(pods.pod(*entry))
+        assert cfg.pools % (cfg.train.accumulate * cfg.mesh.fsdp * cfg.mesh.expert) == 0 == cfg.data.slots % cfg.mesh.tensor
 
 
 def test_slices_and_phases():

@@ -32,8 +32,9 @@ _TINY = dict(
     media=dict(tokens=2, placeholder="<|media|>"),
     bridge=dict(kind="routed", latents=3, depth=2, heads=2, head_dim=16, ffn=2),
     data=dict(
-        sources=("vqa", "caption"), weights=(1.0, 1.0), tasks=(), ends="repeat", template="chatml", length=48, images=4, targets=24,
-        pairs=12, dialogs=0, isolate=True, window=8, resize="squash", scaled_decoding=False, most_drops=1.0, cache_features=False, seed=0,
+        sources=("vqa", "caption"), weights=(1.0, 1.0), tasks=(), ends="repeat", template="chatml", length=48, images=4, targets=24, pool=1,
+        slots=4, pairs=12, dialogs=0, isolate=True, window=8, resize="squash", scaled_decoding=False, most_drops=1.0,
+        cache_features=False, seed=0,
     ),
     clean=dict(
         letters=0.2, digits=7, duplicates=0.5, links=("https?:", r"\.(com|png)"), words=3, dates=(r"\d{4}-\d\d-\d\d",), simplify=True,
@@ -46,7 +47,8 @@ _TINY = dict(
     ),
     train=dict(
         steps=8, batch=2, accumulate=1, dtype="float32", matmul_precision="float32", param_dtype="float32",
-        frozen_dtype="float32", remat="none", loss_chunk=0, save_every=4, keep=2, log_every=1, seed=0, peak_flops=0.0,
+        frozen_dtype="float32", remat="none", loss_chunk=0, save_every=4, keep=2, log_every=1, monitors=(), monitor_every=0,
+        monitor_questions=0, seed=0, peak_flops=0.0,
     ),
     mesh=dict(data=-1, fsdp=1, expert=1, tensor=1, slices=1, zero=2, frozen="replicated", images="all"),
     init=dict(vision="", llm="", centre_norms=False),
@@ -70,19 +72,42 @@ def tiny_config(**overrides) -> EVLMConfig:
                 setattr(config[section], key, value)
         else:
             config[section] = values
+    if "slots" not in overrides.get("data", {}):
+        config.data.slots = config.data.pool * config.data.images
     return from_config_dict(config)
 
 
 def tiny_batch(cfg: EVLMConfig, seed: int, rows: int | None = None, fill: float = 1.0) -> Batch:
-    """Random but valid packed rows as numpy, a function of `seed`: several documents a row, with 0 to 2 images each.
+    """Random but valid packed rows as numpy, a function of `seed`: several documents a row, with 0 to 2 images each. Pools do not change
+    the documents.
 
     Args:
       rows: of the batch; train.batch where left out.
       fill: share of the positions (and so of the targets) that rows may use; the rest is padding.
     """
     rng = np.random.default_rng(seed)
-    made = [_row(cfg, rng, fill) for _ in range(rows or cfg.train.batch)]
-    return Batch(*(None if made[0][name] is None else np.stack([row[name] for row in made]) for name in Batch._fields))
+    made = [_row(cfg.apart, rng, fill) for _ in range(rows or cfg.train.batch)]
+    batch = Batch(*(None if made[0][name] is None else np.stack([row[name] for row in made]) for name in Batch._fields))
+    return batch if cfg.data.pool == 1 else pooled(cfg, batch)
+
+
+def pooled(cfg: EVLMConfig, batch: Batch) -> Batch:
+    """Rows that have image slots of their own, in pools: used slots stand one behind another."""
+    data, spec = cfg.data, Batch.spec(cfg, len(batch.tokens))
+    fields = {name: None if array is None else array.copy() for name, array in batch._asdict().items()}
+    kind = "taps" if batch.pixels is None else "pixels"
+    fields[kind], plans = np.zeros(getattr(spec, kind).shape, getattr(batch, kind).dtype), []
+    for first in range(0, len(batch.tokens), data.pool):
+        slot = 0
+        for row in range(first, first + data.pool):
+            images, sees = batch.visible_stop[row].max(), batch.visible_stop[row] > batch.visible_start[row]
+            fields[kind][first // data.pool, slot : slot + images] = getattr(batch, kind)[row, :images]
+            for name in ("visible_start", "visible_stop"):
+                fields[name][row, sees] += slot
+            slot += images
+        seen = (fields[name][first : first + data.pool].ravel() for name in ("visible_start", "visible_stop"))
+        plans.append(plan(*seen, cfg.xattn.tile, data.pairs))
+    return Batch(**fields | {name: np.stack([p[name] for p in plans]) for name in plans[0]})
 
 
 def _row(cfg: EVLMConfig, rng: np.random.Generator, fill: float) -> dict:

@@ -40,7 +40,7 @@ def tasks(sources: Sequence[Sequence[Sample]], tokenizer, cfg: EVLMConfig) -> li
     for name in dict.fromkeys(names):
         own = [i for i, task in enumerate(names) if task == name]
         weights = [data.weights[i] for i in own]
-        mixed = grain.MapDataset.select_from_datasets([documents[i] for i in own], Mixture(weights, cfg.train.batch))
+        mixed = grain.MapDataset.select_from_datasets([documents[i] for i in own], Mixture(weights, cfg.pools))
         made.append(Task(name, sum(weights) / sum(data.weights), mixed))
     return made
 

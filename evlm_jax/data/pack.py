@@ -1,4 +1,7 @@
-"""Documents into rows of static size: on costs, over a window, before any image is decoded; never splitting a document."""
+"""Documents into rows of static size: on costs, over a window, before any image is decoded; never splitting a document.
+
+Rows are packed a pool at a time: `data.pool` neighbouring rows share image slots and pairs.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,7 +18,7 @@ MOST_DROPS = 1000  # in a row, without one document that fits: the configuration
 
 
 class Budget(NamedTuple):
-    """What a row has, or a document needs."""
+    """What a row may have, or a document needs."""
 
     tokens: int
     images: int
@@ -24,7 +27,7 @@ class Budget(NamedTuple):
 
     @classmethod
     def of(cls, data: DataConfig) -> "Budget":
-        """Of a row."""
+        """Of the first row of a pool: what a document may need at most."""
         return cls(data.length, data.images, data.targets, data.pairs)
 
     @classmethod
@@ -57,9 +60,9 @@ def unfit(document: Document, data: DataConfig) -> Drop | None:
 class Packer:
     """Rows from every `step`-th document of a stream, beginning at `start`.
 
-    A row begins with the oldest document of the window, so none waits forever. Then the one is added that leaves tokens and images most
-    even, as shares of what the row aims at: all tokens, and as many images as the window has for so many. The window is filled up again,
-    until none fits. So rows use up both, and none is crowded with the pictures that others lack.
+    A row begins with the oldest document of the window that fits; the first of a pool takes any, so none waits forever. Then the one is
+    added that leaves tokens and images most even, as shares of what the row aims at: all tokens, and its images (`pool`). The window is
+    filled up again, until none fits. So rows use up both, and none is crowded with the pictures that others lack.
 
     Which documents make a row depends on the stream alone, so a position is `next` and the indices (and parts, of documents that were
     cut) in the window.
@@ -89,30 +92,36 @@ class Packer:
         for index, part in state["pending"]:
             self._add(index, part, documents[index][part])
 
-    def row(self) -> list[tuple[int, Document]]:
-        """The next row's documents with their stream indices; empty at the end of the stream. What cannot fit goes to `drops`."""
-        chosen, room = [], np.array(Budget.of(self.data))
+    def wanted(self) -> int:
+        """Images of a row that is full and has the window's mixture."""
         self._refill()
-        left = self._aim()
+        tokens, images = self._costs[: len(self._pending), :2].sum(0)
+        return int(min(-(-images * self.data.length // max(tokens, 1)), self.data.images))
+
+    def row(self, room: Budget, images: float) -> list[tuple[int, Document]]:
+        """The next row's documents with their stream indices; what can never fit goes to `drops`.
+
+        Args:
+          room: what the row has.
+          images: how many of its images the row aims at.
+        """
+        chosen, room = [], np.array(room)
+        self._refill()
+        left = np.array([self.data.length, images])
         scale = np.maximum(left, 1)
         while self._pending:
             costs = self._costs[: len(self._pending)]
-            rest = np.where((costs <= room).all(1), ((left - costs[:, :2]) / scale).max(1), np.inf)
-            best = int(rest.argmin()) if chosen else 0  # of equals the oldest
-            if rest[best] == np.inf:
+            fits = (costs <= room).all(1)
+            if not fits.any():
                 break
+            rest = np.where(fits, ((left - costs[:, :2]) / scale).max(1), np.inf)
+            best = int((rest if chosen else ~fits).argmin())  # of equals the oldest
             room, left = room - costs[best], left - costs[best, :2]
             costs[best:-1] = costs[best + 1 :]
             index, _, document = self._pending.pop(best)
             chosen.append((index, document))
             self._refill()
         return chosen
-
-    def _aim(self) -> np.ndarray:
-        """Tokens and images of a row that is full and has the window's mixture."""
-        tokens, images = self._costs[: len(self._pending), :2].sum(0)
-        mixed = -(-images * self.data.length // max(tokens, 1))
-        return np.array([self.data.length, min(mixed, self.data.images)])
 
     def _refill(self) -> None:
         unfits = 0
@@ -145,8 +154,31 @@ def _parts(document: Document) -> tuple[Document, ...]:
     return document, *document.rest
 
 
+def pool(packers: Sequence[Packer], data: DataConfig) -> list[list[tuple[int, Document]]]:
+    """The rows of a pool, one of each packer in turn; all are empty where the streams have ended.
+
+    Each aims at the images that its packer wants, or at as large a share of the slots that are left as that is of what this row and the
+    later ones want. So where slots are scarce all rows have a little less, instead of the last one next to none.
+    """
+    slots, pairs, rows = data.slots, data.pairs, []
+    for number, packer in enumerate(packers):
+        wanted = [other.wanted() for other in packers[number:]]
+        aim = min(wanted[0], wanted[0] * slots / max(sum(wanted), 1))
+        row = packer.row(Budget(data.length, min(data.images, slots), data.targets, pairs), aim)
+        needed = [Budget.needed(document) for _, document in row]
+        slots, pairs = slots - sum(need.images for need in needed), pairs - sum(need.pairs for need in needed)
+        rows.append(row)
+    return rows
+
+
+def first_slots(rows: Sequence[Sequence[Document]], data: DataConfig) -> list[int]:
+    """Of each row, the first of its pool's image slots that is its own."""
+    counts = np.array([sum(len(document.refs) for document in row) for row in rows]).reshape(-1, data.pool)
+    return (counts.cumsum(1) - counts).ravel().tolist()
+
+
 def assemble(rows: Sequence[Sequence[Document]], cfg: EVLMConfig) -> dict[str, np.ndarray]:
-    """All fields of Batch but the pictures, int32, for rows of documents that fit.
+    """All fields of Batch but the pictures, int32, for whole pools of rows of documents that fit.
 
     Offsets are added, padding is as Batch says. `isolate=False`: what a document's end can see stays visible to the end of the row, and
     positions go on. target_source is the index into data.sources (0 for documents of other sources, as in evaluation).
@@ -157,8 +189,8 @@ def assemble(rows: Sequence[Sequence[Document]], cfg: EVLMConfig) -> dict[str, n
     fields["seen_until"] = np.tile(np.arange(1, length + 1, dtype=np.int32), (count, 1))
     fields["media_slot"] = np.full((count, length), -1, np.int32)
     fields["targets"] = np.full((count, data.targets), -1, np.int32)
-    for b, documents in enumerate(rows):
-        token = image = target = position = 0
+    for b, (documents, image) in enumerate(zip(rows, first_slots(rows, data))):
+        token = target = position = 0
         for document in documents:
             n, m = len(document.tokens), len(document.targets)
             here, there = (b, slice(token, token + n)), (b, slice(target, target + m))
@@ -177,11 +209,17 @@ def assemble(rows: Sequence[Sequence[Document]], cfg: EVLMConfig) -> dict[str, n
             token, image, target = token + n, image + len(document.refs), target + m
     if not cfg.tile:
         return fields | dict.fromkeys(Plan._fields)
-    plans = [plan(start, stop, cfg.tile, data.pairs) for start, stop in zip(fields["visible_start"], fields["visible_stop"])]
+    seen = np.stack([fields["visible_start"], fields["visible_stop"]]).reshape(2, -1, data.pool * length)
+    plans = [plan(start, stop, cfg.tile, data.pairs) for start, stop in zip(*seen)]
     return fields | {name: np.stack([p[name] for p in plans]) for name in Plan._fields}
 
 
 def fill(rows: Sequence[Sequence[Document]], data: DataConfig) -> dict[str, float]:
-    """Used share of each budget, over all rows."""
-    used = np.sum([Budget.needed(document) for row in rows for document in row] or [Budget(0, 0, 0, 0)], 0)
-    return {name: float(u / max(1, room * len(rows))) for name, u, room in zip(Budget._fields, used, Budget.of(data))}
+    """Used share of each budget, over all rows of whole pools; of images that is the share of the slots."""
+    room = len(rows) * np.array([data.length, data.slots / data.pool, data.targets, data.pairs / data.pool])
+    return dict(zip(Budget._fields, (used(rows) / np.maximum(room, 1)).tolist()))
+
+
+def used(rows: Sequence[Sequence[Document]]) -> np.ndarray:
+    """What all rows together need, in the order of Budget."""
+    return np.sum([Budget.needed(document) for row in rows for document in row] or [Budget(0, 0, 0, 0)], 0)

@@ -1,8 +1,9 @@
 """Batches: documents packed in lanes, with pictures; the saved position makes every run repeatable.
 
-The unit of determinism is a lane: row j of every batch comes from lane j of `train.batch`, whatever number of processes shares
-the lanes. Lane j reads the documents n * lanes + j, n = 0, 1, ... of each task's endless stream (data/mixture.py), with the parts that a
-long one is cut into, so its position is a number and the few indices that wait in its packing window, for each task.
+The unit of determinism is a lane: pool j of every batch, `data.pool` rows, comes from lane j of as many as a batch has pools, whatever
+number of processes shares the lanes. Lane j reads the documents n * lanes + j, n = 0, 1, ... of each task's endless stream
+(data/mixture.py), with the parts that a long one is cut into, so its position is a number and the few indices that wait in its packing
+window, for each task.
 """
 
 import atexit
@@ -22,7 +23,7 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.data import image
 from evlm_jax.data.features import FeatureStore
 from evlm_jax.data.mixture import Task, tasks
-from evlm_jax.data.pack import Drop, Packer, assemble, fill, unfit
+from evlm_jax.data.pack import Drop, Packer, assemble, fill, first_slots, pool, unfit
 from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import Document
 
@@ -39,37 +40,41 @@ def batches(
 
     info: "keys" (the samples of each row), "fill" (used share of each budget), "drops" (list of Drop since the last batch), "cut" (parts of
     longer documents among them).
-    State: {"lanes": {lane number: [{"next", "pending"} of each task]}}, JSON-able; the states of several processes are merged by merging
-    "lanes", and any number of processes restores from that.
+    State: {"lanes": {lane number: [{"next", "pending"} of each task]}, "of": number of all lanes}, JSON-able; the states of several
+    processes are merged by merging "lanes", and any number of processes restores from that.
 
     Args:
       features: where the taps come from if `data.cache_features`; what it lacks is computed when a batch needs it.
-      lanes: numbers of the rows that this process makes, ascending (mesh.Layout.own_rows); all where left out.
+      lanes: numbers of the pools that this process makes, ascending (mesh.Layout.own_pools); all where left out.
     """
     if cfg.data.cache_features != (features is not None):
         raise ValueError(f"config: data.cache_features is {cfg.data.cache_features}; a feature store is needed exactly when it is true")
     sources = [open_source(name) for name in cfg.data.sources]
-    return Prefetch(RowsIterator(tasks(sources, tokenizer, cfg), cfg, lanes or range(cfg.train.batch), features), PREFETCH)
+    return Prefetch(RowsIterator(tasks(sources, tokenizer, cfg), cfg, lanes or range(cfg.pools), features), PREFETCH)
 
 
 class Lane:
-    """Rows of one lane, each of one task.
+    """Rows of one lane, a pool at a time, each row of one task.
 
     Whose turn it is, is drawn, so that lanes differ; by how far each task is behind its weight, so that shares of documents stay exact: a
-    task is at most a window and a row ahead.
+    task is at most a window and a pool ahead. For a pool of p rows p * p times all its tasks are drawn, and those are taken whose images
+    come nearest to the pool's slots.
     """
 
     def __init__(self, made: Sequence[Task], cfg: EVLMConfig, number: int):
-        self._packers = [Packer(task.documents, cfg.data, number, cfg.train.batch) for task in made]
+        self._packers = [Packer(task.documents, cfg.data, number, cfg.pools) for task in made]
         self._weights = np.array([task.weight for task in made])
-        self._window, self._seed = cfg.data.window, (cfg.data.seed, number)
+        self._data, self._seed = cfg.data, (cfg.data.seed, number)
 
-    def row(self) -> list[Document]:
-        """The documents of the next row."""
-        taken = np.array([packer.taken for packer in self._packers])
-        due = np.maximum(self._weights * (taken.sum() + self._window) - taken, 0)
-        task = np.random.default_rng((*self._seed, int(taken.sum()))).choice(len(due), p=due / due.sum())
-        return [document for _, document in self._packers[task].row()]
+    def rows(self) -> list[list[Document]]:
+        """The documents of the next pool's rows."""
+        taken, rows = np.array([packer.taken for packer in self._packers]), self._data.pool
+        due = np.maximum(self._weights * (taken.sum() + self._data.window) - taken, 0)
+        drawn = np.random.default_rng((*self._seed, int(taken.sum()))).choice(len(due), (rows**2, rows), p=due / due.sum())
+        wanted = np.array([packer.wanted() for packer in self._packers])
+        nearest = drawn[np.abs(wanted[drawn].sum(1) - self._data.slots).argmin()]
+        packed = pool([self._packers[task] for task in nearest], self._data)
+        return [[document for _, document in row] for row in packed]
 
     def drops(self) -> list[Drop]:
         """What was left out since the last call."""
@@ -145,8 +150,8 @@ class RowsIterator(grain.DatasetIterator):
         return batch, {"keys": keys, "fill": fill(rows, self._cfg.data), "drops": drops + damaged, "cut": cut}
 
     def _start(self) -> Ready:
-        """The next row of every lane."""
-        rows = [lane.row() for lane in self._lanes.values()]
+        """The next rows of every lane."""
+        rows = [row for lane in self._lanes.values() for row in lane.rows()]
         drops = [drop for lane in self._lanes.values() for drop in lane.drops()]
         return Ready(rows, drops, load_pictures(rows, self._cfg, self._features))
 
@@ -166,12 +171,16 @@ class RowsIterator(grain.DatasetIterator):
         return self._position
 
     def _positions(self) -> dict:
-        return {"lanes": {str(number): lane.state for number, lane in self._lanes.items()}}
+        return {"lanes": {str(number): lane.state for number, lane in self._lanes.items()}, "of": self._cfg.pools}
 
     def set_state(self, state: dict) -> None:
-        """Takes this process's lanes from a state. Raises ValueError where it lacks one, or has another number of tasks."""
+        """Takes this process's lanes from a state. Raises ValueError where it lacks one, or is of other lanes or tasks."""
+        if state["of"] != self._cfg.pools:
+            raise ValueError(
+                f"the saved data position is of {state['of']} lanes, train.batch / data.pool is {self._cfg.pools}: both must stay the same"
+            )
         if missing := [number for number in self._lanes if str(number) not in state["lanes"]]:
-            raise ValueError(f"the saved data position has no lanes {missing}: train.batch must stay what it was when it was saved")
+            raise ValueError(f"the saved data position has no lanes {missing}: merge the positions of all processes")
         for number, lane in self._lanes.items():
             lane.restore(state["lanes"][str(number)])
         self._ahead, self._position = None, self._positions()
@@ -180,19 +189,20 @@ class RowsIterator(grain.DatasetIterator):
 def rows_in_order(
     documents: Sequence[Document], cfg: EVLMConfig, rows: int, features: FeatureStore | None = None
 ) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
-    """Packs a finite list of documents for evaluation; the last batch is padded with empty rows.
+    """Packs a finite list of documents for evaluation, each row with its own image slots; the last batch is padded with empty rows.
 
     Yields:
       (Batch, document [rows, M], dialog [rows, M]): each target's document (index into `documents`) and dialog in it; -1 at padding.
     Raises:
       ValueError: a document that fits no row; ImageError: an image that cannot be read.
     """
+    cfg = cfg.apart
     if misfits := [drop for document in documents if (drop := unfit(document, cfg.data))]:
         raise ValueError(f"{len(misfits)} documents do not fit a row; the first: {misfits[0].message}")
     if features is not None:
         features.fill(ref for document in documents for ref in document.refs)
     packer, packed = Packer(documents, cfg.data), []
-    while row := packer.row():
+    while row := pool([packer], cfg.data)[0]:
         packed.append(row)
     for first in range(0, len(packed), rows):
         chunk = packed[first : first + rows] + [[]] * max(0, first + rows - len(packed))
@@ -212,22 +222,21 @@ def rows_in_order(
 def collate(
     rows: Sequence[Sequence[Document]], cfg: EVLMConfig, loaded: Iterator[np.ndarray | image.ImageError]
 ) -> tuple[Batch, list[Drop]]:
-    """Rows of documents as a Batch, with the pictures of each document, in order.
+    """Whole pools of rows of documents as a Batch, with the pictures of each document, in order.
 
     A document with an unreadable image keeps its place, but no targets, and is reported.
     """
     spec = Batch.spec(cfg, len(rows))
     name, shape, dtype = ("pixels", spec.pixels.shape, np.uint8) if spec.taps is None else ("taps", spec.taps.shape, ml_dtypes.bfloat16)
     pictures, kept, drops = np.zeros(shape, dtype), [], []
-    for b, row in enumerate(rows):
+    for b, (row, slot) in enumerate(zip(rows, first_slots(rows, cfg.data))):
         kept.append([])
-        slot = 0
         for document, picture in zip(row, loaded):
             if isinstance(picture, image.ImageError):
                 drops.append(Drop("unreadable image", f"{picture}, sample {document.source}/{document.key}"))
                 document = document._replace(targets=np.full_like(document.targets, -1))
             else:
-                pictures[b, slot : slot + len(picture)] = picture
+                pictures[b // cfg.data.pool, slot : slot + len(picture)] = picture
             slot += len(document.refs)
             kept[-1].append(document)
     other = {"pixels": None, "taps": None} | {name: pictures}
@@ -237,8 +246,10 @@ def collate(
 def load_pictures(
     rows: Sequence[Sequence[Document]], cfg: EVLMConfig, features: FeatureStore | None
 ) -> Iterator[np.ndarray | image.ImageError]:
-    """Pixels or taps of each document, or what is wrong with them; pixels are in work at once."""
+    """Pixels or taps of each document, or what is wrong with them; pixels are in work at once, missing taps are computed together."""
     documents = [document for row in rows for document in row]
+    if features is not None:
+        features.fill((ref for document in documents for ref in document.refs), progress=False)
 
     def load(document: Document) -> np.ndarray | image.ImageError:
         try:

@@ -5,7 +5,10 @@ files and its samples. Besides there are the assets of the demo:
 
 easy-vqa  easy-vqa-test              the published splits; one sample an image with all its questions
 emoji-en  emoji-zh  emoji-en-test    drawings and their names; the splits share no code point
-photos  clips                        a few real photographs and videos, with captions
+photos  photos-test                  a few real photographs with captions; every third is for evaluation
+clips                                three real videos with captions, four frames each
+albums                               documents of two to four of the photographs, each in front of its caption
+signs-en  signs-zh                   pages with a few large words, legible at 112 pixels: ocr-en: and ocr-zh: of the emoji's names
 """
 
 import functools
@@ -15,6 +18,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from urllib.parse import parse_qsl
 
+import numpy as np
+
 from evlm_jax import assets
 from evlm_jax.data.formats import built, captions, chat, grounding, interleaved, plain, vqa
 from evlm_jax.data.ocr import book, scans
@@ -22,6 +27,9 @@ from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, question
 from evlm_jax.data.source import Source, Subset, by_row
 
 NAME = {"en": "Name this emoji.", "zh": "说出这个表情的名字。"}
+TEST_PHOTOS = 3  # every third is for evaluation
+ALBUMS, COUNTED = 300, ("Two", "Three", "Four")
+SIGNS = {"layouts": "sign", "pages": "128"}  # so few that their features are kept
 
 
 def open_source(name: str) -> Sequence[Sample]:
@@ -93,11 +101,37 @@ def emoji(name: str, language: str, split: str) -> Source:
     return Source(name, rows, lambda row: captions.captioned(name, row[0], str(folder / f"{row[0]}.png"), [row[1]], NAME[language]))
 
 
-def captioned(name: str) -> Source:
-    """An asset with captions.json = {file: caption}; its videos are seen as uniform frames."""
-    folder = assets.path(name)
-    rows = sorted(json.loads((folder / "captions.json").read_text("utf-8")).items())
-    return Source(name, rows, lambda row: captions.captioned(name, row[0], str(folder / row[0]), [row[1]], captions.DESCRIBE))
+def photos(name: str, test: bool) -> Source:
+    """Every third photograph (`test`), or the others."""
+    rows = [row for i, row in enumerate(captioned("photos")) if (i % TEST_PHOTOS == 0) == test]
+    return Source(name, rows, lambda row: captions.captioned(name, *row, captions.DESCRIBE))
+
+
+def clips(name: str) -> Source:
+    """Each clip as four uniform frames: a short row has room for no more."""
+    return Source(name, captioned("clips"), lambda row: captions.captioned(name, *row, captions.DESCRIBE, frames="4"))
+
+
+def captioned(asset: str) -> list[tuple[str, str, list[str]]]:
+    """Key, file and captions of what an asset with captions.json = {file: caption} holds."""
+    folder = assets.path(asset)
+    rows = json.loads((folder / "captions.json").read_text("utf-8"))
+    return [(file, str(folder / file), [caption]) for file, caption in sorted(rows.items())]
+
+
+def albums(name: str) -> Source:
+    """Documents of two to four photographs, drawn by number: a line that counts them, then each in front of its caption."""
+    pictures, rng = photos("photos", test=False).rows, np.random.default_rng(0)
+    rows = [(str(number), rng.permutation(len(pictures))[: 2 + number % len(COUNTED)]) for number in range(ALBUMS)]
+
+    def sample(row) -> Sample:
+        key, chosen = row
+        parts: list[str | ImageRef] = [f"{COUNTED[len(chosen) - 2]} photographs."]
+        for _, file, (caption,) in (pictures[i] for i in chosen):
+            parts += [ImageRef(file), caption]
+        return interleaved.document(name, key, parts, " ")
+
+    return Source(name, rows, sample)
 
 
 BUILT_IN: dict[str, Callable[[str], Source]] = {
@@ -106,8 +140,12 @@ BUILT_IN: dict[str, Callable[[str], Source]] = {
     "emoji-en": partial(emoji, language="en", split="train"),
     "emoji-zh": partial(emoji, language="zh", split="train"),
     "emoji-en-test": partial(emoji, language="en", split="test"),
-    "photos": captioned,
-    "clips": captioned,
+    "photos": partial(photos, test=False),
+    "photos-test": partial(photos, test=True),
+    "clips": clips,
+    "albums": albums,
+    "signs-en": lambda name: book.open_book("en", open_source, name, "emoji-en", size="160", characters="24", **SIGNS),
+    "signs-zh": lambda name: book.open_book("zh", open_source, name, "emoji-zh", size="160", characters="8", **SIGNS),
 }
 ROW_FORMATS: dict[str, Callable[..., Sample]] = {  # over rows of any container
     "img2dataset": captions.img2dataset,

@@ -7,9 +7,12 @@ import numpy as np
 from evlm_jax.data.features import FeatureStore
 from evlm_jax.data.samples import MARKER, Sample, Turn, question
 from evlm_jax.evals.choice import candidate_losses
-from evlm_jax.evals.task import ANSWER, Question
+from evlm_jax.evals.runner import Answerer
+from evlm_jax.evals.task import ANSWER, Question, Task
 from evlm_jax.generate import Generator
+from evlm_jax.mesh import Layout
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.tokenizer import Tokenizer
 
 BEST = 5  # candidates that a row keeps
 SIMILAR = 64  # characters: prompts whose lengths differ by less are answered together, those about one image side by side
@@ -41,9 +44,18 @@ class LowestLoss:
 
     method, tokens, chunk = "lowest loss", 0, 512
 
-    def __init__(self, model: EVLM, tokenizer, candidates: Sequence[str], features: FeatureStore | None = None, rows: int = 2):
-        """`rows`: of a batch."""
-        self.model, self.tokenizer, self.candidates, self.features, self.rows = model, tokenizer, list(candidates), features, rows
+    def __init__(
+        self,
+        model: EVLM,
+        tokenizer: Tokenizer,
+        candidates: Sequence[str],
+        features: FeatureStore | None = None,
+        rows: int = 2,
+        layout: Layout | None = None,
+    ):
+        """`rows`: of a batch; `layout`: of the mesh that holds the model, None where one device does."""
+        self.model, self.tokenizer, self.candidates = model, tokenizer, list(candidates)
+        self.how = {"features": features, "rows": rows, "layout": layout}
 
     def order(self, asked: Question) -> tuple:
         """Questions about one image share it."""
@@ -58,7 +70,7 @@ class LowestLoss:
         for visuals, places in about.items():
             dialogs = tuple(question(prompt_text(questions[i], template), "") for i in places)
             samples.append(Sample(questions[places[0]].cluster, self.method, visuals, dialogs))
-        losses = candidate_losses(self.model, self.tokenizer, samples, self.candidates, self.features, self.rows)
+        losses = candidate_losses(self.model, self.tokenizer, samples, self.candidates, **self.how)
         rows: list[dict] = [{}] * len(questions)
         for places, of_image in zip(about.values(), losses, strict=True):
             for i, loss in zip(places, of_image, strict=True):
@@ -66,6 +78,28 @@ class LowestLoss:
                 names = [self.candidates[k] for k in best]
                 rows[i] = {"prediction": names[0], "ranking": names, "losses": [round(float(loss[k]), 4) for k in best]}
         return rows
+
+
+def answerer(
+    task: Task,
+    every: Sequence[Question],
+    model: EVLM,
+    tokenizer: Tokenizer,
+    features: FeatureStore | None = None,
+    rows: int = 8,
+    layout: Layout | None = None,
+) -> Answerer:
+    """Chooses among the task's candidates where it has some, else generates.
+
+    Args:
+      every: all questions of the split, which candidates are made of.
+      rows: of a batch.
+      layout: of the mesh that holds the model; None: one device does.
+    """
+    if task.candidates:
+        return LowestLoss(model, tokenizer, task.candidates(every), features, rows, layout)
+    look = features.get if features else None
+    return Generated(Generator(model, tokenizer, features=look, rows=rows, layout=layout), task.tokens)
 
 
 def similar(asked: Question) -> tuple[int, str]:

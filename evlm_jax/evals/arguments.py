@@ -13,7 +13,8 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="the usual one where left out")
     parser.add_argument("--prompt", choices=STYLES, default=STYLES[0], help="whose prompts")
     parser.add_argument("--limit", type=int, help="the first questions only, and all others about the same images")
-    parser.add_argument("--batch", type=int, default=8, help="questions answered together")
+    parser.add_argument("--batch", type=int, default=8, help="questions answered together; shared among the devices")
+    parser.add_argument("--mesh", default="", help="fields of config.mesh: tensor=4,frozen=sharded; else each device has it all")
     parser.add_argument("--out", help="result file; default: CHECKPOINT/evals/TASK-SPLIT.json. Predictions stand beside it, in .jsonl")
     _add_judge(parser)
 

@@ -8,7 +8,7 @@ beginning of another (else it would be compared without being needed).
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import jax
@@ -24,41 +24,57 @@ from evlm_jax.data.pack import Budget
 from evlm_jax.data.pipeline import rows_in_order
 from evlm_jax.data.samples import Sample, question
 from evlm_jax.data.text import Document, score_document
+from evlm_jax.mesh import Layout, jit
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.processes import on_host
 
 SLACK = 1.1  # room over the average need of a row's tokens, so that length stays what closes a row
+IMAGES, TARGETS, PAIRS = 2, 128, 4  # budgets are multiples of these: few compiled shapes
 
 
 def candidate_losses(
-    model: EVLM, tokenizer, samples: Sequence[Sample], candidates: Sequence[str], features: FeatureStore | None = None, rows: int = 2
+    model: EVLM,
+    tokenizer,
+    samples: Sequence[Sample],
+    candidates: Sequence[str],
+    features: FeatureStore | None = None,
+    rows: int = 2,
+    layout: Layout | None = None,
 ) -> list[np.ndarray]:
     """float64 [questions, candidates] of each sample: the loss in nats of every candidate as the answer of every dialog's question."""
     end = needs_end(tokenizer, candidates, model.cfg)
     options = lambda sample: tuple(question(dialog[0].text, answer) for dialog in sample.dialogs for answer in candidates)
     asked = [replace(sample, dialogs=options(sample)) for sample in samples]
-    return [loss.reshape(-1, len(candidates)) for loss, _ in answer_losses(model, tokenizer, asked, features, rows, end)]
+    return [loss.reshape(-1, len(candidates)) for loss, _ in answer_losses(model, tokenizer, asked, features, rows, end, layout)]
 
 
 def answer_losses(
-    model: EVLM, tokenizer, samples: Sequence[Sample], features: FeatureStore | None = None, rows: int = 2, end: bool = True
+    model: EVLM,
+    tokenizer,
+    samples: Sequence[Sample],
+    features: FeatureStore | None = None,
+    rows: int = 2,
+    end: bool = True,
+    layout: Layout | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """The last turn of every dialog of each sample: its loss in nats, float64, and whether greedy generation would say just that, bool.
 
     Args:
       rows: of a batch.
       end: count the token that ends the answer as well.
+      layout: of the mesh that holds `model`; `rows` are shared among its devices. None: one device.
     """
     documents = [score_document(sample, tokenizer, model.cfg, end=end) for sample in samples]
-    cfg = fit_budget(model.cfg, documents)
+    cfg = fit_budget(model.cfg, documents, 1 if layout is None else layout.parts("images"))
     graphdef, state = nnx.split(model)
     found = [(np.zeros(len(sample.dialogs)), np.ones(len(sample.dialogs), bool)) for sample in samples]
     bar = tqdm(total=sum(len(s.dialogs) for s in samples), desc="losses", unit="answer", leave=False)
     for batch, document, dialog in rows_in_order(documents, cfg, rows, features):
-        log_probs, best = _score(graphdef, state, batch)
+        log_probs, best = on_host(_score(layout, graphdef, state, batch))
         for d in np.unique(document[document >= 0]):
             here = document == d
-            np.add.at(found[d][0], dialog[here], -np.asarray(log_probs, np.float64)[here])
-            np.logical_and.at(found[d][1], dialog[here], np.asarray(best)[here])
+            np.add.at(found[d][0], dialog[here], -log_probs.astype(np.float64)[here])
+            np.logical_and.at(found[d][1], dialog[here], best[here])
             bar.update(len(samples[d].dialogs))
     bar.close()
     return found
@@ -74,30 +90,41 @@ def needs_end(tokenizer, candidates: Sequence[str], cfg: EVLMConfig) -> bool:
     return any(a != b and b[: len(a)] == a for a in tokens for b in tokens)
 
 
-def fit_budget(cfg: EVLMConfig, documents: Sequence[Document]) -> EVLMConfig:
-    """The configuration with row budgets that suit these documents: `data.length` closes a row, the others seldom do."""
+def fit_budget(cfg: EVLMConfig, documents: Sequence[Document], parts: int = 1) -> EVLMConfig:
+    """The configuration with budgets that suit these documents: `data.length` closes a row, the others seldom do; images are of one row.
+
+    `parts`: what the image slots are split into, on a mesh.
+    """
     need = np.array([Budget.needed(document) for document in documents])
     length = max(cfg.data.length, int(need[:, 0].max()))
     usual = need.sum(0) / need[:, 0].sum() * length * SLACK
-    images, targets, pairs = (max(math.ceil(u), int(most)) for u, most in zip(usual[1:], need[:, 1:].max(0), strict=True))
-    return replace(cfg, data=replace(cfg.data, length=length, images=images, targets=targets, pairs=max(pairs, images)))
+    room = np.maximum(usual[1:], need[:, 1:].max(0))
+    steps = math.lcm(IMAGES, parts), TARGETS, PAIRS
+    images, targets, pairs = (step * math.ceil(size / step) for size, step in zip(room, steps, strict=True))
+    budgets = dict(length=length, images=images, targets=targets, pool=1, slots=images, pairs=max(pairs, images))
+    return replace(cfg, data=replace(cfg.data, **budgets))
 
 
-def _score(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def _score(layout: Layout | None, graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Of every target [B, M] the log-probability, float32, and whether it is the likeliest; each distinct position is computed once."""
     places = [np.unique(at[target >= 0]) for at, target in zip(batch.target_at, batch.targets, strict=True)]
     width = -(-max(map(len, places)) // 32) * 32  # few compiled shapes
     positions = np.stack([np.pad(p, (0, width - len(p))) for p in places])
     slots = np.stack([np.searchsorted(p, at).clip(0, max(0, len(p) - 1)) for p, at in zip(places, batch.target_at, strict=True)])
-    return _picks(graphdef, state, _hidden(graphdef, state, batch), positions, slots, batch.targets)
+    hidden, picks = _programs(layout)
+    return picks(graphdef, state, hidden(graphdef, state, batch), positions, slots, batch.targets)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.cache
+def _programs(layout: Layout | None) -> tuple[Callable, Callable]:
+    """`_hidden` and `_picks` for the devices of `layout`."""
+    return tuple(jit(layout, f, static_argnums=0) for f in (_hidden, _picks))
+
+
 def _hidden(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> jax.Array:
     return nnx.merge(graphdef, state).hidden(batch)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _picks(graphdef, state, hidden: jax.Array, positions: jax.Array, slots: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Row by row, so that the logits of one row are all that is ever in memory."""
     model = nnx.merge(graphdef, state)

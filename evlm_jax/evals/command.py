@@ -3,32 +3,36 @@
 import argparse
 from pathlib import Path
 
+import jax
+
 from evlm_jax import checkpoint
+from evlm_jax.config import MeshConfig
 from evlm_jax.evals import results, score, tasks
-from evlm_jax.evals.answer import Generated, LowestLoss
+from evlm_jax.evals.answer import answerer
 from evlm_jax.evals.judge import open_judge
 from evlm_jax.evals.runner import evaluate, unjudged
 from evlm_jax.evals.task import first
-from evlm_jax.generate import Generator
+from evlm_jax.processes import is_first
 from evlm_jax.run import features_of, load_trained
+from evlm_jax.strict import build
+
+MESH = {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1, "slices": 1, "zero": 2, "frozen": "replicated", "images": "all"}
 
 
 def run_eval(args: argparse.Namespace) -> None:
     """Answers, scores, saves, and prints the table."""
     task = tasks.find(args.task)
+    if args.judge and jax.process_count() > 1:
+        raise ValueError("--judge is asked by one process: leave it out here, and give it to `evlm score` afterwards")
     judge = open_judge(args.judge, args.judge_model) if args.judge else None
     split = args.split or task.splits[0]
     every = task.questions(args.data, split, args.prompt)
     questions = first(every, args.limit)
-    trained = load_trained(args.checkpoint)
+    trained = load_trained(args.checkpoint, mesh=mesh_of(args.mesh), rows=args.batch)
     cfg = trained.model.cfg
     if features := features_of(trained):
         features.fill(ref for asked in questions for visual in asked.visuals for ref in visual)
-    if task.candidates:
-        answer = LowestLoss(trained.model, trained.tokenizer, task.candidates(every), features, args.batch)
-    else:
-        look = features.get if features else None
-        answer = Generated(Generator(trained.model, trained.tokenizer, features=look, rows=args.batch), task.tokens)
+    answer = answerer(task, every, trained.model, trained.tokenizer, features, args.batch, trained.layout)
     name = f"{Path(args.checkpoint).name} step {checkpoint.steps(args.checkpoint)[-1]}"
     found = results.provenance(cfg, results.weights_hash(trained.params), name)
     about = {"split": split, "prompts": args.prompt, "template": cfg.data.template, "batch": args.batch}
@@ -36,7 +40,19 @@ def run_eval(args: argparse.Namespace) -> None:
     out = Path(args.out or Path(args.checkpoint) / "evals" / f"{task.name}-{split}.json")
     result = evaluate(task, questions, answer, about, out.with_suffix(".jsonl"), judge)
     result = score.scored(result | {"provenance": found})
-    print(f"\n{score.table(result)}\n\n{results.save(out, result)}")
+    if is_first():
+        print(f"\n{score.table(result)}\n\n{results.save(out, result)}")
+
+
+def mesh_of(text: str) -> MeshConfig | None:
+    """`--mesh`: all devices along `data`, each with the whole model, but for what the text says; None where there is one device.
+
+    Raises ValueError for fields and values that config.mesh does not have.
+    """
+    if jax.device_count() == 1 and not text:
+        return None
+    fields = dict(field.strip().partition("=")[::2] for field in text.split(",") if field)
+    return build(MeshConfig, MESH | {name: int(value) if value.lstrip("-").isdigit() else value for name, value in fields.items()}, "mesh")
 
 
 def run_score(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from evlm_jax.evals.task import Question, Task
+from evlm_jax.processes import is_first, wait
 
 Judge = Callable[[str], str]
 
@@ -68,20 +69,21 @@ def chunks(questions: Sequence[Question], answer: Answerer) -> list[list[int]]:
 
 
 class Log:
-    """Known entries of rows by id, and a file where new ones go. A line that a kill cut is dropped."""
+    """Known entries of rows by id, and a file where new ones go. A line that a kill cut is dropped; one process writes."""
 
     def __init__(self, path: Path | None, head: dict):
         self.known: dict[str, dict] = {}
         self._file = None
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b")
-        self._file.seek(0)
-        content = self._file.read()
+        content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
-        self._file.truncate(len(whole))
         first, *lines = (json.loads(line) for line in whole.splitlines()) if whole else (None,)
+        wait("predictions are read")
+        if is_first():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab")
+            self._file.truncate(len(whole))
         if first is None:
             self._append([head])
         elif other := [name for name in {**first, **head} if first.get(name) != json.loads(json.dumps(head)).get(name)]:
@@ -122,7 +124,8 @@ def _rows(questions: Sequence[Question], known: dict[str, dict]) -> list[dict]:
 def _bar(chunks: Sequence[list[int]], total: int, name: str) -> Iterator[list[int]]:
     """The chunks that hold something, with a progress bar over questions."""
     missing = sum(map(len, chunks))
-    with tqdm(total=total, initial=total - missing, desc=name, unit="question", dynamic_ncols=True, disable=not missing) as bar:
+    hidden = not missing or not is_first()
+    with tqdm(total=total, initial=total - missing, desc=name, unit="question", dynamic_ncols=True, disable=hidden) as bar:
         for chunk in filter(None, chunks):
             yield chunk
             bar.update(len(chunk))

@@ -62,7 +62,7 @@ def table(result: dict) -> str:
         lines.append([score["metric"], _number(score["value"]), _number(score["error"]), str(score["count"]), *beside])
     if not result["scores"]:
         return f"{result['task']}: no scores, the answers are not in these files; {len(result['examples'])} predictions are saved"
-    return _columns(lines)
+    return columns(lines)
 
 
 def comparison_table(found: Sequence[dict]) -> str:
@@ -70,7 +70,7 @@ def comparison_table(found: Sequence[dict]) -> str:
     names = ("a", "b", "difference", "error")
     lines = [["metric", "against", "this", "difference", "error", "p"]]
     lines += [[row["metric"], *(_number(row[name]) for name in names), "-" if row["p"] is None else f"{row['p']:.2g}"] for row in found]
-    return _columns(lines)
+    return columns(lines)
 
 
 def _sure(values: Sequence[float], clusters: Sequence[str]) -> dict:
@@ -82,6 +82,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _columns(lines: Sequence[Sequence[str]]) -> str:
+def columns(lines: Sequence[Sequence[str]]) -> str:
+    """Cells as text, the first column to the left."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))) for line in lines)

@@ -91,10 +91,10 @@ def make(cfg: EVLMConfig, rngs: nnx.Rngs) -> nnx.Module | None:
 
 
 def write(views: jax.Array, image: jax.Array, patch: jax.Array) -> jax.Array:
-    """What stands at media positions: views [1, B, I, P, D], image slot and number of the patch [B, T] -> [B, T, D].
+    """What stands at media positions: views [1, C, I, P, D], image slot and number of the patch [B, T] -> [B, T, D].
 
-    At other positions it is something that nobody reads.
+    B / C neighbouring rows are a pool. At other positions it is something that nobody reads.
     """
-    _, rows, _, patches, width = views.shape
-    index = image * patches + jnp.maximum(patch, 0)
-    return jnp.take_along_axis(views.reshape(rows, -1, width), index[..., None], axis=1)
+    _, pools, _, patches, width = views.shape
+    index = (image * patches + jnp.maximum(patch, 0)).reshape(pools, -1, 1)
+    return jnp.take_along_axis(views.reshape(pools, -1, width), index, axis=1).reshape(*image.shape, width)

@@ -7,48 +7,25 @@ on the images alone: they are projected once, and after prefill only the range t
 `attention` multiplies them, and are only read while a token goes through the layers: its own keys come out at the end.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from evlm_jax.config import EVLMConfig
-from evlm_jax.models.attention import attention
 from evlm_jax.models.bridge import write
-from evlm_jax.models.evlm import EVLM
-from evlm_jax.models.layers import Linear, rope_tables
+from evlm_jax.models.evlm import looks, reads
+from evlm_jax.models.layers import rope_tables
 from evlm_jax.models.long_context import rope_base, sharpen
-from evlm_jax.models.moe import Experts, PackedExperts
 from evlm_jax.models.sampling import Sampling, sample
-from evlm_jax.ops.grouped_attention import Plan, grouped_attention
-from evlm_jax.ops.packed import Packed, compute_dtype, logits, pack, pack_head
+from evlm_jax.models.weights import Weights, block
+from evlm_jax.ops.grouped_attention import Plan
+from evlm_jax.ops.packed import compute_dtype, logits
+from evlm_jax.sharding import local, shard
 
 CHUNK = 64  # most tokens of one call of `decode`
-
-
-class Weights(NamedTuple):
-    """What decoding reads of a model; the layers stay stacked."""
-
-    embed: jax.Array  # [vocab, D]
-    media: jax.Array | None  # [media tokens, D]; None where patches stand in their place
-    bridge: nnx.Module | None  # bridge.py, not packed: it runs once an image, as in training
-    layers: nnx.Module  # llm.Block
-    crosses: nnx.Module | None  # xattn.Block; None without cross-attention
-    ln_f: nnx.Module
-    head: Packed
-
-    @classmethod
-    def of(cls, model: EVLM, dtype: str) -> "Weights":
-        """Of a model, with matrices of `dtype`."""
-        llm = model.llm
-        head = llm.embed[...].T if llm.head is None else llm.head.kernel[...]
-        layers, crosses = _pack(llm.layers, dtype), _pack(model.xattn, dtype)
-        media = None if model.media is None else model.media.embedding[...]
-        return cls(llm.embed[...].astype(dtype), media, model.bridge, layers, crosses, llm.ln_f, pack_head(head, dtype))
 
 
 class Prompt(NamedTuple):
@@ -138,21 +115,23 @@ def read_prompts(cfg: EVLMConfig, weights: Weights, prompt: Prompt, taps: jax.Ar
     """
     rows, length = prompt.tokens.shape
     dtype = compute_dtype(cfg.train.dtype)
-    views = None if taps is None else view(cfg, weights, jnp.moveaxis(taps.astype(dtype), 1, 0))
+    views = None if taps is None else view(cfg, weights, jnp.moveaxis(shard(taps.astype(dtype), "pictures"), 1, 0))
     cross = project(cfg, weights, views, prompt.image) if cfg.cross_layers else None
     if weights.media is None:
         media = write(views[:, prompt.image], prompt.image_slot, prompt.media_slot)
     else:
         media = weights.media[jnp.maximum(prompt.media_slot, 0)].astype(dtype)
-    x = jnp.where(prompt.media_slot[..., None] >= 0, media, weights.embed[prompt.tokens].astype(dtype))
+    x = shard(jnp.where(prompt.media_slot[..., None] >= 0, media, weights.embed[prompt.tokens].astype(dtype)), "rows")
     index = jnp.arange(length)
     mask = jnp.broadcast_to(index <= index[:, None], (rows, length, length))
 
+    attend, look = reads(), looks(cfg)
+
     def self_attend(layer, q, k, v):
-        return attention(q, k, v, mask)
+        return attend(q, k, v, mask)
 
     def cross_attend(block, q):
-        return grouped_attention(q, *(jax.lax.dynamic_index_in_dim(a, block, 0, False) for a in cross), prompt.plan, cfg.xattn.sinks)
+        return look(q, *(jax.lax.dynamic_index_in_dim(a, block, 0, False) for a in cross), prompt.plan)
 
     theta = rope_base(cfg.llm, prompt.length)
     x, (keys, values) = _decoder(cfg, weights, x, jnp.broadcast_to(index, (rows, length)), theta, self_attend, cross_attend)
@@ -176,7 +155,7 @@ def read_tokens(cfg: EVLMConfig, weights: Weights, state: DecodeState) -> tuple[
     """Reads `token` of each row: (logits [B, vocab], the state with its keys)."""
     own = jnp.arange(state.self_values.shape[3]) == state.position[:, None]  # [B, C]
     earlier = jnp.arange(own.shape[1]) <= state.position[:, None]
-    seen = _sight(cfg, state) if cfg.cross_layers else None
+    seen, attend = _sight(cfg, state) if cfg.cross_layers else None, reads()
 
     def cached(keys, values, layer):
         """Keys and values as `attention` takes them, [B, slots, heads, H]."""
@@ -186,18 +165,25 @@ def read_tokens(cfg: EVLMConfig, weights: Weights, state: DecodeState) -> tuple[
     def self_attend(layer, q, k, v):
         keys, values = cached(state.self_keys, state.self_values, layer)
         here = own[..., None, None]
-        return attention(q, jnp.where(here, k, keys), jnp.where(here, v, values), earlier[:, None])
+        return attend(q, jnp.where(here, k, keys), jnp.where(here, v, values), earlier[:, None])
 
     def cross_attend(block, q):
-        return attention(q, *cached(state.cross_keys, state.cross_values, block), seen[:, None])
+        return attend(q, *cached(state.cross_keys, state.cross_values, block), seen[:, None])
 
-    x = weights.embed[state.token][:, None].astype(compute_dtype(cfg.train.dtype))
+    x = shard(weights.embed[state.token][:, None].astype(compute_dtype(cfg.train.dtype)), "rows")
     x, (k, v) = _decoder(cfg, weights, x, state.position[:, None], state.theta, self_attend, cross_attend)
-    keys, values = state.self_keys, state.self_values
-    for row, slot in enumerate(state.position):  # one small update a row is done in place, a scatter is not
+    caches, new = (None, "rows", "kv_heads"), (None, "rows", None, "kv_heads")
+    save = local(_save, (caches, caches, new, new, ("rows",)), (caches, caches))
+    keys, values = save(state.self_keys, state.self_values, k, v, state.position)
+    return logits(weights.head, x[:, 0], cfg.llm.vocab), state._replace(self_keys=keys, self_values=values)
+
+
+def _save(keys: jax.Array, values: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Caches [L, B, K, H, C] and [L, B, K, C, H] with the keys and values [L, B, 1, K, H] of a token at `position` [B]."""
+    for row, slot in enumerate(position):  # one small update a row is done in place, a scatter is not
         keys = jax.lax.dynamic_update_slice(keys, k[:, row : row + 1, 0, :, :, None].astype(keys.dtype), (0, row, 0, 0, slot))
         values = jax.lax.dynamic_update_slice(values, v[:, row : row + 1, 0, :, None].astype(values.dtype), (0, row, 0, slot, 0))
-    return logits(weights.head, x[:, 0], cfg.llm.vocab), state._replace(self_keys=keys, self_values=values)
+    return keys, values
 
 
 def _sight(cfg: EVLMConfig, state: DecodeState) -> jax.Array:
@@ -219,7 +205,7 @@ def view(cfg: EVLMConfig, weights: Weights, taps: jax.Array) -> jax.Array:
 def project(cfg: EVLMConfig, weights: Weights, views: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values of every cross-attention block: views [G', n, S', V], image [B, I] -> [X, B, I, S', N, H]."""
     number = jnp.array(cfg.tap_of_cross_layer)
-    each = lambda i: _block(weights.crosses, i).keys_values(views[number[i]])
+    each = lambda i: block(weights.crosses, i).keys_values(views[number[i]])
     return jax.tree.map(lambda a: a[:, image], jax.lax.map(each, jnp.arange(len(cfg.cross_layers))))
 
 
@@ -255,11 +241,11 @@ def _decoder(
             new.extend((k, v))
             return self_attend(number, sharpen(cfg.llm, q, positions), k, v)
 
-        x = _block(weights.layers, number)(x, rope, attend)
+        x = block(weights.layers, number)(x, rope, attend)
         return x, tuple(new)
 
     def group(x, index, count):
-        x = _block(weights.crosses, index)(x, partial(cross_attend, index))
+        x = block(weights.crosses, index)(x, partial(cross_attend, index))
         return jax.lax.scan(layer, x, index * cfg.xattn.every + jnp.arange(count))
 
     if not cfg.cross_layers:
@@ -272,26 +258,3 @@ def _decoder(
         x, last = group(x, full, rest)
         new = jax.tree.map(lambda *parts: jnp.concatenate(parts), new, last)
     return weights.ln_f(x), new
-
-
-def _pack(stack: nnx.Module, dtype: str) -> nnx.Module:
-    """A stack of blocks with a Packed in place of each Linear, and PackedExperts in place of Experts."""
-
-    def convert(leaf):
-        if isinstance(leaf, Experts):
-            return PackedExperts.of(leaf, dtype)
-        if not isinstance(leaf, Linear):
-            return leaf
-        return Packed(pack(leaf.kernel[...], dtype), None if leaf.bias is None else leaf.bias[...])
-
-    return jax.tree.map(convert, stack, is_leaf=lambda leaf: isinstance(leaf, (Linear, Experts)))
-
-
-def _block(stack: nnx.Module, layer: jax.Array | int) -> nnx.Module:
-    """One block of a stack; what is packed reads its weights where they lie."""
-    packed = lambda leaf: isinstance(leaf, (Packed, PackedExperts))
-
-    def pick(leaf):
-        return dataclasses.replace(leaf, layer=layer) if packed(leaf) else leaf[layer]
-
-    return jax.tree.map(pick, stack, is_leaf=packed)

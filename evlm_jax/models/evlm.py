@@ -26,7 +26,18 @@ from evlm_jax.ops.grouped_attention import Plan, grouped_attention
 from evlm_jax.ops.product import product
 from evlm_jax.sharding import local, shard
 
-IMAGE_KEYS = ("rows", None, None, "heads")  # [B, I, S, N, H]
+TEXT, TEXT_KEYS, IMAGE_KEYS = ("rows", None, "heads"), ("rows", None, "kv_heads"), ("rows", None, None, "heads")
+
+
+def reads() -> Callable:
+    """`attention` of a device's rows and heads: q [B, T, N, H], k and v [B, C, K, H], mask [B, T, C]."""
+    return local(attention, (TEXT, TEXT_KEYS, TEXT_KEYS, ("rows",)), TEXT)
+
+
+def looks(cfg: EVLMConfig) -> Callable:
+    """`grouped_attention` of a device's pools and heads: q [B, T, N, H], k and v [C, I, S', N, H], plan."""
+    sight = functools.partial(grouped_attention, sinks=cfg.xattn.sinks)
+    return local(sight, (TEXT, IMAGE_KEYS, IMAGE_KEYS, ("rows",)), TEXT)
 
 
 class Media(nnx.Module):
@@ -86,17 +97,17 @@ class EVLM(nnx.Module):
         return hidden, routing
 
     def taps(self, batch: Batch) -> jax.Array:
-        """[G, B, I, S, V], from pixels or as they are given."""
+        """[G, C, I, S, V], from pixels or as they are given."""
         taps = self.encode(batch.pixels) if batch.taps is None else batch.taps.astype(self.dtype)
         return shard(jnp.moveaxis(shard(taps, "rows", "images"), 2, 0), None, "rows", "images")
 
     def views(self, batch: Batch) -> jax.Array | None:
-        """What the language model sees of images, [G', B, I, S', V or D] as bridge.py has it; None where it sees nothing."""
+        """What the language model sees of images, [G', C, I, S', V or D] as bridge.py has it; None where it sees nothing."""
         return self.bridged(self.taps(batch)) if self.cfg.sees else None
 
     @_precisely
     def bridged(self, taps: jax.Array) -> jax.Array:
-        """[G, B, I, S, V] -> `views`."""
+        """[G, C, I, S, V] -> `views`."""
         if self.bridge is None:
             return taps
         with jax.named_scope("bridge"):
@@ -104,7 +115,7 @@ class EVLM(nnx.Module):
 
     @_precisely
     def observed(self, batch: Batch, views: jax.Array | None, observe: Callable) -> tuple[jax.Array, Any, moe.Routing | None]:
-        """`hidden`; what `observe(block, its view [B, I, S', V], its input x [B, T, D])` returns for each block, stacked; `routed`'s rest.
+        """`hidden`; what `observe(block, its view [C, I, S', V], its input x [B, T, D])` returns for each block, stacked; `routed`'s rest.
 
         Both are None where there is no block.
         """
@@ -116,8 +127,7 @@ class EVLM(nnx.Module):
         mask = text_mask(batch.seen_until)
         kind = jnp.where(batch.media_slot >= 0, moe.MEDIA, jnp.where(real_tokens(batch), moe.TEXT, moe.PADDING))
 
-        text, keys = ("rows", None, "heads"), ("rows", None, "kv_heads")
-        attend = local(attention, (text, keys, keys, ("rows",)), text)
+        attend = reads()
 
         def decoder(x, block):
             return shard(block(x, rope, lambda q, k, v: attend(q, k, v, mask)), "rows"), None
@@ -127,13 +137,13 @@ class EVLM(nnx.Module):
             return self.llm.ln_f(x), None, None
 
         plan = Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
-        look = local(functools.partial(grouped_attention, sinks=self.cfg.xattn.sinks), (text, IMAGE_KEYS, IMAGE_KEYS, ("rows",)), text)
+        look = looks(self.cfg)
 
         def group(x, inputs):
             """One cross-attention block and the `every` decoder layers behind it."""
             cross, tap, blocks = inputs
             seen = observe(cross, views[tap], x)
-            k, v = cross.keys_values(views[tap])
+            k, v = (shard(a, "rows", "images", None, "image_heads") for a in cross.keys_values(views[tap]))
             x, routing = cross.routed(x, lambda q: look(q, k, v, plan), kind)
             return jax.lax.scan(decoder, x, blocks)[0], (seen, routing)
 

@@ -23,11 +23,11 @@ def centre_norms(model: EVLM, batch: Batch) -> nnx.State:
     They must be new (scale 1, bias 0), and the gates 0: then the blocks read the language model's own stream.
     """
     views, row = model.views(batch), jnp.arange(len(batch.tokens))[:, None]
-    zeros = jnp.zeros(batch.tokens.shape)
+    zeros, pool = jnp.zeros(batch.tokens.shape), jnp.arange(len(batch.pair_image))[:, None]
     predicts = zeros.at[row, batch.target_at].add(batch.targets >= 0)
     text = (real_tokens(batch) & (batch.media_slot < 0)).astype(jnp.float32)
-    images = jnp.zeros(views.shape[1:4])  # [B, I, S']
-    images = images.at[row, batch.pair_image].max((batch.pair_tile < batch.tile_tokens.shape[1])[..., None].astype(jnp.float32))
+    images = jnp.zeros(views.shape[1:4])  # [C, I, S']
+    images = images.at[pool, batch.pair_image].max((batch.pair_tile < batch.tile_tokens.shape[1])[..., None].astype(jnp.float32))
 
     def observe(block, view, x):
         of_text = _moments(block.norm(x), predicts, text)

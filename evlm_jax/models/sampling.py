@@ -1,4 +1,4 @@
-"""How the next token of an answer is chosen."""
+"""How the next token is chosen from its logits."""
 
 from typing import NamedTuple
 

@@ -16,7 +16,6 @@ from flax import nnx
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models.layers import MLP, LayerNorm, Linear, heads, param
 from evlm_jax.models.moe import MoE, Routing
-from evlm_jax.sharding import shard
 
 
 class Block(nnx.Module):
@@ -40,8 +39,7 @@ class Block(nnx.Module):
     def keys_values(self, tap: jax.Array) -> tuple[jax.Array, jax.Array]:
         """tap [..., S, V] -> keys and values [..., S, N, H]: once per image, cached in generation."""
         normed = self.kv_norm(tap)
-        project = lambda linear: shard(heads(linear(normed), self.head_dim), "rows", "images", None, "image_heads")
-        return project(self.k), project(self.v)
+        return heads(self.k(normed), self.head_dim), heads(self.v(normed), self.head_dim)
 
     def __call__(self, x: jax.Array, attend: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """`attend` maps queries [B, T, N, H] to attention outputs of the same shape."""

@@ -36,11 +36,12 @@ permute.defvjp(
 
 @jax.named_scope("scores")
 def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, plan: Plan, sinks: int) -> jax.Array:
-    """q [B, T, N, H], k and v [B, I, S, K, H] -> [B, T, N, H]; softmax and merge in float32."""
-    return jax.vmap(lambda q, k, v, *plan: _row(q, k, v, Plan(*plan), sinks))(q, k, v, *map(jnp.asarray, plan))
+    """q [B, T, N, H], k and v [C, I, S, K, H] -> [B, T, N, H]; softmax and merge in float32. B / C neighbouring rows are a pool."""
+    pools = q.reshape(len(k), -1, *q.shape[2:])
+    return jax.vmap(lambda q, k, v, *plan: _pool(q, k, v, Plan(*plan), sinks))(pools, k, v, *map(jnp.asarray, plan)).reshape(q.shape)
 
 
-def _row(q: jax.Array, k: jax.Array, v: jax.Array, plan: Plan, sinks: int) -> jax.Array:
+def _pool(q: jax.Array, k: jax.Array, v: jax.Array, plan: Plan, sinks: int) -> jax.Array:
     (n, h), (tiles, tile), kv = q.shape[1:], plan.tile_tokens.shape, k.shape[2]
     grouped = permute(q, plan.tile_tokens.reshape(-1), plan.token_tile).reshape(tiles, tile, kv, n // kv, h)
     owner = jnp.minimum(plan.pair_tile, tiles - 1)  # padding pairs compute something that nobody reads

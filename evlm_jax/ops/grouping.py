@@ -1,7 +1,7 @@
-"""Which (tile, image) pairs a row's cross-attention has to compute: made once per batch on the host, used by every layer.
+"""Which (tile, image) pairs a pool's cross-attention has to compute: made once per batch on the host, used by every layer.
 
 Tokens that see the same images are put together into tiles of `tile` tokens; a tile and one image it sees are a pair, the
-unit of work. With 64 images in a row each token sees one of them, so pairs cost 1/64 of the masked form.
+unit of work. With 64 images in sight of a row each token sees one of them, so pairs cost 1/64 of the masked form.
 
     visible range   [0,1) [0,1) [0,1) [1,2) [1,2) [2,4) none        tile = 2
     tiles           (0 1) (2 -) (3 4) (5 -)                          the last token is in no tile: its output is 0
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def ranges(visible_start: np.ndarray, visible_stop: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
-    """(start, stop, token indices) of each distinct non-empty visible range of a row, ordered by start."""
+    """(start, stop, token indices) of each distinct non-empty visible range, ordered by start."""
     tokens = np.flatnonzero(visible_stop > visible_start)
     keys = np.stack([visible_start[tokens], visible_stop[tokens]], 1)
     unique, group = np.unique(keys, axis=0, return_inverse=True)
@@ -26,12 +26,12 @@ def pair_count(visible_start: np.ndarray, visible_stop: np.ndarray, tile: int) -
 
 
 def plan(visible_start: np.ndarray, visible_stop: np.ndarray, tile: int, pairs: int) -> dict[str, np.ndarray]:
-    """The grouping of one row, int32, as the fields of Batch of the same names.
+    """The grouping of one pool, its rows one after the other, int32, as the fields of Batch of the same names.
 
     Returns:
-      tile_tokens [P, tile] (T padding), token_tile [T] (P * tile where in no tile), pair_tile [P] (P padding), pair_image [P].
+      tile_tokens [P, tile] (U padding), token_tile [U] (P * tile where in no tile), pair_tile [P] (P padding), pair_image [P].
     Raises:
-      ValueError: the row needs more than `pairs` pairs.
+      ValueError: the pool needs more than `pairs` pairs.
     """
     length = len(visible_start)
     tile_tokens = np.full((pairs, tile), length, np.int32)
@@ -39,7 +39,7 @@ def plan(visible_start: np.ndarray, visible_stop: np.ndarray, tile: int, pairs: 
     pair_tile, pair_image, tiles = [], [], 0
     needed = pair_count(visible_start, visible_stop, tile)
     if needed > pairs:
-        raise ValueError(f"a row needs {needed} (tile, image) pairs, the budget is {pairs}: raise data.pairs or pack fewer images")
+        raise ValueError(f"a pool needs {needed} (tile, image) pairs, the budget is {pairs}: raise data.pairs or pack fewer images")
     for start, stop, tokens in ranges(visible_start, visible_stop):
         for first in range(0, len(tokens), tile):
             members = tokens[first : first + tile]

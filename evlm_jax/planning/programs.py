@@ -13,8 +13,9 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.flops import Work
 from evlm_jax.loss import losses
 from evlm_jax.mesh import Layout
-from evlm_jax.models.decoding import DecodeState, Prompt, Weights, prefill, read_tokens
+from evlm_jax.models.decoding import DecodeState, Prompt, prefill, read_tokens
 from evlm_jax.models.sampling import Sampling
+from evlm_jax.models.weights import Weights
 from evlm_jax.ops.grouped_attention import Plan
 from evlm_jax.optim import starts
 from evlm_jax.train import Phase
@@ -41,7 +42,7 @@ class Program(NamedTuple):
 
 
 def build(cfg: EVLMConfig, layout: Layout, what: str, phase: int = 0, video: bool = False) -> Program:
-    """One of WHATS on the mesh of `layout`, of train.batch rows.
+    """One of WHATS on the mesh of `layout`, of train.batch rows; but for training every row has its own image slots.
 
     "prefill": prompts of data.length tokens with data.images images each, encoded before. "decode": one token a row, behind data.length
     others. "encode": the ViT alone. Frozen parameters count in train.frozen_dtype, also those that an earlier stage trained.
@@ -57,7 +58,7 @@ def build(cfg: EVLMConfig, layout: Layout, what: str, phase: int = 0, video: boo
     if not cfg.data.sources:  # without one, the step would report no loss, and XLA leave its forward part out
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, sources=("all",), weights=(1.0,)))
     make = {"train": _train, "eval": _eval, "prefill": _prefill, "decode": _decode, "encode": _encode}[what]
-    return make(Phase(cfg, phase, layout), video)
+    return make(Phase(cfg if what == "train" else cfg.apart, phase, layout), video)
 
 
 def _work(of: Phase, video: bool) -> Work:

@@ -35,8 +35,9 @@ TOKENIZER = ByteTokenizer()
 
 
 def config(**data):
-    """The tiny config, one lane, wide enough for bytes."""
-    return tiny_config(data=dict(length=256, targets=128, images=8, pairs=64, weights=(1.0,), sources=("made",)) | data)
+    """The tiny config, one pool, wide enough for bytes."""
+    data = dict(length=256, targets=128, images=8, pairs=64, weights=(1.0,), sources=("made",)) | data
+    return tiny_config(data=data, train=dict(batch=data.get("pool", 1)))
 
 
 def refs(*frames):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evlm_jax.data.cut import encode_parts
-from evlm_jax.data.pack import Packer, unfit
+from evlm_jax.data.pack import Packer, pool, unfit
 from evlm_jax.data.pipeline import batches
 from evlm_jax.data.samples import Sample, Turn, question
 from evlm_jax.data.text import encode
@@ -115,7 +115,7 @@ def test_too_many_neighbouring_pictures_are_dropped_by_name_and_the_rest_is_kept
     document = encode_parts(page("<image>abc" + "<image>" * 4 + "xyz<image>def", *[1] * 6), TOKENIZER, cfg)
     packer = Packer([document], cfg.data)
     rows = []
-    while row := packer.row():
+    while row := pool([packer], cfg.data)[0]:
         rows += [found.key for _, found in row]
     assert rows == ["page[1/3]", "page[3/3]"]
     assert [drop.message for drop in packer.drops] == ["too many images: 4 images > data.images 2, sample made/page[2/3]"]
@@ -129,12 +129,12 @@ def test_a_restored_packer_goes_on_within_a_document(made, window, after):
 
     def drain(packer):
         rows = []
-        while row := packer.row():
+        while row := pool([packer], cfg.data)[0]:
             rows.append([(index, document.key, document.tokens.tolist()) for index, document in row])
         return rows
 
     packer, other = Packer(documents, cfg.data), Packer(documents, cfg.data)
-    before = [packer.row() for _ in range(after)]
+    before = [pool([packer], cfg.data)[0] for _ in range(after)]
     other.restore(json.loads(json.dumps(packer.state)))
     rest = drain(packer)
     assert rest == drain(other)

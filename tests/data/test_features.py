@@ -9,8 +9,9 @@ from PIL import Image
 
 from evlm_jax.data.features import CHUNK, STEP, FeatureStore, fingerprint
 from evlm_jax.data.image import ImageError, pixels
-from evlm_jax.data.pipeline import batches
-from evlm_jax.data.samples import ImageRef
+from evlm_jax.data.pipeline import batches, load_pictures
+from evlm_jax.data.samples import ImageRef, Sample, question
+from evlm_jax.data.text import encode as encode_sample
 from tests.data.made import TOKENIZER, write_images
 from tests.tiny import tiny_config
 
@@ -22,11 +23,12 @@ class Encoder:
     """A function of the picture, and a count of the pictures it saw."""
 
     def __init__(self):
-        self.seen = 0
+        self.seen = self.calls = 0
 
     def __call__(self, images):
         assert len(images) <= CHUNK and len(images) % STEP == 0  # few compiled shapes
         assert images.shape[1:] == (8, 8, 3) and images.dtype == np.uint8
+        self.calls += 1
         self.seen += int((images.reshape(len(images), -1).max(1) > 0).sum())
         return self.of(images)
 
@@ -125,6 +127,16 @@ def test_fingerprint_tells_towers_and_preprocessing_apart():
     others = [fingerprint(CFG, weights | {"vit/cls": np.arange(4.0) + 1e-9}), fingerprint(CFG, weights | {"vit/pos": np.ones(1)})]
     others += [fingerprint(tiny_config(data=dict(resize="pad")), weights), fingerprint(tiny_config(vit=dict(taps=(1, 3, 4))), weights)]
     assert len({base, *others}) == 5
+
+
+def test_missing_taps_of_a_batch_are_computed_together(tmp_path, refs):
+    encode = Encoder()
+    store = FeatureStore(tmp_path / "store", encode, CFG)
+    samples = [Sample(str(i), "made", ((ref,),), (question("<image>q", "a"),)) for i, ref in enumerate(refs[:20])]
+    made = [encode_sample(sample, TOKENIZER, CFG) for sample in samples]
+    loaded = list(load_pictures([made[:9], made[9:]], CFG, store))
+    np.testing.assert_array_equal(np.concatenate(loaded), expected(refs[:20]))
+    assert (encode.calls, encode.seen) == (1, 20)
 
 
 def test_batches_carry_taps(tmp_path):

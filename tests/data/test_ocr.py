@@ -109,16 +109,30 @@ def test_no_line_begins_with_a_closing_mark():
     assert layout.wrap("红，。红", face, 20, fonts.width(face, 20, "红")) == [["红"], ["，"], ["。"], ["红"]]
 
 
-def test_every_layout_is_drawn(monkeypatch):
+def test_every_layout_is_drawn():
     made = []
-    for make in list(layout.LAYOUTS):
-        monkeypatch.setattr(layout, "LAYOUTS", {make: 1.0})
-        for page in pages("en", 3):
+    for name in layout.LAYOUTS:
+        for page in pages("en", 3, layouts=(name,)):
             picture, quality = draw(page, (1,), None)
             assert picture.size == page.size and 50 <= quality <= 95
             made.append(bool(page.sheet.rules))
+            assert made[-1] == (name == "table")
+            assert name != "sign" or len(page.sheet.lines) < 12 and max(word.px for word in words_of(page)) >= 22
             assert all(0 <= share <= 1 for share in page.place([line.box for line in page.sheet.lines]).ravel())
     assert sum(made) == 3  # tables have rules
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_sign_fits_a_small_page(language):
+    for page in pages(language, 100, size=112, layouts=("sign",)):
+        assert (page.place([line.box for line in page.sheet.lines])[:, 3] < 1.05).all()
+
+
+def test_layouts_are_drawn_as_often_as_is_said():
+    """Tables among pages of all layouts, and of lists and tables: 0.15, and 0.15 of 0.35."""
+    for names, share in ((tuple(layout.LAYOUTS), 0.15), (("list", "table"), 0.15 / 0.35)):
+        tables = np.mean([bool(page.sheet.rules) for page in pages("en", 200, size=200, layouts=names)])
+        assert abs(tables - share) < 3 * np.sqrt(share * (1 - share) / 200)
 
 
 def test_the_box_of_a_word_is_where_it_stands():

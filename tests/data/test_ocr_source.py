@@ -150,6 +150,7 @@ def test_wrong_options(folder):
         "size=x": "size must be a whole number",
         "role=system": "role must be assistant or user",
         "sizes=3": "unknown option 'sizes'",
+        "layouts=sign,poem": "layouts has 'poem'; there are article, list, table, dense, sign",
     }.items():
         with pytest.raises(ValueError, match=message):
             opened(folder, "en", options)

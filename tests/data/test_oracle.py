@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evlm_jax.data.cut import encode_parts
-from evlm_jax.data.pack import Packer, assemble
+from evlm_jax.data.pack import Packer, assemble, pool
 from evlm_jax.data.samples import Sample, Turn
 from tests.data.made import SPECIALS, TOKENIZER, config, refs, samples
 
@@ -64,10 +64,10 @@ def expected(dialogs):
     return paths, targets
 
 
-def seen_in(fields, b, documents):
-    """Of each document of row b: its paths, the number of its tokens, and its targets by path; image numbers are its own."""
-    token = image = 0
-    found = []
+def seen_in(fields, b, documents, image):
+    """Of each document of row b, whose images begin in slot `image` of its pool: its paths, the number of its tokens, and its targets by
+    path; image numbers are its own, and it sees no other's."""
+    token, found = 0, []
     for document in documents:
         paths, steps, here = {}, {}, range(token, token + len(document.tokens))
         for k in here:
@@ -91,12 +91,13 @@ def seen_in(fields, b, documents):
     return found
 
 
-def check_grouping(fields, b, tile):
-    """Each token is in one tile with others that see the same; each tile has one pair for each image that it sees."""
-    length, sees = fields["tokens"].shape[1], {}
+def check_grouping(fields, b, rows, tile):
+    """Each token of pool b is in one tile with others that see the same; each tile has one pair for each image that it sees."""
+    start, stop = (np.concatenate(fields[name][rows * b : rows * (b + 1)]) for name in ("visible_start", "visible_stop"))
+    length, sees = len(start), {}
     for q in range(length):
-        if fields["visible_stop"][b, q] > fields["visible_start"][b, q]:
-            sees.setdefault((int(fields["visible_start"][b, q]), int(fields["visible_stop"][b, q])), []).append(q)
+        if stop[q] > start[q]:
+            sees.setdefault((int(start[q]), int(stop[q])), []).append(q)
     tiles = fields["tile_tokens"][b]
     place = {int(q): at for at, q in enumerate(tiles.ravel()) if q < length}
     for q in range(length):
@@ -114,14 +115,19 @@ def check_grouping(fields, b, tile):
 def check(made, cfg):
     """Packs the samples and compares every row; the number of rows."""
     documents = [encode_parts(sample, TOKENIZER, cfg) for sample in made]
-    packer, rows = Packer(documents, cfg.data), []
-    while row := packer.row():
-        rows.append(row)
-    fields = assemble([[document for _, document in row] for row in rows] or [[]], cfg)
-    parts = {}
+    packer, rows, size = Packer(documents, cfg.data), [], cfg.data.pool
+    while any(packed := pool([packer] * size, cfg.data)):
+        rows += packed
+    fields = assemble([[document for _, document in row] for row in rows] or [[]] * size, cfg)
+    parts, images = {}, [sum(len(document.refs) for _, document in row) for row in rows]
+    assert max(images, default=0) <= cfg.data.images
     for b, row in enumerate(rows):
-        check_grouping(fields, b, cfg.xattn.tile)
-        for (index, document), (paths, tokens, targets) in zip(row, seen_in(fields, b, [d for _, d in row]), strict=True):
+        first = b // size * size
+        if b == first:
+            check_grouping(fields, b // size, size, cfg.xattn.tile)
+            assert sum(images[b : b + size]) <= cfg.data.slots
+        found = seen_in(fields, b, [d for _, d in row], sum(images[first:b]))
+        for (index, document), (paths, tokens, targets) in zip(row, found, strict=True):
             if document.parts > 1:
                 parts.setdefault(index, []).append((document, paths, targets))
                 continue
@@ -166,42 +172,46 @@ def webpages(draw, most_images=6):
     return Sample("key", "made", refs(*[1] * count), ((Turn("assistant", "<image>".join(pieces)),),))
 
 
-rows = given(made=st.lists(st.one_of(samples(), webpages()), min_size=1, max_size=5), template=st.sampled_from(["chatml", "plain"]))
+rows = given(
+    made=st.lists(st.one_of(samples(), webpages()), min_size=1, max_size=5),
+    template=st.sampled_from(["chatml", "plain"]),
+    shared=st.sampled_from([(1, 8), (2, 8), (2, 11), (3, 20)]),
+)
 ROWS = dict(length=96, images=8, targets=80, pairs=40, window=3)
-short_rows = given(made=st.lists(webpages(most_images=8), min_size=1, max_size=3))
+short_rows = given(made=st.lists(webpages(most_images=8), min_size=1, max_size=3), shared=st.sampled_from([(1, 3), (2, 4), (3, 3)]))
 SHORT = dict(length=30, images=3, targets=30, pairs=12, window=3)  # most documents are cut
 
 
 @settings(max_examples=500, deadline=None)
 @rows
-def test_rows_equal_the_slow_implementation(made, template):
-    check(made, config(**ROWS, template=template))
+def test_rows_equal_the_slow_implementation(made, template, shared):
+    check(made, config(**ROWS, template=template, pool=shared[0], slots=shared[1]))
 
 
 @settings(max_examples=200, deadline=None)
 @short_rows
-def test_long_documents_equal_the_slow_implementation(made):
-    check(made, config(**SHORT))
+def test_long_documents_equal_the_slow_implementation(made, shared):
+    check(made, config(**SHORT, pool=shared[0], slots=shared[1]))
 
 
 @pytest.mark.slow
 @settings(max_examples=5000, deadline=None)
 @rows
-def test_thousands_of_rows(made, template):
-    check(made, config(**ROWS, template=template))
+def test_thousands_of_rows(made, template, shared):
+    check(made, config(**ROWS, template=template, pool=shared[0], slots=shared[1]))
 
 
 @pytest.mark.slow
 @settings(max_examples=3000, deadline=None)
 @short_rows
-def test_thousands_of_long_documents(made):
-    check(made, config(**SHORT))
+def test_thousands_of_long_documents(made, shared):
+    check(made, config(**SHORT, pool=shared[0], slots=shared[1]))
 
 
 @settings(max_examples=30, deadline=None)
-@given(count=st.integers(62, 64), where=st.sampled_from(["front", "end", "between"]), more=samples(most_visuals=1))
-def test_rows_of_64_images(count, where, more):
+@given(count=st.integers(62, 64), where=st.sampled_from(["front", "end", "between"]), more=samples(most_visuals=1), size=st.integers(1, 2))
+def test_rows_of_64_images(count, where, more, size):
     text = {"front": "<image>" * count + "x", "end": "x" + "<image>" * count, "between": "x<image>" * count + "y"}[where]
     page = Sample("key", "made", refs(*[1] * count), ((Turn("user", text), Turn("assistant", "z")),))
     video = Sample("key", "made", refs(count), ((Turn("user", "<image>what?"), Turn("assistant", "a dog")),))
-    assert check([page, video, more], config(length=320, images=64, targets=100, pairs=500, window=3)) >= 2
+    assert check([page, video, more], config(length=320, images=64, targets=100, pool=size, slots=64 * size, pairs=1000, window=3)) >= 2

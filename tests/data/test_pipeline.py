@@ -25,17 +25,18 @@ from tests.tiny import tiny_config
 LANES = 8
 
 
-@pytest.fixture(scope="module", params=[(), ("chat", "captions")], ids=["mixed", "tasks"])
+@pytest.fixture(scope="module", params=[((), 1), (("chat", "captions"), 1), (("chat", "captions"), 2)], ids=["mixed", "tasks", "pools"])
 def cfg(request, tmp_path_factory):
-    """Two sources of different length and kind, eight lanes; rows of both together, or of one each."""
+    """Two sources of different length and kind, eight lanes; rows of both together, or of one each, alone or two a pool."""
     folder = tmp_path_factory.mktemp("data")
     write_images(folder / "pictures", 23)
     for i in range(23):
         (folder / "pictures" / f"{i}.txt").write_text("caption " * (i % 5 + 1))
     rows = [row(f"r{i}", f"pictures/{i % 23}.png" if i % 3 else None, "<image>" * bool(i % 3) + "q" * (i % 20), f"a{i}") for i in range(31)]
     sources = (write_jsonl(folder / "rows.jsonl", rows), f"folder:{folder / 'pictures'}")
-    data = dict(sources=sources, weights=(0.75, 0.25), tasks=request.param, length=200, targets=150, images=6, pairs=60, window=5, seed=3)
-    return tiny_config(data=data, train=dict(batch=LANES))
+    names, pool = request.param
+    data = dict(sources=sources, weights=(0.75, 0.25), tasks=names, length=200, targets=150, images=6, pairs=60 * pool, window=5, seed=3)
+    return tiny_config(data=data | dict(pool=pool, slots={1: 6, 2: 8}[pool]), train=dict(batch=LANES * pool))
 
 
 def take(iterator, count):
@@ -56,22 +57,22 @@ def test_batch_has_the_promised_shapes(cfg):
     batch, info = take(batches(cfg, TOKENIZER), 1)[0]
     for name, array, spec in zip(Batch._fields, batch, Batch.spec(cfg), strict=True):
         assert (array is None and spec is None) or (array.shape, array.dtype) == (spec.shape, spec.dtype), name
-    assert len(info["keys"]) == LANES and set(info["fill"]) == {"tokens", "images", "targets", "pairs"}
+    assert len(info["keys"]) == LANES * cfg.data.pool and set(info["fill"]) == {"tokens", "images", "targets", "pairs"}
     assert set(batch.target_source[batch.targets >= 0]) == {0, 1}
 
 
 def test_pictures_stand_in_their_slots(cfg):
     """The colour of a made picture is its number."""
     batch, info = take(batches(cfg, TOKENIZER), 1)[0]
-    checked = 0
+    checked = slot = 0
     for b, keys in enumerate(info["keys"]):
-        slot = 0
+        slot = 0 if b % cfg.data.pool == 0 else slot
         for name in keys:
             key = name.split("/")[-1]
             number = int(key[1:]) % 23 if key.startswith("r") else int(key.removesuffix(".png"))
             if key.startswith("r") and int(key[1:]) % 3 == 0:
                 continue  # text only
-            assert (batch.pixels[b, slot] == (number, 255 - number, 7)).all()
+            assert (batch.pixels[b // cfg.data.pool, slot] == (number, 255 - number, 7)).all()
             slot, checked = slot + 1, checked + 1
     assert checked > 4
 
@@ -113,11 +114,12 @@ def test_state_restores_on_another_number_of_processes(cfg, before, after):
     for lanes in shared(before):
         iterator = batches(cfg, TOKENIZER, lanes=lanes)
         take(iterator, 8)
-        saved |= json.loads(json.dumps(iterator.get_state()))["lanes"]
+        state = json.loads(json.dumps(iterator.get_state()))
+        saved |= state["lanes"]
     keys, pixels = [], []
     for lanes in shared(after):
         iterator = batches(cfg, TOKENIZER, lanes=lanes)
-        iterator.set_state({"lanes": saved})
+        iterator.set_state(state | {"lanes": saved})
         batch, info = take(iterator, 1)[0]
         keys, pixels = keys + info["keys"], [*pixels, batch.pixels]
     assert keys == expected[1]["keys"]
@@ -128,25 +130,27 @@ def test_a_state_of_other_lanes_or_tasks_is_refused(cfg):
     with contextlib.closing(batches(cfg, TOKENIZER, lanes=(0, 1))) as half, contextlib.closing(batches(cfg, TOKENIZER)) as whole:
         with pytest.raises(ValueError, match=r"no lanes \[2, 3, 4, 5, 6, 7\]"):
             whole.set_state(half.get_state())
-        state = {"lanes": {str(lane): [{"next": lane, "pending": []}] * 3 for lane in range(LANES)}}
+        state = {"lanes": {str(lane): [{"next": lane, "pending": []}] * 3 for lane in range(LANES)}, "of": LANES}
         with pytest.raises(ValueError, match="has 3 tasks, data.tasks has [12]"):
             whole.set_state(state)
+        with pytest.raises(ValueError, match="is of 16 lanes, train.batch / data.pool is 8: both must stay the same"):
+            whole.set_state(state | {"of": 16})
 
 
 def test_rows_hold_one_task_and_documents_their_weights(cfg):
-    """Shares of documents are exact to a packing window and a row, in each lane."""
+    """Shares of documents are exact to a packing window and a pool, in each lane."""
     iterator, kinds = batches(cfg, TOKENIZER), [[] for _ in range(LANES)]
     for _, info in take(iterator, 60):
-        for lane, keys in enumerate(info["keys"]):
-            kinds[lane].append([key.startswith("folder") for key in keys])
+        for b, keys in enumerate(info["keys"]):
+            kinds[b // cfg.data.pool].append([key.startswith("folder") for key in keys])
     mixed = sum(len(set(row)) > 1 for lane in kinds for row in lane)
     assert (mixed == 0) == bool(cfg.data.tasks)
     for lane in kinds:
         flat = sum(lane, [])
-        slack = cfg.data.window + max(map(len, lane))
+        slack = cfg.data.window + cfg.data.pool * max(map(len, lane))
         assert abs(sum(flat) - 0.25 * len(flat)) <= slack, (sum(flat), len(flat))
     if cfg.data.tasks:
-        assert len({tuple(row[0] for row in lane) for lane in kinds}) > 1  # not all lanes have a task at once
+        assert len({tuple(row[:1] == [True] for row in lane) for lane in kinds}) > 1  # not all lanes have a task at once
 
 
 def single(tmp_path, rows, **data):

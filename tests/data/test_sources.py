@@ -36,13 +36,6 @@ def test_emoji_splits_share_no_code_point():
     assert all(sample.refs[0].path.endswith(f"{sample.key}.png") for sample in chinese)
 
 
-@needs_asset("clips")
-def test_clips_are_videos_of_uniform_frames():
-    sample = open_source("clips")[0]
-    times = [ref.frame for ref in sample.visuals[0]]
-    assert len(times) == 16 and times == sorted(times) and {ref.path for ref in sample.refs} == {str(assets.path("clips") / sample.key)}
-
-
 def test_llava_rows(tmp_path):
     video = write_video(tmp_path / "v.mp4", seconds=4, fps=5)
     rows = [

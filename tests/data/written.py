@@ -6,6 +6,7 @@ import pytest
 
 from evlm_jax.data.ocr import fonts
 from evlm_jax.data.ocr.book import plain
+from evlm_jax.data.ocr.layout import LAYOUTS
 from evlm_jax.data.ocr.page import Page, compose
 from evlm_jax.data.sources import open_source
 from tests.data.made import write_images
@@ -36,7 +37,7 @@ def opened(folder, language, options="", texts=None, pictures=True):
     return open_source(f"ocr-{language}:text:{folder}/{texts or language}.jsonl?pictures={backgrounds}&{options}")
 
 
-def pages(language, count, lying=False, size=320):
+def pages(language, count, lying=False, size=320, layouts=tuple(LAYOUTS)):
     """Pages by their parts."""
     texts = {"en": ENGLISH, "zh": CHINESE}[language]
 
@@ -45,7 +46,7 @@ def pages(language, count, lying=False, size=320):
             yield plain(texts[rng.integers(len(texts))])
 
     faces = fonts.faces(language)
-    return [compose((7, i), size, language, faces, supply, 1500, lying) for i in range(count)]
+    return [compose((7, i), size, language, faces, supply, 1500, lying, layouts) for i in range(count)]
 
 
 def words_of(page: Page):

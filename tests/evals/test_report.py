@@ -16,7 +16,7 @@ from tests.random_model import random_model
 from tests.tiny import BASELINES, tiny_config
 
 LOAD = [0.172, 0.062, 0.016] + 12 * [0.0577] + [0.0576]
-SECTIONS = ("accuracy", "vqa", "attention", "emoji", "photos", "training", "setup")
+SECTIONS = ("accuracy", "vqa", "attention", "emoji", "photos", "sources", "training", "setup")
 
 
 @pytest.fixture(params=["dense", "experts"])
@@ -24,27 +24,29 @@ def saved(tmp_path, request):
     """Results as the demo saves them, made from small results of the evaluators; of a dense run, and of one with experts."""
     copies = 4 if request.param == "experts" else 0
     cfg, rng = tiny_config(moe={"copies": copies}), np.random.default_rng(0)
-    paths = {str(i): str(tmp_path / f"{i}.png") for i in range(3)}
-    for path in paths.values():
-        Image.fromarray(rng.integers(0, 255, (80, 80, 3), np.uint8)).save(path)
+    refs = {str(i): ImageRef(str(tmp_path / f"{i}.png")) for i in range(3)}
+    for ref in refs.values():
+        Image.fromarray(rng.integers(0, 255, (80, 80, 3), np.uint8)).save(ref.path)
     example = lambda i, guess: {"image": str(i), "question": "is it <b>?", "answer": "yes", "prediction": guess, "correct": guess == "yes"}
     examples = [example(0, "yes"), example(1, "no"), example(2, "")]
     row = {"type": "all", "count": 9673, "accuracy": 0.9134, "error": None, "majority": 0.37, "majority_answer": "yes"}
-    lines = [{"step": s, "loss/vqa": 2 / s, "loss/caption": 3 / s} for s in (1, 2, 3)]
+    lines = [{"step": s, "loss": 2.5 / s, "loss/vqa": 2 / s, "loss/caption": 3 / s} for s in (1, 2, 3)]
     lines[-1] |= {f"xattn/{layer}/{kind}_gate": 0.1 * layer for layer in cfg.cross_layers for kind in ("attn", "ffn")}
     if copies:
         lines[-1] |= {f"xattn/{layer}/ffn/{name}": LOAD for layer in cfg.cross_layers for name in ("load", "load_text", "load_media")}
         lines[-1] |= {f"xattn/{layer}/ffn/entropy": 2.0 + 0.1 * layer for layer in cfg.cross_layers}
         lines[-1] |= {f"xattn/{layer}/ffn/dropped": 300.0 for layer in cfg.cross_layers}
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    captions = report.caption_section(examples, paths, 3, 64)
+    notes = [{"step": s, "monitor/pope/accuracy": 50.0 + s, "monitor/seconds": 2.0} for s in (2, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines + copies // 4 * notes))
+    captions = report.caption_section(examples, refs, 3, 64)
     image = viz.data_uri(Image.open(tmp_path / "0.png"))
     words = [{"word": word, "grid": rng.random((4, 4)), "predicted": word == "yes"} for word in ("red", "yes")]
     made = dict(
         title="It <sees>", tagline="two towers", headline=[{"value": "91.3%", "label": "right", "note": "majority 37%"}],
         setup=[["vision", "tiny"]], time=[["training", 754.0], ["evaluation", 61.0]],
         accuracy=report.accuracy_section({"accuracy": [row, row | {"type": "colour"}]}, {"accuracy": [row | {"accuracy": 0.5}]}),
-        vqa=report.vqa_section(examples, paths, pictures=2), emoji=captions, photos=captions,
+        vqa=report.vqa_section(examples, refs, pictures=2), emoji=captions, photos=captions,
+        sources=report.sources_section([e | {"source": "rare <words>"} for e in examples], list(refs.values())),
         caption_scores={"count": 3, "exact_match": 1 / 3, "rouge_l": 0.5, "cider": 1.25},
         attention=[{"image": image, "words": words}], provenance=results.provenance(cfg, "0" * 64),
     )  # fmt: skip
@@ -81,14 +83,17 @@ def test_renders_every_section_from_the_saved_results(saved, tmp_path):
     page = Page(text)
     assert page.ids >= set(SECTIONS)
     numbers = ("91.3%", "50.0%", "33.3%", "1.250", "9,673", "12 min 34 s", "13 min 35 s")
-    for shown in (*numbers, "It <sees>", "is it <b>?", "(nothing)", "0" * 64):
+    for shown in (*numbers, "It <sees>", "is it <b>?", "rare <words>: is it <b>?", "(nothing)", "0" * 64):
         assert shown in page.text
     experts = results.load(saved)["experts"]
-    assert ("experts" in page.ids) == (experts is not None) and text.count("<svg") == 2 + ("experts" in page.ids)
+    assert ("experts" in page.ids) == (experts is not None) and text.count("<svg") == 2 + 2 * ("experts" in page.ids)
+    assert ("Followed in training" in page.text) == ("pope/accuracy" in page.text) == (experts is not None)
+    if experts:
+        assert results.load(saved)["monitors"] == {"pope/accuracy": {"step": [2, 4], "score": [52.0, 54.0]}}
     for shown in ("An even share is 6.2%", "the full colour 17.2%", "between 2.00 and 2.30 nats", "1,200 choices were dropped"):
         assert (shown in page.text) == (experts is not None)
     pictures = [a for a in page.addresses if a.startswith("data:image/")]
-    assert len(pictures) == 2 + 3 + 3 + 2 * 3  # vqa, emoji, photos, and the only attention strip above and in its section
+    assert len(pictures) == 2 + 3 + 3 + 3 + 2 * 3  # vqa, emoji, photos, sources, and the only attention strip above and in its section
     assert all(viz.from_data_uri(a).size >= (64, 64) for a in pictures)
     assert not [a for a in page.addresses if not a.startswith(("data:", "#"))] and not re.search(r"url\((?!#)|@import|<script", text)
 
@@ -99,7 +104,7 @@ def test_without_cross_attention_the_page_says_so(saved, tmp_path):
     made |= {"attention": report.attention_section(random_model(cfg, 0), TOKENIZER, [None])}
     page = Page(text := report.render(made, tmp_path / "report.html").read_text("utf-8"))
     assert "Not drawn: no cross-attention of this model" in page.text and "no cross-attention, and so no gates" in page.text
-    assert text.count("<svg") == 1 and page.ids >= set(SECTIONS)
+    assert text.count("<svg") == 1 + bool(made["monitors"]) and page.ids >= set(SECTIONS)
 
 
 def test_a_missing_section_is_named(saved, tmp_path):
@@ -113,6 +118,14 @@ def test_a_missing_section_is_named(saved, tmp_path):
 def test_greedy_column_is_empty_where_the_type_was_not_drawn(saved):
     rows = results.load(saved)["accuracy"]
     assert [(row["type"], row["greedy"]) for row in rows] == [("all", 0.5), ("colour", None)]
+
+
+def test_a_source_that_a_short_run_did_not_meet_has_no_curve(tmp_path):
+    cfg = tiny_config()
+    line = {"step": 1, "loss/vqa": 2.0} | {f"xattn/{layer}/{kind}_gate": 0.1 for layer in cfg.cross_layers for kind in ("attn", "ffn")}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert cfg.data.sources == ("vqa", "caption")
+    assert report.training_sections(tmp_path / "metrics.jsonl", cfg)["losses"] == {"vqa": {"step": [1], "loss": [2.0]}}
 
 
 def test_empty_metrics_are_refused(tmp_path):

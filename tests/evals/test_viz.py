@@ -31,13 +31,14 @@ def test_trace_is_the_model(every, sinks, kind):
         assert len(weights) == len(cfg.cross_layers)
 
 
-def test_attention_maps_stay_in_the_visible_range():
-    cfg = tiny_config()
+@pytest.mark.parametrize("pool", [1, 2])
+def test_attention_maps_stay_in_the_visible_range(pool):
+    cfg = tiny_config(data=dict(pool=pool, pairs=12 * pool))
     batch, row = tiny_batch(cfg, 2), 1
     positions = list(range(cfg.data.length))
     maps = viz.attention_maps(random_model(cfg, 0), batch, row, positions)
-    assert maps.shape == (len(cfg.cross_layers), cfg.xattn.heads, len(positions), cfg.data.images, cfg.vit.tokens)
-    slot = np.arange(cfg.data.images)
+    assert maps.shape == (len(cfg.cross_layers), cfg.xattn.heads, len(positions), cfg.data.slots, cfg.vit.tokens)
+    slot = np.arange(cfg.data.slots)
     visible = (batch.visible_start[row][:, None] <= slot) & (slot < batch.visible_stop[row][:, None])
     per_image = maps.sum(-1)
     assert np.all(per_image[:, :, ~visible] == 0) and np.all(per_image[:, :, visible] > 0)
@@ -53,7 +54,8 @@ def test_what_has_no_map_over_patches_says_so(kind):
 
 @pytest.mark.parametrize("template", ["plain", "chatml"])
 def test_word_maps(template, tmp_path):
-    cfg = tiny_config(llm=dict(vocab=TOKENIZER.vocab_size), data=dict(template=template, length=96, targets=32, pairs=24))
+    data = dict(template=template, length=96, targets=32, pool=2, slots=5, pairs=24)  # one row alone, whatever the pools of training
+    cfg = tiny_config(llm=dict(vocab=TOKENIZER.vocab_size), data=data)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     sample = Sample("a", "test", ((ImageRef(str(tmp_path / "a.png")),),), (question(MARKER + "is it red?", "oh yes"),))
     rows = viz.word_maps(random_model(cfg, 0), TOKENIZER, sample)
@@ -89,6 +91,8 @@ def test_charts_are_svg_in_theme_colours():
         assert root.tag.endswith("svg") and root.get("viewBox") and root.get("width") is None
         assert f"var(--series-{colour})" in svg and "var(--ink)" in svg and "#0102" not in svg
     assert ">vqa<" in curves and ">emoji<" in curves
+    many = viz.loss_curves({f"source {i}": {"step": [1], "loss": [1.0]} for i in range(11)})  # more than there are colours
+    assert all(f">source {i}<" in many for i in range(11)) and "var(--series-7)" in many
 
 
 def test_load_maps_are_as_strong_as_the_load():

@@ -21,7 +21,7 @@ MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8), (2, 2, 2, 1), 
 POLICIES = [{"zero": 3, "frozen": "sharded", "images": "all"}, {"zero": 2, "frozen": "replicated", "images": "rows"}]
 
 
-def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], kind="", **train):
+def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], kind="", pool=1, **train):
     """Sizes that eight devices divide; the upper half of the ViT trains too. `kind`: of a baseline."""
     axes = dict(zip(("data", "fsdp", "expert", "tensor"), mesh))
     return tiny_config(
@@ -31,7 +31,7 @@ def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], kind="", **trai
         bridge={"heads": 8, "head_dim": 8} | BASELINES.get(kind, {}).get("bridge", {}),
         media=BASELINES.get(kind, {}).get("media", {}),
         moe={"copies": 4 if experts else 0},
-        data={"images": 8, "length": 64, "targets": 32, "pairs": 24},
+        data={"images": 8, "length": 64, "targets": 32, "pool": pool, "slots": 8 * pool, "pairs": 24 * pool},
         optim={"phases": ({"start": 0.0, "warmup": 0, "rules": UPPER_VIT},), "lr": 1e-2},
         train={"batch": 8, "remat": "dots", "loss_chunk": 12, "save_every": 2, "steps": 4} | train,
         mesh=axes | policy,
@@ -52,7 +52,7 @@ def found(cfg):
     trainable, frozen = put(trainable, layout.trained), put(frozen, layout.frozen)
     run = layout.jit(lambda p, f, b: gradients(cfg, phase.graphdef, p, f, b), out_shardings=(layout.trained(trainable), layout.replicated))
     with jax.default_matmul_precision("highest"):
-        return run(trainable, frozen, layout.put_rows(tiny_batch(cfg, 0), range(8), 8))
+        return run(trainable, frozen, layout.put_pools(tiny_batch(cfg, 0), range(cfg.pools), cfg.pools))
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +77,24 @@ def assert_equal_to_alone(cfg, alone):
     """Gradients and sums of a mesh, within rounding."""
     grads, sums = found(cfg)
     assert_sharded(cfg, grads)
-    grads, wanted = nnx.to_flat_state(on_host(grads)), dict(nnx.to_flat_state(alone[0]))
+    assert_equal(grads, sums, alone)
+
+
+@pytest.mark.parametrize("mesh, accumulate", [((1, 2, 2, 2), 1), ((2, 1, 1, 2), 2)])
+def test_rows_in_pools_give_the_gradients_of_rows_alone(mesh, accumulate, alone):
+    """The same documents: pools on a mesh against rows with image slots of their own on one device."""
+    assert_equal(*found(config(mesh, policy=POLICIES[accumulate - 1], pool=2, accumulate=accumulate)), alone[False])
+
+
+def assert_equal(grads, sums, expected):
+    """To 1e-5."""
+    grads, wanted = nnx.to_flat_state(on_host(grads)), dict(nnx.to_flat_state(expected[0]))
     assert {path for path, _ in grads} == wanted.keys()
     for path, leaf in grads:
         # The loss does not depend on a bias of keys: what is found there is rounding, and is measured by the bias of queries.
         measure = wanted[(*path[:-2], "q", "bias")] if path[-2:] == ("k", "bias") else wanted[path]
         assert np.abs(leaf[...] - wanted[path][...]).max() <= 1e-5 * np.abs(measure[...]).max(), path
-    for mine, other in zip(jax.tree.leaves(on_host(sums)), jax.tree.leaves(alone[1]), strict=True):
+    for mine, other in zip(jax.tree.leaves(on_host(sums)), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6 * np.abs(other).max())
 
 
@@ -107,7 +118,7 @@ def test_state_is_sharded_before_and_after_a_step():
     for step in range(2):
         for tree in (state.params, state.groups[0].mu, state.groups[0].nu, phase.frozen):
             assert_sharded(cfg, tree)
-        state, report = phase.update(state, layout.put_rows(tiny_batch(cfg, step), range(8), 8))
+        state, report = phase.update(state, layout.put_pools(tiny_batch(cfg, step), range(8), 8))
     assert report["healthy"] and state.step == 2
 
 
@@ -146,4 +157,4 @@ def trained_on(cfg, workdir, data=lambda cfg, own: TinyData(cfg), on_step=None):
         assert all(restored[name].tobytes() == array.tobytes() for name, array in (saved.frozen | saved.params).items())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_, found=list(layout.mesh.devices.flat): found)
-        train(cfg, workdir, data(cfg, layout.own_rows(cfg.train.batch)), tiny_towers(cfg), on_step=on_step)
+        train(cfg, workdir, data(cfg, layout.own_pools(cfg.pools)), tiny_towers(cfg), on_step=on_step)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
-from evlm_jax.loss import losses
+from evlm_jax.loss import loss_sums, losses
 from evlm_jax.models.attention import attention, text_mask
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.layers import rope_tables
@@ -112,6 +112,31 @@ def test_images_reach_only_their_document_and_what_follows_them(kind):
     assert not by_first[(index < first) | (index >= end)].any()
     assert by_second[second:end].all() and not by_second[(index < second) | (index >= end)].any()
     assert by_other[end:other_end].all() and not by_other[(index < end) | (index >= other_end)].any()
+
+
+def test_a_row_does_not_see_the_images_of_its_pool():
+    cfg = tiny_config(data=dict(pool=2, images=6, slots=9, pairs=24))
+    batch = tiny_batch(cfg, 6)
+    first = int(batch.visible_stop[0].max())
+    assert 0 < first < batch.visible_stop[1].max()
+    model = open_gates(cfg)
+    before = np.asarray(hidden(model, batch))
+    for image in range(cfg.data.slots):
+        touched = (before != np.asarray(hidden(model, repaint(batch, image)))).any(-1)
+        assert not touched[int(image < first)].any()
+        assert touched.any() == (image < batch.visible_stop.max())
+
+
+def test_rows_in_pools_equal_rows_alone():
+    """Loss and gradients of the same documents, of given taps; tests/mesh/devices.py does it from pixels on."""
+    data = dict(pool=2, images=6, slots=9, pairs=24, cache_features=True)
+    cfg = tiny_config(vit=dict(depth=2, taps=(2,)), data=data, train=dict(batch=4))
+    model = open_gates(cfg)
+    sums = jax.jit(jax.value_and_grad(lambda model, batch: loss_sums(model, batch, 2)[0]))
+    (shared, theirs), (alone, ours) = (sums(model, tiny_batch(c, 3)) for c in (cfg, cfg.apart))
+    np.testing.assert_allclose(shared, alone, rtol=1e-5)
+    for mine, other in zip(jax.tree.leaves(theirs), jax.tree.leaves(ours), strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-5 * np.abs(other).max() + 1e-9)
 
 
 def test_one_block_sees_the_visible_range_only():

@@ -26,23 +26,23 @@ def new_model(cfg):
 
 @jax.jit
 def inputs(model, batch):
-    """What each block reads after its norms: text [X, B, T, D] twice, visual tokens [X, B, I, S, V]."""
+    """What each block reads after its norms: text [X, B, T, D] twice, visual tokens [X, C, I, S, V]."""
     observe = lambda block, tap, x: (block.norm(x), block.ffn_norm(x), block.kv_norm(tap))
     return model.observed(batch, model.views(batch), observe)[1]
 
 
-@pytest.mark.parametrize("every", [1, 3])
-def test_norms_centre_what_they_read(every):
-    cfg = tiny_config(xattn={"every": every})
+@pytest.mark.parametrize("every, pool", [(1, 1), (3, 2)])
+def test_norms_centre_what_they_read(every, pool):
+    cfg = tiny_config(xattn={"every": every}, data={"pool": pool, "pairs": 12 * pool})
     batch, model = tiny_batch(cfg, seed=0, rows=2, fill=0.5), new_model(cfg)
     before = inputs(model, batch)
     nnx.update(model, jax.jit(centre_norms)(model, batch))
 
     at = np.arange(2)[:, None].repeat(cfg.data.targets, 1)[batch.targets >= 0], batch.target_at[batch.targets >= 0]
     text = real_tokens(batch) & (batch.media_slot < 0)
-    seen = np.zeros((2, cfg.data.images), bool)
+    seen = np.zeros((2 // pool, cfg.data.slots), bool)
     for b, (start, stop) in enumerate(zip(batch.visible_start, batch.visible_stop)):
-        seen[b, [i for first, last in zip(start, stop) for i in range(first, last)]] = True
+        seen[b // pool, [i for first, last in zip(start, stop) for i in range(first, last)]] = True
     assert not text.all() and not seen.all()
     for old, new in list(zip(map(np.asarray, before), map(np.asarray, inputs(model, batch)))):
         around, spots = (text, at) if old.ndim == 4 else (seen, seen)

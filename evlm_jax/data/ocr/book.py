@@ -12,6 +12,7 @@ from PIL import Image
 from evlm_jax.data import image
 from evlm_jax.data.ocr.dialogs import DIALOGS, dialogs
 from evlm_jax.data.ocr.fonts import faces
+from evlm_jax.data.ocr.layout import LAYOUTS
 from evlm_jax.data.ocr.page import Page, compose, draw
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, literal
 from evlm_jax.data.source import Source
@@ -42,6 +43,7 @@ def open_book(
     role: str = "assistant",
     pictures: str = "photos",
     fonts: str = "",
+    layouts: str = ",".join(LAYOUTS),
 ) -> Book:
     """Pages written with the texts of other sources.
 
@@ -53,6 +55,7 @@ def open_book(
       role: whose turns are written, assistant or user.
       pictures: source of the pictures below the pages; empty for none.
       fonts: files that are used besides the shipped ones, with commas.
+      layouts: kinds of pages, with commas.
     Raises:
       ValueError: an option out of range, no font for the language, a source without text or pictures.
     """
@@ -61,16 +64,19 @@ def open_book(
     }
     if role not in ("assistant", "user"):
         raise ValueError(f"data source {name!r}: role must be assistant or user, not {role!r}")
+    kinds = layouts.split(",")
+    if unknown := [kind for kind in kinds if kind not in LAYOUTS]:
+        raise ValueError(f"data source {name!r}: layouts has {unknown[0]!r}; there are {', '.join(LAYOUTS)}")
     if not path:
         raise ValueError(f"data source {name!r}: name the sources of its text, as in ocr-{language}:emoji-{language}")
     texts = partial(supply, [open_source(unquote(part)) for part in path.split(",")], role)
     backgrounds = open_source(pictures) if pictures else ()
-    given = dict(seed=seed, size=size, characters=characters, role=role, pictures=pictures, fonts=fonts, pages=pages)
+    given = dict(seed=seed, size=size, characters=characters, role=role, pictures=pictures, fonts=fonts, pages=pages, layouts=layouts)
     whole = f"ocr-{language}:{path}?{urlencode(given)}"  # all that a picture depends on
     usable = faces(language, fonts)
 
     def page(number: int) -> Page:
-        return compose((numbers["seed"], number), numbers["size"], language, usable, texts, numbers["characters"], bool(pictures))
+        return compose((numbers["seed"], number), numbers["size"], language, usable, texts, numbers["characters"], bool(pictures), kinds)
 
     def sample(number: int) -> Sample:
         made = page(number)

@@ -11,7 +11,7 @@ Columns are read one after the other, tables row by row: a row is a line.
 
 import bisect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -242,7 +242,7 @@ def table(sheet: Sheet) -> None:
 def sign(sheet: Sheet) -> None:
     """A few large words."""
     rng, (w, h) = sheet.rng, sheet.size
-    margin, px = max(4, w // 20), sheet.px(22, 44)
+    margin, px = max(4, w // 20), min(sheet.px(22, 44), h // 3)  # of a third, so that the first line has room
     y = round(h * rng.uniform(0.05, 0.3))
     for _ in range(rng.integers(1, 4)):
         text, found = sheet.text()
@@ -250,12 +250,13 @@ def sign(sheet: Sheet) -> None:
         px = max(12, round(px * rng.uniform(0.6, 1.0)))
 
 
-LAYOUTS = {article: 0.35, items: 0.2, table: 0.15, dense: 0.15, sign: 0.15}  # and how often
+LAYOUTS = {"article": (article, 0.35), "list": (items, 0.2), "table": (table, 0.15), "dense": (dense, 0.15), "sign": (sign, 0.15)}
 
 
-def lay_out(sheet: Sheet) -> Sheet:
-    """Fills it by one of LAYOUTS. Raises ValueError where no line found a place."""
-    make = list(LAYOUTS)[sheet.rng.choice(len(LAYOUTS), p=list(LAYOUTS.values()))]
+def lay_out(sheet: Sheet, names: Sequence[str]) -> Sheet:
+    """Fills it by one of these LAYOUTS, each as often as stands there. Raises ValueError where no line found a place."""
+    made, often = zip(*(LAYOUTS[name] for name in names))
+    make = made[sheet.rng.choice(len(made), p=np.array(often) / sum(often))]
     make(sheet)
     if not sheet.lines:
         raise ValueError(f"a sheet of {sheet.size[0]} x {sheet.size[1]} pixels has no room for a line: make ?size= larger")

@@ -49,6 +49,7 @@ def compose(
     texts: Callable[..., Iterator[str]],
     characters: int,
     lying: bool,
+    layouts: Sequence[str],
 ) -> Page:
     """The page of a seed.
 
@@ -57,6 +58,7 @@ def compose(
       texts: from a random generator to an endless supply of texts.
       characters: most that are written.
       lying: whether there are pictures to lie on.
+      layouts: names of those that are drawn from.
     """
     rng = np.random.default_rng((*seed, 0))
     shape = np.array([1, rng.uniform(0.7, 1)] if rng.random() < 0.5 else [rng.uniform(0.7, 1), 1])
@@ -69,7 +71,7 @@ def compose(
     sides = np.linalg.norm(quad - np.roll(quad, 1, 0), axis=1)  # left, top, right, bottom
     flat = round((sides[1] + sides[3]) / 2), round((sides[0] + sides[2]) / 2)
     sheet = Sheet(flat, language, faces, texts(rng), rng, characters)
-    return Page((int(whole[0]), int(whole[1])), lay_out(sheet), quad, lies)
+    return Page((int(whole[0]), int(whole[1])), lay_out(sheet, layouts), quad, lies)
 
 
 def homography(size: tuple[int, int], quad: np.ndarray) -> np.ndarray:

@@ -1,43 +1,48 @@
 """`evlm data bench`: how fast a configuration's data are read, packed and decoded, and how full its rows are."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 
-import numpy as np
-
 from evlm_jax.config import DataConfig, EVLMConfig
 from evlm_jax.data import image
 from evlm_jax.data.mixture import tasks
-from evlm_jax.data.pack import Budget, Packer, assemble, fill
+from evlm_jax.data.pack import Budget, Packer, assemble, fill, pool, used
 from evlm_jax.data.samples import RowError
 from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import Document
 
 WINDOWS = (1, 4, 16, 64, 256)
-PADDING = 0.1  # of the image slots: more is worth another data.images
+POOL = 5  # rows that are tried
+PADDING = 0.1  # of the image slots: more is worth another data.slots
 
 
 def rows_of(documents: Sequence[Document], data: DataConfig) -> list[list[Document]]:
-    """Rows of a finite stream but those of the last window, which is not filled up again."""
+    """Rows of a finite stream, in whole pools, but those of the last window, which is not filled up again."""
     packer, rows = Packer(documents, data), []
     while packer.next < len(documents):
-        rows.append([document for _, document in packer.row()])
+        rows += [[document for _, document in row] for row in pool([packer] * data.pool, data)]
     return rows
 
 
 def natural_images(rows: Sequence[Sequence[Document]], data: DataConfig) -> float:
     """Images of a row if all positions were used."""
-    tokens, images, *_ = np.sum([Budget.needed(document) for row in rows for document in row], 0)
+    tokens, images, *_ = used(rows)
     return float(images / tokens * data.length)
 
 
 def line(name: str, documents: Sequence[Document], data: DataConfig) -> str:
     """A line of the table: fill of each budget, rows a second of one core, documents and images a row."""
+    return timed(name, lambda: rows_of(documents, data), data)
+
+
+def timed(name: str, pack: Callable[[], list[list[Document]]], data: DataConfig) -> str:
+    """`line`, of the rows that `pack` makes."""
     begin = time.process_time()
-    rows = rows_of(documents, data)
+    rows = pack()
     rate = len(rows) / (time.process_time() - begin)
     full = fill(rows, data)
     shares = "".join(f"{100 * full[budget]:9.1f}" for budget in Budget._fields)
@@ -49,6 +54,11 @@ def head(title: str) -> str:
     return f"{title:24}" + "".join(f"{name + ' %':>9}" for name in Budget._fields) + f"{'docs/row':>12}{'images*':>10}{'rows/s':>10}"
 
 
+def pools_of(rows: Sequence[Sequence[Document]], data: DataConfig) -> list[Sequence[Sequence[Document]]]:
+    """The rows of each pool."""
+    return [rows[first : first + data.pool] for first in range(0, len(rows), data.pool)]
+
+
 FOOT = "images*: of a row if all its positions were used. Image slots that are not used are padding that the ViT computes."
 
 
@@ -57,11 +67,15 @@ def report(documents: Sequence[Document], data: DataConfig) -> list[str]:
     lines = [head("window"), *(line(str(window), documents, replace(data, window=window)) for window in sorted({*WINDOWS, data.window}))]
     rows = rows_of(documents, data)
     padding, natural = 1 - fill(rows, data)["images"], natural_images(rows, data)
-    lines.append(f"data.images = {data.images}: {100 * padding:.1f}% of the ViT's images are padding")
-    if data.images and padding > PADDING and natural:
-        images = max(int(-(-natural // 1)), max(len(document.refs) for document in documents))
-        if images < data.images:
-            lines.append(line(f"data.images = {images}", documents, replace(data, images=images)) + "   less padding")
+    lines.append(f"data.slots = {data.slots}, of {data.pool} rows: {100 * padding:.1f}% of the ViT's images are padding")
+    if padding > PADDING and natural:
+        most = max(len(document.refs) for document in documents)
+        for rows in sorted({data.pool, POOL}):
+            slots = max(math.ceil(natural * rows), most)
+            if slots < data.slots * rows / data.pool:
+                pairs = max(slots, data.pairs * rows // data.pool)
+                fewer = replace(data, pool=rows, slots=slots, images=slots if rows == 1 else min(data.images, slots), pairs=pairs)
+                lines.append(line(f"data.pool = {rows} slots = {slots}", documents, fewer) + "   less padding")
     return [*lines, FOOT]
 
 
@@ -75,7 +89,7 @@ def bench(cfg: EVLMConfig, tokenizer, count: int) -> str:
         rows = rows_of(documents, cfg.data)
         if not rows:
             raise ValueError(f"{count} documents fill no row beyond the window of {cfg.data.window}: give a greater --documents")
-        _, rate = _tried(lambda row: assemble([row], cfg), rows[:64])
+        _, rate = _tried(lambda rows: assemble(rows, cfg), pools_of(rows, cfg.data)[:64], cfg.data.pool)
         lines.append(rate("rows/s assembled"))
         refs = list(islice((ref for row in rows for document in row for ref in document.refs), 128))
         if refs:
@@ -85,8 +99,8 @@ def bench(cfg: EVLMConfig, tokenizer, count: int) -> str:
     return "\n".join(lines)
 
 
-def _tried(work: Callable, items: Iterable) -> tuple[list, Callable[[str], str]]:
-    """What `work` makes of each, and a line about its speed: how many a second, and what could not be done."""
+def _tried(work: Callable, items: Iterable, size: int = 1) -> tuple[list, Callable[[str], str]]:
+    """What `work` makes of each, and a line about its speed: how many a second, each of `size`, and what could not be done."""
     made, failed, begin = [], Counter(), time.process_time()
     for item in items:
         try:
@@ -95,6 +109,6 @@ def _tried(work: Callable, items: Iterable) -> tuple[list, Callable[[str], str]]
             failed["bad row"] += 1
         except image.ImageError:
             failed["unreadable image"] += 1
-    rate = (len(made) + failed.total()) / (time.process_time() - begin)
+    rate = (len(made) + failed.total()) * size / (time.process_time() - begin)
     lost = "; left out: " + ", ".join(f"{cause} {count}" for cause, count in failed.items()) if failed else ""
     return made, lambda unit: f"{rate:10.0f} {unit}{lost}"

@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     look = add("inspect", "a page that shows rows as the model will see them: pictures, tokens, what is learned, masks")
     look.add_argument("--out", default="inspect.html", help="the page, with everything inside it")
     look.add_argument("--rows", type=int, default=4, help="rows of the first step that are shown")
+    look.add_argument("--picture", help="PNG to write of these rows, without masks")
     count = add("stats", "lengths, pictures and drops of each source")
     count.add_argument("--samples", type=int, default=1000, help="of each source, drawn at random; 0: all")
     speed = add("bench", "how full rows are, by packing window, and how fast data are read, packed and decoded")
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace, overrides: list[str], load_config: Callable) -
     if args.action == "inspect":
         from evlm_jax.data.tools.inspect import inspect
 
-        print(f"wrote {inspect(cfg, tokenizer, args.out, args.rows)}")
+        print(f"wrote {inspect(cfg, tokenizer, args.out, args.rows, args.picture)}")
     elif args.action == "stats":
         from evlm_jax.data.tools.stats import stats
 

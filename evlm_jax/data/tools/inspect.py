@@ -13,56 +13,64 @@ from PIL import Image
 from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
 from evlm_jax.data.mixture import tasks
-from evlm_jax.data.pack import Budget, fill
+from evlm_jax.data.pack import Budget, first_slots, used
 from evlm_jax.data.pipeline import Lane, collate, load_pictures
 from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import Document
+from evlm_jax.data.tools.picture import draw
 
 TEMPLATE = Path(__file__).with_name("inspect.html")
 MASK = 420  # most pixels a side of a mask
-COLOURS = 8  # of images, in turn
+COLOURS = ("#c2410c", "#1d6fb8", "#15803d", "#7c3aed", "#b45309", "#0e7490", "#be185d", "#4d7c0f")  # of images, in turn
 HALF = "\ufffd"  # a token that ends within a character
 
 
-def inspect(cfg: EVLMConfig, tokenizer, out: str, rows: int) -> Path:
-    """Writes the page of the first step's first `rows` rows; its path."""
+def inspect(cfg: EVLMConfig, tokenizer, out: str, rows: int, picture: str | None = None) -> Path:
+    """Writes the page of the first step's first `rows` rows, and of those that share images with them; its path.
+
+    `picture`: a file for a picture of them as well (picture.py).
+    """
     cfg = replace(cfg, data=replace(cfg.data, cache_features=False))  # pictures are to be seen
     made = tasks([open_source(name) for name in cfg.data.sources], tokenizer, cfg)
-    lanes = [Lane(made, cfg, number) for number in range(min(rows, cfg.train.batch))]
-    chosen = [lane.row() for lane in lanes]
+    lanes = [Lane(made, cfg, number) for number in range(min(-(-rows // cfg.data.pool), cfg.pools))]
+    chosen = [row for lane in lanes for row in lane.rows()]
     batch, damaged = collate(chosen, cfg, load_pictures(chosen, cfg, None))
     drops = [drop.message for lane in lanes for drop in lane.drops()] + [drop.message for drop in damaged]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    shown = [row(batch, b, *packed, tokenizer, cfg) for b, packed in enumerate(zip(chosen, first_slots(chosen, cfg.data)))]
     page = environment.from_string(TEMPLATE.read_text("utf-8")).render(
         title=cfg.name,
+        colours=COLOURS,
         sources=list(zip(cfg.data.sources, cfg.data.weights)),
-        rows=[row(batch, b, documents, tokenizer, cfg) for b, documents in enumerate(chosen)],
+        rows=shown,
         drops=drops,
     )
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, "utf-8")
+    if picture:
+        draw(shown, COLOURS).quantize(256).save(picture, optimize=True)
     return path
 
 
-def row(batch: Batch, b: int, documents: Sequence[Document], tokenizer, cfg: EVLMConfig) -> dict:
-    """What the page shows of a row: fill, documents, masks."""
-    used = sum(len(document.tokens) for document in documents)
-    budgets = zip(Budget._fields, Budget.of(cfg.data), fill([documents], cfg.data).values())
+def row(batch: Batch, b: int, documents: Sequence[Document], slot: int, tokenizer, cfg: EVLMConfig) -> dict:
+    """What the page shows of a row, whose first image slot is `slot`: fill, documents, masks."""
+    needed = used([documents]).tolist()
+    tokens = needed[0]
     return {
-        "fill": [(name, round(share * room), room, f"{100 * share:.0f}%") for name, room, share in budgets],
-        "documents": list(_documents(batch, b, documents, tokenizer)),
-        "text_mask": _png(sees_text(batch, b)[:used, :used]),
-        "image_mask": _png(sees_images(batch, b, cfg.data.images)[:used]),
+        "fill": [(name, n, room, f"{100 * n / max(room, 1):.0f}%") for name, n, room in zip(Budget._fields, needed, Budget.of(cfg.data))],
+        "documents": list(_documents(batch, b, documents, slot, tokenizer)),
+        "text_mask": _png(sees_text(batch, b)[:tokens, :tokens]),
+        "image_mask": _png(sees_images(batch, b, cfg.data.slots)[:tokens]),
     }
 
 
-def _documents(batch: Batch, b: int, documents: Sequence[Document], tokenizer) -> Iterator[dict]:
+def _documents(batch: Batch, b: int, documents: Sequence[Document], slot: int, tokenizer) -> Iterator[dict]:
     """Key, pictures and tokens of each document, as they stand in the batch."""
-    token = slot = 0
+    token, pixels = 0, batch.pixels[b * len(batch.pixels) // len(batch.tokens)]
     for document in documents:
         here = range(token, token + len(document.tokens))
-        pictures = [{"number": i, "colour": i % COLOURS, "data": _png(batch.pixels[b, i])} for i in range(slot, slot + len(document.refs))]
+        pictures = [{"number": i, "colour": i % len(COLOURS), "data": _png(pixels[i])} for i in range(slot, slot + len(document.refs))]
         yield {"name": f"{document.source}/{document.key}", "pictures": pictures, "tokens": spelled(batch, b, here, tokenizer)}
         token, slot = here.stop, slot + len(document.refs)
 
@@ -84,14 +92,15 @@ def spelled(batch: Batch, b: int, here: range, tokenizer) -> list[dict]:
         ids, see = [int(batch.tokens[b, q])], (int(batch.visible_start[b, q]), int(batch.visible_stop[b, q]))
         media = batch.media_slot[b, q] >= 0
         kind = "media" if media else "learned" if path and ids[0] in targets.get(path[-1], ()) else "given"
-        joins = last is not None and (last["kind"], last["see"]) == (kind, see) and q - 1 in path
-        if joins and (media or HALF in last["text"]):
+        follows = last is not None and (last["kind"], last["see"]) == (kind, see) and q - 1 in path
+        joins = follows and (media or HALF in last["text"])
+        if joins:
             ids, shown = last["ids"] + ids, shown[:-1]
         text = f"image {see[0]}" if media else tokenizer.decode(ids, skip_special=False)
         predicts = [tokenizer.decode([target], skip_special=False) for target in dict.fromkeys(targets.get(q, ()))]
-        branch = not joins and bool(shown) and (q - 1 not in path)
+        branch = last["branch"] if joins else bool(shown) and q - 1 not in path
         last = {"text": text, "kind": kind, "see": see, "ids": ids, "predicts": predicts, "branch": branch}
-        last |= {"index": q, "position": int(batch.positions[b, q]), "until": int(batch.seen_until[b, q]), "colour": see[0] % COLOURS}
+        last |= {"index": q, "position": int(batch.positions[b, q]), "until": int(batch.seen_until[b, q]), "colour": see[0] % len(COLOURS)}
         shown.append(last)
         path.append(q)
     for token in shown:
@@ -110,14 +119,17 @@ def sees_text(batch: Batch, b: int) -> np.ndarray:
 
 
 def sees_images(batch: Batch, b: int, images: int) -> np.ndarray:
-    """bool [T, I]: token (down) sees image (right), by the (tile, image) pairs that cross-attention computes; False without it."""
-    sees = np.zeros((batch.tokens.shape[1] + 1, images), bool)
+    """bool [T, I]: token (down) of row b sees image of its pool (right), by the (tile, image) pairs that cross-attention computes; False
+    without it."""
+    length = batch.tokens.shape[1]
     if batch.pair_tile is None:
-        return sees[:-1]
-    real = batch.pair_tile[b] < batch.tile_tokens.shape[1]
-    for tile, slot in zip(batch.pair_tile[b][real], batch.pair_image[b][real]):
-        sees[batch.tile_tokens[b, tile], slot] = True
-    return sees[:-1]
+        return np.zeros((length, images), bool)
+    c, place = divmod(b, len(batch.tokens) // len(batch.pair_tile))
+    sees = np.zeros((batch.token_tile.shape[1] + 1, images), bool)
+    real = batch.pair_tile[c] < batch.tile_tokens.shape[1]
+    for tile, slot in zip(batch.pair_tile[c][real], batch.pair_image[c][real]):
+        sees[batch.tile_tokens[c, tile], slot] = True
+    return sees[place * length : (place + 1) * length]
 
 
 def _png(array: np.ndarray) -> str:

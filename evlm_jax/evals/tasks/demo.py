@@ -58,5 +58,5 @@ TASKS = (
     choose("easy-vqa"),
     choose("easy-vqa-choice", candidates=lambda _: list(ANSWERS)),
     caption("emoji", read=partial(read, source="emoji-en-test", captions=True)),
-    caption("photos", read=partial(read, source="photos", captions=True, ask=NAME["en"])),
+    caption("photos", read=partial(read, source="photos-test", captions=True, ask=NAME["en"])),
 )

@@ -1,0 +1,65 @@
+"""docs/results.md from the saved runs: `python -m benchmarks.results`. No number in it is typed by hand.
+
+evlm ablate --variants ... --out runs/ablate && cp runs/ablate/results.json docs/results/ablations.json
+"""
+
+from pathlib import Path
+
+from evlm_jax.ablate.claims import FAILS, HOLDS, UNDECIDED, UNJUDGED, judge, obstacles
+from evlm_jax.ablate.collect import BUDGETS, cells, header, rows, variants
+from evlm_jax.ablate.job import BASE
+from evlm_jax.ablate.page import about, described, judgement_cells
+from evlm_jax.evals import results
+
+SAVED, PAGE = Path("docs/results/ablations.json"), Path("docs/results.md")
+HEAD = f"""# What holds of the paper's claims, at the size of two CPU cores
+
+Written by `python -m benchmarks.results` from [results/ablations.json](results/ablations.json), which holds every run: per question
+whether it was right, so that every interval can be computed again. The runs are made by
+
+```sh
+{{command}}
+```
+
+{{about}}
+
+A claim says that one variant beats another. It {HOLDS} where the 95% interval of the difference lies above 0, {FAILS} where it lies
+below, and is {UNDECIDED} in between. Intervals are of a bootstrap over images and seeds; the seeds' part is widened to Student's t, because
+there are few ([evals/statistics.py](../evlm_jax/evals/statistics.py)). p is of the paired t-test over seeds. Of several rivals the best by
+the same numbers is taken, which favours it. What the variants are: [ablations.md](ablations.md). The models are small, the questions
+synthetic: a claim that {HOLDS} here is no proof at 14 billion parameters, and neither is its opposite.
+"""
+COLUMNS = ["claim", "compared", "budget", "measure", "difference", "seeds", "verdict"]
+
+
+def page(found: dict) -> str:
+    """The page of `evlm_jax.ablate.collect.collect`'s dict."""
+    settings, judged = found["settings"], list(judge(found))
+    names = ",".join(name for name in variants(found) if name != BASE)
+    seeds = 1 + max(run["seed"] for run in found["runs"])
+    test = "" if settings["limit"] is None else f" --test {settings['limit']}"
+    command = f"evlm ablate --variants {names} --seeds {seeds} --questions {settings['questions']}{test} --out runs/ablate"
+    parts = [HEAD.format(command=command, about=about(found)), "## Claims", ""]
+    if reasons := obstacles(found):
+        parts += [f"**No claim is judged: {'; '.join(reasons)}.**", ""]
+    parts += [_table(COLUMNS, map(judgement_cells, judged)), ""]
+    counts = {verdict: sum(j.verdict == verdict for j in judged) for verdict in (HOLDS, FAILS, UNDECIDED, UNJUDGED)}
+    parts += ["Of these rows: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count) + ".", ""]
+    for budget, title in BUDGETS.items():
+        parts += [f"## At {title}", "", _table(header(), map(cells, rows(found, budget))), ""]
+    changed = [(row.variant, described(row.changes)) for row in rows(found, next(iter(BUDGETS)))]
+    return "\n".join([*parts, "## Variants", "", _table(["variant", "changes"], changed), ""])
+
+
+def _table(names: list[str], lines) -> str:
+    row = lambda line: "| " + " | ".join(line) + " |"
+    return "\n".join([row(names), "|" + " --- |" * len(names), *map(row, lines)])
+
+
+def main() -> None:
+    """Writes the page."""
+    PAGE.write_text(page(results.load(SAVED)), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

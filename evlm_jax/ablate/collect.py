@@ -1,0 +1,149 @@
+"""Finished runs as one dict that JSON holds, and what it says of a variant: mean, deviation, and the difference from another one.
+
+{"settings": {...}, "clusters": {task: [questions of each image]}, "runs": [result.json of each run, clusters left out]}
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from evlm_jax.ablate.budget import FLOPS, QUESTIONS
+from evlm_jax.ablate.job import BASE, CAPTION, CHOICE, unpack
+from evlm_jax.evals import results
+from evlm_jax.evals.score import columns
+from evlm_jax.evals.statistics import crossed_interval, paired_p
+
+BUDGETS = {QUESTIONS: "equal questions seen", FLOPS: "equal training FLOPs"}
+
+
+class Measure(NamedTuple):
+    """What is compared."""
+
+    key: str  # in "measured"
+    name: str  # for people
+    sign: int  # +1: more is better
+
+
+ACCURACY = Measure(f"{CHOICE}/accuracy", "easy-vqa test, %", 1)
+MEASURES = (
+    ACCURACY,
+    Measure(f"{CAPTION}/loss", "unseen emoji, nats a name", -1),
+    Measure(f"{CAPTION}/CIDEr (words)", "unseen emoji, CIDEr", 1),
+)
+
+
+class Difference(NamedTuple):
+    """Of two variants, over the seeds that both have."""
+
+    mean: float
+    low: float  # 95%, over seeds and questions
+    high: float
+    p: float | None  # of the paired test over seeds
+    seeds: int
+
+
+class Row(NamedTuple):
+    """A variant at a budget; means over its seeds."""
+
+    variant: str
+    changes: dict
+    trained: int
+    steps: float
+    questions: float
+    flops: float
+    step_seconds: float
+    peak_bytes: float
+    loss: float
+    means: dict[str, list[float]]  # by measure: of each seed
+    against: dict[str, Difference | None]  # by measure: this less the base; None for the base itself
+
+
+def collect(files: Sequence[Path]) -> dict:
+    """Joins result.json files. Raises ValueError naming the file whose settings or questions are not those of the first."""
+    runs = [results.load(file) for file in files]
+    if not runs:
+        raise ValueError("ablate: no run is finished")
+    joined = {"settings": runs[0]["settings"], "clusters": next(iter(runs[0]["readings"].values()))["clusters"], "runs": runs}
+    for file, run in zip(files, runs):
+        clusters = [reading.pop("clusters") for reading in run["readings"].values()]
+        settings = run.pop("settings")
+        if wrong := [name for name, value in joined["settings"].items() if settings[name] != value]:
+            raise ValueError(f"{file}: its {', '.join(wrong)} differ from those of {files[0]}; give another --out, or remove one of them")
+        if any(found != joined["clusters"] for found in clusters):
+            raise ValueError(f"{file}: its test questions are not those of {files[0]}; remove one of them")
+    return joined
+
+
+def variants(found: dict) -> list[str]:
+    """Names, in the order of their first runs."""
+    return list(dict.fromkeys(run["variant"] for run in found["runs"]))
+
+
+def reading(run: dict, budget: str) -> dict:
+    """What was read of a run at a budget."""
+    return run["readings"][str(run["budgets"][budget]["step"])]
+
+
+def values(found: dict, variant: str, budget: str, measure: Measure) -> dict[int, np.ndarray]:
+    """{seed: a value for each question}."""
+    count = sum(found["clusters"][measure.key.partition("/")[0]])
+    runs = [run for run in found["runs"] if run["variant"] == variant]
+    return {run["seed"]: unpack(reading(run, budget)["measured"][measure.key], count) for run in runs}
+
+
+def difference(found: dict, variant: str, other: str, budget: str, measure: Measure) -> Difference | None:
+    """`variant` less `other`, paired by seed and question; None without a common seed."""
+    a, b = (values(found, name, budget, measure) for name in (variant, other))
+    if not (common := [seed for seed in a if seed in b]):
+        return None
+    apart = np.stack([a[seed] - b[seed] for seed in common])
+    low, high = crossed_interval(apart, found["clusters"][measure.key.partition("/")[0]])
+    return Difference(float(apart.mean()), low, high, paired_p(apart.mean(1)), len(common))
+
+
+def rows(found: dict, budget: str) -> list[Row]:
+    """A row a variant, the base first."""
+    return [_row(found, variant, budget) for variant in sorted(variants(found), key=lambda name: name != BASE)]
+
+
+def _row(found: dict, variant: str, budget: str) -> Row:
+    runs = [run for run in found["runs"] if run["variant"] == variant]
+    at = lambda name: float(np.mean([run["budgets"][budget][name] for run in runs]))
+    mean = lambda name, of=np.mean: float(of([reading(run, budget)[name] for run in runs]))
+    means = {m.key: [float(v.mean()) for v in values(found, variant, budget, m).values()] for m in MEASURES}
+    against = {m.key: None if variant == BASE else difference(found, variant, BASE, budget, m) for m in MEASURES}
+    facts = at("step"), at("questions"), at("flops"), mean("step_seconds"), mean("peak_bytes", np.max), mean("loss")
+    return Row(variant, runs[0]["changes"], runs[0]["trained"], *facts, means, against)
+
+
+HEADER = "variant,trained,steps,questions,FLOPs,s/step,peak,loss".split(",")
+
+
+def header() -> list[str]:
+    """Of `cells`."""
+    return HEADER + [name for measure in MEASURES for name in (measure.name, "less base", "p")]
+
+
+def cells(row: Row) -> list[str]:
+    """A row as text, for every table."""
+    facts = [row.variant, f"{row.trained / 1e6:.2f} M", f"{row.steps:.0f}", f"{row.questions:,.0f}", f"{row.flops:.3g}"]
+    facts += [f"{row.step_seconds:.2f}", f"{row.peak_bytes / 2**30:.2f} GiB", f"{row.loss:.3f}"]
+    return facts + [text for measure in MEASURES for text in _measured(row, measure)]
+
+
+def _measured(row: Row, measure: Measure) -> tuple[str, str, str]:
+    means, apart = row.means[measure.key], row.against[measure.key]
+    spread = f" ± {np.std(means, ddof=1):.2f}" if len(means) > 1 else ""
+    return f"{np.mean(means):.2f}{spread}", interval(apart), "" if apart is None or apart.p is None else f"{apart.p:.2g}"
+
+
+def interval(apart: Difference | None) -> str:
+    """A difference as text."""
+    return "" if apart is None else f"{apart.mean:+.2f} [{apart.low:+.2f}, {apart.high:+.2f}]"
+
+
+def table(found: dict) -> str:
+    """All rows at both budgets, as text."""
+    return "\n\n".join(f"{title}\n{columns([header(), *map(cells, rows(found, budget))])}" for budget, title in BUDGETS.items())

@@ -1,0 +1,56 @@
+"""A model's weights laid out for decoding (ops/packed.py)."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from evlm_jax.models.evlm import EVLM
+from evlm_jax.models.layers import Linear
+from evlm_jax.models.moe import Experts, PackedExperts
+from evlm_jax.ops.packed import Packed, pack, pack_head
+
+
+class Weights(NamedTuple):
+    """What decoding reads of a model; the layers stay stacked."""
+
+    embed: jax.Array  # [vocab, D]
+    media: jax.Array | None  # [media tokens, D]; None where patches stand in their place
+    bridge: nnx.Module | None  # bridge.py, not packed: it runs once an image, as in training
+    layers: nnx.Module  # llm.Block
+    crosses: nnx.Module | None  # xattn.Block; None without cross-attention
+    ln_f: nnx.Module
+    head: Packed
+
+    @classmethod
+    def of(cls, model: EVLM, dtype: str) -> "Weights":
+        """Of a model, with matrices of `dtype`."""
+        llm = model.llm
+        head = llm.embed[...].T if llm.head is None else llm.head.kernel[...]
+        layers, crosses = _pack(llm.layers, dtype), _pack(model.xattn, dtype)
+        media = None if model.media is None else model.media.embedding[...]
+        return cls(llm.embed[...].astype(dtype), media, model.bridge, layers, crosses, llm.ln_f, pack_head(head, dtype))
+
+
+def _pack(stack: nnx.Module, dtype: str) -> nnx.Module:
+    """A stack of blocks with a Packed in place of each Linear, and PackedExperts in place of Experts."""
+
+    def convert(leaf):
+        if isinstance(leaf, Experts):
+            return PackedExperts.of(leaf, dtype)
+        if not isinstance(leaf, Linear):
+            return leaf
+        return Packed(pack(leaf.kernel[...], dtype), None if leaf.bias is None else leaf.bias[...])
+
+    return jax.tree.map(convert, stack, is_leaf=lambda leaf: isinstance(leaf, (Linear, Experts)))
+
+
+def block(stack: nnx.Module, layer: jax.Array | int) -> nnx.Module:
+    """One block of a stack; what is packed reads its weights where they lie."""
+    packed = lambda leaf: isinstance(leaf, (Packed, PackedExperts))
+
+    def pick(leaf):
+        return dataclasses.replace(leaf, layer=layer) if packed(leaf) else leaf[layer]
+
+    return jax.tree.map(pick, stack, is_leaf=packed)

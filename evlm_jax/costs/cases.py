@@ -52,7 +52,14 @@ def counterparts(cfg: EVLMConfig) -> dict[str, EVLMConfig]:
 def case(cfg: EVLMConfig, frames: int, text: int, rows: int = 1) -> EVLMConfig:
     """`cfg` on one device with `rows` rows of one video each, encoded before; in training all text is supervised, and towers are frozen."""
     media = cfg.media.tokens
-    sizes = {"length": frames * media + text, "images": frames, "pairs": _pairs(media, frames, text, cfg.tile), "targets": text}
+    sizes = {
+        "length": frames * media + text,
+        "images": frames,
+        "slots": frames,
+        "pool": 1,
+        "pairs": _pairs(media, frames, text, cfg.tile),
+        "targets": text,
+    }
     return replace(
         cfg,
         data=replace(cfg.data, **sizes, cache_features=True),

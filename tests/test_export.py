@@ -166,7 +166,7 @@ def logits(graphdef, state, batch: Batch) -> jax.Array:
         length = jnp.array(batch.tokens.shape[1:])
         grouped = Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
         first, last = batch.visible_start[:, -1], batch.visible_stop[:, -1]
-        prompt = Prompt(batch.tokens, batch.media_slot, length, grouped, jnp.arange(3)[None], first, last - first)
+        prompt = Prompt(batch.tokens, batch.media_slot, length, batch.visible_start, grouped, jnp.arange(3)[None], first, last - first)
         weights, taps = Weights.of(model, "float32"), model.encode(batch.pixels)[0]
         return read_prompts(model.cfg, weights, prompt, taps, jax.random.split(jax.random.key(0), 1), len(batch.tokens[0]), 3)[0][:, None]
 

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
-from scipy import stats
 
 DRAWS = 4000  # of a bootstrap
 
@@ -43,6 +42,8 @@ def paired_p(differences: Sequence[float]) -> float | None:
         return None
     if not np.ptp(differences):
         return 0.0 if np.any(differences) else 1.0
+    from scipy import stats  # a second of every command's start, and few compare runs
+
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
@@ -65,6 +66,8 @@ def crossed_interval(values: np.ndarray, sizes: Sequence[int], level: float = 0.
     weights, of_seed = _multinomial(len(sizes)), values.mean(1)
     draws = (weights @ sums) / (weights @ np.asarray(sizes, np.float64))
     if seeds > 1:
+        from scipy import stats
+
         tail = (1 + level) / 2
         stretch = math.sqrt(seeds / (seeds - 1)) * stats.t.ppf(tail, seeds - 1) / stats.norm.ppf(tail)
         drawn = of_seed[np.random.default_rng(1).integers(seeds, size=(DRAWS, seeds))].mean(1)

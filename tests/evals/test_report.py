@@ -122,7 +122,8 @@ def test_greedy_column_is_empty_where_the_type_was_not_drawn(saved):
 
 def test_a_source_that_a_short_run_did_not_meet_has_no_curve(tmp_path):
     cfg = tiny_config()
-    line = {"step": 1, "loss": 2.0, "loss/vqa": 2.0} | {
+    gates = {f"xattn/{layer}/{kind}_gate": 0.1 for layer in cfg.cross_layers for kind in ("attn", "ffn")}
+    line = {"step": 1, "loss": 2.0, "loss/vqa": 2.0} | gates
         f"xattn/{layer}/{kind}_gate": 0.1 for layer in cfg.cross_layers for kind in ("attn", "ffn")
     }
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")

@@ -124,8 +124,6 @@ def test_a_source_that_a_short_run_did_not_meet_has_no_curve(tmp_path):
     cfg = tiny_config()
     gates = {f"xattn/{layer}/{kind}_gate": 0.1 for layer in cfg.cross_layers for kind in ("attn", "ffn")}
     line = {"step": 1, "loss": 2.0, "loss/vqa": 2.0} | gates
-        f"xattn/{layer}/{kind}_gate": 0.1 for layer in cfg.cross_layers for kind in ("attn", "ffn")
-    }
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     assert cfg.data.sources == ("vqa", "caption")
     assert report.training_sections(tmp_path / "metrics.jsonl", cfg)["losses"] == {"vqa": {"step": [1], "loss": [2.0]}}

@@ -2,8 +2,11 @@
 
 Photographs as JPEGs of 640 x 480 with captions, in four tars; the batch has their pixels and their packed tokens (ours), or their pixels
 and texts (webdataset). Both use every core; rounds alternate and the best counts. Other programs share the machine: read the ratios.
+
+`--memory 100000` reads so many samples instead, and prints the process's memory ten times on the way.
 """
 
+import argparse
 import io
 import os
 import tempfile
@@ -99,11 +102,28 @@ def speed(made: Iterator[int]) -> float:
     return count / seconds
 
 
+def memory(folder: Path, samples: int) -> None:
+    """Prints the resident memory, in MB, after each tenth of the samples."""
+    count, told, resident = 0, 0, lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    for images in ours(folder, 224, True):
+        count += images
+        if count >= (told + 1) * samples / 10:
+            told += 1
+            print(f"{count:8,} samples  {resident():6.0f} MB", flush=True)
+        if told == 10:
+            return
+
+
 def main() -> None:
-    """Prints one line a way and size."""
+    """Prints one line a way and size, or memory."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", type=int, metavar="SAMPLES")
+    samples = parser.parse_args().memory
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_tars(folder)
+        if samples:
+            return memory(folder, samples)
         for size in (224, 448):
             ways: dict[str, Callable[[], Iterator[int]]] = {
                 "webdataset + Pillow + DataLoader": lambda size=size: theirs(folder, size),

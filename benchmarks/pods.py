@@ -104,7 +104,10 @@ def plan(words: list[str]) -> dict:
             done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, preexec_fn=lambda: os.nice(10))
         except subprocess.TimeoutExpired:
             return {"fits": None, "says": f"no end within {LIMIT} s"}
-        return json.loads(out.read_text()) if out.exists() else {"fits": None, "says": done.stderr.strip().splitlines()[-1]}
+        if not out.exists():
+            return {"fits": None, "says": done.stderr.strip().splitlines()[-1]}
+        report = json.loads(out.read_text())
+        return report | {"says": report["says"] and report["says"].splitlines()[0]}  # behind the first line the compiler lists buffers
 
 
 def known() -> dict[str, dict]:

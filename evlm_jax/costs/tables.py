@@ -216,14 +216,17 @@ def intervals(found: list[list[int]]) -> str:
 
 
 def mib(size: float) -> str:
+    """Bytes as MiB."""
     return f"{size / MIB:,.1f}"
 
 
 def gib(size: float) -> str:
+    """Bytes as GiB."""
     return f"{size / GIB:,.3f}"
 
 
 def tera(count: float) -> str:
+    """A count as so many 10^12."""
     return f"{count / 1e12:,.3g}" if count < 1e15 else f"{count / 1e12:,.0f}"
 
 

@@ -96,12 +96,12 @@ def _base() -> ConfigDict:
     config.clean.update(similarity=0.0, web_similarity=0.0)
     config.optim.update(lr=1e-3, min_lr=1e-3, warmup=10, b1=0.9, b2=0.95, weight_decay=0.05, clip=1.0, phases=rules())
     config.train.update(
-        steps=240,  # about 24,000 questions
+        steps=180,  # about 20,000 questions
         batch=4,
         dtype="float32",
         frozen_dtype="float32",
         matmul_precision="bfloat16",
-        remat="full",
+        remat="dots",
         loss_chunk=0,
         save_every=100,
         keep=2,

@@ -11,7 +11,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--config", default="experiments/ablations.py", help="FILE.py whose get_config takes a variant; fields as elsewhere"
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of a variant")
-    parser.add_argument("--questions", type=int, default=24_000, help="that a run sees; the other budget is what the base costs for them")
+    parser.add_argument("--questions", type=int, default=20_000, help="that a run sees; the other budget is what the base costs for them")
     parser.add_argument("--test", type=int, help="questions of the official test that are asked; all where left out")
     parser.add_argument("--out", required=True, type=Path, help="runs, results.json and report.html; what is there is not done again")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the cores")

@@ -7,7 +7,8 @@
 
 Unusual: two forms, chosen once and said. Where tokamax is installed and the backend has its kernels, those; else a loop over each
 expert's own tiles, which reads a kernel once, computes no tile that is not filled, picks its tokens and adds to them tile by tile,
-so that no array [R, D] is ever stored, and adds up the gradient of a kernel in place. No form multiplies all tokens by all experts,
+so that no array [R, D] is ever stored. Backward, one loop makes both gradients: a tile's tokens are picked once, its two products
+run side by side, and the gradient of a kernel is added up in place. No form multiplies all tokens by all experts,
 as XLA's own ragged_dot does on CPU. Letters: N tokens, R rows of all tiles, A choices, k a token.
 """
 
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from evlm_jax.ops.product import operand_dtype, product
 from evlm_jax.sharding import platform
 
-STRIDES = (16, 4, 1)  # tiles that are multiplied together where an expert has so many
+STRIDES = (16, 8, 4, 2, 1)  # tiles that are multiplied together where an expert has so many
 
 
 class Groups(NamedTuple):
@@ -104,65 +105,71 @@ def combine_matmul(y: jax.Array, kernels: jax.Array, groups: Groups, tokens: int
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _dispatch(x: jax.Array, kernels: jax.Array, groups: Groups, tile: int, dtype: jnp.dtype) -> jax.Array:
-    return _to_rows("nd,df->nf", x, kernels, groups, tile, dtype)
+    if ragged := _tokamax(platform()):
+        rows = dispatch(x.astype(dtype), groups, len(x))
+        return ragged(rows, kernels.astype(dtype), groups.sizes(tile)).astype(x.dtype)
+    apply = lambda token, kernel: product("nd,df->nf", _take(x, token), kernel, dtype).astype(x.dtype)
+    return map_tiles(apply, groups.token(len(x)), kernels, groups.first, tile)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _combine(y: jax.Array, kernels: jax.Array, groups: Groups, tokens: int, tile: int, dtype: jnp.dtype) -> jax.Array:
-    return _to_tokens("nf,fd->nd", y, kernels, groups, tokens, tile, dtype)
+    if ragged := _tokamax(platform()):
+        return combine(ragged(y.astype(dtype), kernels.astype(dtype), groups.sizes(tile)), groups, tokens).astype(y.dtype)
+    token = groups.token(tokens)
+
+    def step(at, rows, kernel, out):
+        here, mine = _rows(at, rows, token, y)
+        return out.at[here].add(product("nf,fd->nd", mine, kernel, dtype), mode="drop")
+
+    return _tiles(step, jnp.zeros((tokens, kernels.shape[2]), jnp.float32), kernels, groups.first, tile, len(y)).astype(y.dtype)
 
 
 def _dispatch_backward(tile: int, dtype: jnp.dtype, saved: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x, kernels, groups = saved
-    of_kernels = _sum_by_expert(g, x, groups, tile, dtype).swapaxes(1, 2)
-    return _to_tokens("nf,df->nd", g, kernels, groups, len(x), tile, dtype).astype(x.dtype), of_kernels.astype(kernels.dtype), None
+    if ragged := _tokamax(platform()):
+        rows, g, sizes = dispatch(x.astype(dtype), groups, len(x)), g.astype(dtype), groups.sizes(tile)
+        of_x = combine(ragged(g, kernels.swapaxes(1, 2).astype(dtype), sizes), groups, len(x))
+        return of_x.astype(x.dtype), ragged(rows, g, sizes).astype(kernels.dtype), None
+    token = groups.token(len(x))
+
+    def step(at, rows, expert, carry):
+        (here, mine), (number, kernel), (of_x, of_kernels) = _rows(at, rows, token, g), expert, carry
+        of_x = of_x.at[here].add(product("nf,df->nd", mine, kernel, dtype), mode="drop")
+        # twice as fast on CPU as [D, F]
+        return of_x, of_kernels.at[number].add(product("nf,nd->fd", mine, _take(x, here), dtype))
+
+    zeros = jnp.zeros(x.shape, jnp.float32), jnp.zeros(kernels.swapaxes(1, 2).shape, jnp.float32)
+    of_x, of_kernels = _tiles(step, zeros, (jnp.arange(len(kernels)), kernels), groups.first, tile, len(g))
+    return of_x.astype(x.dtype), of_kernels.swapaxes(1, 2).astype(kernels.dtype), None
 
 
 def _combine_backward(tokens: int, tile: int, dtype: jnp.dtype, saved: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     y, kernels, groups = saved
-    of_kernels = _sum_by_expert(y, g, groups, tile, dtype)
-    return _to_rows("nd,fd->nf", g, kernels, groups, tile, dtype).astype(y.dtype), of_kernels.astype(kernels.dtype), None
+    if ragged := _tokamax(platform()):
+        rows, sizes = dispatch(g.astype(dtype), groups, tokens), groups.sizes(tile)
+        of_y = ragged(rows, kernels.swapaxes(1, 2).astype(dtype), sizes)
+        return of_y.astype(y.dtype), ragged(y.astype(dtype), rows, sizes).astype(kernels.dtype), None
+    token = groups.token(tokens)
+
+    def step(at, rows, expert, carry):
+        (here, mine), (number, kernel), (of_y, of_kernels) = _rows(at, rows, token, y), expert, carry
+        picked = _take(g, here)
+        of_y = jax.lax.dynamic_update_slice_in_dim(of_y, product("nd,fd->nf", picked, kernel, dtype).astype(y.dtype), at, 0)
+        return of_y, of_kernels.at[number].add(product("nf,nd->fd", mine, picked, dtype))
+
+    zeros = jnp.zeros_like(y), jnp.zeros(kernels.shape, jnp.float32)
+    of_y, of_kernels = _tiles(step, zeros, (jnp.arange(len(kernels)), kernels), groups.first, tile, len(y))
+    return of_y, of_kernels.astype(kernels.dtype), None
 
 
 _dispatch.defvjp(lambda x, kernels, groups, *static: (_dispatch(x, kernels, groups, *static), (x, kernels, groups)), _dispatch_backward)
 _combine.defvjp(lambda y, kernels, groups, *static: (_combine(y, kernels, groups, *static), (y, kernels, groups)), _combine_backward)
 
 
-def _to_rows(spec: str, x: jax.Array, kernels: jax.Array, groups: Groups, tile: int, dtype: jnp.dtype) -> jax.Array:
-    """x [N, D] -> [R, F]; spec: the product of rows [n, D] with one kernel."""
-    if kernel := _tokamax(platform()):
-        kernels = kernels if spec == "nd,df->nf" else kernels.swapaxes(1, 2)
-        return kernel(dispatch(x.astype(dtype), groups, len(x)), kernels.astype(dtype), groups.sizes(tile)).astype(x.dtype)
-    apply = lambda token, kernel: product(spec, _take(x, token), kernel, dtype).astype(x.dtype)
-    return map_tiles(apply, groups.token(len(x)), kernels, groups.first, tile)
-
-
-def _to_tokens(spec: str, y: jax.Array, kernels: jax.Array, groups: Groups, tokens: int, tile: int, dtype: jnp.dtype) -> jax.Array:
-    """y [R, F] -> [tokens, D]; spec: the product of rows [n, F] with one kernel."""
-    if kernel := _tokamax(platform()):
-        kernels = kernels if spec == "nf,fd->nd" else kernels.swapaxes(1, 2)
-        return combine(kernel(y.astype(dtype), kernels.astype(dtype), groups.sizes(tile)), groups, tokens).astype(y.dtype)
-
-    def step(at, rows, kernel, out):
-        mine = jax.lax.dynamic_slice_in_dim(y, at, rows)
-        token = jax.lax.dynamic_slice_in_dim(groups.token(tokens), at, rows)
-        return out.at[token].add(product(spec, mine, kernel, dtype), mode="drop")
-
-    width = kernels.shape[2] if spec == "nf,fd->nd" else kernels.shape[1]
-    return _tiles(step, jnp.zeros((tokens, width), jnp.float32), kernels, groups.first, tile, len(y)).astype(y.dtype)
-
-
-def _sum_by_expert(y: jax.Array, x: jax.Array, groups: Groups, tile: int, dtype: jnp.dtype) -> jax.Array:
-    """y [R, F], x [N, D] -> float32 [E, F, D], the sum of outer products over the rows of each expert."""
-    if kernel := _tokamax(platform()):
-        return kernel(y.astype(dtype), dispatch(x.astype(dtype), groups, len(x)), groups.sizes(tile))
-
-    def step(at, rows, expert, out):
-        mine, token = (jax.lax.dynamic_slice_in_dim(array, at, rows) for array in (y, groups.token(len(x))))
-        return out.at[expert].add(product("nf,nd->fd", mine, _take(x, token), dtype))  # twice as fast on CPU as [D, F]
-
-    experts = len(groups.first) - 1
-    return _tiles(step, jnp.zeros((experts, y.shape[1], x.shape[1]), jnp.float32), jnp.arange(experts), groups.first, tile, len(y))
+def _rows(at: jax.Array, rows: int, *arrays: jax.Array) -> list[jax.Array]:
+    """`rows` rows of each array, from `at` on."""
+    return [jax.lax.dynamic_slice_in_dim(array, at, rows) for array in arrays]
 
 
 @functools.cache

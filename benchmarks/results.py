@@ -1,21 +1,21 @@
-"""docs/results.md from the saved runs: `python -m benchmarks.results`. No number in it is typed by hand.
+"""docs/results.md and docs/results/ablations.html from the saved runs: `python -m benchmarks.results`. No number is typed by hand.
 
-evlm ablate --variants ... --out runs/ablate && cp runs/ablate/results.json docs/results/ablations.json
+`evlm ablate --variants ... --out docs/results/ablations` makes the missing runs; git keeps their result.json.
 """
 
 from pathlib import Path
 
 from evlm_jax.ablate.claims import FAILS, HOLDS, UNDECIDED, UNJUDGED, judge, obstacles
-from evlm_jax.ablate.collect import BUDGETS, cells, header, rows, variants
+from evlm_jax.ablate.collect import BUDGETS, cells, collect, header, rows, variants
 from evlm_jax.ablate.job import BASE
-from evlm_jax.ablate.page import about, described, judgement_cells
-from evlm_jax.evals import results
+from evlm_jax.ablate.page import about, described, judgement_cells, render
 
-SAVED, PAGE = Path("docs/results/ablations.json"), Path("docs/results.md")
+RUNS, PAGE, HTML = Path("docs/results/ablations"), Path("docs/results.md"), Path("docs/results/ablations.html")
 HEAD = f"""# What holds of the paper's claims, at the size of two CPU cores
 
-Written by `python -m benchmarks.results` from [results/ablations.json](results/ablations.json), which holds every run: per question
-whether it was right, so that every interval can be computed again. The runs are made by
+Written by `python -m benchmarks.results`, with plots as [results/ablations.html](results/ablations.html), from
+[results/ablations](results/ablations), which holds every run: per question whether it was right, so that every interval can be computed
+again. The runs are made by
 
 ```sh
 {{command}}
@@ -38,7 +38,7 @@ def page(found: dict) -> str:
     names = ",".join(name for name in variants(found) if name != BASE)
     seeds = 1 + max(run["seed"] for run in found["runs"])
     test = "" if settings["limit"] is None else f" --test {settings['limit']}"
-    command = f"evlm ablate --variants {names} --seeds {seeds} --questions {settings['questions']}{test} --out runs/ablate"
+    command = f"evlm ablate --variants {names} --seeds {seeds} --questions {settings['questions']}{test} --out {RUNS}"
     parts = [HEAD.format(command=command, about=about(found)), "## Claims", ""]
     if reasons := obstacles(found):
         parts += [f"**No claim is judged: {'; '.join(reasons)}.**", ""]
@@ -57,8 +57,10 @@ def _table(names: list[str], lines) -> str:
 
 
 def main() -> None:
-    """Writes the page."""
-    PAGE.write_text(page(results.load(SAVED)), "utf-8")
+    """Writes both pages."""
+    found = collect(sorted(RUNS.glob("*/*/result.json")))
+    PAGE.write_text(page(found), "utf-8")
+    render(found, HTML)
 
 
 if __name__ == "__main__":

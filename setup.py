@@ -21,6 +21,7 @@ CORE = [
     "msgpack>=1.2",  # rows of ArrayRecord files
     "numpy>=2.0",
     "onnx>=1.23.2",  # reads ONNX weights
+    "opencv-python-headless>=4.10",  # resizes fast; paints over illegible text
     "pillow>=12.0",
     "protobuf>=7.36",  # rows of ArrayRecord files
     "pyarrow>=26.0",
@@ -28,7 +29,7 @@ CORE = [
     "tokenizers>=0.23.3",
     "tqdm>=4.67",
 ]
-CLEAN = ["OpenCC>=1.4.2", "opencv-python-headless>=4.10"]  # traditional to simplified Chinese; illegible text is painted over
+CLEAN = ["OpenCC>=1.4.2"]  # traditional to simplified Chinese
 DEMO = ["av>=18.1.0", "tensorboardX>=2.6.5"]  # video; TensorBoard files
 
 setup(

@@ -24,7 +24,7 @@ class DataConfig:
     isolate: bool  # documents of a row do not see each other
     window: int  # samples the packer may choose from
     resize: Literal["squash", "crop", "pad"]
-    scaled_decoding: bool  # JPEGs at 1/2, 1/4 or 1/8 where that is not smaller than the input (data/image.py)
+    scaled_decoding: bool  # JPEGs at 1/2, 1/4 or 1/8 of their size where that does, and a fast resize (data/image.py)
     most_drops: float  # share of the documents that may be left out before the run stops
     cache_features: bool  # compute the frozen tower's taps once and keep them on disk
     seed: int

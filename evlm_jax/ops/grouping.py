@@ -14,10 +14,9 @@ import numpy as np
 def ranges(visible_start: np.ndarray, visible_stop: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
     """(start, stop, token indices) of each distinct non-empty visible range, ordered by start."""
     tokens = np.flatnonzero(visible_stop > visible_start)
-    keys = np.stack([visible_start[tokens], visible_stop[tokens]], 1)
-    unique, group = np.unique(keys, axis=0, return_inverse=True)
-    group = group.reshape(-1)
-    return [(int(a), int(b), tokens[group == i]) for i, (a, b) in enumerate(unique)]
+    keys = visible_start[tokens].astype(np.int64) << 32 | visible_stop[tokens]  # np.unique of pairs takes several times as long
+    unique, group = np.unique(keys, return_inverse=True)
+    return [(key >> 32, key & 0xFFFFFFFF, tokens[group == i]) for i, key in enumerate(unique.tolist())]
 
 
 def pair_count(visible_start: np.ndarray, visible_stop: np.ndarray, tile: int) -> int:

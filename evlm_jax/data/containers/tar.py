@@ -37,8 +37,8 @@ class Tar(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(index)
         row = {}
-        for member in self._members[slice(*np.searchsorted(self._groups, [index, index + 1]))]:
-            name, start, size = bytes(member["name"]).decode(errors="replace"), int(member["start"]), int(member["size"])
+        for start, size, _, name in self._members[slice(*np.searchsorted(self._groups, [index, index + 1]))].tolist():
+            name = name.decode(errors="replace")
             row["__key__"], field = MEMBER.fullmatch(name).groups()
             field = field.lower()
             if field in row:

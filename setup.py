@@ -83,7 +83,7 @@ setup(
         "cuda": ["jax[cuda13]"],
     },
     entry_points={
-        "console_scripts": ["evlm=evlm_jax.cli:main"],
+        "console_scripts": ["evlm=evlm_jax.__main__:main"],
         "lmms_eval.models": ["evlm=evlm_jax.evals.lmms:manifests"],
     },
 )

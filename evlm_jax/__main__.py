@@ -1,0 +1,24 @@
+"""`evlm` and `python -m evlm_jax`: the command line, in a process that asks for large pages of memory."""
+
+import os
+import sys
+
+TUNABLES = "GLIBC_TUNABLES"
+
+
+def main() -> int:
+    """Begins anew with glibc's malloc on large pages, unless its tunables are set already; then the command line.
+
+    XLA:CPU takes the buffers of every update anew from malloc. On pages of 4 KiB their faults are a tenth to a quarter of a small model's
+    step (docs/decisions.md).
+    """
+    if sys.platform == "linux" and TUNABLES not in os.environ:
+        os.environ[TUNABLES] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    from evlm_jax.cli import main
+
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

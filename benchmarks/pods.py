@@ -101,13 +101,14 @@ def plan(words: list[str]) -> dict:
         out = Path(folder) / "plan.json"
         command = [sys.executable, "-m", "evlm_jax.cli", "plan", *words, "--json", str(out)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, preexec_fn=lambda: os.nice(10))
+            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, preexec_fn=lambda: os.nice(5))
         except subprocess.TimeoutExpired:
             return {"fits": None, "says": f"no end within {LIMIT} s"}
         if not out.exists():
             return {"fits": None, "says": done.stderr.strip().splitlines()[-1]}
         report = json.loads(out.read_text())
-        return report | {"says": report["says"] and report["says"].splitlines()[0]}  # behind the first line the compiler lists buffers
+        says = report.get("says", "").splitlines()[:1]  # behind the first line the compiler lists buffers
+        return report | ({"says": says[0]} if says else {})
 
 
 def known() -> dict[str, dict]:

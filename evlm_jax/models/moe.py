@@ -87,7 +87,7 @@ def _experts(
     """Experts.__call__ on the tokens of one device, which holds [E / P, ...] experts and a part of their hidden layers; dropped [1]."""
     k, tokens = chosen.shape[1], (chosen[:, 0] < cfg.experts).sum()
     limit = jnp.ceil(cfg.capacity * tokens * k / cfg.experts).astype(jnp.int32) if cfg.capacity else None
-    tile, axis = _tile(chosen, cfg), mesh_axes("expert")
+    tile, axis = tile_rows(chosen.size, cfg), mesh_axes("expert")
     groups = group(chosen.T.reshape(-1), cfg.experts, 1 if axis else tile, limit)
     gate, parts = permute(gates.T.reshape(-1), groups.choice, groups.row)[:, None], mesh_axes("mlp")
     if axis:
@@ -102,9 +102,9 @@ def _experts(
     return jax.lax.psum(out, parts) if parts else out, (tokens * k - (groups.row < len(groups.choice)).sum())[None]
 
 
-def _tile(chosen: jax.Array, cfg: MoEConfig) -> int:
+def tile_rows(choices: int, cfg: MoEConfig) -> int:
     """Rows of a tile: no more than an expert's share of the choices."""
-    return max(1, min(cfg.tile, chosen.size // cfg.experts))
+    return max(1, min(cfg.tile, choices // cfg.experts))
 
 
 def _ffn(x: jax.Array, gate: jax.Array, fc1: jax.Array, fc2: jax.Array, groups: Groups, tile: int) -> jax.Array:
@@ -180,7 +180,7 @@ class PackedExperts:
     @jax.named_scope("experts")
     def __call__(self, x: jax.Array, gates: jax.Array, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of the matrices, those of chosen experts are read."""
-        tile, matrix = _tile(chosen, self.cfg), self.layer * self.cfg.experts + jnp.arange(self.cfg.experts)
+        tile, matrix = tile_rows(chosen.size, self.cfg), self.layer * self.cfg.experts + jnp.arange(self.cfg.experts)
         groups = group(chosen.T.reshape(-1), self.cfg.experts, tile)
         one = lambda linear: lambda rows, number: dataclasses.replace(linear, layer=number)(rows)
         product = lambda rows, linear: map_tiles(one(linear), rows, matrix, groups.first, tile)

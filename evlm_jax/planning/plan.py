@@ -15,6 +15,7 @@ import jax
 from evlm_jax import flops
 from evlm_jax.config import EVLMConfig
 from evlm_jax.mesh import Layout, make_layout
+from evlm_jax.models.moe import tile_rows
 from evlm_jax.planning import chips, compiled, live, programs, roofline
 from evlm_jax.planning.hlo import Module
 
@@ -147,14 +148,16 @@ def _part(op_name: str, lowest: int) -> str:
 def _trips(cfg: EVLMConfig, layout: Layout, program: programs.Program, op_name: str, trips: list[float]) -> list[float] | None:
     """Of the loops over an expert's tiles: as many as a balanced load needs, in the largest strides first.
 
-    Every product has a loop for each stride; where a device has one expert, loops of several products stand together. Of decoding on
-    CPUs some have no products, but sums of scaled rows: how often those run is not known.
+    There is a loop for each stride, with one product forward and two backward; where a device has one expert, those of several matrices
+    stand together. Of decoding on CPUs some have no products, but sums of scaled rows: how often those run is not known.
     """
     if "experts" not in _SCOPES.findall(op_name) or not all(trips):
         return None
     mesh, hidden = layout.mesh.shape, cfg.xattn.ffn // cfg.moe.slices
-    tokens = program.work.tokens / cfg.train.accumulate / (mesh["data"] * mesh["fsdp"] * mesh["expert"])
-    rest = tokens * cfg.moe.top_k * mesh["expert"] / cfg.moe.experts * 2 * cfg.llm.hidden * hidden / mesh["tensor"]
+    choices = program.work.tokens / cfg.train.accumulate / (mesh["data"] * mesh["fsdp"] * mesh["expert"]) * cfg.moe.top_k
+    row = 2 * cfg.llm.hidden * hidden / mesh["tensor"]
+    products = max(1, round(min(trips) / (tile_rows(int(choices), cfg.moe) * row)))
+    rest = products * row * choices * mesh["expert"] / cfg.moe.experts
     counts, strides = {}, sorted(set(trips), reverse=True)
     for trip in strides:
         counts[trip] = rest / trip if trip == strides[-1] else rest // trip

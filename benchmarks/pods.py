@@ -69,7 +69,7 @@ Full rematerialisation makes a trained part 4/3, a frozen one with a gradient th
 cross-attention are computed for all (tile, image) pairs that a batch has room for, filled or not. Keys and values have a product more for
 the gradient of the norm in front of them.
 """
-LIMIT = 1500  # seconds of a plan, on a machine that is shared
+LIMIT = 3600  # seconds of a plan, on a machine that is shared
 
 
 def arguments(run: str, topology: str, tensor: int, remat: str = "full", zero: int = 3, rows: int = 1) -> list[str] | None:

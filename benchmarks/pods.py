@@ -101,7 +101,7 @@ def plan(words: list[str]) -> dict:
         out = Path(folder) / "plan.json"
         command = [sys.executable, "-m", "evlm_jax.cli", "plan", *words, "--json", str(out)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, preexec_fn=lambda: os.nice(5))
+            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, preexec_fn=lambda: os.nice(10))
         except subprocess.TimeoutExpired:
             return {"fits": None, "says": f"no end within {LIMIT} s"}
         if not out.exists():

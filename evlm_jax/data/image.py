@@ -107,7 +107,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _near(image: Image.Image, size: int, resize: str) -> Image.Image:
-    """The picture at the scale that `_fit` wants, bilinear, where it is up to twice as large: so far two pixels see all there is."""
+    """The picture at the scale that `_fit` wants, where it is up to twice as large: bilinear, which leaves no pixel out up to there."""
     part, wanted = image, (size, size)
     if resize == "crop":
         side = min(image.size)

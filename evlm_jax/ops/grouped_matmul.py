@@ -136,7 +136,7 @@ def _dispatch_backward(tile: int, dtype: jnp.dtype, saved: tuple, g: jax.Array) 
     def step(at, rows, expert, carry):
         (here, mine), (number, kernel), (of_x, of_kernels) = _rows(at, rows, token, g), expert, carry
         of_x = of_x.at[here].add(product("nf,df->nd", mine, kernel, dtype), mode="drop")
-        # twice as fast on CPU as [D, F]
+        # a kernel's gradient is added up as [F, D]: twice as fast on CPU as [D, F]
         return of_x, of_kernels.at[number].add(product("nf,nd->fd", mine, _take(x, here), dtype))
 
     zeros = jnp.zeros(x.shape, jnp.float32), jnp.zeros(kernels.swapaxes(1, 2).shape, jnp.float32)

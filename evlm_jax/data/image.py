@@ -17,6 +17,7 @@ MOST_PIXELS = 1 << 27  # of a file: a larger one is taken for a decompression bo
 MOST_BYTES = 1 << 28
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow knows others, some of which start programs
 WHITE = (255, 255, 255)
+SCALED = "reduced, then bilinear"  # how scaled decoding makes its pixels: caches of features made otherwise are not used
 Made = TypeVar("Made")
 
 
@@ -95,7 +96,7 @@ def _frames(path: str, seconds: list[float], each: Callable[[Image.Image], Made]
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Without a copy where there is nothing to do: a fresh one of a photograph costs a tenth of its decoding."""
+    """Without a copy where there is nothing to do."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I"):  # 16 bits

@@ -11,6 +11,7 @@ CORE = [
     "grain>=0.2.18",  # brings array_record
     "ml_collections>=1.1.0",
     "einops>=0.8.2",  # the patterns of the conversion tables
+    "cykooz-resizer>=4.0.1",  # Pillow's bicubic, eight times faster
     "etils>=1.14",
     "fonttools>=4.60",  # which characters a font has; matplotlib needs it as well
     "gguf>=0.19.0",  # dequantises GGUF weights
@@ -21,7 +22,6 @@ CORE = [
     "msgpack>=1.2",  # rows of ArrayRecord files
     "numpy>=2.0",
     "onnx>=1.23.2",  # reads ONNX weights
-    "opencv-python-headless>=4.10",  # resizes fast; paints over illegible text
     "pillow>=12.0",
     "protobuf>=7.36",  # rows of ArrayRecord files
     "pyarrow>=26.0",
@@ -29,7 +29,7 @@ CORE = [
     "tokenizers>=0.23.3",
     "tqdm>=4.67",
 ]
-CLEAN = ["OpenCC>=1.4.2"]  # traditional to simplified Chinese
+CLEAN = ["OpenCC>=1.4.2", "opencv-python-headless>=4.10"]  # traditional to simplified Chinese; illegible text is painted over
 DEMO = ["av>=18.1.0", "tensorboardX>=2.6.5"]  # video; TensorBoard files
 
 setup(

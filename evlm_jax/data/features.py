@@ -28,9 +28,8 @@ CHUNK, STEP = 32, 8  # most images encoded at a time; a smaller rest is padded t
 
 def fingerprint(cfg: EVLMConfig, weights: Mapping[str, np.ndarray]) -> str:
     """Names everything that taps depend on: the tower's weights by canonical name (`vit/...`), its configuration, the resizing."""
-    digest = hashlib.sha256(
-        repr((cfg.vit, cfg.data.resize, cfg.data.scaled_decoding and image.SCALED, cfg.train.dtype, cfg.train.matmul_precision)).encode()
-    )
+    made = image.MAKING, cfg.data.resize, cfg.data.scaled_decoding
+    digest = hashlib.sha256(repr((cfg.vit, made, cfg.train.dtype, cfg.train.matmul_precision)).encode())
     for name in sorted(name for name in weights if name.startswith("vit/")):
         digest.update(name.encode() + np.ascontiguousarray(weights[name]).tobytes())
     return digest.hexdigest()[:16]

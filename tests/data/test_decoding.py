@@ -56,8 +56,6 @@ def test_opaque_pictures_are_pillows(tmp_path, kind):
         expected = plain.convert("RGB")
     found = decode(str(tmp_path / f"a.{suffix}"))
     np.testing.assert_array_equal(found, expected)
-    resized = np.asarray(expected.resize((16, 16), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(load(ImageRef(str(tmp_path / f"a.{suffix}")), 16, "squash"), resized)
 
 
 @pytest.mark.parametrize("suffix, picture", [("png", RGBA), ("webp", RGBA), ("tif", RGBA), ("png", RGBA.convert("LA"))])
@@ -124,15 +122,15 @@ def test_scaled_decoding_never_falls_below_the_wanted_size(tmp_path, size, least
 
 @needs_asset("photos")
 @pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
-@pytest.mark.parametrize("size, most", [(224, 3.5), (448, 1.5), (700, 0.0)])
+@pytest.mark.parametrize("size, most", [(224, 2.5), (448, 0.0)])
 def test_scaled_decoding_of_photographs_is_close(tmp_path, size, most, resize):
-    """At 448 px nothing is decoded smaller, and resizing is bilinear; an enlarged picture stays as it was."""
+    """At 448 px nothing is decoded smaller."""
     for name in ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png"):
         with Image.open(assets.path("photos") / name) as photo:
             photo.convert("RGB").resize((640, 480), Image.Resampling.LANCZOS).save(tmp_path / "a.jpg", quality=90)
         full, fast = (load(ImageRef(str(tmp_path / "a.jpg")), size, resize, scaled=scaled).astype(int) for scaled in (False, True))
         difference = np.abs(full - fast).mean()
-        assert difference < most if most else difference == 0, (name, difference)
+        assert difference <= most, (name, difference)
 
 
 def test_the_configuration_chooses_scaled_decoding(tmp_path):

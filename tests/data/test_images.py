@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from evlm_jax.data import image, video
-from evlm_jax.data.image import ImageError, load, load_all, pixels
+from evlm_jax.data.image import WHITE, ImageError, load, load_all, pixels
 from evlm_jax.data.samples import ImageRef
 from tests.tiny import tiny_config
 
@@ -78,10 +78,26 @@ def test_resizings(tmp_path):
     assert padded[8, [1, 6, 9, 14], 0].tolist() == pytest.approx([10, 60, 120, 180], abs=1)
 
 
-def test_resampling_is_bicubic(tmp_path):
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3)).astype(np.uint8))
-    expected = np.asarray(noise.resize((8, 8), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(load(saved(tmp_path / "a.png", noise), 8, "squash"), expected)
+PILLOWS = {
+    "squash": lambda image, square: image.resize(square, Image.Resampling.BICUBIC),
+    "crop": lambda image, square: ImageOps.fit(image, square, Image.Resampling.BICUBIC),
+    "pad": lambda image, square: ImageOps.pad(image, square, Image.Resampling.BICUBIC, color=WHITE),
+}
+
+
+@pytest.mark.parametrize("resize", PILLOWS)
+@pytest.mark.parametrize("width, height", [(640, 480), (333, 500), (64, 64), (100, 31), (1, 1), (2000, 9), (31, 1500)])
+def test_resizing_is_pillows_but_for_rounding(tmp_path, resize, width, height):
+    """Noise is the worst there is: every intermediate value may be cut off at 0 and 255."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8))
+    ref = saved(tmp_path / "a.png", noise)
+    for size in (112, 224, 448):
+        difference = np.abs(load(ref, size, resize).astype(int) - np.asarray(PILLOWS[resize](noise, (size, size))))
+        assert difference.max() <= 2 and (difference > 0).mean() < 0.015, size
+
+
+def test_the_thinnest_picture_keeps_a_row(tmp_path):
+    assert (load(saved(tmp_path / "a.png", Image.new("RGB", (3000, 2))), 8, "pad") == 0).sum() == 8 * 3
 
 
 def test_padding_has_the_towers_mean_colour(tmp_path):

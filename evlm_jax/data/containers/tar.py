@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 from urllib.parse import quote
@@ -37,7 +38,7 @@ class Tar(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(index)
         row = {}
-        for start, size, _, name in self._members[slice(*np.searchsorted(self._groups, [index, index + 1]))].tolist():
+        for start, size, _, name in self._members[bisect_left(self._groups, index) : bisect_right(self._groups, index)].tolist():
             name = name.decode(errors="replace")
             row["__key__"], field = MEMBER.fullmatch(name).groups()
             field = field.lower()

@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
@@ -167,6 +166,12 @@ def build(source: Chain, out: str | Path, cfg: EVLMConfig, workers: int | None =
 
 def paint_over(picture: Image.Image, quads: Sequence[np.ndarray]) -> Image.Image:
     """The picture without what stands in these quadrilaterals [4, 2], shares of width and height: filled in from around them (Telea)."""
+    try:
+        import cv2
+    except ImportError as error:
+        raise ImportError(
+            'illegible boxes are painted over by OpenCV: pip install -e ".[clean]", or set clean.page_confidence to 0'
+        ) from error
     mask = Image.new("L", picture.size, 0)
     pen = ImageDraw.Draw(mask)
     for quad in quads:

@@ -188,7 +188,7 @@ def _pictures(visual: Sequence[ImageRef], side: int) -> Iterator[tuple[str, byte
                 continue
         if shorter > side:
             scaled = tuple(max(1, round(length * side / shorter)) for length in picture.size)
-            picture = picture.resize(scaled, Image.Resampling.BICUBIC)
+            picture = image.bicubic(picture, scaled)
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=QUALITY, subsampling=0)
         yield "jpg", buffer.getvalue()

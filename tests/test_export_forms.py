@@ -110,7 +110,7 @@ def test_processor_gives_what_training_saw(tmp_path, template, resize):
         assert inputs["input_ids"][0].tolist() == document.tokens.tolist()
         theirs = 255 * (inputs["pixel_values"][0].numpy().transpose(0, 2, 3, 1) * cfg.vit.std + cfg.vit.mean)
         difference = np.abs(theirs - image.pixels(refs, cfg))
-        assert (difference < 1.001).all() and (difference > 0.001).sum() <= 0.015 * difference.size  # Pillow's pixels are ours but for rounding
+        assert (difference < 1.001).all() and (difference > 0.001).sum() <= 0.015 * difference.size  # rounding
     with pytest.raises(ValueError, match="2 <image> and 0 <video>, given are 1 images"):
         processor("<image><image>", images=[Image.open(files[0])])
     batch = processor(["a<video>b", "cd"], videos=[[[Image.open(file) for file in files]], []], images=[[], []])

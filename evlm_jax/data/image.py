@@ -17,7 +17,7 @@ MOST_PIXELS = 1 << 27  # of a file: a larger one is taken for a decompression bo
 MOST_BYTES = 1 << 28
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow knows others, some of which start programs
 WHITE = (255, 255, 255)
-BICUBIC = ResizeAlg.convolution(FilterType.catmull_rom)  # Pillow's BICUBIC by another name, and eight times faster
+BICUBIC = ResizeAlg.convolution(FilterType.catmull_rom)  # Pillow's BICUBIC by another name
 MAKING = 2  # counts changes of how pixels are made: caches of features made otherwise are not used
 Made = TypeVar("Made")
 

@@ -1,6 +1,7 @@
 """Rows and the bytes behind references, in containers that the reference writers made; local and through fsspec."""
 
 import json
+import os
 
 import fsspec
 import msgpack
@@ -53,6 +54,16 @@ def write_parquet(path):
     }
     pq.write_table(pa.table(columns), path, row_group_size=3)
     return str(path)
+
+
+def test_ranges_are_whole_where_the_system_reads_less_at_once(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(bytes(range(100)))
+    pread = os.pread
+    monkeypatch.setattr(files.os, "pread", lambda file, size, start: pread(file, min(size, 7), start))  # as Linux does at 2 GiB
+    assert files.read_range(str(tmp_path / "a"), 3, 50) == bytes(range(3, 53))
+    assert files.read_range(str(tmp_path / "a"), 3, 0) == b""
+    with pytest.raises(ValueError, match="the file ends before byte 101"):
+        files.read_range(str(tmp_path / "a"), 51, 50)
 
 
 def test_parquet_rows(tmp_path):

@@ -122,7 +122,7 @@ def test_scaled_decoding_never_falls_below_the_wanted_size(tmp_path, size, least
 
 @needs_asset("photos")
 @pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
-@pytest.mark.parametrize("size, most", [(224, 2.5), (448, 0.0)])
+@pytest.mark.parametrize("size, most", [(224, 2.5), (448, 0.0), (700, 0.0)])
 def test_scaled_decoding_of_photographs_is_close(tmp_path, size, most, resize):
     """At 448 px nothing is decoded smaller."""
     for name in ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png"):

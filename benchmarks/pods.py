@@ -99,7 +99,7 @@ def plan(words: list[str]) -> dict:
     """The report of `evlm plan`, in a process of its own; {"fits": None} and why where there is none."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "plan.json"
-        command = [sys.executable, "-m", "evlm_jax.cli", "plan", *words, "--json", str(out)]
+        command = [sys.executable, "-m", "evlm_jax", "plan", *words, "--json", str(out)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, preexec_fn=lambda: os.nice(10))
         except subprocess.TimeoutExpired:

@@ -291,6 +291,3 @@ COMMANDS = {
     "train": (_train_arguments, _train, "train an experiment"),
     "upcycle": (_upcycle_arguments, _upcycle, "turn the FFNs of a dense run's cross-attention into mixtures of experts"),
 }
-
-if __name__ == "__main__":
-    sys.exit(main())

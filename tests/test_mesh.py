@@ -185,7 +185,7 @@ def test_processes_answer_as_one_does(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, "-m", "evlm_jax.cli", "eval", "--checkpoint", run, "--task", "gqa", "--data", data, "--batch", "4", "--out"]
+    words = [sys.executable, "-m", "evlm_jax", "eval", "--checkpoint", run, "--task", "gqa", "--data", data, "--batch", "4", "--out"]
     together = ["--coordinator", f"localhost:{port}", "--processes", "2", "--process"]
     commands = [[*words, tmp_path / "one.json"], *([*words, tmp_path / "two.json", *together, str(i)] for i in range(2))]
     flags = [{}, *[{"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}] * 2]

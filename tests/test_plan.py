@@ -117,7 +117,7 @@ def test_the_command_on_cpu_devices(tmp_path):
     )
     out = tmp_path / "plan.json"
     words = ["--config", str(experiment), "--topology", "cpu:4", "--mesh", "data=2,fsdp=2", "--global-batch", "4", "--json", str(out)]
-    done = subprocess.run([sys.executable, "-m", "evlm_jax.cli", "plan", *words], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "evlm_jax", "plan", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     assert (report["devices"], report["rows"], report["mesh"]["fsdp"]) == (4, 4, 2)

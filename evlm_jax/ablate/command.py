@@ -41,4 +41,4 @@ def _command(args: argparse.Namespace, overrides: list[str], name: str) -> list[
     """Of one run."""
     words = ["--config", args.config, "--variants", job.BASE, "--questions", str(args.questions), "--out", str(args.out), "--run", name]
     words += ["--test", str(args.test)] if args.test is not None else []
-    return [sys.executable, "-m", "evlm_jax.cli", "ablate", *words, *["--keep"] * args.keep, *overrides]
+    return [sys.executable, "-m", "evlm_jax", "ablate", *words, *["--keep"] * args.keep, *overrides]

@@ -72,7 +72,7 @@ def test_a_killed_ablation_goes_on(command, tmp_path, monkeypatch):
     trains = lambda: max(steps(cut / "base" / "0"), default=0) >= 10
     answers = lambda: len(list((cut / "wide" / "0" / "evals").glob("*.jsonl"))) >= 2
     for reached in (trains, answers):
-        process = subprocess.Popen([sys.executable, "-m", "evlm_jax.cli", *command, "--out", str(cut)], start_new_session=True)
+        process = subprocess.Popen([sys.executable, "-m", "evlm_jax", *command, "--out", str(cut)], start_new_session=True)
         deadline = time.monotonic() + 600
         while not reached():
             assert process.poll() is None and time.monotonic() < deadline

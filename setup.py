@@ -26,6 +26,7 @@ CORE = [
     "protobuf>=7.36",  # rows of ArrayRecord files
     "pyarrow>=26.0",
     "scipy>=1.17",  # jax needs it as well
+    "simplejpeg>=1.9",  # scaled decoding in one call of libjpeg-turbo
     "tokenizers>=0.23.3",
     "tqdm>=4.67",
 ]

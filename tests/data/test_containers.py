@@ -66,6 +66,17 @@ def test_ranges_are_whole_where_the_system_reads_less_at_once(tmp_path, monkeypa
         files.read_range(str(tmp_path / "a"), 51, 50)
 
 
+def test_a_file_that_was_replaced_is_read_anew_by_who_opens_it(tmp_path):
+    """And what was opened before keeps to the file that its places are of."""
+    before = rows.open_rows(write_tar(tmp_path / "a.tar", range(3)))
+    assert (first := before[0])["txt"]
+    write_tar(tmp_path / "b.tar", range(7, 12))
+    os.replace(tmp_path / "b.tar", tmp_path / "a.tar")
+    assert before[0] == first
+    after = rows.open_rows(str(tmp_path / "a.tar"))
+    assert len(after) == 5 and after[0] != first and rows.open_ref(after[0]["png"]).read() == png(7)
+
+
 def test_parquet_rows(tmp_path):
     found = rows.open_rows(write_parquet(tmp_path / "a.parquet"))
     expected = pq.read_table(tmp_path / "a.parquet").to_pylist()

@@ -14,6 +14,7 @@ import numpy as np
 from evlm_jax.assets import cache_root
 
 SMALL = 1 << 24  # bytes: the index of a smaller file is made anew
+OPEN = 64  # files that stay open
 
 
 def remote(path: str) -> bool:
@@ -35,16 +36,30 @@ def read_range(path: str, start: int, size: int) -> bytes:
         system, inner = fsspec.core.url_to_fs(path)
         content = system.cat_file(inner, start, start + size)
     else:
-        file = os.open(path, os.O_RDONLY)  # every system call lets other threads take the lock: three, those of a file object are seven
-        try:
-            content = os.pread(file, size, start)
-            while 0 < len(content) < size and (more := os.pread(file, size - len(content), start + len(content))):
-                content += more  # Linux reads at most 2 GiB at once
-        finally:
-            os.close(file)
+        file = _opened(path)  # every system call lets other threads take the lock: one, those of a file object are seven
+        content = os.pread(file.number, size, start)
+        while 0 < len(content) < size and (more := os.pread(file.number, size - len(content), start + len(content))):
+            content += more  # Linux reads at most 2 GiB at once
     if len(content) != size:
         raise ValueError(f"the file ends before byte {start + size}")
     return content
+
+
+class _Descriptor:
+    """Of an open file, until nobody has it."""
+
+    def __init__(self, path: str):
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self, close=os.close):
+        if hasattr(self, "number"):
+            close(self.number)
+
+
+@functools.lru_cache(OPEN)
+def _opened(path: str) -> _Descriptor:
+    """Stays open between reads; `index` forgets all, so that who opens a container sees the file as it is then."""
+    return _Descriptor(path)
 
 
 def version(path: str) -> str:
@@ -95,6 +110,7 @@ def index(path: str, kind: str, build: Callable[[BinaryIO], np.ndarray]) -> np.n
     Args:
       kind: of the index, part of its name.
     """
+    _opened.cache_clear()
     state = version(path)
     with open_file(path) as file:
         if file.seek(0, os.SEEK_END) < SMALL:

@@ -26,8 +26,9 @@ again. The runs are made by
 A claim says that one variant beats another. It {HOLDS} where the 95% interval of the difference lies above 0, {FAILS} where it lies
 below, and is {UNDECIDED} in between. Intervals are of a bootstrap over images and seeds; the seeds' part is widened to Student's t, because
 there are few ([evals/statistics.py](../evlm_jax/evals/statistics.py)). p is of the paired t-test over seeds. Of several rivals the best by
-the same numbers is taken, which favours it. What the variants are: [ablations.md](ablations.md). The models are small, the questions
-synthetic: a claim that {HOLDS} here is no proof at 14 billion parameters, and neither is its opposite.
+the same numbers is taken, which favours it. Every run saw as many questions as the budget says; where one costs more than the base, its
+reading at equal FLOPs is of an earlier update (column `questions`). What the variants are: [ablations.md](ablations.md). The models are
+small, the questions synthetic: a claim that {HOLDS} here is no proof at 14 billion parameters, and neither is its opposite.
 """
 COLUMNS = ["claim", "compared", "budget", "measure", "difference", "seeds", "verdict"]
 

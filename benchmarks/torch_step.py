@@ -17,18 +17,18 @@ class Cross(nn.Module):
 
     def __init__(self, cfg: EVLMConfig):
         super().__init__()
-        d, v, n = cfg.llm.hidden, cfg.vit.width, cfg.xattn.heads * cfg.xattn.head_dim
+        d, v, n, k = cfg.llm.hidden, cfg.vit.width, *(heads * cfg.xattn.head_dim for heads in (cfg.xattn.heads, cfg.xattn.kv_heads))
         self.norm, self.kv_norm, self.ffn_norm = nn.LayerNorm(d), nn.LayerNorm(v), nn.LayerNorm(d)
-        self.q, self.k, self.v, self.o = (nn.Linear(*size, bias=False) for size in ((d, n), (v, n), (v, n), (n, d)))
+        self.q, self.k, self.v, self.o = (nn.Linear(*size, bias=False) for size in ((d, n), (v, k), (v, k), (n, d)))
         self.ffn = nn.Sequential(nn.Linear(d, cfg.xattn.ffn, bias=False), nn.GELU(), nn.Linear(cfg.xattn.ffn, d, bias=False))
         self.attn_gate, self.ffn_gate = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
-        self.heads, self.sinks = cfg.xattn.heads, cfg.xattn.sinks
+        self.head_dim, self.sinks = cfg.xattn.head_dim, cfg.xattn.sinks
 
     def forward(self, x, tap, mask):
-        split = lambda a: a.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        split = lambda a: a.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         kv = self.kv_norm(tap)
         k, v = (F.pad(project(kv), (0, 0, 0, self.sinks)) for project in (self.k, self.v))
-        out = F.scaled_dot_product_attention(split(self.q(self.norm(x))), split(k), split(v), mask)
+        out = F.scaled_dot_product_attention(split(self.q(self.norm(x))), split(k), split(v), mask, enable_gqa=True)
         x = x + self.attn_gate.tanh() * self.o(out.transpose(1, 2).flatten(2))
         return x + self.ffn_gate.tanh() * self.ffn(self.ffn_norm(x))
 

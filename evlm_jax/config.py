@@ -190,6 +190,7 @@ def check(cfg: EVLMConfig) -> None:
         (all(1 <= t <= vit.depth for t in vit.taps), "vit.taps", f"must lie in 1..vit.depth = {vit.depth} (1-based)"),
         (all(1 <= t <= vit.depth for t in vit.cuts), "vit.cuts", f"must lie in 1..vit.depth = {vit.depth}"),
         (llm.heads % llm.kv_heads == 0, "llm.kv_heads", f"must divide llm.heads = {llm.heads}"),
+        (xattn.kv_heads >= 1 and xattn.heads % xattn.kv_heads == 0, "xattn.kv_heads", f"must divide xattn.heads = {xattn.heads}"),
         (llm.dynamic_ntk >= 0, "llm.dynamic_ntk", "must be the trained context in tokens, or 0 for never"),
         (llm.logn == 0 or llm.logn >= 2, "llm.logn", "must be the trained context in tokens, at least 2, or 0 for never"),
         (0 <= xattn.every <= llm.layers, "xattn.every", f"must lie in 1..llm.layers = {llm.layers}, or be 0 for no cross-attention"),

@@ -73,6 +73,7 @@ class XAttnConfig:
     """Gated cross-attention before the LLM layers (paper section 2)."""
 
     heads: int
+    kv_heads: int  # keys and values, each shared by heads / kv_heads queries; the paper has as many as heads
     head_dim: int  # r_c = heads * head_dim / hidden
     ffn: int  # r_f = ffn / hidden
     every: int  # a block before layers 0, every, 2 * every, ...; 0: no block at all

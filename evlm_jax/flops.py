@@ -201,9 +201,9 @@ def _text(cfg: EVLMConfig, work: Work) -> Iterator[Stage]:
 def _cross(cfg: EVLMConfig, work: Work, layer: int) -> Iterator[Stage]:
     """The cross-attention block in front of an LLM layer."""
     x, moe, d, s = cfg.xattn, cfg.moe, cfg.llm.hidden, cfg.view_tokens
-    name, width = f"xattn/{layer}", cfg.xattn.heads * cfg.xattn.head_dim
+    name, width, shared = f"xattn/{layer}", x.heads * x.head_dim, x.kv_heads * x.head_dim
     one = lambda part, leaf, size, rows=work.tokens: Product(part, leaf and f"{name}/{leaf}", 2.0 * rows * size)
-    keys = (one(KEYS, leaf, cfg.vit.width * width, work.images * s) for leaf in "kv")
+    keys = (one(KEYS, leaf, cfg.vit.width * shared, work.images * s) for leaf in "kv")
     yield (one(CROSS, "q", d * width), *keys)
     yield (one(CROSS_SCORES, "", 2 * width * s, work.visible),)
     yield (one(CROSS, "o", d * width),)

@@ -236,7 +236,7 @@ def _check(cfg: EVLMConfig, sizes: dict[str, int]) -> None:
         (cfg.moe.experts % sizes["expert"] == 0, f"{cfg.moe.experts} experts cannot be split over mesh.expert = {sizes['expert']}"),
     ]  # fmt: skip
     split = {"llm.heads": cfg.llm.heads, "llm.kv_heads": cfg.llm.kv_heads}
-    split |= {"xattn.heads": cfg.xattn.heads} if cfg.cross_layers else {}
+    split |= {"xattn.heads": cfg.xattn.heads, "xattn.kv_heads": cfg.xattn.kv_heads} if cfg.cross_layers else {}
     split |= {"data.slots": cfg.data.slots} if images else {"vit.heads": cfg.vit.heads}  # mesh.images says which of them
     split |= {"bridge.heads": cfg.bridge.heads} if not images and cfg.bridge.kind == "flamingo" else {}
     rules += [(n % tensor == 0, f"{name} = {n} must be a multiple of mesh.tensor = {tensor}") for name, n in split.items()]

@@ -54,6 +54,7 @@ def trace(model: EVLM, batch: Batch, positions: jax.Array) -> tuple[jax.Array, j
     """`model.hidden` of one row with dense cross-attention: ([1, T, D], weights [X, N, len(positions), I, S'] of `positions`)."""
     cfg = model.cfg
     every, sinks, tap_of = cfg.xattn.every, cfg.xattn.sinks, jnp.array(cfg.tap_of_cross_layer)
+    shared = cfg.xattn.heads // cfg.xattn.kv_heads
     views = model.views(batch)
     rope, mask = rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta), text_mask(batch.seen_until)
     slot = jnp.arange(views.shape[2])
@@ -72,7 +73,8 @@ def trace(model: EVLM, batch: Batch, positions: jax.Array) -> tuple[jax.Array, j
         """One decoder layer; its cross-attention block comes first where the layer has one."""
         layer, block = inputs
         cross = jax.tree.map(lambda a: a[layer // every], model.xattn)
-        (k, v), seen = cross.keys_values(views[tap_of[layer // every]]), []
+        k, v = (jnp.repeat(a, shared, axis=-2) for a in cross.keys_values(views[tap_of[layer // every]]))
+        seen = []
 
         def attend(q):
             seen.append(dense(q, k))

@@ -41,13 +41,16 @@ VARIANTS: dict[str, dict[str, object]] = {
     "slow-gates": {"optim.phases": rules(gates=1.0)},
     "every-2": {"xattn.every": 2},
     "every-4": {"xattn.every": 4},
-    "narrow": {"xattn.heads": 1},  # r_c = 1/9 instead of 1/3
-    "wide": {"xattn.heads": 6},  # 2/3
+    "narrow": {"xattn.heads": 1, "xattn.kv_heads": 1},  # r_c = 1/9 instead of 1/3
+    "wide": {"xattn.heads": 6, "xattn.kv_heads": 6},  # 2/3
+    "shared-keys": {"xattn.kv_heads": 1},  # of all heads
     "ffn-quarter": {"xattn.ffn": 144},  # r_f = 1/4 instead of 1/2
     "ffn-whole": {"xattn.ffn": 576},  # 1
     "not-isolated": {"data.isolate": False},
-    # experts, from zero as the base's FFN: upcycled ones would have seen the questions of the run they were made of as well
+    # experts, from zero as the base's FFN; with --init the base goes on with its run and they are made of that run's FFNs (upcycle.py)
     "moe": {"moe.copies": 4},
+    "moe-paper": {"moe.copies": 4, "moe.upcycle": "paper"},
+    "moe-preserve-zero": {"moe.copies": 4, "moe.upcycle": "preserve_zero"},
     "moe-top-1": {"moe.copies": 4, "moe.top_k": 1},
     "moe-top-8": {"moe.copies": 4, "moe.top_k": 8},
     "moe-softmax": {"moe.copies": 4, "moe.gates": "softmax"},
@@ -75,8 +78,8 @@ def _base() -> ConfigDict:
     config = base.get_config()
     config.vit = demo.dinov2_small(image_size=112) | dict(taps=(4, 8, 11), cuts=(6,))
     config.llm = demo.smollm2_135m()
-    config.xattn.update(heads=3, head_dim=64, ffn=288, every=1, schedule="blocked", sinks=1, tile=32, eps=1e-5)
-    config.moe.update(copies=0, slices=4, top_k=4, gates="renormalise", capacity=0.0, balance=0.01, z=0.001, tile=64)
+    config.xattn.update(heads=3, kv_heads=3, head_dim=64, ffn=288, every=1, schedule="blocked", sinks=1, tile=32, eps=1e-5)
+    config.moe.update(copies=0, slices=4, top_k=4, gates="renormalise", capacity=0.0, balance=0.01, z=0.001, tile=64, upcycle="preserve")
     config.media.update(tokens=4, placeholder="<repo_name>")
     config.data.update(
         sources=SOURCES,

@@ -116,7 +116,7 @@ def get_config() -> ConfigDict:
             name="evlm_14b",
             vit=eva02_clip_e_plus(),
             llm=qwen_14b(),
-            xattn=dict(heads=8, head_dim=128, ffn=2560, every=1, schedule="blocked", sinks=1, tile=32, eps=1e-5),
+            xattn=dict(heads=8, kv_heads=8, head_dim=128, ffn=2560, every=1, schedule="blocked", sinks=1, tile=32, eps=1e-5),
             moe=dict(
                 copies=0,
                 slices=4,

@@ -75,7 +75,7 @@ def get_config(form: str = "") -> ConfigDict:
     config.name = "demo"
     config.vit = dinov2_small(image_size=112)
     config.llm = smollm2_135m()
-    config.xattn.update(heads=3, head_dim=64, ffn=288)
+    config.xattn.update(heads=3, kv_heads=3, head_dim=64, ffn=288)
     config.media.update(tokens=4, placeholder="<repo_name>")
     config.data.update(
         sources=tuple(sources),

@@ -25,5 +25,5 @@ def get_config(stage: str = "pretrain") -> ConfigDict:
         dynamic_ntk=0,
         logn=0,
     )
-    config.xattn.update(heads=3, head_dim=64, ffn=448)
+    config.xattn.update(heads=3, kv_heads=3, head_dim=64, ffn=448)
     return base.set_stage(config, stage)

@@ -156,7 +156,7 @@ def test_bytes_of_a_chip():
     """Of a token of an answer, where matrices and caches are too large for the core's memory."""
     llm = {"hidden": 2048, "layers": 4, "heads": 16, "kv_heads": 16, "head_dim": 128, "mlp": 8192, "vocab": 32768, "tied": False}
     vit, wide = {"image_size": 64}, dict.fromkeys(("dtype", "matmul_precision", "frozen_dtype"), "bfloat16")
-    cfg = tiny_config(llm=llm, vit=vit, xattn={"heads": 4, "head_dim": 128, "ffn": 1024}, train=wide)
+    cfg = tiny_config(llm=llm, vit=vit, xattn={"heads": 4, "kv_heads": 4, "head_dim": 128, "ffn": 1024}, train=wide)
     for kind, model in counterparts(cfg).items():
         found = counted.counted_bytes(model, "decode", 64, 16, "v5p")
         assert found["fits"] and not found["notes"]
@@ -286,7 +286,8 @@ def test_what_makes_a_cache_smaller_where_heads_are_shared(experiment):
     smaller = lambda **fields: crossover.ratio(replace(cfg, xattn=replace(cfg.xattn, **fields)), "KV bytes", 256, 64) < 1
     assert not smaller()
     found = crossover.by_block(cfg, 256, 64)
-    assert smaller(heads=found["heads"]) and not smaller(heads=found["heads"] + 1)
+    above = [n for n in range(found["kv_heads"] + 1, cfg.xattn.heads + 1) if cfg.xattn.heads % n == 0]
+    assert smaller(kv_heads=found["kv_heads"]) and not any(smaller(kv_heads=n) for n in above)
     assert smaller(every=found["every"]) and not smaller(every=found["every"] - 1)
     assert [row["KV bytes"] for row in crossover.by_heads(cfg, 256, 64) if row["kv_heads"] == cfg.llm.kv_heads][0] > 1
 

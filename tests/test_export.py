@@ -32,7 +32,10 @@ TOWERS = {
         "vit": {"layer_scale": False, "patch_bias": False, "embed_norm": True, "activation": "quick_gelu", "taps": (1, 3)},
         "xattn": {"sinks": 0},
     },
-    "siglip": {"vit": {"layer_scale": False, "class_token": False, "activation": "gelu_tanh"}, "xattn": {"every": 2, "sinks": 2}},
+    "siglip, shared keys": {
+        "vit": {"layer_scale": False, "class_token": False, "activation": "gelu_tanh"},
+        "xattn": {"every": 2, "sinks": 2, "heads": 4, "kv_heads": 2},
+    },
     "dinov2 with registers": {"vit": {"registers": 3}},
     "dinov2, experts": {"moe": {"copies": 2, "slices": 4, "top_k": 3, "gates": "softmax"}, "xattn": {"every": 2}},
     "clip, Qwen, experts": {

@@ -51,7 +51,7 @@ def test_openflamingo(tmp_path):
     import torch
 
     hidden, visual, words, images, tokens = 64, 32, 12, 3, 5
-    cfg = tiny_config(xattn={"heads": 8, "head_dim": 64, "ffn": 4 * hidden, "sinks": 0, "every": 2})
+    cfg = tiny_config(xattn={"heads": 8, "kv_heads": 8, "head_dim": 64, "ffn": 4 * hidden, "sinks": 0, "every": 2})
     model = random_model(cfg, seed=0)
     run_directory(tmp_path / "run", cfg, model)
     export.export(str(tmp_path / "run"), str(tmp_path / "out"), "openflamingo")
@@ -77,6 +77,13 @@ def test_openflamingo(tmp_path):
         keys, values = ours.keys_values(jnp.array(tap))
         got = ours(jnp.array(x), lambda q: grouped_attention(q, keys, values, grouping, 0))
     assert relative(np.asarray(got), expected) <= 1e-5
+
+
+def test_openflamingo_has_no_shared_keys(tmp_path):
+    cfg = tiny_config(xattn={"kv_heads": 1})
+    run_directory(tmp_path / "run", cfg, random_model(cfg, seed=0))
+    with pytest.raises(ValueError, match="keys for every head, not xattn.kv_heads = 1 of xattn.heads = 2: use --format hf or torch"):
+        export.export(str(tmp_path / "run"), str(tmp_path / "out"), "openflamingo")
 
 
 CHATS = {

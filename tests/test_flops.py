@@ -55,7 +55,9 @@ def program(cfg: EVLMConfig, p: dict, pixels: jax.Array, chosen: jax.Array) -> j
             tap = norm(taps[cfg.tap_of_cross_layer[i]], p[f"xattn/{i}/kv_norm/scale"])
             k, v = tap @ cross("k"), tap @ cross("v")
         with part(flops.CROSS_SCORES):  # images = rows * I groups of neighbouring tokens
-            out = attend(*(split(y, images, cfg.xattn.heads) for y in (q, k, v)))
+            x_heads, shared = cfg.xattn.heads, cfg.xattn.heads // cfg.xattn.kv_heads
+            q, k, v = split(q, images, x_heads), *(split(y, images, cfg.xattn.kv_heads).repeat(shared, 2) for y in (k, v))
+            out = attend(q, k, v)
         with part(flops.CROSS):
             x = x + out @ cross("o")
         if cfg.moe.copies:
@@ -120,10 +122,10 @@ def trained_names(cfg: EVLMConfig, vit_from: int | None, norms: bool = False) ->
     return kernels | {"media/embedding"} | (scales if norms else set())
 
 
-@pytest.mark.parametrize("copies", [0, 2])
+@pytest.mark.parametrize("copies, kv_heads", [(0, 2), (0, 1), (2, 2)])
 @pytest.mark.parametrize("vit_from", [None, 2])
-def test_needed_is_what_an_unrolled_program_executes(copies, vit_from):
-    cfg = config(moe={"copies": copies})
+def test_needed_is_what_an_unrolled_program_executes(copies, kv_heads, vit_from):
+    cfg = config(moe={"copies": copies}, xattn={"kv_heads": kv_heads})
     trained = trained_names(cfg, vit_from)
     work = flops.Work.full(cfg, ROWS)
     count = {part: cost.total for part, cost in flops.needed(cfg, trained, work).items()}

@@ -105,10 +105,11 @@ def cached_logits(generator, documents, tokens):
     [
         {},
         {"section": "xattn", "every": 3, "sinks": 0, "schedule": "cyclic"},
+        {"section": "xattn", "heads": 4, "kv_heads": 2},
         {"qkv_bias": True, "tied": False, "kv_heads": 4},
         *({"baseline": name} for name in BASELINES),
     ],
-    ids=["tied", "every third, no sink", "biases, own head", *BASELINES],
+    ids=["tied", "every third, no sink", "shared keys", "biases, own head", *BASELINES],
 )
 def test_caches_equal_the_full_forward(changes):
     """A batch of different lengths and numbers of images, texts before images, and videos."""

@@ -27,7 +27,7 @@ _TINY = dict(
     ),
     llm=dict(vocab=256, hidden=64, layers=4, heads=4, kv_heads=2, head_dim=16, mlp=128, rope_theta=1e4, eps=1e-5,
              qkv_bias=False, tied=True, dynamic_ntk=0, logn=0),
-    xattn=dict(heads=2, head_dim=16, ffn=32, every=1, schedule="blocked", sinks=1, tile=8, eps=1e-5),
+    xattn=dict(heads=2, kv_heads=2, head_dim=16, ffn=32, every=1, schedule="blocked", sinks=1, tile=8, eps=1e-5),
     moe=dict(copies=0, slices=2, top_k=2, gates="renormalise", capacity=0.0, balance=0.01, z=0.001, tile=8, upcycle="preserve"),
     media=dict(tokens=2, placeholder="<|media|>"),
     bridge=dict(kind="routed", latents=3, depth=2, heads=2, head_dim=16, ffn=2),

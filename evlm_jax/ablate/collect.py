@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from evlm_jax.ablate.budget import FLOPS, QUESTIONS
 from evlm_jax.ablate.job import BASE, CAPTION, CHOICE, unpack
@@ -69,11 +70,18 @@ def collect(files: Sequence[Path]) -> dict:
     for file, run in zip(files, runs):
         clusters = [reading.pop("clusters") for reading in run["readings"].values()]
         settings = run.pop("settings")
-        if wrong := [name for name, value in joined["settings"].items() if settings[name] != value]:
+        if wrong := _apart(settings, joined["settings"]):
             raise ValueError(f"{file}: its {', '.join(wrong)} differ from those of {files[0]}; give another --out, or remove one of them")
         if any(found != joined["clusters"] for found in clusters):
             raise ValueError(f"{file}: its test questions are not those of {files[0]}; remove one of them")
     return joined
+
+
+def _apart(one: dict, other: dict) -> list[str]:
+    """Names of settings that differ; of the base, fields that both know: one that came later says what the code did before."""
+    wrong = [name for name in one | other if name != "base" and one.get(name) != other.get(name)]
+    a, b = (flatten_dict(settings["base"], sep=".") for settings in (one, other))
+    return wrong + ["base"] * any(a[name] != b[name] for name in a.keys() & b.keys())
 
 
 def variants(found: dict) -> list[str]:

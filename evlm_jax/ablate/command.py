@@ -16,11 +16,11 @@ def main(args: argparse.Namespace, overrides: list[str], load_config: Callable[[
     load = lambda variant: load_config(f"{args.config}:{variant}", overrides)
     if args.only:
         variant, _, seed = args.only.partition("/")
-        job.run(load, variant, int(seed), args.questions, args.test, args.out, args.keep)
+        job.run(load, variant, int(seed), args.questions, args.test, args.init, args.out, args.keep)
         return 0
     variants = list(dict.fromkeys([job.BASE, *args.variants]))
     for variant in variants:
-        load(variant)
+        job.check(load, variant, args.init)
     names = [f"{variant}/{seed}" for seed in range(args.seeds) for variant in variants]
     todo = [slots.Run(name, _command(args, overrides, name), args.out / name / "log.txt") for name in names if not _done(args.out, name)]
     cores = args.cores or sorted(os.sched_getaffinity(0))
@@ -41,4 +41,5 @@ def _command(args: argparse.Namespace, overrides: list[str], name: str) -> list[
     """Of one run."""
     words = ["--config", args.config, "--variants", job.BASE, "--questions", str(args.questions), "--out", str(args.out), "--run", name]
     words += ["--test", str(args.test)] if args.test is not None else []
+    words += ["--init", args.init] if args.init else []
     return [sys.executable, "-m", "evlm_jax", "ablate", *words, *["--keep"] * args.keep, *overrides]

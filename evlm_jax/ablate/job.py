@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from evlm_jax import checkpoint, upcycle
 from evlm_jax.ablate.budget import budgets
 from evlm_jax.config import EVLMConfig, to_dict
 from evlm_jax.convert.engine import parameter_shapes
@@ -40,13 +41,25 @@ LAST = 4  # lines of metrics.jsonl whose mean is a run's loss
 BASE = "base"
 
 
-def run(load: Callable[[str], EVLMConfig], variant: str, seed: int, questions: int, limit: int | None, out: Path, keep: bool) -> None:
+def check(load: Callable[[str], EVLMConfig], variant: str, init: str | None) -> None:
+    """Raises ValueError where there is no such variant, where what it changes cannot count, or experts cannot be made of `init`."""
+    cfg = load(variant)
+    if makes_experts(cfg, init):
+        upcycle.check(cfg.moe)
+    elif "moe.upcycle" in changes(load(BASE), cfg):
+        raise ValueError(f"{variant}: moe.upcycle counts where experts are made of a dense run's FFNs: give that run with --init")
+
+
+def run(
+    load: Callable[[str], EVLMConfig], variant: str, seed: int, questions: int, limit: int | None, init: str | None, out: Path, keep: bool
+) -> None:
     """Trains, reads, saves result.json; what is there already stays.
 
     Args:
       load: variant -> its config.
       questions: the budget.
       limit: questions of the official test that are asked; None: all.
+      init: the run to start from; None: the towers alone.
       keep: the checkpoints stay.
     Raises:
       InterruptedError: SIGTERM came while training; what was trained is saved.
@@ -58,17 +71,17 @@ def run(load: Callable[[str], EVLMConfig], variant: str, seed: int, questions: i
         if (folder / "result.json").exists():
             return
         plain, (base, cfg) = load(BASE), (seeded(load(name), seed) for name in (BASE, variant))
-        cuts = budgets(base, cfg, questions)
+        cuts, begin = budgets(base, cfg, questions), start(cfg, init, folder)
         readings = {}
         for step in sorted({cut.step for cut in cuts.values()}):
             file = folder / f"{step}.json"
             if not file.exists():
-                results.save(file, read(replace(cfg, train=replace(cfg.train, steps=step)), folder, limit))
+                results.save(file, read(replace(cfg, train=replace(cfg.train, steps=step)), begin, folder, limit))
             readings[str(step)] = results.load(file)
-        whole = {"variant": variant, "seed": seed, "changes": changes(plain, load(variant)), "settings": settings(plain, questions, limit)}
-        whole |= {"trained": trained_parameters(cfg), "budgets": {name: cut._asdict() for name, cut in cuts.items()}}
+        whole = {"variant": variant, "seed": seed, "changes": changes(plain, load(variant)), "trained": trained_parameters(cfg)}
+        whole |= {"settings": settings(plain, questions, limit, init), "budgets": {name: cut._asdict() for name, cut in cuts.items()}}
         results.save(folder / "result.json", whole | {"readings": readings})
-        for name in () if keep else ("steps", "frozen"):
+        for name in () if keep else ("steps", "frozen", "start"):
             shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -77,9 +90,25 @@ def seeded(cfg: EVLMConfig, seed: int) -> EVLMConfig:
     return replace(cfg, data=replace(cfg.data, seed=seed), train=replace(cfg.train, seed=seed))
 
 
-def settings(base: EVLMConfig, questions: int, limit: int | None) -> dict:
+def makes_experts(cfg: EVLMConfig, init: str | None) -> bool:
+    """Whether `cfg` has experts and the run that it starts from a dense FFN."""
+    return bool(init and cfg.moe.copies) and not checkpoint.open_params(init)[1].moe.copies
+
+
+def start(cfg: EVLMConfig, init: str | None, folder: Path) -> str | None:
+    """Where `cfg` starts: `init`, or in `folder` the same with experts."""
+    if not makes_experts(cfg, init):
+        return init
+    made = folder / "start"
+    if not made.exists():
+        upcycle.upcycle_run(init, cfg, str(made))
+    return str(made)
+
+
+def settings(base: EVLMConfig, questions: int, limit: int | None, init: str | None) -> dict:
     """What runs must have in common to be compared."""
-    return {"questions": questions, "limit": limit, "base": to_dict(base)}
+    begun = {"init": results.weights_hash(checkpoint.load_params(init)[0])} if init else {}
+    return {"questions": questions, "limit": limit, "base": to_dict(base)} | begun
 
 
 def changes(base: EVLMConfig, cfg: EVLMConfig) -> dict:
@@ -94,9 +123,9 @@ def trained_parameters(cfg: EVLMConfig) -> int:
     return sum(math.prod(shape) for name, shape in parameter_shapes(cfg).items() if name in trained)
 
 
-def read(cfg: EVLMConfig, folder: Path, limit: int | None) -> dict:
-    """Trains to the end of `cfg` and reads the model there."""
-    if train_run(cfg, str(folder)) < cfg.train.steps:
+def read(cfg: EVLMConfig, begin: str | None, folder: Path, limit: int | None) -> dict:
+    """Trains from `begin` to the end of `cfg` and reads the model there."""
+    if train_run(cfg, str(folder), begin) < cfg.train.steps:
         raise InterruptedError("stopped while training; the same command goes on from there")
     memory, trained = peak_memory(), load_trained(str(folder), cfg.train.steps)
     features, weights = features_of(trained), results.weights_hash(trained.params)

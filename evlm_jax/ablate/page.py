@@ -46,7 +46,8 @@ def about(found: dict) -> str:
     asked = "all questions" if limit is None else f"{limit:,} questions"
     many = f"{len(variants(found))} variants, {seeds} {'seeds' if seeds > 1 else 'seed'}, {len(runs)} runs"
     budget = f"{settings['questions']:,} questions, and the FLOPs that the base needs for as many"
-    return f"{many}; budgets: {budget}; {asked} of easy-vqa's official test, answered by lowest loss; {'; '.join(devices)}."
+    begin = f"all start from the run of weights {settings['init'][:12]}; " if "init" in settings else ""
+    return f"{many}; {begin}budgets: {budget}; {asked} of easy-vqa's official test, answered by lowest loss; {'; '.join(devices)}."
 
 
 def judgement_cells(judged: Judgement) -> list[str]:

@@ -69,7 +69,10 @@ def export_torch(folder: Path, tensors: Tensors, cfg: EVLMConfig) -> None:
 
 
 def export_openflamingo(folder: Path, tensors: Tensors, cfg: EVLMConfig) -> None:
-    """The gated blocks and the media tokens."""
+    """The gated blocks and the media tokens. Raises ValueError for shared keys, which its `to_kv` has no place for."""
+    if cfg.xattn.kv_heads != cfg.xattn.heads:
+        shared = f"xattn.kv_heads = {cfg.xattn.kv_heads} of xattn.heads = {cfg.xattn.heads}"
+        raise ValueError(f"export: open_flamingo's cross-attention has keys for every head, not {shared}: use --format hf or torch")
     trained = {name: tensor for name, tensor in tensors.items() if name.startswith(("xattn/", "media/"))}
     _write(write_torch, folder / "openflamingo.pt", in_names_of("openflamingo", trained, cfg))
 

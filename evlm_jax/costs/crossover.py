@@ -75,18 +75,23 @@ def ratio(cfg: EVLMConfig, measure: str, frames: int, text: int) -> float:
 
 def by_heads(cfg: EVLMConfig, frames: int, text: int) -> list[dict]:
     """Ratios if the language model had another number of key and value heads, for every number that divides its heads."""
-    numbers = [n for n in range(1, cfg.llm.heads + 1) if cfg.llm.heads % n == 0]
     with_heads = lambda n: replace(cfg, llm=replace(cfg.llm, kv_heads=n))
-    return [{"kv_heads": n} | {measure: ratio(with_heads(n), measure, frames, text) for measure in MEASURES} for n in numbers]
+    return [
+        {"kv_heads": n} | {measure: ratio(with_heads(n), measure, frames, text) for measure in MEASURES} for n in _divisors(cfg.llm.heads)
+    ]
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def by_block(cfg: EVLMConfig, frames: int, text: int) -> dict:
-    """What makes EVLM's cache the smaller one, each alone: the most heads of cross-attention, the closest blocks; None: nothing does."""
+    """What makes EVLM's cache the smaller one, each alone: key heads of cross-attention, distance of its blocks; None: nothing does."""
     smaller = lambda changed: ratio(changed, "KV bytes", frames, text) < 1
-    heads = range(cfg.xattn.heads, 0, -1)
+    heads = (n for n in reversed(_divisors(cfg.xattn.heads)) if n <= cfg.xattn.kv_heads)
     every = range(cfg.xattn.every, cfg.llm.layers + 1)
     return {
-        "heads": next((n for n in heads if smaller(replace(cfg, xattn=replace(cfg.xattn, heads=n)))), None),
+        "kv_heads": next((n for n in heads if smaller(replace(cfg, xattn=replace(cfg.xattn, kv_heads=n)))), None),
         "every": next((n for n in every if smaller(replace(cfg, xattn=replace(cfg.xattn, every=n)))), None),
     }
 

@@ -43,5 +43,5 @@ def _heads(study: dict) -> str:
     says = f"EVLM's cache is the {where}; this one has {have}."
     if needed and needed <= have:
         return says
-    ways = [f"at most {block['heads']} heads" if block["heads"] else "", f"every = {block['every']}" if block["every"] else ""]
-    return f"{says} With {have} it would be with cross-attention of {' or '.join(filter(None, ways)) or 'no size'}."
+    ways = [f"{name} = {block[name]}" for name in ("kv_heads", "every") if block[name]]
+    return f"{says} With {have} it would be with cross-attention of {' or '.join(ways) or 'no size'}."

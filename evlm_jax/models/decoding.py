@@ -56,15 +56,15 @@ class DecodeState(NamedTuple):
     theta: jax.Array | None  # [B] float32, rotary bases by dynamic NTK; None: rope_theta
     self_keys: jax.Array  # [L, B, K, H, C]
     self_values: jax.Array  # [L, B, K, C, H]
-    cross_keys: jax.Array | None  # [X, B, N, H, Z]; None without cross-attention
-    cross_values: jax.Array | None  # [X, B, N, Z, H]
+    cross_keys: jax.Array | None  # [X, B, K, H, Z]; None without cross-attention
+    cross_values: jax.Array | None  # [X, B, K, Z, H]
 
     @classmethod
     def spec(cls, cfg: EVLMConfig, rows: int, slots: int, images: int) -> "DecodeState":
         """Shapes and dtypes, for planning and ahead-of-time compilation."""
-        dtype, n, k, h = compute_dtype(cfg.train.dtype), cfg.xattn.heads, cfg.llm.kv_heads, cfg.llm.head_dim
+        dtype, k, h = compute_dtype(cfg.train.dtype), cfg.llm.kv_heads, cfg.llm.head_dim
         row = lambda dtype: jax.ShapeDtypeStruct((rows,), dtype)
-        text, cross = (cfg.llm.layers, rows, k), (len(cfg.cross_layers), rows, n)
+        text, cross = (cfg.llm.layers, rows, k), (len(cfg.cross_layers), rows, cfg.xattn.kv_heads)
         seen = images * cfg.view_tokens + max(cfg.xattn.sinks, 1)
         sizes = (*text, h, slots), (*text, slots, h), (*cross, cfg.xattn.head_dim, seen), (*cross, seen, cfg.xattn.head_dim)
         caches = [jax.ShapeDtypeStruct(size, dtype) if size[0] else None for size in sizes]
@@ -146,7 +146,7 @@ def _keep(cfg: EVLMConfig, prompt: Prompt, cross: tuple[jax.Array, jax.Array], i
     """Of `project`'s keys and values those that the last token of each prompt sees, as DecodeState has them."""
     slot = jnp.minimum(prompt.visible_start[:, None] + jnp.arange(images), prompt.image.shape[1] - 1)  # [B, R]
     seen = [jnp.take_along_axis(a, slot[None, :, :, None, None, None], axis=2) for a in cross]
-    seen = [a.reshape(*a.shape[:2], -1, *a.shape[4:]).swapaxes(2, 3) for a in seen]  # [X, B, N, R * S', H]
+    seen = [a.reshape(*a.shape[:2], -1, *a.shape[4:]).swapaxes(2, 3) for a in seen]  # [X, B, K, R * S', H]
     keys, values = (jnp.pad(a, ((0, 0),) * 3 + ((0, max(cfg.xattn.sinks, 1)), (0, 0))) for a in seen)
     return keys.swapaxes(3, 4), values
 
@@ -203,7 +203,7 @@ def view(cfg: EVLMConfig, weights: Weights, taps: jax.Array) -> jax.Array:
 
 
 def project(cfg: EVLMConfig, weights: Weights, views: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of every cross-attention block: views [G', n, S', V], image [B, I] -> [X, B, I, S', N, H]."""
+    """Keys and values of every cross-attention block: views [G', n, S', V], image [B, I] -> [X, B, I, S', K, H]."""
     number = jnp.array(cfg.tap_of_cross_layer)
     each = lambda i: block(weights.crosses, i).keys_values(views[number[i]])
     return jax.tree.map(lambda a: a[:, image], jax.lax.map(each, jnp.arange(len(cfg.cross_layers))))

@@ -26,7 +26,7 @@ from evlm_jax.ops.grouped_attention import Plan, grouped_attention
 from evlm_jax.ops.product import product
 from evlm_jax.sharding import local, shard
 
-TEXT, TEXT_KEYS, IMAGE_KEYS = ("rows", None, "heads"), ("rows", None, "kv_heads"), ("rows", None, None, "heads")
+TEXT, TEXT_KEYS, IMAGE_KEYS = ("rows", None, "heads"), ("rows", None, "kv_heads"), ("rows", None, None, "kv_heads")
 
 
 def reads() -> Callable:
@@ -35,7 +35,7 @@ def reads() -> Callable:
 
 
 def looks(cfg: EVLMConfig) -> Callable:
-    """`grouped_attention` of a device's pools and heads: q [B, T, N, H], k and v [C, I, S', N, H], plan."""
+    """`grouped_attention` of a device's pools and heads: q [B, T, N, H], k and v [C, I, S', K, H], plan."""
     sight = functools.partial(grouped_attention, sinks=cfg.xattn.sinks)
     return local(sight, (TEXT, IMAGE_KEYS, IMAGE_KEYS, ("rows",)), TEXT)
 

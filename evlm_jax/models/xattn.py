@@ -22,12 +22,12 @@ class Block(nnx.Module):
     """x [B, T, D] and one tap [B, I, S, V] -> [B, T, D]."""
 
     def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
-        d, v, n = cfg.llm.hidden, cfg.vit.width, cfg.xattn.heads * cfg.xattn.head_dim
+        d, v, n, k = cfg.llm.hidden, cfg.vit.width, *(heads * cfg.xattn.head_dim for heads in (cfg.xattn.heads, cfg.xattn.kv_heads))
         self.norm = LayerNorm(d, cfg.xattn.eps, rngs)
         self.kv_norm = LayerNorm(v, cfg.xattn.eps, rngs)  # taps are raw residual streams whose scale grows with depth
         self.q = Linear((d, n), ("embed", "heads"), rngs)
-        self.k = Linear((v, n), ("whole", "image_heads"), rngs)
-        self.v = Linear((v, n), ("whole", "image_heads"), rngs)
+        self.k = Linear((v, k), ("whole", "image_heads"), rngs)
+        self.v = Linear((v, k), ("whole", "image_heads"), rngs)
         self.o = Linear((n, d), ("heads", "embed"), rngs)
         self.attn_gate = param(rngs, (), ())
         self.ffn_norm = LayerNorm(d, cfg.xattn.eps, rngs)
@@ -37,7 +37,7 @@ class Block(nnx.Module):
 
     @jax.named_scope("keys_values")
     def keys_values(self, tap: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """tap [..., S, V] -> keys and values [..., S, N, H]: once per image, cached in generation."""
+        """tap [..., S, V] -> keys and values [..., S, K, H]: once per image, cached in generation."""
         normed = self.kv_norm(tap)
         return heads(self.k(normed), self.head_dim), heads(self.v(normed), self.head_dim)
 

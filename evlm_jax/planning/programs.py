@@ -112,8 +112,7 @@ def _decode(of: Phase, video: bool) -> Program:
     seen = cfg.data.images if video else 1
     with layout.active():
         spec = DecodeState.spec(cfg, rows, t, seen)
-    text, cross = (layout.sharding((None, "rows", axis)) for axis in ("kv_heads", "heads"))
-    caches = {"self_keys": text, "self_values": text, "cross_keys": cross, "cross_values": cross}
+    caches = dict.fromkeys(("self_keys", "self_values", "cross_keys", "cross_values"), layout.sharding((None, "rows", "kv_heads")))
     state = _put(spec, DecodeState(**{k: caches.get(k, layout.rows) if v is not None else None for k, v in spec._asdict().items()}))
     weights = _weights(of)
     run = layout.jit(lambda weights, state: read_tokens(cfg, weights, state), donate_argnums=1)

@@ -134,6 +134,13 @@ def test_runs_that_cannot_be_compared_are_refused(saved):
     other = runs[-1] | {"settings": runs[-1]["settings"] | {"questions": 9}}
     with pytest.raises(ValueError, match="fused/2/result.json: its questions differ"):
         saved([*runs[:-1], other])
+    begun = runs[-1] | {"settings": runs[-1]["settings"] | {"init": "0" * 64}}
+    with pytest.raises(ValueError, match="fused/2/result.json: its init differ"):
+        saved([*runs[:-1], begun])
+    changed, newer = (runs[-1] | {"settings": runs[-1]["settings"] | {"base": {"name": name, "later": 1}}} for name in ("other", "base"))
+    with pytest.raises(ValueError, match="fused/2/result.json: its base differ"):
+        saved([*runs[:-1], changed])
+    assert len(saved([*runs[:-1], newer])["runs"]) == len(runs)  # a field that came later
     for reading in runs[-1]["readings"].values():
         reading["clusters"] = {job.CHOICE: [5] * 39, job.CAPTION: EMOJI}
     with pytest.raises(ValueError, match="fused/2/result.json: its test questions"):

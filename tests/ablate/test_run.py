@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from evlm_jax import cli
@@ -15,9 +16,13 @@ from evlm_jax.ablate import job
 from evlm_jax.checkpoint import steps
 from evlm_jax.config import to_dict
 from evlm_jax.evals import results
-from tests.checkpoints import dinov2_directory, llama_directory
+from evlm_jax.flops import real_tokens
+from evlm_jax.models.evlm import EVLM
+from evlm_jax.run import load_trained
+from tests.checkpoints import dinov2_directory, llama_directory, run_directory
 from tests.parity import needs_asset
-from tests.tiny import tiny_config
+from tests.random_model import random_model
+from tests.tiny import tiny_batch, tiny_config
 
 EXPERIMENT = """
 import json
@@ -33,6 +38,8 @@ def get_config(variant):
     config.name = variant
     if variant == "wide":
         config.xattn.update(ffn=512, heads=16)
+    if variant in ("preserve", "paper"):
+        config.moe.update(copies=2, upcycle=variant)
     return config
 """
 
@@ -57,8 +64,54 @@ def test_a_finished_run_is_not_repeated(tmp_path):
     def load(variant):
         raise AssertionError(variant)
 
-    job.run(load, "base", 0, 1000, None, tmp_path, False)
+    job.run(load, "base", 0, 1000, None, None, tmp_path, False)
     assert (tmp_path / "base" / "0" / "result.json").read_text() == "{}"
+
+
+def test_experts_are_made_of_the_run_that_all_start_from(tmp_path):
+    dense, experts = tiny_config(), {name: tiny_config(moe={"copies": 2, "upcycle": name}) for name in ("preserve", "paper")}
+    model, init = random_model(dense, 0), str(tmp_path / "dense")
+    run_directory(tmp_path / "dense", dense, model)
+    assert job.start(dense, None, tmp_path) is None and job.start(dense, init, tmp_path) == init
+    batch = tiny_batch(dense, 0)
+    hidden = lambda model: np.asarray(EVLM.hidden(model, batch))[real_tokens(batch)]
+    expected, found = hidden(model), {}
+    for name, cfg in experts.items():
+        begin = job.start(cfg, init, tmp_path / name)
+        assert job.start(cfg, init, tmp_path / name) == begin == str(tmp_path / name / "start")  # made once
+        assert job.start(cfg, begin, tmp_path) == begin  # has experts
+        found[name] = np.abs(hidden(load_trained(begin).model) - expected).max() / np.abs(expected).max()
+    assert found["preserve"] <= 1e-5 and found["paper"] > 1e-2
+
+
+def test_what_cannot_count_is_refused(tmp_path):
+    experts = {"paper": {"upcycle": "paper"}, "one": {"top_k": 1}}
+    load = {"base": tiny_config()} | {name: tiny_config(moe={"copies": 2} | fields) for name, fields in experts.items()}
+    run_directory(tmp_path, load["base"], random_model(load["base"], 0))
+    for variant, init in (("base", None), ("one", None), ("paper", str(tmp_path))):
+        job.check(load.get, variant, init)
+    with pytest.raises(ValueError, match="paper: moe.upcycle counts where .* give that run with --init"):
+        job.check(load.get, "paper", None)
+    with pytest.raises(ValueError, match="moe.upcycle=preserve needs moe.top_k = moe.slices"):
+        job.check(load.get, "one", str(tmp_path))
+
+
+@pytest.mark.slow
+@needs_asset("easy-vqa")
+@needs_asset("openmoji")
+def test_all_start_from_one_run(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))
+    config = command[command.index("--config") + 1]
+    assert cli.main(["train", "--config", f"{config}:base", "--workdir", str(tmp_path / "dense")]) == 0
+    found = {}
+    for out, words in (("new", ["--variants", "wide"]), ("on", ["--variants", "preserve,paper", "--init", str(tmp_path / "dense")])):
+        assert cli.main([*command, *words, "--questions", "200", "--out", str(tmp_path / out)]) == 0
+        found[out] = results.load(tmp_path / out / "results.json")
+    assert [run["variant"] for run in found["on"]["runs"]] == ["base", "preserve", "paper"]
+    assert found["on"]["settings"].keys() - found["new"]["settings"].keys() == {"init"}
+    (first, *_), others = ([next(iter(run["readings"].values()))["loss"] for run in found[out]["runs"]] for out in ("new", "on"))
+    assert max(others) < first and not (tmp_path / "on" / "paper" / "0" / "start").exists()
+    assert cli.main([*command, "--questions", "200", "--out", str(tmp_path / "on")]) == 1  # its base began elsewhere
 
 
 @pytest.mark.slow

@@ -18,9 +18,9 @@ from tests.random_model import random_model
 from tests.tiny import BASELINES, tiny_batch, tiny_config
 
 
-@pytest.mark.parametrize("every, sinks, kind", [(1, 0, "routed"), (3, 1, "routed"), (1, 1, "fused")])
-def test_trace_is_the_model(every, sinks, kind):
-    cfg = tiny_config(xattn=dict(every=every, sinks=sinks), bridge=dict(kind=kind))
+@pytest.mark.parametrize("every, sinks, kind, shared", [(1, 0, "routed", 1), (3, 1, "routed", 2), (1, 1, "fused", 1)])
+def test_trace_is_the_model(every, sinks, kind, shared):
+    cfg = tiny_config(xattn=dict(every=every, sinks=sinks, heads=2 * shared), bridge=dict(kind=kind))
     model = random_model(cfg, 0)
     batch = tiny_batch(cfg, 1)
     expected = jax.jit(EVLM.hidden)(model, batch)

@@ -27,7 +27,7 @@ def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], kind="", pool=1
     return tiny_config(
         vit={"heads": 8, "width": 64, "mlp": 128},
         llm={"heads": 8, "kv_heads": 8, "head_dim": 8},
-        xattn={"heads": 8, "head_dim": 8, "ffn": 64} | BASELINES.get(kind, {}).get("xattn", {}),
+        xattn={"heads": 16, "kv_heads": 8, "head_dim": 8, "ffn": 64} | BASELINES.get(kind, {}).get("xattn", {}),
         bridge={"heads": 8, "head_dim": 8} | BASELINES.get(kind, {}).get("bridge", {}),
         media=BASELINES.get(kind, {}).get("media", {}),
         moe={"copies": 4 if experts else 0},

@@ -16,7 +16,9 @@ from tests.tiny import tiny_config
 def test_block_equals_open_flamingo():
     torch, helpers = pytest.importorskip("torch", reason="needs torch: pip install -e '.[test]'"), open_flamingo_helpers()
     hidden, visual, words, images, tokens = 64, 32, 12, 3, 5
-    cfg = tiny_config(llm=dict(hidden=hidden), vit=dict(width=visual), xattn=dict(heads=8, head_dim=64, ffn=4 * hidden, sinks=0))
+    cfg = tiny_config(
+        llm=dict(hidden=hidden), vit=dict(width=visual), xattn=dict(heads=8, kv_heads=8, head_dim=64, ffn=4 * hidden, sinks=0)
+    )
     torch.manual_seed(0)
     theirs = helpers.GatedCrossAttentionBlock(dim=hidden, dim_visual=visual)
     with torch.no_grad():

@@ -54,10 +54,10 @@ class CrossAttention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         llm, vit, xattn = Config(cfg.llm), Config(cfg.vit), Config(cfg.xattn)
-        d, n = llm.hidden, xattn.heads * xattn.head_dim
+        d, n, k = llm.hidden, *(heads * xattn.head_dim for heads in (xattn.heads, xattn.kv_heads))
         self.norm, self.kv_norm, self.ff_norm = (nn.LayerNorm(width, xattn.eps) for width in (d, vit.width, d))
         self.to_q, self.to_out = nn.Linear(d, n, bias=False), nn.Linear(n, d, bias=False)
-        self.to_k, self.to_v = (nn.Linear(vit.width, n, bias=False) for _ in range(2))
+        self.to_k, self.to_v = (nn.Linear(vit.width, k, bias=False) for _ in range(2))
         if cfg.moe["copies"]:
             self.moe = MoE(d, xattn.ffn, Config(cfg.moe))
         else:
@@ -66,7 +66,7 @@ class CrossAttention(nn.Module):
         self.head_dim, self.sinks = xattn.head_dim, xattn.sinks
 
     def keys_values(self, tap):
-        """tap [B, I, S, V] -> two of [B, N, I * S + sinks, H]."""
+        """tap [B, I, S, V] -> two of [B, K, I * S + sinks, H]."""
         normed = self.kv_norm(tap).flatten(1, 2)
         return tuple(F.pad(split_heads(project(normed), self.head_dim), (0, 0, 0, self.sinks)) for project in (self.to_k, self.to_v))
 

@@ -13,9 +13,10 @@ import tempfile
 from pathlib import Path
 
 from evlm_jax.evals import results, tasks
+from evlm_jax.evals.task import Task
 
 TASK = """
-task: easy_vqa
+task: ours
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {rows}}}}}
 test_split: test
@@ -31,26 +32,26 @@ LOOK = "from PIL import Image\n\n\ndef look(doc):\n    return [Image.open(doc['p
 BATCH = 8
 
 
-def write(folder: Path, examples: list[dict]) -> None:
-    """easy-vqa as a task of lmms-eval: the questions of a result file, in their order."""
-    task = tasks.find("easy-vqa")
-    paths = {asked.id: asked.visuals[0][0].path for asked in task.questions(None, None)}
+def write(folder: Path, task: Task, data: Path | None, examples: list[dict]) -> None:
+    """A task of one image a question as one of lmms-eval: the questions of a result file, in their order."""
+    paths = {asked.id: asked.visuals[0][0].path for asked in task.questions(data, None)}
+    folder.mkdir(exist_ok=True)
     rows = [{"question": row["prompt"], "answer": row["answer"], "path": paths[row["id"]]} for row in examples]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "easy_vqa.yaml").write_text(TASK.format(rows=folder / "rows.jsonl", tokens=task.tokens))
+    (folder / "ours.yaml").write_text(TASK.format(rows=folder / "rows.jsonl", tokens=task.tokens))
     (folder / "look.py").write_text(LOOK)
 
 
 def lmms_eval(folder: Path, model: str, arguments: str) -> tuple[float, list[str]]:
     """(percent that lmms-eval says, the answers it was given)."""
     out = folder / model
-    command = [sys.executable, "-m", "lmms_eval", "--model", model, "--model_args", arguments, "--tasks", "easy_vqa", "--log_samples"]
+    command = [sys.executable, "-m", "lmms_eval", "--model", model, "--model_args", arguments, "--tasks", "ours", "--log_samples"]
     command += ["--include_path", str(folder), "--batch_size", str(BATCH), "--output_path", str(out)]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
     subprocess.run(command, env=os.environ | offline, check=True)
     (said,), (samples,) = out.rglob("*results.json"), out.rglob("*samples*.jsonl")
     logged = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
-    return 100 * json.loads(said.read_text())["results"]["easy_vqa"]["exact_match,none"], [row["filtered_resps"] for row in logged]
+    return 100 * json.loads(said.read_text())["results"]["ours"]["exact_match,none"], [row["filtered_resps"] for row in logged]
 
 
 def main() -> None:
@@ -67,7 +68,7 @@ def main() -> None:
         subprocess.run([*command, "--limit", str(args.questions), "--batch", str(BATCH)], check=True)
         result = results.load(out)
         examples = result["examples"]
-        write(folder, examples)
+        write(folder, tasks.find("easy-vqa"), None, examples)
         told = {model: lmms_eval(folder, model, arguments) for model, arguments in models.items()}
     (ours,) = (row["value"] for row in result["scores"] if row["metric"] == "accuracy")
     print(f"\nevlm eval: {ours!r}% of {len(examples):,} questions")

@@ -62,6 +62,7 @@ def run(
       init: the run to start from; None: the towers alone.
       keep: the checkpoints stay.
     Raises:
+      ValueError: what is there of the run began elsewhere.
       InterruptedError: SIGTERM came while training; what was trained is saved.
     """
     folder = out / variant / str(seed)
@@ -71,6 +72,8 @@ def run(
         if (folder / "result.json").exists():
             return
         plain, (base, cfg) = load(BASE), (seeded(load(name), seed) for name in (BASE, variant))
+        common = settings(plain, questions, limit, init)
+        _begun(folder / "begun.json", common.get("init"))
         cuts, begin = budgets(base, cfg, questions), start(cfg, init, folder)
         readings = {}
         for step in sorted({cut.step for cut in cuts.values()}):
@@ -79,10 +82,16 @@ def run(
                 results.save(file, read(replace(cfg, train=replace(cfg.train, steps=step)), begin, folder, limit))
             readings[str(step)] = results.load(file)
         whole = {"variant": variant, "seed": seed, "changes": changes(plain, load(variant)), "trained": trained_parameters(cfg)}
-        whole |= {"settings": settings(plain, questions, limit, init), "budgets": {name: cut._asdict() for name, cut in cuts.items()}}
+        whole |= {"settings": common, "budgets": {name: cut._asdict() for name, cut in cuts.items()}}
         results.save(folder / "result.json", whole | {"readings": readings})
         for name in () if keep else ("steps", "frozen", "start"):
             shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _begun(file: Path, init: str | None) -> None:
+    if file.exists() and results.load(file)["init"] != init:
+        raise ValueError(f"{file}: the run that was cut off here began elsewhere; give its --init, another --out, or remove {file.parent}")
+    results.save(file, {"init": init})
 
 
 def seeded(cfg: EVLMConfig, seed: int) -> EVLMConfig:

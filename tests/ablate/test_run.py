@@ -84,6 +84,13 @@ def test_experts_are_made_of_the_run_that_all_start_from(tmp_path):
     assert found["preserve"] <= 1e-5 and found["paper"] > 1e-2
 
 
+def test_a_run_that_began_elsewhere_does_not_go_on(tmp_path):
+    run_directory(tmp_path / "dense", tiny_config(), random_model(tiny_config(), 0))
+    results.save(tmp_path / "base" / "0" / "begun.json", {"init": None})
+    with pytest.raises(ValueError, match="base/0/begun.json: the run that was cut off here began elsewhere; give its --init"):
+        job.run(lambda _: tiny_config(), "base", 0, 1000, None, str(tmp_path / "dense"), tmp_path, False)
+
+
 def test_what_cannot_count_is_refused(tmp_path):
     experts = {"paper": {"upcycle": "paper"}, "one": {"top_k": 1}}
     load = {"base": tiny_config()} | {name: tiny_config(moe={"copies": 2} | fields) for name, fields in experts.items()}

@@ -14,6 +14,7 @@ from evlm_jax.config import EVLMConfig, from_config_dict
 from evlm_jax.costs import arguments as costs_arguments
 from evlm_jax.evals import arguments
 from evlm_jax.planning import arguments as planning_arguments
+from evlm_jax.ranges import Count, NonNegative, Positive, PositiveShare, Seed, argument
 
 CONFIG_HELP = "FILE.py[:arg]; fields are overridden with --config.section.field=value"
 
@@ -100,8 +101,8 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 def _process_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--distributed", action="store_true", help="one of several processes, as the environment says: TPU pod, GKE, Slurm")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="one of several processes: address of process 0")
-    parser.add_argument("--processes", type=int, help="with --coordinator: how many")
-    parser.add_argument("--process", type=int, help="with --coordinator: number of this one, from 0")
+    parser.add_argument("--processes", type=argument(Positive), help="with --coordinator: how many")
+    parser.add_argument("--process", type=argument(Count), help="with --coordinator: number of this one, from 0")
 
 
 def _span(text: str) -> tuple[int, int]:
@@ -131,10 +132,10 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", action="append", default=[], help="may be given several times")
     parser.add_argument("--video", help="a clip whose frames are seen together")
     parser.add_argument("--frames", default="16", help="of the video: a number, evenly spread, or a rate, as 2fps")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=argument(Positive), default=64)
+    parser.add_argument("--temperature", type=argument(NonNegative), default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=argument(PositiveShare), default=1.0)
+    parser.add_argument("--seed", type=argument(Seed), default=0)
 
 
 def _generate(args: argparse.Namespace, _overrides: list[str]) -> None:
@@ -166,7 +167,7 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     read.add_argument("--out", required=True, help="new directory; start training from it with --init")
     write = actions.add_parser("export", help="a checkpoint to PyTorch")
     write.add_argument("--checkpoint", required=True, help="directory of a training run, or of an import")
-    write.add_argument("--step", type=int, help="the newest where left out")
+    write.add_argument("--step", type=argument(Count), help="the newest where left out")
     write.add_argument("--format", choices=("hf", "torch", "openflamingo", "llm"), default="hf")
     write.add_argument("--out", required=True, help="new directory")
     same = actions.add_parser("verify", help="whether two models compute the same, and where they part; exit status 1 if not")
@@ -174,7 +175,7 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         same.add_argument(side, help="directory of a run or an import, or a Hugging Face directory")
     same.add_argument("--image", action="append", default=[], help="seen by every prompt; with --prompt, in place of the built-in ones")
     same.add_argument("--prompt", action="append", default=[], help="images stand in front of it, or at <image> markers")
-    same.add_argument("--tolerance", type=float, default=1e-3, help="of differences, relative to magnitudes")
+    same.add_argument("--tolerance", type=argument(NonNegative), default=1e-3, help="of differences, relative to magnitudes")
 
 
 def _convert(args: argparse.Namespace, overrides: list[str]) -> int | None:

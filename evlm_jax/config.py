@@ -11,13 +11,14 @@ Letters used for shapes everywhere in this package:
 """
 
 import dataclasses
-from dataclasses import astuple, dataclass
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import ml_collections
 
 from evlm_jax.config_data import CleanConfig, DataConfig
 from evlm_jax.config_model import BridgeConfig, LLMConfig, MediaConfig, MoEConfig, ViTConfig, XAttnConfig
+from evlm_jax.ranges import Count, Fraction, NonNegative, Positive, PositiveFloat, Range, Seed
 from evlm_jax.strict import build
 
 Float = Literal["float32", "bfloat16"]
@@ -28,15 +29,15 @@ class Rule:
     """First match wins. `lr` multiplies the schedule; None freezes."""
 
     pattern: str  # regular expression, searched in the canonical parameter name
-    lr: float | None
+    lr: NonNegative | None
 
 
 @dataclass(frozen=True)
 class Phase:
     """What is trained from `start` (a fraction of the steps) on."""
 
-    start: float
-    warmup: int  # extra linear warm-up, in steps, of the parameters that become trainable in this phase
+    start: Fraction
+    warmup: Count  # extra linear warm-up, in steps, of the parameters that become trainable in this phase
     rules: tuple[Rule, ...]
 
 
@@ -44,16 +45,16 @@ class Phase:
 class OptimConfig:
     """AdamW, linear warm-up, cosine to `min_lr`, clip by global norm (paper table 6)."""
 
-    lr: float
-    min_lr: float
-    warmup: int
-    b1: float
-    b2: float
-    eps: float
+    lr: PositiveFloat
+    min_lr: NonNegative
+    warmup: Count
+    b1: Fraction
+    b2: Fraction
+    eps: PositiveFloat
     mu_dtype: Float  # first moments; second ones need the mantissa of param_dtype
-    weight_decay: float
+    weight_decay: NonNegative
     no_decay: tuple[str, ...]  # patterns of canonical names without weight decay
-    clip: float
+    clip: PositiveFloat
     phases: tuple[Phase, ...]
 
 
@@ -61,23 +62,23 @@ class OptimConfig:
 class TrainConfig:
     """The loop."""
 
-    steps: int
-    batch: int  # rows of an optimizer step, over all devices
-    accumulate: int  # micro-batches of a step; divides `batch`
+    steps: Positive
+    batch: Positive  # rows of an optimizer step, over all devices
+    accumulate: Positive  # micro-batches of a step; divides `batch`
     dtype: Float  # compute
     matmul_precision: Float  # operands of products, where the dtype is wider
     param_dtype: Float  # trainable parameters and second moments
     frozen_dtype: Float  # frozen towers
     remat: Literal["none", "dots", "full"]  # computed again in the backward pass: nothing, all but linear layers, all
-    loss_chunk: int  # targets of a row whose logits exist together, computed again in the backward pass; 0: all, kept
-    save_every: int
-    keep: int
-    log_every: int
+    loss_chunk: Count  # targets of a row whose logits exist together, computed again in the backward pass; 0: all, kept
+    save_every: Positive
+    keep: Positive
+    log_every: Positive
     monitors: tuple[str, ...]  # eval tasks that are followed (evals/monitor.py): TASK, or TASK:PATH of its official files
-    monitor_every: int  # updates between two looks; there is one at the end as well
-    monitor_questions: int  # the first of each task, as `evlm eval --limit` takes them; 0: all
-    seed: int
-    peak_flops: float  # of one device, for MFU; 0 leaves MFU out
+    monitor_every: Count  # updates between two looks; there is one at the end as well
+    monitor_questions: Count  # the first of each task, as `evlm eval --limit` takes them; 0: all
+    seed: Seed
+    peak_flops: NonNegative  # of one device, for MFU; 0 leaves MFU out
 
     @property
     def operands(self) -> str:
@@ -89,11 +90,11 @@ class TrainConfig:
 class MeshConfig:
     """Devices by axis (mesh.py); their product is the number of devices. One of `data` and `fsdp` may be -1: what the others leave."""
 
-    data: int  # copies of everything, each with its own rows; several slices of a pod are joined along this axis
-    fsdp: int  # rows, and what is stored in pieces
-    expert: int  # rows and pieces likewise, and the experts of a mixture
-    tensor: int  # heads, hidden layers of FFNs, and the vocabulary
-    slices: int  # of a multi-slice machine; divides `data`
+    data: Annotated[int, Range(-1)]  # copies of everything, each with its own rows; several slices of a pod are joined along this axis
+    fsdp: Annotated[int, Range(-1)]  # rows, and what is stored in pieces
+    expert: Positive  # rows and pieces likewise, and the experts of a mixture
+    tensor: Positive  # heads, hidden layers of FFNs, and the vocabulary
+    slices: Positive  # of a multi-slice machine; divides `data`
     zero: Literal[2, 3]  # trainable parameters are gathered once a step, or layer by layer when they are needed
     frozen: Literal["sharded", "replicated"]  # frozen parameters, over `fsdp` and `expert`
     images: Literal["all", "rows"]  # the ViT's images over all axes, or over the axes of rows and its heads over `tensor`
@@ -187,31 +188,22 @@ def check(cfg: EVLMConfig) -> None:
         (vit.width % vit.heads == 0, "vit.heads", f"must divide vit.width = {vit.width}"),
         (len(vit.taps) > 0, "vit.taps", "needs at least one block number"),
         (list(vit.taps) == sorted(set(vit.taps)), "vit.taps", "must ascend without repeats"),
-        (all(1 <= t <= vit.depth for t in vit.taps), "vit.taps", f"must lie in 1..vit.depth = {vit.depth} (1-based)"),
-        (all(1 <= t <= vit.depth for t in vit.cuts), "vit.cuts", f"must lie in 1..vit.depth = {vit.depth}"),
+        (all(t <= vit.depth for t in vit.taps), "vit.taps", f"must lie in 1..vit.depth = {vit.depth} (1-based)"),
+        (all(t <= vit.depth for t in vit.cuts), "vit.cuts", f"must lie in 1..vit.depth = {vit.depth}"),
         (llm.heads % llm.kv_heads == 0, "llm.kv_heads", f"must divide llm.heads = {llm.heads}"),
-        (xattn.kv_heads >= 1 and xattn.heads % xattn.kv_heads == 0, "xattn.kv_heads", f"must divide xattn.heads = {xattn.heads}"),
-        (llm.dynamic_ntk >= 0, "llm.dynamic_ntk", "must be the trained context in tokens, or 0 for never"),
-        (llm.logn == 0 or llm.logn >= 2, "llm.logn", "must be the trained context in tokens, at least 2, or 0 for never"),
-        (0 <= xattn.every <= llm.layers, "xattn.every", f"must lie in 1..llm.layers = {llm.layers}, or be 0 for no cross-attention"),
+        (llm.head_dim % 2 == 0, "llm.head_dim", "must be even: rotary positions turn pairs"),
+        (xattn.heads % xattn.kv_heads == 0, "xattn.kv_heads", f"must divide xattn.heads = {xattn.heads}"),
+        (llm.logn != 1, "llm.logn", "must be the trained context in tokens, at least 2, or 0 for never"),
+        (xattn.every <= llm.layers, "xattn.every", f"must lie in 1..llm.layers = {llm.layers}, or be 0 for no cross-attention"),
         (xattn.every == 0 or kind != "llava", "xattn.every", "must be 0 where bridge.kind is llava, whose images stand in the text"),
         (xattn.every > 0 or kind in ("routed", "llava"), "xattn.every", f"must be positive: bridge.kind {kind} feeds cross-attention"),
         (xattn.every > 0 or not moe.copies, "moe.copies", "must be 0 where xattn.every is 0: experts stand in cross-attention"),
-        (xattn.sinks >= 0, "xattn.sinks", "must not be negative"),
-        (xattn.tile >= 1, "xattn.tile", "must be positive"),
-        (moe.copies >= 0, "moe.copies", "must not be negative"),
-        (moe.slices >= 1 and xattn.ffn % moe.slices == 0, "moe.slices", f"must divide xattn.ffn = {xattn.ffn}"),
+        (xattn.ffn % moe.slices == 0, "moe.slices", f"must divide xattn.ffn = {xattn.ffn}"),
         (not moe.copies or 1 <= moe.top_k <= moe.experts, "moe.top_k", f"must lie in 1..moe.copies * moe.slices = {moe.experts}"),
-        (min(moe.capacity, moe.balance, moe.z) >= 0, "moe.capacity, moe.balance, moe.z", "must not be negative"),
-        (moe.tile >= 1, "moe.tile", "must be positive"),
-        (cfg.media.tokens >= 1, "media.tokens", "must be positive"),
         (kind != "llava" or cfg.media.tokens == patches, "media.tokens", f"must be {patches}, one a patch, where bridge.kind is llava"),
-        (min(astuple(bridge)[1:]) >= 1, "bridge.latents, depth, heads, head_dim, ffn", "must be positive"),
         (train.batch % train.accumulate == 0, "train.accumulate", f"must divide train.batch = {train.batch}"),
         (train.batch % (train.accumulate * data.pool) == 0, "data.pool", "must divide the rows of train.batch / train.accumulate"),
         (not train.monitors or train.monitor_every >= 1, "train.monitor_every", "must be positive where train.monitors has tasks"),
-        (train.monitor_questions >= 0, "train.monitor_questions", "must not be negative; 0 is all of them"),
-        (train.loss_chunk >= 0, "train.loss_chunk", "must not be negative"),
         (len(cfg.optim.phases) > 0 and cfg.optim.phases[0].start == 0, "optim.phases", "the first must start at 0"),
     ]
     for ok, name, mend in rules:

@@ -2,7 +2,9 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from evlm_jax.ranges import Count, NonNegative, Positive, PositiveFloat, PositiveShare, Range, Seed, Share
 
 
 @dataclass(frozen=True)
@@ -10,32 +12,30 @@ class DataConfig:
     """Budgets of rows (all static) and the sources of a run."""
 
     sources: tuple[str, ...]  # names registered in data/sources.py
-    weights: tuple[float, ...]  # share of the documents that each source has
+    weights: tuple[PositiveFloat, ...]  # share of the documents that each source has
     tasks: tuple[str, ...]  # of each source: documents of different tasks share no row; empty: any may
     ends: Literal["repeat", "error"]  # after its last document a source starts again, shuffled anew, or stops the run
     template: Literal["chatml", "plain"]  # chat template
-    length: int  # T, text positions of a row
-    images: int  # most images of a row
-    targets: int  # M, supervised positions of a row
-    pool: int  # neighbouring rows that share image slots and pairs
-    slots: int  # I, image slots of a pool
-    pairs: int  # P, (tile, image) pairs of a pool
-    dialogs: int  # at most this many dialogs about the same image share a document (0: all of them)
+    length: Positive  # T, text positions of a row
+    images: Count  # most images of a row
+    targets: Positive  # M, supervised positions of a row
+    pool: Positive  # neighbouring rows that share image slots and pairs
+    slots: Count  # I, image slots of a pool
+    pairs: Count  # P, (tile, image) pairs of a pool
+    dialogs: Count  # at most this many dialogs about the same image share a document (0: all of them)
     isolate: bool  # documents of a row do not see each other
-    window: int  # samples the packer may choose from
+    window: Positive  # samples the packer may choose from
     resize: Literal["squash", "crop", "pad"]
     scaled_decoding: bool  # JPEGs at 1/2, 1/4 or 1/8 of their size where that does, and a fast resize (data/image.py)
-    most_drops: float  # share of the documents that may be left out before the run stops
+    most_drops: Share  # share of the documents that may be left out before the run stops
     cache_features: bool  # compute the frozen tower's taps once and keep them on disk
-    seed: int
+    seed: Seed
 
     def __post_init__(self):
         most = self.pool * self.images
         rules = [
             (len(self.sources) == len(self.weights), "weights", "needs one weight for each of data.sources"),
             (len(self.tasks) in (0, len(self.sources)), "tasks", "needs one name for each of data.sources, or none at all"),
-            (0 <= self.most_drops <= 1, "most_drops", "must be a share, from 0 to 1"),
-            (self.pool >= 1, "pool", "must be positive"),
             (self.images <= self.slots <= most, "slots", f"must lie in data.images..data.pool * data.images = {self.images}..{most}"),
             (self.pairs >= self.slots, "pairs", f"must be at least data.slots = {self.slots}"),
         ]
@@ -51,29 +51,29 @@ class CleanConfig:
     of letters, or one Chinese character.
     """
 
-    letters: float  # more than this share of what is no space must be letters
-    digits: int  # most digits in a row
-    duplicates: float  # share of words that came before in the text, from which on it is dropped
+    letters: Share  # more than this share of what is no space must be letters
+    digits: Count  # most digits in a row
+    duplicates: PositiveShare  # share of words that came before in the text, from which on it is dropped
     links: tuple[str, ...]  # patterns of addresses and file names
-    words: int  # least number of words
+    words: Count  # least number of words
     dates: tuple[str, ...]  # patterns of dates
     simplify: bool  # traditional Chinese to simplified, by OpenCC
-    similarity: float  # least relevance of a picture to its caption; 0: any
+    similarity: Share  # least relevance of a picture to its caption; 0: any
 
-    deviation: float  # least standard deviation of some channel, of 255: less is a single colour
-    aspect: float  # greatest ratio of the sides
-    side: int  # least shorter side, in pixels
+    deviation: NonNegative  # least standard deviation of some channel, of 255: less is a single colour
+    aspect: Annotated[float, Range(1)]  # greatest ratio of the sides
+    side: Count  # least shorter side, in pixels
 
-    web_images: int  # most pictures of a document
-    web_characters: int  # most characters of its text
-    web_similarity: float  # least relevance of a picture to its sentence; 0: any
+    web_images: Count  # most pictures of a document
+    web_characters: Count  # most characters of its text
+    web_similarity: Share  # least relevance of a picture to its sentence; 0: any
 
-    page_confidence: float  # least confidence of a detector in a text; what is below is painted over
-    page_characters: int  # least number of characters of a page that are no space
-    page_similarity: float  # share of common text with an earlier page, from which on it is a duplicate; above 1: none is
+    page_confidence: NonNegative  # least confidence of a detector in a text; what is below is painted over
+    page_characters: Count  # least number of characters of a page that are no space
+    page_similarity: PositiveFloat  # share of common text with an earlier page, from which on it is a duplicate; above 1: none is
 
     def __post_init__(self):
-        refuse("clean", _rules(self))
+        refuse("clean", _patterns(self))
 
 
 def refuse(section: str, rules: list[tuple[bool, str, str]]) -> None:
@@ -83,15 +83,8 @@ def refuse(section: str, rules: list[tuple[bool, str, str]]) -> None:
             raise ValueError(f"config: {section}.{name} {mend}")
 
 
-def _rules(clean: CleanConfig) -> list[tuple[bool, str, str]]:
-    counts = ("digits", "words", "deviation", "side", "web_images", "web_characters", "page_confidence", "page_characters")
-    rules = [
-        (0 <= clean.letters <= 1, "letters", "must be a share, from 0 to 1"),
-        (0 < clean.duplicates <= 1, "duplicates", "must be a share, above 0 and at most 1"),
-        (clean.aspect >= 1, "aspect", "must be at least 1"),
-        (clean.page_similarity > 0, "page_similarity", "must be above 0"),
-        *((getattr(clean, name) >= 0, name, "must not be negative") for name in counts),
-    ]
+def _patterns(clean: CleanConfig) -> list[tuple[bool, str, str]]:
+    rules = []
     for name in ("links", "dates"):
         for pattern in getattr(clean, name):
             try:

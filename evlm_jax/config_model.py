@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from evlm_jax.ranges import Count, NonNegative, Positive, PositiveFloat, Share
+
 
 @dataclass(frozen=True)
 class ViTConfig:
@@ -11,27 +13,27 @@ class ViTConfig:
     DINOv2: pre, all, gelu, layer_scale. EVA02-CLIP-E: res_post, qv, gelu. CLIP: pre, all, quick_gelu, embed_norm.
     """
 
-    depth: int
-    width: int
-    heads: int
-    mlp: int
-    patch: int
-    image_size: int  # pixels of the square input; S = (image_size / patch)**2 + prefix tokens
-    pretrained_size: int  # pixels the stored position table was trained at
+    depth: Positive
+    width: Positive
+    heads: Positive
+    mlp: Positive
+    patch: Positive
+    image_size: Positive  # pixels of the square input; S = (image_size / patch)**2 + prefix tokens
+    pretrained_size: Positive  # pixels the stored position table was trained at
     norm: Literal["pre", "res_post"]  # x + f(norm(x)) or x + norm(f(x))
     bias: Literal["all", "qv"]  # "qv": no bias on the keys
     activation: Literal["gelu", "gelu_tanh", "quick_gelu"]  # "gelu" is by erf
     layer_scale: bool
     class_token: bool
-    registers: int  # tokens after the class token, without position
+    registers: Count  # tokens after the class token, without position
     patch_bias: bool
     embed_norm: bool  # CLIP's ln_pre
-    eps: float
-    taps: tuple[int, ...]  # 1-based block numbers whose outputs are returned, ascending
-    cuts: tuple[int, ...]  # further block numbers where the stack is cut: the freeze boundaries of every stage
+    eps: PositiveFloat
+    taps: tuple[Positive, ...]  # 1-based block numbers whose outputs are returned, ascending
+    cuts: tuple[Positive, ...]  # further block numbers where the stack is cut: the freeze boundaries of every stage
     interpolation: Literal["bicubic", "antialias"]  # position table, pretrained_size -> image_size; a = -0.75 or -0.5
-    mean: tuple[float, float, float]  # RGB normalisation of the tower
-    std: tuple[float, float, float]
+    mean: tuple[Share, Share, Share]  # RGB normalisation of the tower
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
     @property
     def grid(self) -> int:
@@ -53,48 +55,48 @@ class ViTConfig:
 class LLMConfig:
     """A pre-norm decoder with RMSNorm, rotary positions and a gated SiLU MLP: Llama, SmolLM2, Qwen 1.0, Qwen2."""
 
-    vocab: int
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    rope_theta: float
-    eps: float
+    vocab: Positive
+    hidden: Positive
+    layers: Positive
+    heads: Positive
+    kv_heads: Positive
+    head_dim: Positive
+    mlp: Positive
+    rope_theta: PositiveFloat
+    eps: PositiveFloat
     qkv_bias: bool
     tied: bool  # the output head is the embedding
-    dynamic_ntk: int  # tokens of a prompt beyond which its rotary base grows in generation (models/long_context.py); 0: never
-    logn: int  # tokens beyond which queries are scaled up in generation; 0: never
+    dynamic_ntk: Count  # tokens of a prompt beyond which its rotary base grows in generation (models/long_context.py); 0: never
+    logn: Count  # tokens beyond which queries are scaled up in generation; 0: never
 
 
 @dataclass(frozen=True)
 class XAttnConfig:
     """Gated cross-attention before the LLM layers (paper section 2)."""
 
-    heads: int
-    kv_heads: int  # keys and values, each shared by heads / kv_heads queries; the paper has as many as heads
-    head_dim: int  # r_c = heads * head_dim / hidden
-    ffn: int  # r_f = ffn / hidden
-    every: int  # a block before layers 0, every, 2 * every, ...; 0: no block at all
+    heads: Positive
+    kv_heads: Positive  # keys and values, each shared by heads / kv_heads queries; the paper has as many as heads
+    head_dim: Positive  # r_c = heads * head_dim / hidden
+    ffn: Positive  # r_f = ffn / hidden
+    every: Count  # a block before layers 0, every, 2 * every, ...; 0: no block at all
     schedule: Literal["blocked", "cyclic"]  # tap i serves neighbouring layers, or layer l gets tap l mod G
-    sinks: int  # zero keys padded to the visual sequence
-    tile: int  # tokens of one attention tile; all tokens of a tile see the same images
-    eps: float
+    sinks: Count  # zero keys padded to the visual sequence
+    tile: Positive  # tokens of one attention tile; all tokens of a tile see the same images
+    eps: PositiveFloat
 
 
 @dataclass(frozen=True)
 class MoEConfig:
     """Fine-grained experts in the FFN of the cross-attention, beside a world expert that is a whole FFN (paper section 2)."""
 
-    copies: int  # of the dense FFN; 0: the FFN is dense, and nothing below counts
-    slices: int  # of a copy, along its hidden dimension: E = copies * slices experts of hidden xattn.ffn / slices
-    top_k: int  # experts of a token
+    copies: Count  # of the dense FFN; 0: the FFN is dense, and nothing below counts
+    slices: Positive  # of a copy, along its hidden dimension: E = copies * slices experts of hidden xattn.ffn / slices
+    top_k: Count  # experts of a token
     gates: Literal["renormalise", "softmax"]  # of the chosen k: they sum to 1, or as they are among all E
-    capacity: float  # an expert takes at most capacity * tokens * top_k / E choices and drops the rest; 0: no limit
-    balance: float  # coefficient of the load-balance loss, a layer
-    z: float  # coefficient of the router's z-loss, a layer
-    tile: int  # rows of a tile; all rows of a tile have the same expert
+    capacity: NonNegative  # an expert takes at most capacity * tokens * top_k / E choices and drops the rest; 0: no limit
+    balance: NonNegative  # coefficient of the load-balance loss, a layer
+    z: NonNegative  # coefficient of the router's z-loss, a layer
+    tile: Positive  # rows of a tile; all rows of a tile have the same expert
     upcycle: Literal["preserve", "preserve_zero", "paper"]  # how a dense FFN becomes experts (upcycle.py)
 
     @property
@@ -107,7 +109,7 @@ class MoEConfig:
 class MediaConfig:
     """Learnable embeddings that stand for an image in the text stream."""
 
-    tokens: int  # 16 in the paper; the number of patches where bridge.kind is "llava", which writes them here instead
+    tokens: Positive  # 16 in the paper; the number of patches where bridge.kind is "llava", which writes them here instead
     placeholder: str  # a spare token of the vocabulary, repeated `tokens` times
 
 
@@ -116,8 +118,8 @@ class BridgeConfig:
     """What the language model sees of an image: EVLM, or a baseline it is compared with (models/bridge.py)."""
 
     kind: Literal["routed", "fused", "flamingo", "llava"]  # taps by layer; all taps in one; latents of the last; its patches as text
-    latents: int  # of an image; this and what follows is of the resampler of "flamingo"
-    depth: int  # layers
-    heads: int
-    head_dim: int
-    ffn: int  # hidden width of its FFNs, in widths of the ViT
+    latents: Positive  # of an image; this and what follows is of the resampler of "flamingo"
+    depth: Positive  # layers
+    heads: Positive
+    head_dim: Positive
+    ffn: Positive  # hidden width of its FFNs, in widths of the ViT

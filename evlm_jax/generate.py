@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evlm_jax import ranges
 from evlm_jax.data import image, text
 from evlm_jax.data.samples import ImageRef, Turn
 from evlm_jax.mesh import Layout, jit
@@ -22,6 +23,7 @@ from evlm_jax.models.weights import Weights
 from evlm_jax.ops.grouped_attention import Plan
 from evlm_jax.ops.grouping import plan
 from evlm_jax.processes import on_host
+from evlm_jax.ranges import NonNegative, Positive, PositiveShare, Seed
 from evlm_jax.tokenizer import Tokenizer
 
 ROWS = 8  # prompts answered together
@@ -89,8 +91,10 @@ class Generator:
         Raises:
           ValueError: a prompt that is no single path (text.prompt makes them), or a sampling option out of range.
         """
-        if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-            raise ValueError(f"need temperature >= 0, 0 < top_p <= 1, max_new_tokens >= 1; got {temperature}, {top_p}, {max_new_tokens}")
+        ranges.check(NonNegative, temperature, "temperature")
+        ranges.check(PositiveShare, top_p, "top_p")
+        ranges.check(Positive, max_new_tokens, "max_new_tokens")
+        ranges.check(Seed, seed, "seed")
         for document in prompts:
             if not np.array_equal(document.positions, np.arange(len(document.tokens))) or not len(document.tokens):
                 raise ValueError(f"prompt {document.key}: not one unbranched text; make it with Generator.prompt")

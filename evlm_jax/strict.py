@@ -1,20 +1,23 @@
 """From plain dicts to frozen dataclasses: nothing unknown, nothing missing, nothing of another type."""
 
 import dataclasses
+import math
 import types
 import typing
+
+from evlm_jax import ranges
 
 
 def build(kind, value, prefix: str):
     """`value` as an instance of the annotation `kind`; `prefix` is the key's full name so far.
 
     Raises:
-      ValueError: unknown key, missing key, or a value of the wrong type; the message has the full names.
+      ValueError: unknown key, missing key, a value of the wrong type, a number out of its range; the message has the full names.
     """
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ValueError(f"config: {prefix or 'root'} must be a section with keys, got {value!r}")
-        hints = typing.get_type_hints(kind)
+        hints = typing.get_type_hints(kind, include_extras=True)
         join = lambda key: f"{prefix}.{key}" if prefix else key
         if unknown := [join(k) for k in value if k not in hints]:
             raise ValueError(f"config: unknown key {', '.join(unknown)}; {kind.__name__} has {', '.join(hints)}")
@@ -32,10 +35,15 @@ def build(kind, value, prefix: str):
         if args[-1] is not Ellipsis and len(args) != len(value):
             raise ValueError(f"config: {prefix} needs {len(args)} values, got {len(value)}")
         return tuple(build(args[0], v, f"{prefix}[{i}]") for i, v in enumerate(value))
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    for option in options:
-        if option is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, option) and (option is bool or not isinstance(value, bool)):
-            return value
-    raise ValueError(f"config: {prefix} must be {' or '.join(o.__name__ for o in options)}, got {value!r}")
+    if typing.get_origin(kind) is typing.Annotated:
+        return ranges.check(kind, build(typing.get_args(kind)[0], value, prefix), f"config: {prefix}")
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        (other,) = (option for option in typing.get_args(kind) if option is not types.NoneType)
+        return None if value is None else build(other, value, prefix)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"config: {prefix} must be {kind.__name__}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"config: {prefix} must be finite, got {value!r}")
+    return value

@@ -3,6 +3,10 @@
 import ast
 import dataclasses
 import inspect
+import json
+import math
+import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from evlm_jax.config import from_config_dict, to_dict
 from experiments import base, demo
 
 DEMO = str(Path(demo.__file__))
+GENERATE, EVAL = ("generate", "--checkpoint", "c", "--prompt", "a"), ("eval", "--checkpoint", "c", "--task", "t")
 
 
 @pytest.mark.parametrize("made", [base.get_config(), *(demo.get_config(form) for form in ("", "fast", "full", "moe"))])
@@ -38,12 +43,13 @@ def broken(section: str, **fields):
         (broken("train", steps=None), "missing key train.steps"),
         (broken("train", steps="many"), "train.steps must be int, got 'many'"),
         (broken("train", steps=True), "train.steps must be int, got True"),
-        (broken("vit", taps=(0, 8)), "vit.taps must lie in 1..vit.depth = 12"),
+        (broken("vit", taps=(8, 13)), "vit.taps must lie in 1..vit.depth = 12"),
+        (broken("vit", taps=(0, 8)), r"vit.taps\[0\] must be at least 1, got 0"),
         (broken("vit", mean=(0.5, 0.5)), "vit.mean needs 3 values, got 2"),
         (broken("optim", phases=({"start": 0.0, "warmup": 0, "rules": ({"rate": 1.0},)},)), r"rules\[0\].rate"),
         (broken("data", weights=(1.0,)), "data.weights needs one weight for each of data.sources"),
         (broken("llm", logn=1), "llm.logn must be the trained context in tokens, at least 2, or 0 for never"),
-        (broken("llm", dynamic_ntk=-1), "llm.dynamic_ntk must be the trained context in tokens, or 0 for never"),
+        (broken("llm", dynamic_ntk=-1), "llm.dynamic_ntk must be at least 0, got -1"),
         (broken("train", dtype="float16"), "train.dtype is 'float16'; use one of float32, bfloat16"),
         (demo.get_config().to_dict() | {"vit": 3}, "vit must be a section with keys, got 3"),
     ],
@@ -51,6 +57,41 @@ def broken(section: str, **fields):
 def test_errors_name_the_field_in_full(made, message):
     with pytest.raises(ValueError, match=message):
         from_config_dict(made)
+
+
+def numbers(kind, value, path=()):
+    """(path, kind of number) of every number of a config."""
+    if dataclasses.is_dataclass(kind):
+        for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+            yield from numbers(hint, value[name], (*path, name))
+    elif typing.get_origin(kind) is tuple:
+        for i, entry in enumerate(value):
+            yield from numbers(typing.get_args(kind)[0], entry, (*path, i))
+    elif typing.get_origin(kind) is typing.Union:
+        yield from numbers(typing.get_args(kind)[0], value, path)
+    elif typing.get_origin(kind) is typing.Annotated or kind in (int, float):
+        yield path, kind
+
+
+def test_every_number_has_a_range_and_is_refused_beyond_it():
+    plain = demo.get_config().to_dict()
+    found = list(numbers(config.EVLMConfig, plain))
+    assert len(found) > 90
+    for path, kind in found:
+        assert kind not in (int, float), f"{path} has no range"
+        (span,) = kind.__metadata__
+        beyond = [span.low if span.above else span.low - 1] + (
+            [] if span.high == math.inf else [span.high if span.below else span.high + 1]
+        )
+        for value in [*beyond, *((math.nan, math.inf, -math.inf) if kind.__origin__ is float else ())]:
+            made = json.loads(json.dumps(plain))
+            place = made
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = type(value)(value) if kind.__origin__ is float else int(value)
+            name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)[1:]
+            with pytest.raises(ValueError, match=re.escape(f"config: {name} must be ")):
+                from_config_dict(made)
 
 
 def test_every_field_is_read():
@@ -65,6 +106,32 @@ def test_every_field_is_read():
     assert len(kinds) == 15
     unread = [f"{kind.__name__}.{field.name}" for kind in kinds for field in dataclasses.fields(kind) if field.name not in read]
     assert not unread
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([*GENERATE, "--temperature", "nan"], "--temperature: must be a number, at least 0, got 'nan'"),
+        ([*GENERATE, "--top-p", "1.5"], "--top-p: must be a number, above 0 and at most 1, got '1.5'"),
+        ([*GENERATE, "--max-new-tokens", "0"], "--max-new-tokens: must be a whole number, at least 1"),
+        ([*GENERATE, "--seed", str(2**70)], "--seed: must be a whole number, at least 0 and at most 4294967295"),
+        ([*EVAL, "--limit", "-1"], "--limit: must be a whole number, at least 1, got '-1'"),
+        ([*EVAL, "--batch", "0"], "--batch: must be a whole number, at least 1, got '0'"),
+    ],
+)  # fmt: skip
+def test_numbers_of_the_command_line_have_ranges(words, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_no_argument_is_a_number_without_a_range():
+    """Each `type=` of a number goes through ranges.argument."""
+    for path in Path(evlm_jax.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+                kinds = [word.value.id for word in node.keywords if word.arg == "type" and isinstance(word.value, ast.Name)]
+                assert not {"int", "float"} & set(kinds), (path, node.lineno)
 
 
 def test_overrides():

@@ -238,5 +238,5 @@ def test_refuses_what_it_cannot_answer():
     document = generator.prompt(*PROMPTS[0])
     with pytest.raises(ValueError, match="prompt prompt: not one unbranched text"):
         generator.generate([document._replace(positions=document.positions * 0)])
-    with pytest.raises(ValueError, match="0 < top_p <= 1"):
+    with pytest.raises(ValueError, match="top_p must be above 0 and at most 1"):
         generator.generate([document], top_p=0)

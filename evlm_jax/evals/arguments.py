@@ -3,6 +3,7 @@
 import argparse
 
 from evlm_jax.evals.task import STYLES
+from evlm_jax.ranges import Positive, argument
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
@@ -12,8 +13,8 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="where its official files are; the top of evlm_jax/evals/tasks/FAMILY.py says which")
     parser.add_argument("--split", help="the usual one where left out")
     parser.add_argument("--prompt", choices=STYLES, default=STYLES[0], help="whose prompts")
-    parser.add_argument("--limit", type=int, help="the first questions only, and all others about the same images")
-    parser.add_argument("--batch", type=int, default=8, help="questions answered together; shared among the devices")
+    parser.add_argument("--limit", type=argument(Positive), help="the first questions only, and all others about the same images")
+    parser.add_argument("--batch", type=argument(Positive), default=8, help="questions answered together; shared among the devices")
     parser.add_argument("--mesh", default="", help="fields of config.mesh: tensor=4,frozen=sharded; else each device has it all")
     parser.add_argument("--out", help="result file; default: CHECKPOINT/evals/TASK-SPLIT.json. Predictions stand beside it, in .jsonl")
     _add_judge(parser)

@@ -222,7 +222,7 @@ def test_one_list_of_rules_serves_all_kinds():
         ({"bridge": {"kind": "fused"}, "xattn": {"every": 0}}, "xattn.every must be positive: bridge.kind fused feeds cross-attention"),
         ({"xattn": {"every": 0}, "moe": {"copies": 2}}, "moe.copies must be 0 where xattn.every is 0"),
         ({"xattn": {"every": 5}}, "xattn.every must lie in 1..llm.layers = 4, or be 0 for no cross-attention"),
-        ({"bridge": {"latents": 0}}, "bridge.latents, depth, heads, head_dim, ffn must be positive"),
+        ({"bridge": {"latents": 0}}, "bridge.latents must be at least 1"),
     ],
 )
 def test_wrong_combinations_are_named(sections, message):

@@ -262,7 +262,7 @@ def test_training_is_told_of_and_resumes_with_the_same_bits(tmp_path):
         ({"slices": 3}, "moe.slices must divide xattn.ffn = 32"),
         ({"gates": "sigmoid"}, "moe.gates is 'sigmoid'; use one of renormalise, softmax"),
         ({"upcycle": "copy"}, "moe.upcycle is 'copy'; use one of preserve"),
-        ({"capacity": -1.0}, "moe.capacity, moe.balance, moe.z must not be negative"),
+        ({"capacity": -1.0}, "moe.capacity must be at least 0"),
     ],
 )
 def test_errors_name_the_field(changes, message):

@@ -4,6 +4,8 @@ import argparse
 import os
 from collections.abc import Callable
 
+from evlm_jax.ranges import Count, Positive, argument
+
 CONFIG_HELP = "FILE.py[:arg]; fields are overridden with --config.section.field=value"
 
 
@@ -13,20 +15,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = lambda name, text: actions.add_parser(name, help=text, description=text)
     look = add("inspect", "a page that shows rows as the model will see them: pictures, tokens, what is learned, masks")
     look.add_argument("--out", default="inspect.html", help="the page, with everything inside it")
-    look.add_argument("--rows", type=int, default=4, help="rows of the first step that are shown")
+    look.add_argument("--rows", type=argument(Positive), default=4, help="rows of the first step that are shown")
     look.add_argument("--picture", help="PNG to write of these rows, without masks")
     count = add("stats", "lengths, pictures and drops of each source")
-    count.add_argument("--samples", type=int, default=1000, help="of each source, drawn at random; 0: all")
+    count.add_argument("--samples", type=argument(Count), default=1000, help="of each source, drawn at random; 0: all")
     speed = add("bench", "how full rows are, by packing window, and how fast data are read, packed and decoded")
-    speed.add_argument("--documents", type=int, default=4000, help="of each task")
+    speed.add_argument("--documents", type=argument(Positive), default=4000, help="of each task")
     make = add("build", "write a source as shards that are read fast, cleaned and with smaller pictures")
     make.add_argument("--source", help="as in data.sources; where left out, the only one of the configuration")
     make.add_argument("--out", required=True, help="folder; a build that was killed in it goes on")
     make.add_argument("--rules", choices=("captions", "documents", "none"), default="none", help="of config.clean")
     make.add_argument("--format", choices=("tar", "array_record"), default="tar")
-    make.add_argument("--side", type=int, help="greatest shorter side of a picture, in pixels; vit.image_size where left out")
-    make.add_argument("--shard", type=int, default=1000, help="samples of the source that a shard is made of")
-    make.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    make.add_argument(
+        "--side", type=argument(Positive), help="greatest shorter side of a picture, in pixels; vit.image_size where left out"
+    )
+    make.add_argument("--shard", type=argument(Positive), default=1000, help="samples of the source that a shard is made of")
+    make.add_argument("--workers", type=argument(Positive), default=os.cpu_count(), help="processes")
     for action in (look, count, speed, make):
         action.add_argument("config", help=CONFIG_HELP)
 

@@ -1,0 +1,63 @@
+"""Ranges of numbers: of config fields (strict.py checks them, with the field's name) and of arguments of the command line.
+
+A field says its range by its type: `steps: Positive`. What is not finite lies in no range.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, get_args
+
+
+@dataclass(frozen=True)
+class Range:
+    """From `low` to `high`, each end included unless it is open."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False  # `low` itself is outside
+    below: bool = False  # `high` itself is outside
+
+    def __contains__(self, number: float) -> bool:
+        if not math.isfinite(number):
+            return False
+        return (self.low < number if self.above else self.low <= number) and (number < self.high if self.below else number <= self.high)
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        return low if self.high == math.inf else f"{low} and {'below' if self.below else 'at most'} {self.high:.15g}"
+
+
+Positive = Annotated[int, Range(1)]
+Count = Annotated[int, Range(0)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # JAX takes no more bits without a word
+PositiveFloat = Annotated[float, Range(0, above=True)]
+NonNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+PositiveShare = Annotated[float, Range(0, 1, above=True)]
+Fraction = Annotated[float, Range(0, 1, below=True)]
+
+
+def check(kind: type, number: float, name: str) -> float:
+    """`number`, which lies in the range of `kind`. Raises ValueError with `name` where it does not."""
+    (span,) = kind.__metadata__
+    if number not in span:
+        raise ValueError(f"{name} must be {span}, got {number!r}")
+    return number
+
+
+def argument(kind: type) -> Callable[[str], float]:
+    """What argparse takes as `type`: reads a number of `kind`."""
+    plain, span = get_args(kind)
+
+    def read(text: str) -> float:
+        try:
+            number = plain(text)
+        except ValueError:
+            number = None
+        if number is None or number not in span:
+            raise argparse.ArgumentTypeError(f"must be {'a whole number' if plain is int else 'a number'}, {span}, got {text!r}")
+        return number
+
+    return read

@@ -1,17 +1,26 @@
-"""One compilation cache for the session, so that runs of the same tiny model, in this process or another, compile once; strict pictures."""
+"""One compilation cache for all sessions and for the processes that tests start; what needs torch is marked; strict pictures."""
 
+import importlib.util
 import os
+from importlib import metadata
 
-import jax
 import pytest
 from PIL import ImageFile
 
+from evlm_jax import assets
 
-@pytest.fixture(autouse=True, scope="session")
-def compilation_cache(tmp_path_factory):
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))  # for processes that tests start
-    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# Before jax is imported, which reads them; of every version its own, so that an old one's can be deleted.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(assets.cache_root() / "tests" / f"jax-{metadata.version('jax')}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `parity` are skipped where torch or transformers is missing."""
+    if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
+        skip = pytest.mark.skip(reason='needs torch and transformers: pip install -e ".[test,parity]"')
+        for item in items:
+            if item.get_closest_marker("parity"):
+                item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)

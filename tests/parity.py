@@ -24,10 +24,7 @@ from evlm_jax.ops.grouping import plan
 from evlm_jax.tensors import read_all
 from tests.tiny import tiny_config
 
-needs_transformers = pytest.mark.skipif(
-    not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")),
-    reason='needs torch and transformers: pip install -e ".[test]"',
-)
+needs_transformers = pytest.mark.parity  # tests/conftest.py skips what bears it where they are missing
 
 
 def open_flamingo_helpers():

@@ -25,7 +25,9 @@ def texts(tmp_path_factory) -> dict:
     subprocess.run([sys.executable, "-m", "tests.hand_programs", str(folder)], check=True)
     found = {"cpu": {path.stem: (path.read_text(), int(path.with_suffix(".bytes").read_text())) for path in folder.glob("*.txt")}}
     if importlib.util.find_spec("libtpu"):
-        compiled = {name: lowered.compile() for name, lowered in build(chips.devices("v5e:2x4")[0]).items()}
+        devices, _ = chips.devices("v5e:2x4")
+        with chips.uncached(devices):
+            compiled = {name: lowered.compile() for name, lowered in build(devices).items()}
         found["tpu"] = {name: (done.as_text(), done.memory_analysis().temp_size_in_bytes) for name, done in compiled.items()}
     return found
 
@@ -116,8 +118,8 @@ def test_a_stack_is_read_and_written_slice_by_slice(program):
 def test_what_is_kept_for_the_backward_pass_fills_the_memory(platform, texts):
     text, temporaries = texts[platform]["residuals"]
     total, buffers = fullest(Module(text))
-    kept = 20 * KEPT * 256 * 4  # x and tanh of every layer
-    assert [buffer.bytes for buffer in buffers[:2]] == [kept, kept]
+    kept = f"[20,{KEPT},256]"  # x and tanh of every layer, of which a TPU compiler may keep in bfloat16 what only products read
+    assert [buffer.shape for buffer in buffers[:2]] in (["f32" + kept] * 2, ["f32" + kept, "bf16" + kept])
     assert total == pytest.approx(temporaries, rel=0.1)
 
 

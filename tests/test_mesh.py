@@ -23,6 +23,7 @@ from tests.random_model import random_model
 from tests.tiny import tiny_config
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.mesh
 
 
 @pytest.mark.parametrize("part", ["devices", "answers"])

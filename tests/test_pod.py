@@ -36,7 +36,9 @@ def program(zero: int, frozen: str, mesh: tuple, experts: bool = False) -> Modul
         | {"batch": 16, "accumulate": 2, "remat": "dots", "loss_chunk": 64},
         mesh=axes | {"zero": zero, "frozen": frozen},
     )
-    return Module(Phase(cfg, 0, make_layout(cfg, chips.devices("v5e:2x4")[0])).lower().compile().as_text())
+    devices, _ = chips.devices("v5e:2x4")
+    with chips.uncached(devices):
+        return Module(Phase(cfg, 0, make_layout(cfg, devices)).lower().compile().as_text())
 
 
 def collectives(module: Module) -> list[tuple[str, str, Instruction]]:

@@ -144,9 +144,11 @@ def test_refreezing_stage_keeps_trained_bits(whole_run, tmp_path):
     assert checkpoint.trained(tmp_path) == checkpoint.trained(whole_run)
 
 
+@pytest.mark.parity
 def test_next_stage_at_another_size(whole_run, tmp_path):
     """224 to 448 between the paper's stages 1 and 2: all is taken over but the position table, which is resampled as torch does."""
-    torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[test]'")
+    import torch
+
     before, _ = checkpoint.load_params(whole_run)
     same, names_before = next_stage(CFG, whole_run)
     assert names_before == checkpoint.trained(whole_run)

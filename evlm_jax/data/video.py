@@ -16,6 +16,8 @@ from evlm_jax.data.samples import ImageRef
 MOST_FRAMES = 1024  # of one video
 SEEK = 4.0  # seconds: over larger gaps, jumping to a key frame beats decoding on
 LOST = 0.1  # share of its length that may lack at the end: sound often lasts longer than pictures
+# PyAV before 19 refuses metadata that are not UTF-8 unless it is told to; since then it takes them, and knows the argument no more.
+LENIENT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 Made = TypeVar("Made")
 
 
@@ -109,7 +111,7 @@ def _counted(container, stream) -> float:
 def _opened(path: str):
     """(container, video stream)."""
     try:
-        with open_ref(str(path)) as file, av.open(file, metadata_errors="replace") as container:
+        with open_ref(str(path)) as file, av.open(file, **LENIENT) as container:
             if not container.streams.video:
                 raise ValueError("there is no video stream")
             yield container, container.streams.video[0]

@@ -6,8 +6,10 @@ SXM (dense, without sparsity). Google's "bidirectional ICI bandwidth" counts bot
 
 import contextlib
 import importlib.util
+import math
 import os
 import re
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -68,6 +70,18 @@ def devices(topology: str, slices: int = 1) -> tuple[list[jax.Device], Chip | No
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"--topology {topology}: {str(error).splitlines()[0]}") from error
     return list(found.devices)[: CHIPS[kind].cores if shape == "1" else None], CHIPS[kind]
+
+
+@contextlib.contextmanager
+def uncached(devices: Sequence[jax.Device]) -> Iterator[None]:
+    """What is compiled for TPUs meanwhile does not enter the compilation cache: without a TPU it cannot be loaded again."""
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    if devices[0].platform == "tpu":
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
 
 def _cpus(count: int) -> list[jax.Device]:

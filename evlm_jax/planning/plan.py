@@ -69,7 +69,8 @@ def plan(
     }
     begin = time.monotonic()
     try:
-        executable, report["fits"] = program.lowered.compile(), True
+        with chips.uncached(devices):
+            executable, report["fits"] = program.lowered.compile(), True
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

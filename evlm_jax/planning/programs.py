@@ -18,6 +18,7 @@ from evlm_jax.models.sampling import Sampling
 from evlm_jax.models.weights import Weights
 from evlm_jax.ops.grouped_attention import Plan
 from evlm_jax.optim import starts
+from evlm_jax.planning import chips
 from evlm_jax.train import Phase
 
 WHATS = ("train", "eval", "prefill", "decode", "encode")
@@ -146,7 +147,8 @@ def _weights(of: Phase) -> Weights:
     pack = of.layout.jit(lambda params: Weights.of(nnx.merge(of.graphdef, params), of.cfg.train.operands))
     lowered = pack.lower(params)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
-    return _put(shapes, lowered.compile().output_shardings)
+    with chips.uncached(of.layout.mesh.devices.flat):
+        return _put(shapes, lowered.compile().output_shardings)
 
 
 def _sampling(layout: Layout) -> Sampling:

@@ -87,13 +87,13 @@ def test_rows_in_pools_give_the_gradients_of_rows_alone(mesh, accumulate, alone)
 
 
 def assert_equal(grads, sums, expected):
-    """To 1e-5."""
+    """To 2e-5 of the largest of an array: sums in another order differ by up to 1.1e-5 with jax 0.12, by less than 1e-5 with 0.10."""
     grads, wanted = nnx.to_flat_state(on_host(grads)), dict(nnx.to_flat_state(expected[0]))
     assert {path for path, _ in grads} == wanted.keys()
     for path, leaf in grads:
         # The loss does not depend on a bias of keys: what is found there is rounding, and is measured by the bias of queries.
         measure = wanted[(*path[:-2], "q", "bias")] if path[-2:] == ("k", "bias") else wanted[path]
-        assert np.abs(leaf[...] - wanted[path][...]).max() <= 1e-5 * np.abs(measure[...]).max(), path
+        assert np.abs(leaf[...] - wanted[path][...]).max() <= 2e-5 * np.abs(measure[...]).max(), path
     for mine, other in zip(jax.tree.leaves(on_host(sums)), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6 * np.abs(other).max())
 

@@ -28,9 +28,12 @@ from tests.random_model import random_model
 from tests.tiny import BASELINES, TinyData, tiny_batch, tiny_config, tiny_towers
 
 
+@pytest.mark.parity
 def test_resampler_equals_open_flamingo():
     """Outputs, and gradients of every parameter and of the picture."""
-    torch, helpers = pytest.importorskip("torch", reason="needs torch: pip install -e '.[test]'"), open_flamingo_helpers()
+    import torch
+
+    helpers = open_flamingo_helpers()
     cfg = tiny_config(**BASELINES["flamingo"])
     b, v = cfg.bridge, cfg.vit.width
     sizes = {"depth": b.depth, "dim_head": b.head_dim, "heads": b.heads, "num_latents": b.latents, "ff_mult": b.ffn}

@@ -13,8 +13,11 @@ from tests.parity import open_flamingo_helpers
 from tests.tiny import tiny_config
 
 
+@pytest.mark.parity
 def test_block_equals_open_flamingo():
-    torch, helpers = pytest.importorskip("torch", reason="needs torch: pip install -e '.[test]'"), open_flamingo_helpers()
+    import torch
+
+    helpers = open_flamingo_helpers()
     hidden, visual, words, images, tokens = 64, 32, 12, 3, 5
     cfg = tiny_config(
         llm=dict(hidden=hidden), vit=dict(width=visual), xattn=dict(heads=8, kv_heads=8, head_dim=64, ffn=4 * hidden, sinks=0)

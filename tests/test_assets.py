@@ -83,6 +83,25 @@ def test_other_contents_are_refused_and_leave_nothing(toy):
     assert not assets.available("toy") and leftovers(cache) == []
 
 
+@pytest.mark.parametrize("name", ["data/../../../out.txt", "/data/out.txt", "data/..\\..\\out.txt", "../data/out.txt", "C:/out.txt"])
+@pytest.mark.parametrize("contents", [b"", b"evil"], ids=["pinned sum", "other sum"])
+def test_a_wheel_that_leads_outside_is_refused_and_nothing_is_written(toy, name, contents):
+    """Also where the contents have the pinned sum, as they do with an empty file more."""
+    _, cache = toy
+    (cache / "wheels").mkdir(parents=True)  # as if it had been put there by hand: pip itself may refuse it
+    write_wheel(cache / "wheels/toy_data-1.0-py3-none-any.whl", CONTENTS | {name: contents})
+    before = sorted(cache.parent.rglob("*.txt"))
+    with pytest.raises(assets.AssetError, match="'toy': toy-data==1.0 has a file .*out.txt', which leads out of it; the package"):
+        assets.fetch(progress=False)
+    assert sorted(cache.parent.rglob("*.txt")) == before and leftovers(cache) == []
+
+
+def test_nothing_is_unpacked_before_the_sum_is_right(toy, tmp_path):
+    write_wheel(tmp_path / "other.whl", CONTENTS | {"data/a.txt": b"evil"})
+    assert "has sha256" in assets._extract(tmp_path / "other.whl", assets.ASSETS["toy"].wheels[0], tmp_path / "raw")
+    assert not (tmp_path / "raw").exists()
+
+
 def test_no_download_names_the_asset_and_the_mend(toy):
     index, cache = toy
     (index / "toy_data-1.0-py3-none-any.whl").unlink()

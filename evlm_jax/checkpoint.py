@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from evlm_jax.config import EVLMConfig, from_config_dict, to_dict
+from evlm_jax.config import EVLMConfig, from_saved, to_saved
 from evlm_jax.processes import is_first, say, wait
 from evlm_jax.tensors import Tensor, Tensors, digest, read_all, read_folder, write_folder
 
@@ -122,7 +122,7 @@ def write_store(root: epath.Path, tensors: Tensors, written: Callable[[int], Non
 
 def write_imported(root: epath.Path, cfg: EVLMConfig, store: str, origin: dict, trained: Iterable[str] = ()) -> None:
     """Step 0 of a model that rests on `store` alone; `origin` says where it comes from, `trained` what had been trained there."""
-    meta = {"step": 0, "phase": 0, "data": None, "config": to_dict(cfg), "trained": sorted(trained), "store": store, "origin": origin}
+    meta = {"step": 0, "phase": 0, "data": None, "config": to_saved(cfg), "trained": sorted(trained), "store": store, "origin": origin}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         writer.save(root / STEPS / "0", args=ocp.args.Composite(meta=ocp.args.JsonSave(meta)))
 
@@ -152,7 +152,7 @@ def read(workdir: str, step: int | None = None) -> Snapshot:
 def open_params(workdir: str, step: int | None = None) -> tuple[dict[str, Tensor], EVLMConfig]:
     """All parameters of the model, trained ones over the frozen store, read one at a time; and the config. Raises as `read` does."""
     path, meta = _find(workdir, step)
-    return _frozen(path.parent.parent, meta["store"]) | _trained(path / "params"), from_config_dict(meta["config"])
+    return _frozen(path.parent.parent, meta["store"]) | _trained(path / "params"), from_saved(meta["config"])
 
 
 def load_params(workdir: str, step: int | None = None) -> tuple[Arrays, EVLMConfig]:

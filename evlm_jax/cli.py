@@ -8,6 +8,7 @@ from pathlib import Path
 
 import ml_collections
 
+from evlm_jax import strict
 from evlm_jax.ablate import arguments as ablate_arguments
 from evlm_jax.assets import AssetError
 from evlm_jax.config import EVLMConfig, from_config_dict
@@ -46,15 +47,15 @@ def load_config(spec: str, overrides: list[str] = ()) -> EVLMConfig:
 def set_field(config: ml_collections.ConfigDict, key: str, text: str) -> None:
     """Sets the field `key` ("optim.lr") from the command line. Raises ValueError for a key that does not exist."""
     *sections, field = key.split(".")
-    for section in sections:
-        config = config[section] if isinstance(config, ml_collections.ConfigDict) and section in config else None
-    if not isinstance(config, ml_collections.ConfigDict) or field not in config:
+    if not strict.has(EVLMConfig, key):
         raise ValueError(f"config: unknown key {key}")
+    for section in sections:
+        config = config[section]
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
-    with config.ignore_type():  # from_config_dict checks types, with the field's full name
+    with config.ignore_type(), config.unlocked():  # from_config_dict checks types, with the field's full name
         config[field] = value
 
 

@@ -1,7 +1,9 @@
 """Configuration: frozen dataclasses, made once from an `ml_collections.ConfigDict` at the door.
 
 Experiments return ConfigDicts (overridable as `--config.optim.lr=1e-4`); `from_config_dict` turns one into an `EVLMConfig`
-and refuses unknown keys, missing keys and wrong types with the key's full name. Sizes are read from here and nowhere else.
+and refuses unknown keys, missing keys and wrong types with the key's full name. Sizes are read from here and nowhere else. A field
+with a default came later than the others, and the default is what the code did before. Saved configs carry the number of their
+format: `from_saved` reads every former one (compat.py).
 
 Letters used for shapes everywhere in this package:
   B batch rows     T text positions   I image slots of a pool  S visual tokens of one image   D LLM hidden
@@ -16,6 +18,7 @@ from typing import Annotated, Literal
 
 import ml_collections
 
+from evlm_jax import compat
 from evlm_jax.config_data import CleanConfig, DataConfig
 from evlm_jax.config_model import BridgeConfig, LLMConfig, MediaConfig, MoEConfig, ViTConfig, XAttnConfig
 from evlm_jax.ranges import Count, Fraction, NonNegative, Positive, PositiveFloat, Range, Seed
@@ -217,9 +220,19 @@ def from_config_dict(config: ml_collections.ConfigDict) -> EVLMConfig:
     Raises:
       ValueError: unknown key, missing key, or a value of the wrong type; the message lists the full names.
     """
-    return build(EVLMConfig, config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config, "")
+    return build(EVLMConfig, compat.renamed(config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config), "")
 
 
 def to_dict(cfg: EVLMConfig) -> dict:
-    """Plain dict for JSON; `from_config_dict` reads it back."""
+    """Plain dict of all fields; `from_config_dict` reads it back."""
     return dataclasses.asdict(cfg)
+
+
+def to_saved(cfg: EVLMConfig) -> dict:
+    """`to_dict` with the number of its format, for files; `from_saved` reads it back in later versions, too."""
+    return {"format": compat.FORMAT} | to_dict(cfg)
+
+
+def from_saved(saved: dict) -> EVLMConfig:
+    """A config from a file of this or a former version. Raises ValueError as `from_config_dict` does, and for a later format."""
+    return from_config_dict(compat.upgraded(saved))

@@ -1,4 +1,4 @@
-"""From plain dicts to frozen dataclasses: nothing unknown, nothing missing, nothing of another type."""
+"""From plain dicts to frozen dataclasses: nothing unknown, nothing missing but what has a default, nothing of another type."""
 
 import dataclasses
 import math
@@ -21,9 +21,10 @@ def build(kind, value, prefix: str):
         join = lambda key: f"{prefix}.{key}" if prefix else key
         if unknown := [join(k) for k in value if k not in hints]:
             raise ValueError(f"config: unknown key {', '.join(unknown)}; {kind.__name__} has {', '.join(hints)}")
-        if missing := [join(k) for k in hints if k not in value]:
+        needed = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+        if missing := [join(k) for k in needed if k not in value]:
             raise ValueError(f"config: missing key {', '.join(missing)}")
-        return kind(**{k: build(hints[k], value[k], join(k)) for k in hints})
+        return kind(**{k: build(hints[k], value[k], join(k)) for k in hints if k in value})
     if typing.get_origin(kind) is typing.Literal:
         if value not in (allowed := typing.get_args(kind)) or isinstance(value, bool):
             raise ValueError(f"config: {prefix} is {value!r}; use one of {', '.join(map(str, allowed))}")
@@ -47,3 +48,13 @@ def build(kind, value, prefix: str):
     if kind is float and not math.isfinite(value):
         raise ValueError(f"config: {prefix} must be finite, got {value!r}")
     return value
+
+
+def has(kind, key: str) -> bool:
+    """Whether `key` ("optim.lr") is a field of the dataclass `kind` or of its sections."""
+    for name in key.split("."):
+        hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        if name not in hints:
+            return False
+        kind = hints[name]
+    return True

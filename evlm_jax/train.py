@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 from evlm_jax import names, optim
 from evlm_jax.batch import Batch
 from evlm_jax.checkpoint import Arrays, Checkpoints
-from evlm_jax.config import EVLMConfig, from_config_dict, to_dict
+from evlm_jax.config import EVLMConfig, from_saved, to_dict, to_saved
 from evlm_jax.loss import loss_sums
 from evlm_jax.mesh import Layout, check_parameters, make_layout
 from evlm_jax.metrics import Meter, work
@@ -249,7 +249,7 @@ def _start(
 
 def _meta(cfg: EVLMConfig, phase: Phase, data: Iterator, trained: frozenset[str]) -> dict:
     """What a checkpoint says beside its arrays."""
-    return {"phase": phase.number, "data": _merged(gather(data.get_state())), "config": to_dict(cfg), "trained": sorted(trained)}
+    return {"phase": phase.number, "data": _merged(gather(data.get_state())), "config": to_saved(cfg), "trained": sorted(trained)}
 
 
 def _peek(data: Iterator) -> Batch:
@@ -262,7 +262,7 @@ def _peek(data: Iterator) -> Batch:
 
 def _changes(cfg: EVLMConfig, saved: dict) -> str:
     """Says where the config is not that of the checkpoint: such a run goes on, but has not the bits of either config."""
-    old, new = (flatten_dict(to_dict(c), sep=".") for c in (from_config_dict(saved), cfg))
+    old, new = (flatten_dict(to_dict(c), sep=".") for c in (from_saved(saved), cfg))
     return "".join(f"; {key} was {old[key]}, is {value}" for key, value in new.items() if value != old[key])
 
 

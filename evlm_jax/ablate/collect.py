@@ -81,7 +81,7 @@ def _apart(one: dict, other: dict) -> list[str]:
     """Names of settings that differ; of the base, fields that both know: one that came later says what the code did before."""
     wrong = [name for name in one | other if name != "base" and one.get(name) != other.get(name)]
     a, b = (flatten_dict(settings["base"], sep=".") for settings in (one, other))
-    return wrong + ["base"] * any(a[name] != b[name] for name in a.keys() & b.keys())
+    return wrong + ["base"] * any(a[name] != b[name] for name in (a.keys() & b.keys()) - {"format"})
 
 
 def variants(found: dict) -> list[str]:

@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict
 
 from evlm_jax import checkpoint, upcycle
 from evlm_jax.ablate.budget import budgets
-from evlm_jax.config import EVLMConfig, to_dict
+from evlm_jax.config import EVLMConfig, to_dict, to_saved
 from evlm_jax.convert.engine import parameter_shapes
 from evlm_jax.data.features import FeatureStore
 from evlm_jax.data.samples import Sample, question
@@ -117,7 +117,7 @@ def start(cfg: EVLMConfig, init: str | None, folder: Path) -> str | None:
 def settings(base: EVLMConfig, questions: int, limit: int | None, init: str | None) -> dict:
     """What runs must have in common to be compared."""
     begun = {"init": results.weights_hash(checkpoint.load_params(init)[0])} if init else {}
-    return {"questions": questions, "limit": limit, "base": to_dict(base)} | begun
+    return {"questions": questions, "limit": limit, "base": to_saved(base)} | begun
 
 
 def changes(base: EVLMConfig, cfg: EVLMConfig) -> dict:

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from evlm_jax.config import EVLMConfig, to_dict
+from evlm_jax.config import EVLMConfig, to_saved
 
 PACKAGES = ("evlm-jax", "jax", "flax", "numpy", "tokenizers", "pillow")
 
@@ -40,7 +40,7 @@ def provenance(cfg: EVLMConfig, weights: str, checkpoint: str = "") -> dict:
     return {
         "checkpoint": checkpoint,
         "weights_sha256": weights,
-        "config": to_dict(cfg),
+        "config": to_saved(cfg),
         "preprocessing": {"image_size": cfg.vit.image_size, "resize": cfg.data.resize, "mean": cfg.vit.mean, "std": cfg.vit.std},
         "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "device": device(),

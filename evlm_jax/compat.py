@@ -27,7 +27,7 @@ RENAMED: dict[str, str] = {}  # "section.old": "section.new", in saved configs a
 def check(number: Any, what: str) -> int:
     """The number of a format. Raises ValueError for one that this version does not know; `what` says whose it is."""
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= FORMAT:
-        raise ValueError(f"{what} is of format {number}, this version reads 0 to {FORMAT}: read it with the version that wrote it, or update")
+        raise ValueError(f"{what} is of format {number}, this version reads 0 to {FORMAT}: update, or read it with what wrote it")
     return number
 
 

@@ -135,7 +135,8 @@ def identity(workdir: str, step: int | None) -> list:
 
 def steps(workdir: str) -> list[int]:
     """Finalised steps, ascending."""
-    return sorted(int(path.name) for path in (epath.Path(workdir) / STEPS).glob("*") if path.name.isdigit())
+    folder = epath.Path(workdir) / STEPS
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
 def read(workdir: str, step: int | None = None) -> Snapshot:

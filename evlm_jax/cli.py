@@ -3,17 +3,24 @@
 import argparse
 import ast
 import importlib.util
+import os
+import signal
 import sys
+import traceback
+from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 
 import ml_collections
 
 from evlm_jax import strict
 from evlm_jax.ablate import arguments as ablate_arguments
-from evlm_jax.assets import AssetError
+from evlm_jax.assets import cache_root
 from evlm_jax.config import EVLMConfig, from_config_dict
 from evlm_jax.costs import arguments as costs_arguments
 from evlm_jax.evals import arguments
+from evlm_jax.parser import Parser, Version, told
 from evlm_jax.planning import arguments as planning_arguments
 from evlm_jax.ranges import Count, NonNegative, Positive, PositiveShare, Seed, argument
 
@@ -27,21 +34,45 @@ def load_config(spec: str, overrides: list[str] = ()) -> EVLMConfig:
       spec: "experiments/demo.py" or "experiments/demo.py:fast"; the part behind the colon goes to `get_config`.
       overrides: "--config.optim.lr=1e-4" and the like; values are Python literals, anything else is text.
     Raises:
-      ValueError: no such file, an override that is not one, an unknown field or a wrong type; named in full.
+      ValueError: no such file, one that gives no config, an override that is not one, an unknown field or a wrong type; named in full.
     """
     path, _, arg = spec.partition(":")
     if not Path(path).is_file():
         raise ValueError(f"--config: no file {path}; give an experiment such as experiments/demo.py:fast")
-    module_spec = importlib.util.spec_from_file_location(f"experiment_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    config = module.get_config(arg) if arg else module.get_config()
+    module = _experiment(path)
+    if not callable(getattr(module, "get_config", None)):
+        raise ValueError(f"--config {path}: has no function get_config; see experiments/demo.py for what an experiment is")
+    config = _run(spec, module.get_config, *([arg] if arg else []))
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ValueError(f"--config {spec}: get_config must return an ml_collections.ConfigDict, and gave {type(config).__name__}")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not key.startswith("--config.") or not equals:
             raise ValueError(f"unknown argument {override}; config fields are set as --config.section.field=value")
         set_field(config, key.removeprefix("--config."), text)
     return from_config_dict(config)
+
+
+def _experiment(path: str) -> ModuleType:
+    """The module of an experiment file."""
+    spec = importlib.util.spec_from_loader(f"experiment_{Path(path).stem}", SourceFileLoader(f"experiment_{Path(path).stem}", path))
+    module = importlib.util.module_from_spec(spec)
+    _run(path, spec.loader.exec_module, module)
+    return module
+
+
+def _run(spec: str, call: Callable, *values: object) -> object:
+    """`call(*values)`, which is a user's code. Raises ValueError for whatever it raises, with the line of the user's file."""
+    try:
+        return call(*values)
+    except Exception as error:
+        path = spec.partition(":")[0]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
+        about = str(error) if type(error) is ValueError else f"{type(error).__name__}: {getattr(error, 'msg', error)}"
+        if spec != path and isinstance(error, (KeyError, TypeError)):
+            about += "; see the file for what may stand behind the colon"
+        raise ValueError(f"--config {spec}: {f'line {line}: ' if line else ''}{about}") from error
 
 
 def set_field(config: ml_collections.ConfigDict, key: str, text: str) -> None:
@@ -59,22 +90,41 @@ def set_field(config: ml_collections.ConfigDict, key: str, text: str) -> None:
         config[field] = value
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of the console script; returns the exit status. Errors a user can mend are one line."""
-    parser = argparse.ArgumentParser(prog="evlm", description=__doc__)
+def make_parser() -> argparse.ArgumentParser:
+    """Of the whole command line."""
+    parser = Parser(prog="evlm", description=__doc__, epilog="EVLM_DEBUG=1 in the environment shows where an error comes from.")
+    parser.add_argument("--version", action=Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
     for name, (add_arguments, run, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         add_arguments(command)
         command.set_defaults(run=run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status. Errors are one line; EVLM_DEBUG=1 shows the traceback.
+
+    Programs that were compiled once are kept in the assets' cache, or where JAX_COMPILATION_CACHE_DIR says.
+    """
+    parser = make_parser()
     args, overrides = parser.parse_known_args(argv)
     if overrides and not hasattr(args, "config"):
         parser.error(f"unknown arguments: {' '.join(overrides)}")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_root() / "compiled"))  # JAX reads it when it is imported
     try:
         return args.run(args, overrides) or 0
-    except (ValueError, OSError, ImportError, FloatingPointError, AssetError) as error:
-        print(f"evlm: {error}", file=sys.stderr)
+    except BrokenPipeError:  # who read the output is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        if os.environ.get("EVLM_DEBUG"):
+            raise
+        print("evlm:", told(error).encode(errors="backslashreplace").decode(), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("evlm: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 # ------------------------------------------------------------------------------------------------------------- subcommands
@@ -108,8 +158,8 @@ def _process_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _span(text: str) -> tuple[int, int]:
     first, _, last = text.partition(":")
-    if not 1 <= int(first) <= int(last):
-        raise ValueError(text)
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"must be FIRST:LAST, as 10:12, got {text!r}")
     return int(first), int(last)
 
 
@@ -133,23 +183,25 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", action="append", default=[], help="may be given several times")
     parser.add_argument("--video", help="a clip whose frames are seen together")
     parser.add_argument("--frames", default="16", help="of the video: a number, evenly spread, or a rate, as 2fps")
-    parser.add_argument("--max-new-tokens", type=argument(Positive), default=64)
+    parser.add_argument("--max-new-tokens", type=argument(Positive), default=64, help="most tokens of an answer")
     parser.add_argument("--temperature", type=argument(NonNegative), default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=argument(PositiveShare), default=1.0)
-    parser.add_argument("--seed", type=argument(Seed), default=0)
+    parser.add_argument("--top-p", type=argument(PositiveShare), default=1.0, help="draw from the best tokens with this probability")
+    parser.add_argument("--seed", type=argument(Seed), default=0, help="of the draws")
 
 
 def _generate(args: argparse.Namespace, _overrides: list[str]) -> None:
     """Prints the answer as it grows. Images come first, then the video; in front of the prompt or at its markers."""
-    from evlm_jax.data import video
+    from evlm_jax.data import image, video
     from evlm_jax.data.samples import MARKER, ImageRef, Turn
     from evlm_jax.generate import Generator
     from evlm_jax.run import load_trained
 
-    trained = load_trained(args.checkpoint)
+    for path in args.image:
+        image.decode(path)  # what is wrong with it is said before a model is loaded
     visuals = [(ImageRef(path),) for path in args.image]
     if args.video:
         visuals.append(video.sample(args.video, args.frames))
+    trained = load_trained(args.checkpoint)
     front = "" if MARKER in args.prompt else MARKER * len(visuals)
     generator = Generator(trained.model, trained.tokenizer)
     prompt = generator.prompt([Turn("user", front + args.prompt)], visuals)
@@ -169,7 +221,7 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     write = actions.add_parser("export", help="a checkpoint to PyTorch")
     write.add_argument("--checkpoint", required=True, help="directory of a training run, or of an import")
     write.add_argument("--step", type=argument(Count), help="the newest where left out")
-    write.add_argument("--format", choices=("hf", "torch", "openflamingo", "llm"), default="hf")
+    write.add_argument("--format", choices=("hf", "torch", "openflamingo", "llm"), default="hf", help="of what is written")
     write.add_argument("--out", required=True, help="new directory")
     same = actions.add_parser("verify", help="whether two models compute the same, and where they part; exit status 1 if not")
     for side in "AB":

@@ -9,6 +9,7 @@ import numpy as np
 
 from evlm_jax import assets, report
 from evlm_jax.checkpoint import steps
+from evlm_jax.checkpoint import trained as trained_names
 from evlm_jax.config import EVLMConfig, from_config_dict
 from evlm_jax.convert.engine import load_towers
 from evlm_jax.data.features import FeatureStore
@@ -56,6 +57,8 @@ def run(form: str, workdir: str, dense: str | None = None) -> Path:
       InterruptedError: SIGTERM came while training; what was trained is saved.
     """
     cfg, clock, out = from_config_dict(experiment.get_config(form)), Clock(), Path(workdir)
+    if dense:
+        trained_names(dense)  # is there, before anything is fetched
     with clock.part("fetch weights and data"):
         assets.fetch()
     asked = questions(SIZES[form])

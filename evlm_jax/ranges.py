@@ -20,7 +20,7 @@ class Range:
     below: bool = False  # `high` itself is outside
 
     def __contains__(self, number: float) -> bool:
-        if not math.isfinite(number):
+        if isinstance(number, float) and not math.isfinite(number):
             return False
         return (self.low < number if self.above else self.low <= number) and (number < self.high if self.below else number <= self.high)
 

@@ -62,12 +62,7 @@ def next_stage(cfg: EVLMConfig, init: str) -> tuple[dict[str, np.ndarray], froze
 def train_run(
     cfg: EVLMConfig, workdir: str, init: str | None = None, tensorboard: bool = False, profile: tuple[int, int] | None = None
 ) -> int:
-    """Trains `cfg` in `workdir`, or goes on there; `init` is the run of an earlier stage. Returns the finished updates.
-
-    Programs that were compiled once are kept in the assets' cache, or where JAX_COMPILATION_CACHE_DIR says.
-    """
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(assets.cache_root() / "compiled"))
+    """Trains `cfg` in `workdir`, or goes on there; `init` is the run of an earlier stage. Returns the finished updates."""
     params, trained = next_stage(cfg, init) if init else (load_towers(cfg), frozenset())
     features = feature_store(cfg, params) if cfg.data.cache_features else None
     tokenizer, layout = load_tokenizer(cfg.init.llm), make_layout(cfg)

@@ -19,4 +19,4 @@ def test_the_command_runs_on_large_pages_with_all_its_arguments(tmp_path, own, f
     for command in ([sys.executable, "-m", "evlm_jax"], [os.path.join(os.path.dirname(sys.executable), "evlm")]):
         done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True)
         assert done.returncode == 1
-        assert done.stderr.strip() == f"evlm: tunables {found}"
+        assert done.stderr.strip() == f"evlm: --config {words[2]}: line 4: tunables {found}"

@@ -23,7 +23,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cores", type=_numbers, help="0,1,...: which to share; those of this process where left out")
     parser.add_argument("--gpus", type=_names, default=[], help="0,1,...: one run at a time on each, instead of --jobs")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints of finished runs")
-    parser.add_argument("--run", dest="only", metavar="VARIANT/SEED", help="this run only, in this process")
+    parser.add_argument("--run", dest="only", type=_run, metavar="VARIANT/SEED", help="this run only, in this process")
 
 
 def _names(text: str) -> list[str]:
@@ -31,4 +31,14 @@ def _names(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    numbers = text.split(",")
+    if not all(number.isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"must be whole numbers, as 0,1, got {text!r}")
+    return [int(number) for number in numbers]
+
+
+def _run(text: str) -> str:
+    variant, _, seed = text.rpartition("/")
+    if not variant or not seed.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be VARIANT/SEED, as base/0, got {text!r}")
+    return text

@@ -71,9 +71,15 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
             time.sleep(0.1)
 
 
-def bind(cores: Sequence[int]) -> None:
-    """What a run does first: keeps itself, and the threads it will start, to its cores, and ends by SIGTERM when its parent ends."""
-    os.sched_setaffinity(0, cores)
+def bind(cores: Sequence[int] | None) -> None:
+    """What a run does first: keeps itself, and the threads it will start, to its cores, and ends by SIGTERM when its parent ends.
+
+    Raises ValueError where this machine has no such cores.
+    """
+    try:
+        os.sched_setaffinity(0, cores or os.sched_getaffinity(0))
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--cores {','.join(map(str, cores))}: this machine has {os.cpu_count()}, from 0: {error}") from error
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

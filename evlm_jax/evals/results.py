@@ -63,8 +63,14 @@ def save(path: Path | str, result: dict) -> Path:
 
 
 def load(path: Path | str) -> dict:
-    """Reads what `save` wrote."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Reads what `save` wrote. Raises ValueError where the file is something else."""
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a result of `evlm eval`: {error}") from error
+    if not isinstance(result, dict):
+        raise ValueError(f"{path}: not a result of `evlm eval`: it holds no JSON object")
+    return result
 
 
 def _version(name: str) -> str:

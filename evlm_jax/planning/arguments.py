@@ -12,7 +12,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", default="", help="fields of config.mesh: data=1,fsdp=32,tensor=2")
     parser.add_argument("--global-batch", type=argument(Positive), help="train.batch")
     parser.add_argument("--remat", help="train.remat")
-    parser.add_argument("--what", choices=("train", "eval", "prefill", "decode", "encode"), default="train")
+    parser.add_argument("--what", choices=("train", "eval", "prefill", "decode", "encode"), default="train", help="the program")
     parser.add_argument("--phase", type=argument(Count), default=0, help="of training: what is trained")
     parser.add_argument("--sweep", action="store_true", help="try meshes and remat policies, and rank them")
     parser.add_argument("--no-mend", action="store_true", help="where it does not fit, look for no change that makes it")

@@ -57,7 +57,7 @@ def devices(topology: str, slices: int = 1) -> tuple[list[jax.Device], Chip | No
     with contextlib.suppress(RuntimeError):  # devices exist already
         jax.config.update("jax_platforms", "cpu")  # nobody looks for a TPU, whose compiler is all that is wanted
     if kind == "cpu" or kind in CHIPS and kind.startswith("h"):
-        if not shape.isdigit() or slices > 1:
+        if not shape.isdecimal() or not int(shape) or slices > 1:
             raise ValueError(f"--topology {topology}: give a number of devices, such as {kind}:8, and mesh.slices = 1")
         return _cpus(int(shape)), CHIPS.get(kind)
     if kind not in CHIPS or not re.fullmatch(r"1|\d+(x\d+)+", shape):

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     make.add_argument("--source", help="as in data.sources; where left out, the only one of the configuration")
     make.add_argument("--out", required=True, help="folder; a build that was killed in it goes on")
     make.add_argument("--rules", choices=("captions", "documents", "none"), default="none", help="of config.clean")
-    make.add_argument("--format", choices=("tar", "array_record"), default="tar")
+    make.add_argument("--format", choices=("tar", "array_record"), default="tar", help="of the shards")
     make.add_argument(
         "--side", type=argument(Positive), help="greatest shorter side of a picture, in pixels; vit.image_size where left out"
     )

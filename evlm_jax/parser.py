@@ -1,0 +1,40 @@
+"""How the command line speaks: help with defaults, the version, one line about an error."""
+
+import argparse
+
+from evlm_jax.assets import AssetError
+
+
+class Parser(argparse.ArgumentParser):
+    """Of the command and of all below it: help tells the defaults."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=Help, **options)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Without the defaults that say nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default is None or isinstance(action.default, bool) or action.default in ("", [])
+        return action.help if nothing else super()._get_help_string(action)
+
+
+class Version(argparse.Action):
+    """Looks it up when it is asked for."""
+
+    def __call__(self, parser, *_) -> None:
+        from importlib.metadata import version
+
+        print(f"evlm {version('evlm-jax')}")
+        parser.exit()
+
+
+def told(error: Exception) -> str:
+    """The line about an error: what a user can mend is said by whoever raised it."""
+    if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, AssetError)) and str(error):
+        return str(error)
+    first = next(iter(str(error).splitlines()), "")
+    if type(error).__name__ == "JaxRuntimeError" or isinstance(error, MemoryError):  # out of memory, no such device, a lost host
+        return f"{first or 'out of memory'} (EVLM_DEBUG=1 shows where)"
+    return f"this is a bug, please report it with what EVLM_DEBUG=1 shows: {type(error).__name__}: {first}"

@@ -106,7 +106,9 @@ def locate(source: str | Path) -> Path:
 
 def cache_root() -> Path:
     """Where assets and features are kept: $EVLM_CACHE, or ~/.cache/evlm_jax."""
-    return Path(os.environ.get("EVLM_CACHE") or Path.home() / ".cache" / "evlm_jax")
+    if "://" in (given := os.environ.get("EVLM_CACHE", "")):
+        raise AssetError(f"EVLM_CACHE={given}: the cache is a local folder: its files are mapped into memory")
+    return Path(given or Path.home() / ".cache" / "evlm_jax")
 
 
 def _folder(name: str, cache: Path | None) -> Path:

@@ -6,9 +6,9 @@
     DIR/frozen/HASH        the frozen parameters in safetensors files, finalised before the first step that names it
 
 The hash is of the content. A store is written again only where it does not hold what a phase freezes: a phase that unfreezes
-more rests on the store of the phase before, and its own trained values lie over it. Saves are asynchronous and atomic (orbax
-writes aside and renames); a store is deleted only when no step names it any more. A model that was imported or upcycled
-is a store and a step 0 without trained parameters beside it.
+more rests on the store of the phase before, and its own trained values lie over it. Saves are asynchronous and atomic: written aside
+and renamed; in a bucket a mark comes last and goes first. A store is deleted only when no step names it any more. A model that was
+imported or upcycled is a store and a step 0 without trained parameters beside it.
 """
 
 import hashlib
@@ -23,12 +23,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from evlm_jax import paths
 from evlm_jax.config import EVLMConfig, from_saved, to_saved
 from evlm_jax.processes import is_first, say, wait
 from evlm_jax.tensors import Tensor, Tensors, digest, read_all, read_folder, write_folder
 
 Arrays = dict[str, np.ndarray]  # by canonical name
 STEPS, FROZEN, MANIFEST, INCOMPLETE = "steps", "frozen", "manifest.json", ".incomplete"
+COMMITTED = "commit_success.txt"  # orbax writes it into a step when all else is there
 
 
 class Snapshot(NamedTuple):
@@ -45,15 +47,15 @@ class Checkpoints:
 
     def __init__(self, workdir: str, keep: int):
         """Opens or creates `workdir`; removes, and says, what an interrupted run left half-written."""
-        self.root = epath.Path(workdir).resolve()
+        self.root, self._keep = paths.place(workdir), keep
         for part in (STEPS, FROZEN) if is_first() else ():
-            (self.root / part).mkdir(parents=True, exist_ok=True)
-            for path in [*(self.root / part).glob("*.orbax-checkpoint-tmp*"), *(self.root / part).glob(f"*{INCOMPLETE}")]:
-                say(f"checkpoint: removing the half-written {path}")
-                path.rmtree()
+            paths.make(self.root / part)
+            for path in paths.children(self.root / part):
+                if _half_written(path):
+                    say(f"checkpoint: removing the half-written {path}")
+                    path.rmtree()
         wait("checkpoint: the directory is tidy")
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, todelete_subdir="deleted")  # renamed first: deleting is atomic too
-        self._manager = ocp.CheckpointManager(self.root / STEPS, options=options)
+        self._manager = ocp.CheckpointManager(self.root / STEPS, options=_options(self.root, keep))
         self._store = None
 
     def resume(self) -> Snapshot | None:
@@ -96,9 +98,12 @@ class Checkpoints:
         self._manager.wait_until_finished()
         if not is_first():
             return
+        for step in steps(self.root)[: -self._keep] if paths.remote(self.root) else ():
+            (self.root / STEPS / str(step) / COMMITTED).unlink()  # first: what is half deleted is no step
+            (self.root / STEPS / str(step)).rmtree()
         named = {_meta(self.root, step)["store"] for step in steps(self.root)} | {self._store}
-        unused = [path for path in (self.root / FROZEN).iterdir() if path.name not in named]
-        for path in [*unused, *(self.root / STEPS / "deleted").glob("*")]:
+        unused = [path for path in paths.children(self.root / FROZEN) if path.name not in named]
+        for path in [*unused, *paths.children(self.root / STEPS / "deleted")]:
             path.rmtree()
 
 
@@ -109,13 +114,18 @@ def write_store(root: epath.Path, tensors: Tensors, written: Callable[[int], Non
       written: called with the bytes of each piece that is on disk.
     """
     aside = root / FROZEN / f"new{INCOMPLETE}"
-    aside.mkdir(parents=True, exist_ok=True)
+    paths.make(aside)
     manifest = write_folder(aside, tensors, written)
-    (aside / MANIFEST).write_text(json.dumps(manifest, indent=0))
     store = root / FROZEN / _hash(manifest)
-    if store.exists():  # a writer that was cut off behind this line has left it
+    if _finished(store):  # a writer that was cut off behind this line has left it
+        aside.rmtree()
+    elif paths.remote(root):  # object by object, inside the store; with the manifest it is finished
+        for path in paths.children(aside):
+            paths.copy(path, store / path.name)
+        paths.write(store / MANIFEST, json.dumps(manifest, indent=0))
         aside.rmtree()
     else:
+        paths.write(aside / MANIFEST, json.dumps(manifest, indent=0))
         aside.rename(store)
     return store.name
 
@@ -123,20 +133,20 @@ def write_store(root: epath.Path, tensors: Tensors, written: Callable[[int], Non
 def write_imported(root: epath.Path, cfg: EVLMConfig, store: str, origin: dict, trained: Iterable[str] = ()) -> None:
     """Step 0 of a model that rests on `store` alone; `origin` says where it comes from, `trained` what had been trained there."""
     meta = {"step": 0, "phase": 0, "data": None, "config": to_saved(cfg), "trained": sorted(trained), "store": store, "origin": origin}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), atomicity_options=_atomicity(root)) as writer:
         writer.save(root / STEPS / "0", args=ocp.args.Composite(meta=ocp.args.JsonSave(meta)))
 
 
 def identity(workdir: str, step: int | None) -> list:
     """What tells a step of a run from any other: place, number, time."""
     path, _ = _find(workdir, step)
-    return [str(path), path.stat().mtime]
+    return [str(path), paths.version(path / "meta" / "metadata")]
 
 
 def steps(workdir: str) -> list[int]:
     """Finalised steps, ascending."""
-    folder = epath.Path(workdir) / STEPS
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+    found = paths.children(paths.place(workdir) / STEPS)
+    return sorted(int(path.name) for path in found if path.name.isdigit() and _finished(path))
 
 
 def read(workdir: str, step: int | None = None) -> Snapshot:
@@ -169,7 +179,7 @@ def trained(workdir: str, step: int | None = None) -> frozenset[str]:
 
 def _find(workdir: str, step: int | None) -> tuple[epath.Path, dict]:
     """Where a step lies, and its meta."""
-    root = epath.Path(workdir).resolve()
+    root = paths.place(workdir)
     found = steps(root)
     if not found or (step is not None and step not in found):
         raise FileNotFoundError(f"{root} has no checkpoint{'' if step is None else f' of step {step}'}; finalised steps: {found or 'none'}")
@@ -179,8 +189,8 @@ def _find(workdir: str, step: int | None) -> tuple[epath.Path, dict]:
 
 def _frozen(root: epath.Path, store: str) -> dict[str, Tensor]:
     path = root / FROZEN / store
-    if not path.exists():
-        present = ", ".join(sorted(p.name for p in (root / FROZEN).glob("*"))) or "none"
+    if not _finished(path):
+        present = ", ".join(p.name for p in paths.children(root / FROZEN)) or "none"
         raise ValueError(f"the checkpoint needs the frozen store {store}, {root / FROZEN} has {present}: copy {store} there")
     manifest = _manifest(root, store)
     if (found := _hash(manifest)) != store:
@@ -196,6 +206,29 @@ def _frozen(root: epath.Path, store: str) -> dict[str, Tensor]:
         return array
 
     return {name: tensors[name]._replace(read=partial(checked, name)) for name in manifest}
+
+
+def _options(root: epath.Path, keep: int) -> ocp.CheckpointManagerOptions:
+    """On a disk what keep-n drops is renamed first, so that deleting is atomic too; in a bucket `_tidy` deletes, the mark first."""
+    if not paths.remote(root):
+        return ocp.CheckpointManagerOptions(max_to_keep=keep, todelete_subdir="deleted")
+    return ocp.CheckpointManagerOptions(atomicity_options=_atomicity(root))
+
+
+def _atomicity(root: epath.Path) -> ocp.options.AtomicityOptions | None:
+    """A bucket renames object by object."""
+    return ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE) if paths.remote(root) else None
+
+
+def _finished(path: epath.Path) -> bool:
+    """Whether a step or a store is there and whole: on a disk it has its name then, in a bucket its last object."""
+    return (path / (MANIFEST if path.parent.name == FROZEN else COMMITTED)).exists() if paths.remote(path) else path.exists()
+
+
+def _half_written(path: epath.Path) -> bool:
+    """Whether something below steps/ or frozen/ is what a kill has left."""
+    ours = path.name.isdigit() or path.parent.name == FROZEN
+    return ".orbax-checkpoint-tmp" in path.name or path.name.endswith(INCOMPLETE) or ours and not _finished(path)
 
 
 def _meta(root: epath.Path, step: int | str) -> dict:

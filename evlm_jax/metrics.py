@@ -1,4 +1,4 @@
-"""What a run reports: a progress bar, DIR/metrics.jsonl and, where asked, TensorBoard.
+"""What a run reports: a progress bar, DIR/metrics.jsonl (journal.py) and, where asked, TensorBoard.
 
 Values arrive on the host some steps after they were dispatched, so reporting never makes the device wait. Between two lines
 losses are averaged over targets, rates over time, used shares of the budgets over steps; samples that the data left out are
@@ -6,21 +6,22 @@ counted by cause; the other values are those of the line's own step.
 """
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Collection
-from pathlib import Path
 from typing import Self
 
 import numpy as np
-from etils import epath
 from tqdm import tqdm
 
 from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
 from evlm_jax.data.pack import Drop
 from evlm_jax.flops import real_tokens, seen_images, train_flops
+from evlm_jax.journal import Journal, read_lines
 from evlm_jax.names import canonical
+from evlm_jax.paths import COPIES, Mirror, place
 from evlm_jax.processes import gather, is_first
 
 SECONDS = "monitor/seconds"  # that were spent on something else than training
@@ -36,13 +37,10 @@ class Meter:
           ImportError: `tensorboard` is asked for and tensorboardX is not installed.
         """
         self._cfg, self._devices = cfg, devices
-        self._path = epath.Path(workdir) / "metrics.jsonl"
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        whole = [line for line in lines if line.endswith("}")]  # a killed run may leave half a line
-        self._lines = [line + "\n" for line in whole if json.loads(line)["step"] <= step]
-        if is_first():
-            self._path.write_text("".join(self._lines))
-        self._board = _board(workdir, step) if tensorboard and is_first() else None
+        finished = lambda line: json.loads(line)["step"] <= step
+        self._journal = Journal(place(workdir) / "metrics.jsonl", finished) if is_first() else None
+        self._files = Mirror(place(workdir) / "tensorboard") if tensorboard and is_first() else None
+        self._board = _board(self._files.here, step) if self._files else None
         self._bar = tqdm(desc=cfg.name, total=cfg.train.steps, initial=step, unit="step", dynamic_ncols=True, disable=not is_first())
         self._dropped, self._notes = {}, {}
         self._reset()
@@ -52,8 +50,15 @@ class Meter:
 
     def __exit__(self, *_) -> None:
         self._bar.close()
+        self.flush()
         if self._board:
             self._board.close()
+            self._files.close()
+
+    def flush(self) -> None:
+        """The lines are where they belong, also in a bucket."""
+        if self._journal:
+            self._journal.flush()
 
     def add(self, step: int, batch: dict[str, float], values: dict) -> None:
         """The values of update `step` (1-based), on the host; `batch` is what `work` counted of its batch."""
@@ -102,17 +107,14 @@ class Meter:
         if not is_first():
             return
         line = {name: np.asarray(value, np.float64).tolist() for name, value in line.items()}
-        self._lines.append(json.dumps({"step": step, **line}) + "\n")
-        if "://" in str(self._path):  # objects of a store cannot be appended to
-            self._path.write_text("".join(self._lines))
-        else:
-            with self._path.open("a") as file:
-                file.write(self._lines[-1])
+        self._journal.append([json.dumps({"step": step, **line})])
         for name, value in line.items() if self._board else ():
             for part, number in enumerate(value) if isinstance(value, list) else ():
                 self._board.add_scalar(f"{name}/{part}", number, step)
             if not isinstance(value, list):
                 self._board.add_scalar(name, value, step)
+        if self._files:
+            self._files.copy(COPIES)
         if "loss" in line:
             rates = {name: f"{line[f'{name}_per_s']:.1f}/s" for name in ("tokens", "images")}
             self._bar.set_postfix({"loss": f"{line['loss']:.3f}"} | rates | self._dropped)
@@ -121,10 +123,9 @@ class Meter:
         self._own, self._sums, self._steps, self._since = Counter(), Counter(), 0, time.monotonic()
 
 
-def training_lines(path: Path) -> list[dict]:
+def training_lines(path: str | os.PathLike) -> list[dict]:
     """The lines of a metrics.jsonl that tell of updates, without those that hold notes alone."""
-    lines = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
-    return [line for line in lines if "loss" in line]
+    return [line for line in map(json.loads, read_lines(path)) if "loss" in line]
 
 
 def work(cfg: EVLMConfig, batch: Batch, info: dict, trained: Collection[str]) -> dict[str, float]:
@@ -165,9 +166,9 @@ def _routing(cfg: EVLMConfig, routing: dict | None) -> dict:
     return out
 
 
-def _board(workdir: str, step: int):
+def _board(folder: os.PathLike, step: int):
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ImportError('TensorBoard was asked for: pip install "evlm-jax[demo]", or train with tensorboard=False') from error
-    return SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
+    return SummaryWriter(str(folder), purge_step=step + 1, flush_secs=COPIES)

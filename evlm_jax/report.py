@@ -24,11 +24,13 @@ Images are `data:` addresses (viz.data_uri).
 import json
 import random
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 
 import jinja2
 import matplotlib
 import numpy as np
+from etils import epath
 from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageFont
 
@@ -37,8 +39,10 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.data.features import FeatureStore
 from evlm_jax.data.image import decode_all, load
 from evlm_jax.data.samples import ImageRef, Sample
+from evlm_jax.journal import read_lines
 from evlm_jax.metrics import SECONDS, training_lines
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.paths import write
 
 SECTIONS = (
     "title tagline headline setup time losses monitors accuracy vqa caption_scores emoji photos sources attention gates experts provenance"
@@ -48,7 +52,7 @@ FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
-def render(results: dict, out: Path | str) -> Path:
+def render(results: dict, out: PathLike | str) -> epath.Path:
     """Writes the page and returns its path. Raises ValueError naming the sections that `results` lacks."""
     if missing := [name for name in SECTIONS if name not in results]:
         raise ValueError(f"report: results lack {', '.join(missing)}; see evlm_jax/report.py for what each holds")
@@ -65,10 +69,7 @@ def render(results: dict, out: Path | str) -> Path:
         provenance_json=json.dumps(results["provenance"], ensure_ascii=False, indent=1),
         total_seconds=sum(seconds for _, seconds in results["time"]),
     )
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
-    return out
+    return write(out, page)
 
 
 def style() -> str:
@@ -76,11 +77,13 @@ def style() -> str:
     return TEMPLATE.read_text("utf-8").partition("<style>")[2].partition("</style>")[0]
 
 
-def training_sections(metrics: Path | str, cfg: EVLMConfig) -> dict:
+def training_sections(metrics: PathLike | str, cfg: EVLMConfig) -> dict:
     """`losses`, `monitors`, `gates` and `experts` from a run's metrics.jsonl (metrics.py). Raises ValueError if it has no line."""
-    lines = [json.loads(line) for line in Path(metrics).read_text("utf-8").splitlines()]
+    lines = [json.loads(line) for line in read_lines(metrics)]
     if not lines:
-        raise ValueError(f"report: {metrics} is empty; train.log_every = {cfg.train.log_every} may be more than the steps of the run")
+        raise ValueError(
+            f"report: {metrics} is empty or not there; train.log_every = {cfg.train.log_every} may be more than the steps of the run"
+        )
     curve = lambda key, name: {"step": [line["step"] for line in lines if key in line], name: [line[key] for line in lines if key in line]}
     losses = {source: curve(f"loss/{source}", "loss") for source in cfg.data.sources}
     losses = {source: points for source, points in losses.items() if points["step"]}  # a short run may not meet a rare source

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from evlm_jax import assets, checkpoint, names
+from evlm_jax import assets, checkpoint, names, paths
 from evlm_jax.config import EVLMConfig, MeshConfig
 from evlm_jax.convert.engine import load_towers
 from evlm_jax.convert.interpolate import resize_positions
@@ -62,7 +62,12 @@ def next_stage(cfg: EVLMConfig, init: str) -> tuple[dict[str, np.ndarray], froze
 def train_run(
     cfg: EVLMConfig, workdir: str, init: str | None = None, tensorboard: bool = False, profile: tuple[int, int] | None = None
 ) -> int:
-    """Trains `cfg` in `workdir`, or goes on there; `init` is the run of an earlier stage. Returns the finished updates."""
+    """Trains `cfg` in `workdir`, or goes on there; `init` is the run of an earlier stage. Returns the finished updates.
+
+    Raises:
+      OSError: nothing can be written in `workdir`; said before anything is read.
+    """
+    paths.probe(workdir)
     params, trained = next_stage(cfg, init) if init else (load_towers(cfg), frozenset())
     features = feature_store(cfg, params) if cfg.data.cache_features else None
     tokenizer, layout = load_tokenizer(cfg.init.llm), make_layout(cfg)

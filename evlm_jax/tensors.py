@@ -18,6 +18,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from evlm_jax import paths
+
 SHARD = 2**30  # bytes of one file; a tensor is never cut
 BLOCK = 2**26  # bytes of one tensor that are copied, checked, hashed and written together
 TYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": ml_dtypes.bfloat16, "I64": "i8", "I32": "i4", "U8": "u1", "BOOL": "?"}
@@ -73,8 +75,8 @@ def digest(array: np.ndarray) -> str:
 
 def read_safetensors(path: epath.Path) -> dict[str, Tensor]:
     """One file: 8 bytes of header length, a JSON header, then the bytes. Raises ValueError if the file is cut short."""
-    path = epath.Path(path)
-    size = path.stat().length
+    path = paths.place(path)
+    size = paths.size(path)
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
         if length > size:
@@ -146,7 +148,7 @@ def write_folder(folder: epath.Path, tensors: Tensors, written: Callable[[int], 
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         size = sum(tensor.size for tensor in tensors.values())
-        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2))
+        paths.write(folder / INDEX, json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2))
     for file in files:
         (folder / (file + HASHES)).unlink()
     return hashes
@@ -158,14 +160,13 @@ def _write_shard(path: epath.Path, tensors: Tensors, written: Callable[[int], No
     if path.exists() and done.exists() and tensors.keys() == (hashes := json.loads(done.read_text())).keys():
         written(sum(tensor.size for tensor in tensors.values()))
         return hashes
-    part, hashes = path.with_name(path.name + ".part"), {}
+    hashes = {}
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))  # so each begins at a multiple of its item size
-    with part.open("wb") as file:
+    with paths.writing(path) as file:
         file.write(_header(tensors))
         for name, tensor in tensors.items():
             hashes[name] = write_tensor(file, name, tensor, written)
-    done.write_text(json.dumps(hashes))
-    part.rename(path)
+        done.write_text(json.dumps(hashes))
     return hashes
 
 

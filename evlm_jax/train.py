@@ -24,6 +24,7 @@ from evlm_jax.mesh import Layout, check_parameters, make_layout
 from evlm_jax.metrics import Meter, work
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.norm_init import centre_norms
+from evlm_jax.paths import Mirror
 from evlm_jax.processes import gather, on_host, say, stopping
 from evlm_jax.sharding import gather_once, settle
 from evlm_jax.start import fresh, restored
@@ -210,7 +211,8 @@ def train(
                 trained, whole, groups = trained | phase.trained, None, None
             batch, info = next(data)
             if profile and step + 1 == profile[0]:
-                jax.profiler.start_trace(f"{checkpoints.root}/profile")
+                trace = Mirror(checkpoints.root / "profile")
+                jax.profiler.start_trace(str(trace.here))
             state, report = phase.update(state, load(batch))
             step += 1
             pending.append((step, info["keys"], work(cfg, batch, info, phase.trained), report))
@@ -222,6 +224,7 @@ def train(
             if profile and (step == profile[1] or profile[0] <= step < profile[1] and last):
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
+                trace.close()
             if last or step % cfg.train.save_every == 0:
                 _look(pending, 0, meter)
                 checkpoints.save(step, *phase.on_disk(state), _meta(cfg, phase, data, trained))
@@ -275,6 +278,8 @@ def _look(pending: deque, left: int, meter: Meter) -> None:
             sums = f"sum of losses {report['source_loss'].sum()}, gradient norm {report['grad_norm']}"
             raise FloatingPointError(f"step {step}: {sums}; nothing was updated or saved since. Its samples: {', '.join(map(str, keys))}")
         meter.add(step, counted, report)
+    if not left:
+        meter.flush()
 
 
 def _merged(states: list[dict]) -> dict:

@@ -6,12 +6,14 @@ from contextlib import contextmanager
 
 from etils import epath
 
+from evlm_jax import paths
+
 PLAN = "plan.json"
 
 
 @contextmanager
 def whole(out: str, plan: dict) -> Iterator[epath.Path]:
-    """A folder to write into, OUT.incomplete, which becomes `out` at the end.
+    """A folder to write into: OUT.incomplete, which becomes `out` at the end. In a bucket `out` itself, unfinished while PLAN is in it.
 
     A kill or an interrupt leaves it: the next writing of the same `plan` finds what is there. After an error it is removed.
 
@@ -20,14 +22,14 @@ def whole(out: str, plan: dict) -> Iterator[epath.Path]:
     Raises:
       FileExistsError: `out` is there already.
     """
-    out = epath.Path(out)
-    if out.exists():
+    out = paths.place(out)
+    folder = out if paths.remote(out) else out.parent / f"{out.name}.incomplete"
+    if out.exists() and not (out == folder and (out / PLAN).exists()):
         raise FileExistsError(f"{out} exists; give a new directory, or remove it")
-    folder = out.parent / f"{out.name}.incomplete"
     text = json.dumps(plan, sort_keys=True)
     if folder.exists() and not ((folder / PLAN).exists() and (folder / PLAN).read_text() == text):
         folder.rmtree()
-    folder.mkdir(parents=True, exist_ok=True)
+    paths.make(folder)
     (folder / PLAN).write_text(text)
     try:
         yield folder
@@ -35,4 +37,11 @@ def whole(out: str, plan: dict) -> Iterator[epath.Path]:
         folder.rmtree()
         raise
     (folder / PLAN).unlink()
-    folder.rename(out)
+    if folder != out:
+        folder.rename(out)
+
+
+def check(folder: epath.Path) -> None:
+    """Raises ValueError for a folder in a bucket whose writing was cut off."""
+    if paths.remote(folder) and (folder / PLAN).exists():
+        raise ValueError(f"{folder} is unfinished ({PLAN} is in it): run the command that writes it again")

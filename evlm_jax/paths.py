@@ -1,0 +1,182 @@
+"""Local or remote: the one place that decides, and what stores of objects do otherwise than disks.
+
+What has a scheme is remote. Runs, towers, exports and results may lie at gs:// and s3://, which orbax, tensorstore and epath know, and
+single data files at whatever fsspec opens. A store has no folders that could be made, renamed or dated, and nothing there is appended
+to; an object has its name when it is complete. So what is written piece by piece gets a mark when it is whole, and libraries that
+write or map local files only have a `Mirror`, or a copy in the cache (`here`).
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import fsspec
+from etils import epath
+
+from evlm_jax.assets import cache_root
+
+CLIENTS = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> what fsspec opens it by
+PROBE = 1 << 16  # bytes: more than a full disk has left in its last block
+COPIES = 60.0  # seconds between the copies of a mirror
+
+os.environ.setdefault("EPATH_USE_TF", "false")  # where TensorFlow is installed, epath would ask it: one client for all
+for _protocol in ("gcs", "s3"):  # tensorstore and other hosts write as well: a listing that was kept would not show it
+    fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
+
+
+def remote(path: str | os.PathLike) -> bool:
+    """Whether it has a scheme, as gs://."""
+    return "://" in os.fspath(path)
+
+
+def place(path: str | os.PathLike) -> epath.Path:
+    """A path as users write it: a local one absolute, a remote one as it stands.
+
+    Raises:
+      ValueError: another scheme than gs:// and s3://.
+      ImportError: its client is not installed.
+    """
+    text = os.fspath(path)
+    if not remote(text):
+        return epath.Path(os.path.abspath(text))
+    client = CLIENTS.get(text.partition("://")[0])
+    if client is None:
+        raise ValueError(f"{text}: runs, towers and results are read and written at local paths, gs:// and s3://: copy it to one of them")
+    if importlib.util.find_spec(client) is None:
+        raise ImportError(f'{text} needs {client}: pip install "evlm-jax[cloud]"')
+    return epath.Path(text)
+
+
+def local(path: str | os.PathLike, what: str) -> Path:
+    """A path that must be local. Raises ValueError that says `what` it is of."""
+    if remote(path):
+        raise ValueError(f"{os.fspath(path)}: {what} is local only: give a local path, and copy (gcloud storage cp -r, aws s3 cp)")
+    return Path(path)
+
+
+def children(folder: epath.Path) -> list[epath.Path]:
+    """What lies in a folder, by name; nothing where there is none."""
+    return sorted(path for path in folder.iterdir() if path.name and path != folder) if folder.is_dir() else []
+
+
+def version(path: str | os.PathLike) -> str:
+    """Another one when a file changes: of size and time for a local one, of what the store tells for a remote one. Raises OSError."""
+    if remote(path):
+        system, inner = fsspec.core.url_to_fs(os.fspath(path))
+        return system.ukey(inner)
+    stat = os.stat(path)
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
+
+
+def size(path: epath.Path) -> int:
+    """Bytes of a file. Raises OSError. (epath would look up the names of a local file's owners, who need not have any.)"""
+    return path.stat().length if remote(path) else os.path.getsize(path)
+
+
+def here(path: str | os.PathLike) -> Path:
+    """A file on a local disk, for readers that know no other: a remote one is copied to the cache, again when it changes."""
+    if not remote(path):
+        return Path(path)
+    path = place(path)
+    name = hashlib.sha256(f"{path} {version(path)}".encode()).hexdigest()[:32]
+    kept = cache_root() / "remote" / name / path.name
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("rb") as source, tempfile.NamedTemporaryFile(dir=kept.parent, suffix=".part", delete=False) as part:
+            shutil.copyfileobj(source, part, 1 << 24)
+        os.replace(part.name, kept)
+    return kept
+
+
+def make(folder: epath.Path) -> None:
+    """A folder, where there are such things. (A client that is asked for one of a store may make the bucket.)"""
+    if not remote(folder):
+        os.makedirs(folder, exist_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """A file that has its name when it is complete, and not after an error."""
+    path = place(path)
+    make(path.parent)
+    part = path if remote(path) else path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            yield file
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    if part != path:
+        os.replace(part, path)
+
+
+def write(path: str | os.PathLike, content: str | bytes) -> epath.Path:
+    """A whole file, in place of one that is there. Returns its place."""
+    with writing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+    return place(path)
+
+
+def copy(source: epath.Path, target: epath.Path) -> None:
+    """A file to another place of the same store, which does it alone."""
+    system, inner = fsspec.core.url_to_fs(os.fspath(source))
+    system.cp_file(inner, system._strip_protocol(os.fspath(target)))
+
+
+def probe(folder: str | os.PathLike) -> None:
+    """Writes a small file and removes it, in a store also by tensorstore, which writes the arrays. Raises OSError where that fails."""
+    where = place(folder)
+    name = f".probe-{socket.gethostname()}-{os.getpid()}"
+    try:
+        make(where)
+        try:
+            with (where / name).open("wb") as file:
+                file.write(bytes(PROBE))
+                file.flush()
+        finally:
+            (where / name).unlink(missing_ok=True)
+        if remote(where):
+            import tensorstore
+
+            store = tensorstore.KvStore.open(f"{where}/").result()
+            store.write(name, bytes(1)).result()
+            store.write(name, None).result()
+    except Exception as error:  # clients of stores raise errors of any kind
+        missing = remote(where) and isinstance(error, FileNotFoundError)
+        text = "no such bucket" if missing else " ".join(f"{getattr(error, 'strerror', None) or error}".split()) or type(error).__name__
+        raise OSError(f"{where}: cannot write there: {text}; give a place that this machine may write to and that has room") from error
+
+
+class Mirror:
+    """A local folder for libraries that write local files only: `here` is `folder` itself, or one whose files are copied there."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self._folder = place(folder)
+        self.here = Path(tempfile.mkdtemp(prefix="evlm-") if remote(self._folder) else self._folder)
+        self._copied, self._at = {}, time.monotonic()
+
+    def copy(self, seconds: float = 0.0) -> None:
+        """Copies what has changed since the last time, unless that is less than so many seconds ago."""
+        if not remote(self._folder) or time.monotonic() - self._at < seconds:
+            return
+        for path in sorted(self.here.rglob("*")):
+            if path.is_file() and self._copied.get(path) != (state := version(path)):
+                write(self._folder / path.relative_to(self.here).as_posix(), path.read_bytes())
+                self._copied[path] = state
+        self._at = time.monotonic()
+
+    def close(self) -> None:
+        """The last copy; the local folder is removed."""
+        if remote(self._folder):
+            try:
+                self.copy()
+            finally:
+                shutil.rmtree(self.here, ignore_errors=True)

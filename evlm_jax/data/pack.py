@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evlm_jax.config import DataConfig, EVLMConfig
-from evlm_jax.data.samples import RowError
+from evlm_jax.data.samples import SampleError
 from evlm_jax.data.text import Document
 from evlm_jax.ops.grouped_attention import Plan
 from evlm_jax.ops.grouping import plan
@@ -88,9 +88,14 @@ class Packer:
         """Goes to a position."""
         self.next, self.drops = state["next"], []
         self._pending = []
-        documents = {index: _parts(self.stream[index]) for index in {index for index, _ in state["pending"]}}
+        documents: dict[int, tuple[Document, ...]] = {}
         for index, part in state["pending"]:
-            self._add(index, part, documents[index][part])
+            if index not in documents:
+                documents[index] = self._read(index)
+            if part < len(documents[index]):
+                self._add(index, part, documents[index][part])
+            elif documents[index]:
+                raise ValueError(f"the saved data position has part {part + 1} of {documents[index][0].key}: its data or data.length changed")
 
     def wanted(self) -> int:
         """Images of a row that is full and has the window's mixture."""
@@ -126,12 +131,8 @@ class Packer:
     def _refill(self) -> None:
         unfits = 0
         while len(self._pending) < self.data.window and self.next < len(self.stream):
-            try:
-                parts = _parts(self.stream[self.next])
-            except RowError as error:
-                parts = ()
-                self.drops.append(Drop("bad row", str(error)))
-                unfits += 1
+            parts = self._read(self.next)
+            unfits += not parts
             for part, document in enumerate(parts):
                 if drop := unfit(document, self.data):
                     self.drops.append(drop)
@@ -143,15 +144,20 @@ class Packer:
                 raise ValueError(f"{MOST_DROPS} documents in a row cannot be used; the last: {self.drops[-1].message}")
             self.next += self.step
 
+    def _read(self, index: int) -> tuple[Document, ...]:
+        """The parts of a document; none of a row that is no sample."""
+        try:
+            document = self.stream[index]
+        except SampleError as error:
+            self.drops.append(Drop("bad row", str(error)))
+            return ()
+        return document, *document.rest
+
     def _add(self, index: int, part: int, document: Document) -> None:
         if len(self._pending) == len(self._costs):  # the parts of one document may exceed the window
             self._costs = np.concatenate([self._costs, np.zeros_like(self._costs)])
         self._costs[len(self._pending)] = Budget.needed(document)
         self._pending.append((index, part, document))
-
-
-def _parts(document: Document) -> tuple[Document, ...]:
-    return document, *document.rest
 
 
 def pool(packers: Sequence[Packer], data: DataConfig) -> list[list[tuple[int, Document]]]:

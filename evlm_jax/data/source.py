@@ -1,15 +1,24 @@
 """Random access to samples: rows of a container, and a mapper that turns a row into a Sample when it is asked for."""
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from evlm_jax.data.containers import files, rows
-from evlm_jax.data.samples import RowError, Sample, SampleError
+from evlm_jax.data.containers.files import Ref
+from evlm_jax.data.samples import MARKER, RowError, Sample, SampleError
 
 KEYS = ("id", "key", "__key__", "uuid", "url", "image", "video", "file_name")  # the first that a row has is its name
+
+
+class Bad(NamedTuple):
+    """An entry of a file that is no sample."""
+
+    key: str
+    error: str
 
 
 class Source(Sequence[Sample]):
@@ -21,23 +30,34 @@ class Source(Sequence[Sample]):
       sample: mapper from a row to its Sample.
       dialogs: mapper from a row to its number of dialogs; by default every row has one.
       where: the file, for errors.
+      numbers: of the rows that are samples; all by default.
     """
 
     def __init__(
-        self, name: str, rows: Sequence, sample: Callable[..., Sample], dialogs: Callable[..., int] | None = None, where: str = ""
+        self,
+        name: str,
+        rows: Sequence,
+        sample: Callable[..., Sample],
+        dialogs: Callable[..., int] | None = None,
+        where: str = "",
+        numbers: Sequence[int] | None = None,
     ):
         self.name, self.rows, self.where, self._sample, self._dialogs = name, rows, where, sample, dialogs
+        self._numbers = range(len(rows)) if numbers is None else numbers
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._numbers)
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        row = None
+        row, index = None, self._numbers[index]
         try:
             row = self.rows[index]
-            return self._sample(row)
+            if isinstance(row, Bad):
+                raise ValueError(row.error)
+            made = self._sample(row)
+            return check(made) if isinstance(made, Sample) else made
         except SampleError:
             raise
         except Exception as error:  # readers of damaged files and mappers of wrong rows raise errors of any kind
@@ -46,7 +66,9 @@ class Source(Sequence[Sample]):
 
     def dialog_counts(self) -> list[int]:
         """Dialogs of every sample, without building the samples."""
-        return [1] * len(self) if self._dialogs is None else [self._dialogs(row) for row in self.rows]
+        if self._dialogs is None:
+            return [1] * len(self)
+        return [1 if isinstance(row := self.rows[number], Bad) else self._dialogs(row) for number in self._numbers]
 
 
 class Chain(Sequence[Sample]):
@@ -94,15 +116,52 @@ class Subset(Sequence[Sample]):
         return [counts[number] for number in self._numbers]
 
 
-def by_row(mapper: Callable[..., Sample]) -> Callable[..., Chain]:
-    """Opens every container file of a path; `mapper(name, folder of the file, row, **options)` makes a sample of a row."""
+def by_row(mapper: Callable[..., Sample], picked: Callable[[str], Sequence[int] | None] = lambda file: None) -> Callable[..., Chain]:
+    """Opens every container file of a path.
+
+    Args:
+      mapper: `mapper(name, folder of the file, row, **options)` makes a sample of a row.
+      picked: the numbers of the rows of a file that are samples; None for all.
+    """
 
     def opened(name: str, path: str, **options: str) -> Chain:
         found = rows.find(path)
         mappers = [partial(mapper, name, files.parent(file), **options) for file in found]
-        return Chain(name, [Source(name, rows.open_rows(file), sample, where=file) for file, sample in zip(found, mappers)])
+        return Chain(name, [Source(name, rows.open_rows(f), sample, where=f, numbers=picked(f)) for f, sample in zip(found, mappers)])
 
     return opened
+
+
+def taken(entries: Iterable, what: str, take: Callable[[Any], list]) -> tuple[list, list[Bad]]:
+    """What `take` makes of each entry of a file, and the entries at which it raises. Raises ValueError where it does at all of them."""
+    made, bad, number = [], [], 0
+    for number, entry in enumerate(entries, 1):
+        try:
+            made += take(entry)
+        except Exception as error:  # of an odd entry it raises errors of any kind
+            bad.append(Bad(f"{what} {number}", f"{type(error).__name__}: {error}"))
+    if bad and len(bad) == number:
+        raise ValueError(f"{bad[0].key}: {bad[0].error}")
+    return made, bad
+
+
+def check(sample: Sample) -> Sample:
+    """The sample, if it holds what it must. Raises ValueError."""
+    if not all(sample.dialogs) or not sample.dialogs:
+        raise ValueError("there are no turns")
+    for dialog in sample.dialogs:
+        for turn in dialog:
+            if turn.role not in ("user", "assistant"):
+                raise ValueError(f"unknown role {turn.role!r}; use user or assistant")
+            if not isinstance(turn.text, str) or isinstance(turn.text, Ref):
+                raise ValueError(f"a turn must be text, it is {type(turn.text).__name__}")
+            if not turn.text.isascii():
+                turn.text.encode()  # half of a surrogate pair is no character
+        if (found := sum(turn.text.count(MARKER) for turn in dialog)) != len(sample.visuals):
+            raise ValueError(f"{found} {MARKER} markers for {len(sample.visuals)} images or videos")
+    if bad := [ref.path for ref in sample.refs if not isinstance(ref.path, str) or not ref.path]:
+        raise ValueError(f"{bad[0]!r} is no picture")
+    return sample
 
 
 def key_of(row) -> str:

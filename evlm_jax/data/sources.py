@@ -61,7 +61,7 @@ def open_source(name: str) -> Sequence[Sample]:
     return source
 
 
-def read(number: str, name: str) -> bytes:
+def read(number: str, name: str, _most: int) -> bytes:
     """The picture of a page: what `page://NUMBER::NAME` refers to."""
     return _book(name).picture(int(number))
 
@@ -157,8 +157,17 @@ ROW_FORMATS: dict[str, Callable[..., Sample]] = {  # over rows of any container
     "text": plain.text,
     "built": built.built,
 }
+
+def downloaded(file: str) -> Sequence[int] | None:
+    """The rows of img2dataset's table whose pictures it got; None for another file."""
+    from evlm_jax.data.containers import parquet  # imported where a parquet file is read
+
+    return parquet.downloaded(file) if file.endswith(".parquet") else None
+
+
 FORMATS: dict[str, Callable[..., Sequence[Sample]]] = {
     **{kind: by_row(mapper) for kind, mapper in ROW_FORMATS.items()},
+    **{kind: by_row(ROW_FORMATS[kind], downloaded) for kind in ("img2dataset", "grit")},
     "folder": captions.folder,
     "coco-captions": captions.coco,
     "karpathy": captions.karpathy,

@@ -104,8 +104,9 @@ def test_pictures_are_not_read_with_their_rows(tmp_path, monkeypatch):
 def test_empty_cells_and_broken_parquet(tmp_path):
     table = pa.table({"key": ["a"], "jpg": pa.array([None], pa.binary())})
     pq.write_table(table, tmp_path / "a.parquet")
+    assert rows.open_rows(str(tmp_path / "a.parquet"))[0] == {"key": "a", "jpg": None}
     with pytest.raises(ImageError, match=r"parquet://0/jpg::.*a.parquet.*the cell is empty"):
-        shows(rows.open_rows(str(tmp_path / "a.parquet"))[0]["jpg"])
+        shows(f"parquet://0/jpg::{tmp_path / 'a.parquet'}")
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
     with pytest.raises(ValueError, match="b.parquet: cannot read the file"):
         rows.open_rows(str(tmp_path / "b.parquet"))

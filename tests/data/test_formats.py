@@ -103,12 +103,12 @@ def test_a_relative_path(tmp_path, monkeypatch):
 
 
 def test_qwen_vl(tmp_path):
-    text = "Picture 1: <img>a/1.jpg</img>\nPicture 2: <img>/b/2.jpg</img>\nWhat differs?"
+    text = f"Picture 1: <img>a/1.jpg</img>\nPicture 2: <img>{tmp_path}/b/2.jpg</img>\nWhat differs?"
     answer = "<ref>The <image> cat</ref><box>(10,20),(300,400)</box> is gone."
     turns = [{"from": "user", "value": text}, {"from": "assistant", "value": answer}]
     file = write_json(tmp_path / "train.json", [{"id": "identity_0", "conversations": turns}])
     (sample,) = open_source(f"qwen-vl:{file}")
-    assert (sample.key, paths(sample)) == ("identity_0", [f"{tmp_path}/a/1.jpg", "/b/2.jpg"])
+    assert (sample.key, paths(sample)) == ("identity_0", [f"{tmp_path}/a/1.jpg", f"{tmp_path}/b/2.jpg"])
     expected = ("Picture 1: <image>\nPicture 2: <image>\nWhat differs?", answer.replace("<image>", "< image>"))
     assert said(sample) == asked(expected)
 
@@ -136,7 +136,7 @@ def test_plain_text(tmp_path):
 BAD = {
     "a missing field": ("llava", [{"id": "r9"}], r"r9: KeyError: 'conversations' \(.*rows.jsonl: row 1\)"),
     "no picture": ("img2dataset", [{"key": "r9", "caption": "x"}], "r9: ValueError: no picture; the row has key, caption"),
-    "a number for a text": ("text", [{"id": "r9", "text": 5}], "r9: AttributeError"),
+    "a number for a text": ("text", [{"id": "r9", "text": 5}], "r9: ValueError: 'text' must be a text, it is int"),
     "broken inner json": ("synthdog", [{"file_name": "r9", "ground_truth": "{"}], "r9: JSONDecodeError"),
     "a sentence too far": (
         "mmc4",

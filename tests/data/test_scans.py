@@ -107,7 +107,8 @@ def test_illegible_text_is_painted_over_and_nothing_else(tmp_path):
 
 def test_a_page_without_illegible_text_stays_where_it_is(tmp_path):
     _, (row,) = built(tmp_path, [write_page(tmp_path, "a", (AT, TEXT, 0.9))])
-    assert row["image"] == str(tmp_path / "a.png") and sorted(p.name for p in (tmp_path / "out").iterdir()) == ["pages.jsonl"]
+    assert row["image"] == "0.png" and (tmp_path / "out/0.png").readlink() == tmp_path / "a.png"
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.png", "pages.jsonl"]
 
 
 def test_painting_over_fills_in_the_surroundings():

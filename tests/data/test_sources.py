@@ -80,9 +80,9 @@ def test_jsonl_is_read_by_row_whatever_the_spacing(tmp_path):
     "bad, message",
     [
         ({"id": "r9"}, "r9: KeyError: 'conversations'"),
-        (row("r9", 5, "q", "a"), "r9: TypeError"),
-        ({"id": "r9", "conversations": [{"from": "robot", "value": "x"}]}, "r9: KeyError: 'robot'"),
-        ({"id": "r9", "conversations": [{"from": "human", "value": None}]}, "r9: AttributeError"),
+        (row("r9", 5, "q", "a"), "r9: ValueError: 'image' must name a file or hold its bytes, it is int"),
+        ({"id": "r9", "conversations": [{"from": "robot", "value": "x"}]}, "r9: ValueError: unknown role 'robot'"),
+        ({"id": "r9", "conversations": [{"from": "human", "value": None}]}, "r9: ValueError: 'value' must be a text, it is null"),
         ({"id": "r9", "video": "none.mp4", "conversations": []}, "r9: VideoError: .*none.mp4"),
     ],
 )

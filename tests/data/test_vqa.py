@@ -88,7 +88,7 @@ def test_ai2d_leaves_the_test_pictures_out(tmp_path):
 def test_bad_files_are_errors_with_their_names(tmp_path):
     file = coco_vqa(tmp_path, "v2_")
     write_json(tmp_path / "v2_mscoco_train2014_annotations.json", {"annotations": []})
-    with pytest.raises(ValueError, match="questions.json: entry 1: KeyError: 50"):
+    with pytest.raises(ValueError, match="questions.json: entry 1: KeyError: 'answers'"):
         open_source(f"vqav2:{file}")
     with pytest.raises(ValueError, match="train.json: entry 1: KeyError: 'imageId'"):
         open_source(f"gqa:{write_json(tmp_path / 'train.json', {'1': {'question': 'q'}})}")

@@ -1,9 +1,11 @@
 """Files by path, or by a URL that fsspec opens (gs://, s3://, memory://, ...), and indices of large files that are kept in the cache."""
 
+import errno
 import functools
 import hashlib
 import os
 import posixpath
+import stat
 import tempfile
 from collections.abc import Callable, Iterable
 from typing import BinaryIO
@@ -17,14 +19,22 @@ SMALL = 1 << 24  # bytes: the index of a smaller file is made anew
 OPEN = 64  # files that stay open
 
 
+class Ref(str):
+    """A place in a container, as rows.open_ref reads it. Readers make them: a text in a row that spells one is just a name."""
+
+    __slots__ = ()
+
+
 def remote(path: str) -> bool:
     """Whether fsspec opens it."""
     return "://" in path
 
 
 def open_file(path: str) -> BinaryIO:
-    """For reading. Raises OSError."""
+    """For reading. Raises OSError, also for a device or a pipe, which may have no end."""
     if not remote(path):
+        if not stat.S_ISREG(kind := os.stat(path).st_mode) and not stat.S_ISDIR(kind):  # of a folder `open` tells
+            raise OSError(errno.EINVAL, "not a regular file", path)
         return open(path, "rb")
     system, inner = fsspec.core.url_to_fs(path)
     return system.open(inner, "rb")
@@ -66,8 +76,8 @@ def version(path: str) -> str:
     """Another one when the file changes: of size and time for a local file, of what the store tells for a remote one. Raises OSError."""
     if remote(path):
         return _remote_version(path)
-    stat = os.stat(path)
-    return f"{stat.st_size}-{stat.st_mtime_ns}"
+    found = os.stat(path)
+    return f"{found.st_size}-{found.st_mtime_ns}"
 
 
 @functools.lru_cache(1 << 16)
@@ -78,7 +88,10 @@ def _remote_version(path: str) -> str:
 
 
 def find(path: str, suffixes: Iterable[str]) -> list[str]:
-    """A file; or what lies below a folder or matches a pattern and has one of the suffixes, in order of name. Raises FileNotFoundError."""
+    """A file; or what lies below a folder or matches a pattern and has one of the suffixes, in order of name.
+
+    Hidden files and folders are passed over, also those that other systems leave beside a file (._a.jpg). Raises FileNotFoundError.
+    """
     system, inner = fsspec.core.url_to_fs(path)
     if system.isfile(inner):
         return [path]
@@ -86,7 +99,8 @@ def find(path: str, suffixes: Iterable[str]) -> list[str]:
     found = system.find(inner) if folder else system.glob(inner)
     if not found and not folder:
         raise FileNotFoundError(f"{path}: no such file, folder or pattern of files")
-    kept = sorted(file for file in found if file.lower().endswith(tuple(suffixes)))
+    hidden = lambda file: "/." in (file[len(inner) :] if folder else f"/{posixpath.basename(file)}")
+    kept = sorted(file for file in found if file.lower().endswith(tuple(suffixes)) and not hidden(file))
     return [system.unstrip_protocol(file) for file in kept] if remote(path) else kept
 
 
@@ -95,6 +109,28 @@ def join(folder: str, name: str) -> str:
     if not name:
         return folder
     return name if remote(name) else posixpath.join(folder, name)
+
+
+def inside(folder: str, name: str) -> str:
+    """The path of what a row names: in `folder`, or a whole path or URL that lies below it. References of readers stay as they are.
+
+    Data come from elsewhere, so a name decides neither which host is asked nor which folder is read. Raises ValueError.
+    """
+    if isinstance(name, Ref):
+        return name
+    if not isinstance(name, str) or not name or "\0" in name or ("::" in name and remote(folder)):  # fsspec chains what :: joins
+        raise ValueError(f"{name!r} is no name of a file")
+    path = join(folder, name)
+    (scheme, below), (own, top) = _place(path), _place(folder)
+    if scheme != own or (below != top and not below.startswith(top.rstrip("/") + "/")):
+        raise ValueError(f"{name!r} is not below {folder or 'the current folder'}: images=FOLDER says where pictures are")
+    return path
+
+
+def _place(path: str) -> tuple[str, str]:
+    """Scheme and path, without . and .. in it."""
+    scheme, mark, rest = path.rpartition("://")
+    return scheme + mark, posixpath.normpath(rest if mark else os.path.abspath(path))
 
 
 def parent(path: str, levels: int = 1) -> str:

@@ -1,11 +1,10 @@
 """JSON: a file of one row a line, read by places in the file, or a file with one list."""
 
-import json
 from collections.abc import Sequence
 
 import numpy as np
 
-from evlm_jax.data.containers import files
+from evlm_jax.data.containers import files, text
 
 
 class Lines(Sequence):
@@ -20,7 +19,9 @@ class Lines(Sequence):
 
     def __getitem__(self, index: int) -> dict:
         start, size = map(int, self._places[index])
-        return json.loads(files.read_range(self.path, start, size))
+        if size > text.MOST_BYTES:
+            raise ValueError(f"a line of {size} bytes, the limit is {text.MOST_BYTES}")
+        return text.parse(files.read_range(self.path, start, size))
 
 
 def _places(file) -> np.ndarray:
@@ -37,7 +38,7 @@ def load(path: str):
     """The value in a .json file. Raises ValueError that names the file."""
     try:
         with files.open_file(path) as file:
-            return json.loads(file.read())
+            return text.parse(file.read())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -46,5 +47,6 @@ def load_list(path: str) -> list:
     """The rows of a .json file. Raises ValueError if there is something else in it."""
     rows = load(path)
     if not isinstance(rows, list):
-        raise ValueError(f"there must be a list of rows, not {type(rows).__name__}")
+        keys = f" with the fields {', '.join(map(str, list(rows)[:9]))}" if isinstance(rows, dict) else ""
+        raise ValueError(f"there must be a list of rows, not {type(rows).__name__}{keys}")
     return rows

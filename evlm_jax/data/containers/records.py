@@ -1,14 +1,14 @@
 """ArrayRecord: records by number. A record is a row as JSON, as msgpack, or as the tf.train.Example that TensorFlow Datasets writes."""
 
 import functools
-import json
 from collections.abc import Sequence
+from urllib.parse import quote, unquote
 
 import msgpack
 from array_record.python.array_record_module import ArrayRecordReader
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from evlm_jax.data.containers import files
+from evlm_jax.data.containers import files, text
 
 
 class Records(Sequence):
@@ -26,13 +26,25 @@ class Records(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(index)
         row = _row(self._reader.read([index])[0])
-        return {name: f"record://{index}/{name}::{self.path}" if isinstance(value, bytes) else value for name, value in row.items()}
+        return {name: _named(value, f"{index}/{quote(str(name), safe='')}", self.path) for name, value in row.items()}
 
 
-def read(place: str, path: str) -> bytes:
-    """The bytes of a reference: place = ROW/FIELD."""
-    row, field = place.split("/", 1)
-    return _row(_reader(path, files.version(path)).read([int(row)])[0])[field]
+def read(place: str, path: str, most: int) -> bytes:
+    """The bytes of a reference: place = ROW/FIELD/...; names and numbers lead into maps and lists."""
+    row, *steps = map(unquote, place.split("/"))
+    value = _row(_reader(path, files.version(path)).read([int(row)])[0])
+    for step in steps:
+        value = value[int(step) if isinstance(value, list) else step]
+    return value
+
+
+def _named(value, place: str, path: str):
+    """`value` with references in place of bytes."""
+    if isinstance(value, bytes):
+        return files.Ref(f"record://{place}::{path}")
+    if isinstance(value, dict):
+        return {name: _named(inner, f"{place}/{quote(str(name), safe='')}", path) for name, inner in value.items()}
+    return [_named(inner, f"{place}/{i}", path) for i, inner in enumerate(value)] if isinstance(value, list) else value
 
 
 @functools.lru_cache(1 << 12)
@@ -46,7 +58,7 @@ def _reader(path: str, version: str) -> ArrayRecordReader:
 def _row(record: bytes) -> dict:
     """A JSON object begins with {, an Example with the byte 10, a msgpack map with one above 127."""
     if record[:1] == b"{":
-        return json.loads(record)
+        return text.parse(record)
     if record[:1] == b"\n":
         return {entry.key: _feature(entry.value) for entry in _example().FromString(record).features.feature}
     row = msgpack.unpackb(record)

@@ -24,7 +24,9 @@ CONTAINERS = {
     ".jsonl": ("lines", "Lines"),
     ".json": ("lines", "load_list"),
 }
-# kind of reference -> module of evlm_jax.data with `read(place, path)`; by name, as the one of pages stands above this one
+PACKED = (".gz", ".tgz", ".zip", ".zst", ".xz", ".bz2")
+MOST_BYTES = 1 << 31  # of what is read whole into memory
+# kind of reference -> module of evlm_jax.data with `read(place, path, most bytes)`; by name, as the one of pages stands above this one
 READERS = {"range": "containers.tar", "parquet": "containers.parquet", "record": "containers.records", "page": "sources"}
 
 
@@ -33,7 +35,8 @@ def find(path: str) -> list[str]:
     found = files.find(path, CONTAINERS)
     kind = next((suffix for suffix in CONTAINERS if any(file.endswith(suffix) for file in found)), None)
     if kind is None:
-        raise FileNotFoundError(f"{path}: no file with one of the suffixes {', '.join(CONTAINERS)}")
+        packed = f"; {path} is compressed: unpack it" if path.endswith(PACKED) else ""
+        raise FileNotFoundError(f"{path}: no file with one of the suffixes {', '.join(CONTAINERS)}{packed}")
     return [file for file in found if file.endswith(kind)]
 
 
@@ -46,10 +49,15 @@ def open_rows(path: str) -> Sequence[dict]:
         raise ValueError(f"{path}: cannot read the file: {error}") from error
 
 
-def open_ref(ref: str) -> BinaryIO:
-    """What a reference names. Raises OSError, ValueError, KeyError or IndexError."""
+def open_ref(ref: str, most: int = MOST_BYTES) -> BinaryIO:
+    """What a reference names. Raises OSError, ValueError, KeyError or IndexError; ValueError for more than `most` bytes."""
     kind, place, path = _split(ref)
-    return io.BytesIO(_module(READERS[kind]).read(place, path)) if kind else files.open_file(path)
+    if not kind:
+        return files.open_file(path)
+    content = _module(READERS[kind]).read(place, path, most)
+    if not isinstance(content, bytes) or len(content) > most:
+        raise ValueError(f"{len(content)} bytes, the limit is {most}" if isinstance(content, bytes) else "the field holds no bytes")
+    return io.BytesIO(content)
 
 
 def version(ref: str) -> str:

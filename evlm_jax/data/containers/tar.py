@@ -1,19 +1,20 @@
 """Tar files in the layout of webdataset and img2dataset: neighbouring members of one key are a row; read by their places in the file."""
 
-import json
 import os
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import numpy as np
 
-from evlm_jax.data.containers import files
+from evlm_jax.data.containers import files, text
 
 MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")  # key, field
+KIND = "range://"  # of references to members
 BLOCK = 512
+MOST_HEADER = 1 << 20  # bytes of a header of a header
 # Kinds of members: with contents, without, and those that say something about the next one.
 REGULAR, LINKS, EXTENDING = (b"0", b"\0", b"7"), (b"1", b"2", b"3", b"4", b"5", b"6"), (b"x", b"g", b"L", b"K")
 TEXTS = ("txt", "text", "caption", "cls")
@@ -40,6 +41,8 @@ class Tar(Sequence):
         row = {}
         for start, size, _, name in self._members[bisect_left(self._groups, index) : bisect_right(self._groups, index)].tolist():
             name = name.decode(errors="replace")
+            if ".." in name.split("/") or name.startswith("/"):
+                raise ValueError(f"{name} leads out of the archive")
             row["__key__"], field = MEMBER.fullmatch(name).groups()
             field = field.lower()
             if field in row:
@@ -58,20 +61,28 @@ class Tar(Sequence):
                 yield key, self._reference(name.decode(errors="replace"), start, size)
 
     def _value(self, field: str, name: str, start: int, size: int):
-        if field == "json":
-            return json.loads(files.read_range(self.path, start, size))
-        if field in TEXTS:
-            return files.read_range(self.path, start, size).decode()
-        return self._reference(name, start, size)
+        if field != "json" and field not in TEXTS:
+            return self._reference(name, start, size)
+        if size > text.MOST_BYTES:
+            raise ValueError(f"{size} bytes of text, the limit is {text.MOST_BYTES}")
+        content = files.read_range(self.path, start, size)
+        return text.parse(content) if field == "json" else text.decode(content).rstrip("\n")
 
-    def _reference(self, name: str, start: int, size: int) -> str:
-        return f"range://{start}+{size}/{quote(name)}::{self.path}"
+    def _reference(self, name: str, start: int, size: int) -> files.Ref:
+        return files.Ref(f"{KIND}{start}+{size}/{quote(name)}::{self.path}")
 
 
-def read(place: str, path: str) -> bytes:
+def name_of(ref: str) -> str:
+    """The name of the member that a reference is to."""
+    return unquote(ref.partition("::")[0].removeprefix(KIND).partition("/")[2])
+
+
+def read(place: str, path: str, most: int) -> bytes:
     """The bytes of a reference: place = START+SIZE/NAME."""
-    start, size = place.partition("/")[0].split("+")
-    return files.read_range(path, int(start), int(size))
+    start, size = map(int, place.partition("/")[0].split("+"))
+    if size > most:
+        raise ValueError(f"{size} bytes, the limit is {most}")
+    return files.read_range(path, start, size)
 
 
 def _members(file: BinaryIO) -> np.ndarray:
@@ -105,6 +116,8 @@ def headers(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
             sparse, extended = any(key.startswith("GNU.sparse") for key in extended), {}
             if kind == b"S" or sparse:
                 raise ValueError(f"{name.decode(errors='replace')} is sparse; pack the files anew")
+        if kind in EXTENDING and size > MOST_HEADER:
+            raise ValueError(f"a header at byte {at} has {size} bytes")
         if at + size > end or size < 0:
             raise ValueError(f"the file ends within {name.decode(errors='replace')}")
         if kind == b"x":
@@ -114,7 +127,7 @@ def headers(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
         elif kind in REGULAR and not name.endswith(b"/"):
             yield name.decode(errors="surrogateescape"), at, size
         at += -(-size // BLOCK) * BLOCK
-    raise ValueError("the file is cut off: there is no mark of its end")
+    raise ValueError("the file is cut off: there is no mark of its end" if end else "the file is empty")
 
 
 def _header(block: bytes, at: int) -> tuple[bytes, bytes, int]:

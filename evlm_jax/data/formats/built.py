@@ -6,6 +6,7 @@ A row is {"json": {"key", "visuals": fields of the frames of each, "dialogs": [[
 
 from collections.abc import Sequence
 
+from evlm_jax.data.containers.files import Ref
 from evlm_jax.data.samples import ImageRef, Sample, Turn
 
 
@@ -25,6 +26,13 @@ def row_of(sample: Sample, pictures: Sequence[tuple[str, bytes]]) -> dict:
 def built(name: str, root: str, row: dict) -> Sample:
     """The sample of a row."""
     facts = row["json"]
-    visuals = tuple(tuple(ImageRef(row[field]) for field in visual) for visual in facts["visuals"])
+    visuals = tuple(tuple(ImageRef(_held(row, field)) for field in visual) for visual in facts["visuals"])
     dialogs = tuple(tuple(Turn(role, text) for role, text in dialog) for dialog in facts["dialogs"])
     return Sample(facts["key"], name, visuals, dialogs, tuple(facts["scores"]))
+
+
+def _held(row: dict, field: str) -> Ref:
+    """A picture of the row itself: its json names no other file."""
+    if not isinstance(row[field], Ref):
+        raise ValueError(f"{field!r} is no picture of the row")
+    return row[field]

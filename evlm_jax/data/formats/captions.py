@@ -4,14 +4,13 @@ import os
 from collections.abc import Sequence
 
 from evlm_jax.data import video
-from evlm_jax.data.containers import files
+from evlm_jax.data.containers import files, text
 from evlm_jax.data.containers.lines import load
+from evlm_jax.data.formats.fields import IMAGES, VIDEOS, facts, has, member, words
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, literal, question
-from evlm_jax.data.source import Source, key_of
+from evlm_jax.data.source import Source, key_of, taken
 
 DESCRIBE, DESCRIBE_VIDEO = "Describe this image.", "Describe this video."
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-VIDEOS = ("mp4", "webm", "mkv", "mov", "avi")
 FRAMES = "16"  # of a video (the paper shows 16), as in video.sample
 
 
@@ -30,19 +29,15 @@ def captioned(
 
 def img2dataset(name: str, root: str, row: dict, *, prompt: str = "", frames: str = FRAMES) -> Sample:
     """A row of img2dataset or video2dataset, as tar or parquet: jpg (or another kind), txt or caption, json with `similarity` maybe."""
-    facts = row | row.get("json", {})
-    file = picture(row, (*IMAGES, *VIDEOS))
-    caption = row["txt"] if "txt" in row else facts["caption"]
-    scores = () if facts.get("similarity") is None else (float(facts["similarity"]),)
-    return captioned(name, key_of(row), file, [caption], prompt, frames, scores)
-
-
-def picture(row: dict, kinds: Sequence[str] = IMAGES) -> str:
-    """The row's picture, in a field named as its kind. Raises ValueError."""
-    file = next((row[kind] for kind in kinds if row.get(kind)), None)
-    if file is None:
-        raise ValueError(f"no picture; the row has {', '.join(row)}")
-    return file
+    told = facts(row)
+    file = member(row, root, (*IMAGES, *VIDEOS))
+    given = row.get("txt") if row.get("txt") is not None else told.get("caption")
+    if given is None:
+        raise ValueError(f"no caption: neither txt nor caption; {has(row)}")
+    caption, score = words(given, "caption"), told.get("similarity")
+    if not caption.strip():
+        raise ValueError("the caption is empty")
+    return captioned(name, key_of(row), file, [caption], prompt, frames, () if score is None else (float(score),))
 
 
 def coco(name: str, path: str, *, images: str = "", prompt: str = DESCRIBE) -> Source:
@@ -51,13 +46,17 @@ def coco(name: str, path: str, *, images: str = "", prompt: str = DESCRIBE) -> S
     Args:
       images: their folder; by default COCO's own: {split} beside the folder of annotations.
     """
-    facts = load(path)
+    content = load(path)
     folder = images or files.join(files.parent(path, 2), os.path.basename(path).removesuffix(".json").removeprefix("captions_"))
     captions: dict[int, list[str]] = {}
-    for annotation in facts["annotations"]:
-        captions.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
-    rows = [(image["id"], image["file_name"], captions[image["id"]]) for image in facts["images"] if image["id"] in captions]
-    return _captions(name, path, rows, folder, prompt)
+
+    def caption(annotation: dict) -> None:
+        captions.setdefault(annotation["image_id"], []).append(words(annotation["caption"], "caption").strip())
+
+    _, bad = taken(content["annotations"], "annotation", lambda annotation: [caption(annotation)])
+    pictures, worse = taken(content["images"], "image", lambda image: [(image["id"], image["file_name"])] if image["id"] in captions else [])
+    rows = [(number, file, captions[number]) for number, file in pictures]
+    return _captions(name, path, [*rows, *bad, *worse], folder, prompt)
 
 
 def karpathy(name: str, path: str, *, split: str = "train", images: str = "", prompt: str = DESCRIBE) -> Source:
@@ -68,21 +67,20 @@ def karpathy(name: str, path: str, *, split: str = "train", images: str = "", pr
       images: the folder of `filepath`; by default the one of the file.
     """
     splits = ("train", "restval") if split == "train" else (split,)
-    rows = [
-        (
-            image.get("cocoid", image["imgid"]),
-            files.join(image.get("filepath", ""), image["filename"]),
-            [s["raw"] for s in image["sentences"]],
-        )
-        for image in load(path)["images"]
-        if image["split"] in splits
-    ]
-    return _captions(name, path, rows, images or files.parent(path), prompt)
+
+    def row(image: dict) -> list[tuple]:
+        if image["split"] not in splits:
+            return []
+        file = files.join(image.get("filepath", ""), image["filename"])
+        return [(image.get("cocoid", image["imgid"]), file, [words(s["raw"], "raw") for s in image["sentences"]])]
+
+    rows, bad = taken(load(path)["images"], "image", row)
+    return _captions(name, path, [*rows, *bad], images or files.parent(path), prompt)
 
 
 def _captions(name: str, path: str, rows: list[tuple], folder: str, prompt: str) -> Source:
     """Rows are (key, file, captions)."""
-    sample = lambda row: captioned(name, str(row[0]), files.join(folder, row[1]), row[2], prompt)
+    sample = lambda row: captioned(name, str(row[0]), files.inside(folder, row[1]), row[2], prompt)
     return Source(name, rows, sample, dialogs=lambda row: len(row[2]), where=path)
 
 
@@ -92,14 +90,16 @@ def folder(name: str, path: str, *, prompt: str = DESCRIBE, frames: str = FRAMES
     kinds = tuple(f".{kind}" for kind in (*IMAGES, *VIDEOS))
     stem = lambda file: os.path.splitext(file)[0]
     found = files.find(path, (*kinds, ".txt"))
-    texts = {stem(file) for file in found if file.endswith(".txt")}
+    texts = {stem(file): file for file in found if file.lower().endswith(".txt")}
     rows = [file for file in found if file.lower().endswith(kinds)]
     if bare := [file for file in rows if stem(file) not in texts]:
         raise ValueError(f"data source {name!r}: {len(bare)} images have no caption file, the first is {stem(bare[0])}.txt")
 
     def sample(file: str) -> Sample:
-        with files.open_file(stem(file) + ".txt") as text:
-            caption = text.read().decode().strip()
+        with files.open_file(texts[stem(file)]) as opened:
+            caption = text.decode(opened.read()).strip()
+        if not caption:
+            raise ValueError(f"{texts[stem(file)]} is empty")
         return captioned(name, file[len(path) :].lstrip("/"), file, [caption], prompt, frames)
 
     return Source(name, rows, sample, where=path)

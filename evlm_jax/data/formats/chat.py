@@ -5,10 +5,10 @@ import re
 from evlm_jax.data import video
 from evlm_jax.data.containers import files
 from evlm_jax.data.formats.captions import FRAMES
+from evlm_jax.data.formats.fields import facts, files_of, marked, members, turns, within
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, literal
 from evlm_jax.data.source import key_of
 
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 INLINE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 
 
@@ -16,21 +16,21 @@ def llava(name: str, root: str, row: dict, *, images: str = "", frames: str = FR
     """LLaVA: {"id", "image": str or list, "conversations": [{"from": "human" or "gpt", "value": text with <image>}]}.
 
     A row may instead name a "video" (marker `<video>` or `<image>`), with "frames" (number, rate or seconds); one with neither is text.
+    In a tar, a row whose json names none has the pictures beside it.
     """
-    folder = files.join(root, images)
-    pictures = row.get("image") or []
-    file = lambda image: image["bytes"] if isinstance(image, dict) else files.join(folder, image)  # in parquet they may be inside
-    visuals = [(ImageRef(file(image)),) for image in (pictures if isinstance(pictures, list) else [pictures])]
-    if "video" in row:
-        visuals.append(video.sample(files.join(folder, row["video"]), row.get("frames", frames)))
-    turns = tuple(Turn(ROLES[turn["from"]], turn["value"].replace("<video>", MARKER)) for turn in row["conversations"])
-    return Sample(key_of(row), name, tuple(visuals), (turns,))
+    folder, told = files.join(root, images), facts(row)
+    pictures, films = files_of(row, folder, "image", "images"), files_of(row, folder, "video", "videos")
+    if not {"image", "images", "video", "videos"} & told.keys():
+        pictures = members(row)
+    stills = [(ImageRef(file),) for file in pictures]
+    moving = [video.sample(file, told.get("frames") or frames) for file in films]
+    visuals, said = marked(turns(told), stills, moving)
+    return Sample(key_of(row), name, tuple(visuals), (tuple(Turn(role, text) for role, text in said),))
 
 
 def qwen_vl(name: str, root: str, row: dict, *, images: str = "") -> Sample:
     """Qwen-VL: {"id", "conversations": [{"from", "value"}]} with `<img>path</img>` in the text; <ref> and <box> stay as they are."""
-    folder = files.join(root, images)
-    texts = [literal(turn["value"]) for turn in row["conversations"]]
-    visuals = tuple((ImageRef(files.join(folder, path.strip())),) for text in texts for path in INLINE.findall(text))
-    turns = tuple(Turn(ROLES[turn["from"]], INLINE.sub(MARKER, text)) for turn, text in zip(row["conversations"], texts))
-    return Sample(key_of(row), name, visuals, (turns,))
+    folder, said = files.join(root, images), [(role, literal(text)) for role, text in turns(facts(row))]
+    named = [path.strip() for _, text in said for path in INLINE.findall(text)]
+    visuals = tuple((ImageRef(within(row, folder, path, alone=len(named) == 1)),) for path in named)
+    return Sample(key_of(row), name, visuals, (tuple(Turn(role, INLINE.sub(MARKER, text)) for role, text in said),))

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 
 from evlm_jax.data.containers import files
 from evlm_jax.data.containers.lines import load
-from evlm_jax.data.formats.captions import picture
+from evlm_jax.data.formats.fields import facts, listed, member, words
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, literal, question
-from evlm_jax.data.source import Source
+from evlm_jax.data.source import Source, taken
 
 GRID, SLACK = 1000, 0.01  # boxes may stick out by rounding
 LOCATE = "Locate: "
@@ -30,14 +30,19 @@ def refcoco(name: str, path: str, *, instances: str = "instances.json", images: 
     Args:
       images: folder of COCO's train2014; by default images/mscoco/images/train2014 two folders above the file, as in the refer toolkit.
     """
-    facts = load(files.join(files.parent(path), instances))
-    pictures = {image["id"]: image for image in facts["images"]}
-    boxes = {annotation["id"]: annotation["bbox"] for annotation in facts["annotations"]}
+    content = load(files.join(files.parent(path), instances))
+    pictures = {image["id"]: image for image in content["images"]}
+    boxes = {annotation["id"]: annotation["bbox"] for annotation in content["annotations"]}
     folder = images or files.join(files.parent(path, 3), "images/mscoco/images/train2014")
     said: dict[int, list[tuple[str, int]]] = {}
-    for ref in unpickle(path):
+
+    def take(ref: dict) -> list:
         if ref["split"] == split:
-            said.setdefault(ref["image_id"], []).extend((sentence["sent"], ref["ann_id"]) for sentence in ref["sentences"])
+            sentences = [(words(sentence["sent"], "sent"), ref["ann_id"]) for sentence in ref["sentences"]]
+            said.setdefault(ref["image_id"], []).extend(sentences)
+        return [None]
+
+    _, bad = taken(unpickle(path), "entry", take)
 
     def sample(row) -> Sample:
         picture, sentences = pictures[row[0]], row[1]
@@ -47,9 +52,9 @@ def refcoco(name: str, path: str, *, instances: str = "instances.json", images: 
             across, down = picture["width"], picture["height"]
             place = box((x / across, y / down, (x + w) / across, (y + h) / down))
             dialogs.append(question(f"{MARKER}{LOCATE}{literal(sentence)}", f"<ref>{literal(sentence)}</ref>{place}"))
-        return Sample(str(row[0]), name, ((ImageRef(files.join(folder, picture["file_name"])),),), tuple(dialogs))
+        return Sample(str(row[0]), name, ((ImageRef(files.inside(folder, picture["file_name"])),),), tuple(dialogs))
 
-    return Source(name, list(said.items()), sample, dialogs=lambda row: len(row[1]), where=path)
+    return Source(name, [*said.items(), *bad], sample, dialogs=lambda row: len(row[1]), where=path)
 
 
 def grit(name: str, root: str, row: dict, *, images: str = "images", spans: str = "ref_exps") -> Sample:
@@ -58,13 +63,13 @@ def grit(name: str, root: str, row: dict, *, images: str = "images", spans: str 
     From img2dataset's tars with these columns in the json, or from the published parquet with pictures {key}.jpg in `images`. Boxes of
     one span follow each other; a span that overlaps an earlier one is left out.
     """
-    facts = row | row.get("json", {})
+    told = facts(row)
     published = "jpg" not in row and "json" not in row
-    file = files.join(files.join(root, images), f"{facts['key']}.jpg") if published else picture(row)
-    score = facts.get("clip_similarity_vitl14", facts.get("clip_similarity_vitb32"))
-    text = grounded(facts["caption"], facts[spans])
+    file = files.inside(files.join(root, images), f"{told['key']}.jpg") if published else member(row, root)
+    score = told.get("clip_similarity_vitl14", told.get("clip_similarity_vitb32"))
+    text = grounded(words(told["caption"], "caption"), listed(told[spans], spans))
     return Sample(
-        str(facts["key"]), name, ((ImageRef(file),),), ((Turn("assistant", MARKER + text),),), () if score is None else (float(score),)
+        str(told["key"]), name, ((ImageRef(file),),), ((Turn("assistant", MARKER + text),),), () if score is None else (float(score),)
     )
 
 
@@ -95,5 +100,7 @@ def unpickle(path: str) -> list[dict]:
     try:
         with files.open_file(path) as file:
             return _Plain(file, encoding="utf-8").load()
-    except (pickle.UnpicklingError, EOFError, IndexError, ValueError, AttributeError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of damaged files it raises errors of any kind
         raise ValueError(f"{path}: {error}") from error

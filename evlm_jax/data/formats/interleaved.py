@@ -11,7 +11,7 @@ from evlm_jax.data.containers import files
 from evlm_jax.data.containers.parquet import read_columns
 from evlm_jax.data.containers.rows import find
 from evlm_jax.data.containers.tar import Tar
-from evlm_jax.data.formats.captions import IMAGES
+from evlm_jax.data.formats.fields import IMAGES, facts, listed, within, words
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, literal
 from evlm_jax.data.source import Source, by_row, key_of
 
@@ -51,21 +51,23 @@ def mmc4(name: str, root: str, row: dict, *, images: str = "images") -> Sample:
 
     A picture stands in front of its sentence: the published one, or where there is none the one that `assign` finds.
     """
-    texts, facts, folder = row["text_list"], row["image_info"], files.join(root, images)
-    if facts and "matched_text_index" not in facts[0]:
-        matrix = np.asarray(row["similarity_matrix"], np.float64)
-        if matrix.shape != (len(facts), len(texts)):
-            raise ValueError(f"similarity_matrix is {matrix.shape}, there are {len(facts)} images and {len(texts)} texts")
+    told, folder = facts(row), files.join(root, images)
+    texts, infos = [words(text, "text_list") for text in listed(told["text_list"], "text_list")], listed(told["image_info"], "image_info")
+    if infos and "matched_text_index" not in infos[0]:
+        matrix = np.asarray(told["similarity_matrix"], np.float64)
+        if matrix.shape != (len(infos), len(texts)):
+            raise ValueError(f"similarity_matrix is {matrix.shape}, there are {len(infos)} images and {len(texts)} texts")
         places = assign(matrix).tolist()
         scores = [matrix[i, place] for i, place in enumerate(places)]
     else:
-        places, scores = [fact["matched_text_index"] for fact in facts], [fact["matched_sim"] for fact in facts]
-    if bad := [place for place in places if not 0 <= place < len(texts)]:
+        places, scores = [info["matched_text_index"] for info in infos], [info["matched_sim"] for info in infos]
+    if bad := [place for place in places if int(place) != place or not 0 <= place < len(texts)]:
         raise ValueError(f"matched_text_index {bad[0]} of {len(texts)} texts")
-    order = sorted(range(len(facts)), key=lambda i: places[i])
-    parts = []
+    order = sorted(range(len(infos)), key=lambda i: places[i])
+    pictures = [ImageRef(within(row, folder, info["image_name"], alone=len(infos) == 1)) for info in infos]
+    parts: list[str | ImageRef] = []
     for at, text in enumerate(texts):
-        parts += [ImageRef(files.join(folder, facts[i]["image_name"])) for i in order if places[i] == at]
+        parts += [pictures[i] for i in order if places[i] == at]
         parts.append(text)
     return document(name, key_of(row), parts, " ", [float(scores[i]) for i in order])
 
@@ -82,14 +84,14 @@ def obelics(name: str, path: str, *, images: str = "images") -> Source:
 
 
 def _obelics(name: str, root: str, row: dict, downloads: dict[str, str], folder: str) -> Sample:
-    if len(row["images"]) != len(row["texts"]):
+    if len(listed(row["images"], "images")) != len(listed(row["texts"], "texts")):
         raise ValueError(f"{len(row['images'])} images beside {len(row['texts'])} texts")
     parts: list[str | ImageRef] = []
     for url, text in zip(row["images"], row["texts"]):
         if (url is None) == (text is None):
             raise ValueError("exactly one of an image and a text must stand at each place")
-        digest = hashlib.sha256((url or "").encode()).hexdigest()
-        parts.append(text if url is None else ImageRef(downloads.get(url) or downloads.get(digest) or files.join(folder, digest)))
+        digest = hashlib.sha256((words(url, "images") if text is None else "").encode()).hexdigest()
+        parts.append(words(text, "texts") if url is None else ImageRef(downloads.get(url) or downloads.get(digest) or files.join(folder, digest)))
     key = hashlib.sha256(repr((row["images"], row["texts"])).encode()).hexdigest()[:16]
     return document(name, key, parts, "\n\n")
 

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from evlm_jax.data.containers import files
+from evlm_jax.data.containers import files, text
 from evlm_jax.data.containers.lines import load
+from evlm_jax.data.formats.fields import listed, words
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, literal, question
-from evlm_jax.data.source import Source
+from evlm_jax.data.source import Source, taken
 
 LETTERS = "ABCDEFGHIJ"
 CHOOSE = "Reply with the letter of the right option."
@@ -37,33 +38,38 @@ def open_set(fields: Fields, name: str, path: str, **options: str) -> Source:
     """
     folder = files.join(files.parent(path) if path.endswith(".json") else path, options.get("images", fields.images))
     rows: dict[str | int, list[tuple[str, str]]] = {}
-    number = 0
+
+    def take(numbered: tuple[int, dict]) -> list:
+        number, entry = numbered
+        image = fields.image(entry)
+        asked = literal(words(fields.question(entry), "question")), literal(words(fields.answer(entry), "answer"))
+        rows.setdefault(number if image is None else words(image, "image"), []).append(asked)
+        return [number]
+
     try:
-        for entry in fields.entries(path, options):
-            image = fields.image(entry)
-            asked = literal(fields.question(entry)), literal(fields.answer(entry))
-            rows.setdefault(number if image is None else image, []).append(asked)
-            number += 1
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"data source {name!r}: {path}: entry {number + 1}: {type(error).__name__}: {error}") from error
+        _, bad = taken(enumerate(fields.entries(path, options)), "entry", take)
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        said = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"data source {name!r}: {path}: {said}") from error
 
     def sample(row) -> Sample:
         image, asked = row
         seen = isinstance(image, str)
-        visuals = ((ImageRef(files.join(folder, image)),),) if seen else ()
+        visuals = ((ImageRef(files.inside(folder, image)),),) if seen else ()
         return Sample(str(image), name, visuals, tuple(question(MARKER * seen + text, answer) for text, answer in asked))
 
-    return Source(name, list(rows.items()), sample, dialogs=lambda row: len(row[1]), where=path)
+    return Source(name, [*rows.items(), *bad], sample, dialogs=lambda row: len(row[1]), where=path)
 
 
 def most_common(answers: Iterable[str]) -> str:
     """What most annotators said; of equals, the first."""
-    return Counter(answers).most_common(1)[0][0]
+    return Counter(listed(answers, "answers")).most_common(1)[0][0]
 
 
-def choices(text: str, options: Iterable[str]) -> str:
+def choices(asked: str, options: Iterable[str]) -> str:
     """A question with lettered options."""
-    return "\n".join([text, *(f"{LETTERS[i]}. {option}" for i, option in enumerate(options)), CHOOSE])
+    lettered = (f"{LETTERS[i]}. {words(option, 'an option')}" for i, option in enumerate(listed(options, "options")))
+    return "\n".join([words(asked, "question"), *lettered, CHOOSE])
 
 
 def _vqa(path: str, options: dict[str, str]) -> Iterable[dict]:
@@ -73,7 +79,8 @@ def _vqa(path: str, options: dict[str, str]) -> Iterable[dict]:
     answers = {
         a["question_id"]: a["answers"] for a in load(files.join(files.parent(path), options.get("annotations", beside)))["annotations"]
     }
-    return ({"split": asked["data_subtype"], "answers": answers[q["question_id"]], **q} for q in asked["questions"])
+    known = lambda q: {"answers": answers[q["question_id"]]} if q.get("question_id") in answers else {}
+    return ({"split": asked["data_subtype"], **known(q), **q} if isinstance(q, dict) else q for q in asked["questions"])
 
 
 def _ai2d(path: str, options: dict[str, str]) -> Iterable[dict]:
@@ -81,12 +88,12 @@ def _ai2d(path: str, options: dict[str, str]) -> Iterable[dict]:
     split, held_out = options.get("split", "train"), set()
     if split != "all":
         with files.open_file(files.join(path, "ai2d_test_ids.csv")) as table:
-            held_out = set(table.read().decode().split())
+            held_out = set(text.decode(table.read()).split())
     for file in files.find(files.join(path, "questions"), (".json",)):
         facts = load(file)
         if split != "all" and (facts["imageName"].removesuffix(".png") in held_out) != (split == "test"):
             continue
-        yield from ({"image": facts["imageName"], "text": text, **entry} for text, entry in facts["questions"].items())
+        yield from ({"image": facts["imageName"], "text": asked, **entry} for asked, entry in facts["questions"].items())
 
 
 def _science(path: str, options: dict[str, str]) -> Iterable[dict]:
@@ -95,7 +102,7 @@ def _science(path: str, options: dict[str, str]) -> Iterable[dict]:
 
 
 def _science_question(entry: dict) -> str:
-    hint = f"Context: {entry['hint']}\n" if entry.get("hint") else ""
+    hint = f"Context: {words(entry['hint'], 'hint')}\n" if entry.get("hint") else ""
     return hint + choices(entry["question"], entry["choices"])
 
 
@@ -107,7 +114,7 @@ _COCO = Fields(
     _vqa,
     image=lambda e: f"{e['split']}/COCO_{e['split']}_{e['image_id']:012d}.jpg",
     question=lambda e: e["question"],
-    answer=lambda e: most_common(answer["answer"] for answer in e["answers"]),
+    answer=lambda e: most_common([answer["answer"] for answer in listed(e["answers"], "answers")]),
     images="",
     options=("annotations",),
 )
@@ -132,14 +139,14 @@ SETS = {
         lambda path, _: load(path)["data"],
         image=lambda e: e["image"],
         question=lambda e: e["question"],
-        answer=lambda e: e["answers"][0],
+        answer=lambda e: listed(e["answers"], "answers")[0],
         images="",
     ),
     "chartqa": Fields(
         lambda path, _: load(path),
         image=lambda e: e["imgname"],
         question=lambda e: e["query"],
-        answer=lambda e: str(e["label"]),
+        answer=lambda e: str(e["label"]) if isinstance(e["label"], (int, float)) else e["label"],
         images="png",
     ),
     "ai2d": Fields(

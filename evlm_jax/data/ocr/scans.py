@@ -28,6 +28,7 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.data import image
 from evlm_jax.data.clean import Cleaner, Receipt, clean, picture_rule
 from evlm_jax.data.containers import files, rows
+from evlm_jax.data.formats.fields import facts, files_of, members, words
 from evlm_jax.data.ocr.dialogs import ASKED, DIALOGS, dialogs
 from evlm_jax.data.ocr.twins import Twins
 from evlm_jax.data.samples import ImageRef, Sample, literal
@@ -67,9 +68,9 @@ class Scan:
 
 def scan(name: str, root: str, row: dict) -> Scan:
     """Of a row. Raises KeyError for a field that lacks, ValueError for a box that is none."""
-    image, size = row["image"], (int(row["width"]), int(row["height"]))
-    file = image["bytes"] if isinstance(image, dict) else files.join(root, image)
-    return Scan(key_of(row), name, file, size, tuple(_found(entry) for entry in row["boxes"]))
+    told = facts(row)
+    (file,) = files_of(row, root, "image") or members(row)
+    return Scan(key_of(row), name, file, (int(told["width"]), int(told["height"])), tuple(_found(entry) for entry in told["boxes"]))
 
 
 def _found(entry: dict) -> Found:
@@ -80,7 +81,7 @@ def _found(entry: dict) -> Found:
     corners = tuple((float(x), float(y)) for x, y in box)
     if len(corners) != 4:
         raise ValueError(f"a box must be x1, y1, x2, y2 or four corners, not {entry['box']}")
-    return Found(" ".join(str(entry["text"]).split()), corners, float(entry.get("confidence", 1)))
+    return Found(" ".join(words(entry["text"], "text").split()), corners, float(entry.get("confidence", 1)))
 
 
 def open_scans(path: str, images: str = "") -> Chain:
@@ -146,22 +147,35 @@ class Pages(Cleaner):
 def build(source: Chain, out: str | Path, cfg: EVLMConfig, workers: int | None = None) -> Receipt:
     """Writes the pages that are kept to `out`/pages.jsonl, which `detected:` reads, and what was painted over to `out`/NUMBER.png.
 
-    Pictures with nothing to paint over stay where they are. The file appears when all is done.
+    A picture with nothing to paint over stays where it is, with a link to it in `out`. The file appears when all is done.
     """
     out, cleaner = Path(out), Pages(cfg)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "pages.jsonl.part", "w", encoding="utf-8") as lines:
         for number, page in clean(source, cleaner, workers):
             legible, faint = cleaner.split(page)
-            file = page.file if files.remote(page.file) else os.path.abspath(page.file)
-            if faint:
-                file = f"{number}.png"
+            file = f"{number}.png"
+            if not faint:
+                file = _keep(page.file, out, number)
+            else:
                 paint_over(image.decode(page.file), [found.shares(page.size) for found in faint]).save(out / file)
             boxes = [{"box": found.corners, "text": found.text, "confidence": found.confidence} for found in legible]
             row = {"id": page.key, "image": file, "width": page.size[0], "height": page.size[1], "boxes": boxes}
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(lines.name, out / "pages.jsonl")
     return cleaner.receipt
+
+
+def _keep(path: str, out: Path, number: int) -> str:
+    """The name in `out` of a picture that stays as it is: a link to a file on this disk, a copy of what lies elsewhere."""
+    link = out / f"{number}{os.path.splitext(path)[1] or '.jpg'}"
+    link.unlink(missing_ok=True)
+    if isinstance(path, files.Ref) or files.remote(path):
+        with rows.open_ref(path) as file:
+            link.write_bytes(file.read())
+    else:
+        link.symlink_to(os.path.abspath(path))
+    return link.name
 
 
 def paint_over(picture: Image.Image, quads: Sequence[np.ndarray]) -> Image.Image:

@@ -11,7 +11,7 @@ from evlm_jax.config import DataConfig, EVLMConfig
 from evlm_jax.data import image
 from evlm_jax.data.mixture import tasks
 from evlm_jax.data.pack import Budget, Packer, assemble, fill, pool, used
-from evlm_jax.data.samples import RowError
+from evlm_jax.data.samples import SampleError
 from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import Document
 
@@ -105,7 +105,7 @@ def _tried(work: Callable, items: Iterable, size: int = 1) -> tuple[list, Callab
     for item in items:
         try:
             made.append(work(item))
-        except RowError:
+        except SampleError:
             failed["bad row"] += 1
         except image.ImageError:
             failed["unreadable image"] += 1

@@ -9,7 +9,7 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.data import image
 from evlm_jax.data.cut import encode_parts
 from evlm_jax.data.pack import Budget, Drop, fill, unfit
-from evlm_jax.data.samples import RowError, part, part_count
+from evlm_jax.data.samples import SampleError, part, part_count
 from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import Document
 from evlm_jax.data.tools.bench import rows_of
@@ -53,7 +53,7 @@ def _documents(source, number: int, cfg: EVLMConfig, tokenizer) -> tuple[list[Do
     limit = cfg.data.dialogs
     try:
         sample = source[number]
-    except RowError as error:
+    except SampleError as error:
         return [], [Drop("bad row", str(error))]
     first = [encode_parts(part(sample, i, limit), tokenizer, cfg) for i in range(part_count(len(sample.dialogs), limit))]
     made = [document for whole in first for document in (whole, *whole.rest)]

@@ -1,0 +1,135 @@
+"""What a row says, of the type that it must have: any other value raises, so that the row is left out and counted."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from evlm_jax.data.containers import files, rows, tar, text
+from evlm_jax.data.containers.files import Ref
+from evlm_jax.data.samples import MARKER, literal
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+VIDEOS = ("mp4", "webm", "mkv", "mov", "avi")
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
+FILM = "<video>"
+
+
+def words(value: Any, field: str) -> str:
+    """A text. What a container holds as bytes is decoded."""
+    if isinstance(value, Ref):
+        with rows.open_ref(value, text.MOST_BYTES) as file:
+            return text.decode(file.read())
+    if not isinstance(value, str):
+        raise ValueError(f"{field!r} must be a text, it is {_kind(value)}")
+    return value
+
+
+def listed(value: Any, field: str) -> list:
+    """A list."""
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{field!r} must be a list, it is {_kind(value)}")
+    return list(value)
+
+
+def facts(row: dict) -> dict:
+    """The fields of a row; where it is a member of a tar, with those of its json."""
+    inner = row.get("json")
+    if inner is None:
+        return row
+    if not isinstance(inner, dict):
+        raise ValueError(f"'json' must be an object, it is {_kind(inner)}")
+    return row | inner
+
+
+def files_of(row: dict, folder: str, *fields: str) -> list[str]:
+    """The pictures (or videos) that a row has in one of these fields, as paths and references.
+
+    A field holds nothing (null, ""), bytes, a name, {"bytes", "path"} of which one may be null, or a list of such.
+    """
+    told = facts(row)
+    named = [value for field in fields for value in _flat(told.get(field), field)]
+    filled = [field for field in fields if told.get(field)]
+    if len(filled) > 1:
+        raise ValueError(f"the row has both {' and '.join(map(repr, filled))}")
+    return [within(row, folder, name, alone=len(named) == 1) for name in named]
+
+
+def _flat(value: Any, field: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _flat(inner, field)
+    elif isinstance(value, str):
+        yield from [value] * bool(value)
+    elif value is not None:
+        raise ValueError(f"{field!r} must name a file or hold its bytes, it is {_kind(value)}")
+
+
+def within(row: dict, folder: str, name: str, alone: bool = False) -> str:
+    """The file of a name: the member of the row's tar that is called so, or a file below `folder`.
+
+    Args:
+      alone: the row names no other: the one picture beside it in a tar must be it, whatever it is called there.
+    """
+    if isinstance(name, Ref):
+        return name
+    beside = members(row)
+    called = [ref for ref in beside if os.path.basename(tar.name_of(ref)) == os.path.basename(name)]
+    found = called if len(called) == 1 else beside if alone and len(beside) == 1 else ()
+    return found[0] if found else files.inside(folder, name)
+
+
+def members(row: dict) -> list[Ref]:
+    """The pictures and videos that are members of a tar beside the row's json, in its order."""
+    held = (value for field, value in row.items() if field.rpartition(".")[2] in (*IMAGES, *VIDEOS))
+    return [value for value in held if isinstance(value, Ref) and value.startswith(tar.KIND)]
+
+
+def member(row: dict, folder: str, kinds: Sequence[str] = IMAGES) -> str:
+    """The row's picture, in a field named as its kind. Raises ValueError."""
+    found = next((name for kind in kinds for name in _flat(row.get(kind), kind)), None)
+    if found is None:
+        raise ValueError(f"no picture; {has(row)}")
+    return files.inside(folder, found)
+
+
+def has(row: dict) -> str:
+    """For errors: what is there instead."""
+    together = " (what belongs to one key must stand together in a tar)" * ("__key__" in row)
+    return f"the row has {', '.join(map(str, row))}{together}"
+
+
+def turns(row: dict) -> list[tuple[str, str]]:
+    """(role, text) of a conversation: "conversations" of "from" and "value", or "messages" of "role" and "content"."""
+    field = "messages" if "conversations" not in row and "messages" in row else "conversations"
+    given = row[field]
+    found = []
+    for turn in listed(text.parse(words(given, field).encode()) if isinstance(given, str) else given, field):
+        if not isinstance(turn, dict):
+            raise ValueError(f"a turn must be an object, it is {_kind(turn)}")
+        role = words(turn["from"] if "from" in turn else turn["role"], "from")
+        if role.lower() not in ROLES:
+            raise ValueError(f"unknown role {role!r}; there are {', '.join(ROLES)}")
+        found.append((ROLES[role.lower()], words(turn["value"] if "value" in turn else turn["content"], "value")))
+    return found
+
+
+def marked(said: list[tuple[str, str]], images: list, videos: list) -> tuple[list, list[tuple[str, str]]]:
+    """What is seen, in the order of its markers, and the turns with one marker for each: <image>, or <video> for a video.
+
+    A text about no picture has no markers: what spells one stays text.
+    """
+    if not images and not videos:
+        return [], [(role, literal(text)) for role, text in said]
+    marks = re.findall(f"{MARKER}|{FILM}", "".join(text for _, text in said)) if videos else []
+    if FILM not in marks:
+        return [*images, *videos], said
+    queues = {MARKER: iter(images), FILM: iter(videos)}
+    seen = [found for mark in marks if (found := next(queues[mark], None)) is not None]
+    return [*seen, *queues[MARKER], *queues[FILM]], [(role, text.replace(FILM, MARKER)) for role, text in said]
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__

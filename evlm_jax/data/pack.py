@@ -95,7 +95,9 @@ class Packer:
             if part < len(documents[index]):
                 self._add(index, part, documents[index][part])
             elif documents[index]:
-                raise ValueError(f"the saved data position has part {part + 1} of {documents[index][0].key}: its data or data.length changed")
+                raise ValueError(
+                    f"the saved data position has part {part + 1} of {documents[index][0].key}: its data or data.length changed"
+                )
 
     def wanted(self) -> int:
         """Images of a row that is full and has the window's mixture."""

@@ -55,7 +55,7 @@ class Source(Sequence[Sample]):
         try:
             row = self.rows[index]
             if isinstance(row, Bad):
-                raise ValueError(row.error)
+                raise RowError(f"sample {self.name}/{row.key}: {row.error} ({self.where})")
             made = self._sample(row)
             return check(made) if isinstance(made, Sample) else made
         except SampleError:

@@ -158,6 +158,7 @@ ROW_FORMATS: dict[str, Callable[..., Sample]] = {  # over rows of any container
     "built": built.built,
 }
 
+
 def downloaded(file: str) -> Sequence[int] | None:
     """The rows of img2dataset's table whose pictures it got; None for another file."""
     from evlm_jax.data.containers import parquet  # imported where a parquet file is read

@@ -54,7 +54,9 @@ def coco(name: str, path: str, *, images: str = "", prompt: str = DESCRIBE) -> S
         captions.setdefault(annotation["image_id"], []).append(words(annotation["caption"], "caption").strip())
 
     _, bad = taken(content["annotations"], "annotation", lambda annotation: [caption(annotation)])
-    pictures, worse = taken(content["images"], "image", lambda image: [(image["id"], image["file_name"])] if image["id"] in captions else [])
+    pictures, worse = taken(
+        content["images"], "image", lambda image: [(image["id"], image["file_name"])] if image["id"] in captions else []
+    )
     rows = [(number, file, captions[number]) for number, file in pictures]
     return _captions(name, path, [*rows, *bad, *worse], folder, prompt)
 

@@ -91,7 +91,9 @@ def _obelics(name: str, root: str, row: dict, downloads: dict[str, str], folder:
         if (url is None) == (text is None):
             raise ValueError("exactly one of an image and a text must stand at each place")
         digest = hashlib.sha256((words(url, "images") if text is None else "").encode()).hexdigest()
-        parts.append(words(text, "texts") if url is None else ImageRef(downloads.get(url) or downloads.get(digest) or files.join(folder, digest)))
+        parts.append(
+            words(text, "texts") if url is None else ImageRef(downloads.get(url) or downloads.get(digest) or files.join(folder, digest))
+        )
     key = hashlib.sha256(repr((row["images"], row["texts"])).encode()).hexdigest()[:16]
     return document(name, key, parts, "\n\n")
 

@@ -2,7 +2,6 @@
 
 import json
 
-from evlm_jax.data.containers import files
 from evlm_jax.data.formats.fields import facts, files_of, members, words
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, literal, question
 from evlm_jax.data.source import key_of

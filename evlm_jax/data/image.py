@@ -1,5 +1,6 @@
 """References to pixels: decode, orient, flatten, resize. uint8 RGB; the tower's normalisation is done on the device."""
 
+import io
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ from simplejpeg import decode_jpeg
 from evlm_jax.config import EVLMConfig
 from evlm_jax.data import video
 from evlm_jax.data.containers.rows import open_ref
+from evlm_jax.data.repair import eight_bits, foreign, mend, transparent_as_stored
 from evlm_jax.data.samples import ImageRef
 
 MOST_PIXELS = 1 << 27  # of a file: a larger one is taken for a decompression bomb
@@ -74,20 +76,33 @@ def decode(path: str, least: int = 0) -> Image.Image:
       ImageError: missing, damaged, or too large.
     """
     try:
-        with open_ref(path) as file:
+        with open_ref(path, MOST_BYTES) as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(0)
             if size > MOST_BYTES:
                 raise ValueError(f"{size} bytes, the limit is {MOST_BYTES}")
-            with Image.open(file, formats=FORMATS) as image:
-                if image.width * image.height > MOST_PIXELS:
-                    raise ValueError(f"{image.width} x {image.height} pixels, the limit is {MOST_PIXELS}")
-                made = _scaled(image, file, least) if least and image.format == "JPEG" else image
-                made.load()
-                ImageOps.exif_transpose(made, in_place=True)
-                return _rgb(made)
+            try:
+                return _decoded(file, least)
+            except Exception as error:
+                file.seek(0)
+                content = file.read()
+                if (mended := mend(content)) is None:
+                    raise foreign(content) or error from error
+                return _decoded(io.BytesIO(mended), least)
     except Exception as error:  # damaged files make the decoders raise errors of any kind
         raise ImageError(f"{path}: cannot decode the image: {error}") from error
+
+
+def _decoded(file: BinaryIO, least: int) -> Image.Image:
+    file.seek(0)
+    with Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, the limit is {MOST_PIXELS}")
+        transparent_as_stored(image)
+        made = _scaled(image, file, least) if least and image.format == "JPEG" else image
+        made.load()
+        with suppress(Exception):  # without EXIF that can be read, a picture is upright
+            ImageOps.exif_transpose(made, in_place=True)
+        return _rgb(made)
 
 
 def bicubic(image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> Image.Image:
@@ -132,8 +147,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     """Without a copy where there is nothing to do."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
-    if image.mode.startswith("I"):  # 16 bits
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    image = eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*WHITE, 255)), image)

@@ -18,7 +18,7 @@ CORE = [
     "jinja2>=3.1",  # the report
     "markupsafe>=3.0",
     "matplotlib>=3.10",
-    "ml_dtypes>=0.5",
+    "ml_dtypes>=0.5.4",
     "msgpack>=1.2",  # rows of ArrayRecord files
     "numpy>=2.0",
     "onnx>=1.23.2",  # reads ONNX weights
@@ -38,9 +38,9 @@ setup(
     version="0.1.0",
     description="EVLM (arXiv 2407.14177) in JAX: gated cross-attention from hierarchical ViT features into a frozen language model",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",
     packages=find_packages(include=["evlm_jax", "evlm_jax.*", "experiments"]),
-    package_data={"evlm_jax": ["*.html"], "evlm_jax.ablate": ["*.html"]},
+    package_data={"": ["*.html"]},
     install_requires=CORE,
     extras_require={
         "demo": DEMO,

@@ -31,12 +31,16 @@ def load_config(spec: str, overrides: list[str] = ()) -> EVLMConfig:
     """The config of an experiment file.
 
     Args:
-      spec: "experiments/demo.py" or "experiments/demo.py:fast"; the part behind the colon goes to `get_config`.
+      spec: "experiments/demo.py" or "experiments/demo.py:fast"; the part behind the colon goes to `get_config`. Experiments are
+        installed beside this package, and found there where the working directory has no such file.
       overrides: "--config.optim.lr=1e-4" and the like; values are Python literals, anything else is text.
     Raises:
       ValueError: no such file, one that gives no config, an override that is not one, an unknown field or a wrong type; named in full.
     """
     path, _, arg = spec.partition(":")
+    installed = Path(__file__).parents[1] / path
+    if not Path(path).is_file() and path.startswith("experiments/") and installed.is_file():
+        path = str(installed)
     if not Path(path).is_file():
         raise ValueError(f"--config: no file {path}; give an experiment such as experiments/demo.py:fast")
     module = _experiment(path)

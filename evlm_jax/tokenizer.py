@@ -5,7 +5,6 @@ Special tokens exist only by name (`Tokenizer.id`): no text, whatever it spells,
 """
 
 import base64
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,10 +12,12 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from evlm_jax import assets
+from evlm_jax.convert.torch_model.spelling_evlm import Speller
 from evlm_jax.gguf_file import read_gguf
+from evlm_jax.tokenizer_folder import MARK, in_front, no_file, put_in_front, read_folder
 
 STOP_NAMES = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "</s>")  # of the families that convert/tables.py knows
-GGUF_CONTROL = 3  # token type
+GGUF_CONTROL, GGUF_USER = 3, 4  # token types
 QWEN_SPLIT = (  # of Qwen 1.0, and of Qwen2
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -24,21 +25,34 @@ QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|
 
 
 class Tokenizer:
-    """`eos`: ids that end an answer, the vocabulary's own end token first."""
+    """Ids of texts and special tokens.
 
-    def __init__(self, inner: tokenizers.Tokenizer, specials: dict[str, int], eos: str | None):
-        inner.encode_special_tokens = True  # i.e. special tokens in the text are ordinary letters
-        self.inner, self.specials = inner, specials
-        self.eos = tuple(dict.fromkeys(specials[name] for name in (eos, *STOP_NAMES) if name in specials))
+    `bos`: ids in front of every document, mostly none. `eos`: ids that end an answer, the vocabulary's own end token first.
+
+    Raises ValueError if no end token is known.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, eos: Iterable[int]):
+        self.inner, self._spell = inner, Speller(inner)
+        self.specials = {token.content: i for i, token in inner.get_added_tokens_decoder().items() if token.special}
+        self.bos = in_front(inner)
+        self.eos = tuple(dict.fromkeys([*eos, *(self.specials[name] for name in STOP_NAMES if name in self.specials)]))
+        if not self.eos:
+            mend = 'write {"eos_token": "..."} into tokenizer_config.json beside it'
+            raise ValueError(f"no end token is known, so no answer would end: {mend}")
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, special ones included."""
         return self.inner.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text, without any special token. Bytes that the vocabulary lacks (SmolLM2: of no assigned character) are left out."""
-        return self.inner.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, behind: str = "nothing") -> list[int]:
+        """Ids of the text, without any special token. Bytes that the vocabulary lacks (SmolLM2: of no assigned character) are left out.
+
+        Args:
+          behind: what the text stands behind, "nothing", a special "token" or other "text": some vocabularies put a space in front of it.
+        """
+        return self._spell(text, behind)
 
     def id(self, special: str) -> int:
         """Id of a special token. Raises ValueError if the vocabulary has no special token of that name."""
@@ -56,51 +70,49 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
     Raises:
       FileNotFoundError: nothing there, with what was looked for.
-      ValueError: a GGUF vocabulary of another kind than byte-level BPE with SmolLM2's digit split.
+      ValueError: a vocabulary that is damaged, contradicts the files beside it, names no end token, or is of a kind that is not read here.
     """
     path = assets.locate(source)
-    if path.suffix == ".gguf":
-        return _from_gguf(path)
     places = [path / "tokenizer.json", *sorted(path.glob("*.tiktoken"))] if path.is_dir() else [path]
-    file = next((place for place in places if place.is_file()), places[0])
-    if not file.is_file():
-        raise FileNotFoundError(f"tokenizer: {file} does not exist; give a directory with tokenizer.json or qwen.tiktoken, or a .gguf file")
-    return _from_tiktoken(file) if file.suffix == ".tiktoken" else _from_json(file)
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise no_file(path if path.is_dir() else path.parent, places)
+    read = {".gguf": _from_gguf, ".tiktoken": _from_tiktoken}.get(file.suffix, read_folder)
+    try:
+        return Tokenizer(*read(file))
+    except ValueError as error:
+        raise ValueError(f"tokenizer: {file}: {error}") from error
 
 
-def _from_gguf(path: Path) -> Tokenizer:
+def _from_gguf(path: Path) -> tuple[tokenizers.Tokenizer, list[int]]:
     """SmolLM2's rule splits digits before the byte-level split; transformers' own GGUF reader forgets that."""
     facts = {key.removeprefix("tokenizer.ggml."): value for key, value in read_gguf(path).metadata.items()}
     kind = facts.get("model"), facts.get("pre")
     if kind != ("gpt2", "smollm"):
-        raise ValueError(
-            f"tokenizer: {path} has a vocabulary of kind {kind}, read here is ('gpt2', 'smollm'); give the model's tokenizer.json"
-        )
+        raise ValueError(f"a vocabulary of kind {kind}, read here is ('gpt2', 'smollm'); give the model's tokenizer.json")
+    wrong = [key for key in ("add_space_prefix", "add_eos_token") if facts.get(key)]
+    if wrong := wrong + [key for key in ("tokens", "token_type", "merges", "eos_token_id") if key not in facts]:
+        raise ValueError(f"tokenizer.ggml.{wrong[0]} is {facts.get(wrong[0])}, which is not read here; give the model's tokenizer.json")
     tokens, merges = facts["tokens"], [tuple(merge.split(" ")) for merge in facts["merges"]]
     inner = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     inner.decoder = decoders.ByteLevel()
-    specials = {token: i for i, (token, kind) in enumerate(zip(tokens, facts["token_type"], strict=True)) if kind == GGUF_CONTROL}
-    inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
-    return Tokenizer(inner, specials, tokens[facts["eos_token_id"]])
+    for token, kind in zip(tokens, facts["token_type"], strict=True):
+        if kind in (GGUF_CONTROL, GGUF_USER):
+            special = kind == GGUF_CONTROL or MARK.fullmatch(token) is not None
+            inner.add_tokens([AddedToken(token, special=special, normalized=False)])
+    if facts.get("add_bos_token"):
+        put_in_front(inner, tokens[facts["bos_token_id"]] if "bos_token_id" in facts else None)
+    return inner, [facts[key] for key in ("eos_token_id", "eot_token_id") if key in facts]
 
 
-def _from_json(file: Path) -> Tokenizer:
-    """The end token is named in tokenizer_config.json, if there is one beside the file."""
-    inner = tokenizers.Tokenizer.from_file(str(file))
-    specials = {token.content: i for i, token in inner.get_added_tokens_decoder().items() if token.special}
-    config = file.with_name("tokenizer_config.json")
-    eos = json.loads(config.read_text("utf-8")).get("eos_token") if config.is_file() else None
-    return Tokenizer(inner, specials, eos["content"] if isinstance(eos, dict) else eos)
-
-
-def _from_tiktoken(file: Path) -> Tokenizer:
+def _from_tiktoken(file: Path) -> tuple[tokenizers.Tokenizer, list[int]]:
     """Lines of `base64-of-bytes rank`. tiktoken always joins the pair whose union ranks lowest, so a token's rule is its last such pair."""
     try:
         ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in file.read_bytes().splitlines() if line)}
     except ValueError as error:
-        raise ValueError(f"tokenizer: {file} is not a tiktoken file: {error}") from error
+        raise ValueError(f"not a tiktoken file: {error}") from error
     letters = _byte_letters()
     spell = lambda token: "".join(letters[byte] for byte in token)
     merges = [tuple(map(spell, _last_pair(token, ranks))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
@@ -111,7 +123,7 @@ def _from_tiktoken(file: Path) -> Tokenizer:
     inner.decoder = decoders.ByteLevel()
     specials = {name: len(ranks) + i for i, name in enumerate(QWEN_SPECIALS)}
     inner.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in specials])
-    return Tokenizer(inner, specials, "<|endoftext|>")
+    return inner, [specials["<|endoftext|>"]]
 
 
 def _last_pair(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:

@@ -14,7 +14,7 @@ import numpy as np
 from evlm_jax.config import MediaConfig
 from evlm_jax.data import image
 from evlm_jax.data.samples import MARKER, ImageRef, Turn
-from evlm_jax.data.text import Template, steps
+from evlm_jax.data.text import Template, whole_steps
 from evlm_jax.traces import Example, Side, Trace, look
 
 HISTORY = ("vit.depth", "vit.cuts", "vit.pretrained_size", "vit.interpolation", "xattn.tile")  # change no output
@@ -106,7 +106,7 @@ def _example(side: Side, text: str, visuals: Visuals) -> Example:
     spans = [(stop - len(visual), stop) for stop, visual in zip(stops, visuals)]
     template = Template("chatml" if "<|im_start|>" in side.tokenizer.specials else "plain", side.tokenizer)
     media = MediaConfig(**{key: side.sections["media"][key] for key in ("tokens", "placeholder")}) if visuals else None
-    laid, _ = steps(template.prompt([Turn("user", text)], spans), side.tokenizer, media)
+    laid, _ = whole_steps(template.prompt([Turn("user", text)], spans), side.tokenizer, media)
     size = side.sections["vit"]["image_size"] if "vit" in side.sections else 1
     load = lambda what: _picture(what, size) if isinstance(what, str) else image.load(what, size, "squash")
     pixels = np.array([load(what) for visual in visuals for what in visual], np.uint8).reshape(-1, size, size, 3)

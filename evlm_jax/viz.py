@@ -117,13 +117,13 @@ def word_maps(model: EVLM, tokenizer, sample: Sample, features: FeatureStore | N
 
 def _words(tokenizer, tokens: np.ndarray, places: Sequence[int], text: str) -> list[tuple[str, list[int]]]:
     """The words of `text`, which `tokens` begin with, and the places of the tokens of each."""
-    places_of, spelled = [[] for _ in text.split()], ""
+    places_of, seen, spelled = [[] for _ in text.split()], [], ""
     for token, place in zip(tokens, places, strict=True):
         if len(spelled.strip()) >= len(text.strip()):
             break
-        piece = tokenizer.decode([token])
-        spelled += piece
-        if piece.strip():
+        seen.append(token)  # decoded together: alone, a token of SentencePiece has no space in front
+        before, spelled = spelled, tokenizer.decode(seen)
+        if spelled.strip() != before.strip():
             places_of[len(spelled.split()) - 1].append(int(place))
     return list(zip(text.split(), places_of, strict=True))
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from tests.checkpoints import run_directory
 from tests.parity import needs_transformers, open_flamingo_helpers, relative, text_logits
 from tests.random_model import random_model
 from tests.tiny import tiny_config
+from tests.vocabularies import older_folder
 
 
 @needs_transformers
@@ -122,6 +124,33 @@ def test_processor_gives_what_training_saw(tmp_path, template, resize):
         processor("<image><image>", images=[Image.open(files[0])])
     batch = processor(["a<video>b", "cd"], videos=[[[Image.open(file) for file in files]], []], images=[[], []])
     assert batch["attention_mask"].sum(1).tolist() == [2 + 2 * cfg.media.tokens, 2] and batch["image_groups"][0].tolist() == [1, 1]
+
+
+@needs_transformers
+@pytest.mark.parametrize("family", ["llama2", "mistral", "gpt2-prefix"])
+@pytest.mark.parametrize("template", ["chatml", "plain"])
+def test_processor_begins_and_joins_texts_as_training_does(tmp_path, family, template):
+    """A BOS in front, and the space that a vocabulary puts in front of a text in front of the first one alone."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    cfg = tiny_config(data={"template": template})
+    cfg = run_directory(tmp_path / "run", cfg, random_model(cfg, seed=0))
+    older_folder(Path(cfg.init.llm), family)
+    export.export(str(tmp_path / "run"), str(tmp_path / "out"), "hf")
+    processor, tokenizer = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True), load_tokenizer(cfg.init.llm)
+    chat = [("user", "What is it?"), ("assistant", "red dog"), ("user", " two  spaces <s></s>")]
+    document = text.prompt([Turn(*turn) for turn in chat], (), tokenizer, cfg)
+    processor.tokenizer(["cut"], truncation=True, max_length=1)  # its state is another's
+    inputs = processor([{"role": role, "content": content} for role, content in chat])
+    assert inputs["input_ids"][0].tolist() == document.tokens.tolist()
+    assert processor("red dog")["input_ids"][0].tolist() == [*tokenizer.bos, *tokenizer.encode("red dog")]
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert exported("red dog").input_ids == [*tokenizer.bos, *tokenizer.encode("red dog")]
+    messages = [{"role": "user", "content": "red"}]
+    front = exported.apply_chat_template(messages, return_dict=False)[: len(tokenizer.bos)]
+    assert front == list(tokenizer.bos)
+    again = load_tokenizer(tmp_path / "out")
+    assert (again.bos, again.eos, again.specials) == (tokenizer.bos, tokenizer.eos, tokenizer.specials)
 
 
 PLAIN = """

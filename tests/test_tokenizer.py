@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 
-from evlm_jax import assets
 from evlm_jax.tokenizer import QWEN_SPLIT, _byte_letters, load_tokenizer
 from tests.parity import needs_asset, needs_transformers
 
@@ -93,19 +92,14 @@ def test_directory_equals_gguf(tokenizer, directory):
 @needs_asset(SMOLLM2)
 @needs_transformers
 def test_transformers_gives_the_same_ids(tokenizer, directory):
-    """On real text, through their fast tokenizer of the same directory, and their GGUF reader wherever no digit stands."""
+    """On real text, through their fast tokenizer of the same directory."""
     from pydoc_data.topics import topics
 
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
     text = topics["assert"] + topics["integers"] + CHINESE_AND_CODE.replace("<|im_end|>", "")
     assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode(text)
-    path = assets.path(SMOLLM2)
-    from_gguf = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    lines = [line for line in topics["class"].splitlines() if not any(c.isdigit() for c in line)]
-    assert len(lines) > 50
-    assert [from_gguf(line, add_special_tokens=False).input_ids for line in lines] == [tokenizer.encode(line) for line in lines]
 
 
 @needs_asset(SMOLLM2)
@@ -115,7 +109,7 @@ def test_names_that_are_no_special_token_are_refused(tokenizer):
 
 
 def test_missing_file_names_what_was_looked_for(tmp_path):
-    with pytest.raises(FileNotFoundError, match="tokenizer.json does not exist"):
+    with pytest.raises(FileNotFoundError, match="no tokenizer.json in .*; give a directory"):
         load_tokenizer(tmp_path)
 
 
@@ -142,5 +136,5 @@ def test_special_tokens_of_qwen(qwen, ranks):
 
 def test_damaged_tiktoken_file_is_named(tmp_path):
     (tmp_path / "qwen.tiktoken").write_text("no rank here\n")
-    with pytest.raises(ValueError, match="qwen.tiktoken is not a tiktoken file"):
+    with pytest.raises(ValueError, match="qwen.tiktoken: not a tiktoken file"):
         load_tokenizer(tmp_path)

@@ -116,9 +116,12 @@ def write_json(folder: Path, contents: dict[str, dict]) -> None:
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, cfg: EVLMConfig) -> None:
     """tokenizer.json and tokenizer_config.json."""
-    eos = tokenizer.decode([tokenizer.eos[0]], skip_special=False)
+    eos, bos = tokenizer.inner.id_to_token(tokenizer.eos[0]), [tokenizer.inner.id_to_token(i) for i in tokenizer.bos]
     text = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": eos, "padding_side": "left"}
-    text |= {"clean_up_tokenization_spaces": False, "chat_template": {"chatml": CHATML, "plain": PLAIN}[cfg.data.template]}
+    text |= {"bos_token": bos[0]} if bos else {}
+    start = "{{ " + json.dumps("".join(bos), ensure_ascii=False) + " }}" if bos else ""
+    chat = start + {"chatml": CHATML, "plain": PLAIN}[cfg.data.template]
+    text |= {"clean_up_tokenization_spaces": False, "chat_template": chat}
     write_json(folder, {"tokenizer_config.json": text})
     tokenizer.inner.save(str(folder / "tokenizer.json"))
 
@@ -141,12 +144,13 @@ def describe_llm(cfg: EVLMConfig, tokenizer: Tokenizer, dtype: str) -> dict[str,
     model |= {"num_hidden_layers": llm.layers, "num_attention_heads": llm.heads, "num_key_value_heads": llm.kv_heads}
     model |= {"head_dim": llm.head_dim, "intermediate_size": llm.mlp, "rms_norm_eps": llm.eps, "hidden_act": "silu"}
     model |= {"rope_theta": llm.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": llm.rope_theta}}
-    model |= {"tie_word_embeddings": llm.tied, "bos_token_id": None} | _generation(tokenizer)
+    model |= {"tie_word_embeddings": llm.tied, "bos_token_id": next(iter(tokenizer.bos), None)} | _generation(tokenizer)
     return {"config.json": model, "generation_config.json": _generation(tokenizer)}
 
 
 def _generation(tokenizer: Tokenizer) -> dict:
-    return {"eos_token_id": list(tokenizer.eos), "pad_token_id": tokenizer.eos[0]}
+    start = {"bos_token_id": tokenizer.bos[0]} if tokenizer.bos else {}
+    return start | {"eos_token_id": list(tokenizer.eos), "pad_token_id": tokenizer.eos[0]}
 
 
 def describe_processor(cfg: EVLMConfig, tokenizer: Tokenizer) -> dict[str, dict]:
@@ -164,5 +168,6 @@ def describe_processor(cfg: EVLMConfig, tokenizer: Tokenizer) -> dict[str, dict]
         "template": cfg.data.template,
         "turn_start": tokenizer.id("<|im_start|>") if chatml else None,
         "turn_end": tokenizer.id("<|im_end|>") if chatml else tokenizer.eos[0],
+        "text_start": list(tokenizer.bos),
     }
     return {"processor_config.json": processor}

@@ -14,6 +14,7 @@ import bisect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def encode_parts(sample: Sample, tokenizer, cfg: EVLMConfig) -> Document:
 
 def _grouped(pieces: Sequence[Piece], tokenizer, cfg: EVLMConfig) -> Iterator[list[Piece]]:
     """Pieces of each part: as many units as fit."""
-    room, part, used = np.array(Budget.of(cfg.data)), [], 0
+    room, part, used = np.array(_budget(tokenizer, cfg)), [], 0
     for unit in _units(pieces, tokenizer, cfg):
         need = np.array(_cost(unit, tokenizer, cfg))
         behind_a_cut = not isinstance(unit[0], Media)
@@ -61,7 +62,7 @@ def _units(pieces: Sequence[Piece], tokenizer, cfg: EVLMConfig) -> Iterator[list
     for start, stop in zip([0, *starts], [*starts, len(pieces)]):
         unit = list(pieces[start:stop])
         while unit and (at := _too_long(unit, tokenizer, cfg)) is not None:
-            head, tail = _split(unit[at].text, _room(unit[:at], cfg), lambda text: len(tokenizer.encode(text)))
+            head, tail = _split(unit[at].text, _room(unit[:at], tokenizer, cfg), partial(_count, tokenizer, unit[:at]))
             yield [*unit[:at], unit[at]._replace(text=head)]
             unit = [unit[at]._replace(text=tail), *unit[at + 1 :]]
         if unit:
@@ -71,19 +72,30 @@ def _units(pieces: Sequence[Piece], tokenizer, cfg: EVLMConfig) -> Iterator[list
 def _too_long(unit: Sequence[Piece], tokenizer, cfg: EVLMConfig) -> int | None:
     """Where in a unit its text stands, if the unit fits no row and a shorter text would."""
     at = next((i for i, piece in enumerate(unit) if isinstance(piece, Text)), None)
-    if at is None or len(unit[at].text) < 2 or (room := _room(unit[:at], cfg)) <= 0:
+    if at is None or len(unit[at].text) < 2 or (room := _room(unit[:at], tokenizer, cfg)) <= 0:
         return None
     begin = unit[at].text[: LONGEST * room]  # of a very long text this tells, without all of it
-    fits = len(tokenizer.encode(begin)) <= room and all(
-        need <= have for need, have in zip(_cost(unit, tokenizer, cfg), Budget.of(cfg.data))
+    fits = _count(tokenizer, unit[:at], begin) <= room and all(
+        need <= have for need, have in zip(_cost(unit, tokenizer, cfg), _budget(tokenizer, cfg))
     )
     return None if fits else at
 
 
-def _room(pictures: Sequence[Media], cfg: EVLMConfig) -> int:
+def _count(tokenizer, pictures: Sequence[Media], text: str) -> int:
+    """Tokens of a text behind pictures, or at the beginning of a document."""
+    return len(tokenizer.encode(text, "token" if pictures else "nothing"))
+
+
+def _budget(tokenizer, cfg: EVLMConfig) -> Budget:
+    """What a row has for a part, whose first tokens may be the vocabulary's own."""
+    budget = Budget.of(cfg.data)
+    return budget._replace(tokens=budget.tokens - len(tokenizer.bos))
+
+
+def _room(pictures: Sequence[Media], tokenizer, cfg: EVLMConfig) -> int:
     """Tokens of text that fit a row behind these pictures."""
     data, seen = cfg.data, pictures[-1].stop - pictures[-1].start if pictures else 0
-    room = min(data.length - len(pictures) * cfg.media.tokens, data.targets)
+    room = min(_budget(tokenizer, cfg).tokens - len(pictures) * cfg.media.tokens, data.targets)
     if seen and cfg.tile:
         tiles = (data.pairs - len(pictures) * -(-cfg.media.tokens // cfg.tile)) // seen
         room = min(room, tiles * cfg.tile)

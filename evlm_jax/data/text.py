@@ -2,6 +2,7 @@
 
 Inputs and labels come from the same pieces: a piece is text, one special token or one image, and is supervised or not.
 Text is never encoded across a change of supervision, so generation, which stops at such a border, sees the same tokens.
+Where the vocabulary has a BOS (`Tokenizer.bos`), every document begins with it.
 
 A document lays out all dialogs of a sample at once. What they begin with in common (the image, the first words of the
 questions) stands, and is computed, once; below it they branch, in pre-order:
@@ -149,7 +150,7 @@ def prompt(turns: Sequence[Turn], visuals: Sequence[tuple[ImageRef, ...]], token
     """The document that generation continues: its last token predicts the first token of the answer."""
     sample = Sample(key, key, tuple(visuals), (tuple(turns),))
     pieces = _render(sample, lambda spans, dialog: Template(cfg.data.template, tokenizer).prompt(dialog, spans))
-    return lay_out([steps(pieces[0], tokenizer, cfg.media)[0]], [()], sample, cfg)
+    return lay_out([whole_steps(pieces[0], tokenizer, cfg.media)[0]], [()], sample, cfg)
 
 
 def render(sample: Sample, tokenizer, cfg: EVLMConfig, **supervision: bool) -> list[list[Piece]]:
@@ -162,7 +163,7 @@ def document(dialogs: Sequence[Sequence[Piece]], sample: Sample, tokenizer, cfg:
     """The trie of dialogs given as pieces (for text between the frames of a video, say); `sample` gives images, key and source."""
     paths, targets = [], []
     for pieces in dialogs:
-        path, supervised = steps(pieces, tokenizer, cfg.media)
+        path, supervised = whole_steps(pieces, tokenizer, cfg.media)
         # The first token of a document follows nothing, so it cannot be a target.
         wanted = [depth for depth in range(1, len(path)) if supervised[depth]]
         targets.append([(depth - 1, path[depth][0]) for depth in wanted])
@@ -173,9 +174,15 @@ def document(dialogs: Sequence[Sequence[Piece]], sample: Sample, tokenizer, cfg:
 Step = tuple[int, int, int, int]  # token, media slot, visible start, visible stop
 
 
+def whole_steps(pieces: Sequence[Piece], tokenizer, media: MediaConfig) -> tuple[list[Step], list[bool]]:
+    """`steps` of a whole document, behind what the vocabulary begins every text with."""
+    laid, supervised = steps(pieces, tokenizer, media)
+    return [(token, -1, 0, 0) for token in tokenizer.bos] + laid, [False] * len(tokenizer.bos) + supervised
+
+
 def steps(pieces: Sequence[Piece], tokenizer, media: MediaConfig) -> tuple[list[Step], list[bool]]:
     """Tokens with what they see, and which of them are supervised."""
-    laid, supervised = [], []
+    laid, supervised, behind = [], [], "nothing"
     see = (0, 0)  # text before any image sees none
     for piece in pieces:
         if isinstance(piece, Media):
@@ -183,8 +190,9 @@ def steps(pieces: Sequence[Piece], tokenizer, media: MediaConfig) -> tuple[list[
             new = [(placeholder, slot, piece.frame, piece.frame + 1) for slot in range(media.tokens)]
             see, labelled = (piece.start, piece.stop), False
         else:
-            ids = (piece.id,) if isinstance(piece, Token) else _tokens(tokenizer, piece.text)
+            ids = (piece.id,) if isinstance(piece, Token) else _tokens(tokenizer, piece.text, behind)
             new, labelled = [(token, -1, *see) for token in ids], piece.supervised
+        behind = "text" if isinstance(piece, Text) else "token"
         laid += new
         supervised += [labelled] * len(new)
     return laid, supervised
@@ -244,6 +252,6 @@ def _split(text: str, supervised: bool, marks) -> list[Piece]:
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _tokens(tokenizer, text: str) -> tuple[int, ...]:
+def _tokens(tokenizer, text: str, behind: str) -> tuple[int, ...]:
     """Template text, common questions and answers come again and again."""
-    return tuple(tokenizer.encode(text))
+    return tuple(tokenizer.encode(text, behind))

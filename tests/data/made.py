@@ -18,10 +18,10 @@ SPECIALS = {"<|im_start|>": 256, "<|im_end|>": 257, "<|media|>": 258}
 class ByteTokenizer:
     """The tokenizer interface over UTF-8 bytes."""
 
-    eos = (259,)
+    bos, eos = (), (259,)
     vocab_size = 260
 
-    def encode(self, text):
+    def encode(self, text, behind="nothing"):
         return list(text.encode())
 
     def id(self, special):

@@ -26,7 +26,7 @@ from tests.tiny import tiny_config
 class Spelling:
     """The byte tokenizer, with an end token that can be seen."""
 
-    encode, id, eos = TOKENIZER.encode, TOKENIZER.id, TOKENIZER.eos
+    encode, id, bos, eos = TOKENIZER.encode, TOKENIZER.id, TOKENIZER.bos, TOKENIZER.eos
 
     def decode(self, ids, skip_special=True):
         return "".join(f"<{i}>" for i in ids if i > 255) or bytes(ids).decode(errors="replace")

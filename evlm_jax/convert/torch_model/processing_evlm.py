@@ -4,7 +4,10 @@ import re
 
 import torch
 from PIL import Image, ImageOps
+from tokenizers import Tokenizer
 from transformers import BatchFeature, ProcessorMixin
+
+from .spelling_evlm import Speller
 
 
 class EVLMProcessor(ProcessorMixin):
@@ -18,6 +21,7 @@ class EVLMProcessor(ProcessorMixin):
       image_token_id: of which the run is made.
       template: of chats, "chatml" | "plain".
       turn_start, turn_end: ids around a turn; plain has only the one that ends an answer.
+      text_start: ids in front of every prompt, a BOS where the vocabulary has one.
     """
 
     attributes = ["tokenizer"]
@@ -35,12 +39,15 @@ class EVLMProcessor(ProcessorMixin):
         template="plain",
         turn_start=None,
         turn_end=None,
+        text_start=(),
         **kwargs,
     ):
         super().__init__(tokenizer, **kwargs)
         self.image_size, self.mean, self.std, self.resize = image_size, tuple(mean), tuple(std), resize
         self.media_tokens, self.image_token_id = media_tokens, image_token_id
-        self.template, self.turn_start, self.turn_end = template, turn_start, turn_end
+        self.template, self.turn_start, self.turn_end, self.text_start = template, turn_start, turn_end, list(text_start)
+        # A copy: what the tokenizer is told elsewhere (truncation, padding) does not change what is spelled here.
+        self.spell = Speller(Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str()))
 
     def __call__(self, text, images=(), videos=(), return_tensors="pt"):
         """
@@ -79,20 +86,19 @@ class EVLMProcessor(ProcessorMixin):
             raise ValueError(
                 f"the text has {found[0]} <image> and {found[1]} <video>, given are {len(images)} images, {len(videos)} videos"
             )
-        ids, frames, numbers = [], [], []
+        ids, frames, numbers, behind = list(self.text_start), [], [], "nothing"
         parts = (part for piece in pieces for part in (re.split("(<image>|<video>)", piece) if isinstance(piece, str) else [piece]))
         for number, part in enumerate(parts):
             if part not in visuals:
-                ids += [part] if isinstance(part, int) else self._spell(part)
+                ids += [part] if isinstance(part, int) else self.spell(part, behind)
+                behind = "token" if isinstance(part, int) else "text" if part else behind
                 continue
+            behind = "token"
             for frame in next(visuals[part]):
                 ids += [self.image_token_id] * self.media_tokens
                 frames.append(self._pixels(frame))
                 numbers.append(number)
         return ids, frames, numbers
-
-    def _spell(self, text):
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
 
     def _chat(self, messages):
         """Texts, and ids of special tokens, of a chat up to where the answer begins."""

@@ -38,8 +38,8 @@ class EvlmHf(Requests):
         found = []
         for question, answer in asked:
             said = " " * (self.processor.template == "plain") + answer
-            new = self.processor.tokenizer(said, add_special_tokens=False, split_special_tokens=True, return_tensors="pt")["input_ids"]
-            new, inputs = new.to(self.place), self._inputs([question])
+            new = torch.tensor([self.processor.spell(said, "text")], device=self.place)
+            inputs = self._inputs([question])
             for name, more in (("input_ids", new), ("attention_mask", torch.ones_like(new))):
                 inputs[name] = torch.cat([inputs[name], more], 1)
             with torch.inference_mode():

@@ -2,8 +2,10 @@
 
     DIR/steps/120/params   trainable parameters          by canonical name, one array per layer: independent of stacks,
     DIR/steps/120/groups   Adam state of every group     cuts, mesh and stage
-    DIR/steps/120/meta     step, phase, data position, config, names trained so far, and the hash of
+    DIR/steps/120/digests  of all that, chunk by chunk (digests.py): a damaged step is refused by name
+    DIR/steps/120/meta     format, step, phase, data position, config, names trained so far, and the hash of
     DIR/frozen/HASH        the frozen parameters in safetensors files, finalised before the first step that names it
+    DIR/owner.json         who trains there (owner.py)
 
 The hash is of the content. A store is written again only where it does not hold what a phase freezes: a phase that unfreezes
 more rests on the store of the phase before, and its own trained values lie over it. Saves are asynchronous and atomic: written aside
@@ -11,9 +13,11 @@ and renamed; in a bucket a mark comes last and goes first. A store is deleted on
 imported or upcycled is a store and a step 0 without trained parameters beside it.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -23,14 +27,16 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from evlm_jax import paths
+from evlm_jax import compat, digests, paths
 from evlm_jax.config import EVLMConfig, from_saved, to_saved
-from evlm_jax.processes import is_first, say, wait
+from evlm_jax.owner import Owner
+from evlm_jax.processes import gather, is_first, say, wait
 from evlm_jax.tensors import Tensor, Tensors, digest, read_all, read_folder, write_folder
 
 Arrays = dict[str, np.ndarray]  # by canonical name
-STEPS, FROZEN, MANIFEST, INCOMPLETE = "steps", "frozen", "manifest.json", ".incomplete"
+STEPS, FROZEN, ASIDE, MANIFEST, INCOMPLETE = "steps", "frozen", "aside", "manifest.json", ".incomplete"
 COMMITTED = "commit_success.txt"  # orbax writes it into a step when all else is there
+ITEMS = ("params", "groups")
 
 
 class Snapshot(NamedTuple):
@@ -39,15 +45,19 @@ class Snapshot(NamedTuple):
     params: Arrays  # trainable
     frozen: Arrays
     groups: Arrays  # Adam states: "0/count", "0/mu/NAME", "0/nu/NAME", "1/count", ...
-    meta: dict  # step, phase, data, config, trained, store
+    meta: dict  # format, step, phase, data, config, trained, store
 
 
 class Checkpoints:
     """The writer of a run directory. At most one per directory; readers use `read` and `load_params`."""
 
     def __init__(self, workdir: str, keep: int):
-        """Opens or creates `workdir`; removes, and says, what an interrupted run left half-written."""
+        """Opens or creates `workdir`; removes, and says, what an interrupted run left half-written.
+
+        Raises ValueError where another process trains there, or where it cannot be written.
+        """
         self.root, self._keep = paths.place(workdir), keep
+        self._owner = _own(self.root)
         for part in (STEPS, FROZEN) if is_first() else ():
             paths.make(self.root / part)
             for path in paths.children(self.root / part):
@@ -58,14 +68,22 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.root / STEPS, options=_options(self.root, keep))
         self._store = None
 
-    def resume(self) -> Snapshot | None:
-        """The newest finalised step, None in a new directory. Raises as `read` does, and ValueError for an imported model."""
-        if not steps(self.root):
+    def resume(self, step: int | None = None) -> Snapshot | None:
+        """The newest finalised step, None in a new directory; or a given one, and later ones are put aside, into DIR/aside.
+
+        Raises as `read` does, and ValueError for an imported model.
+        """
+        if step is None and not steps(self.root):
             return None
-        snapshot = read(self.root)
+        snapshot = read(self.root, step)
         if not snapshot.groups:
             raise ValueError(f"{self.root} was imported or upcycled and is no run: give another workdir, and this as --init")
         self._store = snapshot.meta["store"]
+        for later in [found for found in steps(self.root) if found > snapshot.meta["step"]] if is_first() else ():
+            say(f"checkpoint: going on from step {snapshot.meta['step']}, step {later} is put into {self.root / ASIDE}")
+            paths.move(self.root / STEPS / str(later), _free(self.root / ASIDE, later))
+        wait("checkpoint: later steps are put aside")
+        self._manager.reload()
         return snapshot
 
     def freeze(self, arrays: Arrays) -> None:
@@ -79,19 +97,31 @@ class Checkpoints:
         wait("checkpoint: the frozen store is written")
 
     def save(self, step: int, params: dict[str, jax.Array], groups: dict[str, jax.Array], meta: dict) -> None:
-        """Starts saving, after a save still under way has ended; returns when the arrays have left the devices."""
+        """Starts saving, after a save still under way has ended; returns when the arrays have left the devices.
+
+        Raises ValueError where another process has taken the directory over.
+        """
+        meta = meta | {"format": compat.FORMAT, "step": step, "store": self._store}
         items = ocp.args.Composite(
             params=ocp.args.PyTreeSave(_nest(params)),
             groups=ocp.args.PyTreeSave(_nest(groups)),
-            meta=ocp.args.JsonSave(meta | {"step": step, "store": self._store}),
+            meta=ocp.args.JsonSave(meta),
+            digests=ocp.args.JsonSave(digests.made(meta, params=params, groups=groups)),
         )
         self._tidy()
-        self._manager.save(step, args=items)
+        if self._owner:
+            self._owner.check()
+        if not self._manager.save(step, args=items):
+            raise ValueError(f"{self.root}: step {step} was not saved, for there is a later one: give another --workdir")
 
     def close(self) -> None:
-        """Waits for the save under way."""
-        self._tidy()
-        self._manager.close()
+        """Waits for the save under way, and lets go of the directory."""
+        try:
+            self._tidy()
+            self._manager.close()
+        finally:
+            if self._owner:
+                self._owner.close()
 
     def _tidy(self) -> None:
         """With no save under way: deletes what keep-n has put aside, and stores that no step names."""
@@ -101,8 +131,9 @@ class Checkpoints:
         for step in steps(self.root)[: -self._keep] if paths.remote(self.root) else ():
             (self.root / STEPS / str(step) / COMMITTED).unlink()  # first: what is half deleted is no step
             (self.root / STEPS / str(step)).rmtree()
-        named = {_meta(self.root, step)["store"] for step in steps(self.root)} | {self._store}
-        unused = [path for path in paths.children(self.root / FROZEN) if path.name not in named]
+        kept = [path for part in (STEPS, ASIDE) for path in paths.children(self.root / part) if path.name[0].isdigit()]
+        named = {_store(path) for path in kept} | {self._store}
+        unused = [path for path in paths.children(self.root / FROZEN) if path.name not in named] if None not in named else []
         for path in [*unused, *paths.children(self.root / STEPS / "deleted")]:
             path.rmtree()
 
@@ -132,14 +163,16 @@ def write_store(root: epath.Path, tensors: Tensors, written: Callable[[int], Non
 
 def write_imported(root: epath.Path, cfg: EVLMConfig, store: str, origin: dict, trained: Iterable[str] = ()) -> None:
     """Step 0 of a model that rests on `store` alone; `origin` says where it comes from, `trained` what had been trained there."""
-    meta = {"step": 0, "phase": 0, "data": None, "config": to_saved(cfg), "trained": sorted(trained), "store": store, "origin": origin}
+    meta = {"format": compat.FORMAT, "step": 0, "phase": 0, "data": None, "config": to_saved(cfg), "trained": sorted(trained)}
+    meta |= {"store": store, "origin": origin}
+    items = {"meta": ocp.args.JsonSave(meta), "digests": ocp.args.JsonSave(digests.made(meta, params={}, groups={}))}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), atomicity_options=_atomicity(root)) as writer:
-        writer.save(root / STEPS / "0", args=ocp.args.Composite(meta=ocp.args.JsonSave(meta)))
+        writer.save(root / STEPS / "0", args=ocp.args.Composite(**items))
 
 
 def identity(workdir: str, step: int | None) -> list:
     """What tells a step of a run from any other: place, number, time."""
-    path, _ = _find(workdir, step)
+    path = _find(workdir, step)[0]
     return [str(path), paths.version(path / "meta" / "metadata")]
 
 
@@ -150,20 +183,22 @@ def steps(workdir: str) -> list[int]:
 
 
 def read(workdir: str, step: int | None = None) -> Snapshot:
-    """A finalised step, the newest where `step` is None.
+    """A finalised step, the newest where `step` is None; all of it is held against its digests.
 
     Raises:
       FileNotFoundError: no such step.
-      ValueError: the frozen store is missing or another one; names the hash needed and the hash found.
+      ValueError: the step is damaged, named with the file or array; or the frozen store is missing or another one, with both hashes.
     """
-    path, meta = _find(workdir, step)
-    return Snapshot(_arrays(path / "params"), read_all(_frozen(path.parent.parent, meta["store"])), _arrays(path / "groups"), meta)
+    path, meta, sums = _find(workdir, step)
+    with _blamed(path):
+        params, groups = (_arrays(path / item, None, sums and sums[item]) for item in ITEMS)
+    return Snapshot(params, read_all(_frozen(path.parent.parent, meta["store"])), groups, meta)
 
 
 def open_params(workdir: str, step: int | None = None) -> tuple[dict[str, Tensor], EVLMConfig]:
     """All parameters of the model, trained ones over the frozen store, read one at a time; and the config. Raises as `read` does."""
-    path, meta = _find(workdir, step)
-    return _frozen(path.parent.parent, meta["store"]) | _trained(path / "params"), from_saved(meta["config"])
+    path, meta, sums = _find(workdir, step)
+    return _frozen(path.parent.parent, meta["store"]) | _trained(path / "params", sums and sums["params"]), from_saved(meta["config"])
 
 
 def load_params(workdir: str, step: int | None = None) -> tuple[Arrays, EVLMConfig]:
@@ -177,14 +212,53 @@ def trained(workdir: str, step: int | None = None) -> frozenset[str]:
     return frozenset(_find(workdir, step)[1]["trained"])
 
 
-def _find(workdir: str, step: int | None) -> tuple[epath.Path, dict]:
-    """Where a step lies, and its meta."""
+def _own(root: epath.Path) -> Owner | None:
+    """The directory is this run's, or ValueError on all of its processes."""
+    owner, refusal = None, None
+    if is_first():
+        try:
+            paths.make(root)
+            owner = Owner(root)
+        except (ValueError, OSError) as error:
+            refusal = str(error)
+    if refusals := list(filter(None, gather(refusal))):
+        raise ValueError(refusals[0])
+    return owner
+
+
+def _find(workdir: str, step: int | None) -> tuple[epath.Path, dict, dict | None]:
+    """Where a step lies, its meta, and its digests; None for one of a format that had none."""
     root = paths.place(workdir)
     found = steps(root)
     if not found or (step is not None and step not in found):
         raise FileNotFoundError(f"{root} has no checkpoint{'' if step is None else f' of step {step}'}; finalised steps: {found or 'none'}")
     path = root / STEPS / str(found[-1] if step is None else step)
-    return path, _meta(root, path.name)
+    with _blamed(path):
+        meta = _json(path / "meta" / "metadata")
+        if compat.check(meta.get("format", 0), str(path)) == 0 and not (path / "digests").exists():
+            return path, meta, None
+        sums = _json(path / "digests" / "metadata")
+        if digests.of_json(meta) != sums["meta"]:
+            raise ValueError("meta/metadata is not what was saved there (its digest differs)")
+    return path, meta, sums
+
+
+@contextlib.contextmanager
+def _blamed(path: epath.Path) -> Iterator[None]:
+    """Whatever goes wrong in reading a step, the error names the step and says how to go on."""
+    try:
+        yield
+    except Exception as error:  # of orbax, tensorstore, JSON, or ours
+        before = [step for step in steps(path.parent.parent) if step < int(path.name)]
+        mend = f"go on from the step before it with --step {before[-1]}" if before else "copy the original there"
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"step {path.name} cannot be read from {path}: {what[:300]}; {mend}") from error
+
+
+def _free(folder: epath.Path, step: int) -> epath.Path:
+    """A name in `folder` that is not taken."""
+    names = (f"{step}" if count == 0 else f"{step}.{count}" for count in range(1000))
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def _frozen(root: epath.Path, store: str) -> dict[str, Tensor]:
@@ -196,7 +270,10 @@ def _frozen(root: epath.Path, store: str) -> dict[str, Tensor]:
     if (found := _hash(manifest)) != store:
         raise ValueError(f"the checkpoint needs the frozen store {store}, the content of {path} has hash {found}: copy the original there")
 
-    tensors = read_folder(path) or {}
+    try:
+        tensors = read_folder(path) or {}
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}: copy the original store there") from error
     if lost := sorted(manifest.keys() - tensors.keys()):
         raise ValueError(f"{path}: {len(lost)} tensors are not there, first of them {', '.join(lost[:3])}: copy the original store there")
 
@@ -231,37 +308,70 @@ def _half_written(path: epath.Path) -> bool:
     return ".orbax-checkpoint-tmp" in path.name or path.name.endswith(INCOMPLETE) or ours and not _finished(path)
 
 
-def _meta(root: epath.Path, step: int | str) -> dict:
-    return json.loads((root / STEPS / str(step) / "meta" / "metadata").read_text())
+def _json(file: epath.Path) -> dict:
+    """Raises ValueError naming the file where it holds no JSON object."""
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is no JSON object")
+    return found
+
+
+def _store(path: epath.Path) -> str | None:
+    """The store that a step names; None where that cannot be read."""
+    try:
+        return _json(path / "meta" / "metadata")["store"]
+    except (ValueError, KeyError, OSError):
+        return None
 
 
 def _manifest(root: epath.Path, store: str) -> dict[str, str]:
     """{name: hash of its tensor} of a frozen store."""
-    return json.loads((root / FROZEN / store / MANIFEST).read_text())
+    return _json(root / FROZEN / store / MANIFEST)
 
 
 def _hash(manifest: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _trained(path: epath.Path) -> dict[str, Tensor]:
-    """What orbax saved at `path`; nothing where there is no such item."""
+def _trained(path: epath.Path, sums: digests.Chunks | None) -> dict[str, Tensor]:
+    """What orbax saved at `path`; nothing where there is no such item. What is read is held against its digests."""
     if not path.exists():
         return {}
-    saved = flatten_dict(ocp.PyTreeCheckpointHandler().metadata(path).tree, sep="/")
-    one = lambda name: _arrays(path, {name: saved[name]})[name]
+    with _blamed(path.parent):
+        saved = flatten_dict(ocp.PyTreeCheckpointHandler().metadata(path).tree, sep="/")
+        _same_names(path, saved, sums)
+
+    def one(name: str) -> np.ndarray:
+        with _blamed(path.parent):
+            return _arrays(path, {name: saved[name]}, sums and {name: sums[name]})[name]
+
     return {name: Tensor(tuple(about.shape), np.dtype(about.dtype), partial(one, name)) for name, about in saved.items()}
 
 
-def _arrays(path: epath.Path, saved: dict | None = None) -> Arrays:
-    """What orbax saved at `path`, or of that the names in `saved`, as NumPy."""
+def _arrays(path: epath.Path, saved: dict | None, sums: digests.Chunks | None) -> Arrays:
+    """What orbax saved at `path`, or of that the names in `saved`, as NumPy, held against its digests where there are any."""
     if not path.exists():
+        _same_names(path, {}, sums)
         return {}
     handler = ocp.PyTreeCheckpointHandler()
     tree = handler.metadata(path).tree if saved is None else _nest(saved)
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     part = {"item": tree, "partial_restore": True} if saved else {}
-    return flatten_dict(handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy, **part)), sep="/")
+    arrays = flatten_dict(handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy, **part)), sep="/")
+    if sums is not None:
+        _same_names(path, arrays, sums)
+        with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+            list(pool.map(lambda name: digests.check(f"{path.name}/{name}", arrays[name], sums[name]), arrays))
+    return arrays
+
+
+def _same_names(path: epath.Path, found: dict, sums: digests.Chunks | None) -> None:
+    """Raises ValueError where an item holds other arrays than were saved."""
+    if sums is not None and (wrong := sorted(found.keys() ^ sums.keys())):
+        raise ValueError(f"{path.name} has other arrays than were saved there, first of them {wrong[0]}")
 
 
 def _nest(arrays: dict) -> dict:

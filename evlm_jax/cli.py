@@ -148,6 +148,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help=CONFIG_HELP)
     parser.add_argument("--workdir", required=True, help="checkpoints, metrics.jsonl and TensorBoard files; a run in it goes on")
     parser.add_argument("--init", help="checkpoint of an earlier stage to start from, instead of the towers alone")
+    parser.add_argument("--step", type=int, help="go on from this step of WORKDIR, instead of the newest; later ones are put aside")
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard files as well")
     parser.add_argument("--profile", type=_span, metavar="A:B", help="trace the updates A to B into WORKDIR/profile")
     _process_arguments(parser)
@@ -178,7 +179,7 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     _join(args)
     from evlm_jax.run import train_run
 
-    train_run(load_config(args.config, overrides), args.workdir, args.init, args.tensorboard, args.profile)
+    train_run(load_config(args.config, overrides), args.workdir, args.init, args.tensorboard, args.profile, args.step)
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:

@@ -125,6 +125,16 @@ def write(path: str | os.PathLike, content: str | bytes) -> epath.Path:
     return place(path)
 
 
+def move(source: epath.Path, target: epath.Path) -> None:
+    """A folder to another place of the same store; there object by object."""
+    make(target.parent)
+    if not remote(source):
+        source.rename(target)
+        return
+    system, inner = fsspec.core.url_to_fs(os.fspath(source))
+    system.mv(inner, system._strip_protocol(os.fspath(target)), recursive=True)
+
+
 def copy(source: epath.Path, target: epath.Path) -> None:
     """A file to another place of the same store, which does it alone."""
     system, inner = fsspec.core.url_to_fs(os.fspath(source))

@@ -60,20 +60,35 @@ def next_stage(cfg: EVLMConfig, init: str) -> tuple[dict[str, np.ndarray], froze
 
 
 def train_run(
-    cfg: EVLMConfig, workdir: str, init: str | None = None, tensorboard: bool = False, profile: tuple[int, int] | None = None
+    cfg: EVLMConfig,
+    workdir: str,
+    init: str | None = None,
+    tensorboard: bool = False,
+    profile: tuple[int, int] | None = None,
+    resume: int | None = None,
 ) -> int:
-    """Trains `cfg` in `workdir`, or goes on there; `init` is the run of an earlier stage. Returns the finished updates.
+    """Trains `cfg` in `workdir`, or goes on there, from step `resume` or the newest. Returns the finished updates.
+
+    A run that goes on reads its checkpoint alone; a new one the towers, or the run of an earlier stage, `init`.
 
     Raises:
       OSError: nothing can be written in `workdir`; said before anything is read.
     """
     paths.probe(workdir)
-    params, trained = next_stage(cfg, init) if init else (load_towers(cfg), frozenset())
-    features = feature_store(cfg, params) if cfg.data.cache_features else None
+    params, trained = {}, frozenset()
+    if not checkpoint.steps(workdir):
+        params, trained = next_stage(cfg, init) if init else (load_towers(cfg), frozenset())
+    features = feature_store(cfg, params or _saved_tower(workdir, resume)) if cfg.data.cache_features else None
     tokenizer, layout = load_tokenizer(cfg.init.llm), make_layout(cfg)
     follow = monitor(cfg, tokenizer, features, layout)
     with contextlib.closing(batches(cfg, tokenizer, features, layout.own_pools(cfg.pools))) as data:
-        return train(cfg, workdir, data, params, trained, follow, tensorboard, profile)
+        return train(cfg, workdir, data, params, trained, follow, tensorboard, profile, resume)
+
+
+def _saved_tower(workdir: str, step: int | None) -> dict[str, np.ndarray]:
+    """The vision tower of a checkpoint."""
+    tensors = checkpoint.open_params(workdir, step)[0]
+    return {name: tensor.read() for name, tensor in tensors.items() if name.startswith("vit/")}
 
 
 def features_of(trained: Trained) -> FeatureStore | None:

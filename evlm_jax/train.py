@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from evlm_jax import names, optim
 from evlm_jax.batch import Batch
-from evlm_jax.checkpoint import Arrays, Checkpoints
+from evlm_jax.checkpoint import Arrays, Checkpoints, Snapshot
 from evlm_jax.config import EVLMConfig, from_saved, to_dict, to_saved
 from evlm_jax.loss import loss_sums
 from evlm_jax.mesh import Layout, check_parameters, make_layout
@@ -177,6 +177,7 @@ def train(
     on_step: Callable[[int, Callable[[], EVLM]], dict[str, float] | None] | None = None,
     tensorboard: bool = False,
     profile: tuple[int, int] | None = None,
+    resume: int | None = None,
 ) -> int:
     """Trains to train.steps, or to SIGTERM; goes on from the newest checkpoint in `workdir` where there is one.
 
@@ -187,6 +188,7 @@ def train(
       on_step: called with the finished updates and a function that gives the model, valid until it returns; what it returns is noted.
       tensorboard: write TensorBoard files, next to metrics.jsonl.
       profile: (first, last) update of a trace, in `workdir`/profile.
+      resume: the step to go on from, instead of the newest; later ones are put aside.
     Returns:
       the number of finished updates, saved.
     Raises:
@@ -196,7 +198,7 @@ def train(
     load = functools.partial(layout.put_pools, own=layout.own_pools(cfg.pools), count=cfg.pools)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, cfg.train.keep)))
-        step, phase, whole, groups, trained = _start(cfg, checkpoints, layout, data, load, params, trained)
+        step, phase, whole, groups, trained = _start(cfg, checkpoints.resume(resume), layout, data, load, params, trained)
         meter = stack.enter_context(Meter(cfg, workdir, step, layout.mesh.size, tensorboard))
         stop = stack.enter_context(stopping())
         state, pending = None, deque()
@@ -234,13 +236,12 @@ def train(
 
 
 def _start(
-    cfg: EVLMConfig, checkpoints: Checkpoints, layout: Layout, data: Iterator, load: Callable, params: Arrays, trained: frozenset
+    cfg: EVLMConfig, snapshot: Snapshot | None, layout: Layout, data: Iterator, load: Callable, params: Arrays, trained: frozenset
 ) -> Start:
     """From the newest checkpoint, or from `params`."""
-    snapshot = checkpoints.resume()
     phase = Phase(cfg, snapshot.meta["phase"] if snapshot else 0, layout)
     if snapshot:
-        say(f"resume from step {snapshot.meta['step']} of {checkpoints.root}{_changes(cfg, snapshot.meta['config'])}")
+        say(f"resume from step {snapshot.meta['step']}{_changes(cfg, snapshot.meta['config'])}")
         data.set_state(snapshot.meta["data"])
         trained = trained | set(snapshot.meta["trained"])
         return Start(snapshot.meta["step"], phase, *restored(cfg, phase.shapes, phase.place, phase.plan, snapshot), trained)

@@ -61,8 +61,8 @@ def run_score(args: argparse.Namespace) -> None:
     task = tasks.find(result["task"])
     if args.judge:
         judge, rows = open_judge(args.judge, args.judge_model), result["examples"]
-        for i in unjudged(task, rows):
-            rows[i]["judgement"] = judge(task.judge(rows[i]))
+        for i in unjudged(task, rows, judge):
+            rows[i].update(judge(task.judge(rows[i])))
     result = score.scored(result)
     print(score.table(result))
     if args.against:

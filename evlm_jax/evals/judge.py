@@ -1,17 +1,43 @@
-"""Judges of free text: any function of a prompt. An OpenAI-compatible endpoint, or a function of yours."""
+"""Judges of free text: any function of a prompt. An OpenAI-compatible endpoint, or a function of yours.
 
+A judge has a name, which is saved with what it said: replies of two judges are not averaged.
+"""
+
+import http.client
 import importlib
 import json
 import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 ATTEMPTS = 5
 
 
-def open_judge(spec: str, model: str = "") -> Callable[[str], str]:
+class Judge(NamedTuple):
+    """Asked as a function: prompt -> reply."""
+
+    name: str
+    ask: Callable[[str], str]
+
+    def __call__(self, prompt: str) -> dict:
+        """What a row keeps of its judgement. Raises ValueError where the reply is no text."""
+        if not isinstance(reply := self.ask(prompt), str):
+            raise ValueError(f"judge {self.name}: replied {reply!r}, which is no text")
+        return {"judgement": reply, "judge": self.name}
+
+
+def judges(rows: Sequence[dict]) -> list[str]:
+    """Who judged the rows. Raises ValueError for more than one."""
+    found = sorted({row.get("judge", "an unnamed judge") for row in rows if "judgement" in row})
+    if len(found) > 1:
+        raise ValueError(f"the answers were judged by {' and by '.join(found)}: let one judge all of them, into a new --out")
+    return found
+
+
+def open_judge(spec: str, model: str = "") -> Judge:
     """A judge from the command line.
 
     Args:
@@ -22,21 +48,30 @@ def open_judge(spec: str, model: str = "") -> Callable[[str], str]:
     if spec.startswith(("http://", "https://")):
         if not model:
             raise ValueError("--judge-model: name the model that the endpoint shall use")
-        return Endpoint(spec, model)
+        endpoint = Endpoint(spec, model)
+        return Judge(f"{model} at {endpoint.url}", endpoint)
     module, colon, name = spec.partition(":")
     if not colon:
         raise ValueError(f"--judge {spec!r}: give https://HOST/v1, or module:function")
     try:
-        return getattr(importlib.import_module(module), name)
+        return Judge(spec, getattr(importlib.import_module(module), name))
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--judge {spec!r}: {error}") from error
 
 
+class Redirected(urllib.request.HTTPRedirectHandler):
+    """Follows nothing: the key is for the address that was given, and a redirected POST would become a GET."""
+
+    def redirect_request(self, *_):
+        return None
+
+
 class Endpoint:
-    """Chat completions over HTTP, greedy; what may pass (limits, outages) is tried again."""
+    """Chat completions over HTTP, greedy; what may pass (limits, outages, connections and replies that are cut off) is tried again."""
 
     def __init__(self, url: str, model: str, wait: float = 2.0):
         self.url, self.model, self.wait = url.rstrip("/") + "/chat/completions", model, wait
+        self._opener = urllib.request.build_opener(Redirected)
 
     def __call__(self, prompt: str) -> str:
         """The reply. Raises OSError naming the endpoint when it stays out of reach or answers something else."""
@@ -47,15 +82,34 @@ class Endpoint:
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
         for attempt in range(ATTEMPTS):
             try:
-                with urllib.request.urlopen(request, timeout=120) as reply:
-                    return json.load(reply)["choices"][0]["message"]["content"]
-            except (ValueError, KeyError, IndexError, TypeError) as error:
-                raise OSError(f"judge {self.url}: not a chat completion: {type(error).__name__}: {error}") from error
+                with self._opener.open(request, timeout=120) as reply:
+                    return _said(reply.read())
             except urllib.error.HTTPError as error:
-                if error.code not in (408, 429) and error.code < 500 or attempt == ATTEMPTS - 1:
-                    raise OSError(f"judge {self.url}: {error.code} {error.reason}") from error
-            except urllib.error.URLError as error:
-                if attempt == ATTEMPTS - 1:
-                    raise OSError(f"judge {self.url}: {error.reason}") from error
-            time.sleep(self.wait * 2**attempt)
-        raise AssertionError("the last attempt returns or raises")
+                why = f"{error.code} {error.reason}"
+                if 300 <= error.code < 400:
+                    raise OSError(f"judge {self.url}: redirects to {error.headers.get('Location')}; give that as --judge") from error
+                if error.code not in (408, 429) and error.code < 500:
+                    raise OSError(f"judge {self.url}: {why}") from error
+            except (OSError, http.client.HTTPException, Passing) as error:
+                why = str(getattr(error, "reason", error)) or type(error).__name__
+            except (KeyError, IndexError, TypeError) as error:
+                raise OSError(f"judge {self.url}: not a chat completion: {type(error).__name__}: {error}") from error
+            if attempt < ATTEMPTS - 1:
+                time.sleep(self.wait * 2**attempt)
+        raise OSError(f"judge {self.url}: {why}, {ATTEMPTS} times")
+
+
+class Passing(Exception):
+    """A reply that may be another one the next time."""
+
+
+def _said(content: bytes) -> str:
+    """The text of a chat completion. Raises Passing for one that is cut off or empty, KeyError and the like for something else."""
+    try:
+        reply = json.loads(content)
+    except ValueError as error:
+        raise Passing(f"not a chat completion: {error}") from error
+    text = reply["choices"][0]["message"]["content"]
+    if not isinstance(text, str):
+        raise Passing(f"the reply has no text but {json.dumps(text)}")
+    return text

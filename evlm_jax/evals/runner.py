@@ -5,16 +5,15 @@ in every run of the same questions, so a run that was cut off and taken up gives
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from tqdm import tqdm
 
+from evlm_jax.evals.judge import Judge, judges
 from evlm_jax.evals.task import Question, Task
 from evlm_jax.processes import is_first, wait
-
-Judge = Callable[[str], str]
 
 
 class Answerer(Protocol):
@@ -39,11 +38,11 @@ def evaluate(
     Args:
       about: what the predictions depend on, by name; it goes into the result.
       progress: .jsonl file; None keeps nothing.
-      judge: prompt -> reply, for tasks that have one; without it the rows stay without judgement.
+      judge: for tasks that have one; without it the rows stay without judgement.
     Returns:
       {"task", "method", "max_new_tokens", **about, "examples": rows}, without scores (evals/score.py).
     Raises:
-      ValueError: `progress` is of something else.
+      ValueError: `progress` is of something else, or of another judge.
     """
     head = {"task": task.name, "method": answer.method, "max_new_tokens": answer.tokens, **about}
     with Log(progress, head) as log:
@@ -52,13 +51,15 @@ def evaluate(
         for chunk in _bar(todo, len(rows), task.name):
             log.write([rows[i] for i in chunk], answer([questions[i] for i in chunk]))
         if task.judge and judge:
-            for (i,) in _bar([[i] for i in unjudged(task, rows)], len(rows), "judge"):
-                log.write([rows[i]], [{"judgement": judge(task.judge(rows[i]))}])
+            for (i,) in _bar([[i] for i in unjudged(task, rows, judge)], len(rows), "judge"):
+                log.write([rows[i]], [judge(task.judge(rows[i]))])
     return head | {"examples": rows}
 
 
-def unjudged(task: Task, rows: Sequence[dict]) -> list[int]:
-    """Places of the rows that still need the judge."""
+def unjudged(task: Task, rows: Sequence[dict], judge: Judge) -> list[int]:
+    """Places of the rows that still need the judge. Raises ValueError where another one has judged some."""
+    if (former := judges(rows)) and former != [judge.name]:
+        raise ValueError(f"answers were judged by {former[0]} before, not by {judge.name}: ask that one, or answer into a new --out")
     return [i for i, row in enumerate(rows) if "judgement" not in row and task.judge and task.judge(row)]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from evlm_jax.evals.judge import judges
 from evlm_jax.evals.paper import PAPER
 from evlm_jax.evals.statistics import clustered_error
 from evlm_jax.evals.tasks import find
@@ -14,8 +15,10 @@ def scored(result: dict) -> dict:
     """The result with "scores": [{"metric", "value", "error", "count", "clusters"}]; none where only a server knows the answers.
 
     error: standard error, clustered by image or video; None for what is no mean, and for a single cluster.
+    Raises ValueError where several judges have judged.
     """
     rows, scores = result["examples"], []
+    judges(rows)
     if rows and all(row["answer"] is not None for row in rows):
         each, whole = find(result["task"]).score(rows)
         for metric, values in each.items():
@@ -29,13 +32,12 @@ def scored(result: dict) -> dict:
 def compare(a: dict, b: dict) -> list[dict]:
     """Paired differences b - a of every metric that is a mean: [{"metric", "a", "b", "difference", "error", "p"}].
 
-    error is clustered as in `scored`; p is two-sided, of a normal distribution: 1 where no answer differs, None for a single cluster.
-    Raises ValueError where the two are not of the same questions.
+    error is clustered as in `scored`; p is two-sided, by Student's t with one degree of freedom less than there are clusters: 1 where
+    no answer differs, None for a single cluster.
+    Raises ValueError where the two are not of the same task, split, prompts, questions, true answers and judge.
     """
     first, second = ({row["id"]: row for row in result["examples"]} for result in (a, b))
-    if first.keys() != second.keys():
-        alone = f"{len(first.keys() - second.keys())} only in the first, {len(second.keys() - first.keys())} only in the second"
-        raise ValueError(f"the results are not of the same questions: {alone}")
+    _comparable(a, b, first, second)
     rows = list(first.values())
     each, other = find(a["task"]).score(rows).each, find(b["task"]).score([second[name] for name in first]).each
     found = []
@@ -45,11 +47,35 @@ def compare(a: dict, b: dict) -> list[dict]:
             x, y, clusters = zip(*pairs)
             difference = np.subtract(y, x)
             error = _sure(difference, clusters)["error"]
-            z = None if error is None else abs(float(difference.mean())) / error if error else 0.0
-            p = None if z is None else math.erfc(z / math.sqrt(2))
+            p = None if error is None else _p(float(difference.mean()), error, len(set(clusters)) - 1)
             means = {"a": float(np.mean(x)), "b": float(np.mean(y)), "difference": float(difference.mean())}
             found.append({"metric": metric, **means, "error": error, "p": p})
     return found
+
+
+def _comparable(a: dict, b: dict, first: dict[str, dict], second: dict[str, dict]) -> None:
+    """Raises ValueError naming what differs."""
+    for name in ("task", "split", "prompts"):
+        if name in a and name in b and a[name] != b[name]:
+            raise ValueError(f"the results are not of the same {name}: {a[name]} and {b[name]}")
+    if first.keys() != second.keys():
+        alone = f"{len(first.keys() - second.keys())} only in the first, {len(second.keys() - first.keys())} only in the second"
+        raise ValueError(f"the results are not of the same questions: {alone}")
+    for name, what in (("prompt", "prompt"), ("answer", "true answer"), ("cluster", "image")):
+        for key, row in first.items():
+            one, other = row.get(name), second[key].get(name)
+            if one != other:
+                raise ValueError(f"the results are not of the same questions: question {key} has another {what}, {one!r} and {other!r}")
+    if (one := judges(list(first.values()))) != (other := judges(list(second.values()))):
+        raise ValueError(f"the results were not judged alike: by {one or 'nobody'} and by {other or 'nobody'}")
+
+
+def _p(mean: float, error: float, freedom: int) -> float:
+    if not error:
+        return 0.0 if mean else 1.0
+    from scipy import stats  # a second of every command's start, and few compare results
+
+    return float(2 * stats.t.sf(abs(mean) / error, freedom))
 
 
 def table(result: dict) -> str:

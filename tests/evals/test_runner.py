@@ -6,6 +6,7 @@ import pytest
 
 from evlm_jax.data.samples import ImageRef
 from evlm_jax.evals import score, tasks
+from evlm_jax.evals.judge import Judge
 from evlm_jax.evals.runner import evaluate
 from evlm_jax.evals.task import Question, draw
 
@@ -75,16 +76,20 @@ def test_judgements_are_kept_too(tmp_path):
     task, log, prompts = tasks.find("video-captions"), tmp_path / "r.jsonl", []
     questions = [Question(str(i), "Describe.", (), f"known {i}", str(i)) for i in range(4)]
 
-    def judge(prompt):
+    def ask(prompt):
         prompts.append(prompt)
         if len(prompts) == 3:
             raise OSError("out of reach")
         return ["Verbosity: 4/10, accuracy: **7.5**", "no idea", "Verbosity: 11\nAccuracy: 2", "verbosity 6 accuracy 5"][len(prompts) % 4]
 
+    judge = Judge("one", ask)
     with pytest.raises(OSError):
         evaluate(task, questions, Answers(), ABOUT, log, judge)
+    with pytest.raises(ValueError, match="judged by one before, not by two: ask that one"):
+        evaluate(task, questions, Answers(), ABOUT, log, Judge("two", ask))
     answers = Answers()
     result = score.scored(evaluate(task, questions, answers, ABOUT, log, judge))
+    assert {row["judge"] for row in result["examples"]} == {"one"}
     assert answers.asked == [] and len(prompts) == 5 and "known 3" in prompts[-1] and "Yes. 是 3" in prompts[-1]
     assert {row["metric"]: row["value"] for row in result["scores"] if row["metric"] != "verbosity"} == {
         "accuracy": pytest.approx((2 + 7.5) / 2), "not judged": 0, "unreadable replies": 3,

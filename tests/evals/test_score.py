@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from evlm_jax.evals import score
+from evlm_jax.evals.statistics import clustered_error
 
 
 def result(predictions, answers=None, task="easy-vqa", **row):
@@ -49,6 +51,50 @@ def test_paired_comparison():
     same = score.compare(result(a), result(a))[0]
     assert (same["difference"], same["error"], same["p"]) == (0, 0, 1)
     assert score.comparison_table([found]).splitlines()[1].split()[0] == "accuracy"
+
+
+def test_three_clusters_are_few():
+    """Where nothing differs, p below 0.05 comes in 5% of all cases; by the normal law it was 21%."""
+    rng = np.random.default_rng(2)
+    drawn = rng.standard_normal((4000, 3, 40)).mean(-1, keepdims=True).repeat(40, -1).reshape(4000, 120)  # questions of a cluster are alike
+    clusters = np.repeat(np.arange(3), 40)
+    found = [score._p(values.mean(), clustered_error(values, clusters), 2) for values in drawn]
+    assert np.mean(np.array(found) < 0.05) == pytest.approx(0.05, abs=0.012)
+    assert stats.ttest_1samp(drawn[0, ::40], 0).pvalue == pytest.approx(found[0])
+
+
+def test_a_difference_that_is_the_same_everywhere_is_sure():
+    (found,) = [row for row in score.compare(result(["no"] * 6), result(["yes"] * 6)) if row["metric"] == "accuracy"]
+    assert (found["difference"], found["p"]) == (100, 0)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda b: b | {"task": "pope"}, "not of the same task: easy-vqa and pope"),
+        (lambda b: b | {"split": "val"}, "not of the same split: test and val"),
+        (lambda b: b | {"prompts": "llava"}, "not of the same prompts: lmms-eval and llava"),
+        (lambda b: with_row(b, prompt="other"), "question 1 has another prompt, 'p' and 'other'"),
+        (lambda b: with_row(b, answer="no"), "question 1 has another true answer, 'yes' and 'no'"),
+        (lambda b: with_row(b, cluster="9"), "question 1 has another image, '0' and '9'"),
+        (lambda b: with_row(b, judgement="x", judge="one"), r"not judged alike: by nobody and by \['one'\]"),
+    ],
+)
+def test_results_of_something_else_are_refused(change, message):
+    a = result(["yes"] * 4, prompt="p") | {"split": "test", "prompts": "lmms-eval"}
+    with pytest.raises(ValueError, match=message):
+        score.compare(a, change(a))
+
+
+def with_row(found, **changes):
+    rows = [row | changes if row["id"] == "1" else row for row in found["examples"]]
+    return found | {"examples": rows}
+
+
+def test_replies_of_two_judges_are_not_averaged():
+    judged = with_row(result(["yes"] * 4, judgement="a", judge="one"), judge="two")
+    with pytest.raises(ValueError, match="judged by one and by two: let one judge all of them"):
+        score.scored(judged)
 
 
 def test_other_questions_are_refused():

@@ -10,6 +10,7 @@ import pytest
 import scipy.io
 
 from evlm_jax.evals import score, tasks
+from evlm_jax.evals.judge import Judge
 from evlm_jax.evals.paper import PAPER
 from evlm_jax.evals.runner import evaluate
 from evlm_jax.evals.task import STYLES, first
@@ -47,7 +48,7 @@ def right(question):
     return answer if isinstance(answer, str) else answer[0]
 
 
-def judge(prompt):
+def reply(prompt):
     return "Verbosity: 4\nAccuracy: 10" if "It grows brighter." in prompt else "Z"
 
 
@@ -56,7 +57,7 @@ def test_right_and_wrong_answers(name, tmp_path):
     task, data = tasks.find(name), layouts.write(name, tmp_path / "data")
     questions = task.questions(data, None)
     assert len(questions) > 1 and all(Path(visual[0].path).is_file() for q in questions for visual in q.visuals)
-    good, bad = (score.scored(evaluate(task, questions, Told(say), {}, None, judge)) for say in (right, lambda q: "人"))
+    good, bad = (score.scored(evaluate(task, questions, Told(say), {}, None, Judge("reply", reply))) for say in (right, lambda q: "人"))
     values = {row["metric"]: row["value"] for row in good["scores"]}
     main = next(iter(PAPER.get(name, values)))
     if name == "video-captions":

@@ -69,7 +69,8 @@ def stream(shares: dict[str, float], count: int, seed: int = 0) -> list[Document
     rng, kinds = np.random.default_rng(seed), list(shares)
     weights = np.array([shares[kind] for kind in kinds], float)
     drawn = rng.choice(len(kinds), count, p=weights / weights.sum())
-    return [document(*(draw(rng) for draw in DISTRIBUTIONS[kinds[kind]])) for kind in drawn]
+    made = [document(*(draw(rng) for draw in DISTRIBUTIONS[kinds[kind]])) for kind in drawn]
+    return [each._replace(key=str(number)) for number, each in enumerate(made)]
 
 
 class Endless(list):

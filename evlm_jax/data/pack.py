@@ -3,6 +3,7 @@
 Rows are packed a pool at a time: `data.pool` neighbouring rows share image slots and pairs.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -62,7 +63,8 @@ class Packer:
 
     A row begins with the oldest document of the window that fits; the first of a pool takes any, so none waits forever. Then the one is
     added that leaves tokens and images most even, as shares of what the row aims at: all tokens, and its images (`pool`). The window is
-    filled up again, until none fits. So rows use up both, and none is crowded with the pictures that others lack.
+    filled up again, until none fits. So rows use up both, and none is crowded with the pictures that others lack. Where the data are
+    shorter than the window (`_spread`), a document that its pool has already waits while another one fits.
 
     Which documents make a row depends on the stream alone, so a position is `next` and the indices (and parts, of documents that were
     cut) in the window.
@@ -73,6 +75,8 @@ class Packer:
         self.next, self.drops = start, []
         self._pending: list[tuple[int, int, Document]] = []  # stream index, part, document
         self._costs = np.zeros((data.window, len(Budget._fields)), np.int64)
+        self._same: list[int] = []  # of each pending document, the same number as of one that is equal
+        self._counts: Counter[int] = Counter()  # of these numbers
 
     @property
     def taken(self) -> int:
@@ -87,7 +91,7 @@ class Packer:
     def restore(self, state: dict) -> None:
         """Goes to a position."""
         self.next, self.drops = state["next"], []
-        self._pending = []
+        self._pending, self._same, self._counts = [], [], Counter()
         documents: dict[int, tuple[Document, ...]] = {}
         for index, part in state["pending"]:
             if index not in documents:
@@ -105,12 +109,13 @@ class Packer:
         tokens, images = self._costs[: len(self._pending), :2].sum(0)
         return int(min(-(-images * self.data.length // max(tokens, 1)), self.data.images))
 
-    def row(self, room: Budget, images: float) -> list[tuple[int, Document]]:
+    def row(self, room: Budget, images: float, seen: Counter) -> list[tuple[int, Document]]:
         """The next row's documents with their stream indices; what can never fit goes to `drops`.
 
         Args:
           room: what the row has.
           images: how many of its images the row aims at.
+          seen: how often each document is in the pool already; grows.
         """
         chosen, room = [], np.array(room)
         self._refill()
@@ -121,8 +126,10 @@ class Packer:
             fits = (costs <= room).all(1)
             if not fits.any():
                 break
+            self._spread(fits, seen)
             rest = np.where(fits, ((left - costs[:, :2]) / scale).max(1), np.inf)
             best = int((rest if chosen else ~fits).argmin())  # of equals the oldest
+            seen[self._drop(best)] += 1
             room, left = room - costs[best], left - costs[best, :2]
             costs[best:-1] = costs[best + 1 :]
             index, _, document = self._pending.pop(best)
@@ -155,10 +162,34 @@ class Packer:
             return ()
         return document, *document.rest
 
+    def _spread(self, fits: np.ndarray, seen: Counter) -> None:
+        """Where documents come again in the window or the pool, keeps of those that fit the least often used ones, and of these the
+        ones in front of the first that comes again: in one epoch no two lanes have the same document."""
+        if not self._counts.keys().isdisjoint(seen.keys()):
+            times = np.array([seen[same] for same in self._same])
+            fits &= times == times[fits].min()
+        if len(self._counts) < len(self._same):
+            known: set[int] = set()
+            again = next(place for place, same in enumerate(self._same) if same in known or known.add(same))
+            if fits[:again].any():
+                fits[again:] = False
+
+    def _drop(self, place: int) -> int:
+        """Takes a document's number out of the window's; returns it."""
+        same = self._same.pop(place)
+        self._counts[same] -= 1
+        if not self._counts[same]:
+            del self._counts[same]
+        return same
+
     def _add(self, index: int, part: int, document: Document) -> None:
         if len(self._pending) == len(self._costs):  # the parts of one document may exceed the window
             self._costs = np.concatenate([self._costs, np.zeros_like(self._costs)])
         self._costs[len(self._pending)] = Budget.needed(document)
+        self._same.append(
+            same := hash((document.source, document.key, document.refs, document.tokens.tobytes(), document.targets.tobytes()))
+        )
+        self._counts[same] += 1
         self._pending.append((index, part, document))
 
 
@@ -168,11 +199,11 @@ def pool(packers: Sequence[Packer], data: DataConfig) -> list[list[tuple[int, Do
     Each aims at the images that its packer wants, or at as large a share of the slots that are left as that is of what this row and the
     later ones want. So where slots are scarce all rows have a little less, instead of the last one next to none.
     """
-    slots, pairs, rows = data.slots, data.pairs, []
+    slots, pairs, rows, seen = data.slots, data.pairs, [], Counter()
     for number, packer in enumerate(packers):
         wanted = [other.wanted() for other in packers[number:]]
         aim = min(wanted[0], wanted[0] * slots / max(sum(wanted), 1))
-        row = packer.row(Budget(data.length, min(data.images, slots), data.targets, pairs), aim)
+        row = packer.row(Budget(data.length, min(data.images, slots), data.targets, pairs), aim, seen)
         needed = [Budget.needed(document) for _, document in row]
         slots, pairs = slots - sum(need.images for need in needed), pairs - sum(need.pairs for need in needed)
         rows.append(row)

@@ -1,6 +1,7 @@
 """Random access to samples: rows of a container, and a mapper that turns a row into a Sample when it is asked for."""
 
 import bisect
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ class Source(Sequence[Sample]):
       dialogs: mapper from a row to its number of dialogs; by default every row has one.
       where: the file, for errors.
       numbers: of the rows that are samples; all by default.
+      beside: further files that samples are made of.
     """
 
     def __init__(
@@ -41,9 +43,10 @@ class Source(Sequence[Sample]):
         dialogs: Callable[..., int] | None = None,
         where: str = "",
         numbers: Sequence[int] | None = None,
+        beside: Sequence[str] = (),
     ):
         self.name, self.rows, self.where, self._sample, self._dialogs = name, rows, where, sample, dialogs
-        self._numbers = range(len(rows)) if numbers is None else numbers
+        self._numbers, self._beside = range(len(rows)) if numbers is None else numbers, beside
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -70,6 +73,12 @@ class Source(Sequence[Sample]):
             return [1] * len(self)
         return [1 if isinstance(row := self.rows[number], Bad) else self._dialogs(row) for number in self._numbers]
 
+    def state(self) -> str:
+        """Another one when what the rows are made of changes: files, or lists in memory. Raises OSError."""
+        paths = [*([self.where] if self.where else []), *self._beside]
+        held = self.rows if isinstance(self.rows, list) else len(self.rows)
+        return _digest([(path, files.version(path)) for path in paths], held, len(self))
+
 
 class Chain(Sequence[Sample]):
     """Sources one after the other: the files of one `data.sources` entry."""
@@ -93,6 +102,10 @@ class Chain(Sequence[Sample]):
         """Dialogs of every sample."""
         return [count for part in self.parts for count in part.dialog_counts()]
 
+    def state(self) -> str:
+        """Of all files."""
+        return _digest([part.state() for part in self.parts])
+
 
 class Subset(Sequence[Sample]):
     """The samples whose numbers stand in a .npy file: what cleaning or sampling by cluster (data/sampling.py) kept."""
@@ -114,6 +127,14 @@ class Subset(Sequence[Sample]):
         """Dialogs of every sample."""
         counts = self._source.dialog_counts()
         return [counts[number] for number in self._numbers]
+
+    def state(self) -> str:
+        """Of the source and the numbers."""
+        return _digest(self._source.state(), self._numbers.tolist())
+
+
+def _digest(*facts) -> str:
+    return hashlib.sha256(repr(facts).encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def by_row(mapper: Callable[..., Sample], picked: Callable[[str], Sequence[int] | None] = lambda file: None) -> Callable[..., Chain]:

@@ -29,6 +29,8 @@ from evlm_jax.config import EVLMConfig, MediaConfig
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, SampleError, Turn
 from evlm_jax.ops.grouping import pair_count
 
+SHORT = 128  # characters of a text whose tokens are kept
+
 
 class Text(NamedTuple):
     """Plain text; never yields special tokens, whatever it spells."""
@@ -251,7 +253,11 @@ def _split(text: str, supervised: bool, marks) -> list[Piece]:
     return [piece for piece in pieces if piece != Text("", supervised)]
 
 
-@functools.lru_cache(maxsize=1 << 16)
 def _tokens(tokenizer, text: str, behind: str) -> tuple[int, ...]:
-    """Template text, common questions and answers come again and again."""
+    """Template text, common questions and answers come again and again; long texts do not, and would fill the memory."""
+    return _short(tokenizer, text, behind) if len(text) <= SHORT else tuple(tokenizer.encode(text, behind))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _short(tokenizer, text: str, behind: str) -> tuple[int, ...]:
     return tuple(tokenizer.encode(text, behind))

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import TypeVar
@@ -72,15 +72,14 @@ def decode(path: str, seconds: Sequence[float], each: Callable[[np.ndarray], Mad
     found: dict[float, Made] = {}
     with _opened(path) as (container, stream):
         stream.thread_type = "AUTO"
-        first = stream.start_time or 0
+        first = _first(container, stream)
         told = (_told(container, stream) or 0) / stream.time_base
         current = ahead = frames = None
         for second in sorted(set(seconds)):
             due = first + Fraction(round(second * 1e6), 10**6) / stream.time_base  # 1.9 means 19/10
             if current is None or due - current.pts > SEEK / stream.time_base:
-                container.seek(int(due), stream=stream, backward=True)
-                frames = (frame for frame in container.decode(stream) if frame.pts is not None)
-                current = next(frames, current)
+                begin, frames = _sought(container, stream, due, first)
+                current = begin or current
                 if current is None:
                     raise ValueError(f"there is no frame at {second:g} s")
                 ahead = next(frames, None)
@@ -93,10 +92,37 @@ def decode(path: str, seconds: Sequence[float], each: Callable[[np.ndarray], Mad
     return [found[second] for second in seconds]
 
 
+def _first(container, stream) -> int:
+    """When the first picture is shown. AVI stores no such times: they are made of when pictures are decoded, which is later for all."""
+    if container.format.name == "avi" and (found := next(container.decode(stream), None)) is not None:
+        return found.pts or 0
+    return stream.start_time or 0
+
+
+def _sought(container, stream, due: Fraction, first: int) -> tuple[av.VideoFrame | None, Iterator[av.VideoFrame]]:
+    """The first frame behind a seek to a time, and those that follow. Where files have no index a seek may end behind the time: then from
+    further ahead, at last from in front of the first picture."""
+    target, back = due, 1 / stream.time_base
+    while True:
+        try:
+            container.seek(int(target), stream=stream, backward=True)
+        except OSError:
+            if target >= first:
+                raise
+            container.seek(stream.start_time or 0, stream=stream, backward=True)  # some cannot go in front of it
+        frames = (frame for frame in container.decode(stream) if frame.pts is not None)
+        found = next(frames, None)
+        if target < first or (found is not None and found.pts <= due):
+            return found, frames
+        target, back = due - back, 2 * back
+
+
 def _told(container, stream) -> float | None:
     if stream.duration is not None:
         return float(stream.duration * stream.time_base)
-    return None if container.duration is None else container.duration / av.time_base
+    if container.duration is None:
+        return None
+    return container.duration / av.time_base - float(max(stream.start_time or 0, 0) * stream.time_base)  # what it tells is when it ends
 
 
 def _counted(container, stream) -> float:

@@ -17,7 +17,7 @@ from evlm_jax import assets
 from evlm_jax.data import image
 from evlm_jax.data.sources import open_source
 from evlm_jax.data.tools.build import Job, build, build_shard
-from tests.data.made import config, png, said, write_json
+from tests.data.made import config, png, said, write_images, write_json
 
 CONFIG = config()
 
@@ -159,6 +159,41 @@ def test_after_a_failure_only_what_is_missing_is_made(source, tmp_path):
     assert contents(whole) == contents(other)
     with pytest.raises(ValueError, match="begun with another side"):
         build(job(source, other, side=16), workers=1)
+
+
+def test_a_build_over_a_source_that_changed_is_refused(source, tmp_path):
+    """It would miss samples, or have them twice."""
+    build(job(source, tmp_path / "out"), workers=1)
+    (tmp_path / "out/receipts/00001.txt").unlink()
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    for changed in (rows[::-1], rows[:-1], [*rows, rows[0]]):
+        write_json(tmp_path / "rows.json", changed)
+        with pytest.raises(ValueError, match="begun with another state of the source .build.json.: give a new --out, or delete it"):
+            build(job(source, tmp_path / "out"), workers=1)
+    facts = json.loads((tmp_path / "out/build.json").read_text())
+    del facts["state of the source"]  # as former versions wrote it
+    write_json(tmp_path / "out/build.json", facts)
+    write_json(tmp_path / "rows.json", rows)
+    build(job(source, tmp_path / "out"), workers=1)
+
+
+def test_the_state_of_a_source(tmp_path):
+    """Another one when a caption, a picture, a file of rows or what is kept of them changes; the same one otherwise."""
+    name = f"folder:{tmp_path}/pictures"
+    write_images(tmp_path / "pictures", 2)
+    for number in range(2):
+        (tmp_path / f"pictures/{number}.txt").write_text("a")
+    np.save(tmp_path / "keep.npy", [1])
+    change = {
+        name: lambda: (tmp_path / "pictures/1.txt").write_text("bb"),
+        f"ocr-en:{name}?pages=4": lambda: (tmp_path / "pictures/0.txt").write_text("ccc"),
+        f"{name}?keep={tmp_path}/keep.npy": lambda: np.save(tmp_path / "keep.npy", [0]),
+    }
+    for source, work in change.items():
+        before = open_source(source).state()
+        assert open_source(source).state() == before
+        work()
+        assert open_source(source).state() != before
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Packed rows against a slow recomputation, token by token; the packer against its budgets."""
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -12,11 +13,15 @@ from hypothesis import strategies as st
 from benchmarks.packing import STAGES, by_task, made_tasks, stream
 from benchmarks.packing import document as made_document
 from evlm_jax.cli import load_config
+from evlm_jax.data.mixture import tasks
 from evlm_jax.data.pack import Budget, Packer, assemble, fill, pool, unfit, used
+from evlm_jax.data.pipeline import Lane
 from evlm_jax.data.samples import Sample, Turn, question
+from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import encode
 from evlm_jax.data.tools.bench import rows_of
-from tests.data.made import TOKENIZER, config, refs, samples
+from tests.data.made import TOKENIZER, config, refs, samples, write_jsonl
+from tests.data.made import row as made_row
 
 CFG = config()
 
@@ -215,3 +220,29 @@ def test_text_alone_is_packed_as_well_as_with_pictures():
     documents = [made_document(tokens, 0) for tokens in (10, 20, 30, 40, 25, 60)]
     packer = Packer(documents, config(length=100, window=6).data)
     assert [[len(d.tokens) for _, d in row] for row in drain(packer)] == [[10, 60, 30], [20, 40, 25]]
+
+
+def stream_of(tmp_path, count, lanes=4, **data):
+    """The lanes of a source of captions of different lengths."""
+    rng = np.random.default_rng(0)
+    rows = [made_row(f"r{i}", "0.png", "<image>q", "w" * int(rng.integers(1, 25)) + str(i)) for i in range(count)]
+    cfg = config(sources=(write_jsonl(tmp_path / "rows.jsonl", rows),), length=400, targets=300, images=8, slots=8, pairs=1000, **data)
+    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch=lanes))
+    made = tasks([open_source(name) for name in cfg.data.sources], TOKENIZER, cfg)
+    return [Lane(made, cfg, number) for number in range(lanes)]
+
+
+def test_ten_pictures_are_spread_over_a_batch(tmp_path):
+    """Of 32 documents each of ten is there three or four times; of a hundred, hardly one is there twice."""
+    for count, most, different in ((10, 4, 10), (100, 2, 28)):
+        lanes = stream_of(tmp_path, count, window=256)
+        for _ in range(4):
+            found = Counter(document.key for lane in lanes for rows in lane.rows() for document in rows)
+            assert found.total() == 32 and max(found.values()) <= most and len(found) >= different
+
+
+def test_data_that_are_longer_than_the_window_keep_their_order(tmp_path, monkeypatch):
+    keys = lambda lanes: [[document.key for document in rows] for _ in range(40) for lane in lanes for rows in lane.rows()]
+    found = keys(stream_of(tmp_path, 4000, window=32))
+    monkeypatch.setattr(Packer, "_spread", lambda *_: None)
+    assert keys(stream_of(tmp_path, 4000, window=32)) == found

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 
 from evlm_jax import assets
+from evlm_jax.data import text
 from evlm_jax.data.samples import ImageRef, Sample, SampleError, Turn, part, part_count, question
 from evlm_jax.data.text import Media, Text, document, encode, prompt, score_document
 from tests.data.made import SPECIALS, TOKENIZER, config, refs, samples
@@ -189,3 +190,13 @@ def test_users_cannot_write_special_tokens(smollm):
     doc = encode(Sample("k", "made", ((ImageRef("a.png"),),), (question(text, "x"),)), smollm, smollm_config())
     count = lambda name: int((doc.tokens == smollm.id(name)).sum())
     assert (count("<|im_start|>"), count("<|im_end|>"), count("<repo_name>")) == (2, 1, CFG.media.tokens)
+
+
+def test_only_short_texts_stay_in_memory():
+    """A web page does not come again: its tokens would be kept for nothing."""
+    before = text._short.cache_info().currsize
+    for number in range(50):
+        made = Sample(f"{number}", "made", (), (question("which?", f"long {number} " * 50),))
+        encode(made, TOKENIZER, CFG)
+    assert text._short.cache_info().currsize - before < 10
+    assert text._tokens(TOKENIZER, "x" * 500, "nothing") == tuple(TOKENIZER.encode("x" * 500))

@@ -140,3 +140,25 @@ def test_broken_videos_are_bad_rows(tmp_path):
         source[3]
     with pytest.raises(VideoError, match="there is no video stream|cannot decode"):
         video.sample(tmp_path / "rows.jsonl", 4)
+
+
+OPEN_ENDED = [  # an index lacks or is of decoding times; times do not begin at 0
+    ("ts", "libx264", {"bf": "2"}, 0, "mpegts"), ("ts", "mpeg2video", {}, 500, "mpegts"), ("avi", "mpeg4", {"bf": "2"}, 0, None),
+    ("avi", "libx264", {"bf": "2"}, 0, None), ("mkv", "libx264", {"bf": "2"}, 500, None), ("webm", "libvpx", {}, 500, None),
+    ("mpg", "mpeg2video", {"bf": "2"}, 0, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix, codec, options, start, form", OPEN_ENDED)
+def test_frames_behind_seeks_of_every_container(tmp_path, suffix, codec, options, start, form):
+    """Second 0 is the first picture, a length ends with the last one; a frame that is asked for alone is the one of the whole decoding."""
+    path = noise(f"{tmp_path}/v.{suffix}", range(start, start + 800, 4), codec, options=options, **({"format": form} if form else {}))
+    whole = decoded(path)
+    first, last = whole[0][0], whole[-1][0]
+    assert video.duration(path) == pytest.approx(last - first, abs=0.6)
+    for second in (0.0, 1.3, 3.99, 5.02, last - first):
+        shown = [pixels for time, pixels in whole if time <= first + second + 1e-6][-1]
+        np.testing.assert_array_equal(video.decode(path, [second])[0], shown)
+    seconds = [ref.frame for ref in video.sample(path, 6)]
+    shown = [[pixels for time, pixels in whole if time <= first + second + 1e-6][-1] for second in seconds]
+    np.testing.assert_array_equal(video.decode(path, seconds), shown)

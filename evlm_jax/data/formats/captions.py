@@ -104,4 +104,4 @@ def folder(name: str, path: str, *, prompt: str = DESCRIBE, frames: str = FRAMES
             raise ValueError(f"{texts[stem(file)]} is empty")
         return captioned(name, file[len(path) :].lstrip("/"), file, [caption], prompt, frames)
 
-    return Source(name, rows, sample, where=path)
+    return Source(name, rows, sample, where=path, beside=[*rows, *texts.values()])

@@ -30,7 +30,8 @@ def refcoco(name: str, path: str, *, instances: str = "instances.json", images: 
     Args:
       images: folder of COCO's train2014; by default images/mscoco/images/train2014 two folders above the file, as in the refer toolkit.
     """
-    content = load(files.join(files.parent(path), instances))
+    beside = files.join(files.parent(path), instances)
+    content = load(beside)
     pictures = {image["id"]: image for image in content["images"]}
     boxes = {annotation["id"]: annotation["bbox"] for annotation in content["annotations"]}
     folder = images or files.join(files.parent(path, 3), "images/mscoco/images/train2014")
@@ -54,7 +55,7 @@ def refcoco(name: str, path: str, *, instances: str = "instances.json", images: 
             dialogs.append(question(f"{MARKER}{LOCATE}{literal(sentence)}", f"<ref>{literal(sentence)}</ref>{place}"))
         return Sample(str(row[0]), name, ((ImageRef(files.inside(folder, picture["file_name"])),),), tuple(dialogs))
 
-    return Source(name, [*said.items(), *bad], sample, dialogs=lambda row: len(row[1]), where=path)
+    return Source(name, [*said.items(), *bad], sample, dialogs=lambda row: len(row[1]), where=path, beside=[beside])
 
 
 def grit(name: str, root: str, row: dict, *, images: str = "images", spans: str = "ref_exps") -> Sample:

@@ -25,9 +25,13 @@ EMPTY = 100  # samples in a row without text, before it is an error
 class Book(Source):
     """Pages by number. The picture of one is `page://NUMBER::NAME OF THE BOOK`; it is drawn when that is read (`picture`)."""
 
-    def __init__(self, name: str, pages: int, sample: Callable[[int], Sample], picture: Callable[[int], bytes]):
+    def __init__(self, name: str, pages: int, sample: Callable[[int], Sample], picture: Callable[[int], bytes], made_of: Sequence):
         super().__init__(name, range(pages), sample, dialogs=lambda number: DIALOGS)
-        self.picture = picture
+        self.picture, self._made_of = picture, made_of
+
+    def state(self) -> str:
+        """Of the sources of its texts and pictures."""
+        return " ".join([super().state(), *(source.state() for source in self._made_of)])
 
 
 def open_book(
@@ -69,8 +73,8 @@ def open_book(
         raise ValueError(f"data source {name!r}: layouts has {unknown[0]!r}; there are {', '.join(LAYOUTS)}")
     if not path:
         raise ValueError(f"data source {name!r}: name the sources of its text, as in ocr-{language}:emoji-{language}")
-    texts = partial(supply, [open_source(unquote(part)) for part in path.split(",")], role)
-    backgrounds = open_source(pictures) if pictures else ()
+    written = [open_source(unquote(part)) for part in path.split(",")]
+    texts, backgrounds = partial(supply, written, role), open_source(pictures) if pictures else ()
     given = dict(seed=seed, size=size, characters=characters, role=role, pictures=pictures, fonts=fonts, pages=pages, layouts=layouts)
     whole = f"ocr-{language}:{path}?{urlencode(given)}"  # all that a picture depends on
     usable = faces(language, fonts)
@@ -91,7 +95,7 @@ def open_book(
         drawn.save(file, "JPEG", quality=quality)
         return file.getvalue()
 
-    return Book(name, numbers["pages"], sample, picture)
+    return Book(name, numbers["pages"], sample, picture, [*written, *([backgrounds] if pictures else [])])
 
 
 def supply(sources: Sequence[Sequence[Sample]], role: str, rng: np.random.Generator) -> Iterator[str]:

@@ -94,16 +94,17 @@ def build(job: Job, workers: int) -> Outcome:
     """Builds what is not there yet, in so many processes; the receipt of all shards, which is also in receipt.json and receipt.txt.
 
     Raises:
-      ValueError: the folder holds something else; OSError: a process was killed.
+      ValueError: the folder holds something else, or the source has changed; OSError: a process was killed.
     """
-    out = Path(job.out)
+    out, source = Path(job.out), open_source(job.source)
     out.mkdir(parents=True, exist_ok=True)
-    _same_job(job, out)
-    shards = range(-(-len(_source(job.source)) // job.size))
+    _same_job(job, source.state(), out)
+    shards = range(-(-len(source) // job.size))
     todo = [shard for shard in shards if not _receipt(job, shard).exists()]
     with tqdm(total=len(shards), initial=len(shards) - len(todo), desc=job.source, unit="shard") as bar:
         for _ in _run(functools.partial(build_shard, job), todo, workers):
             bar.update()
+    _same_job(job, open_source(job.source).state(), out)  # it may have changed while it was read
     total = Outcome()
     for shard in shards:
         total.add(_read(_receipt(job, shard)))
@@ -217,12 +218,13 @@ def _source(name: str) -> Sequence[Sample]:
     return open_source(name)
 
 
-def _same_job(job: Job, out: Path) -> None:
-    """Raises ValueError if the folder holds shards of another job."""
-    facts = job._asdict() | {"cfg": {"clean": to_dict(job.cfg)["clean"], "dialogs": job.cfg.data.dialogs}}
+def _same_job(job: Job, state: str, out: Path) -> None:
+    """Raises ValueError if the folder holds shards of another job, or of files that have changed since."""
+    facts = job._asdict() | {"cfg": {"clean": to_dict(job.cfg)["clean"], "dialogs": job.cfg.data.dialogs}, "state of the source": state}
     facts = json.loads(json.dumps({name: value for name, value in facts.items() if name != "out"}))
     if (out / "build.json").exists():
         before = json.loads((out / "build.json").read_text("utf-8"))
+        before = {"state of the source": state} | before  # builds of former versions do not tell it
         if other := [name for name in facts if before.get(name) != facts[name]]:
             raise ValueError(f"{out} was begun with another {', '.join(other)} (build.json): give a new --out, or delete it")
     _write(out / "build.json", _json(facts, indent=1))

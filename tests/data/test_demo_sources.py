@@ -14,6 +14,7 @@ from evlm_jax.data.pack import unfit
 from evlm_jax.data.pipeline import Lane
 from evlm_jax.data.samples import ImageRef, Turn
 from evlm_jax.data.sources import open_source
+from evlm_jax.evals import tasks as evals
 from evlm_jax.tokenizer import load_tokenizer
 from experiments import demo
 from tests.parity import needs_asset
@@ -111,3 +112,9 @@ def test_the_demos_rows_are_full_nothing_is_dropped_and_shares_are_kept(form):
     shares = np.array([sum(document.source == name for document in documents) for name in cfg.data.sources]) / len(documents)
     np.testing.assert_allclose(shares, cfg.data.weights, atol=0.03)  # the packing window waits
     assert shares.min() > 0
+
+
+@needs_asset("photos")
+def test_photographs_are_asked_for_what_they_are():
+    """As photographs are in training; not for the name of an emoji."""
+    assert {question.text for question in evals.find("photos").questions(None, None)} == {"Describe this image."}

@@ -85,6 +85,7 @@ def test_renders_every_section_from_the_saved_results(saved, tmp_path):
     numbers = ("91.3%", "50.0%", "33.3%", "1.250", "9,673", "12 min 34 s", "13 min 35 s")
     for shown in (*numbers, "It <sees>", "is it <b>?", "rare <words>: is it <b>?", "(nothing)", "0" * 64):
         assert shown in page.text
+    assert text.partition('<section id="photos">')[2].partition("</section>")[0].count("is it &lt;b&gt;?") == 3  # the question is printed
     experts = results.load(saved)["experts"]
     assert ("experts" in page.ids) == (experts is not None) and text.count("<svg") == 2 + 2 * ("experts" in page.ids)
     assert ("Followed in training" in page.text) == ("pope/accuracy" in page.text) == (experts is not None)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from evlm_jax.data.samples import MARKER, Sample
-from evlm_jax.data.sources import NAME, open_source
+from evlm_jax.data.sources import open_source
 from evlm_jax.evals.task import Question, Scores, Task, column, percent
 from evlm_jax.evals.tasks.captions import score_words
 from evlm_jax.evals.text_metrics import exact_match, words
@@ -23,8 +23,8 @@ EASY_VQA = {  # answer type -> answers
 ANSWERS = tuple(answer for answers in EASY_VQA.values() for answer in answers)
 
 
-def of_samples(samples: Iterable[Sample], ask: str = "", captions: bool = False) -> list[Question]:
-    """A question for each dialog of the samples, in the words they are trained with, or in those of `ask`.
+def of_samples(samples: Iterable[Sample], captions: bool = False) -> list[Question]:
+    """A question for each dialog of the samples, in the words of the source.
 
     Args:
       captions: the answers are captions, lists of one.
@@ -32,7 +32,7 @@ def of_samples(samples: Iterable[Sample], ask: str = "", captions: bool = False)
     questions = []
     for sample in samples:
         for i, (asked, answer) in enumerate(sample.dialogs):
-            text, right = (ask or asked.text).removeprefix(MARKER), [answer.text] if captions else answer.text
+            text, right = asked.text.removeprefix(MARKER), [answer.text] if captions else answer.text
             questions.append(Question(f"{sample.key}-{i}", text, sample.visuals, right, sample.key))
     return questions
 
@@ -58,5 +58,5 @@ TASKS = (
     choose("easy-vqa"),
     choose("easy-vqa-choice", candidates=lambda _: list(ANSWERS)),
     caption("emoji", read=partial(read, source="emoji-en-test", captions=True)),
-    caption("photos", read=partial(read, source="photos-test", captions=True, ask=NAME["en"])),
+    caption("photos", read=partial(read, source="photos-test", captions=True)),
 )

@@ -110,6 +110,7 @@ class InitConfig:
     vision: str
     llm: str
     centre_norms: bool  # the cross-attention's norms, where it has any, from the first batch (models/norm_init.py); False: scale 1, bias 0
+    beyond_context: bool = False  # rows may be longer than the positions that `llm` was trained on (convert/context.py)
 
 
 @dataclass(frozen=True)

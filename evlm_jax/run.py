@@ -10,6 +10,7 @@ from flax import nnx
 
 from evlm_jax import assets, checkpoint, names, paths
 from evlm_jax.config import EVLMConfig, MeshConfig
+from evlm_jax.convert.context import check_length
 from evlm_jax.convert.engine import load_towers
 from evlm_jax.convert.interpolate import resize_positions
 from evlm_jax.data.features import FeatureStore, fingerprint
@@ -73,10 +74,12 @@ def train_run(
 
     Raises:
       OSError: nothing can be written in `workdir`; said before anything is read.
+      ValueError: rows are longer than what the language model was trained on.
     """
     paths.probe(workdir)
     params, trained = {}, frozenset()
     if not checkpoint.steps(workdir):
+        check_length(cfg)
         params, trained = next_stage(cfg, init) if init else (load_towers(cfg), frozenset())
     features = feature_store(cfg, params or _saved_tower(workdir, resume)) if cfg.data.cache_features else None
     tokenizer, layout = load_tokenizer(cfg.init.llm), make_layout(cfg)

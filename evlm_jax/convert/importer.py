@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from evlm_jax import assets, checkpoint
 from evlm_jax.config import EVLMConfig, to_dict
+from evlm_jax.convert.context import check_length
 from evlm_jax.convert.engine import Tower, open_tower
 from evlm_jax.convert.readers import open_source
 from evlm_jax.models.fresh import cross_attention_tensors, media_embedding
@@ -26,6 +27,7 @@ def import_towers(cfg: EVLMConfig, out: str) -> None:
         larger than the embedding; nothing is left behind.
     """
     _check_kind(cfg)
+    check_length(cfg)
     check_vocabulary(cfg, cfg.init.llm)
     sources = {tower: open_source(assets.locate(where)) for tower, where in (("vit", cfg.init.vision), ("llm", cfg.init.llm))}
     towers = {tower: open_tower(cfg, source, tower) for tower, source in sources.items()}

@@ -1,0 +1,68 @@
+"""Rows are not longer than what the language model was trained on, unless the config says that they may be."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from gguf import GGUFWriter
+
+from evlm_jax.convert.context import check_length, trained_positions
+from evlm_jax.convert.importer import import_towers
+from evlm_jax.run import train_run
+from tests.checkpoints import dinov2_directory, llama_directory
+from tests.parity import needs_asset
+from tests.tiny import tiny_config
+
+CFG = tiny_config()
+
+
+def llm(folder, **config):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config), "utf-8-sig")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "config, least",
+    [
+        ({"max_position_embeddings": 47}, (47, "max_position_embeddings")),
+        ({"max_position_embeddings": 400, "sliding_window": 32}, (32, "sliding_window")),
+        ({"max_position_embeddings": 400, "sliding_window": 32, "use_sliding_window": False}, (400, "max_position_embeddings")),
+        ({"max_position_embeddings": 400, "sliding_window": None}, (400, "max_position_embeddings")),
+        ({"max_position_embeddings": 400, "seq_length": 40}, (40, "seq_length")),
+        ({}, None),
+    ],
+)
+def test_the_shortest_of_what_the_files_say(tmp_path, config, least):
+    where = llm(tmp_path / "llm", **config)
+    cfg = replace(CFG, init=replace(CFG.init, llm=where))
+    assert trained_positions(where) == least and cfg.data.length == 48
+    if least is None or least[0] >= 48:
+        return check_length(cfg)
+    with pytest.raises(ValueError, match=rf"^config: data.length is 48, {least[1]} of .*llm is {least[0]}: .*init.beyond_context"):
+        check_length(cfg)
+    check_length(replace(cfg, data=replace(cfg.data, length=least[0])))
+    check_length(replace(cfg, init=replace(cfg.init, beyond_context=True)))
+
+
+def test_gguf_says_it_too(tmp_path):
+    writer = GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_context_length(40)
+    writer.add_tensor("token_embd.weight", np.zeros((2, 4), np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    assert trained_positions(tmp_path / "a.gguf") == (40, "llama.context_length")
+
+
+@needs_asset("smollm2-135m-instruct")
+def test_the_demos_language_model():
+    assert trained_positions("smollm2-135m-instruct") == (8192, "llama.context_length")
+
+
+def test_training_and_import_look(tmp_path):
+    towers = dinov2_directory(tmp_path / "vit", CFG), llama_directory(tmp_path / "llm", CFG, max_position_embeddings=47)
+    cfg = replace(CFG, init=replace(CFG.init, vision=str(towers[0]), llm=str(towers[1])))
+    for start in (train_run, import_towers):
+        with pytest.raises(ValueError, match="max_position_embeddings of .* is 47"):
+            start(cfg, str(tmp_path / "out"))

@@ -12,6 +12,7 @@ from evlm_jax import assets, checkpoint, names, paths
 from evlm_jax.config import EVLMConfig, MeshConfig
 from evlm_jax.convert.context import check_length
 from evlm_jax.convert.engine import load_towers
+from evlm_jax.convert.importer import vocabulary
 from evlm_jax.convert.interpolate import resize_positions
 from evlm_jax.data.features import FeatureStore, fingerprint
 from evlm_jax.data.pipeline import batches
@@ -74,15 +75,15 @@ def train_run(
 
     Raises:
       OSError: nothing can be written in `workdir`; said before anything is read.
-      ValueError: rows are longer than what the language model was trained on.
+      ValueError: rows are longer than what the language model was trained on, or its vocabulary does not fit it.
     """
     paths.probe(workdir)
-    params, trained = {}, frozenset()
+    tokenizer, params, trained = vocabulary(cfg, cfg.init.llm), {}, frozenset()
     if not checkpoint.steps(workdir):
         check_length(cfg)
         params, trained = next_stage(cfg, init) if init else (load_towers(cfg), frozenset())
     features = feature_store(cfg, params or _saved_tower(workdir, resume)) if cfg.data.cache_features else None
-    tokenizer, layout = load_tokenizer(cfg.init.llm), make_layout(cfg)
+    layout = make_layout(cfg)
     follow = monitor(cfg, tokenizer, features, layout)
     with contextlib.closing(batches(cfg, tokenizer, features, layout.own_pools(cfg.pools))) as data:
         return train(cfg, workdir, data, params, trained, follow, tensorboard, profile, resume)

@@ -43,8 +43,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, special ones included."""
-        return self.inner.get_vocab_size(with_added_tokens=True)
+        """One more than the largest id, special ones included."""
+        return 1 + max(self.inner.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str, behind: str = "nothing") -> list[int]:
         """Ids of the text, without any special token. Bytes that the vocabulary lacks (SmolLM2: of no assigned character) are left out.

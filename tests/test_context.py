@@ -13,6 +13,7 @@ from evlm_jax.run import train_run
 from tests.checkpoints import dinov2_directory, llama_directory
 from tests.parity import needs_asset
 from tests.tiny import tiny_config
+from tests.vocabularies import older_folder
 
 CFG = tiny_config()
 
@@ -66,3 +67,18 @@ def test_training_and_import_look(tmp_path):
     for start in (train_run, import_towers):
         with pytest.raises(ValueError, match="max_position_embeddings of .* is 47"):
             start(cfg, str(tmp_path / "out"))
+        longer = replace(cfg, init=replace(cfg.init, beyond_context=True))
+        with pytest.raises(ValueError, match="the tokenizer has 256 ids, llm.vocab is 250"):
+            start(replace(longer, llm=replace(cfg.llm, vocab=250)), str(tmp_path / "out"))
+        with pytest.raises(ValueError, match="'<none>' is not a special token"):
+            start(replace(longer, media=replace(cfg.media, placeholder="<none>")), str(tmp_path / "out"))
+        older_folder(towers[1], "unigram")
+        spec = json.loads((towers[1] / "tokenizer.json").read_text("utf-8"))
+        spec["model"]["byte_fallback"] = False
+        (towers[1] / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+        unknown = replace(longer, media=replace(cfg.media, placeholder="<unk>"), llm=replace(cfg.llm, vocab=2000))
+        with pytest.raises(ValueError, match="media.placeholder '<unk>' is what unknown characters become"):
+            start(unknown, str(tmp_path / "out"))
+        llama_directory(tmp_path / "llm", CFG, max_position_embeddings=47)
+        for left in ("special_tokens_map.json", "added_tokens.json"):
+            (towers[1] / left).unlink()

@@ -14,8 +14,10 @@ from evlm_jax.convert.engine import Tower, open_tower
 from evlm_jax.convert.readers import open_source
 from evlm_jax.models.fresh import cross_attention_tensors, media_embedding
 from evlm_jax.tensors import Source, Tensor
-from evlm_jax.tokenizer import load_tokenizer
+from evlm_jax.tokenizer import Tokenizer, load_tokenizer
 from evlm_jax.whole import whole
+
+UNASSIGNED = "\U00040000"  # a character that no vocabulary has
 
 
 def import_towers(cfg: EVLMConfig, out: str) -> None:
@@ -28,7 +30,7 @@ def import_towers(cfg: EVLMConfig, out: str) -> None:
     """
     _check_kind(cfg)
     check_length(cfg)
-    check_vocabulary(cfg, cfg.init.llm)
+    vocabulary(cfg, cfg.init.llm)
     sources = {tower: open_source(assets.locate(where)) for tower, where in (("vit", cfg.init.vision), ("llm", cfg.init.llm))}
     towers = {tower: open_tower(cfg, source, tower) for tower, source in sources.items()}
     words, shape = towers["llm"].tensors["llm/embed"], (cfg.media.tokens, cfg.llm.hidden)
@@ -44,7 +46,7 @@ def import_export(cfg: EVLMConfig, model: str, out: str) -> None:
     _check_kind(cfg)
     model = str(Path(model).resolve())
     cfg = replace(cfg, init=replace(cfg.init, vision=model, llm=model))
-    check_vocabulary(cfg, model)
+    vocabulary(cfg, model)
     source = open_source(Path(model))
     tower = open_tower(cfg, source, "evlm")
     _write(cfg, out, {"evlm": source}, {"evlm": tower}, {}, trained=tower.tensors)
@@ -58,13 +60,16 @@ def _check_kind(cfg: EVLMConfig) -> None:
         )
 
 
-def check_vocabulary(cfg: EVLMConfig, where: str) -> None:
-    """Raises ValueError if the tokenizer has more ids than the embedding rows, or lacks media.placeholder."""
+def vocabulary(cfg: EVLMConfig, where: str) -> Tokenizer:
+    """The tokenizer of a model. Raises ValueError if it has more ids than the embedding rows, or none for media.placeholder alone."""
     tokenizer = load_tokenizer(where)
     if tokenizer.vocab_size > cfg.llm.vocab:
         mend = "the tokenizer is of another model"
         raise ValueError(f"{where}: the tokenizer has {tokenizer.vocab_size} ids, llm.vocab is {cfg.llm.vocab}: {mend}")
-    tokenizer.id(cfg.media.placeholder)
+    if cfg.sees and tokenizer.id(cfg.media.placeholder) in tokenizer.encode(UNASSIGNED):
+        mend = "choose a spare token of the vocabulary"
+        raise ValueError(f"config: media.placeholder {cfg.media.placeholder!r} is what unknown characters become: {mend}")
+    return tokenizer
 
 
 def _write(

@@ -104,7 +104,7 @@ def damage(towers, how: str):
         tokens = json.loads((folder / "tokenizer.json").read_text())
         tokens["model"]["vocab"] |= {f"word{i}": 256 + i for i in range(200)}
         (folder / "tokenizer.json").write_text(json.dumps(tokens))
-        return "the tokenizer has 300 ids, llm.vocab is 256"
+        return "the tokenizer has 456 ids, llm.vocab is 256"
     if how == "wrong family":
         (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"rope_theta": 5e5}))
         return "llm.rope_theta is 10000.0, the checkpoint has 500000.0"

@@ -17,7 +17,7 @@ from evlm_jax.tensors import Source, Tensor
 from evlm_jax.tokenizer import Tokenizer, load_tokenizer
 from evlm_jax.whole import whole
 
-UNASSIGNED = "\U00040000"  # a character that no vocabulary has
+UNASSIGNED = "\U000c0000"  # a character that no vocabulary has
 
 
 def import_towers(cfg: EVLMConfig, out: str) -> None:

@@ -82,8 +82,25 @@ def test_documents_of_pieces_are_the_whole_text(pair, template):
         assert [*document.tokens, document.targets[-1]] == theirs(whole, truncation=False, padding=False).input_ids, repr(whole)
         prompt = text.prompt(turns[:1], ((ImageRef("a.png"),),), ours, cfg)
         assert prompt.tokens.tolist() == document.tokens[: len(prompt.tokens)].tolist()
+    if template == "plain":
+        turns = (Turn("user", "Why"), Turn("assistant", "red <think>dog <late> x"))
+        document = text.encode(Sample("k", "made", (), (turns,)), ours, cfg)
+        assert [*document.tokens, document.targets[-1]] == theirs(f"Why Answer: {turns[1].text}{end}", padding=False).input_ids
     alone = text.encode(Sample("k", "made", (), ((Turn("assistant", "red dog"),),)), ours, replace(cfg))
     assert [*alone.tokens, alone.targets[-1]] == [*theirs("red dog", padding=False).input_ids, ours.eos[0]]
+
+
+def test_tokenizer_json_is_taken_at_its_word(tmp_path):
+    """LlamaTokenizer builds another vocabulary of it, for texts that begin with a space or go on behind an added token."""
+    folder = older_folder(tmp_path, "llama2")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "bos_token": "<s>"}')
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert isinstance(theirs, LlamaTokenizer)
+    same = [one for one in texts(COUNT) if one[:1] not in (" ", "▁") and "<think>" not in one and "<late>" not in one]
+    assert len(same) > COUNT // 2
+    for one in same:
+        assert [*ours.bos, *ours.encode(one)] == spelled(theirs, one), repr(one)
+    assert ours.decode(ours.encode(" a")) == " a" and theirs.decode(spelled(theirs, " a"), skip_special_tokens=True) == "a"
 
 
 @needs_asset(SMOLLM2)

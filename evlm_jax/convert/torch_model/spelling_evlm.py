@@ -23,18 +23,25 @@ class Speller:
                 setattr(inner.model, name, None)
         going_on, anew = _going_on(inner)
         self.inner, self._at = inner, {"nothing": inner, "token": inner if anew else going_on, "text": going_on}
-        special = {i: token.content for i, token in inner.get_added_tokens_decoder().items() if token.special}
-        self._never = {i for i, content in special.items() if len(content) > 1} - {_unknown(inner)}
+        added = inner.get_added_tokens_decoder().items()
+        self._never = {i for i, token in added if token.special and len(token.content) > 1} - {_unknown(inner)}
+        # Behind an added token that is text, a vocabulary that puts a space in front of a text anew does so.
+        again = {i for i, token in added if not token.special} if anew and going_on is not inner else set()
+        self._again = {"nothing": set(), "token": set(), "text": again}
 
     def __call__(self, text: str, behind: str = "nothing") -> list[int]:
         """Ids of a text that stands behind `behind`: "nothing", a special "token" or other "text"."""
         encoding = self._at[behind].encode(text, add_special_tokens=False)
-        if self._never.isdisjoint(encoding.ids):
-            return encoding.ids
+        ids, again = encoding.ids, self._again[behind]
+        if self._never.isdisjoint(ids) and again.isdisjoint(ids):
+            return ids
+        first = next(n for n, i in enumerate(ids) if i in self._never or i in again)
+        start, stop = encoding.offsets[first]
+        if ids[first] in again:
+            return ids[: first + 1] + self(text[stop:], "token")
         # The model itself has joined letters to a special token (Unigram does): it cannot where they are cut.
-        first = next(at for at, i in zip(encoding.offsets, encoding.ids) if i in self._never)
-        cut = min(first[0] + 1, len(text) - 1)
-        return self(text[:cut], behind) + self(text[cut:], "text") if cut > 0 else [i for i in encoding.ids if i not in self._never]
+        cut = min(start + 1, len(text) - 1)
+        return self(text[:cut], behind) + self(text[cut:], "text") if cut > 0 else [i for i in ids if i not in self._never]
 
 
 def _going_on(inner: Tokenizer) -> tuple[Tokenizer, bool]:

@@ -19,8 +19,9 @@ from evlm_jax.data.pipeline import batches
 from evlm_jax.evals.monitor import monitor
 from evlm_jax.mesh import Layout, make_layout
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.processes import is_first
 from evlm_jax.start import put
-from evlm_jax.tokenizer import Tokenizer, load_tokenizer
+from evlm_jax.tokenizer import Tokenizer, keep_tokenizer, load_tokenizer, source_of_run
 from evlm_jax.train import train
 
 
@@ -78,12 +79,14 @@ def train_run(
       ValueError: rows are longer than what the language model was trained on, or its vocabulary does not fit it.
     """
     paths.probe(workdir)
-    tokenizer, params, trained = vocabulary(cfg, cfg.init.llm), {}, frozenset()
+    tokenizer, params, trained = vocabulary(cfg, source_of_run(workdir, cfg.init.llm)), {}, frozenset()
     if not checkpoint.steps(workdir):
         check_length(cfg)
         params, trained = next_stage(cfg, init) if init else (load_towers(cfg), frozenset())
     features = feature_store(cfg, params or _saved_tower(workdir, resume)) if cfg.data.cache_features else None
     layout = make_layout(cfg)
+    if is_first():
+        keep_tokenizer(tokenizer, workdir)
     follow = monitor(cfg, tokenizer, features, layout)
     with contextlib.closing(batches(cfg, tokenizer, features, layout.own_pools(cfg.pools))) as data:
         return train(cfg, workdir, data, params, trained, follow, tensorboard, profile, resume)
@@ -117,4 +120,4 @@ def load_trained(workdir: str, step: int | None = None, mesh: MeshConfig | None 
     else:
         layout = make_layout(replace(cfg, mesh=mesh, train=replace(cfg.train, batch=rows, accumulate=1)))
         state = put(state, layout.frozen)
-    return Trained(nnx.merge(graphdef, state), load_tokenizer(cfg.init.llm), params, layout)
+    return Trained(nnx.merge(graphdef, state), load_tokenizer(source_of_run(workdir, cfg.init.llm)), params, layout)

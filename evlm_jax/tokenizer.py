@@ -5,18 +5,20 @@ Special tokens exist only by name (`Tokenizer.id`): no text, whatever it spells,
 """
 
 import base64
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from evlm_jax import assets
+from evlm_jax import assets, paths
 from evlm_jax.convert.torch_model.spelling_evlm import Speller
 from evlm_jax.gguf_file import read_gguf
 from evlm_jax.tokenizer_folder import MARK, in_front, no_file, put_in_front, read_folder
 
 STOP_NAMES = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "</s>")  # of the families that convert/tables.py knows
+FOLDER = "tokenizer"  # of a run
 GGUF_CONTROL, GGUF_USER = 3, 4  # token types
 QWEN_SPLIT = (  # of Qwen 1.0, and of Qwen2
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -82,6 +84,28 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         return Tokenizer(*read(file))
     except ValueError as error:
         raise ValueError(f"tokenizer: {file}: {error}") from error
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Files that `load_tokenizer` reads back, whatever the tokenizer came from."""
+    folder = paths.place(folder)
+    facts = {"tokenizer_config.json": {"eos_token": tokenizer.inner.id_to_token(tokenizer.eos[0])}}
+    facts |= {"generation_config.json": {"eos_token_id": list(tokenizer.eos)}}
+    for name, content in facts.items():
+        paths.write(folder / name, json.dumps(content, ensure_ascii=False) + "\n")
+    paths.write(folder / "tokenizer.json", tokenizer.inner.to_str())  # last: where it stands, all do
+
+
+def keep_tokenizer(tokenizer: Tokenizer, workdir: str | Path) -> None:
+    """Puts it into a run or an import, which needs the language model's own files no more."""
+    if source_of_run(workdir, "") == "":
+        save_tokenizer(tokenizer, paths.place(workdir) / FOLDER)
+
+
+def source_of_run(workdir: str | Path, source: str) -> str:
+    """Where the tokenizer of a run is: in it, or at `source`, its config's init.llm, where it is of a version that kept none."""
+    own = paths.place(workdir) / FOLDER
+    return str(own) if (own / "tokenizer.json").exists() else source
 
 
 def _from_gguf(path: Path) -> tuple[tokenizers.Tokenizer, list[int]]:

@@ -26,7 +26,7 @@ from evlm_jax.models.vit import stack_bounds
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
 from evlm_jax.ops.grouping import pair_count, plan
 from evlm_jax.run import load_trained
-from evlm_jax.tokenizer import Tokenizer, load_tokenizer
+from evlm_jax.tokenizer import Tokenizer, load_tokenizer, source_of_run
 
 
 class Example(NamedTuple):
@@ -70,7 +70,7 @@ def look(where: str) -> Side:
         cfg = checkpoint.open_params(where)[1]
         if cfg.baseline:
             raise ValueError(f"{where} is a baseline ({cfg.baseline}): compared are EVLM and language models")
-        tokenizer = load_tokenizer(cfg.init.llm)
+        tokenizer = load_tokenizer(source_of_run(where, cfg.init.llm))
         sections = {name: asdict(getattr(cfg, name)) for name in ("vit", "llm", "xattn", "moe", "media")}
         sections["media"]["image_token_id"] = tokenizer.id(cfg.media.placeholder)
         return Side(where, run_checkpoint, sections, tokenizer)

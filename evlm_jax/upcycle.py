@@ -27,6 +27,7 @@ from evlm_jax.config import EVLMConfig, MoEConfig
 from evlm_jax.models.layers import MLP
 from evlm_jax.models.moe import MoE
 from evlm_jax.tensors import Tensor, Tensors, read_all
+from evlm_jax.tokenizer import keep_tokenizer, load_tokenizer, source_of_run
 from evlm_jax.whole import whole
 
 TOKENS = 512  # of the batch that the receipt is about
@@ -144,4 +145,5 @@ def upcycle_run(source: str, cfg: EVLMConfig, out: str) -> None:
     with whole(out, plan) as folder:
         with tqdm(total=sum(tensor.size for tensor in made.values()), unit="B", unit_scale=True, desc=folder.stem) as bar:
             store = checkpoint.write_store(folder, made, bar.update)
+        keep_tokenizer(load_tokenizer(source_of_run(source, after.init.llm)), folder)
         checkpoint.write_imported(folder, after, store, {"upcycled": source}, trained)

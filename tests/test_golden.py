@@ -74,3 +74,14 @@ def test_a_step_is_readable_by_orbax_alone(golden):
         for part in ("params", "groups"):
             found = flatten_dict(reader.restore(Path("run/steps/6").absolute() / part), sep="/")
             assert {name: sha(np.asarray(array)) for name, array in sorted(found.items())} == golden[part]
+
+
+@pytest.mark.parametrize("golden", GOLDEN[:1], ids=lambda path: path.name, indirect=True)
+def test_a_run_needs_its_towers_no_more(golden):
+    """Once it has gone on for a step under this code; also to be exported."""
+    go_on = ["train", "--config", "experiment.py", "--workdir", "run"]
+    assert cli.main([*go_on, "--config.train.steps=7"]) == 0
+    shutil.rmtree("vision")
+    shutil.rmtree("llm")
+    assert cli.main([*go_on, "--config.train.steps=8"]) == 0 and checkpoint.steps("run")[-1] == 8
+    export("run", "export", "hf")

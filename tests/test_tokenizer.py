@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 
-from evlm_jax.tokenizer import QWEN_SPLIT, _byte_letters, load_tokenizer
+from evlm_jax.tokenizer import QWEN_SPLIT, _byte_letters, keep_tokenizer, load_tokenizer, source_of_run
 from tests.parity import needs_asset, needs_transformers
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -138,3 +138,15 @@ def test_damaged_tiktoken_file_is_named(tmp_path):
     (tmp_path / "qwen.tiktoken").write_text("no rank here\n")
     with pytest.raises(ValueError, match="qwen.tiktoken: not a tiktoken file"):
         load_tokenizer(tmp_path)
+
+
+@needs_asset(SMOLLM2)
+def test_a_run_keeps_its_tokenizer(tmp_path):
+    """Read back from a run's own folder it is the one that was read from GGUF; a run of a former version has none."""
+    tokenizer = load_tokenizer(SMOLLM2)
+    assert source_of_run(tmp_path, SMOLLM2) == SMOLLM2
+    keep_tokenizer(tokenizer, tmp_path)
+    kept = load_tokenizer(source_of_run(tmp_path, "elsewhere"))
+    assert (kept.eos, kept.bos, kept.specials, kept.vocab_size) == (tokenizer.eos, tokenizer.bos, tokenizer.specials, tokenizer.vocab_size)
+    for text in ("It's 2024-11-28,\n  12345 <|im_end|> \u00a0x", "\u4f60\u597d \U0001f642\u200d e\u0301", "", " ", "\ttab"):
+        assert kept.encode(text) == tokenizer.encode(text) and kept.decode(kept.encode(text)) == tokenizer.decode(tokenizer.encode(text))

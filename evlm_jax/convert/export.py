@@ -8,7 +8,7 @@ llm           the language model alone, as LlamaForCausalLM or Qwen2ForCausalLM
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from evlm_jax.convert.engine import sizes, theirs
 from evlm_jax.convert.tables import FAMILIES
 from evlm_jax.convert.torch_file import write_torch
 from evlm_jax.tensors import Tensors, write_folder
-from evlm_jax.tokenizer import Tokenizer, load_tokenizer
+from evlm_jax.tokenizer import Tokenizer, load_tokenizer, source_of_run
 from evlm_jax.whole import whole
 
 CODE = Path(__file__).parent / "torch_model"
@@ -43,6 +43,7 @@ def export(source: str, out: str, form: str, step: int | None = None) -> None:
         left behind.
     """
     tensors, cfg = checkpoint.open_params(source, step)
+    cfg = replace(cfg, init=replace(cfg.init, llm=source_of_run(source, cfg.init.llm)))
     if cfg.baseline and form != "llm":
         raise ValueError(f"{source} is a baseline ({cfg.baseline}): --format {form} knows EVLM alone; use evlm eval or evlm generate")
     with whole(out, {"source": checkpoint.identity(source, step), "form": form}) as folder:

@@ -14,7 +14,7 @@ from evlm_jax.convert.engine import Tower, open_tower
 from evlm_jax.convert.readers import open_source
 from evlm_jax.models.fresh import cross_attention_tensors, media_embedding
 from evlm_jax.tensors import Source, Tensor
-from evlm_jax.tokenizer import Tokenizer, load_tokenizer
+from evlm_jax.tokenizer import Tokenizer, keep_tokenizer, load_tokenizer
 from evlm_jax.whole import whole
 
 UNASSIGNED = "\U000c0000"  # a character that no vocabulary has
@@ -90,6 +90,7 @@ def _write(
     with whole(out, plan) as folder:
         with tqdm(total=sum(tensor.size for tensor in tensors.values()), unit="B", unit_scale=True, desc=folder.stem) as bar:
             store = checkpoint.write_store(folder, tensors, bar.update)
+        keep_tokenizer(load_tokenizer(cfg.init.llm), folder)
         checkpoint.write_imported(folder, cfg, store, origin, trained)
 
 

@@ -77,7 +77,8 @@ def place(tmp_path_factory):
     shutil.copytree(ROOT / "tests/golden/format0_dense", folder)
     shutil.copy(ROOT / "tests/golden/format0_experts/experiment.py", folder / "experts.py")
     data = {"sources": ("easy-vqa",), "weights": (1.0,), "template": "plain", "length": 600, "images": 3, "targets": 200, "pairs": 90}
-    cfg = tiny_config(init={"vision": "vision", "llm": "llm", "centre_norms": True}, data=data)
+    init = {"vision": "vision", "llm": "llm", "centre_norms": True}
+    cfg = tiny_config(init=init, data=data | {"cache_features": True}, optim={"min_lr": 1e-3})
     (folder / "ablation.py").write_text(
         f"from ml_collections import ConfigDict\ndef get_config(variant):\n    return ConfigDict({to_dict(cfg)!r})\n"
     )

@@ -67,7 +67,13 @@ def write_source(folder: Path, cfg: EVLMConfig, tower: str, family: str, prefix:
 def qwen_config(cfg: EVLMConfig) -> dict:
     """config.json of Qwen 1.0."""
     llm = cfg.llm
-    sizes_ = {"hidden_size": llm.hidden, "num_hidden_layers": llm.layers, "num_attention_heads": llm.heads, "kv_channels": llm.head_dim}
+    sizes_ = {
+        "model_type": "qwen",
+        "hidden_size": llm.hidden,
+        "num_hidden_layers": llm.layers,
+        "num_attention_heads": llm.heads,
+        "kv_channels": llm.head_dim,
+    }
     sizes_ |= {"vocab_size": llm.vocab, "intermediate_size": 2 * llm.mlp, "rotary_emb_base": llm.rope_theta, "seq_length": 2048}
     return sizes_ | {"layer_norm_epsilon": llm.eps, "tie_word_embeddings": llm.tied, "use_dynamic_ntk": True, "use_logn_attn": True}
 

@@ -216,7 +216,7 @@ def _generate(args: argparse.Namespace, _overrides: list[str]) -> None:
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="import|export|verify")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="import|export|verify|families")
     read = actions.add_parser("import", help="foreign towers, or an export of ours, to a checkpoint")
     read.add_argument("--config", required=True, help=CONFIG_HELP)
     read.add_argument("--vision", help="vision tower: an asset, a directory or a file; init.vision where left out")
@@ -234,6 +234,8 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     same.add_argument("--image", action="append", default=[], help="seen by every prompt; with --prompt, in place of the built-in ones")
     same.add_argument("--prompt", action="append", default=[], help="images stand in front of it, or at <image> markers")
     same.add_argument("--tolerance", type=argument(NonNegative), default=1e-3, help="of differences, relative to magnitudes")
+    same.add_argument("--folder-code", action="store_true", help="run the Python code of a Hugging Face directory; without it none runs")
+    actions.add_parser("families", help="which foreign models are read, and which are refused by name")
 
 
 def _convert(args: argparse.Namespace, overrides: list[str]) -> int | None:
@@ -244,7 +246,11 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> int | None:
     if args.action == "verify":
         from evlm_jax.verify import verify
 
-        return 0 if verify(args.A, args.B, args.image, args.prompt, args.tolerance) else 1
+        return 0 if verify(args.A, args.B, args.image, args.prompt, args.tolerance, args.folder_code) else 1
+    if args.action == "families":
+        from evlm_jax.convert import families
+
+        return print(families.listing(), end="")
     from evlm_jax.convert import importer
 
     towers = {"vision": args.vision, "llm": args.llm}

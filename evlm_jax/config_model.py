@@ -53,7 +53,7 @@ class ViTConfig:
 
 @dataclass(frozen=True)
 class LLMConfig:
-    """A pre-norm decoder with RMSNorm, rotary positions and a gated SiLU MLP: Llama, SmolLM2, Qwen 1.0, Qwen2."""
+    """A pre-norm decoder with RMSNorm, rotary positions and a gated SiLU MLP: Llama, SmolLM2, Mistral without a window, Qwen 1.0, Qwen2."""
 
     vocab: Positive
     hidden: Positive

@@ -8,6 +8,7 @@ that was cut off goes on with the first shard that is missing.
 import hashlib
 import json
 import math
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -25,6 +26,7 @@ BLOCK = 2**26  # bytes of one tensor that are copied, checked, hashed and writte
 TYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": ml_dtypes.bfloat16, "I64": "i8", "I32": "i4", "U8": "u1", "BOOL": "?"}
 FLOATS = {np.dtype(TYPES[name]): name for name in ("F32", "F16", "BF16")}  # what is written
 INFINITY = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}  # its bits; those of NaN are larger
+HEADER, TENSORS, AXES = 25_000_000, 2**17, 32  # bytes of a header, its entries and their axes, at most: a hostile one takes no more memory
 NAME, INDEX, HASHES = "model.safetensors", "model.safetensors.index.json", ".hashes.json"
 
 
@@ -73,27 +75,110 @@ def digest(array: np.ndarray) -> str:
 # ------------------------------------------------------------------------------------------------------------------ reading
 
 
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """An object in UTF-8, with or without a byte order mark. Raises ValueError naming the file."""
+    path = paths.place(path)
+    try:
+        read = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no valid JSON: {error}") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"{path}: must hold a JSON object, not {type(read).__name__}")
+    return read
+
+
+CONTENTS = {  # how files begin that people have under another's name
+    b"version https://git-lfs": "a Git LFS pointer, not the weights: run git lfs pull",
+    b"<": "a page of HTML or XML, not the weights: fetch it again",
+    b"PK\x03\x04": "a zip archive, as torch.save writes it",
+    b"\x80": "a pickle",
+    b"GGUF": "a GGUF file",
+    b"\x89HDF": "an HDF5 file",
+    b"\x1f\x8b": "compressed by gzip",
+    b"{": "JSON",
+}
+
+
+def content(begin: bytes) -> str:
+    """What a file is by its first bytes, in words; empty where nothing says it."""
+    if not begin:
+        return "empty: copy it again"
+    return next((what for magic, what in CONTENTS.items() if begin.startswith(magic)), "")
+
+
 def read_safetensors(path: epath.Path) -> dict[str, Tensor]:
-    """One file: 8 bytes of header length, a JSON header, then the bytes. Raises ValueError if the file is cut short."""
+    """One file: 8 bytes of header length, a JSON header, then the bytes of one tensor behind the other.
+
+    Raises:
+      ValueError: whatever the safetensors library refuses: cut short or too long, tensors that overlap, leave gaps, stand twice, or are
+        not as long as shape and dtype say; a dtype of no use; another kind of file, which is named.
+    """
     path = paths.place(path)
     size = paths.size(path)
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
-        if length > size:
-            raise ValueError(f"{path}: not a complete safetensors file; copy it again")
-        header = json.loads(file.read(length))
-    tensors = {}
-    for name, facts in header.items():
-        if name == "__metadata__":
-            continue
-        start, stop = (8 + length + offset for offset in facts["data_offsets"])
-        if stop > size:
-            raise ValueError(f"{path}: ends at byte {size}, but {name} ends at {stop}; copy it again")
-        if facts["dtype"] not in TYPES:
-            raise ValueError(f"{path}: {name} has dtype {facts['dtype']}; read are {', '.join(TYPES)}")
-        dtype, shape = np.dtype(TYPES[facts["dtype"]]), tuple(facts["shape"])
-        tensors[name] = Tensor(shape, dtype, partial(_read_array, path, dtype, shape, start))
-    return tensors
+        begin = file.read(32)
+        length = int.from_bytes(begin[:8], "little")
+        if len(begin) < 8 or length > size - 8 or begin[8:9] != b"{":
+            what = content(begin)
+            raise ValueError(f"{path} is {what}" if what else f"{path}: not a complete safetensors file; copy it again")
+        if length > HEADER:
+            raise ValueError(f"{path}: its header is {length} bytes long; read are up to {HEADER}")
+        file.seek(8)
+        text = file.read(length)
+    try:
+        header = _header_of(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged header, copy it again: {error}") from error
+    tensors, stop = {}, 0
+    header.pop("__metadata__", None)
+    found = [(name, *_facts(path, name, facts)) for name, facts in header.items()]
+    for name, dtype, shape, start, end in sorted(found, key=lambda one: one[3:]):
+        if start != stop or end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(
+                f"{path}: {name} lies at {start}..{end}, where {math.prod(shape) * dtype.itemsize} bytes behind {stop} must be"
+            )
+        stop = end
+        tensors[name] = Tensor(shape, dtype, partial(_read_array, path, dtype, shape, 8 + length + start))
+    if 8 + length + stop != size:
+        raise ValueError(f"{path}: has {size} bytes, but its tensors end at byte {8 + length + stop}; copy it again")
+    return {name: tensors[name] for name in header}
+
+
+def _header_of(text: bytes) -> dict[str, Any]:
+    """Raises ValueError for what is no JSON to the letter, a name that stands twice, metadata that are no texts, and too many entries."""
+    seen = 0
+    if minus := re.search(rb"[\[,:]\s*-0\s*[,\]}]", text):
+        _refuse(minus[0].decode())  # which Python reads as 0
+
+    def entries(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal seen
+        seen += 1
+        if max(seen, len(pairs)) > TENSORS or len(found := dict(pairs)) < len(pairs):
+            raise ValueError(f"a name stands twice, or there are more than {TENSORS} entries")
+        return found
+
+    header = json.loads(text.decode(), object_pairs_hook=entries, parse_constant=_refuse, parse_float=_refuse)
+    about = header.get("__metadata__") or {}
+    if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
+        raise ValueError("__metadata__ must hold texts")
+    "".join([*header, *about, *about.values()]).encode()  # half of a surrogate pair is no text
+    return header
+
+
+def _refuse(text: str) -> None:
+    raise ValueError(f"{text} is no whole number")
+
+
+def _facts(path: epath.Path, name: str, facts: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """Dtype, shape, start and end of an entry of the header. Raises ValueError naming the tensor."""
+    whole = lambda value: isinstance(value, list) and len(value) <= AXES and all(type(n) is int and 0 <= n < 2**63 for n in value)
+    known = isinstance(facts, dict) and facts.keys() == {"dtype", "shape", "data_offsets"}
+    if not known or not whole(facts["shape"]) or not whole(facts["data_offsets"]) or len(facts["data_offsets"]) != 2:
+        raise ValueError(f"{path}: {name} must have dtype, shape and data_offsets, in whole numbers; copy the file again")
+    if not isinstance(facts["dtype"], str) or facts["dtype"] not in TYPES:
+        kind = " (quantised weights)" if str(facts["dtype"]).startswith(("F8", "F6", "F4", "I8", "U16", "U32")) else ""
+        raise ValueError(f"{path}: {name} has dtype {facts['dtype']}{kind}; read are {', '.join(TYPES)}")
+    return np.dtype(TYPES[facts["dtype"]]), tuple(facts["shape"]), *facts["data_offsets"]
 
 
 def _read_array(path: epath.Path, dtype: np.dtype, shape: tuple[int, ...], start: int) -> np.ndarray:
@@ -103,21 +188,29 @@ def _read_array(path: epath.Path, dtype: np.dtype, shape: tuple[int, ...], start
 
 
 def read_folder(folder: epath.Path, name: str = NAME, read: Callable = read_safetensors) -> dict[str, Tensor] | None:
-    """The tensors of `folder/name` or of the shards of its index; None where neither is there.
+    """The tensors of `folder/name`, or where there is no such file of the shards of its index; None where neither is there.
+
+    A file beside an index wins, as it does in transformers.
 
     Raises:
       FileNotFoundError: a shard that the index names is missing.
-      ValueError: a tensor of the index is not in its shard.
+      ValueError: a tensor of the index is not in its shard, or a shard holds others; the index names a file outside the folder.
     """
     index = folder / f"{name}.index.json"
+    if (folder / name).exists():
+        return read(folder / name)
     if not index.exists():
-        return read(folder / name) if (folder / name).exists() else None
-    shard_of = json.loads(index.read_text())["weight_map"]
+        return None
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) and Path(shard).name == shard for shard in shard_of.values()):
+        raise ValueError(f"{index}: its weight_map must hold names of files beside it")
     if missing := sorted({shard for shard in shard_of.values() if not (folder / shard).exists()}):
         raise FileNotFoundError(f"{folder}: {index.name} names shards that are not there: {', '.join(missing)}; copy them again")
-    shards = {shard: read(folder / shard) for shard in set(shard_of.values())}
+    shards = {shard: read(folder / shard) for shard in sorted(set(shard_of.values()))}
     if lost := sorted(name for name, shard in shard_of.items() if name not in shards[shard]):
         raise ValueError(f"{folder}: not in the shard that {index.name} names: {', '.join(lost)}")
+    if more := [f"{name} in {shard}" for shard, held in shards.items() for name in held if shard_of.get(name) != shard]:
+        raise ValueError(f"{folder}: {index.name} does not name {', '.join(more[:3])} and knows of other files: copy the model again")
     return {name: shards[shard][name] for name, shard in shard_of.items()}
 
 

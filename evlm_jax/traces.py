@@ -59,9 +59,11 @@ class Side(NamedTuple):
     tokenizer: Tokenizer
 
 
-def look(where: str) -> Side:
+def look(where: str, folder_code: bool = False) -> Side:
     """What lies at `where`, read from its configuration alone.
 
+    Args:
+      folder_code: a Hugging Face directory is run by the code that it holds, instead of by transformers' own and this package's classes.
     Raises:
       FileNotFoundError: neither a checkpoint of ours nor a Hugging Face directory.
       ValueError: a model that has no logits, or an architecture that is not EVLM's; a baseline.
@@ -81,10 +83,11 @@ def look(where: str) -> Side:
     if family.name not in ("evlm", "llama"):
         raise ValueError(f"{where} holds {family.name}: compared are EVLM and language models of Llama's and Qwen2's kind")
     found = describe_source(source, family.name, prefix)
+    run = partial(run_huggingface, "" if folder_code else source.metadata["model_type"])
     if family.name == "llama":
-        return Side(where, run_huggingface, {"llm": found}, load_tokenizer(where))
+        return Side(where, run, {"llm": found}, load_tokenizer(where))
     found["media"]["image_token_id"] = source.metadata["image_token_id"]
-    return Side(where, run_huggingface, found, load_tokenizer(where))
+    return Side(where, run, found, load_tokenizer(where))
 
 
 # ------------------------------------------------------------------------------------------------------------- checkpoints
@@ -183,20 +186,29 @@ def batch_of(examples: Sequence[Example], tile: int, size: int) -> Batch:
 # ------------------------------------------------------------------------------------------------------------ Hugging Face
 
 
-def run_huggingface(side: Side, examples: Sequence[Example], llm_only: bool) -> list[Trace]:
-    """A directory that transformers loads, one example at a time.
+STOCK = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}  # of transformers
 
+
+def run_huggingface(model_type: str, side: Side, examples: Sequence[Example], llm_only: bool) -> list[Trace]:
+    """A directory, one example at a time, by the class of its model type: code in the directory does not run.
+
+    Args:
+      model_type: of STOCK, or "evlm"; empty: the class that the directory's own code defines.
     Raises:
       ImportError: torch or transformers is missing.
       ValueError: tensors that the model needs are missing, or some are left over.
     """
     try:
         import torch
-        from transformers import AutoModelForCausalLM
+        import transformers
     except ImportError as error:
         raise ImportError(f"{side.path}: running it needs PyTorch: pip install torch transformers ({error})") from error
-    how = {"trust_remote_code": True, "dtype": torch.float32, "output_loading_info": True}
-    model, loading = AutoModelForCausalLM.from_pretrained(side.path, **how)
+    how = {"trust_remote_code": not model_type, "dtype": torch.float32, "output_loading_info": True}
+    if model_type == "evlm":
+        from evlm_jax.convert.torch_model.modeling_evlm import EVLMForCausalLM as kind
+    else:
+        kind = getattr(transformers, STOCK.get(model_type, "AutoModelForCausalLM"))
+    model, loading = kind.from_pretrained(side.path, **how)
     if wrong := sorted(f"{kind.removesuffix('_keys')} {key}" for kind in ("missing_keys", "unexpected_keys") for key in loading[kind]):
         raise ValueError(f"{side.path}: tensors do not fit the model; export it again:\n  " + "\n  ".join(wrong))
     if llm_only and "xattn" in side.sections:

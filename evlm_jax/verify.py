@@ -32,16 +32,19 @@ class Difference(NamedTuple):
     parted: tuple[str, float] | None  # the first step whose relative error exceeds the tolerance, and that error
 
 
-def verify(a: str, b: str, images: Sequence[str] = (), prompts: Sequence[str] = (), tolerance: float = 1e-3) -> bool:
+def verify(
+    a: str, b: str, images: Sequence[str] = (), prompts: Sequence[str] = (), tolerance: float = 1e-3, folder_code: bool = False
+) -> bool:
     """Prints a line a prompt and a verdict; True where logits and all intermediates agree.
 
     Args:
       images: files, seen by every prompt, at its <image> markers or in front; without images and prompts, the built-in ones are taken.
       tolerance: of the logits' largest difference, by the largest logit; of intermediates as `relative`.
+      folder_code: as of traces.look.
     Raises:
       FileNotFoundError, ValueError: as traces.look; or the two differ in a field or a vocabulary, which is named.
     """
-    sides = look(a), look(b)
+    sides = look(a, folder_code), look(b, folder_code)
     check_alike(*sides)
     alone = [side.path for side in sides if "vit" not in side.sections]
     if alone and images:

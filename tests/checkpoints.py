@@ -65,8 +65,20 @@ def dinov2_directory(folder: Path, cfg: EVLMConfig, dtype: str = "float32") -> P
     folder.mkdir(parents=True, exist_ok=True)
     tensors = engine.theirs(family("dinov2"), random_tensors(whole, "vit", dtype), {})
     write_folder(folder, tensors | {"layernorm.weight": Tensor.of(np.ones(cfg.vit.width, np.float32))})
-    heads, activation = cfg.vit.heads, cfg.vit.activation
-    (folder / "config.json").write_text(json.dumps({"num_attention_heads": heads, "layer_norm_eps": cfg.vit.eps, "hidden_act": activation}))
+    vit = cfg.vit
+    config = {
+        "model_type": "dinov2_with_registers" if vit.registers else "dinov2",
+        "hidden_size": vit.width,
+        "num_hidden_layers": vit.depth,
+    }
+    config |= {
+        "num_attention_heads": vit.heads,
+        "mlp_ratio": vit.mlp / vit.width,
+        "patch_size": vit.patch,
+        "image_size": vit.pretrained_size,
+    }
+    config |= {"num_register_tokens": vit.registers} if vit.registers else {}
+    (folder / "config.json").write_text(json.dumps(config | {"layer_norm_eps": vit.eps, "hidden_act": vit.activation}))
     return folder
 
 
@@ -77,5 +89,6 @@ def llama_directory(folder: Path, cfg: EVLMConfig, dtype: str = "float32", **cha
     llm = cfg.llm
     config = {"vocab_size": llm.vocab, "hidden_size": llm.hidden, "num_hidden_layers": llm.layers, "num_attention_heads": llm.heads}
     config |= {"num_key_value_heads": llm.kv_heads, "intermediate_size": llm.mlp, "rope_theta": llm.rope_theta, "rms_norm_eps": llm.eps}
-    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": llm.tied} | changes))
+    config |= {"model_type": "qwen2" if llm.qkv_bias else "llama", "tie_word_embeddings": llm.tied, "head_dim": llm.head_dim}
+    (folder / "config.json").write_text(json.dumps(config | changes))
     return folder

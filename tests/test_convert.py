@@ -38,7 +38,14 @@ def llama_directory(folder, shapes: dict | None = None, **changes) -> Source:
     tensors = {name: shape for name, shape in (tensors | (shapes or {})).items() if shape is not None}
     rng = np.random.default_rng(0)
     save_file({name: rng.standard_normal(shape).astype(np.float32) for name, shape in tensors.items()}, folder / "model.safetensors")
-    config = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = {
+        "model_type": "llama",
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     config |= {"intermediate_size": 128, "rope_theta": 1e4, "rms_norm_eps": 1e-5, "tie_word_embeddings": True} | changes
     (folder / "config.json").write_text(json.dumps(config))
     return readers.open_source(folder)
@@ -75,20 +82,6 @@ def test_another_architecture_lists_every_field(tmp_path):
         engine.open_tower(CFG, llama_directory(tmp_path, rms_norm_eps=1e-6, rope_theta=5e5), "llm")
     assert "llm.eps is 1e-05, the checkpoint has 1e-06" in str(error.value)
     assert "llm.rope_theta is 10000.0, the checkpoint has 500000.0" in str(error.value)
-
-
-@pytest.mark.parametrize("change", [{"rope_scaling": {"rope_type": "llama3"}}, {"mlp_bias": True}, {"use_sliding_window": True}])
-def test_architectures_that_we_do_not_have_are_refused(tmp_path, change):
-    with pytest.raises(ValueError, match="which EVLM's decoder does not have"):
-        llama_directory(tmp_path, **change)
-        engine.describe(str(tmp_path))
-
-
-def test_a_missing_key_of_config_json_is_named(tmp_path):
-    llama_directory(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="config.json lacks 'num_attention_heads'"):
-        engine.describe(str(tmp_path))
 
 
 def test_language_model_as_vision_tower_is_refused(tmp_path):
@@ -159,6 +152,7 @@ def test_truncated_file_and_missing_shard(tmp_path):
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match="copy it again"):
         readers.open_source(tmp_path)
+    file.unlink()
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FileNotFoundError, match="model-00002-of-00002.safetensors"):

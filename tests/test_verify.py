@@ -1,6 +1,7 @@
 """`evlm convert verify`: equal models pass, one perturbed tensor is found at its own layer."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -77,6 +78,23 @@ def test_a_perturbed_language_model_is_found(folders, tmp_path, capsys):
     perturbed(folders / "llm", tmp_path / "llm", "model.layers.1.self_attn.k_proj.weight")
     status, lines = run(capsys, tmp_path / "llm", folders / "run")
     assert status == 1 and "first at llm/layers/1: " in lines[-1]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("form", ["hf", "llm"])
+def test_code_in_a_directory_does_not_run(folders, tmp_path, capsys, form):
+    """Not of an export, nor of a Llama that names a class of its own; only when it is asked for."""
+    shutil.copytree(folders / form, tmp_path / form)
+    ran, config = tmp_path / "ran", json.loads((tmp_path / form / "config.json").read_text())
+    names = {"AutoConfig": "harm.Config", "AutoModelForCausalLM": "harm.Model", "AutoModelForImageTextToText": "harm.Model"}
+    (tmp_path / form / "config.json").write_text(json.dumps(config | {"auto_map": names}))
+    for file in {"harm.py", *(path.name for path in (tmp_path / form).glob("*.py"))}:
+        (tmp_path / form / file).write_text(f"open({str(ran)!r}, 'w').close()\nraise SystemExit('it ran')\n")
+    status, lines = run(capsys, folders / "run", tmp_path / form)
+    assert status == 0 and lines[-1].startswith("PASS") and not ran.exists()
+    with pytest.raises(SystemExit, match="it ran"):
+        run(capsys, folders / "run", tmp_path / form, "--folder-code")
+    assert ran.exists()
 
 
 def perturbed(source, out, name):

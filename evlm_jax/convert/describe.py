@@ -1,16 +1,23 @@
 """What a foreign checkpoint says about its architecture, in the words of ViTConfig and LLMConfig."""
 
-import json
+import dataclasses
 import math
+import re
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from evlm_jax.tensors import Source
+from evlm_jax.config import LLMConfig, MediaConfig, MoEConfig, ViTConfig, XAttnConfig
+from evlm_jax.convert.families import EVA, EVA_INERT, EVA_READ, fields_of, settled
+from evlm_jax.tensors import Source, read_json
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 OPENAI = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
-ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "quick_gelu": "quick_gelu"}
+ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu"} | dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh")
+DINOV2_HEADS = {384: 6, 768: 12, 1024: 16}  # of width: S, B and L
+EVLM = {"vit": ViTConfig, "llm": LLMConfig, "xattn": XAttnConfig, "moe": MoEConfig, "media": MediaConfig}
 
 
 def describe_source(source: Source, family: str, prefix: str) -> dict:
@@ -19,126 +26,218 @@ def describe_source(source: Source, family: str, prefix: str) -> dict:
     Raises:
       ValueError: config.json is missing where it is needed, or describes something EVLM's towers do not cover.
     """
-    facts = {"dinov2": _dinov2, "clip": _clip, "siglip": _siglip, "eva02": _eva, "llama": _llama, "llama-gguf": _gguf, "qwen": _qwen}
+    facts = {"dinov2": _dinov2, "clip": _encoder, "siglip": _encoder, "eva02": _eva, "llama": _llama, "llama-gguf": _gguf, "qwen": _qwen}
     facts |= {"evlm": _evlm}
-    try:
-        return facts[family.removesuffix("-transformers5")](source, prefix)
-    except KeyError as missing:
-        raise ValueError(f"{source.path}: config.json lacks {missing}; copy it from the model's own directory") from missing
+    return facts[family.removesuffix("-transformers5")](source, prefix)
 
 
-def _vision(source: Source, prefix: str, defaults: dict, **fields) -> dict:
-    """Fields that shapes tell, and the normalisation of preprocessor_config.json."""
-    shape = lambda name: source.tensors[prefix + name].shape
-    processor = source.path / "preprocessor_config.json"
-    if processor.is_file():
-        read = json.loads(processor.read_text("utf-8"))
-        defaults = {"mean": tuple(read["image_mean"]), "std": tuple(read["image_std"])}
-    return {"patch": shape(fields.pop("kernel"))[-1], "class_token": True, **defaults, **fields}
+# ------------------------------------------------------------------------------------------------------------------ vision
+
+
+def _fields(source: Source) -> dict[str, Any]:
+    """As families.fields_of. Raises ValueError where there is no config.json: names and shapes do not tell enough."""
+    if not source.metadata:
+        raise ValueError(f"{source.path}: config.json is missing; give the model's own directory, with config.json and weights")
+    return fields_of(source.path, source.metadata)
+
+
+def _shapes(source: Source, prefix: str) -> Callable[[str, int], tuple[int, ...]]:
+    """(name, rank) -> shape. Raises ValueError for a tensor that is missing or has another rank, or a side of nothing."""
+
+    def shape(name: str, rank: int) -> tuple[int, ...]:
+        found = source.tensors[prefix + name].shape if prefix + name in source.tensors else ()
+        if len(found) != rank or 0 in found:
+            raise ValueError(f"{source.path}: {prefix + name} is missing or not of {rank} axes: {found}; copy the model again")
+        return found
+
+    return shape
+
+
+def _vision(source: Source, shape: tuple[int, ...], defaults: dict, **fields) -> dict:
+    """Fields that the patch kernel's shape tells, and the normalisation of preprocessor_config.json."""
+    processor, choices = source.path / "preprocessor_config.json", {"embed_norm": False, "registers": 0, "class_token": True}
+    if source.path.is_dir() and processor.is_file():
+        defaults = _normalisation(processor)
+    return {"patch": shape[-1], "width": shape[0], "norm": "pre", "bias": "all", **choices, **defaults, **fields}
+
+
+def _normalisation(path) -> dict:
+    """Raises ValueError for pixels that are not scaled to 0..1, or normalised by numbers that do not stand there."""
+    read = read_json(path)
+    if read.get("do_rescale", True) is not True or not math.isclose(read.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
+        raise ValueError(f"{path}: do_rescale and rescale_factor must be true and 1/255: pixels are read as 0..1")
+    if read.get("do_normalize", True) is False:
+        return {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    numbers = {ours: read.get(theirs) for ours, theirs in (("mean", "image_mean"), ("std", "image_std"))}
+    if wrong := [name for name, value in numbers.items() if not isinstance(value, list) or len(value) != 3]:
+        raise ValueError(f"{path}: image_{' and image_'.join(wrong)} must be three numbers")
+    return {name: tuple(map(float, value)) for name, value in numbers.items()}
+
+
+def _activation(source: Source, name: str) -> str:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{source.path}: config.json asks for hidden_act {name!r}; EVLM's ViT has {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def _depth(source: Source, pattern: str) -> int:
+    """One more than the highest block number."""
+    return 1 + max(int(found[1]) for found in map(re.compile(pattern).match, source.tensors) if found)
+
+
+def _agree(source: Source, **said: tuple[Any, Any]) -> None:
+    """{field: (as config.json has it, as the tensors have it)}. Raises ValueError naming the fields that differ."""
+    if wrong := [f"{name} is {a} in config.json and {b} in the tensors" for name, (a, b) in said.items() if a != b]:
+        raise ValueError(f"{source.path}: {', '.join(wrong)}; copy both from one directory")
 
 
 def _dinov2(source: Source, prefix: str) -> dict:
-    """Everything stands in the shapes, except for `eps` and the activation, which all published DINOv2 share."""
-    shape = lambda name: source.tensors[prefix + name].shape
-    config, kernel = source.metadata, "embeddings.patch_embeddings.projection.weight"
-    if config.get("use_swiglu_ffn"):
-        raise ValueError(f"{source.path}: use_swiglu_ffn (DINOv2-giant) is not covered; use DINOv2 S, B or L")
-    width, patch = shape(kernel)[0], shape(kernel)[-1]
-    registers = shape("embeddings.register_tokens")[1] if f"{prefix}embeddings.register_tokens" in source.tensors else 0
-    size = math.isqrt(shape("embeddings.position_embeddings")[1] - 1) * patch
-    depth = 1 + max(int(n.split(".layer.")[1].split(".")[0]) for n in source.tensors if n.startswith(f"{prefix}encoder.layer."))
-    choices = {"norm": "pre", "bias": "all", "layer_scale": True, "patch_bias": True, "embed_norm": False}
-    sizes = {
-        "depth": depth,
-        "width": width,
-        "heads": config.get("num_attention_heads", width // 64),
-        "mlp": shape("encoder.layer.0.mlp.fc1.bias")[0],
-    }
-    activation = ACTIVATIONS[config.get("hidden_act", "gelu")]
-    eps = config.get("layer_norm_eps", 1e-6)
-    sizes |= {"pretrained_size": size, "registers": registers, "eps": eps, "activation": activation}
-    return _vision(source, prefix, IMAGENET, kernel=kernel, **choices, **sizes)
+    """A file without config.json, as an ONNX file is, is of the published sizes: S, B or L."""
+    shape = _shapes(source, prefix)
+    kernel = shape("embeddings.patch_embeddings.projection.weight", 4)
+    (width, patch), tokens = (kernel[0], kernel[-1]), f"{prefix}embeddings.register_tokens"
+    registers = shape("embeddings.register_tokens", 3)[1] if tokens in source.tensors else 0
+    grid = math.isqrt(shape("embeddings.position_embeddings", 3)[1] - 1)
+    sizes = {"depth": _depth(source, rf"{re.escape(prefix)}encoder\.layer\.(\d+)\."), "mlp": shape("encoder.layer.0.mlp.fc1.bias", 1)[0]}
+    sizes |= {"pretrained_size": grid * patch, "registers": registers}
+    # as their own code resizes positions
+    choices = {"layer_scale": True, "patch_bias": True, "interpolation": "antialias" if registers else "bicubic"}
+    if not source.metadata:
+        if width not in DINOV2_HEADS:
+            raise ValueError(f"{source.path}: a DINOv2 of width {width} needs its config.json: widths {list(DINOV2_HEADS)} alone are known")
+        facts = {"heads": DINOV2_HEADS[width], "eps": 1e-6, "activation": "gelu"}
+        return _vision(source, kernel, IMAGENET, **choices, **sizes, **facts)
+    config = _fields(source)
+    _agree(
+        source,
+        hidden_size=(config["hidden_size"], width),
+        patch_size=(config["patch_size"], patch),
+        num_hidden_layers=(config["num_hidden_layers"], sizes["depth"]),
+        mlp_ratio=(int(config["hidden_size"] * config["mlp_ratio"]), sizes["mlp"]),
+        image_size=(config["image_size"] // patch, grid),
+        num_register_tokens=(config.get("num_register_tokens", 0), registers),
+    )
+    facts = {"heads": config["num_attention_heads"], "eps": config["layer_norm_eps"]}
+    return _vision(source, kernel, IMAGENET, **choices, **sizes, **facts, activation=_activation(source, config["hidden_act"]))
 
 
-def _huggingface_sizes(config: dict) -> dict:
-    """Of a CLIP or SigLIP vision config."""
-    sizes = {"depth": config["num_hidden_layers"], "width": config["hidden_size"], "heads": config["num_attention_heads"]}
-    sizes |= {"mlp": config["intermediate_size"], "pretrained_size": config["image_size"], "eps": config["layer_norm_eps"]}
-    return sizes | {"activation": ACTIVATIONS[config["hidden_act"]]}
-
-
-def _clip(source: Source, prefix: str) -> dict:
-    sizes = _huggingface_sizes(source.metadata.get("vision_config", source.metadata))
-    choices = {"norm": "pre", "bias": "all", "layer_scale": False, "patch_bias": False, "embed_norm": True, "registers": 0}
-    return _vision(source, prefix, OPENAI, kernel="embeddings.patch_embedding.weight", **choices, **sizes)
-
-
-def _siglip(source: Source, prefix: str) -> dict:
-    sizes = _huggingface_sizes(source.metadata.get("vision_config", source.metadata))
-    choices = {"norm": "pre", "bias": "all", "layer_scale": False, "patch_bias": True, "embed_norm": False, "registers": 0}
-    return _vision(source, prefix, HALF, kernel="embeddings.patch_embedding.weight", class_token=False, **choices, **sizes)
+def _encoder(source: Source, prefix: str) -> dict:
+    """CLIP and SigLIP. The position table tells the trained size: 27 x 27 patches of 14 pixels read 378 of SigLIP's 384."""
+    shape = _shapes(source, prefix)
+    config, kernel = _fields(source), shape("embeddings.patch_embedding.weight", 4)
+    clip, patch = f"{prefix}embeddings.class_embedding" in source.tensors, kernel[-1]
+    grid = math.isqrt(shape("embeddings.position_embedding.weight", 2)[0] - clip)
+    depth = _depth(source, rf"{re.escape(prefix)}encoder\.layers\.(\d+)\.")
+    _agree(
+        source,
+        hidden_size=(config["hidden_size"], kernel[0]),
+        patch_size=(config["patch_size"], patch),
+        num_hidden_layers=(config["num_hidden_layers"], depth),
+        image_size=(config["image_size"] // patch, grid),
+    )
+    sizes = {"depth": depth, "heads": config["num_attention_heads"], "mlp": config["intermediate_size"]}
+    sizes |= {"pretrained_size": grid * patch, "eps": config["layer_norm_eps"], "activation": _activation(source, config["hidden_act"])}
+    choices = {"layer_scale": False, "patch_bias": not clip, "embed_norm": clip, "class_token": clip, "interpolation": "bicubic"}
+    return _vision(source, kernel, OPENAI if clip else HALF, **choices, **sizes)
 
 
 def _eva(source: Source, prefix: str) -> dict:
-    """Everything stands in the shapes but the heads: those of the published E sizes, or as `vision_cfg` of a config.json says."""
-    shape = lambda name: source.tensors[prefix + name].shape
-    width, patch = shape("patch_embed.proj.weight")[0], shape("patch_embed.proj.weight")[-1]
-    config = source.metadata.get("vision_cfg", {"postnorm": True} | ({"head_width": 112} if width == 1792 else {}))
-    if not config.get("postnorm") or config.get("rope") or config.get("naiveswiglu") or config.get("subln"):
-        raise ValueError(f"{source.path}: only the E size of EVA02-CLIP (postnorm, no rope, no swiglu, no subln) is covered")
-    choices = {"norm": "res_post", "bias": "qv", "layer_scale": False, "patch_bias": True, "embed_norm": False, "registers": 0}
-    depth = 1 + max(int(name.removeprefix(prefix).split(".")[1]) for name in source.tensors if name.startswith(f"{prefix}blocks."))
-    sizes = {"depth": depth, "width": width, "heads": width // config["head_width"], "mlp": shape("blocks.0.mlp.fc1.bias")[0]}
-    size = math.isqrt(shape("pos_embed")[1] - 1) * patch
-    sizes |= {"pretrained_size": size, "eps": 1e-6, "activation": "gelu"}
-    return _vision(source, prefix, OPENAI, kernel="patch_embed.proj.weight", **choices, **sizes)
+    """Heads are those of the published E sizes, or as `vision_cfg` of a config.json says; all else stands in the shapes.
+
+    No `interpolation`: the EVA repository and timm resize the positions of the same weights each in its own way.
+    """
+    shape, config = _shapes(source, prefix), source.metadata
+    kernel = shape("patch_embed.proj.weight", 4)
+    width, patch, grid = kernel[0], kernel[-1], math.isqrt(shape("pos_embed", 3)[1] - 1)
+    depth = _depth(source, rf"{re.escape(prefix)}blocks\.(\d+)\.")
+    if "vision_cfg" in config:
+        found = settled(source.path, "vision_cfg of config.json", config["vision_cfg"], EVA_READ, EVA, EVA_INERT)
+        _agree(source, width=(found["width"], width), layers=(found["layers"], depth), patch_size=(found["patch_size"], patch))
+    elif width == 1792 and config.get("architecture", "eva02_enormous").startswith("eva02_enormous"):
+        found = {"head_width": 112}
+    else:
+        raise ValueError(f"{source.path}: only the E size of EVA02-CLIP is known without a vision_cfg in config.json")
+    pixels = config.get("pretrained_cfg", {})
+    defaults = {name: tuple(pixels.get(name, value)) for name, value in OPENAI.items()}
+    sizes = {"depth": depth, "heads": width // found["head_width"], "mlp": shape("blocks.0.mlp.fc1.bias", 1)[0]}
+    sizes |= {"pretrained_size": grid * patch, "eps": 1e-6, "activation": "gelu"}
+    choices = {"norm": "res_post", "bias": "qv", "layer_scale": False, "patch_bias": True}
+    return _vision(source, kernel, defaults, **choices, **sizes)
+
+
+# --------------------------------------------------------------------------------------------------------- language models
 
 
 def _llama(source: Source, prefix: str) -> dict:
-    """Llama, SmolLM2, Qwen2."""
-    config = source.metadata
-    rope = config.get("rope_parameters") or config
-    scaling = rope.get("rope_type", "default") if rope is not config else (config.get("rope_scaling") or {}).get("rope_type", "default")
-    unsupported = {
-        "rope_type": scaling != "default",
-        "mlp_bias": config.get("mlp_bias"),
-        "use_sliding_window": config.get("use_sliding_window"),
-    }
-    if wrong := [key for key, value in unsupported.items() if value]:
-        raise ValueError(f"{source.path}: config.json asks for {', '.join(wrong)}, which EVLM's decoder does not have")
+    """Llama, SmolLM2, Mistral without a window, Qwen2."""
+    config = _fields(source)
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     return {
         "vocab": config["vocab_size"],
         "hidden": hidden,
         "layers": config["num_hidden_layers"],
         "heads": heads,
-        "kv_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or hidden // heads,
+        "kv_heads": config["num_key_value_heads"] or heads,
+        "head_dim": config["head_dim"] or hidden // heads,
         "mlp": config["intermediate_size"],
-        "rope_theta": float(rope.get("rope_theta", 10000.0)),
-        "eps": config["rms_norm_eps"],
-        "qkv_bias": f"{prefix}model.layers.0.self_attn.q_proj.bias" in source.tensors,
-        "tied": config.get("tie_word_embeddings", False),
+        "rope_theta": config["rope_theta"],
+        "eps": float(config["rms_norm_eps"]),
+        "qkv_bias": source.metadata["model_type"] == "qwen2",
+        "tied": config["tie_word_embeddings"],
         "dynamic_ntk": 0,
         "logn": 0,
     }
 
 
+GGUF_READ = {  # key behind "llama.": llama.cpp's default, where it has one
+    name: None for name in "embedding_length block_count feed_forward_length attention.head_count attention.layer_norm_rms_epsilon".split()
+}
+GGUF_READ |= {"attention.head_count_kv": 0, "attention.key_length": 0, "attention.value_length": 0, "rope.dimension_count": 0}
+GGUF_READ |= {"rope.freq_base": 10000.0, "vocab_size": 0}
+GGUF_FIXED = {  # values with which llama.cpp computes what EVLM's decoder does
+    "rope.scaling.type": {"none", "linear"},
+    "rope.scaling.factor": {0, 1},
+    "rope.scale_linear": {0, 1},
+    "rope.scaling.attn_factor": {0, 1},
+    "expert_count": {0},
+    "expert_used_count": {0},
+    "attention.sliding_window": {0},
+    "attention.causal": {True},
+    "tensor_data_layout": {"Meta AI original pth"},
+    "use_parallel_residual": {False},
+}
+GGUF_INERT = {"context_length", "rope.scaling.original_context_length", "rope.scaling.finetuned"}
+
+
 def _gguf(source: Source, prefix: str) -> dict:
-    if source.metadata["general.architecture"] != "llama":
-        raise ValueError(f"{source.path}: GGUF of architecture {source.metadata['general.architecture']!r}; read is 'llama'")
-    config = {key.removeprefix("llama."): value for key, value in source.metadata.items()}
-    heads, hidden = config["attention.head_count"], config["embedding_length"]
+    """llama.cpp's architecture "llama". Keys of other namespaces (general, tokenizer) say nothing about the function."""
+    config = {key.removeprefix("llama."): value for key, value in source.metadata.items() if key.startswith("llama.")}
+    if lacks := [f"llama.{key}" for key, default in GGUF_READ.items() if default is None and key not in config]:
+        raise ValueError(f"{source.path}: the GGUF file lacks {', '.join(lacks)}; convert the model again")
+    values = {key: config.get(key, default) for key, default in GGUF_READ.items()}
+    uniform = lambda value: len(value) and (value == value[0]).all() if isinstance(value, np.ndarray) else True
+    values = {key: value[0].item() if isinstance(value, np.ndarray) and uniform(value) else value for key, value in values.items()}
+    wrong = [key for key, allowed in GGUF_FIXED.items() if key in config and not (np.isscalar(config[key]) and config[key] in allowed)]
+    wrong += [key for key in config if key not in GGUF_READ.keys() | GGUF_FIXED.keys() | GGUF_INERT]
+    wrong += [key for key, value in values.items() if type(value) not in (int, float) or value < 0]
+    if wrong:
+        said = ", ".join(f"llama.{key} {config[key]!r}" for key in sorted(wrong))
+        raise ValueError(f"{source.path}: the GGUF file asks for {said}, which is not understood or not EVLM's")
+    heads, hidden = values["attention.head_count"], values["embedding_length"]
+    vocab, head_dim = _shapes(source, prefix)("token_embd.weight", 2)[0], values["attention.key_length"] or hidden // max(heads, 1)
+    same = {"attention.value_length": head_dim, "rope.dimension_count": head_dim, "vocab_size": vocab}
+    if wrong := [f"llama.{key} is {values[key]}, not {ours}" for key, ours in same.items() if values[key] not in (0, ours)]:
+        raise ValueError(f"{source.path}: {', '.join(wrong)}, which EVLM's decoder does not have")
     return {
-        "vocab": source.tensors["token_embd.weight"].shape[0],
+        "vocab": vocab,
         "hidden": hidden,
-        "layers": config["block_count"],
+        "layers": values["block_count"],
         "heads": heads,
-        "kv_heads": config["attention.head_count_kv"],
-        "head_dim": config.get("attention.key_length", hidden // heads),
-        "mlp": config["feed_forward_length"],
-        "rope_theta": float(config["rope.freq_base"]),
-        "eps": float(str(np.float32(config["attention.layer_norm_rms_epsilon"]))),  # stored as float32
+        "kv_heads": values["attention.head_count_kv"] or heads,
+        "head_dim": head_dim,
+        "mlp": values["feed_forward_length"],
+        "rope_theta": float(values["rope.freq_base"]),
+        "eps": float(str(np.float32(values["attention.layer_norm_rms_epsilon"]))),  # stored as float32
         "qkv_bias": False,
         "tied": "output.weight" not in source.tensors,
         "dynamic_ntk": 0,
@@ -148,7 +247,7 @@ def _gguf(source: Source, prefix: str) -> dict:
 
 def _qwen(source: Source, prefix: str) -> dict:
     """Qwen 1.0's `intermediate_size` counts both halves of the gated MLP."""
-    config = source.metadata
+    config = _fields(source)
     return {
         "vocab": config["vocab_size"],
         "hidden": config["hidden_size"],
@@ -169,4 +268,10 @@ def _qwen(source: Source, prefix: str) -> dict:
 def _evlm(source: Source, prefix: str) -> dict:
     """An export of ours says it in our own words; by section of EVLMConfig."""
     fixed = lambda value: tuple(value) if isinstance(value, list) else value
-    return {name: {key: fixed(value) for key, value in source.metadata[name].items()} for name in ("vit", "llm", "xattn", "moe", "media")}
+    sections = {name: source.metadata.get(name) for name in EVLM}
+    if wrong := [name for name, section in sections.items() if not isinstance(section, dict)]:
+        raise ValueError(f"{source.path}: config.json lacks {', '.join(wrong)}; export the model again")
+    known = {name: {field.name for field in dataclasses.fields(kind)} for name, kind in EVLM.items()}
+    if wrong := [f"{name}.{key}" for name, section in sections.items() for key in section if key not in known[name]]:
+        raise ValueError(f"{source.path}: config.json has {', '.join(wrong)}, which this version does not know")
+    return {name: {key: fixed(value) for key, value in section.items()} for name, section in sections.items()}

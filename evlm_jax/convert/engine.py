@@ -7,7 +7,7 @@ does not fit, with every name. Only then are tensors read, one at a time, when t
 import functools
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import einops
@@ -18,6 +18,8 @@ from flax import nnx
 from evlm_jax import assets
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.describe import describe_source
+from evlm_jax.convert.families import kind_of
+from evlm_jax.convert.inert import check_dropped
 from evlm_jax.convert.interpolate import resize_positions
 from evlm_jax.convert.readers import open_source
 from evlm_jax.convert.tables import FAMILIES, Family, Row
@@ -68,23 +70,29 @@ class Tower(NamedTuple):
     family: str
     tensors: dict[str, Tensor]  # by canonical name
     dropped: list[str]  # foreign names without a place in EVLM, on purpose
+    prefix: str  # in front of its names, taken off
 
 
 def open_tower(cfg: EVLMConfig, source: Source, tower: str) -> Tower:
-    """The part `tower` of the model: "vit" | "llm" | "evlm". Raises ValueError as load_towers; reads nothing."""
+    """The part `tower` of the model: "vit" | "llm" | "evlm". Raises ValueError as load_towers.
+
+    Reads nothing but what it drops, where that may say something.
+    """
     family, prefix = recognise(source)
     if family.tower != tower:
         raise ValueError(f"{source.path} holds {family.name}, which is no {tower}; check init.vision and init.llm")
-    check_fields(cfg, source, describe_source(source, family.name, prefix), tower)
+    facts = describe_source(source, family.name, prefix)
+    check_fields(cfg, source, facts, tower)
     expected = {name: shape for name, shape in parameter_shapes(cfg).items() if tower == "evlm" or name.startswith(f"{tower}/")}
     steps, dropped = plan(source, family, prefix, expected)
+    check_dropped(source, family, prefix, dropped, facts)
     log.info("%s: %s, %d tensors read, %d dropped on purpose: %s", source.path, family.name, len(steps), len(dropped), ", ".join(dropped))
     tensors = ours(source, steps, sizes(cfg, tower))
     if tower == "vit":
         tensors["vit/pos"] = _resized(cfg, tensors["vit/pos"])
     if wrong := [f"{n} {tensors[n].shape}, the config needs {shape}" for n, shape in expected.items() if tensors[n].shape != shape]:
         raise ValueError(f"{source.path}: shapes do not fit:\n  " + "\n  ".join(wrong))
-    return Tower(family.name, tensors, dropped)
+    return Tower(family.name, tensors, dropped, prefix)
 
 
 def check_fields(cfg: EVLMConfig, source: Source, stored: dict, tower: str) -> None:
@@ -107,15 +115,46 @@ def _resized(cfg: EVLMConfig, table: Tensor) -> Tensor:
     return Tensor(shape, table.dtype, lambda: resize_positions(table.read(), stored, vit.grid, vit.interpolation))
 
 
+WRAPPERS = ("_orig_mod.", "module.", "model.")  # torch.compile, DistributedDataParallel, Lightning
+QUANTISED = re.compile(r".*\.(qweight|qzeros|g_idx|weight_scale(_inv)?|weight_packed|absmax|quant_map|quant_state\..*|SCB|scales)")
+LARGER = ("language_model.", "model.language_model.", "vision_tower.", "model.vision_tower.", "thinker.", "base_model.model.")
+
+
 def recognise(source: Source) -> tuple[Family, str]:
-    """The one family, and the prefix of its names, whose signature tensor is there. Raises ValueError if none or several fit."""
-    found = [(family, prefix) for family in FAMILIES for prefix in family.prefixes if prefix + family.signature in source.tensors]
+    """The one family, and the prefix of its names, whose signature tensor is there and which config.json, if it is there, agrees with.
+
+    Raises:
+      ValueError: none or several fit; config.json says a model type that is not read, or another one; the weights are quantised.
+    """
+    kind = kind_of(source.path, source.metadata)
+    if name := next(filter(QUANTISED.fullmatch, source.tensors), None):
+        raise ValueError(f"{source.path}: {name} belongs to quantised weights: give the model in bfloat16, float16 or float32")
+    found = next(filter(None, (_fitting(source, wrapper) for wrapper in _wrappers(source))), [])
     if len(found) != 1:
         names = ", ".join(f"{family.name} (as {prefix!r})" for family, prefix in found) or "none of " + ", ".join(f.name for f in FAMILIES)
-        raise ValueError(
-            f"{source.path}: cannot tell the family from the names: {names}; first names are {', '.join(list(source.tensors)[:3])}"
-        )
-    return found[0]
+        larger = [part for part in LARGER if any(name.startswith(part) for name in source.tensors)]
+        hint = f"; {' and '.join(larger)} are parts of a larger model or an adapter: save the part alone, merged" if larger else ""
+        first = ", ".join(list(source.tensors)[:3])
+        raise ValueError(f"{source.path}: cannot tell the family from the names: {names}; first names are {first}{hint}")
+    family, prefix = found[0]
+    if kind and kind.family != family.name.removesuffix("-transformers5"):
+        raise ValueError(f"{source.path} says that it holds {kind.family}, the names of its tensors are {family.name}'s")
+    return family, prefix
+
+
+def _fitting(source: Source, wrapper: str) -> list[tuple[Family, str]]:
+    """Families, and what stands before their names, with `wrapper` in front of it."""
+    every = [(family, wrapper + prefix) for family in FAMILIES for prefix in family.prefixes]
+    return [(family, prefix) for family, prefix in every if prefix + family.signature in source.tensors]
+
+
+def _wrappers(source: Source) -> Iterator[str]:
+    """Prefixes by wrappers that all names have, from none to the longest."""
+    wrapper = ""
+    while wrapper is not None:
+        yield wrapper
+        longer = [wrapper + one for one in WRAPPERS]
+        wrapper = next((one for one in longer if source.tensors and all(name.startswith(one) for name in source.tensors)), None)
 
 
 def plan(source: Source, family: Family, prefix: str, expected: Shapes) -> tuple[list[Step], list[str]]:

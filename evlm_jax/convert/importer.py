@@ -84,7 +84,9 @@ def _write(
     tensors = {name: tensor for tower in towers.values() for name, tensor in tower.tensors.items()} | new
     origin = {tower: _origin(cfg, tower, sources[tower], found) for tower, found in towers.items()}
     for tower, about in origin.items():
-        print(f"{tower}: {about['family']} from {about['path']}, positions {about['positions']}, {len(about['dropped'])} tensors dropped")
+        prefix = f", prefix {about['prefix']} taken off" if about["prefix"] else ""
+        dropped = f"{len(about['dropped'])} tensors dropped"
+        print(f"{tower}: {about['family']} from {about['path']}{prefix}, positions {about['positions']}, {dropped}")
         print("".join(f"  dropped on purpose: {name}\n" for name in about["dropped"]), end="", flush=True)
     plan = {"config": to_dict(cfg), "files": {str(p): [p.stat().st_size, p.stat().st_mtime] for s in sources.values() for p in _files(s)}}
     with whole(out, plan) as folder:
@@ -99,7 +101,8 @@ def _origin(cfg: EVLMConfig, tower: str, source: Source, found: Tower) -> dict:
     stored = cfg.vit.pretrained_size // cfg.vit.patch
     resized = f"{stored}x{stored} -> {cfg.vit.grid}x{cfg.vit.grid} by {cfg.vit.interpolation}"
     changed = tower == "vit" and stored != cfg.vit.grid
-    return {"path": str(source.path), "family": found.family, "positions": resized if changed else "as stored", "dropped": found.dropped}
+    about = {"path": str(source.path), "family": found.family, "prefix": found.prefix, "dropped": found.dropped}
+    return about | {"positions": resized if changed else "as stored"}
 
 
 def _files(source: Source) -> list[Path]:

@@ -1,10 +1,8 @@
 """Foreign checkpoint files as named tensors that are read one at a time.
 
-Every reader returns a `Source`: the file's own metadata, and a `Tensor` by name. Opening a source reads headers only (except ONNX,
-which is one protobuf message).
+Every reader returns a `Source`: the file's own metadata, and a `Tensor` by name. Opening a source reads headers only.
 """
 
-import json
 import pickle
 from pathlib import Path
 
@@ -12,7 +10,10 @@ import ml_dtypes
 import numpy as np
 
 from evlm_jax.gguf_file import read_gguf
-from evlm_jax.tensors import NAME, Source, Tensor, read_folder, read_safetensors
+from evlm_jax.onnx_file import read_onnx
+from evlm_jax.tensors import NAME, Source, Tensor, content, read_folder, read_json, read_safetensors
+
+HOLDERS = ("state_dict", "model", "module", "model_state_dict")  # keys of training checkpoints under which the weights are
 
 
 def open_source(path: Path) -> Source:
@@ -31,10 +32,14 @@ def read_directory(folder: Path) -> Source:
 
     Raises:
       FileNotFoundError: no weights, or a shard that the index names is missing.
-      ValueError: a tensor of the index is not in its shard.
+      ValueError: an adapter; a tensor of the index is not in its shard.
     """
-    config = folder / "config.json"
-    metadata = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+    config, adapter = folder / "config.json", folder / "adapter_config.json"
+    if adapter.is_file():
+        about = read_json(adapter)
+        kind, base = about.get("peft_type", "PEFT"), about.get("base_model_name_or_path", "its base model")
+        raise ValueError(f"{folder} holds an adapter ({kind} of {base}): merge it (merge_and_unload) and save the whole model")
+    metadata = read_json(config) if config.is_file() else {}
     for name, read in ((NAME, read_safetensors), ("pytorch_model.bin", lambda path: read_torch(path).tensors)):
         if (tensors := read_folder(folder, name, read)) is not None:
             return Source(folder, metadata, tensors)
@@ -42,62 +47,52 @@ def read_directory(folder: Path) -> Source:
 
 
 def read_torch(path: Path) -> Source:
-    """PyTorch's own format; a state dict, or one under "state_dict", "model" or "module". torch tells where each tensor lies in the file.
+    """PyTorch's own format; a state dict, or one under a key of HOLDERS. torch tells where each tensor lies in the file.
 
     Raises:
       ImportError: torch is not installed.
-      ValueError: damaged, or a pickle that holds more than tensors: it could run code, and is not read; or of before PyTorch 1.6.
+      ValueError: no state dict; damaged, or a pickle that holds more than tensors: it could run code, and is not read; or of before
+        PyTorch 1.6; another kind of file, which is named.
     """
     try:
         import torch
         from torch._subclasses.fake_tensor import FakeTensorMode
     except ImportError as error:
         raise ImportError(f"{path}: PyTorch's format needs torch: pip install torch, or give the same weights as safetensors") from error
+    with open(path, "rb") as file:
+        begin = file.read(32)
+    if not begin.startswith((b"PK", b"\x80")) and (what := content(begin)):
+        raise ValueError(f"{path} is {what}")
     try:
         with FakeTensorMode():  # no tensor is read
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path}: damaged, or holds more than tensors; copy it again, or ask for safetensors ({error})") from error
-    for key in ("state_dict", "model", "module"):
-        state = state[key] if isinstance(state.get(key), dict) else state
-
-    def promise(name: str, tensor) -> Tensor:
-        kind = str(tensor.dtype).removeprefix("torch.")
-        dtype, strides = np.dtype(getattr(ml_dtypes, kind, kind)), tensor.stride()
-        if (start := getattr(tensor.untyped_storage(), "_checkpoint_offset", None)) is None:
-            raise ValueError(f"{path}: {name} is in the format of before PyTorch 1.6: load and save the file with a newer torch")
-
-        def read() -> np.ndarray:
-            count = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides)) if tensor.numel() else 0
-            flat = np.fromfile(path, dtype, count, offset=start + tensor.storage_offset() * dtype.itemsize)
-            return np.lib.stride_tricks.as_strided(flat, tuple(tensor.shape), [stride * dtype.itemsize for stride in strides])
-
-        return Tensor(tuple(tensor.shape), dtype, read)
-
-    return Source(path, {}, {name: promise(name, tensor) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)})
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: damaged, or holds more than tensors; copy it again, or ask for safetensors ({why})") from error
+    for key in HOLDERS:
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, no state dict: save model.state_dict()")
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors, but {', '.join(map(str, list(state)[:5])) or 'nothing'}: save model.state_dict()")
+    return Source(path, {}, {str(name): _promise(path, str(name), tensor) for name, tensor in tensors.items()})
 
 
-def read_onnx(path: Path) -> Source:
-    """The weights of a PyTorch export, by their module names.
+def _promise(path: Path, name: str, tensor) -> Tensor:
+    """A tensor of a PyTorch file that is read later. Raises ValueError for a layout or a dtype that weights do not have."""
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if tensor.layout.__repr__() != "torch.strided" or kind.startswith(("q", "bits", "complex")):
+        raise ValueError(f"{path}: {name} is {tensor.layout} {tensor.dtype}: save plain tensors of float32, bfloat16 or float16")
+    dtype, strides = np.dtype(getattr(ml_dtypes, kind, kind)), tensor.stride()
+    if (start := getattr(tensor.untyped_storage(), "_checkpoint_offset", None)) is None:
+        raise ValueError(f"{path}: {name} is in the format of before PyTorch 1.6: load and save the file with a newer torch")
 
-    The exporter keeps the names of biases and norms, hides linear weights (transposed) in MatMul nodes that are named after
-    the module, and folds DINOv2's position table into two unnamed constants: class row and patch rows.
-    """
-    import onnx
+    def read() -> np.ndarray:
+        count = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides)) if tensor.numel() else 0
+        flat = np.fromfile(path, dtype, count, offset=start + tensor.storage_offset() * dtype.itemsize)
+        if flat.size != count:
+            raise ValueError(f"{path}: {name} reaches beyond the end of the file; copy it again")
+        return np.lib.stride_tricks.as_strided(flat, tuple(tensor.shape), [stride * dtype.itemsize for stride in strides])
 
-    graph = onnx.load(path).graph
-    array, dtype = onnx.numpy_helper.to_array, lambda t: onnx.helper.tensor_dtype_to_np_dtype(t.data_type)
-    constants = {t.name: t for t in graph.initializer}
-    tensors = {
-        name: Tensor(tuple(t.dims), dtype(t), lambda t=t: array(t)) for name, t in constants.items() if not name.startswith("onnx::")
-    }
-    for node in graph.node:
-        if node.op_type == "MatMul" and (t := constants.pop(node.input[1], None)) is not None:
-            name = node.name.strip("/").removesuffix("/MatMul").replace("/", ".") + ".weight"
-            tensors[name] = Tensor(tuple(t.dims)[::-1], dtype(t), lambda t=t: array(t).T)
-    folded = [t for name, t in constants.items() if name.startswith("onnx::") and len(t.dims) == 3]
-    if len(folded) == 2:
-        shape = (1, sum(t.dims[1] for t in folded), folded[0].dims[2])
-        positions = Tensor(shape, dtype(folded[0]), lambda: np.concatenate([array(t) for t in folded], 1))
-        tensors["backbone.embeddings.position_embeddings"] = positions
-    return Source(path, {}, tensors)
+    return Tensor(tuple(tensor.shape), dtype, read)

@@ -6,9 +6,11 @@ runs over the paths. Axis lengths that a pattern cannot know (`heads`, `kv_heads
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 LINEAR = "o i -> i o"
+UNUSED = ""  # a part of the model that no tap depends on: dropped whatever its values
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Family:
     signature: str
     rows: tuple[Row, ...]
     prefixes: tuple[str, ...] = ("",)
-    drop: tuple[str, ...] = ()  # patterns of foreign names (after the prefix) without a place in EVLM
+    drop: Mapping[str, str] = field(default_factory=dict)  # patterns of names (after the prefix) without a place in EVLM: rule of inert.py
     drop_outside: bool = False  # other parts of a larger model, without the prefix, are dropped too
 
 
@@ -79,7 +81,7 @@ def _dinov2(name: str, qkv: dict[str, str], out: str) -> Family:
         _row(f"{foreign}.layer_scale2.lambda1", f"{path}/scale2"),
     )
     signature = f"{foreign}.{qkv['q']}.weight".format(0)
-    drop = (r"embeddings\.mask_token", r"layernorm\.(weight|bias)")
+    drop = dict.fromkeys((r"embeddings\.mask_token", r"layernorm\.(weight|bias)"), UNUSED)
     return Family(name, "vit", signature, rows, ("", "dinov2.", "dinov2_with_registers.", "backbone."), drop, drop_outside=True)
 
 
@@ -105,7 +107,7 @@ def _clip() -> Family:
         *_norm("pre_layrnorm", "vit/embed_norm"),
         *_huggingface_encoder(),
     )
-    drop = (r"post_layernorm\.(weight|bias)", r"embeddings\.position_ids")
+    drop = {r"post_layernorm\.(weight|bias)": UNUSED, r"embeddings\.position_ids": "positions"}
     return Family("clip", "vit", "embeddings.class_embedding", rows, ("", "vision_model."), drop, drop_outside=True)
 
 
@@ -116,7 +118,7 @@ def _siglip() -> Family:
         *_patch("embeddings.patch_embedding"),
         *_huggingface_encoder(),
     )
-    drop = (r"post_layernorm\.(weight|bias)", r"embeddings\.position_ids", r"head\..*")
+    drop = {r"post_layernorm\.(weight|bias)": UNUSED, r"embeddings\.position_ids": "positions", r"head\..*": UNUSED}
     return Family("siglip", "vit", "embeddings.patch_embedding.bias", rows, ("", "vision_model."), drop, drop_outside=True)
 
 
@@ -136,7 +138,7 @@ def _eva() -> Family:
         *_linear(f"{foreign}.mlp.fc1", f"{path}/mlp/fc1"),
         *_linear(f"{foreign}.mlp.fc2", f"{path}/mlp/fc2"),
     )
-    drop = (r"norm\.(weight|bias)", r"head\.(weight|bias)")
+    drop = dict.fromkeys((r"norm\.(weight|bias)", r"head\.(weight|bias)"), UNUSED)
     return Family("eva02", "vit", "blocks.0.attn.q_bias", rows, ("", "visual.", "visual.trunk."), drop, drop_outside=True)
 
 
@@ -155,7 +157,7 @@ def _llama() -> Family:
         _row("model.norm.weight", "llm/ln_f/scale"),
         _row("lm_head.weight", "llm/head/kernel", LINEAR),
     )
-    drop = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight")  # the head where it is tied, but saved
+    drop = {r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "frequencies", r"lm_head\.weight": "tied"}
     return Family("llama", "llm", "model.layers.0.self_attn.q_proj.weight", rows, drop=drop)
 
 
@@ -173,7 +175,7 @@ def _llama_gguf() -> Family:
         _row("output_norm.weight", "llm/ln_f/scale"),
         _row("output.weight", "llm/head/kernel", LINEAR),
     )
-    return Family("llama-gguf", "llm", "blk.0.attn_q.weight", rows, drop=(r"rope_freqs\.weight",))
+    return Family("llama-gguf", "llm", "blk.0.attn_q.weight", rows, drop={r"rope_freqs\.weight": "ones"})
 
 
 def _qwen() -> Family:
@@ -190,7 +192,8 @@ def _qwen() -> Family:
         _row("transformer.ln_f.weight", "llm/ln_f/scale"),
         _row("lm_head.weight", "llm/head/kernel", LINEAR),
     )
-    drop = (r"transformer\.rotary_emb\.inv_freq", r"transformer\.h\.\d+\.attn\.(masked_bias|bias|rotary_emb\.inv_freq)")
+    drop = {r"transformer\.(h\.\d+\.attn\.)?rotary_emb\.inv_freq": "frequencies", r"transformer\.h\.\d+\.attn\.bias": "causal"}
+    drop |= {r"transformer\.h\.\d+\.attn\.masked_bias": "masked", r"lm_head\.weight": "tied"}
     return Family("qwen", "llm", "transformer.h.0.attn.c_attn.weight", rows, drop=drop)
 
 

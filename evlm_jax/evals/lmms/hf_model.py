@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoProcessor
 
+from evlm_jax.convert.torch_model.modeling_evlm import EVLMForCausalLM
+from evlm_jax.convert.torch_model.processing_evlm import EVLMProcessor
 from evlm_jax.data import video
 from evlm_jax.data.samples import MARKER, ImageRef
 from evlm_jax.evals.answer import prompt_text
@@ -16,14 +17,14 @@ VIDEO = "<video>"  # the processor's mark
 
 
 class EvlmHf(Requests):
-    """`--model evlm_hf --model_args pretrained=DIR,frames=16`. The directory's own code is run."""
+    """`--model evlm_hf --model_args pretrained=DIR,frames=16`. Run by this package's classes, not by the directory's own code."""
 
     def __init__(self, pretrained: str, frames: int = 16, batch_size: int | str = 1, device: str | None = None, max_batch_size=None):
         """`max_batch_size` is lmms-eval's and stays unused."""
         super().__init__(frames, batch_size)
         self.place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.net = AutoModelForCausalLM.from_pretrained(pretrained, trust_remote_code=True).to(self.place).eval()
-        self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=True)
+        self.net = EVLMForCausalLM.from_pretrained(pretrained).to(self.place).eval()
+        self.processor = EVLMProcessor.from_pretrained(pretrained)
 
     def answer(self, questions: Sequence[Question], tokens: int, temperature: float, top_p: float) -> list[str]:
         """As `Requests.answer`."""

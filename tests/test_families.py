@@ -1,0 +1,181 @@
+"""Every causal language model and vision model of transformers: refused by config.json alone, or read, and then the same function."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evlm_jax import cli
+from evlm_jax.convert import families
+from evlm_jax.convert.refused import LANGUAGE, VISION
+from tests.parity import config_for, encode, load, relative, text_logits
+
+torch = pytest.importorskip("torch", reason="needs the extra parity")
+transformers = pytest.importorskip("transformers", reason="needs the extra parity")
+pytestmark = pytest.mark.parity
+
+READ = families.KINDS.keys() | families.WHOLE.keys()
+STOCK = sorted(READ - {"qwen"})  # which transformers does not have
+SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 56}
+OTHER = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x + 0.25, str: lambda x: "relu", type(None): lambda _: 3}
+
+
+def config_class(name: str):
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[name]
+
+
+def written(name: str, **changes) -> dict:
+    """config.json as save_pretrained has it, complete."""
+    return json.loads(json.dumps(config_class(name)(**changes).to_dict(), default=str))
+
+
+def test_the_list_is_whole():
+    from transformers.models.auto import modeling_auto as auto
+
+    assert set(LANGUAGE) == set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    images = {*auto.MODEL_FOR_IMAGE_MAPPING_NAMES, *auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES}
+    assert set(VISION) | set(LANGUAGE) >= images | {*auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES}
+    assert READ - {"qwen"} <= {*LANGUAGE, *VISION}
+
+
+def test_the_docs_have_what_the_command_prints(capsys):
+    assert cli.main(["convert", "families"]) == 0
+    assert Path("docs/conversion.md").read_text().partition("<!-- families -->\n")[2] == capsys.readouterr().out
+
+
+def test_every_other_type_is_refused_by_its_config(tmp_path):
+    built = 0
+    for name in sorted({*LANGUAGE, *VISION} - READ):
+        try:
+            config = written(name)
+        except Exception:  # noqa: BLE001 (a config without a default, or of a library that is not there)
+            config = {"model_type": name}
+        built += len(config) > 1
+        with pytest.raises(ValueError, match="which is not read|quantised"):
+            families.kind_of(tmp_path, config)
+    assert built > 300
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_defaults_and_fields_are_those_of_transformers(tmp_path, name):
+    """Every field of the config class is read, fixed or inert; left out, it has transformers' default."""
+    if name in families.WHOLE:
+        config = written(name)
+        assert families.fields_of(tmp_path, config) == families.fields_of(tmp_path, {"model_type": name, "vision_config": {}})
+        return
+    config, kind = written(name), families.KINDS[name]
+    for field, (default, _) in kind.fixed.items():
+        assert config[field] == default
+    plain = {"sliding_window": None} if name == "mistral" else {}
+    whole, bare = families.fields_of(tmp_path, config | plain), families.fields_of(tmp_path, {"model_type": name} | plain)
+    heads = lambda found: found | {"head_dim": 128, "num_key_value_heads": found.get("num_key_value_heads") or 32, "layer_types": None}
+    assert heads(whole) == heads(bare)
+
+
+@pytest.mark.parametrize("name", sorted(STOCK))
+def test_a_field_with_another_value_is_seen(tmp_path, name):
+    """Refused, or among the facts; but for the fields that are listed as inert."""
+    plain = {"sliding_window": None} if name == "mistral" else {}
+    config = (written(name).get("vision_config") if name in families.WHOLE else written(name)) | plain
+    wrap = lambda fields: {"model_type": name, "vision_config": fields} if name in families.WHOLE else fields
+    before = families.fields_of(tmp_path, wrap(config))
+    for field in sorted(config.keys() - families.INERT - families.UNUSED.get(name, set()) - {"vision_use_head"}):
+        value = config[field]
+        other = OTHER[type(value)](value) if type(value) in OTHER else {"factor": 4.0} if isinstance(value, dict) else ["sliding_attention"]
+        try:
+            after = families.fields_of(tmp_path, wrap(config | {field: other}))
+        except ValueError as error:
+            assert field in str(error) or "rotary" in str(error) or "layer_types" in str(error)
+        else:
+            assert after != before, field
+
+
+# ------------------------------------------------------------------------------------------------------------------- parity
+
+
+def shaken(model, spread: float = 0.3):
+    """In evaluation mode; norm weights and biases away from their defaults, so that a forgotten one shows."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(spread * torch.randn(parameter.shape))
+    return model.eval()
+
+
+LANGUAGE_MODELS = {
+    "llama": {"num_key_value_heads": 2, "rope_theta": 5e5, "rms_norm_eps": 1e-4},
+    "llama, wide heads": {"head_dim": 16, "tie_word_embeddings": True},
+    "mistral": {"sliding_window": None, "num_key_value_heads": 2, "head_dim": 16},
+    "qwen2": {"num_key_value_heads": 2, "use_sliding_window": False, "max_window_layers": 1},
+    "qwen2, tied": {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 1e6},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LANGUAGE_MODELS)
+def test_language_models_that_are_read(tmp_path, case):
+    from transformers import AutoModelForCausalLM
+
+    config = config_class(case.partition(",")[0])(**SIZES | LANGUAGE_MODELS[case])
+    theirs = shaken(AutoModelForCausalLM.from_config(config))
+    theirs.save_pretrained(tmp_path)
+    tokens = np.random.default_rng(0).integers(0, 99, 60)
+    with torch.no_grad():
+        reference = theirs(torch.tensor(tokens)[None]).logits[0].numpy()
+    cfg = config_for(str(tmp_path), "llm")
+    assert relative(text_logits(cfg, load(cfg, str(tmp_path), "llm"), tokens), reference) <= 1e-5
+
+
+ENCODER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 7}
+TOWERS = {  # config, trained size, size of the picture
+    "dinov2": ({"mlp_ratio": 2}, 28, 42),
+    "dinov2_with_registers": ({"mlp_ratio": 2, "num_register_tokens": 3}, 28, 42),
+    "clip_vision_model": ({"intermediate_size": 56, "hidden_act": "gelu"}, 28, 42),
+    "siglip_vision_model": ({"intermediate_size": 56}, 28, 42),
+    "siglip_vision_model, patches that do not fill it": ({"intermediate_size": 56}, 30, 28),
+    "dinov2_with_registers, smaller": ({"mlp_ratio": 2}, 42, 28),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TOWERS)
+def test_towers_that_are_read(tmp_path, case):
+    """At another size than the trained one, by their own interpolation; or with patches that leave a rest of the picture."""
+    fields, trained, size = TOWERS[case]
+    name = case.partition(",")[0]
+    kind = {"clip_vision_model": "CLIPVision", "siglip_vision_model": "SiglipVision", "dinov2": "Dinov2"}.get(name, "Dinov2WithRegisters")
+    config = config_class(name)(**ENCODER, **fields, image_size=trained)
+    theirs = shaken(getattr(transformers, f"{kind}Model")(config))
+    theirs.save_pretrained(tmp_path)
+    cfg = config_for(str(tmp_path), "vit", image_size=size, taps=(1, 3))
+    assert cfg.vit.pretrained_size == trained // 7 * 7
+    pixels = np.random.default_rng(0).integers(0, 256, (max(size, trained) if trained % 7 else size,) * 2 + (3,), np.uint8)
+    mean, std = np.array(cfg.vit.mean), np.array(cfg.vit.std)
+    image = ((pixels / 255 - mean) / std).astype(np.float32).transpose(2, 0, 1)[None]
+    more = {} if kind.startswith("Dinov2") or trained % 7 else {"interpolate_pos_encoding": True}
+    with torch.no_grad():
+        reference = theirs(torch.tensor(image), output_hidden_states=True, **more).hidden_states
+    taps = encode(load(cfg, str(tmp_path), "vit"), pixels[:size, :size])
+    assert relative(taps[0], reference[1][0].numpy()) <= 1e-5
+    assert relative(taps[1], reference[3][0].numpy()) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(LANGUAGE) - READ))
+def test_tiny_models_of_other_types_are_refused(tmp_path, name):
+    """With the weights on disk, and with Llama's name in config.json in place of their own where their tensors have Llama's names."""
+    from transformers import AutoModelForCausalLM
+
+    from evlm_jax.convert import engine
+
+    try:
+        model = AutoModelForCausalLM.from_config(config_class(name)(**SIZES, num_key_value_heads=2, pad_token_id=0))
+        assert sum(parameter.numel() for parameter in model.parameters()) < 5e7
+        model.save_pretrained(tmp_path)
+    except Exception as error:  # noqa: BLE001
+        pytest.skip(f"no tiny model of it: {type(error).__name__}")
+    with pytest.raises(ValueError, match="which is not read|quantised"):
+        engine.describe(str(tmp_path))

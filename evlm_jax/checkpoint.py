@@ -202,9 +202,13 @@ def open_params(workdir: str, step: int | None = None) -> tuple[dict[str, Tensor
 
 
 def load_params(workdir: str, step: int | None = None) -> tuple[Arrays, EVLMConfig]:
-    """`open_params`, in memory."""
-    tensors, cfg = open_params(workdir, step)
-    return read_all(tensors), cfg
+    """`open_params`, in memory; what was trained is restored at once."""
+    path, meta, sums = _find(workdir, step)
+    with _blamed(path):
+        arrays = _arrays(path / "params", None, sums and sums["params"])
+    tensors = _frozen(path.parent.parent, meta["store"])
+    frozen = read_all({name: tensor for name, tensor in tensors.items() if name not in arrays})
+    return {name: arrays[name] if name in arrays else frozen[name] for name in tensors | arrays}, from_saved(meta["config"])
 
 
 def trained(workdir: str, step: int | None = None) -> frozenset[str]:

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import ml_collections
 
-from evlm_jax import strict
+from evlm_jax import generate_command, strict
 from evlm_jax.ablate import arguments as ablate_arguments
 from evlm_jax.assets import cache_root
 from evlm_jax.config import EVLMConfig, from_config_dict
@@ -22,7 +22,7 @@ from evlm_jax.costs import arguments as costs_arguments
 from evlm_jax.evals import arguments
 from evlm_jax.parser import Parser, Version, told
 from evlm_jax.planning import arguments as planning_arguments
-from evlm_jax.ranges import Count, NonNegative, Positive, PositiveShare, Seed, argument
+from evlm_jax.ranges import Count, NonNegative, Positive, argument
 
 CONFIG_HELP = "FILE.py[:arg]; fields are overridden with --config.section.field=value"
 
@@ -115,7 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     args, overrides = parser.parse_known_args(argv)
     if overrides and not hasattr(args, "config"):
         parser.error(f"unknown arguments: {' '.join(overrides)}")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_root() / "compiled"))  # JAX reads it when it is imported
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_root() / "compiled"))  # JAX reads them when it is imported
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     try:
         return args.run(args, overrides) or 0
     except BrokenPipeError:  # who read the output is gone
@@ -182,37 +183,8 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     train_run(load_config(args.config, overrides), args.workdir, args.init, args.tensorboard, args.profile, args.step)
 
 
-def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, help="directory of a training run")
-    parser.add_argument("--prompt", required=True, help="question; images stand in front of it, or at <image> markers")
-    parser.add_argument("--image", action="append", default=[], help="may be given several times")
-    parser.add_argument("--video", help="a clip whose frames are seen together")
-    parser.add_argument("--frames", default="16", help="of the video: a number, evenly spread, or a rate, as 2fps")
-    parser.add_argument("--max-new-tokens", type=argument(Positive), default=64, help="most tokens of an answer")
-    parser.add_argument("--temperature", type=argument(NonNegative), default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=argument(PositiveShare), default=1.0, help="draw from the best tokens with this probability")
-    parser.add_argument("--seed", type=argument(Seed), default=0, help="of the draws")
-
-
 def _generate(args: argparse.Namespace, _overrides: list[str]) -> None:
-    """Prints the answer as it grows. Images come first, then the video; in front of the prompt or at its markers."""
-    from evlm_jax.data import image, video
-    from evlm_jax.data.samples import MARKER, ImageRef, Turn
-    from evlm_jax.generate import Generator
-    from evlm_jax.run import load_trained
-
-    for path in args.image:
-        image.decode(path)  # what is wrong with it is said before a model is loaded
-    visuals = [(ImageRef(path),) for path in args.image]
-    if args.video:
-        visuals.append(video.sample(args.video, args.frames))
-    trained = load_trained(args.checkpoint)
-    front = "" if MARKER in args.prompt else MARKER * len(visuals)
-    generator = Generator(trained.model, trained.tokenizer)
-    prompt = generator.prompt([Turn("user", front + args.prompt)], visuals)
-    options = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
-    generator.generate([prompt], args.max_new_tokens, **options, callback=lambda _, piece: print(piece, end="", flush=True))
-    print()
+    generate_command.run(args)
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -350,7 +322,7 @@ COMMANDS = {
         _flops,
         "what a model costs beside LLaVA's and Flamingo's way: FLOPs, bytes, caches, seconds",
     ),
-    "generate": (_generate_arguments, _generate, "answer a prompt about images or a video"),
+    "generate": (generate_command.add_arguments, _generate, "answer a prompt about images or a video"),
     "plan": (planning_arguments.add, _plan, "compile for a TPU pod that is not there: memory, FLOPs, collectives, time"),
     "score": (arguments.add_score, _score, "score a result of eval again, or compare two of them"),
     "train": (_train_arguments, _train, "train an experiment"),

@@ -1,18 +1,20 @@
-"""Answers to prompts about images and videos: batches of prompts, sampling, stop tokens, streaming.
+"""Answers to prompts about images and videos: batches of prompts, sampling, stop tokens and stop strings, streaming.
 
-Prompts are documents of data/text.py (`prompt`). They are answered in batches of similar length, padded to a few sizes (powers of
-two), so that few programs are compiled. Without a callback the host looks at the answers every CHUNK tokens only.
+Prompts are documents of data/text.py (`prompt`). They are answered in batches of similar length, padded to a few sizes (`Room`), so that
+few programs are compiled; padding is masked and no answer depends on it. Without a callback the host looks at the answers every CHUNK
+tokens only.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from evlm_jax import ranges
+from evlm_jax.config import EVLMConfig
 from evlm_jax.data import image, text
 from evlm_jax.data.samples import ImageRef, Turn
 from evlm_jax.mesh import Layout, jit
@@ -23,19 +25,41 @@ from evlm_jax.models.weights import Weights
 from evlm_jax.ops.grouped_attention import Plan
 from evlm_jax.ops.grouping import plan
 from evlm_jax.processes import on_host
-from evlm_jax.ranges import NonNegative, Positive, PositiveShare, Seed
+from evlm_jax.ranges import Count, NonNegative, Positive, PositiveFloat, PositiveShare, Seed, Share
+from evlm_jax.stream import Answer, Stream
 from evlm_jax.tokenizer import Tokenizer
 
-ROWS = 8  # prompts answered together
-SMALLEST = 32  # bucket of prompt lengths
-STOPS = 8  # bucket of stop tokens
+ROWS = 8  # prompts answered together; fewer in a call than so many: one, or all of these rows
+STOPS = 8  # stop tokens that have room; twice as many where there are more, and so on
+LENGTHS = (64, 320, 1024)  # tokens of a prompt, likewise, or of an answer; 16 frames of 16 media tokens and a question are 320
+IMAGES = (1, 8)  # of a prompt, likewise
+PICTURES = 8  # encoded together, unless it is one
 
 
-class Answer(NamedTuple):
-    """What was generated, without the token that ended it."""
+class Room(NamedTuple):
+    """Sizes of a batch of prompts. Up to 1,024 tokens and 8 images there are four, each with more room than the one before."""
 
-    text: str
-    tokens: tuple[int, ...]
+    length: int
+    images: int
+
+    @classmethod
+    def of(cls, prompts: Sequence[text.Document]) -> "Room":
+        """For all of these."""
+        length, images = _rung(max(len(d.tokens) for d in prompts), LENGTHS), _rung(max(len(d.refs) for d in prompts), IMAGES)
+        return cls(max(length, LENGTHS[1]) if images > IMAGES[0] else length, max(images, IMAGES[1]) if length >= LENGTHS[2] else images)
+
+    def pairs(self, tile: int, needed: int) -> int:
+        """(tile, image) pairs of a prompt. Of few images so many that any prompt fits; of many what is `needed`, up to a power of two."""
+        most = self.images * (-(-self.length // tile) + 1)
+        return most if self.images <= IMAGES[-1] else min(most, _bucket(needed))
+
+
+class Asked(NamedTuple):
+    """One answer that is wanted."""
+
+    prompt: text.Document
+    number: int  # of the prompt
+    answer: int  # of those to this prompt
 
 
 class Generator:
@@ -63,6 +87,7 @@ class Generator:
         self.weights = jit(layout, lambda model: Weights.of(model, dtype or cfg.train.matmul_precision))(model)
         self.least = {"rows": 1, "pictures": 1} if layout is None else {axis: layout.parts(axis) for axis in ("rows", "pictures")}
         self.features = features or partial(_encode, model, jit(layout, EVLM.encode), self.least["pictures"])
+        self._allowed = _allowed(tokenizer, cfg)
         self._prefill = jit(layout, partial(prefill, cfg), static_argnames=("slots", "images"))
         self._decode = jit(layout, partial(decode, cfg), donate_argnames="state")
 
@@ -79,44 +104,82 @@ class Generator:
         seed: int = 0,
         stop: Sequence[int] | None = None,
         callback: Callable[[int, str], None] | None = None,
+        *,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop_strings: str | Sequence[str] = (),
+        num_return_sequences: int = 1,
     ) -> list[Answer]:
-        """Answers in the order of the prompts. No answer depends on the other prompts, only on its own place in the list.
+        """Answers in the order of the prompts, those of one prompt side by side. None depends on the other prompts, only on the place of
+        its own in the list. Options are transformers' and do what they do there. Never chosen are the tokens that stand for images, and
+        ids that the tokenizer does not have.
 
         Args:
           temperature: 0 is greedy.
           top_p: draws from the smallest set of best tokens with this probability.
-          seed: the draw of prompt i depends on (seed, i).
+          seed: the draw of answer j to prompt i depends on (seed, i, j).
           stop: ids that end an answer; the tokenizer's where left out.
-          callback: called with (index of the prompt, next piece of its answer) as soon as it is known.
+          callback: called with (index of the answer, next piece of it) as soon as it is known.
+          top_k: draws from so many best tokens; 0: from all.
+          min_p: draws from tokens with at least this share of the best one's probability.
+          repetition_penalty: above 1, tokens of the prompt and of the answer so far become less likely, when greedy too.
+          stop_strings: texts that end an answer, and are no part of its text.
+          num_return_sequences: answers to each prompt, which need a temperature.
         Raises:
-          ValueError: a prompt that is no single path (text.prompt makes them), or a sampling option out of range.
+          ValueError: a prompt that is no single path (text.prompt makes them), or an option out of range.
         """
-        ranges.check(NonNegative, temperature, "temperature")
-        ranges.check(PositiveShare, top_p, "top_p")
-        ranges.check(Positive, max_new_tokens, "max_new_tokens")
         ranges.check(Seed, seed, "seed")
+        ranges.check(Positive, max_new_tokens, "max_new_tokens")
+        if ranges.check(Positive, num_return_sequences, "num_return_sequences") > 1 and not temperature:
+            raise ValueError("num_return_sequences: at temperature 0 all answers are the same; give a temperature")
+        stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+        if "" in stop_strings:
+            raise ValueError("stop_strings: an empty text ends every answer; leave it out")
         for document in prompts:
             if not np.array_equal(document.positions, np.arange(len(document.tokens))) or not len(document.tokens):
                 raise ValueError(f"prompt {document.key}: not one unbranched text; make it with Generator.prompt")
         stop = tuple(self.tokenizer.eos if stop is None else stop)
-        padded = np.array(stop + (-1,) * (_bucket(len(stop), STOPS) - len(stop)), np.int32)
-        how = Sampling(np.float32(temperature), np.float32(top_p), padded)
-        random = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
-        streams = [Stream(self.tokenizer, stop, index, callback) for index in range(len(prompts))]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
-        for first in range(0, len(order), self.rows):
-            chosen = order[first : first + self.rows]
-            self._answer([prompts[i] for i in chosen], [streams[i] for i in chosen], random[np.array(chosen)], how, max_new_tokens)
+        how = self._sampling(stop, temperature, top_p, top_k, min_p, repetition_penalty)
+        asked = [Asked(prompts[i], i, j) for i in range(len(prompts)) for j in range(num_return_sequences)]
+        streams = [Stream(self.tokenizer, stop, stop_strings, index, callback) for index in range(len(asked))]
+        order = sorted(range(len(asked)), key=lambda k: (Room.of([asked[k].prompt]), len(asked[k].prompt.tokens)))
+        rows = self._rows(len(order))
+        for first in range(0, len(order), rows):
+            chosen = order[first : first + rows]
+            self._answer([asked[k] for k in chosen], [streams[k] for k in chosen], seed, how, max_new_tokens, rows)
         return [stream.answer() for stream in streams]
 
-    def _answer(self, prompts: list[text.Document], streams: list["Stream"], random: jax.Array, how: Sampling, most: int) -> None:
+    def _sampling(
+        self, stop: tuple[int, ...], temperature: float, top_p: float, top_k: int, min_p: float, repetition_penalty: float
+    ) -> Sampling:
+        """Raises ValueError for an option out of range."""
+        ranges.check(NonNegative, temperature, "temperature")
+        ranges.check(PositiveShare, top_p, "top_p")
+        ranges.check(Count, top_k, "top_k")
+        ranges.check(Share, min_p, "min_p")
+        ranges.check(PositiveFloat, repetition_penalty, "repetition_penalty")
+        ends = np.array(stop + (-1,) * (_bucket(len(stop), STOPS) - len(stop)), np.int32)
+        penalty = None if repetition_penalty == 1 else np.float32(repetition_penalty)
+        top_k = np.int32(min(top_k, self.cfg.llm.vocab))
+        return Sampling(np.float32(temperature), np.float32(top_p), ends, top_k, np.float32(min_p), self._allowed, penalty)
+
+    def _rows(self, count: int) -> int:
+        """Of the batches of so many answers."""
+        rows, most = self.least["rows"], -(-self.rows // self.least["rows"]) * self.least["rows"]
+        while rows < min(count, most):
+            rows *= ROWS
+        return min(rows, most)
+
+    def _answer(self, asked: list["Asked"], streams: list[Stream], seed: int, how: Sampling, most: int, rows: int) -> None:
         """One batch, into its streams."""
-        refs = list(dict.fromkeys(ref for document in prompts for ref in document.refs))
-        prompt = collate(prompts, refs, self.cfg.tile, self.least["rows"])
-        slots = _bucket(max(len(document.tokens) for document in prompts) + most, prompt.tokens.shape[1])
-        random = random[np.minimum(np.arange(len(prompt.length)), len(prompts) - 1)]
-        sizes = {"slots": slots, "images": _bucket(prompt.visible.max())}
-        state = self._prefill(self.weights, prompt, self._taps(refs), random, how, **sizes)
+        prompts = [one.prompt for one in asked]
+        refs, room = list(dict.fromkeys(ref for document in prompts for ref in document.refs)), Room.of(prompts)
+        prompt = collate(prompts, refs, self.cfg.tile, rows, room)
+        places = np.array([(one.number, one.answer) for one in asked] + [(0, 0)] * (rows - len(asked)), np.uint32)
+        random = _keys(np.uint32(seed), places)
+        sizes = {"slots": room.length + _rung(most, LENGTHS), "images": room.images}
+        state = self._prefill(self.weights, prompt, self._taps(refs, rows, room), random, how, **sizes)
         new, known = on_host(state.token)[:, None], 0
         while True:
             known += new.shape[1]
@@ -128,32 +191,31 @@ class Generator:
             state, out = self._decode(self.weights, state, how, np.int32(limit))
             new = on_host(out)[:, :limit]
 
-    def _taps(self, refs: list[ImageRef]) -> np.ndarray | None:
-        """[n, G, S, V], n a bucket; zeros behind the last one. None where the model sees no image."""
+    def _taps(self, refs: list[ImageRef], rows: int, room: Room) -> np.ndarray | None:
+        """[n, G, S, V] with zeros behind the last one: of few images a prompt so many that any batch fits, else as many as there are, up to
+        a power of two. None where the model sees no image."""
         if not self.cfg.sees:
             return None
-        vit = self.cfg.vit
-        taps = np.zeros((_bucket(len(refs), self.least["pictures"]), len(vit.taps), vit.tokens, vit.width), np.float32)
+        vit, count = self.cfg.vit, rows * room.images if room.images <= IMAGES[-1] else len(refs)
+        taps = np.zeros((_bucket(count, self.least["pictures"]), len(vit.taps), vit.tokens, vit.width), np.float32)
         if refs:
             taps[: len(refs)] = self.features(refs)
         return taps
 
 
-def collate(prompts: Sequence[text.Document], refs: Sequence[ImageRef], tile: int, least: int = 1) -> Prompt:
-    """Prompts as padded arrays, every size a power of two.
+def collate(prompts: Sequence[text.Document], refs: Sequence[ImageRef], tile: int, rows: int, room: Room) -> Prompt:
+    """Prompts as padded arrays.
 
     Args:
       refs: all images, as they will stand in `taps`.
       tile: of cross-attention; 0: without a plan.
-      least: number of rows; their power of two is taken times this.
+      rows: at least as many as prompts.
     """
-    rows, length = _bucket(len(prompts), least), _bucket(max(len(d.tokens) for d in prompts), SMALLEST)
-    images, pairs = _bucket(max(len(d.refs) for d in prompts)), _bucket(max(d.pairs for d in prompts))
+    arrays = {name: np.zeros((rows, room.length), np.int32) for name in ("tokens", "media_slot", "visible_start", "visible_stop")}
     number = {ref: i for i, ref in enumerate(refs)}
-    arrays = {name: np.zeros((rows, length), np.int32) for name in ("tokens", "media_slot", "visible_start", "visible_stop")}
     arrays["media_slot"] -= 1
     lengths, start, count = np.zeros((3, rows), np.int32)
-    image_number = np.zeros((rows, images), np.int32)
+    image_number = np.zeros((rows, room.images), np.int32)
     for row, document in enumerate(prompts):
         lengths[row] = len(document.tokens)
         for name, array in arrays.items():
@@ -162,48 +224,41 @@ def collate(prompts: Sequence[text.Document], refs: Sequence[ImageRef], tile: in
         image_number[row, : len(document.refs)] = [number[ref] for ref in document.refs]
     grouped = None
     if tile:
+        pairs = room.pairs(tile, max(d.pairs for d in prompts))
         plans = [plan(a, b, tile, pairs) for a, b in zip(arrays["visible_start"], arrays["visible_stop"])]
         grouped = Plan(*(np.stack([p[name] for p in plans]) for name in Plan._fields))
     return Prompt(arrays["tokens"], arrays["media_slot"], lengths, arrays["visible_start"], grouped, image_number, start, count)
 
 
-class Stream:
-    """One growing answer."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[int, ...], index: int, callback: Callable[[int, str], None] | None):
-        self.tokenizer, self.stop, self.index, self.callback = tokenizer, stop, index, callback
-        self.tokens, self.ended, self._shown = [], False, ""
-
-    def push(self, tokens: np.ndarray) -> None:
-        """Takes new tokens up to the one that ends the answer."""
-        for token in tokens.tolist():
-            self.ended |= token in self.stop
-            if not self.ended:
-                self.tokens.append(token)
-        if self.callback:
-            self._show()
-
-    def _show(self) -> None:
-        """Hands on what is new, but no half of a character whose other bytes are still to come."""
-        whole = self.tokenizer.decode(self.tokens)
-        ready = whole if self.ended else whole.rstrip("\ufffd")
-        if len(ready) > len(self._shown):
-            piece, self._shown = ready[len(self._shown) :], ready
-            self.callback(self.index, piece)
-
-    def answer(self) -> Answer:
-        """The whole answer; shows what was held back."""
-        if self.callback and not self.ended:
-            self.ended = True
-            self._show()
-        return Answer(self.tokenizer.decode(self.tokens), tuple(self.tokens))
-
-
 def _encode(model: EVLM, encode: Callable, least: int, refs: Sequence[ImageRef]) -> np.ndarray:
-    """Taps of images, computed now; `least` as in `collate`."""
-    pixels = np.zeros((_bucket(len(refs), least), model.cfg.vit.image_size, model.cfg.vit.image_size, 3), np.uint8)
-    pixels[: len(refs)] = image.pixels(refs, model.cfg)
-    return on_host(encode(model, pixels))[: len(refs)].astype(np.float32)
+    """Taps of images, computed now, at least `least` together."""
+    count, side = least if len(refs) <= least else -(-PICTURES // least) * least, model.cfg.vit.image_size
+    taps = []
+    for first in range(0, len(refs), count):
+        some = refs[first : first + count]
+        pixels = np.zeros((count, side, side, 3), np.uint8)
+        pixels[: len(some)] = image.pixels(some, model.cfg)
+        taps.append(on_host(encode(model, pixels))[: len(some)].astype(np.float32))
+    return np.concatenate(taps)
+
+
+def _allowed(tokenizer: Tokenizer, cfg: EVLMConfig) -> np.ndarray:
+    """bool [vocab]: ids that the tokenizer has, but for what stands for images."""
+    ids = set(tokenizer.ids)
+    with contextlib.suppress(ValueError):  # a model that was never shown an image may lack it
+        ids.discard(tokenizer.id(cfg.media.placeholder))
+    return np.isin(np.arange(cfg.llm.vocab), list(ids))
+
+
+@jax.jit
+def _keys(seed: jax.Array, places: np.ndarray) -> jax.Array:
+    """A PRNG key for each of [n, 2] (prompt, answer)."""
+    return jax.vmap(lambda place: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), place[0]), place[1]))(places)
+
+
+def _rung(size: int, ladder: tuple[int, ...]) -> int:
+    """The smallest step of the ladder that is not below; above the ladder, a power of two times its last step."""
+    return next((step for step in ladder if step >= size), 0) or _bucket(size, ladder[-1])
 
 
 def _bucket(size: int, smallest: int = 1) -> int:

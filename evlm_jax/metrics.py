@@ -41,7 +41,8 @@ class Meter:
         self._journal = Journal(place(workdir) / "metrics.jsonl", finished) if is_first() else None
         self._files = Mirror(place(workdir) / "tensorboard") if tensorboard and is_first() else None
         self._board = _board(self._files.here, step) if self._files else None
-        self._bar = tqdm(desc=cfg.name, total=cfg.train.steps, initial=step, unit="step", dynamic_ncols=True, disable=not is_first())
+        bar = {"total": cfg.train.steps, "initial": step, "unit": "step", "dynamic_ncols": True, "disable": not is_first()}
+        self._bar = tqdm(desc=_title(cfg.name, workdir), **bar, delay=1e-6)  # not drawn before the first update
         self._dropped, self._notes = {}, {}
         self._reset()
 
@@ -137,6 +138,12 @@ def work(cfg: EVLMConfig, batch: Batch, info: dict, trained: Collection[str]) ->
     counts["flops"] = train_flops(cfg, trained, batch)
     counts |= {f"fill/{name}": share for name, share in info["fill"].items()} | {"cut": float(info["cut"])}
     return counts | {f"dropped/{cause}": float(n) for cause, n in Counter(drop.cause for drop in info["drops"]).items()}
+
+
+def _title(name: str, workdir: str) -> str:
+    """The config's name, and the run's where it is another: experiments are often made from one another and keep the name."""
+    folder = place(workdir).name
+    return name if folder in ("", name) else f"{name}, {folder}"
 
 
 def _sums(cfg: EVLMConfig, values: dict) -> dict[str, float]:

@@ -15,14 +15,11 @@ from evlm_jax.convert.engine import load_towers
 from evlm_jax.convert.importer import vocabulary
 from evlm_jax.convert.interpolate import resize_positions
 from evlm_jax.data.features import FeatureStore, fingerprint
-from evlm_jax.data.pipeline import batches
-from evlm_jax.evals.monitor import monitor
 from evlm_jax.mesh import Layout, make_layout
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.processes import is_first
+from evlm_jax.processes import is_first, say
 from evlm_jax.start import put
 from evlm_jax.tokenizer import Tokenizer, keep_tokenizer, load_tokenizer, source_of_run
-from evlm_jax.train import train
 
 
 class Trained(NamedTuple):
@@ -78,10 +75,15 @@ def train_run(
       OSError: nothing can be written in `workdir`; said before anything is read.
       ValueError: rows are longer than what the language model was trained on, or its vocabulary does not fit it.
     """
+    from evlm_jax.data.pipeline import batches  # what only training needs takes a while to import
+    from evlm_jax.evals.monitor import monitor
+    from evlm_jax.train import train
+
     paths.probe(workdir)
     tokenizer, params, trained = vocabulary(cfg, source_of_run(workdir, cfg.init.llm)), {}, frozenset()
     if not checkpoint.steps(workdir):
         check_length(cfg)
+        say(f"reading {init or f'{cfg.init.vision} and {cfg.init.llm}'}")
         params, trained = next_stage(cfg, init) if init else (load_towers(cfg), frozenset())
     features = feature_store(cfg, params or _saved_tower(workdir, resume)) if cfg.data.cache_features else None
     layout = make_layout(cfg)

@@ -6,7 +6,7 @@ Special tokens exist only by name (`Tokenizer.id`): no text, whatever it spells,
 
 import base64
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import tokenizers
@@ -47,6 +47,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the largest id, special ones included."""
         return 1 + max(self.inner.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def ids(self) -> Collection[int]:
+        """All ids that stand for something; a model may have more rows, and there may be holes."""
+        return self.inner.get_vocab(with_added_tokens=True).values()
 
     def encode(self, text: str, behind: str = "nothing") -> list[int]:
         """Ids of the text, without any special token. Bytes that the vocabulary lacks (SmolLM2: of no assigned character) are left out.

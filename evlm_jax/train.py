@@ -132,6 +132,7 @@ class Phase:
         self.frozen = jax.jit(lambda tree: tree, out_shardings=self.layout.frozen(frozen))(frozen)
         size = lambda tree: f"{sum(x.size for x in jax.tree.leaves(tree)):,} parameters"
         say(f"phase {self.number} from step {step}: trains {size(trainable)}, freezes {size(self.frozen)}")
+        say("compiling and making the first step; a minute or more, less where the compiled program was kept")
         return self._begin(step, trainable, groups)
 
     def lower(self) -> jax.stages.Lowered:
@@ -199,6 +200,8 @@ def train(
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, cfg.train.keep)))
         step, phase, whole, groups, trained = _start(cfg, checkpoints.resume(resume), layout, data, load, params, trained)
+        if step >= cfg.train.steps:
+            say(f"{workdir} is finished: it has step {step}, and train.steps is {cfg.train.steps}")
         meter = stack.enter_context(Meter(cfg, workdir, step, layout.mesh.size, tensorboard))
         stop = stack.enter_context(stopping())
         state, pending = None, deque()

@@ -10,13 +10,14 @@ from flax import nnx
 
 from evlm_jax.batch import Batch
 from evlm_jax.data.samples import ImageRef, Turn
-from evlm_jax.generate import Generator, Stream, collate
+from evlm_jax.generate import Generator, Room, collate
 from evlm_jax.models import decoding, sampling
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.ops import packed
 from evlm_jax.ops.grouped_attention import Plan
 from evlm_jax.ops.grouping import plan
-from tests.data.made import ByteTokenizer, refs
+from evlm_jax.stream import Stream
+from tests.data.made import SPECIALS, ByteTokenizer, refs
 from tests.tiny import BASELINES, tiny_config
 
 
@@ -84,14 +85,20 @@ def full_forward(model, document, tokens, length=256):
     return np.asarray(batch_logits(model, Batch(**arrays, pixels=None, taps=images[None]))[0, read - 1 : fed])
 
 
-def cached_logits(generator, documents, tokens):
+def allowed(logits):
+    """Without the placeholder, which is never chosen."""
+    return np.where(np.arange(260) == SPECIALS["<|media|>"], -np.inf, logits)
+
+
+def cached_logits(generator, documents, tokens, room=None, rows=8):
     """The same from the caches, for a batch, whatever the model would choose instead of `tokens` [B, n]."""
     cfg = generator.cfg
     state_of, next_of = jax.jit(partial(decoding.read_prompts, cfg), static_argnums=(4, 5)), jax.jit(partial(decoding.read_tokens, cfg))
     refs = list(dict.fromkeys(ref for document in documents for ref in document.refs))
-    prompt = collate(documents, refs, cfg.tile)
-    random = jax.random.split(jax.random.key(0), len(prompt.length))
-    first, state = state_of(generator.weights, prompt, generator._taps(refs), random, 256, 8)
+    room = room or Room.of(documents)
+    prompt = collate(documents, refs, cfg.tile, rows, room)
+    random = jax.random.split(jax.random.key(0), rows)
+    first, state = state_of(generator.weights, prompt, generator._taps(refs, rows, room), random, room.length + 64, room.images)
     found = [first]
     for i in range(tokens.shape[1] - 1):
         token = jnp.zeros_like(state.token).at[: len(tokens)].set(tokens[:, i])
@@ -129,7 +136,7 @@ def test_greedy_answers_are_the_argmax_of_the_full_forward():
     model, generator = made()
     documents = [generator.prompt(*prompt) for prompt in PROMPTS]
     for document, answer in zip(documents, generator.generate(documents, 10, stop=())):
-        assert list(answer.tokens) == full_forward(model, document, list(answer.tokens)).argmax(-1).tolist()
+        assert list(answer.tokens) == allowed(full_forward(model, document, list(answer.tokens))).argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
@@ -175,7 +182,7 @@ def test_callback_gets_the_pieces_in_order():
 
 def test_streaming_holds_back_half_a_character():
     pieces = []
-    stream = Stream(ByteTokenizer(), (259,), 0, lambda _, piece: pieces.append(piece))
+    stream = Stream(ByteTokenizer(), (259,), callback=lambda _, piece: pieces.append(piece))
     for byte in "aé😀b".encode():
         stream.push(np.array([byte]))
     assert pieces == ["a", "é", "😀", "b"]
@@ -188,7 +195,7 @@ def test_top_p_against_numpy(top_p, temperature):
     logits = np.random.default_rng(0).normal(0, 2, 20).astype(np.float32)
     draws = 20000
     keys = jax.random.split(jax.random.key(1), draws)
-    tokens = sampling.sample(jnp.tile(logits, (draws, 1)), keys, jnp.float32(temperature), jnp.float32(top_p))
+    tokens = sampling.sample(jnp.tile(logits, (draws, 1)), keys, sampling.Sampling(jnp.float32(temperature), jnp.float32(top_p), None))
     found = np.bincount(np.asarray(tokens), minlength=20) / draws
 
     wanted = np.exp(logits / temperature - (logits / temperature).max())
@@ -204,18 +211,98 @@ def test_top_p_against_numpy(top_p, temperature):
 def test_temperature_zero_is_the_argmax():
     logits = jax.random.normal(jax.random.key(0), (5, 30))
     keys = jax.random.split(jax.random.key(1), 5)
-    assert (sampling.sample(logits, keys, jnp.float32(0), jnp.float32(0.5)) == logits.argmax(-1)).all()
+    assert (sampling.sample(logits, keys, sampling.Sampling(jnp.float32(0), jnp.float32(0.5), None)) == logits.argmax(-1)).all()
 
 
 @pytest.mark.parametrize("changes", [{}, {"dynamic_ntk": 16}, {"baseline": "llava"}, {"baseline": "flamingo"}])
 def test_state_spec_is_what_prefill_makes(changes):
     _, generator = made(**changes)
     cfg, document = generator.cfg, generator.prompt(*PROMPTS[1])
-    prompt, images = collate([document] * 2, document.refs, cfg.tile), generator._taps(document.refs)
+    room = Room(64, 2)
+    prompt, images = collate([document] * 2, document.refs, cfg.tile, 2, room), generator._taps(document.refs, 2, room)
     random = jax.random.split(jax.random.key(0), 2)
     _, state = jax.eval_shape(lambda: decoding.read_prompts(cfg, generator.weights, prompt, images, random, 64, 2))
     form = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
     assert form(state) == form(decoding.DecodeState.spec(cfg, 2, 64, 2))
+
+
+def test_no_answer_depends_on_the_room_of_its_batch():
+    """Logits of prompts in the least room that they fit, and in that of longer ones with more images."""
+    _, generator = made()
+    for prompt in (PROMPTS[0], PROMPTS[1], PROMPTS[3]):
+        document = generator.prompt(*prompt)
+        tokens = np.random.default_rng(0).integers(0, 256, (1, 3)).astype(np.int32)
+        wanted = cached_logits(generator, [document], tokens, rows=1)
+        found = cached_logits(generator, [document], tokens, Room(1024, 16))
+        assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+def test_a_hundred_prompts_need_eight_programs(caplog):
+    """Up to 1,024 tokens and 6 images, prefill and decode together, by JAX's own log of what it compiles."""
+    _, generator = made()
+    rng, documents = np.random.default_rng(0), []
+    for i in range(100):
+        images, length = int(rng.integers(0, 7)), int(1024 ** rng.random()) if i else 1024
+        visuals = refs(*[1] * images) if i % 2 else refs(images) if images else ()
+        bare = len(generator.prompt([Turn("user", "<image>" * len(visuals))], visuals).tokens)
+        documents.append(generator.prompt([Turn("user", "<image>" * len(visuals) + "a" * max(1, length - bare))], visuals))
+    sizes = [(len(document.tokens), len(document.refs)) for document in documents]
+    assert min(sizes)[0] < 64 and 1000 < max(sizes)[0] <= 1024 and {images for _, images in sizes} == set(range(7))
+    jax.clear_caches()  # what other tests compiled
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        answers = generator.generate(documents, 3, stop=())
+    compiled = [record.message for record in caplog.records if record.message.startswith("Compiling")]
+    programs = [line for line in compiled if "prefill" in line or "decode" in line]
+    assert {len(answer.tokens) for answer in answers} == {3} and len(set(programs)) == len(programs)
+    assert 2 <= len(programs) <= 8, programs
+    assert len(compiled) <= 12, compiled  # and keys
+
+
+def test_what_stands_for_images_is_never_chosen():
+    """Nor is an id that the tokenizer lacks: at a high temperature each of 264 rows of the head is as likely."""
+    model, _ = made(vocab=264)
+    generator = Generator(model, Letters(), features=lambda refs: taps(model.cfg, refs))
+    documents = [generator.prompt(*PROMPTS[0])] * 8
+    drawn = {token for answer in generator.generate(documents, 300, 1e6, stop=()) for token in answer.tokens}
+    assert len(drawn) > 250 and max(drawn) == 259 and SPECIALS["<|media|>"] not in drawn
+
+
+def test_several_answers_are_reproducible_and_differ():
+    _, generator = made()
+    documents = [generator.prompt(*prompt) for prompt in PROMPTS[:3]]
+    how = {"temperature": 1.0, "seed": 5}
+    answers = generator.generate(documents, 8, **how, num_return_sequences=4)
+    assert len(answers) == 12 and len({answer.text for answer in answers}) == 12
+    assert generator.generate(documents, 8, **how, num_return_sequences=2) == [answers[4 * i + j] for i in range(3) for j in range(2)]
+    assert generator.generate(documents, 8, **how) == answers[::4]
+
+
+def test_stop_strings_end_an_answer_and_are_cut_off():
+    """Across the borders of tokens too; each token of the tiny model is a letter."""
+    _, generator = made()
+    document = generator.prompt(*PROMPTS[1])
+    free = generator.generate([document], 70, 1.0, stop=())[0]
+    stop = free.text[30:33]
+    at = free.text.index(stop)
+    pieces = []
+    for options in ({}, {"callback": lambda _, piece: pieces.append(piece)}):
+        answer = generator.generate([document], 70, 1.0, stop=(), stop_strings=["not there", stop], **options)[0]
+        assert answer.text == free.text[:at] and answer.tokens == free.tokens[: at + 3]
+    assert "".join(pieces) == free.text[:at]
+
+
+@pytest.mark.parametrize("stops", [["</s>"], ["\n\n", "ab"], ["é😀"]])
+@pytest.mark.parametrize("whole", ["  a b</s> c", "a\n \n\nb", "xa aab", "é é😀", "only </s", " \n "])
+def test_streaming_never_shows_a_part_of_a_stop_string(whole, stops):
+    """However the bytes are cut into pushes; what was shown is the answer, without white space in front."""
+    wanted = whole[: min([at for stop in stops if (at := whole.find(stop)) >= 0], default=len(whole))].lstrip()
+    for size in (1, 2, 5, 100):
+        pieces = []
+        stream = Stream(ByteTokenizer(), (259,), stops, callback=lambda _, piece, pieces=pieces: pieces.append(piece))
+        for first in range(0, len(whole.encode()), size):
+            stream.push(np.array(list(whole.encode())[first : first + size]))
+            assert wanted.startswith("".join(pieces))
+        assert stream.answer().text == wanted == "".join(pieces)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 40])
@@ -238,5 +325,14 @@ def test_refuses_what_it_cannot_answer():
     document = generator.prompt(*PROMPTS[0])
     with pytest.raises(ValueError, match="prompt prompt: not one unbranched text"):
         generator.generate([document._replace(positions=document.positions * 0)])
-    with pytest.raises(ValueError, match="top_p must be above 0 and at most 1"):
-        generator.generate([document], top_p=0)
+    wrong = {
+        "top_p must be above 0 and at most 1": {"top_p": 0},
+        "top_k must be at least 0": {"top_k": -1},
+        "min_p must be at least 0 and at most 1": {"min_p": 2.0},
+        "repetition_penalty must be above 0": {"repetition_penalty": 0.0},
+        "num_return_sequences: at temperature 0": {"num_return_sequences": 2},
+        "stop_strings: an empty text": {"stop_strings": ["a", ""]},
+    }
+    for message, options in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            generator.generate([document], **options)

@@ -52,6 +52,18 @@ def test_lines_of_a_cut_run_are_dropped(tmp_path):
     assert [line["loss"] for line in lines(tmp_path)] == [1.0, 1.5, 5.0]
 
 
+def test_the_bar_tells_the_run_and_is_drawn_with_the_first_update(tmp_path, capsys):
+    cfg = tiny_config()
+    with Meter(cfg, tmp_path / "finished", step=cfg.train.steps, devices=1, tensorboard=False):
+        pass
+    assert not capsys.readouterr().err
+    with Meter(cfg, tmp_path / "mine", step=0, devices=1, tensorboard=False) as meter:
+        assert not capsys.readouterr().err
+        meter._bar.mininterval = 0  # does not wait
+        meter.add(1, {"tokens": 1.0, "images": 1.0, "flops": 1.0}, report(cfg, [1.0, 1.0], [1, 1]))
+    assert "tiny, mine:  12%" in capsys.readouterr().err
+
+
 def test_work_leaves_padding_out():
     cfg = tiny_config()
     batch = tiny_batch(cfg, seed=0, rows=1, fill=0.6)

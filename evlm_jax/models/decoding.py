@@ -58,6 +58,7 @@ class DecodeState(NamedTuple):
     self_values: jax.Array  # [L, B, K, C, H]
     cross_keys: jax.Array | None  # [X, B, K, H, Z]; None without cross-attention
     cross_values: jax.Array | None  # [X, B, K, Z, H]
+    seen: jax.Array | None = None  # [B, vocab] bool, tokens of prompt and answer; None without a repetition penalty
 
     @classmethod
     def spec(cls, cfg: EVLMConfig, rows: int, slots: int, images: int) -> "DecodeState":
@@ -77,7 +78,10 @@ def prefill(
     cfg: EVLMConfig, weights: Weights, prompt: Prompt, taps: jax.Array | None, random: jax.Array, how: Sampling, slots: int, images: int
 ):
     """Reads the prompts and chooses the first token of each answer. Arguments as in `read_prompts`."""
-    return _choose(*read_prompts(cfg, weights, prompt, taps, random, slots, images), how)
+    logits, state = read_prompts(cfg, weights, prompt, taps, random, slots, images)
+    if how.repetition_penalty is not None:
+        state = state._replace(seen=_seen(prompt, cfg.llm.vocab))
+    return _choose(logits, state, how)
 
 
 def decode(cfg: EVLMConfig, weights: Weights, state: DecodeState, how: Sampling, limit: jax.Array):
@@ -151,6 +155,13 @@ def _keep(cfg: EVLMConfig, prompt: Prompt, cross: tuple[jax.Array, jax.Array], i
     return keys.swapaxes(3, 4), values
 
 
+def _seen(prompt: Prompt, vocab: int) -> jax.Array:
+    """bool [B, vocab]: which tokens stand in a prompt."""
+    rows, length = prompt.tokens.shape
+    tokens = jnp.where(jnp.arange(length) < prompt.length[:, None], prompt.tokens, vocab)
+    return jnp.zeros((rows, vocab), bool).at[jnp.arange(rows)[:, None], tokens].set(True, mode="drop")
+
+
 def read_tokens(cfg: EVLMConfig, weights: Weights, state: DecodeState) -> tuple[jax.Array, DecodeState]:
     """Reads `token` of each row: (logits [B, vocab], the state with its keys)."""
     own = jnp.arange(state.self_values.shape[3]) == state.position[:, None]  # [B, C]
@@ -212,7 +223,9 @@ def project(cfg: EVLMConfig, weights: Weights, views: jax.Array, image: jax.Arra
 def _choose(logits: jax.Array, state: DecodeState, how: Sampling) -> DecodeState:
     """The next token of each row from its logits [B, vocab]; a row that is done keeps its token."""
     keys = jax.vmap(jax.random.fold_in)(state.random, state.position)
-    token = jnp.where(state.done, state.token, sample(logits, keys, how.temperature, how.top_p))
+    token = jnp.where(state.done, state.token, sample(logits, keys, how, state.seen))
+    if state.seen is not None:
+        state = state._replace(seen=state.seen.at[jnp.arange(len(token)), token].set(True))
     return state._replace(token=token, position=state.position + ~state.done, done=state.done | jnp.isin(token, how.stop))
 
 

@@ -62,6 +62,8 @@ def devices(topology: str, slices: int = 1) -> tuple[list[jax.Device], Chip | No
         return _cpus(int(shape)), CHIPS.get(kind)
     if kind not in CHIPS or not re.fullmatch(r"1|\d+(x\d+)+", shape):
         raise ValueError(f"--topology {topology}: unknown; use cpu:8, v5p:4x4x4 and the like, with one of {', '.join(CHIPS)}")
+    if (axes := shape.count("x") + 1) > CHIPS[kind].axes:
+        raise ValueError(f"--topology {topology}: {CHIPS[kind].name} is a torus of {CHIPS[kind].axes} axes, not of {axes}")
     _libtpu()
     whole = f"{kind}:{'x'.join('221'[: CHIPS[kind].axes])}" if shape == "1" else topology  # libtpu knows nothing smaller than a host
     options = {"chip_config_name": "megacore"} if kind == "v4" else {}

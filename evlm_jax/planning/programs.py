@@ -153,7 +153,7 @@ def _weights(of: Phase) -> Weights:
 
 def _sampling(layout: Layout) -> Sampling:
     one = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.replicated)
-    return Sampling(one(jnp.float32), one(jnp.float32), one(jnp.int32, STOPS))
+    return Sampling(*[one(jnp.float32)] * 2, one(jnp.int32, STOPS), one(jnp.int32), one(jnp.float32))
 
 
 def _cast(tree: Any, dtype: str) -> Any:

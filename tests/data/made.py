@@ -20,6 +20,7 @@ class ByteTokenizer:
 
     bos, eos = (), (259,)
     vocab_size = 260
+    ids = range(260)
 
     def encode(self, text, behind="nothing"):
         return list(text.encode())

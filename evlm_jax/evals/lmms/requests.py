@@ -13,7 +13,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from evlm_jax.data import video
-from evlm_jax.data.repair import eight_bits
 from evlm_jax.data.samples import ImageRef
 from evlm_jax.evals.answer import similar
 from evlm_jax.evals.runner import chunks
@@ -133,7 +132,7 @@ def stored(given: Sequence, folder: Path, frames: int) -> Visuals:
     found = []
     for visual in given or ():
         if isinstance(visual, Image.Image):
-            image = eight_bits(visual).convert("RGB")
+            image = visual.convert("RGB")
             file = folder / f"{hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()}.png"
             if not file.exists():
                 image.save(file, compress_level=1)

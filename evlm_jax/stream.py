@@ -1,0 +1,79 @@
+"""An answer as it grows: from tokens to the text that people see, up to a stop token or a stop string."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from evlm_jax.tokenizer import Tokenizer
+
+
+class Answer(NamedTuple):
+    """What was generated.
+
+    text: without white space in front (templates that end in a colon let the answer begin with a space), up to a stop string.
+    tokens: without the stop token, but with those that complete a stop string.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+class Stream:
+    """One growing answer.
+
+    Args:
+      stop: ids that end it.
+      stop_strings: texts that end it; they may begin and end inside tokens.
+      callback: called with (index, next piece of the text), never with a part of a stop string or half a character.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[int],
+        stop_strings: Sequence[str] = (),
+        index: int = 0,
+        callback: Callable[[int, str], None] | None = None,
+    ):
+        self.tokenizer, self.stop, self.stop_strings, self.index, self.callback = tokenizer, stop, stop_strings, index, callback
+        self.tokens, self.ended, self._shown = [], False, ""
+
+    def push(self, tokens: np.ndarray) -> None:
+        """Takes new tokens up to the one that ends the answer."""
+        for token in tokens.tolist():
+            if not self.ended and token not in self.stop:
+                self.tokens.append(token)
+                self.ended = bool(self.stop_strings) and self._cut() is not None
+            else:
+                self.ended = True
+        if self.callback:
+            self._show()
+
+    def answer(self) -> Answer:
+        """The whole answer; shows what was held back."""
+        if self.callback and not self.ended:
+            self.ended = True
+            self._show()
+        return Answer(self._text(), tuple(self.tokens))
+
+    def _cut(self) -> str | None:
+        """The text in front of the first stop string; None where there is none."""
+        whole = self.tokenizer.decode(self.tokens)
+        places = [at for string in self.stop_strings if (at := whole.find(string)) >= 0]
+        return whole[: min(places)] if places else None
+
+    def _text(self) -> str:
+        cut = self._cut()
+        return (self.tokenizer.decode(self.tokens) if cut is None else cut).lstrip()
+
+    def _show(self) -> None:
+        """Hands on what is new, but no half of a character or of a stop string whose rest is still to come."""
+        ready = self._text()
+        if not self.ended:
+            ready = ready.rstrip("\ufffd")
+            begun = [size for string in self.stop_strings for size in range(1, len(string)) if ready.endswith(string[:size])]
+            ready = ready[: len(ready) - max(begun, default=0)]
+        if len(ready) > len(self._shown):
+            piece, self._shown = ready[len(self._shown) :], ready
+            self.callback(self.index, piece)

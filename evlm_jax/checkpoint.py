@@ -114,6 +114,11 @@ class Checkpoints:
         if not self._manager.save(step, args=items):
             raise ValueError(f"{self.root}: step {step} was not saved, for there is a later one: give another --workdir")
 
+    def check(self) -> None:
+        """Without waiting: raises OSError where the save that was under way has failed."""
+        if not self._manager.is_saving_in_progress():
+            self._finished()
+
     def close(self) -> None:
         """Waits for the save under way, and lets go of the directory."""
         try:
@@ -123,9 +128,16 @@ class Checkpoints:
             if self._owner:
                 self._owner.close()
 
+    def _finished(self) -> None:
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # orbax and tensorstore raise errors of any kind
+            newest = max(steps(self.root), default="none")
+            raise OSError(f"{self.root}: a save failed, the newest step that was saved is {newest}: {error}") from error
+
     def _tidy(self) -> None:
         """With no save under way: deletes what keep-n has put aside, and stores that no step names."""
-        self._manager.wait_until_finished()
+        self._finished()
         if not is_first():
             return
         for step in steps(self.root)[: -self._keep] if paths.remote(self.root) else ():

@@ -4,7 +4,6 @@ import argparse
 import ast
 import importlib.util
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from evlm_jax.evals import arguments
 from evlm_jax.parser import Parser, Version, told
 from evlm_jax.planning import arguments as planning_arguments
 from evlm_jax.ranges import Count, NonNegative, Positive, argument
+from evlm_jax.status import INTERRUPTED, STATUSES, Stopped
 
 CONFIG_HELP = "FILE.py[:arg]; fields are overridden with --config.section.field=value"
 
@@ -96,18 +96,20 @@ def set_field(config: ml_collections.ConfigDict, key: str, text: str) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Of the whole command line."""
-    parser = Parser(prog="evlm", description=__doc__, epilog="EVLM_DEBUG=1 in the environment shows where an error comes from.")
+    parser = Parser(
+        prog="evlm", description=__doc__, epilog=f"EVLM_DEBUG=1 in the environment shows where an error comes from. {STATUSES}."
+    )
     parser.add_argument("--version", action=Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
     for name, (add_arguments, run, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(name, help=text, description=text, epilog=STATUSES)
         add_arguments(command)
         command.set_defaults(run=run)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the console script; returns the exit status. Errors are one line; EVLM_DEBUG=1 shows the traceback.
+    """Entry point of the console script; returns the exit status (status.py). Errors are one line; EVLM_DEBUG=1 shows the traceback.
 
     Programs that were compiled once are kept in the assets' cache, or where JAX_COMPILATION_CACHE_DIR says.
     """
@@ -119,6 +121,9 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     try:
         return args.run(args, overrides) or 0
+    except Stopped as stopped:
+        print(f"evlm: {stopped}", file=sys.stderr)
+        return stopped.status
     except BrokenPipeError:  # who read the output is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -129,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("evlm: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return INTERRUPTED
 
 
 # ------------------------------------------------------------------------------------------------------------- subcommands
@@ -149,8 +154,11 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help=CONFIG_HELP)
     parser.add_argument("--workdir", required=True, help="checkpoints, metrics.jsonl and TensorBoard files; a run in it goes on")
     parser.add_argument("--init", help="checkpoint of an earlier stage to start from, instead of the towers alone")
-    parser.add_argument("--step", type=int, help="go on from this step of WORKDIR, instead of the newest; later ones are put aside")
+    parser.add_argument("--step", type=argument(Count), help="go on from this step, instead of the newest; later ones are put aside")
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard files as well")
+    parser.add_argument(
+        "--allow-data-change", action="store_true", help="a run goes on with other data or another batch, from the same number of documents"
+    )
     parser.add_argument("--profile", type=_span, metavar="A:B", help="trace the updates A to B into WORKDIR/profile")
     _process_arguments(parser)
 
@@ -180,7 +188,8 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     _join(args)
     from evlm_jax.run import train_run
 
-    train_run(load_config(args.config, overrides), args.workdir, args.init, args.tensorboard, args.profile, args.step)
+    cfg = load_config(args.config, overrides)
+    train_run(cfg, args.workdir, args.init, args.tensorboard, args.profile, args.step, args.allow_data_change)
 
 
 def _generate(args: argparse.Namespace, _overrides: list[str]) -> None:

@@ -35,12 +35,15 @@ class Rule:
     lr: NonNegative | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Phase:
-    """What is trained from `start` (a fraction of the steps) on."""
+    """What is trained from `start` (a fraction of the steps) or behind update `step` on. A run that may become longer needs the latter."""
 
-    start: Fraction
-    warmup: Count  # extra linear warm-up, in steps, of the parameters that become trainable in this phase
+    start: Fraction = 0.0
+    step: Count | None = None
+    # Extra linear warm-up, in steps, of the parameters that become trainable in this phase. None: optim.warmup in a later phase, where a
+    # fresh Adam would move what is pretrained at the full rate; 0 in the first, which the schedule warms up.
+    warmup: Count | None = None
     rules: tuple[Rule, ...]
 
 
@@ -70,7 +73,7 @@ class TrainConfig:
     accumulate: Positive  # micro-batches of a step; divides `batch`
     dtype: Float  # compute
     matmul_precision: Float  # operands of products, where the dtype is wider
-    param_dtype: Float  # trainable parameters and second moments
+    param_dtype: Float  # trainable parameters and second moments; training refuses bfloat16, which loses small updates
     frozen_dtype: Float  # frozen towers
     remat: Literal["none", "dots", "full"]  # computed again in the backward pass: nothing, all but linear layers, all
     loss_chunk: Count  # targets of a row whose logits exist together, computed again in the backward pass; 0: all, kept
@@ -82,6 +85,8 @@ class TrainConfig:
     monitor_questions: Count  # the first of each task, as `evlm eval --limit` takes them; 0: all
     seed: Seed
     peak_flops: NonNegative  # of one device, for MFU; 0 leaves MFU out
+    save_minutes: NonNegative = 30.0  # a save is also due when so much time has gone since the last; 0: never for that
+    bad_updates: Count = 10  # of a run: so many whose loss or gradient is not finite are left out, then it stops
 
     @property
     def operands(self) -> str:
@@ -208,7 +213,8 @@ def check(cfg: EVLMConfig) -> None:
         (train.batch % train.accumulate == 0, "train.accumulate", f"must divide train.batch = {train.batch}"),
         (train.batch % (train.accumulate * data.pool) == 0, "data.pool", "must divide the rows of train.batch / train.accumulate"),
         (not train.monitors or train.monitor_every >= 1, "train.monitor_every", "must be positive where train.monitors has tasks"),
-        (len(cfg.optim.phases) > 0 and cfg.optim.phases[0].start == 0, "optim.phases", "the first must start at 0"),
+        (all(phase.step is None or phase.start == 0 for phase in cfg.optim.phases), "optim.phases", "have a start or a step, not both"),
+        (cfg.optim.phases and not (cfg.optim.phases[0].start or cfg.optim.phases[0].step), "optim.phases", "the first must start at 0"),
     ]
     for ok, name, mend in rules:
         if not ok:

@@ -122,6 +122,12 @@ class Layout:
         return math.prod(self.mesh.shape[name] for name in self.rule(axis).used)
 
     @property
+    def rows_are_shared(self) -> bool:
+        """Whether several processes hold the same rows of a batch."""
+        grid = self.mesh.devices.reshape(-1, self.mesh.shape["tensor"])
+        return any(len({device.process_index for device in devices}) > 1 for devices in grid)
+
+    @property
     def replicated(self) -> NamedSharding:
         """The same on every device."""
         return NamedSharding(self.mesh, P())

@@ -2,7 +2,7 @@
 
 Values arrive on the host some steps after they were dispatched, so reporting never makes the device wait. Between two lines
 losses are averaged over targets, rates over time, used shares of the budgets over steps; samples that the data left out are
-counted by cause; the other values are those of the line's own step.
+counted by cause, updates that were not finite as "bad_updates"; the other values are those of the line's own step.
 """
 
 import json
@@ -63,23 +63,29 @@ class Meter:
 
     def add(self, step: int, batch: dict[str, float], values: dict) -> None:
         """The values of update `step` (1-based), on the host; `batch` is what `work` counted of its batch."""
+        good = bool(values["good"])
         self._own.update(batch)
-        self._sums.update(_sums(self._cfg, values))
+        self._sums.update(_sums(self._cfg, values) if good else {"bad_updates": 1.0})
         self._steps += 1
         self._bar.update()
         noted = self._notes.pop(step, {})
         if step % self._cfg.train.log_every == 0 or step == self._cfg.train.steps:
-            now = {"lr": values["lr"], "grad_norm": values["grad_norm"]} | _gates(self._cfg, values["gates"])
-            self._write(step, self._summary() | now | _routing(self._cfg, values.get("routing")) | noted)
+            now = {"lr": values["lr"]} | _gates(self._cfg, values["gates"])
+            if good:
+                now |= {"grad_norm": values["grad_norm"]} | _routing(self._cfg, values.get("routing"))
+            self._write(step, self._summary() | now | noted)
             self._reset()
         elif noted:
             self._write(step, noted)
 
     def note(self, step: int, values: dict[str, float] | None) -> None:
-        """Other values of update `step`, before it is added; they come into its line, or into one of its own. SECONDS count in no rate."""
+        """Other values of update `step`, before it is added; they come into its line, or into one of its own.
+
+        SECONDS among them count in no rate.
+        """
         if values:
             self._notes[step] = values
-            self._since += values[SECONDS]
+            self._since += values.get(SECONDS, 0.0)
 
     def _summary(self) -> dict[str, float]:
         """Means over the targets and rates since the last line."""
@@ -87,7 +93,9 @@ class Meter:
         seconds, sums, totals = time.monotonic() - self._since, self._sums, Counter()
         for share in shares:
             totals.update(share)
-        out = {"loss": sums["loss"] / max(sums["count"], 1)}
+        out = {"bad_updates": sums["bad_updates"]} if sums["bad_updates"] else {}
+        if sums["bad_updates"] < self._steps:
+            out["loss"] = sums["loss"] / max(sums["count"], 1)
         for source in self._cfg.data.sources:
             if count := sums[f"count/{source}"]:
                 out[f"loss/{source}"] = sums[f"loss/{source}"] / count
@@ -103,6 +111,11 @@ class Meter:
             self._dropped[drop.cause] = self._dropped.get(drop.cause, 0) + 1
             if self._dropped[drop.cause] == 1:
                 self._bar.write(f"left out, {drop.cause}: {drop.message}; further ones are counted only")
+
+    def tell(self, text: str) -> None:
+        """A line above the bar."""
+        if is_first():
+            self._bar.write(text)
 
     def _write(self, step: int, line: dict) -> None:
         if not is_first():

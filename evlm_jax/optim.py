@@ -46,9 +46,11 @@ def resolve(rules: tuple[Rule, ...], parameters: Iterable[str], absent: Iterable
 
 def starts(cfg: EVLMConfig) -> tuple[int, ...]:
     """First step (0-based) of every phase. Raises ValueError where they do not ascend."""
-    steps = tuple(round(phase.start * cfg.train.steps) for phase in cfg.optim.phases)
+    steps = tuple(round(phase.start * cfg.train.steps) if phase.step is None else phase.step for phase in cfg.optim.phases)
     if any(a >= b for a, b in itertools.pairwise(steps)):
-        raise ValueError(f"optim.phases begin at steps {steps}; they must ascend: change a `start`, or train.steps = {cfg.train.steps}")
+        raise ValueError(
+            f"optim.phases begin at steps {steps}; they must ascend: change a `start` or `step`, or train.steps = {cfg.train.steps}"
+        )
     return steps
 
 
@@ -83,7 +85,13 @@ def plan(cfg: EVLMConfig, phase: int, params: nnx.State) -> Plan:
     group = {path: next(p for p in range(phase + 1) if all(later[path] is not None for later in history[p:])) for path in rates}
     decays = lambda path: not any(re.search(pattern, names.canonical(cfg, path)[0]) for pattern in cfg.optim.no_decay)
     decay = {path: cfg.optim.weight_decay * decays(path) for path in rates}
-    return Plan(rates, group, decay, {g: cfg.optim.phases[g].warmup for g in sorted(set(group.values()))})
+    return Plan(rates, group, decay, {g: _warmup(cfg, g) for g in sorted(set(group.values()))})
+
+
+def _warmup(cfg: EVLMConfig, phase: int) -> int:
+    """Steps of the own warm-up of what becomes trainable in a phase."""
+    given = cfg.optim.phases[phase].warmup
+    return given if given is not None else cfg.optim.warmup if phase else 0
 
 
 def _by_path(cfg: EVLMConfig, phase: int, paths: list[Path]) -> dict[Path, float | None]:
@@ -108,7 +116,8 @@ def schedule(cfg: EVLMConfig, step: jax.Array) -> jax.Array:
 
 def begin(cfg: EVLMConfig, plan: Plan, trainable: nnx.State, groups: Groups) -> Groups:
     """Adam states at the start of a phase: new for the newly trainable, without what is frozen again, the others as they are."""
-    old = {g: a._replace(mu=members(plan, g, a.mu), nu=members(plan, g, a.nu)) for g, a in groups.items() if g in plan.warmup}
+    exact = lambda moments: jax.tree.map(lambda x: x.astype(cfg.train.param_dtype), moments)
+    old = {g: a._replace(mu=members(plan, g, a.mu), nu=exact(members(plan, g, a.nu))) for g, a in groups.items() if g in plan.warmup}
     return old | {g: _adam(cfg).init(members(plan, g, trainable)) for g in plan.warmup if g not in groups}
 
 

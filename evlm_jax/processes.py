@@ -8,13 +8,14 @@ import contextlib
 import json
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from evlm_jax.status import INTERRUPTED, PREEMPTED
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
@@ -70,14 +71,24 @@ def on_host(tree: Any) -> Any:
 
 
 @contextlib.contextmanager
-def stopping() -> Iterator[Callable[[int], bool]]:
-    """A function of the finished steps: whether to stop here, because SIGTERM came to some process. The same step on all of them."""
-    if jax.process_count() > 1:  # jax.distributed has its own handler
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    stop = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+def stopping() -> Iterator[Callable[[int], int]]:
+    """A function of the finished steps: with which status to stop here, 0 to go on. SIGTERM and SIGINT (Ctrl-C) ask for it.
+
+    What comes to one process stops all of them at the same step. A second Ctrl-C does not wait for it.
+    """
+    alone, came = jax.process_count() == 1, []
+
+    def note(number: int, _frame) -> None:
+        if number in came and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        came.append(number)
+        if not alone:
+            os.kill(os.getpid(), signal.SIGTERM)  # jax.distributed has its own handler, which tells the others
+
+    before = {number: signal.signal(number, note) for number in ((signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,))}
+    reached = (lambda step: bool(came)) if alone else multihost_utils.reached_preemption_sync_point
     try:
-        yield lambda step: stop.is_set()
+        yield lambda step: (INTERRUPTED if signal.SIGINT in came else PREEMPTED) if reached(step) else 0
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -66,6 +66,7 @@ def train_run(
     tensorboard: bool = False,
     profile: tuple[int, int] | None = None,
     resume: int | None = None,
+    other_data: bool = False,
 ) -> int:
     """Trains `cfg` in `workdir`, or goes on there, from step `resume` or the newest. Returns the finished updates.
 
@@ -91,7 +92,7 @@ def train_run(
         keep_tokenizer(tokenizer, workdir)
     follow = monitor(cfg, tokenizer, features, layout)
     with contextlib.closing(batches(cfg, tokenizer, features, layout.own_pools(cfg.pools))) as data:
-        return train(cfg, workdir, data, params, trained, follow, tensorboard, profile, resume)
+        return train(cfg, workdir, data, params, trained, follow, tensorboard, profile, resume, other_data)
 
 
 def _saved_tower(workdir: str, step: int | None) -> dict[str, np.ndarray]:

@@ -1,24 +1,23 @@
 """The training loop, flat and readable from the top: the step, the phase, where a run starts, the loop.
 
-Unusual: gradients exist for the trainable State only, frozen parameters are plain arguments of the step. A step whose loss or
-gradient is not finite changes nothing, and neither does any step behind it, so the host may look a few steps later.
+Unusual: gradients exist for the trainable State only, frozen parameters are plain arguments of the step. An update whose loss or
+gradient is not finite changes nothing, so the host may look a few steps later (watch.py); those behind it go on.
 """
 
 import contextlib
 import functools
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.traverse_util import flatten_dict
 
-from evlm_jax import names, optim
+from evlm_jax import continuity, names, optim
+from evlm_jax.agree import agreed
 from evlm_jax.batch import Batch
 from evlm_jax.checkpoint import Arrays, Checkpoints, Snapshot
-from evlm_jax.config import EVLMConfig, from_saved, to_dict, to_saved
+from evlm_jax.config import EVLMConfig, to_saved
 from evlm_jax.loss import loss_sums
 from evlm_jax.mesh import Layout, check_parameters, make_layout
 from evlm_jax.metrics import Meter, work
@@ -28,8 +27,8 @@ from evlm_jax.paths import Mirror
 from evlm_jax.processes import gather, on_host, say, stopping
 from evlm_jax.sharding import gather_once, settle
 from evlm_jax.start import fresh, restored
-
-IN_FLIGHT = 2  # steps dispatched before the host looks at the values of an older one
+from evlm_jax.status import Stopped
+from evlm_jax.watch import Due, Watch
 
 # ---------------------------------------------------------------------------------------------------------------- the step
 
@@ -38,7 +37,6 @@ class TrainState(NamedTuple):
     """All that a step changes."""
 
     step: jax.Array  # int32, finished updates
-    healthy: jax.Array  # bool, False from the first loss or gradient on that is not finite
     params: nnx.State  # trainable
     groups: optim.Groups
 
@@ -74,16 +72,18 @@ def _split(pools: int, k: int, x: jax.Array) -> jax.Array:
 
 def train_step(cfg: EVLMConfig, graphdef: nnx.GraphDef, plan: optim.Plan, state: TrainState, frozen: nnx.State, batch: Batch):
     """One update. Returns the new state and what is reported of the step."""
+    batch, same = agreed(batch)
     grads, sums = gradients(cfg, graphdef, state.params, frozen, batch)
     params, groups, norm = optim.update(cfg, plan, state.step, state.params, grads, state.groups)
-    healthy = state.healthy & jnp.isfinite(sums["loss"].sum()) & jnp.isfinite(norm)
-    moved, still = TrainState(state.step + 1, healthy, params, groups), state._replace(healthy=healthy)
-    report = {"healthy": healthy, "grad_norm": norm, "lr": optim.schedule(cfg, state.step), "source_loss": sums["loss"]}
+    good = jnp.isfinite(sums["loss"].sum()) & jnp.isfinite(norm)
+    params, groups = jax.tree.map(lambda new, old: jnp.where(good, new, old), (params, groups), (state.params, state.groups))
+    report = {"good": good, "grad_norm": norm, "lr": optim.schedule(cfg, state.step), "source_loss": sums["loss"]}
     gates = {path: jnp.tanh(gate[...]) for path, gate in nnx.to_flat_state(params) if str(path[-1]).endswith("gate")}
     report |= {"source_count": sums["count"], "gates": {"/".join(map(str, path)): gate for path, gate in gates.items()}}
+    report |= {} if same is None else {"same": same}
     if "routing" in sums:
         report["routing"] = sums["routing"]._asdict()
-    return jax.tree.map(lambda a, b: jnp.where(healthy, a, b), moved, still), report
+    return TrainState(state.step + 1, params, groups), report
 
 
 # --------------------------------------------------------------------------------------------------------------- the phase
@@ -113,7 +113,7 @@ class Phase:
         """The state at the first step of the phase. Parameters are promoted to their dtype; all is copied, for a step overwrites it."""
         own = lambda tree, dtype: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), tree)
         trainable = own(trainable, self.cfg.train.param_dtype)
-        return TrainState(jnp.int32(step), jnp.bool(True), trainable, optim.begin(self.cfg, self.plan, trainable, own(groups, None)))
+        return TrainState(jnp.int32(step), trainable, optim.begin(self.cfg, self.plan, trainable, own(groups, None)))
 
     def spec(self) -> TrainState:
         """Shapes and dtypes of the state."""
@@ -167,6 +167,7 @@ class Start(NamedTuple):
     params: nnx.State  # of the whole model
     groups: optim.Groups
     trained: frozenset[str]
+    bad: int  # updates that were not finite
 
 
 def train(
@@ -179,8 +180,9 @@ def train(
     tensorboard: bool = False,
     profile: tuple[int, int] | None = None,
     resume: int | None = None,
+    other_data: bool = False,
 ) -> int:
-    """Trains to train.steps, or to SIGTERM; goes on from the newest checkpoint in `workdir` where there is one.
+    """Trains to train.steps; goes on from the newest checkpoint in `workdir` where there is one.
 
     Args:
       data: yields (Batch of NumPy arrays, info) as data.pipeline.batches; get_state() -> JSON and set_state(JSON) keep its position.
@@ -190,25 +192,35 @@ def train(
       tensorboard: write TensorBoard files, next to metrics.jsonl.
       profile: (first, last) update of a trace, in `workdir`/profile.
       resume: the step to go on from, instead of the newest; later ones are put aside.
+      other_data: a run may go on with other data, or another batch, from the same number of documents.
     Returns:
       the number of finished updates, saved.
     Raises:
-      FloatingPointError: loss or gradient is not finite; names the step and its samples. Nothing is saved behind it.
+      ValueError: the config cannot be trained, or is not one with which the run can go on; names the field.
+      Stopped: a signal came; what was trained is saved.
+      FloatingPointError: more than train.bad_updates losses or gradients were not finite; names the step and its samples.
+      OSError: a save failed, also one under way.
     """
+    if cfg.train.param_dtype != "float32":
+        raise ValueError("config: train.param_dtype must be float32 in training: bfloat16 loses updates below 1/256 of a value")
     layout = make_layout(cfg)
     load = functools.partial(layout.put_pools, own=layout.own_pools(cfg.pools), count=cfg.pools)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, cfg.train.keep)))
-        step, phase, whole, groups, trained = _start(cfg, checkpoints.resume(resume), layout, data, load, params, trained)
+        snapshot = checkpoints.resume(resume)
+        if snapshot:
+            continuity.check(cfg, snapshot.meta, data, other_data)
+        step, phase, whole, groups, trained, bad = _start(cfg, snapshot, layout, data, load, params, trained)
         if step >= cfg.train.steps:
             say(f"{workdir} is finished: it has step {step}, and train.steps is {cfg.train.steps}")
         meter = stack.enter_context(Meter(cfg, workdir, step, layout.mesh.size, tensorboard))
         stop = stack.enter_context(stopping())
-        state, pending = None, deque()
-        while step < cfg.train.steps:
+        watch, due, saved, status = Watch(meter, cfg.train.bad_updates, bad), Due(cfg.train), step, 0
+        state = None
+        while step < cfg.train.steps and not status:
             if state is None or optim.phase_at(cfg, step) != phase.number:
                 if state is not None:
-                    _look(pending, 0, meter)
+                    watch.look()
                     whole, groups = phase.whole(state), state.groups
                 phase = Phase(cfg, optim.phase_at(cfg, step), layout)
                 state = phase.enter(step, whole, groups)
@@ -220,21 +232,27 @@ def train(
                 jax.profiler.start_trace(str(trace.here))
             state, report = phase.update(state, load(batch))
             step += 1
-            pending.append((step, info["keys"], work(cfg, batch, info, phase.trained), report))
             meter.dropped(info["drops"])
-            _look(pending, IN_FLIGHT, meter)
+            watch.add(step, info["keys"], work(cfg, batch, info, phase.trained), report)
             if on_step:
                 meter.note(step, on_step(step, functools.partial(phase.model, state)))
-            last = stop(step) or step == cfg.train.steps
+            status = stop(step)
+            last = bool(status) or step == cfg.train.steps
             if profile and (step == profile[1] or profile[0] <= step < profile[1] and last):
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
                 trace.close()
-            if last or step % cfg.train.save_every == 0:
-                _look(pending, 0, meter)
-                checkpoints.save(step, *phase.on_disk(state), _meta(cfg, phase, data, trained))
-            if last:
-                break
+            checkpoints.check()
+            if due(step) or last:
+                watch.look()
+                if watch.sound:
+                    checkpoints.save(step, *phase.on_disk(state), _meta(cfg, phase, data, trained, watch.bad))
+                    saved = step
+                    due.done()
+    if step < cfg.train.steps:
+        raise Stopped(f"stopped by a signal at step {step} of {cfg.train.steps}, saved at {saved}: the same command goes on", status)
+    if saved < step:
+        raise FloatingPointError(f"the last updates to step {step} were not finite, the newest that was saved is {saved}")
     return step
 
 
@@ -244,19 +262,21 @@ def _start(
     """From the newest checkpoint, or from `params`."""
     phase = Phase(cfg, snapshot.meta["phase"] if snapshot else 0, layout)
     if snapshot:
-        say(f"resume from step {snapshot.meta['step']}{_changes(cfg, snapshot.meta['config'])}")
+        say(f"resume from step {snapshot.meta['step']}{continuity.told(cfg, snapshot.meta['config'])}")
         data.set_state(snapshot.meta["data"])
         trained = trained | set(snapshot.meta["trained"])
-        return Start(snapshot.meta["step"], phase, *restored(cfg, phase.shapes, phase.place, phase.plan, snapshot), trained)
+        whole, groups = restored(cfg, phase.shapes, phase.place, phase.plan, snapshot)
+        return Start(snapshot.meta["step"], phase, whole, groups, trained, snapshot.meta.get("bad", 0))
     whole = fresh(cfg, phase.shapes, phase.place, params, trained | phase.trained)
     if cfg.init.centre_norms and cfg.cross_layers and not any(name.startswith("xattn/") for name in trained):
         whole = layout.jit(centre_norms)(nnx.merge(phase.graphdef, whole), load(_peek(data)))
-    return Start(0, phase, whole, {}, trained)
+    return Start(0, phase, whole, {}, trained, 0)
 
 
-def _meta(cfg: EVLMConfig, phase: Phase, data: Iterator, trained: frozenset[str]) -> dict:
+def _meta(cfg: EVLMConfig, phase: Phase, data: Iterator, trained: frozenset[str], bad: int) -> dict:
     """What a checkpoint says beside its arrays."""
-    return {"phase": phase.number, "data": _merged(gather(data.get_state())), "config": to_saved(cfg), "trained": sorted(trained)}
+    position = _merged(gather(data.get_state()))
+    return {"phase": phase.number, "data": position, "config": to_saved(cfg), "trained": sorted(trained), "bad": bad}
 
 
 def _peek(data: Iterator) -> Batch:
@@ -265,25 +285,6 @@ def _peek(data: Iterator) -> Batch:
     batch, _ = next(data)
     data.set_state(position)
     return batch
-
-
-def _changes(cfg: EVLMConfig, saved: dict) -> str:
-    """Says where the config is not that of the checkpoint: such a run goes on, but has not the bits of either config."""
-    old, new = (flatten_dict(to_dict(c), sep=".") for c in (from_saved(saved), cfg))
-    return "".join(f"; {key} was {old[key]}, is {value}" for key, value in new.items() if value != old[key])
-
-
-def _look(pending: deque, left: int, meter: Meter) -> None:
-    """Reports dispatched steps, oldest first, until `left` of them have not been looked at."""
-    while len(pending) > left:
-        step, keys, counted, report = pending.popleft()
-        report = jax.device_get(report)
-        if not report["healthy"]:
-            sums = f"sum of losses {report['source_loss'].sum()}, gradient norm {report['grad_norm']}"
-            raise FloatingPointError(f"step {step}: {sums}; nothing was updated or saved since. Its samples: {', '.join(map(str, keys))}")
-        meter.add(step, counted, report)
-    if not left:
-        meter.flush()
 
 
 def _merged(states: list[dict]) -> dict:

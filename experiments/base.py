@@ -165,7 +165,7 @@ def get_config() -> ConfigDict:
                 clip=10.0,
                 phases=(
                     dict(start=0.0, warmup=0, rules=rules(64)),
-                    dict(start=0.25, warmup=0, rules=rules(64, 32)),
+                    dict(start=0.25, rules=rules(64, 32)),
                 ),
             ),
             train=dict(

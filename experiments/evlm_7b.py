@@ -54,5 +54,5 @@ def get_config(stage: str = "pretrain") -> ConfigDict:
     )
     config.xattn.update(heads=6, kv_heads=6, head_dim=128, ffn=1792)
     config.media.placeholder = "<|image_pad|>"
-    config.optim.phases = tuple(dict(start=s, warmup=0, rules=base.rules(24, first)) for s, first in ((0.0, None), (0.25, 12)))
+    config.optim.phases = tuple(dict(start=s, rules=base.rules(24, first)) for s, first in ((0.0, None), (0.25, 12)))
     return base.set_stage(config, stage)

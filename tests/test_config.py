@@ -74,7 +74,7 @@ def numbers(kind, value, path=()):
 
 
 def test_every_number_has_a_range_and_is_refused_beyond_it():
-    plain = demo.get_config().to_dict()
+    plain = to_dict(from_config_dict(demo.get_config()))
     found = list(numbers(config.EVLMConfig, plain))
     assert len(found) > 90
     for path, kind in found:

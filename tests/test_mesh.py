@@ -44,7 +44,7 @@ def test_on_eight_devices(part, capsys):
         ({"data": 1, "fsdp": 0}, "axes are positive"),
         ({"data": -1, "tensor": 3}, "their product must be that"),
         ({"data": 4, "tensor": 2, "slices": 3}, "mesh.slices = 3 must divide mesh.data = 4"),
-        ({"data": 8, "slices": 0}, "mesh.slices = 0 must divide mesh.data = 8"),
+        ({"data": 8, "slices": 0}, "mesh.slices must be at least 1, got 0"),
         ({"data": 8}, r"train.batch / train.accumulate = 2 rows cannot be split over 8 devices .*multiple, or give devices to mesh.tensor"),
         ({"data": 1, "tensor": 8}, "llm.heads = 4 must be a multiple of mesh.tensor = 8"),
         ({"data": 1, "fsdp": 2, "tensor": 4}, "llm.kv_heads = 2 must be a multiple of mesh.tensor = 4"),
@@ -85,7 +85,7 @@ def test_sizes_of_axes():
 class Workers:
     """Processes of tests/mesh/worker.py that train together; each has an equal share of the mesh's devices."""
 
-    def __init__(self, workdir, count: int, steps: int, mesh: tuple):
+    def __init__(self, workdir, count: int, steps: int, mesh: tuple, *host: str):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -94,7 +94,7 @@ class Workers:
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={math.prod(mesh) // count}",
         }
         command = [sys.executable, "-m", "tests.mesh.worker"]
-        arguments = [str(count), str(port), str(workdir), str(steps), str(mesh)]
+        arguments = [str(count), str(port), str(workdir), str(steps), str(mesh), *host]
         self.logs = [tempfile.TemporaryFile("w+") for _ in range(count)]
         self.processes = [
             subprocess.Popen([*command, str(i), *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -197,3 +197,13 @@ def test_processes_answer_as_one_does(tmp_path):
     assert [process.wait() for process in started] == [0, 0, 0]
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one["examples"] == two["examples"] and one["scores"] == two["scores"]
+
+
+def test_processes_that_read_the_same_rows_agree_or_stop(tmp_path):
+    """One of two cannot read an image: their copies stay equal. Later it reads another word: both stop, by name."""
+    workers = Workers(tmp_path, 2, 8, (1, 1, 1, 2), "1")
+    told = [process.communicate()[0].splitlines() for process in workers.processes]
+    copies = [[line for line in lines if line.startswith("copy ")] for lines in told]
+    assert len(copies[0]) >= 5 and copies[0][:5] == copies[1][:5] and len(set(line.split()[2] for line in copies[0][:4])) == 4
+    assert all(process.returncode for process in workers.processes)
+    assert "step 5: processes that read the same rows (mesh.tensor) have read other ones. Its samples: 4/0" in workers.errors()

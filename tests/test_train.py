@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from evlm_jax.mesh import make_layout
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.run import next_stage
 from evlm_jax.start import fresh
+from evlm_jax.status import Stopped
 from evlm_jax.train import Phase, gradients, train
 from tests.tiny import CROSS_ONLY, UPPER_VIT, TinyData, tiny_batch, tiny_config, tiny_towers
 
@@ -108,21 +110,23 @@ def test_first_update_of_the_newly_trainable_group(whole_run, tmp_path, towers):
     assert after.groups["1/count"] == 1 and after.groups["0/count"] == BOUNDARY + 1
 
 
-def interrupted(workdir, whole_run, start: int, stop: int) -> checkpoint.Snapshot:
-    """What a copy of `whole_run`, taken when step `start` was its newest, saves when SIGTERM comes in step `stop`."""
+def interrupted(workdir, whole_run, start: int, stop: int, number: int = signal.SIGTERM) -> checkpoint.Snapshot:
+    """What a copy of `whole_run`, taken when step `start` was its newest, saves when a signal comes in step `stop`."""
     shutil.copytree(whole_run, workdir, dirs_exist_ok=True)
     for step in checkpoint.steps(workdir):
         if step > start:
             shutil.rmtree(workdir / "steps" / str(step))
-    reached = train(CFG, workdir, TinyData(CFG), {}, on_step=lambda step, _: step == stop and os.kill(os.getpid(), signal.SIGTERM))
-    assert reached == stop
+    with pytest.raises(Stopped, match=f"at step {stop} of {STEPS}, saved at {stop}") as ended:
+        train(CFG, workdir, TinyData(CFG), {}, on_step=lambda step, _: step == stop and os.kill(os.getpid(), number))
+    assert ended.value.status == {signal.SIGTERM: 75, signal.SIGINT: 130}[number]
     return checkpoint.read(workdir)
 
 
 @pytest.mark.parametrize("cut", [BOUNDARY - 1, BOUNDARY, BOUNDARY + 1])
 def test_resumed_run_has_the_bits_of_the_whole_run(whole_run, tmp_path, cut, capsys):
-    """k steps, SIGTERM, resume, N - k steps: just before, at and after the step where the upper ViT is unfrozen."""
-    assert interrupted(tmp_path, whole_run, start=12, stop=cut).meta["step"] == cut
+    """k steps, SIGTERM or Ctrl-C, resume, N - k steps: just before, at and after the step where the upper ViT is unfrozen."""
+    number = signal.SIGINT if cut == BOUNDARY else signal.SIGTERM
+    assert interrupted(tmp_path, whole_run, 12, cut, number).meta["step"] == cut
     assert train(CFG, tmp_path, TinyData(CFG), {}) == STEPS
     assert f"resume from step {cut}" in capsys.readouterr().out
     assert_same_bits(checkpoint.read(tmp_path), checkpoint.read(whole_run))
@@ -182,18 +186,81 @@ def test_micro_batches_equal_one_batch():
     np.testing.assert_allclose(sums["loss"], split["loss"], rtol=1e-6)
 
 
-def test_not_a_number_stops_the_run(tmp_path):
-    cfg = tiny_config(data={"cache_features": True}, train={"steps": 12, "save_every": 4, "keep": 9})
-    spoil = lambda index, batch: batch._replace(taps=batch.taps * np.nan) if index == 5 else batch
-    states = {}
+def spoiled(cfg, bad: set[int]) -> TinyData:
+    """Data whose batches of these numbers (0-based) have pictures that are not numbers."""
+    return TinyData(cfg, change=lambda index, batch: batch._replace(taps=batch.taps * np.nan) if index in bad else batch)
+
+
+BAD = {"data": {"cache_features": True}, "train": {"steps": 12, "save_every": 4, "keep": 9, "log_every": 4, "bad_updates": 2}}
+
+
+def test_bad_updates_change_nothing_and_those_behind_go_on(tmp_path, capsys):
+    cfg = tiny_config(**BAD)
+    states = {0: None}
     keep = lambda step, model: states.update({step: [np.array(a) for a in jax.tree.leaves(nnx.state(model()))]})
-    with pytest.raises(FloatingPointError, match=r"step 6: .*nan.*5/0, 5/1"):
-        train(cfg, tmp_path, TinyData(cfg, change=spoil), tiny_towers(cfg), on_step=keep)
+    assert train(cfg, tmp_path, spoiled(cfg, {5, 8}), tiny_towers(cfg), on_step=keep) == 12
+    changed = {step for step in range(2, 13) if any((a != b).any() for a, b in zip(states[step - 1], states[step], strict=True))}
+    assert changed == set(range(2, 13)) - {6, 9}
+    assert all(np.isfinite(a).all() for a in states[12])
+    said = capsys.readouterr().out
+    assert "step 6: sum of losses nan" in said and "the run's 2. of that kind. Its samples: 8/0, 8/1" in said
+    last = checkpoint.read(tmp_path)
+    assert last.groups["0/count"] == 10 and last.meta["bad"] == 2 and last.meta["data"] == {"next": 12}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("bad_updates", 0) for line in lines] == [0, 1, 1] and all(np.isfinite(line["loss"]) for line in lines)
+
+
+def test_too_many_bad_updates_stop_the_run_and_resume_goes_past_them(tmp_path):
+    cfg, towers = tiny_config(**BAD), tiny_towers(tiny_config(**BAD))
+    bad = {1, 5, 6, 8}
+    with pytest.raises(
+        FloatingPointError, match=r"step 7: .*nan.*Its samples: 6/0, 6/1. Stopped, for train.bad_updates is 2; a greater one"
+    ):
+        train(cfg, tmp_path / "cut", spoiled(cfg, bad), towers)
+    assert checkpoint.steps(tmp_path / "cut") == [4] and checkpoint.read(tmp_path / "cut").meta["bad"] == 1
+    more = tiny_config(**BAD | {"train": BAD["train"] | {"bad_updates": 4}})
+    assert train(more, tmp_path / "cut", spoiled(more, bad), towers) == 12
+    assert train(more, tmp_path / "whole", spoiled(more, bad), towers) == 12
+    assert_same_bits(checkpoint.read(tmp_path / "cut"), checkpoint.read(tmp_path / "whole"))
+
+
+def test_parameters_that_give_nothing_finite_are_not_saved(tmp_path):
+    """Two bad updates in a row are not the fault of a batch: what was saved before stays the newest."""
+    cfg = tiny_config(**BAD | {"train": BAD["train"] | {"bad_updates": 99}})
+    with pytest.raises(FloatingPointError, match="the last updates to step 12 were not finite, the newest that was saved is 4"):
+        train(cfg, tmp_path, spoiled(cfg, set(range(6, 12))), tiny_towers(cfg))
     assert checkpoint.steps(tmp_path) == [4]
-    assert max(states) > 6  # later steps had been dispatched; they changed nothing either
-    assert any((a != b).any() for a, b in zip(states[4], states[5], strict=True))
-    for later in range(6, max(states) + 1):
-        assert all((a == b).all() for a, b in zip(states[5], states[later], strict=True))
+
+
+def test_a_save_is_due_by_minutes_too(tmp_path):
+    cfg = tiny_config(train={"steps": 6, "save_every": 100, "keep": 9, "log_every": 2, "save_minutes": 1e-9})
+    assert train(cfg, tmp_path, TinyData(cfg), tiny_towers(cfg)) == 6
+    assert checkpoint.steps(tmp_path) == [2, 4, 6]
+
+
+def test_a_failed_save_is_told_at_once(tmp_path):
+    """Before the next save is due: files may not grow any more, as on a full disk, while orbax writes in its thread."""
+    cfg, reached = tiny_config(train={"steps": 1200, "save_every": 20, "log_every": 1000}), []
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(step, _model):
+        reached.append(step)
+        if step == 19:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+
+    try:
+        with pytest.raises(OSError, match=f"^{tmp_path}: a save failed, the newest step that was saved is none: ") as error:
+            train(cfg, tmp_path, TinyData(cfg), tiny_towers(cfg), on_step=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "File too large" in str(error.value)
+    assert 20 <= reached[-1] < 40
+
+
+def test_values_of_on_step_are_noted(tmp_path):
+    cfg = tiny_config(train={"steps": 2})
+    train(cfg, tmp_path, TinyData(cfg), tiny_towers(cfg), on_step=lambda step, _: {"my/metric": float(step)})
+    assert [json.loads(line)["my/metric"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1.0, 2.0]
 
 
 def test_a_parameter_without_value_is_named(towers, tmp_path):

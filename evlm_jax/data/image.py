@@ -15,6 +15,7 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.data import video
 from evlm_jax.data.containers.rows import open_ref
 from evlm_jax.data.repair import eight_bits, foreign, mend, transparent_as_stored
+from evlm_jax.data.retry import retried
 from evlm_jax.data.samples import ImageRef
 
 MOST_PIXELS = 1 << 27  # of a file: a larger one is taken for a decompression bomb
@@ -76,20 +77,25 @@ def decode(path: str, least: int = 0) -> Image.Image:
       ImageError: missing, damaged, or too large.
     """
     try:
-        with open_ref(path, MOST_BYTES) as file:
-            size = file.seek(0, os.SEEK_END)
-            if size > MOST_BYTES:
-                raise ValueError(f"{size} bytes, the limit is {MOST_BYTES}")
-            try:
-                return _decoded(file, least)
-            except Exception as error:
-                file.seek(0)
-                content = file.read()
-                if (mended := mend(content)) is None:
-                    raise foreign(content) or error from error
-                return _decoded(io.BytesIO(mended), least)
+        return _read(path, least)
     except Exception as error:  # damaged files make the decoders raise errors of any kind
         raise ImageError(f"{path}: cannot decode the image: {error}") from error
+
+
+@retried
+def _read(path: str, least: int) -> Image.Image:
+    with open_ref(path, MOST_BYTES) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size > MOST_BYTES:
+            raise ValueError(f"{size} bytes, the limit is {MOST_BYTES}")
+        try:
+            return _decoded(file, least)
+        except Exception as error:
+            file.seek(0)
+            content = file.read()
+            if (mended := mend(content)) is None:
+                raise foreign(content) or error from error
+            return _decoded(io.BytesIO(mended), least)
 
 
 def _decoded(file: BinaryIO, least: int) -> Image.Image:
@@ -138,7 +144,7 @@ def _scaled(image: Image.Image, file: BinaryIO, least: int) -> Image.Image:
 
 def _frames(path: str, seconds: list[float], each: Callable[[Image.Image], Made]) -> list[Made]:
     try:
-        return video.decode(path, seconds, lambda frame: each(Image.fromarray(frame)))
+        return retried(video.decode)(path, seconds, lambda frame: each(Image.fromarray(frame)))
     except video.VideoError as error:
         raise ImageError(str(error)) from error
 

@@ -81,7 +81,7 @@ class Packer:
     @property
     def taken(self) -> int:
         """Documents of the stream that are used or left out, with at least one of their parts gone from the window."""
-        return self.next // self.step - len({index for index, _, _ in self._pending})
+        return used_of(self.state, self.step)
 
     @property
     def state(self) -> dict:
@@ -89,19 +89,15 @@ class Packer:
         return {"next": self.next, "pending": [[index, part] for index, part, _ in self._pending]}
 
     def restore(self, state: dict) -> None:
-        """Goes to a position."""
+        """Goes to a position. Of what waited there, it leaves out what is there no more, or fits no more: where the data are other ones."""
         self.next, self.drops = state["next"], []
         self._pending, self._same, self._counts = [], [], Counter()
         documents: dict[int, tuple[Document, ...]] = {}
         for index, part in state["pending"]:
             if index not in documents:
                 documents[index] = self._read(index)
-            if part < len(documents[index]):
+            if part < len(documents[index]) and not self._unfit(documents[index][part]):
                 self._add(index, part, documents[index][part])
-            elif documents[index]:
-                raise ValueError(
-                    f"the saved data position has part {part + 1} of {documents[index][0].key}: its data or data.length changed"
-                )
 
     def wanted(self) -> int:
         """Images of a row that is full and has the window's mixture."""
@@ -143,8 +139,7 @@ class Packer:
             parts = self._read(self.next)
             unfits += not parts
             for part, document in enumerate(parts):
-                if drop := unfit(document, self.data):
-                    self.drops.append(drop)
+                if self._unfit(document):
                     unfits += 1
                 else:
                     unfits = 0
@@ -182,6 +177,12 @@ class Packer:
             del self._counts[same]
         return same
 
+    def _unfit(self, document: Document) -> bool:
+        """Whether no row can take it; such a one goes to `drops`."""
+        drop = unfit(document, self.data)
+        self.drops += [drop] if drop else []
+        return bool(drop)
+
     def _add(self, index: int, part: int, document: Document) -> None:
         if len(self._pending) == len(self._costs):  # the parts of one document may exceed the window
             self._costs = np.concatenate([self._costs, np.zeros_like(self._costs)])
@@ -191,6 +192,11 @@ class Packer:
         )
         self._counts[same] += 1
         self._pending.append((index, part, document))
+
+
+def used_of(state: dict, of: int) -> int:
+    """Documents that a position of one of `of` packers has used or left out, with at least one of their parts gone from the window."""
+    return state["next"] // of - len({index for index, _ in state["pending"]})
 
 
 def pool(packers: Sequence[Packer], data: DataConfig) -> list[list[tuple[int, Document]]]:

@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import grain
@@ -22,8 +23,9 @@ from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
 from evlm_jax.data import image
 from evlm_jax.data.features import FeatureStore
+from evlm_jax.data.identity import identity
 from evlm_jax.data.mixture import Task, tasks
-from evlm_jax.data.pack import Drop, Packer, assemble, fill, first_slots, pool, unfit
+from evlm_jax.data.pack import Drop, Packer, assemble, fill, first_slots, pool, unfit, used_of
 from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import Document
 
@@ -40,8 +42,10 @@ def batches(
 
     info: "keys" (the samples of each row), "fill" (used share of each budget), "drops" (list of Drop since the last batch), "cut" (parts of
     longer documents among them).
-    State: {"lanes": {lane number: [{"next", "pending"} of each task]}, "of": number of all lanes}, JSON-able; the states of several
-    processes are merged by merging "lanes", and any number of processes restores from that.
+    State: {"lanes": {lane number: [{"next", "pending"} of each task]}, "of": number of all lanes, "sources": {name: identity}}, JSON-able;
+    the states of several processes are merged by merging "lanes", and any number of processes restores from that. From a state of another
+    number of lanes (train.batch or data.pool was another) each task goes on behind as many documents as were used, dealt to the lanes in
+    turn: the number is exact, but those that waited in windows may be left out and those that a lane was ahead by may come again.
 
     Args:
       features: where the taps come from if `data.cache_features`; what it lacks is computed when a batch needs it.
@@ -50,7 +54,8 @@ def batches(
     if cfg.data.cache_features != (features is not None):
         raise ValueError(f"config: data.cache_features is {cfg.data.cache_features}; a feature store is needed exactly when it is true")
     sources = [open_source(name) for name in cfg.data.sources]
-    return Prefetch(RowsIterator(tasks(sources, tokenizer, cfg), cfg, lanes or range(cfg.pools), features), PREFETCH)
+    told = {name: identity(source) for name, source in zip(cfg.data.sources, sources)}
+    return Prefetch(RowsIterator(tasks(sources, tokenizer, cfg), cfg, lanes or range(cfg.pools), features, told), PREFETCH)
 
 
 class Lane:
@@ -98,6 +103,16 @@ class Lane:
             packer.restore(own)
 
 
+def redealt(state: dict, lanes: int) -> dict:
+    """A state for another number of lanes, behind as many documents of each task (see `batches`)."""
+    of = state["of"]
+    if len(state["lanes"]) != of:
+        raise ValueError(f"the saved data position has {len(state['lanes'])} of {of} lanes: merge the positions of all processes")
+    taken = [sum(map(partial(used_of, of=of), tasks)) for tasks in zip(*state["lanes"].values(), strict=True)]
+    begin = lambda used, lane: {"next": lane + lanes * (used // lanes + (lane < used % lanes)), "pending": []}
+    return {"lanes": {str(lane): [begin(used, lane) for used in taken] for lane in range(lanes)}, "of": lanes}
+
+
 class Prefetch(grain.experimental.ThreadPrefetchDatasetIterator):
     """Grain's thread, stopped before the interpreter is taken down: a thread at work then would abort the process."""
 
@@ -125,9 +140,11 @@ class Ready(NamedTuple):
 class RowsIterator(grain.DatasetIterator):
     """Packed batches of some lanes: see `batches`. The next rows are packed while the pictures of these are decoded."""
 
-    def __init__(self, made: Sequence[Task], cfg: EVLMConfig, lanes: Sequence[int], features: FeatureStore | None):
+    def __init__(
+        self, made: Sequence[Task], cfg: EVLMConfig, lanes: Sequence[int], features: FeatureStore | None, sources: dict | None = None
+    ):
         super().__init__()
-        self._cfg, self._features = cfg, features
+        self._cfg, self._features, self._sources = cfg, features, sources or {}
         self._used, self._lost, self._examples = 0, Counter(), {}
         self._lanes = {number: Lane(made, cfg, number) for number in lanes}
         self._ahead: Ready | Exception | None = None
@@ -171,14 +188,13 @@ class RowsIterator(grain.DatasetIterator):
         return self._position
 
     def _positions(self) -> dict:
-        return {"lanes": {str(number): lane.state for number, lane in self._lanes.items()}, "of": self._cfg.pools}
+        lanes = {str(number): lane.state for number, lane in self._lanes.items()}
+        return {"lanes": lanes, "of": self._cfg.pools, "sources": self._sources}
 
     def set_state(self, state: dict) -> None:
-        """Takes this process's lanes from a state. Raises ValueError where it lacks one, or is of other lanes or tasks."""
+        """Takes this process's lanes from a state. Raises ValueError where it lacks one, or is of other tasks."""
         if state["of"] != self._cfg.pools:
-            raise ValueError(
-                f"the saved data position is of {state['of']} lanes, train.batch / data.pool is {self._cfg.pools}: both must stay the same"
-            )
+            state = redealt(state, self._cfg.pools)
         if missing := [number for number in self._lanes if str(number) not in state["lanes"]]:
             raise ValueError(f"the saved data position has no lanes {missing}: merge the positions of all processes")
         for number, lane in self._lanes.items():

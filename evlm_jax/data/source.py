@@ -10,6 +10,7 @@ import numpy as np
 
 from evlm_jax.data.containers import files, rows
 from evlm_jax.data.containers.files import Ref
+from evlm_jax.data.retry import retried
 from evlm_jax.data.samples import MARKER, RowError, Sample, SampleError
 
 KEYS = ("id", "key", "__key__", "uuid", "url", "image", "video", "file_name")  # the first that a row has is its name
@@ -56,7 +57,7 @@ class Source(Sequence[Sample]):
             raise IndexError(index)
         row, index = None, self._numbers[index]
         try:
-            row = self.rows[index]
+            row = _row(self.rows, index)
             if isinstance(row, Bad):
                 raise RowError(f"sample {self.name}/{row.key}: {row.error} ({self.where})")
             made = self._sample(row)
@@ -78,6 +79,11 @@ class Source(Sequence[Sample]):
         paths = [*([self.where] if self.where else []), *self._beside]
         held = self.rows if isinstance(self.rows, list) else len(self.rows)
         return _digest([(path, files.version(path)) for path in paths], held, len(self))
+
+
+@retried
+def _row(rows: Sequence, index: int):
+    return rows[index]
 
 
 class Chain(Sequence[Sample]):

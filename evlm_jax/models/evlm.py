@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
@@ -139,29 +140,30 @@ class EVLM(nnx.Module):
         plan = Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
         look = looks(self.cfg)
 
-        def group(x, inputs):
-            """One cross-attention block and the `every` decoder layers behind it."""
+        def group(decoder, x, inputs):
+            """One cross-attention block and the decoder layers behind it."""
             cross, tap, blocks = inputs
             seen = observe(cross, views[tap], x)
             k, v = (shard(a, "rows", "images", None, "image_heads") for a in cross.keys_values(views[tap]))
             x, routing = cross.routed(x, lambda q: look(q, k, v, plan), kind)
             return jax.lax.scan(decoder, x, blocks)[0], (seen, routing)
 
-        x, (seen, routing) = self._run(group, x)
+        x, (seen, routing) = self._run(group, x, decoder)
         return self.llm.ln_f(x), seen, routing
 
-    def _run(self, group, x: jax.Array) -> tuple[jax.Array, Any]:
-        """Scan `group` over all layers; where `every` does not divide them, the rest is one shorter group."""
-        every, tap = self.cfg.xattn.every, jnp.array(self.cfg.tap_of_cross_layer)
-        full = self.cfg.llm.layers // every
-        head = jax.tree.map(lambda a: a[: full * every].reshape(full, every, *a.shape[1:]), self.llm.layers)
-        crosses = self.xattn if full == len(tap) else jax.tree.map(lambda a: a[:full], self.xattn)
-        x, seen = jax.lax.scan(REMAT[self.cfg.train.remat](group), x, (crosses, tap[:full], head))
-        if full < len(tap):
-            rest = jax.tree.map(lambda a: a[full * every :], self.llm.layers)
-            x, last = group(x, (jax.tree.map(lambda a: a[-1], self.xattn), tap[-1], rest))
-            seen = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), seen, last)
-        return x, seen
+    def _run(self, group, x: jax.Array, decoder) -> tuple[jax.Array, Any]:
+        """Scan `group` over all cross-attention blocks, each with the `every` layers behind it; where `every` does not divide the layers,
+        the last one has fewer. Then layers are read by number, where they lie: a part of their stack would be a copy of it."""
+        every, layers, tap = self.cfg.xattn.every, self.cfg.llm.layers, jnp.array(self.cfg.tap_of_cross_layer)
+        blocks = jax.tree.map(lambda a: a.reshape(-1, every, *a.shape[1:]), self.llm.layers) if layers % every == 0 else None
+
+        def numbered(x, number):
+            pick = lambda a: checkpoint_name(jax.lax.dynamic_index_in_dim(a, number, keepdims=False), "weight")
+            there = lambda x: decoder(x, jax.tree.map(pick, self.llm.layers))[0]
+            return jax.lax.cond(number < layers, there, lambda x: x, x), None
+
+        run, blocks = (decoder, blocks) if blocks is not None else (numbered, jnp.arange(len(tap) * every).reshape(-1, every))
+        return jax.lax.scan(REMAT[self.cfg.train.remat](functools.partial(group, run)), x, (self.xattn, tap, blocks))
 
     def readout(self) -> Callable[[jax.Array], jax.Array]:
         """A function [..., D] -> float32 [..., vocab]. On a mesh the head is gathered once, for all its calls."""

@@ -13,8 +13,10 @@ import pytest
 
 from evlm_jax.batch import Batch
 from evlm_jax.data import pipeline
+from evlm_jax.data.identity import identity
 from evlm_jax.data.image import ImageError
 from evlm_jax.data.mixture import Documents, tasks
+from evlm_jax.data.pack import Budget, Packer, used_of
 from evlm_jax.data.pipeline import RowsIterator, batches, rows_in_order
 from evlm_jax.data.samples import Sample, SampleError, question
 from evlm_jax.data.sources import open_source
@@ -133,8 +135,57 @@ def test_a_state_of_other_lanes_or_tasks_is_refused(cfg):
         state = {"lanes": {str(lane): [{"next": lane, "pending": []}] * 3 for lane in range(LANES)}, "of": LANES}
         with pytest.raises(ValueError, match="has 3 tasks, data.tasks has [12]"):
             whole.set_state(state)
-        with pytest.raises(ValueError, match="is of 16 lanes, train.batch / data.pool is 8: both must stay the same"):
+        with pytest.raises(ValueError, match="has 8 of 16 lanes: merge the positions of all processes"):
             whole.set_state(state | {"of": 16})
+
+
+def used(state) -> list[int]:
+    """Documents of each task that a position is behind."""
+    return [sum(used_of(task, state["of"]) for task in tasks) for tasks in zip(*state["lanes"].values())]
+
+
+@pytest.mark.parametrize("wider", [2, 0.5])
+def test_another_batch_goes_on_behind_as_many_documents(cfg, wider):
+    with contextlib.closing(batches(cfg, TOKENIZER)) as iterator:
+        for _ in range(7):
+            next(iterator)
+        state = json.loads(json.dumps(iterator.get_state()))
+    other = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch=int(cfg.train.batch * wider)))
+    with contextlib.closing(batches(other, TOKENIZER)) as iterator:
+        iterator.set_state(state)
+        begun = iterator.get_state()
+        assert begun["of"] == other.pools == len(begun["lanes"]) and used(begun) == used(state) and min(used(state)) > 0
+        batch, _ = next(iterator)
+        assert len(batch.tokens) == other.train.batch and sum(used(iterator.get_state())) > sum(used(begun))
+
+
+def test_the_position_tells_the_sources_apart(cfg, tmp_path):
+    """A file in another order, a shorter one, and the same one elsewhere."""
+    rows = [{"id": f"r{i}", "conversations": [{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": "a"}]} for i in range(99)]
+
+    def told(name, rows):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return identity(open_source(f"llava:{tmp_path / name}/rows.jsonl"))
+
+    first = told("first", rows)
+    assert first["samples"] == 99 and told("moved", rows) == first
+    assert told("backwards", rows[::-1])["samples"] == 99 and told("again", rows[::-1]) != first
+    assert told("shorter", rows[:98])["samples"] == 98
+    with contextlib.closing(batches(cfg, TOKENIZER)) as iterator:
+        assert set(iterator.get_state()["sources"]) == set(cfg.data.sources)
+
+
+def test_what_waited_and_fits_no_more_is_left_out(cfg):
+    """Of a position that was saved with longer rows."""
+    made = tasks([open_source(name) for name in cfg.data.sources], TOKENIZER, cfg)
+    packer = Packer(made[0].documents, cfg.data)
+    packer.row(Budget.of(cfg.data), 1, Counter())
+    longest = max(len(document.tokens) for _, _, document in packer._pending)
+    other = Packer(made[0].documents, dataclasses.replace(cfg.data, length=longest - 1))
+    other.restore(packer.state)
+    assert 0 < len(other.state["pending"]) < len(packer.state["pending"])
+    assert {drop.cause for drop in other.drops} == {"too long"}
 
 
 def test_rows_hold_one_task_and_documents_their_weights(cfg):

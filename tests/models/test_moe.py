@@ -16,6 +16,7 @@ from evlm_jax import checkpoint
 from evlm_jax.config import MoEConfig
 from evlm_jax.loss import loss_sums
 from evlm_jax.models import moe
+from evlm_jax.status import Stopped
 from evlm_jax.train import train
 from tests.parity import needs_transformers
 from tests.random_model import random_model
@@ -234,7 +235,8 @@ def test_training_is_told_of_and_resumes_with_the_same_bits(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(cfg, whole, TinyData(cfg), tiny_towers(cfg))
     stop = lambda step, _: step == 2 and os.kill(os.getpid(), signal.SIGTERM)
-    assert train(cfg, cut, TinyData(cfg), tiny_towers(cfg), on_step=stop) == 2
+    with pytest.raises(Stopped, match="at step 2"):
+        train(cfg, cut, TinyData(cfg), tiny_towers(cfg), on_step=stop)
     assert train(cfg, cut, TinyData(cfg), {}) == STEPS
     a, b = checkpoint.read(whole), checkpoint.read(cut)
     assert a.params.keys() == b.params.keys() and all(a.params[n].tobytes() == b.params[n].tobytes() for n in a.params)

@@ -1,0 +1,80 @@
+"""What the loop keeps an eye on: the values of steps that were dispatched a while ago, and whether a save is due."""
+
+import time
+from collections import deque
+from typing import Any
+
+import jax
+
+from evlm_jax.config import TrainConfig
+from evlm_jax.metrics import Meter
+from evlm_jax.processes import gather
+
+IN_FLIGHT = 2  # steps dispatched before the host looks at the values of an older one
+
+
+class Watch:
+    """Hands the values of steps to the meter, oldest first, and counts those whose loss or gradient was not finite."""
+
+    def __init__(self, meter: Meter, most: int, bad: int):
+        """`most`: bad updates that a run may have; `bad`: those it had before."""
+        self._meter, self._most, self.bad = meter, most, bad
+        self._pending, self._row = deque(), 0
+
+    @property
+    def sound(self) -> bool:
+        """Whether the parameters may be saved: of two bad updates in a row they are the cause, and not a batch."""
+        return self._row < 2
+
+    def add(self, step: int, keys: list, counted: dict[str, float], report: Any) -> None:
+        """A step that was dispatched; its `report` is still on the devices."""
+        self._pending.append((step, keys, counted, report))
+        self.look(IN_FLIGHT)
+
+    def look(self, left: int = 0) -> None:
+        """Reports steps until `left` of them have not been looked at.
+
+        Raises:
+          FloatingPointError: too many were bad.
+          ValueError: processes that read the same rows have other ones (agree.py).
+        """
+        while len(self._pending) > left:
+            step, keys, counted, report = self._pending.popleft()
+            report = jax.device_get(report)
+            if not report.get("same", True):
+                raise ValueError(f"step {step}: processes that read the same rows (mesh.tensor) have read other ones. {_samples(keys)}")
+            self._row = 0 if report["good"] else self._row + 1
+            if not report["good"]:
+                self._tell(step, keys, f"sum of losses {report['source_loss'].sum()}, gradient norm {report['grad_norm']}")
+            self._meter.add(step, counted, report)
+
+    def _tell(self, step: int, keys: list, sums: str) -> None:
+        self.bad += 1
+        text = f"step {step}: {sums}; this update changed nothing, it is the run's {self.bad}. of that kind. {_samples(keys)}"
+        if self.bad > self._most:
+            raise FloatingPointError(f"{text}. Stopped, for train.bad_updates is {self._most}; a greater one goes past them")
+        self._meter.tell(text)
+
+
+def _samples(keys: list) -> str:
+    """Of a step, on all processes."""
+    return f"Its samples: {', '.join(str(row) for rows in gather(keys) for row in rows)}"
+
+
+class Due:
+    """When a save is due: each `save_every` updates, and each `save_minutes` as the first process finds at a line of the metrics."""
+
+    def __init__(self, cfg: TrainConfig):
+        self._cfg, self._since, self._owed = cfg, time.monotonic(), False
+
+    def __call__(self, step: int) -> bool:
+        """After update `step`; what is due stays due until it is done."""
+        late = False
+        if self._cfg.save_minutes and step % self._cfg.log_every == 0:
+            late = gather(time.monotonic() - self._since)[0] >= 60 * self._cfg.save_minutes
+        self._owed |= step % self._cfg.save_every == 0 or late
+        return self._owed
+
+    def done(self) -> None:
+        """Of a save."""
+        self._owed, self._since = False, time.monotonic()

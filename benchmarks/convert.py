@@ -177,7 +177,8 @@ def peer(args: argparse.Namespace) -> None:
     ]
     cfg, root = load_config(spec, changes), Path(args.dir)
     vision, llm = root / "vision", root / "llm"
-    vit = {"hidden_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 16, "intermediate_size": 4096, "image_size": 224}
+    vit = {"model_type": "clip_vision_model", "hidden_size": cfg.vit.width, "num_hidden_layers": 1, "num_attention_heads": cfg.vit.heads}
+    vit |= {"intermediate_size": cfg.vit.mlp, "image_size": cfg.vit.image_size, "patch_size": cfg.vit.patch}
     vit |= {"layer_norm_eps": cfg.vit.eps, "hidden_act": cfg.vit.activation}
     write_source(vision, cfg, "vit", "clip", "", vit)
     stock = describe_llm(cfg, SimpleNamespace(eos=(256,)), "bfloat16")["config.json"]

@@ -14,10 +14,11 @@ NEEDED = object()  # in place of a default: the field must be there
 
 INERT = frozenset(  # fields of any config.json that change no output of a whole forward pass
     "architectures attention_dropout attention_probs_dropout_prob attn_dropout_prob auto_map bad_words_ids begin_suppress_tokens "
-    "bos_token_id decoder_start_token_id diversity_penalty do_sample drop_path_rate dtype early_stopping emb_dropout_prob "
+    "bos_token_id decoder_start_token_id diversity_penalty do_sample drop_path_rate dropout dtype early_stopping emb_dropout_prob "
     "encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id "
     "hidden_dropout_prob id2label initializer_factor initializer_range is_llama_config label2id language layerscale_value length_penalty "
-    "max_length max_position_embeddings min_length model_type name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels "
+    "max_length max_position_embeddings max_sequence_length min_length model_type "
+    "name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels "
     "num_return_sequences original_max_position_embeddings output_attentions output_hidden_states output_scores pad_token_id prefix "
     "pretraining_tp problem_type projection_dim remove_invalid_values repetition_penalty resid_pdrop return_dict return_dict_in_generate "
     "sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript "
@@ -28,11 +29,14 @@ INERT = frozenset(  # fields of any config.json that change no output of a whole
 )
 OFF = {  # fields of any config.json that must be as given, where they are there
     name: (False, {False})
-    for name in "add_cross_attention is_decoder is_encoder_decoder tie_encoder_decoder rope_interleaved qk_layernorm use_qk_norm".split()
+    for name in (
+        "add_cross_attention is_decoder is_encoder_decoder tie_encoder_decoder rope_interleaved qk_layernorm use_qk_norm use_mrope".split()
+    )
 }
 OFF |= {"cross_attention_hidden_size": (None, {None}), "tie_last_hidden_states": (None, {None})}
 OFF |= {"attn_implementation": (None, {None, "eager", "sdpa", "flash_attention_2"}), "is_causal": (True, {True})}
 OFF |= {"_attn_implementation": OFF["attn_implementation"]}
+OFF |= {"interpolate_antialias": (True, {True}), "interpolate_offset": (0.0, {0.0})}  # early configs of DINOv2 with registers
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,9 @@ def fields_of(path: Path, config: dict) -> dict[str, Any]:
             raise ValueError(f"{path}: {where} says model_type {config['model_type']!r}, which is not {name}")
     kind = KINDS[name]
     silent = INERT | UNUSED.get(name, set()) | (set(ROTARY) if kind.rotary else set())
-    off = {field: values for field, values in OFF.items() if field in config and (field, kind.tower) != ("is_causal", "vit")}
+    if kind.tower == "vit":
+        silent |= {"is_causal", "tie_word_embeddings"}
+    off = {field: values for field, values in OFF.items() if field in config and field not in silent}
     found = settled(path, where, config, kind.read, kind.fixed | off, silent)
     if kind.rotary:
         found["rope_theta"] = _theta(path, config)
@@ -173,9 +179,8 @@ def settled(path: Path, where: str, config: dict, read: dict, fixed: dict, inert
     lacks = [name for name, default in read.items() if default is NEEDED and config.get(name) is None]
     if lacks:
         raise ValueError(f"{path}: {where} lacks {', '.join(lacks)}; copy it from the model's own directory")
-    wrong = [
-        f"{name} {config[name]!r}" for name in config if config[name] is not None and not (name in read or name in fixed or name in inert)
-    ]
+    known = read.keys() | fixed.keys() | inert
+    wrong = [f"{name} {value!r}" for name, value in config.items() if name not in known and not (value is None or value in ({}, []))]
     for name, (default, allowed) in fixed.items():
         value = config.get(name, default)
         if isinstance(value, (list, dict)) or value not in allowed:

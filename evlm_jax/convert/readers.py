@@ -72,7 +72,8 @@ def read_torch(path: Path) -> Source:
     for key in HOLDERS:
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, no state dict: save model.state_dict()")
+        kind = "tensor" if isinstance(state, torch.Tensor) else type(state).__name__
+        raise ValueError(f"{path} holds a {kind}, no state dict: save model.state_dict()")
     tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     if not tensors:
         raise ValueError(f"{path} holds no tensors, but {', '.join(map(str, list(state)[:5])) or 'nothing'}: save model.state_dict()")

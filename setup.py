@@ -2,11 +2,13 @@
 
 from setuptools import find_packages, setup
 
+# The least versions were tried together on Python 3.11, the newest that were there on 3.13. An upper bound stands where releases of that
+# kind have taken names or arguments away.
 CORE = [
-    "jax>=0.10.2",
-    "flax>=0.12.8",
+    "jax>=0.10.2,<0.13",
+    "flax>=0.12.8,<0.13",
     "optax>=0.2.8",
-    "orbax-checkpoint>=0.12.8",
+    "orbax-checkpoint>=0.12.8,<0.13",
     "fsspec>=2026.9",  # gs://, s3:// and others
     "grain>=0.2.18",  # brings array_record
     "ml_collections>=1.1.0",
@@ -20,10 +22,10 @@ CORE = [
     "matplotlib>=3.10",
     "ml_dtypes>=0.5.4",
     "msgpack>=1.2",  # rows of ArrayRecord files
-    "numpy>=2.0",
+    "numpy>=2.0,<3",
     "onnx>=1.23.2",  # reads ONNX weights
-    "pillow>=12.0,<14",  # cykooz-resizer reads the memory of its images, whose layout may change with a major version
-    "protobuf>=7.36",  # rows of ArrayRecord files
+    "pillow>=13.0,<14",  # cykooz-resizer reads the memory of its images: with Pillow 12 pixels are off by up to 23
+    "protobuf>=7.36,<8",  # rows of ArrayRecord files
     "pyarrow>=26.0",
     "scipy>=1.17",  # jax needs it as well
     "simplejpeg>=1.9",  # scaled decoding in one call of libjpeg-turbo
@@ -31,7 +33,7 @@ CORE = [
     "tqdm>=4.67",
 ]
 CLEAN = ["OpenCC>=1.4.2", "opencv-python-headless>=4.10"]  # traditional to simplified Chinese; illegible text is painted over
-DEMO = ["av>=18.1.0", "tensorboardX>=2.6.5"]  # video; TensorBoard files
+DEMO = ["av>=18.1.0,<20", "tensorboardX>=2.6.5"]  # video; TensorBoard files
 
 setup(
     name="evlm-jax",

@@ -77,6 +77,8 @@ class Packer:
         self._costs = np.zeros((data.window, len(Budget._fields)), np.int64)
         self._same: list[int] = []  # of each pending document, the same number as of one that is equal
         self._counts: Counter[int] = Counter()  # of these numbers
+        self._used: Counter[int] = Counter()  # of those in the pool
+        self._again = False  # whether the window has one that the pool has
 
     @property
     def taken(self) -> int:
@@ -115,6 +117,7 @@ class Packer:
         """
         chosen, room = [], np.array(room)
         self._refill()
+        self._used, self._again = seen, not self._counts.keys().isdisjoint(seen.keys())
         left = np.array([self.data.length, images])
         scale = np.maximum(left, 1)
         while self._pending:
@@ -122,10 +125,10 @@ class Packer:
             fits = (costs <= room).all(1)
             if not fits.any():
                 break
-            self._spread(fits, seen)
+            self._spread(fits)
             rest = np.where(fits, ((left - costs[:, :2]) / scale).max(1), np.inf)
             best = int((rest if chosen else ~fits).argmin())  # of equals the oldest
-            seen[self._drop(best)] += 1
+            self._use(best)
             room, left = room - costs[best], left - costs[best, :2]
             costs[best:-1] = costs[best + 1 :]
             index, _, document = self._pending.pop(best)
@@ -157,11 +160,11 @@ class Packer:
             return ()
         return document, *document.rest
 
-    def _spread(self, fits: np.ndarray, seen: Counter) -> None:
+    def _spread(self, fits: np.ndarray) -> None:
         """Where documents come again in the window or the pool, keeps of those that fit the least often used ones, and of these the
         ones in front of the first that comes again: in one epoch no two lanes have the same document."""
-        if not self._counts.keys().isdisjoint(seen.keys()):
-            times = np.array([seen[same] for same in self._same])
+        if self._again:
+            times = np.array([self._used[same] for same in self._same])
             fits &= times == times[fits].min()
         if len(self._counts) < len(self._same):
             known: set[int] = set()
@@ -169,13 +172,15 @@ class Packer:
             if fits[:again].any():
                 fits[again:] = False
 
-    def _drop(self, place: int) -> int:
-        """Takes a document's number out of the window's; returns it."""
+    def _use(self, place: int) -> None:
+        """Takes a document's number out of the window's, into the pool's."""
         same = self._same.pop(place)
+        self._used[same] += 1
         self._counts[same] -= 1
-        if not self._counts[same]:
+        if self._counts[same]:
+            self._again = True
+        else:
             del self._counts[same]
-        return same
 
     def _unfit(self, document: Document) -> bool:
         """Whether no row can take it; such a one goes to `drops`."""
@@ -191,6 +196,7 @@ class Packer:
             same := hash((document.source, document.key, document.refs, document.tokens.tobytes(), document.targets.tobytes()))
         )
         self._counts[same] += 1
+        self._again |= same in self._used
         self._pending.append((index, part, document))
 
 

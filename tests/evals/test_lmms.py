@@ -14,6 +14,7 @@ from evlm_jax.data import video
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, question
 from evlm_jax.evals import results, tasks
 from evlm_jax.evals.choice import answer_losses
+from evlm_jax.evals.lmms.requests import stored
 from evlm_jax.generate import Generator
 from evlm_jax.run import load_trained
 from tests.checkpoints import run_directory
@@ -95,6 +96,15 @@ def test_generate_until(ours, model, seen):
         model.generate_until([ask("generate_until", "?", how | {"num_beams": 5}, look, 0)])
     with pytest.raises(ValueError, match="a visual is int; images are PIL images or paths"):
         model.generate_until([ask("generate_until", "?", how, lambda doc: [5], 0)])
+
+
+def test_visuals_are_files_of_this_disk_with_the_pixels_of_training(tmp_path):
+    """A data set that names a host asks none; 16 bits are scaled as in training."""
+    with pytest.raises(ValueError, match="a visual is 'http://127.0.0.1:9/a.png'; .*paths of this disk"):
+        stored(["http://127.0.0.1:9/a.png"], tmp_path, 4)
+    grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    (((ref,),),) = (stored([Image.fromarray(grey)], tmp_path, 4),)
+    np.testing.assert_array_equal(np.asarray(Image.open(ref.path))[..., 0], grey >> 8)
 
 
 def test_loglikelihood(run, model, seen):

@@ -13,6 +13,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from evlm_jax.data import video
+from evlm_jax.data.containers import files
+from evlm_jax.data.repair import eight_bits
 from evlm_jax.data.samples import ImageRef
 from evlm_jax.evals.answer import similar
 from evlm_jax.evals.runner import chunks
@@ -132,14 +134,15 @@ def stored(given: Sequence, folder: Path, frames: int) -> Visuals:
     found = []
     for visual in given or ():
         if isinstance(visual, Image.Image):
-            image = visual.convert("RGB")
+            image = eight_bits(visual).convert("RGB")
             file = folder / f"{hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()}.png"
             if not file.exists():
                 image.save(file, compress_level=1)
             found.append((ImageRef(str(file)),))
-        elif isinstance(visual, str | Path):
+        elif isinstance(visual, str | Path) and not files.remote(str(visual)):  # a data set names no host to be asked
             suffix = Path(visual).suffix.lower()
             found.append((ImageRef(str(visual)),) if suffix in SUFFIXES else video.sample(visual, frames))
         else:
-            raise ValueError(f"a visual is {type(visual).__name__}; images are PIL images or paths, videos are paths")
+            told = repr(visual) if isinstance(visual, str) else type(visual).__name__
+            raise ValueError(f"a visual is {told}; images are PIL images or paths, videos are paths of this disk")
     return tuple(found)

@@ -186,6 +186,8 @@ def check(sample: Sample) -> Sample:
                 turn.text.encode()  # half of a surrogate pair is no character
         if (found := sum(turn.text.count(MARKER) for turn in dialog)) != len(sample.visuals):
             raise ValueError(f"{found} {MARKER} markers for {len(sample.visuals)} images or videos")
+    if not isinstance(sample.key, str) or not all(isinstance(score, int | float) for score in sample.scores):
+        raise ValueError(f"the key must be text and scores numbers, they are {sample.key!r} and {sample.scores!r}")
     if bad := [ref.path for ref in sample.refs if not isinstance(ref.path, str) or not ref.path]:
         raise ValueError(f"{bad[0]!r} is no picture")
     return sample

@@ -61,7 +61,7 @@ def open_source(name: str) -> Sequence[Sample]:
     return source
 
 
-def read(number: str, name: str, _most: int) -> bytes:
+def read(number: str, name: str, *_) -> bytes:
     """The picture of a page: what `page://NUMBER::NAME` refers to."""
     return _book(name).picture(int(number))
 

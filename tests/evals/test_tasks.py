@@ -14,7 +14,7 @@ from evlm_jax.evals.judge import Judge
 from evlm_jax.evals.paper import PAPER
 from evlm_jax.evals.runner import evaluate
 from evlm_jax.evals.task import STYLES, first
-from evlm_jax.evals.tasks import captions
+from evlm_jax.evals.tasks import captions, official
 from tests.evals import layouts
 
 
@@ -217,3 +217,31 @@ def test_imagenet_as_it_comes(tmp_path):
     truth.write_text("1\n2\n")
     with pytest.raises(ValueError, match="ground_truth.txt: row 3: no class of meta.mat for ILSVRC2012_val_00000003.JPEG"):
         task.questions(data, None)
+
+
+def test_files_of_tasks_as_other_systems_write_them(tmp_path):
+    """A byte order mark, line ends, and a mark that ends a line for Unicode alone; UTF-16 is named."""
+    rows = [{"question": f"a\u2028{i}"} for i in range(2)]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert [row["question"] for row in official.json_lines(tmp_path / "a.jsonl")] == ["a\u20280", "a\u20281"]
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(rows).encode())
+    assert len(official.json_rows(tmp_path / "a.json")) == 2
+    (tmp_path / "a.tsv").write_bytes(b"\xef\xbb\xbfindex\tanswer\r\n1\tb\r\n")
+    assert [row.data for row in official.tsv_rows(tmp_path / "a.tsv", ("index", "answer"))] == [{"index": "1", "answer": "b"}]
+    for read, name in ((official.json_rows, "a.json"), (official.json_lines, "a.jsonl")):
+        (tmp_path / name).write_bytes(text.encode("utf-16"))
+        with pytest.raises(ValueError, match=f"{name}: .*it is UTF-16: write it as UTF-8"):
+            read(tmp_path / name)
+    (tmp_path / "a.json").write_text("5")
+    with pytest.raises(ValueError, match="a.json: there must be a list or an object, not int"):
+        official.json_rows(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("name", ["../../secret.png", "/etc/hostname", "x/../../secret.png"])
+def test_a_row_of_a_task_names_no_file_elsewhere(tmp_path, name):
+    data = tmp_path / "deep/data"
+    (data / "images").mkdir(parents=True)
+    row = official.Row(data / "rows.json", 1, {"image": name})
+    with pytest.raises(ValueError, match="rows.json: row 1: the image .* is not below the data"):
+        row.image(data / "images" / row["image"])

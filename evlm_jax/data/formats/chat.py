@@ -23,7 +23,8 @@ def llava(name: str, root: str, row: dict, *, images: str = "", frames: str = FR
     if not {"image", "images", "video", "videos"} & told.keys():
         pictures = members(row)
     stills = [(ImageRef(file),) for file in pictures]
-    moving = [video.sample(file, told.get("frames") or frames) for file in films]
+    shown = frames if told.get("frames") is None else told["frames"]
+    moving = [video.sample(file, shown) for file in films]
     visuals, said = marked(turns(told), stills, moving)
     return Sample(key_of(row), name, tuple(visuals), (tuple(Turn(role, text) for role, text in said),))
 

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -182,7 +183,8 @@ def _pictures(visual: Sequence[ImageRef], side: int) -> Iterator[tuple[str, byte
         if ref.frame is None and shorter <= side:
             with open_ref(ref.path) as file:
                 content = file.read()
-            with Image.open(io.BytesIO(content), formats=image.FORMATS) as opened:
+            suffix = ""
+            with suppress(Exception), Image.open(io.BytesIO(content), formats=image.FORMATS) as opened:  # one that was mended becomes JPEG
                 suffix = SUFFIXES.get(opened.format)
             if suffix:
                 yield suffix, content

@@ -10,7 +10,7 @@ from pathlib import Path
 from evlm_jax.evals.scorers.choices import LETTERS, letter
 from evlm_jax.evals.scorers.vqa import exact_match
 from evlm_jax.evals.task import ANSWER, LETTER, Question, Scores, Task, column, lettered, percent
-from evlm_jax.evals.tasks.official import json_rows, read_json
+from evlm_jax.evals.tasks.official import json_rows, read_json, text_lines
 
 
 def read_scienceqa(data: Path, split: str, style: str) -> list[Question]:
@@ -43,7 +43,7 @@ def read_ai2d(data: Path, split: str, style: str) -> list[Question]:
     ids = data / "ai2d_test_ids.csv"
     if split == "test" and not ids.is_file():
         raise ValueError(f"ai2d: no file {ids}; it lists the images of the test split (--split all takes every image)")
-    chosen = set(ids.read_text("utf-8").split()) if split == "test" else None
+    chosen = set(" ".join(text_lines(ids)).split()) if split == "test" else None
     for file in files:
         name = read_json(file, "imageName")
         if chosen is not None and Path(name).stem not in chosen:

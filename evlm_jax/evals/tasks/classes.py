@@ -13,7 +13,7 @@ from pathlib import Path
 
 from evlm_jax.data.samples import ImageRef
 from evlm_jax.evals.task import Question, Scores, Task, column, percent
-from evlm_jax.evals.tasks.official import SUFFIXES
+from evlm_jax.evals.tasks.official import SUFFIXES, text_lines
 
 ASK = "What is in this image?"
 FEW = 10  # images of a class, in the paper's monitors
@@ -37,7 +37,7 @@ def read(data: Path, split: str, style: str) -> list[Question]:
 def of_folders(data: Path) -> list[tuple[str, str, Path]]:
     """(class, its name, image) of a folder a class."""
     file, found, names = _near(data, NAMES), [], {}
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1) if file else ():
+    for number, line in enumerate(text_lines(file), 1) if file else ():
         folder, space, name = line.partition(" ")
         if not space:
             raise ValueError(f"{file}: row {number}: no name behind {line!r}")
@@ -61,7 +61,7 @@ def of_devkit(data: Path, images: Sequence[Path]) -> list[tuple[str, str, Path]]
 
     synsets = {int(row["ILSVRC2012_ID"]): row for row in loadmat(kit / "meta.mat", squeeze_me=True)["synsets"]}
     truth = kit / "ILSVRC2012_validation_ground_truth.txt"
-    labels, found = truth.read_text().split(), []
+    labels, found = " ".join(text_lines(truth)).split(), []
     for image in images:
         number = int(image.stem.rsplit("_", 1)[1])
         if number > len(labels) or int(labels[number - 1]) not in synsets:

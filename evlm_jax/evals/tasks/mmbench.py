@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from evlm_jax import assets
+from evlm_jax.data.samples import ImageRef
 from evlm_jax.evals.scorers.choices import LETTERS, ROTATION, circular, letter
 from evlm_jax.evals.task import ANSWER, LETTER, Question, Scores, Task, column, lettered, percent
 from evlm_jax.evals.tasks.choices import right
@@ -42,7 +43,7 @@ def read(data: Path, split: str, style: str, suffix: dict[str, str]) -> list[Que
             text = f"{hint} " * bool(hint) + f"{row['question']} {SEVERAL}{lettered(options)}\n" + suffix[style]
         else:
             text = f"{hint}\n" * bool(hint) + f"{row['question']}\n{lettered(options)}" + suffix.get(style, ANSWER)
-        index, image = int(row["index"]), row.image(_stored(row, seen(row["image"])))
+        index, image = int(row["index"]), ((ImageRef(str(_stored(row, seen(row["image"])))),),)
         about = hashlib.sha256(seen(cells.get(str(index % ROTATION), row["image"])).encode()).hexdigest()[:16]  # the first round's image
         facts = {"options": options, "index": index, "category": row["category"]}
         questions.append(Question(row["index"], text, image, row["answer"], about, facts))

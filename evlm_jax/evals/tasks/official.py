@@ -2,10 +2,12 @@
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from evlm_jax.data.containers import text
 from evlm_jax.data.samples import ImageRef
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".JPEG", ".JPG", ".webp", ".gif", ".bmp")
@@ -37,6 +39,10 @@ class Row:
 
     def image(self, *places: Path) -> tuple[tuple[ImageRef, ...], ...]:
         """The visuals of a question about one image, at the first of the places that exists."""
+        for place in places:  # a row names no file elsewhere: the data lie in the folder of its file, or in the one above
+            common = os.path.commonprefix([place.parts, self.file.parts])
+            if ".." in place.parts[len(common) :] or len(common) < len(self.file.parts) - 2:
+                raise self.error(f"the image {place} is not below the data")
         found = next((place for place in places if place.is_file()), None)
         if found is None:
             raise self.error(f"no image {' or '.join(map(str, places))}")
@@ -55,7 +61,7 @@ def read_json(file: Path, *keys: str):
     if not file.is_file():
         raise ValueError(f"no file {file}")
     try:
-        content = json.loads(file.read_text("utf-8"))
+        content = text.parse(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{file}: not JSON: {error}") from error
     for key in keys:
@@ -68,6 +74,8 @@ def read_json(file: Path, *keys: str):
 def json_rows(file: Path, *keys: str) -> list[Row]:
     """The entries of a list, numbered from 1, or of an object, by key."""
     content = read_json(file, *keys)
+    if not isinstance(content, Mapping | list):
+        raise ValueError(f"{file}: there must be a list or an object, not {type(content).__name__}")
     entries = content.items() if isinstance(content, Mapping) else enumerate(content, 1)
     return [Row(file, number, data) for number, data in entries]
 
@@ -77,7 +85,7 @@ def json_lines(file: Path) -> list[Row]:
     if not file.is_file():
         raise ValueError(f"no file {file}")
     rows = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(text_lines(file), 1):
         try:
             rows.append(Row(file, number, json.loads(line)))
         except json.JSONDecodeError as error:
@@ -85,12 +93,20 @@ def json_lines(file: Path) -> list[Row]:
     return rows
 
 
+def text_lines(file: Path) -> list[str]:
+    """The lines of a text file. Raises ValueError that names it."""
+    try:
+        return text.lines(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
 def tsv_rows(file: Path, columns: Iterable[str]) -> list[Row]:
     """A table with a header that has at least these columns."""
     if not file.is_file():
         raise ValueError(f"no file {file}; give the .tsv itself")
     csv.field_size_limit(sys.maxsize)  # images stand in it
-    with file.open(encoding="utf-8", newline="") as lines:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
         table = csv.reader(lines, delimiter="\t")
         header = next(table, [])
         if lacking := [name for name in columns if name not in header]:

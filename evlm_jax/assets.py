@@ -95,13 +95,16 @@ def available(name: str, cache: Path | None = None) -> bool:
     return _folder(name, cache).is_dir()
 
 
-def locate(source: str | Path) -> Path:
-    """A source as users write it: the name of an asset (must be fetched), or a path (must exist)."""
+def locate(source: str | os.PathLike) -> Path:
+    """A source as users write it: the name of an asset (must be fetched), or a path (must exist), also of a bucket."""
+    from evlm_jax.paths import place, remote  # what they need takes long to import
+
     if source in ASSETS:
         return path(source)
-    if not source or not Path(source).exists():
-        raise FileNotFoundError(f"{source!r}: no such file or directory, nor an asset ({', '.join(ASSETS)})")
-    return Path(source)
+    found = place(source) if remote(source) else Path(source)
+    if not source or not found.exists():
+        raise FileNotFoundError(f"{str(source)!r}: no such file or directory, nor an asset ({', '.join(ASSETS)})")
+    return found
 
 
 def cache_root() -> Path:

@@ -81,7 +81,7 @@ class Checkpoints:
         self._store = snapshot.meta["store"]
         for later in [found for found in steps(self.root) if found > snapshot.meta["step"]] if is_first() else ():
             say(f"checkpoint: going on from step {snapshot.meta['step']}, step {later} is put into {self.root / ASIDE}")
-            paths.move(self.root / STEPS / str(later), _free(self.root / ASIDE, later))
+            paths.move(self.root / STEPS / str(later), _free(self.root / ASIDE, later), COMMITTED)
         wait("checkpoint: later steps are put aside")
         self._manager.reload()
         return snapshot
@@ -92,7 +92,7 @@ class Checkpoints:
         if self._store and manifest.items() <= _manifest(self.root, self._store).items():
             return
         self._store = _hash(manifest)
-        if is_first() and not (self.root / FROZEN / self._store).exists():
+        if is_first() and not _finished(self.root / FROZEN / self._store):
             write_store(self.root, {name: Tensor.of(np.asarray(array)) for name, array in arrays.items()})
         wait("checkpoint: the frozen store is written")
 
@@ -141,13 +141,12 @@ class Checkpoints:
         if not is_first():
             return
         for step in steps(self.root)[: -self._keep] if paths.remote(self.root) else ():
-            (self.root / STEPS / str(step) / COMMITTED).unlink()  # first: what is half deleted is no step
-            (self.root / STEPS / str(step)).rmtree()
+            paths.remove(self.root / STEPS / str(step), COMMITTED)
         kept = [path for part in (STEPS, ASIDE) for path in paths.children(self.root / part) if path.name[0].isdigit()]
         named = {_store(path) for path in kept} | {self._store}
         unused = [path for path in paths.children(self.root / FROZEN) if path.name not in named] if None not in named else []
         for path in [*unused, *paths.children(self.root / STEPS / "deleted")]:
-            path.rmtree()
+            paths.remove(path, MANIFEST)
 
 
 def write_store(root: epath.Path, tensors: Tensors, written: Callable[[int], None] = lambda _: None) -> str:
@@ -314,8 +313,10 @@ def _atomicity(root: epath.Path) -> ocp.options.AtomicityOptions | None:
 
 
 def _finished(path: epath.Path) -> bool:
-    """Whether a step or a store is there and whole: on a disk it has its name then, in a bucket its last object."""
-    return (path / (MANIFEST if path.parent.name == FROZEN else COMMITTED)).exists() if paths.remote(path) else path.exists()
+    """Whether a step or a store is there and whole: its last file is, or a step has its name on a disk."""
+    if path.parent.name == FROZEN:
+        return (path / MANIFEST).exists()
+    return (path / COMMITTED).exists() if paths.remote(path) else path.exists()
 
 
 def _half_written(path: epath.Path) -> bool:

@@ -117,9 +117,9 @@ def main(argv: list[str] | None = None) -> int:
     args, overrides = parser.parse_known_args(argv)
     if overrides and not hasattr(args, "config"):
         parser.error(f"unknown arguments: {' '.join(overrides)}")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_root() / "compiled"))  # JAX reads them when it is imported
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     try:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_root() / "compiled"))  # JAX reads them when it is imported
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
         return args.run(args, overrides) or 0
     except Stopped as stopped:
         print(f"evlm: {stopped}", file=sys.stderr)
@@ -152,7 +152,9 @@ def _fetch(args: argparse.Namespace, _overrides: list[str]) -> None:
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help=CONFIG_HELP)
-    parser.add_argument("--workdir", required=True, help="checkpoints, metrics.jsonl and TensorBoard files; a run in it goes on")
+    parser.add_argument(
+        "--workdir", required=True, help="checkpoints, metrics.jsonl and TensorBoard files, also gs://; a run in it goes on"
+    )
     parser.add_argument("--init", help="checkpoint of an earlier stage to start from, instead of the towers alone")
     parser.add_argument("--step", type=argument(Count), help="go on from this step, instead of the newest; later ones are put aside")
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard files as well")

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from os import PathLike
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from evlm_jax.evals.task import Question, draw, first
 from evlm_jax.evals.tasks.demo import ANSWERS, EASY_VQA, of_samples
 from evlm_jax.evals.text_metrics import words
 from evlm_jax.generate import Generator
+from evlm_jax.paths import place
 from evlm_jax.run import Trained, feature_store, load_trained, train_run
 from evlm_jax.upcycle import upcycle_run
 from experiments import demo as experiment
@@ -49,14 +50,14 @@ class Clock:
         self.parts.append((name, time.monotonic() - since))
 
 
-def run(form: str, workdir: str, dense: str | None = None) -> Path:
+def run(form: str, workdir: str, dense: str | None = None) -> PathLike:
     """The whole demo; returns the page. `form`: as experiments/demo.py has them; "moe" makes its experts of the run `dense`.
 
     Raises:
       ValueError, FileNotFoundError: `dense` is no dense run of this model.
       Stopped: a signal came while training; what was trained is saved.
     """
-    cfg, clock, out = from_config_dict(experiment.get_config(form)), Clock(), Path(workdir)
+    cfg, clock, out = from_config_dict(experiment.get_config(form)), Clock(), place(workdir)
     if dense:
         trained_names(dense)  # is there, before anything is fetched
     with clock.part("fetch weights and data"):
@@ -83,9 +84,9 @@ def run(form: str, workdir: str, dense: str | None = None) -> Path:
     return written
 
 
-def upcycled(dense: str, cfg: EVLMConfig, out: Path) -> str:
+def upcycled(dense: str, cfg: EVLMConfig, out: PathLike) -> str:
     """The model with experts that `dense` becomes, made in `out` where it is not there yet."""
-    if not out.exists():
+    if not steps(out):
         upcycle_run(dense, cfg, str(out))
     return str(out)
 
@@ -130,7 +131,7 @@ def sections(cfg: EVLMConfig, trained: Trained, features: FeatureStore, workdir:
     for key, example in list(shown.items())[:ATTENTION]:
         dialog = question(MARKER + example["question"], example["prediction"] or "?")
         looked.append(Sample(key, "easy-vqa", ((refs["greedy"][key],),), (dialog,)))
-    return report.training_sections(Path(workdir) / "metrics.jsonl", cfg) | {
+    return report.training_sections(place(workdir) / "metrics.jsonl", cfg) | {
         "accuracy": report.accuracy_section(found["vqa"], found["greedy"]),
         "vqa": report.vqa_section(found["vqa"]["shown"], refs["vqa"]),
         "caption_scores": caption_scores(found["emoji"]),
@@ -181,10 +182,10 @@ def facts(cfg: EVLMConfig, trained: Trained, found: dict, clock: Clock) -> dict:
 
 def provenance(trained: Trained, workdir: str) -> dict:
     """Which weights, config and versions the results come from."""
-    return results.provenance(trained.model.cfg, results.weights_hash(trained.params), f"{Path(workdir).name} step {steps(workdir)[-1]}")
+    return results.provenance(trained.model.cfg, results.weights_hash(trained.params), f"{place(workdir).name} step {steps(workdir)[-1]}")
 
 
-def print_table(found: dict, clock: Clock, page: Path) -> None:
+def print_table(found: dict, clock: Clock, page: PathLike) -> None:
     """What the page says, on the terminal."""
     greedy = {row["type"]: row["accuracy"] for row in found["greedy"]["accuracy"]}
     print(f"\n{'easy-vqa test':<14}{'questions':>10}{'lowest loss':>13}{'greedy':>9}{'majority':>10}")

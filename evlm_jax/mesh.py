@@ -198,8 +198,7 @@ def make_layout(cfg: EVLMConfig, devices: list | None = None) -> Layout:
       ValueError: the axes do not make the devices, or do not divide rows, images, heads or experts; names the field and the mend.
     """
     devices = list(devices or jax.devices())
-    sizes = mesh_sizes(cfg.mesh, len(devices))
-    _check(cfg, sizes)
+    sizes = check_mesh(cfg, len(devices))
     shape = tuple(sizes[axis] for axis in AXES)
     if cfg.mesh.slices > 1:
         inner, outer = (sizes["data"] // cfg.mesh.slices, *shape[1:]), (cfg.mesh.slices, 1, 1, 1)
@@ -209,6 +208,13 @@ def make_layout(cfg: EVLMConfig, devices: list | None = None) -> Layout:
     else:
         grid = np.array(devices).reshape(shape)
     return Layout(Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES)), cfg.mesh)
+
+
+def check_mesh(cfg: EVLMConfig, devices: int) -> dict[str, int]:
+    """Devices of each axis, where there are so many. Raises ValueError as `make_layout`."""
+    sizes = mesh_sizes(cfg.mesh, devices)
+    _check(cfg, sizes)
+    return sizes
 
 
 def mesh_sizes(mesh: MeshConfig, devices: int) -> dict[str, int]:

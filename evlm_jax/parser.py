@@ -4,6 +4,8 @@ import argparse
 
 from evlm_jax.assets import AssetError
 
+CLIENTS = ("gcsfs", "google", "botocore", "aiobotocore", "aiohttp", "requests")  # of stores; their errors are of no common kind
+
 
 class Parser(argparse.ArgumentParser):
     """Of the command and of all below it: help tells the defaults."""
@@ -35,6 +37,8 @@ def told(error: Exception) -> str:
     if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, AssetError)) and str(error):
         return str(error)
     first = next(iter(str(error).splitlines()), "")
+    if type(error).__module__.partition(".")[0] in CLIENTS:
+        return f"a bucket did not answer as it should: {first or type(error).__name__}; see to the credentials and the network"
     if type(error).__name__ == "JaxRuntimeError" or isinstance(error, MemoryError):  # out of memory, no such device, a lost host
         return f"{first or 'out of memory'} (EVLM_DEBUG=1 shows where)"
     return f"this is a bug, please report it with what EVLM_DEBUG=1 shows: {type(error).__name__}: {first}"

@@ -24,7 +24,9 @@ from etils import epath
 from evlm_jax.assets import cache_root
 
 CLIENTS = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> what fsspec opens it by
+BLOCK = 1 << 24  # bytes that are copied at a time
 PROBE = 1 << 16  # bytes: more than a full disk has left in its last block
+TEXTS = (".json", ".txt", ".model", ".tiktoken", ".jinja")  # what a tokenizer may stand in
 COPIES = 60.0  # seconds between the copies of a mirror
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # where TensorFlow is installed, epath would ask it: one client for all
@@ -81,19 +83,36 @@ def size(path: epath.Path) -> int:
     return path.stat().length if remote(path) else os.path.getsize(path)
 
 
-def here(path: str | os.PathLike) -> Path:
-    """A file on a local disk, for readers that know no other: a remote one is copied to the cache, again when it changes."""
+def here(path: str | os.PathLike, name: str | None = None) -> Path:
+    """A file on a local disk, for readers that know no other: a remote one is copied to the cache, again when it changes.
+
+    `name`: of its folder there; of the file's version where left out.
+    """
+    if not remote(path):
+        return Path(path)
+    name = name or hashlib.sha256(f"{path} {version(path)}".encode()).hexdigest()[:32]
+    kept = cache_root() / "remote" / name / os.path.basename(path)
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        system, inner = fsspec.core.url_to_fs(os.fspath(path))
+        with system.open(inner, "rb") as source, tempfile.NamedTemporaryFile(dir=kept.parent, suffix=".part", delete=False) as part:
+            shutil.copyfileobj(source, part, BLOCK)
+        os.replace(part.name, kept)
+    return kept
+
+
+def with_neighbours(path: os.PathLike) -> Path:
+    """As `here`, of a folder or a file among others that say more of it: all small ones are copied, into one folder."""
     if not remote(path):
         return Path(path)
     path = place(path)
-    name = hashlib.sha256(f"{path} {version(path)}".encode()).hexdigest()[:32]
-    kept = cache_root() / "remote" / name / path.name
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("rb") as source, tempfile.NamedTemporaryFile(dir=kept.parent, suffix=".part", delete=False) as part:
-            shutil.copyfileobj(source, part, 1 << 24)
-        os.replace(part.name, kept)
-    return kept
+    folder = path if path.is_dir() else path.parent
+    files = [file for file in children(folder) if file.suffix in TEXTS or file == path]
+    name = hashlib.sha256("".join(f"{file} {version(file)}" for file in files).encode()).hexdigest()[:32]
+    for file in files:
+        here(file, name)
+    kept = cache_root() / "remote" / name
+    return kept if folder == path else kept / path.name
 
 
 def make(folder: epath.Path) -> None:
@@ -125,14 +144,22 @@ def write(path: str | os.PathLike, content: str | bytes) -> epath.Path:
     return place(path)
 
 
-def move(source: epath.Path, target: epath.Path) -> None:
-    """A folder to another place of the same store; there object by object."""
+def move(source: epath.Path, target: epath.Path, mark: str) -> None:
+    """A folder to another place of the same store; there object by object, so that what is cut off is whole in one of the two places."""
     make(target.parent)
     if not remote(source):
         source.rename(target)
         return
     system, inner = fsspec.core.url_to_fs(os.fspath(source))
-    system.mv(inner, system._strip_protocol(os.fspath(target)), recursive=True)
+    system.copy(inner, system._strip_protocol(os.fspath(target)), recursive=True)
+    remove(source, mark)
+
+
+def remove(folder: epath.Path, mark: str) -> None:
+    """A folder and all in it: first the file without which it counts for nothing."""
+    if folder.is_dir():
+        (folder / mark).unlink(missing_ok=True)
+    folder.rmtree()
 
 
 def copy(source: epath.Path, target: epath.Path) -> None:
@@ -179,7 +206,8 @@ class Mirror:
             return
         for path in sorted(self.here.rglob("*")):
             if path.is_file() and self._copied.get(path) != (state := version(path)):
-                write(self._folder / path.relative_to(self.here).as_posix(), path.read_bytes())
+                with path.open("rb") as source, writing(self._folder / path.relative_to(self.here).as_posix()) as target:
+                    shutil.copyfileobj(source, target, BLOCK)
                 self._copied[path] = state
         self._at = time.monotonic()
 

@@ -79,7 +79,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
       FileNotFoundError: nothing there, with what was looked for.
       ValueError: a vocabulary that is damaged, contradicts the files beside it, names no end token, or is of a kind that is not read here.
     """
-    path = assets.locate(source)
+    path = paths.with_neighbours(assets.locate(source))
     places = [path / "tokenizer.json", *sorted(path.glob("*.tiktoken"))] if path.is_dir() else [path]
     file = next((place for place in places if place.is_file()), None)
     if file is None:

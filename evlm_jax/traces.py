@@ -25,6 +25,7 @@ from evlm_jax.models.layers import rope_tables
 from evlm_jax.models.vit import stack_bounds
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
 from evlm_jax.ops.grouping import pair_count, plan
+from evlm_jax.paths import local
 from evlm_jax.run import load_trained
 from evlm_jax.tokenizer import Tokenizer, load_tokenizer, source_of_run
 
@@ -76,7 +77,7 @@ def look(where: str, folder_code: bool = False) -> Side:
         sections = {name: asdict(getattr(cfg, name)) for name in ("vit", "llm", "xattn", "moe", "media")}
         sections["media"]["image_token_id"] = tokenizer.id(cfg.media.placeholder)
         return Side(where, run_checkpoint, sections, tokenizer)
-    if not (Path(where) / "config.json").is_file():
+    if not (local(where, "a Hugging Face directory that transformers runs") / "config.json").is_file():
         raise FileNotFoundError(f"{where}: neither a run (steps/) nor a Hugging Face directory (config.json)")
     source = open_source(Path(where))
     family, prefix = recognise(source)

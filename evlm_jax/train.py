@@ -245,6 +245,7 @@ def train(
             checkpoints.check()
             if due(step) or last:
                 watch.look()
+                meter.flush()
                 if watch.sound:
                     checkpoints.save(step, *phase.on_disk(state), _meta(cfg, phase, data, trained, watch.bad))
                     saved = step

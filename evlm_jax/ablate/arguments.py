@@ -1,7 +1,6 @@
 """Arguments of `evlm ablate`; the command line reads them without what the command needs."""
 
 import argparse
-from pathlib import Path
 
 from evlm_jax.ranges import Positive, argument
 
@@ -18,7 +17,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--test", type=argument(Positive), help="questions of the official test that are asked; all where left out")
     parser.add_argument("--init", help="run of an earlier stage that all start from; experts are made of its FFNs, by moe.upcycle")
-    parser.add_argument("--out", required=True, type=Path, help="runs, results.json and report.html; what is there is not done again")
+    parser.add_argument("--out", required=True, help="runs, results.json and report.html; what is there is not done again")
     parser.add_argument("--jobs", type=argument(Positive), default=1, help="runs at a time, each on its share of the cores")
     parser.add_argument("--cores", type=_numbers, help="0,1,...: which to share; those of this process where left out")
     parser.add_argument("--gpus", type=_names, default=[], help="0,1,...: one run at a time on each, instead of --jobs")

@@ -9,10 +9,12 @@ from pathlib import Path
 from evlm_jax.ablate import collect, job, page, slots
 from evlm_jax.config import EVLMConfig
 from evlm_jax.evals import results
+from evlm_jax.paths import local
 
 
 def main(args: argparse.Namespace, overrides: list[str], load_config: Callable[[str, list[str]], EVLMConfig]) -> int:
     """Returns the exit status: 1 where a run failed. Raises ValueError for an unknown variant, before anything begins."""
+    args.out = local(args.out, "--out of an ablation")
     load = lambda variant: load_config(f"{args.config}:{variant}", overrides)
     if args.only:
         variant, _, seed = args.only.partition("/")

@@ -7,11 +7,11 @@ llm           the language model alone, as LlamaForCausalLM or Qwen2ForCausalLM
 """
 
 import json
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from evlm_jax import checkpoint
@@ -19,6 +19,7 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.engine import sizes, theirs
 from evlm_jax.convert.tables import FAMILIES
 from evlm_jax.convert.torch_file import write_torch
+from evlm_jax.paths import write
 from evlm_jax.tensors import Tensors, write_folder
 from evlm_jax.tokenizer import Tokenizer, load_tokenizer, source_of_run
 from evlm_jax.whole import whole
@@ -47,29 +48,29 @@ def export(source: str, out: str, form: str, step: int | None = None) -> None:
     if cfg.baseline and form != "llm":
         raise ValueError(f"{source} is a baseline ({cfg.baseline}): --format {form} knows EVLM alone; use evlm eval or evlm generate")
     with whole(out, {"source": checkpoint.identity(source, step), "form": form}) as folder:
-        FORMATS[form](Path(folder), tensors, cfg)
+        FORMATS[form](folder, tensors, cfg)
 
 
-def export_hf(folder: Path, tensors: Tensors, cfg: EVLMConfig) -> None:
+def export_hf(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
     """Weights, tokenizer, processor, configuration and code."""
     tokenizer = load_tokenizer(cfg.init.llm)
     for file in sorted(CODE.glob("*_evlm.py")):
-        shutil.copyfile(file, folder / file.name)
+        write(folder / file.name, file.read_bytes())
     write_json(folder, describe_model(cfg, tokenizer, common_dtype(tensors)) | describe_processor(cfg, tokenizer))
     write_tokenizer(folder, tokenizer, cfg)
     _write(write_folder, folder, in_names_of("evlm", tensors, cfg))
 
 
-def export_torch(folder: Path, tensors: Tensors, cfg: EVLMConfig) -> None:
+def export_torch(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
     """One state dict and the plain module."""
     for name in PLAIN_CODE:
-        shutil.copyfile(CODE / name, folder / name)
+        write(folder / name, (CODE / name).read_bytes())
     model = describe_model(cfg, load_tokenizer(cfg.init.llm), common_dtype(tensors))["config.json"]
     write_json(folder, {"config.json": {name: value for name, value in model.items() if name not in ("auto_map", "architectures")}})
     _write(write_torch, folder / "evlm.pt", in_names_of("evlm", tensors, cfg))
 
 
-def export_openflamingo(folder: Path, tensors: Tensors, cfg: EVLMConfig) -> None:
+def export_openflamingo(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
     """The gated blocks and the media tokens. Raises ValueError for shared keys, which its `to_kv` has no place for."""
     if cfg.xattn.kv_heads != cfg.xattn.heads:
         shared = f"xattn.kv_heads = {cfg.xattn.kv_heads} of xattn.heads = {cfg.xattn.heads}"
@@ -78,7 +79,7 @@ def export_openflamingo(folder: Path, tensors: Tensors, cfg: EVLMConfig) -> None
     _write(write_torch, folder / "openflamingo.pt", in_names_of("openflamingo", trained, cfg))
 
 
-def export_llm(folder: Path, tensors: Tensors, cfg: EVLMConfig) -> None:
+def export_llm(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
     """A directory that AutoModelForCausalLM loads without remote code."""
     llm = {name: tensor for name, tensor in tensors.items() if name.startswith("llm/")}
     tokenizer = load_tokenizer(cfg.init.llm)
@@ -101,21 +102,21 @@ def common_dtype(tensors: Tensors) -> str:
     return np.result_type(*{tensor.dtype for tensor in tensors.values()}).name
 
 
-def _write(write, place: Path, tensors: Tensors) -> None:
+def _write(writer, place: epath.Path, tensors: Tensors) -> None:
     with tqdm(total=sum(tensor.size for tensor in tensors.values()), unit="B", unit_scale=True, desc=place.name) as bar:
-        write(place, tensors, bar.update)
+        writer(place, tensors, bar.update)
 
 
 # -------------------------------------------------------------------------------------------------------- what stands beside
 
 
-def write_json(folder: Path, contents: dict[str, dict]) -> None:
+def write_json(folder: epath.Path, contents: dict[str, dict]) -> None:
     """{file name: content}."""
     for name, content in contents.items():
-        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        write(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, cfg: EVLMConfig) -> None:
+def write_tokenizer(folder: epath.Path, tokenizer: Tokenizer, cfg: EVLMConfig) -> None:
     """tokenizer.json and tokenizer_config.json."""
     eos, bos = tokenizer.inner.id_to_token(tokenizer.eos[0]), [tokenizer.inner.id_to_token(i) for i in tokenizer.bos]
     text = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": eos, "padding_side": "left"}
@@ -124,7 +125,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, cfg: EVLMConfig) -> None
     chat = start + {"chatml": CHATML, "plain": PLAIN}[cfg.data.template]
     text |= {"clean_up_tokenization_spaces": False, "chat_template": chat}
     write_json(folder, {"tokenizer_config.json": text})
-    tokenizer.inner.save(str(folder / "tokenizer.json"))
+    write(folder / "tokenizer.json", tokenizer.inner.to_str(pretty=True))
 
 
 def describe_model(cfg: EVLMConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, dict]:

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from evlm_jax import assets, checkpoint
@@ -13,6 +13,7 @@ from evlm_jax.convert.context import check_length
 from evlm_jax.convert.engine import Tower, open_tower
 from evlm_jax.convert.readers import open_source
 from evlm_jax.models.fresh import cross_attention_tensors, media_embedding
+from evlm_jax.paths import children, place, version
 from evlm_jax.tensors import Source, Tensor
 from evlm_jax.tokenizer import Tokenizer, keep_tokenizer, load_tokenizer
 from evlm_jax.whole import whole
@@ -44,10 +45,10 @@ def import_export(cfg: EVLMConfig, model: str, out: str) -> None:
     Raises as `import_towers`.
     """
     _check_kind(cfg)
-    model = str(Path(model).resolve())
+    model = str(place(model))
     cfg = replace(cfg, init=replace(cfg.init, vision=model, llm=model))
     vocabulary(cfg, model)
-    source = open_source(Path(model))
+    source = open_source(assets.locate(model))
     tower = open_tower(cfg, source, "evlm")
     _write(cfg, out, {"evlm": source}, {"evlm": tower}, {}, trained=tower.tensors)
 
@@ -88,7 +89,7 @@ def _write(
         dropped = f"{len(about['dropped'])} tensors dropped"
         print(f"{tower}: {about['family']} from {about['path']}{prefix}, positions {about['positions']}, {dropped}")
         print("".join(f"  dropped on purpose: {name}\n" for name in about["dropped"]), end="", flush=True)
-    plan = {"config": to_dict(cfg), "files": {str(p): [p.stat().st_size, p.stat().st_mtime] for s in sources.values() for p in _files(s)}}
+    plan = {"config": to_dict(cfg), "files": {str(p): version(p) for s in sources.values() for p in _files(s)}}
     with whole(out, plan) as folder:
         with tqdm(total=sum(tensor.size for tensor in tensors.values()), unit="B", unit_scale=True, desc=folder.stem) as bar:
             store = checkpoint.write_store(folder, tensors, bar.update)
@@ -105,6 +106,6 @@ def _origin(cfg: EVLMConfig, tower: str, source: Source, found: Tower) -> dict:
     return about | {"positions": resized if changed else "as stored"}
 
 
-def _files(source: Source) -> list[Path]:
+def _files(source: Source) -> list[epath.Path]:
     """The files of a source."""
-    return sorted(path for path in source.path.iterdir() if path.is_file()) if source.path.is_dir() else [source.path]
+    return [path for path in children(place(source.path)) if path.is_file()] or [place(source.path)]

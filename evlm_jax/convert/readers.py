@@ -11,7 +11,9 @@ import numpy as np
 
 from evlm_jax.gguf_file import read_gguf
 from evlm_jax.onnx_file import read_onnx
+from evlm_jax.paths import here
 from evlm_jax.tensors import NAME, Source, Tensor, content, read_folder, read_json, read_safetensors
+from evlm_jax.whole import check
 
 HOLDERS = ("state_dict", "model", "module", "model_state_dict")  # keys of training checkpoints under which the weights are
 
@@ -24,7 +26,7 @@ def open_source(path: Path) -> Source:
         return read_directory(path)
     if path.suffix not in readers:
         raise ValueError(f"{path}: cannot read {path.suffix or 'this'} files; give a Hugging Face directory or one of {', '.join(readers)}")
-    return readers[path.suffix](path)
+    return readers[path.suffix](path if path.suffix == ".safetensors" else here(path))._replace(path=path)
 
 
 def read_directory(folder: Path) -> Source:
@@ -32,15 +34,16 @@ def read_directory(folder: Path) -> Source:
 
     Raises:
       FileNotFoundError: no weights, or a shard that the index names is missing.
-      ValueError: an adapter; a tensor of the index is not in its shard.
+      ValueError: an adapter; an export in a bucket that is not finished; a tensor of the index is not in its shard.
     """
+    check(folder)
     config, adapter = folder / "config.json", folder / "adapter_config.json"
     if adapter.is_file():
         about = read_json(adapter)
         kind, base = about.get("peft_type", "PEFT"), about.get("base_model_name_or_path", "its base model")
         raise ValueError(f"{folder} holds an adapter ({kind} of {base}): merge it (merge_and_unload) and save the whole model")
     metadata = read_json(config) if config.is_file() else {}
-    for name, read in ((NAME, read_safetensors), ("pytorch_model.bin", lambda path: read_torch(path).tensors)):
+    for name, read in ((NAME, read_safetensors), ("pytorch_model.bin", lambda path: read_torch(here(path)).tensors)):
         if (tensors := read_folder(folder, name, read)) is not None:
             return Source(folder, metadata, tensors)
     raise FileNotFoundError(f"{folder}: no {NAME}, pytorch_model.bin or index of shards; export the model with save_pretrained")

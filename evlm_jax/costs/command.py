@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 from evlm_jax.costs import formula
 from evlm_jax.costs.counted import count
@@ -30,7 +29,7 @@ def run(args: argparse.Namespace, overrides: list[str], load_config: Callable) -
         print("", one.title, one.says, "", *table(one.head, one.rows), sep="\n")
     print("", *summary(found), sep="\n")
     if args.json:
-        save(Path(args.json), {"formula": formula.rows(), "configs": {cfg.name: found}})
+        save(args.json, {"formula": formula.rows(), "configs": {cfg.name: found}})
 
 
 def published() -> Table:

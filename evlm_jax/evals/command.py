@@ -1,7 +1,6 @@
 """What `evlm eval` and `evlm score` do."""
 
 import argparse
-from pathlib import Path
 
 import jax
 
@@ -12,6 +11,7 @@ from evlm_jax.evals.answer import answerer
 from evlm_jax.evals.judge import open_judge
 from evlm_jax.evals.runner import evaluate, unjudged
 from evlm_jax.evals.task import first
+from evlm_jax.paths import place
 from evlm_jax.processes import is_first
 from evlm_jax.run import features_of, load_trained
 from evlm_jax.strict import build
@@ -33,11 +33,11 @@ def run_eval(args: argparse.Namespace) -> None:
     if features := features_of(trained):
         features.fill(ref for asked in questions for visual in asked.visuals for ref in visual)
     answer = answerer(task, every, trained.model, trained.tokenizer, features, args.batch, trained.layout)
-    name = f"{Path(args.checkpoint).name} step {checkpoint.steps(args.checkpoint)[-1]}"
+    name = f"{place(args.checkpoint).name} step {checkpoint.steps(args.checkpoint)[-1]}"
     found = results.provenance(cfg, results.weights_hash(trained.params), name)
     about = {"split": split, "prompts": args.prompt, "template": cfg.data.template, "batch": args.batch}
     about |= {key: found[key] for key in ("weights_sha256", "preprocessing")}
-    out = Path(args.out or Path(args.checkpoint) / "evals" / f"{task.name}-{split}.json")
+    out = place(args.out or place(args.checkpoint) / "evals" / f"{task.name}-{split}.json")
     result = evaluate(task, questions, answer, about, out.with_suffix(".jsonl"), judge)
     result = score.scored(result | {"provenance": found})
     if is_first():

@@ -10,12 +10,13 @@ import json
 import math
 import os
 import platform
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 
 from evlm_jax.config import EVLMConfig, to_saved
+from evlm_jax.paths import place, write
 
 PACKAGES = ("evlm-jax", "jax", "flax", "numpy", "tokenizers", "pillow")
 
@@ -52,20 +53,15 @@ def device() -> str:
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores"
 
 
-def save(path: Path | str, result: dict) -> Path:
+def save(path: os.PathLike | str, result: dict) -> epath.Path:
     """Writes JSON, atomically. Raises ValueError where a number is not finite (name the key and mend the score)."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text(json.dumps(_plain(result, ""), ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
-    return path
+    return write(path, json.dumps(_plain(result, ""), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
-def load(path: Path | str) -> dict:
+def load(path: os.PathLike | str) -> dict:
     """Reads what `save` wrote. Raises ValueError where the file is something else."""
     try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        result = json.loads(place(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not a result of `evlm eval`: {error}") from error
     if not isinstance(result, dict):

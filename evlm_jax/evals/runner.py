@@ -6,13 +6,14 @@ in every run of the same questions, so a run that was cut off and taken up gives
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from os import PathLike
 from typing import Protocol
 
 from tqdm import tqdm
 
 from evlm_jax.evals.judge import Judge, judges
 from evlm_jax.evals.task import Question, Task
+from evlm_jax.journal import Journal, read_lines
 from evlm_jax.processes import is_first, wait
 
 
@@ -31,13 +32,18 @@ class Answerer(Protocol):
 
 
 def evaluate(
-    task: Task, questions: Sequence[Question], answer: Answerer, about: dict, progress: Path | None = None, judge: Judge | None = None
+    task: Task,
+    questions: Sequence[Question],
+    answer: Answerer,
+    about: dict,
+    progress: PathLike | None = None,
+    judge: Judge | None = None,
 ) -> dict:
     """Answers the questions; what `progress` holds is taken from there.
 
     Args:
       about: what the predictions depend on, by name; it goes into the result.
-      progress: .jsonl file; None keeps nothing.
+      progress: .jsonl file (journal.py); None keeps nothing.
       judge: for tasks that have one; without it the rows stay without judgement.
     Returns:
       {"task", "method", "max_new_tokens", **about, "examples": rows}, without scores (evals/score.py).
@@ -70,21 +76,17 @@ def chunks(questions: Sequence[Question], answer: Answerer) -> list[list[int]]:
 
 
 class Log:
-    """Known entries of rows by id, and a file where new ones go. A line that a kill cut is dropped; one process writes."""
+    """Known entries of rows by id, and a journal where new ones go. A line that a kill cut is dropped; one process writes."""
 
-    def __init__(self, path: Path | None, head: dict):
+    def __init__(self, path: PathLike | None, head: dict):
         self.known: dict[str, dict] = {}
-        self._file = None
+        self._journal = None
         if path is None:
             return
-        content = path.read_bytes() if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        first, *lines = (json.loads(line) for line in whole.splitlines()) if whole else (None,)
+        first, *lines = map(json.loads, read_lines(path) or ["null"])
         wait("predictions are read")
         if is_first():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab")
-            self._file.truncate(len(whole))
+            self._journal = Journal(path)
         if first is None:
             self._append([head])
         elif other := [name for name in {**first, **head} if first.get(name) != json.loads(json.dumps(head)).get(name)]:
@@ -99,16 +101,15 @@ class Log:
         self._append([{"id": row["id"], "prompt": row["prompt"]} | entry for row, entry in zip(rows, entries)])
 
     def _append(self, lines: Sequence[dict]) -> None:
-        if self._file:
-            self._file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-            self._file.flush()
+        if self._journal:
+            self._journal.append([json.dumps(line, ensure_ascii=False) for line in lines])
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_) -> None:
-        if self._file:
-            self._file.close()
+        if self._journal:
+            self._journal.flush()
 
 
 def _rows(questions: Sequence[Question], known: dict[str, dict]) -> list[dict]:

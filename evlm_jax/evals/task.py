@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evlm_jax.data.samples import MARKER, ImageRef
+from evlm_jax.paths import local
 
 STYLES = ("lmms-eval", "llava", "qwen-vl")  # whose prompts are used
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -72,7 +73,7 @@ class Task:
         for name, value, known in (("split", split, self.splits), ("prompt", style, STYLES)):
             if value not in known:
                 raise ValueError(f"{self.name}: unknown {name} {value!r}; use one of {', '.join(known)}")
-        questions = self.read(Path(data or "."), split, style)
+        questions = self.read(local(data or ".", "--data of a benchmark"), split, style)
         if twice := [name for name, times in Counter(question.id for question in questions).items() if times > 1]:
             raise ValueError(f"{self.name}: {data}: question {twice[0]} stands there twice")
         if style == "llava" and self.data:  # there, images are a line of their own

@@ -8,7 +8,6 @@ import re
 import resource
 import time
 from collections import Counter
-from pathlib import Path
 
 import jax
 
@@ -16,6 +15,7 @@ from evlm_jax import flops
 from evlm_jax.config import EVLMConfig
 from evlm_jax.mesh import Layout, make_layout
 from evlm_jax.models.moe import tile_rows
+from evlm_jax.paths import write
 from evlm_jax.planning import chips, compiled, live, programs, roofline
 from evlm_jax.planning.hlo import Module
 
@@ -80,7 +80,7 @@ def plan(
         report["largest"] = _roomy(cfg, topology, what, phase, len(devices)) if consumers else None
     else:
         if hlo:
-            Path(hlo).write_text(executable.as_text())
+            write(hlo, executable.as_text())
         report |= _read(cfg, layout, chip, program, executable, price)
     report["ram_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return report

@@ -5,10 +5,10 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from evlm_jax.config import EVLMConfig
 from evlm_jax.mesh import ROWS, make_layout, mesh_sizes
+from evlm_jax.paths import write
 from evlm_jax.planning import chips
 from evlm_jax.planning.plan import plan
 from evlm_jax.planning.text import show
@@ -16,11 +16,16 @@ from evlm_jax.planning.text import show
 REMATS = ("none", "dots", "full")
 
 
-def main(args: argparse.Namespace, overrides: list[str], load_config: Callable) -> int:
-    """`evlm plan`; exit status 1 where the program does not fit."""
+def planned(args: argparse.Namespace, overrides: list[str], load_config: Callable) -> EVLMConfig:
+    """The config that `evlm plan` is asked about."""
     fields = [f"--config.mesh.{field.strip()}" for field in args.mesh.split(",") if field]
     fields += [f"--config.train.{name}={value}" for name, value in (("batch", args.global_batch), ("remat", args.remat)) if value]
-    cfg = load_config(args.config, [*fields, *overrides])
+    return load_config(args.config, [*fields, *overrides])
+
+
+def main(args: argparse.Namespace, overrides: list[str], load_config: Callable) -> int:
+    """`evlm plan`; exit status 1 where the program does not fit."""
+    cfg = planned(args, overrides, load_config)
     if args.sweep:
         report = sweep(cfg, args.topology, args.what, args.phase)
     else:
@@ -29,7 +34,7 @@ def main(args: argparse.Namespace, overrides: list[str], load_config: Callable) 
             report["tried"] = mend(cfg, args.topology, args.what, args.phase)
         print(show(report))
     if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+        write(args.json, json.dumps(report, indent=1) + "\n")
     return 0 if args.sweep or report["fits"] else 1
 
 

@@ -142,8 +142,6 @@ def test_array_records(tmp_path):
     (tmp_path / "b.array_record").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="b.array_record: cannot read"):
         rows.open_rows(str(tmp_path / "b.array_record"))
-    with pytest.raises(ValueError, match="local disks only"):
-        rows.open_rows("memory://a.array_record")
 
 
 @pytest.fixture
@@ -159,11 +157,16 @@ def store(tmp_path):
     memory.store.clear()
 
 
-def test_remote_containers_read_the_same(tmp_path, store):
+def test_remote_containers_read_the_same(tmp_path, store, monkeypatch):
+    monkeypatch.setenv("EVLM_CACHE", str(tmp_path / "cache"))
     write_tar(tmp_path / "a.tar", range(5))
     write_parquet(tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
-    for name in ("a.tar", "a.parquet", "a.jsonl"):
+    writer = ArrayRecordWriter(str(tmp_path / "a.array_record"), "group_size:1")
+    for i in range(3):
+        writer.write(msgpack.packb({"key": f"m{i}", "jpg": png(i)}))
+    writer.close()
+    for name in ("a.tar", "a.parquet", "a.jsonl", "a.array_record"):
         local, far = rows.open_rows(str(tmp_path / name)), rows.open_rows(store(tmp_path / name))
         there = lambda value: json.loads(
             json.dumps(value).replace("memory:///store", str(tmp_path)).replace("memory://store", str(tmp_path))
@@ -171,6 +174,7 @@ def test_remote_containers_read_the_same(tmp_path, store):
         assert len(far) > 1 and [there(row) for row in far] == list(local)
     far = rows.open_rows("memory:///store/a.tar")
     assert [shows(row["png"]) for row in far] == [0, 1, 2, 3, 4]
+    assert [shows(row["jpg"]) for row in rows.open_rows("memory:///store/a.array_record")] == [0, 1, 2]
     assert content_key(ImageRef(far[1]["png"])) == content_key(ImageRef(rows.open_rows(str(tmp_path / "a.tar"))[1]["png"]))
     (tmp_path / "x.png").write_bytes(png(9))
     assert shows(store(tmp_path / "x.png")) == 9

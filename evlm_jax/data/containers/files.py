@@ -13,7 +13,9 @@ from typing import BinaryIO
 import fsspec
 import numpy as np
 
+from evlm_jax import paths
 from evlm_jax.assets import cache_root
+from evlm_jax.paths import remote
 
 SMALL = 1 << 24  # bytes: the index of a smaller file is made anew
 OPEN = 64  # files that stay open
@@ -23,11 +25,6 @@ class Ref(str):
     """A place in a container, as rows.open_ref reads it. Readers make them: a text in a row that spells one is just a name."""
 
     __slots__ = ()
-
-
-def remote(path: str) -> bool:
-    """Whether fsspec opens it."""
-    return "://" in path
 
 
 def open_file(path: str) -> BinaryIO:
@@ -73,18 +70,14 @@ def _opened(path: str) -> _Descriptor:
 
 
 def version(path: str) -> str:
-    """Another one when the file changes: of size and time for a local file, of what the store tells for a remote one. Raises OSError."""
-    if remote(path):
-        return _remote_version(path)
-    found = os.stat(path)
-    return f"{found.st_size}-{found.st_mtime_ns}"
+    """As paths.version. Raises OSError."""
+    return _remote_version(path) if remote(path) else paths.version(path)
 
 
 @functools.lru_cache(1 << 16)
 def _remote_version(path: str) -> str:
     """Asked for once: what is remote does not change while a run reads it."""
-    system, inner = fsspec.core.url_to_fs(path)
-    return system.ukey(inner)
+    return paths.version(path)
 
 
 def find(path: str, suffixes: Iterable[str]) -> list[str]:

@@ -1,4 +1,6 @@
-"""ArrayRecord: records by number. A record is a row as JSON, as msgpack, or as the tf.train.Example that TensorFlow Datasets writes."""
+"""ArrayRecord: records by number; its reader knows local files only, so a remote one is copied to the cache.
+
+A record is a row as JSON, as msgpack, or as the tf.train.Example that TensorFlow Datasets writes."""
 
 import functools
 from collections.abc import Sequence
@@ -9,14 +11,13 @@ from array_record.python.array_record_module import ArrayRecordReader
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from evlm_jax.data.containers import files, text
+from evlm_jax.paths import here
 
 
 class Records(Sequence):
     """Rows {field: value}; binary values are references."""
 
     def __init__(self, path: str):
-        if files.remote(path):
-            raise ValueError("ArrayRecord files are read from local disks only; copy it")
         self.path, self._reader = path, _reader(path, files.version(path))
 
     def __len__(self) -> int:
@@ -49,7 +50,7 @@ def _named(value, place: str, path: str):
 
 @functools.lru_cache(1 << 12)
 def _reader(path: str, version: str) -> ArrayRecordReader:
-    reader = ArrayRecordReader(path, "readahead_buffer_size:0")
+    reader = ArrayRecordReader(str(here(path)), "readahead_buffer_size:0")
     if not reader.ok():
         raise ValueError("it is damaged or cut off")
     return reader

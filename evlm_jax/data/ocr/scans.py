@@ -33,6 +33,7 @@ from evlm_jax.data.ocr.dialogs import ASKED, DIALOGS, dialogs
 from evlm_jax.data.ocr.twins import Twins
 from evlm_jax.data.samples import ImageRef, Sample, literal
 from evlm_jax.data.source import Chain, Source, key_of
+from evlm_jax.paths import local
 
 MARGIN, RADIUS = 2, 3  # pixels: around an illegible box; of what its new pixels are made of
 
@@ -149,7 +150,7 @@ def build(source: Chain, out: str | Path, cfg: EVLMConfig, workers: int | None =
 
     A picture with nothing to paint over stays where it is, with a link to it in `out`. The file appears when all is done.
     """
-    out, cleaner = Path(out), Pages(cfg)
+    out, cleaner = local(out, "the folder of cleaned pages"), Pages(cfg)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "pages.jsonl.part", "w", encoding="utf-8") as lines:
         for number, page in clean(source, cleaner, workers):

@@ -31,6 +31,7 @@ from evlm_jax.data.containers.rows import open_ref
 from evlm_jax.data.formats.built import row_of
 from evlm_jax.data.samples import ImageRef, Sample, SampleError, part, part_count
 from evlm_jax.data.sources import open_source
+from evlm_jax.paths import local
 
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # pictures that may stay as they are
 QUALITY = 95
@@ -97,7 +98,7 @@ def build(job: Job, workers: int) -> Outcome:
     Raises:
       ValueError: the folder holds something else, or the source has changed; OSError: a process was killed.
     """
-    out, source = Path(job.out), open_source(job.source)
+    out, source = local(job.out, "--out of a build"), open_source(job.source)
     out.mkdir(parents=True, exist_ok=True)
     _same_job(job, source.state(), out)
     shards = range(-(-len(source) // job.size))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from evlm_jax.batch import Batch
@@ -18,6 +19,7 @@ from evlm_jax.data.pipeline import Lane, collate, load_pictures
 from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import Document
 from evlm_jax.data.tools.picture import draw
+from evlm_jax.paths import write, writing
 
 TEMPLATE = Path(__file__).with_name("inspect.html")
 MASK = 420  # most pixels a side of a mask
@@ -25,7 +27,7 @@ COLOURS = ("#c2410c", "#1d6fb8", "#15803d", "#7c3aed", "#b45309", "#0e7490", "#b
 HALF = "\ufffd"  # a token that ends within a character
 
 
-def inspect(cfg: EVLMConfig, tokenizer, out: str, rows: int, picture: str | None = None) -> Path:
+def inspect(cfg: EVLMConfig, tokenizer, out: str, rows: int, picture: str | None = None) -> epath.Path:
     """Writes the page of the first step's first `rows` rows, and of those that share images with them; its path.
 
     `picture`: a file for a picture of them as well (picture.py).
@@ -45,11 +47,10 @@ def inspect(cfg: EVLMConfig, tokenizer, out: str, rows: int, picture: str | None
         rows=shown,
         drops=drops,
     )
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, "utf-8")
+    path = write(out, page)
     if picture:
-        draw(shown, COLOURS).quantize(256).save(picture, optimize=True)
+        with writing(picture) as file:
+            draw(shown, COLOURS).quantize(256).save(file, "png", optimize=True)
     return path
 
 

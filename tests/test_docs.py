@@ -1,0 +1,105 @@
+"""Every command that README and docs show is one that the program takes; what they launch fits the machines that they name."""
+
+import argparse
+import importlib
+import math
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
+
+from evlm_jax import cli, names
+from evlm_jax.mesh import AXES, Layout, check_mesh, check_parameters
+from evlm_jax.models.evlm import EVLM
+from evlm_jax.planning import search
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+COMMAND = re.compile(r"(?:^|\s|')(evlm|python -m (?:evlm_jax|benchmarks\.\w+))(?=\s)([^'\n;&|#]*(?:'[^'\n]*'[^'\n;&|#]*)*)")
+COUNT = re.compile(r"(\d+) (?:chips|GPUs)")
+
+
+def blocks(language):
+    """(file, text in front of it, block) of all pages."""
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = page.read_text("utf-8")
+        for found in BLOCK.finditer(text):
+            if found[1] == language:
+                yield page.name, text[: found.start()], found[2]
+
+
+def commands():
+    """(file, program, words, what is said about it) of each command."""
+    for page, before, block in blocks("sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            about = before[-300:] + block
+            for program, rest in COMMAND.findall(line.partition(" #")[0]):
+                yield pytest.param(program, shlex.split(rest), about, id=f"{page}: {program} {' '.join(rest.split())}"[:100])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The project's experiments, and those that the pages spell."""
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copytree(ROOT / "experiments", folder / "experiments")
+    for _, _, block in blocks("python"):
+        if name := re.match(r"# (experiments/\w+\.py)\n", block):
+            (folder / name[1]).write_text(block)
+    return folder
+
+
+COMMANDS = list(commands())
+
+
+def test_there_are_commands():
+    words = [param.values[1][0] if param.values[1] else "" for param in COMMANDS if param.values[0] == "evlm"]
+    assert {"train", "plan", "convert", "eval", "score", "generate", "upcycle", "ablate", "flops", "data", "demo"} <= set(words)
+    assert any(param.values[0].startswith("python -m benchmarks") for param in COMMANDS)
+
+
+@pytest.mark.parametrize("program, words, about", COMMANDS)
+def test_it_is_taken(program, words, about, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    if program.startswith("python -m benchmarks"):
+        parsed(program.split()[-1], words, monkeypatch)
+        return
+    args, overrides = cli.make_parser().parse_known_args(words)
+    assert hasattr(args, "config") or not overrides
+    if getattr(args, "config", None):
+        if args.run is cli._plan:
+            chips = math.prod(map(int, re.findall(r"\d+", args.topology.partition(":")[2])))
+            check_mesh(search.planned(args, overrides, cli.load_config), chips)
+            return
+        cfg = cli.load_config(args.config, overrides)
+        if args.run is cli._train:
+            several = "--distributed" in words or any(word.startswith("--config.mesh") for word in words)
+            assert cfg.data.sources
+            fits(cfg, int(COUNT.findall(about)[-1]) if several else 1)
+
+
+def parsed(name, words, monkeypatch):
+    """The benchmark's own parser takes the words."""
+
+    class Parsed(Exception):
+        pass
+
+    def parse(parser, *_):
+        argparse.ArgumentParser.parse_known_args(parser, words)
+        raise Parsed
+
+    module = importlib.import_module(name)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    with pytest.raises(Parsed):
+        module.main()
+
+
+def fits(cfg, devices):
+    """The mesh checks of training, on as many devices as the page says."""
+    sizes = check_mesh(cfg, devices)
+    layout = Layout(AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES)), cfg.mesh)
+    shapes = nnx.state(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
+    check_parameters(layout, shapes, lambda path: names.canonical(cfg, path)[0])

@@ -58,6 +58,7 @@ setup(
             "pycocoevalcap==1.2",
             "rouge-score==0.1.2",
             "ruff>=0.14",
+            "safetensors>=0.8",
             "tiktoken>=0.13",
             "webdataset==1.0.2",  # writes the tars of tests
         ],

@@ -18,7 +18,7 @@ from evlm_jax.flops import Work
 from evlm_jax.models.decoding import DecodeState
 
 EVLM, LLAVA, FLAMINGO = "evlm", "llava", "flamingo"
-FROZEN = Phase(0.0, 0, (Rule("^(xattn|media|bridge)/", 1.0), Rule("^(vit|llm)/", None)))
+FROZEN = Phase(rules=(Rule("^(xattn|media|bridge)/", 1.0), Rule("^(vit|llm)/", None)))
 
 
 class Cache(NamedTuple):

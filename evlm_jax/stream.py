@@ -55,7 +55,7 @@ class Stream:
         if self.callback and not self.ended:
             self.ended = True
             self._show()
-        return Answer(self._text(), tuple(self.tokens))
+        return Answer(self._whole().lstrip(), tuple(self.tokens))
 
     def _cut(self) -> str | None:
         """The text in front of the first stop string; None where there is none."""
@@ -63,17 +63,18 @@ class Stream:
         places = [at for string in self.stop_strings if (at := whole.find(string)) >= 0]
         return whole[: min(places)] if places else None
 
-    def _text(self) -> str:
+    def _whole(self) -> str:
         cut = self._cut()
-        return (self.tokenizer.decode(self.tokens) if cut is None else cut).lstrip()
+        return self.tokenizer.decode(self.tokens) if cut is None else cut
 
     def _show(self) -> None:
         """Hands on what is new, but no half of a character or of a stop string whose rest is still to come."""
-        ready = self._text()
+        ready = self._whole()
         if not self.ended:
             ready = ready.rstrip("\ufffd")
             begun = [size for string in self.stop_strings for size in range(1, len(string)) if ready.endswith(string[:size])]
             ready = ready[: len(ready) - max(begun, default=0)]
+        ready = ready.lstrip()
         if len(ready) > len(self._shown):
             piece, self._shown = ready[len(self._shown) :], ready
             self.callback(self.index, piece)

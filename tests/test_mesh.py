@@ -199,6 +199,7 @@ def test_processes_answer_as_one_does(tmp_path):
     assert one["examples"] == two["examples"] and one["scores"] == two["scores"]
 
 
+@pytest.mark.slow
 def test_processes_that_read_the_same_rows_agree_or_stop(tmp_path):
     """One of two cannot read an image: their copies stay equal. Later it reads another word: both stop, by name."""
     workers = Workers(tmp_path, 2, 8, (1, 1, 1, 2), "1")

@@ -54,6 +54,14 @@ def test_phases_begin_on_time():
         optim.phase_at(late, 0)
 
 
+def test_what_becomes_trainable_in_mid_run_warms_up():
+    """By default as long as the run did; the first phase needs none, and a number that is given counts."""
+    phases = lambda *later: {"phases": ({"rules": CROSS_ONLY}, {"start": 0.25, "rules": UPPER_VIT} | dict(later)), "warmup": 3}
+    for given, steps in (((), 3), ((("warmup", 0),), 0), ((("warmup", 7),), 7)):
+        cfg = tiny_config(optim=phases(*given), train={"steps": 12})
+        assert optim.plan(cfg, 1, shapes(cfg)).warmup == {0: 0, 1: steps}
+
+
 def test_schedule_warms_up_and_ends_at_the_minimum():
     cfg = tiny_config(optim={"lr": 1.0, "min_lr": 0.1, "warmup": 4}, train={"steps": 12})
     rates = np.array([optim.schedule(cfg, jnp.int32(step)) for step in range(12)])

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from evlm_jax import checkpoint, names
+from evlm_jax.agree import agreed
 from evlm_jax.mesh import Layout, make_layout
 from evlm_jax.processes import on_host
 from evlm_jax.start import put
@@ -110,6 +111,39 @@ def assert_sharded(cfg, tree):
         else:
             assert value.size == parts * value.addressable_shards[0].data.size, (path, value.sharding)
     assert whole < len(nnx.to_flat_state(tree))
+
+
+@pytest.mark.parametrize("images", ["all", "rows"])
+def test_holders_of_the_same_rows_agree_on_what_is_left_out(images, monkeypatch):
+    """Two devices along `tensor` stand for two processes; the second one lacks an image, or has read another word."""
+    cfg = config((1, 1, 1, 2), policy=POLICIES[0] | {"images": images})
+    layout = layout_of(cfg)
+    monkeypatch.setattr(Layout, "rows_are_shared", True)
+    run = layout.jit(agreed)
+
+    def held(change):
+        """The batch as both hold it, after `change` of what the second one has read."""
+        first, second = tiny_batch(cfg, 0), tiny_batch(cfg, 0)
+        change(second)
+
+        def put(one, other, sharding):
+            pieces = [x[index] for x, index in zip((one, other), sharding.devices_indices_map(one.shape).values())]
+            on = [jax.device_put(piece, device) for piece, device in zip(pieces, layout.mesh.devices.flat)]
+            return jax.make_array_from_single_device_arrays(one.shape, sharding, on)
+
+        return jax.tree.map(put, first, second, layout.batch(first))
+
+    def lose(batch):
+        batch.pixels[0], batch.targets[0] = 0, -1
+
+    batch, same = run(held(lose))
+    copies = lambda x: [np.asarray(piece.data) for piece in x.addressable_shards]
+    assert bool(same) and all((piece[0] == -1).all() and (piece[1:] >= 0).any() for piece in copies(batch.targets))
+    if images == "rows":
+        assert all(not piece[0].any() and piece[1].any() for piece in copies(batch.pixels))
+    for change in (lambda batch: batch.tokens.__setitem__((0, 0), 99), lambda batch: batch.targets.__setitem__((0, 0), 99)):
+        assert not bool(run(held(change))[1])
+    assert bool(run(held(lambda batch: None))[1])
 
 
 def test_state_is_sharded_before_and_after_a_step():

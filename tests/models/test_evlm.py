@@ -227,3 +227,24 @@ def test_vit_taps_above_the_highest_do_not_exist():
     assert sum(jax.tree.leaves(s)[0].shape[0] for s in map(nnx.state, model.vit.stacks)) == 3
     full = random_model(tiny_config(vit=dict(taps=(1, 2, 3, 4), cuts=())), 0)
     assert full.encode(np.zeros((2, 8, 8, 3), np.uint8)).shape == (2, 4, cfg.vit.tokens, cfg.vit.width)
+
+
+def equations(jaxpr):
+    """Of a program and of all programs in it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_no_part_of_the_stack_is_cut_out(every):
+    """A slice of the language model's stack would be a copy of it; also where `every` does not divide the layers, and backwards."""
+    cfg = tiny_config(llm=dict(layers=8 - every), xattn=dict(every=every))
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
+    trained, frozen = nnx.split_state(params, lambda path, _: path[0] == "xattn", ...)
+    loss = lambda trained, frozen, batch: nnx.merge(graphdef, trained, frozen).hidden(batch).sum()
+    program = jax.make_jaxpr(jax.grad(loss))(trained, frozen, tiny_batch(cfg, 0))
+    stacks = {leaf.shape for leaf in jax.tree.leaves(params.llm.layers)}
+    found = [e for e in equations(program.jaxpr) if e.primitive.name == "slice" and e.invars[0].aval.shape in stacks]
+    assert len(stacks) > 3 and not found

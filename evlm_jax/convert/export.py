@@ -130,7 +130,8 @@ def write_tokenizer(folder: epath.Path, tokenizer: Tokenizer, cfg: EVLMConfig) -
 
 def describe_model(cfg: EVLMConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, dict]:
     """config.json and generation_config.json."""
-    auto = {"AutoConfig": "configuration_evlm.EVLMConfig", "AutoModelForCausalLM": "modeling_evlm.EVLMForCausalLM"}
+    auto = {"AutoConfig": "configuration_evlm.EVLMConfig"}
+    auto |= dict.fromkeys(("AutoModelForCausalLM", "AutoModelForImageTextToText"), "modeling_evlm.EVLMForCausalLM")
     auto |= {"AutoProcessor": "processing_evlm.EVLMProcessor"}
     sections = {name: asdict(getattr(cfg, name)) for name in ("vit", "llm", "xattn", "moe", "media")}
     model = {"model_type": "evlm", "architectures": ["EVLMForCausalLM"], "auto_map": auto, "dtype": dtype}

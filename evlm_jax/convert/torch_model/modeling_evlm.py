@@ -1,39 +1,93 @@
-"""EVLM for transformers: plain_evlm.py with generation. Keys and values of the images are projected once and kept in the cache."""
+"""EVLM for transformers: plain_evlm.py with generation, training and offloading. Keys and values of the images are projected once."""
+
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import DynamicCache, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+from transformers.utils import can_return_tuple
 
 from .configuration_evlm import EVLMConfig
-from .plain_evlm import EVLMParts, check_images
+from .plain_evlm import EVLMParts, count_images, visible_ranges
+
+# Names of earlier exports, whose weights this class reads too.
+FORMER = {r"^vit\.(cls|registers|pos)$": r"vit.places.\1", r"^media_tokens$": "media_tokens.weight"}
 
 
-class EVLMCache(DynamicCache):
-    """Keys and values of the text, as everywhere, and of the images: one pair for each cross-attention block. The prompts' rotary base."""
+class Images(NamedTuple):
+    """What a cache holds of the images, and where the text behind it stands. All beams of a row have the same."""
 
-    def __init__(self):
-        super().__init__()
-        self.images, self.count = [], 0  # [(keys, values)], images of a row
-        self.theta = None  # a number, or [B, 1, 1, 1]; all beams of a row have the same
+    keys_values: list  # of every cross-attention block, [B, K, I * S + sinks, H]
+    groups: torch.Tensor  # [B, I]; the images of a row are numbered as its tokens show them
+    theta: float | torch.Tensor  # the prompts' rotary base, a number or [B, 1, 1, 1]
+    media: torch.Tensor  # [B, 1], media tokens that were read
+    until: int = 0  # length of the cache behind the last of them
 
-    def reorder_cache(self, beam_idx):
-        super().reorder_cache(beam_idx)
-        self.images = [tuple(a.index_select(0, beam_idx.to(a.device)) for a in pair) for pair in self.images]
+    def read(self, media, past):
+        """With the media tokens of [B, T] that stand behind `past` tokens."""
+        until = past + int(media.any(0).nonzero().max()) + 1 if media.any() else self.until
+        return self._replace(media=self.media + media.sum(1, keepdim=True), until=until)
+
+    def append(self, keys_values, groups, media_tokens, size, count):
+        """With new images of `size` keys behind those that each row has; rows with fewer than `count` are padded."""
+        old, new = self.groups.shape[1], groups.shape[1]
+        held, place = -(-self.media // media_tokens), torch.arange(count, device=groups.device)
+        order = torch.where(place < held, place, old + place - held).clamp(max=old + new - 1)  # [B, I]
+        if old:
+            groups = groups - groups.amin() + self.groups.amax() + 1
+        groups = torch.cat([self.groups, groups], 1).gather(1, order)
+
+        def join(a, b):
+            sinks = b.shape[2] - size * new
+            a, b = (x[:, :, : n * size].unflatten(2, (n, size)) for x, n in ((a, old), (b, new)))
+            at = order.to(a.device)[:, None, :, None, None].expand(-1, a.shape[1], -1, size, a.shape[-1])
+            return torch.nn.functional.pad(torch.cat([a, b], 2).gather(2, at).flatten(2, 3), (0, 0, 0, sinks))
+
+        joined = [tuple(map(join, *pairs)) for pairs in zip(self.keys_values, keys_values, strict=True)]
+        return self._replace(keys_values=joined, groups=groups)
+
+
+class NeverMedia(LogitsProcessor):
+    """The id that stands for an image is no word."""
+
+    def __init__(self, image_token_id):
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        scores[:, self.image_token_id] = -torch.inf
+        return scores
 
 
 class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
-    """Text and images -> logits. Loads with AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)."""
+    """Text and images -> logits, by AutoModelForImageTextToText or AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)."""
 
     config_class = EVLMConfig
-    base_model_prefix = "evlm"
+    base_model_prefix = ""
     main_input_name = "input_ids"
-    _no_split_modules = ["VisionBlock", "Layer", "CrossAttention"]
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # of Trainer: num_items_in_batch
+    _no_split_modules = ["VisionBlock", "Places", "Layer", "CrossAttention"]
+    _supports_sdpa = True
+    _tied_weights_keys = {"llm.head.weight": "llm.embed.weight"}
+    _skip_keys_device_placement = ["past_key_values"]
+    _is_stateful = True  # no assisted generation
 
     def __init__(self, config):
         super().__init__(config)
+        self.gradient_checkpointing = False
         self.build(config)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, key_mapping=None, **kwargs):
+        """As of every model. Raises ValueError if the model has tensors that the files lack, or the files others."""
+        key_mapping = FORMER | (key_mapping or {})
+        model, loading = super().from_pretrained(*args, output_loading_info=True, key_mapping=key_mapping, **kwargs)
+        if wrong := [f"{kind} {key}" for kind in ("missing", "unexpected") for key in sorted(loading[f"{kind}_keys"])]:
+            raise ValueError(f"{args[0] if args else 'these weights'}: tensors do not fit the model:\n  " + "\n  ".join(wrong))
+        return (model, loading) if output_loading_info else model
 
     def _init_weights(self, module):
         """New modules keep PyTorch's own initialisation; gates start at 0."""
@@ -44,58 +98,180 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value):
         self.llm.embed = value
 
+    def get_output_embeddings(self):
+        return self.llm.head
+
+    def set_output_embeddings(self, value):
+        self.llm.head = value
+
+    def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
+        """As of every model. Raises ValueError if the placeholder of images would be lost."""
+        if new_num_tokens is not None and new_num_tokens <= self.config.image_token_id:
+            raise ValueError(f"{new_num_tokens} tokens would lose image_token_id = {self.config.image_token_id}")
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        self.config.llm["vocab"] = self.config.vocab_size = embeddings.num_embeddings
+        return embeddings
+
+    def _run(self, block, *args):
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(block.__call__, *args)
+        return block(*args)
+
+    @can_return_tuple
     def forward(
         self,
-        input_ids,
+        input_ids=None,
         pixel_values=None,
         image_groups=None,
         attention_mask=None,
         past_key_values=None,
+        inputs_embeds=None,
         labels=None,
         use_cache=None,
-        visible=None,
+        output_attentions=None,
+        output_hidden_states=None,
         logits_to_keep=0,
-        **_,
+        num_items_in_batch=None,
     ):
         """
         Args:
-          input_ids: [B, T]; each image is a run of media.tokens times `image_token_id`.
-          pixel_values: [B, I, 3, h, w] in the order of those runs; rows with fewer images are padded.
+          input_ids: [B, T]; each image is a run of media.tokens times `image_token_id`. Behind a cache the new tokens alone.
+          pixel_values: [B, I, 3, h, w] in the order of those runs; rows with fewer images are padded. Behind a cache the new images alone.
           image_groups: [B, I]; frames of one video have the same number. Left out: every image stands alone.
           attention_mask: [B, past + T]; 0 is padding, on either side.
+          past_key_values: a DynamicCache; images and the text's place among them are kept in it, too.
+          inputs_embeds: [B, T, D] in place of input_ids; images stand where the embedding of `image_token_id` does.
           labels: [B, T]; -100 is not counted. They are compared with the logits of the position before.
-          visible: (start, stop) as `visible_ranges` gives them, for tokens behind a cache.
+          num_items_in_batch: what the sum of the losses is divided by; the labels that count where left out.
+        Returns:
+          hidden_states: what each layer, with the cross-attention in front of it, reads; last what the head reads.
+          attentions, cross_attentions: of each layer, of each block.
         """
-        rows, length = input_ids.shape
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if use_cache and not past:
-            past_key_values = EVLMCache()
-        pixel_values = self._no_pixels(rows) if pixel_values is None else pixel_values
-        if visible is None:
-            visible = self._visible(input_ids, pixel_values.shape[1], image_groups)
-            check_images(visible[1], pixel_values.shape[1])
-        images = past_key_values.images if past else self._project(pixel_values)
-        count = past_key_values.count if past else pixel_values.shape[1]
-        if attention_mask is None:
-            attention_mask = torch.ones((rows, past + length), dtype=torch.long, device=input_ids.device)
-        theta = past_key_values.theta if past else self._rope_base(attention_mask)
-        if use_cache and not past:
-            past_key_values.images, past_key_values.count, past_key_values.theta = images, count, theta
-        rope = self._rope(attention_mask, length, theta)
-        hidden = self._decode(self._embed(input_ids), attention_mask, rope, visible, images, count, past_key_values)
-        logits = self.llm.logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give one of input_ids and inputs_embeds")
+        wants_weights = self.config.output_attentions if output_attentions is None else output_attentions
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        sdpa = self.config._attn_implementation == "sdpa"
+        if wants_weights and sdpa:
+            raise ValueError('output_attentions needs weights that are written out: load with attn_implementation="eager"')
+        words = self.llm.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        media = self._media(input_ids, inputs_embeds)
+        cache = self._cache(past_key_values, use_cache)
+        past, attention_mask = self._mask(cache, attention_mask, media)
+        images = self._images(cache, past, pixel_values, image_groups, attention_mask, media, sdpa)
+        visible = visible_ranges(media, self.config.media["tokens"], images.groups, images.media)
+        rope = self._rope(attention_mask, media.shape[1], images.theta)
+        names = ("hidden_states",) * bool(wants_states) + ("attentions", "cross_attentions") * bool(wants_weights)
+        kept = {name: [] for name in ("hidden_states", "attentions", "cross_attentions")} if names else None
+        x = self._embed(words, media, images.media)
+        x = self._decode(x, attention_mask, rope, visible, images.keys_values, images.groups.shape[1], cache, sdpa, kept)
+        if cache is not None:
+            cache.images = images.read(media, past)
+        whole = isinstance(logits_to_keep, int)
+        if labels is not None and not (whole and logits_to_keep == 0):
+            raise ValueError("labels need all logits: leave logits_to_keep out")
+        logits = self.llm.head(x[:, slice(-logits_to_keep, None) if whole else logits_to_keep])
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
+        kept = {name: tuple(kept[name]) for name in names}
+        return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, past_key_values=cache, **kept)
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **kwargs):
-        """Behind a cache only the new tokens are read; what they see follows from all tokens."""
-        inputs = {name: kwargs.get(name) for name in ("pixel_values", "image_groups", "use_cache", "logits_to_keep")}
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    def _media(self, input_ids, inputs_embeds):
+        """[B, T], which tokens are media tokens."""
+        if inputs_embeds is None:
+            return input_ids == self.config.image_token_id
+        placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.llm.embed(placeholder).to(inputs_embeds)).all(-1)
+
+    def _cache(self, cache, use_cache):
+        """The one to read and fill, or None. Raises ValueError for other kinds than DynamicCache."""
+        checkpoints = self.gradient_checkpointing and self.training
+        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if cache is None:
+            return DynamicCache() if use_cache and not checkpoints else None
+        if not isinstance(cache, DynamicCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}; EVLM keeps images in a DynamicCache: leave cache_implementation out"
+            )
+        if checkpoints:
+            raise ValueError("past_key_values and gradient checkpointing exclude each other: a layer would fill the cache twice")
+        return cache
+
+    def _mask(self, cache, attention_mask, media):
+        """(tokens in the cache, attention_mask [B, past + T])."""
+        past = cache.get_seq_length() if cache is not None else 0
+        shape = (len(media), past + media.shape[1])
+        if attention_mask is None:
+            return past, torch.ones(shape, dtype=torch.long, device=media.device)
+        if tuple(attention_mask.shape) != shape:
+            raise ValueError(
+                f"attention_mask is {tuple(attention_mask.shape)}, the tokens and {past} in front of them in the cache {shape}"
+            )
+        return past, attention_mask
+
+    def _images(self, cache, past, pixel_values, groups, attention_mask, media, sdpa):
+        """The images up to now, new ones with them."""
+        images = getattr(cache, "images", None) if past else None
+        if past and (images is None or len(images.media) != len(media)):
+            raise ValueError(f"past_key_values holds other rows than these {len(media)}, or another model filled it: start a new cache")
+        if past and past < images.until:
+            raise ValueError("past_key_values was cut off among or before its images: start a new cache")
+        pixels, tokens = self._no_pixels(media) if pixel_values is None else pixel_values, self.config.media["tokens"]
+        before = images.media if past else torch.zeros((len(media), 1), dtype=torch.long, device=media.device)
+        count = count_images(media, tokens, pixels.shape[1], before)
+        if past and not pixels.shape[1]:
+            return images
+        keys_values, groups = self._project(pixels, sdpa), self._groups(groups, pixels)
         if past:
-            visible = self._visible(input_ids, past_key_values.count, inputs["image_groups"])
-            inputs |= {"pixel_values": None, "visible": tuple(a[:, past:] for a in visible)}
-            input_ids = input_ids[:, past:]
-        inputs["logits_to_keep"] = inputs["logits_to_keep"] or 0
-        return inputs | {"input_ids": input_ids, "past_key_values": past_key_values, "attention_mask": attention_mask}
+            return images.append(keys_values, groups, tokens, self._visual_tokens, count)
+        return Images(keys_values, groups, self._rope_base(attention_mask), before)
+
+    def generate(self, inputs=None, generation_config=None, logits_processor=None, **kwargs):
+        """As of every model; the placeholder of images is never drawn."""
+        processors = LogitsProcessorList([*(logits_processor or ()), NeverMedia(self.config.image_token_id)])
+        return super().generate(inputs, generation_config, logits_processor=processors, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        pixel_values=None,
+        image_groups=None,
+        use_cache=None,
+        logits_to_keep=None,
+        output_attentions=None,
+        output_hidden_states=None,
+    ):
+        """Behind a cache the new tokens and the new images alone."""
+        wanted = {"use_cache": use_cache, "output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        inputs = {"past_key_values": past_key_values, "attention_mask": attention_mask, "logits_to_keep": logits_to_keep or 0, **wanted}
+        cut = slice(None) if next_sequence_length is None else slice(-next_sequence_length, None)
+        if inputs_embeds is not None and (is_first_iteration or past_key_values is None):
+            if not is_first_iteration:
+                raise ValueError("generation from inputs_embeds needs a cache: leave use_cache out")
+            inputs |= {"inputs_embeds": inputs_embeds[:, cut], "input_ids": None}
+        else:
+            inputs |= {"input_ids": input_ids[:, cut]}
+        if is_first_iteration or past_key_values is None:
+            new = next_sequence_length is None
+            inputs |= self._new_images(None if new else input_ids, pixel_values, image_groups, past_key_values)
+        return inputs
+
+    def _new_images(self, input_ids, pixel_values, groups, cache):
+        """pixel_values and image_groups, without what the cache has where they are of the whole text `input_ids`."""
+        held = getattr(cache, "images", None) if cache is not None and cache.get_seq_length() else None
+        if held is None or pixel_values is None or input_ids is None or not input_ids.shape[1]:
+            return {"pixel_values": pixel_values, "image_groups": groups}
+        tokens = self.config.media["tokens"]
+        total, had = (input_ids == self.config.image_token_id).sum(1) // tokens, held.media[:, 0] // tokens
+        if pixel_values.shape[1] != int(total.max()) or (total < had).any():  # the new images alone
+            return {"pixel_values": pixel_values, "image_groups": groups}
+        new = int((total - had).max())
+        at = (had[:, None] + torch.arange(new, device=had.device)).clamp(max=pixel_values.shape[1] - 1)
+        cut = lambda a: a[torch.arange(len(a), device=a.device)[:, None], at.to(a.device)]
+        return {"pixel_values": cut(pixel_values), "image_groups": None if groups is None else cut(groups)}

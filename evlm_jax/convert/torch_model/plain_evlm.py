@@ -9,16 +9,32 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .towers_evlm import LLM, MLP, Config, ViT, attend, split_heads
+from .towers_evlm import LLM, MLP, Config, ViT, attend, call, split_heads
 
 
 class Experts(nn.Module):
-    """The matrices of all experts: fc1 [E, F, D], fc2 [E, D, F]."""
+    """The matrices of all experts, fc1 [E, F, D] and fc2 [E, D, F]: the weighted sum of those that each token has chosen."""
 
     def __init__(self, experts, width, hidden):
         super().__init__()
         self.fc1 = nn.Parameter(torch.zeros(experts, hidden, width))
         self.fc2 = nn.Parameter(torch.zeros(experts, width, hidden))
+
+    def forward(self, x, gates, chosen):
+        """x [N, D], gates and chosen [N, K]."""
+        out = torch.zeros_like(x)
+        for expert in chosen.unique().tolist():
+            token, place = (chosen == expert).nonzero(as_tuple=True)
+            hidden = F.gelu(F.linear(x[token], self.fc1[expert])) * gates[token, place, None].to(x.dtype)
+            out = out.index_add(0, token, F.linear(hidden, self.fc2[expert]))
+        return out
+
+
+class Router(nn.Linear):
+    """In float32, whatever the weights are."""
+
+    def forward(self, x):
+        return F.linear(x.float(), self.weight.float())
 
 
 class MoE(nn.Module):
@@ -27,22 +43,17 @@ class MoE(nn.Module):
     def __init__(self, width, hidden, moe):
         super().__init__()
         experts = moe.copies * moe.slices
-        self.router = nn.Linear(width, experts, bias=False)
+        self.router = Router(width, experts, bias=False)
         self.experts = Experts(experts, width, hidden // moe.slices)
         self.world = MLP(width, hidden, "gelu", False)
         self.top_k, self.renormalise = moe.top_k, moe.gates == "renormalise"
 
     def forward(self, x):
         flat = x.flatten(0, -2)
-        gates, chosen = F.linear(flat.float(), self.router.weight.float()).softmax(-1).topk(self.top_k)
+        gates, chosen = self.router(flat).softmax(-1).topk(self.top_k)
         if self.renormalise:
             gates = gates / gates.sum(-1, keepdim=True)
-        out = self.world(flat)
-        for expert in chosen.unique().tolist():
-            token, place = (chosen == expert).nonzero(as_tuple=True)
-            hidden = F.gelu(F.linear(flat[token], self.experts.fc1[expert])) * gates[token, place, None].to(x.dtype)
-            out = out.index_add(0, token, F.linear(hidden, self.experts.fc2[expert]))
-        return out.view_as(x)
+        return (self.world(flat) + self.experts(flat, gates, chosen)).view_as(x)
 
 
 class CrossAttention(nn.Module):
@@ -70,28 +81,42 @@ class CrossAttention(nn.Module):
         normed = self.kv_norm(tap).flatten(1, 2)
         return tuple(F.pad(split_heads(project(normed), self.head_dim), (0, 0, 0, self.sinks)) for project in (self.to_k, self.to_v))
 
-    def forward(self, x, keys, values, mask):
-        """mask [B, T, I * S + sinks]. A token that sees nothing at all gets exactly 0."""
-        out = attend(split_heads(self.to_q(self.norm(x)), self.head_dim), keys, values, mask[:, None])
+    def forward(self, x, keys, values, mask, sdpa):
+        """mask [B, T, I * S + sinks]. A token that sees nothing at all gets exactly 0. Also the weights, where they are written out."""
+        out, weights = attend(split_heads(self.to_q(self.norm(x)), self.head_dim), keys, values, mask[:, None], sdpa)
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0)
         x = x + self.attn_gate.float().tanh().to(x.dtype) * self.to_out(out)
         y = self.ff_norm(x)
         y = self.moe(y) if self.moe else self.fc2(F.gelu(self.fc1(y)))
-        return x + self.ff_gate.float().tanh().to(x.dtype) * y
+        return x + self.ff_gate.float().tanh().to(x.dtype) * y, weights
 
 
-def visible_ranges(input_ids, image_token_id, media_tokens, groups):
+def count_images(media, media_tokens, given, before=0):
+    """The most images that a row has, with those in front. `media` and `before` as below.
+
+    Raises:
+      ValueError: other than one of the images that are `given` for each run of media tokens.
+    """
+    held, shown = (-(-tokens // media_tokens) for tokens in (before, before + media.sum(1, keepdim=True)))
+    if (new := int((shown - held).max())) != given:
+        runs = f"{new} images in a row: runs of {media_tokens} times image_token_id"
+        raise ValueError(f"pixel_values [B, I, 3, h, w] has {given} images in a row, the tokens show {runs}")
+    return int(shown.max())
+
+
+def visible_ranges(media, media_tokens, groups, before=0):
     """First and last + 1 image that each token of [B, T] sees: a media token its own, text the previous image or all frames of its video.
 
     Args:
+      media: [B, T], which tokens are media tokens.
       groups: [B, I]; images of a row with the same number are frames of one video.
+      before: [B, 1], the media tokens of a row that stand in front of these.
     """
-    media = input_ids == image_token_id
-    count = media.cumsum(1)
+    count = media.cumsum(1) + before
+    if not groups.shape[1]:
+        return torch.zeros_like(count), torch.zeros_like(count)
     whole = count.div(media_tokens, rounding_mode="floor")
     image = torch.where(media, (count - 1).div(media_tokens, rounding_mode="floor"), whole - 1)
-    if not groups.shape[1]:
-        return torch.zeros_like(input_ids), torch.zeros_like(input_ids)
     same = groups[:, :, None] == groups[:, None, :]  # [B, I, I]
     index = torch.arange(groups.shape[1], device=groups.device)
     first = torch.where(same, index, groups.shape[1]).amin(-1)
@@ -102,12 +127,6 @@ def visible_ranges(input_ids, image_token_id, media_tokens, groups):
     return start.masked_fill(none, 0), stop.masked_fill(none, 0)
 
 
-def check_images(stop, count):
-    """Raises ValueError where a token sees an image that is not given."""
-    if (needed := int(stop.max())) > count:
-        raise ValueError(f"input_ids have {needed} images in a row, pixel_values only {count}: give pixel_values [B, I, 3, h, w]")
-
-
 class EVLMParts:
     """The modules of EVLM and what they do, for an nn.Module with `config`; nothing here knows transformers."""
 
@@ -116,28 +135,27 @@ class EVLMParts:
         llm, every = Config(config.llm), config.xattn["every"]
         self.vit, self.llm = ViT(Config(config.vit)), LLM(llm)
         self.xattn = nn.ModuleDict({str(layer): CrossAttention(config) for layer in range(0, llm.layers, every)})
-        self.media_tokens = nn.Parameter(torch.zeros(config.media["tokens"], llm.hidden))
+        self.media_tokens = nn.Embedding(config.media["tokens"], llm.hidden)
         blocks, taps = len(self.xattn), len(config.vit["taps"])
         self.tap_of_block = [i * taps // blocks if config.xattn["schedule"] == "blocked" else i % taps for i in range(blocks)]
 
-    def _visible(self, input_ids, count, groups):
-        """`visible_ranges` of rows with `count` images; without groups every image stands alone."""
-        if groups is None:
-            groups = torch.arange(count, device=input_ids.device).expand(len(input_ids), -1)
-        return visible_ranges(input_ids, self.config.image_token_id, len(self.media_tokens), groups)
+    def _groups(self, groups, pixels):
+        """[B, I]; without groups every image stands alone."""
+        return torch.arange(pixels.shape[1], device=pixels.device).expand(len(pixels), -1) if groups is None else groups
 
-    def _no_pixels(self, rows):
+    def _no_pixels(self, ids):
         size = self.config.vit["image_size"]
-        return self.media_tokens.new_zeros((rows, 0, 3, size, size))
+        return torch.zeros((len(ids), 0, 3, size, size), device=ids.device)
 
-    def _project(self, pixel_values):
+    def _project(self, pixel_values, sdpa=False):
         """Keys and values of all images for every block."""
         rows, count = pixel_values.shape[:2]
         cfg = Config(self.config.vit)
         if count:
-            taps = self.vit(pixel_values.flatten(0, 1)).unflatten(0, (rows, count))  # [B, I, G, S, V]
+            taps = self.vit(pixel_values.flatten(0, 1), self._run, sdpa).unflatten(0, (rows, count))  # [B, I, G, S, V]
         else:
-            taps = self.media_tokens.new_zeros((rows, 0, len(cfg.taps), self._visual_tokens, cfg.width))
+            dtype = self.vit.patch.weight.dtype
+            taps = pixel_values.new_zeros((rows, 0, len(cfg.taps), self._visual_tokens, cfg.width), dtype=dtype)
         return [block.keys_values(taps[:, :, tap]) for block, tap in zip(self.xattn.values(), self.tap_of_block)]
 
     @property
@@ -145,11 +163,10 @@ class EVLMParts:
         cfg = Config(self.config.vit)
         return (cfg.image_size // cfg.patch) ** 2 + cfg.class_token + cfg.registers
 
-    def _embed(self, input_ids):
-        """Word embeddings, and the media embeddings at the runs of the placeholder."""
-        media = input_ids == self.config.image_token_id
-        slot = (media.cumsum(1) - 1) % len(self.media_tokens)
-        return torch.where(media[..., None], self.media_tokens[slot], self.llm.embed(input_ids))
+    def _embed(self, words, media, before=0):
+        """Word embeddings [B, T, D], and the media embeddings at the media tokens."""
+        slot = (media.cumsum(1) + before - 1) % self.config.media["tokens"]
+        return torch.where(media[..., None], self.media_tokens(slot).to(words.device), words)
 
     def _rope_base(self, attention_mask):
         """theta; or Qwen 1.0's dynamic NTK by the tokens L of each prompt: theta * max(1, 2 ** ceil(log2(L / c) + 1) - 1) ** (H / (H - 2)).
@@ -172,8 +189,9 @@ class EVLMParts:
         logn = cfg.logn and not self.training
         return angle.cos(), angle.sin(), ((position + 1).log() / math.log(cfg.logn)).clamp(min=1) if logn else None
 
-    def _decode(self, x, attention_mask, rope, visible, images, count, cache):
-        """All layers: x [B, T, D] -> [B, T, D]."""
+    def _decode(self, x, attention_mask, rope, visible, images, count, cache=None, sdpa=False, kept=None):
+        """All layers: x [B, T, D] -> [B, T, D]. `kept` gets what the layers read and weighed, lists by name."""
+        keep = (lambda *_: None) if kept is None else (lambda name, array: kept[name].append(array))
         length, total = x.shape[1], attention_mask.shape[1]
         key = torch.arange(total, device=x.device)
         text_mask = (key <= key[total - length :, None]) & attention_mask[:, None, :].bool()
@@ -181,11 +199,18 @@ class EVLMParts:
         seen = (image >= visible[0][..., None]) & (image < visible[1][..., None])
         seen = F.pad(seen, (0, self.config.xattn["sinks"]), value=True)
         for i, layer in enumerate(self.llm.layers):
+            keep("hidden_states", x)
             block, rest = divmod(i, self.config.xattn["every"])
             if not rest:
-                x = self.xattn[str(i)](x, *images[block], seen)
-            x = layer(x, rope, text_mask[:, None], cache, i)
-        return self.llm.ln_f(x)
+                x, weights = self._run(self.xattn[str(i)], x, *images[block], seen, sdpa)
+                keep("cross_attentions", weights)
+            x, weights = self._run(layer, x, rope, text_mask[:, None], cache, i, sdpa)
+            keep("attentions", weights)
+        x = self.llm.ln_f(x)
+        keep("hidden_states", x)
+        return x
+
+    _run = staticmethod(call)
 
 
 class EVLM(EVLMParts, nn.Module):
@@ -195,6 +220,9 @@ class EVLM(EVLMParts, nn.Module):
         super().__init__()
         self.config = Config(config)
         self.build(self.config)
+        if self.config.llm["tied"]:
+            self.llm.head.weight = self.llm.embed.weight
+            self.register_load_state_dict_pre_hook(_head_is_the_embedding)
 
     def forward(self, input_ids, pixel_values=None, image_groups=None, attention_mask=None):
         """
@@ -203,12 +231,19 @@ class EVLM(EVLMParts, nn.Module):
           pixel_values: [B, I, 3, h, w], normalised, in the order of those runs; rows with fewer images are padded.
           image_groups: [B, I]; frames of one video have the same number. Left out: every image stands alone.
           attention_mask: [B, T]; 0 is padding, on either side.
+        Raises:
+          ValueError: other than one image for each run.
         """
-        pixel_values = self._no_pixels(len(input_ids)) if pixel_values is None else pixel_values
+        pixel_values = self._no_pixels(input_ids) if pixel_values is None else pixel_values
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        count = pixel_values.shape[1]
-        visible = self._visible(input_ids, count, image_groups)
-        check_images(visible[1], count)
+        media = input_ids == self.config.image_token_id
+        count_images(media, self.config.media["tokens"], pixel_values.shape[1])
+        visible = visible_ranges(media, self.config.media["tokens"], self._groups(image_groups, pixel_values))
         rope = self._rope(attention_mask, input_ids.shape[1], self._rope_base(attention_mask))
-        hidden = self._decode(self._embed(input_ids), attention_mask, rope, visible, self._project(pixel_values), count, None)
-        return self.llm.logits(hidden)
+        x, images = self._embed(self.llm.embed(input_ids), media), self._project(pixel_values)
+        return self.llm.head(self._decode(x, attention_mask, rope, visible, images, pixel_values.shape[1]))
+
+
+def _head_is_the_embedding(model, state, *_):
+    """evlm.pt has a tied matrix once."""
+    state.setdefault("llm.head.weight", state["llm.embed.weight"])

@@ -18,19 +18,34 @@ class Config:
         self.__dict__.update(fields)
 
 
+def call(module, *args):
+    """How a block is run; training with gradient checkpoints has another way."""
+    return module(*args)
+
+
 def split_heads(x, head_dim):
     """[..., T, N * H] -> [..., N, T, H]."""
     return x.unflatten(-1, (-1, head_dim)).transpose(-3, -2)
 
 
-def attend(q, k, v, mask=None):
-    """q [B, N, T, H], k and v [B, K, S, H] with K dividing N, mask [B, 1, T, S] -> [B, T, N * H]; softmax in float32."""
+def attend(q, k, v, mask=None, sdpa=False):
+    """q [B, N, T, H], k and v [B, K, S, H] with K dividing N, mask [B, 1, T, S] -> [B, T, N * H], and weights [B, N, T, S].
+
+    Written out, with its softmax in float32; or by PyTorch's own operation, which keeps no weights (None). Where a query sees nothing
+    at all, both give it the mean of all values.
+    """
     group = q.shape[1] // k.shape[1]
     k, v = (a.repeat_interleave(group, dim=1) for a in (k, v))
+    if mask is not None:
+        blind = ~mask.any(-1, keepdim=True)
+        q, mask = q.masked_fill(blind, 0), mask | blind
+    if sdpa and k.shape[2]:
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2), None
     scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, -1e30)
-    return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+    weights = scores.softmax(-1).to(v.dtype)
+    return (weights @ v).transpose(1, 2).flatten(2), weights
 
 
 # ------------------------------------------------------------------------------------------------------------ vision tower
@@ -57,8 +72,8 @@ class VisionAttention(nn.Module):
         self.k = nn.Linear(cfg.width, cfg.width, bias=cfg.bias == "all")
         self.head_dim = cfg.width // cfg.heads
 
-    def forward(self, x):
-        return self.o(attend(*(split_heads(project(x), self.head_dim) for project in (self.q, self.k, self.v))))
+    def forward(self, x, sdpa=False):
+        return self.o(attend(*(split_heads(project(x), self.head_dim) for project in (self.q, self.k, self.v)), sdpa=sdpa)[0])
 
 
 class VisionBlock(nn.Module):
@@ -71,15 +86,16 @@ class VisionBlock(nn.Module):
         self.scale1, self.scale2 = (nn.Parameter(torch.ones(cfg.width)) if cfg.layer_scale else None for _ in range(2))
         self.pre = cfg.norm == "pre"
 
-    def forward(self, x):
-        for f, norm, scale in ((self.attn, self.norm1, self.scale1), (self.mlp, self.norm2, self.scale2)):
+    def forward(self, x, sdpa=False):
+        attention = lambda y: self.attn(y, sdpa)
+        for f, norm, scale in ((attention, self.norm1, self.scale1), (self.mlp, self.norm2, self.scale2)):
             y = f(norm(x)) if self.pre else norm(f(x))
             x = x + (y if scale is None else y * scale)
         return x
 
 
-class ViT(nn.Module):
-    """pixels [n, 3, h, w], normalised -> taps [n, G, S, V]; no block above the highest tap exists."""
+class Places(nn.Module):
+    """Patches [n, S, V] with their positions, behind the class token and the registers."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -87,21 +103,32 @@ class ViT(nn.Module):
         self.cls = nn.Parameter(torch.zeros(cfg.width)) if cfg.class_token else None
         self.registers = nn.Parameter(torch.zeros(cfg.registers, cfg.width)) if cfg.registers else None
         self.pos = nn.Parameter(torch.zeros(grid**2 + cfg.class_token, cfg.width))
+
+    def forward(self, patches):
+        parts, repeat = [patches + self.pos[-patches.shape[1] :]], lambda tokens: tokens.expand(len(patches), -1, -1)
+        if self.registers is not None:
+            parts.insert(0, repeat(self.registers))
+        if self.cls is not None:
+            parts.insert(0, repeat(self.cls + self.pos[:1]))
+        return torch.cat(parts, 1)
+
+
+class ViT(nn.Module):
+    """pixels [n, 3, h, w], normalised -> taps [n, G, S, V]; no block above the highest tap exists."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.places = Places(cfg)
         self.patch = nn.Conv2d(3, cfg.width, cfg.patch, cfg.patch, bias=cfg.patch_bias)
         self.embed_norm = nn.LayerNorm(cfg.width, cfg.eps) if cfg.embed_norm else nn.Identity()
         self.blocks = nn.ModuleList(VisionBlock(cfg) for _ in range(max(cfg.taps)))
         self.taps = cfg.taps
 
-    def forward(self, pixels):
+    def forward(self, pixels, run=call, sdpa=False):
         patches = self.patch(pixels.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)
-        parts, repeat = [patches + self.pos[-patches.shape[1] :]], lambda tokens: tokens.expand(len(pixels), -1, -1)
-        if self.registers is not None:
-            parts.insert(0, repeat(self.registers))
-        if self.cls is not None:
-            parts.insert(0, repeat(self.cls + self.pos[:1]))
-        x, taps = self.embed_norm(torch.cat(parts, 1)), []
+        x, taps = self.embed_norm(self.places(patches)), []
         for number, block in enumerate(self.blocks, 1):
-            x = block(x)
+            x = run(block, x, sdpa)
             if number in self.taps:
                 taps.append(x)
         return torch.stack(taps, 1)
@@ -133,7 +160,7 @@ class SelfAttention(nn.Module):
         self.o = nn.Linear(n, cfg.hidden, bias=False)
         self.head_dim = cfg.head_dim
 
-    def forward(self, x, rope, mask, cache, layer):
+    def forward(self, x, rope, mask, cache, layer, sdpa):
         cos, sin, scale = rope
 
         def rotate(a):
@@ -146,7 +173,8 @@ class SelfAttention(nn.Module):
             q = (q * scale).to(q.dtype)
         if cache is not None:
             k, v = cache.update(k, v, layer)
-        return self.o(attend(q, k, v, mask))
+        out, weights = attend(q, k, v, mask, sdpa)
+        return self.o(out), weights
 
 
 class GatedMLP(nn.Module):
@@ -162,27 +190,25 @@ class GatedMLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm decoder layer."""
+    """Pre-norm decoder layer; gives x, and the weights of its attention where they are written out."""
 
     def __init__(self, cfg):
         super().__init__()
         self.ln1, self.ln2 = (RMSNorm(cfg.hidden, cfg.eps) for _ in range(2))
         self.attn, self.mlp = SelfAttention(cfg), GatedMLP(cfg)
 
-    def forward(self, x, rope, mask, cache, layer):
-        x = x + self.attn(self.ln1(x), rope, mask, cache, layer)
-        return x + self.mlp(self.ln2(x))
+    def forward(self, x, rope, mask, cache, layer, sdpa):
+        out, weights = self.attn(self.ln1(x), rope, mask, cache, layer, sdpa)
+        x = x + out
+        return x + self.mlp(self.ln2(x)), weights
 
 
 class LLM(nn.Module):
-    """Embedding, layers, last norm and head; the layers are run by EVLM, with cross-attention between them."""
+    """Embedding, layers, last norm and head; they are run by EVLM, with cross-attention between the layers. Who makes it ties the head."""
 
     def __init__(self, cfg):
         super().__init__()
         self.embed = nn.Embedding(cfg.vocab, cfg.hidden)
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.layers))
         self.ln_f = RMSNorm(cfg.hidden, cfg.eps)
-        self.head = None if cfg.tied else nn.Linear(cfg.hidden, cfg.vocab, bias=False)
-
-    def logits(self, x):
-        return F.linear(x, self.embed.weight if self.head is None else self.head.weight)
+        self.head = nn.Linear(cfg.hidden, cfg.vocab, bias=False)

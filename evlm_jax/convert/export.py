@@ -26,12 +26,21 @@ from evlm_jax.whole import whole
 
 CODE = Path(__file__).parent / "torch_model"
 PLAIN_CODE = ("towers_evlm.py", "plain_evlm.py")  # needs torch alone
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}"
-    "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+CONTENT = (  # of a message: a string, or a list of parts
+    "{% macro said(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
+    "{{ part['text'] if part['type'] == 'text' else '<video>' if part['type'] == 'video' else '<image>' }}"
+    "{% endfor %}{% endif %}{% endmacro %}"
 )
-PLAIN = "{% for message in messages %}{{ message['content'] + (' Answer:' if message['role'] == 'user' else eos_token) }}{% endfor %}"
+CHATML = (
+    CONTENT + "{% if messages|length == 1 and messages[0]['role'] == 'assistant' %}{{ said(messages[0]['content']) + eos_token }}"
+    "{% else %}{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + said(message['content']) + '<|im_end|>' + ('' if loop.last else '\n') }}"
+    "{% endfor %}{% endif %}{% if add_generation_prompt %}{{ '\n<|im_start|>assistant\n' }}{% endif %}"
+)
+PLAIN = (
+    CONTENT + "{% for message in messages %}{{ said(message['content']) + ' Answer:' if message['role'] == 'user' else "
+    "('' if loop.first else ' ') + said(message['content']) + eos_token }}{% endfor %}"
+)
 
 
 def export(source: str, out: str, form: str, step: int | None = None) -> None:

@@ -1,12 +1,12 @@
-"""Text or chats with `<image>` and `<video>` marks, images and videos -> the inputs of EVLM."""
+"""Prompts or chats, images and videos -> the inputs of EVLM, called as transformers' own processors are."""
 
-import re
-
+import numpy as np
 import torch
-from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 from transformers import BatchFeature, ProcessorMixin
 
+from .chats_evlm import IMAGE, VIDEO, Piece, Rendered, Visual, lay_out, rendered, split_marks
+from .pictures_evlm import is_picture, read_picture, square
 from .spelling_evlm import Speller
 
 
@@ -43,90 +43,213 @@ class EVLMProcessor(ProcessorMixin):
         **kwargs,
     ):
         super().__init__(tokenizer, **kwargs)
+        self.chat_template = self.chat_template or tokenizer.chat_template
         self.image_size, self.mean, self.std, self.resize = image_size, tuple(mean), tuple(std), resize
         self.media_tokens, self.image_token_id = media_tokens, image_token_id
         self.template, self.turn_start, self.turn_end, self.text_start = template, turn_start, turn_end, list(text_start)
         # A copy: what the tokenizer is told elsewhere (truncation, padding) does not change what is spelled here.
         self.spell = Speller(Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str()))
 
-    def __call__(self, text, images=(), videos=(), return_tensors="pt"):
+    @property
+    def model_input_names(self):
+        return ["input_ids", "attention_mask", "pixel_values", "image_groups"]
+
+    def __call__(self, text=None, images=None, videos=None, text_kwargs=None, images_kwargs=None, common_kwargs=None, **kwargs):
         """
         Args:
-          text: a string, as it is; or a chat, [{"role": "user", "content": "<image>What is this?"}, ...], which the answer continues; or a
-            list of prompts, all of one kind. Each `<image>` takes the next image, each `<video>` the next video. What text spells is
-            never a special token.
-          images: PIL images of the prompt; for several prompts a list for each.
-          videos: lists of PIL frames, likewise.
+          text: a prompt, as it is; or what `apply_chat_template` gives; or a chat, [{"role": "user", "content": "<image>What?"}, ..],
+            which the answer continues; or a list of prompts. Each `<image>` of a text takes the next image, each `<video>` the next
+            video. What text spells is never a special token.
+          images: one, or a list, or a list of lists, one for each prompt; each as pictures_evlm.read_picture takes it.
+          videos: lists of frames, likewise; or arrays [F, h, w, C].
+          kwargs: padding, padding_side, pad_to_multiple_of, truncation, max_length, return_tensors, return_assistant_tokens_mask: as
+            `_batch` has them. Others raise TypeError.
         Returns:
           input_ids, attention_mask [B, T], padded on the left; pixel_values [B, I, 3, h, w]; image_groups [B, I].
         Raises:
-          ValueError: other than one mark for each image and video.
+          ValueError: other than one mark for each image and video, a text that lost its special tokens, a picture that cannot be read, or
+            truncation that would cut an image.
         """
-        several = not (isinstance(text, str) or isinstance(text[0], dict))
-        prompts = list(text) if several else [text]
-        images, videos = (list(a) if several and len(a) else [list(a)] * len(prompts) for a in (images, videos))
-        rows = [self._row(*row) for row in zip(prompts, images, videos, strict=True)]
-        length, count = max(len(ids) for ids, _, _ in rows), max(len(frames) for _, frames, _ in rows)
-        size = (3, self.image_size, self.image_size)
-        input_ids, mask = torch.zeros((2, len(rows), length), dtype=torch.long)
-        pixels, groups = torch.zeros((len(rows), count, *size)), -1 - torch.arange(count).repeat(len(rows), 1)
-        for row, (ids, frames, numbers) in enumerate(rows):
-            input_ids[row, length - len(ids) :], mask[row, length - len(ids) :] = torch.tensor(ids), 1
-            if frames:
-                pixels[row, : len(frames)], groups[row, : len(frames)] = torch.stack(frames), torch.tensor(numbers)
-        data = {"input_ids": input_ids, "attention_mask": mask, "pixel_values": pixels, "image_groups": groups}
-        return BatchFeature(data, tensor_type=return_tensors)
+        if text is None:
+            raise ValueError("a prompt is missing: give text with a mark <image> for each image, or a chat")
+        several = isinstance(text, (list, tuple)) and not (text and isinstance(text[0], dict))
+        prompts = [self._pieces(prompt) for prompt in (text if several else [text])]
+        if not prompts:
+            raise ValueError("a list without prompts")
+        queues = {mark: self._share(prompts, mark, given) for mark, given in ((IMAGE, images), (VIDEO, videos))}
+        rows = [self._row(pieces, {mark: iter(queue[i]) for mark, queue in queues.items()}) for i, pieces in enumerate(prompts)]
+        return self._batch(rows, **{**(common_kwargs or {}), **(images_kwargs or {}), **(text_kwargs or {}), **kwargs})
 
-    def _row(self, text, images, videos):
-        """Ids, frames and group numbers of one prompt."""
-        pieces = [text] if isinstance(text, str) else self._chat(text)
-        visuals = {"<image>": iter([[image] for image in images]), "<video>": iter(videos)}
-        found = [sum(piece.count(mark) for piece in pieces if isinstance(piece, str)) for mark in visuals]
-        if found != [len(images), len(videos)]:
+    def apply_chat_template(
+        self,
+        conversation,
+        chat_template=None,
+        add_generation_prompt=False,
+        continue_final_message=False,
+        tokenize=False,
+        return_dict=False,
+        return_tensors="pt",
+        processor_kwargs=None,
+        images=None,
+        videos=None,
+        **kwargs,
+    ):
+        """A chat, or a list of chats, whose contents are strings with marks or lists of parts; as text that knows its special tokens, or
+        with `tokenize` as ids, or with `return_dict` as the model's inputs. Other arguments are `__call__`'s.
+
+        Raises:
+          ValueError: as `__call__`; another template than the one that the model was trained with; a message that is not understood.
+        """
+        if wrong := [name for name in ("tools", "documents") if kwargs.pop(name, None)]:
+            raise ValueError(f"the model was not trained with {' and '.join(wrong)}: leave them out")
+        if chat_template not in (None, self.chat_template):
+            raise ValueError("the model was trained with one template of chats: leave chat_template out")
+        several = not (conversation and isinstance(conversation[0], dict))
+        how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        chats = [self._render(chat, **how) for chat in (conversation if several else [conversation])]
+        if not tokenize:
+            return chats if several else chats[0]
+        return_tensors = "pt" if return_tensors == "auto" else return_tensors
+        kwargs = {"images": images, "videos": videos, "return_tensors": return_tensors, **kwargs, **(processor_kwargs or {})}
+        inputs = self(chats if several else chats[0], **kwargs)
+        return inputs if return_dict else inputs["input_ids"]
+
+    def _render(self, messages, **how):
+        pieces = lay_out(messages, self.template, self.turn_start, self.turn_end, self.tokenizer.eos_token_id, **how)
+        name = self.tokenizer.convert_ids_to_tokens
+        spell = lambda what: what if isinstance(what, str) else what.mark if isinstance(what, Visual) else name(what)
+        return rendered("".join(spell(piece.what) for piece in pieces), pieces)
+
+    def _pieces(self, prompt):
+        """Of a prompt in any form."""
+        if isinstance(prompt, (list, tuple)):
+            prompt = self._render(prompt, add_generation_prompt=True)
+        if isinstance(prompt, Rendered):
+            return prompt.pieces
+        if not isinstance(prompt, str):
+            raise ValueError(f"a prompt is a text or a chat, not {type(prompt).__name__}; give text= and images= by name")
+        if self.turn_start is not None and prompt.startswith(start := self.tokenizer.convert_ids_to_tokens(self.turn_start)):
             raise ValueError(
-                f"the text has {found[0]} <image> and {found[1]} <video>, given are {len(images)} images, {len(videos)} videos"
+                f"the text begins with {start!r}, whose letters are no special token: give the chat, or what apply_chat_template returned"
             )
-        ids, frames, numbers, behind = list(self.text_start), [], [], "nothing"
-        parts = (part for piece in pieces for part in (re.split("(<image>|<video>)", piece) if isinstance(piece, str) else [piece]))
-        for number, part in enumerate(parts):
-            if part not in visuals:
-                ids += [part] if isinstance(part, int) else self.spell(part, behind)
-                behind = "token" if isinstance(part, int) else "text" if part else behind
-                continue
-            behind = "token"
-            for frame in next(visuals[part]):
-                ids += [self.image_token_id] * self.media_tokens
-                frames.append(self._pixels(frame))
-                numbers.append(number)
-        return ids, frames, numbers
+        return [Piece(part) for part in split_marks(prompt)]
 
-    def _chat(self, messages):
-        """Texts, and ids of special tokens, of a chat up to where the answer begins."""
-        pieces = []
-        for i, message in enumerate(messages):
-            role, content = message["role"], message["content"]
-            if role not in ("user", "assistant"):
-                raise ValueError(f"unknown role {role!r}; use user or assistant")
-            if self.template == "chatml":
-                said = [f"user\n{content}"] if role == "user" else ["assistant\n", content]
-                pieces += ["\n"] * (i > 0) + [self.turn_start, *said, self.turn_end]
-            else:
-                pieces += [f"{content} Answer:"] if role == "user" else [" " * (i > 0) + content, self.turn_end]
-        return pieces + (["\n", self.turn_start, "assistant\n"] if self.template == "chatml" else [])
+    def _share(self, prompts, mark, given):
+        """For every prompt a list of the images (videos) that its marks take.
 
-    def _pixels(self, image):
-        """[3, h, w], normalised; transparency lies over white."""
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-        image, square, how = image.convert("RGB"), (self.image_size, self.image_size), Image.Resampling.BICUBIC
-        if self.resize == "squash":
-            image = image.resize(square, how)
-        elif self.resize == "crop":
-            image = ImageOps.fit(image, square, how)
+        Raises:
+          ValueError: more or fewer of them than marks.
+        """
+        open_marks = lambda what: isinstance(what, Visual) and what.mark == mark and what.source is None
+        wanted = [sum(open_marks(piece.what) for piece in pieces) for pieces in prompts]
+        given, depth = _nested(given)
+        depth -= (mark == VIDEO) * (depth > 0)
+        if depth == 2:
+            lists = given
         else:
-            image = ImageOps.pad(image, square, how, color=tuple(round(255 * channel) for channel in self.mean))
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(*square, 3).permute(2, 0, 1)
+            given = ([] if given is None else [given]) if depth == 0 else given
+            starts = [sum(wanted[:i]) for i in range(len(wanted))]
+            lists = [given[start : start + n] for start, n in zip(starts, wanted)]
+            lists[-1] = given[starts[-1] :]
+        if [len(one) for one in lists] != wanted:
+            counts = [len(one) for one in lists] if len(lists) == len(wanted) else f"lists for {len(lists)} prompts"
+            raise ValueError(f"the prompts have {wanted} marks {mark}, given are {counts}")
+        return lists
+
+    def _row(self, pieces, queues):
+        """Ids, which of them an assistant says, frames and group numbers of one prompt."""
+        ids, told, frames, numbers, behind = list(self.text_start), [0] * len(self.text_start), [], [], "nothing"
+        for number, (what, said) in enumerate(pieces):
+            if isinstance(what, Visual):
+                visual, depth = _nested(next(queues[what.mark]) if what.source is None else what.source)
+                if depth != (what.mark == VIDEO):
+                    raise ValueError("an image is one picture, a video a list of its frames or an array [F, h, w, C]: no file of a video")
+                pictures = visual if depth else [visual]
+                new, said = [self.image_token_id] * self.media_tokens * len(pictures), False
+                frames += [self._pixels(picture) for picture in pictures]
+                numbers += [number] * len(pictures)
+            else:
+                new = [what] if isinstance(what, int) else self.spell(what, behind)
+            behind = "text" if isinstance(what, str) else "token"
+            ids, told = ids + new, told + [int(said)] * len(new)
+        return ids, told, frames, numbers
+
+    def _pixels(self, picture):
+        """[3, h, w], normalised."""
+        fill = tuple(round(255 * channel) for channel in self.mean)
+        image = square(read_picture(picture), self.image_size, self.resize, fill)
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(*image.size, 3).permute(2, 0, 1)
         channel = lambda values: torch.tensor(values)[:, None, None]
         return (pixels / 255 - channel(self.mean)) / channel(self.std)
+
+    def _batch(
+        self,
+        rows,
+        padding=True,
+        padding_side="left",
+        pad_to_multiple_of=None,
+        truncation=False,
+        max_length=None,
+        return_tensors="pt",
+        return_assistant_tokens_mask=False,
+    ):
+        """
+        Args:
+          padding: True or "longest", "max_length", or False.
+          padding_side: "left", as generation needs it, or "right".
+          truncation: keep the first `max_length` tokens.
+          return_tensors: "pt", "np", or None for lists.
+          return_assistant_tokens_mask: also assistant_masks [B, T], 1 where training learns the token.
+        """
+        if return_tensors not in ("pt", "np", None) or padding_side not in ("left", "right"):
+            raise ValueError(f'return_tensors is "pt", "np" or None, padding_side "left" or "right"; not {return_tensors}, {padding_side}')
+        if truncation not in (True, False, None, "longest_first", "only_first", "do_not_truncate"):
+            raise ValueError(f"truncation is True or False, not {truncation!r}")
+        if padding not in (True, False, None, "longest", "max_length", "do_not_pad"):
+            raise ValueError(f'padding is True, "longest", "max_length" or False, not {padding!r}')
+        cut = truncation not in (False, None, "do_not_truncate")
+        if (max_length is None) == (cut or padding == "max_length"):
+            raise ValueError('max_length goes with truncation=True or padding="max_length", and they with max_length')
+        if cut:
+            rows = [(*self._cut(ids, told, max_length), *pictures) for ids, told, *pictures in rows]
+        length = max(len(row[0]) for row in rows)
+        if padding == "max_length" and length > max_length:
+            raise ValueError(f"a prompt has {length} tokens, max_length is {max_length}: give more, or truncation=True")
+        length = max_length if padding == "max_length" else length
+        length += -length % (pad_to_multiple_of or 1)
+
+        def pad(values, filler):
+            gap = [] if padding in (False, None, "do_not_pad") else [filler] * (length - len(values))
+            return gap + values if padding_side == "left" else values + gap
+
+        data = {"input_ids": [pad(row[0], self.tokenizer.pad_token_id) for row in rows]}
+        data["attention_mask"] = [pad([1] * len(row[0]), 0) for row in rows]
+        if return_assistant_tokens_mask:
+            data["assistant_masks"] = [pad(row[1], 0) for row in rows]
+        if return_tensors and len({len(row) for row in data["input_ids"]}) > 1:
+            raise ValueError("prompts of several lengths make no tensor: leave padding=False out, or give return_tensors=None")
+        count = max(len(row[2]) for row in rows)
+        pixels = torch.zeros((len(rows), count, 3, self.image_size, self.image_size))
+        groups = -1 - torch.arange(count).repeat(len(rows), 1)
+        for row, (_, _, frames, numbers) in enumerate(rows):
+            if frames:
+                pixels[row, : len(frames)], groups[row, : len(frames)] = torch.stack(frames), torch.tensor(numbers)
+        return BatchFeature(data | {"pixel_values": pixels, "image_groups": groups}, tensor_type=return_tensors)
+
+    def _cut(self, ids, told, max_length):
+        if self.image_token_id in ids[max_length:]:
+            raise ValueError(f"max_length = {max_length} of {len(ids)} tokens would cut an image off: give more, or fewer images")
+        return ids[:max_length], told[:max_length]
+
+
+def _nested(value):
+    """(the value, arrays of pictures as lists; how many lists stand around a picture). Lists without any picture are None."""
+    if value is None or is_picture(value):
+        return value, 0
+    if not isinstance(value, (list, tuple, np.ndarray, torch.Tensor)) or getattr(value, "ndim", 4) < 2:
+        raise ValueError(f"{type(value).__name__} is no picture: give PIL images, arrays, files, or lists of them")
+    parts, depths = zip(*map(_nested, value)) if len(value) else ((), ())
+    depths = {depth for part, depth in zip(parts, depths) if part is not None}
+    if any(part is None for part in value) or len(depths) > 1:
+        raise ValueError("pictures are one, a list, or a list of lists for several prompts; none of them None")
+    return ([[] if part is None else part for part in parts], 1 + depths.pop()) if depths else (None, 0)

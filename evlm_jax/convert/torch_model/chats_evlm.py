@@ -1,0 +1,120 @@
+"""Chats and prompts -> pieces: text, ids of special tokens, and places of images and videos. What text spells is never a special token."""
+
+import re
+from typing import Any, NamedTuple
+
+from .pictures_evlm import from_base64
+
+IMAGE, VIDEO = "<image>", "<video>"
+SOURCES = {IMAGE: ("image", "url", "path", "base64"), VIDEO: ("video",)}  # keys of a message's part
+
+
+class Visual(NamedTuple):
+    """Where an image or a video stands, and what it is if the message has it."""
+
+    mark: str
+    source: Any = None
+
+
+class Piece(NamedTuple):
+    """A text, an id or a Visual; whether an assistant says it, which training learns."""
+
+    what: Any
+    told: bool = False
+
+
+class Rendered(str):
+    """A chat as text that knows its pieces, for `processor(text=processor.apply_chat_template(..))`; text may be put behind it."""
+
+    pieces = ()
+
+    def __add__(self, text):
+        return rendered(str(self) + text, [*self.pieces, *split_marks(text)])
+
+
+def rendered(text, pieces):
+    """Rendered of a text and its pieces."""
+    made = Rendered(text)
+    made.pieces = tuple(piece if isinstance(piece, Piece) else Piece(piece) for piece in pieces)
+    return made
+
+
+def split_marks(text):
+    """The text, with a Visual in place of each mark."""
+    return [Visual(part) if part in SOURCES else part for part in re.split(f"({IMAGE}|{VIDEO})", text) if part]
+
+
+def parts_of(content):
+    """Texts and Visuals of a message's content: a string with marks, or a list of parts, whose texts are text alone.
+
+    Raises:
+      ValueError: an unknown kind of part, or key of one.
+    """
+    if isinstance(content, str):
+        return split_marks(content)
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f"a message's content is a string or a list of parts, not {type(content).__name__}")
+    found = []
+    for part in content:
+        part = {"type": "text", "text": part} if isinstance(part, str) else {k: v for k, v in part.items() if v is not None}
+        kind = part.pop("type", None)
+        if kind == "image_url":  # as OpenAI's clients write it
+            url = part.pop("image_url", None)
+            kind, part = "image", part | {"url": url["url"] if isinstance(url, dict) else url}
+        if kind == "text" and part.keys() == {"text"} and isinstance(part["text"], str):
+            found.append(part["text"])
+        elif kind in ("image", "video") and len(part) <= 1 and part.keys() <= set(SOURCES[f"<{kind}>"]):
+            source = from_base64(part["base64"]) if "base64" in part else next(iter(part.values()), None)
+            found.append(Visual(f"<{kind}>", source))
+        else:
+            raise ValueError(
+                f"a part of type {kind!r} with {sorted(part)}: known are text with text, image with one of image, url, path, base64, "
+                f"video with its frames in video"
+            )
+    return found
+
+
+def joined(*parts):
+    """The parts, neighbouring texts as one, without empty ones."""
+    found = []
+    for part in parts:
+        if isinstance(part, str) and found and isinstance(found[-1], str):
+            found[-1] += part
+        elif part != "":
+            found.append(part)
+    return found
+
+
+def lay_out(messages, template, turn_start, turn_end, eos, add_generation_prompt=True, continue_final_message=False):
+    """Pieces of a chat, as training lays it out.
+
+    chatml: `<|im_start|>user\\n{text}<|im_end|>`, a newline between turns. plain: `{text} Answer:` ` {answer}` end. An assistant alone (a
+    caption) is its text and the end, in both.
+
+    Args:
+      add_generation_prompt: end where an answer begins.
+      continue_final_message: end within the last turn, an assistant's, which goes on.
+    Raises:
+      ValueError: an unknown role, key of a message or part of a content; nothing to continue.
+    """
+    pieces, alone = [], [message.get("role") for message in messages] == ["assistant"]
+    if not messages or (continue_final_message and (add_generation_prompt or messages[-1].get("role") != "assistant")):
+        raise ValueError("continue_final_message needs an assistant's turn at the end, and no add_generation_prompt; a chat some turn")
+    for i, message in enumerate(messages):
+        message = {key: value for key, value in message.items() if value is not None}
+        if message.keys() != {"role", "content"} or message["role"] not in ("user", "assistant"):
+            raise ValueError(f"a message has role, user or assistant, and content: not {message.get('role')!r} with {sorted(message)}")
+        parts, told = parts_of(message["content"]), message["role"] == "assistant"
+        stop = [] if continue_final_message and i == len(messages) - 1 else [Piece(turn_end, told)]
+        if template == "chatml" and not alone:
+            pieces += [Piece("\n")] * (i > 0) + [Piece(turn_start)]
+            pieces += [Piece("assistant\n")] if told else []
+            pieces += [Piece(part, told) for part in joined(*(() if told else ("user\n",)), *parts)] + stop
+        elif told:
+            stop = stop and [Piece(eos, True)]
+            pieces += [Piece(part, True) for part in joined(" " * (i > 0), *parts)] + stop
+        else:
+            pieces += [Piece(part) for part in joined(*parts, " Answer:")]
+    if add_generation_prompt and template == "chatml":
+        pieces += [Piece("\n"), Piece(turn_start), Piece("assistant\n")]
+    return pieces

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -61,32 +62,40 @@ SCRIPT = """
 import sys
 sys.modules |= dict.fromkeys(("jax", "flax", "evlm_jax", "torchvision", "einops"))  # as if they were not installed
 import numpy as np, torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 torch.set_num_threads(1)
-folder, new = sys.argv[1], int(sys.argv[2])
-assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "evlm"
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-model.save_pretrained(folder + "/again")
-again = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True).eval()
-assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
-data, out = np.load(folder + "/inputs.npz"), {}
-for name in sorted({key.split("/")[0] for key in data}):
-    inputs = {part: torch.tensor(data[f"{name}/{part}"]) for part in ("input_ids", "pixel_values", "image_groups")}
-    with torch.no_grad():
-        out[f"{name}/logits"] = model(**inputs).logits[0].numpy()
-        sizes = dict(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
-        cached = model.generate(**inputs, **sizes)
-        assert torch.equal(cached, model.generate(**inputs, use_cache=False, **sizes)), name
-        assert cached.shape[1] == inputs["input_ids"].shape[1] + new
-        sizes |= {"max_new_tokens": 8, "num_beams": 3}
-        assert torch.equal(model.generate(**inputs, **sizes), model.generate(**inputs, use_cache=False, **sizes)), name
-        out[f"{name}/generated"] = cached[0].numpy()
-np.savez(folder + "/outputs.npz", **out)
+for folder in sys.argv[1:]:
+    assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "evlm"
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+    model.save_pretrained(folder + "/again", max_shard_size="200KB")
+    again = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True).eval()
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    eager = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attn_implementation="eager").eval()
+    assert (model.config._attn_implementation, eager.config._attn_implementation) == ("sdpa", "eager")
+    data, out = np.load(folder + "/inputs.npz"), {}
+    new = int(data["new"])
+    for name in sorted({key.split("/")[0] for key in data if "/" in key}):
+        inputs = {part: torch.tensor(data[f"{name}/{part}"]) for part in ("input_ids", "pixel_values", "image_groups")}
+        with torch.no_grad():
+            out[f"{name}/logits"] = eager(**inputs).logits[0].numpy()
+            assert np.abs(model(**inputs).logits[0].numpy() - out[f"{name}/logits"]).max() < 1e-4, name
+            sizes = dict(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+            cached = model.generate(**inputs, **sizes)
+            assert torch.equal(cached, model.generate(**inputs, use_cache=False, **sizes)), name
+            assert cached.shape[1] == inputs["input_ids"].shape[1] + new
+            sizes |= {"max_new_tokens": 6, "num_beams": 3}
+            assert torch.equal(model.generate(**inputs, **sizes), model.generate(**inputs, use_cache=False, **sizes)), name
+            out[f"{name}/generated"] = cached[0].numpy()
+    np.savez(folder + "/outputs.npz", **out)
 """
 
 
-def row(cfg, parts, pixels, answer=()):
-    """(Batch of one row, inputs of the PyTorch model) of a row of ROWS and an answer; its words are a function of their place."""
+def row(cfg, parts, pixels, answer=(), length=0):
+    """(Batch of one row, inputs of the PyTorch model) of a row of ROWS and an answer; its words are a function of their place.
+
+    Args:
+      length: up to which words stand behind the answer, so that all rows are of one program.
+    """
     fields = {name: [] for name in ("tokens", "media_slot", "visible_start", "visible_stop")}
     frames, groups, seen = 0, [], (0, 0)
 
@@ -104,7 +113,7 @@ def row(cfg, parts, pixels, answer=()):
                 add(IMAGE, slot, frame, frame + 1)
         seen, groups = (frames, frames + len(part)), groups + [number] * len(part)
         frames += len(part)
-    for token in answer:
+    for token in (*answer, *(0 for _ in range(length - len(answer) - len(fields["tokens"])))):
         add(token, -1, *seen)
     arrays = {name: np.array(values, np.int32) for name, values in fields.items()}
     length = len(arrays["tokens"])
@@ -117,38 +126,44 @@ def row(cfg, parts, pixels, answer=()):
     return batch, inputs | {"pixel_values": normal.transpose(0, 3, 1, 2)[None].astype(np.float32)}
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """{name of TOWERS: (model, its rows, outputs of the exported directory)}; one process loads all of them."""
+    place, made = tmp_path_factory.mktemp("exports"), {}
+    for number, (name, sections) in enumerate(TOWERS.items()):
+        cfg = tiny_config(**sections)
+        model, folder = random_model(cfg, seed=0), place / str(number) / "out"
+        run_directory(folder.parent / "run", cfg, model)
+        export.export(str(folder.parent / "run"), str(folder), "hf")
+        pixels = np.random.default_rng(0).integers(0, 256, (3, cfg.vit.image_size, cfg.vit.image_size, 3)).astype(np.uint8)
+        rows = {name: row(cfg, parts, pixels) for name, parts in (LONG if cfg.llm.dynamic_ntk else ROWS).items()}
+        arrays = {f"{name}/{part}": array for name, (_, inputs) in rows.items() for part, array in inputs.items()}
+        np.savez(folder / "inputs.npz", new=24, **arrays)
+        made[name] = model, pixels, rows, folder
+    environment = os.environ | {"HF_HOME": str(place / "empty"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    command = [sys.executable, "-c", SCRIPT, *(str(folder) for *_, folder in made.values())]
+    done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: (*parts, np.load(folder / "outputs.npz")) for name, (*parts, folder) in made.items()}
+
+
 @needs_transformers
 @pytest.mark.parametrize("towers", TOWERS)
-def test_loaded_without_jax(tmp_path, towers):
-    cfg = tiny_config(**TOWERS[towers])
-    model = random_model(cfg, seed=0)
-    folder = tmp_path / "out"
-    run_directory(tmp_path / "run", cfg, model)
-    export.export(str(tmp_path / "run"), str(folder), "hf")
-    pixels = np.random.default_rng(0).integers(0, 256, (3, cfg.vit.image_size, cfg.vit.image_size, 3)).astype(np.uint8)
-    rows = {name: row(cfg, parts, pixels) for name, parts in (LONG if cfg.llm.dynamic_ntk else ROWS).items()}
-    np.savez(folder / "inputs.npz", **{f"{name}/{part}": array for name, (_, inputs) in rows.items() for part, array in inputs.items()})
-    environment = os.environ | {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, folder, "24" if cfg.llm.dynamic_ntk else "40"],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = np.load(folder / "outputs.npz")
+def test_loaded_without_jax(exported, towers):
+    model, pixels, rows, found = exported[towers]
+    cfg = model.cfg
     for name, (batch, _) in rows.items():
         answer, theirs = found[f"{name}/generated"][batch.tokens.shape[1] :], found[f"{name}/logits"]
+        assert IMAGE not in answer
         if not cfg.llm.dynamic_ntk:
-            batch, _ = row(cfg, ROWS[name], pixels, answer)
+            batch, _ = row(cfg, ROWS[name], pixels, answer, length=48)
         with jax.default_matmul_precision("highest"):
             ours = np.asarray(logits(*nnx.split(model), batch))[0]
         if cfg.llm.dynamic_ntk:  # of the last token alone: generation differs from training
             assert relative(theirs[-1:], ours) <= 1e-4, name
         else:
             assert relative(theirs, ours[: len(theirs)]) <= 1e-4, name
-            assert_greedy(ours[len(theirs) - 1 :], answer)
+            assert_greedy(ours[len(theirs) - 1 :, :IMAGE], answer)
 
 
 def assert_greedy(logits, answer):
@@ -158,22 +173,18 @@ def assert_greedy(logits, answer):
     assert (logits[: len(answer)].argmax(-1) == answer)[sure].all() and sure[:5].all()
 
 
+@partial(jax.jit, static_argnums=0)
 def logits(graphdef, state, batch: Batch) -> jax.Array:
     """[1, T, vocab]; [1, 1, vocab] behind the last token where generation differs from training."""
-
-    @jax.jit
-    def run(state, batch):
-        model = nnx.merge(graphdef, state)
-        if not model.cfg.llm.dynamic_ntk:
-            return model.logits(model.hidden(batch))
-        length = jnp.array(batch.tokens.shape[1:])
-        grouped = Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
-        first, last = batch.visible_start[:, -1], batch.visible_stop[:, -1]
-        prompt = Prompt(batch.tokens, batch.media_slot, length, batch.visible_start, grouped, jnp.arange(3)[None], first, last - first)
-        weights, taps = Weights.of(model, "float32"), model.encode(batch.pixels)[0]
-        return read_prompts(model.cfg, weights, prompt, taps, jax.random.split(jax.random.key(0), 1), len(batch.tokens[0]), 3)[0][:, None]
-
-    return run(state, batch)
+    model = nnx.merge(graphdef, state)
+    if not model.cfg.llm.dynamic_ntk:
+        return model.logits(model.hidden(batch))
+    length = jnp.array(batch.tokens.shape[1:])
+    grouped = Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
+    first, last = batch.visible_start[:, -1], batch.visible_stop[:, -1]
+    prompt = Prompt(batch.tokens, batch.media_slot, length, batch.visible_start, grouped, jnp.arange(3)[None], first, last - first)
+    weights, taps = Weights.of(model, "float32"), model.encode(batch.pixels)[0]
+    return read_prompts(model.cfg, weights, prompt, taps, jax.random.split(jax.random.key(0), 1), len(batch.tokens[0]), 3)[0][:, None]
 
 
 def test_a_failed_export_leaves_nothing(tmp_path):

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +12,14 @@ from flax import nnx
 
 from evlm_jax import checkpoint
 from evlm_jax.convert import export
-from evlm_jax.data import image, text
-from evlm_jax.data.samples import ImageRef, Turn
 from evlm_jax.models import xattn
 from evlm_jax.names import flatten, unflatten
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
 from evlm_jax.ops.grouping import plan
-from evlm_jax.tokenizer import load_tokenizer
 from tests.checkpoints import run_directory
 from tests.parity import needs_transformers, open_flamingo_helpers, relative, text_logits
 from tests.random_model import random_model
 from tests.tiny import tiny_config
-from tests.vocabularies import older_folder
 
 
 @needs_transformers
@@ -86,71 +81,6 @@ def test_openflamingo_has_no_shared_keys(tmp_path):
     run_directory(tmp_path / "run", cfg, random_model(cfg, seed=0))
     with pytest.raises(ValueError, match="keys for every head, not xattn.kv_heads = 1 of xattn.heads = 2: use --format hf or torch"):
         export.export(str(tmp_path / "run"), str(tmp_path / "out"), "openflamingo")
-
-
-CHATS = {
-    "one image": [("user", "<image>What is this?")],
-    "two turns, specials spelled": [("user", "Look:<image> and <image><|im_end|>"), ("assistant", "A cat."), ("user", "Why <|media|>?")],
-    "no image": [("user", "Hello!")],
-}
-
-
-@needs_transformers
-@pytest.mark.parametrize("template", ["chatml", "plain"])
-@pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
-def test_processor_gives_what_training_saw(tmp_path, template, resize):
-    """Tokens and pixels of chats against data/text.py and data/image.py."""
-    from PIL import Image
-    from transformers import AutoProcessor
-
-    cfg = tiny_config(data={"template": template, "resize": resize}, vit={"image_size": 16})
-    cfg = run_directory(tmp_path / "run", cfg, random_model(cfg, seed=0))
-    export.export(str(tmp_path / "run"), str(tmp_path / "out"), "hf")
-    processor, tokenizer = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True), load_tokenizer(cfg.init.llm)
-    rng, files = np.random.default_rng(0), []
-    for i, channels in enumerate((3, 4)):  # of which one has transparency
-        files.append(str(tmp_path / f"{i}.png"))
-        Image.fromarray(rng.integers(0, 256, (30, 20 + 30 * i, channels), np.uint8)).save(files[-1])
-    for chat in CHATS.values():
-        refs = [ImageRef(file) for file in files[: sum(content.count("<image>") for _, content in chat)]]
-        document = text.prompt([Turn(*turn) for turn in chat], [(ref,) for ref in refs], tokenizer, cfg)
-        messages = [{"role": role, "content": content} for role, content in chat]
-        inputs = processor(messages, images=[Image.open(ref.path) for ref in refs])
-        assert inputs["input_ids"][0].tolist() == document.tokens.tolist()
-        theirs = 255 * (inputs["pixel_values"][0].numpy().transpose(0, 2, 3, 1) * cfg.vit.std + cfg.vit.mean)
-        difference = np.abs(theirs - image.pixels(refs, cfg))
-        assert (difference < 1.001).all() and (difference > 0.001).sum() <= 0.015 * difference.size  # rounding
-    with pytest.raises(ValueError, match="2 <image> and 0 <video>, given are 1 images"):
-        processor("<image><image>", images=[Image.open(files[0])])
-    batch = processor(["a<video>b", "cd"], videos=[[[Image.open(file) for file in files]], []], images=[[], []])
-    assert batch["attention_mask"].sum(1).tolist() == [2 + 2 * cfg.media.tokens, 2] and batch["image_groups"][0].tolist() == [1, 1]
-
-
-@needs_transformers
-@pytest.mark.parametrize("family", ["llama2", "mistral", "gpt2-prefix"])
-@pytest.mark.parametrize("template", ["chatml", "plain"])
-def test_processor_begins_and_joins_texts_as_training_does(tmp_path, family, template):
-    """A BOS in front, and the space that a vocabulary puts in front of a text in front of the first one alone."""
-    from transformers import AutoProcessor, AutoTokenizer
-
-    cfg = tiny_config(data={"template": template})
-    cfg = run_directory(tmp_path / "run", cfg, random_model(cfg, seed=0))
-    older_folder(Path(cfg.init.llm), family)
-    export.export(str(tmp_path / "run"), str(tmp_path / "out"), "hf")
-    processor, tokenizer = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True), load_tokenizer(cfg.init.llm)
-    chat = [("user", "What is it?"), ("assistant", "red dog"), ("user", " two  spaces <s></s>")]
-    document = text.prompt([Turn(*turn) for turn in chat], (), tokenizer, cfg)
-    processor.tokenizer(["cut"], truncation=True, max_length=1)  # its state is another's
-    inputs = processor([{"role": role, "content": content} for role, content in chat])
-    assert inputs["input_ids"][0].tolist() == document.tokens.tolist()
-    assert processor("red dog")["input_ids"][0].tolist() == [*tokenizer.bos, *tokenizer.encode("red dog")]
-    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert exported("red dog").input_ids == [*tokenizer.bos, *tokenizer.encode("red dog")]
-    messages = [{"role": "user", "content": "red"}]
-    front = exported.apply_chat_template(messages, return_dict=False)[: len(tokenizer.bos)]
-    assert front == list(tokenizer.bos)
-    again = load_tokenizer(tmp_path / "out")
-    assert (again.bos, again.eos, again.specials) == (tokenizer.bos, tokenizer.eos, tokenizer.specials)
 
 
 PLAIN = """

@@ -20,7 +20,7 @@ class Row:
     foreign: str
     paths: tuple[str, ...]
     pattern: str = ""  # empty: as it is
-    former: bool = False  # a name of earlier exports of ours: read, no longer written
+    written: bool = True  # False: a name that is read alone
 
     def match(self, name: str) -> tuple[str, ...] | None:
         """Canonical names that the foreign `name` fills, or None."""
@@ -29,7 +29,7 @@ class Row:
 
     def unmatch(self, name: str) -> tuple[str, tuple[str, ...]] | None:
         """The foreign name that the canonical `name` goes to, and all canonical names that go there; None unless `name` is the first."""
-        found = not self.former and re.fullmatch(re.escape(self.paths[0]).replace(r"\{\}", r"(\d+)"), name)
+        found = self.written and re.fullmatch(re.escape(self.paths[0]).replace(r"\{\}", r"(\d+)"), name)
         return found and (self.foreign.format(*found.groups()), tuple(path.format(*found.groups()) for path in self.paths))
 
 
@@ -199,12 +199,12 @@ def _qwen() -> Family:
 
 
 def _evlm() -> Family:
-    """The whole model in the names of convert/torch_model."""
+    """The whole model in the names of convert/torch_model; also in those of its modules' parameters, where they are others."""
     vit, llm, cross = "vit.blocks.{}", "llm.layers.{}", "xattn.{}"
     parts = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "o", "fc1": "ffn/fc1", "fc2": "ffn/fc2"}
     rows = (
-        *(_row(f"vit.places.{name}", f"vit/{name}") for name in ("cls", "registers", "pos")),
-        *(Row(f"vit.{name}", (f"vit/{name}",), former=True) for name in ("cls", "registers", "pos")),
+        *(_row(f"vit.{name}", f"vit/{name}") for name in ("cls", "registers", "pos")),
+        *(Row(f"vit.places.{name}", (f"vit/{name}",), written=False) for name in ("cls", "registers", "pos")),
         *_patch("vit.patch"),
         *_norm("vit.embed_norm", "vit/embed_norm"),
         *(row for x in "qkvo" for row in _linear(f"{vit}.attn.{x}", f"vit/blocks/{{}}/attn/{x}")),
@@ -228,8 +228,8 @@ def _evlm() -> Family:
         *_linear(f"{cross}.moe.router", "xattn/{}/ffn/router", bias=False),
         *(row for i in "12" for row in _linear(f"{cross}.moe.world.fc{i}", f"xattn/{{}}/ffn/world/fc{i}", bias=False)),
         *(_row(f"{cross}.moe.experts.fc{i}", f"xattn/{{}}/ffn/experts/fc{i}/kernel", "e o i -> e i o") for i in "12"),
-        _row("media_tokens.weight", "media/embedding"),
-        Row("media_tokens", ("media/embedding",), former=True),
+        _row("media_tokens", "media/embedding"),
+        Row("media_tokens.weight", ("media/embedding",), written=False),
     )
     return Family("evlm", "evlm", "xattn.0.attn_gate", rows)
 

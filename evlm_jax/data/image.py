@@ -12,9 +12,10 @@ from PIL import Image, ImageOps
 from simplejpeg import decode_jpeg
 
 from evlm_jax.config import EVLMConfig
+from evlm_jax.convert.torch_model.values_evlm import eight_bits, transparent_as_stored
 from evlm_jax.data import video
 from evlm_jax.data.containers.rows import open_ref
-from evlm_jax.data.repair import eight_bits, foreign, mend, transparent_as_stored
+from evlm_jax.data.repair import foreign, mend
 from evlm_jax.data.retry import retried
 from evlm_jax.data.samples import ImageRef
 

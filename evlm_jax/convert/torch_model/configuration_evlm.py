@@ -7,7 +7,7 @@ class EVLMConfig(PretrainedConfig):
     """`vit`, `llm`, `xattn`, `moe` and `media` are plain dicts; `image_token_id` is the id that stands for one media token."""
 
     model_type = "evlm"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("past_key_values", "cache")
 
     def __init__(self, vit=None, llm=None, xattn=None, moe=None, media=None, image_token_id=0, use_cache=True, **kwargs):
         self.vit, self.llm, self.xattn, self.moe, self.media = (section or {} for section in (vit, llm, xattn, moe, media))

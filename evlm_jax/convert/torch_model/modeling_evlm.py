@@ -1,5 +1,6 @@
 """EVLM for transformers: plain_evlm.py with generation, training and offloading. Keys and values of the images are projected once."""
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -8,10 +9,9 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.utils import can_return_tuple
 
 from .configuration_evlm import EVLMConfig
-from .plain_evlm import EVLMParts, count_images, visible_ranges
+from .plain_evlm import NAMES, EVLMParts, count_images, visible_ranges
 
-# Names of earlier exports, whose weights this class reads too.
-FORMER = {r"^vit\.(cls|registers|pos)$": r"vit.places.\1", r"^media_tokens$": "media_tokens.weight"}
+CACHE = "cache" if "cache" in CausalLMOutputWithCrossAttentions.__annotations__ else "past_key_values"  # from 5.24 on, and before
 
 
 class Images(NamedTuple):
@@ -71,7 +71,7 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
     _no_split_modules = ["VisionBlock", "Places", "Layer", "CrossAttention"]
     _supports_sdpa = True
     _tied_weights_keys = {"llm.head.weight": "llm.embed.weight"}
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _is_stateful = True  # no assisted generation
 
     def __init__(self, config):
@@ -83,7 +83,8 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, key_mapping=None, **kwargs):
         """As of every model. Raises ValueError if the model has tensors that the files lack, or the files others."""
-        key_mapping = FORMER | (key_mapping or {})
+        places = {rf"^{re.escape(name)}(?!\.)": place for name, place in NAMES.items()}  # saved again by the file's names
+        key_mapping = places | (key_mapping or {})
         model, loading = super().from_pretrained(*args, output_loading_info=True, key_mapping=key_mapping, **kwargs)
         if wrong := [f"{kind} {key}" for kind in ("missing", "unexpected") for key in sorted(loading[f"{kind}_keys"])]:
             raise ValueError(f"{args[0] if args else 'these weights'}: tensors do not fit the model:\n  " + "\n  ".join(wrong))
@@ -132,6 +133,7 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
         output_hidden_states=None,
         logits_to_keep=0,
         num_items_in_batch=None,
+        cache=None,
     ):
         """
         Args:
@@ -139,7 +141,7 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
           pixel_values: [B, I, 3, h, w] in the order of those runs; rows with fewer images are padded. Behind a cache the new images alone.
           image_groups: [B, I]; frames of one video have the same number. Left out: every image stands alone.
           attention_mask: [B, past + T]; 0 is padding, on either side.
-          past_key_values: a DynamicCache; images and the text's place among them are kept in it, too.
+          past_key_values: a DynamicCache, in which images are kept, too. transformers calls it `cache` from 5.24 on.
           inputs_embeds: [B, T, D] in place of input_ids; images stand where the embedding of `image_token_id` does.
           labels: [B, T]; -100 is not counted. They are compared with the logits of the position before.
           num_items_in_batch: what the sum of the losses is divided by; the labels that count where left out.
@@ -156,7 +158,7 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
             raise ValueError('output_attentions needs weights that are written out: load with attn_implementation="eager"')
         words = self.llm.embed(input_ids) if inputs_embeds is None else inputs_embeds
         media = self._media(input_ids, inputs_embeds)
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._cache(past_key_values if cache is None else cache, use_cache)
         past, attention_mask = self._mask(cache, attention_mask, media)
         images = self._images(cache, past, pixel_values, image_groups, attention_mask, media, sdpa)
         visible = visible_ranges(media, self.config.media["tokens"], images.groups, images.media)
@@ -175,7 +177,7 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
         kept = {name: tuple(kept[name]) for name in names}
-        return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, past_key_values=cache, **kept)
+        return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, **{CACHE: cache}, **kept)
 
     def _media(self, input_ids, inputs_embeds):
         """[B, T], which tokens are media tokens."""
@@ -246,8 +248,10 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
         logits_to_keep=None,
         output_attentions=None,
         output_hidden_states=None,
+        cache=None,
     ):
         """Behind a cache the new tokens and the new images alone."""
+        past_key_values = past_key_values if cache is None else cache
         wanted = {"use_cache": use_cache, "output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         inputs = {"past_key_values": past_key_values, "attention_mask": attention_mask, "logits_to_keep": logits_to_keep or 0, **wanted}
         cut = slice(None) if next_sequence_length is None else slice(-next_sequence_length, None)

@@ -1,12 +1,16 @@
 """Pictures in every form that callers have them -> RGB as training reads it -> the square of the vision tower."""
 
 import base64
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+
+from .values_evlm import eight_bits, transparent_as_stored
 
 MOST_PIXELS = 1 << 27  # of a picture: a larger one is taken for a decompression bomb
 MOST_BYTES = 1 << 28
@@ -29,16 +33,15 @@ def read_picture(source):
       ValueError: nothing of these, or damaged, too large, or of another format than FORMATS.
     """
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        return rgb(_of_array(source))
+        return _rgb(_of_array(source))
     if isinstance(source, Image.Image):
-        return rgb(ImageOps.exif_transpose(source))
+        return _upright(source)
     said = source if isinstance(source, (str, Path)) and len(str(source)) < 200 else f"{type(source).__name__} of {len(source)}"
     try:
         with Image.open(_file(source), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, the limit is {MOST_PIXELS}")
-            image.load()
-            return rgb(ImageOps.exif_transpose(image))
+            return _upright(image)
     except Exception as error:  # damaged files make the decoders raise errors of any kind
         raise ValueError(f"cannot read the picture {said}: {error}") from error
 
@@ -48,15 +51,10 @@ def _file(source):
     if isinstance(source, bytes):
         return BytesIO(source)
     if str(source).startswith(("http://", "https://")):
-        import httpx  # comes with huggingface_hub
-
-        data = b""
-        with httpx.stream("GET", str(source), follow_redirects=True, timeout=30) as answer:
-            answer.raise_for_status()
-            for part in answer.iter_bytes():
-                data += part
-                if len(data) > MOST_BYTES:
-                    raise ValueError(f"more than {MOST_BYTES} bytes")
+        with urlopen(str(source), timeout=30) as answer:
+            data = answer.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES} bytes")
         return BytesIO(data)
     if str(source).startswith("data:image/"):
         return BytesIO(from_base64(str(source).partition(",")[2]))
@@ -85,10 +83,17 @@ def _of_array(array):
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def rgb(image):
-    """Without transparency, which lies over white; of 16 bits the upper 8."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+def _upright(image):
+    transparent_as_stored(image)
+    image.load()
+    with suppress(Exception):  # without EXIF that can be read, a picture is upright
+        image = ImageOps.exif_transpose(image)
+    return _rgb(image)
+
+
+def _rgb(image):
+    """Without transparency, which lies over white; of more than 8 bits the upper 8."""
+    image = eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)

@@ -127,6 +127,10 @@ def visible_ranges(media, media_tokens, groups, before=0):
     return start.masked_fill(none, 0), stop.masked_fill(none, 0)
 
 
+# Parameters that the files have by shorter names than the modules.
+NAMES = {f"vit.{name}": f"vit.places.{name}" for name in ("cls", "registers", "pos")} | {"media_tokens": "media_tokens.weight"}
+
+
 class EVLMParts:
     """The modules of EVLM and what they do, for an nn.Module with `config`; nothing here knows transformers."""
 
@@ -222,7 +226,7 @@ class EVLM(EVLMParts, nn.Module):
         self.build(self.config)
         if self.config.llm["tied"]:
             self.llm.head.weight = self.llm.embed.weight
-            self.register_load_state_dict_pre_hook(_head_is_the_embedding)
+        self.register_load_state_dict_pre_hook(_of_the_file)
 
     def forward(self, input_ids, pixel_values=None, image_groups=None, attention_mask=None):
         """
@@ -244,6 +248,8 @@ class EVLM(EVLMParts, nn.Module):
         return self.llm.head(self._decode(x, attention_mask, rope, visible, images, pixel_values.shape[1]))
 
 
-def _head_is_the_embedding(model, state, *_):
-    """evlm.pt has a tied matrix once."""
-    state.setdefault("llm.head.weight", state["llm.embed.weight"])
+def _of_the_file(model, state, *_):
+    """From names of evlm.pt, which has a tied matrix once."""
+    state |= {NAMES[name]: state.pop(name) for name in NAMES.keys() & state.keys()}
+    if model.config.llm["tied"]:
+        state.setdefault("llm.head.weight", state["llm.embed.weight"])

@@ -6,7 +6,9 @@ import functools
 import http.server
 import json
 import pickle
+import struct
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -133,8 +135,22 @@ def test_processor_begins_and_joins_texts_as_training_does(tmp_path, family, tem
     messages = [{"role": "user", "content": "red"}]
     front = exported.apply_chat_template(messages, return_dict=False)[: len(tokenizer.bos)]
     assert front == list(tokenizer.bos)
+    told = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert told == exported.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert torch.equal(processor(told)["input_ids"], processor(messages)["input_ids"])
+    for start in tokenizer.bos:
+        with pytest.raises(ValueError, match="no special token: give the chat"):
+            processor(exported.convert_ids_to_tokens(start) + "red")
     again = load_tokenizer(tmp_path / "out")
     assert (again.bos, again.eos, again.specials) == (tokenizer.bos, tokenizer.eos, tokenizer.specials)
+
+
+def two_bits():
+    """A PNG of 2 bits a value, whose value 1 is transparent."""
+    part = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    rows = zlib.compress(b"".join(b"\0" + bytes([0b00011011] * 15) for _ in range(40)))
+    head = part(b"IHDR", struct.pack(">IIBBBBB", 60, 40, 2, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + part(b"tRNS", b"\0\1") + part(b"IDAT", rows) + part(b"IEND", b"")
 
 
 @pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
@@ -153,6 +169,8 @@ def test_pictures_of_every_kind_are_those_of_training(tmp_path, resize):
     Image.fromarray(ramp).save(tmp_path / "grey16.png")
     Image.fromarray(ramp).save(tmp_path / "grey16.tif")
     colour.convert("P").save(tmp_path / "clear_colour.png", transparency=3)
+    Image.fromarray(ramp).save(tmp_path / "clear_grey16.png", transparency=0)
+    (tmp_path / "clear_grey2.png").write_bytes(two_bits())
     colour.save(tmp_path / "clear_rgb.png", transparency=colour.getpixel((0, 0)))
     clear.save(tmp_path / "clear.png")
     clear.save(tmp_path / "clear.webp", lossless=True)

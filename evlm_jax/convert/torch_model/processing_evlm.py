@@ -118,7 +118,7 @@ class EVLMProcessor(ProcessorMixin):
         pieces = lay_out(messages, self.template, self.turn_start, self.turn_end, self.tokenizer.eos_token_id, **how)
         name = self.tokenizer.convert_ids_to_tokens
         spell = lambda what: what if isinstance(what, str) else what.mark if isinstance(what, Visual) else name(what)
-        return rendered("".join(spell(piece.what) for piece in pieces), pieces)
+        return rendered("".join([*map(name, self.text_start), *(spell(piece.what) for piece in pieces)]), pieces)
 
     def _pieces(self, prompt):
         """Of a prompt in any form."""
@@ -128,7 +128,8 @@ class EVLMProcessor(ProcessorMixin):
             return prompt.pieces
         if not isinstance(prompt, str):
             raise ValueError(f"a prompt is a text or a chat, not {type(prompt).__name__}; give text= and images= by name")
-        if self.turn_start is not None and prompt.startswith(start := self.tokenizer.convert_ids_to_tokens(self.turn_start)):
+        specials = [i for i in (*self.text_start, self.turn_start) if i is not None]
+        if start := next((name for name in self.tokenizer.convert_ids_to_tokens(specials) if prompt.startswith(name)), None):
             raise ValueError(
                 f"the text begins with {start!r}, whose letters are no special token: give the chat, or what apply_chat_template returned"
             )

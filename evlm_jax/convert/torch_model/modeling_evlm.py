@@ -139,7 +139,7 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
         Args:
           input_ids: [B, T]; each image is a run of media.tokens times `image_token_id`. Behind a cache the new tokens alone.
           pixel_values: [B, I, 3, h, w] in the order of those runs; rows with fewer images are padded. Behind a cache the new images alone.
-          image_groups: [B, I]; frames of one video have the same number. Left out: every image stands alone.
+          image_groups: [B, I]; frames of one video have the same number, padding a negative one. Left out: every image stands alone.
           attention_mask: [B, past + T]; 0 is padding, on either side.
           past_key_values: a DynamicCache, in which images are kept, too. transformers calls it `cache` from 5.24 on.
           inputs_embeds: [B, T, D] in place of input_ids; images stand where the embedding of `image_token_id` does.
@@ -221,7 +221,7 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
             raise ValueError("past_key_values was cut off among or before its images: start a new cache")
         pixels, tokens = self._no_pixels(media) if pixel_values is None else pixel_values, self.config.media["tokens"]
         before = images.media if past else torch.zeros((len(media), 1), dtype=torch.long, device=media.device)
-        count = count_images(media, tokens, pixels.shape[1], before)
+        count = count_images(media, tokens, pixels, groups, before)
         if past and not pixels.shape[1]:
             return images
         keys_values, groups = self._project(pixels, sdpa), self._groups(groups, pixels)
@@ -255,9 +255,7 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
         wanted = {"use_cache": use_cache, "output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         inputs = {"past_key_values": past_key_values, "attention_mask": attention_mask, "logits_to_keep": logits_to_keep or 0, **wanted}
         cut = slice(None) if next_sequence_length is None else slice(-next_sequence_length, None)
-        if inputs_embeds is not None and (is_first_iteration or past_key_values is None):
-            if not is_first_iteration:
-                raise ValueError("generation from inputs_embeds needs a cache: leave use_cache out")
+        if inputs_embeds is not None and is_first_iteration:  # generate always keeps a cache then
             inputs |= {"inputs_embeds": inputs_embeds[:, cut], "input_ids": None}
         else:
             inputs |= {"input_ids": input_ids[:, cut]}
@@ -278,4 +276,6 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
         new = int((total - had).max())
         at = (had[:, None] + torch.arange(new, device=had.device)).clamp(max=pixel_values.shape[1] - 1)
         cut = lambda a: a[torch.arange(len(a), device=a.device)[:, None], at.to(a.device)]
-        return {"pixel_values": cut(pixel_values), "image_groups": None if groups is None else cut(groups)}
+        place = torch.arange(new, device=had.device)
+        groups = None if groups is None else torch.where(place < (total - had)[:, None], cut(groups), -1 - place)
+        return {"pixel_values": cut(pixel_values), "image_groups": groups}

@@ -91,16 +91,24 @@ class CrossAttention(nn.Module):
         return x + self.ff_gate.float().tanh().to(x.dtype) * y, weights
 
 
-def count_images(media, media_tokens, given, before=0):
-    """The most images that a row has, with those in front. `media` and `before` as below.
+def count_images(media, media_tokens, pixels, groups=None, before=0):
+    """The most images that a row has, with those in front. `media`, `groups` and `before` as below.
 
     Raises:
-      ValueError: other than one of the images that are `given` for each run of media tokens.
+      ValueError: other than one of the images in `pixels` [B, I, 3, h, w] for each run of media tokens. Those with a negative group are
+        padding; without groups one row has all of them.
     """
     held, shown = (-(-tokens // media_tokens) for tokens in (before, before + media.sum(1, keepdim=True)))
-    if (new := int((shown - held).max())) != given:
-        runs = f"{new} images in a row: runs of {media_tokens} times image_token_id"
-        raise ValueError(f"pixel_values [B, I, 3, h, w] has {given} images in a row, the tokens show {runs}")
+    new, given = (shown - held)[:, 0], pixels.new_tensor([pixels.shape[1]], dtype=torch.long)
+    if groups is None:
+        new = new.amax(0, keepdim=True)
+    elif groups.shape != pixels.shape[:2]:
+        raise ValueError(f"image_groups are {list(groups.shape)}, pixel_values [B, I, 3, h, w] {list(pixels.shape)}")
+    else:
+        given = (groups >= 0).sum(1)
+    if (new != given).any():
+        runs = f"runs of {media_tokens} times image_token_id"
+        raise ValueError(f"rows of pixel_values [B, I, 3, h, w] have {given.tolist()} images, the tokens show {new.tolist()}: {runs}")
     return int(shown.max())
 
 
@@ -109,7 +117,7 @@ def visible_ranges(media, media_tokens, groups, before=0):
 
     Args:
       media: [B, T], which tokens are media tokens.
-      groups: [B, I]; images of a row with the same number are frames of one video.
+      groups: [B, I]; images of a row with the same number are frames of one video, padding has negative ones of its own.
       before: [B, 1], the media tokens of a row that stand in front of these.
     """
     count = media.cumsum(1) + before
@@ -233,7 +241,7 @@ class EVLM(EVLMParts, nn.Module):
         Args:
           input_ids: [B, T]; each image is a run of media.tokens times `image_token_id`.
           pixel_values: [B, I, 3, h, w], normalised, in the order of those runs; rows with fewer images are padded.
-          image_groups: [B, I]; frames of one video have the same number. Left out: every image stands alone.
+          image_groups: [B, I]; frames of one video have the same number, padding a negative one. Left out: every image stands alone.
           attention_mask: [B, T]; 0 is padding, on either side.
         Raises:
           ValueError: other than one image for each run.
@@ -241,7 +249,7 @@ class EVLM(EVLMParts, nn.Module):
         pixel_values = self._no_pixels(input_ids) if pixel_values is None else pixel_values
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         media = input_ids == self.config.image_token_id
-        count_images(media, self.config.media["tokens"], pixel_values.shape[1])
+        count_images(media, self.config.media["tokens"], pixel_values, image_groups)
         visible = visible_ranges(media, self.config.media["tokens"], self._groups(image_groups, pixel_values))
         rope = self._rope(attention_mask, input_ids.shape[1], self._rope_base(attention_mask))
         x, images = self._embed(self.llm.embed(input_ids), media), self._project(pixel_values)

@@ -12,9 +12,9 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
+from evlm_jax.convert.torch_model.values_evlm import eight_bits
 from evlm_jax.data import video
 from evlm_jax.data.containers import files
-from evlm_jax.data.repair import eight_bits
 from evlm_jax.data.samples import ImageRef
 from evlm_jax.evals.answer import similar
 from evlm_jax.evals.runner import chunks

@@ -23,7 +23,7 @@ def write_torch(path: epath.Path, tensors: Tensors, written: Callable[[int], Non
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(state, file)
         with FakeTensorMode():
-            places = {name: tensor.untyped_storage()._checkpoint_offset for name, tensor in torch.load(file).items()}
+            places = {name: tensor.untyped_storage()._checkpoint_offset for name, tensor in torch.load(file, weights_only=True).items()}
         with open(file, "r+b") as filled:
             for name, tensor in tensors.items():
                 filled.seek(places[name])

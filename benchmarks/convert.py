@@ -15,6 +15,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 
+from benchmarks import parser
 from evlm_jax.checkpoint import open_params
 from evlm_jax.cli import load_config
 from evlm_jax.config import EVLMConfig
@@ -62,6 +64,13 @@ def write_source(folder: Path, cfg: EVLMConfig, tower: str, family: str, prefix:
     write_folder(folder, {prefix + name: tensor for name, tensor in foreign.items()})
     (folder / "config.json").write_text(json.dumps(config))
     return size(folder)
+
+
+def eva_config(cfg: EVLMConfig) -> dict:
+    """config.json of EVA02-CLIP, as open_clip has it."""
+    vit = cfg.vit
+    sizes_ = {"layers": vit.depth, "width": vit.width, "head_width": vit.width // vit.heads, "patch_size": vit.patch}
+    return {"vision_cfg": sizes_ | {"image_size": vit.pretrained_size, "mlp_ratio": vit.mlp / vit.width, "postnorm": True}}
 
 
 def qwen_config(cfg: EVLMConfig) -> dict:
@@ -115,7 +124,7 @@ def measured(*command: str) -> tuple[float, float]:
 
 def evlm(*arguments: str) -> tuple[float, float]:
     """A command of ours."""
-    return measured(sys.executable, "-m", "evlm_jax.cli", "convert", *arguments)
+    return measured(sys.executable, "-m", "evlm_jax", "convert", *arguments)
 
 
 def report(what: str, seconds: float, count: int, memory: float, plain: float) -> None:
@@ -124,16 +133,20 @@ def report(what: str, seconds: float, count: int, memory: float, plain: float) -
     print(line, flush=True)
 
 
+SMOKE = ("vit.depth=2", "vit.width=224", "vit.heads=2", "vit.mlp=256", "vit.taps=(2,)", "vit.cuts=()", "llm.hidden=64", "llm.layers=2")
+SMOKE += ("llm.heads=4", "llm.kv_heads=4", "llm.head_dim=16", "llm.mlp=96", "xattn.heads=2", "xattn.kv_heads=2", "xattn.ffn=64")
+
+
 def large(args: argparse.Namespace) -> None:
     """Import, export, import of the export."""
     spec = "experiments/evlm_14b.py:pretrain"
-    layers = [f"--config.llm.layers={args.layers}"]
+    layers = [f"--config.{field}" for field in SMOKE] if args.smoke else [f"--config.llm.layers={args.layers}"]
     cfg, root = load_config(spec, layers), Path(args.dir)
     vision, llm, first, out, again = (root / name for name in ("vision", "llm", "imported", "exported", "again"))
-    total = write_source(vision, cfg, "vit", "eva02", "visual.", {})
+    total = write_source(vision, cfg, "vit", "eva02", "visual.", eva_config(cfg))
     total += write_source(llm, cfg, "llm", "qwen", "", qwen_config(cfg))
     write_tiktoken(llm)
-    stacked = max(np.prod(shape) * 2 * args.layers for name, shape in parameter_shapes(cfg).items() if "layers/0" in name)
+    stacked = max(np.prod(shape) * 2 * cfg.llm.layers for name, shape in parameter_shapes(cfg).items() if "layers/0" in name)
     print(f"towers: {total / 1e9:.1f} GB, {total / 2e9:.2f} B parameters, largest stacked leaf {stacked / 2**30:.2f} GiB", flush=True)
     plain = copy([vision, llm], root / "copy")
     report("plain copy", plain, total, 0, plain)
@@ -212,12 +225,16 @@ def manifest(workdir: Path) -> dict[str, str]:
 
 def main() -> None:
     """Runs what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", required=True, help="new directory on the disk to be measured")
-    parser.add_argument("--layers", type=int, default=26, help="of the language model; the paper's has 40")
-    parser.add_argument("--peer", action="store_true", help="the comparison with transformers instead")
-    args = parser.parse_args()
-    (peer if args.peer else large)(args)
+    asked = parser(__doc__)
+    asked.add_argument("--dir", help="new directory on the disk to be measured")
+    asked.add_argument("--layers", type=int, default=26, help="of the language model; the paper's has 40")
+    asked.add_argument("--peer", action="store_true", help="the comparison with transformers instead")
+    args = asked.parse_args()
+    if not args.dir and not args.smoke:
+        asked.error("give --dir")
+    with tempfile.TemporaryDirectory() as aside:
+        args.dir = args.dir or aside
+        (peer if args.peer else large)(args)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ python -m benchmarks.costs measure    # seconds of the demo's towers on this mac
 python -m benchmarks.costs write      # the page and its plots from the file
 """
 
-import argparse
 import json
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from benchmarks import parser
 from evlm_jax.cli import load_config
 from evlm_jax.costs.command import published
 from evlm_jax.costs.counted import programs
@@ -109,7 +111,7 @@ def _markdown(table: Table) -> list[str]:
     return [f"### {table.title}\n", f"{table.says}\n", cells(table.head), "|" + " --- |" * len(table.head), *map(cells, table.rows), ""]
 
 
-def plot(found: dict[str, dict], name: str) -> None:
+def plot(found: dict[str, dict], name: str, folder: Path) -> None:
     """One of PLOTS, a panel a config."""
     what, value, shared = PLOTS[name]
     with rc_context(STYLE):
@@ -120,7 +122,7 @@ def plot(found: dict[str, dict], name: str) -> None:
             axes.set(title=one["config"], xlabel="frames")
         panels[0].set_ylabel(what)
         panels[0].legend(frameon=False)
-        figure.savefig(PAGE.with_name(name), dpi=90, metadata={"Software": None})
+        figure.savefig(folder / name, dpi=90, metadata={"Software": None})
 
 
 def _panel(axes, one: dict, value: Callable, shared: Callable | None) -> None:
@@ -137,10 +139,13 @@ def _panel(axes, one: dict, value: Callable, shared: Callable | None) -> None:
 
 def main() -> None:
     """Counts, measures or writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("count", "measure", "write"))
-    action = parser.parse_args().action
-    if action == "count":
+    asked = parser(__doc__)
+    asked.add_argument("action", choices=("count", "measure", "write"), nargs="?", default="write")
+    args = asked.parse_args()
+    action = args.action
+    if args.smoke:
+        smoke()
+    elif action == "count":
         count_all()
     elif action == "measure":
         measured = measure(load_config(MEASURED), [n for n in FRAMES if n <= UP_TO], TEXT)
@@ -149,7 +154,20 @@ def main() -> None:
         found = studies()
         PAGE.write_text(page(found))
         for name in PLOTS:
-            plot(found, name)
+            plot(found, name, PAGE.parent)
+
+
+def smoke() -> None:
+    """Counts one program anew, and says whether the saved page is what would be written."""
+    name, count = next(
+        (name, f) for name, f in programs(load_config(MEASURED), [1], TEXT, CHIP) if name.startswith("decode") and name.endswith("FLOPs")
+    )
+    counted, found = count(), studies()
+    with tempfile.TemporaryDirectory() as folder:
+        plot(found, next(iter(PLOTS)), Path(folder))
+    if counted != known()["programs"][MEASURED][name]:
+        print(f"{name}: {counted}, saved {known()['programs'][MEASURED][name]}, by another compiler")
+    print(f"{PAGE}: {'as it would be written' if page(found) == PAGE.read_text() else sys.exit('is out of date')}")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,15 @@ import importlib.util
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks import parser
 from benchmarks.peers import Run, llama_cpp_run, transformers_run
-from benchmarks.torch_step import make_step
 from evlm_jax import assets
 from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig, from_config_dict
@@ -32,9 +33,19 @@ from evlm_jax.tokenizer import load_tokenizer
 from evlm_jax.train import Phase
 from experiments import demo
 
-SHAPES = ((1, 64), (1, 512), (8, 64))  # rows, prompt length
-NEW = 32  # tokens
-REPEATS = 3  # of which the fastest counts
+
+class Size(NamedTuple):
+    """What is measured."""
+
+    shapes: tuple[tuple[int, int], ...] = ((1, 64), (1, 512), (8, 64))  # rows, prompt length
+    new: int = 32  # tokens
+    precisions: tuple[str, ...] = ("float32", "bfloat16")
+    rows: int | None = None  # of a train step; the demo's where None
+    repeats: int = 3  # of which the fastest counts
+    peers: bool = True
+
+
+SMOKE = Size(((1, 16),), 4, ("bfloat16",), 1, 1, False)
 
 
 def load(cfg: EVLMConfig) -> EVLM:
@@ -62,7 +73,14 @@ def our_run(model: EVLM, dtype: str, images: int) -> Run:
         each = lambda a: np.tile(a, (rows,) + (1,) * a.ndim).astype(np.int32)
         plan = Plan(each(order), each(index), each(np.arange(tiles) if images else np.full(tiles, tiles)), full(rows, tiles))
         prompt = decoding.Prompt(
-            tokens, full(rows, length, value=-1), full(rows, value=length), plan, full(rows, 1), full(rows), full(rows, value=images)
+            tokens=tokens,
+            media_slot=full(rows, length, value=-1),
+            length=full(rows, value=length),
+            image_slot=full(rows, length),
+            plan=plan,
+            image=full(rows, 1),
+            visible_start=full(rows),
+            visible=full(rows, value=images),
         )
         random = jax.random.split(jax.random.key(0), rows)
         start = time.perf_counter()
@@ -74,37 +92,39 @@ def our_run(model: EVLM, dtype: str, images: int) -> Run:
     return run
 
 
-def generation(cfg: EVLMConfig) -> None:
-    """Prints a line an engine: tokens/s of prefill and decode for each of SHAPES, beside the first one's."""
+def generation(cfg: EVLMConfig, size: Size) -> None:
+    """Prints a line an engine: tokens/s of prefill and decode for each shape, beside the first one's."""
     gguf = assets.path(cfg.init.llm)
     whole = load(cfg)
     alone = demo.get_config()
     alone.xattn.update(every=cfg.llm.layers, ffn=16)  # one closed block is left: within 1% of the language model alone
     llm = load(from_config_dict(alone))
-    engines = {
-        "ours float32": lambda: our_run(llm, "float32", 0),
-        "ours bfloat16": lambda: our_run(llm, "bfloat16", 0),
-        "ours float32, with cross-attention": lambda: our_run(whole, "float32", 1),
-        "ours bfloat16, with cross-attention": lambda: our_run(whole, "bfloat16", 1),
-    }
-    engines |= {f"transformers {dtype}": partial(transformers_run, gguf, dtype) for dtype in ("float32", "bfloat16")}
-    if importlib.util.find_spec("llama_cpp"):
+    engines = {"ours float32": lambda: our_run(llm, "float32", 0)}
+    if size.peers:
+        engines |= {
+            "ours bfloat16": lambda: our_run(llm, "bfloat16", 0),
+            "ours float32, with cross-attention": lambda: our_run(whole, "float32", 1),
+            "ours bfloat16, with cross-attention": lambda: our_run(whole, "bfloat16", 1),
+        }
+    if size.peers and importlib.util.find_spec("transformers"):
+        engines |= {f"transformers {dtype}": partial(transformers_run, gguf, dtype) for dtype in ("float32", "bfloat16")}
+    if size.peers and importlib.util.find_spec("llama_cpp"):
         engines |= {f"llama.cpp {kind}": partial(llama_cpp_run, gguf, kind) for kind in ("f32", "f16", "as stored")}
     tokens = np.random.default_rng(0).integers(1000, 40000, (8, 512)).astype(np.int32)
-    columns = [f"{rows} x {length} {what}" for rows, length in SHAPES for what in ("prefill", f"+{NEW}")]
+    columns = [f"{rows} x {length} {what}" for rows, length in size.shapes for what in ("prefill", f"+{size.new}")]
     print(f"{'tokens/s':<37}" + "".join(f"{column:>17}" for column in columns))
     first = None
     for name, engine in engines.items():
         run = engine()
-        speeds = np.array([_speed(run, tokens[:rows, :length]) for rows, length in SHAPES]).ravel()
+        speeds = np.array([_speed(run, tokens[:rows, :length], size) for rows, length in size.shapes]).ravel()
         first = speeds if first is None else first
         print(f"{name:<37}" + "".join(f"{speed:9.0f} ({speed / base:4.2f}x)" for speed, base in zip(speeds, first)), flush=True)
 
 
-def _speed(run: Run, tokens: np.ndarray) -> tuple[float, float]:
-    run(tokens, NEW)  # compiles
-    seconds = np.min([run(tokens, NEW) for _ in range(REPEATS)], axis=0)
-    return tokens.size / seconds[0], len(tokens) * NEW / seconds[1]
+def _speed(run: Run, tokens: np.ndarray, size: Size) -> tuple[float, float]:
+    run(tokens, size.new)  # compiles
+    seconds = np.min([run(tokens, size.new) for _ in range(size.repeats)], axis=0)
+    return tokens.size / seconds[0], len(tokens) * size.new / seconds[1]
 
 
 def demo_batch(cfg: EVLMConfig) -> Batch:
@@ -125,11 +145,12 @@ def demo_batch(cfg: EVLMConfig) -> Batch:
     return Batch(**fields, pixels=None, taps=np.random.default_rng(0).standard_normal(shape, np.float32).astype(jnp.bfloat16))
 
 
-def training() -> None:
+def training(size: Size) -> None:
     """Prints tokens (positions that are not padding) per second of one optimizer step, with products of each precision."""
     first = None
-    for precision in ("float32", "bfloat16"):
+    for precision in size.precisions:
         config = demo.get_config()
+        config.train.batch = size.rows or config.train.batch
         config.train.matmul_precision = precision
         cfg = from_config_dict(config)
         batch = demo_batch(cfg)
@@ -138,8 +159,14 @@ def training() -> None:
             print(
                 f"train step of {len(batch.tokens)} x {cfg.data.length} positions: {used} used, {int((batch.targets >= 0).sum())} targets"
             )
-        for name, step in (("ours", our_step(cfg, batch)), ("PyTorch", make_step(cfg, batch))):
-            speed = used / _fastest(step)
+        steps = {"ours": our_step}
+        if size.peers and importlib.util.find_spec("torch"):
+            from benchmarks.torch_step import make_step
+
+            steps |= {"PyTorch": make_step}
+        for name, made in steps.items():
+            step = made(cfg, batch)
+            speed = used / _fastest(step, size.repeats)
             first = first or speed
             print(f"{name + ', products in ' + precision:<37}{speed:9.0f} ({speed / first:4.2f}x)", flush=True)
 
@@ -158,9 +185,9 @@ def our_step(cfg: EVLMConfig, batch: Batch) -> Callable[[], None]:
     return step
 
 
-def _fastest(step) -> float:
+def _fastest(step, repeats: int) -> float:
     seconds = []
-    for _ in range(1 + REPEATS):  # the first one compiles
+    for _ in range(1 + repeats):  # the first one compiles
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
@@ -169,8 +196,9 @@ def _fastest(step) -> float:
 
 def main() -> None:
     """Measures and prints."""
-    generation(from_config_dict(demo.get_config()))
-    training()
+    size = SMOKE if parser(__doc__).parse_args().smoke else Size()
+    generation(from_config_dict(demo.get_config()), size)
+    training(size)
 
 
 if __name__ == "__main__":

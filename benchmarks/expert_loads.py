@@ -5,14 +5,15 @@ the step of the last line, the smallest and the largest of all layers and expert
 entropy is that of the routers' probabilities, the mean over layers at the last line, against its largest value.
 """
 
-import argparse
 import math
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks import parser
 from evlm_jax.metrics import training_lines
 
+SMOKE = [Path(f"tests/golden/format0_{form}/run") for form in ("dense", "experts")]
 COLUMNS = ("run", "steps", "loss, first", "loss, last", "smallest share", "largest share", "idle", "entropy", "dropped")
 
 
@@ -33,9 +34,11 @@ def row(run: Path) -> list[str]:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="directories of training runs")
-    for cells in (COLUMNS, ["---"] * len(COLUMNS), *map(row, parser.parse_args().runs)):
+    asked = parser(__doc__)
+    asked.add_argument("runs", nargs="*", type=Path, help="directories of training runs")
+    args = asked.parse_args()
+    runs = SMOKE if args.smoke else args.runs or asked.error("give the directories of training runs")
+    for cells in (COLUMNS, ["---"] * len(COLUMNS), *map(row, runs)):
         print(f"| {' | '.join(cells)} |")
 
 

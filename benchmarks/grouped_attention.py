@@ -4,16 +4,15 @@
 over the images in PyTorch is the bar: it does the needed work only, one image at a time.
 """
 
-import argparse
+import importlib.util
 import resource
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import torch.nn.functional as F
 
+from benchmarks import parser
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
 from evlm_jax.ops.grouping import pair_count, plan
 
@@ -42,6 +41,9 @@ def dense(start: np.ndarray, sinks: int):
 
 def torch_loop(start: np.ndarray, sinks: int):
     """scaled_dot_product_attention image by image."""
+    import torch
+    import torch.nn.functional as F
+
     counts = np.bincount(start).tolist()
 
     def attend(q, k, v):
@@ -63,6 +65,8 @@ def measure_jax(attend, arrays, weight) -> tuple[float, float]:
 
 def measure_torch(attend, arrays, weight) -> tuple[float, float]:
     """(seconds, MB by which the process grew)."""
+    import torch
+
     leaves, weight = [torch.tensor(a, requires_grad=True) for a in arrays], torch.tensor(weight)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -86,15 +90,19 @@ def fastest(step) -> float:
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=2048)
-    args = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("--images", type=int, default=64)
+    asked.add_argument("--tokens", type=int, default=2048)
+    args = asked.parse_args()
+    if args.smoke:
+        args.images, args.tokens = 3, 48
     rng, visual, heads, width, sinks = np.random.default_rng(0), 257, 8, 128, 1
     start = np.sort(np.concatenate([np.arange(args.images), rng.integers(0, args.images, args.tokens - args.images)]))
     shapes = ((1, args.tokens, heads, width), *[(1, args.images, visual, heads, width)] * 2)
     arrays, weight = [rng.standard_normal(s, np.float32) for s in shapes], rng.standard_normal(shapes[0], np.float32)
-    forms = {"torch, loop over images": (measure_torch, torch_loop(start, sinks))}
+    forms = {}
+    if importlib.util.find_spec("torch") and not args.smoke:
+        forms |= {"torch, loop over images": (measure_torch, torch_loop(start, sinks))}
     forms |= {f"grouped, tile {tile}": (measure_jax, ours(tile, start, sinks)) for tile in (16, 32, 64)}
     forms |= {"dense with mask": (measure_jax, dense(start, sinks))}
     bar = None

@@ -4,14 +4,16 @@ python -m benchmarks.lmms --checkpoint runs/demo --questions 1000               
 python -m benchmarks.lmms --checkpoint runs/demo --questions 300 --export mine_hf  # and through evlm_hf: what `evlm convert export` wrote
 """
 
-import argparse
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks import parser
 from evlm_jax.evals import results, tasks
 from evlm_jax.evals.task import Task
 
@@ -30,6 +32,7 @@ metric_list:
 """
 LOOK = "from PIL import Image\n\n\ndef look(doc):\n    return [Image.open(doc['path'])]\n"
 BATCH = 8
+GOLDEN = "tests/golden/format0_dense"
 
 
 def write(folder: Path, task: Task, data: Path | None, examples: list[dict]) -> None:
@@ -56,14 +59,20 @@ def lmms_eval(folder: Path, model: str, arguments: str) -> tuple[float, list[str
 
 def main() -> None:
     """Runs all and prints a line each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--export", help="directory of `evlm convert export --format hf` of the same checkpoint")
-    parser.add_argument("--questions", type=int, default=1000)
-    args = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("--checkpoint")
+    asked.add_argument("--export", help="directory of `evlm convert export --format hf` of the same checkpoint")
+    asked.add_argument("--questions", type=int, default=1000)
+    args = asked.parse_args()
+    if not args.checkpoint and not args.smoke:
+        asked.error("give --checkpoint")
     models = {"evlm_jax": f"checkpoint={args.checkpoint}"} | ({"evlm_hf": f"pretrained={args.export}"} if args.export else {})
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder, out = Path(name), Path(name) / "ours.json"
+        if args.smoke:  # the tiny run that the tests keep, a few questions, and what lmms-eval would be given
+            shutil.copytree(GOLDEN, folder / "golden")
+            stack.enter_context(contextlib.chdir(folder / "golden"))  # its paths are relative
+            args.checkpoint, args.questions, models = "run", 4, {}
         command = [sys.executable, "-m", "evlm_jax", "eval", "--checkpoint", args.checkpoint, "--task", "easy-vqa", "--out", str(out)]
         subprocess.run([*command, "--limit", str(args.questions), "--batch", str(BATCH)], check=True)
         result = results.load(out)

@@ -7,7 +7,6 @@ processor time (of all cores; what others on the machine disturb least), each wi
 temporaries (compiled.memory_analysis()). One core: `taskset -c 0`.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 
@@ -16,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks import parser
 from evlm_jax.config import MoEConfig
 from evlm_jax.models import moe
 from evlm_jax.models.layers import ACTIVATIONS, MLP
 
-SIZES = {"demo": (1024, 576, 288), "paper": (2048, 5120, 2560)}  # tokens, hidden, FFN
-ROUNDS = {"demo": 60, "paper": 5}
+SIZES = {"demo": (1024, 576, 288), "paper": (2048, 5120, 2560), "smoke": (64, 32, 16)}  # tokens, hidden, FFN
+ROUNDS = {"demo": 60, "paper": 5, "smoke": 1}
 
 
 def mixture(width: int, hidden: int, tile: int) -> moe.MoE:
@@ -62,13 +62,13 @@ def measure(sides: dict[str, tuple], rounds: int) -> dict[str, np.ndarray]:
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--tile", type=int, default=64)
-    parser.add_argument("--rounds", type=int, help="instead of the size's own")
-    parser.add_argument("--no-naive", action="store_true", help="leave ragged_dot out: at the paper's size a round of it takes minutes")
-    args = parser.parse_args()
-    for size in args.sizes:
+    asked = parser(__doc__)
+    asked.add_argument("--sizes", nargs="+", choices=SIZES, default=["demo", "paper"])
+    asked.add_argument("--tile", type=int, default=64)
+    asked.add_argument("--rounds", type=int, help="instead of the size's own")
+    asked.add_argument("--no-naive", action="store_true", help="leave ragged_dot out: at the paper's size a round of it takes minutes")
+    args = asked.parse_args()
+    for size in ["smoke"] if args.smoke else args.sizes:
         tokens, width, hidden = SIZES[size]
         model = mixture(width, hidden, args.tile)
         even = jax.random.normal(jax.random.key(0), (1, tokens, width))

@@ -5,7 +5,6 @@ what the ViT computes in vain. Rows a second are of one core's processor time, t
 arrays of a Batch but the pictures.
 """
 
-import argparse
 import sys
 import time
 from dataclasses import replace
@@ -13,6 +12,7 @@ from functools import partial
 
 import numpy as np
 
+from benchmarks import parser
 from evlm_jax.cli import load_config
 from evlm_jax.config import DataConfig, EVLMConfig
 from evlm_jax.data.mixture import Task
@@ -112,9 +112,10 @@ def with_slots(data: DataConfig, images: int, pool: int, slots: int) -> DataConf
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--documents", type=int, default=12_000)
-    count = parser.parse_args().documents
+    asked = parser(__doc__)
+    asked.add_argument("--documents", type=int, default=12_000)
+    args = asked.parse_args()
+    count = 60 if args.smoke else args.documents
     configs = {stage: load_config(f"experiments/evlm_14b.py:{stage}") for stage in STAGES}
     kinds = {**{kind: ("pretrain", {kind: 1}) for kind in DISTRIBUTIONS}, **{f"stage {stage}": (stage, STAGES[stage]) for stage in STAGES}}
     print(head("as configured"))

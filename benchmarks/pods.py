@@ -7,7 +7,6 @@ A slice is tried with the policies that hold least: full rematerialisation, ZeRO
 micro-batch; first with all devices along fsdp, then with more and more of them along tensor. Each plan is a process of its own.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -18,6 +17,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import parser
 from evlm_jax import flops
 from evlm_jax.cli import load_config
 from evlm_jax.planning import chips
@@ -198,12 +198,14 @@ def _sum(parts: dict[str, dict[str, float]]) -> float:
 
 def main() -> None:
     """Plans what is not planned yet, or writes the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("plan", "write"))
-    parser.add_argument("--kinds", nargs="+", choices=SLICES, default=list(SLICES))
-    parser.add_argument("--runs", nargs="+", type=int, default=list(range(len(RUNS))), help="numbers of runs")
-    args = parser.parse_args()
-    if args.action == "plan":
+    asked = parser(__doc__)
+    asked.add_argument("action", choices=("plan", "write"), nargs="?", default="write")
+    asked.add_argument("--kinds", nargs="+", choices=SLICES, default=list(SLICES))
+    asked.add_argument("--runs", nargs="+", type=int, default=list(range(len(RUNS))), help="numbers of runs")
+    args = asked.parse_args()
+    if args.smoke:
+        print(f"{PAGE}: {'as it would be written' if page() == PAGE.read_text() else sys.exit('is out of date')}")
+    elif args.action == "plan":
         for run, topology, *how in PODS:
             planned(pod(run, topology, *how))
         for kind, number in itertools.product(args.kinds, args.runs):

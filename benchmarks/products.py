@@ -8,9 +8,11 @@ import time
 import jax
 import jax.numpy as jnp
 
+from benchmarks import parser
 from evlm_jax.ops.product import product
 
 POSITIONS, WIDTH, HIDDEN, REPEATS = 1024, 576, 1536, 50
+SMOKE = (16, 24, 32, 1)
 
 
 def plain(result: str | None):
@@ -18,11 +20,12 @@ def plain(result: str | None):
     return lambda x, kernel: jnp.einsum("td,df->tf", x, kernel, preferred_element_type=result)
 
 
-def speed(layer, dtype: str, backward: bool) -> float:
+def speed(layer, dtype: str, backward: bool, sizes: tuple[int, ...]) -> float:
     """GFLOP/s."""
-    key, flops = jax.random.key(0), 2 * POSITIONS * WIDTH * HIDDEN * (2 if backward else 1)
-    x, kernel = jax.random.normal(key, (POSITIONS, WIDTH), dtype), jax.random.normal(key, (WIDTH, HIDDEN), dtype)
-    g = jax.random.normal(key, (POSITIONS, HIDDEN), dtype)
+    positions, width, hidden, repeats = sizes
+    key, flops = jax.random.key(0), 2 * positions * width * hidden * (2 if backward else 1)
+    x, kernel = jax.random.normal(key, (positions, width), dtype), jax.random.normal(key, (width, hidden), dtype)
+    g = jax.random.normal(key, (positions, hidden), dtype)
 
     def both(x):
         y, transpose = jax.vjp(lambda x: layer(x, kernel).astype(dtype), x)  # layers hand on what has their dtype
@@ -31,14 +34,15 @@ def speed(layer, dtype: str, backward: bool) -> float:
     run = jax.jit(both if backward else lambda x: layer(x, kernel).astype(dtype))
     jax.block_until_ready(run(x))
     begin = time.perf_counter()
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         out = run(x)
     jax.block_until_ready(out)
-    return flops * REPEATS / (time.perf_counter() - begin) / 1e9
+    return flops * repeats / (time.perf_counter() - begin) / 1e9
 
 
 def main() -> None:
     """Measures and prints."""
+    sizes = SMOKE if parser(__doc__).parse_args().smoke else (POSITIONS, WIDTH, HIDDEN, REPEATS)
     forms = {
         "float32": (plain(None), "float32"),
         "bfloat16 -> bfloat16": (plain(None), "bfloat16"),
@@ -48,7 +52,7 @@ def main() -> None:
     print(f"{'GFLOP/s':<38}{'forward':>16}{'with gradient':>16}")
     base = None
     for name, (layer, dtype) in forms.items():
-        speeds = [speed(layer, dtype, backward) for backward in (False, True)]
+        speeds = [speed(layer, dtype, backward, sizes) for backward in (False, True)]
         base = base or speeds
         print(f"{name:<38}" + "".join(f"{s:8.0f} ({s / b:4.2f}x)" for s, b in zip(speeds, base)), flush=True)
 

@@ -3,8 +3,10 @@
 `evlm ablate --variants ... --out docs/results/ablations` makes the missing runs; git keeps their result.json.
 """
 
+import sys
 from pathlib import Path
 
+from benchmarks import parser
 from evlm_jax.ablate.claims import FAILS, HOLDS, UNDECIDED, UNJUDGED, judge, obstacles
 from evlm_jax.ablate.collect import BUDGETS, cells, collect, header, rows, variants
 from evlm_jax.ablate.job import BASE
@@ -58,8 +60,12 @@ def _table(names: list[str], lines) -> str:
 
 
 def main() -> None:
-    """Writes both pages."""
+    """Writes both pages; a smoke says whether the saved one is what would be written."""
+    smoke = parser(__doc__).parse_args().smoke
     found = collect(sorted(RUNS.glob("*/*/result.json")))
+    if smoke:
+        written = page(found)
+        return print(f"{PAGE}: {'as it would be written' if written == PAGE.read_text('utf-8') else sys.exit('is out of date')}")
     PAGE.write_text(page(found), "utf-8")
     render(found, HTML)
 

@@ -94,9 +94,11 @@ def _read(path: str, least: int) -> Image.Image:
         except Exception as error:
             file.seek(0)
             content = file.read()
-            if (mended := mend(content)) is None:
-                raise foreign(content) or error from error
-            return _decoded(io.BytesIO(mended), least)
+            if mended := mend(content):
+                return _decoded(io.BytesIO(mended), least)
+            if other := foreign(content):
+                raise other from error
+            raise  # not `from` itself: who follows causes would go round for ever
 
 
 def _decoded(file: BinaryIO, least: int) -> Image.Image:

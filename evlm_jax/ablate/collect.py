@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from evlm_jax.ablate.budget import FLOPS, QUESTIONS
 from evlm_jax.ablate.job import BASE, CAPTION, CHOICE, unpack
@@ -80,8 +79,17 @@ def collect(files: Sequence[Path]) -> dict:
 def _apart(one: dict, other: dict) -> list[str]:
     """Names of settings that differ; of the base, fields that both know: one that came later says what the code did before."""
     wrong = [name for name in one | other if name != "base" and one.get(name) != other.get(name)]
-    a, b = (flatten_dict(settings["base"], sep=".") for settings in (one, other))
-    return wrong + ["base"] * any(a[name] != b[name] for name in (a.keys() & b.keys()) - {"format"})
+    a, b = (_fields(settings["base"]) for settings in (one, other))
+    return wrong + ["base"] * any(a[name] != b[name] for name in (a.keys() & b.keys()) - {"/format"})
+
+
+def _fields(node, name: str = "") -> dict:
+    """{full name: value} of all that is in dicts and lists."""
+    if isinstance(node, list | tuple):
+        node = dict(enumerate(node)) | {"length": len(node)}
+    if not isinstance(node, dict):
+        return {name: node}
+    return {full: value for key, entry in node.items() for full, value in _fields(entry, f"{name}/{key}").items()}
 
 
 def variants(found: dict) -> list[str]:

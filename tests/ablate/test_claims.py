@@ -29,7 +29,7 @@ def run(variant, seed, share, questions=24_000, cheap=False):
         measured |= {"emoji/CIDEr (words)": job.pack(rng.random(30)), "emoji/exact match (words)": job.pack([0.0, 100.0] * 15)}
         facts = {"loss": 0.2, "step_seconds": 2.0, "peak_bytes": 2**31, "device": "1 x cpu, 2 CPU cores", "weights_sha256": "0" * 64}
         made[str(step)] = {"measured": measured, "clusters": {job.CHOICE: SIZES, job.CAPTION: EMOJI}, "scores": {}, **facts}
-    settings = {"questions": 24_000, "limit": None, "base": {"name": "base"}}
+    settings = {"questions": 24_000, "limit": None, "base": {"name": "base", "phases": [{"warmup": 0}]}}
     changes = {} if variant == "base" else {"vit.taps": [4]}
     return {"variant": variant, "seed": seed, "changes": changes, "settings": settings, "trained": 21_000_000, "budgets": budgets} | {
         "readings": made
@@ -137,7 +137,8 @@ def test_runs_that_cannot_be_compared_are_refused(saved):
     begun = runs[-1] | {"settings": runs[-1]["settings"] | {"init": "0" * 64}}
     with pytest.raises(ValueError, match="fused/2/result.json: its init differ"):
         saved([*runs[:-1], begun])
-    changed, newer = (runs[-1] | {"settings": runs[-1]["settings"] | {"base": {"name": name, "later": 1}}} for name in ("other", "base"))
+    bases = {"name": "base", "phases": [{"warmup": 1}]}, {"name": "base", "phases": [{"warmup": 0, "step": None}], "later": 1}
+    changed, newer = (runs[-1] | {"settings": runs[-1]["settings"] | {"base": base}} for base in bases)
     with pytest.raises(ValueError, match="fused/2/result.json: its base differ"):
         saved([*runs[:-1], changed])
     assert len(saved([*runs[:-1], newer])["runs"]) == len(runs)  # a field that came later

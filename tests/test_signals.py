@@ -104,11 +104,11 @@ def mounted(tmp_path):
     subprocess.run(["umount", "-l", folder], capture_output=True, check=False)
 
 
-def test_a_full_disk_is_told_of_in_one_line(experiment, mounted):
-    """Steps are kept until it is full. What was saved before is whole."""
+def test_a_full_disk_is_told_of(experiment, mounted):
+    """In the last line, behind what orbax's threads log. What was saved before is whole."""
     disk = mounted("size=4m")
     code, _, told = end(start(experiment, disk, "--config.train.save_every=1", "--config.train.keep=1000"))
-    assert code == 1 and len(told) == 1 and str(disk) in told[0] and "No space left on device" in told[0]
+    assert code == 1 and told[-1].startswith(f"evlm: {disk}: a save failed") and "No space left on device" in told[-1]
     assert checkpoint.steps(disk) and checkpoint.read(disk).meta["step"] == max(checkpoint.steps(disk))
 
 

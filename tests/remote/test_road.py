@@ -89,5 +89,6 @@ def test_the_whole_road(evlm, bucket, store, tmp_path):
     done(evlm("train", "--config", file, *more, "--init", f"{root}/moe", "--workdir", f"{root}/moe-run"))
     assert checkpoint.steps(f"{root}/moe-run") == [2]
     assert list((tmp_path / "cache/features").rglob("taps.bin"))
-    for name in ("here", "temporary"):
-        assert [path for path in (tmp_path / name).rglob("*") if path.is_file()] == [], name
+    assert list((tmp_path / "here").iterdir()) == []
+    left = {path.parent.name for path in (tmp_path / "temporary").rglob("*") if path.is_file()}
+    assert len(left) <= 1 and all(name.startswith("evlm-") for name in left)  # TensorBoard's, of the process that was killed

@@ -168,7 +168,7 @@ def from_data_uri(uri: str) -> Image.Image:
 
 def loss_curves(losses: dict[str, dict[str, Sequence[float]]]) -> str:
     """SVG of {source: {"step": [...], "loss": [...]}}: every value faint, a running mean on top."""
-    figure, axes = _figure(7.2, 3.6)
+    figure, axes = _figure(5.2, 3.4)
     for (source, curve), colour in zip(losses.items(), cycle(SERIES)):
         step, loss = np.asarray(curve["step"]), np.asarray(curve["loss"], np.float64)
         window = max(1, len(loss) // 25)
@@ -184,7 +184,7 @@ def loss_curves(losses: dict[str, dict[str, Sequence[float]]]) -> str:
 
 def score_curves(curves: dict[str, dict[str, Sequence[float]]]) -> str:
     """SVG of {name: {"step": [...], "score": [...]}}."""
-    figure, axes = _figure(7.2, 3.6)
+    figure, axes = _figure(5.2, 3.4)
     for i, (name, curve) in enumerate(curves.items()):
         dash = "-" if i < len(SERIES) else "--"  # more than there are colours
         axes.plot(curve["step"], curve["score"], dash, color=SERIES[i % len(SERIES)], linewidth=2, marker="o", markersize=3, label=name)
@@ -195,7 +195,7 @@ def score_curves(curves: dict[str, dict[str, Sequence[float]]]) -> str:
 
 def gate_bars(layers: Sequence[int], attn: Sequence[float], ffn: Sequence[float]) -> str:
     """SVG of tanh(gate) of the cross-attention and of its FFN, by LLM layer."""
-    figure, axes = _figure(7.2, 3.2)
+    figure, axes = _figure(5.2, 3.0)
     x, width = np.arange(len(layers)), 0.4
     axes.bar(x - width / 2, attn, width, color=SERIES[0], label="attention gate")
     axes.bar(x + width / 2, ffn, width, color=SERIES[1], label="FFN gate")
@@ -225,27 +225,41 @@ def load_maps(layers: Sequence[int], load: dict[str, Sequence[Sequence[float]]])
     return _svg(figure)
 
 
-def intervals(rows: dict[str, tuple[float, float, float, Sequence[float]]], label: str) -> str:
-    """SVG of {name: (mean, low, high, values)}: one line a name, from the top, with its values as points; 0 is marked."""
-    figure, axes = _figure(7.2, 0.9 + 0.27 * len(rows), grid="x")
-    for y, (mean, low, high, values) in enumerate(rows.values()):
-        axes.plot([low, high], [y, y], color=SERIES[1], linewidth=2)
-        axes.plot(values, [y] * len(values), "o", color=SERIES[1], alpha=0.5, markersize=4, markeredgewidth=0)
-        axes.plot([mean], [y], "D", color=SERIES[0], markersize=6, markeredgewidth=0)
+def intervals(rows: dict[str, dict[str, tuple[float, float, float, Sequence[float]]]], label: str) -> str:
+    """SVG of {name: {series: (mean, low, high, values)}}: from the top, a line a name and series, with its values as points; 0 is marked.
+
+    Narrow, so that it can be read on a phone and stand beside others.
+    """
+    series = dict(zip(dict.fromkeys(kind for row in rows.values() for kind in row), cycle(SERIES)))
+    figure, axes = _figure(4.2, 1.3 + 0.34 * len(rows), grid="x")
+    for y, row in enumerate(rows.values()):
+        for (kind, colour), offset in zip(series.items(), np.linspace(-0.18, 0.18, len(series))):
+            if kind in row:
+                (mean, low, high, values), at = row[kind], y + offset
+                axes.plot([low, high], [at, at], color=colour, linewidth=2)
+                axes.plot(values, [at] * len(values), "o", color=colour, alpha=0.5, markersize=4, markeredgewidth=0)
+                axes.plot([mean], [at], "D", color=colour, markersize=6, markeredgewidth=0)
     axes.axvline(0, color=INK, linewidth=1)
     axes.set_yticks(range(len(rows)), list(rows))
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set(xlabel=label)
+    marks = [matplotlib.lines.Line2D([], [], color=colour, marker="D", label=kind) for kind, colour in series.items()]
+    figure.legend(handles=marks, loc="outside upper left", frameon=False, labelcolor=INK, fontsize=10)
     return _svg(figure)
 
 
 def named_points(points: dict[str, tuple[float, float]], x: str, y: str) -> str:
-    """SVG of {name: (x, y)}, each with its name beside it."""
-    figure, axes = _figure(7.2, 4.2)
-    for name, (right, up) in points.items():
-        axes.plot([right], [up], "o", color=SERIES[0], markersize=6, markeredgewidth=0)
-        axes.annotate(name, (right, up), (5, 3), textcoords="offset points", color=INK, fontsize=9)
+    """SVG of {name: (x, y)}, each with its name beside it; names that would meet stand one above the other."""
+    figure, axes = _figure(5.2, 3.8)
+    axes.plot(*zip(*points.values()), "o", color=SERIES[0], markersize=6, markeredgewidth=0)
     axes.set(xlabel=x, ylabel=y)
+    figure.draw_without_rendering()  # places in the picture are known from here on
+    taken = []
+    for name, point in sorted(points.items(), key=lambda item: item[1][1]):
+        right, up = own = axes.transData.transform(point) * 72 / figure.dpi
+        up = max([up] + [top + 10 for left, top in taken if abs(left - right) < 50])
+        taken.append((right, up))
+        axes.annotate(name, point, (6, up - own[1] - 3), textcoords="offset points", color=INK, fontsize=9)
     return _svg(figure)
 
 

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from evlm_jax import report, viz
 from evlm_jax.ablate.budget import QUESTIONS
 from evlm_jax.ablate.claims import HOLDS, Judgement, judge, obstacles
-from evlm_jax.ablate.collect import ACCURACY, BUDGETS, cells, header, interval, rows, variants
+from evlm_jax.ablate.collect import ACCURACY, BUDGETS, HEADER, MEASURES, Measure, Row, cells, header, interval, rows, variants
 from evlm_jax.ablate.job import BASE
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -19,16 +19,17 @@ TEMPLATE = Path(__file__).with_name("page.html")
 def render(found: dict, out: Path) -> Path:
     """Writes the page of `collect`'s dict and returns its path."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    sections = [_section(found, budget, title) for budget, title in BUDGETS.items()]
-    seen = rows(found, QUESTIONS)
+    made = {budget: rows(found, budget) for budget in BUDGETS}
+    seen = made[QUESTIONS]
     points = {row.variant: (row.flops / 1e15, float(np.mean(row.means[ACCURACY.key]))) for row in seen}
     page = environment.from_string(TEMPLATE.read_text("utf-8")).render(
         style=Markup(report.style()),
         about=about(found),
+        effects=[_effects(made, measure) for measure in MEASURES] if len(seen) > 1 else [],
         obstacles=obstacles(found),
         claims=[judgement_cells(judgement) for judgement in judge(found)],
         good=HOLDS,
-        sections=sections,
+        sections=[_section(made[budget], title) for budget, title in BUDGETS.items()],
         cost=Markup(viz.named_points(points, "training FLOPs, P (1e15)", ACCURACY.name)),
         changes=[(row.variant, described(row.changes)) for row in seen],
         base_json=json.dumps(found["settings"]["base"], ensure_ascii=False, indent=1),
@@ -63,11 +64,20 @@ def described(changes: dict) -> str:
     return ", ".join(f"{key} = {short(value)}" for key, value in changes.items()) or "the base"
 
 
-def _section(found: dict, budget: str, title: str) -> dict:
-    """A budget's plot and table."""
-    made = rows(found, budget)
-    base = np.mean(next(row.means[ACCURACY.key] for row in made if row.variant == BASE))
-    apart = {row.variant: (row.against[ACCURACY.key], np.subtract(row.means[ACCURACY.key], base)) for row in made if row.variant != BASE}
-    plotted = {name: (found.mean, found.low, found.high, seeds) for name, (found, seeds) in apart.items() if found}
-    svg = Markup(viz.intervals(plotted, f"{ACCURACY.name}: less the base")) if plotted else None
-    return {"title": title, "svg": svg, "header": header(), "rows": [cells(row) for row in made]}
+def _effects(made: dict[str, list[Row]], measure: Measure) -> Markup:
+    """Every variant less the base at every budget, as one plot."""
+    base = {budget: np.mean(next(row.means[measure.key] for row in made[budget] if row.variant == BASE)) for budget in made}
+    plotted = {row.variant: {} for row in made[QUESTIONS] if row.variant != BASE}
+    for budget, title in BUDGETS.items():
+        for row in made[budget]:
+            if apart := row.against[measure.key]:
+                plotted[row.variant][title] = apart.mean, apart.low, apart.high, np.subtract(row.means[measure.key], base[budget])
+    better = "right" if measure.sign > 0 else "left"
+    return Markup(viz.intervals(plotted, f"{measure.name}\nless the base; better to the {better}"))
+
+
+def _section(made: list[Row], title: str) -> dict:
+    """A budget's tables: what was measured, and what it took."""
+    names, lines, count = header(), [cells(row) for row in made], len(HEADER)
+    measured = [names[0], *names[count:]], [[line[0], *line[count:]] for line in lines]
+    return {"title": title, "measured": measured, "facts": (HEADER, [line[:count] for line in lines])}

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.results import page as markdown
+from evlm_jax import viz
 from evlm_jax.ablate import claims, collect, job, page
 from evlm_jax.ablate.budget import FLOPS, QUESTIONS
 from evlm_jax.evals import results
@@ -124,9 +125,31 @@ def test_pages_say_what_was_found(saved, tmp_path):
         "equal training FLOPs",
     ):
         assert shown in html and shown in text
-    assert html.count("<svg") == 3 and "<script" not in html and not re.search(r'(src|href)="(?!#|data:)', html)
+    assert html.count("<svg") == 4 and "<script" not in html and not re.search(r'(src|href)="(?!#|data:)', html)
     widths = {line.count("|") for line in text.splitlines() if line.startswith("| base") or line.startswith("| variant | trained")}
     assert len(widths - {3}) == 1 and "evlm ablate --variants tap-4,tap-8," in text
+
+
+def test_the_page_opens_with_every_variant_at_both_budgets(saved, tmp_path):
+    runs = [run(variant, seed, RIGHT[variant]) for variant in ("base", "tap-4", "media-1") for seed in range(2)]
+    runs += [run("fused", 7, 0.9)]  # a seed that the base does not have
+    html = page.render(saved(runs), tmp_path / "p.html").read_text("utf-8")
+    figure = html[html.index("<figure>") : html.index("</figure>")]
+    assert html.index("<figure>") < html.index("<table")
+    panels = re.findall("<svg.*?</svg>", figure, re.S)
+    assert len(panels) == len(collect.MEASURES)
+    for panel, measure in zip(panels, collect.MEASURES):
+        texts = re.findall(r"<text[^>]*>([^<]*)</text>", panel)
+        assert {"tap-4", "media-1", "fused"} <= {*texts} and "base" not in texts and measure.name in "".join(texts)
+        assert {*collect.BUDGETS.values()} <= {*texts}
+    alone = page.render(saved(runs[:2]), tmp_path / "alone.html").read_text("utf-8")
+    assert "<figure" not in alone
+
+
+def test_the_first_figure_draws_each_interval():
+    drawn = viz.intervals({"a": {"one": (1, -2, 4, [0, 2]), "two": (2, 1, 3, [2])}, "b": {"one": (-1, -2, 0, [-1])}, "c": {}}, "label")
+    strokes = [drawn.count(f"stroke: var(--series-{i}); stroke-width: 2") for i in range(2)]
+    assert strokes == [2, 1]
 
 
 def test_runs_that_cannot_be_compared_are_refused(saved):

@@ -23,12 +23,11 @@ from evlm_jax.mesh import Layout, check_parameters, make_layout
 from evlm_jax.metrics import Meter, work
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.norm_init import centre_norms
-from evlm_jax.paths import Mirror
 from evlm_jax.processes import gather, on_host, say, stopping
 from evlm_jax.sharding import gather_once, settle
 from evlm_jax.start import fresh, restored
 from evlm_jax.status import Stopped
-from evlm_jax.watch import Due, Watch
+from evlm_jax.watch import Due, Trace, Watch
 
 # ---------------------------------------------------------------------------------------------------------------- the step
 
@@ -210,38 +209,45 @@ def train(
         snapshot = checkpoints.resume(resume)
         if snapshot:
             continuity.check(cfg, snapshot.meta, data, other_data)
-        step, phase, whole, groups, trained, bad = _start(cfg, snapshot, layout, data, load, params, trained)
-        if step >= cfg.train.steps:
-            say(f"{workdir} is finished: it has step {step}, and train.steps is {cfg.train.steps}")
-        meter = stack.enter_context(Meter(cfg, workdir, step, layout.mesh.size, tensorboard))
-        stop = stack.enter_context(stopping())
-        watch, due, saved, status = Watch(meter, cfg.train.bad_updates, bad), Due(cfg.train), step, 0
-        state = None
+        start = _start(cfg, snapshot, layout, data, load, params, trained)
+        if start.step >= cfg.train.steps:
+            say(f"{workdir} is finished: it has step {start.step}, and train.steps is {cfg.train.steps}")
+        meter = stack.enter_context(Meter(cfg, workdir, start.step, layout.mesh.size, tensorboard))
+        trace = Trace(checkpoints.root / "profile", profile)
+        step, saved, status = _loop(cfg, start, data, load, checkpoints, meter, trace, on_step or (lambda *_: None))
+    if step < cfg.train.steps:
+        raise Stopped(f"stopped by a signal at step {step} of {cfg.train.steps}, saved at {saved}: the same command goes on", status)
+    if saved < step:
+        raise FloatingPointError(f"the last updates to step {step} were not finite, the newest that was saved is {saved}")
+    return step
+
+
+def _loop(
+    cfg: EVLMConfig, start: Start, data: Iterator, load: Callable, checkpoints: Checkpoints, meter: Meter, trace: Trace, on_step: Callable
+) -> tuple[int, int, int]:
+    """To the last step or a signal. Returns (finished updates, the newest saved, exit status of the signal or 0)."""
+    step, phase, whole, groups, trained, bad = start
+    watch, due, saved, status, state = Watch(meter, cfg.train.bad_updates, bad), Due(cfg.train), step, 0, None
+    with stopping() as stop:
         while step < cfg.train.steps and not status:
             if state is None or optim.phase_at(cfg, step) != phase.number:
                 if state is not None:
                     watch.look()
                     whole, groups = phase.whole(state), state.groups
-                phase = Phase(cfg, optim.phase_at(cfg, step), layout)
+                phase = Phase(cfg, optim.phase_at(cfg, step), phase.layout)
                 state = phase.enter(step, whole, groups)
                 checkpoints.freeze(names.flatten(cfg, on_host(phase.frozen)))
                 trained, whole, groups = trained | phase.trained, None, None
             batch, info = next(data)
-            if profile and step + 1 == profile[0]:
-                trace = Mirror(checkpoints.root / "profile")
-                jax.profiler.start_trace(str(trace.here))
+            trace.before(step + 1)
             state, report = phase.update(state, load(batch))
             step += 1
             meter.dropped(info["drops"])
             watch.add(step, info["keys"], work(cfg, batch, info, phase.trained), report)
-            if on_step:
-                meter.note(step, on_step(step, functools.partial(phase.model, state)))
+            meter.note(step, on_step(step, functools.partial(phase.model, state)))
             status = stop(step)
             last = bool(status) or step == cfg.train.steps
-            if profile and (step == profile[1] or profile[0] <= step < profile[1] and last):
-                jax.block_until_ready(state)
-                jax.profiler.stop_trace()
-                trace.close()
+            trace.after(step, last, state)
             checkpoints.check()
             if due(step) or last:
                 watch.look()
@@ -250,11 +256,7 @@ def train(
                     checkpoints.save(step, *phase.on_disk(state), _meta(cfg, phase, data, trained, watch.bad))
                     saved = step
                     due.done()
-    if step < cfg.train.steps:
-        raise Stopped(f"stopped by a signal at step {step} of {cfg.train.steps}, saved at {saved}: the same command goes on", status)
-    if saved < step:
-        raise FloatingPointError(f"the last updates to step {step} were not finite, the newest that was saved is {saved}")
-    return step
+    return step, saved, status
 
 
 def _start(

@@ -5,9 +5,11 @@ from collections import deque
 from typing import Any
 
 import jax
+from etils import epath
 
 from evlm_jax.config import TrainConfig
 from evlm_jax.metrics import Meter
+from evlm_jax.paths import Mirror
 from evlm_jax.processes import gather
 
 IN_FLIGHT = 2  # steps dispatched before the host looks at the values of an older one
@@ -78,3 +80,24 @@ class Due:
     def done(self) -> None:
         """Of a save."""
         self._owed, self._since = False, time.monotonic()
+
+
+class Trace:
+    """JAX's profile of the updates (first, last), in `folder`; nothing where there is no such span."""
+
+    def __init__(self, folder: epath.Path, span: tuple[int, int] | None):
+        self._folder, self._span, self._files = folder, span, None
+
+    def before(self, step: int) -> None:
+        """Begins with the first update."""
+        if self._span and step == self._span[0]:
+            self._files = Mirror(self._folder)
+            jax.profiler.start_trace(str(self._files.here))
+
+    def after(self, step: int, last: bool, state: Any) -> None:
+        """Ends with the last update of the span, or of the run."""
+        if self._files and (last or step == self._span[1]):
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self._files.close()
+            self._files = None

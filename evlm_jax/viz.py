@@ -178,7 +178,7 @@ def loss_curves(losses: dict[str, dict[str, Sequence[float]]]) -> str:
     axes.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")
     axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    axes.legend(frameon=False, labelcolor=INK)
+    _legend(figure)
     return _svg(figure)
 
 
@@ -189,7 +189,7 @@ def score_curves(curves: dict[str, dict[str, Sequence[float]]]) -> str:
         dash = "-" if i < len(SERIES) else "--"  # more than there are colours
         axes.plot(curve["step"], curve["score"], dash, color=SERIES[i % len(SERIES)], linewidth=2, marker="o", markersize=3, label=name)
     axes.set(xlabel="step", ylabel="score")
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+    _legend(figure)
     return _svg(figure)
 
 
@@ -202,14 +202,14 @@ def gate_bars(layers: Sequence[int], attn: Sequence[float], ffn: Sequence[float]
     axes.axhline(0, color=LINE, linewidth=1)
     axes.set_xticks(x[:: max(1, len(layers) // 15)], [str(layer) for layer in layers][:: max(1, len(layers) // 15)])
     axes.set(xlabel="language model layer", ylabel="tanh(gate)")
-    axes.legend(frameon=False, labelcolor=INK)
+    _legend(figure)
     return _svg(figure)
 
 
 def load_maps(layers: Sequence[int], load: dict[str, Sequence[Sequence[float]]]) -> str:
     """SVG of {kind of token: shares [X, E]}: a map of LLM layers by experts each; all maps have one scale, from 0 to the largest share."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure((11, 0.9 + 0.13 * len(layers)), layout="constrained")
+        figure = Figure((8, 0.9 + 0.13 * len(layers)), layout="constrained")
         panels = figure.subplots(1, len(load), sharey=True, squeeze=False)[0]
     top = max(np.max(shares) for shares in load.values())
     for axes, (kind, shares) in zip(panels, load.items(), strict=True):
@@ -244,12 +244,12 @@ def intervals(rows: dict[str, dict[str, tuple[float, float, float, Sequence[floa
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set(xlabel=label)
     marks = [matplotlib.lines.Line2D([], [], color=colour, marker="D", label=kind) for kind, colour in series.items()]
-    figure.legend(handles=marks, loc="outside upper left", frameon=False, labelcolor=INK, fontsize=10)
+    _legend(figure, marks)
     return _svg(figure)
 
 
 def named_points(points: dict[str, tuple[float, float]], x: str, y: str) -> str:
-    """SVG of {name: (x, y)}, each with its name beside it; names that would meet stand one above the other."""
+    """SVG of {name: (x, y)}, each with its name beside it; names that would meet stand one above the other, a thin line leads to each."""
     figure, axes = _figure(5.2, 3.8)
     axes.plot(*zip(*points.values()), "o", color=SERIES[0], markersize=6, markeredgewidth=0)
     axes.set(xlabel=x, ylabel=y)
@@ -259,7 +259,8 @@ def named_points(points: dict[str, tuple[float, float]], x: str, y: str) -> str:
         right, up = own = axes.transData.transform(point) * 72 / figure.dpi
         up = max([up] + [top + 10 for left, top in taken if abs(left - right) < 50])
         taken.append((right, up))
-        axes.annotate(name, point, (6, up - own[1] - 3), textcoords="offset points", color=INK, fontsize=9)
+        line = {"arrowstyle": "-", "color": INK, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
+        axes.annotate(name, point, (16, up - own[1] - 3), textcoords="offset points", color=INK, fontsize=9, arrowprops=line)
     return _svg(figure)
 
 
@@ -272,6 +273,14 @@ def _figure(width: float, height: float, grid: str = "y"):
     axes.set_axisbelow(True)
     _theme(axes)
     return figure, axes
+
+
+def _legend(figure: Figure, handles: Sequence = ()) -> None:
+    """Above the axes, where it covers nothing, in as many columns as have room; of a name that is too long its end."""
+    handles = handles or figure.axes[0].get_legend_handles_labels()[0]
+    names = [name if len(name) <= 50 else "\u2026" + name[-49:] for name in (handle.get_label() for handle in handles)]
+    columns = int(72 * figure.get_figwidth() / (46 + 5.4 * max(map(len, names), default=0)))
+    figure.legend(handles, names, loc="outside upper left", ncols=max(1, columns), frameon=False, labelcolor=INK, fontsize=9)
 
 
 def _theme(axes) -> None:

@@ -66,6 +66,7 @@ def test_the_report_fits(saved, tmp_path):
         "tagline": long,
         "setup": [["vision", long]],
     }
+    made["losses"] |= {f"/some/where/{'far/' * n}rows.jsonl": curve for n in (1, 30) for curve in made["losses"].values()}
     for example in made["emoji"] + made["sources"] + [asked for picture in made["vqa"] for asked in picture["questions"]]:
         example |= {"question": long, "prediction": long}
     text = report.render(made, tmp_path / "report.html").read_text("utf-8")

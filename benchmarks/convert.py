@@ -194,7 +194,7 @@ def peer(args: argparse.Namespace) -> None:
     vit |= {"intermediate_size": cfg.vit.mlp, "image_size": cfg.vit.image_size, "patch_size": cfg.vit.patch}
     vit |= {"layer_norm_eps": cfg.vit.eps, "hidden_act": cfg.vit.activation}
     write_source(vision, cfg, "vit", "clip", "", vit)
-    stock = describe_llm(cfg, SimpleNamespace(eos=(256,)), "bfloat16")["config.json"]
+    stock = describe_llm(cfg, SimpleNamespace(eos=(256,), bos=(), ids=range(256)), "bfloat16")["config.json"]
     count = write_source(llm, cfg, "llm", "llama", "", stock)
     write_tiktoken(llm)
     seconds = {"import": [], "export": [], "transformers": []}

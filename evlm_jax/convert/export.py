@@ -145,7 +145,7 @@ def describe_model(cfg: EVLMConfig, tokenizer: Tokenizer, dtype: str) -> dict[st
     sections = {name: asdict(getattr(cfg, name)) for name in ("vit", "llm", "xattn", "moe", "media")}
     model = {"model_type": "evlm", "architectures": ["EVLMForCausalLM"], "auto_map": auto, "dtype": dtype}
     model |= sections | {"image_token_id": tokenizer.id(cfg.media.placeholder)}
-    return {"config.json": model, "generation_config.json": _generation(tokenizer)}
+    return {"config.json": model, "generation_config.json": _generation(tokenizer, cfg.llm.vocab)}
 
 
 def describe_llm(cfg: EVLMConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, dict]:
@@ -156,13 +156,17 @@ def describe_llm(cfg: EVLMConfig, tokenizer: Tokenizer, dtype: str) -> dict[str,
     model |= {"num_hidden_layers": llm.layers, "num_attention_heads": llm.heads, "num_key_value_heads": llm.kv_heads}
     model |= {"head_dim": llm.head_dim, "intermediate_size": llm.mlp, "rms_norm_eps": llm.eps, "hidden_act": "silu"}
     model |= {"rope_theta": llm.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": llm.rope_theta}}
-    model |= {"tie_word_embeddings": llm.tied, "bos_token_id": next(iter(tokenizer.bos), None)} | _generation(tokenizer)
-    return {"config.json": model, "generation_config.json": _generation(tokenizer)}
+    model |= {"tie_word_embeddings": llm.tied, "bos_token_id": next(iter(tokenizer.bos), None)}
+    model |= {"eos_token_id": list(tokenizer.eos), "pad_token_id": tokenizer.eos[0]}
+    return {"config.json": model, "generation_config.json": _generation(tokenizer, llm.vocab)}
 
 
-def _generation(tokenizer: Tokenizer) -> dict:
+def _generation(tokenizer: Tokenizer, rows: int) -> dict:
+    """Rows of the embedding without a token are never drawn, as in generation here."""
     start = {"bos_token_id": tokenizer.bos[0]} if tokenizer.bos else {}
-    return start | {"eos_token_id": list(tokenizer.eos), "pad_token_id": tokenizer.eos[0]}
+    nothing = sorted(set(range(rows)) - set(tokenizer.ids))
+    never = {"suppress_tokens": nothing} if nothing else {}
+    return start | {"eos_token_id": list(tokenizer.eos), "pad_token_id": tokenizer.eos[0]} | never
 
 
 def describe_processor(cfg: EVLMConfig, tokenizer: Tokenizer) -> dict[str, dict]:

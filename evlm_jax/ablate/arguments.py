@@ -26,7 +26,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def _names(text: str) -> list[str]:
-    return text.split(",")
+    names = text.split(",")
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"must be names, as a,b,c, got {text!r}")
+    return names
 
 
 def _numbers(text: str) -> list[int]:

@@ -63,7 +63,7 @@ def config(folder: Path, name: str):
 
     sources = dict(sources=("llava:rows.jsonl", "folder:pictures"), weights=(2.0, 1.0), window=4, length=96, targets=48, pairs=24)
     form = FORMS[name]
-    train = dict(steps=12, save_every=3, keep=2) | form.get("train", {})
+    train = dict(steps=12, save_every=3, keep=1) | form.get("train", {})
     cfg = tiny_config(data=sources, train=train, vit=dict(cuts=(2,)), **{k: v for k, v in form.items() if k != "train"})
     phases = [(0.0, CROSS_ONLY), (0.25, UPPER_VIT)]
     phases = tuple(Phase(start=start, warmup=2, rules=tuple(Rule(**rule) for rule in rules)) for start, rules in phases)
@@ -76,17 +76,22 @@ def config(folder: Path, name: str):
 
 def run(cfg) -> None:
     """The run, cut off by SIGTERM at an update that is saved."""
+    from evlm_jax.checkpoint import steps
     from evlm_jax.convert.engine import load_towers
     from evlm_jax.data.pipeline import batches
-    from evlm_jax.tokenizer import load_tokenizer
+    from evlm_jax.status import Stopped
+    from evlm_jax.tokenizer import keep_tokenizer, load_tokenizer
     from evlm_jax.train import train
 
     def stop(step, model):
         if step == STOP:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with contextlib.closing(batches(cfg, load_tokenizer(cfg.init.llm))) as stream:
-        assert train(cfg, "run", stream, load_towers(cfg), on_step=stop) == STOP
+    tokenizer = load_tokenizer(cfg.init.llm)
+    keep_tokenizer(tokenizer, "run")
+    with contextlib.closing(batches(cfg, tokenizer)) as stream, contextlib.suppress(Stopped):
+        train(cfg, "run", stream, load_towers(cfg), on_step=stop)
+    assert steps("run") == [STOP]
 
 
 def expected(cfg) -> dict:

@@ -26,10 +26,12 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.mesh
 
 
-@pytest.mark.parametrize("part", ["devices", "answers"])
-def test_on_eight_devices(part, capsys):
+@pytest.mark.parametrize(
+    "part, which", [("devices", "not slow"), ("answers", "not slow"), pytest.param("devices", "slow", marks=pytest.mark.slow)]
+)
+def test_on_eight_devices(part, which, capsys):
     flags = "--xla_force_host_platform_device_count=8"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/mesh/{part}.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", which, f"tests/mesh/{part}.py"]
     run = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, cwd=ROOT, capture_output=True, text=True)
     with capsys.disabled():
         print(f"\n{part} on eight devices: {run.stdout.strip().splitlines()[-1]}")

@@ -23,6 +23,11 @@ from tests.tiny import BASELINES, UPPER_VIT, TinyData, tiny_batch, tiny_config, 
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8), (2, 2, 2, 1), (1, 2, 2, 2)]
 POLICIES = [{"zero": 3, "frozen": "sharded", "images": "all"}, {"zero": 2, "frozen": "replicated", "images": "rows"}]
 
+FAST = {(mesh, i in (2, 3)) for i, mesh in enumerate(MESHES)}  # every mesh once, with both policies, with and without experts
+GRADIENTS = [
+    pytest.param(mesh, experts, marks=[] if (mesh, experts) in FAST else [pytest.mark.slow]) for mesh in MESHES for experts in (False, True)
+]
+
 
 def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], kind="", pool=1, **train):
     """Sizes that eight devices divide; the upper half of the ViT trains too. `kind`: of a baseline."""
@@ -64,8 +69,7 @@ def alone():
     return [on_host(found(config(experts=experts))) for experts in (False, True)]
 
 
-@pytest.mark.parametrize("experts", [False, True])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh, experts", GRADIENTS)
 def test_gradients_equal_those_of_one_device(mesh, experts, alone):
     policy = POLICIES[(MESHES.index(mesh) + experts) % 2]
     assert_equal_to_alone(config(mesh, experts, policy), alone[experts])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from evlm_jax.config import from_config_dict
+from evlm_jax.config import from_config_dict, to_dict
 from evlm_jax.data.formats.grounding import box
 from evlm_jax.data.image import decode
 from evlm_jax.data.ocr.scans import build, open_scans, paint_over
@@ -89,8 +89,8 @@ def test_thresholds_come_from_the_config(tmp_path):
         assert len(built(tmp_path, [page], cfg)[1]) == count
     twins = [write_page(tmp_path, name, (AT, TEXT)) for name in "bc"]
     assert len(built(tmp_path, twins)[1]) == 1 and len(built(tmp_path, twins, rules(page_similarity=1.01))[1]) == 2
-    with pytest.raises(ValueError, match=r"config: clean.page_similarity must be above 0"):
-        rules(page_similarity=0.0)
+    with pytest.raises(ValueError, match="config: clean.page_similarity must be above 0, got 0.0"):
+        from_config_dict(to_dict(rules(page_similarity=0.0)))
 
 
 def test_illegible_text_is_painted_over_and_nothing_else(tmp_path):

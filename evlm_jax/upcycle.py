@@ -145,5 +145,6 @@ def upcycle_run(source: str, cfg: EVLMConfig, out: str) -> None:
     with whole(out, plan) as folder:
         with tqdm(total=sum(tensor.size for tensor in made.values()), unit="B", unit_scale=True, desc=folder.stem) as bar:
             store = checkpoint.write_store(folder, made, bar.update)
-        keep_tokenizer(load_tokenizer(source_of_run(source, after.init.llm)), folder)
+        if own := source_of_run(source, ""):  # runs of former versions kept none
+            keep_tokenizer(load_tokenizer(own), folder)
         checkpoint.write_imported(folder, after, store, {"upcycled": source}, trained)

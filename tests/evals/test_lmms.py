@@ -14,7 +14,6 @@ from evlm_jax.data import video
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, question
 from evlm_jax.evals import results, tasks
 from evlm_jax.evals.choice import answer_losses
-from evlm_jax.evals.lmms.requests import stored
 from evlm_jax.generate import Generator
 from evlm_jax.run import load_trained
 from tests.checkpoints import run_directory
@@ -24,6 +23,7 @@ from tests.random_model import random_model
 from tests.tiny import tiny_config
 
 instance = pytest.importorskip("lmms_eval.api.instance", reason=NEED)
+stored = pytest.importorskip("evlm_jax.evals.lmms.requests", reason=NEED).stored
 
 
 @pytest.fixture(scope="module")

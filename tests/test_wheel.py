@@ -74,7 +74,7 @@ def scripts(wheel, tmp_path_factory):
 def place(tmp_path_factory):
     """A folder with tiny towers, data, experiments and a run that was cut off."""
     folder = tmp_path_factory.mktemp("elsewhere") / "place"
-    shutil.copytree(ROOT / "tests/golden/format0_dense", folder)
+    shutil.copytree(ROOT / "tests/golden/format1_dense", folder)
     shutil.copy(ROOT / "tests/golden/format0_experts/experiment.py", folder / "experts.py")
     data = {"sources": ("easy-vqa",), "weights": (1.0,), "template": "plain", "length": 600, "images": 3, "targets": 200, "pairs": 90}
     init = {"vision": "vision", "llm": "llm", "centre_norms": True}

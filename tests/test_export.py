@@ -79,7 +79,7 @@ for folder in sys.argv[1:]:
         with torch.no_grad():
             out[f"{name}/logits"] = eager(**inputs).logits[0].numpy()
             assert np.abs(model(**inputs).logits[0].numpy() - out[f"{name}/logits"]).max() < 1e-4, name
-            sizes = dict(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+            sizes = dict(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, suppress_tokens=None)
             cached = model.generate(**inputs, **sizes)
             assert torch.equal(cached, model.generate(**inputs, use_cache=False, **sizes)), name
             assert cached.shape[1] == inputs["input_ids"].shape[1] + new

@@ -86,7 +86,10 @@ def train_run(
         check_length(cfg)
         say(f"reading {init or f'{cfg.init.vision} and {cfg.init.llm}'}")
         params, trained = next_stage(cfg, init) if init else (load_towers(cfg), frozenset())
-    features = feature_store(cfg, params or _saved_tower(workdir, resume)) if cfg.data.cache_features else None
+    # As the checkpoint will hold it, so that a run that goes on has the same taps.
+    frozen = {name: array for name, array in params.items() if name.startswith("vit/")}
+    frozen |= {name: array.astype(cfg.train.frozen_dtype, copy=False) for name, array in frozen.items() if name not in trained}
+    features = feature_store(cfg, frozen or _saved_tower(workdir, resume)) if cfg.data.cache_features else None
     layout = make_layout(cfg)
     if is_first():
         keep_tokenizer(tokenizer, workdir)

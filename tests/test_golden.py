@@ -85,3 +85,16 @@ def test_a_run_needs_its_towers_no_more(golden):
     shutil.rmtree("llm")
     assert cli.main([*go_on, "--config.train.steps=8"]) == 0 and checkpoint.steps("run")[-1] == 8
     export("run", "export", "hf")
+
+
+def test_cached_taps_are_of_one_tower_before_and_after_a_resume(tmp_path, monkeypatch):
+    """Frozen towers may be stored in bfloat16: taps are of what is stored, from the first update on."""
+    shutil.copytree(GOLDEN[-1].with_name("format1_dense"), tmp_path / "golden")
+    monkeypatch.chdir(tmp_path / "golden")
+    monkeypatch.setenv("EVLM_CACHE", str(tmp_path / "cache"))
+    rules = "{'pattern':'^(xattn|media|bridge)/','lr':1.0},{'pattern':'^(vit|llm)/','lr':None}"
+    fields = ["data.cache_features=True", "train.frozen_dtype=bfloat16", f"optim.phases=({{'start':0.0,'warmup':0,'rules':({rules})}},)"]
+    for steps in (1, 2):
+        words = ["train", "--config", "experiment.py", "--workdir", "cached", *(f"--config.{field}" for field in fields)]
+        assert cli.main([*words, f"--config.train.steps={steps}"]) == 0
+    assert len(list((tmp_path / "cache" / "features").iterdir())) == 1

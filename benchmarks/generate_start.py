@@ -3,14 +3,13 @@
     python -m benchmarks.generate_start --checkpoint runs/demo --image cat.png --against ../old     # git worktree add ../old COMMIT
     python -m benchmarks.generate_start --smoke     # this side alone, on a tiny run
 
-Both sides run with a cache of compiled programs of their own (the older one may use none) and the environment that is installed.
+Both sides run in the environment that is installed, each with the cache of compiled programs that it keeps by itself, which may be none.
 """
 
 import argparse
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -18,12 +17,12 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "format0_dense"
 
 
-def seconds(source: Path, words: list[str], cache: str, folder: Path) -> float:
+def seconds(source: Path, words: list[str], folder: Path) -> float:
     """Wall time of one start. Raises CalledProcessError where it fails."""
-    environment = os.environ | {"PYTHONPATH": str(source), "JAX_COMPILATION_CACHE_DIR": cache}
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"} | {"PYTHONPATH": str(source)}
     begin = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-m", "evlm_jax", "generate", *words], env=environment, cwd=folder, check=True, stdout=subprocess.DEVNULL
+        [sys.executable, "-P", "-m", "evlm_jax", "generate", *words], env=environment, cwd=folder, check=True, stdout=subprocess.DEVNULL
     )
     return time.perf_counter() - begin
 
@@ -43,12 +42,11 @@ def main() -> None:
         folder, checkpoint, images, starts = GOLDEN, GOLDEN / "run", [GOLDEN / "pictures" / "0.png"], 1
     words = ["--checkpoint", str(checkpoint), "--prompt", args.prompt, "--max-new-tokens", "16", *(f"--image={path}" for path in images)]
     sides = {"this": ROOT} | ({"older": args.against.absolute()} if args.against else {})
-    with tempfile.TemporaryDirectory() as cache:
-        took: dict[str, list[float]] = {name: [] for name in sides}
-        for number in range(1 + starts):
-            for name, source in sides.items():
-                took[name].append(seconds(source, words, f"{cache}/{name}", folder))
-                print(f"{name}, start {number + 1}: {took[name][-1]:.1f} s", flush=True)
+    took: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(1 + starts):
+        for name, source in sides.items():
+            took[name].append(seconds(source, words, folder))
+            print(f"{name}, start {number + 1}: {took[name][-1]:.1f} s", flush=True)
     best = {name: min(values[1:]) for name, values in took.items()}
     if args.against:
         print(f"from the second start on: {best['this']:.1f} s, {best['this'] / best['older']:.2f} of {best['older']:.1f} s")

@@ -5,6 +5,7 @@ In memory layers are stacked; rules, checkpoints and conversion speak canonical 
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -82,12 +83,15 @@ def unflatten(cfg: EVLMConfig, arrays: dict[str, np.ndarray], like: nnx.State) -
 
 
 def _stack(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """np.stack into memory that begins at a multiple of ALIGNED bytes: JAX on a CPU takes it as it is, and copies any other."""
+    """Equal shapes into memory that begins at a multiple of ALIGNED bytes: JAX on a CPU takes it as it is, and copies any other."""
     shape, dtype = (len(arrays), *arrays[0].shape), np.result_type(*arrays)
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + ALIGNED, np.uint8)
     begin = -memory.ctypes.data % ALIGNED
-    return np.stack(arrays, out=memory[begin : begin + size].view(dtype).reshape(shape))
+    stacked = memory[begin : begin + size].view(dtype).reshape(shape)
+    with ThreadPoolExecutor() as pool:  # memory that is touched first, and files that are mapped: copying waits for pages
+        list(pool.map(np.copyto, (stacked[i : i + 1] for i in range(len(arrays))), arrays))
+    return stacked
 
 
 def _leaf(variable):

@@ -1,6 +1,7 @@
 """Invariants of the whole model, with nonzero gates: who can see whom, and that nothing else matters."""
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -233,7 +234,7 @@ def equations(jaxpr):
     """Of a program and of all programs in it."""
     for equation in jaxpr.eqns:
         yield equation
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             yield from equations(inner)
 
 

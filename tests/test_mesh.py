@@ -26,13 +26,18 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.mesh
 
 
+def devices(count: int) -> dict[str, str]:
+    """Environment of a process that has so many CPU devices."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
 @pytest.mark.parametrize(
     "part, which", [("devices", "not slow"), ("answers", "not slow"), pytest.param("devices", "slow", marks=pytest.mark.slow)]
 )
 def test_on_eight_devices(part, which, capsys):
-    flags = "--xla_force_host_platform_device_count=8"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", which, f"tests/mesh/{part}.py"]
-    run = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(command, env=devices(8), cwd=ROOT, capture_output=True, text=True)
     with capsys.disabled():
         print(f"\n{part} on eight devices: {run.stdout.strip().splitlines()[-1]}")
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
@@ -91,10 +96,7 @@ class Workers:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={math.prod(mesh) // count}",
-        }
+        environment = devices(math.prod(mesh) // count)
         command = [sys.executable, "-m", "tests.mesh.worker"]
         arguments = [str(count), str(port), str(workdir), str(steps), str(mesh), *host]
         self.logs = [tempfile.TemporaryFile("w+") for _ in range(count)]
@@ -191,11 +193,7 @@ def test_processes_answer_as_one_does(tmp_path):
     words = [sys.executable, "-m", "evlm_jax", "eval", "--checkpoint", run, "--task", "gqa", "--data", data, "--batch", "4", "--out"]
     together = ["--coordinator", f"localhost:{port}", "--processes", "2", "--process"]
     commands = [[*words, tmp_path / "one.json"], *([*words, tmp_path / "two.json", *together, str(i)] for i in range(2))]
-    flags = [{}, *[{"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}] * 2]
-    started = [
-        subprocess.Popen(list(map(str, command)), cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"} | flag)
-        for command, flag in zip(commands, flags)
-    ]
+    started = [subprocess.Popen(list(map(str, command)), cwd=ROOT, env=devices(count)) for command, count in zip(commands, (1, 2, 2))]
     assert [process.wait() for process in started] == [0, 0, 0]
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one["examples"] == two["examples"] and one["scores"] == two["scores"]

@@ -19,7 +19,7 @@ def loss_sums(model: EVLM, batch: Batch, sources: int) -> tuple[jax.Array, dict]
 
     With experts the auxiliary loss is added to each target's, and "routing" of all blocks to the sums (models/moe.py).
     """
-    hidden, routing = model.routed(batch)
+    hidden, routing = model.forward_with_aux(batch)
     loss = _cross_entropy(model, hidden, batch)
     source = jnp.where(batch.targets >= 0, batch.target_source, sources)
     by_source = lambda x: jax.ops.segment_sum(x.reshape(-1), source.reshape(-1), sources)

@@ -127,13 +127,13 @@ def _vision(block, x):
 
 @jax.jit
 def _decoder(block, x, rope, mask):
-    return block(x, rope, lambda q, k, v: attention(q, k, v, mask))
+    return block(x, rope, lambda q, k, v: (attention(q, k, v, mask), None))[0]
 
 
 @partial(jax.jit, static_argnums=0)
 def _cross(sinks, block, x, tap, grouping):
     k, v = block.keys_values(tap)
-    return block(x, lambda q: grouped_attention(q, k, v, grouping, sinks))
+    return block(x, lambda q: (grouped_attention(q, k, v, grouping, sinks), None))[0]
 
 
 def _loop(model: EVLM, batch: Batch) -> Iterator[tuple[str, jax.Array]]:

@@ -23,9 +23,7 @@ from evlm_jax.data.features import FeatureStore
 from evlm_jax.data.pipeline import rows_in_order
 from evlm_jax.data.samples import MARKER, Sample
 from evlm_jax.data.text import encode
-from evlm_jax.models.attention import attention, text_mask
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.models.layers import rope_tables
 
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "evlm", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
 SENTINELS = {"#010203": "var(--ink)", "#010204": "var(--line)"} | {f"#0102{i + 16:02x}": f"var(--series-{i})" for i in range(8)}
@@ -52,40 +50,24 @@ def attention_maps(model: EVLM, batch: Batch, row: int, positions: Sequence[int]
 @jax.jit
 def trace(model: EVLM, batch: Batch, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`model.hidden` of one row with dense cross-attention: ([1, T, D], weights [X, N, len(positions), I, S'] of `positions`)."""
-    cfg = model.cfg
-    every, sinks, tap_of = cfg.xattn.every, cfg.xattn.sinks, jnp.array(cfg.tap_of_cross_layer)
-    shared = cfg.xattn.heads // cfg.xattn.kv_heads
-    views = model.views(batch)
-    rope, mask = rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta), text_mask(batch.seen_until)
-    slot = jnp.arange(views.shape[2])
+    sinks, shared = model.cfg.xattn.sinks, model.cfg.xattn.heads // model.cfg.xattn.kv_heads
+    states = model.visual_states(batch)
+    slot = jnp.arange(states.shape[2])
     visible = (batch.visible_start[0, :, None] <= slot) & (slot < batch.visible_stop[0, :, None])  # [T, I]
 
-    def dense(q, k):
-        """q [1, T, N, H], k [1, I, S, N, H] -> weights [N, T, I, S] with the sink in the denominator."""
-        scores = jnp.einsum("tnh,isnh->ntis", q[0], k[0], preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    def dense(q, k, v):
+        """q [1, T, N, H], k and v [1, I, S, K, H] -> attention output, weights [N, t, I, S]; the sink is in the denominator."""
+        k, v = (jnp.repeat(a, shared, axis=-2)[0] for a in (k, v))
+        scores = jnp.einsum("tnh,isnh->ntis", q[0], k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
         scores = jnp.where(visible[..., None], scores, -jnp.inf)
         top = jnp.maximum(scores.max((2, 3), keepdims=True), 0.0 if sinks else -1e30)
         weights = jnp.exp(scores - top)
         total = weights.sum((2, 3), keepdims=True) + sinks * jnp.exp(-top)
-        return weights / jnp.where(total > 0, total, 1.0)
+        weights = weights / jnp.where(total > 0, total, 1.0)
+        return jnp.einsum("ntis,isnh->tnh", weights, v.astype(jnp.float32)).astype(q.dtype)[None], weights[:, positions]
 
-    def step(x, inputs):
-        """One decoder layer; its cross-attention block comes first where the layer has one."""
-        layer, block = inputs
-        cross = jax.tree.map(lambda a: a[layer // every], model.xattn)
-        k, v = (jnp.repeat(a, shared, axis=-2) for a in cross.keys_values(views[tap_of[layer // every]]))
-        seen = []
-
-        def attend(q):
-            seen.append(dense(q, k))
-            return jnp.einsum("ntis,isnh->tnh", seen[0], v[0].astype(jnp.float32)).astype(q.dtype)[None]
-
-        x = jnp.where(layer % every == 0, cross(x, attend), x)
-        return block(x, rope, lambda q, k, v: attention(q, k, v, mask)), seen[0][:, positions]
-
-    x = model.embed(batch.tokens, batch.media_slot)
-    x, weights = jax.lax.scan(step, x, (jnp.arange(cfg.llm.layers), model.llm.layers))
-    return model.llm.ln_f(x), weights[jnp.array(cfg.cross_layers)]
+    hidden, passed = model.forward_with_observer(batch, states, cross_attend=dense)
+    return hidden, passed.crosses
 
 
 def looks_at_patches(cfg: EVLMConfig) -> bool:

@@ -8,7 +8,6 @@ on the images alone: they are projected once, and after prefill only the range t
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,11 +15,12 @@ import jax.numpy as jnp
 
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models.bridge import write
-from evlm_jax.models.evlm import looks, reads
+from evlm_jax.models.evlm import cross_attention_op, self_attention_op
 from evlm_jax.models.layers import rope_tables
 from evlm_jax.models.long_context import rope_base, sharpen
 from evlm_jax.models.sampling import Sampling, sample
-from evlm_jax.models.weights import Weights, block
+from evlm_jax.models.trunk import pick, run_layers
+from evlm_jax.models.weights import Weights
 from evlm_jax.ops.grouped_attention import Plan
 from evlm_jax.ops.packed import compute_dtype, logits
 from evlm_jax.sharding import local, shard
@@ -129,13 +129,13 @@ def read_prompts(cfg: EVLMConfig, weights: Weights, prompt: Prompt, taps: jax.Ar
     index = jnp.arange(length)
     mask = jnp.broadcast_to(index <= index[:, None], (rows, length, length))
 
-    attend, look = reads(), looks(cfg)
+    attend, look = self_attention_op(), cross_attention_op(cfg)
 
     def self_attend(layer, q, k, v):
         return attend(q, k, v, mask)
 
-    def cross_attend(block, q):
-        return look(q, *(jax.lax.dynamic_index_in_dim(a, block, 0, False) for a in cross), prompt.plan)
+    def cross_attend(number, q):
+        return look(q, *(jax.lax.dynamic_index_in_dim(a, number, 0, False) for a in cross), prompt.plan)
 
     theta = rope_base(cfg.llm, prompt.length)
     x, (keys, values) = _decoder(cfg, weights, x, jnp.broadcast_to(index, (rows, length)), theta, self_attend, cross_attend)
@@ -166,7 +166,7 @@ def read_tokens(cfg: EVLMConfig, weights: Weights, state: DecodeState) -> tuple[
     """Reads `token` of each row: (logits [B, vocab], the state with its keys)."""
     own = jnp.arange(state.self_values.shape[3]) == state.position[:, None]  # [B, C]
     earlier = jnp.arange(own.shape[1]) <= state.position[:, None]
-    seen, attend = _sight(cfg, state) if cfg.cross_layers else None, reads()
+    seen, attend = _sight(cfg, state) if cfg.cross_layers else None, self_attention_op()
 
     def cached(keys, values, layer):
         """Keys and values as `attention` takes them, [B, slots, heads, H]."""
@@ -178,8 +178,8 @@ def read_tokens(cfg: EVLMConfig, weights: Weights, state: DecodeState) -> tuple[
         here = own[..., None, None]
         return attend(q, jnp.where(here, k, keys), jnp.where(here, v, values), earlier[:, None])
 
-    def cross_attend(block, q):
-        return attend(q, *cached(state.cross_keys, state.cross_values, block), seen[:, None])
+    def cross_attend(number, q):
+        return attend(q, *cached(state.cross_keys, state.cross_values, number), seen[:, None])
 
     x = shard(weights.embed[state.token][:, None].astype(compute_dtype(cfg.train.dtype)), "rows")
     x, (k, v) = _decoder(cfg, weights, x, state.position[:, None], state.theta, self_attend, cross_attend)
@@ -216,7 +216,7 @@ def view(cfg: EVLMConfig, weights: Weights, taps: jax.Array) -> jax.Array:
 def project(cfg: EVLMConfig, weights: Weights, views: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values of every cross-attention block: views [G', n, S', V], image [B, I] -> [X, B, I, S', K, H]."""
     number = jnp.array(cfg.tap_of_cross_layer)
-    each = lambda i: block(weights.crosses, i).keys_values(views[number[i]])
+    each = lambda i: pick(weights.crosses, i).keys_values(views[number[i]])
     return jax.tree.map(lambda a: a[:, image], jax.lax.map(each, jnp.arange(len(cfg.cross_layers))))
 
 
@@ -242,32 +242,17 @@ def _decoder(
 
     Args:
       theta: as in DecodeState.
-      self_attend: (layer, q, k, v of these tokens) -> attention output.
-      cross_attend: (cross-attention block, q) -> attention output.
+      self_attend: (number of the layer, q, k, v of these tokens) -> attention output.
+      cross_attend: (number of the cross-attention block, q) -> attention output.
     """
     rope = rope_tables(positions, cfg.llm.head_dim, cfg.llm.rope_theta if theta is None else theta[:, None, None, None])
-
-    def layer(x, number):
-        new = []
-
-        def attend(q, k, v):
-            new.extend((k, v))
-            return self_attend(number, sharpen(cfg.llm, q, positions), k, v)
-
-        x = block(weights.layers, number)(x, rope, attend)
-        return x, tuple(new)
-
-    def group(x, index, count):
-        x = block(weights.crosses, index)(x, partial(cross_attend, index))
-        return jax.lax.scan(layer, x, index * cfg.xattn.every + jnp.arange(count))
-
-    if not cfg.cross_layers:
-        x, new = jax.lax.scan(layer, x, jnp.arange(cfg.llm.layers))
-        return weights.ln_f(x), new
-    full, rest = divmod(cfg.llm.layers, cfg.xattn.every)
-    x, new = jax.lax.scan(partial(group, count=cfg.xattn.every), x, jnp.arange(full))
-    new = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), new)
-    if rest:
-        x, last = group(x, full, rest)
-        new = jax.tree.map(lambda *parts: jnp.concatenate(parts), new, last)
-    return weights.ln_f(x), new
+    x, passed = run_layers(
+        cfg,
+        weights.layers,
+        weights.crosses,
+        x,
+        rope,
+        self_attend=lambda number, q, k, v: (self_attend(number, sharpen(cfg.llm, q, positions), k, v), (k, v)),
+        cross_attend=lambda _, number, q: (cross_attend(number, q), None),
+    )
+    return weights.ln_f(x), passed.layers

@@ -2,26 +2,25 @@
 
 Its baselines are the same model with something between taps and layers (bridge.py), or without cross-attention.
 
-Unusual: the language model and the cross-attention run as ONE scan over layers; all taps are stacked and each step of the
-scan picks its own by number, so `blocked`, `cyclic` and any other schedule are the same program.
+Unusual: all taps are stacked, and each cross-attention block picks its own by number: `blocked`, `cyclic` and any other schedule are
+the same program.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
 from evlm_jax.flops import real_tokens
 from evlm_jax.models import bridge, moe, xattn
 from evlm_jax.models.attention import attention, text_mask
-from evlm_jax.models.layers import REMAT, param, rope_tables, stack
+from evlm_jax.models.layers import param, rope_tables, stack
 from evlm_jax.models.llm import LLM
+from evlm_jax.models.trunk import Passed, run_layers
 from evlm_jax.models.vit import ViT
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
 from evlm_jax.ops.product import product
@@ -30,15 +29,15 @@ from evlm_jax.sharding import local, shard
 TEXT, TEXT_KEYS, IMAGE_KEYS = ("rows", None, "heads"), ("rows", None, "kv_heads"), ("rows", None, None, "kv_heads")
 
 
-def reads() -> Callable:
+def self_attention_op() -> Callable:
     """`attention` of a device's rows and heads: q [B, T, N, H], k and v [B, C, K, H], mask [B, T, C]."""
     return local(attention, (TEXT, TEXT_KEYS, TEXT_KEYS, ("rows",)), TEXT)
 
 
-def looks(cfg: EVLMConfig) -> Callable:
+def cross_attention_op(cfg: EVLMConfig) -> Callable:
     """`grouped_attention` of a device's pools and heads: q [B, T, N, H], k and v [C, I, S', K, H], plan."""
-    sight = functools.partial(grouped_attention, sinks=cfg.xattn.sinks)
-    return local(sight, (TEXT, IMAGE_KEYS, IMAGE_KEYS, ("rows",)), TEXT)
+    attend = functools.partial(grouped_attention, sinks=cfg.xattn.sinks)
+    return local(attend, (TEXT, IMAGE_KEYS, IMAGE_KEYS, ("rows",)), TEXT)
 
 
 class Media(nnx.Module):
@@ -52,9 +51,9 @@ def _precisely(method: Callable) -> Callable:
     """The method under train.matmul_precision."""
 
     @functools.wraps(method)
-    def call(self, *args):
+    def call(self, *args, **named):
         with jax.default_matmul_precision(self.cfg.train.matmul_precision):
-            return method(self, *args)
+            return method(self, *args, **named)
 
     return call
 
@@ -90,80 +89,76 @@ class EVLM(nnx.Module):
 
     def hidden(self, batch: Batch) -> jax.Array:
         """[B, T, D] after the final norm."""
-        return self.routed(batch)[0]
+        return self.forward_with_aux(batch)[0]
 
-    def routed(self, batch: Batch) -> tuple[jax.Array, moe.Routing | None]:
-        """`hidden`, and what the routing of each block tells, stacked; None where the FFNs are dense."""
-        hidden, _, routing = self.observed(batch, self.views(batch), lambda block, view, x: None)
-        return hidden, routing
+    def forward_with_aux(self, batch: Batch) -> tuple[jax.Array, moe.Routing | None]:
+        """`hidden`, and the routing of each block's mixture of experts, stacked; None where the FFNs are dense."""
+        hidden, passed = self.forward_with_observer(batch, self.visual_states(batch))
+        return hidden, passed.routing
 
     def taps(self, batch: Batch) -> jax.Array:
         """[G, C, I, S, V], from pixels or as they are given."""
         taps = self.encode(batch.pixels) if batch.taps is None else batch.taps.astype(self.dtype)
         return shard(jnp.moveaxis(shard(taps, "rows", "images"), 2, 0), None, "rows", "images")
 
-    def views(self, batch: Batch) -> jax.Array | None:
+    def visual_states(self, batch: Batch) -> jax.Array | None:
         """What the language model sees of images, [G', C, I, S', V or D] as bridge.py has it; None where it sees nothing."""
         return self.bridged(self.taps(batch)) if self.cfg.sees else None
 
     @_precisely
     def bridged(self, taps: jax.Array) -> jax.Array:
-        """[G, C, I, S, V] -> `views`."""
+        """[G, C, I, S, V] -> `visual_states`."""
         if self.bridge is None:
             return taps
         with jax.named_scope("bridge"):
             return shard(self.bridge(taps), None, "rows", "images")
 
-    @_precisely
-    def observed(self, batch: Batch, views: jax.Array | None, observe: Callable) -> tuple[jax.Array, Any, moe.Routing | None]:
-        """`hidden`; what `observe(block, its view [C, I, S', V], its input x [B, T, D])` returns for each block, stacked; `routed`'s rest.
+    def _grouped_cross_attention(self, batch: Batch) -> Callable:
+        """(queries [B, T, N, H], keys and values [C, I, S', K, H]) -> (attention outputs, None), by the batch's plan."""
+        plan, attend = Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image), cross_attention_op(self.cfg)
+        return lambda q, k, v: (attend(q, k, v, plan), None)
 
-        Both are None where there is no block.
+    @_precisely
+    def forward_with_observer(
+        self,
+        batch: Batch,
+        states: jax.Array | None,
+        observe: Callable = lambda block, state, x: None,
+        cross_attend: Callable | None = None,
+    ) -> tuple[jax.Array, Passed]:
+        """`hidden`, and what the layers and blocks give besides.
+
+        Args:
+          states: `visual_states`.
+          observe: (block, its visual state [C, I, S', V], its input x [B, T, D]) -> anything; stacked over blocks in `Passed.observed`.
+          cross_attend: (q [B, T, N, H], k and v [C, I, S', K, H]) -> (attention output, anything); by default by the batch's plan.
         """
         patches = None
         if self.cfg.bridge.kind == "llava":
-            patches = local(bridge.write, ((None, "rows"), ("rows",), ("rows",)), ("rows",))(views, batch.visible_start, batch.media_slot)
+            patches = local(bridge.write, ((None, "rows"), ("rows",), ("rows",)), ("rows",))(states, batch.visible_start, batch.media_slot)
         x = self.embed(batch.tokens, batch.media_slot, patches)
         rope = rope_tables(batch.positions, self.cfg.llm.head_dim, self.cfg.llm.rope_theta)
-        mask = text_mask(batch.seen_until)
+        mask, attend = text_mask(batch.seen_until), self_attention_op()
         kind = jnp.where(batch.media_slot >= 0, moe.MEDIA, jnp.where(real_tokens(batch), moe.TEXT, moe.PADDING))
+        tap_of = jnp.array(self.cfg.tap_of_cross_layer)
+        cross_attend = cross_attend or self._grouped_cross_attention(batch)
 
-        attend = reads()
+        def look(block, number, q):
+            return cross_attend(q, *(shard(a, "rows", "images", None, "image_heads") for a in block.keys_values(states[tap_of[number]])))
 
-        def decoder(x, block):
-            return shard(block(x, rope, lambda q, k, v: attend(q, k, v, mask)), "rows"), None
-
-        if not self.cfg.cross_layers:
-            x, _ = jax.lax.scan(REMAT[self.cfg.train.remat](decoder), x, self.llm.layers)
-            return self.llm.ln_f(x), None, None
-
-        plan = Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
-        look = looks(self.cfg)
-
-        def group(decoder, x, inputs):
-            """One cross-attention block and the decoder layers behind it."""
-            cross, tap, blocks = inputs
-            seen = observe(cross, views[tap], x)
-            k, v = (shard(a, "rows", "images", None, "image_heads") for a in cross.keys_values(views[tap]))
-            x, routing = cross.routed(x, lambda q: look(q, k, v, plan), kind)
-            return jax.lax.scan(decoder, x, blocks)[0], (seen, routing)
-
-        x, (seen, routing) = self._run(group, x, decoder)
-        return self.llm.ln_f(x), seen, routing
-
-    def _run(self, group, x: jax.Array, decoder) -> tuple[jax.Array, Any]:
-        """Scan `group` over all cross-attention blocks, each with the `every` layers behind it; where `every` does not divide the layers,
-        the last one has fewer. Then layers are read by number, where they lie: a part of their stack would be a copy of it."""
-        every, layers, tap = self.cfg.xattn.every, self.cfg.llm.layers, jnp.array(self.cfg.tap_of_cross_layer)
-        blocks = jax.tree.map(lambda a: a.reshape(-1, every, *a.shape[1:]), self.llm.layers) if layers % every == 0 else None
-
-        def numbered(x, number):
-            pick = lambda a: checkpoint_name(jax.lax.dynamic_index_in_dim(a, number, keepdims=False), "weight")
-            there = lambda x: decoder(x, jax.tree.map(pick, self.llm.layers))[0]
-            return jax.lax.cond(number < layers, there, lambda x: x, x), None
-
-        run, blocks = (decoder, blocks) if blocks is not None else (numbered, jnp.arange(len(tap) * every).reshape(-1, every))
-        return jax.lax.scan(REMAT[self.cfg.train.remat](functools.partial(group, run)), x, (self.xattn, tap, blocks))
+        x, passed = run_layers(
+            self.cfg,
+            self.llm.layers,
+            self.xattn,
+            x,
+            rope,
+            self_attend=lambda number, q, k, v: (attend(q, k, v, mask), None),
+            cross_attend=look,
+            observe=lambda block, number, x: observe(block, states[tap_of[number]], x),
+            kind=kind,
+            remat=self.cfg.train.remat,
+        )
+        return self.llm.ln_f(x), passed
 
     def readout(self) -> Callable[[jax.Array], jax.Array]:
         """A function [..., D] -> float32 [..., vocab]. On a mesh the head is gathered once, for all its calls."""

@@ -1,10 +1,11 @@
 """The language model: Llama, SmolLM2, Qwen 1.0 and Qwen2 by config.
 
 A block does not know how its keys are found: the caller passes `attend`, which is masked attention over the row in
-training and attention over a cache in generation.
+training and attention over a cache in generation. What else `attend` returns, the block passes on.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import nnx
@@ -13,7 +14,7 @@ from evlm_jax.config import LLMConfig
 from evlm_jax.models.layers import Linear, RMSNorm, heads, param, rotate, stack
 from evlm_jax.sharding import lookup, weight
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class SelfAttention(nnx.Module):
@@ -27,10 +28,10 @@ class SelfAttention(nnx.Module):
         self.o = Linear((n, d), ("heads", "embed"), rngs)
         self.head_dim = cfg.head_dim
 
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
         q, k, v = (heads(project(x), self.head_dim) for project in (self.q, self.k, self.v))
-        out = attend(rotate(q, rope), rotate(k, rope), v)
-        return self.o(out.reshape(*x.shape[:-1], -1))
+        out, kept = attend(rotate(q, rope), rotate(k, rope), v)
+        return self.o(out.reshape(*x.shape[:-1], -1)), kept
 
 
 class GatedMLP(nnx.Module):
@@ -55,13 +56,14 @@ class Block(nnx.Module):
         self.mlp = GatedMLP(cfg, rngs)
 
     @jax.named_scope("llm")
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
-        x = x + self.attn(self.ln1(x), rope, attend)
-        return x + self.mlp(self.ln2(x))
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
+        y, kept = self.attn(self.ln1(x), rope, attend)
+        x = x + y
+        return x + self.mlp(self.ln2(x)), kept
 
 
 class LLM(nnx.Module):
-    """Embedding, stacked layers, final norm and head. evlm.py runs the layers, with cross-attention between them."""
+    """Embedding, stacked layers, final norm and head. trunk.py runs the layers, with cross-attention between them."""
 
     def __init__(self, cfg: LLMConfig, rngs: nnx.Rngs):
         self.embed = param(rngs, (cfg.vocab, cfg.hidden), ("vocab", "embed"), std=0.02)

@@ -22,18 +22,18 @@ def centre_norms(model: EVLM, batch: Batch) -> nnx.State:
 
     They must be new (scale 1, bias 0), and the gates 0: then the blocks read the language model's own stream.
     """
-    views, row = model.views(batch), jnp.arange(len(batch.tokens))[:, None]
+    states, row = model.visual_states(batch), jnp.arange(len(batch.tokens))[:, None]
     zeros, pool = jnp.zeros(batch.tokens.shape), jnp.arange(len(batch.pair_image))[:, None]
     predicts = zeros.at[row, batch.target_at].add(batch.targets >= 0)
     text = (real_tokens(batch) & (batch.media_slot < 0)).astype(jnp.float32)
-    images = jnp.zeros(views.shape[1:4])  # [C, I, S']
+    images = jnp.zeros(states.shape[1:4])  # [C, I, S']
     images = images.at[pool, batch.pair_image].max((batch.pair_tile < batch.tile_tokens.shape[1])[..., None].astype(jnp.float32))
 
-    def observe(block, view, x):
+    def observe(block, state, x):
         of_text = _moments(block.norm(x), predicts, text)
-        return {"norm": of_text, "ffn_norm": of_text, "kv_norm": _moments(block.kv_norm(view), images, images)}
+        return {"norm": of_text, "ffn_norm": of_text, "kv_norm": _moments(block.kv_norm(state), images, images)}
 
-    for name, (centre, spread) in model.observed(batch, views, observe)[1].items():
+    for name, (centre, spread) in model.forward_with_observer(batch, states, observe)[1].observed.items():
         norm = getattr(model.xattn, name)
         norm.scale[...], norm.bias[...] = 1 / spread, -centre / spread
     return nnx.state(model)

@@ -1,6 +1,5 @@
 """A model's weights laid out for decoding (ops/packed.py)."""
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -44,13 +43,3 @@ def _pack(stack: nnx.Module, dtype: str) -> nnx.Module:
         return Packed(pack(leaf.kernel[...], dtype), None if leaf.bias is None else leaf.bias[...])
 
     return jax.tree.map(convert, stack, is_leaf=lambda leaf: isinstance(leaf, (Linear, Experts)))
-
-
-def block(stack: nnx.Module, layer: jax.Array | int) -> nnx.Module:
-    """One block of a stack; what is packed reads its weights where they lie."""
-    packed = lambda leaf: isinstance(leaf, (Packed, PackedExperts))
-
-    def pick(leaf):
-        return dataclasses.replace(leaf, layer=layer) if packed(leaf) else leaf[layer]
-
-    return jax.tree.map(pick, stack, is_leaf=packed)

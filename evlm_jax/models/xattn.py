@@ -8,6 +8,7 @@ stands for keys and values that are projections of zero vectors, which are zero 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from flax import nnx
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models.layers import MLP, LayerNorm, Linear, heads, param
 from evlm_jax.models.moe import MoE, Routing
+
+Attend = Callable[[jax.Array], tuple[jax.Array, Any]]
 
 
 class Block(nnx.Module):
@@ -41,17 +44,18 @@ class Block(nnx.Module):
         normed = self.kv_norm(tap)
         return heads(self.k(normed), self.head_dim), heads(self.v(normed), self.head_dim)
 
-    def __call__(self, x: jax.Array, attend: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """`attend` maps queries [B, T, N, H] to attention outputs of the same shape."""
-        return self.routed(x, attend, None)[0]
-
     @jax.named_scope("cross")
-    def routed(self, x: jax.Array, attend: Callable[[jax.Array], jax.Array], kind: jax.Array | None) -> tuple[jax.Array, Routing | None]:
-        """The same and what its routing tells; `kind` [B, T] as in moe.py. A dense FFN has no routing."""
-        out = attend(heads(self.q(self.norm(x)), self.head_dim))
+    def __call__(self, x: jax.Array, attend: Attend, kind: jax.Array | None = None) -> tuple[jax.Array, Any, Routing | None]:
+        """x [B, T, D] -> (x, what else `attend` returns, the routing of the mixture of experts; None of a dense FFN).
+
+        Args:
+          attend: queries [B, T, N, H] -> (attention outputs of the same shape, anything).
+          kind: [B, T] as in moe.py.
+        """
+        out, kept = attend(heads(self.q(self.norm(x)), self.head_dim))
         x = x + _gate(self.attn_gate, x) * self.o(out.reshape(*x.shape[:-1], -1))
         y, routing = self.ffn(self.ffn_norm(x), kind) if isinstance(self.ffn, MoE) else (self.ffn(self.ffn_norm(x)), None)
-        return x + _gate(self.ffn_gate, x) * y, routing
+        return x + _gate(self.ffn_gate, x) * y, kept, routing
 
 
 def _gate(gate: nnx.Param, x: jax.Array) -> jax.Array:

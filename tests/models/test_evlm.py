@@ -90,7 +90,7 @@ def test_gates_at_zero_are_the_language_model_alone():
     @jax.jit
     def alone(model, batch):
         rope, mask = rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta), text_mask(batch.seen_until)
-        step = lambda x, block: (block(x, rope, lambda q, k, v: attention(q, k, v, mask)), None)
+        step = lambda x, block: block(x, rope, lambda q, k, v: (attention(q, k, v, mask), None))
         x, _ = jax.lax.scan(step, model.embed(batch.tokens, batch.media_slot), model.llm.layers)
         return model.llm.ln_f(x)
 
@@ -151,7 +151,8 @@ def test_one_block_sees_the_visible_range_only():
         cross = jax.tree.map(lambda a: a[0], model.xattn)
         k, v = cross.keys_values(taps[:, :, 0])
         grouping = Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
-        return cross(model.embed(batch.tokens, batch.media_slot), lambda q: grouped_attention(q, k, v, grouping, cfg.xattn.sinks))
+        attend = lambda q: (grouped_attention(q, k, v, grouping, cfg.xattn.sinks), None)
+        return cross(model.embed(batch.tokens, batch.media_slot), attend)[0]
 
     model = open_gates(cfg)
     before = np.asarray(block(model, batch))[0]
@@ -199,8 +200,8 @@ def test_schedule_and_placement_equal_a_plain_loop(schedule, every):
             used.append(i * 3 // layers if schedule == "blocked" else i % 3)
             cross = jax.tree.map(lambda a, i=i: a[i], model.xattn)
             k, v = cross.keys_values(taps[:, :, used[-1]])
-            x = cross(x, lambda q, k=k, v=v: grouped_attention(q, k, v, grouping, cfg.xattn.sinks))
-        x = jax.tree.map(lambda a, i=layer: a[i], model.llm.layers)(x, rope, lambda q, k, v: attention(q, k, v, mask))
+            x = cross(x, lambda q, k=k, v=v: (grouped_attention(q, k, v, grouping, cfg.xattn.sinks), None))[0]
+        x, _ = jax.tree.map(lambda a, i=layer: a[i], model.llm.layers)(x, rope, lambda q, k, v: (attention(q, k, v, mask), None))
     expected = np.asarray(model.llm.ln_f(x))
     assert tuple(used) == cfg.tap_of_cross_layer
     np.testing.assert_allclose(hidden(model, batch), expected, atol=1e-5 * np.abs(expected).max())

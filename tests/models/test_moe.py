@@ -204,9 +204,9 @@ def test_padding_and_neighbours_change_nothing():
     """Dropless: a row has the same output beside any other one, and its statistics leave padding out."""
     cfg = tiny()
     model, batch = random_model(cfg, 0), tiny_batch(cfg, 1, rows=2, fill=0.6)
-    both, routing = jax.jit(lambda model, batch: model.routed(batch))(model, batch)
+    both, routing = jax.jit(lambda model, batch: model.forward_with_aux(batch))(model, batch)
     one = jax.tree.map(lambda a: a[:1], batch)
-    alone, _ = jax.jit(lambda model, batch: model.routed(batch))(model, one)
+    alone, _ = jax.jit(lambda model, batch: model.forward_with_aux(batch))(model, one)
     np.testing.assert_allclose(both[:1], alone, atol=1e-5 * np.abs(alone).max())
     used = (batch.seen_until > np.arange(cfg.data.length) + 1) | (batch.positions > 0)
     media = batch.media_slot >= 0

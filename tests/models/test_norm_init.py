@@ -28,7 +28,7 @@ def new_model(cfg):
 def inputs(model, batch):
     """What each block reads after its norms: text [X, B, T, D] twice, visual tokens [X, C, I, S, V]."""
     observe = lambda block, tap, x: (block.norm(x), block.ffn_norm(x), block.kv_norm(tap))
-    return model.observed(batch, model.views(batch), observe)[1]
+    return model.forward_with_observer(batch, model.visual_states(batch), observe)[1].observed
 
 
 @pytest.mark.parametrize("every, pool", [(1, 1), (3, 2)])

@@ -1,0 +1,117 @@
+"""The loop over the language model's layers, with a cross-attention block before every `xattn.every`-th of them.
+
+Training, prefill, a decode step and the attention maps run this one loop. They hand it how attention is computed, from a row or from
+a cache, and get back what each layer and block gave them.
+
+Unusual: the layers and the blocks run as ONE scan. Compile time does not grow with depth.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from evlm_jax.config import EVLMConfig
+from evlm_jax.models.layers import REMAT
+from evlm_jax.models.moe import PackedExperts, Routing
+from evlm_jax.ops.packed import Packed
+from evlm_jax.sharding import shard
+
+
+class Passed(NamedTuple):
+    """What a pass through the layers gives besides x. Leaves have a leading axis: L layers, or X cross-attention blocks."""
+
+    layers: Any  # second results of `self_attend`
+    crosses: Any = None  # second results of `cross_attend`; this and the next two are None where there is no block
+    observed: Any = None  # results of `observe`
+    routing: Routing | None = None  # of the mixtures of experts; None where the FFNs are dense
+
+
+def run_layers(
+    cfg: EVLMConfig,
+    layers: nnx.Module,
+    crosses: nnx.Module | None,
+    x: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    *,
+    self_attend: Callable[..., tuple[jax.Array, Any]],
+    cross_attend: Callable[..., tuple[jax.Array, Any]],
+    observe: Callable[..., Any] = lambda block, number, x: None,
+    kind: jax.Array | None = None,
+    remat: str = "",
+) -> tuple[jax.Array, Passed]:
+    """x [B, T, D] through all layers, before the final norm.
+
+    Args:
+      layers: the stack of llm.Block; `crosses`: the stack of xattn.Block. Their matrices may be packed for decoding.
+      rope: cos and sin of the tokens' positions (layers.rope_tables).
+      self_attend: (number of the layer, q, k, v of these tokens) -> (attention output, anything to keep).
+      cross_attend: (the block, its number, q) -> (attention output, anything to keep).
+      observe: (a block, its number, its input x [B, T, D]) -> anything to keep.
+      kind: [B, T] of each token for the mixtures of experts (moe.py).
+      remat: what the backward pass computes again (layers.REMAT); "" where there is none.
+    """
+    every, count, wrap = cfg.xattn.every, cfg.llm.layers, REMAT[remat] if remat else (lambda body: body)
+    even = not every or count % every == 0
+
+    def layer(x, inputs):
+        block, number = inputs
+
+        def run(x):
+            x, kept = _block(layers, number, block)(x, rope, partial(self_attend, number))
+            return shard(x, "rows"), kept
+
+        if even:
+            return run(x)
+        none = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, x)[1])
+        return jax.lax.cond(number < count, run, lambda x: (x, none), x)
+
+    def group(x, inputs):
+        """One cross-attention block and the layers behind it."""
+        block, number, *behind = inputs
+        block = _block(crosses, number, block)
+        observed = observe(block, number, x)
+        x, kept, routing = block(x, partial(cross_attend, block, number), kind)
+        x, new = jax.lax.scan(layer, x, tuple(behind))
+        return x, Passed(new, kept, observed, routing)
+
+    if not every:
+        x, new = jax.lax.scan(wrap(layer), x, (_scanned(layers), jnp.arange(count)))
+        return x, Passed(new)
+    groups = len(cfg.cross_layers)
+    split = lambda a: a.reshape(groups, every, *a.shape[1:])
+    # Where `every` does not divide the layers, they are read by number, where they lie: a part of their stack would be a copy of it.
+    behind = jax.tree.map(split, _scanned(layers)) if even else None
+    inputs = _scanned(crosses), jnp.arange(groups), behind, split(jnp.arange(groups * every))
+    x, passed = jax.lax.scan(wrap(group), x, inputs)
+    return x, passed._replace(layers=jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:count], passed.layers))
+
+
+def _packed(leaf: Any) -> bool:
+    return isinstance(leaf, (Packed, PackedExperts))
+
+
+def _scanned(stack: nnx.Module) -> nnx.Module | None:
+    """The stack, if a scan can hand out its blocks; None where its matrices are packed: they are read where they lie."""
+    return None if any(map(_packed, jax.tree.leaves(stack, is_leaf=_packed))) else stack
+
+
+def _block(stack: nnx.Module, number: jax.Array, block: nnx.Module | None) -> nnx.Module:
+    """`block`, if the scan has handed it out, else that of the stack."""
+    return pick(stack, number) if block is None else block
+
+
+def pick(stack: nnx.Module, number: jax.Array | int) -> nnx.Module:
+    """One block of a stack; what is packed reads its weights where they lie."""
+
+    def one(leaf):
+        if _packed(leaf):
+            return replace(leaf, layer=number)
+        return checkpoint_name(jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), "weight")
+
+    return jax.tree.map(one, stack, is_leaf=_packed)

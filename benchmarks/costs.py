@@ -26,7 +26,7 @@ from evlm_jax.costs.summary import summary
 from evlm_jax.costs.tables import KINDS, Table, executed, tables, vision
 from evlm_jax.evals.results import save
 from evlm_jax.planning.chips import GIB
-from evlm_jax.viz import STYLE
+from evlm_jax.report.figures import STYLE
 
 FILE, PAGE = Path("docs/costs.json"), Path("docs/costs.md")
 TEXT, CHIP = 64, "v5p"  # the paper's s_t

@@ -25,7 +25,7 @@ from evlm_jax.config import EVLMConfig, from_config_dict
 from evlm_jax.data.image import load
 from evlm_jax.data.pipeline import batches
 from evlm_jax.data.sources import open_source
-from evlm_jax.tokenizer import load_tokenizer
+from evlm_jax.data.tokenizer import load_tokenizer
 from experiments import demo
 
 SHARDS, IMAGES = 4, 400  # a shard

@@ -24,12 +24,12 @@ from evlm_jax.convert.engine import load_towers, parameter_shapes
 from evlm_jax.data.pack import assemble
 from evlm_jax.data.samples import ImageRef, Sample, question
 from evlm_jax.data.text import encode
-from evlm_jax.mesh import make_layout
+from evlm_jax.data.tokenizer import load_tokenizer
 from evlm_jax.models import decoding
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.names import unflatten
+from evlm_jax.models.param_names import unflatten
 from evlm_jax.ops.grouped_attention import Plan
-from evlm_jax.tokenizer import load_tokenizer
+from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.train import Phase
 from experiments import demo
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import parser
+from evlm_jax.ops.attention_plan import pair_count, plan
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
-from evlm_jax.ops.grouping import pair_count, plan
 
 REPEATS = 3  # of which the fastest counts
 

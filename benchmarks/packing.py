@@ -20,7 +20,7 @@ from evlm_jax.data.pack import assemble
 from evlm_jax.data.pipeline import Lane
 from evlm_jax.data.text import Document
 from evlm_jax.data.tools.bench import FOOT, WINDOWS, head, line, pools_of, rows_of, timed
-from evlm_jax.ops.grouping import pair_count
+from evlm_jax.ops.attention_plan import pair_count
 
 MEDIA, TILE = 16, 32
 

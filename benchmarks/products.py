@@ -1,4 +1,4 @@
-"""Why ops/product.py is as it is: a linear layer of SmolLM2, forward and with the gradient of x: `python -m benchmarks.products`.
+"""Why ops/matmul.py is as it is: a linear layer of SmolLM2, forward and with the gradient of x: `python -m benchmarks.products`.
 
 1,024 positions, 576 -> 1,536, in GFLOP/s; the ratio is to float32. On CPUs without AMX all lines are about the same.
 """
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import parser
-from evlm_jax.ops.product import product
+from evlm_jax.ops.matmul import product
 
 POSITIONS, WIDTH, HIDDEN, REPEATS = 1024, 576, 1536, 50
 SMOKE = (16, 24, 32, 1)

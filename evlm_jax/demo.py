@@ -7,11 +7,12 @@ from os import PathLike
 
 import numpy as np
 
-from evlm_jax import assets, report
-from evlm_jax.checkpoint import steps
-from evlm_jax.checkpoint import trained as trained_names
+from evlm_jax import assets
+from evlm_jax.checkpoint.store import steps
+from evlm_jax.checkpoint.store import trained as trained_names
 from evlm_jax.config import EVLMConfig, from_config_dict
 from evlm_jax.convert.engine import load_towers
+from evlm_jax.convert.upcycle import upcycle_run
 from evlm_jax.data.features import FeatureStore
 from evlm_jax.data.samples import MARKER, Sample, question
 from evlm_jax.data.sources import open_source
@@ -24,8 +25,8 @@ from evlm_jax.evals.tasks.demo import ANSWERS, EASY_VQA, of_samples
 from evlm_jax.evals.text_metrics import words
 from evlm_jax.generate import Generator
 from evlm_jax.paths import place
-from evlm_jax.run import Trained, feature_store, load_trained, train_run
-from evlm_jax.upcycle import upcycle_run
+from evlm_jax.report import page as report
+from evlm_jax.runs import Trained, feature_store, load_trained, train_run
 from experiments import demo as experiment
 
 # How much each form evaluates, of what it does not take as a whole; "greedy": questions answered by free generation as well.

@@ -13,21 +13,20 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from evlm_jax import ranges
-from evlm_jax.config import EVLMConfig
+from evlm_jax.config import EVLMConfig, ranges
+from evlm_jax.config.ranges import Count, NonNegative, Positive, PositiveFloat, PositiveShare, Seed, Share
 from evlm_jax.data import image, text
 from evlm_jax.data.samples import ImageRef, Turn
-from evlm_jax.mesh import Layout, jit
+from evlm_jax.data.stream import Answer, Stream
+from evlm_jax.data.tokenizer import Tokenizer
+from evlm_jax.models.decode_weights import Weights
 from evlm_jax.models.decoding import CHUNK, Prompt, decode, prefill
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.sampling import Sampling
-from evlm_jax.models.weights import Weights
+from evlm_jax.ops.attention_plan import plan
 from evlm_jax.ops.grouped_attention import Plan
-from evlm_jax.ops.grouping import plan
-from evlm_jax.processes import on_host
-from evlm_jax.ranges import Count, NonNegative, Positive, PositiveFloat, PositiveShare, Seed, Share
-from evlm_jax.stream import Answer, Stream
-from evlm_jax.tokenizer import Tokenizer
+from evlm_jax.parallel.distributed import on_host
+from evlm_jax.parallel.mesh import Layout, jit
 
 ROWS = 8  # prompts answered together; fewer in a call than so many: one, or all of these rows
 STOPS = 8  # stop tokens that have room; twice as many where there are more, and so on

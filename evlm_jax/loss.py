@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from evlm_jax.batch import Batch
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.moe import auxiliary_loss
-from evlm_jax.sharding import shard
+from evlm_jax.parallel.sharding import shard
 
 
 def losses(model: EVLM, batch: Batch) -> jax.Array:

@@ -20,9 +20,9 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.data.pack import Drop
 from evlm_jax.flops import real_tokens, seen_images, train_flops
 from evlm_jax.journal import Journal, read_lines
-from evlm_jax.names import canonical
+from evlm_jax.models.param_names import canonical
+from evlm_jax.parallel.distributed import gather, is_first
 from evlm_jax.paths import COPIES, Mirror, place
-from evlm_jax.processes import gather, is_first
 
 SECONDS = "monitor/seconds"  # that were spent on something else than training
 

@@ -16,8 +16,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from evlm_jax import names
 from evlm_jax.config import EVLMConfig, Rule
+from evlm_jax.models import param_names
 
 Path = tuple[str | int, ...]  # of a leaf in the model's State
 Groups = dict[int, optax.ScaleByAdamState]  # by the phase in which the group became trainable
@@ -83,7 +83,7 @@ def plan(cfg: EVLMConfig, phase: int, params: nnx.State) -> Plan:
     history = [_by_path(cfg, p, paths) for p in range(phase + 1)]
     rates = {path: rate for path, rate in history[phase].items() if rate is not None}
     group = {path: next(p for p in range(phase + 1) if all(later[path] is not None for later in history[p:])) for path in rates}
-    decays = lambda path: not any(re.search(pattern, names.canonical(cfg, path)[0]) for pattern in cfg.optim.no_decay)
+    decays = lambda path: not any(re.search(pattern, param_names.canonical(cfg, path)[0]) for pattern in cfg.optim.no_decay)
     decay = {path: cfg.optim.weight_decay * decays(path) for path in rates}
     return Plan(rates, group, decay, {g: _warmup(cfg, g) for g in sorted(set(group.values()))})
 
@@ -96,14 +96,16 @@ def _warmup(cfg: EVLMConfig, phase: int) -> int:
 
 def _by_path(cfg: EVLMConfig, phase: int, paths: list[Path]) -> dict[Path, float | None]:
     """{path: multiplier or None} under the rules of `phase`; every layer of a stack must have the same."""
-    rates = resolve(cfg.optim.phases[phase].rules, [name for path in paths for name in names.canonical(cfg, path)], names.absent(cfg))
+    rates = resolve(
+        cfg.optim.phases[phase].rules, [name for path in paths for name in param_names.canonical(cfg, path)], param_names.absent(cfg)
+    )
     for path in paths:
-        for before, name in itertools.pairwise(names.canonical(cfg, path)):
+        for before, name in itertools.pairwise(param_names.canonical(cfg, path)):
             if rates[before] != rates[name]:
                 block = re.search(r"^vit/blocks/(\d+)/", name)
                 mend = f"add {block[1]} to vit.cuts" if block else "its layers are one stack: give them one rule"
                 raise ValueError(f"optim.phases[{phase}]: {before} has lr {rates[before]} and {name} has lr {rates[name]}; {mend}")
-    return {path: rates[names.canonical(cfg, path)[0]] for path in paths}
+    return {path: rates[param_names.canonical(cfg, path)[0]] for path in paths}
 
 
 def schedule(cfg: EVLMConfig, step: jax.Array) -> jax.Array:
@@ -148,7 +150,7 @@ def flatten(cfg: EVLMConfig, groups: Groups) -> dict[str, jax.Array]:
     """Adam states by name: "0/count", "0/mu/NAME", "0/nu/NAME", "1/count", ... with the canonical names of parameters."""
     out = {}
     for g, adam in groups.items():
-        moments = {"mu": names.flatten(cfg, adam.mu), "nu": names.flatten(cfg, adam.nu)}
+        moments = {"mu": param_names.flatten(cfg, adam.mu), "nu": param_names.flatten(cfg, adam.nu)}
         out |= {f"{g}/{kind}/{name}": array for kind, arrays in moments.items() for name, array in arrays.items()}
         out[f"{g}/count"] = adam.count
     return out
@@ -160,7 +162,7 @@ def unflatten(cfg: EVLMConfig, plan: Plan, arrays: dict[str, np.ndarray], params
     def moment(g: int, kind: str) -> nnx.State:
         prefix = f"{g}/{kind}/"
         mine = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-        return names.unflatten(cfg, mine, members(plan, g, params))
+        return param_names.unflatten(cfg, mine, members(plan, g, params))
 
     return {g: optax.ScaleByAdamState(arrays[f"{g}/count"], moment(g, "mu"), moment(g, "nu")) for g in plan.warmup}
 

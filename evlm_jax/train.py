@@ -13,20 +13,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from evlm_jax import continuity, names, optim
-from evlm_jax.agree import agreed
+from evlm_jax import optim
 from evlm_jax.batch import Batch
-from evlm_jax.checkpoint import Arrays, Checkpoints, Snapshot
+from evlm_jax.checkpoint import continuity
+from evlm_jax.checkpoint.initialize import fresh, restored
+from evlm_jax.checkpoint.store import Arrays, Checkpoints, Snapshot
 from evlm_jax.config import EVLMConfig, to_saved
 from evlm_jax.loss import loss_sums
-from evlm_jax.mesh import Layout, check_parameters, make_layout
 from evlm_jax.metrics import Meter, work
+from evlm_jax.models import param_names
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.norm_init import centre_norms
-from evlm_jax.processes import gather, on_host, say, stopping
-from evlm_jax.sharding import gather_once, settle
-from evlm_jax.start import fresh, restored
-from evlm_jax.status import Stopped
+from evlm_jax.parallel.agreement import agreed
+from evlm_jax.parallel.distributed import gather, on_host, say, stopping
+from evlm_jax.parallel.mesh import Layout, check_parameters, make_layout
+from evlm_jax.parallel.sharding import gather_once, settle
+from evlm_jax.parallel.status import Stopped
 from evlm_jax.watch import Due, Trace, Watch
 
 # ---------------------------------------------------------------------------------------------------------------- the step
@@ -94,9 +96,9 @@ class Phase:
     def __init__(self, cfg: EVLMConfig, number: int, layout: Layout):
         self.cfg, self.number, self.layout = cfg, number, layout
         self.graphdef, self.shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
-        check_parameters(layout, self.shapes, lambda path: names.canonical(cfg, path)[0])
+        check_parameters(layout, self.shapes, lambda path: param_names.canonical(cfg, path)[0])
         self.plan = optim.plan(cfg, number, self.shapes)
-        self.trained = {name for path in self.plan.rates for name in names.canonical(cfg, path)}
+        self.trained = {name for path in self.plan.rates for name in param_names.canonical(cfg, path)}
         if cfg.data.cache_features and any(path[0] == "vit" for path in self.plan.rates):
             raise ValueError(f"optim.phases[{number}] trains the vision tower, cached taps would not follow: set data.cache_features=False")
 
@@ -106,7 +108,7 @@ class Phase:
         shardings = layout.trained(self.spec())
         self._begin = jax.jit(self.begin, out_shardings=shardings)
         self._step = layout.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
-        self.on_disk = jax.jit(lambda state: (names.flatten(cfg, state.params), optim.flatten(cfg, state.groups)))
+        self.on_disk = jax.jit(lambda state: (param_names.flatten(cfg, state.params), optim.flatten(cfg, state.groups)))
 
     def begin(self, step: int, trainable: nnx.State, groups: optim.Groups) -> TrainState:
         """The state at the first step of the phase. Parameters are promoted to their dtype; all is copied, for a step overwrites it."""
@@ -236,7 +238,7 @@ def _loop(
                     whole, groups = phase.whole(state), state.groups
                 phase = Phase(cfg, optim.phase_at(cfg, step), phase.layout)
                 state = phase.enter(step, whole, groups)
-                checkpoints.freeze(names.flatten(cfg, on_host(phase.frozen)))
+                checkpoints.freeze(param_names.flatten(cfg, on_host(phase.frozen)))
                 trained, whole, groups = trained | phase.trained, None, None
             batch, info = next(data)
             trace.before(step + 1)

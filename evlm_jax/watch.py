@@ -9,8 +9,8 @@ from etils import epath
 
 from evlm_jax.config import TrainConfig
 from evlm_jax.metrics import Meter
+from evlm_jax.parallel.distributed import gather
 from evlm_jax.paths import Mirror
-from evlm_jax.processes import gather
 
 IN_FLIGHT = 2  # steps dispatched before the host looks at the values of an older one
 
@@ -38,7 +38,7 @@ class Watch:
 
         Raises:
           FloatingPointError: too many were bad.
-          ValueError: processes that read the same rows have other ones (agree.py).
+          ValueError: processes that read the same rows have other ones (agreement.py).
         """
         while len(self._pending) > left:
             step, keys, counted, report = self._pending.popleft()

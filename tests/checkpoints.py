@@ -9,13 +9,13 @@ import numpy as np
 import tokenizers
 from flax import nnx
 
-from evlm_jax.checkpoint import Checkpoints
+from evlm_jax.checkpoint.lazy_tensors import Tensor, write_folder
+from evlm_jax.checkpoint.store import Checkpoints
 from evlm_jax.config import EVLMConfig, to_dict
 from evlm_jax.convert import engine
 from evlm_jax.convert.tables import FAMILIES
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.names import flatten
-from evlm_jax.tensors import Tensor, write_folder
+from evlm_jax.models.param_names import flatten
 
 IMAGE = 255  # id of the placeholder
 SPECIALS = {"<|im_start|>": 252, "<|im_end|>": 253, "<|endoftext|>": 254, "<|media|>": IMAGE}

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evlm_jax.checkpoint.lazy_tensors import read_all
 from evlm_jax.convert import engine
-from evlm_jax.tensors import read_all
 from tests.checkpoints import family, random_tensors
 from tests.tiny import tiny_config
 

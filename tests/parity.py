@@ -13,15 +13,15 @@ from flax import nnx
 
 from evlm_jax import assets
 from evlm_jax.batch import Batch
+from evlm_jax.checkpoint.lazy_tensors import read_all
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert import engine
 from evlm_jax.convert.readers import open_source
 from evlm_jax.models import decoding
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.names import unflatten
+from evlm_jax.models.param_names import unflatten
+from evlm_jax.ops.attention_plan import plan
 from evlm_jax.ops.grouped_attention import Plan
-from evlm_jax.ops.grouping import plan
-from evlm_jax.tensors import read_all
 from tests.tiny import tiny_config
 
 needs_transformers = pytest.mark.parity  # tests/conftest.py skips what bears it where they are missing

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from evlm_jax import names
 from evlm_jax.config import from_config_dict
 from evlm_jax.data.samples import MARKER, Turn
 from evlm_jax.evals import tasks
 from evlm_jax.evals.answer import LowestLoss
 from evlm_jax.evals.tasks.demo import ANSWERS
 from evlm_jax.generate import Generator
-from evlm_jax.run import features_of, load_trained, train_run
+from evlm_jax.models import param_names
+from evlm_jax.runs import features_of, load_trained, train_run
 from experiments import demo
 from tests.parity import needs_asset
 
@@ -41,7 +41,7 @@ def test_trains_on_the_demo(kind, tmp_path):
     assert np.isfinite(losses).all() and losses[-1] < losses[0] - 0.3
 
     trained = load_trained(str(tmp_path))
-    restored = names.flatten(trained.model.cfg, nnx.state(trained.model))
+    restored = param_names.flatten(trained.model.cfg, nnx.state(trained.model))
     assert all(np.asarray(restored[name]).tobytes() == array.tobytes() for name, array in trained.params.items())
     asked, features = tasks.find("easy-vqa").questions(None, None)[:4], features_of(trained)
     generator = Generator(trained.model, trained.tokenizer, features=features.get)

@@ -7,8 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from evlm_jax import checkpoint
-from evlm_jax.checkpoint import Checkpoints
+from evlm_jax.checkpoint import store as checkpoint
+from evlm_jax.checkpoint.store import Checkpoints
 from evlm_jax.config import to_dict
 from tests.tiny import tiny_config
 

@@ -44,7 +44,7 @@ WRONG = {
     "no file nowhere.py; give an experiment": ["train", "--config", "nowhere.py", "--workdir", "w"],
     "SyntaxError: ": ["train", "--config", "README.md", "--workdir", "w"],
     "KeyError: 'nope'; see the file for what may stand": ["flops", "--config", "experiments/demo.py:nope"],
-    "ranges.py: has no function get_config": ["plan", "--config", "evlm_jax/ranges.py", "--topology", "cpu:1"],
+    "ranges.py: has no function get_config": ["plan", "--config", "evlm_jax/config/ranges.py", "--topology", "cpu:1"],
     "must be FIRST:LAST, as 10:12, got '5'": ["train", "--config", "experiments/demo.py", "--workdir", "w", "--profile", "5"],
     "README.md: not a result of `evlm eval`": ["score", "README.md"],
     "must be a whole number, at least 0": ["generate", "--checkpoint", "c", "--prompt", "p", "--seed", str(2**70)],

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from evlm_jax import cli, compat
-from evlm_jax.config import from_config_dict, from_saved, to_dict, to_saved
-from evlm_jax.strict import build
+from evlm_jax import cli
+from evlm_jax.config import compat, from_config_dict, from_saved, to_dict, to_saved
+from evlm_jax.config.schema import build
 from experiments import demo
 from tests.tiny import tiny_config
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from evlm_jax import assets
+from evlm_jax.checkpoint.lazy_tensors import Source, read_all
 from evlm_jax.convert import engine, readers
 from evlm_jax.convert.interpolate import resize_positions, weights
 from evlm_jax.convert.tables import FAMILIES
-from evlm_jax.tensors import Source, read_all
 from tests.parity import needs_asset, needs_transformers
 from tests.tiny import tiny_config
 

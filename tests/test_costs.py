@@ -19,10 +19,10 @@ from evlm_jax.convert.engine import parameter_shapes
 from evlm_jax.costs import cases, counted, crossover, formula, measure
 from evlm_jax.costs.cases import EVLM, FLAMINGO, LLAVA, case, counterparts
 from evlm_jax.flops import Work
-from evlm_jax.mesh import make_layout
 from evlm_jax.models.decoding import DecodeState, Weights, prefill
 from evlm_jax.models.evlm import EVLM as Model
 from evlm_jax.models.sampling import Sampling
+from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.train import Phase as TrainPhase
 from tests.random_model import random_model
 from tests.test_flops import _products, bridge_program

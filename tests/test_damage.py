@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from evlm_jax import checkpoint
-from evlm_jax.checkpoint import Checkpoints
+from evlm_jax.checkpoint import store
+from evlm_jax.checkpoint.store import Checkpoints
 from tests.test_checkpoint import arrays, run, same
 
 FROZEN = arrays(0, "vit/cls", "llm/layers/0/mlp/up/kernel")
@@ -19,7 +19,7 @@ def whole(tmp_path_factory):
     """A run of two steps, and what its newest holds."""
     folder = tmp_path_factory.mktemp("whole")
     run(folder, FROZEN, 3, 6)
-    return folder, checkpoint.read(folder)
+    return folder, store.read(folder)
 
 
 def files(folder):
@@ -44,13 +44,13 @@ def test_flipped_bits_are_found_or_change_nothing(whole, tmp_path):
         at, bit = int(rng.integers(len(content))), 1 << int(rng.integers(8))
         path.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
         try:
-            assert equal(checkpoint.read(copy), expected), f"{path.relative_to(copy)}: bit {bit} of byte {at} passed unseen"
+            assert equal(store.read(copy), expected), f"{path.relative_to(copy)}: bit {bit} of byte {at} passed unseen"
         except ValueError as error:
             found += 1
             assert ("step 6" in str(error) or "frozen" in str(error)) and str(copy) in str(error) and "\n" not in str(error)
         finally:
             path.write_bytes(content)
-    assert equal(checkpoint.read(copy), expected) and found > FLIPS / 3
+    assert equal(store.read(copy), expected) and found > FLIPS / 3
 
 
 @pytest.mark.parametrize("what", ["params", "groups", "data", "config", "store"])
@@ -72,7 +72,7 @@ def test_a_changed_value_is_named(whole, tmp_path, what):
         file.write_text(json.dumps(meta))
         name = "meta/metadata is not what was saved there"
     with pytest.raises(ValueError, match=f"step 6 cannot be read from .*: {name}.*; go on from the step before it with --step 3"):
-        checkpoint.read(copy)
+        store.read(copy)
 
 
 def test_a_cut_off_step_is_named_and_the_one_before_goes_on(whole, tmp_path):
@@ -101,13 +101,13 @@ def test_a_cut_off_step_is_named_and_the_one_before_goes_on(whole, tmp_path):
     checkpoints = Checkpoints(copy, keep=2)
     assert checkpoints.resume(3).meta["step"] == 3
     checkpoints.close()
-    assert checkpoint.steps(copy) == [3] and [path.name for path in (copy / "aside").iterdir()] == ["6"]
+    assert store.steps(copy) == [3] and [path.name for path in (copy / "aside").iterdir()] == ["6"]
     run(copy, FROZEN, 6)
-    assert checkpoint.read(copy).meta["step"] == 6
+    assert store.read(copy).meta["step"] == 6
 
 
 def test_digests_that_are_missing_are_refused(whole, tmp_path):
     shutil.copytree(whole[0], tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy/steps/6/digests")
     with pytest.raises(ValueError, match="step 6 cannot be read .*digests"):
-        checkpoint.read(tmp_path / "copy")
+        store.read(tmp_path / "copy")

@@ -12,9 +12,10 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from evlm_jax import cli, names
-from evlm_jax.mesh import AXES, Layout, check_mesh, check_parameters
+from evlm_jax import cli
+from evlm_jax.models import param_names
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.parallel.mesh import AXES, Layout, check_mesh, check_parameters
 from evlm_jax.planning import search
 
 ROOT = Path(__file__).parents[1]
@@ -102,4 +103,4 @@ def fits(cfg, devices):
     sizes = check_mesh(cfg, devices)
     layout = Layout(AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES)), cfg.mesh)
     shapes = nnx.state(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
-    check_parameters(layout, shapes, lambda path: names.canonical(cfg, path)[0])
+    check_parameters(layout, shapes, lambda path: param_names.canonical(cfg, path)[0])

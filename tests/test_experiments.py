@@ -10,7 +10,7 @@ from evlm_jax import optim
 from evlm_jax.config import from_config_dict
 from evlm_jax.convert.engine import parameter_shapes
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.names import canonical
+from evlm_jax.models.param_names import canonical
 
 STAGES = ("pretrain", "continual", "sft")
 # Qwen-14B and EVA02-CLIP-E+ without norm and head: counted from the published shapes. Qwen2.5: model.safetensors.index.json. CLIP-L: the

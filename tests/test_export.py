@@ -13,10 +13,10 @@ from flax import nnx
 
 from evlm_jax.batch import Batch
 from evlm_jax.convert import export
+from evlm_jax.models.decode_weights import Weights
 from evlm_jax.models.decoding import Prompt, read_prompts
-from evlm_jax.models.weights import Weights
+from evlm_jax.ops.attention_plan import plan
 from evlm_jax.ops.grouped_attention import Plan
-from evlm_jax.ops.grouping import plan
 from tests.checkpoints import IMAGE, run_directory
 from tests.parity import needs_transformers, relative
 from tests.random_model import random_model

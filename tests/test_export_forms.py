@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from evlm_jax import checkpoint
+from evlm_jax.checkpoint import store
 from evlm_jax.convert import export
 from evlm_jax.models import xattn
-from evlm_jax.names import flatten, unflatten
+from evlm_jax.models.param_names import flatten, unflatten
+from evlm_jax.ops.attention_plan import plan
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
-from evlm_jax.ops.grouping import plan
 from tests.checkpoints import run_directory
 from tests.parity import needs_transformers, open_flamingo_helpers, relative, text_logits
 from tests.random_model import random_model
@@ -104,7 +104,7 @@ def test_torch_needs_torch_alone(tmp_path):
     run_directory(tmp_path / "run", cfg, model, frozen_dtype="bfloat16")
     export.export(str(tmp_path / "run"), str(tmp_path / "out"), "torch")
     state = torch.load(tmp_path / "out/evlm.pt", weights_only=True)
-    held = checkpoint.open_params(str(tmp_path / "run"))[0]
+    held = store.open_params(str(tmp_path / "run"))[0]
     assert len(state) == len(held)
     assert state["llm.layers.1.mlp.up.weight"].dtype == torch.bfloat16
     up = held["llm/layers/1/mlp/up/kernel"].read().T

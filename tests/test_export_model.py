@@ -265,7 +265,7 @@ def test_saved_weights(folder, model, batch, tmp_path):
     """By the names of the export, in shards; more or fewer tensors are refused; other sizes and types."""
     from safetensors.torch import load_file, save_file
 
-    from evlm_jax.tensors import read_folder
+    from evlm_jax.checkpoint.lazy_tensors import read_folder
 
     model.save_pretrained(tmp_path / "again", max_shard_size="100KB")
     names = set(load_file(folder / "model.safetensors"))

@@ -18,7 +18,7 @@ from PIL import Image
 from evlm_jax.convert import export
 from evlm_jax.data import image, text
 from evlm_jax.data.samples import ImageRef, Turn
-from evlm_jax.tokenizer import load_tokenizer
+from evlm_jax.data.tokenizer import load_tokenizer
 from tests.checkpoints import IMAGE, run_directory
 from tests.random_model import random_model
 from tests.tiny import tiny_config

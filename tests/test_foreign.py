@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from evlm_jax import assets, tensors
+from evlm_jax import assets
+from evlm_jax.checkpoint import lazy_tensors
+from evlm_jax.checkpoint.lazy_tensors import read_all
 from evlm_jax.convert import engine, families, importer
 from evlm_jax.convert.readers import open_source
-from evlm_jax.tensors import read_all
 from tests.checkpoints import dinov2_directory, llama_directory
 from tests.foreign_files import KEYS, UNTIED, field, gguf_file
 from tests.parity import needs_asset
@@ -209,7 +210,7 @@ def test_the_preprocessor_is_read_whole(tmp_path):
 
 
 def test_a_single_file_wins_over_a_stale_index(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensors, "SHARD", 20_000)
+    monkeypatch.setattr(lazy_tensors, "SHARD", 20_000)
     llama_directory(tmp_path, CFG)
     monkeypatch.undo()
     whole = {name: 2 * tensor.read() for name, tensor in open_source(tmp_path).tensors.items()}
@@ -219,7 +220,7 @@ def test_a_single_file_wins_over_a_stale_index(tmp_path, monkeypatch):
 
 
 def test_an_index_tells_all_of_its_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensors, "SHARD", 20_000)
+    monkeypatch.setattr(lazy_tensors, "SHARD", 20_000)
     llama_directory(tmp_path, CFG)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     del index["weight_map"]["model.layers.0.input_layernorm.weight"]

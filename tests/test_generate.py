@@ -11,13 +11,13 @@ from flax import nnx
 
 from evlm_jax.batch import Batch
 from evlm_jax.data.samples import ImageRef, Turn
+from evlm_jax.data.stream import Stream
 from evlm_jax.generate import Generator, Room, collate
 from evlm_jax.models import decoding, sampling
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.ops import packed
+from evlm_jax.ops import decode_matmul
+from evlm_jax.ops.attention_plan import plan
 from evlm_jax.ops.grouped_attention import Plan
-from evlm_jax.ops.grouping import plan
-from evlm_jax.stream import Stream
 from tests.data.made import SPECIALS, ByteTokenizer, refs
 from tests.tiny import BASELINES, tiny_config
 
@@ -318,10 +318,10 @@ def test_packed_products(rows, dtype):
     x = jax.random.normal(jax.random.key(1), (rows, 24))
     rounded = lambda x, is_rounded=True: x.astype(dtype).astype(jnp.float32) if is_rounded else x
     wanted = rounded(x, rows > 1) @ rounded(kernel[1])
-    found = packed.Packed(packed.pack(kernel, dtype), None, 1)(x)
+    found = decode_matmul.Packed(decode_matmul.pack(kernel, dtype), None, 1)(x)
     assert jnp.abs(found - wanted).max() <= 1e-5 * jnp.abs(wanted).max()
-    head = packed.pack_head(jnp.concatenate([kernel[1]] * 210, 1), dtype)  # several pieces, the last one padded
-    found = packed.logits(head, x, 8400)
+    head = decode_matmul.pack_head(jnp.concatenate([kernel[1]] * 210, 1), dtype)  # several pieces, the last one padded
+    found = decode_matmul.logits(head, x, 8400)
     assert jnp.abs(found - jnp.tile(wanted, (1, 210))).max() <= 1e-5 * jnp.abs(wanted).max()
 
 

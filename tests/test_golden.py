@@ -11,13 +11,14 @@ import orbax.checkpoint as ocp
 import pytest
 from flax.traverse_util import flatten_dict
 
-from evlm_jax import checkpoint, cli
+from evlm_jax import cli
+from evlm_jax.checkpoint import store
+from evlm_jax.checkpoint.lazy_tensors import read_folder
 from evlm_jax.config import from_saved
 from evlm_jax.convert.export import export
 from evlm_jax.convert.readers import read_torch
 from evlm_jax.data.pipeline import batches
-from evlm_jax.tensors import read_folder
-from evlm_jax.tokenizer import load_tokenizer
+from evlm_jax.data.tokenizer import load_tokenizer
 
 GOLDEN = sorted(path for path in (Path(__file__).parent / "golden").iterdir() if path.is_dir() and path.name != "__pycache__")
 
@@ -37,7 +38,7 @@ def golden(request, tmp_path, monkeypatch):
 
 
 def test_parameters_moments_and_data_position_are_equal(golden):
-    snapshot = checkpoint.read("run")
+    snapshot = store.read("run")
     for part in ("params", "frozen", "groups"):
         assert {name: sha(array) for name, array in sorted(getattr(snapshot, part).items())} == golden[part]
     assert snapshot.meta["data"] == golden["data"]
@@ -45,7 +46,7 @@ def test_parameters_moments_and_data_position_are_equal(golden):
 
 def test_the_next_batches_are_equal(golden):
     cfg = cli.load_config("experiment.py")
-    assert from_saved(checkpoint.read("run").meta["config"]) == cfg
+    assert from_saved(store.read("run").meta["config"]) == cfg
     with contextlib.closing(batches(cfg, load_tokenizer(cfg.init.llm))) as stream:
         stream.set_state(golden["data"])
         made = [next(stream)[0]._asdict() for _ in golden["batches"]]
@@ -83,7 +84,7 @@ def test_a_run_needs_its_towers_no_more(golden):
     assert cli.main([*go_on, "--config.train.steps=7"]) == 0
     shutil.rmtree("vision")
     shutil.rmtree("llm")
-    assert cli.main([*go_on, "--config.train.steps=8"]) == 0 and checkpoint.steps("run")[-1] == 8
+    assert cli.main([*go_on, "--config.train.steps=8"]) == 0 and store.steps("run")[-1] == 8
     export("run", "export", "hf")
 
 

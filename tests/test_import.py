@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from evlm_jax import checkpoint, tensors
+from evlm_jax.checkpoint import lazy_tensors
+from evlm_jax.checkpoint import store as checkpoint
+from evlm_jax.checkpoint.lazy_tensors import Tensor, read_all, write_folder
 from evlm_jax.cli import main
 from evlm_jax.config import to_dict
 from evlm_jax.convert import engine, export, importer
 from evlm_jax.convert.readers import open_source
-from evlm_jax.run import next_stage
-from evlm_jax.tensors import Tensor, read_all, write_folder
+from evlm_jax.runs import next_stage
 from tests.checkpoints import dinov2_directory, family, llama_directory, random_tensors, run_directory
 from tests.random_model import random_model
 from tests.tiny import tiny_config
@@ -129,7 +130,7 @@ def test_bad_input_leaves_nothing(tmp_path, towers, how):
 
 
 def test_a_missing_shard_leaves_nothing(tmp_path, towers, monkeypatch):
-    monkeypatch.setattr(tensors, "SHARD", 20_000)
+    monkeypatch.setattr(lazy_tensors, "SHARD", 20_000)
     llama_directory(tmp_path / "sharded", CFG)
     lost = sorted((tmp_path / "sharded").glob("model-*"))[1]
     lost.unlink()
@@ -186,10 +187,12 @@ def test_a_kill_leaves_what_the_next_import_goes_on_with(tmp_path, towers, monke
     (aside,) = (tmp_path / "out.incomplete/frozen").iterdir()
     before = {path.name: path.stat().st_mtime_ns for path in aside.glob("*.safetensors")}
     assert before
-    monkeypatch.setattr(tensors, "SHARD", 20_000)
+    monkeypatch.setattr(lazy_tensors, "SHARD", 20_000)
     kept = []
     monkeypatch.setattr(
-        tensors, "write_tensor", lambda file, name, *rest, write=tensors.write_tensor: kept.append(name) or write(file, name, *rest)
+        lazy_tensors,
+        "write_tensor",
+        lambda file, name, *rest, write=lazy_tensors.write_tensor: kept.append(name) or write(file, name, *rest),
     )
     importer.import_towers(towers, str(out))
     (store,) = (out / "frozen").iterdir()
@@ -225,9 +228,9 @@ def test_flat_files(tmp_path, monkeypatch):
     arrays = {"scalar": np.float32(2.5) * np.ones((), np.float32), "turned": rng.standard_normal((70, 90)).astype(np.float32).T}
     arrays |= {"half": rng.standard_normal((3, 4, 5)).astype(np.float16), "brain": rng.standard_normal(7).astype(ml_dtypes.bfloat16)}
     arrays["brain turned"] = rng.standard_normal((5, 4, 3)).astype(ml_dtypes.bfloat16).transpose(2, 0, 1)
-    monkeypatch.setattr(tensors, "BLOCK", 100)
+    monkeypatch.setattr(lazy_tensors, "BLOCK", 100)
     hashes = write_folder(tmp_path, {name: Tensor.of(array) for name, array in arrays.items()})
-    assert hashes == {name: tensors.digest(array) for name, array in arrays.items()}
+    assert hashes == {name: lazy_tensors.digest(array) for name, array in arrays.items()}
     assert same(read_all(open_source(tmp_path).tensors), arrays)
     assert same(load_file(tmp_path / "model.safetensors"), arrays)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors"]

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from evlm_jax.convert import export
-from evlm_jax.names import flatten
+from evlm_jax.models.param_names import flatten
 from tests.checkpoints import run_directory
 from tests.parity import answer_logits, needs_transformers, relative, text_logits
 from tests.random_model import random_model

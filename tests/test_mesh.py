@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from evlm_jax import checkpoint
-from evlm_jax.mesh import RULES, check_parameters, make_layout, mesh_sizes
+from evlm_jax.checkpoint import store
+from evlm_jax.parallel.mesh import RULES, check_parameters, make_layout, mesh_sizes
 from evlm_jax.train import Phase
 from tests.checkpoints import run_directory
 from tests.evals import layouts
@@ -136,7 +136,7 @@ def test_processes_train_as_one_does(tmp_path, count):
     for name, processes in (("one", 1), ("several", count)):
         Workers(tmp_path / name, processes, 4, (1, 2, 1, 2)).finish()
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "several"), rtol=1e-5)
-    one, several = (checkpoint.read(tmp_path / name) for name in ("one", "several"))
+    one, several = (store.read(tmp_path / name) for name in ("one", "several"))
     assert one.meta | {"config": {}} == several.meta | {"config": {}}
     for name, array in one.params.items():
         np.testing.assert_allclose(several.params[name], array, atol=1e-3 * np.abs(array).max() + 1e-4, err_msg=name)
@@ -150,10 +150,10 @@ def test_a_killed_process_and_a_restart_of_all(tmp_path):
     cut.reach(5)
     cut.processes[1].kill()
     assert all(cut.end())  # the other one notices and fails
-    assert max(checkpoint.steps(tmp_path / "cut")) in (2, 4)
+    assert max(store.steps(tmp_path / "cut")) in (2, 4)
     Workers(tmp_path / "cut", 2, 8, (1, 2, 1, 2)).finish()
     np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=1e-6)
-    assert checkpoint.read(tmp_path / "cut").meta == checkpoint.read(tmp_path / "whole").meta
+    assert store.read(tmp_path / "cut").meta == store.read(tmp_path / "whole").meta
 
 
 @pytest.mark.slow
@@ -162,8 +162,8 @@ def test_sigterm_of_one_process_stops_all_at_one_step(tmp_path):
     workers.reach(3)
     workers.processes[1].terminate()
     workers.finish()
-    (step,) = {max(checkpoint.steps(tmp_path))}
-    assert 3 <= step < 1000 and checkpoint.read(tmp_path).meta["data"] == {"next": step}
+    (step,) = {max(store.steps(tmp_path))}
+    assert 3 <= step < 1000 and store.read(tmp_path).meta["data"] == {"next": step}
 
 
 @pytest.mark.slow

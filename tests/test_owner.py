@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from evlm_jax import owner
-from evlm_jax.owner import NAME, Owner
+from evlm_jax.checkpoint import owner
+from evlm_jax.checkpoint.owner import NAME, Owner
 
 HOLD = """
 import pathlib, sys, time

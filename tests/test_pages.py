@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.results import RUNS
-from evlm_jax import report
 from evlm_jax.ablate import collect, page
 from evlm_jax.evals import results
+from evlm_jax.report import page as report
 from tests.evals.test_report import saved as saved  # the report's results
 
 WIDTHS = (390, 768, 1024, 1280, 1920)

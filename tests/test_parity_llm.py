@@ -7,7 +7,7 @@ import pytest
 
 from evlm_jax import assets
 from evlm_jax.convert import engine
-from evlm_jax.tokenizer import load_tokenizer
+from evlm_jax.data.tokenizer import load_tokenizer
 from tests.parity import answer_logits, config_for, load, needs_asset, needs_transformers, relative, text_logits
 
 pytestmark = needs_transformers

@@ -7,7 +7,7 @@ import importlib.util
 
 import pytest
 
-from evlm_jax.mesh import make_layout
+from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.planning import chips
 from evlm_jax.planning.compiled import COLLECTIVES
 from evlm_jax.planning.hlo import Instruction, Module

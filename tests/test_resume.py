@@ -2,9 +2,10 @@
 
 import pytest
 
-from evlm_jax import checkpoint, optim
+from evlm_jax import optim
+from evlm_jax.checkpoint import store
+from evlm_jax.checkpoint.continuity import check
 from evlm_jax.config import to_saved
-from evlm_jax.continuity import check
 from evlm_jax.train import train
 from tests.tiny import CROSS_ONLY, UPPER_VIT, TinyData, tiny_config, tiny_towers
 
@@ -85,12 +86,12 @@ def test_another_batch_keeps_the_optimizer(tmp_path):
     sizes = {"steps": 2, "save_every": 2, "keep": 9}
     cfg = tiny_config(train=sizes)
     train(cfg, tmp_path, TinyData(cfg), tiny_towers(cfg))
-    before = checkpoint.read(tmp_path)
+    before = store.read(tmp_path)
     wider = tiny_config(train=sizes | {"steps": 3, "batch": 4})
     with pytest.raises(ValueError, match="train.batch was 2, is 4"):
         train(wider, tmp_path, TinyData(wider), {})
     assert train(wider, tmp_path, TinyData(wider), {}, other_data=True) == 3
-    after = checkpoint.read(tmp_path)
+    after = store.read(tmp_path)
     assert after.groups["0/count"] == before.groups["0/count"] + 1 == 3 and after.meta["data"] == {"next": 3}
     name = next(name for name in after.groups if name.startswith("0/nu/xattn/0/ffn"))
     kept = 0.999 * before.groups[name]  # of the second moment; what is new adds

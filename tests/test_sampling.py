@@ -15,7 +15,7 @@ from evlm_jax.convert import export  # noqa: E402
 from evlm_jax.data.samples import ImageRef, Turn  # noqa: E402
 from evlm_jax.generate import Generator  # noqa: E402
 from evlm_jax.models import sampling  # noqa: E402
-from evlm_jax.run import load_trained  # noqa: E402
+from evlm_jax.runs import load_trained  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden" / "format0_dense"
 OPTIONS = {"temperature": (0.3, 1.7), "top_k": (0, 1, 7, 500), "top_p": (0.05, 0.6, 1.0), "min_p": (0.0, 0.02, 0.7)}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evlm_jax import checkpoint
+from evlm_jax.checkpoint import store
 from evlm_jax.config import to_dict
 from tests.checkpoints import dinov2_directory, llama_directory
 from tests.data.made import write_jsonl
@@ -64,12 +64,12 @@ def end(process) -> tuple[int, str, list[str]]:
 
 def test_signals_save_and_say_so(experiment, tmp_path):
     for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 75)):
-        before = max(checkpoint.steps(tmp_path), default=0)
+        before = max(store.steps(tmp_path), default=0)
         process = start(experiment, tmp_path)
         reach(process, tmp_path, before + 3)
         process.send_signal(number)
         code, out, told = end(process)
-        step = max(checkpoint.steps(tmp_path))
+        step = max(store.steps(tmp_path))
         assert code == status and step >= before + 3
         assert told == [f"evlm: stopped by a signal at step {step} of 100000, saved at {step}: the same command goes on"]
         assert not before or f"resume from step {before}" in out
@@ -81,7 +81,7 @@ def test_killed_and_started_again_at_once(experiment, tmp_path):
     process.kill()
     again = start(experiment, tmp_path, "--config.train.save_every=2")
     process.wait()
-    kept = max(checkpoint.steps(tmp_path))
+    kept = max(store.steps(tmp_path))
     assert kept >= 2
     reach(again, tmp_path, kept + 3)
     again.terminate()
@@ -109,7 +109,7 @@ def test_a_full_disk_is_told_of(experiment, mounted):
     disk = mounted("size=4m")
     code, _, told = end(start(experiment, disk, "--config.train.save_every=1", "--config.train.keep=1000"))
     assert code == 1 and told[-1].startswith(f"evlm: {disk}: a save failed") and "No space left on device" in told[-1]
-    assert checkpoint.steps(disk) and checkpoint.read(disk).meta["step"] == max(checkpoint.steps(disk))
+    assert store.steps(disk) and store.read(disk).meta["step"] == max(store.steps(disk))
 
 
 def test_a_folder_that_cannot_be_written_is_told_of_before_anything_is_read(experiment, mounted):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 
-from evlm_jax.tokenizer import QWEN_SPLIT, _byte_letters, keep_tokenizer, load_tokenizer, source_of_run
+from evlm_jax.data.tokenizer import QWEN_SPLIT, _byte_letters, keep_tokenizer, load_tokenizer, source_of_run
 from tests.parity import needs_asset, needs_transformers
 
 SMOLLM2 = "smollm2-135m-instruct"

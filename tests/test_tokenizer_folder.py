@@ -8,7 +8,7 @@ from gguf import GGUFWriter
 
 from evlm_jax.data import text
 from evlm_jax.data.samples import Sample, Turn
-from evlm_jax.tokenizer import load_tokenizer
+from evlm_jax.data.tokenizer import load_tokenizer
 from tests.checkpoints import SPECIALS, tokenizer_directory
 from tests.tiny import tiny_config
 from tests.vocabularies import older_folder, write_json

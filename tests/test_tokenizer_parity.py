@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer, PreTrain
 from evlm_jax import assets
 from evlm_jax.data import text
 from evlm_jax.data.samples import ImageRef, Sample, Turn
-from evlm_jax.tokenizer import load_tokenizer
+from evlm_jax.data.tokenizer import load_tokenizer
 from tests.parity import needs_asset
 from tests.tiny import tiny_config
 from tests.vocabularies import FAMILIES, older_folder, texts, vocabulary, write_json

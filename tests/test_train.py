@@ -16,13 +16,15 @@ import optax
 import pytest
 from flax import nnx
 
-from evlm_jax import checkpoint, names, optim
+from evlm_jax import optim
+from evlm_jax.checkpoint import store
+from evlm_jax.checkpoint.initialize import fresh
 from evlm_jax.loss import loss_sums
-from evlm_jax.mesh import make_layout
+from evlm_jax.models import param_names
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.run import next_stage
-from evlm_jax.start import fresh
-from evlm_jax.status import Stopped
+from evlm_jax.parallel.mesh import make_layout
+from evlm_jax.parallel.status import Stopped
+from evlm_jax.runs import next_stage
 from evlm_jax.train import Phase, gradients, train
 from tests.tiny import CROSS_ONLY, UPPER_VIT, TinyData, tiny_batch, tiny_config, tiny_towers
 
@@ -58,7 +60,7 @@ def begun(phase: Phase, towers) -> nnx.State:
     return fresh(CFG, phase.shapes, phase.place, towers, frozenset())
 
 
-def assert_same_bits(a: checkpoint.Snapshot, b: checkpoint.Snapshot):
+def assert_same_bits(a: store.Snapshot, b: store.Snapshot):
     for mine, other in ((a.params, b.params), (a.groups, b.groups), (a.frozen, b.frozen)):
         assert mine.keys() == other.keys()
         for name, array in mine.items():
@@ -71,14 +73,14 @@ def test_one_compilation_per_phase(whole_run, compilations):
 
 
 def test_frozen_bits_stay(whole_run, towers):
-    params, _ = checkpoint.load_params(whole_run)
+    params, _ = store.load_params(whole_run)
     moved = {name for name, tower in towers.items() if params[name].tobytes() != tower.tobytes()}
     assert moved == {name for name in towers if name.startswith(("vit/blocks/2/", "vit/blocks/3/"))}
 
 
 def test_what_trains_moves_and_learns(whole_run, towers):
     """Batches are random words: what can be learned of them is themselves."""
-    first, last = checkpoint.read(whole_run, 12), checkpoint.read(whole_run, STEPS)
+    first, last = store.read(whole_run, 12), store.read(whole_run, STEPS)
     assert all(first.params[name].tobytes() != last.params[name].tobytes() for name in first.params)
     phase, data = Phase(CFG, 0, make_layout(CFG)), TinyData(CFG)
     batches = [next(data)[0] for _ in range(STEPS)]
@@ -88,13 +90,13 @@ def test_what_trains_moves_and_learns(whole_run, towers):
         total, sums = loss_sums(nnx.merge(phase.graphdef, state), batch, len(CFG.data.sources))
         return total / sums["count"].sum()
 
-    before, after = begun(phase, towers), names.unflatten(CFG, last.frozen | last.params, phase.shapes)
+    before, after = begun(phase, towers), param_names.unflatten(CFG, last.frozen | last.params, phase.shapes)
     assert np.mean([loss(after, batch) for batch in batches]) < np.mean([loss(before, batch) for batch in batches])
 
 
 def test_media_embeddings_begin_among_the_words(towers):
     phase = Phase(CFG, 0, make_layout(CFG))
-    new = names.flatten(CFG, begun(phase, towers))
+    new = param_names.flatten(CFG, begun(phase, towers))
     words, media = towers["llm/embed"], np.asarray(new["media/embedding"])
     assert np.abs(media - words.mean(0)).max() < 5 * words.std(0).max()
     np.testing.assert_allclose((media - words.mean(0)).std(), words.std(), rtol=0.2)
@@ -102,7 +104,7 @@ def test_media_embeddings_begin_among_the_words(towers):
 
 
 def test_first_update_of_the_newly_trainable_group(whole_run, tmp_path, towers):
-    before = checkpoint.read(whole_run, BOUNDARY)
+    before = store.read(whole_run, BOUNDARY)
     after = interrupted(tmp_path, whole_run, start=BOUNDARY, stop=BOUNDARY + 1)
     rate = 0.5 * float(optim.schedule(CFG, BOUNDARY))  # UPPER_VIT halves it
     moved = np.concatenate([(after.params[n] - before.frozen[n]).ravel() for n in after.params if n.startswith("vit/")])
@@ -110,16 +112,16 @@ def test_first_update_of_the_newly_trainable_group(whole_run, tmp_path, towers):
     assert after.groups["1/count"] == 1 and after.groups["0/count"] == BOUNDARY + 1
 
 
-def interrupted(workdir, whole_run, start: int, stop: int, number: int = signal.SIGTERM) -> checkpoint.Snapshot:
+def interrupted(workdir, whole_run, start: int, stop: int, number: int = signal.SIGTERM) -> store.Snapshot:
     """What a copy of `whole_run`, taken when step `start` was its newest, saves when a signal comes in step `stop`."""
     shutil.copytree(whole_run, workdir, dirs_exist_ok=True)
-    for step in checkpoint.steps(workdir):
+    for step in store.steps(workdir):
         if step > start:
             shutil.rmtree(workdir / "steps" / str(step))
     with pytest.raises(Stopped, match=f"at step {stop} of {STEPS}, saved at {stop}") as ended:
         train(CFG, workdir, TinyData(CFG), {}, on_step=lambda step, _: step == stop and os.kill(os.getpid(), number))
     assert ended.value.status == {signal.SIGTERM: 75, signal.SIGINT: 130}[number]
-    return checkpoint.read(workdir)
+    return store.read(workdir)
 
 
 @pytest.mark.parametrize("cut", [BOUNDARY - 1, BOUNDARY, BOUNDARY + 1])
@@ -129,7 +131,7 @@ def test_resumed_run_has_the_bits_of_the_whole_run(whole_run, tmp_path, cut, cap
     assert interrupted(tmp_path, whole_run, 12, cut, number).meta["step"] == cut
     assert train(CFG, tmp_path, TinyData(CFG), {}) == STEPS
     assert f"resume from step {cut}" in capsys.readouterr().out
-    assert_same_bits(checkpoint.read(tmp_path), checkpoint.read(whole_run))
+    assert_same_bits(store.read(tmp_path), store.read(whole_run))
     lines = lambda workdir: [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines(tmp_path)] == [line["step"] for line in lines(whole_run)]
     assert lines(tmp_path)[-1]["loss"] == lines(whole_run)[-1]["loss"]
@@ -137,15 +139,15 @@ def test_resumed_run_has_the_bits_of_the_whole_run(whole_run, tmp_path, cut, cap
 
 def test_refreezing_stage_keeps_trained_bits(whole_run, tmp_path):
     """Stage 3 of the paper freezes what stage 2 trained; bfloat16 towers, so that a cast would show."""
-    params, _ = checkpoint.load_params(whole_run)
+    params, _ = store.load_params(whole_run)
     stage = tiny_config(train={"steps": 2, "frozen_dtype": "bfloat16"})
-    train(stage, tmp_path, TinyData(stage, seed=1), params, checkpoint.trained(whole_run))
-    after, config = checkpoint.load_params(tmp_path)
+    train(stage, tmp_path, TinyData(stage, seed=1), params, store.trained(whole_run))
+    after, config = store.load_params(tmp_path)
     assert config == stage
     upper = [name for name in params if name.startswith(("vit/blocks/2/", "vit/blocks/3/"))]
     assert upper and all(after[name].tobytes() == params[name].tobytes() for name in upper)
     assert after["vit/cls"].dtype == ml_dtypes.bfloat16 and after["xattn/0/q/kernel"].tobytes() != params["xattn/0/q/kernel"].tobytes()
-    assert checkpoint.trained(tmp_path) == checkpoint.trained(whole_run)
+    assert store.trained(tmp_path) == store.trained(whole_run)
 
 
 @pytest.mark.parity
@@ -153,9 +155,9 @@ def test_next_stage_at_another_size(whole_run, tmp_path):
     """224 to 448 between the paper's stages 1 and 2: all is taken over but the position table, which is resampled as torch does."""
     import torch
 
-    before, _ = checkpoint.load_params(whole_run)
+    before, _ = store.load_params(whole_run)
     same, names_before = next_stage(CFG, whole_run)
-    assert names_before == checkpoint.trained(whole_run)
+    assert names_before == store.trained(whole_run)
     assert all((array == before[name]).all() for name, array in same.items())
     cfg = tiny_config(vit={"image_size": 16}, train={"steps": 1})
     params, trained = next_stage(cfg, whole_run)
@@ -204,7 +206,7 @@ def test_bad_updates_change_nothing_and_those_behind_go_on(tmp_path, capsys):
     assert all(np.isfinite(a).all() for a in states[12])
     said = capsys.readouterr().out
     assert "step 6: sum of losses nan" in said and "the run's 2. of that kind. Its samples: 8/0, 8/1" in said
-    last = checkpoint.read(tmp_path)
+    last = store.read(tmp_path)
     assert last.groups["0/count"] == 10 and last.meta["bad"] == 2 and last.meta["data"] == {"next": 12}
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line.get("bad_updates", 0) for line in lines] == [0, 1, 1] and all(np.isfinite(line["loss"]) for line in lines)
@@ -217,11 +219,11 @@ def test_too_many_bad_updates_stop_the_run_and_resume_goes_past_them(tmp_path):
         FloatingPointError, match=r"step 7: .*nan.*Its samples: 6/0, 6/1. Stopped, for train.bad_updates is 2; a greater one"
     ):
         train(cfg, tmp_path / "cut", spoiled(cfg, bad), towers)
-    assert checkpoint.steps(tmp_path / "cut") == [4] and checkpoint.read(tmp_path / "cut").meta["bad"] == 1
+    assert store.steps(tmp_path / "cut") == [4] and store.read(tmp_path / "cut").meta["bad"] == 1
     more = tiny_config(**BAD | {"train": BAD["train"] | {"bad_updates": 4}})
     assert train(more, tmp_path / "cut", spoiled(more, bad), towers) == 12
     assert train(more, tmp_path / "whole", spoiled(more, bad), towers) == 12
-    assert_same_bits(checkpoint.read(tmp_path / "cut"), checkpoint.read(tmp_path / "whole"))
+    assert_same_bits(store.read(tmp_path / "cut"), store.read(tmp_path / "whole"))
 
 
 def test_parameters_that_give_nothing_finite_are_not_saved(tmp_path):
@@ -229,13 +231,13 @@ def test_parameters_that_give_nothing_finite_are_not_saved(tmp_path):
     cfg = tiny_config(**BAD | {"train": BAD["train"] | {"bad_updates": 99}})
     with pytest.raises(FloatingPointError, match="the last updates to step 12 were not finite, the newest that was saved is 4"):
         train(cfg, tmp_path, spoiled(cfg, set(range(6, 12))), tiny_towers(cfg))
-    assert checkpoint.steps(tmp_path) == [4]
+    assert store.steps(tmp_path) == [4]
 
 
 def test_a_save_is_due_by_minutes_too(tmp_path):
     cfg = tiny_config(train={"steps": 6, "save_every": 100, "keep": 9, "log_every": 2, "save_minutes": 1e-9})
     assert train(cfg, tmp_path, TinyData(cfg), tiny_towers(cfg)) == 6
-    assert checkpoint.steps(tmp_path) == [2, 4, 6]
+    assert store.steps(tmp_path) == [2, 4, 6]
 
 
 def test_a_failed_save_is_told_at_once(tmp_path):
@@ -311,8 +313,8 @@ def test_kill_at_random_moments(whole_run, tmp_path, kills):
         resumed = [line for line in lines if line.startswith("resume from step")]
         assert [f"from step {newest} of" in line for line in resumed] == [True] * bool(newest)
         reached = max((int(line.split()[1]) for line in lines if line.startswith("step ")), default=newest)
-        killed, newest = killed + died, max(checkpoint.steps(tmp_path), default=0)
+        killed, newest = killed + died, max(store.steps(tmp_path), default=0)
         assert newest >= ((reached - 1) // interval - 1) * interval  # all saves but the one under way
         assert not died or killed <= kills
     assert not list(tmp_path.glob("*/*tmp*"))
-    assert_same_bits(checkpoint.read(tmp_path), checkpoint.read(whole_run))
+    assert_same_bits(store.read(tmp_path), store.read(whole_run))

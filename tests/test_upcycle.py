@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from evlm_jax import checkpoint, cli
+from evlm_jax import cli
+from evlm_jax.checkpoint import store
+from evlm_jax.checkpoint.lazy_tensors import Tensor, read_all
 from evlm_jax.config import MoEConfig
+from evlm_jax.convert.upcycle import _filled, receipt, upcycle, upcycle_layer
 from evlm_jax.flops import real_tokens
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.moe import MoE
-from evlm_jax.names import flatten, unflatten
-from evlm_jax.run import next_stage
-from evlm_jax.tensors import Tensor, read_all
+from evlm_jax.models.param_names import flatten, unflatten
+from evlm_jax.runs import next_stage
 from evlm_jax.train import train
-from evlm_jax.upcycle import _filled, receipt, upcycle, upcycle_layer
 from tests.random_model import random_model
 from tests.tiny import TinyData, tiny_batch, tiny_config, tiny_towers
 
@@ -131,7 +132,7 @@ def test_command_line(tmp_path, capsys):
     assert cli.main([*command, f"{spec}:moe"]) == 1
 
     params, trained = next_stage(cfg, tmp_path / "moe")
-    before = checkpoint.load_params(tmp_path / "dense")[0]
+    before = store.load_params(tmp_path / "dense")[0]
     kept = [name for name in before if "/ffn/" not in name]
     assert all(params[name].tobytes() == before[name].tobytes() for name in kept) and len(params) == len(kept) + 4 * 5
     assert {"xattn/3/ffn/router/kernel", "media/embedding"} <= trained

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evlm_jax import cli, verify
-from evlm_jax.convert import export
-from evlm_jax.tensors import Tensor, read_all, read_folder, write_folder
-from evlm_jax.traces import Trace
+from evlm_jax import cli
+from evlm_jax.checkpoint.lazy_tensors import Tensor, read_all, read_folder, write_folder
+from evlm_jax.convert import export, verify
+from evlm_jax.convert.activations import Trace
 from tests.checkpoints import dinov2_directory, run_directory
 from tests.parity import needs_transformers
 from tests.random_model import random_model

@@ -11,9 +11,9 @@ from flax import nnx
 from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig, from_config_dict
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.names import flatten
+from evlm_jax.models.param_names import flatten
+from evlm_jax.ops.attention_plan import plan
 from evlm_jax.ops.grouped_attention import Plan
-from evlm_jax.ops.grouping import plan
 
 CROSS_ONLY = ({"pattern": "^(xattn|media|bridge)/", "lr": 1.0}, {"pattern": "^(vit|llm)/", "lr": None})
 UPPER_VIT = ({"pattern": "^vit/blocks/[23]/", "lr": 0.5}, *CROSS_ONLY)  # blocks 3 and 4 of 4, in 1-based numbers

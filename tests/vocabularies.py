@@ -9,7 +9,7 @@ from pydoc_data.topics import topics
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from evlm_jax.tokenizer import QWEN_SPLIT
+from evlm_jax.data.tokenizer import QWEN_SPLIT
 
 LLAMA3_SPLIT = QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
 CHAT = ("<|im_start|>", "<|im_end|>", "<|media|>")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from evlm_jax.ranges import Positive, argument
+from evlm_jax.config.ranges import Positive, argument
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -15,9 +15,9 @@ from evlm_jax.data.mixture import tasks
 from evlm_jax.data.pack import assemble
 from evlm_jax.data.pipeline import Lane
 from evlm_jax.data.sources import open_source
+from evlm_jax.data.tokenizer import load_tokenizer
 from evlm_jax.flops import train_flops
-from evlm_jax.mesh import make_layout
-from evlm_jax.tokenizer import load_tokenizer
+from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.train import Phase
 
 QUESTIONS, FLOPS = "questions", "flops"  # the two budgets, by name

@@ -19,9 +19,10 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from evlm_jax import checkpoint, upcycle
 from evlm_jax.ablate.budget import budgets
+from evlm_jax.checkpoint import store
 from evlm_jax.config import EVLMConfig, to_dict, to_saved
+from evlm_jax.convert import upcycle
 from evlm_jax.convert.engine import parameter_shapes
 from evlm_jax.data.features import FeatureStore
 from evlm_jax.data.samples import Sample, question
@@ -30,9 +31,9 @@ from evlm_jax.evals.answer import answerer, prompt_text
 from evlm_jax.evals.choice import answer_losses
 from evlm_jax.evals.runner import evaluate
 from evlm_jax.evals.task import Question, first
-from evlm_jax.mesh import make_layout
 from evlm_jax.metrics import training_lines
-from evlm_jax.run import Trained, features_of, load_trained, train_run
+from evlm_jax.parallel.mesh import make_layout
+from evlm_jax.runs import Trained, features_of, load_trained, train_run
 from evlm_jax.train import Phase
 
 CHOICE, CAPTION = "easy-vqa-choice", "emoji"
@@ -101,7 +102,7 @@ def seeded(cfg: EVLMConfig, seed: int) -> EVLMConfig:
 
 def makes_experts(cfg: EVLMConfig, init: str | None) -> bool:
     """Whether `cfg` has experts and the run that it starts from a dense FFN."""
-    return bool(init and cfg.moe.copies) and not checkpoint.open_params(init)[1].moe.copies
+    return bool(init and cfg.moe.copies) and not store.open_params(init)[1].moe.copies
 
 
 def start(cfg: EVLMConfig, init: str | None, folder: Path) -> str | None:
@@ -116,7 +117,7 @@ def start(cfg: EVLMConfig, init: str | None, folder: Path) -> str | None:
 
 def settings(base: EVLMConfig, questions: int, limit: int | None, init: str | None) -> dict:
     """What runs must have in common to be compared."""
-    begun = {"init": results.weights_hash(checkpoint.load_params(init)[0])} if init else {}
+    begun = {"init": results.weights_hash(store.load_params(init)[0])} if init else {}
     return {"questions": questions, "limit": limit, "base": to_saved(base)} | begun
 
 

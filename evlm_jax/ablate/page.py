@@ -7,11 +7,12 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from evlm_jax import report, viz
 from evlm_jax.ablate.budget import QUESTIONS
 from evlm_jax.ablate.claims import HOLDS, Judgement, judge, obstacles
 from evlm_jax.ablate.collect import ACCURACY, BUDGETS, HEADER, MEASURES, Measure, Row, cells, header, interval, rows, variants
 from evlm_jax.ablate.job import BASE
+from evlm_jax.report import figures
+from evlm_jax.report import page as report
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -30,7 +31,7 @@ def render(found: dict, out: Path) -> Path:
         claims=[judgement_cells(judgement) for judgement in judge(found)],
         good=HOLDS,
         sections=[_section(made[budget], title) for budget, title in BUDGETS.items()],
-        cost=Markup(viz.named_points(points, "training FLOPs, P (1e15)", ACCURACY.name)),
+        cost=Markup(figures.named_points(points, "training FLOPs, P (1e15)", ACCURACY.name)),
         changes=[(row.variant, described(row.changes)) for row in seen],
         base_json=json.dumps(found["settings"]["base"], ensure_ascii=False, indent=1),
     )
@@ -73,7 +74,7 @@ def _effects(made: dict[str, list[Row]], measure: Measure) -> Markup:
             if apart := row.against[measure.key]:
                 plotted[row.variant][title] = apart.mean, apart.low, apart.high, np.subtract(row.means[measure.key], base[budget])
     better = "right" if measure.sign > 0 else "left"
-    return Markup(viz.intervals(plotted, f"{measure.name}\nless the base; better to the {better}"))
+    return Markup(figures.intervals(plotted, f"{measure.name}\nless the base; better to the {better}"))
 
 
 def _section(made: list[Row], title: str) -> dict:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from evlm_jax import assets
 from evlm_jax.config import EVLMConfig
-from evlm_jax.gguf_file import read_gguf
+from evlm_jax.convert.gguf_file import read_gguf
 
 FIELDS = ("max_position_embeddings", "seq_length", "sliding_window")  # of config.json; Qwen 1.0's base is trained to seq_length alone
 

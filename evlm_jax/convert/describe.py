@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from evlm_jax.checkpoint.lazy_tensors import Source, read_json
 from evlm_jax.config import LLMConfig, MediaConfig, MoEConfig, ViTConfig, XAttnConfig
 from evlm_jax.convert.families import EVA, EVA_INERT, EVA_READ, fields_of, settled
-from evlm_jax.tensors import Source, read_json
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from evlm_jax import assets
+from evlm_jax.checkpoint.lazy_tensors import FLOATS, Source, Tensor, Tensors, read_all
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.describe import describe_source
 from evlm_jax.convert.families import kind_of
@@ -24,8 +25,7 @@ from evlm_jax.convert.interpolate import resize_positions
 from evlm_jax.convert.readers import open_source
 from evlm_jax.convert.tables import FAMILIES, Family, Row
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.names import canonical, is_stacked
-from evlm_jax.tensors import FLOATS, Source, Tensor, Tensors, read_all
+from evlm_jax.models.param_names import canonical, is_stacked
 
 log = logging.getLogger(__name__)
 Shapes = dict[str, tuple[int, ...]]

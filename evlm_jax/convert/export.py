@@ -14,15 +14,15 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from evlm_jax import checkpoint
+from evlm_jax.checkpoint import store
+from evlm_jax.checkpoint.atomic_dir import whole
+from evlm_jax.checkpoint.lazy_tensors import Tensors, write_folder
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.engine import sizes, theirs
 from evlm_jax.convert.tables import FAMILIES
 from evlm_jax.convert.torch_file import write_torch
+from evlm_jax.data.tokenizer import Tokenizer, load_tokenizer, source_of_run
 from evlm_jax.paths import write
-from evlm_jax.tensors import Tensors, write_folder
-from evlm_jax.tokenizer import Tokenizer, load_tokenizer, source_of_run
-from evlm_jax.whole import whole
 
 CODE = Path(__file__).parent / "torch_model"
 PLAIN_CODE = ("towers_evlm.py", "plain_evlm.py")  # needs torch alone
@@ -52,11 +52,11 @@ def export(source: str, out: str, form: str, step: int | None = None) -> None:
       ValueError: a baseline in another form than "llm"; a tensor that holds NaN or infinity, or has no place in that form; nothing is
         left behind.
     """
-    tensors, cfg = checkpoint.open_params(source, step)
+    tensors, cfg = store.open_params(source, step)
     cfg = replace(cfg, init=replace(cfg.init, llm=source_of_run(source, cfg.init.llm)))
     if cfg.baseline and form != "llm":
         raise ValueError(f"{source} is a baseline ({cfg.baseline}): --format {form} knows EVLM alone; use evlm eval or evlm generate")
-    with whole(out, {"source": checkpoint.identity(source, step), "form": form}) as folder:
+    with whole(out, {"source": store.identity(source, step), "form": form}) as folder:
         FORMATS[form](folder, tensors, cfg)
 
 

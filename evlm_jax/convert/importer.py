@@ -7,16 +7,17 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from evlm_jax import assets, checkpoint
+from evlm_jax import assets
+from evlm_jax.checkpoint import store as checkpoint
+from evlm_jax.checkpoint.atomic_dir import whole
+from evlm_jax.checkpoint.lazy_tensors import Source, Tensor
 from evlm_jax.config import EVLMConfig, to_dict
 from evlm_jax.convert.context import check_length
 from evlm_jax.convert.engine import Tower, open_tower
 from evlm_jax.convert.readers import open_source
-from evlm_jax.models.fresh import cross_attention_tensors, media_embedding
+from evlm_jax.data.tokenizer import Tokenizer, keep_tokenizer, load_tokenizer
+from evlm_jax.models.initializers import cross_attention_tensors, media_embedding
 from evlm_jax.paths import children, place, version
-from evlm_jax.tensors import Source, Tensor
-from evlm_jax.tokenizer import Tokenizer, keep_tokenizer, load_tokenizer
-from evlm_jax.whole import whole
 
 UNASSIGNED = "\U000c0000"  # a character that no vocabulary has
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from evlm_jax.checkpoint.lazy_tensors import Source
 from evlm_jax.convert.tables import Family
-from evlm_jax.tensors import Source
 
 
 def _ones(array, embedding, facts) -> bool:

@@ -8,11 +8,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from evlm_jax.gguf_file import read_gguf
-from evlm_jax.onnx_file import read_onnx
+from evlm_jax.checkpoint.atomic_dir import check
+from evlm_jax.checkpoint.lazy_tensors import NAME, Source, Tensor, content, read_folder, read_json, read_safetensors
+from evlm_jax.convert.gguf_file import read_gguf
+from evlm_jax.convert.onnx_file import read_onnx
 from evlm_jax.paths import here
-from evlm_jax.tensors import NAME, Source, Tensor, content, read_folder, read_json, read_safetensors
-from evlm_jax.whole import check
 
 HOLDERS = ("state_dict", "model", "module", "model_state_dict")  # keys of training checkpoints under which the weights are
 

@@ -5,8 +5,8 @@ from contextlib import closing
 
 from etils import epath
 
+from evlm_jax.checkpoint.lazy_tensors import Tensors, write_tensor
 from evlm_jax.paths import Mirror
-from evlm_jax.tensors import Tensors, write_tensor
 
 
 def write_torch(path: epath.Path, tensors: Tensors, written: Callable[[int], None]) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from evlm_jax.ranges import Count, Positive, argument
+from evlm_jax.config.ranges import Count, Positive, argument
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -70,7 +70,7 @@ def case(cfg: EVLMConfig, frames: int, text: int, rows: int = 1) -> EVLMConfig:
 
 
 def _pairs(media: int, frames: int, text: int, tile: int) -> int:
-    """(tile, image) pairs of a case, as ops/grouping.py plans them; of no cross-attention as many as frames, the least that can be."""
+    """Pairs (tile, image) as ops/attention_plan.py has them; without cross-attention as many as frames, the least there can be."""
     if not tile:
         return frames
     tiles = lambda tokens: math.ceil(tokens / tile)

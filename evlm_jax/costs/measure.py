@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from evlm_jax.checkpoint.initialize import fresh
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.engine import load_towers
 from evlm_jax.costs.cases import case, counterparts
 from evlm_jax.evals.results import device
-from evlm_jax.mesh import make_layout
 from evlm_jax.models.decoding import Prompt, Weights, decode, prefill
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.sampling import Sampling
+from evlm_jax.ops.attention_plan import plan
 from evlm_jax.ops.grouped_attention import Plan
-from evlm_jax.ops.grouping import plan
-from evlm_jax.start import fresh
+from evlm_jax.parallel.mesh import make_layout
 
 NEW = 32  # tokens of an answer
 REPEATS = 3  # of which the fastest counts; models take turns

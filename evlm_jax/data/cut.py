@@ -22,7 +22,7 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.data.pack import Budget, unfit
 from evlm_jax.data.samples import Sample
 from evlm_jax.data.text import Document, Media, Piece, Text, document, render, steps
-from evlm_jax.ops.grouping import pair_count
+from evlm_jax.ops.attention_plan import pair_count
 
 ENDS = (r"\n+", r"\s+", "(?<=.)")  # where a text may be cut, best first
 LONGEST = 8  # characters a token that are looked at

@@ -12,8 +12,8 @@ import numpy as np
 from evlm_jax.config import DataConfig, EVLMConfig
 from evlm_jax.data.samples import SampleError
 from evlm_jax.data.text import Document
+from evlm_jax.ops.attention_plan import plan
 from evlm_jax.ops.grouped_attention import Plan
-from evlm_jax.ops.grouping import plan
 
 MOST_DROPS = 1000  # in a row, without one document that fits: the configuration must be wrong
 

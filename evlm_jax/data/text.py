@@ -27,7 +27,7 @@ import numpy as np
 
 from evlm_jax.config import EVLMConfig, MediaConfig
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, SampleError, Turn
-from evlm_jax.ops.grouping import pair_count
+from evlm_jax.ops.attention_plan import pair_count
 
 SHORT = 128  # characters of a text whose tokens are kept
 

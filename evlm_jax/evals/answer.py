@@ -6,13 +6,13 @@ import numpy as np
 
 from evlm_jax.data.features import FeatureStore
 from evlm_jax.data.samples import MARKER, Sample, Turn, question
+from evlm_jax.data.tokenizer import Tokenizer
 from evlm_jax.evals.choice import candidate_losses
 from evlm_jax.evals.runner import Answerer
 from evlm_jax.evals.task import ANSWER, Question, Task
 from evlm_jax.generate import Generator
-from evlm_jax.mesh import Layout
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.tokenizer import Tokenizer
+from evlm_jax.parallel.mesh import Layout
 
 BEST = 5  # candidates that a row keeps
 SIMILAR = 64  # characters: prompts whose lengths differ by less are answered together, those about one image side by side

@@ -2,8 +2,8 @@
 
 import argparse
 
+from evlm_jax.config.ranges import Positive, argument
 from evlm_jax.evals.task import STYLES
-from evlm_jax.ranges import Positive, argument
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:

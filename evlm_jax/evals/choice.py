@@ -24,9 +24,9 @@ from evlm_jax.data.pack import Budget
 from evlm_jax.data.pipeline import rows_in_order
 from evlm_jax.data.samples import Sample, question
 from evlm_jax.data.text import Document, score_document
-from evlm_jax.mesh import Layout, jit
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.processes import on_host
+from evlm_jax.parallel.distributed import on_host
+from evlm_jax.parallel.mesh import Layout, jit
 
 SLACK = 1.1  # room over the average need of a row's tokens, so that length stays what closes a row
 IMAGES, TARGETS, PAIRS = 2, 128, 4  # budgets are multiples of these: few compiled shapes

@@ -4,17 +4,17 @@ import argparse
 
 import jax
 
-from evlm_jax import checkpoint
+from evlm_jax.checkpoint import store
 from evlm_jax.config import MeshConfig
+from evlm_jax.config.schema import build
 from evlm_jax.evals import results, score, tasks
 from evlm_jax.evals.answer import answerer
 from evlm_jax.evals.judge import open_judge
 from evlm_jax.evals.runner import evaluate, unjudged
 from evlm_jax.evals.task import first
+from evlm_jax.parallel.distributed import is_first
 from evlm_jax.paths import place
-from evlm_jax.processes import is_first
-from evlm_jax.run import features_of, load_trained
-from evlm_jax.strict import build
+from evlm_jax.runs import features_of, load_trained
 
 MESH = {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1, "slices": 1, "zero": 2, "frozen": "replicated", "images": "all"}
 
@@ -33,7 +33,7 @@ def run_eval(args: argparse.Namespace) -> None:
     if features := features_of(trained):
         features.fill(ref for asked in questions for visual in asked.visuals for ref in visual)
     answer = answerer(task, every, trained.model, trained.tokenizer, features, args.batch, trained.layout)
-    name = f"{place(args.checkpoint).name} step {checkpoint.steps(args.checkpoint)[-1]}"
+    name = f"{place(args.checkpoint).name} step {store.steps(args.checkpoint)[-1]}"
     found = results.provenance(cfg, results.weights_hash(trained.params), name)
     about = {"split": split, "prompts": args.prompt, "template": cfg.data.template, "batch": args.batch}
     about |= {key: found[key] for key in ("weights_sha256", "preprocessing")}

@@ -12,15 +12,15 @@ from flax import nnx
 
 from evlm_jax.config import EVLMConfig
 from evlm_jax.data.features import FeatureStore
+from evlm_jax.data.tokenizer import Tokenizer
 from evlm_jax.evals import score, tasks
 from evlm_jax.evals.answer import answerer
 from evlm_jax.evals.runner import evaluate
 from evlm_jax.evals.task import first
 from evlm_jax.generate import ROWS
-from evlm_jax.mesh import Layout
 from evlm_jax.metrics import SECONDS
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.tokenizer import Tokenizer
+from evlm_jax.parallel.mesh import Layout
 
 Look = Callable[[int, Callable[[], EVLM]], dict[str, float] | None]
 

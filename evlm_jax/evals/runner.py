@@ -14,7 +14,7 @@ from tqdm import tqdm
 from evlm_jax.evals.judge import Judge, judges
 from evlm_jax.evals.task import Question, Task
 from evlm_jax.journal import Journal, read_lines
-from evlm_jax.processes import is_first, wait
+from evlm_jax.parallel.distributed import is_first, wait
 
 
 class Answerer(Protocol):

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from evlm_jax.ops.product import product
+from evlm_jax.ops.matmul import product
 
 NEGATIVE = -1e30  # finite, so that a row that sees nothing gives numbers and not NaN
 

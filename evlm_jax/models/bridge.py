@@ -16,7 +16,7 @@ from flax import nnx
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models.attention import attention
 from evlm_jax.models.layers import ACTIVATIONS, MLP, REMAT, LayerNorm, Linear, heads, param, stack
-from evlm_jax.sharding import shard
+from evlm_jax.parallel.sharding import shard
 
 
 class Fused(nnx.Module):

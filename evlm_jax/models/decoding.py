@@ -15,15 +15,15 @@ import jax.numpy as jnp
 
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models.bridge import write
+from evlm_jax.models.decode_weights import Weights
 from evlm_jax.models.evlm import cross_attention_op, self_attention_op
 from evlm_jax.models.layers import rope_tables
 from evlm_jax.models.long_context import rope_base, sharpen
 from evlm_jax.models.sampling import Sampling, sample
 from evlm_jax.models.trunk import pick, run_layers
-from evlm_jax.models.weights import Weights
+from evlm_jax.ops.decode_matmul import compute_dtype, logits
 from evlm_jax.ops.grouped_attention import Plan
-from evlm_jax.ops.packed import compute_dtype, logits
-from evlm_jax.sharding import local, shard
+from evlm_jax.parallel.sharding import local, shard
 
 CHUNK = 64  # most tokens of one call of `decode`
 

@@ -23,8 +23,8 @@ from evlm_jax.models.llm import LLM
 from evlm_jax.models.trunk import Passed, run_layers
 from evlm_jax.models.vit import ViT
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
-from evlm_jax.ops.product import product
-from evlm_jax.sharding import local, shard
+from evlm_jax.ops.matmul import product
+from evlm_jax.parallel.sharding import local, shard
 
 TEXT, TEXT_KEYS, IMAGE_KEYS = ("rows", None, "heads"), ("rows", None, "kv_heads"), ("rows", None, None, "kv_heads")
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from evlm_jax.ops.product import operand_dtype, product
-from evlm_jax.sharding import weight
+from evlm_jax.ops.matmul import operand_dtype, product
+from evlm_jax.parallel.sharding import weight
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None = None, value: float = 0.0) -> nnx.Param:

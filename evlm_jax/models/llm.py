@@ -12,7 +12,7 @@ from flax import nnx
 
 from evlm_jax.config import LLMConfig
 from evlm_jax.models.layers import Linear, RMSNorm, heads, param, rotate, stack
-from evlm_jax.sharding import lookup, weight
+from evlm_jax.parallel.sharding import lookup, weight
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -72,7 +72,7 @@ class LLM(nnx.Module):
         self.head = None if cfg.tied else Linear((cfg.hidden, cfg.vocab), ("embed", "vocab"), rngs)
 
     def head_matrix(self, dtype: str) -> tuple[str, jax.Array]:
-        """The head, and its product with [..., D] as ops/product.py writes it."""
+        """The head, and its product with [..., D] as ops/matmul.py writes it."""
         if self.head is None:
             return "...d,vd->...v", weight(self.embed, dtype)
         return "...d,dv->...v", weight(self.head.kernel, dtype)

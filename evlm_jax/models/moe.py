@@ -19,12 +19,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from evlm_jax.config import MoEConfig
 from evlm_jax.models.layers import ACTIVATIONS, MLP, param
-from evlm_jax.ops.exchange import bring, route, send
+from evlm_jax.ops.decode_matmul import Packed, pack
+from evlm_jax.ops.expert_all_to_all import bring, route, send
 from evlm_jax.ops.grouped_attention import permute
 from evlm_jax.ops.grouped_matmul import Groups, combine, combine_matmul, dispatch, dispatch_matmul, group, map_tiles
-from evlm_jax.ops.packed import Packed, pack
-from evlm_jax.ops.product import operand_dtype
-from evlm_jax.sharding import local, mesh_axes, platform, weight
+from evlm_jax.ops.matmul import operand_dtype
+from evlm_jax.ops.platform import platform
+from evlm_jax.parallel.sharding import local, mesh_axes, weight
 
 TEXT, MEDIA, PADDING = 0, 1, -1  # kinds of tokens
 

@@ -19,8 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models.layers import REMAT
 from evlm_jax.models.moe import PackedExperts, Routing
-from evlm_jax.ops.packed import Packed
-from evlm_jax.sharding import shard
+from evlm_jax.ops.decode_matmul import Packed
+from evlm_jax.parallel.sharding import shard
 
 
 class Passed(NamedTuple):

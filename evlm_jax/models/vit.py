@@ -12,8 +12,8 @@ from flax import nnx
 from evlm_jax.config import ViTConfig
 from evlm_jax.models.attention import attention
 from evlm_jax.models.layers import MLP, REMAT, LayerNorm, Linear, heads, param, stack
-from evlm_jax.ops.product import operand_dtype, product
-from evlm_jax.sharding import shard, weight
+from evlm_jax.ops.matmul import operand_dtype, product
+from evlm_jax.parallel.sharding import shard, weight
 
 
 class SelfAttention(nnx.Module):

@@ -1,4 +1,4 @@
-"""Cross-attention over images by (tile, image) pairs, with the zero sink. The plan comes from ops/grouping.py.
+"""Cross-attention over images by (tile, image) pairs, with the zero sink. The plan comes from ops/attention_plan.py.
 
 Every pair is a plain attention of `tile` tokens over one image, without a mask. Pairs of one tile (frames of a video) are
 merged by log-sum-exp. n zero keys add n to the softmax denominator and nothing to the numerator, so the sink is one factor
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from evlm_jax.ops.product import product
+from evlm_jax.ops.matmul import product
 
 
 class Plan(NamedTuple):

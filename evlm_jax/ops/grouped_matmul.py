@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from evlm_jax.ops.product import operand_dtype, product
-from evlm_jax.sharding import platform
+from evlm_jax.ops.matmul import operand_dtype, product
+from evlm_jax.ops.platform import platform
 
 STRIDES = (16, 8, 4, 2, 1)  # tiles that are multiplied together where an expert has so many
 
@@ -89,7 +89,7 @@ def _take(x: jax.Array, at: jax.Array) -> jax.Array:
 def dispatch_matmul(x: jax.Array, kernels: jax.Array, groups: Groups, tile: int) -> jax.Array:
     """The token of each row times the kernel of its expert: x [N, D], kernels [E, D, F] -> [R, F] in the dtype of x, sums in float32.
 
-    Operands are rounded as in ops/product.py. Rows without a choice are undefined. The gradient of the kernels has their dtype and is
+    Operands are rounded as in ops/matmul.py. Rows without a choice are undefined. The gradient of the kernels has their dtype and is
     summed in float32, expert by expert.
     """
     return _dispatch(x, kernels, groups, tile, operand_dtype(x))

@@ -2,7 +2,7 @@
 
 import argparse
 
-from evlm_jax.ranges import Count, NonNegative, Positive, argument
+from evlm_jax.config.ranges import Count, NonNegative, Positive, argument
 
 
 def add(parser: argparse.ArgumentParser) -> None:

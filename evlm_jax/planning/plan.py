@@ -13,8 +13,8 @@ import jax
 
 from evlm_jax import flops
 from evlm_jax.config import EVLMConfig
-from evlm_jax.mesh import Layout, make_layout
 from evlm_jax.models.moe import tile_rows
+from evlm_jax.parallel.mesh import Layout, make_layout
 from evlm_jax.paths import write
 from evlm_jax.planning import chips, compiled, live, programs, roofline
 from evlm_jax.planning.hlo import Module

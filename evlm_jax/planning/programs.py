@@ -12,12 +12,12 @@ from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
 from evlm_jax.flops import Work
 from evlm_jax.loss import losses
-from evlm_jax.mesh import Layout
+from evlm_jax.models.decode_weights import Weights
 from evlm_jax.models.decoding import DecodeState, Prompt, prefill, read_tokens
 from evlm_jax.models.sampling import Sampling
-from evlm_jax.models.weights import Weights
 from evlm_jax.ops.grouped_attention import Plan
 from evlm_jax.optim import starts
+from evlm_jax.parallel.mesh import Layout
 from evlm_jax.planning import chips
 from evlm_jax.train import Phase
 

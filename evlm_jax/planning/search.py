@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from evlm_jax.config import EVLMConfig
-from evlm_jax.mesh import ROWS, make_layout, mesh_sizes
+from evlm_jax.parallel.mesh import ROWS, make_layout, mesh_sizes
 from evlm_jax.paths import write
 from evlm_jax.planning import chips
 from evlm_jax.planning.plan import plan

@@ -11,9 +11,9 @@ from evlm_jax import assets
 from evlm_jax.ablate.budget import FLOPS, QUESTIONS, budgets, course
 from evlm_jax.data.features import FeatureStore
 from evlm_jax.data.pipeline import batches
-from evlm_jax.mesh import make_layout
+from evlm_jax.data.tokenizer import load_tokenizer
 from evlm_jax.metrics import work
-from evlm_jax.tokenizer import load_tokenizer
+from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.train import Phase
 from tests.checkpoints import tokenizer_directory
 from tests.parity import needs_asset

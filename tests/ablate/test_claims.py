@@ -8,10 +8,10 @@ import pytest
 from scipy import stats
 
 from benchmarks.results import page as markdown
-from evlm_jax import viz
 from evlm_jax.ablate import claims, collect, job, page
 from evlm_jax.ablate.budget import FLOPS, QUESTIONS
 from evlm_jax.evals import results
+from evlm_jax.report import figures
 
 SIZES, EMOJI = [5] * 40, [1] * 30
 SPREAD = np.random.default_rng(0).permutation(200)  # wrong answers are not all about the same images
@@ -147,7 +147,7 @@ def test_the_page_opens_with_every_variant_at_both_budgets(saved, tmp_path):
 
 
 def test_the_first_figure_draws_each_interval():
-    drawn = viz.intervals({"a": {"one": (1, -2, 4, [0, 2]), "two": (2, 1, 3, [2])}, "b": {"one": (-1, -2, 0, [-1])}, "c": {}}, "label")
+    drawn = figures.intervals({"a": {"one": (1, -2, 4, [0, 2]), "two": (2, 1, 3, [2])}, "b": {"one": (-1, -2, 0, [-1])}, "c": {}}, "label")
     strokes = [drawn.count(f"stroke: var(--series-{i}); stroke-width: 2") for i in range(2)]
     assert strokes == [2, 1]
 

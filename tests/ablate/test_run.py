@@ -13,12 +13,12 @@ import pytest
 
 from evlm_jax import cli
 from evlm_jax.ablate import job
-from evlm_jax.checkpoint import steps
+from evlm_jax.checkpoint.store import steps
 from evlm_jax.config import to_dict
 from evlm_jax.evals import results
 from evlm_jax.flops import real_tokens
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.run import load_trained
+from evlm_jax.runs import load_trained
 from tests.checkpoints import dinov2_directory, llama_directory, run_directory
 from tests.parity import needs_asset
 from tests.random_model import random_model

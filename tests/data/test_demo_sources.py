@@ -14,8 +14,8 @@ from evlm_jax.data.pack import unfit
 from evlm_jax.data.pipeline import Lane
 from evlm_jax.data.samples import ImageRef, Turn
 from evlm_jax.data.sources import open_source
+from evlm_jax.data.tokenizer import load_tokenizer
 from evlm_jax.evals import tasks as evals
-from evlm_jax.tokenizer import load_tokenizer
 from experiments import demo
 from tests.parity import needs_asset
 

@@ -21,7 +21,7 @@ from evlm_jax.data.pipeline import batches
 from evlm_jax.data.samples import SampleError, Turn
 from evlm_jax.data.sources import open_source, read
 from evlm_jax.data.text import encode
-from evlm_jax.tokenizer import load_tokenizer
+from evlm_jax.data.tokenizer import load_tokenizer
 from tests.data.made import TOKENIZER, config, write_images
 from tests.data.written import LANGUAGES, opened, write_sources
 from tests.parity import needs_asset

@@ -164,7 +164,7 @@ def test_parts_share_the_dialogs_once(limit):
 def smollm():
     if not assets.available("smollm2-135m-instruct"):
         pytest.skip("needs the asset smollm2-135m-instruct: run `evlm fetch`")
-    from evlm_jax.tokenizer import load_tokenizer
+    from evlm_jax.data.tokenizer import load_tokenizer
 
     return load_tokenizer("smollm2-135m-instruct")
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evlm_jax import cli, tokenizer
+from evlm_jax import cli
 from evlm_jax.batch import Batch
 from evlm_jax.config import to_dict
+from evlm_jax.data import tokenizer
 from evlm_jax.data.pack import assemble
 from evlm_jax.data.samples import Sample, question
 from evlm_jax.data.sources import open_source

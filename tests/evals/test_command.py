@@ -16,7 +16,7 @@ from evlm_jax.evals import results, tasks
 from evlm_jax.evals.answer import prompt_text
 from evlm_jax.evals.task import Question
 from evlm_jax.generate import Generator
-from evlm_jax.run import load_trained
+from evlm_jax.runs import load_trained
 from tests.checkpoints import run_directory
 from tests.evals import layouts
 from tests.random_model import random_model

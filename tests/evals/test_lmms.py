@@ -15,7 +15,7 @@ from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, question
 from evlm_jax.evals import results, tasks
 from evlm_jax.evals.choice import answer_losses
 from evlm_jax.generate import Generator
-from evlm_jax.run import load_trained
+from evlm_jax.runs import load_trained
 from tests.checkpoints import run_directory
 from tests.evals import layouts
 from tests.evals.test_scorers import NEED

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from evlm_jax import cli
+from evlm_jax.data.tokenizer import load_tokenizer
 from evlm_jax.evals import monitor, results
-from evlm_jax.mesh import make_layout
-from evlm_jax.tokenizer import load_tokenizer
+from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.train import train
 from tests.checkpoints import dinov2_directory, llama_directory
 from tests.evals import layouts

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evlm_jax import report, viz
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, question
 from evlm_jax.evals import results
+from evlm_jax.report import figures
+from evlm_jax.report import page as report
 from tests.data.made import TOKENIZER
 from tests.random_model import random_model
 from tests.tiny import BASELINES, tiny_config
@@ -39,7 +40,7 @@ def saved(tmp_path, request):
     notes = [{"step": s, "monitor/pope/accuracy": 50.0 + s, "monitor/seconds": 2.0} for s in (2, 4)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines + copies // 4 * notes))
     captions = report.caption_section(examples, refs, 3, 64)
-    image = viz.data_uri(Image.open(tmp_path / "0.png"))
+    image = figures.data_uri(Image.open(tmp_path / "0.png"))
     words = [{"word": word, "grid": rng.random((4, 4)), "predicted": word == "yes"} for word in ("red", "yes")]
     made = dict(
         title="It <sees>", tagline="two towers", headline=[{"value": "91.3%", "label": "right", "note": "majority 37%"}],
@@ -95,7 +96,7 @@ def test_renders_every_section_from_the_saved_results(saved, tmp_path):
         assert (shown in page.text) == (experts is not None)
     pictures = [a for a in page.addresses if a.startswith("data:image/")]
     assert len(pictures) == 2 + 3 + 3 + 3 + 2 * 3  # vqa, emoji, photos, sources, and the only attention strip above and in its section
-    assert all(viz.from_data_uri(a).size >= (64, 64) for a in pictures)
+    assert all(figures.from_data_uri(a).size >= (64, 64) for a in pictures)
     assert not [a for a in page.addresses if not a.startswith(("data:", "#"))] and not re.search(r"url\((?!#)|@import|<script", text)
 
 
@@ -142,7 +143,7 @@ def test_attention_section_and_banner(tmp_path):
     sample = Sample("a", "test", ((ImageRef(str(tmp_path / "a.png")),),), (question(MARKER + "is it red?", "yes"),))
     (row,) = json.loads(json.dumps(report.attention_section(random_model(cfg, 0), TOKENIZER, [sample])))
     assert [word["word"] for word in row["words"]] == ["is", "it", "red?", "yes"]
-    assert viz.from_data_uri(row["image"]).size == (report.PICTURE, report.PICTURE)
+    assert figures.from_data_uri(row["image"]).size == (report.PICTURE, report.PICTURE)
     picture = report.banner(row, 90)
     assert picture.size == (5 * 92 - 2, 108)
     below = np.asarray(picture.crop((0, 90, *picture.size))).min(-1)

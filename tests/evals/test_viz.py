@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evlm_jax import viz
 from evlm_jax.batch import Batch
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, question
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.report import figures
 from tests.data.made import TOKENIZER
 from tests.random_model import random_model
 from tests.tiny import BASELINES, tiny_batch, tiny_config
@@ -26,7 +26,7 @@ def test_trace_is_the_model(every, sinks, kind, shared):
     expected = jax.jit(EVLM.hidden)(model, batch)
     for row in range(len(batch.tokens)):
         one = Batch(*(None if field is None else field[row : row + 1] for field in batch))
-        hidden, weights = viz.trace(model, one, jnp.arange(5))
+        hidden, weights = figures.trace(model, one, jnp.arange(5))
         np.testing.assert_allclose(hidden[0], expected[row], atol=2e-5)
         assert len(weights) == len(cfg.cross_layers)
 
@@ -36,7 +36,7 @@ def test_attention_maps_stay_in_the_visible_range(pool):
     cfg = tiny_config(data=dict(pool=pool, pairs=12 * pool))
     batch, row = tiny_batch(cfg, 2), 1
     positions = list(range(cfg.data.length))
-    maps = viz.attention_maps(random_model(cfg, 0), batch, row, positions)
+    maps = figures.attention_maps(random_model(cfg, 0), batch, row, positions)
     assert maps.shape == (len(cfg.cross_layers), cfg.xattn.heads, len(positions), cfg.data.slots, cfg.vit.tokens)
     slot = np.arange(cfg.data.slots)
     visible = (batch.visible_start[row][:, None] <= slot) & (slot < batch.visible_stop[row][:, None])
@@ -49,7 +49,7 @@ def test_attention_maps_stay_in_the_visible_range(pool):
 def test_what_has_no_map_over_patches_says_so(kind):
     cfg = tiny_config(**BASELINES[kind])
     with pytest.raises(ValueError, match=f"cannot be shown: the model has {cfg.baseline}"):
-        viz.attention_maps(random_model(cfg, 0), tiny_batch(cfg, 2), 0, [0])
+        figures.attention_maps(random_model(cfg, 0), tiny_batch(cfg, 2), 0, [0])
 
 
 @pytest.mark.parametrize("template", ["plain", "chatml"])
@@ -58,7 +58,7 @@ def test_word_maps(template, tmp_path):
     cfg = tiny_config(llm=dict(vocab=TOKENIZER.vocab_size), data=data)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     sample = Sample("a", "test", ((ImageRef(str(tmp_path / "a.png")),),), (question(MARKER + "is it red?", "oh yes"),))
-    rows = viz.word_maps(random_model(cfg, 0), TOKENIZER, sample)
+    rows = figures.word_maps(random_model(cfg, 0), TOKENIZER, sample)
     assert [(row["word"], row["predicted"]) for row in rows] == [("is", False), ("it", False), ("red?", False), ("oh", True), ("yes", True)]
     assert all(row["grid"].shape == (2, 2) and 0 < row["grid"].sum() < 1 for row in rows)
     assert not np.allclose(rows[0]["grid"], rows[2]["grid"])
@@ -68,37 +68,37 @@ def test_heat_and_overlay_put_the_glow_where_the_weight_is():
     weights = np.zeros((3, 2, 17))
     weights[..., 0] = 5.0  # the class token is no place in the image
     weights[..., 1 + 4 * 3 + 0] = 1.0  # last row, first column
-    grid = viz.heat(weights, prefix_tokens=1)
+    grid = figures.heat(weights, prefix_tokens=1)
     assert grid.shape == (4, 4) and grid[3, 0] == 1.0 and grid.sum() == 1.0
-    picture = np.asarray(viz.overlay(Image.new("RGB", (64, 64), "white"), grid, 80), np.int32).sum(-1)
+    picture = np.asarray(figures.overlay(Image.new("RGB", (64, 64), "white"), grid, 80), np.int32).sum(-1)
     assert picture[70, 10] > 1.5 * picture[10, 70]
     with pytest.raises(ValueError, match="no square grid"):
-        viz.heat(weights, prefix_tokens=0)
+        figures.heat(weights, prefix_tokens=0)
 
 
 def test_data_uri_round_trip():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30, 3), np.uint8))
-    np.testing.assert_array_equal(np.asarray(viz.from_data_uri(viz.data_uri(image))), np.asarray(image))
-    assert viz.from_data_uri(viz.data_uri(image, 20, "JPEG")).size == (15, 20)
+    np.testing.assert_array_equal(np.asarray(figures.from_data_uri(figures.data_uri(image))), np.asarray(image))
+    assert figures.from_data_uri(figures.data_uri(image, 20, "JPEG")).size == (15, 20)
 
 
 def test_charts_are_svg_in_theme_colours():
-    curves = viz.loss_curves({"vqa": {"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0]}, "emoji": {"step": [1, 3], "loss": [5.0, 4.0]}})
-    bars = viz.gate_bars([0, 2, 4], [0.1, -0.2, 0.3], [0.0, 0.1, 0.2])
-    maps = viz.load_maps([0, 3], {"text": [[0.5, 0.25, 0.25], [1, 0, 0]], "media": [[0, 0, 1], [0.1, 0.2, 0.7]]})
+    curves = figures.loss_curves({"vqa": {"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0]}, "emoji": {"step": [1, 3], "loss": [5.0, 4.0]}})
+    bars = figures.gate_bars([0, 2, 4], [0.1, -0.2, 0.3], [0.0, 0.1, 0.2])
+    maps = figures.load_maps([0, 3], {"text": [[0.5, 0.25, 0.25], [1, 0, 0]], "media": [[0, 0, 1], [0.1, 0.2, 0.7]]})
     for svg, colour in ((curves, 1), (bars, 1), (maps, 0)):
         root = ElementTree.fromstring(svg)
         assert root.tag.endswith("svg") and root.get("viewBox") and root.get("width") is None
         assert f"var(--series-{colour})" in svg and "var(--ink)" in svg and "#0102" not in svg
     assert ">vqa<" in curves and ">emoji<" in curves
-    many = viz.loss_curves({f"source {i}": {"step": [1], "loss": [1.0]} for i in range(11)})  # more than there are colours
+    many = figures.loss_curves({f"source {i}": {"step": [1], "loss": [1.0]} for i in range(11)})  # more than there are colours
     assert all(f">source {i}<" in many for i in range(11)) and "var(--series-7)" in many
 
 
 def test_load_maps_are_as_strong_as_the_load():
     """Every cell: its layer from top to bottom, its expert from left to right, its opacity the share of the largest one."""
     load = {"text": [[0.5, 0.25, 0.2], [0.1, 0.3, 0.4]], "media": [[0.45, 0.25, 0.5], [0.05, 0.2, 0.15]]}  # a share of 0 is not drawn
-    root = ElementTree.fromstring(viz.load_maps([0, 3], load))
+    root = ElementTree.fromstring(figures.load_maps([0, 3], load))
     cells = []
     for path in root.iter("{http://www.w3.org/2000/svg}path"):
         if "var(--series-0)" in (style := path.get("style", "")):

@@ -76,11 +76,11 @@ def config(folder: Path, name: str):
 
 def run(cfg) -> None:
     """The run, cut off by SIGTERM at an update that is saved."""
-    from evlm_jax.checkpoint import steps
+    from evlm_jax.checkpoint.store import steps
     from evlm_jax.convert.engine import load_towers
     from evlm_jax.data.pipeline import batches
-    from evlm_jax.status import Stopped
-    from evlm_jax.tokenizer import keep_tokenizer, load_tokenizer
+    from evlm_jax.data.tokenizer import keep_tokenizer, load_tokenizer
+    from evlm_jax.parallel.status import Stopped
     from evlm_jax.train import train
 
     def stop(step, model):
@@ -96,13 +96,13 @@ def run(cfg) -> None:
 
 def expected(cfg) -> dict:
     """What this code does with the run, in a copy of it."""
-    from evlm_jax import checkpoint
+    from evlm_jax.checkpoint import store
     from evlm_jax.convert.export import export
     from evlm_jax.data.pipeline import batches
-    from evlm_jax.run import train_run
-    from evlm_jax.tokenizer import load_tokenizer
+    from evlm_jax.data.tokenizer import load_tokenizer
+    from evlm_jax.runs import train_run
 
-    snapshot, found = checkpoint.read("run"), {}
+    snapshot, found = store.read("run"), {}
     for part in ("params", "frozen", "groups"):
         found[part] = {name: sha(array) for name, array in sorted(getattr(snapshot, part).items())}
     found["data"] = snapshot.meta["data"]

@@ -13,7 +13,7 @@ from evlm_jax.evals import choice
 from evlm_jax.evals.command import mesh_of
 from evlm_jax.evals.monitor import monitor
 from evlm_jax.generate import Generator
-from evlm_jax.run import load_trained
+from evlm_jax.runs import load_trained
 from tests.checkpoints import run_directory
 from tests.evals import layouts
 from tests.mesh.devices import config

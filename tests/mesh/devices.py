@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from evlm_jax import checkpoint, names
-from evlm_jax.agree import agreed
-from evlm_jax.mesh import Layout, make_layout
-from evlm_jax.processes import on_host
-from evlm_jax.start import put
-from evlm_jax.status import Stopped
+from evlm_jax.checkpoint import store
+from evlm_jax.checkpoint.initialize import put
+from evlm_jax.models import param_names
+from evlm_jax.parallel.agreement import agreed
+from evlm_jax.parallel.distributed import on_host
+from evlm_jax.parallel.mesh import Layout, make_layout
+from evlm_jax.parallel.status import Stopped
 from evlm_jax.train import Phase, gradients, train
 from tests.random_model import random_model
 from tests.tiny import BASELINES, UPPER_VIT, TinyData, tiny_batch, tiny_config, tiny_towers
@@ -180,7 +181,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, experts):
             last = 6 if number == len(meshes) - 1 else 2 * (number + 1)
             stop = lambda step, _, last=last: step == last and os.kill(os.getpid(), signal.SIGTERM)
             trained_on(config(mesh, experts, POLICIES[number % 2], steps=6), tmp_path / name, on_step=stop)
-    whole, moved = (checkpoint.read(tmp_path / name) for name in runs)
+    whole, moved = (store.read(tmp_path / name) for name in runs)
     lines = [[json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in runs]
     np.testing.assert_allclose(*lines, rtol=1e-4)
     assert whole.params.keys() == moved.params.keys()
@@ -189,11 +190,11 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, experts):
 def trained_on(cfg, workdir, data=lambda cfg, own: TinyData(cfg), on_step=None):
     """Trains on as many devices as the mesh has; what is restored has the bits that were saved."""
     layout = layout_of(cfg)
-    if before := checkpoint.steps(workdir):
-        saved = checkpoint.read(workdir, before[-1])
+    if before := store.steps(workdir):
+        saved = store.read(workdir, before[-1])
         phase = Phase(cfg, 0, layout)
-        whole = put(names.unflatten(cfg, saved.frozen | saved.params, phase.shapes), phase.place)
-        restored = names.flatten(cfg, on_host(whole))
+        whole = put(param_names.unflatten(cfg, saved.frozen | saved.params, phase.shapes), phase.place)
+        restored = param_names.flatten(cfg, on_host(whole))
         assert all(restored[name].tobytes() == array.tobytes() for name, array in (saved.frozen | saved.params).items())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_, found=list(layout.mesh.devices.flat): found)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from evlm_jax import processes
+from evlm_jax.parallel import distributed
 from tests.mesh.devices import config, trained_on
 from tests.tiny import TinyData
 
@@ -53,7 +53,7 @@ def tell(step, model) -> None:
 if __name__ == "__main__":
     process, count, port, workdir, steps, mesh, *host = sys.argv[1:]
     if int(count) > 1:
-        processes.join(f"localhost:{port}", int(count), int(process))
+        distributed.join(f"localhost:{port}", int(count), int(process))
     policy = {"zero": 3, "frozen": "sharded", "images": "rows" if host else "all"}
     cfg = config(ast.literal_eval(mesh), policy=policy, steps=int(steps))
     on_step = tell if host else lambda step, _: print("step", step, flush=True)

@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from evlm_jax import checkpoint, names, optim
+from evlm_jax import optim
+from evlm_jax.checkpoint import store
+from evlm_jax.checkpoint.lazy_tensors import read_all
 from evlm_jax.config import EVLMConfig, Rule
 from evlm_jax.convert import engine, export, importer
+from evlm_jax.convert.activations import look
 from evlm_jax.convert.readers import open_source
-from evlm_jax.mesh import make_layout
+from evlm_jax.models import param_names
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.planning import programs
-from evlm_jax.run import next_stage
-from evlm_jax.tensors import read_all
-from evlm_jax.traces import look
+from evlm_jax.runs import next_stage
 from evlm_jax.train import train
 from tests.checkpoints import run_directory
 from tests.models.test_evlm import hidden, repaint, row
@@ -69,14 +71,14 @@ def test_resampler_equals_open_flamingo():
     model = nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0)))
     graphdef, state = nnx.split(model.bridge)
     whole = nnx.from_flat_state([(("bridge", *path), leaf) for path, leaf in nnx.to_flat_state(state)])
-    params = names.unflatten(cfg, ours_of(lambda p: p), whole)
+    params = param_names.unflatten(cfg, ours_of(lambda p: p), whole)
     run = lambda params, taps: nnx.merge(graphdef, params["bridge"])(taps)
     with jax.default_matmul_precision("highest"):
         got, pull = jax.vjp(run, params, jnp.asarray(taps))
         grads, of_taps = pull(jnp.asarray(weight)[None])
     assert relative(np.asarray(got[0]), expected.detach().numpy()) <= 1e-5
     assert relative(np.asarray(of_taps[-1]), picture.grad[:, :, 0].numpy()) <= 1e-5 and not np.any(of_taps[0])
-    wanted, found = ours_of(lambda p: p.grad), names.flatten(cfg, grads)
+    wanted, found = ours_of(lambda p: p.grad), param_names.flatten(cfg, grads)
     assert wanted.keys() == found.keys()
     assert {name: error for name, a in wanted.items() if (error := relative(np.asarray(found[name]), a)) > 1e-5} == {}
 
@@ -117,7 +119,7 @@ def test_llava_equals_transformers(tmp_path):
         return kernels | {f"bridge/{name}/bias": value(layer.bias).detach().numpy() for name, layer in layers.items()}
 
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
-    state = names.unflatten(cfg, arrays | ours_of(lambda p: p), shapes)
+    state = param_names.unflatten(cfg, arrays | ours_of(lambda p: p), shapes)
     batch, length = row(cfg, [[3, "i", 4, "i", 5]]), 3 + 4 + 4 + 4 + 5
     tokens = np.where(batch.media_slot >= 0, 255, batch.tokens)[:, :length]
     pixels = (batch.pixels[0, :2] / 255 - np.array(cfg.vit.mean)) / np.array(cfg.vit.std)
@@ -136,7 +138,7 @@ def test_llava_equals_transformers(tmp_path):
         got, pull = jax.vjp(lambda trained: jax.jit(logits)(trained, frozen, batch), trained)
         (grads,) = pull(jnp.asarray(weight))
     assert relative(np.asarray(got), expected.detach().numpy()) <= 1e-5
-    wanted, found = ours_of(lambda p: p.grad), names.flatten(cfg, grads)
+    wanted, found = ours_of(lambda p: p.grad), param_names.flatten(cfg, grads)
     assert {name: error for name, a in wanted.items() if (error := relative(np.asarray(found[name]), a)) > 1e-5} == {}
 
 
@@ -176,14 +178,14 @@ def test_trains_saves_and_goes_on(kind, tmp_path):
 
     lines = [json.loads(line)["loss"] for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 30 and np.isfinite(lines).all() and lines[-1] < lines[0] - 0.05
-    first, last = checkpoint.read(tmp_path / "a", 15), checkpoint.read(tmp_path / "a", 30)
+    first, last = store.read(tmp_path / "a", 15), store.read(tmp_path / "a", 30)
     assert {name.split("/")[0] for name in last.params} == {path[0] for path, _ in nnx.to_flat_state(shapes_of(cfg))} - {"vit", "llm"}
     assert all(first.params[name].tobytes() != last.params[name].tobytes() for name in last.params)
     assert all(last.frozen[name].tobytes() == array.tobytes() for name, array in towers.items())
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b/steps/30")
     train(cfg, tmp_path / "b", data(), {})
-    again = checkpoint.read(tmp_path / "b", 30)
+    again = store.read(tmp_path / "b", 30)
     assert all(again.params[name].tobytes() == array.tobytes() for name, array in last.params.items())
 
 
@@ -196,9 +198,9 @@ def shapes_of(cfg: EVLMConfig) -> nnx.State:
 def test_names_lead_there_and_back(kind):
     cfg = tiny_config(**BASELINES[kind])
     state = nnx.state(random_model(cfg, 0))
-    arrays = names.flatten(cfg, state)
+    arrays = param_names.flatten(cfg, state)
     assert {name: array.shape for name, array in arrays.items()} == engine.parameter_shapes(cfg)
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(names.unflatten(cfg, arrays, state)), strict=True):
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(param_names.unflatten(cfg, arrays, state)), strict=True):
         assert (np.asarray(a) == np.asarray(b)).all()
 
 

@@ -13,8 +13,8 @@ from evlm_jax.loss import loss_sums, losses
 from evlm_jax.models.attention import attention, text_mask
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.layers import rope_tables
+from evlm_jax.ops.attention_plan import plan
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
-from evlm_jax.ops.grouping import plan
 from tests.random_model import random_model
 from tests.tiny import BASELINES, tiny_batch, tiny_config
 

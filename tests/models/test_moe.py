@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from evlm_jax import checkpoint
+from evlm_jax.checkpoint import store
 from evlm_jax.config import MoEConfig
 from evlm_jax.loss import loss_sums
 from evlm_jax.models import moe
-from evlm_jax.status import Stopped
+from evlm_jax.parallel.status import Stopped
 from evlm_jax.train import train
 from tests.parity import needs_transformers
 from tests.random_model import random_model
@@ -238,10 +238,10 @@ def test_training_is_told_of_and_resumes_with_the_same_bits(tmp_path):
     with pytest.raises(Stopped, match="at step 2"):
         train(cfg, cut, TinyData(cfg), tiny_towers(cfg), on_step=stop)
     assert train(cfg, cut, TinyData(cfg), {}) == STEPS
-    a, b = checkpoint.read(whole), checkpoint.read(cut)
+    a, b = store.read(whole), store.read(cut)
     assert a.params.keys() == b.params.keys() and all(a.params[n].tobytes() == b.params[n].tobytes() for n in a.params)
     assert all(a.groups[n].tobytes() == b.groups[n].tobytes() for n in a.groups)
-    start = checkpoint.read(whole, 3)
+    start = store.read(whole, 3)
     moved = [name for name in a.params if "/ffn/" in name and a.params[name].tobytes() != start.params[name].tobytes()]
     assert len(moved) == 4 * 5
     assert a.params["xattn/0/ffn/experts/fc1/kernel"].shape == (4, 64, 16) and a.params["xattn/3/ffn/router/kernel"].shape == (64, 4)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from evlm_jax import checkpoint
+from evlm_jax.checkpoint import store
 from evlm_jax.flops import real_tokens
 from evlm_jax.models.norm_init import FLOOR, centre_norms
 from evlm_jax.train import train
@@ -59,7 +59,7 @@ def test_a_run_starts_with_them_and_loses_no_batch(tmp_path):
     for centred in (False, True):
         cfg = tiny_config(init={"centre_norms": centred}, train={"steps": 1, "save_every": 1})
         train(cfg, tmp_path / str(centred), TinyData(cfg), tiny_towers(cfg))
-        saved[centred] = checkpoint.read(tmp_path / str(centred))
+        saved[centred] = store.read(tmp_path / str(centred))
     assert saved[True].meta["data"] == saved[False].meta["data"]
     norms = {"xattn/0/norm/scale", "xattn/2/norm/bias", "xattn/3/kv_norm/bias", "xattn/1/ffn_norm/scale"}
     moved = {name: np.abs(saved[True].params[name] - saved[False].params[name]).max() for name in saved[True].params}

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from evlm_jax.models import xattn
+from evlm_jax.ops.attention_plan import plan
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
-from evlm_jax.ops.grouping import plan
 from tests.parity import open_flamingo_helpers
 from tests.tiny import tiny_config
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evlm_jax.ops.attention_plan import pair_count, plan
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
-from evlm_jax.ops.grouping import pair_count, plan
 
 T, IMAGES, S, N, KV, H, TILE, PAIRS = 14, 5, 7, 4, 2, 8, 4, 40
 

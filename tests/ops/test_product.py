@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evlm_jax.ops.product import product
+from evlm_jax.ops.matmul import product
 
 CASES = {"...x,xy->...y": ((2, 5, 8), (8, 6)), "...d,vd->...v": ((7, 8), (6, 8)), "btkgh,bskh->bkgts": ((2, 5, 3, 2, 8), (2, 7, 3, 8))}
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from evlm_jax import cli, journal, paths
-from evlm_jax.parser import told
-from evlm_jax.whole import check, whole
+from evlm_jax.checkpoint.atomic_dir import check, whole
+from evlm_jax.cli.parser import told
 
 
 @pytest.fixture(params=["local", "remote"])

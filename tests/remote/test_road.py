@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evlm_jax import checkpoint, cli
+from evlm_jax import cli
+from evlm_jax.checkpoint import store as checkpoint
 from evlm_jax.evals import results
 from evlm_jax.journal import read_lines
 from tests.evals import layouts

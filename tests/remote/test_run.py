@@ -8,13 +8,14 @@ import signal
 import numpy as np
 import pytest
 
-from evlm_jax import checkpoint, cli
+from evlm_jax import cli
+from evlm_jax.checkpoint import store as checkpoint
 from evlm_jax.convert.engine import load_towers
 from evlm_jax.data.pipeline import batches
+from evlm_jax.data.tokenizer import load_tokenizer
 from evlm_jax.journal import read_lines
-from evlm_jax.run import train_run
-from evlm_jax.status import Stopped
-from evlm_jax.tokenizer import load_tokenizer
+from evlm_jax.parallel.status import Stopped
+from evlm_jax.runs import train_run
 from evlm_jax.train import train
 from tests.remote.road import make
 

@@ -1,4 +1,4 @@
-"""Configuration of EVLM for transformers. Sections and fields are those of evlm_jax/config.py."""
+"""Configuration of EVLM for transformers. Sections and fields are those of evlm_jax/config/__init__.py."""
 
 from transformers import PretrainedConfig
 

@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Callable
 
-from evlm_jax.ranges import Count, Positive, argument
+from evlm_jax.config.ranges import Count, Positive, argument
 
 CONFIG_HELP = "FILE.py[:arg]; fields are overridden with --config.section.field=value"
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, overrides: list[str], load_config: Callable) -
         source = args.source or cfg.data.sources[0]
         print(build(Job(cfg, source, args.out, args.rules, args.format, args.side or cfg.vit.image_size, args.shard), args.workers))
         return
-    from evlm_jax.tokenizer import load_tokenizer
+    from evlm_jax.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(cfg.init.llm)
     if args.action == "inspect":

@@ -8,7 +8,7 @@ from evlm_jax.evals.choice import answer_losses
 from evlm_jax.evals.lmms.requests import Requests
 from evlm_jax.evals.task import Question
 from evlm_jax.generate import ROWS, Generator
-from evlm_jax.run import features_of, load_trained
+from evlm_jax.runs import features_of, load_trained
 
 
 class EvlmJax(Requests):

@@ -34,7 +34,6 @@ from etils import epath
 from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageFont
 
-from evlm_jax import viz
 from evlm_jax.config import EVLMConfig
 from evlm_jax.data.features import FeatureStore
 from evlm_jax.data.image import decode_all, load
@@ -43,28 +42,29 @@ from evlm_jax.journal import read_lines
 from evlm_jax.metrics import SECONDS, training_lines
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.paths import write
+from evlm_jax.report import figures
 
 SECTIONS = (
     "title tagline headline setup time losses monitors accuracy vqa caption_scores emoji photos sources attention gates experts provenance"
 ).split()
 PICTURE = 320  # pixels a side of the pictures that attention is drawn over
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-TEMPLATE = Path(__file__).with_name("report.html")
+TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def render(results: dict, out: PathLike | str) -> epath.Path:
     """Writes the page and returns its path. Raises ValueError naming the sections that `results` lacks."""
     if missing := [name for name in SECTIONS if name not in results]:
-        raise ValueError(f"report: results lack {', '.join(missing)}; see evlm_jax/report.py for what each holds")
+        raise ValueError(f"report: results lack {', '.join(missing)}; see evlm_jax/report/page.py for what each holds")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": percent, "duration": duration, "thousands": "{:,}".format}
     page = environment.from_string(TEMPLATE.read_text("utf-8")).render(
         results,
         attention=[strip(row) for row in results["attention"]],
-        loss_svg=Markup(viz.loss_curves(results["losses"])),
-        monitor_svg=results["monitors"] and Markup(viz.score_curves(results["monitors"])),
-        gate_svg=results["gates"] and Markup(viz.gate_bars(**results["gates"])),
-        load_svg=results["experts"] and Markup(viz.load_maps(results["experts"]["layers"], results["experts"]["load"])),
+        loss_svg=Markup(figures.loss_curves(results["losses"])),
+        monitor_svg=results["monitors"] and Markup(figures.score_curves(results["monitors"])),
+        gate_svg=results["gates"] and Markup(figures.gate_bars(**results["gates"])),
+        load_svg=results["experts"] and Markup(figures.load_maps(results["experts"]["layers"], results["experts"]["load"])),
         largest_load=results["experts"] and np.max([*results["experts"]["load"].values()]),
         provenance_json=json.dumps(results["provenance"], ensure_ascii=False, indent=1),
         total_seconds=sum(seconds for _, seconds in results["time"]),
@@ -136,22 +136,22 @@ def attention_section(model: EVLM, tokenizer, samples: Sequence[Sample], feature
 
     Empty, and the page says so, where no cross-attention looks at patches.
     """
-    if not viz.looks_at_patches(model.cfg):
+    if not figures.looks_at_patches(model.cfg):
         return []
     rows = []
     for sample in samples:
         seen = Image.fromarray(load(sample.refs[0], PICTURE, model.cfg.data.resize))
-        words = [word | {"grid": word["grid"].tolist()} for word in viz.word_maps(model, tokenizer, sample, features)]
-        rows.append({"image": viz.data_uri(seen, kind="JPEG"), "words": words})
+        words = [word | {"grid": word["grid"].tolist()} for word in figures.word_maps(model, tokenizer, sample, features)]
+        rows.append({"image": figures.data_uri(seen, kind="JPEG"), "words": words})
     return rows
 
 
 def banner(row: dict, size: int = 224) -> Image.Image:
     """An entry of `attention` as one picture to share: the image, then the glow for each word, with the words below."""
-    image, font = viz.from_data_uri(row["image"]).convert("RGB"), ImageFont.truetype(FONT, size // 10)
+    image, font = figures.from_data_uri(row["image"]).convert("RGB"), ImageFont.truetype(FONT, size // 10)
     cells = [(image.resize((size, size)), "")]
     for word in row["words"]:
-        cells.append((viz.overlay(image, np.asarray(word["grid"]), size), "\u2192 " * word["predicted"] + word["word"]))
+        cells.append((figures.overlay(image, np.asarray(word["grid"]), size), "\u2192 " * word["predicted"] + word["word"]))
     sheet = Image.new("RGB", (len(cells) * (size + 2) - 2, size + size // 5), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (cell, text) in enumerate(cells):
@@ -165,13 +165,13 @@ def _picture(ref: ImageRef, size: int) -> str:
     """JPEG for photographs, PNG for drawings, which it keeps sharp and makes no larger."""
     (image,) = decode_all([ref])
     drawn = image.getcolors(4096) is not None
-    return viz.data_uri(image, size, "PNG" if drawn else "JPEG")
+    return figures.data_uri(image, size, "PNG" if drawn else "JPEG")
 
 
 def strip(row: dict) -> dict:
     """An entry of `attention` with the drawn picture of each word instead of its grid."""
-    image = viz.from_data_uri(row["image"])
-    draw = lambda word: viz.data_uri(viz.overlay(image, np.asarray(word["grid"])), kind="JPEG")
+    image = figures.from_data_uri(row["image"])
+    draw = lambda word: figures.data_uri(figures.overlay(image, np.asarray(word["grid"])), kind="JPEG")
     return row | {"words": [word | {"picture": draw(word)} for word in row["words"]]}
 
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from evlm_jax.config import MediaConfig
+from evlm_jax.convert.activations import Example, Side, Trace, look
 from evlm_jax.data import image
 from evlm_jax.data.samples import MARKER, ImageRef, Turn
 from evlm_jax.data.text import Template, whole_steps
-from evlm_jax.traces import Example, Side, Trace, look
 
 HISTORY = ("vit.depth", "vit.cuts", "vit.pretrained_size", "vit.interpolation", "xattn.tile")  # change no output
 QUESTION = "Describe what you see."  # about images that are given without a prompt

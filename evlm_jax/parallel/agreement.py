@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from evlm_jax.batch import Batch
-from evlm_jax.mesh import Layout, active_layout
-from evlm_jax.sharding import local
+from evlm_jax.parallel.mesh import Layout, active_layout
+from evlm_jax.parallel.sharding import local
 
 SPREAD = 2654435761  # odd, so that a value and its place both count
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
-from evlm_jax.mesh import active_layout, is_param
+from evlm_jax.parallel.mesh import active_layout, is_param
 
 
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -87,9 +87,3 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
     """Mesh axes of more than one device over which `axis` is split where it is used: for sums and exchanges within `local`."""
     layout = active_layout()
     return () if layout is None else tuple(name for name in layout.rule(axis).used if layout.mesh.shape[name] > 1)
-
-
-def platform() -> str:
-    """Of the devices that will run what is traced: "cpu", "gpu" or "tpu"."""
-    layout = active_layout()
-    return jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform

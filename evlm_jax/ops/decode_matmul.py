@@ -15,8 +15,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from evlm_jax.ops.product import product
-from evlm_jax.sharding import platform
+from evlm_jax.ops.matmul import product
+from evlm_jax.ops.platform import platform
 
 UNROLL = 16  # matrix rows summed inside the fused loop
 COLUMNS = 4096  # of one piece of the output head: its partial sums stay in the cache

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from evlm_jax.processes import gather
-from evlm_jax.tensors import digest
+from evlm_jax.checkpoint.lazy_tensors import digest
+from evlm_jax.parallel.distributed import gather
 
 Chunks = dict[str, list]  # name of an array: [start, shape, sha256] of each of its chunks
 

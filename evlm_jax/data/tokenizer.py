@@ -13,9 +13,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from evlm_jax import assets, paths
+from evlm_jax.convert.gguf_file import read_gguf
 from evlm_jax.convert.torch_model.spelling_evlm import Speller
-from evlm_jax.gguf_file import read_gguf
-from evlm_jax.tokenizer_folder import MARK, in_front, no_file, put_in_front, read_folder
+from evlm_jax.data.tokenizer_folder import MARK, in_front, no_file, put_in_front, read_folder
 
 STOP_NAMES = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "</s>")  # of the families that convert/tables.py knows
 FOLDER = "tokenizer"  # of a run

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from evlm_jax.status import INTERRUPTED, PREEMPTED
+from evlm_jax.parallel.status import INTERRUPTED, PREEMPTED
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:

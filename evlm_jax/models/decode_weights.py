@@ -1,4 +1,4 @@
-"""A model's weights laid out for decoding (ops/packed.py)."""
+"""A model's weights laid out for decoding (ops/decode_matmul.py)."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from flax import nnx
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.layers import Linear
 from evlm_jax.models.moe import Experts, PackedExperts
-from evlm_jax.ops.packed import Packed, pack, pack_head
+from evlm_jax.ops.decode_matmul import Packed, pack, pack_head
 
 
 class Weights(NamedTuple):

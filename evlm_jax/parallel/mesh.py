@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig, MeshConfig
+from evlm_jax.ops.platform import compile_for
 
 AXES = ("data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")
@@ -88,7 +89,8 @@ class Layout:
         """For tracing and compiling what runs on this mesh."""
         token = _active.set(self)
         try:
-            yield
+            with compile_for(self.mesh.devices.flat[0].platform):
+                yield
         finally:
             _active.reset(token)
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from evlm_jax.ranges import Count, NonNegative, Positive, PositiveFloat, PositiveShare, Seed, Share, argument
+from evlm_jax.config.ranges import Count, NonNegative, Positive, PositiveFloat, PositiveShare, Seed, Share, argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from evlm_jax.data import image, video
     from evlm_jax.data.samples import MARKER, ImageRef, Turn
     from evlm_jax.generate import Generator
-    from evlm_jax.run import load_trained
+    from evlm_jax.runs import load_trained
 
     for path in args.image:
         image.decode(path)  # what is wrong with it is said before a model is loaded

@@ -21,14 +21,14 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from evlm_jax import checkpoint
-from evlm_jax.checkpoint import Arrays
+from evlm_jax.checkpoint import store as checkpoint
+from evlm_jax.checkpoint.atomic_dir import whole
+from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, read_all
+from evlm_jax.checkpoint.store import Arrays
 from evlm_jax.config import EVLMConfig, MoEConfig
+from evlm_jax.data.tokenizer import keep_tokenizer, load_tokenizer, source_of_run
 from evlm_jax.models.layers import MLP
 from evlm_jax.models.moe import MoE
-from evlm_jax.tensors import Tensor, Tensors, read_all
-from evlm_jax.tokenizer import keep_tokenizer, load_tokenizer, source_of_run
-from evlm_jax.whole import whole
 
 TOKENS = 512  # of the batch that the receipt is about
 FC1, FC2 = "ffn/fc1/kernel", "ffn/fc2/kernel"

@@ -18,11 +18,11 @@ from typing import Annotated, Literal
 
 import ml_collections
 
-from evlm_jax import compat
-from evlm_jax.config_data import CleanConfig, DataConfig
-from evlm_jax.config_model import BridgeConfig, LLMConfig, MediaConfig, MoEConfig, ViTConfig, XAttnConfig
-from evlm_jax.ranges import Count, Fraction, NonNegative, Positive, PositiveFloat, Range, Seed
-from evlm_jax.strict import build
+from evlm_jax.config import compat
+from evlm_jax.config.data import CleanConfig, DataConfig
+from evlm_jax.config.model import BridgeConfig, LLMConfig, MediaConfig, MoEConfig, ViTConfig, XAttnConfig
+from evlm_jax.config.ranges import Count, Fraction, NonNegative, Positive, PositiveFloat, Range, Seed
+from evlm_jax.config.schema import build
 
 Float = Literal["float32", "bfloat16"]
 

@@ -5,7 +5,7 @@ import math
 import types
 import typing
 
-from evlm_jax import ranges
+from evlm_jax.config import ranges
 
 
 def build(kind, value, prefix: str):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from evlm_jax.tensors import Source, Tensor, content
+from evlm_jax.checkpoint.lazy_tensors import Source, Tensor, content
 
 GRAPH, NODE, INITIALIZER = 7, 1, 5  # field numbers: of ModelProto, and of GraphProto
 NODE_INPUT, NODE_NAME, NODE_TYPE = 1, 3, 4

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from evlm_jax.ranges import Count, NonNegative, Positive, PositiveFloat, Share
+from evlm_jax.config.ranges import Count, NonNegative, Positive, PositiveFloat, Share
 
 
 @dataclass(frozen=True)

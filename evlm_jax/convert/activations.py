@@ -14,20 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evlm_jax import checkpoint
 from evlm_jax.batch import Batch
+from evlm_jax.checkpoint import store
 from evlm_jax.convert.describe import describe_source
 from evlm_jax.convert.engine import recognise
 from evlm_jax.convert.readers import open_source
+from evlm_jax.data.tokenizer import Tokenizer, load_tokenizer, source_of_run
 from evlm_jax.models.attention import attention, text_mask
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.layers import rope_tables
 from evlm_jax.models.vit import stack_bounds
+from evlm_jax.ops.attention_plan import pair_count, plan
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
-from evlm_jax.ops.grouping import pair_count, plan
 from evlm_jax.paths import local
-from evlm_jax.run import load_trained
-from evlm_jax.tokenizer import Tokenizer, load_tokenizer, source_of_run
+from evlm_jax.runs import load_trained
 
 
 class Example(NamedTuple):
@@ -69,8 +69,8 @@ def look(where: str, folder_code: bool = False) -> Side:
       FileNotFoundError: neither a checkpoint of ours nor a Hugging Face directory.
       ValueError: a model that has no logits, or an architecture that is not EVLM's; a baseline.
     """
-    if checkpoint.steps(where):
-        cfg = checkpoint.open_params(where)[1]
+    if store.steps(where):
+        cfg = store.open_params(where)[1]
         if cfg.baseline:
             raise ValueError(f"{where} is a baseline ({cfg.baseline}): compared are EVLM and language models")
         tokenizer = load_tokenizer(source_of_run(where, cfg.init.llm))

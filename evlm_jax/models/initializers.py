@@ -6,10 +6,10 @@ import jax
 import numpy as np
 from flax import nnx
 
+from evlm_jax.checkpoint.lazy_tensors import Tensor
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models import bridge, xattn
 from evlm_jax.models.layers import stack
-from evlm_jax.tensors import Tensor
 
 ROWS = 8192  # of the word embeddings, in float64 at a time
 

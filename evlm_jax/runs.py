@@ -8,18 +8,20 @@ import jax
 import numpy as np
 from flax import nnx
 
-from evlm_jax import assets, checkpoint, names, paths
+from evlm_jax import assets, paths
+from evlm_jax.checkpoint import store
+from evlm_jax.checkpoint.initialize import put
 from evlm_jax.config import EVLMConfig, MeshConfig
 from evlm_jax.convert.context import check_length
 from evlm_jax.convert.engine import load_towers
 from evlm_jax.convert.importer import vocabulary
 from evlm_jax.convert.interpolate import resize_positions
 from evlm_jax.data.features import FeatureStore, fingerprint
-from evlm_jax.mesh import Layout, make_layout
+from evlm_jax.data.tokenizer import Tokenizer, keep_tokenizer, load_tokenizer, source_of_run
+from evlm_jax.models import param_names
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.processes import is_first, say
-from evlm_jax.start import put
-from evlm_jax.tokenizer import Tokenizer, keep_tokenizer, load_tokenizer, source_of_run
+from evlm_jax.parallel.distributed import is_first, say
+from evlm_jax.parallel.mesh import Layout, make_layout
 
 
 class Trained(NamedTuple):
@@ -36,7 +38,7 @@ def feature_store(cfg: EVLMConfig, params: dict[str, np.ndarray]) -> FeatureStor
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
     is_vit = lambda path, _: path[0] == "vit"
     tower = {name: array for name, array in params.items() if name.startswith("vit/")}
-    vit = jax.device_put(names.unflatten(cfg, tower, nnx.filter_state(shapes, is_vit)))
+    vit = jax.device_put(param_names.unflatten(cfg, tower, nnx.filter_state(shapes, is_vit)))
     rest = nnx.filter_state(shapes, lambda *leaf: not is_vit(*leaf))  # shapes only: encoding reads none of it
     encode = jax.jit(lambda vit, pixels: nnx.merge(graphdef, nnx.merge_state(vit, rest)).encode(pixels))
     return FeatureStore(assets.cache_root() / "features" / fingerprint(cfg, params), lambda pixels: encode(vit, pixels), cfg)
@@ -47,7 +49,7 @@ def next_stage(cfg: EVLMConfig, init: str) -> tuple[dict[str, np.ndarray], froze
 
     Raises ValueError where the run is dense and `cfg` has experts, or is of another kind of model.
     """
-    params, before = checkpoint.load_params(init)
+    params, before = store.load_params(init)
     if before.baseline != cfg.baseline:
         kinds = [kind or "no such change" for kind in (before.baseline, cfg.baseline)]
         raise ValueError(
@@ -56,7 +58,7 @@ def next_stage(cfg: EVLMConfig, init: str) -> tuple[dict[str, np.ndarray], froze
     if cfg.moe.copies and not before.moe.copies:
         raise ValueError(f"{init} is dense and the config has moe.copies = {cfg.moe.copies}: make experts of its FFNs with `evlm upcycle`")
     params["vit/pos"] = resize_positions(params["vit/pos"], before.vit.grid, cfg.vit.grid, cfg.vit.interpolation)
-    return params, checkpoint.trained(init)
+    return params, store.trained(init)
 
 
 def train_run(
@@ -82,7 +84,7 @@ def train_run(
 
     paths.probe(workdir)
     tokenizer, params, trained = vocabulary(cfg, source_of_run(workdir, cfg.init.llm)), {}, frozenset()
-    if not checkpoint.steps(workdir):
+    if not store.steps(workdir):
         check_length(cfg)
         say(f"reading {init or f'{cfg.init.vision} and {cfg.init.llm}'}")
         params, trained = next_stage(cfg, init) if init else (load_towers(cfg), frozenset())
@@ -100,7 +102,7 @@ def train_run(
 
 def _saved_tower(workdir: str, step: int | None) -> dict[str, np.ndarray]:
     """The vision tower of a checkpoint."""
-    tensors = checkpoint.open_params(workdir, step)[0]
+    tensors = store.open_params(workdir, step)[0]
     return {name: tensor.read() for name, tensor in tensors.items() if name.startswith("vit/")}
 
 
@@ -118,9 +120,9 @@ def load_trained(workdir: str, step: int | None = None, mesh: MeshConfig | None 
     Raises:
       ValueError: the mesh does not fit the devices, the rows or the model.
     """
-    params, cfg = checkpoint.load_params(workdir, step)
+    params, cfg = store.load_params(workdir, step)
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
-    state, layout = names.unflatten(cfg, params, shapes), None
+    state, layout = param_names.unflatten(cfg, params, shapes), None
     if mesh is None:
         state = jax.device_put(state)
     else:

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from evlm_jax import names, optim
-from evlm_jax.checkpoint import Arrays, Snapshot
+from evlm_jax import optim
+from evlm_jax.checkpoint.store import Arrays, Snapshot
 from evlm_jax.config import EVLMConfig
-from evlm_jax.models.fresh import NEW, media_embedding
+from evlm_jax.models import param_names
+from evlm_jax.models.initializers import NEW, media_embedding
 
 Place = Callable[[Any], Any]  # a tree of parameters or moments, or of their shapes -> a tree of their shardings
 
@@ -28,7 +29,7 @@ def fresh(cfg: EVLMConfig, shapes: nnx.State, place: Place, params: Arrays, keep
     if "media" in parts and "media/embedding" not in params and "llm/embed" in params:
         values["media/embedding"] = media_embedding(cfg, params["llm/embed"])
     missing = [part for part in NEW if part in parts and not any(name.startswith(f"{part}/") for name in params)]
-    rest = put(names.unflatten(cfg, values, nnx.filter_state(shapes, lambda path, _: path[0] not in missing)), place)
+    rest = put(param_names.unflatten(cfg, values, nnx.filter_state(shapes, lambda path, _: path[0] not in missing)), place)
     if not missing:
         return rest
     begin = lambda part: [((part, *path), leaf) for path, leaf in nnx.to_flat_state(nnx.state(NEW[part](cfg)))]
@@ -38,7 +39,7 @@ def fresh(cfg: EVLMConfig, shapes: nnx.State, place: Place, params: Arrays, keep
 
 def restored(cfg: EVLMConfig, shapes: nnx.State, place: Place, plan: optim.Plan, snapshot: Snapshot) -> tuple[nnx.State, optim.Groups]:
     """The whole model and the Adam states of a checkpoint, bit for bit."""
-    whole = names.unflatten(cfg, snapshot.frozen | snapshot.params, shapes)
+    whole = param_names.unflatten(cfg, snapshot.frozen | snapshot.params, shapes)
     return put(whole, place), put(optim.unflatten(cfg, plan, snapshot.groups, shapes), place)
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evlm_jax.tokenizer import Tokenizer
+from evlm_jax.data.tokenizer import Tokenizer
 
 
 class Answer(NamedTuple):

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from evlm_jax.ranges import Count, NonNegative, Positive, PositiveFloat, PositiveShare, Range, Seed, Share
+from evlm_jax.config.ranges import Count, NonNegative, Positive, PositiveFloat, PositiveShare, Range, Seed, Share
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Ranges of numbers: of config fields (strict.py checks them, with the field's name) and of arguments of the command line.
+"""Ranges of numbers: of config fields (schema.py checks them, with the field's name) and of arguments of the command line.
 
 A field says its range by its type: `steps: Positive`. What is not finite lies in no range.
 """

@@ -27,11 +27,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from evlm_jax import compat, digests, paths
-from evlm_jax.config import EVLMConfig, from_saved, to_saved
-from evlm_jax.owner import Owner
-from evlm_jax.processes import gather, is_first, say, wait
-from evlm_jax.tensors import Tensor, Tensors, digest, read_all, read_folder, write_folder
+from evlm_jax import paths
+from evlm_jax.checkpoint import digests
+from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, digest, read_all, read_folder, write_folder
+from evlm_jax.checkpoint.owner import Owner
+from evlm_jax.config import EVLMConfig, compat, from_saved, to_saved
+from evlm_jax.parallel.distributed import gather, is_first, say, wait
 
 Arrays = dict[str, np.ndarray]  # by canonical name
 STEPS, FROZEN, ASIDE, MANIFEST, INCOMPLETE = "steps", "frozen", "aside", "manifest.json", ".incomplete"

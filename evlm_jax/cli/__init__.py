@@ -13,16 +13,16 @@ from types import ModuleType
 
 import ml_collections
 
-from evlm_jax import generate_command, strict
 from evlm_jax.ablate import arguments as ablate_arguments
 from evlm_jax.assets import cache_root
-from evlm_jax.config import EVLMConfig, from_config_dict
+from evlm_jax.cli import generate
+from evlm_jax.cli.parser import Parser, Version, told
+from evlm_jax.config import EVLMConfig, from_config_dict, schema
+from evlm_jax.config.ranges import Count, NonNegative, Positive, argument
 from evlm_jax.costs import arguments as costs_arguments
 from evlm_jax.evals import arguments
-from evlm_jax.parser import Parser, Version, told
+from evlm_jax.parallel.status import INTERRUPTED, STATUSES, Stopped
 from evlm_jax.planning import arguments as planning_arguments
-from evlm_jax.ranges import Count, NonNegative, Positive, argument
-from evlm_jax.status import INTERRUPTED, STATUSES, Stopped
 
 CONFIG_HELP = "FILE.py[:arg]; fields are overridden with --config.section.field=value"
 
@@ -38,7 +38,7 @@ def load_config(spec: str, overrides: list[str] = ()) -> EVLMConfig:
       ValueError: no such file, one that gives no config, an override that is not one, an unknown field or a wrong type; named in full.
     """
     path, _, arg = spec.partition(":")
-    installed = Path(__file__).parents[1] / path
+    installed = Path(__file__).parents[2] / path
     if not Path(path).is_file() and path.startswith("experiments/") and installed.is_file():
         path = str(installed)
     if not Path(path).is_file():
@@ -82,7 +82,7 @@ def _run(spec: str, call: Callable, *values: object) -> object:
 def set_field(config: ml_collections.ConfigDict, key: str, text: str) -> None:
     """Sets the field `key` ("optim.lr") from the command line. Raises ValueError for a key that does not exist."""
     *sections, field = key.split(".")
-    if not strict.has(EVLMConfig, key):
+    if not schema.has(EVLMConfig, key):
         raise ValueError(f"config: unknown key {key}")
     for section in sections:
         config = config[section]
@@ -181,21 +181,21 @@ def _span(text: str) -> tuple[int, int]:
 
 def _join(args: argparse.Namespace) -> None:
     if args.distributed or args.coordinator:
-        from evlm_jax import processes  # before anything asks for devices
+        from evlm_jax.parallel import distributed  # before anything asks for devices
 
-        processes.join(args.coordinator, args.processes, args.process)
+        distributed.join(args.coordinator, args.processes, args.process)
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     _join(args)
-    from evlm_jax.run import train_run
+    from evlm_jax.runs import train_run
 
     cfg = load_config(args.config, overrides)
     train_run(cfg, args.workdir, args.init, args.tensorboard, args.profile, args.step, args.allow_data_change)
 
 
 def _generate(args: argparse.Namespace, _overrides: list[str]) -> None:
-    generate_command.run(args)
+    generate.run(args)
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -227,7 +227,7 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> int | None:
 
         return export.export(args.checkpoint, args.out, args.format, args.step)
     if args.action == "verify":
-        from evlm_jax.verify import verify
+        from evlm_jax.convert.verify import verify
 
         return 0 if verify(args.A, args.B, args.image, args.prompt, args.tolerance, args.folder_code) else 1
     if args.action == "families":
@@ -248,7 +248,7 @@ def _upcycle_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _upcycle(args: argparse.Namespace, overrides: list[str]) -> None:
-    from evlm_jax.upcycle import upcycle_run
+    from evlm_jax.convert.upcycle import upcycle_run
 
     upcycle_run(args.checkpoint, load_config(args.config, overrides), args.out)
 
@@ -333,7 +333,7 @@ COMMANDS = {
         _flops,
         "what a model costs beside LLaVA's and Flamingo's way: FLOPs, bytes, caches, seconds",
     ),
-    "generate": (generate_command.add_arguments, _generate, "answer a prompt about images or a video"),
+    "generate": (generate.add_arguments, _generate, "answer a prompt about images or a video"),
     "plan": (planning_arguments.add, _plan, "compile for a TPU pod that is not there: memory, FLOPs, collectives, time"),
     "score": (arguments.add_score, _score, "score a result of eval again, or compare two of them"),
     "train": (_train_arguments, _train, "train an experiment"),

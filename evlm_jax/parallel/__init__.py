@@ -1,0 +1,1 @@
+"""Devices and processes: the mesh, what lies where, and how processes agree."""

@@ -12,7 +12,7 @@ import pytest
 
 from evlm_jax import cli
 
-ROOT = Path(cli.__file__).parents[1]
+ROOT = Path(cli.__file__).parents[2]
 NONSENSE = ("nope", "", "-1", "0", "nan", "1e400", "2**70", str(2**70), "1" * 400, "x:y", "a,,b", "\udcff", "/dev/null", str(ROOT), "\0")
 
 

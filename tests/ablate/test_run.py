@@ -107,7 +107,7 @@ def test_what_cannot_count_is_refused(tmp_path):
 @needs_asset("easy-vqa")
 @needs_asset("openmoji")
 def test_all_start_from_one_run(command, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[2]))
     config = command[command.index("--config") + 1]
     assert cli.main(["train", "--config", f"{config}:base", "--workdir", str(tmp_path / "dense")]) == 0
     found = {}
@@ -126,7 +126,7 @@ def test_all_start_from_one_run(command, tmp_path, monkeypatch):
 @needs_asset("openmoji")
 def test_a_killed_ablation_goes_on(command, tmp_path, monkeypatch):
     """Killed while it trains and while it is read; the results are those of runs that were not cut off."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[2]))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert cli.main([*command, "--out", str(whole)]) == 0
     trains = lambda: max(steps(cut / "base" / "0"), default=0) >= 10

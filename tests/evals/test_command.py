@@ -69,7 +69,7 @@ def test_a_killed_command_goes_on(run, tmp_path):
     (data / "testdev_balanced_questions.json").write_text(json.dumps(many))
     log = out.with_suffix(".jsonl")
     command = [sys.executable, "-m", "evlm_jax", "eval", "--checkpoint", str(run), "--task", "gqa", "--data", str(data), "--batch", "4"]
-    process = subprocess.Popen([*command, "--out", str(out)], cwd=Path(cli.__file__).parents[1])
+    process = subprocess.Popen([*command, "--out", str(out)], cwd=Path(cli.__file__).parents[2])
     deadline = time.monotonic() + 300
     while not log.exists() or log.read_text("utf-8").count("\n") < 9:
         assert process.poll() is None and time.monotonic() < deadline

@@ -138,7 +138,7 @@ def test_full_and_read_only_disks(tmp_path, options, why):
     """A file system of its own, which takes the rights of root in a name space."""
     program = f"from evlm_jax import paths; paths.probe('{tmp_path}/run')"
     mounted = f'mount -t tmpfs -o {options} none {tmp_path} && exec {sys.executable} -c "{program}"'
-    root = Path(cli.__file__).parents[1]
+    root = Path(cli.__file__).parents[2]
     done = subprocess.run(["unshare", "-rm", "sh", "-c", mounted], cwd=root, capture_output=True, text=True)
     if "mount:" in done.stderr or "unshare:" in done.stderr:
         pytest.skip("this machine lets nobody mount")

@@ -32,7 +32,7 @@ def evlm(bucket, tmp_path):
     places = {
         "EVLM_CACHE": str(tmp_path / "cache"),
         "TMPDIR": str(tmp_path / "temporary"),
-        "PYTHONPATH": str(Path(cli.__file__).parents[1]),
+        "PYTHONPATH": str(Path(cli.__file__).parents[2]),
     }
 
     def start(*words: str) -> subprocess.Popen:

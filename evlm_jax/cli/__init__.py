@@ -16,7 +16,7 @@ import ml_collections
 from evlm_jax.ablate import arguments as ablate_arguments
 from evlm_jax.assets import cache_root
 from evlm_jax.cli import generate
-from evlm_jax.cli.parser import Parser, Version, told
+from evlm_jax.cli.parser import Parser, Version, told, told_once
 from evlm_jax.config import EVLMConfig, from_config_dict, schema
 from evlm_jax.config.ranges import Count, NonNegative, Positive, argument
 from evlm_jax.costs import arguments as costs_arguments
@@ -117,6 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     args, overrides = parser.parse_known_args(argv)
     if overrides and not hasattr(args, "config"):
         parser.error(f"unknown arguments: {' '.join(overrides)}")
+    if not os.environ.get("EVLM_DEBUG"):
+        told_once()
     try:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_root() / "compiled"))  # JAX reads them when it is imported
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")

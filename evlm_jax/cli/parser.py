@@ -1,6 +1,8 @@
 """How the command line speaks: help with defaults, the version, one line about an error."""
 
 import argparse
+import logging
+import sys
 
 from evlm_jax.assets import AssetError
 
@@ -42,3 +44,19 @@ def told(error: Exception) -> str:
     if type(error).__name__ == "JaxRuntimeError" or isinstance(error, MemoryError):  # out of memory, no such device, a lost host
         return f"{first or 'out of memory'} (EVLM_DEBUG=1 shows where)"
     return f"this is a bug, please report it with what EVLM_DEBUG=1 shows: {type(error).__name__}: {first}"
+
+
+def told_once() -> None:
+    """Threads of orbax and tensorstore print tracebacks of what the main thread raises as well: from here on they do not."""
+    logging.getLogger("absl").addFilter(_without_traceback)
+    sys.unraisablehook = _unraisable
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    return not record.exc_info
+
+
+def _unraisable(unraisable) -> None:
+    """Without the answers that come to orbax's loops when a failed save has closed them."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)

@@ -43,7 +43,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["evlm_jax", "evlm_jax.*", "experiments"]),
-    package_data={"": ["*.html"]},
+    package_data={"": ["*.html"], "evlm_jax": ["py.typed"]},
     install_requires=CORE,
     extras_require={
         "demo": DEMO,

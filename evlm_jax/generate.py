@@ -85,7 +85,7 @@ class Generator:
         self.cfg, self.tokenizer, self.rows = cfg, tokenizer, rows
         self.weights = jit(layout, lambda model: Weights.of(model, dtype or cfg.train.matmul_precision))(model)
         self.least = {"rows": 1, "pictures": 1} if layout is None else {axis: layout.parts(axis) for axis in ("rows", "pictures")}
-        self.features = features or partial(_encode, model, jit(layout, EVLM.encode), self.least["pictures"])
+        self.features = features or partial(encode_images, model, jit(layout, EVLM.encode), self.least["pictures"])
         self._allowed = _allowed(tokenizer, cfg)
         self._prefill = jit(layout, partial(prefill, cfg), static_argnames=("slots", "images"))
         self._decode = jit(layout, partial(decode, cfg), donate_argnames="state")
@@ -229,8 +229,8 @@ def collate(prompts: Sequence[text.Document], refs: Sequence[ImageRef], tile: in
     return Prompt(arrays["tokens"], arrays["media_slot"], lengths, arrays["visible_start"], grouped, image_number, start, count)
 
 
-def _encode(model: EVLM, encode: Callable, least: int, refs: Sequence[ImageRef]) -> np.ndarray:
-    """Taps of images, computed now, at least `least` together."""
+def encode_images(model: EVLM, encode: Callable, least: int, refs: Sequence[ImageRef]) -> np.ndarray:
+    """Taps [n, G, S, V] of images, float32, computed now by `encode`, EVLM.encode compiled; at least `least` together."""
     count, side = least if len(refs) <= least else -(-PICTURES // least) * least, model.cfg.vit.image_size
     taps = []
     for first in range(0, len(refs), count):

@@ -1,6 +1,7 @@
 """What the commands share: from a config to towers, features and batches; from a checkpoint to a model."""
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -121,11 +122,17 @@ def load_trained(workdir: str, step: int | None = None, mesh: MeshConfig | None 
       ValueError: the mesh does not fit the devices, the rows or the model.
     """
     params, cfg = store.load_params(workdir, step)
+    model, layout = model_of(cfg, params, mesh, rows)
+    return Trained(model, load_tokenizer(source_of_run(workdir, cfg.init.llm)), params, layout)
+
+
+def model_of(
+    cfg: EVLMConfig, params: dict[str, np.ndarray], mesh: MeshConfig | None = None, rows: int = 1, devices: Sequence[jax.Device] = ()
+) -> tuple[EVLM, Layout | None]:
+    """The model with these parameters, by canonical name, on the first of the devices, or on the mesh that they make; () are all."""
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
-    state, layout = param_names.unflatten(cfg, params, shapes), None
+    state = param_names.unflatten(cfg, params, shapes)
     if mesh is None:
-        state = jax.device_put(state)
-    else:
-        layout = make_layout(replace(cfg, mesh=mesh, train=replace(cfg.train, batch=rows, accumulate=1)))
-        state = put(state, layout.frozen)
-    return Trained(nnx.merge(graphdef, state), load_tokenizer(source_of_run(workdir, cfg.init.llm)), params, layout)
+        return nnx.merge(graphdef, jax.device_put(state, *devices[:1])), None
+    layout = make_layout(replace(cfg, mesh=mesh, train=replace(cfg.train, batch=rows, accumulate=1)), devices)
+    return nnx.merge(graphdef, put(state, layout.frozen)), layout

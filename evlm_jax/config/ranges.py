@@ -5,6 +5,7 @@ A field says its range by its type: `steps: Positive`. What is not finite lies i
 
 import argparse
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, get_args
@@ -40,8 +41,10 @@ Fraction = Annotated[float, Range(0, 1, below=True)]
 
 
 def check(kind: type, number: float, name: str) -> float:
-    """`number`, which lies in the range of `kind`. Raises ValueError with `name` where it does not."""
-    (span,) = kind.__metadata__
+    """`number`, which is of `kind` and lies in its range. Raises ValueError with `name` where it does not."""
+    plain, span = get_args(kind)
+    if isinstance(number, bool) or not isinstance(number, numbers.Integral if plain is int else numbers.Real):
+        raise ValueError(f"{name} must be {'a whole number' if plain is int else 'a number'}, {span}, got {number!r}")
     if number not in span:
         raise ValueError(f"{name} must be {span}, got {number!r}")
     return number

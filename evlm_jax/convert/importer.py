@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 from etils import epath
 from tqdm import tqdm
@@ -10,10 +11,11 @@ from tqdm import tqdm
 from evlm_jax import assets
 from evlm_jax.checkpoint import store as checkpoint
 from evlm_jax.checkpoint.atomic_dir import whole
-from evlm_jax.checkpoint.lazy_tensors import Source, Tensor
-from evlm_jax.config import EVLMConfig, to_dict
+from evlm_jax.checkpoint.lazy_tensors import Source, Tensor, read_all, read_json
+from evlm_jax.config import EVLMConfig, from_config_dict, to_dict
 from evlm_jax.convert.context import check_length
-from evlm_jax.convert.engine import Tower, open_tower
+from evlm_jax.convert.describe import describe_source
+from evlm_jax.convert.engine import Tower, open_tower, recognise
 from evlm_jax.convert.readers import open_source
 from evlm_jax.data.tokenizer import Tokenizer, keep_tokenizer, load_tokenizer
 from evlm_jax.models.initializers import cross_attention_tensors, media_embedding
@@ -52,6 +54,34 @@ def import_export(cfg: EVLMConfig, model: str, out: str) -> None:
     source = open_source(assets.locate(model))
     tower = open_tower(cfg, source, "evlm")
     _write(cfg, out, {"evlm": source}, {"evlm": tower}, {}, trained=tower.tensors)
+
+
+def read_export(cfg: EVLMConfig, model: str) -> tuple[dict[str, np.ndarray], EVLMConfig]:
+    """All parameters of an export by canonical name, in memory; and `cfg` with what the export says of itself: its sections of the model,
+    how prompts and pictures are prepared, where its vocabulary is, and that it is computed in the dtype of its weights.
+
+    Raises:
+      FileNotFoundError: there is no export. ValueError: it is another model, or damaged.
+    """
+    where = place(model)
+    if not (where / "config.json").exists():
+        raise FileNotFoundError(f"{model}: neither a run (steps/) nor an export (config.json): give one of these folders")
+    source = open_source(where)
+    family, prefix = recognise(source)
+    if family.name != "evlm":
+        raise ValueError(f"{model} holds {family.name}, not a whole EVLM: give a run, or what `evlm convert export --format hf` wrote")
+    processor = read_json(where / "processor_config.json")
+    if lacks := [name for name in ("template", "resize") if name not in processor]:
+        raise ValueError(f"{model}: processor_config.json lacks {', '.join(lacks)}; export the model again")
+    dtype = "bfloat16" if all(tensor.dtype == ml_dtypes.bfloat16 for tensor in source.tensors.values()) else "float32"
+    sections = to_dict(cfg) | describe_source(source, family.name, prefix)
+    sections["name"] = where.name
+    sections["data"] |= {name: processor[name] for name in ("template", "resize")}
+    sections["train"] |= {"dtype": dtype, "matmul_precision": dtype}
+    sections["init"] |= {"vision": str(where), "llm": str(where)}
+    cfg = from_config_dict(sections)
+    vocabulary(cfg, str(where))
+    return read_all(open_tower(cfg, source, "evlm").tensors), cfg
 
 
 def _check_kind(cfg: EVLMConfig) -> None:

@@ -1,5 +1,6 @@
 """References to pixels: decode, orient, flatten, resize. uint8 RGB; the tower's normalisation is done on the device."""
 
+import hashlib
 import io
 import os
 from collections.abc import Callable, Sequence
@@ -65,7 +66,34 @@ def decode_all(refs: Sequence[ImageRef], least: int = 0, each: Callable[[Image.I
         if ref.frame is not None:
             times.setdefault(ref.path, []).append(ref.frame)
     frames = {(path, second): frame for path, seconds in times.items() for second, frame in zip(seconds, _frames(path, seconds, each))}
-    return [each(decode(ref.path, least)) if ref.frame is None else frames[ref.path, ref.frame] for ref in refs]
+    one = lambda ref: ref.picture or decode(ref.path, least)
+    return [each(one(ref)) if ref.frame is None else frames[ref.path, ref.frame] for ref in refs]
+
+
+def in_memory(picture: Image.Image | np.ndarray) -> ImageRef:
+    """A picture that is no file, read as a file with the same content is. Later changes of `picture` do not show.
+
+    Args:
+      picture: of Pillow, in any mode; or uint8 [h, w, 3].
+    Raises:
+      ImageError: another type, shape or dtype, nothing in it, or values that no file has.
+    """
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            raise ImageError(f"a picture as an array is uint8 [height, width, 3], got {picture.dtype} {list(picture.shape)}: convert it")
+        picture = Image.fromarray(np.ascontiguousarray(picture))
+    elif not isinstance(picture, Image.Image):
+        raise ImageError(f"a picture is a path, a Pillow image or a uint8 array [height, width, 3], got {type(picture).__name__}")
+    try:
+        transparent_as_stored(picture)
+        made = picture.copy()
+        with suppress(Exception):  # as in a file
+            ImageOps.exif_transpose(made, in_place=True)
+        made = _rgb(made)
+        bicubic(made, (1, 1))  # refuses what has no pixels
+    except Exception as error:  # a damaged file that was opened, and not yet read
+        raise ImageError(f"cannot read the picture of mode {picture.mode} and size {picture.size}: {error}") from error
+    return ImageRef(f"picture {hashlib.sha256(f'{made.size}'.encode() + made.tobytes()).hexdigest()}", picture=made)
 
 
 def decode(path: str, least: int = 0) -> Image.Image:

@@ -214,7 +214,7 @@ def rows_in_order(
     """
     cfg = cfg.apart
     if misfits := [drop for document in documents if (drop := unfit(document, cfg.data))]:
-        raise ValueError(f"{len(misfits)} documents do not fit a row; the first: {misfits[0].message}")
+        raise ValueError(f"{len(misfits)} documents do not fit a row; the first: {misfits[0].message}: shorten it, or raise that field")
     if features is not None:
         features.fill(ref for document in documents for ref in document.refs)
     packer, packed = Packer(documents, cfg.data), []

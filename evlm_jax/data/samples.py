@@ -1,8 +1,9 @@
 """What every source yields: pictures by reference, and dialogs about them. Small and hashable; nothing is decoded here."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from PIL import Image
 
 MARKER = "<image>"  # stands in a turn's text where a visual goes
 
@@ -17,10 +18,11 @@ class RowError(SampleError):
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """An image file, or the frame that a video shows at `frame` seconds."""
+    """An image file, the frame that a video shows at `frame` seconds, or a picture in memory (image.in_memory)."""
 
-    path: str
+    path: str  # of a picture in memory what its pixels hash to
     frame: float | None = None
+    picture: Image.Image | None = field(default=None, compare=False, repr=False)  # RGB
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """An answer as it grows: from tokens to the text that people see, up to a stop token or a stop string."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
@@ -78,3 +80,32 @@ class Stream:
         if len(ready) > len(self._shown):
             piece, self._shown = ready[len(self._shown) :], ready
             self.callback(self.index, piece)
+
+
+class Unwanted(Exception):
+    """Nobody asks for the rest of an answer."""
+
+
+def pieces(generate: Callable) -> Iterator[str]:
+    """The pieces that `generate(callback=...)` calls back with. It runs in a thread, which ends where nobody asks for more."""
+    queue, wanted = SimpleQueue(), True
+
+    def push(_: int, piece: str) -> None:
+        queue.put(piece)
+        if not wanted:
+            raise Unwanted
+
+    def work() -> None:
+        try:
+            generate(callback=push)
+        finally:
+            queue.put(None)
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(work)
+        try:
+            yield from iter(queue.get, None)
+        except GeneratorExit:
+            wanted = False
+            raise
+        done.result()

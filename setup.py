@@ -2,8 +2,8 @@
 
 from setuptools import find_packages, setup
 
-# The least versions were tried together on Python 3.11, the newest that were there on 3.13. An upper bound stands where releases of that
-# kind have taken names or arguments away.
+# The least versions were tried together on Python 3.11, the newest that were there on 3.13. An
+# upper bound stands where releases of that kind have taken names or arguments away.
 CORE = [
     "jax>=0.10.2,<0.13",
     "flax>=0.12.8,<0.13",
@@ -24,7 +24,8 @@ CORE = [
     "msgpack>=1.2",  # rows of ArrayRecord files
     "numpy>=2.0,<3",
     "onnx>=1.23.2",  # reads ONNX weights
-    "pillow>=13.0,<14",  # cykooz-resizer reads the memory of its images: with Pillow 12 pixels are off by up to 23
+    # cykooz-resizer reads the memory of its images: with Pillow 12 pixels are off by up to 23
+    "pillow>=13.0,<14",
     "protobuf>=7.36,<8",  # rows of ArrayRecord files
     "pyarrow>=26.0",
     "scipy>=1.17",  # jax needs it as well
@@ -32,14 +33,20 @@ CORE = [
     "tokenizers>=0.23.3",
     "tqdm>=4.67",
 ]
-CLEAN = ["OpenCC>=1.4.2", "opencv-python-headless>=4.10"]  # traditional to simplified Chinese; illegible text is painted over
+CLEAN = [
+    "OpenCC>=1.4.2",
+    "opencv-python-headless>=4.10",
+]  # traditional to simplified Chinese; illegible text is painted over
 CLOUD = ["gcsfs>=2026.10", "s3fs>=2026.9"]  # what fsspec needs for gs:// and s3://
 DEMO = ["av>=18.1.0,<20", "tensorboardX>=2.6.5"]  # video; TensorBoard files
 
 setup(
     name="evlm-jax",
     version="0.1.0",
-    description="EVLM (arXiv 2407.14177) in JAX: gated cross-attention from hierarchical ViT features into a frozen language model",
+    description=(
+        "EVLM (arXiv 2407.14177) in JAX: gated cross-attention from hierarchical ViT features into"
+        " a frozen language model"
+    ),
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["evlm_jax", "evlm_jax.*", "experiments"]),
@@ -69,8 +76,9 @@ setup(
             "torch==2.13.0",  # a plain `torch` brings gigabytes of CUDA
             "transformers==5.23.0",
         ],
-        # What lmms-eval needs to run our plug-in beside `parity`; itself it comes by `pip install --no-deps lmms-eval==0.7.3`, whose own
-        # requirements are 97 packages with torch for CUDA.
+        # What lmms-eval needs to run our plug-in beside `parity`; itself it comes by
+        # `pip install --no-deps lmms-eval==0.7.3`, whose own requirements are 97 packages with
+        # torch for CUDA.
         "lmms": [
             "anls==0.0.2",
             "datasets==5.2.0",

@@ -1,10 +1,12 @@
-"""Conversion of a large model, both ways: `python -m benchmarks.convert --dir DIR [--layers 26] [--peer]`.
+"""Conversion of a large model, both ways: `python -m benchmarks.convert --dir DIR [--layers 26]
+[--peer]`.
 
-Writes towers of the paper's sizes with random bits (EVA02-CLIP-E+ in the EVA repository's names, Qwen 1.0), then runs the commands as a
-user would: import, export, import of the export. Prints seconds, MB/s, peak resident memory and the ratio to a plain copy of the same
-bytes on the same disk; checks every tensor's hash. DIR needs three times the bytes printed first. With --peer: a language model of
-about 2.5 GB through our import and export beside transformers' from_pretrained and save_pretrained, by turns.
-"""
+Writes towers of the paper's sizes with random bits (EVA02-CLIP-E+ in the EVA repository's names,
+Qwen 1.0), then runs the commands as a
+user would: import, export, import of the export. Prints seconds, MB/s, peak resident memory and the
+ratio to a plain copy of the same bytes on the same disk; checks every tensor's hash. DIR needs
+three times the bytes printed first. With --peer: a language model of about 2.5 GB through our
+import and export beside transformers' from_pretrained and save_pretrained, by turns."""
 
 import argparse
 import base64
@@ -46,21 +48,35 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
     """Random bits of finite bfloat16 numbers, a function of the name."""
 
     def read():
-        rng = np.random.Generator(np.random.SFC64(int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)))
-        return (np.frombuffer(rng.bytes(2 * int(np.prod(shape))), np.uint16) & 0xBFFF).view(BF16).reshape(shape)
+        rng = np.random.Generator(
+            np.random.SFC64(int(hashlib.sha256(name.encode()).hexdigest()[:8], 16))
+        )
+        return (
+            (np.frombuffer(rng.bytes(2 * int(np.prod(shape))), np.uint16) & 0xBFFF)
+            .view(BF16)
+            .reshape(shape)
+        )
 
     return Tensor(shape, BF16, read)
 
 
 def random_tower(cfg: EVLMConfig, tower: str) -> Tensors:
     """All tensors of "vit" or "llm", by canonical name."""
-    return {name: random_tensor(name, shape) for name, shape in parameter_shapes(cfg).items() if name.startswith(f"{tower}/")}
+    return {
+        name: random_tensor(name, shape)
+        for name, shape in parameter_shapes(cfg).items()
+        if name.startswith(f"{tower}/")
+    }
 
 
-def write_source(folder: Path, cfg: EVLMConfig, tower: str, family: str, prefix: str, config: dict) -> int:
+def write_source(
+    folder: Path, cfg: EVLMConfig, tower: str, family: str, prefix: str, config: dict
+) -> int:
     """A foreign directory; returns its bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    foreign = theirs(next(f for f in FAMILIES if f.name == family), random_tower(cfg, tower), sizes(cfg, tower))
+    foreign = theirs(
+        next(f for f in FAMILIES if f.name == family), random_tower(cfg, tower), sizes(cfg, tower)
+    )
     write_folder(folder, {prefix + name: tensor for name, tensor in foreign.items()})
     (folder / "config.json").write_text(json.dumps(config))
     return size(folder)
@@ -69,8 +85,22 @@ def write_source(folder: Path, cfg: EVLMConfig, tower: str, family: str, prefix:
 def eva_config(cfg: EVLMConfig) -> dict:
     """config.json of EVA02-CLIP, as open_clip has it."""
     vit = cfg.vit
-    sizes_ = {"layers": vit.depth, "width": vit.width, "head_width": vit.width // vit.heads, "patch_size": vit.patch}
-    return {"vision_cfg": sizes_ | {"image_size": vit.pretrained_size, "mlp_ratio": vit.mlp / vit.width, "postnorm": True}}
+    sizes_ = {
+        "layers": vit.depth,
+        "width": vit.width,
+        "head_width": vit.width // vit.heads,
+        "patch_size": vit.patch,
+    }
+    return {
+        "vision_cfg": (
+            sizes_
+            | {
+                "image_size": vit.pretrained_size,
+                "mlp_ratio": vit.mlp / vit.width,
+                "postnorm": True,
+            }
+        )
+    }
 
 
 def qwen_config(cfg: EVLMConfig) -> dict:
@@ -83,8 +113,18 @@ def qwen_config(cfg: EVLMConfig) -> dict:
         "num_attention_heads": llm.heads,
         "kv_channels": llm.head_dim,
     }
-    sizes_ |= {"vocab_size": llm.vocab, "intermediate_size": 2 * llm.mlp, "rotary_emb_base": llm.rope_theta, "seq_length": 2048}
-    return sizes_ | {"layer_norm_epsilon": llm.eps, "tie_word_embeddings": llm.tied, "use_dynamic_ntk": True, "use_logn_attn": True}
+    sizes_ |= {
+        "vocab_size": llm.vocab,
+        "intermediate_size": 2 * llm.mlp,
+        "rotary_emb_base": llm.rope_theta,
+        "seq_length": 2048,
+    }
+    return sizes_ | {
+        "layer_norm_epsilon": llm.eps,
+        "tie_word_embeddings": llm.tied,
+        "use_dynamic_ntk": True,
+        "use_logn_attn": True,
+    }
 
 
 def write_tiktoken(folder: Path) -> None:
@@ -99,9 +139,13 @@ def size(folder: Path) -> int:
 
 
 def copy(folders: list[Path], aside: Path) -> float:
-    """Seconds of copying the files of `folders` and bringing them to the disk; each copy is removed at once."""
+    """Seconds of copying the files of `folders` and bringing them to the disk; each copy is removed
+    at once.
+    """
     seconds = 0.0
-    for path in (path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()):
+    for path in (
+        path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()
+    ):
         since = time.monotonic()
         shutil.copyfile(path, aside)
         with open(aside, "rb") as file:
@@ -113,7 +157,9 @@ def copy(folders: list[Path], aside: Path) -> float:
 
 def measured(*command: str) -> tuple[float, float]:
     """Seconds, the disk's included, and peak resident GiB of a command."""
-    done = subprocess.run([sys.executable, "-c", MEASURED, *command], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *command], stdout=subprocess.PIPE, text=True
+    )
     if done.returncode:
         raise SystemExit(f"failed: {' '.join(command)}")
     since = time.monotonic()
@@ -129,58 +175,131 @@ def evlm(*arguments: str) -> tuple[float, float]:
 
 def report(what: str, seconds: float, count: int, memory: float, plain: float) -> None:
     """One line."""
-    line = f"{what:<22}{seconds:8.1f} s{count / 1e6 / seconds:9.0f} MB/s   {seconds / plain:5.2f} x a plain copy   peak {memory:.2f} GiB"
+    line = (
+        f"{what:<22}{seconds:8.1f} s{count / 1e6 / seconds:9.0f} MB/s   {seconds / plain:5.2f} x a"
+        f" plain copy   peak {memory:.2f} GiB"
+    )
     print(line, flush=True)
 
 
-SMOKE = ("vit.depth=2", "vit.width=224", "vit.heads=2", "vit.mlp=256", "vit.taps=(2,)", "vit.cuts=()", "llm.hidden=64", "llm.layers=2")
-SMOKE += ("llm.heads=4", "llm.kv_heads=4", "llm.head_dim=16", "llm.mlp=96", "xattn.heads=2", "xattn.kv_heads=2", "xattn.ffn=64")
+SMOKE = (
+    "vit.depth=2",
+    "vit.width=224",
+    "vit.heads=2",
+    "vit.mlp=256",
+    "vit.taps=(2,)",
+    "vit.cuts=()",
+    "llm.hidden=64",
+    "llm.layers=2",
+)
+SMOKE += (
+    "llm.heads=4",
+    "llm.kv_heads=4",
+    "llm.head_dim=16",
+    "llm.mlp=96",
+    "xattn.heads=2",
+    "xattn.kv_heads=2",
+    "xattn.ffn=64",
+)
 
 
 def large(args: argparse.Namespace) -> None:
     """Import, export, import of the export."""
     spec = "experiments/evlm_14b.py:pretrain"
-    layers = [f"--config.{field}" for field in SMOKE] if args.smoke else [f"--config.llm.layers={args.layers}"]
+    layers = (
+        [f"--config.{field}" for field in SMOKE]
+        if args.smoke
+        else [f"--config.llm.layers={args.layers}"]
+    )
     cfg, root = load_config(spec, layers), Path(args.dir)
-    vision, llm, first, out, again = (root / name for name in ("vision", "llm", "imported", "exported", "again"))
+    vision, llm, first, out, again = (
+        root / name for name in ("vision", "llm", "imported", "exported", "again")
+    )
     total = write_source(vision, cfg, "vit", "eva02", "visual.", eva_config(cfg))
     total += write_source(llm, cfg, "llm", "qwen", "", qwen_config(cfg))
     write_tiktoken(llm)
-    stacked = max(np.prod(shape) * 2 * cfg.llm.layers for name, shape in parameter_shapes(cfg).items() if "layers/0" in name)
-    print(f"towers: {total / 1e9:.1f} GB, {total / 2e9:.2f} B parameters, largest stacked leaf {stacked / 2**30:.2f} GiB", flush=True)
+    stacked = max(
+        np.prod(shape) * 2 * cfg.llm.layers
+        for name, shape in parameter_shapes(cfg).items()
+        if "layers/0" in name
+    )
+    print(
+        f"towers: {total / 1e9:.1f} GB, {total / 2e9:.2f} B parameters, largest stacked leaf"
+        f" {stacked / 2**30:.2f} GiB",
+        flush=True,
+    )
     plain = copy([vision, llm], root / "copy")
     report("plain copy", plain, total, 0, plain)
-    seconds, memory = evlm("import", "--config", spec, "--vision", str(vision), "--llm", str(llm), "--out", str(first), *layers)
+    seconds, memory = evlm(
+        "import",
+        "--config",
+        spec,
+        "--vision",
+        str(vision),
+        "--llm",
+        str(llm),
+        "--out",
+        str(first),
+        *layers,
+    )
     whole = size(first)
     report("import", seconds, whole, memory, plain * whole / total)
     imported, _ = open_params(str(first))
     expected = random_tower(cfg, "vit") | random_tower(cfg, "llm")
-    wrong = [name for name, tensor in expected.items() if digest(tensor.read()) != digest(imported[name].read())]
-    print(f"imported: {len(expected) - len(wrong)} of {len(expected)} tensors have the bits of their source", flush=True)
+    wrong = [
+        name
+        for name, tensor in expected.items()
+        if digest(tensor.read()) != digest(imported[name].read())
+    ]
+    print(
+        f"imported: {len(expected) - len(wrong)} of {len(expected)} tensors have the bits of their"
+        " source",
+        flush=True,
+    )
     shutil.rmtree(vision)
     for path in llm.glob("*.safetensors*"):  # the tokenizer is read again
         path.unlink()
     before = manifest(first)
-    seconds, memory = evlm("export", "--checkpoint", str(first), "--out", str(out), "--format", "hf")
+    seconds, memory = evlm(
+        "export", "--checkpoint", str(first), "--out", str(out), "--format", "hf"
+    )
     report("export", seconds, whole, memory, plain * whole / total)
     shutil.rmtree(first)
-    seconds, memory = evlm("import", "--config", spec, "--model", str(out), "--out", str(again), *layers)
+    seconds, memory = evlm(
+        "import", "--config", spec, "--model", str(out), "--out", str(again), *layers
+    )
     report("import of the export", seconds, whole, memory, plain * whole / total)
     after = manifest(again)
-    print(f"there and back: {sum(after[name] == value for name, value in before.items())} of {len(before)} tensors are the same")
+    print(
+        f"there and back: {sum(after[name] == value for name, value in before.items())} of"
+        f" {len(before)} tensors are the same"
+    )
     shutil.rmtree(out), shutil.rmtree(again)
 
 
-QWEN_1B = {"hidden": 1536, "layers": 28, "heads": 12, "kv_heads": 2, "head_dim": 128, "mlp": 8960}  # Qwen2.5-1.5B
+QWEN_1B = {
+    "hidden": 1536,
+    "layers": 28,
+    "heads": 12,
+    "kv_heads": 2,
+    "head_dim": 128,
+    "mlp": 8960,
+}  # Qwen2.5-1.5B
 TRANSFORMERS = """
 import sys, torch, transformers
-transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).save_pretrained(sys.argv[2])
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+model.save_pretrained(sys.argv[2])
 """
 
 
 def peer(args: argparse.Namespace) -> None:
-    """A language model through our import and export, and through transformers, three times by turns."""
-    spec, changes = "experiments/evlm_1b.py:pretrain", [f"--config.llm.{key}={value}" for key, value in QWEN_1B.items()]
+    """A language model through our import and export, and through transformers, three times by
+    turns.
+    """
+    spec, changes = (
+        "experiments/evlm_1b.py:pretrain",
+        [f"--config.llm.{key}={value}" for key, value in QWEN_1B.items()],
+    )
     changes += [
         "--config.xattn.every=28",
         "--config.vit.depth=1",
@@ -190,11 +309,22 @@ def peer(args: argparse.Namespace) -> None:
     ]
     cfg, root = load_config(spec, changes), Path(args.dir)
     vision, llm = root / "vision", root / "llm"
-    vit = {"model_type": "clip_vision_model", "hidden_size": cfg.vit.width, "num_hidden_layers": 1, "num_attention_heads": cfg.vit.heads}
-    vit |= {"intermediate_size": cfg.vit.mlp, "image_size": cfg.vit.image_size, "patch_size": cfg.vit.patch}
+    vit = {
+        "model_type": "clip_vision_model",
+        "hidden_size": cfg.vit.width,
+        "num_hidden_layers": 1,
+        "num_attention_heads": cfg.vit.heads,
+    }
+    vit |= {
+        "intermediate_size": cfg.vit.mlp,
+        "image_size": cfg.vit.image_size,
+        "patch_size": cfg.vit.patch,
+    }
     vit |= {"layer_norm_eps": cfg.vit.eps, "hidden_act": cfg.vit.activation}
     write_source(vision, cfg, "vit", "clip", "", vit)
-    stock = describe_llm(cfg, SimpleNamespace(eos=(256,), bos=(), ids=range(256)), "bfloat16")["config.json"]
+    stock = describe_llm(cfg, SimpleNamespace(eos=(256,), bos=(), ids=range(256)), "bfloat16")[
+        "config.json"
+    ]
     count = write_source(llm, cfg, "llm", "llama", "", stock)
     write_tiktoken(llm)
     seconds = {"import": [], "export": [], "transformers": []}
@@ -203,18 +333,44 @@ def peer(args: argparse.Namespace) -> None:
             shutil.rmtree(root / folder, ignore_errors=True)
         run = {
             "import": lambda: evlm(
-                "import", "--config", spec, "--vision", str(vision), "--llm", str(llm), "--out", str(root / "imported"), *changes
+                "import",
+                "--config",
+                spec,
+                "--vision",
+                str(vision),
+                "--llm",
+                str(llm),
+                "--out",
+                str(root / "imported"),
+                *changes,
             ),
-            "export": lambda: evlm("export", "--checkpoint", str(root / "imported"), "--out", str(root / "exported"), "--format", "llm"),
-            "transformers": lambda: measured(sys.executable, "-c", TRANSFORMERS, str(llm), str(root / "saved")),
+            "export": lambda: evlm(
+                "export",
+                "--checkpoint",
+                str(root / "imported"),
+                "--out",
+                str(root / "exported"),
+                "--format",
+                "llm",
+            ),
+            "transformers": lambda: measured(
+                sys.executable, "-c", TRANSFORMERS, str(llm), str(root / "saved")
+            ),
         }
         for name, command in run.items():
             taken, memory = command()
             seconds[name].append(taken)
-            print(f"turn {turn}: {name:<14}{taken:7.1f} s  {count / 1e6 / taken:6.0f} MB/s  peak {memory:.2f} GiB", flush=True)
+            print(
+                f"turn {turn}: {name:<14}{taken:7.1f} s  {count / 1e6 / taken:6.0f} MB/s  peak"
+                f" {memory:.2f} GiB",
+                flush=True,
+            )
     ours, theirs_ = (statistics.median(seconds[name]) for name in ("import", "transformers"))
     export = statistics.median(seconds["export"])
-    print(f"{count / 1e9:.2f} GB, medians: import {ours / theirs_:.2f}, export {export / theirs_:.2f} of from_pretrained + save_pretrained")
+    print(
+        f"{count / 1e9:.2f} GB, medians: import {ours / theirs_:.2f}, export {export / theirs_:.2f}"
+        " of from_pretrained + save_pretrained"
+    )
 
 
 def manifest(workdir: Path) -> dict[str, str]:
@@ -227,8 +383,12 @@ def main() -> None:
     """Runs what is asked for."""
     asked = parser(__doc__)
     asked.add_argument("--dir", help="new directory on the disk to be measured")
-    asked.add_argument("--layers", type=int, default=26, help="of the language model; the paper's has 40")
-    asked.add_argument("--peer", action="store_true", help="the comparison with transformers instead")
+    asked.add_argument(
+        "--layers", type=int, default=26, help="of the language model; the paper's has 40"
+    )
+    asked.add_argument(
+        "--peer", action="store_true", help="the comparison with transformers instead"
+    )
     args = asked.parse_args()
     if not args.dir and not args.smoke:
         asked.error("give --dir")

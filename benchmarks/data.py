@@ -1,10 +1,12 @@
-"""Images a second from tar to batch, against webdataset + Pillow + torch's DataLoader, in one run: `python -m benchmarks.data`.
+"""Images a second from tar to batch, against webdataset + Pillow + torch's DataLoader, in one run:
+`python -m benchmarks.data`.
 
-Photographs as JPEGs of 640 x 480 with captions, in four tars; the batch has their pixels and their packed tokens (ours), or their pixels
-and texts (webdataset). Both use every core; rounds alternate and the best counts. Other programs share the machine: read the ratios.
+Photographs as JPEGs of 640 x 480 with captions, in four tars; the batch has their pixels and their
+packed tokens (ours), or their pixels and texts (webdataset). Both use every core; rounds alternate
+and the best counts. Other programs share the machine: read the ratios.
 
-`--memory 100000` reads so many samples instead, and prints the process's memory ten times on the way.
-"""
+`--memory 100000` reads so many samples instead, and prints the process's memory ten times on the
+way."""
 
 import importlib.util
 import io
@@ -45,8 +47,13 @@ def write_tars(folder: Path, shards: int, images: int) -> None:
             for i in range(images):
                 x, y = rng.integers(0, (81, 61))
                 jpeg = io.BytesIO()
-                photos[i % len(photos)].crop((x, y, x + 640, y + 480)).save(jpeg, "JPEG", quality=90)
-                for kind, content in (("jpg", jpeg.getvalue()), ("txt", b"A photograph of something.")):
+                photos[i % len(photos)].crop((x, y, x + 640, y + 480)).save(
+                    jpeg, "JPEG", quality=90
+                )
+                for kind, content in (
+                    ("jpg", jpeg.getvalue()),
+                    ("txt", b"A photograph of something."),
+                ):
                     member = tarfile.TarInfo(f"{shard:05d}{i:04d}.{kind}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
@@ -56,8 +63,15 @@ def config(folder: Path, size: int, scaled: bool) -> EVLMConfig:
     """The demo's towers over the tars."""
     chosen = demo.get_config()
     chosen.vit.image_size = size
-    data = dict(sources=(f"img2dataset:{folder}",), weights=(1.0,), scaled_decoding=scaled, cache_features=False)
-    chosen.data.update(data, length=16 * BATCH, images=BATCH, targets=16 * BATCH, slots=BATCH, pairs=4 * BATCH)
+    data = dict(
+        sources=(f"img2dataset:{folder}",),
+        weights=(1.0,),
+        scaled_decoding=scaled,
+        cache_features=False,
+    )
+    chosen.data.update(
+        data, length=16 * BATCH, images=BATCH, targets=16 * BATCH, slots=BATCH, pairs=4 * BATCH
+    )
     chosen.train.batch = 1
     return from_config_dict(chosen)
 
@@ -78,11 +92,20 @@ def theirs(folder: Path, size: int) -> Iterator[int]:
     from torch.utils.data import DataLoader
 
     def prepare(sample):
-        picture = Image.open(io.BytesIO(sample["jpg"])).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+        picture = (
+            Image.open(io.BytesIO(sample["jpg"]))
+            .convert("RGB")
+            .resize((size, size), Image.Resampling.BICUBIC)
+        )
         return np.asarray(picture), sample["txt"].decode()
 
     tars = [str(path) for path in sorted(folder.glob("*.tar"))]
-    source = webdataset.WebDataset(tars, resampled=True, shardshuffle=False).shuffle(256).map(prepare).batched(BATCH)
+    source = (
+        webdataset.WebDataset(tars, resampled=True, shardshuffle=False)
+        .shuffle(256)
+        .map(prepare)
+        .batched(BATCH)
+    )
     for pixels, _ in DataLoader(source, batch_size=None, num_workers=CORES):
         yield len(pixels)
 
@@ -95,7 +118,9 @@ def bare(folder: Path, size: int, scaled: bool) -> Iterator[int]:
         while True:
             for first in range(0, len(refs), BATCH):
                 chunk = refs[first : first + BATCH]
-                yield len(list(pool.map(lambda ref: load(ref, size, "squash", scaled=scaled), chunk)))
+                yield len(
+                    list(pool.map(lambda ref: load(ref, size, "squash", scaled=scaled), chunk))
+                )
 
 
 def speed(made: Iterator[int], seconds: float) -> float:
@@ -111,7 +136,15 @@ def speed(made: Iterator[int], seconds: float) -> float:
 
 def memory(folder: Path, samples: int) -> None:
     """Prints the resident memory, in MB, after each tenth of the samples."""
-    count, told, resident = 0, 0, lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    count, told, resident = (
+        0,
+        0,
+        lambda: (
+            int(Path("/proc/self/statm").read_text().split()[1])
+            * os.sysconf("SC_PAGE_SIZE")
+            / 2**20
+        ),
+    )
     for images in ours(folder, 224, True):
         count += images
         if count >= (told + 1) * samples / 10:
@@ -140,14 +173,19 @@ def main() -> None:
                 "decoding alone, scaled": lambda size=size: bare(folder, size, True),
             }
             if not args.smoke and all(map(importlib.util.find_spec, PEERS)):
-                ways = {"webdataset + Pillow + DataLoader": lambda size=size: theirs(folder, size)} | ways
+                ways = {
+                    "webdataset + Pillow + DataLoader": lambda size=size: theirs(folder, size)
+                } | ways
             best = dict.fromkeys(ways, 0.0)
             for _ in range(rounds):
                 for way, made in ways.items():
                     best[way] = max(best[way], speed(made(), seconds))
             reference = next(iter(best.values()))
             for way, rate in best.items():
-                print(f"{size} px  {way:34s} {rate:6.0f} images/s  {rate / reference:4.2f} times", flush=True)
+                print(
+                    f"{size} px  {way:34s} {rate:6.0f} images/s  {rate / reference:4.2f} times",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

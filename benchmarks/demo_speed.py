@@ -1,8 +1,8 @@
 """Speed of the demo's model against peers, all in one run: `python -m benchmarks.demo_speed`.
 
-Generation: SmolLM2-135M from one GGUF file, ours against transformers and, where llama-cpp-python is installed, llama.cpp. Training: the
-demo's step against a plain PyTorch loop on the same batch. Other programs share the machine: read the ratios.
-"""
+Generation: SmolLM2-135M from one GGUF file, ours against transformers and, where llama-cpp-python
+is installed, llama.cpp. Training: the demo's step against a plain PyTorch loop on the same batch.
+Other programs share the machine: read the ratios."""
 
 import importlib.util
 import time
@@ -51,7 +51,9 @@ SMOKE = Size(((1, 16),), 4, ("bfloat16",), 1, 1, False)
 def load(cfg: EVLMConfig) -> EVLM:
     """The towers with closed gates."""
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
-    arrays = {name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(cfg).items()} | load_towers(cfg)
+    arrays = {
+        name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(cfg).items()
+    } | load_towers(cfg)
     return nnx.merge(graphdef, jax.tree.map(jnp.asarray, unflatten(cfg, arrays, shapes)))
 
 
@@ -69,9 +71,16 @@ def our_run(model: EVLM, dtype: str, images: int) -> Run:
         full = lambda *shape, value=0: np.full(shape, value, np.int32)
         tiles = -(-length // cfg.xattn.tile)
         index = np.arange(length)
-        order = np.pad(index, (0, tiles * cfg.xattn.tile - length), constant_values=length).reshape(tiles, -1)
+        order = np.pad(index, (0, tiles * cfg.xattn.tile - length), constant_values=length).reshape(
+            tiles, -1
+        )
         each = lambda a: np.tile(a, (rows,) + (1,) * a.ndim).astype(np.int32)
-        plan = Plan(each(order), each(index), each(np.arange(tiles) if images else np.full(tiles, tiles)), full(rows, tiles))
+        plan = Plan(
+            each(order),
+            each(index),
+            each(np.arange(tiles) if images else np.full(tiles, tiles)),
+            full(rows, tiles),
+        )
         prompt = decoding.Prompt(
             tokens=tokens,
             media_slot=full(rows, length, value=-1),
@@ -84,7 +93,9 @@ def our_run(model: EVLM, dtype: str, images: int) -> Run:
         )
         random = jax.random.split(jax.random.key(0), rows)
         start = time.perf_counter()
-        state = jax.block_until_ready(prefill(weights, prompt, taps, random, how, slots=length + new, images=1))
+        state = jax.block_until_ready(
+            prefill(weights, prompt, taps, random, how, slots=length + new, images=1)
+        )
         read = time.perf_counter()
         jax.block_until_ready(decode(weights, state, how, jnp.int32(new)))
         return read - start, time.perf_counter() - read
@@ -93,11 +104,15 @@ def our_run(model: EVLM, dtype: str, images: int) -> Run:
 
 
 def generation(cfg: EVLMConfig, size: Size) -> None:
-    """Prints a line an engine: tokens/s of prefill and decode for each shape, beside the first one's."""
+    """Prints a line an engine: tokens/s of prefill and decode for each shape, beside the first
+    one's.
+    """
     gguf = assets.path(cfg.init.llm)
     whole = load(cfg)
     alone = demo.get_config()
-    alone.xattn.update(every=cfg.llm.layers, ffn=16)  # one closed block is left: within 1% of the language model alone
+    alone.xattn.update(
+        every=cfg.llm.layers, ffn=16
+    )  # one closed block is left: within 1% of the language model alone
     llm = load(from_config_dict(alone))
     engines = {"ours float32": lambda: our_run(llm, "float32", 0)}
     if size.peers:
@@ -107,18 +122,34 @@ def generation(cfg: EVLMConfig, size: Size) -> None:
             "ours bfloat16, with cross-attention": lambda: our_run(whole, "bfloat16", 1),
         }
     if size.peers and importlib.util.find_spec("transformers"):
-        engines |= {f"transformers {dtype}": partial(transformers_run, gguf, dtype) for dtype in ("float32", "bfloat16")}
+        engines |= {
+            f"transformers {dtype}": partial(transformers_run, gguf, dtype)
+            for dtype in ("float32", "bfloat16")
+        }
     if size.peers and importlib.util.find_spec("llama_cpp"):
-        engines |= {f"llama.cpp {kind}": partial(llama_cpp_run, gguf, kind) for kind in ("f32", "f16", "as stored")}
+        engines |= {
+            f"llama.cpp {kind}": partial(llama_cpp_run, gguf, kind)
+            for kind in ("f32", "f16", "as stored")
+        }
     tokens = np.random.default_rng(0).integers(1000, 40000, (8, 512)).astype(np.int32)
-    columns = [f"{rows} x {length} {what}" for rows, length in size.shapes for what in ("prefill", f"+{size.new}")]
+    columns = [
+        f"{rows} x {length} {what}"
+        for rows, length in size.shapes
+        for what in ("prefill", f"+{size.new}")
+    ]
     print(f"{'tokens/s':<37}" + "".join(f"{column:>17}" for column in columns))
     first = None
     for name, engine in engines.items():
         run = engine()
-        speeds = np.array([_speed(run, tokens[:rows, :length], size) for rows, length in size.shapes]).ravel()
+        speeds = np.array(
+            [_speed(run, tokens[:rows, :length], size) for rows, length in size.shapes]
+        ).ravel()
         first = speeds if first is None else first
-        print(f"{name:<37}" + "".join(f"{speed:9.0f} ({speed / base:4.2f}x)" for speed, base in zip(speeds, first)), flush=True)
+        print(
+            f"{name:<37}"
+            + "".join(f"{speed:9.0f} ({speed / base:4.2f}x)" for speed, base in zip(speeds, first)),
+            flush=True,
+        )
 
 
 def _speed(run: Run, tokens: np.ndarray, size: Size) -> tuple[float, float]:
@@ -131,22 +162,35 @@ def demo_batch(cfg: EVLMConfig) -> Batch:
     """Rows full of images with several questions each, as easy-vqa has them, and random taps."""
     tokenizer = load_tokenizer(cfg.init.llm)
     colours, shapes = ("red", "blue", "green", "brown"), ("circle", "triangle", "rectangle")
-    asked = [("what is the color of the shape?", c) for c in colours[:1]] + [("what shape is in the image?", s) for s in shapes[:1]]
-    asked += [(f"is there a {c} {s}?", "no") for c in colours for s in shapes][: cfg.data.dialogs or None]
+    asked = [("what is the color of the shape?", c) for c in colours[:1]] + [
+        ("what shape is in the image?", s) for s in shapes[:1]
+    ]
+    asked += [(f"is there a {c} {s}?", "no") for c in colours for s in shapes][
+        : cfg.data.dialogs or None
+    ]
     dialogs = tuple(question("<image>" + q, a) for q, a in asked[:8])
     rows = []
     for row in range(cfg.train.batch):
-        documents = [encode(Sample(f"{row}/{i}", "", ((ImageRef(f"{i}.png"),),), dialogs), tokenizer, cfg) for i in range(cfg.data.images)]
+        documents = [
+            encode(Sample(f"{row}/{i}", "", ((ImageRef(f"{i}.png"),),), dialogs), tokenizer, cfg)
+            for i in range(cfg.data.images)
+        ]
         size = np.cumsum([(len(d.tokens), len(d.targets), d.pairs) for d in documents], axis=0)
         fits = (size <= (cfg.data.length, cfg.data.targets, cfg.data.pairs)).all(1)
         rows.append([document for document, fit in zip(documents, fits) if fit])
     fields = assemble(rows, cfg)
     shape = Batch.spec(cfg).taps.shape
-    return Batch(**fields, pixels=None, taps=np.random.default_rng(0).standard_normal(shape, np.float32).astype(jnp.bfloat16))
+    return Batch(
+        **fields,
+        pixels=None,
+        taps=np.random.default_rng(0).standard_normal(shape, np.float32).astype(jnp.bfloat16),
+    )
 
 
 def training(size: Size) -> None:
-    """Prints tokens (positions that are not padding) per second of one optimizer step, with products of each precision."""
+    """Prints tokens (positions that are not padding) per second of one optimizer step, with
+    products of each precision.
+    """
     first = None
     for precision in size.precisions:
         config = demo.get_config()
@@ -157,7 +201,8 @@ def training(size: Size) -> None:
         used = int((batch.seen_until > np.arange(cfg.data.length) + 1).sum())
         if first is None:
             print(
-                f"train step of {len(batch.tokens)} x {cfg.data.length} positions: {used} used, {int((batch.targets >= 0).sum())} targets"
+                f"train step of {len(batch.tokens)} x {cfg.data.length} positions: {used} used,"
+                f" {int((batch.targets >= 0).sum())} targets"
             )
         steps = {"ours": our_step}
         if size.peers and importlib.util.find_spec("torch"):
@@ -168,14 +213,20 @@ def training(size: Size) -> None:
             step = made(cfg, batch)
             speed = used / _fastest(step, size.repeats)
             first = first or speed
-            print(f"{name + ', products in ' + precision:<37}{speed:9.0f} ({speed / first:4.2f}x)", flush=True)
+            print(
+                f"{name + ', products in ' + precision:<37}{speed:9.0f} ({speed / first:4.2f}x)",
+                flush=True,
+            )
 
 
 def our_step(cfg: EVLMConfig, batch: Batch) -> Callable[[], None]:
     """A function that does one optimizer step on the batch."""
     layout = make_layout(cfg)
     phase = Phase(cfg, 0, layout)
-    state, on_device = phase.enter(0, nnx.state(load(cfg)), {}), layout.put_pools(batch, range(cfg.pools), cfg.pools)
+    state, on_device = (
+        phase.enter(0, nnx.state(load(cfg)), {}),
+        layout.put_pools(batch, range(cfg.pools), cfg.pools),
+    )
 
     def step() -> None:
         nonlocal state

@@ -1,6 +1,8 @@
-"""Cross-attention of a packed sequence, forward and backward: `python -m benchmarks.grouped_attention`.
+"""Cross-attention of a packed sequence, forward and backward:
+`python -m benchmarks.grouped_attention`.
 
-64 images of 257 visual tokens beside 2048 text tokens, each of which sees one image; 8 heads of 128, float32 (performance.md). A loop
+64 images of 257 visual tokens beside 2048 text tokens, each of which sees one image; 8 heads of
+128, float32 (performance.md). A loop
 over the images in PyTorch is the bar: it does the needed work only, one image at a time.
 """
 
@@ -27,10 +29,15 @@ def ours(tile: int, start: np.ndarray, sinks: int):
 
 
 def dense(start: np.ndarray, sinks: int):
-    """Every token against every image under a mask, the zero keys materialised: the oracle of the tests."""
+    """Every token against every image under a mask, the zero keys materialised: the oracle of the
+    tests.
+    """
 
     def attend(q, k, v):
-        keys, values = (jnp.pad(a.reshape(1, -1, *a.shape[3:]), ((0, 0), (0, sinks), (0, 0), (0, 0))) for a in (k, v))
+        keys, values = (
+            jnp.pad(a.reshape(1, -1, *a.shape[3:]), ((0, 0), (0, sinks), (0, 0), (0, 0)))
+            for a in (k, v)
+        )
         image = np.concatenate([np.repeat(np.arange(k.shape[1]), k.shape[2]), np.full(sinks, -1)])
         scores = jnp.einsum("btnh,bsnh->bnts", q, keys) * q.shape[-1] ** -0.5
         scores = jnp.where((image == start[:, None]) | (image < 0), scores, -jnp.inf)
@@ -50,7 +57,11 @@ def torch_loop(start: np.ndarray, sinks: int):
         out = []
         for queries, keys, values in zip(q[0].split(counts), k[0].unbind(), v[0].unbind()):
             keys, values = (F.pad(a.transpose(0, 1), (0, 0, 0, sinks)) for a in (keys, values))
-            out.append(F.scaled_dot_product_attention(queries.transpose(0, 1), keys, values).transpose(0, 1))
+            out.append(
+                F.scaled_dot_product_attention(queries.transpose(0, 1), keys, values).transpose(
+                    0, 1
+                )
+            )
         return torch.cat(out)[None]
 
     return attend
@@ -58,7 +69,11 @@ def torch_loop(start: np.ndarray, sinks: int):
 
 def measure_jax(attend, arrays, weight) -> tuple[float, float]:
     """(seconds, MB of temporaries) of value and gradients."""
-    step = jax.jit(jax.value_and_grad(lambda *a: (attend(*a) * weight).sum(), argnums=(0, 1, 2))).lower(*arrays).compile()
+    step = (
+        jax.jit(jax.value_and_grad(lambda *a: (attend(*a) * weight).sum(), argnums=(0, 1, 2)))
+        .lower(*arrays)
+        .compile()
+    )
     seconds = fastest(lambda: jax.block_until_ready(step(*arrays)))
     return seconds, step.memory_analysis().temp_size_in_bytes / 2**20
 
@@ -97,13 +112,22 @@ def main() -> None:
     if args.smoke:
         args.images, args.tokens = 3, 48
     rng, visual, heads, width, sinks = np.random.default_rng(0), 257, 8, 128, 1
-    start = np.sort(np.concatenate([np.arange(args.images), rng.integers(0, args.images, args.tokens - args.images)]))
+    start = np.sort(
+        np.concatenate(
+            [np.arange(args.images), rng.integers(0, args.images, args.tokens - args.images)]
+        )
+    )
     shapes = ((1, args.tokens, heads, width), *[(1, args.images, visual, heads, width)] * 2)
-    arrays, weight = [rng.standard_normal(s, np.float32) for s in shapes], rng.standard_normal(shapes[0], np.float32)
+    arrays, weight = (
+        [rng.standard_normal(s, np.float32) for s in shapes],
+        rng.standard_normal(shapes[0], np.float32),
+    )
     forms = {}
     if importlib.util.find_spec("torch") and not args.smoke:
         forms |= {"torch, loop over images": (measure_torch, torch_loop(start, sinks))}
-    forms |= {f"grouped, tile {tile}": (measure_jax, ours(tile, start, sinks)) for tile in (16, 32, 64)}
+    forms |= {
+        f"grouped, tile {tile}": (measure_jax, ours(tile, start, sinks)) for tile in (16, 32, 64)
+    }
     forms |= {"dense with mask": (measure_jax, dense(start, sinks))}
     bar = None
     for name, (measure, attend) in forms.items():

@@ -1,9 +1,10 @@
-"""How full rows are, and how fast they are packed: `python -m benchmarks.packing`. `evlm data bench` tells the same of real data.
+"""How full rows are, and how fast they are packed: `python -m benchmarks.packing`.
+`evlm data bench` tells the same of real data.
 
-Documents are made: lengths and images like those of captions, web pages, instructions and plain text. Padding of the image slots is
-what the ViT computes in vain. Rows a second are of one core's processor time, tokenising and decoding excluded; "assembled" is with all
-arrays of a Batch but the pictures.
-"""
+Documents are made: lengths and images like those of captions, web pages, instructions and plain
+text. Padding of the image slots is what the ViT computes in vain. Rows a second are of one core's
+processor time, tokenising and decoding excluded; "assembled" is with all arrays of a Batch but the
+pictures."""
 
 import sys
 import time
@@ -41,7 +42,13 @@ DISTRIBUTIONS = {
 }
 STAGES = {  # shares of samples (paper, section 3)
     "pretrain": {"captions": 2500, "web pages": 50},
-    "continual": {"captions": 30, "questions": 9, "boxes": 17, "pages to read": 26, "plain text": 10},
+    "continual": {
+        "captions": 30,
+        "questions": 9,
+        "boxes": 17,
+        "pages to read": 26,
+        "plain text": 10,
+    },
     "sft": {"instructions": 815, "pages to read": 270, "questions": 1200},
 }
 
@@ -53,7 +60,10 @@ BUDGETS = {  # data.images, data.pool, data.slots
 
 
 def document(tokens: int, images: int) -> Document:
-    """One of these costs: images in front, each seen by its share of the text. Contents do not matter."""
+    """One of these costs: images in front, each seen by its share of the text.
+
+    Contents do not matter.
+    """
     length = MEDIA * images + tokens
     at, zeros = np.arange(length, dtype=np.int32), np.zeros(length, np.int32)
     start = np.minimum(at // max(1, length // max(images, 1)), max(images - 1, 0)).astype(np.int32)
@@ -61,7 +71,16 @@ def document(tokens: int, images: int) -> Document:
     targets = np.arange(MEDIA * images, length - 1, dtype=np.int32)
     seen = np.full(length, length, np.int32)
     place = (zeros, at, seen, zeros - 1, start, stop)
-    return Document(*place, targets, targets * 0, targets * 0, (None,) * images, "k", "made", pair_count(start, stop, TILE))
+    return Document(
+        *place,
+        targets,
+        targets * 0,
+        targets * 0,
+        (None,) * images,
+        "k",
+        "made",
+        pair_count(start, stop, TILE),
+    )
 
 
 def stream(shares: dict[str, float], count: int, seed: int = 0) -> list[Document]:
@@ -85,7 +104,10 @@ class Endless(list):
 
 def made_tasks(shares: dict[str, float], count: int) -> list[Task]:
     """A task for each kind."""
-    return [Task(kind, share / sum(shares.values()), Endless(stream({kind: 1}, count))) for kind, share in shares.items()]
+    return [
+        Task(kind, share / sum(shares.values()), Endless(stream({kind: 1}, count)))
+        for kind, share in shares.items()
+    ]
 
 
 def by_task(made: list[Task], count: int, cfg: EVLMConfig) -> list[list[Document]]:
@@ -107,7 +129,9 @@ def assembled(documents: list[Document], cfg: EVLMConfig) -> float:
 
 def with_slots(data: DataConfig, images: int, pool: int, slots: int) -> DataConfig:
     """Other image slots, and pairs for any text without videos."""
-    return replace(data, images=images, pool=pool, slots=slots, pairs=-(-data.length // TILE) * pool + slots)
+    return replace(
+        data, images=images, pool=pool, slots=slots, pairs=-(-data.length // TILE) * pool + slots
+    )
 
 
 def main() -> None:
@@ -117,14 +141,27 @@ def main() -> None:
     args = asked.parse_args()
     count = 60 if args.smoke else args.documents
     configs = {stage: load_config(f"experiments/evlm_14b.py:{stage}") for stage in STAGES}
-    kinds = {**{kind: ("pretrain", {kind: 1}) for kind in DISTRIBUTIONS}, **{f"stage {stage}": (stage, STAGES[stage]) for stage in STAGES}}
+    kinds = {
+        **{kind: ("pretrain", {kind: 1}) for kind in DISTRIBUTIONS},
+        **{f"stage {stage}": (stage, STAGES[stage]) for stage in STAGES},
+    }
     print(head("as configured"))
     for name, (stage, shares) in kinds.items():
         print(line(name, stream(shares, count), configs[stage].data))
-    for name, shares in (("captions", {"captions": 1}), ("instructions", {"instructions": 1}), ("web pages", {"web pages": 1})):
+    for name, shares in (
+        ("captions", {"captions": 1}),
+        ("instructions", {"instructions": 1}),
+        ("web pages", {"web pages": 1}),
+    ):
         print("\n" + head(f"{name}, by window"))
         for window in WINDOWS:
-            print(line(str(window), stream(shares, count), replace(configs["pretrain"].data, window=window)))
+            print(
+                line(
+                    str(window),
+                    stream(shares, count),
+                    replace(configs["pretrain"].data, window=window),
+                )
+            )
     for stage, budgets in BUDGETS.items():
         print("\n" + head(f"{stage}, images/pool/slots"))
         documents, made = stream(STAGES[stage], count), made_tasks(STAGES[stage], count)
@@ -134,7 +171,11 @@ def main() -> None:
             print(line(f"{name} mixed", documents, cfg.data))
             print(timed(f"{name} by task", partial(by_task, made, count, cfg), cfg.data))
     for stage, cfg in configs.items():
-        print(f"\n{stage}: {assembled(stream(STAGES[stage], count), cfg):.0f} rows/s packed and assembled", end="")
+        print(
+            f"\n{stage}: {assembled(stream(STAGES[stage], count), cfg):.0f} rows/s packed and"
+            " assembled",
+            end="",
+        )
     print("\n" + FOOT)
 
 

@@ -1,4 +1,5 @@
-"""Language models of the same GGUF file in transformers and in llama.cpp, behind the function that demo_speed.py times.
+"""Language models of the same GGUF file in transformers and in llama.cpp, behind the function that
+demo_speed.py times.
 
 run(tokens [B, T], new) -> seconds of (prefill, `new` further greedy tokens of every row)
 """
@@ -21,7 +22,9 @@ def transformers_run(gguf: Path, dtype: str) -> Run:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=dtype
+    ).eval()
 
     @torch.no_grad()
     def run(tokens, new):
@@ -29,14 +32,19 @@ def transformers_run(gguf: Path, dtype: str) -> Run:
         out = model(torch.tensor(tokens), use_cache=True, logits_to_keep=1)
         read = time.perf_counter()
         for _ in range(new):
-            out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+            out = model(
+                out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True
+            )
         return read - start, time.perf_counter() - read
 
     return run
 
 
 def llama_cpp_run(gguf: Path, kind: str) -> Run:
-    """llama.cpp through its C functions, all rows in one batch. `kind`: "f32" | "f16", requantised first, or "as stored"."""
+    """llama.cpp through its C functions, all rows in one batch.
+
+    `kind`: "f32" | "f16", requantised first, or "as stored".
+    """
     import llama_cpp as lib
 
     lib.llama_log_set(_SILENT, None)
@@ -44,7 +52,11 @@ def llama_cpp_run(gguf: Path, kind: str) -> Run:
     threads = os.cpu_count()
     if kind != "as stored":
         params = lib.llama_model_quantize_default_params()
-        params.ftype, params.allow_requantize, params.nthread = {"f32": 0, "f16": 1}[kind], True, threads
+        params.ftype, params.allow_requantize, params.nthread = (
+            {"f32": 0, "f16": 1}[kind],
+            True,
+            threads,
+        )
         wider = Path(tempfile.mkdtemp()) / f"{kind}.gguf"
         lib.llama_model_quantize(str(gguf).encode(), str(wider).encode(), ctypes.byref(params))
         gguf = wider
@@ -69,7 +81,11 @@ def llama_cpp_run(gguf: Path, kind: str) -> Run:
     def run(tokens, new):
         rows, length = tokens.shape
         params = lib.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_seq_max = rows * (length + new + 8), tokens.size, rows
+        params.n_ctx, params.n_batch, params.n_seq_max = (
+            rows * (length + new + 8),
+            tokens.size,
+            rows,
+        )
         params.n_threads = params.n_threads_batch = threads
         context = lib.llama_init_from_model(model, params)
         start = time.perf_counter()

@@ -1,8 +1,9 @@
-"""The demo's train step as one would write it in PyTorch: frozen decoder, gated cross-attention before every layer, AdamW.
+"""The demo's train step as one would write it in PyTorch: frozen decoder, gated cross-attention
+before every layer, AdamW.
 
-Read beside evlm_jax/models: the same parameters in the same places, with torch's own attention under boolean masks and the loss at the
-supervised positions only. It takes the fields of Batch as they are.
-"""
+Read beside evlm_jax/models: the same parameters in the same places, with torch's own attention
+under boolean masks and the loss at the supervised positions only. It takes the fields of Batch as
+they are."""
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,20 @@ class Cross(nn.Module):
 
     def __init__(self, cfg: EVLMConfig):
         super().__init__()
-        d, v, n, k = cfg.llm.hidden, cfg.vit.width, *(heads * cfg.xattn.head_dim for heads in (cfg.xattn.heads, cfg.xattn.kv_heads))
+        d, v, n, k = (
+            cfg.llm.hidden,
+            cfg.vit.width,
+            *(heads * cfg.xattn.head_dim for heads in (cfg.xattn.heads, cfg.xattn.kv_heads)),
+        )
         self.norm, self.kv_norm, self.ffn_norm = nn.LayerNorm(d), nn.LayerNorm(v), nn.LayerNorm(d)
-        self.q, self.k, self.v, self.o = (nn.Linear(*size, bias=False) for size in ((d, n), (v, k), (v, k), (n, d)))
-        self.ffn = nn.Sequential(nn.Linear(d, cfg.xattn.ffn, bias=False), nn.GELU(), nn.Linear(cfg.xattn.ffn, d, bias=False))
+        self.q, self.k, self.v, self.o = (
+            nn.Linear(*size, bias=False) for size in ((d, n), (v, k), (v, k), (n, d))
+        )
+        self.ffn = nn.Sequential(
+            nn.Linear(d, cfg.xattn.ffn, bias=False),
+            nn.GELU(),
+            nn.Linear(cfg.xattn.ffn, d, bias=False),
+        )
         self.attn_gate, self.ffn_gate = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
         self.head_dim, self.sinks = cfg.xattn.head_dim, cfg.xattn.sinks
 
@@ -28,7 +39,9 @@ class Cross(nn.Module):
         split = lambda a: a.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         kv = self.kv_norm(tap)
         k, v = (F.pad(project(kv), (0, 0, 0, self.sinks)) for project in (self.k, self.v))
-        out = F.scaled_dot_product_attention(split(self.q(self.norm(x))), split(k), split(v), mask, enable_gqa=True)
+        out = F.scaled_dot_product_attention(
+            split(self.q(self.norm(x))), split(k), split(v), mask, enable_gqa=True
+        )
         x = x + self.attn_gate.tanh() * self.o(out.transpose(1, 2).flatten(2))
         return x + self.ffn_gate.tanh() * self.ffn(self.ffn_norm(x))
 
@@ -41,16 +54,27 @@ class Layer(nn.Module):
         llm = cfg.llm
         d, n, k = llm.hidden, llm.heads * llm.head_dim, llm.kv_heads * llm.head_dim
         self.ln1, self.ln2 = nn.RMSNorm(d, llm.eps), nn.RMSNorm(d, llm.eps)
-        self.q, self.k, self.v, self.o = (nn.Linear(*size, bias=False) for size in ((d, n), (d, k), (d, k), (n, d)))
-        self.gate, self.up, self.down = (nn.Linear(*size, bias=False) for size in ((d, llm.mlp), (d, llm.mlp), (llm.mlp, d)))
+        self.q, self.k, self.v, self.o = (
+            nn.Linear(*size, bias=False) for size in ((d, n), (d, k), (d, k), (n, d))
+        )
+        self.gate, self.up, self.down = (
+            nn.Linear(*size, bias=False) for size in ((d, llm.mlp), (d, llm.mlp), (llm.mlp, d))
+        )
         self.head_dim = llm.head_dim
 
     def forward(self, x, cos, sin, mask):
         split = lambda a: a.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        rotate = lambda a: a * cos + torch.cat([-a[..., self.head_dim // 2 :], a[..., : self.head_dim // 2]], -1) * sin
+        rotate = lambda a: (
+            a * cos
+            + torch.cat([-a[..., self.head_dim // 2 :], a[..., : self.head_dim // 2]], -1) * sin
+        )
         h = self.ln1(x)
         q, k, v = rotate(split(self.q(h))), rotate(split(self.k(h))), split(self.v(h))
-        x = x + self.o(F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2).flatten(2))
+        x = x + self.o(
+            F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+            .transpose(1, 2)
+            .flatten(2)
+        )
         h = self.ln2(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
@@ -60,7 +84,10 @@ class Model(nn.Module):
 
     def __init__(self, cfg: EVLMConfig):
         super().__init__()
-        self.embed, self.media = nn.Embedding(cfg.llm.vocab, cfg.llm.hidden), nn.Embedding(cfg.media.tokens, cfg.llm.hidden)
+        self.embed, self.media = (
+            nn.Embedding(cfg.llm.vocab, cfg.llm.hidden),
+            nn.Embedding(cfg.media.tokens, cfg.llm.hidden),
+        )
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.llm.layers))
         self.crosses = nn.ModuleList(Cross(cfg) for _ in cfg.cross_layers)
         self.ln_f = nn.RMSNorm(cfg.llm.hidden, cfg.llm.eps)
@@ -78,7 +105,11 @@ class Model(nn.Module):
         taps = b.taps.permute(2, 0, 1, 3, 4).flatten(2, 3)  # [G, B, I * S, V]
         inverse = cfg.llm.rope_theta ** (-torch.arange(0, cfg.llm.head_dim, 2) / cfg.llm.head_dim)
         angle = (b.positions[..., None] * inverse).repeat(1, 1, 2)[:, None]
-        x = torch.where(b.media_slot[..., None] >= 0, self.media(b.media_slot.clamp(min=0)), self.embed(b.tokens))
+        x = torch.where(
+            b.media_slot[..., None] >= 0,
+            self.media(b.media_slot.clamp(min=0)),
+            self.embed(b.tokens),
+        )
         crosses = dict(zip(cfg.cross_layers, zip(self.crosses, cfg.tap_of_cross_layer)))
         for i, layer in enumerate(self.layers):
             if i in crosses:
@@ -86,19 +117,31 @@ class Model(nn.Module):
                 x = block(x, taps[tap], cross)
             x = layer(x, angle.cos(), angle.sin(), text)
         hidden = self.ln_f(x)[torch.arange(rows)[:, None], b.target_at]
-        return F.cross_entropy(F.linear(hidden, self.embed.weight).flatten(0, 1), b.targets.flatten(), ignore_index=-1)
+        return F.cross_entropy(
+            F.linear(hidden, self.embed.weight).flatten(0, 1), b.targets.flatten(), ignore_index=-1
+        )
 
 
 def make_step(cfg: EVLMConfig, batch: Batch):
-    """A function that does one optimizer step on the batch and returns the loss; train.matmul_precision "bfloat16" is autocast."""
+    """A function that does one optimizer step on the batch and returns the loss;
+    train.matmul_precision "bfloat16" is autocast.
+    """
     model = Model(cfg)
-    as_torch = lambda a: None if a is None else torch.tensor(a.astype("float32" if a.dtype.itemsize == 2 else a.dtype))
+    as_torch = lambda a: (
+        None
+        if a is None
+        else torch.tensor(a.astype("float32" if a.dtype.itemsize == 2 else a.dtype))
+    )
     tensors = Batch(*map(as_torch, batch))._replace(targets=torch.tensor(batch.targets).long())
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.optim.lr)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=cfg.optim.lr
+    )
 
     def step() -> float:
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=cfg.train.matmul_precision == "bfloat16"):
+        with torch.autocast(
+            "cpu", torch.bfloat16, enabled=cfg.train.matmul_precision == "bfloat16"
+        ):
             loss = model.loss(tensors)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.clip)

@@ -1,19 +1,25 @@
-"""EVLM (arXiv 2407.14177) in JAX: gated cross-attention from hierarchical ViT features into a frozen language model.
+"""EVLM (arXiv 2407.14177) in JAX: gated cross-attention from hierarchical ViT features into a
+frozen language model.
 
     import evlm_jax
 
-    model = evlm_jax.load("runs/demo")                                    # a run, an import, or an export for transformers
-    model.generate("What shape is this?", images=["cat.jpg"])             # an answer; lists of prompts give lists of answers
-    model.logits("Some text")                                             # [T, vocab]
-    model.features("cat.jpg")                                             # what the language model sees of it, [G, S, V]
+    # a run, an import, or an export for transformers
+    model = evlm_jax.load("runs/demo")
+    # an answer; lists of prompts give lists of answers
+    model.generate("What shape is this?", images=["cat.jpg"])
+    # [T, vocab]
+    model.logits("Some text")
+    # what the language model sees of it, [G, S, V]
+    model.features("cat.jpg")
 
-    batch = evlm_jax.make_batch([evlm_jax.make_sample("What is it?", "A cat.", images=["cat.jpg"])], model.config)
+    sample = evlm_jax.make_sample("What is it?", "A cat.", images=["cat.jpg"])
+    batch = evlm_jax.make_batch([sample], model.config)
     jax.grad(lambda params: model.loss(batch, params))(model.params)
 
-Pictures are paths, Pillow images or uint8 arrays [height, width, 3]. Prompts are plain text; each `<image>` in it is where the next
-picture stands, and without any the pictures come first. Errors are ValueError or OSError of one line, with the mend. Importing the package
-imports no JAX and asks for no device; the first use of a name below does. The command line is `evlm` (`evlm --help`).
-"""
+Pictures are paths, Pillow images or uint8 arrays [height, width, 3]. Prompts are plain text; each
+`<image>` in it is where the next picture stands, and without any the pictures come first. Errors
+are ValueError or OSError of one line, with the mend. Importing the package imports no JAX and asks
+for no device; the first use of a name below does. The command line is `evlm` (`evlm --help`)."""
 
 from typing import TYPE_CHECKING
 

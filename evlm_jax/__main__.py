@@ -1,4 +1,6 @@
-"""`evlm` and `python -m evlm_jax`: the command line, in a process that asks for large pages of memory."""
+"""`evlm` and `python -m evlm_jax`: the command line, in a process that asks for large pages of
+memory.
+"""
 
 import os
 import sys
@@ -7,10 +9,11 @@ TUNABLES = "GLIBC_TUNABLES"
 
 
 def main() -> int:
-    """Begins anew with glibc's malloc on large pages, unless its tunables are set already; then the command line.
+    """Begins anew with glibc's malloc on large pages, unless its tunables are set already; then the
+    command line.
 
-    XLA:CPU takes the buffers of every update anew from malloc. On pages of 4 KiB their faults are a tenth to a quarter of a small model's
-    step (docs/decisions.md).
+    XLA:CPU takes the buffers of every update anew from malloc. On pages of 4 KiB their faults are a
+    tenth to a quarter of a small model's step (docs/decisions.md).
     """
     if sys.platform == "linux" and TUNABLES not in os.environ:
         os.environ[TUNABLES] = "glibc.malloc.hugetlb=1"

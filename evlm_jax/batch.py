@@ -2,17 +2,22 @@
 
 Two pairs of integers describe every mask of the model, so no [T, T] or [T, I] mask is ever stored:
 
-Text sees text. Token k is visible to token q iff k <= q < seen_until[k]. Documents of a row are isolated because every
-token's `seen_until` ends with its document; several dialogs about one image share the image's media tokens as a trunk:
+Text sees text. Token k is visible to token q iff k <= q < seen_until[k]. Documents of a row are
+isolated because every token's `seen_until` ends with its document; several dialogs about one image
+share the image's media tokens as a trunk:
 
-    index        0    1    2    3    4    5    6     7    8       dog.png has two questions, then another document
-    token       img  img  q1   q1   a1   q2   a2    img  cap
-    seen_until   7    7    5    5    5    7    7     9    9       2, 3, 4 end before 5: the dialogs do not see each other
-    position     0    1    2    3    4    2    3     0    1       positions go on as if each dialog stood alone
+    index        0    1    2    3    4    5    6    7    8
+    token       img  img  q1   q1   a1   q2   a2   img  cap
+    seen_until   7    7    5    5    5    7    7    9    9
+    position     0    1    2    3    4    2    3    0    1
 
-Text sees images. `data.pool` neighbouring rows share image slots, so that a row with many images and one with few leave none
-empty. Token q sees slots visible_start[q] <= i < visible_stop[q] of its pool: a media token its own image (or frame), text
-the nearest previous image, text of a video all its frames, text before any image the empty range.
+dog.png has two questions, then another document comes: 2, 3, 4 end before 5, so the dialogs do not
+see each other, and positions go on as if each dialog stood alone.
+
+Text sees images. `data.pool` neighbouring rows share image slots, so that a row with many images
+and one with few leave none empty. Token q sees slots visible_start[q] <= i < visible_stop[q] of its
+pool: a media token its own image (or frame), text the nearest previous image, text of a video all
+its frames, text before any image the empty range.
 
     pool of 2 rows, 4 slots     row 0   A A A B B C C C          sees slots 0, 1, 2
                                 row 1   D D D D D - - -          sees slot 3
@@ -27,7 +32,8 @@ from evlm_jax.config import EVLMConfig
 
 
 class Batch(NamedTuple):
-    """Packed rows, in C pools. Padding: seen_until = index + 1, empty visible range, media_slot -1, target_at 0 with target -1.
+    """Packed rows, in C pools. Padding: seen_until = index + 1, empty visible range, media_slot -1,
+    target_at 0 with target -1.
 
     Tiles and pairs are None where the model has no cross-attention.
     """
@@ -41,12 +47,17 @@ class Batch(NamedTuple):
     target_at: jax.Array  # [B, M] int32; position whose output predicts the target
     targets: jax.Array  # [B, M] int32; -1 padding
     target_source: jax.Array  # [B, M] int32; index into data.sources, for the loss per source
-    tile_tokens: jax.Array | None  # [C, J, tile] int32; the pool's tokens, row after row, grouped by visible range; U = pool*T padding
-    token_tile: jax.Array | None  # [C, U] int32; where a token stands in the flattened tile_tokens, J*tile if in none
-    pair_tile: jax.Array | None  # [C, P] int32; a tile and one image it sees: the unit of work; J padding, ascending
+    # [C, J, tile] int32; the pool's tokens, row after row, grouped by visible range; U = pool*T
+    # padding
+    tile_tokens: jax.Array | None
+    # [C, U] int32; where a token stands in the flattened tile_tokens, J*tile if in none
+    token_tile: jax.Array | None
+    # [C, P] int32; a tile and one image it sees: the unit of work; J padding, ascending
+    pair_tile: jax.Array | None
     pair_image: jax.Array | None  # [C, P] int32
     pixels: jax.Array | None  # [C, I, height, width, 3] uint8; None where taps are given
-    taps: jax.Array | None  # [C, I, G, S, V]; cached features of a frozen tower; None where pixels are given
+    # [C, I, G, S, V]; cached features of a frozen tower; None where pixels are given
+    taps: jax.Array | None
 
     @classmethod
     def spec(cls, cfg: EVLMConfig, rows: int | None = None) -> "Batch":
@@ -57,7 +68,9 @@ class Batch(NamedTuple):
         ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
         text, target, pairs = ints(b, d.length), ints(b, d.targets), ints(c, d.pairs)
         pixels = jax.ShapeDtypeStruct((c, d.slots, vit.image_size, vit.image_size, 3), jnp.uint8)
-        taps = jax.ShapeDtypeStruct((c, d.slots, len(vit.taps), vit.tokens, vit.width), jnp.bfloat16)
+        taps = jax.ShapeDtypeStruct(
+            (c, d.slots, len(vit.taps), vit.tokens, vit.width), jnp.bfloat16
+        )
         return cls(
             tokens=text,
             positions=text,

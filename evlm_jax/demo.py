@@ -1,4 +1,7 @@
-"""`evlm demo`: real weights and data, one training, one evaluation, one page. Everything that lasts is saved and taken up again."""
+"""`evlm demo`: real weights and data, one training, one evaluation, one page.
+
+Everything that lasts is saved and taken up again.
+"""
 
 import contextlib
 import time
@@ -29,8 +32,14 @@ from evlm_jax.report import page as report
 from evlm_jax.runs import Trained, feature_store, load_trained, train_run
 from experiments import demo as experiment
 
-# How much each form evaluates, of what it does not take as a whole; "greedy": questions answered by free generation as well.
-SIZES = {"": {"greedy": 1000}, "fast": {"vqa": 370, "greedy": 40, "emoji": 24}, "full": {}, "moe": {"greedy": 1000}}
+# How much each form evaluates, of what it does not take as a whole; "greedy": questions answered by
+# free generation as well.
+SIZES = {
+    "": {"greedy": 1000},
+    "fast": {"vqa": 370, "greedy": 40, "emoji": 24},
+    "full": {},
+    "moe": {"greedy": 1000},
+}
 TASKS = {"vqa": "easy-vqa-choice", "greedy": "easy-vqa", "emoji": "emoji", "photos": "photos"}
 ATTENTION = 4  # pictures in the report with attention by word
 TAUGHT = 3  # samples in the report of each source that was trained on
@@ -52,7 +61,8 @@ class Clock:
 
 
 def run(form: str, workdir: str, dense: str | None = None) -> PathLike:
-    """The whole demo; returns the page. `form`: as experiments/demo.py has them; "moe" makes its experts of the run `dense`.
+    """The whole demo; returns the page. `form`: as experiments/demo.py has them; "moe" makes its
+    experts of the run `dense`.
 
     Raises:
       ValueError, FileNotFoundError: `dense` is no dense run of this model.
@@ -66,20 +76,34 @@ def run(form: str, workdir: str, dense: str | None = None) -> PathLike:
     asked = questions(SIZES[form])
     with clock.part("features of the test images"):
         features = feature_store(cfg, load_towers(cfg))
-        features.fill(ref for part in asked.values() for question in part for (ref,) in question.visuals)
+        features.fill(
+            ref for part in asked.values() for question in part for (ref,) in question.visuals
+        )
     with clock.part("train"):
-        train_run(cfg, workdir, upcycled(dense, cfg, out / "upcycled") if dense else None, tensorboard=True)
+        train_run(
+            cfg,
+            workdir,
+            upcycled(dense, cfg, out / "upcycled") if dense else None,
+            tensorboard=True,
+        )
     trained = load_trained(workdir)
     with clock.part("answer every test question by lowest loss"):
         chooses = LowestLoss(trained.model, trained.tokenizer, ANSWERS, features)
         found = {"vqa": answered("vqa", asked, chooses)}
     with clock.part("generate answers and captions"):
-        generates = Generated(Generator(trained.model, trained.tokenizer, features=features.get), tasks.find("emoji").tokens)
+        generates = Generated(
+            Generator(trained.model, trained.tokenizer, features=features.get),
+            tasks.find("emoji").tokens,
+        )
         found |= {name: answered(name, asked, generates) for name in ("greedy", "emoji", "photos")}
         learned = taught(cfg, generates)
     with clock.part("report"):
         page = sections(cfg, trained, features, workdir, asked, found) | {"sources": learned}
-    page |= {"time": clock.parts, **facts(cfg, trained, found, clock), "provenance": provenance(trained, workdir)}
+    page |= {
+        "time": clock.parts,
+        **facts(cfg, trained, found, clock),
+        "provenance": provenance(trained, workdir),
+    }
     results.save(out / "results.json", found | {"sections": page, "provenance": page["provenance"]})
     print_table(found, clock, written := report.render(page, out / "report.html"))
     return written
@@ -96,26 +120,45 @@ def questions(sizes: dict[str, int]) -> dict[str, list[Question]]:
     """What is asked, by the name of its result."""
     every = {name: tasks.find(task).questions(None, None) for name, task in TASKS.items()}
     vqa = first(every["vqa"], sizes.get("vqa"))
-    return every | {"vqa": vqa, "greedy": draw(vqa, sizes.get("greedy")), "emoji": every["emoji"][: sizes.get("emoji")]}
+    return every | {
+        "vqa": vqa,
+        "greedy": draw(vqa, sizes.get("greedy")),
+        "emoji": every["emoji"][: sizes.get("emoji")],
+    }
 
 
 def answered(name: str, asked: dict[str, list[Question]], answer: Answerer) -> dict:
-    """One result with scores, and with what the report shows of it: "shown" and, of easy-vqa, "accuracy"."""
+    """One result with scores, and with what the report shows of it: "shown" and, of easy-vqa,
+    "accuracy".
+    """
     result = score.scored(evaluate(tasks.find(TASKS[name]), asked[name], answer, {}))
     shown = []
     for row in result["examples"]:
         right = row["answer"] if isinstance(row["answer"], str) else row["answer"][0]
-        line = {"image": row["cluster"], "question": row["prompt"], "answer": right, "prediction": row["prediction"]}
+        line = {
+            "image": row["cluster"],
+            "question": row["prompt"],
+            "answer": right,
+            "prediction": row["prediction"],
+        }
         shown.append(line | {"correct": words(row["prediction"]) == words(right)})
-    return result | {"shown": shown} | ({"accuracy": accuracy_table(shown, EASY_VQA)} if "vqa" in TASKS[name] else {})
+    return (
+        result
+        | {"shown": shown}
+        | ({"accuracy": accuracy_table(shown, EASY_VQA)} if "vqa" in TASKS[name] else {})
+    )
 
 
 def taught(cfg: EVLMConfig, answer: Answerer) -> list[dict]:
-    """The report's section of training data: answers to the first question of some samples of each source; documents have none."""
+    """The report's section of training data: answers to the first question of some samples of each
+    source; documents have none.
+    """
     pairs = []
     for source in map(open_source, cfg.data.sources):
         samples = [source[i] for i in range(min(TAUGHT, len(source)))]
-        pairs += [(sample, of_samples([sample])[0]) for sample in samples if len(sample.dialogs[0]) > 1]
+        pairs += [
+            (sample, of_samples([sample])[0]) for sample in samples if len(sample.dialogs[0]) > 1
+        ]
     examples = []
     for (sample, asked), said in zip(pairs, answer([asked for _, asked in pairs])):
         line = {"source": sample.source, "question": asked.text, "answer": asked.answer, **said}
@@ -123,7 +166,14 @@ def taught(cfg: EVLMConfig, answer: Answerer) -> list[dict]:
     return report.sources_section(examples, [sample.refs[0] for sample, _ in pairs])
 
 
-def sections(cfg: EVLMConfig, trained: Trained, features: FeatureStore, workdir: str, asked: dict, found: dict) -> dict:
+def sections(
+    cfg: EVLMConfig,
+    trained: Trained,
+    features: FeatureStore,
+    workdir: str,
+    asked: dict,
+    found: dict,
+) -> dict:
     """The report's sections that are made from results and pictures."""
     refs = {name: {q.cluster: q.visuals[0][0] for q in asked[name]} for name in asked}
     right = [e for e in found["greedy"]["shown"] if e["correct"]] or found["greedy"]["shown"]
@@ -136,8 +186,12 @@ def sections(cfg: EVLMConfig, trained: Trained, features: FeatureStore, workdir:
         "accuracy": report.accuracy_section(found["vqa"], found["greedy"]),
         "vqa": report.vqa_section(found["vqa"]["shown"], refs["vqa"]),
         "caption_scores": caption_scores(found["emoji"]),
-        "emoji": report.caption_section(found["emoji"]["shown"], refs["emoji"], pictures=24, size=96),
-        "photos": report.caption_section(found["photos"]["shown"], refs["photos"], pictures=6, size=320),
+        "emoji": report.caption_section(
+            found["emoji"]["shown"], refs["emoji"], pictures=24, size=96
+        ),
+        "photos": report.caption_section(
+            found["photos"]["shown"], refs["photos"], pictures=6, size=320
+        ),
         "attention": report.attention_section(trained.model, trained.tokenizer, looked, features),
     }
 
@@ -145,14 +199,22 @@ def sections(cfg: EVLMConfig, trained: Trained, features: FeatureStore, workdir:
 def caption_scores(result: dict) -> dict[str, float]:
     """The report's scores of a caption result, as shares."""
     value = {row["metric"]: row["value"] / 100 for row in result["scores"]}
-    names = {"exact_match": "exact match (words)", "rouge_l": "ROUGE-L (words)", "cider": "CIDEr (words)"}
-    return {"count": len(result["examples"])} | {name: value[metric] for name, metric in names.items()}
+    names = {
+        "exact_match": "exact match (words)",
+        "rouge_l": "ROUGE-L (words)",
+        "cider": "CIDEr (words)",
+    }
+    return {"count": len(result["examples"])} | {
+        name: value[metric] for name, metric in names.items()
+    }
 
 
 def facts(cfg: EVLMConfig, trained: Trained, found: dict, clock: Clock) -> dict:
     """Headline and setup of the report."""
     overall, x, moe = found["vqa"]["accuracy"][0], cfg.xattn, cfg.moe
-    count = lambda *parts: sum(array.size for name, array in trained.params.items() if name.startswith(parts))
+    count = lambda *parts: sum(
+        array.size for name, array in trained.params.items() if name.startswith(parts)
+    )
     emoji = caption_scores(found["emoji"])
     minutes = sum(seconds for _, seconds in clock.parts) / 60
     begin = "the dense run" if moe.copies else "nothing"
@@ -160,39 +222,96 @@ def facts(cfg: EVLMConfig, trained: Trained, found: dict, clock: Clock) -> dict:
     majority = f"always “{overall['majority_answer']}” scores {percent(overall['majority'])}"
     return {
         "title": "A vision-language model, trained on this machine",
-        "tagline": "EVLM: a frozen DINOv2 and a frozen SmolLM2, joined by gated cross-attention that was trained from zero on "
-        "questions about shapes, names of emoji in two languages, written words, albums of photographs, and videos.",
+        "tagline": "EVLM: a frozen DINOv2 and a frozen SmolLM2, joined by gated cross-attention "
+        "that was trained from zero on questions about shapes, names of emoji in two languages, "
+        "written words, albums of photographs, and videos.",
         "headline": [
-            {"value": percent(overall["accuracy"]), "label": "of easy-vqa's test questions right", "note": majority},
-            {"value": f"{minutes:.0f} min", "label": f"from {begin} to this page", "note": results.device()},
-            {"value": f"{count('xattn/', 'media/') / 1e6:.1f} M", "label": "trained parameters", "note": frozen},
-            {"value": percent(emoji["exact_match"]), "label": "unseen emoji named exactly", "note": f"CIDEr {emoji['cider']:.2f}"},
+            {
+                "value": percent(overall["accuracy"]),
+                "label": "of easy-vqa's test questions right",
+                "note": majority,
+            },
+            {
+                "value": f"{minutes:.0f} min",
+                "label": f"from {begin} to this page",
+                "note": results.device(),
+            },
+            {
+                "value": f"{count('xattn/', 'media/') / 1e6:.1f} M",
+                "label": "trained parameters",
+                "note": frozen,
+            },
+            {
+                "value": percent(emoji["exact_match"]),
+                "label": "unseen emoji named exactly",
+                "note": f"CIDEr {emoji['cider']:.2f}",
+            },
         ],
         "setup": [
-            ("Vision tower", f"DINOv2 ViT-S/14, frozen, {cfg.vit.image_size} px, taps {', '.join(map(str, cfg.vit.taps))}"),
+            (
+                "Vision tower",
+                f"DINOv2 ViT-S/14, frozen, {cfg.vit.image_size} px, "
+                f"taps {', '.join(map(str, cfg.vit.taps))}",
+            ),
             ("Language model", f"SmolLM2-135M-Instruct, frozen, {cfg.llm.layers} layers"),
-            ("Cross-attention", f"{len(cfg.cross_layers)} gated blocks, {x.heads} heads x {x.head_dim}, FFN {x.ffn}"),
-            ("Experts", f"{moe.experts} of {x.ffn // moe.slices}, {moe.top_k} a token, and one for all" if moe.copies else "none"),
+            (
+                "Cross-attention",
+                f"{len(cfg.cross_layers)} gated blocks, {x.heads} heads x {x.head_dim}, "
+                f"FFN {x.ffn}",
+            ),
+            (
+                "Experts",
+                f"{moe.experts} of {x.ffn // moe.slices}, {moe.top_k} a token, and one for all"
+                if moe.copies
+                else "none",
+            ),
             ("Media tokens", f"{cfg.media.tokens} an image"),
-            ("Training", f"{cfg.train.steps} steps of {cfg.train.batch} rows x {cfg.data.length} tokens, {cfg.train.dtype}"),
-            ("Documents", ", ".join(f"{name} {100 * weight:g}%" for name, weight in zip(cfg.data.sources, cfg.data.weights))),
-            ("Optimizer", f"AdamW, peak rate {cfg.optim.lr:g}, gates x{cfg.optim.phases[0].rules[0].lr:g}"),
+            (
+                "Training",
+                f"{cfg.train.steps} steps of {cfg.train.batch} rows x {cfg.data.length} tokens, "
+                f"{cfg.train.dtype}",
+            ),
+            (
+                "Documents",
+                ", ".join(
+                    f"{name} {100 * weight:g}%"
+                    for name, weight in zip(cfg.data.sources, cfg.data.weights)
+                ),
+            ),
+            (
+                "Optimizer",
+                f"AdamW, peak rate {cfg.optim.lr:g}, gates x{cfg.optim.phases[0].rules[0].lr:g}",
+            ),
         ],
-    }  # fmt: skip
+    }
 
 
 def provenance(trained: Trained, workdir: str) -> dict:
     """Which weights, config and versions the results come from."""
-    return results.provenance(trained.model.cfg, results.weights_hash(trained.params), f"{place(workdir).name} step {steps(workdir)[-1]}")
+    return results.provenance(
+        trained.model.cfg,
+        results.weights_hash(trained.params),
+        f"{place(workdir).name} step {steps(workdir)[-1]}",
+    )
 
 
 def print_table(found: dict, clock: Clock, page: PathLike) -> None:
     """What the page says, on the terminal."""
     greedy = {row["type"]: row["accuracy"] for row in found["greedy"]["accuracy"]}
-    print(f"\n{'easy-vqa test':<14}{'questions':>10}{'lowest loss':>13}{'greedy':>9}{'majority':>10}")
+    print(
+        f"\n{'easy-vqa test':<14}{'questions':>10}{'lowest loss':>13}{'greedy':>9}{'majority':>10}"
+    )
     for row in found["vqa"]["accuracy"]:
         free = f"{100 * greedy[row['type']]:.1f}%" if row["type"] in greedy else "-"
-        print(f"{row['type']:<14}{row['count']:>10}{100 * row['accuracy']:>12.1f}%{free:>9}{100 * row['majority']:>9.1f}%")
-    print("unseen emoji:", ", ".join(f"{name} {np.round(value, 3)}" for name, value in caption_scores(found["emoji"]).items()))
+        print(
+            f"{row['type']:<14}{row['count']:>10}{100 * row['accuracy']:>12.1f}%{free:>9}"
+            f"{100 * row['majority']:>9.1f}%"
+        )
+    print(
+        "unseen emoji:",
+        ", ".join(
+            f"{name} {np.round(value, 3)}" for name, value in caption_scores(found["emoji"]).items()
+        ),
+    )
     print("\n".join(f"{report.duration(seconds):>14}  {name}" for name, seconds in clock.parts))
     print(f"{report.duration(sum(s for _, s in clock.parts)):>14}  in all\n\nreport: {page}")

@@ -1,14 +1,16 @@
-"""Floating-point operations that a step needs, counted from the config (2 per multiply-add). Letters: see config.py.
+"""Floating-point operations that a step needs, counted from the config (2 per multiply-add).
+Letters: see config.py.
 
-Needed, not executed: 2ND forward, +2ND where a gradient passes to the input of a product, +2ND only where its weights train. So a
-frozen ViT costs 2ND, a frozen LLM under trained cross-attention 4ND, trained layers 6ND, and below the lowest trained block of the
-ViT there is no backward. Causal attention counts half, cross-attention the images that a token sees, the head supervised positions
+Needed, not executed: 2ND forward, +2ND where a gradient passes to the input of a product, +2ND only
+where its weights train. So a frozen ViT costs 2ND, a frozen LLM under trained cross-attention 4ND,
+trained layers 6ND, and below the lowest trained block of the ViT there is no backward. Causal
+attention counts half, cross-attention the images that a token sees, the head supervised positions
 only; padding counts nothing, and neither does rematerialisation.
 
-Not counted as needed: the product that would give a norm in front of a trained kernel its gradient, where nothing else lies below,
-because that follows from the kernel's gradient. So keys and values of a frozen tower's images cost 4ND (a program that asks for the
-norm's gradient the plain way executes 6ND). What is not a product (norms, softmax, optimizer) is left out.
-"""
+Not counted as needed: the product that would give a norm in front of a trained kernel its gradient,
+where nothing else lies below, because that follows from the kernel's gradient. So keys and values
+of a frozen tower's images cost 4ND (a program that asks for the norm's gradient the plain way
+executes 6ND). What is not a product (norms, softmax, optimizer) is left out."""
 
 from collections.abc import Collection, Iterator
 from typing import NamedTuple, Self
@@ -20,10 +22,28 @@ from evlm_jax.config import EVLMConfig
 
 FROZEN_VIT, TRAINED_VIT = "vision tower, frozen", "vision tower, trained"
 BRIDGE = "bridge of a baseline"
-KEYS, CROSS, CROSS_SCORES = "keys and values of images", "cross-attention projections", "cross-attention scores"
+KEYS, CROSS, CROSS_SCORES = (
+    "keys and values of images",
+    "cross-attention projections",
+    "cross-attention scores",
+)
 FFN, ROUTER, ROUTED, WORLD = "cross-attention FFN", "router", "routed experts", "world expert"
 LLM, LLM_SCORES, HEAD = "language model, linear", "language model, scores", "head"
-PARTS = (FROZEN_VIT, TRAINED_VIT, BRIDGE, KEYS, CROSS, CROSS_SCORES, FFN, ROUTER, ROUTED, WORLD, LLM, LLM_SCORES, HEAD)
+PARTS = (
+    FROZEN_VIT,
+    TRAINED_VIT,
+    BRIDGE,
+    KEYS,
+    CROSS,
+    CROSS_SCORES,
+    FFN,
+    ROUTER,
+    ROUTED,
+    WORLD,
+    LLM,
+    LLM_SCORES,
+    HEAD,
+)
 
 
 class Work(NamedTuple):
@@ -51,16 +71,24 @@ class Work(NamedTuple):
 
     @classmethod
     def full(cls, cfg: EVLMConfig, rows: int) -> Self:
-        """Of `rows` rows without padding: each one document of T tokens, all I images of a pool seen, one image a token, M targets."""
+        """Of `rows` rows without padding: each one document of T tokens, all I images of a pool
+        seen, one image a token, M targets.
+        """
         t, images = cfg.data.length, rows // cfg.data.pool * cfg.data.slots
         encoded = 0 if cfg.data.cache_features else images
-        return cls(rows * t, rows * t * (t + 1) / 2, images, encoded, rows * t, rows * cfg.data.targets)
+        return cls(
+            rows * t, rows * t * (t + 1) / 2, images, encoded, rows * t, rows * cfg.data.targets
+        )
 
     @classmethod
     def video(cls, cfg: EVLMConfig, rows: int) -> Self:
-        """As `full`, but a row is one video of I frames and then text, which sees them all; media tokens see their own frame."""
+        """As `full`, but a row is one video of I frames and then text, which sees them all; media
+        tokens see their own frame.
+        """
         media = cfg.data.images * cfg.media.tokens
-        return cls.full(cfg, rows)._replace(visible=rows * (media + (cfg.data.length - media) * cfg.data.images))
+        return cls.full(cfg, rows)._replace(
+            visible=rows * (media + (cfg.data.length - media) * cfg.data.images)
+        )
 
 
 class Cost(NamedTuple):
@@ -79,7 +107,9 @@ class Product(NamedTuple):
     """A product of a layer, or the two of an attention's scores."""
 
     part: str
-    name: str  # canonical name of its parameters without the last piece; "" where both operands are activations
+    # canonical name of its parameters without the last piece; "" where both operands are
+    # activations
+    name: str
     flops: float  # forward
 
 
@@ -94,7 +124,10 @@ def real_tokens(batch: Batch) -> np.ndarray:
 def seen_images(batch: Batch) -> int:
     """Image slots that some token sees."""
     rows, length = batch.tokens.shape
-    edges, row = np.zeros((rows, batch.visible_stop.max(initial=0) + 1), np.int64), np.arange(rows).repeat(length)
+    edges, row = (
+        np.zeros((rows, batch.visible_stop.max(initial=0) + 1), np.int64),
+        np.arange(rows).repeat(length),
+    )
     np.add.at(edges, (row, batch.visible_start.ravel()), 1)
     np.add.at(edges, (row, batch.visible_stop.ravel()), -1)
     return int((edges.cumsum(1) > 0).sum())
@@ -110,7 +143,9 @@ def needed(cfg: EVLMConfig, trained: Collection[str], work: Work) -> dict[str, C
     costs = {part: np.zeros(3) for part in PARTS}
 
     def count(product: Product, passes: bool) -> bool:
-        """Adds a product to which a gradient's way down leads only if `passes`; whether any gradient reaches its output."""
+        """Adds a product to which a gradient's way down leads only if `passes`; whether any
+        gradient reaches its output.
+        """
         trains = product.name in kernels
         part = TRAINED_VIT if product.part == FROZEN_VIT and (passes or trains) else product.part
         costs[part] += np.array([1, (1 if product.name else 2) * passes, trains]) * product.flops
@@ -124,11 +159,19 @@ def needed(cfg: EVLMConfig, trained: Collection[str], work: Work) -> dict[str, C
     if cfg.bridge.kind != "routed":
         passes = "bridge/latents" in trained
         for stage in _bridge(cfg, work):
-            passes = any([count(product, passes if tap is None else reached[tap]) for product, tap in stage])
+            passes = any(
+                [count(product, passes if tap is None else reached[tap]) for product, tap in stage]
+            )
         reached = [passes]
-    passes = any(name.startswith(("media/", "llm/embed")) for name in trained) or cfg.bridge.kind == "llava" and passes
+    passes = (
+        any(name.startswith(("media/", "llm/embed")) for name in trained)
+        or cfg.bridge.kind == "llava"
+        and passes
+    )
     for stage in _text(cfg, work):
-        below = lambda product, passes=passes: reached[_tap(cfg, product.name)] if product.part == KEYS else passes
+        below = lambda product, passes=passes: (
+            reached[_tap(cfg, product.name)] if product.part == KEYS else passes
+        )
         passes = any([count(product, below(product)) for product in stage])
     return {part: Cost(*map(float, cost)) for part, cost in costs.items() if cost.any()}
 
@@ -139,10 +182,15 @@ def train_flops(cfg: EVLMConfig, trained: Collection[str], batch: Batch) -> floa
 
 
 def lowest_trained_block(cfg: EVLMConfig, trained: Collection[str]) -> int:
-    """0-based number of the ViT block below which there is no backward; the number of blocks where the tower is frozen."""
+    """0-based number of the ViT block below which there is no backward; the number of blocks where
+    the tower is frozen.
+    """
     if any(name.startswith("vit/") and not name.startswith("vit/blocks/") for name in trained):
         return 0
-    return min((int(name.split("/")[2]) for name in trained if name.startswith("vit/blocks/")), default=cfg.vit.depth)
+    return min(
+        (int(name.split("/")[2]) for name in trained if name.startswith("vit/blocks/")),
+        default=cfg.vit.depth,
+    )
 
 
 STAGES = 5  # of a block of the ViT
@@ -163,9 +211,14 @@ def _vision(cfg: EVLMConfig, work: Work) -> Iterator[Stage]:
 
 
 def _bridge(cfg: EVLMConfig, work: Work) -> Iterator[tuple[tuple[Product, int | None], ...]]:
-    """From the taps to what the language model sees: products, and the tap that one reads; None where it reads the stage before."""
+    """From the taps to what the language model sees: products, and the tap that one reads; None
+    where it reads the stage before.
+    """
     vit, b, v = cfg.vit, cfg.bridge, cfg.vit.width
-    one = lambda name, size, tokens, tap=None: (Product(BRIDGE, name and f"bridge/{name}", 2.0 * work.images * tokens * size), tap)
+    one = lambda name, size, tokens, tap=None: (
+        Product(BRIDGE, name and f"bridge/{name}", 2.0 * work.images * tokens * size),
+        tap,
+    )
     if b.kind == "fused":
         yield tuple(one("proj", v * v, vit.tokens, tap) for tap in range(len(vit.taps)))
     elif b.kind == "llava":
@@ -178,7 +231,9 @@ def _bridge(cfg: EVLMConfig, work: Work) -> Iterator[tuple[tuple[Product, int | 
             yield (*pictures, *(one(f"{name}/{p}", v * inner, b.latents) for p in "qkv"))
             yield (one("", 2 * inner * (vit.tokens + b.latents), b.latents),)
             yield (one(f"{name}/o", v * inner, b.latents),)
-            yield from ((one(f"{name}/ffn/{fc}", v * v * b.ffn, b.latents),) for fc in ("fc1", "fc2"))
+            yield from (
+                (one(f"{name}/ffn/{fc}", v * v * b.ffn, b.latents),) for fc in ("fc1", "fc2")
+            )
 
 
 def _text(cfg: EVLMConfig, work: Work) -> Iterator[Stage]:
@@ -202,7 +257,9 @@ def _cross(cfg: EVLMConfig, work: Work, layer: int) -> Iterator[Stage]:
     """The cross-attention block in front of an LLM layer."""
     x, moe, d, s = cfg.xattn, cfg.moe, cfg.llm.hidden, cfg.view_tokens
     name, width, shared = f"xattn/{layer}", x.heads * x.head_dim, x.kv_heads * x.head_dim
-    one = lambda part, leaf, size, rows=work.tokens: Product(part, leaf and f"{name}/{leaf}", 2.0 * rows * size)
+    one = lambda part, leaf, size, rows=work.tokens: Product(
+        part, leaf and f"{name}/{leaf}", 2.0 * rows * size
+    )
     keys = (one(KEYS, leaf, cfg.vit.width * shared, work.images * s) for leaf in "kv")
     yield (one(CROSS, "q", d * width), *keys)
     yield (one(CROSS_SCORES, "", 2 * width * s, work.visible),)
@@ -211,7 +268,10 @@ def _cross(cfg: EVLMConfig, work: Work, layer: int) -> Iterator[Stage]:
         yield from ((one(FFN, f"ffn/{fc}", d * x.ffn),) for fc in ("fc1", "fc2"))
         return
     routed, router = d * x.ffn // moe.slices * moe.top_k, one(ROUTER, "ffn/router", d * moe.experts)
-    ffn = lambda fc: (one(ROUTED, f"ffn/experts/{fc}", routed), one(WORLD, f"ffn/world/{fc}", d * x.ffn))
+    ffn = lambda fc: (
+        one(ROUTED, f"ffn/experts/{fc}", routed),
+        one(WORLD, f"ffn/world/{fc}", d * x.ffn),
+    )
     yield (router, *ffn("fc1"))
     yield ffn("fc2")
 

@@ -1,8 +1,9 @@
-"""Answers to prompts about images and videos: batches of prompts, sampling, stop tokens and stop strings, streaming.
+"""Answers to prompts about images and videos: batches of prompts, sampling, stop tokens and stop
+strings, streaming.
 
-Prompts are documents of data/text.py (`prompt`). They are answered in batches of similar length, padded to a few sizes (`Room`), so that
-few programs are compiled; padding is masked and no answer depends on it. Without a callback the host looks at the answers every CHUNK
-tokens only.
+Prompts are documents of data/text.py (`prompt`). They are answered in batches of similar length,
+padded to a few sizes (`Room`), so that few programs are compiled; padding is masked and no answer
+depends on it. Without a callback the host looks at the answers every CHUNK tokens only.
 """
 
 import contextlib
@@ -14,7 +15,15 @@ import jax
 import numpy as np
 
 from evlm_jax.config import EVLMConfig, ranges
-from evlm_jax.config.ranges import Count, NonNegative, Positive, PositiveFloat, PositiveShare, Seed, Share
+from evlm_jax.config.ranges import (
+    Count,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    PositiveShare,
+    Seed,
+    Share,
+)
 from evlm_jax.data import image, text
 from evlm_jax.data.samples import ImageRef, Turn
 from evlm_jax.data.stream import Answer, Stream
@@ -30,13 +39,17 @@ from evlm_jax.parallel.mesh import Layout, jit
 
 ROWS = 8  # prompts answered together; fewer in a call than so many: one, or all of these rows
 STOPS = 8  # stop tokens that have room; twice as many where there are more, and so on
-LENGTHS = (64, 320, 1024)  # tokens of a prompt, likewise, or of an answer; 16 frames of 16 media tokens and a question are 320
+# tokens of a prompt, likewise, or of an answer; 16 frames of 16 media tokens and a question are 320
+LENGTHS = (64, 320, 1024)
 IMAGES = (1, 8)  # of a prompt, likewise
 PICTURES = 8  # encoded together, unless it is one
 
 
 class Room(NamedTuple):
-    """Sizes of a batch of prompts. Up to 1,024 tokens and 8 images there are four, each with more room than the one before."""
+    """Sizes of a batch of prompts.
+
+    Up to 1,024 tokens and 8 images there are four, each with more room than the one before.
+    """
 
     length: int
     images: int
@@ -44,11 +57,20 @@ class Room(NamedTuple):
     @classmethod
     def of(cls, prompts: Sequence[text.Document]) -> "Room":
         """For all of these."""
-        length, images = _rung(max(len(d.tokens) for d in prompts), LENGTHS), _rung(max(len(d.refs) for d in prompts), IMAGES)
-        return cls(max(length, LENGTHS[1]) if images > IMAGES[0] else length, max(images, IMAGES[1]) if length >= LENGTHS[2] else images)
+        length, images = (
+            _rung(max(len(d.tokens) for d in prompts), LENGTHS),
+            _rung(max(len(d.refs) for d in prompts), IMAGES),
+        )
+        return cls(
+            max(length, LENGTHS[1]) if images > IMAGES[0] else length,
+            max(images, IMAGES[1]) if length >= LENGTHS[2] else images,
+        )
 
     def pairs(self, tile: int, needed: int) -> int:
-        """(tile, image) pairs of a prompt. Of few images so many that any prompt fits; of many what is `needed`, up to a power of two."""
+        """(tile, image) pairs of a prompt.
+
+        Of few images so many that any prompt fits; of many what is `needed`, up to a power of two.
+        """
         most = self.images * (-(-self.length // tile) + 1)
         return most if self.images <= IMAGES[-1] else min(most, _bucket(needed))
 
@@ -66,10 +88,13 @@ class Generator:
 
     Args:
       model: its config decides the dtype of activations.
-      dtype: of the matrices, "float32" | "bfloat16"; where left out train.matmul_precision, in which they were trained.
-      features: refs -> taps [n, G, S, V], e.g. FeatureStore.get; where left out, images are loaded and encoded here.
+      dtype: of the matrices, "float32" | "bfloat16"; where left out train.matmul_precision, in
+        which they were trained.
+      features: refs -> taps [n, G, S, V], e.g. FeatureStore.get; where left out, images are loaded
+        and encoded here.
       rows: most prompts answered together.
-      layout: of the mesh that holds `model`; its rows are shared among the devices. None: one device.
+      layout: of the mesh that holds `model`; its rows are shared among the devices. None: one
+        device.
     """
 
     def __init__(
@@ -83,15 +108,28 @@ class Generator:
     ):
         cfg = model.cfg
         self.cfg, self.tokenizer, self.rows = cfg, tokenizer, rows
-        self.weights = jit(layout, lambda model: Weights.of(model, dtype or cfg.train.matmul_precision))(model)
-        self.least = {"rows": 1, "pictures": 1} if layout is None else {axis: layout.parts(axis) for axis in ("rows", "pictures")}
-        self.features = features or partial(encode_images, model, jit(layout, EVLM.encode), self.least["pictures"])
+        self.weights = jit(
+            layout, lambda model: Weights.of(model, dtype or cfg.train.matmul_precision)
+        )(model)
+        self.least = (
+            {"rows": 1, "pictures": 1}
+            if layout is None
+            else {axis: layout.parts(axis) for axis in ("rows", "pictures")}
+        )
+        self.features = features or partial(
+            encode_images, model, jit(layout, EVLM.encode), self.least["pictures"]
+        )
         self._allowed = _allowed(tokenizer, cfg)
         self._prefill = jit(layout, partial(prefill, cfg), static_argnames=("slots", "images"))
         self._decode = jit(layout, partial(decode, cfg), donate_argnames="state")
 
-    def prompt(self, turns: Sequence[Turn], visuals: Sequence[tuple[ImageRef, ...]] = ()) -> text.Document:
-        """A document that `generate` continues. Raises SampleError if markers and visuals differ in number."""
+    def prompt(
+        self, turns: Sequence[Turn], visuals: Sequence[tuple[ImageRef, ...]] = ()
+    ) -> text.Document:
+        """A document that `generate` continues.
+
+        Raises SampleError if markers and visuals differ in number.
+        """
         return text.prompt(turns, visuals, self.tokenizer, self.cfg)
 
     def generate(
@@ -110,8 +148,9 @@ class Generator:
         stop_strings: str | Sequence[str] = (),
         num_return_sequences: int = 1,
     ) -> list[Answer]:
-        """Answers in the order of the prompts, those of one prompt side by side. None depends on the other prompts, only on the place of
-        its own in the list. Options are transformers' and do what they do there. Never chosen are the tokens that stand for images, and
+        """Answers in the order of the prompts, those of one prompt side by side. None depends on
+        the other prompts, only on the place of its own in the list. Options are transformers' and
+        do what they do there. Never chosen are the tokens that stand for images, and
         ids that the tokenizer does not have.
 
         Args:
@@ -122,35 +161,70 @@ class Generator:
           callback: called with (index of the answer, next piece of it) as soon as it is known.
           top_k: draws from so many best tokens; 0: from all.
           min_p: draws from tokens with at least this share of the best one's probability.
-          repetition_penalty: above 1, tokens of the prompt and of the answer so far become less likely, when greedy too.
+          repetition_penalty: above 1, tokens of the prompt and of the answer so far become less
+            likely, when greedy too.
           stop_strings: texts that end an answer, and are no part of its text.
           num_return_sequences: answers to each prompt, which need a temperature.
         Raises:
-          ValueError: a prompt that is no single path (text.prompt makes them), or an option out of range.
+          ValueError: a prompt that is no single path (text.prompt makes them), or an option out of
+            range.
         """
         ranges.check(Seed, seed, "seed")
         ranges.check(Positive, max_new_tokens, "max_new_tokens")
-        if ranges.check(Positive, num_return_sequences, "num_return_sequences") > 1 and not temperature:
-            raise ValueError("num_return_sequences: at temperature 0 all answers are the same; give a temperature")
+        if (
+            ranges.check(Positive, num_return_sequences, "num_return_sequences") > 1
+            and not temperature
+        ):
+            raise ValueError(
+                "num_return_sequences: at temperature 0 all answers are the same; give a"
+                " temperature"
+            )
         stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
         if "" in stop_strings:
             raise ValueError("stop_strings: an empty text ends every answer; leave it out")
         for document in prompts:
-            if not np.array_equal(document.positions, np.arange(len(document.tokens))) or not len(document.tokens):
-                raise ValueError(f"prompt {document.key}: not one unbranched text; make it with Generator.prompt")
+            if not np.array_equal(document.positions, np.arange(len(document.tokens))) or not len(
+                document.tokens
+            ):
+                raise ValueError(
+                    f"prompt {document.key}: not one unbranched text; make it with Generator.prompt"
+                )
         stop = tuple(self.tokenizer.eos if stop is None else stop)
         how = self._sampling(stop, temperature, top_p, top_k, min_p, repetition_penalty)
-        asked = [Asked(prompts[i], i, j) for i in range(len(prompts)) for j in range(num_return_sequences)]
-        streams = [Stream(self.tokenizer, stop, stop_strings, index, callback) for index in range(len(asked))]
-        order = sorted(range(len(asked)), key=lambda k: (Room.of([asked[k].prompt]), len(asked[k].prompt.tokens)))
+        asked = [
+            Asked(prompts[i], i, j)
+            for i in range(len(prompts))
+            for j in range(num_return_sequences)
+        ]
+        streams = [
+            Stream(self.tokenizer, stop, stop_strings, index, callback)
+            for index in range(len(asked))
+        ]
+        order = sorted(
+            range(len(asked)),
+            key=lambda k: (Room.of([asked[k].prompt]), len(asked[k].prompt.tokens)),
+        )
         rows = self._rows(len(order))
         for first in range(0, len(order), rows):
             chosen = order[first : first + rows]
-            self._answer([asked[k] for k in chosen], [streams[k] for k in chosen], seed, how, max_new_tokens, rows)
+            self._answer(
+                [asked[k] for k in chosen],
+                [streams[k] for k in chosen],
+                seed,
+                how,
+                max_new_tokens,
+                rows,
+            )
         return [stream.answer() for stream in streams]
 
     def _sampling(
-        self, stop: tuple[int, ...], temperature: float, top_p: float, top_k: int, min_p: float, repetition_penalty: float
+        self,
+        stop: tuple[int, ...],
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        min_p: float,
+        repetition_penalty: float,
     ) -> Sampling:
         """Raises ValueError for an option out of range."""
         ranges.check(NonNegative, temperature, "temperature")
@@ -161,7 +235,15 @@ class Generator:
         ends = np.array(stop + (-1,) * (_bucket(len(stop), STOPS) - len(stop)), np.int32)
         penalty = None if repetition_penalty == 1 else np.float32(repetition_penalty)
         top_k = np.int32(min(top_k, self.cfg.llm.vocab))
-        return Sampling(np.float32(temperature), np.float32(top_p), ends, top_k, np.float32(min_p), self._allowed, penalty)
+        return Sampling(
+            np.float32(temperature),
+            np.float32(top_p),
+            ends,
+            top_k,
+            np.float32(min_p),
+            self._allowed,
+            penalty,
+        )
 
     def _rows(self, count: int) -> int:
         """Of the batches of so many answers."""
@@ -170,15 +252,30 @@ class Generator:
             rows *= ROWS
         return min(rows, most)
 
-    def _answer(self, asked: list["Asked"], streams: list[Stream], seed: int, how: Sampling, most: int, rows: int) -> None:
+    def _answer(
+        self,
+        asked: list["Asked"],
+        streams: list[Stream],
+        seed: int,
+        how: Sampling,
+        most: int,
+        rows: int,
+    ) -> None:
         """One batch, into its streams."""
         prompts = [one.prompt for one in asked]
-        refs, room = list(dict.fromkeys(ref for document in prompts for ref in document.refs)), Room.of(prompts)
+        refs, room = (
+            list(dict.fromkeys(ref for document in prompts for ref in document.refs)),
+            Room.of(prompts),
+        )
         prompt = collate(prompts, refs, self.cfg.tile, rows, room)
-        places = np.array([(one.number, one.answer) for one in asked] + [(0, 0)] * (rows - len(asked)), np.uint32)
+        places = np.array(
+            [(one.number, one.answer) for one in asked] + [(0, 0)] * (rows - len(asked)), np.uint32
+        )
         random = _keys(np.uint32(seed), places)
         sizes = {"slots": room.length + _rung(most, LENGTHS), "images": room.images}
-        state = self._prefill(self.weights, prompt, self._taps(refs, rows, room), random, how, **sizes)
+        state = self._prefill(
+            self.weights, prompt, self._taps(refs, rows, room), random, how, **sizes
+        )
         new, known = on_host(state.token)[:, None], 0
         while True:
             known += new.shape[1]
@@ -191,18 +288,24 @@ class Generator:
             new = on_host(out)[:, :limit]
 
     def _taps(self, refs: list[ImageRef], rows: int, room: Room) -> np.ndarray | None:
-        """[n, G, S, V] with zeros behind the last one: of few images a prompt so many that any batch fits, else as many as there are, up to
-        a power of two. None where the model sees no image."""
+        """[n, G, S, V] with zeros behind the last one: of few images a prompt so many that any
+        batch fits, else as many as there are, up to a power of two. None where the model sees no
+        image."""
         if not self.cfg.sees:
             return None
         vit, count = self.cfg.vit, rows * room.images if room.images <= IMAGES[-1] else len(refs)
-        taps = np.zeros((_bucket(count, self.least["pictures"]), len(vit.taps), vit.tokens, vit.width), np.float32)
+        taps = np.zeros(
+            (_bucket(count, self.least["pictures"]), len(vit.taps), vit.tokens, vit.width),
+            np.float32,
+        )
         if refs:
             taps[: len(refs)] = self.features(refs)
         return taps
 
 
-def collate(prompts: Sequence[text.Document], refs: Sequence[ImageRef], tile: int, rows: int, room: Room) -> Prompt:
+def collate(
+    prompts: Sequence[text.Document], refs: Sequence[ImageRef], tile: int, rows: int, room: Room
+) -> Prompt:
     """Prompts as padded arrays.
 
     Args:
@@ -210,7 +313,10 @@ def collate(prompts: Sequence[text.Document], refs: Sequence[ImageRef], tile: in
       tile: of cross-attention; 0: without a plan.
       rows: at least as many as prompts.
     """
-    arrays = {name: np.zeros((rows, room.length), np.int32) for name in ("tokens", "media_slot", "visible_start", "visible_stop")}
+    arrays = {
+        name: np.zeros((rows, room.length), np.int32)
+        for name in ("tokens", "media_slot", "visible_start", "visible_stop")
+    }
     number = {ref: i for i, ref in enumerate(refs)}
     arrays["media_slot"] -= 1
     lengths, start, count = np.zeros((3, rows), np.int32)
@@ -219,19 +325,40 @@ def collate(prompts: Sequence[text.Document], refs: Sequence[ImageRef], tile: in
         lengths[row] = len(document.tokens)
         for name, array in arrays.items():
             array[row, : lengths[row]] = getattr(document, name)
-        start[row], count[row] = document.visible_start[-1], document.visible_stop[-1] - document.visible_start[-1]
+        start[row], count[row] = (
+            document.visible_start[-1],
+            document.visible_stop[-1] - document.visible_start[-1],
+        )
         image_number[row, : len(document.refs)] = [number[ref] for ref in document.refs]
     grouped = None
     if tile:
         pairs = room.pairs(tile, max(d.pairs for d in prompts))
-        plans = [plan(a, b, tile, pairs) for a, b in zip(arrays["visible_start"], arrays["visible_stop"])]
+        plans = [
+            plan(a, b, tile, pairs) for a, b in zip(arrays["visible_start"], arrays["visible_stop"])
+        ]
         grouped = Plan(*(np.stack([p[name] for p in plans]) for name in Plan._fields))
-    return Prompt(arrays["tokens"], arrays["media_slot"], lengths, arrays["visible_start"], grouped, image_number, start, count)
+    return Prompt(
+        arrays["tokens"],
+        arrays["media_slot"],
+        lengths,
+        arrays["visible_start"],
+        grouped,
+        image_number,
+        start,
+        count,
+    )
 
 
-def encode_images(model: EVLM, encode: Callable, least: int, refs: Sequence[ImageRef]) -> np.ndarray:
-    """Taps [n, G, S, V] of images, float32, computed now by `encode`, EVLM.encode compiled; at least `least` together."""
-    count, side = least if len(refs) <= least else -(-PICTURES // least) * least, model.cfg.vit.image_size
+def encode_images(
+    model: EVLM, encode: Callable, least: int, refs: Sequence[ImageRef]
+) -> np.ndarray:
+    """Taps [n, G, S, V] of images, float32, computed now by `encode`, EVLM.encode compiled; at
+    least `least` together.
+    """
+    count, side = (
+        (least if len(refs) <= least else -(-PICTURES // least) * least),
+        model.cfg.vit.image_size,
+    )
     taps = []
     for first in range(0, len(refs), count):
         some = refs[first : first + count]
@@ -252,11 +379,17 @@ def _allowed(tokenizer: Tokenizer, cfg: EVLMConfig) -> np.ndarray:
 @jax.jit
 def _keys(seed: jax.Array, places: np.ndarray) -> jax.Array:
     """A PRNG key for each of [n, 2] (prompt, answer)."""
-    return jax.vmap(lambda place: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), place[0]), place[1]))(places)
+    return jax.vmap(
+        lambda place: jax.random.fold_in(
+            jax.random.fold_in(jax.random.key(seed), place[0]), place[1]
+        )
+    )(places)
 
 
 def _rung(size: int, ladder: tuple[int, ...]) -> int:
-    """The smallest step of the ladder that is not below; above the ladder, a power of two times its last step."""
+    """The smallest step of the ladder that is not below; above the ladder, a power of two times its
+    last step.
+    """
     return next((step for step in ladder if step >= size), 0) or _bucket(size, ladder[-1])
 
 

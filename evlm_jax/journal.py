@@ -1,8 +1,8 @@
 """Lines of text that are appended to, also in a store of objects, where nothing is.
 
-A local journal is a file, X.jsonl. A remote one has its lines in parts beside it, X.jsonl.parts/000001.jsonl and so on: the last part
-is written anew while it grows, and holds few lines. Reading knows both forms, wherever they are: runs are copied from and to buckets.
-"""
+A local journal is a file, X.jsonl. A remote one has its lines in parts beside it,
+X.jsonl.parts/000001.jsonl and so on: the last part is written anew while it grows, and holds few
+lines. Reading knows both forms, wherever they are: runs are copied from and to buckets."""
 
 import os
 import time
@@ -18,12 +18,17 @@ SECONDS = 10.0  # between two writings of a part
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:
-    """The complete lines of a journal, without their ends; a line that a kill cut is none. Empty where there is no journal."""
+    """The complete lines of a journal, without their ends; a line that a kill cut is none.
+
+    Empty where there is no journal.
+    """
     return [line for file in _files(place(path)) for line in _lines(file)]
 
 
 class Journal:
-    """The writer of one path, behind the lines that are there: up to the first of which `keep` is false, which goes with all behind it."""
+    """The writer of one path, behind the lines that are there: up to the first of which `keep` is
+    false, which goes with all behind it.
+    """
 
     def __init__(self, path: str | os.PathLike, keep: Callable[[str], bool] = lambda line: True):
         self._path = place(path)
@@ -58,7 +63,10 @@ class Journal:
     def flush(self) -> None:
         """All lines are where they belong."""
         if len(self._part) > self._written:
-            write(_folder(self._path) / f"{self._number:06}.jsonl", "".join(line + "\n" for line in self._part))
+            write(
+                _folder(self._path) / f"{self._number:06}.jsonl",
+                "".join(line + "\n" for line in self._part),
+            )
             self._written, self._at = len(self._part), time.monotonic()
 
     @staticmethod
@@ -78,7 +86,11 @@ def _folder(path: epath.Path) -> epath.Path:
 
 def _files(path: epath.Path) -> list[epath.Path]:
     """Those that hold the lines of a journal, in order."""
-    parts = [part for part in children(_folder(path)) if part.suffix == path.suffix and part.stem.isdigit()]
+    parts = [
+        part
+        for part in children(_folder(path))
+        if part.suffix == path.suffix and part.stem.isdigit()
+    ]
     return [path, *parts] if path.exists() else parts
 
 

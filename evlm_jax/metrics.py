@@ -1,9 +1,9 @@
 """What a run reports: a progress bar, DIR/metrics.jsonl (journal.py) and, where asked, TensorBoard.
 
-Values arrive on the host some steps after they were dispatched, so reporting never makes the device wait. Between two lines
-losses are averaged over targets, rates over time, used shares of the budgets over steps; samples that the data left out are
-counted by cause, updates that were not finite as "bad_updates"; the other values are those of the line's own step.
-"""
+Values arrive on the host some steps after they were dispatched, so reporting never makes the device
+wait. Between two lines losses are averaged over targets, rates over time, used shares of the
+budgets over steps; samples that the data left out are counted by cause, updates that were not
+finite as "bad_updates"; the other values are those of the line's own step."""
 
 import json
 import os
@@ -31,7 +31,8 @@ class Meter:
     """Collects the values of every step and writes a line each `train.log_every` steps."""
 
     def __init__(self, cfg: EVLMConfig, workdir: str, step: int, devices: int, tensorboard: bool):
-        """Continues the files of `workdir` behind `step`; later lines, of a run that was cut off, are dropped.
+        """Continues the files of `workdir` behind `step`; later lines, of a run that was cut off,
+        are dropped.
 
         Raises:
           ImportError: `tensorboard` is asked for and tensorboardX is not installed.
@@ -41,8 +42,16 @@ class Meter:
         self._journal = Journal(place(workdir) / "metrics.jsonl", finished) if is_first() else None
         self._files = Mirror(place(workdir) / "tensorboard") if tensorboard and is_first() else None
         self._board = _board(self._files.here, step) if self._files else None
-        bar = {"total": cfg.train.steps, "initial": step, "unit": "step", "dynamic_ncols": True, "disable": not is_first()}
-        self._bar = tqdm(desc=_title(cfg.name, workdir), **bar, delay=1e-6)  # not drawn before the first update
+        bar = {
+            "total": cfg.train.steps,
+            "initial": step,
+            "unit": "step",
+            "dynamic_ncols": True,
+            "disable": not is_first(),
+        }
+        self._bar = tqdm(
+            desc=_title(cfg.name, workdir), **bar, delay=1e-6
+        )  # not drawn before the first update
         self._dropped, self._notes = {}, {}
         self._reset()
 
@@ -62,7 +71,9 @@ class Meter:
             self._journal.flush()
 
     def add(self, step: int, batch: dict[str, float], values: dict) -> None:
-        """The values of update `step` (1-based), on the host; `batch` is what `work` counted of its batch."""
+        """The values of update `step` (1-based), on the host; `batch` is what `work` counted of its
+        batch.
+        """
         good = bool(values["good"])
         self._own.update(batch)
         self._sums.update(_sums(self._cfg, values) if good else {"bad_updates": 1.0})
@@ -72,14 +83,17 @@ class Meter:
         if step % self._cfg.train.log_every == 0 or step == self._cfg.train.steps:
             now = {"lr": values["lr"]} | _gates(self._cfg, values["gates"])
             if good:
-                now |= {"grad_norm": values["grad_norm"]} | _routing(self._cfg, values.get("routing"))
+                now |= {"grad_norm": values["grad_norm"]} | _routing(
+                    self._cfg, values.get("routing")
+                )
             self._write(step, self._summary() | now | noted)
             self._reset()
         elif noted:
             self._write(step, noted)
 
     def note(self, step: int, values: dict[str, float] | None) -> None:
-        """Other values of update `step`, before it is added; they come into its line, or into one of its own.
+        """Other values of update `step`, before it is added; they come into its line, or into one
+        of its own.
 
         SECONDS among them count in no rate.
         """
@@ -99,18 +113,30 @@ class Meter:
         for source in self._cfg.data.sources:
             if count := sums[f"count/{source}"]:
                 out[f"loss/{source}"] = sums[f"loss/{source}"] / count
-        out |= {f"{name}_per_s": totals[name] / seconds for name in ("tokens", "images")} | {"step_seconds": seconds / self._steps}
+        out |= {f"{name}_per_s": totals[name] / seconds for name in ("tokens", "images")} | {
+            "step_seconds": seconds / self._steps
+        }
         if self._cfg.train.peak_flops:
             out["mfu"] = totals["flops"] / (seconds * self._devices * self._cfg.train.peak_flops)
-        out |= {name: value / (self._steps * len(shares)) for name, value in totals.items() if name.startswith("fill/")}
-        return out | {name: value for name, value in totals.items() if name.startswith(("dropped/", "cut"))}
+        out |= {
+            name: value / (self._steps * len(shares))
+            for name, value in totals.items()
+            if name.startswith("fill/")
+        }
+        return out | {
+            name: value for name, value in totals.items() if name.startswith(("dropped/", "cut"))
+        }
 
     def dropped(self, drops: list[Drop]) -> None:
-        """Tells of samples that were left out: the first of each cause in words, all of them by number on the bar."""
+        """Tells of samples that were left out: the first of each cause in words, all of them by
+        number on the bar.
+        """
         for drop in drops:
             self._dropped[drop.cause] = self._dropped.get(drop.cause, 0) + 1
             if self._dropped[drop.cause] == 1:
-                self._bar.write(f"left out, {drop.cause}: {drop.message}; further ones are counted only")
+                self._bar.write(
+                    f"left out, {drop.cause}: {drop.message}; further ones are counted only"
+                )
 
     def tell(self, text: str) -> None:
         """A line above the bar."""
@@ -143,18 +169,26 @@ def training_lines(path: str | os.PathLike) -> list[dict]:
 
 
 def work(cfg: EVLMConfig, batch: Batch, info: dict, trained: Collection[str]) -> dict[str, float]:
-    """What a batch of NumPy arrays holds, padding left out: text tokens, images that are looked at, FLOPs needed, and `info` of it.
+    """What a batch of NumPy arrays holds, padding left out: text tokens, images that are looked at,
+    FLOPs needed, and `info` of it.
 
     `trained`: canonical names of the parameters that train.
     """
     counts = {"tokens": float(real_tokens(batch).sum()), "images": float(seen_images(batch))}
     counts["flops"] = train_flops(cfg, trained, batch)
-    counts |= {f"fill/{name}": share for name, share in info["fill"].items()} | {"cut": float(info["cut"])}
-    return counts | {f"dropped/{cause}": float(n) for cause, n in Counter(drop.cause for drop in info["drops"]).items()}
+    counts |= {f"fill/{name}": share for name, share in info["fill"].items()} | {
+        "cut": float(info["cut"])
+    }
+    return counts | {
+        f"dropped/{cause}": float(n)
+        for cause, n in Counter(drop.cause for drop in info["drops"]).items()
+    }
 
 
 def _title(name: str, workdir: str) -> str:
-    """The config's name, and the run's where it is another: experiments are often made from one another and keep the name."""
+    """The config's name, and the run's where it is another: experiments are often made from one
+    another and keep the name.
+    """
     folder = place(workdir).name
     return name if folder in ("", name) else f"{name}, {folder}"
 
@@ -162,17 +196,27 @@ def _title(name: str, workdir: str) -> str:
 def _sums(cfg: EVLMConfig, values: dict) -> dict[str, float]:
     """Losses and counts of a step, overall and per source."""
     loss, count = values["source_loss"], values["source_count"]
-    named = {f"{kind}/{name}": array[i] for kind, array in (("loss", loss), ("count", count)) for i, name in enumerate(cfg.data.sources)}
+    named = {
+        f"{kind}/{name}": array[i]
+        for kind, array in (("loss", loss), ("count", count))
+        for i, name in enumerate(cfg.data.sources)
+    }
     return named | {"loss": loss.sum(), "count": count.sum()}
 
 
 def _gates(cfg: EVLMConfig, gates: dict) -> dict[str, float]:
     """{in-memory path: tanh of the gates of all layers} -> {canonical name: one value}."""
-    return {name: gate for path, layers in gates.items() for name, gate in zip(canonical(cfg, path.split("/")), layers, strict=True)}
+    return {
+        name: gate
+        for path, layers in gates.items()
+        for name, gate in zip(canonical(cfg, path.split("/")), layers, strict=True)
+    }
 
 
 def _routing(cfg: EVLMConfig, routing: dict | None) -> dict:
-    """models/moe.py's Routing of all blocks, as {field: [blocks, ...]} -> means over tokens by canonical name; loads are shares [E]."""
+    """models/moe.py's Routing of all blocks, as {field: [blocks, ...]} -> means over tokens by
+    canonical name; loads are shares [E].
+    """
     if routing is None:
         return {}
     tokens, load = np.maximum(routing["tokens"], 1), routing["load"]
@@ -181,7 +225,9 @@ def _routing(cfg: EVLMConfig, routing: dict | None) -> dict:
     for i, layer in enumerate(cfg.cross_layers):
         shares = {"load": load[i].sum(0), "load_text": load[i, 0], "load_media": load[i, 1]}
         values = {name: count / max(count.sum(), 1) for name, count in shares.items()}
-        values |= {name: value[i] for name, value in mean.items()} | {"dropped": routing["dropped"][i]}
+        values |= {name: value[i] for name, value in mean.items()} | {
+            "dropped": routing["dropped"][i]
+        }
         out |= {f"xattn/{layer}/ffn/{name}": value for name, value in values.items()}
     return out
 
@@ -190,5 +236,8 @@ def _board(folder: os.PathLike, step: int):
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        raise ImportError('TensorBoard was asked for: pip install "evlm-jax[demo]", or train with tensorboard=False') from error
+        raise ImportError(
+            'TensorBoard was asked for: pip install "evlm-jax[demo]", or train with'
+            " tensorboard=False"
+        ) from error
     return SummaryWriter(str(folder), purge_step=step + 1, flush_secs=COPIES)

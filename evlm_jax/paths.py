@@ -1,9 +1,10 @@
 """Local or remote: the one place that decides, and what stores of objects do otherwise than disks.
 
-What has a scheme is remote. Runs, towers, exports and results may lie at gs:// and s3://, which orbax, tensorstore and epath know, and
-single data files at whatever fsspec opens. A store has no folders that could be made, renamed or dated, and nothing there is appended
-to; an object has its name when it is complete. So what is written piece by piece gets a mark when it is whole, and libraries that
-write or map local files only have a `Mirror`, or a copy in the cache (`here`).
+What has a scheme is remote. Runs, towers, exports and results may lie at gs:// and s3://, which
+orbax, tensorstore and epath know, and single data files at whatever fsspec opens. A store has no
+folders that could be made, renamed or dated, and nothing there is appended to; an object has its
+name when it is complete. So what is written piece by piece gets a mark when it is whole, and
+libraries that write or map local files only have a `Mirror`, or a copy in the cache (`here`).
 """
 
 import contextlib
@@ -29,8 +30,13 @@ PROBE = 1 << 16  # bytes: more than a full disk has left in its last block
 TEXTS = (".json", ".txt", ".model", ".tiktoken", ".jinja")  # what a tokenizer may stand in
 COPIES = 60.0  # seconds between the copies of a mirror
 
-os.environ.setdefault("EPATH_USE_TF", "false")  # where TensorFlow is installed, epath would ask it: one client for all
-for _protocol in ("gcs", "s3"):  # tensorstore and other hosts write as well: a listing that was kept would not show it
+os.environ.setdefault(
+    "EPATH_USE_TF", "false"
+)  # where TensorFlow is installed, epath would ask it: one client for all
+for _protocol in (
+    "gcs",
+    "s3",
+):  # tensorstore and other hosts write as well: a listing that was kept would not show it
     fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
 
 
@@ -51,7 +57,10 @@ def place(path: str | os.PathLike) -> epath.Path:
         return epath.Path(os.path.abspath(text))
     client = CLIENTS.get(text.partition("://")[0])
     if client is None:
-        raise ValueError(f"{text}: runs, towers and results are read and written at local paths, gs:// and s3://: copy it to one of them")
+        raise ValueError(
+            f"{text}: runs, towers and results are read and written at local paths, gs:// and"
+            " s3://: copy it to one of them"
+        )
     if importlib.util.find_spec(client) is None:
         raise ImportError(f'{text} needs {client}: pip install "evlm-jax[cloud]"')
     return epath.Path(text)
@@ -60,17 +69,26 @@ def place(path: str | os.PathLike) -> epath.Path:
 def local(path: str | os.PathLike, what: str) -> Path:
     """A path that must be local. Raises ValueError that says `what` it is of."""
     if remote(path):
-        raise ValueError(f"{os.fspath(path)}: {what} is local only: give a local path, and copy (gcloud storage cp -r, aws s3 cp)")
+        raise ValueError(
+            f"{os.fspath(path)}: {what} is local only: give a local path, and copy (gcloud storage"
+            " cp -r, aws s3 cp)"
+        )
     return Path(path)
 
 
 def children(folder: epath.Path) -> list[epath.Path]:
     """What lies in a folder, by name; nothing where there is none."""
-    return sorted(path for path in folder.iterdir() if path.name and path != folder) if folder.is_dir() else []
+    return (
+        sorted(path for path in folder.iterdir() if path.name and path != folder)
+        if folder.is_dir()
+        else []
+    )
 
 
 def version(path: str | os.PathLike) -> str:
-    """Another one when a file changes: of size and time for a local one, of what the store tells for a remote one. Raises OSError."""
+    """Another one when a file changes: of size and time for a local one, of what the store tells
+    for a remote one. Raises OSError.
+    """
     if remote(path):
         system, inner = fsspec.core.url_to_fs(os.fspath(path))
         return system.ukey(inner)
@@ -79,12 +97,16 @@ def version(path: str | os.PathLike) -> str:
 
 
 def size(path: epath.Path) -> int:
-    """Bytes of a file. Raises OSError. (epath would look up the names of a local file's owners, who need not have any.)"""
+    """Bytes of a file. Raises OSError.
+
+    (epath would look up the names of a local file's owners, who need not have any.)
+    """
     return path.stat().length if remote(path) else os.path.getsize(path)
 
 
 def here(path: str | os.PathLike, name: str | None = None) -> Path:
-    """A file on a local disk, for readers that know no other: a remote one is copied to the cache, again when it changes.
+    """A file on a local disk, for readers that know no other: a remote one is copied to the cache,
+    again when it changes.
 
     `name`: of its folder there; of the file's version where left out.
     """
@@ -95,20 +117,27 @@ def here(path: str | os.PathLike, name: str | None = None) -> Path:
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         system, inner = fsspec.core.url_to_fs(os.fspath(path))
-        with system.open(inner, "rb") as source, tempfile.NamedTemporaryFile(dir=kept.parent, suffix=".part", delete=False) as part:
+        with (
+            system.open(inner, "rb") as source,
+            tempfile.NamedTemporaryFile(dir=kept.parent, suffix=".part", delete=False) as part,
+        ):
             shutil.copyfileobj(source, part, BLOCK)
         os.replace(part.name, kept)
     return kept
 
 
 def with_neighbours(path: os.PathLike) -> Path:
-    """As `here`, of a folder or a file among others that say more of it: all small ones are copied, into one folder."""
+    """As `here`, of a folder or a file among others that say more of it: all small ones are copied,
+    into one folder.
+    """
     if not remote(path):
         return Path(path)
     path = place(path)
     folder = path if path.is_dir() else path.parent
     files = [file for file in children(folder) if file.suffix in TEXTS or file == path]
-    name = hashlib.sha256("".join(f"{file} {version(file)}" for file in files).encode()).hexdigest()[:32]
+    name = hashlib.sha256(
+        "".join(f"{file} {version(file)}" for file in files).encode()
+    ).hexdigest()[:32]
     for file in files:
         here(file, name)
     kept = cache_root() / "remote" / name
@@ -116,7 +145,10 @@ def with_neighbours(path: os.PathLike) -> Path:
 
 
 def make(folder: epath.Path) -> None:
-    """A folder, where there are such things. (A client that is asked for one of a store may make the bucket.)"""
+    """A folder, where there are such things.
+
+    (A client that is asked for one of a store may make the bucket.)
+    """
     if not remote(folder):
         os.makedirs(folder, exist_ok=True)
 
@@ -145,7 +177,9 @@ def write(path: str | os.PathLike, content: str | bytes) -> epath.Path:
 
 
 def move(source: epath.Path, target: epath.Path, mark: str) -> None:
-    """A folder to another place of the same store; there object by object, so that what is cut off is whole in one of the two places."""
+    """A folder to another place of the same store; there object by object, so that what is cut off
+    is whole in one of the two places.
+    """
     make(target.parent)
     if not remote(source):
         source.rename(target)
@@ -169,7 +203,10 @@ def copy(source: epath.Path, target: epath.Path) -> None:
 
 
 def probe(folder: str | os.PathLike) -> None:
-    """Writes a small file and removes it, in a store also by tensorstore, which writes the arrays. Raises OSError where that fails."""
+    """Writes a small file and removes it, in a store also by tensorstore, which writes the arrays.
+
+    Raises OSError where that fails.
+    """
     where = place(folder)
     name = f".probe-{socket.gethostname()}-{os.getpid()}"
     try:
@@ -188,12 +225,22 @@ def probe(folder: str | os.PathLike) -> None:
             store.write(name, None).result()
     except Exception as error:  # clients of stores raise errors of any kind
         missing = remote(where) and isinstance(error, FileNotFoundError)
-        text = "no such bucket" if missing else " ".join(f"{getattr(error, 'strerror', None) or error}".split()) or type(error).__name__
-        raise OSError(f"{where}: cannot write there: {text}; give a place that this machine may write to and that has room") from error
+        text = (
+            "no such bucket"
+            if missing
+            else " ".join(f"{getattr(error, 'strerror', None) or error}".split())
+            or type(error).__name__
+        )
+        raise OSError(
+            f"{where}: cannot write there: {text}; give a place that this machine may write to and"
+            " that has room"
+        ) from error
 
 
 class Mirror:
-    """A local folder for libraries that write local files only: `here` is `folder` itself, or one whose files are copied there."""
+    """A local folder for libraries that write local files only: `here` is `folder` itself, or one
+    whose files are copied there.
+    """
 
     def __init__(self, folder: str | os.PathLike):
         self._folder = place(folder)
@@ -201,12 +248,17 @@ class Mirror:
         self._copied, self._at = {}, time.monotonic()
 
     def copy(self, seconds: float = 0.0) -> None:
-        """Copies what has changed since the last time, unless that is less than so many seconds ago."""
+        """Copies what has changed since the last time, unless that is less than so many seconds
+        ago.
+        """
         if not remote(self._folder) or time.monotonic() - self._at < seconds:
             return
         for path in sorted(self.here.rglob("*")):
             if path.is_file() and self._copied.get(path) != (state := version(path)):
-                with path.open("rb") as source, writing(self._folder / path.relative_to(self.here).as_posix()) as target:
+                with (
+                    path.open("rb") as source,
+                    writing(self._folder / path.relative_to(self.here).as_posix()) as target,
+                ):
                     shutil.copyfileobj(source, target, BLOCK)
                 self._copied[path] = state
         self._at = time.monotonic()

@@ -1,4 +1,6 @@
-"""What the commands share: from a config to towers, features and batches; from a checkpoint to a model."""
+"""What the commands share: from a config to towers, features and batches; from a checkpoint to a
+model.
+"""
 
 import contextlib
 from collections.abc import Sequence
@@ -40,13 +42,22 @@ def feature_store(cfg: EVLMConfig, params: dict[str, np.ndarray]) -> FeatureStor
     is_vit = lambda path, _: path[0] == "vit"
     tower = {name: array for name, array in params.items() if name.startswith("vit/")}
     vit = jax.device_put(param_names.unflatten(cfg, tower, nnx.filter_state(shapes, is_vit)))
-    rest = nnx.filter_state(shapes, lambda *leaf: not is_vit(*leaf))  # shapes only: encoding reads none of it
-    encode = jax.jit(lambda vit, pixels: nnx.merge(graphdef, nnx.merge_state(vit, rest)).encode(pixels))
-    return FeatureStore(assets.cache_root() / "features" / fingerprint(cfg, params), lambda pixels: encode(vit, pixels), cfg)
+    rest = nnx.filter_state(
+        shapes, lambda *leaf: not is_vit(*leaf)
+    )  # shapes only: encoding reads none of it
+    encode = jax.jit(
+        lambda vit, pixels: nnx.merge(graphdef, nnx.merge_state(vit, rest)).encode(pixels)
+    )
+    return FeatureStore(
+        assets.cache_root() / "features" / fingerprint(cfg, params),
+        lambda pixels: encode(vit, pixels),
+        cfg,
+    )
 
 
 def next_stage(cfg: EVLMConfig, init: str) -> tuple[dict[str, np.ndarray], frozenset[str]]:
-    """All parameters of an earlier stage's run, positions resampled for `cfg`'s image size, and the names of those it trained.
+    """All parameters of an earlier stage's run, positions resampled for `cfg`'s image size, and the
+    names of those it trained.
 
     Raises ValueError where the run is dense and `cfg` has experts, or is of another kind of model.
     """
@@ -54,11 +65,17 @@ def next_stage(cfg: EVLMConfig, init: str) -> tuple[dict[str, np.ndarray], froze
     if before.baseline != cfg.baseline:
         kinds = [kind or "no such change" for kind in (before.baseline, cfg.baseline)]
         raise ValueError(
-            f"{init} has {kinds[0]}, the config {kinds[1]}: start a baseline from init.vision and init.llm, or from its own kind"
+            f"{init} has {kinds[0]}, the config {kinds[1]}: start a baseline from init.vision and"
+            " init.llm, or from its own kind"
         )
     if cfg.moe.copies and not before.moe.copies:
-        raise ValueError(f"{init} is dense and the config has moe.copies = {cfg.moe.copies}: make experts of its FFNs with `evlm upcycle`")
-    params["vit/pos"] = resize_positions(params["vit/pos"], before.vit.grid, cfg.vit.grid, cfg.vit.interpolation)
+        raise ValueError(
+            f"{init} is dense and the config has moe.copies = {cfg.moe.copies}: make experts of its"
+            " FFNs with `evlm upcycle`"
+        )
+    params["vit/pos"] = resize_positions(
+        params["vit/pos"], before.vit.grid, cfg.vit.grid, cfg.vit.interpolation
+    )
     return params, store.trained(init)
 
 
@@ -71,34 +88,51 @@ def train_run(
     resume: int | None = None,
     other_data: bool = False,
 ) -> int:
-    """Trains `cfg` in `workdir`, or goes on there, from step `resume` or the newest. Returns the finished updates.
+    """Trains `cfg` in `workdir`, or goes on there, from step `resume` or the newest. Returns the
+    finished updates.
 
-    A run that goes on reads its checkpoint alone; a new one the towers, or the run of an earlier stage, `init`.
+    A run that goes on reads its checkpoint alone; a new one the towers, or the run of an earlier
+    stage, `init`.
 
     Raises:
       OSError: nothing can be written in `workdir`; said before anything is read.
-      ValueError: rows are longer than what the language model was trained on, or its vocabulary does not fit it.
+      ValueError: rows are longer than what the language model was trained on, or its vocabulary
+        does not fit it.
     """
     from evlm_jax.data.pipeline import batches  # what only training needs takes a while to import
     from evlm_jax.evals.monitor import monitor
     from evlm_jax.train import train
 
     paths.probe(workdir)
-    tokenizer, params, trained = vocabulary(cfg, source_of_run(workdir, cfg.init.llm)), {}, frozenset()
+    tokenizer, params, trained = (
+        vocabulary(cfg, source_of_run(workdir, cfg.init.llm)),
+        {},
+        frozenset(),
+    )
     if not store.steps(workdir):
         check_length(cfg)
         say(f"reading {init or f'{cfg.init.vision} and {cfg.init.llm}'}")
         params, trained = next_stage(cfg, init) if init else (load_towers(cfg), frozenset())
     # As the checkpoint will hold it, so that a run that goes on has the same taps.
     frozen = {name: array for name, array in params.items() if name.startswith("vit/")}
-    frozen |= {name: array.astype(cfg.train.frozen_dtype, copy=False) for name, array in frozen.items() if name not in trained}
-    features = feature_store(cfg, frozen or _saved_tower(workdir, resume)) if cfg.data.cache_features else None
+    frozen |= {
+        name: array.astype(cfg.train.frozen_dtype, copy=False)
+        for name, array in frozen.items()
+        if name not in trained
+    }
+    features = (
+        feature_store(cfg, frozen or _saved_tower(workdir, resume))
+        if cfg.data.cache_features
+        else None
+    )
     layout = make_layout(cfg)
     if is_first():
         keep_tokenizer(tokenizer, workdir)
     follow = monitor(cfg, tokenizer, features, layout)
     with contextlib.closing(batches(cfg, tokenizer, features, layout.own_pools(cfg.pools))) as data:
-        return train(cfg, workdir, data, params, trained, follow, tensorboard, profile, resume, other_data)
+        return train(
+            cfg, workdir, data, params, trained, follow, tensorboard, profile, resume, other_data
+        )
 
 
 def _saved_tower(workdir: str, step: int | None) -> dict[str, np.ndarray]:
@@ -109,10 +143,16 @@ def _saved_tower(workdir: str, step: int | None) -> dict[str, np.ndarray]:
 
 def features_of(trained: Trained) -> FeatureStore | None:
     """The cache of a trained model's taps, where it was trained with one."""
-    return feature_store(trained.model.cfg, trained.params) if trained.model.cfg.data.cache_features else None
+    return (
+        feature_store(trained.model.cfg, trained.params)
+        if trained.model.cfg.data.cache_features
+        else None
+    )
 
 
-def load_trained(workdir: str, step: int | None = None, mesh: MeshConfig | None = None, rows: int = 1) -> Trained:
+def load_trained(
+    workdir: str, step: int | None = None, mesh: MeshConfig | None = None, rows: int = 1
+) -> Trained:
     """The newest (or given) checkpoint of a run, on one device, or on all of them.
 
     Args:
@@ -127,12 +167,20 @@ def load_trained(workdir: str, step: int | None = None, mesh: MeshConfig | None 
 
 
 def model_of(
-    cfg: EVLMConfig, params: dict[str, np.ndarray], mesh: MeshConfig | None = None, rows: int = 1, devices: Sequence[jax.Device] = ()
+    cfg: EVLMConfig,
+    params: dict[str, np.ndarray],
+    mesh: MeshConfig | None = None,
+    rows: int = 1,
+    devices: Sequence[jax.Device] = (),
 ) -> tuple[EVLM, Layout | None]:
-    """The model with these parameters, by canonical name, on the first of the devices, or on the mesh that they make; () are all."""
+    """The model with these parameters, by canonical name, on the first of the devices, or on the
+    mesh that they make; () are all.
+    """
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
     state = param_names.unflatten(cfg, params, shapes)
     if mesh is None:
         return nnx.merge(graphdef, jax.device_put(state, *devices[:1])), None
-    layout = make_layout(replace(cfg, mesh=mesh, train=replace(cfg.train, batch=rows, accumulate=1)), devices)
+    layout = make_layout(
+        replace(cfg, mesh=mesh, train=replace(cfg.train, batch=rows, accumulate=1)), devices
+    )
     return nnx.merge(graphdef, put(state, layout.frozen)), layout

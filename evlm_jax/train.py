@@ -1,8 +1,9 @@
-"""The training loop, flat and readable from the top: the step, the phase, where a run starts, the loop.
+"""The training loop, flat and readable from the top: the step, the phase, where a run starts, the
+loop.
 
-Unusual: gradients exist for the trainable State only, frozen parameters are plain arguments of the step. An update whose loss or
-gradient is not finite changes nothing, so the host may look a few steps later (watch.py); those behind it go on.
-"""
+Unusual: gradients exist for the trainable State only, frozen parameters are plain arguments of the
+step. An update whose loss or gradient is not finite changes nothing, so the host may look a few
+steps later (watch.py); those behind it go on."""
 
 import contextlib
 import functools
@@ -31,7 +32,7 @@ from evlm_jax.parallel.sharding import gather_once, settle
 from evlm_jax.parallel.status import Stopped
 from evlm_jax.watch import Due, Trace, Watch
 
-# ---------------------------------------------------------------------------------------------------------------- the step
+# ----------------------------------------------------------------------------------------- the step
 
 
 class TrainState(NamedTuple):
@@ -42,8 +43,11 @@ class TrainState(NamedTuple):
     groups: optim.Groups
 
 
-def gradients(cfg: EVLMConfig, graphdef: nnx.GraphDef, params: nnx.State, frozen: nnx.State, batch: Batch):
-    """Gradient of the mean loss over all targets of the batch, from sums over the micro-batches; float32, in the pieces that are stored.
+def gradients(
+    cfg: EVLMConfig, graphdef: nnx.GraphDef, params: nnx.State, frozen: nnx.State, batch: Batch
+):
+    """Gradient of the mean loss over all targets of the batch, from sums over the micro-batches;
+    float32, in the pieces that are stored.
 
     Returns:
       (gradients like `params`, sums over the batch as in loss.loss_sums)
@@ -54,10 +58,17 @@ def gradients(cfg: EVLMConfig, graphdef: nnx.GraphDef, params: nnx.State, frozen
 
     def micro_batch(total, rows):
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, rows)
-        return jax.tree.map(jnp.add, total, (settle(jax.tree.map(lambda g: g.astype(jnp.float32), grads)), sums)), None
+        return (
+            jax.tree.map(
+                jnp.add, total, (settle(jax.tree.map(lambda g: g.astype(jnp.float32), grads)), sums)
+            ),
+            None,
+        )
 
     params = gather_once(params, cfg.train.operands)
-    micro_batches = jax.tree.map(functools.partial(_split, len(batch.tokens) // cfg.data.pool, cfg.train.accumulate), batch)
+    micro_batches = jax.tree.map(
+        functools.partial(_split, len(batch.tokens) // cfg.data.pool, cfg.train.accumulate), batch
+    )
     zeros = settle(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
     _, sums = jax.eval_shape(loss, params, jax.tree.map(lambda x: x[0], micro_batches))
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
@@ -67,58 +78,106 @@ def gradients(cfg: EVLMConfig, graphdef: nnx.GraphDef, params: nnx.State, frozen
 
 
 def _split(pools: int, k: int, x: jax.Array) -> jax.Array:
-    """[B or C, ...] -> k micro-batches. Pool c goes to number c % k, so that every device has its share of each."""
-    return x.reshape(pools // k, k, len(x) // pools, *x.shape[1:]).swapaxes(0, 1).reshape(k, len(x) // k, *x.shape[1:])
+    """[B or C, ...] -> k micro-batches.
+
+    Pool c goes to number c % k, so that every device has its share of each.
+    """
+    return (
+        x.reshape(pools // k, k, len(x) // pools, *x.shape[1:])
+        .swapaxes(0, 1)
+        .reshape(k, len(x) // k, *x.shape[1:])
+    )
 
 
-def train_step(cfg: EVLMConfig, graphdef: nnx.GraphDef, plan: optim.Plan, state: TrainState, frozen: nnx.State, batch: Batch):
+def train_step(
+    cfg: EVLMConfig,
+    graphdef: nnx.GraphDef,
+    plan: optim.Plan,
+    state: TrainState,
+    frozen: nnx.State,
+    batch: Batch,
+):
     """One update. Returns the new state and what is reported of the step."""
     batch, same = agreed(batch)
     grads, sums = gradients(cfg, graphdef, state.params, frozen, batch)
     params, groups, norm = optim.update(cfg, plan, state.step, state.params, grads, state.groups)
     good = jnp.isfinite(sums["loss"].sum()) & jnp.isfinite(norm)
-    params, groups = jax.tree.map(lambda new, old: jnp.where(good, new, old), (params, groups), (state.params, state.groups))
-    report = {"good": good, "grad_norm": norm, "lr": optim.schedule(cfg, state.step), "source_loss": sums["loss"]}
-    gates = {path: jnp.tanh(gate[...]) for path, gate in nnx.to_flat_state(params) if str(path[-1]).endswith("gate")}
-    report |= {"source_count": sums["count"], "gates": {"/".join(map(str, path)): gate for path, gate in gates.items()}}
+    params, groups = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old), (params, groups), (state.params, state.groups)
+    )
+    report = {
+        "good": good,
+        "grad_norm": norm,
+        "lr": optim.schedule(cfg, state.step),
+        "source_loss": sums["loss"],
+    }
+    gates = {
+        path: jnp.tanh(gate[...])
+        for path, gate in nnx.to_flat_state(params)
+        if str(path[-1]).endswith("gate")
+    }
+    report |= {
+        "source_count": sums["count"],
+        "gates": {"/".join(map(str, path)): gate for path, gate in gates.items()},
+    }
     report |= {} if same is None else {"same": same}
     if "routing" in sums:
         report["routing"] = sums["routing"]._asdict()
     return TrainState(state.step + 1, params, groups), report
 
 
-# --------------------------------------------------------------------------------------------------------------- the phase
+# ---------------------------------------------------------------------------------------- the phase
 
 
 class Phase:
-    """From one change of the trainable set to the next: its plan, where its arrays lie, the frozen parameters, one compiled step."""
+    """From one change of the trainable set to the next: its plan, where its arrays lie, the frozen
+    parameters, one compiled step.
+    """
 
     def __init__(self, cfg: EVLMConfig, number: int, layout: Layout):
         self.cfg, self.number, self.layout = cfg, number, layout
         self.graphdef, self.shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
         check_parameters(layout, self.shapes, lambda path: param_names.canonical(cfg, path)[0])
         self.plan = optim.plan(cfg, number, self.shapes)
-        self.trained = {name for path in self.plan.rates for name in param_names.canonical(cfg, path)}
+        self.trained = {
+            name for path in self.plan.rates for name in param_names.canonical(cfg, path)
+        }
         if cfg.data.cache_features and any(path[0] == "vit" for path in self.plan.rates):
-            raise ValueError(f"optim.phases[{number}] trains the vision tower, cached taps would not follow: set data.cache_features=False")
+            raise ValueError(
+                f"optim.phases[{number}] trains the vision tower, cached taps would not follow: set"
+                " data.cache_features=False"
+            )
 
         def step(state, frozen, batch):
             return train_step(cfg, self.graphdef, self.plan, state, frozen, batch)
 
         shardings = layout.trained(self.spec())
         self._begin = jax.jit(self.begin, out_shardings=shardings)
-        self._step = layout.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
-        self.on_disk = jax.jit(lambda state: (param_names.flatten(cfg, state.params), optim.flatten(cfg, state.groups)))
+        self._step = layout.jit(
+            step, donate_argnums=0, out_shardings=(shardings, layout.replicated)
+        )
+        self.on_disk = jax.jit(
+            lambda state: (param_names.flatten(cfg, state.params), optim.flatten(cfg, state.groups))
+        )
 
     def begin(self, step: int, trainable: nnx.State, groups: optim.Groups) -> TrainState:
-        """The state at the first step of the phase. Parameters are promoted to their dtype; all is copied, for a step overwrites it."""
+        """The state at the first step of the phase.
+
+        Parameters are promoted to their dtype; all is copied, for a step overwrites it.
+        """
         own = lambda tree, dtype: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), tree)
         trainable = own(trainable, self.cfg.train.param_dtype)
-        return TrainState(jnp.int32(step), trainable, optim.begin(self.cfg, self.plan, trainable, own(groups, None)))
+        return TrainState(
+            jnp.int32(step),
+            trainable,
+            optim.begin(self.cfg, self.plan, trainable, own(groups, None)),
+        )
 
     def spec(self) -> TrainState:
         """Shapes and dtypes of the state."""
-        return jax.eval_shape(self.begin, 0, nnx.split_state(self.shapes, self.plan.trains, ...)[0], {})
+        return jax.eval_shape(
+            self.begin, 0, nnx.split_state(self.shapes, self.plan.trains, ...)[0], {}
+        )
 
     def place(self, tree) -> Any:
         """Shardings of parameters of the whole model or of a part, or of moments."""
@@ -128,21 +187,37 @@ class Phase:
         return nnx.merge_state(self.layout.trained(trainable), self.layout.frozen(frozen))
 
     def enter(self, step: int, params: nnx.State, groups: optim.Groups) -> TrainState:
-        """Splits the parameters of the whole model and begins; they may lie as in the phase before."""
+        """Splits the parameters of the whole model and begins;
+        they may lie as in the phase before.
+        """
         trainable, frozen = nnx.split_state(params, self.plan.trains, ...)
         self.frozen = jax.jit(lambda tree: tree, out_shardings=self.layout.frozen(frozen))(frozen)
         size = lambda tree: f"{sum(x.size for x in jax.tree.leaves(tree)):,} parameters"
-        say(f"phase {self.number} from step {step}: trains {size(trainable)}, freezes {size(self.frozen)}")
-        say("compiling and making the first step; a minute or more, less where the compiled program was kept")
+        say(
+            f"phase {self.number} from step {step}: trains {size(trainable)}, freezes"
+            f" {size(self.frozen)}"
+        )
+        say(
+            "compiling and making the first step; a minute or more, less where the compiled program"
+            " was kept"
+        )
         return self._begin(step, trainable, groups)
 
     def lower(self) -> jax.stages.Lowered:
-        """The step for the devices of the layout, which need not be there; `compile()` it to read memory, FLOPs and collectives."""
+        """The step for the devices of the layout, which need not be there; `compile()` it to read
+        memory, FLOPs and collectives.
+        """
         frozen = nnx.split_state(self.shapes, self.plan.trains, ...)[1]
-        frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, self.cfg.train.frozen_dtype), frozen)
+        frozen = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, self.cfg.train.frozen_dtype), frozen
+        )
         inputs, layout = (self.spec(), frozen, Batch.spec(self.cfg)), self.layout
         shardings = layout.trained(inputs[0]), layout.frozen(frozen), layout.batch(inputs[2])
-        return self._step.lower(*jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), inputs, shardings))
+        return self._step.lower(
+            *jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), inputs, shardings
+            )
+        )
 
     def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         """One step; `state` is donated."""
@@ -157,7 +232,7 @@ class Phase:
         return nnx.merge(self.graphdef, state.params, self.frozen)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the loop
+# ----------------------------------------------------------------------------------------- the loop
 
 
 class Start(NamedTuple):
@@ -186,24 +261,33 @@ def train(
     """Trains to train.steps; goes on from the newest checkpoint in `workdir` where there is one.
 
     Args:
-      data: yields (Batch of NumPy arrays, info) as data.pipeline.batches; get_state() -> JSON and set_state(JSON) keep its position.
-      params: canonical name -> array: the towers, or all parameters of an earlier stage (checkpoint.load_params).
+      data: yields (Batch of NumPy arrays, info) as data.pipeline.batches; get_state() -> JSON and
+        set_state(JSON) keep its position.
+      params: canonical name -> array: the towers, or all parameters of an earlier stage
+        (checkpoint.load_params).
       trained: those of `params` that an earlier stage trained (checkpoint.trained).
-      on_step: called with the finished updates and a function that gives the model, valid until it returns; what it returns is noted.
+      on_step: called with the finished updates and a function that gives the model, valid until it
+        returns; what it returns is noted.
       tensorboard: write TensorBoard files, next to metrics.jsonl.
       profile: (first, last) update of a trace, in `workdir`/profile.
       resume: the step to go on from, instead of the newest; later ones are put aside.
-      other_data: a run may go on with other data, or another batch, from the same number of documents.
+      other_data: a run may go on with other data, or another batch, from the same number of
+        documents.
     Returns:
       the number of finished updates, saved.
     Raises:
-      ValueError: the config cannot be trained, or is not one with which the run can go on; names the field.
+      ValueError: the config cannot be trained, or is not one with which the run can go on; names
+        the field.
       Stopped: a signal came; what was trained is saved.
-      FloatingPointError: more than train.bad_updates losses or gradients were not finite; names the step and its samples.
+      FloatingPointError: more than train.bad_updates losses or gradients were not finite; names the
+        step and its samples.
       OSError: a save failed, also one under way.
     """
     if cfg.train.param_dtype != "float32":
-        raise ValueError("config: train.param_dtype must be float32 in training: bfloat16 loses updates below 1/256 of a value")
+        raise ValueError(
+            "config: train.param_dtype must be float32 in training: bfloat16 loses updates below"
+            " 1/256 of a value"
+        )
     layout = make_layout(cfg)
     load = functools.partial(layout.put_pools, own=layout.own_pools(cfg.pools), count=cfg.pools)
     with contextlib.ExitStack() as stack:
@@ -213,23 +297,50 @@ def train(
             continuity.check(cfg, snapshot.meta, data, other_data)
         start = _start(cfg, snapshot, layout, data, load, params, trained)
         if start.step >= cfg.train.steps:
-            say(f"{workdir} is finished: it has step {start.step}, and train.steps is {cfg.train.steps}")
+            say(
+                f"{workdir} is finished: it has step {start.step}, and train.steps is"
+                f" {cfg.train.steps}"
+            )
         meter = stack.enter_context(Meter(cfg, workdir, start.step, layout.mesh.size, tensorboard))
         trace = Trace(checkpoints.root / "profile", profile)
-        step, saved, status = _loop(cfg, start, data, load, checkpoints, meter, trace, on_step or (lambda *_: None))
+        step, saved, status = _loop(
+            cfg, start, data, load, checkpoints, meter, trace, on_step or (lambda *_: None)
+        )
     if step < cfg.train.steps:
-        raise Stopped(f"stopped by a signal at step {step} of {cfg.train.steps}, saved at {saved}: the same command goes on", status)
+        raise Stopped(
+            f"stopped by a signal at step {step} of {cfg.train.steps}, saved at {saved}: the same"
+            " command goes on",
+            status,
+        )
     if saved < step:
-        raise FloatingPointError(f"the last updates to step {step} were not finite, the newest that was saved is {saved}")
+        raise FloatingPointError(
+            f"the last updates to step {step} were not finite, the newest that was saved is {saved}"
+        )
     return step
 
 
 def _loop(
-    cfg: EVLMConfig, start: Start, data: Iterator, load: Callable, checkpoints: Checkpoints, meter: Meter, trace: Trace, on_step: Callable
+    cfg: EVLMConfig,
+    start: Start,
+    data: Iterator,
+    load: Callable,
+    checkpoints: Checkpoints,
+    meter: Meter,
+    trace: Trace,
+    on_step: Callable,
 ) -> tuple[int, int, int]:
-    """To the last step or a signal. Returns (finished updates, the newest saved, exit status of the signal or 0)."""
+    """To the last step or a signal.
+
+    Returns (finished updates, the newest saved, exit status of the signal or 0).
+    """
     step, phase, whole, groups, trained, bad = start
-    watch, due, saved, status, state = Watch(meter, cfg.train.bad_updates, bad), Due(cfg.train), step, 0, None
+    watch, due, saved, status, state = (
+        Watch(meter, cfg.train.bad_updates, bad),
+        Due(cfg.train),
+        step,
+        0,
+        None,
+    )
     with stopping() as stop:
         while step < cfg.train.steps and not status:
             if state is None or optim.phase_at(cfg, step) != phase.number:
@@ -255,25 +366,42 @@ def _loop(
                 watch.look()
                 meter.flush()
                 if watch.sound:
-                    checkpoints.save(step, *phase.on_disk(state), _meta(cfg, phase, data, trained, watch.bad))
+                    checkpoints.save(
+                        step, *phase.on_disk(state), _meta(cfg, phase, data, trained, watch.bad)
+                    )
                     saved = step
                     due.done()
     return step, saved, status
 
 
 def _start(
-    cfg: EVLMConfig, snapshot: Snapshot | None, layout: Layout, data: Iterator, load: Callable, params: Arrays, trained: frozenset
+    cfg: EVLMConfig,
+    snapshot: Snapshot | None,
+    layout: Layout,
+    data: Iterator,
+    load: Callable,
+    params: Arrays,
+    trained: frozenset,
 ) -> Start:
     """From the newest checkpoint, or from `params`."""
     phase = Phase(cfg, snapshot.meta["phase"] if snapshot else 0, layout)
     if snapshot:
-        say(f"resume from step {snapshot.meta['step']}{continuity.told(cfg, snapshot.meta['config'])}")
+        say(
+            "resume from step"
+            f" {snapshot.meta['step']}{continuity.told(cfg, snapshot.meta['config'])}"
+        )
         data.set_state(snapshot.meta["data"])
         trained = trained | set(snapshot.meta["trained"])
         whole, groups = restored(cfg, phase.shapes, phase.place, phase.plan, snapshot)
-        return Start(snapshot.meta["step"], phase, whole, groups, trained, snapshot.meta.get("bad", 0))
+        return Start(
+            snapshot.meta["step"], phase, whole, groups, trained, snapshot.meta.get("bad", 0)
+        )
     whole = fresh(cfg, phase.shapes, phase.place, params, trained | phase.trained)
-    if cfg.init.centre_norms and cfg.cross_layers and not any(name.startswith("xattn/") for name in trained):
+    if (
+        cfg.init.centre_norms
+        and cfg.cross_layers
+        and not any(name.startswith("xattn/") for name in trained)
+    ):
         whole = layout.jit(centre_norms)(nnx.merge(phase.graphdef, whole), load(_peek(data)))
     return Start(0, phase, whole, {}, trained, 0)
 
@@ -281,7 +409,13 @@ def _start(
 def _meta(cfg: EVLMConfig, phase: Phase, data: Iterator, trained: frozenset[str], bad: int) -> dict:
     """What a checkpoint says beside its arrays."""
     position = _merged(gather(data.get_state()))
-    return {"phase": phase.number, "data": position, "config": to_saved(cfg), "trained": sorted(trained), "bad": bad}
+    return {
+        "phase": phase.number,
+        "data": position,
+        "config": to_saved(cfg),
+        "trained": sorted(trained),
+        "bad": bad,
+    }
 
 
 def _peek(data: Iterator) -> Batch:
@@ -294,5 +428,7 @@ def _peek(data: Iterator) -> Batch:
 
 def _merged(states: list[dict]) -> dict:
     """Positions in the data of all processes as one: what is a dict in them is joined."""
-    join = lambda values: functools.reduce(dict.__or__, values) if isinstance(values[0], dict) else values[0]
+    join = lambda values: (
+        functools.reduce(dict.__or__, values) if isinstance(values[0], dict) else values[0]
+    )
     return {key: join([state[key] for state in states]) for key in states[0]}

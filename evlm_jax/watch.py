@@ -1,4 +1,6 @@
-"""What the loop keeps an eye on: the values of steps that were dispatched a while ago, and whether a save is due."""
+"""What the loop keeps an eye on: the values of steps that were dispatched a while ago, and whether
+a save is due.
+"""
 
 import time
 from collections import deque
@@ -16,7 +18,9 @@ IN_FLIGHT = 2  # steps dispatched before the host looks at the values of an olde
 
 
 class Watch:
-    """Hands the values of steps to the meter, oldest first, and counts those whose loss or gradient was not finite."""
+    """Hands the values of steps to the meter, oldest first, and counts those whose loss or gradient
+    was not finite.
+    """
 
     def __init__(self, meter: Meter, most: int, bad: int):
         """`most`: bad updates that a run may have; `bad`: those it had before."""
@@ -25,7 +29,9 @@ class Watch:
 
     @property
     def sound(self) -> bool:
-        """Whether the parameters may be saved: of two bad updates in a row they are the cause, and not a batch."""
+        """Whether the parameters may be saved: of two bad updates in a row they are the cause, and
+        not a batch.
+        """
         return self._row < 2
 
     def add(self, step: int, keys: list, counted: dict[str, float], report: Any) -> None:
@@ -44,17 +50,31 @@ class Watch:
             step, keys, counted, report = self._pending.popleft()
             report = jax.device_get(report)
             if not report.get("same", True):
-                raise ValueError(f"step {step}: processes that read the same rows (mesh.tensor) have read other ones. {_samples(keys)}")
+                raise ValueError(
+                    f"step {step}: processes that read the same rows (mesh.tensor) have read other"
+                    f" ones. {_samples(keys)}"
+                )
             self._row = 0 if report["good"] else self._row + 1
             if not report["good"]:
-                self._tell(step, keys, f"sum of losses {report['source_loss'].sum()}, gradient norm {report['grad_norm']}")
+                self._tell(
+                    step,
+                    keys,
+                    f"sum of losses {report['source_loss'].sum()}, gradient norm"
+                    f" {report['grad_norm']}",
+                )
             self._meter.add(step, counted, report)
 
     def _tell(self, step: int, keys: list, sums: str) -> None:
         self.bad += 1
-        text = f"step {step}: {sums}; this update changed nothing, it is the run's {self.bad}. of that kind. {_samples(keys)}"
+        text = (
+            f"step {step}: {sums}; this update changed nothing, it is the run's {self.bad}. of that"
+            f" kind. {_samples(keys)}"
+        )
         if self.bad > self._most:
-            raise FloatingPointError(f"{text}. Stopped, for train.bad_updates is {self._most}; a greater one goes past them")
+            raise FloatingPointError(
+                f"{text}. Stopped, for train.bad_updates is {self._most}; a greater one goes past"
+                " them"
+            )
         self._meter.tell(text)
 
 
@@ -64,7 +84,9 @@ def _samples(keys: list) -> str:
 
 
 class Due:
-    """When a save is due: each `save_every` updates, and each `save_minutes` as the first process finds at a line of the metrics."""
+    """When a save is due: each `save_every` updates, and each `save_minutes` as the first process
+    finds at a line of the metrics.
+    """
 
     def __init__(self, cfg: TrainConfig):
         self._cfg, self._since, self._owed = cfg, time.monotonic(), False
@@ -83,7 +105,9 @@ class Due:
 
 
 class Trace:
-    """JAX's profile of the updates (first, last), in `folder`; nothing where there is no such span."""
+    """JAX's profile of the updates (first, last), in `folder`;
+    nothing where there is no such span.
+    """
 
     def __init__(self, folder: epath.Path, span: tuple[int, int] | None):
         self._folder, self._span, self._files = folder, span, None

@@ -1,11 +1,14 @@
-"""Ablations: a base that trains in minutes on two cores, and variants of it that change at most three fields each.
+"""Ablations: a base that trains in minutes on two cores, and variants of it that change at most
+three fields each.
 
-`get_config(variant)`; `evlm ablate --variants base,tap-8,cyclic` trains and compares them (docs/ablations.md). A new variant is a line of
+`get_config(variant)`; `evlm ablate --variants base,tap-8,cyclic` trains and compares them
+(docs/ablations.md). A new variant is a line of
 VARIANTS: the field's full name and its value.
 
-The base is the demo's model and data, all of it written down here, so that no change of the demo moves what was measured. After the
-warm-up the rate is constant: a run has no end of its own, and may be read wherever a budget is reached.
-"""
+The base is the demo's model and data, all of it written down here, so that no change of the demo
+moves what was measured. After the
+warm-up the rate is constant: a run has no end of its own, and may be read wherever a budget is
+reached."""
 
 from ml_collections import ConfigDict
 
@@ -15,9 +18,15 @@ SOURCES = ("easy-vqa", "emoji-en")
 
 
 def rules(gates: float = 15.0, vit: tuple[int, ...] = ()) -> tuple[dict, ...]:
-    """One phase. `gates`: their rate, of the schedule's; `vit`: 0-based blocks of the tower that are trained."""
+    """One phase. `gates`: their rate, of the schedule's; `vit`: 0-based blocks of the tower that
+    are trained.
+    """
     trained = [dict(pattern=rf"^vit/blocks/({'|'.join(map(str, vit))})/", lr=0.1)] if vit else []
-    trained += [dict(pattern=r"gate$", lr=gates), dict(pattern=r"^xattn/\d+/o/", lr=3.0), dict(pattern=r"^(xattn|media|bridge)/", lr=1.0)]
+    trained += [
+        dict(pattern=r"gate$", lr=gates),
+        dict(pattern=r"^xattn/\d+/o/", lr=3.0),
+        dict(pattern=r"^(xattn|media|bridge)/", lr=1.0),
+    ]
     return (dict(start=0.0, warmup=0, rules=(*trained, dict(pattern=r"^(vit|llm)/", lr=None))),)
 
 
@@ -47,20 +56,25 @@ VARIANTS: dict[str, dict[str, object]] = {
     "ffn-quarter": {"xattn.ffn": 144},  # r_f = 1/4 instead of 1/2
     "ffn-whole": {"xattn.ffn": 576},  # 1
     "not-isolated": {"data.isolate": False},
-    # experts, from zero as the base's FFN; with --init the base goes on with its run and they are made of that run's FFNs (upcycle.py)
+    # experts, from zero as the base's FFN; with --init the base goes on with its run and they are
+    # made of that run's FFNs (upcycle.py)
     "moe": {"moe.copies": 4},
     "moe-paper": {"moe.copies": 4, "moe.upcycle": "paper"},
     "moe-preserve-zero": {"moe.copies": 4, "moe.upcycle": "preserve_zero"},
     "moe-top-1": {"moe.copies": 4, "moe.top_k": 1},
     "moe-top-8": {"moe.copies": 4, "moe.top_k": 8},
     "moe-softmax": {"moe.copies": 4, "moe.gates": "softmax"},
-    # other models on the same towers (evlm_jax/models/bridge.py); llava reads the highest of the base's taps
+    # other models on the same towers (evlm_jax/models/bridge.py); llava reads the highest of the
+    # base's taps
     "fused": {"bridge.kind": "fused"},
     "flamingo": {"bridge.kind": "flamingo", "media.tokens": 1, "vit.taps": (12,)},
     "llava": {"bridge.kind": "llava", "xattn.every": 0, "media.tokens": 64},
     "text-only": {"xattn.every": 0},
     # the tower
-    "vit-upper-half": {"optim.phases": rules(vit=tuple(range(6, 12))), "data.cache_features": False},
+    "vit-upper-half": {
+        "optim.phases": rules(vit=tuple(range(6, 12))),
+        "data.cache_features": False,
+    },
 }
 
 
@@ -78,8 +92,28 @@ def _base() -> ConfigDict:
     config = base.get_config()
     config.vit = demo.dinov2_small(image_size=112) | dict(taps=(4, 8, 11), cuts=(6,))
     config.llm = demo.smollm2_135m()
-    config.xattn.update(heads=3, kv_heads=3, head_dim=64, ffn=288, every=1, schedule="blocked", sinks=1, tile=32, eps=1e-5)
-    config.moe.update(copies=0, slices=4, top_k=4, gates="renormalise", capacity=0.0, balance=0.01, z=0.001, tile=64, upcycle="preserve")
+    config.xattn.update(
+        heads=3,
+        kv_heads=3,
+        head_dim=64,
+        ffn=288,
+        every=1,
+        schedule="blocked",
+        sinks=1,
+        tile=32,
+        eps=1e-5,
+    )
+    config.moe.update(
+        copies=0,
+        slices=4,
+        top_k=4,
+        gates="renormalise",
+        capacity=0.0,
+        balance=0.01,
+        z=0.001,
+        tile=64,
+        upcycle="preserve",
+    )
     config.media.update(tokens=4, placeholder="<repo_name>")
     config.data.update(
         sources=SOURCES,
@@ -97,7 +131,16 @@ def _base() -> ConfigDict:
         cache_features=True,
     )
     config.clean.update(similarity=0.0, web_similarity=0.0)
-    config.optim.update(lr=1e-3, min_lr=1e-3, warmup=10, b1=0.9, b2=0.95, weight_decay=0.05, clip=1.0, phases=rules())
+    config.optim.update(
+        lr=1e-3,
+        min_lr=1e-3,
+        warmup=10,
+        b1=0.9,
+        b2=0.95,
+        weight_decay=0.05,
+        clip=1.0,
+        phases=rules(),
+    )
     config.train.update(
         steps=180,  # about 20,000 questions
         batch=4,

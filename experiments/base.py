@@ -1,4 +1,6 @@
-"""The paper's stage-1 settings (arXiv 2407.14177, tables 1 and 6): what every other experiment changes a few fields of."""
+"""The paper's stage-1 settings (arXiv 2407.14177, tables 1 and 6): what every other experiment
+changes a few fields of.
+"""
 
 from ml_collections import ConfigDict
 
@@ -58,7 +60,12 @@ def clean() -> dict:
         letters=0.2,
         digits=7,
         duplicates=0.5,
-        links=(r"https?:", r"www\.", r"\.(com|net|org|cn|html?)\b", r"\.(png|jpe?g|gif|webp|bmp|svg|pdf|mp4)\b"),
+        links=(
+            r"https?:",
+            r"www\.",
+            r"\.(com|net|org|cn|html?)\b",
+            r"\.(png|jpe?g|gif|webp|bmp|svg|pdf|mp4)\b",
+        ),
         words=3,
         dates=(
             r"\b\d{4}[-/.]\d{1,2}[-/.]\d{1,2}\b",
@@ -82,21 +89,34 @@ def clean() -> dict:
 
 
 def rules(vit_depth: int, vit_from: int | None = None) -> tuple[dict, ...]:
-    """Trains cross-attention, media embeddings, a baseline's bridge, and the ViT's blocks from the 0-based number `vit_from` on."""
+    """Trains cross-attention, media embeddings, a baseline's bridge, and the ViT's blocks from the
+    0-based number `vit_from` on.
+    """
     trained = [r"^(xattn|media|bridge)/"]
     if vit_from is not None:
         trained.append(rf"^vit/blocks/({'|'.join(map(str, range(vit_from, vit_depth)))})/")
-    return tuple(dict(pattern=p, lr=1.0) for p in trained) + tuple(dict(pattern=p, lr=None) for p in (r"^vit/", r"^llm/"))
+    return tuple(dict(pattern=p, lr=1.0) for p in trained) + tuple(
+        dict(pattern=p, lr=None) for p in (r"^vit/", r"^llm/")
+    )
 
 
 def set_stage(config: ConfigDict, stage: str) -> ConfigDict:
-    """Turns a config of stage 1 ("pretrain") into that of "continual" or "sft"; start those with `--init` of the stage before."""
+    """Turns a config of stage 1 ("pretrain") into that of "continual" or "sft"; start those with
+    `--init` of the stage before.
+    """
     depth = config.vit.depth
     half, quarter = depth // 2, depth // 4
     # lr, min_lr, steps, warm-up, batch, first block of the ViT that is trained
-    later = {"continual": (1e-4, 5e-5, 50_000, 2000, 160, half), "sft": (5e-5, 1e-6, 12_000, 500, 16, depth - quarter)}
-    # The paper's steps and samples make about 12 samples a row; pairs: T / tile of each row, and the slots.
-    budgets = {"continual": dict(images=48, pool=5, slots=52, pairs=372), "sft": dict(images=13, pool=1, slots=13, pairs=77)}
+    later = {
+        "continual": (1e-4, 5e-5, 50_000, 2000, 160, half),
+        "sft": (5e-5, 1e-6, 12_000, 500, 16, depth - quarter),
+    }
+    # The paper's steps and samples make about 12 samples a row; pairs: T / tile of each row, and
+    # the slots.
+    budgets = {
+        "continual": dict(images=48, pool=5, slots=52, pairs=372),
+        "sft": dict(images=13, pool=1, slots=13, pairs=77),
+    }
     config.name = f"{config.name}_{stage}"
     if stage != "pretrain":
         if stage not in later:
@@ -104,7 +124,12 @@ def set_stage(config: ConfigDict, stage: str) -> ConfigDict:
         lr, min_lr, steps, warmup, batch, first = later[stage]
         config.vit.image_size *= 2
         config.data.update(budgets[stage])
-        config.optim.update(lr=lr, min_lr=min_lr, warmup=warmup, phases=(dict(start=0.0, warmup=0, rules=rules(depth, first)),))
+        config.optim.update(
+            lr=lr,
+            min_lr=min_lr,
+            warmup=warmup,
+            phases=(dict(start=0.0, warmup=0, rules=rules(depth, first)),),
+        )
         config.train.update(steps=steps, batch=batch)
     return config
 
@@ -116,7 +141,17 @@ def get_config() -> ConfigDict:
             name="evlm_14b",
             vit=eva02_clip_e_plus(),
             llm=qwen_14b(),
-            xattn=dict(heads=8, kv_heads=8, head_dim=128, ffn=2560, every=1, schedule="blocked", sinks=1, tile=32, eps=1e-5),
+            xattn=dict(
+                heads=8,
+                kv_heads=8,
+                head_dim=128,
+                ffn=2560,
+                every=1,
+                schedule="blocked",
+                sinks=1,
+                tile=32,
+                eps=1e-5,
+            ),
             moe=dict(
                 copies=0,
                 slices=4,
@@ -187,7 +222,16 @@ def get_config() -> ConfigDict:
                 seed=0,
                 peak_flops=0.0,
             ),
-            mesh=dict(data=1, fsdp=-1, expert=1, tensor=1, slices=1, zero=2, frozen="sharded", images="all"),
+            mesh=dict(
+                data=1,
+                fsdp=-1,
+                expert=1,
+                tensor=1,
+                slices=1,
+                zero=2,
+                frozen="sharded",
+                images="all",
+            ),
             init=dict(vision="", llm="", centre_norms=False),
         )
     )

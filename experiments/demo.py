@@ -1,9 +1,10 @@
-"""EVLM on real weights and data that train on two CPU cores: frozen DINOv2 ViT-S/14 and SmolLM2-135M; questions about shapes, names of
-emoji in two languages, written words, documents of photographs, and videos.
+"""EVLM on real weights and data that train on two CPU cores: frozen DINOv2 ViT-S/14 and
+SmolLM2-135M; questions about shapes, names of emoji in two languages, written words, documents of
+photographs, and videos.
 
-`get_config("fast")` is the short form for CI, `get_config("full")` the long documented one; `get_config("moe")` is the stage behind any
-of them, with experts that `evlm upcycle` made of its FFNs.
-"""
+`get_config("fast")` is the short form for CI, `get_config("full")` the long documented one;
+`get_config("moe")` is the stage behind any of them, with experts that `evlm upcycle` made of its
+FFNs."""
 
 from ml_collections import ConfigDict
 
@@ -11,7 +12,9 @@ from experiments import base
 
 
 def dinov2_small(image_size: int) -> dict:
-    """DINOv2 ViT-S/14. Taps of one early, one middle and one late block; the last block of the shipped weights is the weakest."""
+    """DINOv2 ViT-S/14. Taps of one early, one middle and one late block; the last block of the
+    shipped weights is the weakest.
+    """
     return dict(
         depth=12,
         width=384,
@@ -56,7 +59,8 @@ def smollm2_135m() -> dict:
     )
 
 
-SOURCES = {  # and their shares of the documents; easy-vqa's longer ones are nine tenths of the tokens
+# and their shares of the documents; easy-vqa's longer ones are nine tenths of the tokens
+SOURCES = {
     "easy-vqa": 0.79,
     "emoji-en": 0.1,
     "emoji-zh": 0.03,
@@ -69,8 +73,15 @@ MORE_EMOJI = SOURCES | {"easy-vqa": 0.64, "emoji-en": 0.25}
 
 
 def get_config(form: str = "") -> ConfigDict:
-    """The demo. `form`: "" (within 30 minutes on 2 cores), "fast" (a few minutes), "full" (every question, several times), "moe"."""
-    steps, sources = {"": (420, SOURCES), "fast": (8, SOURCES), "full": (660, MORE_EMOJI), "moe": (40, SOURCES)}[form]
+    """The demo. `form`: "" (within 30 minutes on 2 cores), "fast" (a few minutes), "full" (every
+    question, several times), "moe".
+    """
+    steps, sources = {
+        "": (420, SOURCES),
+        "fast": (8, SOURCES),
+        "full": (660, MORE_EMOJI),
+        "moe": (40, SOURCES),
+    }[form]
     config = base.get_config()
     config.name = "demo"
     config.vit = dinov2_small(image_size=112)

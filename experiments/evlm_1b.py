@@ -1,4 +1,6 @@
-"""The smallest EVLM of full-size parts, for one accelerator: CLIP ViT-L/14 and Qwen2.5-0.5B-Instruct, in the paper's three stages."""
+"""The smallest EVLM of full-size parts, for one accelerator: CLIP ViT-L/14 and
+Qwen2.5-0.5B-Instruct, in the paper's three stages.
+"""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +8,10 @@ from experiments import base, evlm_7b
 
 
 def get_config(stage: str = "pretrain") -> ConfigDict:
-    """As evlm_7b, with six taps for 24 layers. `data.sources`, `init.vision` and `init.llm` are yours to fill."""
+    """As evlm_7b, with six taps for 24 layers.
+
+    `data.sources`, `init.vision` and `init.llm` are yours to fill.
+    """
     config = evlm_7b.get_config("pretrain")
     config.name = "evlm_1b"
     config.vit.taps = (14, 16, 18, 20, 22, 24)

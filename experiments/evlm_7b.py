@@ -1,4 +1,6 @@
-"""An EVLM that one host can train: CLIP ViT-L/14 and Qwen2.5-7B-Instruct, in the paper's three stages and proportions."""
+"""An EVLM that one host can train: CLIP ViT-L/14 and Qwen2.5-7B-Instruct, in the paper's three
+stages and proportions.
+"""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +8,10 @@ from experiments import base
 
 
 def clip_large() -> dict:
-    """OpenAI's CLIP ViT-L/14 at 224 px. Taps of every second block of the upper 60%, as deep in the tower as the paper's."""
+    """OpenAI's CLIP ViT-L/14 at 224 px.
+
+    Taps of every second block of the upper 60%, as deep in the tower as the paper's.
+    """
     return dict(
         depth=24,
         width=1024,
@@ -33,7 +38,10 @@ def clip_large() -> dict:
 
 
 def get_config(stage: str = "pretrain") -> ConfigDict:
-    """Seven taps serve four layers each. `data.sources`, `init.vision` and `init.llm` are yours to fill."""
+    """Seven taps serve four layers each.
+
+    `data.sources`, `init.vision` and `init.llm` are yours to fill.
+    """
     config = base.get_config()
     config.name = "evlm_7b"
     config.vit = clip_large()
@@ -54,5 +62,7 @@ def get_config(stage: str = "pretrain") -> ConfigDict:
     )
     config.xattn.update(heads=6, kv_heads=6, head_dim=128, ffn=1792)
     config.media.placeholder = "<|image_pad|>"
-    config.optim.phases = tuple(dict(start=s, rules=base.rules(24, first)) for s, first in ((0.0, None), (0.25, 12)))
+    config.optim.phases = tuple(
+        dict(start=s, rules=base.rules(24, first)) for s, first in ((0.0, None), (0.25, 12))
+    )
     return base.set_stage(config, stage)

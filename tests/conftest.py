@@ -1,4 +1,6 @@
-"""Quick compilation, and one cache for all sessions and for the processes that tests start; what needs torch is marked; strict pictures."""
+"""Quick compilation, and one cache for all sessions and for the processes that tests start; what
+needs torch is marked; strict pictures.
+"""
 
 import importlib.util
 import os
@@ -9,17 +11,26 @@ from PIL import ImageFile
 
 from evlm_jax import assets
 
-# Before jax is imported, which reads them; of every version its own, so that an old one's can be deleted.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(assets.cache_root() / "tests" / f"jax-{metadata.version('jax')}"))
+# Before jax is imported, which reads them; of every version its own, so that an old one's can be
+# deleted.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(assets.cache_root() / "tests" / f"jax-{metadata.version('jax')}"),
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# Tiny programs run once: machine code that is made without LLVM's optimisations takes two thirds of the tests' time. XLA's own passes stay.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
+# Tiny programs run once: machine code that is made without LLVM's optimisations takes two thirds of
+# the tests' time. XLA's own passes stay.
+os.environ["XLA_FLAGS"] = (
+    f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
+)
 
 
 def pytest_collection_modifyitems(items):
     """Tests marked `parity` are skipped where torch or transformers is missing."""
     if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
-        skip = pytest.mark.skip(reason='needs torch and transformers: pip install -e ".[test,parity]"')
+        skip = pytest.mark.skip(
+            reason='needs torch and transformers: pip install -e ".[test,parity]"'
+        )
         for item in items:
             if item.get_closest_marker("parity"):
                 item.add_marker(skip)

@@ -1,4 +1,6 @@
-"""Small programs whose costs are counted by hand, for 8 devices: `python -m tests.hand_programs FOLDER` compiles them for CPUs."""
+"""Small programs whose costs are counted by hand, for 8 devices:
+`python -m tests.hand_programs FOLDER` compiles them for CPUs.
+"""
 
 import sys
 from pathlib import Path
@@ -17,10 +19,17 @@ KEPT = 16384  # rows; so many that a TPU keeps them in HBM
 def build(devices: list) -> dict[str, jax.stages.Lowered]:
     """{name: lowered program}."""
     mesh = Mesh(np.array(devices).reshape(4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-    put = lambda spec, *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+    put = lambda spec, *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=NamedSharding(mesh, spec)
+    )
     rows, whole = P(("a", "b")), P()
     programs = {
-        "layers": (_layers, put(rows, ROWS, WIDTH), put(P(None, ("a", "b")), LAYERS, WIDTH, HIDDEN), put(whole, LAYERS, HIDDEN, WIDTH)),
+        "layers": (
+            _layers,
+            put(rows, ROWS, WIDTH),
+            put(P(None, ("a", "b")), LAYERS, WIDTH, HIDDEN),
+            put(whole, LAYERS, HIDDEN, WIDTH),
+        ),
         "attention": (_attention, put(rows, 8, 16, 4, 32), put(rows, 8, 24, 4, 32)),
         "nested": (_nested, put(whole, 64, 64), put(whole, 3, 64, 64)),
         "open": (_open, put(whole, 64, 64), put(whole, dtype=jnp.int32)),
@@ -69,7 +78,9 @@ def _branches(x, yes):
 
 
 def _convolution(x, kernel):
-    return jax.lax.conv_general_dilated(x, kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )
 
 
 def _exchange(mesh):
@@ -81,7 +92,9 @@ def _exchange(mesh):
         swapped = jax.lax.all_to_all(jnp.tanh(gathered), "a", 0, 1, tiled=True)
         return jax.lax.ppermute(jnp.exp(swapped), "b", [(0, 1), (1, 0)])
 
-    return jax.shard_map(f, mesh=mesh, in_specs=P("a", "b"), out_specs=P(("a", "b")), check_vma=False)
+    return jax.shard_map(
+        f, mesh=mesh, in_specs=P("a", "b"), out_specs=P(("a", "b")), check_vma=False
+    )
 
 
 def _slices(x):
@@ -91,7 +104,9 @@ def _slices(x):
 
 def _residuals(x, w):
     """What the backward pass needs of every layer is kept."""
-    return jax.grad(lambda w: jnp.square(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]).sum())(w)
+    return jax.grad(
+        lambda w: jnp.square(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]).sum()
+    )(w)
 
 
 if __name__ == "__main__":
@@ -99,4 +114,6 @@ if __name__ == "__main__":
     for name, lowered in build(jax.devices()).items():
         executable = lowered.compile()
         Path(sys.argv[1], f"{name}.txt").write_text(executable.as_text())
-        Path(sys.argv[1], f"{name}.bytes").write_text(str(executable.memory_analysis().temp_size_in_bytes))
+        Path(sys.argv[1], f"{name}.bytes").write_text(
+            str(executable.memory_analysis().temp_size_in_bytes)
+        )

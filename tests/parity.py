@@ -1,4 +1,6 @@
-"""Helpers of the parity tests: our towers from a foreign checkpoint, run through the main path of the model."""
+"""Helpers of the parity tests: our towers from a foreign checkpoint, run through the main path of
+the model.
+"""
 
 import importlib.util
 from collections.abc import Sequence
@@ -24,14 +26,21 @@ from evlm_jax.ops.attention_plan import plan
 from evlm_jax.ops.grouped_attention import Plan
 from tests.tiny import tiny_config
 
-needs_transformers = pytest.mark.parity  # tests/conftest.py skips what bears it where they are missing
+needs_transformers = (
+    pytest.mark.parity
+)  # tests/conftest.py skips what bears it where they are missing
 
 
 def open_flamingo_helpers():
-    """The file of open_flamingo with its blocks, by its path: the package itself imports far more than they need."""
+    """The file of open_flamingo with its blocks, by its path: the package itself imports far more
+    than they need.
+    """
     package = importlib.util.find_spec("open_flamingo")
     if package is None:
-        pytest.skip("needs open_flamingo, which pins an old torch: pip install --no-deps open_flamingo==2.0.1")
+        pytest.skip(
+            "needs open_flamingo, which pins an old torch: pip install --no-deps"
+            " open_flamingo==2.0.1"
+        )
     file = Path(package.submodule_search_locations[0]) / "src" / "helpers.py"
     spec = importlib.util.spec_from_file_location("open_flamingo_helpers", file)
     helpers = importlib.util.module_from_spec(spec)
@@ -41,7 +50,10 @@ def open_flamingo_helpers():
 
 def needs_asset(name: str):
     """Skips where the asset cache lacks `name`."""
-    return pytest.mark.skipif(not assets.available(name), reason=f"asset {name} is not in the cache: run `evlm fetch {name}`")
+    return pytest.mark.skipif(
+        not assets.available(name),
+        reason=f"asset {name} is not in the cache: run `evlm fetch {name}`",
+    )
 
 
 def config_for(where: str, tower: str, **changes) -> EVLMConfig:
@@ -87,28 +99,54 @@ def text_logits(cfg: EVLMConfig, model: EVLM, tokens: np.ndarray) -> np.ndarray:
         **plan(none, none, cfg.xattn.tile, data.pairs),
     }
     pixels = np.zeros((1, data.images, cfg.vit.image_size, cfg.vit.image_size, 3), np.uint8)
-    batch = Batch(**{name: jnp.asarray(value, jnp.int32)[None] for name, value in row.items()}, pixels=pixels, taps=None)
+    batch = Batch(
+        **{name: jnp.asarray(value, jnp.int32)[None] for name, value in row.items()},
+        pixels=pixels,
+        taps=None,
+    )
     with jax.default_matmul_precision("highest"):
         return np.asarray(_logits(*nnx.split(model), batch))[0]
 
 
-def answer_logits(model: EVLM, prompts: Sequence[np.ndarray], answers: np.ndarray | None = None) -> np.ndarray:
-    """Logits [B, 1 + n, vocab] by the caches: behind the prompts, texts of any lengths, and behind each token of `answers` [B, n]."""
+def answer_logits(
+    model: EVLM, prompts: Sequence[np.ndarray], answers: np.ndarray | None = None
+) -> np.ndarray:
+    """Logits [B, 1 + n, vocab] by the caches: behind the prompts, texts of any lengths, and behind
+    each token of `answers` [B, n].
+    """
     cfg, rows, length = model.cfg, len(prompts), max(map(len, prompts))
     answers = np.zeros((rows, 0), np.int32) if answers is None else answers
     tokens = np.stack([np.pad(prompt, (0, length - len(prompt))) for prompt in prompts])
     none = np.zeros((rows, length), np.int32)
-    grouped = Plan(*(np.stack([array] * rows) for array in plan(none[0], none[0], cfg.xattn.tile, 1).values()))
-    prompt = decoding.Prompt(tokens, none - 1, np.array([*map(len, prompts)]), none, grouped, none[:, :1], none[:, 0], none[:, 0])
-    taps, random = np.zeros((1, len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width)), jax.random.split(jax.random.key(0), rows)
+    grouped = Plan(
+        *(np.stack([array] * rows) for array in plan(none[0], none[0], cfg.xattn.tile, 1).values())
+    )
+    prompt = decoding.Prompt(
+        tokens,
+        none - 1,
+        np.array([*map(len, prompts)]),
+        none,
+        grouped,
+        none[:, :1],
+        none[:, 0],
+        none[:, 0],
+    )
+    taps, random = (
+        np.zeros((1, len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width)),
+        jax.random.split(jax.random.key(0), rows),
+    )
     read_prompts = jax.jit(partial(decoding.read_prompts, cfg), static_argnames=("slots", "images"))
     read_tokens = jax.jit(partial(decoding.read_tokens, cfg))
     with jax.default_matmul_precision("highest"):
         weights = decoding.Weights.of(model, "float32")
-        first, state = read_prompts(weights, prompt, taps, random, slots=length + answers.shape[1], images=1)
+        first, state = read_prompts(
+            weights, prompt, taps, random, slots=length + answers.shape[1], images=1
+        )
         found = [first]
         for token in answers.T:
-            logits, state = read_tokens(weights, state._replace(token=jnp.asarray(token), position=state.position + 1))
+            logits, state = read_tokens(
+                weights, state._replace(token=jnp.asarray(token), position=state.position + 1)
+            )
             found.append(logits)
     return np.stack(found, 1)
 

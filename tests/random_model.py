@@ -1,4 +1,6 @@
-"""A model with random weights made by numpy: compiling the real initialisation takes longer than most tests."""
+"""A model with random weights made by numpy: compiling the real initialisation takes longer than
+most tests.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,9 @@ from evlm_jax.models.evlm import EVLM
 
 
 def random_model(cfg: EVLMConfig, seed: int) -> EVLM:
-    """Every parameter is random, gates and biases too; matrices have deviation 1/sqrt(in), norm scales lie around 1."""
+    """Every parameter is random, gates and biases too; matrices have deviation 1/sqrt(in), norm
+    scales lie around 1.
+    """
     rng = np.random.default_rng(seed)
     model = nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0)))
     graphdef, state = nnx.split(model)

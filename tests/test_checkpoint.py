@@ -1,4 +1,6 @@
-"""What a run leaves on disk: steps over a frozen store, found again with equal bits or refused by name."""
+"""What a run leaves on disk: steps over a frozen store, found again with equal bits or refused by
+name.
+"""
 
 import shutil
 
@@ -17,13 +19,22 @@ CFG = tiny_config()
 
 def arrays(seed, *names):
     rng = np.random.default_rng(seed)
-    return {name: rng.standard_normal((3, 2)).astype(ml_dtypes.bfloat16 if "llm" in name else np.float32) for name in names}
+    return {
+        name: (
+            rng.standard_normal((3, 2)).astype(ml_dtypes.bfloat16 if "llm" in name else np.float32)
+        )
+        for name in names
+    }
 
 
 def save(checkpoints, step, params, trained=()):
     meta = {"phase": 0, "data": {"next": step}, "config": to_dict(CFG), "trained": sorted(trained)}
-    groups = {"0/count": jnp.int32(step)} | {f"0/{m}/{name}": array for m in ("mu", "nu") for name, array in params.items()}
-    checkpoints.save(step, {name: jnp.asarray(array) for name, array in params.items()}, groups, meta)
+    groups = {"0/count": jnp.int32(step)} | {
+        f"0/{m}/{name}": array for m in ("mu", "nu") for name, array in params.items()
+    }
+    checkpoints.save(
+        step, {name: jnp.asarray(array) for name, array in params.items()}, groups, meta
+    )
 
 
 def run(workdir, frozen, *steps, keep=2):
@@ -31,12 +42,19 @@ def run(workdir, frozen, *steps, keep=2):
     checkpoints = Checkpoints(workdir, keep)
     checkpoints.freeze(frozen)
     for step in steps:
-        save(checkpoints, step, arrays(step, "xattn/0/q/kernel", "xattn/10/attn_gate"), ["xattn/0/q/kernel", "xattn/10/attn_gate"])
+        save(
+            checkpoints,
+            step,
+            arrays(step, "xattn/0/q/kernel", "xattn/10/attn_gate"),
+            ["xattn/0/q/kernel", "xattn/10/attn_gate"],
+        )
     checkpoints.close()
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and a[n].tobytes() == b[n].tobytes() for n in a)
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype and a[n].tobytes() == b[n].tobytes() for n in a
+    )
 
 
 def stores(workdir):
@@ -44,12 +62,19 @@ def stores(workdir):
 
 
 def test_round_trip(tmp_path):
-    frozen, trained = arrays(0, "vit/cls", "llm/layers/0/mlp/up/kernel"), arrays(7, "xattn/0/q/kernel", "xattn/10/attn_gate")
+    frozen, trained = (
+        arrays(0, "vit/cls", "llm/layers/0/mlp/up/kernel"),
+        arrays(7, "xattn/0/q/kernel", "xattn/10/attn_gate"),
+    )
     run(tmp_path, frozen, 5, 6, 7)
     assert checkpoint.steps(tmp_path) == [6, 7]
     snapshot = checkpoint.read(tmp_path)
     assert same(snapshot.params, trained) and same(snapshot.frozen, frozen)
-    assert snapshot.groups["0/count"] == 7 and snapshot.groups["0/nu/xattn/0/q/kernel"].tobytes() == trained["xattn/0/q/kernel"].tobytes()
+    assert (
+        snapshot.groups["0/count"] == 7
+        and snapshot.groups["0/nu/xattn/0/q/kernel"].tobytes()
+        == trained["xattn/0/q/kernel"].tobytes()
+    )
     assert (snapshot.meta["step"], snapshot.meta["data"]) == (7, {"next": 7})
     params, config = checkpoint.load_params(tmp_path, step=6)
     assert same(params, frozen | arrays(6, *trained)) and config == CFG
@@ -72,7 +97,9 @@ def test_a_missing_or_different_store_is_refused_with_both_hashes(tmp_path):
     shutil.copytree(tmp_path / "b/frozen" / other, tmp_path / "a/frozen" / other)
     with pytest.raises(ValueError, match=f"store {mine}, .* has {other}"):
         checkpoint.load_params(tmp_path / "a")
-    shutil.move(tmp_path / "a/frozen" / other, tmp_path / "a/frozen" / mine)  # another content under the right name
+    shutil.move(
+        tmp_path / "a/frozen" / other, tmp_path / "a/frozen" / mine
+    )  # another content under the right name
     with pytest.raises(ValueError, match=f"store {mine}, the content of .* has hash {other}"):
         Checkpoints(tmp_path / "a", keep=2).resume()
 
@@ -99,7 +126,10 @@ def test_one_store_serves_the_phases_that_freeze_less(tmp_path):
     save(checkpoints, 2, arrays(2, "vit/pos"))
     checkpoints.close()
     assert stores(tmp_path) == [store]
-    assert checkpoint.load_params(tmp_path)[0]["vit/pos"].tobytes() == arrays(2, "vit/pos")["vit/pos"].tobytes()
+    assert (
+        checkpoint.load_params(tmp_path)[0]["vit/pos"].tobytes()
+        == arrays(2, "vit/pos")["vit/pos"].tobytes()
+    )
 
 
 def test_a_store_stays_while_a_step_names_it(tmp_path):
@@ -116,7 +146,10 @@ def test_a_store_stays_while_a_step_names_it(tmp_path):
 
 def test_half_written_directories_are_named_and_removed(tmp_path, capsys):
     run(tmp_path, arrays(0, "vit/cls"), 1)
-    half = [tmp_path / "steps/2.orbax-checkpoint-tmp", tmp_path / "frozen/0123.orbax-checkpoint-tmp"]
+    half = [
+        tmp_path / "steps/2.orbax-checkpoint-tmp",
+        tmp_path / "frozen/0123.orbax-checkpoint-tmp",
+    ]
     for path in half:
         (path / "params").mkdir(parents=True)
     checkpoints = Checkpoints(tmp_path, keep=2)

@@ -1,4 +1,6 @@
-"""What the command line says: one line about every error, no traceback but for a bug; help with defaults."""
+"""What the command line says: one line about every error, no traceback but for a bug; help with
+defaults.
+"""
 
 import argparse
 import json
@@ -13,7 +15,23 @@ import pytest
 from evlm_jax import cli
 
 ROOT = Path(cli.__file__).parents[2]
-NONSENSE = ("nope", "", "-1", "0", "nan", "1e400", "2**70", str(2**70), "1" * 400, "x:y", "a,,b", "\udcff", "/dev/null", str(ROOT), "\0")
+NONSENSE = (
+    "nope",
+    "",
+    "-1",
+    "0",
+    "nan",
+    "1e400",
+    "2**70",
+    str(2**70),
+    "1" * 400,
+    "x:y",
+    "a,,b",
+    "\udcff",
+    "/dev/null",
+    str(ROOT),
+    "\0",
+)
 
 
 def says(words, capsys):
@@ -31,7 +49,9 @@ def says(words, capsys):
 
 def parsers(parser, words=()):
     """(its words, parser) of every subcommand without subcommands."""
-    nested = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    nested = [
+        action for action in parser._actions if isinstance(action, argparse._SubParsersAction)
+    ]
     for action in nested:
         for name, inner in action.choices.items():
             yield from parsers(inner, (*words, name))
@@ -39,27 +59,130 @@ def parsers(parser, words=()):
         yield words, parser
 
 
-EXPERIMENT = "from experiments.demo import get_config as demo\n\n\ndef get_config(arg=None):\n    {}\n    return demo()\n"
+EXPERIMENT = (
+    "from experiments.demo import get_config as demo\n\n\ndef get_config(arg=None):\n    {}\n   "
+    " return demo()\n"
+)
 WRONG = {
     "no file nowhere.py; give an experiment": ["train", "--config", "nowhere.py", "--workdir", "w"],
     "SyntaxError: ": ["train", "--config", "README.md", "--workdir", "w"],
-    "KeyError: 'nope'; see the file for what may stand": ["flops", "--config", "experiments/demo.py:nope"],
-    "ranges.py: has no function get_config": ["plan", "--config", "evlm_jax/config/ranges.py", "--topology", "cpu:1"],
-    "must be FIRST:LAST, as 10:12, got '5'": ["train", "--config", "experiments/demo.py", "--workdir", "w", "--profile", "5"],
+    "KeyError: 'nope'; see the file for what may stand": [
+        "flops",
+        "--config",
+        "experiments/demo.py:nope",
+    ],
+    "ranges.py: has no function get_config": [
+        "plan",
+        "--config",
+        "evlm_jax/config/ranges.py",
+        "--topology",
+        "cpu:1",
+    ],
+    "must be FIRST:LAST, as 10:12, got '5'": [
+        "train",
+        "--config",
+        "experiments/demo.py",
+        "--workdir",
+        "w",
+        "--profile",
+        "5",
+    ],
     "README.md: not a result of `evlm eval`": ["score", "README.md"],
-    "must be a whole number, at least 0": ["generate", "--checkpoint", "c", "--prompt", "p", "--seed", str(2**70)],
-    "--topology cpu:0: give a number of devices": ["plan", "--config", "experiments/demo.py", "--topology", "cpu:0"],
-    "v5e:16x16x16: TPU v5e is a torus of 2 axes, not of 3": ["plan", "--config", "experiments/demo.py", "--topology", "v5e:16x16x16"],
-    "has no checkpoint; finalised steps: none": ["generate", "--checkpoint", "nowhere", "--prompt", "p"],
-    "none.mp4: cannot decode the video": ["generate", "--checkpoint", "nowhere", "--prompt", "p", "--video", "none.mp4"],
-    "2 <image> markers for 0 images": ["generate", "--checkpoint", "c", "--prompt", "<image> or <image>"],
-    "--answers 3: at temperature 0": ["generate", "--checkpoint", "c", "--prompt", "p", "--answers", "3"],
-    "must be a number, at least 0": ["generate", "--checkpoint", "c", "--prompt", "p", "--temperature", "-1"],
+    "must be a whole number, at least 0": [
+        "generate",
+        "--checkpoint",
+        "c",
+        "--prompt",
+        "p",
+        "--seed",
+        str(2**70),
+    ],
+    "--topology cpu:0: give a number of devices": [
+        "plan",
+        "--config",
+        "experiments/demo.py",
+        "--topology",
+        "cpu:0",
+    ],
+    "v5e:16x16x16: TPU v5e is a torus of 2 axes, not of 3": [
+        "plan",
+        "--config",
+        "experiments/demo.py",
+        "--topology",
+        "v5e:16x16x16",
+    ],
+    "has no checkpoint; finalised steps: none": [
+        "generate",
+        "--checkpoint",
+        "nowhere",
+        "--prompt",
+        "p",
+    ],
+    "none.mp4: cannot decode the video": [
+        "generate",
+        "--checkpoint",
+        "nowhere",
+        "--prompt",
+        "p",
+        "--video",
+        "none.mp4",
+    ],
+    "2 <image> markers for 0 images": [
+        "generate",
+        "--checkpoint",
+        "c",
+        "--prompt",
+        "<image> or <image>",
+    ],
+    "--answers 3: at temperature 0": [
+        "generate",
+        "--checkpoint",
+        "c",
+        "--prompt",
+        "p",
+        "--answers",
+        "3",
+    ],
+    "must be a number, at least 0": [
+        "generate",
+        "--checkpoint",
+        "c",
+        "--prompt",
+        "p",
+        "--temperature",
+        "-1",
+    ],
     "nowhere has no checkpoint": ["demo", "--moe", "nowhere"],
-    "must be VARIANT/SEED, as base/0, got 'nope'": ["ablate", "--variants", "a", "--out", "w", "--run", "nope"],
-    "--cores 4096: this machine has": ["ablate", "--variants", "a", "--out", "w", "--run", "base/0", "--cores", "4096"],
-    "none.png: cannot decode the image": ["generate", "--checkpoint", "nowhere", "--prompt", "p", "--image", "none.png"],
-}  # fmt: skip
+    "must be VARIANT/SEED, as base/0, got 'nope'": [
+        "ablate",
+        "--variants",
+        "a",
+        "--out",
+        "w",
+        "--run",
+        "nope",
+    ],
+    "--cores 4096: this machine has": [
+        "ablate",
+        "--variants",
+        "a",
+        "--out",
+        "w",
+        "--run",
+        "base/0",
+        "--cores",
+        "4096",
+    ],
+    "none.png: cannot decode the image": [
+        "generate",
+        "--checkpoint",
+        "nowhere",
+        "--prompt",
+        "p",
+        "--image",
+        "none.png",
+    ],
+}
 
 
 @pytest.mark.parametrize("message", WRONG)
@@ -74,32 +197,50 @@ def test_one_line_says_what_and_where(message, capsys, monkeypatch):
     [
         ("raise RuntimeError('no luck')", "line 5: RuntimeError: no luck"),
         ("1 / 0", "line 5: ZeroDivisionError: division by zero"),
-        ("import nothing_of_that_name", "line 5: ModuleNotFoundError: No module named 'nothing_of_that_name'"),
+        (
+            "import nothing_of_that_name",
+            "line 5: ModuleNotFoundError: No module named 'nothing_of_that_name'",
+        ),
         ("return {}", "get_config must return an ml_collections.ConfigDict, and gave dict"),
     ],
 )
 def test_an_experiment_that_fails_is_named_with_its_line(body, message, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(EXPERIMENT.format(body))
     status, line = says(["flops", "--config", str(tmp_path / "mine.py")], capsys)
-    assert status == 1 and line.startswith(f"evlm: --config {tmp_path / 'mine.py'}: ") and message in line
+    assert (
+        status == 1
+        and line.startswith(f"evlm: --config {tmp_path / 'mine.py'}: ")
+        and message in line
+    )
 
 
 @pytest.mark.parametrize(
-    "words, parser", [pytest.param(*found, id=" ".join(found[0])) for found in parsers(cli.make_parser()) if found[0] != ("demo",)]
+    "words, parser",
+    [
+        pytest.param(*found, id=" ".join(found[0]))
+        for found in parsers(cli.make_parser())
+        if found[0] != ("demo",)
+    ],
 )  # which would begin
 def test_no_argument_brings_a_traceback(words, parser, capsys, tmp_path, monkeypatch):
     """Each argument of each subcommand in turn is nonsense, the required others lead nowhere."""
     monkeypatch.chdir(tmp_path)
     if words == ("fetch",):
         monkeypatch.setenv("EVLM_CACHE", str(tmp_path))
-    actions = [action for action in parser._actions if not isinstance(action, (argparse._HelpAction, argparse._StoreConstAction))]
+    actions = [
+        action
+        for action in parser._actions
+        if not isinstance(action, (argparse._HelpAction, argparse._StoreConstAction))
+    ]
     for wrong in [action for action in actions if action.nargs != 0]:
         for nonsense in NONSENSE:
             given = []
             for action in actions:
                 if action is wrong or action.required:
                     value = nonsense if action is wrong else "nowhere"
-                    given.append(f"{action.option_strings[0]}={value}" if action.option_strings else value)
+                    given.append(
+                        f"{action.option_strings[0]}={value}" if action.option_strings else value
+                    )
             status, line = says([*words, *given], capsys)
             assert status and "this is a bug" not in line, (words, given, line)
 
@@ -110,7 +251,10 @@ def test_a_bug_is_said_to_be_one_and_shown_where_asked(monkeypatch, capsys):
 
     monkeypatch.setitem(cli.COMMANDS, "fetch", (lambda parser: None, broken, "breaks"))
     monkeypatch.delenv("EVLM_DEBUG", raising=False)
-    assert says(["fetch"], capsys) == (1, "evlm: this is a bug, please report it with what EVLM_DEBUG=1 shows: KeyError: 'inside'")
+    assert says(["fetch"], capsys) == (
+        1,
+        "evlm: this is a bug, please report it with what EVLM_DEBUG=1 shows: KeyError: 'inside'",
+    )
     monkeypatch.setenv("EVLM_DEBUG", "1")
     with pytest.raises(KeyError):
         cli.main(["fetch"])
@@ -135,7 +279,11 @@ def test_help_tells_every_default_and_the_version_is_told(capsys):
     for words, parser in parsers(cli.make_parser()):
         text = " ".join(parser.format_help().split())
         for action in parser._actions:
-            if action.default not in (None, False, "", [], argparse.SUPPRESS) or action.default == 0 and action.default is not False:
+            if (
+                action.default not in (None, False, "", [], argparse.SUPPRESS)
+                or action.default == 0
+                and action.default is not False
+            ):
                 assert f"default: {action.default}" in text, (words, action.dest)
     with pytest.raises(SystemExit) as ended:
         cli.main(["--version"])
@@ -144,10 +292,17 @@ def test_help_tells_every_default_and_the_version_is_told(capsys):
 
 def test_programs_that_were_compiled_are_kept_by_every_command(tmp_path):
     """The variable is set before JAX is imported, whatever the command."""
-    script = "import sys; from evlm_jax import cli; cli.main(['fetch', 'nothing']); import jax; print(jax.config.jax_compilation_cache_dir)"
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    script = (
+        "import sys; from evlm_jax import cli; cli.main(['fetch', 'nothing']); import jax;"
+        " print(jax.config.jax_compilation_cache_dir)"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"
+    }
     environment |= {"PYTHONPATH": str(ROOT), "EVLM_CACHE": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
     assert done.stdout.strip() == str(tmp_path / "compiled")
 
 

@@ -1,4 +1,6 @@
-"""Saved configs of former formats mean what they meant; later formats are refused by number; additive fields have defaults."""
+"""Saved configs of former formats mean what they meant; later formats are refused by number;
+additive fields have defaults.
+"""
 
 import dataclasses
 
@@ -29,7 +31,9 @@ def test_a_former_format_means_what_it_meant():
 
 @pytest.mark.parametrize("number", [compat.FORMAT + 1, -1, "1", True, 1.5, None])
 def test_an_unknown_format_is_refused_by_number(number):
-    with pytest.raises(ValueError, match=f"is of format {number}, this version reads 0 to {compat.FORMAT}"):
+    with pytest.raises(
+        ValueError, match=f"is of format {number}, this version reads 0 to {compat.FORMAT}"
+    ):
         from_saved(to_dict(CFG) | {"format": number})
 
 
@@ -48,7 +52,9 @@ def test_an_additive_field_may_be_left_out():
         old: int
         new: float = 0.5
 
-    assert build(Section, {"old": 1}, "s") == Section(1, 0.5) and build(Section, {"old": 1, "new": 2}, "s") == Section(1, 2.0)
+    assert build(Section, {"old": 1}, "s") == Section(1, 0.5) and build(
+        Section, {"old": 1, "new": 2}, "s"
+    ) == Section(1, 2.0)
     with pytest.raises(ValueError, match="missing key s.old"):
         build(Section, {"new": 1.0}, "s")
     with pytest.raises(ValueError, match="s.new must be float, got 'x'"):

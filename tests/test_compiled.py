@@ -1,4 +1,6 @@
-"""Costs read from optimised programs, of XLA:CPU and of the TPU compiler, against counts by hand."""
+"""Costs read from optimised programs, of XLA:CPU and of the TPU compiler,
+against counts by hand.
+"""
 
 import importlib.util
 import itertools
@@ -15,20 +17,35 @@ from evlm_jax.planning.hlo import Instruction, Module, replica_group
 from evlm_jax.planning.live import fullest
 from tests.hand_programs import DEVICES, HIDDEN, KEPT, LAYERS, ROWS, WIDTH, build
 
-TPU = pytest.param("tpu", marks=pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason='pip install -e ".[plan]"'))
+TPU = pytest.param(
+    "tpu",
+    marks=pytest.mark.skipif(
+        not importlib.util.find_spec("libtpu"), reason='pip install -e ".[plan]"'
+    ),
+)
 
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory) -> dict:
-    """{platform: {name: (text, bytes of temporaries)}}; CPU devices are in a process of their own: this one may have begun with fewer."""
+    """{platform: {name: (text, bytes of temporaries)}}; CPU devices are in a process of their own:
+    this one may have begun with fewer.
+    """
     folder = tmp_path_factory.mktemp("programs")
     subprocess.run([sys.executable, "-m", "tests.hand_programs", str(folder)], check=True)
-    found = {"cpu": {path.stem: (path.read_text(), int(path.with_suffix(".bytes").read_text())) for path in folder.glob("*.txt")}}
+    found = {
+        "cpu": {
+            path.stem: (path.read_text(), int(path.with_suffix(".bytes").read_text()))
+            for path in folder.glob("*.txt")
+        }
+    }
     if importlib.util.find_spec("libtpu"):
         devices, _ = chips.devices("v5e:2x4")
         with chips.uncached(devices):
             compiled = {name: lowered.compile() for name, lowered in build(devices).items()}
-        found["tpu"] = {name: (done.as_text(), done.memory_analysis().temp_size_in_bytes) for name, done in compiled.items()}
+        found["tpu"] = {
+            name: (done.as_text(), done.memory_analysis().temp_size_in_bytes)
+            for name, done in compiled.items()
+        }
     return found
 
 
@@ -53,12 +70,20 @@ def test_loops_count_as_often_as_they_run(program):
 
 
 def test_gradients_are_summed_over_the_rows(program):
-    """The first kernels are gathered for each layer, forward and backward; all gradients are summed, a layer at a time."""
+    """The first kernels are gathered for each layer, forward and backward; all gradients are
+    summed, a layer at a time.
+    """
     transfers = of(program("layers")).transfers
     assert {transfer.group for transfer in transfers} == {tuple(range(DEVICES))}
     gathers = {t.bytes: count for t, count in transfers.items() if t.kind == "all-gather"}
-    assert list(gathers.values()) == [2 * LAYERS] and gathers.keys() <= {WIDTH * HIDDEN * size for size in (2, 4)}
-    summed = sum(t.bytes * count for t, count in transfers.items() if t.kind in ("all-reduce", "reduce-scatter"))
+    assert list(gathers.values()) == [2 * LAYERS] and gathers.keys() <= {
+        WIDTH * HIDDEN * size for size in (2, 4)
+    }
+    summed = sum(
+        t.bytes * count
+        for t, count in transfers.items()
+        if t.kind in ("all-reduce", "reduce-scatter")
+    )
     assert summed == LAYERS * 2 * WIDTH * HIDDEN * 4 + 4  # and the loss
 
 
@@ -111,15 +136,22 @@ def test_collectives(program):
 
 def test_a_stack_is_read_and_written_slice_by_slice(program):
     stack = 32 * 256 * 512 * 4
-    assert stack <= of(program("slices")).bytes < 5 * stack  # 32 times as much if each step touched all of it
+    assert (
+        stack <= of(program("slices")).bytes < 5 * stack
+    )  # 32 times as much if each step touched all of it
 
 
 @pytest.mark.parametrize("platform", ["cpu", TPU])
 def test_what_is_kept_for_the_backward_pass_fills_the_memory(platform, texts):
     text, temporaries = texts[platform]["residuals"]
     total, buffers = fullest(Module(text))
-    kept = f"[20,{KEPT},256]"  # x and tanh of every layer, of which a TPU compiler may keep in bfloat16 what only products read
-    assert [buffer.shape for buffer in buffers[:2]] in (["f32" + kept] * 2, ["f32" + kept, "bf16" + kept])
+    # x and tanh of every layer, of which a TPU compiler may keep in bfloat16 what only products
+    # read
+    kept = f"[20,{KEPT},256]"
+    assert [buffer.shape for buffer in buffers[:2]] in (
+        ["f32" + kept] * 2,
+        ["f32" + kept, "bf16" + kept],
+    )
     assert total == pytest.approx(temporaries, rel=0.1)
 
 

@@ -1,4 +1,6 @@
-"""The door from an experiment file to the code is strict both ways; overrides on the command line; the shipped experiments."""
+"""The door from an experiment file to the code is strict both ways; overrides on the command line;
+the shipped experiments.
+"""
 
 import ast
 import dataclasses
@@ -17,10 +19,21 @@ from evlm_jax.config import from_config_dict, to_dict
 from experiments import base, demo
 
 DEMO = str(Path(demo.__file__))
-GENERATE, EVAL = ("generate", "--checkpoint", "c", "--prompt", "a"), ("eval", "--checkpoint", "c", "--task", "t")
+GENERATE, EVAL = (
+    ("generate", "--checkpoint", "c", "--prompt", "a"),
+    (
+        "eval",
+        "--checkpoint",
+        "c",
+        "--task",
+        "t",
+    ),
+)
 
 
-@pytest.mark.parametrize("made", [base.get_config(), *(demo.get_config(form) for form in ("", "fast", "full", "moe"))])
+@pytest.mark.parametrize(
+    "made", [base.get_config(), *(demo.get_config(form) for form in ("", "fast", "full", "moe"))]
+)
 def test_shipped_experiments_pass_the_door_and_come_back(made):
     cfg = from_config_dict(made)
     assert from_config_dict(to_dict(cfg)) == cfg
@@ -46,14 +59,23 @@ def broken(section: str, **fields):
         (broken("vit", taps=(8, 13)), "vit.taps must lie in 1..vit.depth = 12"),
         (broken("vit", taps=(0, 8)), r"vit.taps\[0\] must be at least 1, got 0"),
         (broken("vit", mean=(0.5, 0.5)), "vit.mean needs 3 values, got 2"),
-        (broken("optim", phases=({"start": 0.0, "warmup": 0, "rules": ({"rate": 1.0},)},)), r"rules\[0\].rate"),
+        (
+            broken("optim", phases=({"start": 0.0, "warmup": 0, "rules": ({"rate": 1.0},)},)),
+            r"rules\[0\].rate",
+        ),
         (broken("data", weights=(1.0,)), "data.weights needs one weight for each of data.sources"),
-        (broken("llm", logn=1), "llm.logn must be the trained context in tokens, at least 2, or 0 for never"),
+        (
+            broken("llm", logn=1),
+            "llm.logn must be the trained context in tokens, at least 2, or 0 for never",
+        ),
         (broken("llm", dynamic_ntk=-1), "llm.dynamic_ntk must be at least 0, got -1"),
-        (broken("train", dtype="float16"), "train.dtype is 'float16'; use one of float32, bfloat16"),
+        (
+            broken("train", dtype="float16"),
+            "train.dtype is 'float16'; use one of float32, bfloat16",
+        ),
         (demo.get_config().to_dict() | {"vit": 3}, "vit must be a section with keys, got 3"),
     ],
-)  # fmt: skip
+)
 def test_errors_name_the_field_in_full(made, message):
     with pytest.raises(ValueError, match=message):
         from_config_dict(made)
@@ -83,7 +105,10 @@ def test_every_number_has_a_range_and_is_refused_beyond_it():
         beyond = [span.low if span.above else span.low - 1] + (
             [] if span.high == math.inf else [span.high if span.below else span.high + 1]
         )
-        for value in [*beyond, *((math.nan, math.inf, -math.inf) if kind.__origin__ is float else ())]:
+        for value in [
+            *beyond,
+            *((math.nan, math.inf, -math.inf) if kind.__origin__ is float else ()),
+        ]:
             made = json.loads(json.dumps(plain))
             place = made
             for key in path[:-1]:
@@ -99,26 +124,53 @@ def test_every_field_is_read():
     read = set()
     for path in Path(evlm_jax.__file__).parent.rglob("*.py"):
         tree = ast.parse(path.read_text())
-        checks = [node for node in tree.body if getattr(node, "name", "") == "check" and path.parent.name == "config"]
-        tree.body = [node for node in tree.body if node not in checks]  # to be checked is not to be read
+        checks = [
+            node
+            for node in tree.body
+            if getattr(node, "name", "") == "check" and path.parent.name == "config"
+        ]
+        tree.body = [
+            node for node in tree.body if node not in checks
+        ]  # to be checked is not to be read
         read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    kinds = [kind for _, kind in inspect.getmembers(config, dataclasses.is_dataclass) if "ranges" not in kind.__module__]
+    kinds = [
+        kind
+        for _, kind in inspect.getmembers(config, dataclasses.is_dataclass)
+        if "ranges" not in kind.__module__
+    ]
     assert len(kinds) == 15
-    unread = [f"{kind.__name__}.{field.name}" for kind in kinds for field in dataclasses.fields(kind) if field.name not in read]
+    unread = [
+        f"{kind.__name__}.{field.name}"
+        for kind in kinds
+        for field in dataclasses.fields(kind)
+        if field.name not in read
+    ]
     assert not unread
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([*GENERATE, "--temperature", "nan"], "--temperature: must be a number, at least 0, got 'nan'"),
-        ([*GENERATE, "--top-p", "1.5"], "--top-p: must be a number, above 0 and at most 1, got '1.5'"),
-        ([*GENERATE, "--max-new-tokens", "0"], "--max-new-tokens: must be a whole number, at least 1"),
-        ([*GENERATE, "--seed", str(2**70)], "--seed: must be a whole number, at least 0 and at most 4294967295"),
+        (
+            [*GENERATE, "--temperature", "nan"],
+            "--temperature: must be a number, at least 0, got 'nan'",
+        ),
+        (
+            [*GENERATE, "--top-p", "1.5"],
+            "--top-p: must be a number, above 0 and at most 1, got '1.5'",
+        ),
+        (
+            [*GENERATE, "--max-new-tokens", "0"],
+            "--max-new-tokens: must be a whole number, at least 1",
+        ),
+        (
+            [*GENERATE, "--seed", str(2**70)],
+            "--seed: must be a whole number, at least 0 and at most 4294967295",
+        ),
         ([*EVAL, "--limit", "-1"], "--limit: must be a whole number, at least 1, got '-1'"),
         ([*EVAL, "--batch", "0"], "--batch: must be a whole number, at least 1, got '0'"),
     ],
-)  # fmt: skip
+)
 def test_numbers_of_the_command_line_have_ranges(words, message, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(words)
@@ -130,14 +182,28 @@ def test_no_argument_is_a_number_without_a_range():
     for path in Path(evlm_jax.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
-                kinds = [word.value.id for word in node.keywords if word.arg == "type" and isinstance(word.value, ast.Name)]
+                kinds = [
+                    word.value.id
+                    for word in node.keywords
+                    if word.arg == "type" and isinstance(word.value, ast.Name)
+                ]
                 assert not {"int", "float"} & set(kinds), (path, node.lineno)
 
 
 def test_overrides():
-    overrides = ["--config.optim.lr=1e-4", "--config.vit.taps=(2, 4)", "--config.init.llm=/models/a b", "--config.data.isolate=False"]
+    overrides = [
+        "--config.optim.lr=1e-4",
+        "--config.vit.taps=(2, 4)",
+        "--config.init.llm=/models/a b",
+        "--config.data.isolate=False",
+    ]
     cfg = cli.load_config(f"{DEMO}:fast", overrides)
-    assert (cfg.optim.lr, cfg.vit.taps, cfg.init.llm, cfg.data.isolate) == (1e-4, (2, 4), "/models/a b", False)
+    assert (cfg.optim.lr, cfg.vit.taps, cfg.init.llm, cfg.data.isolate) == (
+        1e-4,
+        (2, 4),
+        "/models/a b",
+        False,
+    )
     assert cfg.train == from_config_dict(demo.get_config("fast")).train
 
 
@@ -145,10 +211,19 @@ def test_overrides():
     "arguments, message",
     [
         (["train", "--config", "nowhere.py", "--workdir", "w"], "no file nowhere.py"),
-        (["train", "--config", DEMO, "--workdir", "w", "--config.optim.rate=1"], "unknown key optim.rate"),
-        (["train", "--config", DEMO, "--workdir", "w", "--config.rate.lr=1"], "unknown key rate.lr"),
+        (
+            ["train", "--config", DEMO, "--workdir", "w", "--config.optim.rate=1"],
+            "unknown key optim.rate",
+        ),
+        (
+            ["train", "--config", DEMO, "--workdir", "w", "--config.rate.lr=1"],
+            "unknown key rate.lr",
+        ),
         (["train", "--config", DEMO, "--workdir", "w", "--lr=1"], "unknown argument --lr=1"),
-        (["train", "--config", DEMO, "--workdir", "w", "--config.train.steps=1.5"], "train.steps must be int, got 1.5"),
+        (
+            ["train", "--config", DEMO, "--workdir", "w", "--config.train.steps=1.5"],
+            "train.steps must be int, got 1.5",
+        ),
         (["fetch", "nothing"], "nothing"),
         (["generate", "--checkpoint", "nowhere", "--prompt", "a"], "nowhere"),
     ],

@@ -1,4 +1,6 @@
-"""Rows are not longer than what the language model was trained on, unless the config says that they may be."""
+"""Rows are not longer than what the language model was trained on, unless the config says that they
+may be.
+"""
 
 import json
 from dataclasses import replace
@@ -29,8 +31,14 @@ def llm(folder, **config):
     [
         ({"max_position_embeddings": 47}, (47, "max_position_embeddings")),
         ({"max_position_embeddings": 400, "sliding_window": 32}, (32, "sliding_window")),
-        ({"max_position_embeddings": 400, "sliding_window": 32, "use_sliding_window": False}, (400, "max_position_embeddings")),
-        ({"max_position_embeddings": 400, "sliding_window": None}, (400, "max_position_embeddings")),
+        (
+            {"max_position_embeddings": 400, "sliding_window": 32, "use_sliding_window": False},
+            (400, "max_position_embeddings"),
+        ),
+        (
+            {"max_position_embeddings": 400, "sliding_window": None},
+            (400, "max_position_embeddings"),
+        ),
         ({"max_position_embeddings": 400, "seq_length": 40}, (40, "seq_length")),
         ({}, None),
     ],
@@ -41,7 +49,12 @@ def test_the_shortest_of_what_the_files_say(tmp_path, config, least):
     assert trained_positions(where) == least and cfg.data.length == 48
     if least is None or least[0] >= 48:
         return check_length(cfg)
-    with pytest.raises(ValueError, match=rf"^config: data.length is 48, {least[1]} of .*llm is {least[0]}: .*init.beyond_context"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            rf"^config: data.length is 48, {least[1]} of .*llm is {least[0]}: .*init.beyond_context"
+        ),
+    ):
         check_length(cfg)
     check_length(replace(cfg, data=replace(cfg.data, length=least[0])))
     check_length(replace(cfg, init=replace(cfg.init, beyond_context=True)))
@@ -51,7 +64,12 @@ def test_gguf_says_it_too(tmp_path):
     writer = GGUFWriter(tmp_path / "a.gguf", "llama")
     writer.add_context_length(40)
     writer.add_tensor("token_embd.weight", np.zeros((2, 4), np.float32))
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
         write()
     assert trained_positions(tmp_path / "a.gguf") == (40, "llama.context_length")
 
@@ -62,7 +80,10 @@ def test_the_demos_language_model():
 
 
 def test_training_and_import_look(tmp_path):
-    towers = dinov2_directory(tmp_path / "vit", CFG), llama_directory(tmp_path / "llm", CFG, max_position_embeddings=47)
+    towers = (
+        dinov2_directory(tmp_path / "vit", CFG),
+        llama_directory(tmp_path / "llm", CFG, max_position_embeddings=47),
+    )
     cfg = replace(CFG, init=replace(CFG.init, vision=str(towers[0]), llm=str(towers[1])))
     for start in (train_run, import_towers):
         with pytest.raises(ValueError, match="max_position_embeddings of .* is 47"):
@@ -71,13 +92,20 @@ def test_training_and_import_look(tmp_path):
         with pytest.raises(ValueError, match="the tokenizer has 256 ids, llm.vocab is 250"):
             start(replace(longer, llm=replace(cfg.llm, vocab=250)), str(tmp_path / "out"))
         with pytest.raises(ValueError, match="'<none>' is not a special token"):
-            start(replace(longer, media=replace(cfg.media, placeholder="<none>")), str(tmp_path / "out"))
+            start(
+                replace(longer, media=replace(cfg.media, placeholder="<none>")),
+                str(tmp_path / "out"),
+            )
         older_folder(towers[1], "unigram")
         spec = json.loads((towers[1] / "tokenizer.json").read_text("utf-8"))
         spec["model"]["byte_fallback"] = False
         (towers[1] / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
-        unknown = replace(longer, media=replace(cfg.media, placeholder="<unk>"), llm=replace(cfg.llm, vocab=2000))
-        with pytest.raises(ValueError, match="media.placeholder '<unk>' is what unknown characters become"):
+        unknown = replace(
+            longer, media=replace(cfg.media, placeholder="<unk>"), llm=replace(cfg.llm, vocab=2000)
+        )
+        with pytest.raises(
+            ValueError, match="media.placeholder '<unk>' is what unknown characters become"
+        ):
             start(unknown, str(tmp_path / "out"))
         llama_directory(tmp_path / "llm", CFG, max_position_embeddings=47)
         for left in ("special_tokens_map.json", "added_tokens.json"):

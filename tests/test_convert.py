@@ -1,4 +1,7 @@
-"""The conversion engine: what it refuses, and that its tables and position rules are right. Parity of whole towers: test_parity_*.py."""
+"""The conversion engine: what it refuses, and that its tables and position rules are right.
+
+Parity of whole towers: test_parity_*.py.
+"""
 
 import json
 
@@ -19,11 +22,15 @@ from tests.parity import needs_asset, needs_transformers
 from tests.tiny import tiny_config
 
 CFG = tiny_config()
-SHAPES = {name: shape for name, shape in engine.parameter_shapes(CFG).items() if name.startswith("llm/")}
+SHAPES = {
+    name: shape for name, shape in engine.parameter_shapes(CFG).items() if name.startswith("llm/")
+}
 
 
 def llama_directory(folder, shapes: dict | None = None, **changes) -> Source:
-    """A Llama checkpoint of the tiny config's decoder in `folder`; `shapes` and config keys as changed."""
+    """A Llama checkpoint of the tiny config's decoder in `folder`; `shapes` and config keys as
+    changed.
+    """
     llm = CFG.llm
     tensors = {
         "model.embed_tokens.weight": (llm.vocab, llm.hidden),
@@ -32,12 +39,21 @@ def llama_directory(folder, shapes: dict | None = None, **changes) -> Source:
     for i in range(llm.layers):
         block = {f"self_attn.{x}_proj": (llm.heads * llm.head_dim, llm.hidden) for x in "qo"}
         block |= {f"self_attn.{x}_proj": (llm.kv_heads * llm.head_dim, llm.hidden) for x in "kv"}
-        block |= {"mlp.gate_proj": (llm.mlp, llm.hidden), "mlp.up_proj": (llm.mlp, llm.hidden), "mlp.down_proj": (llm.hidden, llm.mlp)}
+        block |= {
+            "mlp.gate_proj": (llm.mlp, llm.hidden),
+            "mlp.up_proj": (llm.mlp, llm.hidden),
+            "mlp.down_proj": (llm.hidden, llm.mlp),
+        }
         block |= {"input_layernorm": (llm.hidden,), "post_attention_layernorm": (llm.hidden,)}
         tensors |= {f"model.layers.{i}.{name}.weight": shape for name, shape in block.items()}
-    tensors = {name: shape for name, shape in (tensors | (shapes or {})).items() if shape is not None}
+    tensors = {
+        name: shape for name, shape in (tensors | (shapes or {})).items() if shape is not None
+    }
     rng = np.random.default_rng(0)
-    save_file({name: rng.standard_normal(shape).astype(np.float32) for name, shape in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {name: rng.standard_normal(shape).astype(np.float32) for name, shape in tensors.items()},
+        folder / "model.safetensors",
+    )
     config = {
         "model_type": "llama",
         "vocab_size": 256,
@@ -46,7 +62,12 @@ def llama_directory(folder, shapes: dict | None = None, **changes) -> Source:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    config |= {"intermediate_size": 128, "rope_theta": 1e4, "rms_norm_eps": 1e-5, "tie_word_embeddings": True} | changes
+    config |= {
+        "intermediate_size": 128,
+        "rope_theta": 1e4,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    } | changes
     (folder / "config.json").write_text(json.dumps(config))
     return readers.open_source(folder)
 
@@ -55,7 +76,10 @@ def test_every_array_lands_transposed_under_its_name(tmp_path):
     source = llama_directory(tmp_path)
     arrays = read_all(engine.open_tower(CFG, source, "llm").tensors)
     assert {name: array.shape for name, array in arrays.items()} == SHAPES
-    assert (arrays["llm/layers/2/mlp/down/kernel"] == source.tensors["model.layers.2.mlp.down_proj.weight"].read().T).all()
+    assert (
+        arrays["llm/layers/2/mlp/down/kernel"]
+        == source.tensors["model.layers.2.mlp.down_proj.weight"].read().T
+    ).all()
 
 
 def test_errors_list_every_name(tmp_path):
@@ -73,8 +97,12 @@ def test_errors_list_every_name(tmp_path):
 
 
 def test_wrong_shape_names_the_array(tmp_path):
-    with pytest.raises(ValueError, match=r"llm/layers/0/mlp/up/kernel \(64, 127\), the config needs \(64, 128\)"):
-        engine.open_tower(CFG, llama_directory(tmp_path, {"model.layers.0.mlp.up_proj.weight": (127, 64)}), "llm")
+    with pytest.raises(
+        ValueError, match=r"llm/layers/0/mlp/up/kernel \(64, 127\), the config needs \(64, 128\)"
+    ):
+        engine.open_tower(
+            CFG, llama_directory(tmp_path, {"model.layers.0.mlp.up_proj.weight": (127, 64)}), "llm"
+        )
 
 
 def test_another_architecture_lists_every_field(tmp_path):
@@ -122,8 +150,13 @@ def test_pytorch_files(tmp_path, capsys):
     (tmp_path / "config.json").rename(tmp_path / "shards" / "config.json")
     shard_of = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(tensors)}
     for shard in set(shard_of.values()):
-        torch.save({name: tensor for name, tensor in tensors.items() if shard_of[name] == shard}, tmp_path / "shards" / shard)
-    (tmp_path / "shards" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shard_of}))
+        torch.save(
+            {name: tensor for name, tensor in tensors.items() if shard_of[name] == shard},
+            tmp_path / "shards" / shard,
+        )
+    (tmp_path / "shards" / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"weight_map": shard_of})
+    )
     for place in ("whole.pt", "shards"):
         found = readers.open_source(tmp_path / place).tensors
         assert found.keys() == arrays.keys()
@@ -133,11 +166,15 @@ def test_pytorch_files(tmp_path, capsys):
     turned = torch.arange(24.0).reshape(4, 6)
     torch.save({"turned": turned.T, "part": turned[1:3, 2:]}, tmp_path / "views.pt")
     for name, view in (("turned", turned.T), ("part", turned[1:3, 2:])):
-        assert (readers.open_source(tmp_path / "views.pt").tensors[name].read() == view.numpy()).all()
+        assert (
+            readers.open_source(tmp_path / "views.pt").tensors[name].read() == view.numpy()
+        ).all()
     torch.save({"w": turned}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(ValueError, match="old.pt: w is in the format of before PyTorch 1.6"):
         readers.open_source(tmp_path / "old.pt")
-    torch.save({"model.norm.weight": tensors["model.norm.weight"], "more": Code()}, tmp_path / "code.pt")
+    torch.save(
+        {"model.norm.weight": tensors["model.norm.weight"], "more": Code()}, tmp_path / "code.pt"
+    )
     with pytest.raises(ValueError, match=r"code.pt: damaged, or holds more than tensors"):
         readers.open_source(tmp_path / "code.pt")
     assert "this ran" not in capsys.readouterr().out
@@ -175,12 +212,21 @@ def test_blocks_above_the_highest_tap_are_dropped():
     stored = engine.describe("dinov2-small")
     cfg = tiny_config(vit=stored | {"image_size": 28, "taps": (2, 5)})
     source = readers.open_source(assets.path("dinov2-small"))
-    shapes = {name: shape for name, shape in engine.parameter_shapes(cfg).items() if name.startswith("vit/")}
+    shapes = {
+        name: shape
+        for name, shape in engine.parameter_shapes(cfg).items()
+        if name.startswith("vit/")
+    }
     arrays = engine.open_tower(cfg, source, "vit").tensors
     assert {name.split("/")[2] for name in arrays if "blocks" in name} == set("01234")
     _, dropped = engine.plan(source, *engine.recognise(source), shapes)
-    assert "backbone.layernorm.weight" in dropped and "backbone.encoder.layer.5.norm1.weight" in dropped
-    assert len(dropped) + len(engine.plan(source, *engine.recognise(source), shapes)[0]) == len(source.tensors)
+    assert (
+        "backbone.layernorm.weight" in dropped
+        and "backbone.encoder.layer.5.norm1.weight" in dropped
+    )
+    assert len(dropped) + len(engine.plan(source, *engine.recognise(source), shapes)[0]) == len(
+        source.tensors
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -196,7 +242,9 @@ def test_every_pattern_inverts(family):
             for axis, n in (sizes | {"n": len(row.paths)}).items()
             if axis in row.pattern.replace("(", " ").replace(")", " ").split()
         }
-        shape = [1 if token == "1" else 60 if token.startswith("(") else 5 for token in tokens(left)]
+        shape = [
+            1 if token == "1" else 60 if token.startswith("(") else 5 for token in tokens(left)
+        ]
         array = np.arange(np.prod(shape)).reshape(shape)
         forward = einops.rearrange(array, row.pattern, **lengths)
         half = {"half": 10} if "half" in row.pattern else {}
@@ -227,14 +275,22 @@ def test_interpolation_equals_torch(rule, antialias, grid, target):
     import torch
 
     table = np.random.default_rng(0).standard_normal((1 + grid**2, 6)).astype(np.float32)
-    planes = torch.tensor(table[1:].astype(np.float64)).reshape(1, grid, grid, 6).permute(0, 3, 1, 2)
-    reference = torch.nn.functional.interpolate(planes, (target, target), mode="bicubic", align_corners=False, antialias=antialias)
+    planes = (
+        torch.tensor(table[1:].astype(np.float64)).reshape(1, grid, grid, 6).permute(0, 3, 1, 2)
+    )
+    reference = torch.nn.functional.interpolate(
+        planes, (target, target), mode="bicubic", align_corners=False, antialias=antialias
+    )
     ours = resize_positions(table, grid, target, rule)
     assert (ours[0] == table[0]).all()
     assert np.abs(ours[1:] - reference[0].permute(1, 2, 0).reshape(-1, 6).numpy()).max() <= 1e-6
 
 
-@given(size=st.integers(1, 40), target=st.integers(1, 40), rule=st.sampled_from(["bicubic", "antialias"]))
+@given(
+    size=st.integers(1, 40),
+    target=st.integers(1, 40),
+    rule=st.sampled_from(["bicubic", "antialias"]),
+)
 def test_interpolation_keeps_constants_and_symmetry(size, target, rule):
     matrix = weights(size, target, rule)
     np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-9)
@@ -244,7 +300,9 @@ def test_interpolation_keeps_constants_and_symmetry(size, target, rule):
 
 
 def test_full_size_names_cover_eva_and_qwen():
-    """The paper's towers by shapes alone: every parameter of the 14B model is filled by the tables, nothing twice."""
+    """The paper's towers by shapes alone: every parameter of the 14B model is filled by the tables,
+    nothing twice.
+    """
     import importlib
 
     from evlm_jax.config import from_config_dict
@@ -255,5 +313,10 @@ def test_full_size_names_cover_eva_and_qwen():
     expected = engine.parameter_shapes(cfg)
     for name, tower, depth in (("eva02", "vit", 64), ("qwen", "llm", 40)):
         family = next(f for f in FAMILIES if f.name == name)
-        filled = [path.format(i) for row in family.rows for i in (range(depth) if "{}" in row.foreign else (0,)) for path in row.paths]
+        filled = [
+            path.format(i)
+            for row in family.rows
+            for i in (range(depth) if "{}" in row.foreign else (0,))
+            for path in row.paths
+        ]
         assert sorted(filled) == sorted(n for n in expected if n.startswith(tower))

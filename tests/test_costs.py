@@ -1,4 +1,6 @@
-"""The cost study: the paper's formula, needs against a program unrolled by hand, caches against real ones, crossovers by brute force."""
+"""The cost study: the paper's formula, needs against a program unrolled by hand, caches against
+real ones, crossovers by brute force.
+"""
 
 import importlib.util
 import json
@@ -38,34 +40,65 @@ def of(kind: str, frames: int = 3, text: int = 11, rows: int = 1, **sections) ->
     return case(counterparts(tiny_config(**TINY | sections))[kind], frames, text, rows)
 
 
-# ------------------------------------------------------------------------------------------------------------------ formula
+# ------------------------------------------------------------------------------------------ formula
 
 
 def test_the_formula_gives_what_the_paper_does_not_print():
-    """0.287 and 0.0906 where 0.24 and 0.077 are printed; without the media tokens it is below both."""
-    found = [(r["published"], round(r["formula"], 4), round(r["without media tokens"], 4)) for r in formula.rows()]
+    """0.287 and 0.0906 where 0.24 and 0.077 are printed;
+    without the media tokens it is below both.
+    """
+    found = [
+        (r["published"], round(r["formula"], 4), round(r["without media tokens"], 4))
+        for r in formula.rows()
+    ]
     assert found == [(0.24, 0.2866, 0.231), (0.077, 0.0906, 0.0745)]
 
 
 def test_the_formula_is_what_we_count_of_a_layer_of_its_kind():
-    """One image, an MLP of 8 h^2, every head with its own keys, all pairs of self-attention computed."""
+    """One image, an MLP of 8 h^2, every head with its own keys, all pairs of self-attention
+    computed.
+    """
     hidden, media, text = 96, 5, 7
-    llm = {"hidden": hidden, "heads": 4, "kv_heads": 4, "head_dim": 24, "mlp": 8 * hidden // 3, "layers": 1}
-    cfg = tiny_config(llm=llm, vit={"width": 40}, xattn={"heads": 2, "head_dim": 24, "ffn": 32}, media={"tokens": media})
+    llm = {
+        "hidden": hidden,
+        "heads": 4,
+        "kv_heads": 4,
+        "head_dim": 24,
+        "mlp": 8 * hidden // 3,
+        "layers": 1,
+    }
+    cfg = tiny_config(
+        llm=llm,
+        vit={"width": 40},
+        xattn={"heads": 2, "head_dim": 24, "ffn": 32},
+        media={"tokens": media},
+    )
     tokens, seen, r_c, r_f = media + text, cfg.vit.tokens, 48 / hidden, 32 / hidden
-    count = lambda cfg, tokens: sum(cost.forward for cost in flops.needed(cfg, (), Work(tokens, tokens**2, 1, 0, tokens, 0)).values())
-    assert count(cfg, tokens) == pytest.approx(formula.cross_attention(seen, text, hidden, 40, r_c, r_f, media), rel=1e-12)
+    count = lambda cfg, tokens: sum(
+        cost.forward
+        for cost in flops.needed(cfg, (), Work(tokens, tokens**2, 1, 0, tokens, 0)).values()
+    )
+    assert count(cfg, tokens) == pytest.approx(
+        formula.cross_attention(seen, text, hidden, 40, r_c, r_f, media), rel=1e-12
+    )
     projector = cases._forward(counterparts(cfg)[LLAVA], Work(0, 0, 1, 0, 0, 0))
     full = count(counterparts(cfg)[LLAVA], seen + text) - projector
     assert full == pytest.approx(formula.full_attention(seen, text, hidden), rel=1e-12)
 
 
-# -------------------------------------------------------------------------------------------------------------------- needs
+# -------------------------------------------------------------------------------------------- needs
 
 
 def program(cfg: EVLMConfig, p: dict, taps: list[jax.Array]) -> jax.Array:
-    """The prefill of a case, every product by hand: no mask, each token multiplied with what it sees alone. taps: [F, S, V] each."""
-    part, frames, media, length = jax.named_scope, cfg.data.images, cfg.media.tokens, cfg.data.length
+    """The prefill of a case, every product by hand: no mask, each token multiplied with what it
+    sees alone. taps: [F, S, V] each.
+    """
+    part, frames, media, length = (
+        jax.named_scope,
+        cfg.data.images,
+        cfg.media.tokens,
+        cfg.data.length,
+    )
     norm = lambda x: x / jnp.sqrt(1e-6 + jnp.square(x).mean(-1, keepdims=True))
     seen = jnp.ones(()) if cfg.bridge.kind == "routed" else bridge_program(cfg, p, taps)
 
@@ -80,13 +113,20 @@ def program(cfg: EVLMConfig, p: dict, taps: list[jax.Array]) -> jax.Array:
     for i in range(cfg.llm.layers):
         if cfg.cross_layers:
             cross = lambda name, i=i: p[f"xattn/{i}/{name}/kernel"]
-            view = taps[cfg.tap_of_cross_layer[i]] if cfg.bridge.kind == "routed" else seen * taps[0][:, : cfg.bridge.latents]
+            view = (
+                taps[cfg.tap_of_cross_layer[i]]
+                if cfg.bridge.kind == "routed"
+                else seen * taps[0][:, : cfg.bridge.latents]
+            )
             with part(flops.CROSS):
                 q = norm(x) @ cross("q")
             with part(flops.KEYS):
                 k, v = norm(view) @ cross("k"), norm(view) @ cross("v")
             with part(flops.CROSS_SCORES):
-                out = [attend(q[f * media : (f + 1) * media], k[f], v[f], cfg.xattn.heads) for f in range(frames)]
+                out = [
+                    attend(q[f * media : (f + 1) * media], k[f], v[f], cfg.xattn.heads)
+                    for f in range(frames)
+                ]
                 every = (y.reshape(-1, y.shape[-1]) for y in (k, v))
                 out = jnp.concatenate([*out, attend(q[frames * media :], *every, cfg.xattn.heads)])
             with part(flops.CROSS):
@@ -97,10 +137,14 @@ def program(cfg: EVLMConfig, p: dict, taps: list[jax.Array]) -> jax.Array:
         with part(flops.LLM):
             q, k, v = (norm(x) @ layer(f"attn/{c}") for c in "qkv")
         with part(flops.LLM_SCORES):
-            out = jnp.concatenate([attend(q[t : t + 1], k[: t + 1], v[: t + 1], cfg.llm.heads) for t in range(length)])
+            out = jnp.concatenate(
+                [attend(q[t : t + 1], k[: t + 1], v[: t + 1], cfg.llm.heads) for t in range(length)]
+            )
         with part(flops.LLM):
             x = x + out @ layer("attn/o")
-            x = x + (jax.nn.silu(norm(x) @ layer("mlp/gate")) * (norm(x) @ layer("mlp/up"))) @ layer("mlp/down")
+            x = x + (
+                jax.nn.silu(norm(x) @ layer("mlp/gate")) * (norm(x) @ layer("mlp/up"))
+            ) @ layer("mlp/down")
     with part(flops.HEAD):
         return norm(x[-1:]) @ p["llm/head/kernel"]
 
@@ -108,8 +152,13 @@ def program(cfg: EVLMConfig, p: dict, taps: list[jax.Array]) -> jax.Array:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prefill_needs_what_an_unrolled_program_multiplies(kind):
     cfg = of(kind)
-    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in parameter_shapes(cfg).items()}
-    taps = [jax.ShapeDtypeStruct((cfg.data.images, cfg.vit.tokens, cfg.vit.width), jnp.float32)] * len(cfg.vit.taps)
+    shapes = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name, shape in parameter_shapes(cfg).items()
+    }
+    taps = [
+        jax.ShapeDtypeStruct((cfg.data.images, cfg.vit.tokens, cfg.vit.width), jnp.float32)
+    ] * len(cfg.vit.taps)
     done = _products(jax.make_jaxpr(lambda p, taps: program(cfg, p, taps))(shapes, taps).jaxpr)
     work = Work.video(cfg, 1)._replace(encoded=0, targets=1)
     assert {part: cost.forward for part, cost in flops.needed(cfg, (), work).items()} == dict(done)
@@ -118,19 +167,25 @@ def test_a_prefill_needs_what_an_unrolled_program_multiplies(kind):
 
 @pytest.mark.parametrize("kind", [EVLM, LLAVA, pytest.param(FLAMINGO, marks=pytest.mark.slow)])
 def test_compiled_programs_do_what_is_needed_and_known_extras(kind):
-    """Masked pairs of self-attention, whole tiles of cross-attention; a step of decoding nothing more."""
+    """Masked pairs of self-attention, whole tiles of cross-attention; a step of decoding nothing
+    more.
+    """
     frames, text, model = 3, 11, counterparts(tiny_config(**TINY))[kind]
     cfg = case(model, frames, text)
     work = Work.video(cfg, 1)
     found = counted.counted_flops(model, "prefill", frames, text)
     extra = {flops.LLM_SCORES: cfg.data.length**2 / work.attended}
     extra |= {flops.CROSS_SCORES: cfg.data.pairs * cfg.xattn.tile / work.visible}
-    ratios = {part: found["executed"].get(part, 0) / count for part, count in found["needed"].items()}
+    ratios = {
+        part: found["executed"].get(part, 0) / count for part, count in found["needed"].items()
+    }
     assert ratios == pytest.approx({part: extra.get(part, 1.0) for part in ratios}, rel=1e-9)
     assert sum(found["needed"].values()) == cases.prefill_flops(cfg)
     assert not found["again"] and not found["notes"]
     found = counted.counted_flops(model, "decode", frames, text)
-    sinks = 4 * cfg.xattn.heads * cfg.xattn.head_dim * cfg.xattn.sinks * len(cfg.cross_layers)  # stored as keys there
+    sinks = (
+        4 * cfg.xattn.heads * cfg.xattn.head_dim * cfg.xattn.sinks * len(cfg.cross_layers)
+    )  # stored as keys there
     assert sum(found["executed"].values()) == cases.decode_flops(cfg) + sinks
 
 
@@ -142,25 +197,48 @@ def test_experts_of_an_answer():
     for part in (flops.ROUTED, flops.WORLD, flops.ROUTER):
         assert found["executed"][part] == pytest.approx(found["needed"][part]), part
     assert found["notes"] and all("by its average" in note for note in found["notes"])
-    assert any("counted once" in note for note in counted.counted_flops(cfg, "decode", 3, 11)["notes"])
+    assert any(
+        "counted once" in note for note in counted.counted_flops(cfg, "decode", 3, 11)["notes"]
+    )
 
 
 def test_the_vit_is_counted_alone():
     cfg = tiny_config(**TINY)
-    assert counted.counted_flops(cfg, "encode", 1, 11)["executed"] == {flops.FROZEN_VIT: cases.encode_flops(case(cfg, 1, 11))}
+    assert counted.counted_flops(cfg, "encode", 1, 11)["executed"] == {
+        flops.FROZEN_VIT: cases.encode_flops(case(cfg, 1, 11))
+    }
 
 
 @tpu
 @pytest.mark.slow
 def test_bytes_of_a_chip():
     """Of a token of an answer, where matrices and caches are too large for the core's memory."""
-    llm = {"hidden": 2048, "layers": 4, "heads": 16, "kv_heads": 16, "head_dim": 128, "mlp": 8192, "vocab": 32768, "tied": False}
-    vit, wide = {"image_size": 64}, dict.fromkeys(("dtype", "matmul_precision", "frozen_dtype"), "bfloat16")
-    cfg = tiny_config(llm=llm, vit=vit, xattn={"heads": 4, "kv_heads": 4, "head_dim": 128, "ffn": 1024}, train=wide)
+    llm = {
+        "hidden": 2048,
+        "layers": 4,
+        "heads": 16,
+        "kv_heads": 16,
+        "head_dim": 128,
+        "mlp": 8192,
+        "vocab": 32768,
+        "tied": False,
+    }
+    vit, wide = (
+        {"image_size": 64},
+        dict.fromkeys(("dtype", "matmul_precision", "frozen_dtype"), "bfloat16"),
+    )
+    cfg = tiny_config(
+        llm=llm,
+        vit=vit,
+        xattn={"heads": 4, "kv_heads": 4, "head_dim": 128, "ffn": 1024},
+        train=wide,
+    )
     for kind, model in counterparts(cfg).items():
         found = counted.counted_bytes(model, "decode", 64, 16, "v5p")
         assert found["fits"] and not found["notes"]
-        assert found["bytes"] == pytest.approx(cases.decode_bytes(case(model, 64, 16)), rel=0.1), kind
+        assert found["bytes"] == pytest.approx(cases.decode_bytes(case(model, 64, 16)), rel=0.1), (
+            kind
+        )
 
 
 def test_parts_of_the_needs():
@@ -170,11 +248,16 @@ def test_parts_of_the_needs():
     media = 3 * cfg.media.tokens
     pair = 4 * cfg.llm.heads * cfg.llm.head_dim * cfg.llm.layers  # FLOPs
     assert cases.media_scores(cfg) == pair * media * (media + 1) / 2
-    assert cases.prefill_flops(alone) - cases._forward(cfg, without) == pair * cfg.data.length * (cfg.data.length + 1) / 2
+    assert (
+        cases.prefill_flops(alone) - cases._forward(cfg, without)
+        == pair * cfg.data.length * (cfg.data.length + 1) / 2
+    )
     matrices = sum(
         np.prod(shape)
         for name, shape in parameter_shapes(cfg).items()
-        if name.endswith("/kernel") and name.startswith(("llm/", "xattn/")) and name.split("/")[2] not in ("k", "v")
+        if name.endswith("/kernel")
+        and name.startswith(("llm/", "xattn/"))
+        and name.split("/")[2] not in ("k", "v")
     )
     assert cases.matrix_bytes(cfg) == 4 * matrices
 
@@ -185,10 +268,15 @@ def test_the_cache_is_that_of_an_answer(kind, frames):
     cfg = of(kind, frames)
     state = jax.eval_shape(lambda: answer(cfg, random_model(cfg, 0)))
     size = lambda *arrays: sum(a.size * a.dtype.itemsize for a in arrays if a is not None)
-    assert cases.cache(cfg) == (size(state.self_keys, state.self_values), size(state.cross_keys, state.cross_values))
+    assert cases.cache(cfg) == (
+        size(state.self_keys, state.self_values),
+        size(state.cross_keys, state.cross_values),
+    )
 
 
-@pytest.mark.parametrize("kind", [EVLM, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (LLAVA, FLAMINGO))])
+@pytest.mark.parametrize(
+    "kind", [EVLM, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (LLAVA, FLAMINGO))]
+)
 def test_the_cache_is_that_of_arrays(kind):
     cfg = of(kind)
     state = jax.jit(lambda model: answer(cfg, model))(random_model(cfg, 0))
@@ -208,7 +296,9 @@ def answer(cfg: EVLMConfig, model: Model) -> DecodeState:
     how = Sampling(jnp.float32(0), jnp.float32(1), jnp.full(1, -1))
     taps = jnp.ones((cfg.data.images, len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width))
     random, sizes = jax.random.split(jax.random.key(0), 1), (cfg.data.length, cfg.data.images)
-    return prefill(cfg, Weights.of(model, "float32"), measure.prompt(cfg), taps, random, how, *sizes)
+    return prefill(
+        cfg, Weights.of(model, "float32"), measure.prompt(cfg), taps, random, how, *sizes
+    )
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5])
@@ -224,34 +314,53 @@ def test_counterparts_are_the_baselines_and_change_three_fields():
     cfg = tiny_config()
     for kind, model in counterparts(cfg).items():
         assert model == tiny_config(**BASELINES.get(kind, {}))
-    with pytest.raises(ValueError, match=r"tiny is a baseline \(bridge.kind = llava\); give EVLM's"):
+    with pytest.raises(
+        ValueError, match=r"tiny is a baseline \(bridge.kind = llava\); give EVLM's"
+    ):
         counterparts(counterparts(cfg)[LLAVA])
     assert not counterparts(tiny_config(moe={"copies": 2}))[LLAVA].moe.copies
 
 
 def test_a_case_fits_every_stage():
-    """Also one that trains the ViT, whose features no step may take from a cache, and one for many devices."""
+    """Also one that trains the ViT, whose features no step may take from a cache, and one for many
+    devices.
+    """
     phases = (dict(start=0.0, warmup=0, rules=UPPER_VIT),)
-    cfg = case(tiny_config(optim={"phases": phases}, mesh={"data": 2, "tensor": 2}, train={"batch": 4, "accumulate": 2}), 2, 9, rows=2)
+    cfg = case(
+        tiny_config(
+            optim={"phases": phases},
+            mesh={"data": 2, "tensor": 2},
+            train={"batch": 4, "accumulate": 2},
+        ),
+        2,
+        9,
+        rows=2,
+    )
     trained = TrainPhase(cfg, 0, make_layout(cfg, jax.devices()[:1])).trained
-    assert trained == {name for name in parameter_shapes(cfg) if not name.startswith(("vit/", "llm/"))}
+    assert trained == {
+        name for name in parameter_shapes(cfg) if not name.startswith(("vit/", "llm/"))
+    }
 
 
-# --------------------------------------------------------------------------------------------------------------- crossovers
+# --------------------------------------------------------------------------------------- crossovers
 
 
 def force(negative: list[bool]) -> list[tuple[int, int]]:
     """Runs of True, of numbers from 1 on."""
     inside = [n for n, yes in enumerate(negative, 1) if yes]
     starts = [n for n in inside if n - 1 not in inside]
-    return [(n, next(m for m in range(n, len(negative) + 1) if m + 1 not in inside)) for n in starts]
+    return [
+        (n, next(m for m in range(n, len(negative) + 1) if m + 1 not in inside)) for n in starts
+    ]
 
 
 @given(*(st.integers(-(10**k), 10**k) for k in (3, 5, 6)), st.integers(2, 200))
 @settings(max_examples=300, deadline=None)
 def test_changes_of_sign_are_all_found(a, b, c, top):
     difference = lambda n: float(a * n**2 + b * n + c)
-    assert crossover.below(difference, 1, top) == force([difference(n) < 0 for n in range(1, top + 1)])
+    assert crossover.below(difference, 1, top) == force(
+        [difference(n) < 0 for n in range(1, top + 1)]
+    )
 
 
 @pytest.mark.parametrize("measure_", cases.MEASURES)
@@ -264,35 +373,57 @@ def test_crossovers_are_those_of_brute_force(measure_, kv_heads, monkeypatch):
         cfg = tiny_config(llm=llm, vit=vit, media={"tokens": media})
         models = counterparts(cfg)
         less = lambda frames, text, models=models: (
-            np.subtract(*(cases.MEASURES[measure_](case(models[kind], frames, text)) for kind in (EVLM, LLAVA))) < 0
+            np.subtract(
+                *(
+                    cases.MEASURES[measure_](case(models[kind], frames, text))
+                    for kind in (EVLM, LLAVA)
+                )
+            )
+            < 0
         )
-        assert crossover.cheaper_frames(cfg, measure_, 9) == force([less(n, 9) for n in range(1, 41)])
-        assert crossover.cheaper_texts(cfg, measure_, 2) == force([less(2, n) for n in range(1, 401)])
+        assert crossover.cheaper_frames(cfg, measure_, 9) == force(
+            [less(n, 9) for n in range(1, 41)]
+        )
+        assert crossover.cheaper_texts(cfg, measure_, 2) == force(
+            [less(2, n) for n in range(1, 401)]
+        )
 
 
 def test_the_papers_dimensions():
-    """The bars of 256 frames at 224 px hold; the cache is 16 / 256 + 0.2 of llava's, and grows beyond 0.27 with much text."""
+    """The bars of 256 frames at 224 px hold; the cache is 16 / 256 + 0.2 of llava's, and grows
+    beyond 0.27 with much text.
+    """
     cfg = load_config("experiments/evlm_14b.py")
     assert crossover.ratio(cfg, "KV bytes", 256, 64) == pytest.approx(16 / 256 + 0.2, abs=0.002)
     assert crossover.ratio(cfg, "KV bytes", 256, 64) <= 0.27
     assert crossover.ratio(cfg, "prefill FLOPs", 256, 64) <= 1 / 20
-    (first, last) = crossover.cheaper_texts(cfg, "KV bytes", 256, 0.27)[0]
-    assert first == 1 and crossover.ratio(cfg, "KV bytes", 256, last) < 0.27 <= crossover.ratio(cfg, "KV bytes", 256, last + 1)
+    first, last = crossover.cheaper_texts(cfg, "KV bytes", 256, 0.27)[0]
+    assert first == 1 and crossover.ratio(cfg, "KV bytes", 256, last) < 0.27 <= crossover.ratio(
+        cfg, "KV bytes", 256, last + 1
+    )
 
 
 @pytest.mark.parametrize("experiment", ["demo", "evlm_7b"])
 def test_what_makes_a_cache_smaller_where_heads_are_shared(experiment):
     cfg = load_config(f"experiments/{experiment}.py")
-    smaller = lambda **fields: crossover.ratio(replace(cfg, xattn=replace(cfg.xattn, **fields)), "KV bytes", 256, 64) < 1
+    smaller = lambda **fields: (
+        crossover.ratio(replace(cfg, xattn=replace(cfg.xattn, **fields)), "KV bytes", 256, 64) < 1
+    )
     assert not smaller()
     found = crossover.by_block(cfg, 256, 64)
-    above = [n for n in range(found["kv_heads"] + 1, cfg.xattn.heads + 1) if cfg.xattn.heads % n == 0]
+    above = [
+        n for n in range(found["kv_heads"] + 1, cfg.xattn.heads + 1) if cfg.xattn.heads % n == 0
+    ]
     assert smaller(kv_heads=found["kv_heads"]) and not any(smaller(kv_heads=n) for n in above)
     assert smaller(every=found["every"]) and not smaller(every=found["every"] - 1)
-    assert [row["KV bytes"] for row in crossover.by_heads(cfg, 256, 64) if row["kv_heads"] == cfg.llm.kv_heads][0] > 1
+    assert [
+        row["KV bytes"]
+        for row in crossover.by_heads(cfg, 256, 64)
+        if row["kv_heads"] == cfg.llm.kv_heads
+    ][0] > 1
 
 
-# ------------------------------------------------------------------------------------------------------------------ command
+# ------------------------------------------------------------------------------------------ command
 
 
 @pytest.mark.parametrize("words", [["--frames", "1,x"], ["--frames", "0"], ["--text", "0"]])
@@ -305,16 +436,43 @@ def test_wrong_frames_are_named(words, capsys):
 def test_the_command(tmp_path, capsys):
     experiment, out = tmp_path / "tiny.py", tmp_path / "costs.json"
     experiment.write_text(
-        "from ml_collections import ConfigDict\nfrom tests.tiny import _TINY\n\n\ndef get_config():\n    return ConfigDict(_TINY)\n"
+        "from ml_collections import ConfigDict\nfrom tests.tiny import _TINY\n\n\ndef"
+        " get_config():\n    return ConfigDict(_TINY)\n"
     )
-    assert main(["flops", "--config", str(experiment), "--frames", "2", "--text", "9", "--context", "12", "--json", str(out)]) == 0
+    assert (
+        main(
+            [
+                "flops",
+                "--config",
+                str(experiment),
+                "--frames",
+                "2",
+                "--text",
+                "9",
+                "--context",
+                "12",
+                "--json",
+                str(out),
+            ]
+        )
+        == 0
+    )
     shown, found = capsys.readouterr().out, json.loads(out.read_text())["configs"]["tiny"]
-    for said in ("0.2866", "media x media", "Train step", "Shared key and value heads", "Bars", "17*"):
+    for said in (
+        "0.2866",
+        "media x media",
+        "Train step",
+        "Shared key and value heads",
+        "Bars",
+        "17*",
+    ):
         assert said in shown
     assert found["tokens"] == {EVLM: {"2": 13}, LLAVA: {"2": 17}, FLAMINGO: {"2": 11}}
     assert len(found["programs"]) == 10
 
 
 def test_the_page_is_what_the_script_writes():
-    assert costs.PAGE.read_text() == costs.page(costs.studies()), "run python -m benchmarks.costs write"
+    assert costs.PAGE.read_text() == costs.page(costs.studies()), (
+        "run python -m benchmarks.costs write"
+    )
     assert all(costs.PAGE.with_name(name).exists() for name in costs.PLOTS)

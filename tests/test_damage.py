@@ -1,4 +1,6 @@
-"""A damaged step is refused by name, with the step to go on from; what is not refused is equal bit for bit."""
+"""A damaged step is refused by name, with the step to go on from; what is not refused is equal bit
+for bit.
+"""
 
 import json
 import shutil
@@ -24,15 +26,25 @@ def whole(tmp_path_factory):
 
 def files(folder):
     """Of the newest step and of the frozen store."""
-    return sorted(path for part in ("steps/6", "frozen") for path in (folder / part).rglob("*") if path.is_file())
+    return sorted(
+        path
+        for part in ("steps/6", "frozen")
+        for path in (folder / part).rglob("*")
+        if path.is_file()
+    )
 
 
 def equal(a, b):
-    return all(same(getattr(a, part), getattr(b, part)) for part in ("params", "frozen", "groups")) and a.meta == b.meta
+    return (
+        all(same(getattr(a, part), getattr(b, part)) for part in ("params", "frozen", "groups"))
+        and a.meta == b.meta
+    )
 
 
 def test_flipped_bits_are_found_or_change_nothing(whole, tmp_path):
-    """Over parameters, moments, frozen store, data position and config: every file in turn, at a random bit."""
+    """Over parameters, moments, frozen store, data position and config: every file in turn, at a
+    random bit.
+    """
     folder, expected = whole
     rng, found = np.random.default_rng(0), 0
     copy = tmp_path / "copy"
@@ -44,10 +56,16 @@ def test_flipped_bits_are_found_or_change_nothing(whole, tmp_path):
         at, bit = int(rng.integers(len(content))), 1 << int(rng.integers(8))
         path.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
         try:
-            assert equal(store.read(copy), expected), f"{path.relative_to(copy)}: bit {bit} of byte {at} passed unseen"
+            assert equal(store.read(copy), expected), (
+                f"{path.relative_to(copy)}: bit {bit} of byte {at} passed unseen"
+            )
         except ValueError as error:
             found += 1
-            assert ("step 6" in str(error) or "frozen" in str(error)) and str(copy) in str(error) and "\n" not in str(error)
+            assert (
+                ("step 6" in str(error) or "frozen" in str(error))
+                and str(copy) in str(error)
+                and "\n" not in str(error)
+            )
         finally:
             path.write_bytes(content)
     assert equal(store.read(copy), expected) and found > FLIPS / 3
@@ -71,7 +89,12 @@ def test_a_changed_value_is_named(whole, tmp_path, what):
             meta[what] = {"next": 5} if what == "data" else "0" * 16
         file.write_text(json.dumps(meta))
         name = "meta/metadata is not what was saved there"
-    with pytest.raises(ValueError, match=f"step 6 cannot be read from .*: {name}.*; go on from the step before it with --step 3"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            f"step 6 cannot be read from .*: {name}.*; go on from the step before it with --step 3"
+        ),
+    ):
         store.read(copy)
 
 
@@ -79,7 +102,11 @@ def test_a_cut_off_step_is_named_and_the_one_before_goes_on(whole, tmp_path):
     """Twenty places; then the run goes on from step 3 and saves step 6 anew."""
     copy = tmp_path / "copy"
     shutil.copytree(whole[0], copy)
-    places = [path for path in files(copy) if path.stat().st_size > 20 and "steps" in path.parts and "commit" not in path.name]
+    places = [
+        path
+        for path in files(copy)
+        if path.stat().st_size > 20 and "steps" in path.parts and "commit" not in path.name
+    ]
     cut = 0
     for path in places * 3:
         content = path.read_bytes()
@@ -90,7 +117,11 @@ def test_a_cut_off_step_is_named_and_the_one_before_goes_on(whole, tmp_path):
             assert equal(snapshot, whole[1]), path  # a file that restoring does not need
         except ValueError as error:
             cut += 1
-            assert "step 6 cannot be read" in str(error) and "--step 3" in str(error) and "\n" not in str(error)
+            assert (
+                "step 6 cannot be read" in str(error)
+                and "--step 3" in str(error)
+                and "\n" not in str(error)
+            )
         finally:
             checkpoints.close()
             path.write_bytes(content)

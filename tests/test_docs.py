@@ -1,4 +1,6 @@
-"""Every command that README and docs show is one that the program takes; what they launch fits the machines that they name."""
+"""Every command that README and docs show is one that the program takes; what they launch fits the
+machines that they name.
+"""
 
 import argparse
 import importlib
@@ -20,7 +22,10 @@ from evlm_jax.planning import search
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
-COMMAND = re.compile(r"(?:^|\s|')(evlm|python -m (?:evlm_jax|benchmarks\.\w+))(?=\s)([^'\n;&|#]*(?:'[^'\n]*'[^'\n;&|#]*)*)")
+COMMAND = re.compile(
+    r"(?:^|\s|')(evlm|python -m"
+    r" (?:evlm_jax|benchmarks\.\w+))(?=\s)([^'\n;&|#]*(?:'[^'\n]*'[^'\n;&|#]*)*)"
+)
 COUNT = re.compile(r"(\d+) (?:chips|GPUs)")
 
 
@@ -39,7 +44,12 @@ def commands():
         for line in block.replace("\\\n", " ").splitlines():
             about = before[-300:] + block
             for program, rest in COMMAND.findall(line.partition(" #")[0]):
-                yield pytest.param(program, shlex.split(rest), about, id=f"{page}: {program} {' '.join(rest.split())}"[:100])
+                yield pytest.param(
+                    program,
+                    shlex.split(rest),
+                    about,
+                    id=f"{page}: {program} {' '.join(rest.split())}"[:100],
+                )
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +67,24 @@ COMMANDS = list(commands())
 
 
 def test_there_are_commands():
-    words = [param.values[1][0] if param.values[1] else "" for param in COMMANDS if param.values[0] == "evlm"]
-    assert {"train", "plan", "convert", "eval", "score", "generate", "upcycle", "ablate", "flops", "data", "demo"} <= set(words)
+    words = [
+        param.values[1][0] if param.values[1] else ""
+        for param in COMMANDS
+        if param.values[0] == "evlm"
+    ]
+    assert {
+        "train",
+        "plan",
+        "convert",
+        "eval",
+        "score",
+        "generate",
+        "upcycle",
+        "ablate",
+        "flops",
+        "data",
+        "demo",
+    } <= set(words)
     assert any(param.values[0].startswith("python -m benchmarks") for param in COMMANDS)
 
 
@@ -77,7 +103,9 @@ def test_it_is_taken(program, words, about, folder, monkeypatch):
             return
         cfg = cli.load_config(args.config, overrides)
         if args.run is cli._train:
-            several = "--distributed" in words or any(word.startswith("--config.mesh") for word in words)
+            several = "--distributed" in words or any(
+                word.startswith("--config.mesh") for word in words
+            )
             assert cfg.data.sources
             fits(cfg, int(COUNT.findall(about)[-1]) if several else 1)
 
@@ -101,6 +129,11 @@ def parsed(name, words, monkeypatch):
 def fits(cfg, devices):
     """The mesh checks of training, on as many devices as the page says."""
     sizes = check_mesh(cfg, devices)
-    layout = Layout(AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES)), cfg.mesh)
+    layout = Layout(
+        AbstractMesh(
+            tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+        ),
+        cfg.mesh,
+    )
     shapes = nnx.state(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
     check_parameters(layout, shapes, lambda path: param_names.canonical(cfg, path)[0])

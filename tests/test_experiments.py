@@ -1,4 +1,6 @@
-"""Every experiment of full size: published parameter counts, and rules that cover each parameter in each phase and stage."""
+"""Every experiment of full size: published parameter counts, and rules that cover each parameter in
+each phase and stage.
+"""
 
 import importlib
 import math
@@ -13,8 +15,9 @@ from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.param_names import canonical
 
 STAGES = ("pretrain", "continual", "sft")
-# Qwen-14B and EVA02-CLIP-E+ without norm and head: counted from the published shapes. Qwen2.5: model.safetensors.index.json. CLIP-L: the
-# 303,179,776 of CLIPVisionModel without its post_layernorm (2 x 1024). Cross-attention of the 14B: the paper's 1.61 B, matrices only.
+# Qwen-14B and EVA02-CLIP-E+ without norm and head: counted from the published shapes. Qwen2.5:
+# model.safetensors.index.json. CLIP-L: the 303,179,776 of CLIPVisionModel without its
+# post_layernorm (2 x 1024). Cross-attention of the 14B: the paper's 1.61 B, matrices only.
 PUBLISHED = {
     "evlm_14b": {"vit/": 4_348_717_312, "llm/": 14_167_290_880},
     "evlm_7b": {"vit/": 303_177_728, "llm/": 7_615_616_512},
@@ -33,15 +36,34 @@ def test_parameter_counts(name):
     count = lambda *parts: sum(size for path, size in sizes.items() if path.startswith(parts))
     assert {part: count(part) for part in PUBLISHED[name]} == PUBLISHED[name]
     if name == "evlm_14b":  # the norms' 1 M more would round to 1.62
-        assert round(sum(size for path, size in sizes.items() if path.startswith("xattn/") and path.endswith("kernel")) / 1e9, 2) == 1.61
+        assert (
+            round(
+                sum(
+                    size
+                    for path, size in sizes.items()
+                    if path.startswith("xattn/") and path.endswith("kernel")
+                )
+                / 1e9,
+                2,
+            )
+            == 1.61
+        )
 
 
 def test_parameters_of_the_experts():
     """The paper's 5.8 B of cross-attention, all of them trained."""
     cfg = config("evlm_14b", "moe")
-    sizes = {path: math.prod(shape) for path, shape in parameter_shapes(cfg).items() if path.startswith("xattn/")}
+    sizes = {
+        path: math.prod(shape)
+        for path, shape in parameter_shapes(cfg).items()
+        if path.startswith("xattn/")
+    }
     assert round(sum(sizes.values()) / 1e9, 1) == 5.8
-    assert (cfg.name, cfg.train, cfg.optim) == ("evlm_14b_moe", config("evlm_14b", "sft").train, config("evlm_14b", "sft").optim)
+    assert (cfg.name, cfg.train, cfg.optim) == (
+        "evlm_14b_moe",
+        config("evlm_14b", "sft").train,
+        config("evlm_14b", "sft").optim,
+    )
     plan = optim.plan(cfg, 0, nnx.state(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0)))))
     assert sizes.keys() <= _names(cfg, plan)
 
@@ -53,7 +75,9 @@ def test_what_a_stage_trains(name, stage):
     assert cfg.vit.image_size == (224 if stage == "pretrain" else 448)
     shapes = nnx.state(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
     *_, last = plans = [optim.plan(cfg, phase, shapes) for phase in range(len(cfg.optim.phases))]
-    blocks = {int(name.split("/")[2]) for name in _names(cfg, last) if name.startswith("vit/blocks/")}
+    blocks = {
+        int(name.split("/")[2]) for name in _names(cfg, last) if name.startswith("vit/blocks/")
+    }
     first = cfg.vit.depth - cfg.vit.depth // (4 if stage == "sft" else 2)
     assert blocks == set(range(first, cfg.vit.depth))
     assert len(plans) == (2 if stage == "pretrain" else 1)

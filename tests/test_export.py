@@ -1,4 +1,6 @@
-"""The exported directory, loaded by a process that has no jax and no evlm_jax, against the model it was made from."""
+"""The exported directory, loaded by a process that has no jax and no evlm_jax, against the model it
+was made from.
+"""
 
 import os
 import subprocess
@@ -30,7 +32,13 @@ TOWERS = {
         "xattn": {"schedule": "cyclic", "every": 3},
     },
     "clip, no zero key": {
-        "vit": {"layer_scale": False, "patch_bias": False, "embed_norm": True, "activation": "quick_gelu", "taps": (1, 3)},
+        "vit": {
+            "layer_scale": False,
+            "patch_bias": False,
+            "embed_norm": True,
+            "activation": "quick_gelu",
+            "taps": (1, 3),
+        },
         "xattn": {"sinks": 0},
     },
     "siglip, shared keys": {
@@ -38,9 +46,18 @@ TOWERS = {
         "xattn": {"every": 2, "sinks": 2, "heads": 4, "kv_heads": 2},
     },
     "dinov2 with registers": {"vit": {"registers": 3}},
-    "dinov2, experts": {"moe": {"copies": 2, "slices": 4, "top_k": 3, "gates": "softmax"}, "xattn": {"every": 2}},
+    "dinov2, experts": {
+        "moe": {"copies": 2, "slices": 4, "top_k": 3, "gates": "softmax"},
+        "xattn": {"every": 2},
+    },
     "clip, Qwen, experts": {
-        "vit": {"layer_scale": False, "patch_bias": False, "embed_norm": True, "activation": "quick_gelu", "taps": (1, 3)},
+        "vit": {
+            "layer_scale": False,
+            "patch_bias": False,
+            "embed_norm": True,
+            "activation": "quick_gelu",
+            "taps": (1, 3),
+        },
         "llm": {"qkv_bias": True, "tied": False},
         "moe": {"copies": 4, "slices": 4, "top_k": 4},
     },
@@ -57,10 +74,14 @@ ROWS = {
     "video": [2, (0, 1, 2), 4],
     "video, then an image": [(0, 1), 3, (2,), 4],
 }
-LONG = {"long text": [36], "long text, video": [2, (0, 1, 2), 30]}  # with their answers in 2 to 4 contexts of the Qwen 1.0 above
+LONG = {
+    "long text": [36],
+    "long text, video": [2, (0, 1, 2), 30],
+}  # with their answers in 2 to 4 contexts of the Qwen 1.0 above
 SCRIPT = """
 import sys
-sys.modules |= dict.fromkeys(("jax", "flax", "evlm_jax", "torchvision", "einops"))  # as if they were not installed
+# as if they were not installed
+sys.modules |= dict.fromkeys(("jax", "flax", "evlm_jax", "torchvision", "einops"))
 import numpy as np, torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 torch.set_num_threads(1)
@@ -69,29 +90,38 @@ for folder in sys.argv[1:]:
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
     model.save_pretrained(folder + "/again", max_shard_size="200KB")
     again = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True).eval()
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
-    eager = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attn_implementation="eager").eval()
-    assert (model.config._attn_implementation, eager.config._attn_implementation) == ("sdpa", "eager")
+    states = zip(model.state_dict().values(), again.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in states)
+    eager = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, attn_implementation="eager"
+    ).eval()
+    assert model.config._attn_implementation == "sdpa"
+    assert eager.config._attn_implementation == "eager"
     data, out = np.load(folder + "/inputs.npz"), {}
     new = int(data["new"])
     for name in sorted({key.split("/")[0] for key in data if "/" in key}):
-        inputs = {part: torch.tensor(data[f"{name}/{part}"]) for part in ("input_ids", "pixel_values", "image_groups")}
+        parts = ("input_ids", "pixel_values", "image_groups")
+        inputs = {part: torch.tensor(data[f"{name}/{part}"]) for part in parts}
         with torch.no_grad():
             out[f"{name}/logits"] = eager(**inputs).logits[0].numpy()
-            assert np.abs(model(**inputs).logits[0].numpy() - out[f"{name}/logits"]).max() < 1e-4, name
-            sizes = dict(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, suppress_tokens=None)
+            logits = model(**inputs).logits[0].numpy()
+            assert np.abs(logits - out[f"{name}/logits"]).max() < 1e-4, name
+            sizes = dict(max_new_tokens=new, do_sample=False)
+            sizes |= dict(eos_token_id=None, pad_token_id=0, suppress_tokens=None)
             cached = model.generate(**inputs, **sizes)
             assert torch.equal(cached, model.generate(**inputs, use_cache=False, **sizes)), name
             assert cached.shape[1] == inputs["input_ids"].shape[1] + new
             sizes |= {"max_new_tokens": 6, "num_beams": 3}
-            assert torch.equal(model.generate(**inputs, **sizes), model.generate(**inputs, use_cache=False, **sizes)), name
+            beams = model.generate(**inputs, **sizes)
+            assert torch.equal(beams, model.generate(**inputs, use_cache=False, **sizes)), name
             out[f"{name}/generated"] = cached[0].numpy()
     np.savez(folder + "/outputs.npz", **out)
 """
 
 
 def row(cfg, parts, pixels, answer=(), length=0):
-    """(Batch of one row, inputs of the PyTorch model) of a row of ROWS and an answer; its words are a function of their place.
+    """(Batch of one row, inputs of the PyTorch model) of a row of ROWS and an answer; its words are
+    a function of their place.
 
     Args:
       length: up to which words stand behind the answer, so that all rows are of one program.
@@ -120,31 +150,57 @@ def row(cfg, parts, pixels, answer=(), length=0):
     arrays |= {"positions": np.arange(length), "seen_until": np.full(length, length)}
     arrays |= {"target_at": np.zeros(1), "targets": np.full(1, -1), "target_source": np.zeros(1)}
     arrays |= plan(arrays["visible_start"], arrays["visible_stop"], cfg.xattn.tile, 32)
-    batch = Batch(**{name: jnp.asarray(array, jnp.int32)[None] for name, array in arrays.items()}, pixels=pixels[None], taps=None)
+    batch = Batch(
+        **{name: jnp.asarray(array, jnp.int32)[None] for name, array in arrays.items()},
+        pixels=pixels[None],
+        taps=None,
+    )
     normal = (pixels[:frames] / 255.0 - np.array(cfg.vit.mean)) / np.array(cfg.vit.std)
-    inputs = {"input_ids": arrays["tokens"][None].astype(np.int64), "image_groups": np.array([groups], np.int64).reshape(1, -1)}
+    inputs = {
+        "input_ids": arrays["tokens"][None].astype(np.int64),
+        "image_groups": np.array([groups], np.int64).reshape(1, -1),
+    }
     return batch, inputs | {"pixel_values": normal.transpose(0, 3, 1, 2)[None].astype(np.float32)}
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """{name of TOWERS: (model, its rows, outputs of the exported directory)}; one process loads all of them."""
+    """{name of TOWERS: (model, its rows, outputs of the exported directory)}; one process loads all
+    of them.
+    """
     place, made = tmp_path_factory.mktemp("exports"), {}
     for number, (name, sections) in enumerate(TOWERS.items()):
         cfg = tiny_config(**sections)
         model, folder = random_model(cfg, seed=0), place / str(number) / "out"
         run_directory(folder.parent / "run", cfg, model)
         export.export(str(folder.parent / "run"), str(folder), "hf")
-        pixels = np.random.default_rng(0).integers(0, 256, (3, cfg.vit.image_size, cfg.vit.image_size, 3)).astype(np.uint8)
-        rows = {name: row(cfg, parts, pixels) for name, parts in (LONG if cfg.llm.dynamic_ntk else ROWS).items()}
-        arrays = {f"{name}/{part}": array for name, (_, inputs) in rows.items() for part, array in inputs.items()}
+        pixels = (
+            np.random.default_rng(0)
+            .integers(0, 256, (3, cfg.vit.image_size, cfg.vit.image_size, 3))
+            .astype(np.uint8)
+        )
+        rows = {
+            name: row(cfg, parts, pixels)
+            for name, parts in (LONG if cfg.llm.dynamic_ntk else ROWS).items()
+        }
+        arrays = {
+            f"{name}/{part}": array
+            for name, (_, inputs) in rows.items()
+            for part, array in inputs.items()
+        }
         np.savez(folder / "inputs.npz", new=24, **arrays)
         made[name] = model, pixels, rows, folder
-    environment = os.environ | {"HF_HOME": str(place / "empty"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    environment = os.environ | {
+        "HF_HOME": str(place / "empty"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": "",
+    }
     command = [sys.executable, "-c", SCRIPT, *(str(folder) for *_, folder in made.values())]
     done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return {name: (*parts, np.load(folder / "outputs.npz")) for name, (*parts, folder) in made.items()}
+    return {
+        name: (*parts, np.load(folder / "outputs.npz")) for name, (*parts, folder) in made.items()
+    }
 
 
 @needs_transformers
@@ -153,7 +209,10 @@ def test_loaded_without_jax(exported, towers):
     model, pixels, rows, found = exported[towers]
     cfg = model.cfg
     for name, (batch, _) in rows.items():
-        answer, theirs = found[f"{name}/generated"][batch.tokens.shape[1] :], found[f"{name}/logits"]
+        answer, theirs = (
+            found[f"{name}/generated"][batch.tokens.shape[1] :],
+            found[f"{name}/logits"],
+        )
         assert IMAGE not in answer
         if not cfg.llm.dynamic_ntk:
             batch, _ = row(cfg, ROWS[name], pixels, answer, length=48)
@@ -167,7 +226,9 @@ def test_loaded_without_jax(exported, towers):
 
 
 def assert_greedy(logits, answer):
-    """`answer` is the best token at each place, up to the first where the best two are closer than 1e-3."""
+    """`answer` is the best token at each place, up to the first where the best two are closer than
+    1e-3.
+    """
     second, best = np.sort(logits[: len(answer)])[:, -2:].T
     sure = np.cumprod(best - second >= 1e-3).astype(bool)
     assert (logits[: len(answer)].argmax(-1) == answer)[sure].all() and sure[:5].all()
@@ -182,12 +243,32 @@ def logits(graphdef, state, batch: Batch) -> jax.Array:
     length = jnp.array(batch.tokens.shape[1:])
     grouped = Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
     first, last = batch.visible_start[:, -1], batch.visible_stop[:, -1]
-    prompt = Prompt(batch.tokens, batch.media_slot, length, batch.visible_start, grouped, jnp.arange(3)[None], first, last - first)
+    prompt = Prompt(
+        batch.tokens,
+        batch.media_slot,
+        length,
+        batch.visible_start,
+        grouped,
+        jnp.arange(3)[None],
+        first,
+        last - first,
+    )
     weights, taps = Weights.of(model, "float32"), model.encode(batch.pixels)[0]
-    return read_prompts(model.cfg, weights, prompt, taps, jax.random.split(jax.random.key(0), 1), len(batch.tokens[0]), 3)[0][:, None]
+    return read_prompts(
+        model.cfg,
+        weights,
+        prompt,
+        taps,
+        jax.random.split(jax.random.key(0), 1),
+        len(batch.tokens[0]),
+        3,
+    )[0][:, None]
 
 
-@pytest.mark.parametrize("form", ["hf", *(pytest.param(form, marks=pytest.mark.parity) for form in ("torch", "openflamingo"))])
+@pytest.mark.parametrize(
+    "form",
+    ["hf", *(pytest.param(form, marks=pytest.mark.parity) for form in ("torch", "openflamingo"))],
+)
 def test_a_failed_export_leaves_nothing(tmp_path, form):
     cfg = tiny_config()
     model = random_model(cfg, seed=0)

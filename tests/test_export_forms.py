@@ -23,7 +23,11 @@ from tests.tiny import tiny_config
 
 
 @needs_transformers
-@pytest.mark.parametrize("llm", [{}, {"qkv_bias": True, "tied": False, "kv_heads": 4}], ids=["LlamaForCausalLM", "Qwen2ForCausalLM"])
+@pytest.mark.parametrize(
+    "llm",
+    [{}, {"qkv_bias": True, "tied": False, "kv_heads": 4}],
+    ids=["LlamaForCausalLM", "Qwen2ForCausalLM"],
+)
 def test_llm_is_a_stock_model(tmp_path, llm, request):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,7 +39,10 @@ def test_llm_is_a_stock_model(tmp_path, llm, request):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert type(theirs).__name__ in request.node.name and not hasattr(theirs.config, "auto_map")
     tokens = np.random.default_rng(0).integers(0, cfg.llm.vocab, 40)
-    model.xattn.attn_gate[...], model.xattn.ffn_gate[...] = 0 * model.xattn.attn_gate[...], 0 * model.xattn.ffn_gate[...]
+    model.xattn.attn_gate[...], model.xattn.ffn_gate[...] = (
+        0 * model.xattn.attn_gate[...],
+        0 * model.xattn.ffn_gate[...],
+    )
     with torch.no_grad():
         reference = theirs(torch.tensor(tokens)[None]).logits[0].numpy()
     assert relative(text_logits(cfg, model, tokens), reference) <= 1e-5
@@ -48,14 +55,22 @@ def test_openflamingo(tmp_path):
     import torch
 
     hidden, visual, words, images, tokens = 64, 32, 12, 3, 5
-    cfg = tiny_config(xattn={"heads": 8, "kv_heads": 8, "head_dim": 64, "ffn": 4 * hidden, "sinks": 0, "every": 2})
+    cfg = tiny_config(
+        xattn={"heads": 8, "kv_heads": 8, "head_dim": 64, "ffn": 4 * hidden, "sinks": 0, "every": 2}
+    )
     model = random_model(cfg, seed=0)
     run_directory(tmp_path / "run", cfg, model)
     export.export(str(tmp_path / "run"), str(tmp_path / "out"), "openflamingo")
     state = torch.load(tmp_path / "out/openflamingo.pt", weights_only=True)
-    assert torch.equal(state.pop("media_tokens"), torch.tensor(np.asarray(model.media.embedding[...])))
+    assert torch.equal(
+        state.pop("media_tokens"), torch.tensor(np.asarray(model.media.embedding[...]))
+    )
     prefix = "lang_encoder.model.layers.2.gated_cross_attn_layer."
-    block = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    block = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }
     norm = [block.pop(f"attn.norm_media.{part}") for part in ("weight", "bias")]
     theirs = open_flamingo_helpers().GatedCrossAttentionBlock(dim=hidden, dim_visual=visual)
     theirs.load_state_dict(block)  # strict
@@ -65,27 +80,45 @@ def test_openflamingo(tmp_path):
     marks = np.zeros((1, words), bool)
     marks[0, [2, 5, 9]] = True
     with torch.no_grad():
-        media = torch.nn.functional.layer_norm(torch.tensor(tap), (visual,), *norm, eps=cfg.xattn.eps)
+        media = torch.nn.functional.layer_norm(
+            torch.tensor(tap), (visual,), *norm, eps=cfg.xattn.eps
+        )
         expected = theirs(torch.tensor(x), media, media_locations=torch.tensor(marks)).numpy()
     ours: xattn.Block = jax.tree.map(lambda a: a[1], model.xattn)
     stop = marks[0].cumsum().astype(np.int32)
-    grouping = Plan(**{name: jnp.array(p)[None] for name, p in plan(np.maximum(stop - 1, 0), stop, cfg.xattn.tile, 12).items()})
+    grouping = Plan(
+        **{
+            name: jnp.array(p)[None]
+            for name, p in plan(np.maximum(stop - 1, 0), stop, cfg.xattn.tile, 12).items()
+        }
+    )
     with jax.default_matmul_precision("highest"):
         keys, values = ours.keys_values(jnp.array(tap))
-        got, *_ = ours(jnp.array(x), lambda q: (grouped_attention(q, keys, values, grouping, 0), None))
+        got, *_ = ours(
+            jnp.array(x), lambda q: (grouped_attention(q, keys, values, grouping, 0), None)
+        )
     assert relative(np.asarray(got), expected) <= 1e-5
 
 
 def test_openflamingo_has_no_shared_keys(tmp_path):
     cfg = tiny_config(xattn={"kv_heads": 1})
     run_directory(tmp_path / "run", cfg, random_model(cfg, seed=0))
-    with pytest.raises(ValueError, match="keys for every head, not xattn.kv_heads = 1 of xattn.heads = 2: use --format hf or torch"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "keys for every head, not xattn.kv_heads = 1 of xattn.heads = 2: use --format hf or"
+            " torch"
+        ),
+    ):
         export.export(str(tmp_path / "run"), str(tmp_path / "out"), "openflamingo")
 
 
 PLAIN = """
 import sys
-sys.modules |= dict.fromkeys(("jax", "flax", "evlm_jax", "transformers", "torchvision", "einops"))  # as if they were not installed
+# as if they were not installed
+sys.modules |= dict.fromkeys(
+    ("jax", "flax", "evlm_jax", "transformers", "torchvision", "einops")
+)
 import json, torch
 from out.plain_evlm import EVLM  # the directory is a package
 model = EVLM(json.load(open("out/config.json"))).eval()
@@ -109,11 +142,20 @@ def test_torch_needs_torch_alone(tmp_path):
     assert state["llm.layers.1.mlp.up.weight"].dtype == torch.bfloat16
     up = held["llm/layers/1/mlp/up/kernel"].read().T
     assert state["llm.layers.1.mlp.up.weight"].view(torch.int16).numpy().tobytes() == up.tobytes()
-    done = subprocess.run([sys.executable, "-c", PLAIN], env=os.environ | {"PYTHONPATH": ""}, cwd=tmp_path, text=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN],
+        env=os.environ | {"PYTHONPATH": ""},
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rounded = {
-        name: np.asarray(array).astype(held[name].dtype).astype(np.float32) for name, array in flatten(cfg, nnx.state(model)).items()
+        name: np.asarray(array).astype(held[name].dtype).astype(np.float32)
+        for name, array in flatten(cfg, nnx.state(model)).items()
     }
     graphdef, shapes = nnx.split(model)
-    ours = text_logits(cfg, nnx.merge(graphdef, unflatten(cfg, rounded, shapes)), np.arange(40) % 250)
+    ours = text_logits(
+        cfg, nnx.merge(graphdef, unflatten(cfg, rounded, shapes)), np.arange(40) % 250
+    )
     assert relative(torch.load(tmp_path / "out/logits.pt")[0].numpy(), ours) <= 1e-4

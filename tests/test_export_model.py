@@ -1,7 +1,8 @@
-"""The exported model as transformers' users handle it: kept caches, offloading, training, arguments. test_export.py compares it with JAX.
+"""The exported model as transformers' users handle it: kept caches, offloading, training,
+arguments. test_export.py compares it with JAX.
 
-Other releases of transformers run these files, too: `pip install --no-deps --target DIR transformers==5.19.0`, then PYTHONPATH=DIR pytest.
-"""
+Other releases of transformers run these files, too: `pip install --no-deps --target DIR
+transformers==5.19.0`, then PYTHONPATH=DIR pytest."""
 
 import copy
 import shutil
@@ -49,7 +50,9 @@ def folder(request, tmp_path_factory):
 
 
 def load(folder, **how):
-    return transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **how).eval()
+    return transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, trust_remote_code=True, **how
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +70,26 @@ def words(count, seed=0):
 
 
 def pixels(*shape, seed=0):
-    return torch.tensor(np.random.default_rng(seed).standard_normal((*shape, 3, 8, 8)), dtype=torch.float32)
+    return torch.tensor(
+        np.random.default_rng(seed).standard_normal((*shape, 3, 8, 8)), dtype=torch.float32
+    )
 
 
 @pytest.fixture
 def batch():
     """A row with a video of two frames; one with an image, padded on the left."""
-    rows = [words(3) + RUN + words(4, 1) + RUN + words(5, 2), [0] * 6 + words(2, 3) + RUN + words(6, 4)]
+    rows = [
+        words(3) + RUN + words(4, 1) + RUN + words(5, 2),
+        [0] * 6 + words(2, 3) + RUN + words(6, 4),
+    ]
     mask = torch.tensor([[1] * 16, [0] * 6 + [1] * 10])
     groups = torch.tensor([[0, 0], [0, -1]])
-    return {"input_ids": torch.tensor(rows), "attention_mask": mask, "pixel_values": pixels(2, 2), "image_groups": groups}
+    return {
+        "input_ids": torch.tensor(rows),
+        "attention_mask": mask,
+        "pixel_values": pixels(2, 2),
+        "image_groups": groups,
+    }
 
 
 def far(a, b, mask=None):
@@ -94,7 +107,9 @@ def test_sdpa_equals_eager_and_what_is_asked_for_comes(model, eager, batch):
     out = eager(**batch, output_attentions=True, output_hidden_states=True)
     fast, mask = model(**batch, output_hidden_states=True), batch["attention_mask"]
     assert far(fast.logits, out.logits, mask) <= 1e-5
-    assert len(out.hidden_states) == 1 + len(out.attentions) == 5 and len(out.cross_attentions) == len(eager.xattn)
+    assert len(out.hidden_states) == 1 + len(out.attentions) == 5 and len(
+        out.cross_attentions
+    ) == len(eager.xattn)
     for mine, theirs in zip(fast.hidden_states, out.hidden_states, strict=True):
         assert far(mine, theirs, mask) <= 1e-5
     assert far(eager.get_output_embeddings()(out.hidden_states[-1]), out.logits) <= 1e-6
@@ -116,10 +131,20 @@ def test_embeddings_in_place_of_ids(model, batch):
     given = model.get_input_embeddings()(ids)
     assert torch.equal(model(**batch, inputs_embeds=given).logits, whole)
     told = model.generate(input_ids=ids, **batch, max_new_tokens=6, **GREEDY)[:, ids.shape[1] :]
-    assert torch.equal(model.generate(inputs_embeds=given, **batch, max_new_tokens=6, **GREEDY), told)
+    assert torch.equal(
+        model.generate(inputs_embeds=given, **batch, max_new_tokens=6, **GREEDY), told
+    )
     assert far(model(**batch, input_ids=ids, logits_to_keep=3).logits, whole[:, -3:]) <= 1e-6
-    assert far(model(**batch, input_ids=ids, logits_to_keep=torch.tensor([1, 5])).logits, whole[:, [1, 5]]) <= 1e-6
-    assert [len(a) for a in model(**batch, input_ids=ids, use_cache=False, return_dict=False)] == [2]
+    assert (
+        far(
+            model(**batch, input_ids=ids, logits_to_keep=torch.tensor([1, 5])).logits,
+            whole[:, [1, 5]],
+        )
+        <= 1e-6
+    )
+    assert [len(a) for a in model(**batch, input_ids=ids, use_cache=False, return_dict=False)] == [
+        2
+    ]
     for wrong in ({}, {"input_ids": ids, "inputs_embeds": given}):
         with pytest.raises(ValueError, match="one of input_ids and inputs_embeds"):
             model(**batch, **wrong)
@@ -127,29 +152,62 @@ def test_embeddings_in_place_of_ids(model, batch):
 
 @torch.no_grad()
 def test_a_new_image_behind_a_kept_cache(model, batch):
-    """Given as the whole text or as its new tokens, with all images or the new one: what the whole text gives without a cache."""
+    """Given as the whole text or as its new tokens, with all images or the new one: what the whole
+    text gives without a cache.
+    """
     cache = transformers.DynamicCache()
     said = model.generate(**batch, max_new_tokens=4, past_key_values=cache, **GREEDY)
     later = torch.tensor([words(4, 5) + words(3, 6), words(2, 7) + RUN + words(3, 8)])
     ids, past = torch.cat([said, later], 1), cache.get_seq_length()
-    mask = torch.cat([batch["attention_mask"], torch.ones(2, ids.shape[1] - 16, dtype=torch.long)], 1)
+    mask = torch.cat(
+        [batch["attention_mask"], torch.ones(2, ids.shape[1] - 16, dtype=torch.long)], 1
+    )
     new, every = pixels(2, 1, seed=1), batch["pixel_values"].clone()
     every[1, 1] = new[1, 0]
     everything = {"pixel_values": every, "image_groups": torch.tensor([[0, 0], [0, 1]])}
-    whole = model.generate(input_ids=ids, attention_mask=mask, **everything, max_new_tokens=6, **GREEDY)[:, -6:]
-    for tokens, images in ((ids, {"pixel_values": new}), (ids, everything), (ids[:, past:], {"pixel_values": new})):
-        inputs = {"input_ids": tokens, "attention_mask": mask, "past_key_values": copy.deepcopy(cache), **images}
+    whole = model.generate(
+        input_ids=ids, attention_mask=mask, **everything, max_new_tokens=6, **GREEDY
+    )[:, -6:]
+    for tokens, images in (
+        (ids, {"pixel_values": new}),
+        (ids, everything),
+        (ids[:, past:], {"pixel_values": new}),
+    ):
+        inputs = {
+            "input_ids": tokens,
+            "attention_mask": mask,
+            "past_key_values": copy.deepcopy(cache),
+            **images,
+        }
         assert torch.equal(model.generate(**inputs, max_new_tokens=6, **GREEDY)[:, -6:], whole)
     inputs = {"input_ids": ids[:, past:], "attention_mask": mask}
     out = model(**inputs, pixel_values=new, past_key_values=copy.deepcopy(cache))
-    assert far(out.logits, model(input_ids=ids, attention_mask=mask, **everything).logits[:, past:]) <= 1e-5
-    third = torch.tensor([RUN + words(2), RUN + words(2)])  # a row has 2 images, the other by now too
+    assert (
+        far(out.logits, model(input_ids=ids, attention_mask=mask, **everything).logits[:, past:])
+        <= 1e-5
+    )
+    third = torch.tensor(
+        [RUN + words(2), RUN + words(2)]
+    )  # a row has 2 images, the other by now too
     last, more = torch.cat([mask, torch.ones(2, 4, dtype=torch.long)], 1), pixels(2, 1, seed=2)
-    mine = model(input_ids=third, attention_mask=last, pixel_values=more, past_key_values=cache_of(out)).logits
+    mine = model(
+        input_ids=third, attention_mask=last, pixel_values=more, past_key_values=cache_of(out)
+    ).logits
     groups = torch.tensor([[0, 0, 1], [0, 1, 2]])
     ids, every = torch.cat([ids, third], 1), torch.cat([every, more], 1)
-    assert far(mine, model(input_ids=ids, attention_mask=last, pixel_values=every, image_groups=groups).logits[:, -4:]) <= 1e-5
-    for wrong in (inputs, {"input_ids": third[:, 2:], "attention_mask": mask[:, : past + 2], "pixel_values": new}):
+    assert (
+        far(
+            mine,
+            model(
+                input_ids=ids, attention_mask=last, pixel_values=every, image_groups=groups
+            ).logits[:, -4:],
+        )
+        <= 1e-5
+    )
+    for wrong in (
+        inputs,
+        {"input_ids": third[:, 2:], "attention_mask": mask[:, : past + 2], "pixel_values": new},
+    ):
         kept = copy.deepcopy(cache)
         with pytest.raises(ValueError, match="images, the tokens show"):
             model(**wrong, past_key_values=kept)
@@ -181,7 +239,9 @@ def test_what_is_refused(model, batch):
     cache = cache_of(model(**batch, use_cache=True))
     with pytest.raises(ValueError, match="holds other rows than these 1"):
         model(torch.tensor([[1]]), past_key_values=cache)
-    cache.images = cache.images._replace(until=cache.get_seq_length() + 1)  # as if it had been cropped
+    cache.images = cache.images._replace(
+        until=cache.get_seq_length() + 1
+    )  # as if it had been cropped
     with pytest.raises(ValueError, match="cut off among or before its images"):
         model(torch.tensor([[1], [2]]), past_key_values=cache)
 
@@ -195,10 +255,17 @@ def test_the_placeholder_is_never_drawn(model, batch):
     inclined.llm.head.bias[IMAGE] = 50
     assert inclined(**batch).logits.argmax(-1).eq(IMAGE).all()
     how = {"max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0}
-    for drawn in ({"do_sample": True, "top_k": 3}, {"do_sample": True, "temperature": 0.1}, {"num_beams": 3}, {"do_sample": False}):
+    for drawn in (
+        {"do_sample": True, "top_k": 3},
+        {"do_sample": True, "temperature": 0.1},
+        {"num_beams": 3},
+        {"do_sample": False},
+    ):
         assert not inclined.generate(**batch, **how, **drawn)[:, 16:].eq(IMAGE).any(), drawn
     told = model.generate(**batch, **how, num_beams=3, num_return_sequences=2)
-    assert len(told) == 4 and torch.equal(told, model.generate(**batch, **how, num_beams=3, num_return_sequences=2, use_cache=False))
+    assert len(told) == 4 and torch.equal(
+        told, model.generate(**batch, **how, num_beams=3, num_return_sequences=2, use_cache=False)
+    )
 
 
 PLACES = {
@@ -221,7 +288,10 @@ def test_offloaded_equals_not_offloaded(folder, model, batch, place, tmp_path):
 
 @torch.no_grad()
 def test_offloaded_by_accelerate(folder, model, batch, tmp_path):
-    for offload in (accelerate.cpu_offload, lambda net: accelerate.disk_offload(net, tmp_path, execution_device="cpu")):
+    for offload in (
+        accelerate.cpu_offload,
+        lambda net: accelerate.disk_offload(net, tmp_path, execution_device="cpu"),
+    ):
         away = load(folder)
         offload(away)
         assert far(away(**batch).logits, model(**batch).logits) <= 1e-6
@@ -229,7 +299,9 @@ def test_offloaded_by_accelerate(folder, model, batch, tmp_path):
 
 def test_checkpointed_gradients_and_frozen_towers_under_trainer(folder, batch, tmp_path):
     model = load(folder).train()
-    labels = torch.where(batch["attention_mask"].bool() & (batch["input_ids"] != IMAGE), batch["input_ids"], -100)
+    labels = torch.where(
+        batch["attention_mask"].bool() & (batch["input_ids"] != IMAGE), batch["input_ids"], -100
+    )
     loss = model(**batch, labels=labels).loss
     loss.backward()
     plain = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -238,20 +310,41 @@ def test_checkpointed_gradients_and_frozen_towers_under_trainer(folder, batch, t
     again = model(**batch, labels=labels)
     again.loss.backward()
     assert torch.allclose(again.loss, loss) and again.keys() == {"loss", "logits"}
-    assert all(torch.allclose(parameter.grad, plain[name], atol=1e-6) for name, parameter in model.named_parameters())
+    assert all(
+        torch.allclose(parameter.grad, plain[name], atol=1e-6)
+        for name, parameter in model.named_parameters()
+    )
     with pytest.raises(ValueError, match="exclude each other"):
         model(**batch, past_key_values=transformers.DynamicCache())
     for tower in (model.vit, model.llm):
         tower.requires_grad_(False)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    items = [{name: array[i] for name, array in (batch | {"labels": labels}).items()} for i in (0, 1)]
-    how = {"output_dir": str(tmp_path), "max_steps": 8, "learning_rate": 3e-3, "lr_scheduler_type": "constant", "logging_steps": 1}
-    how |= {"report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": 1}
-    arguments = transformers.TrainingArguments(**how, gradient_accumulation_steps=2, max_grad_norm=0)
+    items = [
+        {name: array[i] for name, array in (batch | {"labels": labels}).items()} for i in (0, 1)
+    ]
+    how = {
+        "output_dir": str(tmp_path),
+        "max_steps": 8,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+    }
+    how |= {
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 1,
+    }
+    arguments = transformers.TrainingArguments(
+        **how, gradient_accumulation_steps=2, max_grad_norm=0
+    )
     trainer = transformers.Trainer(model, arguments, train_dataset=items)
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    assert losses[0] == pytest.approx(loss.item(), rel=1e-4)  # of two accumulated batches, by all their labels
+    assert losses[0] == pytest.approx(
+        loss.item(), rel=1e-4
+    )  # of two accumulated batches, by all their labels
     assert losses[-1] < 0.9 * losses[0]
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == name.startswith(("vit.", "llm.")), name
@@ -262,27 +355,45 @@ def test_checkpointed_gradients_and_frozen_towers_under_trainer(folder, batch, t
 
 @torch.no_grad()
 def test_saved_weights(folder, model, batch, tmp_path):
-    """By the names of the export, in shards; more or fewer tensors are refused; other sizes and types."""
+    """By the names of the export, in shards; more or fewer tensors are refused; other sizes and
+    types.
+    """
     from safetensors.torch import load_file, save_file
 
     from evlm_jax.checkpoint.lazy_tensors import read_folder
 
     model.save_pretrained(tmp_path / "again", max_shard_size="100KB")
     names = set(load_file(folder / "model.safetensors"))
-    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 2 and set(read_folder(tmp_path / "again")) == names
+    assert (
+        len(list((tmp_path / "again").glob("*.safetensors"))) > 2
+        and set(read_folder(tmp_path / "again")) == names
+    )
     assert far(load(tmp_path / "again")(**batch).logits, model(**batch).logits) <= 1e-6
     shutil.copytree(folder, tmp_path / "spoilt")
     state = load_file(folder / "model.safetensors")
     del state["media_tokens"]
-    save_file(state | {"extra": torch.zeros(2)}, tmp_path / "spoilt/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"do not fit the model:\n  missing media_tokens.weight\n  unexpected extra"):
+    save_file(
+        state | {"extra": torch.zeros(2)},
+        tmp_path / "spoilt/model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"do not fit the model:\n  missing media_tokens.weight\n  unexpected extra",
+    ):
         load(tmp_path / "spoilt")
     half = load(folder, dtype=torch.bfloat16)
-    assert half.dtype == torch.bfloat16 and far(half(**batch).logits.float(), model(**batch).logits, batch["attention_mask"]) < 0.1
+    assert (
+        half.dtype == torch.bfloat16
+        and far(half(**batch).logits.float(), model(**batch).logits, batch["attention_mask"]) < 0.1
+    )
     with pytest.raises(ValueError, match="200 tokens would lose image_token_id = 255"):
         half.resize_token_embeddings(200)
     larger = load(folder)
     larger.resize_token_embeddings(300)
     larger.save_pretrained(tmp_path / "larger")
     found = load(tmp_path / "larger")(**batch).logits
-    assert found.shape[-1] == 300 and far(found[..., :256], model(**batch).logits, batch["attention_mask"]) <= 1e-5
+    assert (
+        found.shape[-1] == 300
+        and far(found[..., :256], model(**batch).logits, batch["attention_mask"]) <= 1e-5
+    )

@@ -1,4 +1,6 @@
-"""Every causal language model and vision model of transformers: refused by config.json alone, or read, and then the same function."""
+"""Every causal language model and vision model of transformers: refused by config.json alone, or
+read, and then the same function.
+"""
 
 import json
 from pathlib import Path
@@ -17,8 +19,20 @@ pytestmark = pytest.mark.parity
 
 READ = families.KINDS.keys() | families.WHOLE.keys()
 STOCK = sorted(READ - {"qwen"})  # which transformers does not have
-SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 56}
-OTHER = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x + 0.25, str: lambda x: "relu", type(None): lambda _: 3}
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 56,
+}
+OTHER = {
+    bool: lambda x: not x,
+    int: lambda x: x + 1,
+    float: lambda x: x + 0.25,
+    str: lambda x: "relu",
+    type(None): lambda _: 3,
+}
 
 
 def config_class(name: str):
@@ -36,14 +50,22 @@ def test_the_list_is_whole():
     from transformers.models.auto import modeling_auto as auto
 
     assert set(LANGUAGE) == set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    images = {*auto.MODEL_FOR_IMAGE_MAPPING_NAMES, *auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES}
-    assert set(VISION) | set(LANGUAGE) >= images | {*auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES}
+    images = {
+        *auto.MODEL_FOR_IMAGE_MAPPING_NAMES,
+        *auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    assert set(VISION) | set(LANGUAGE) >= images | {
+        *auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    }
     assert READ - {"qwen"} <= {*LANGUAGE, *VISION}
 
 
 def test_the_docs_have_what_the_command_prints(capsys):
     assert cli.main(["convert", "families"]) == 0
-    assert Path("docs/conversion.md").read_text().partition("<!-- families -->\n")[2] == capsys.readouterr().out
+    assert (
+        Path("docs/conversion.md").read_text().partition("<!-- families -->\n")[2]
+        == capsys.readouterr().out
+    )
 
 
 def test_every_other_type_is_refused_by_its_config(tmp_path):
@@ -61,17 +83,31 @@ def test_every_other_type_is_refused_by_its_config(tmp_path):
 
 @pytest.mark.parametrize("name", STOCK)
 def test_defaults_and_fields_are_those_of_transformers(tmp_path, name):
-    """Every field of the config class is read, fixed or inert; left out, it has transformers' default."""
+    """Every field of the config class is read, fixed or inert; left out, it has transformers'
+    default.
+    """
     if name in families.WHOLE:
         config = written(name)
-        assert families.fields_of(tmp_path, config) == families.fields_of(tmp_path, {"model_type": name, "vision_config": {}})
+        assert families.fields_of(tmp_path, config) == families.fields_of(
+            tmp_path, {"model_type": name, "vision_config": {}}
+        )
         return
     config, kind = written(name), families.KINDS[name]
     for field, (default, _) in kind.fixed.items():
         assert config[field] == default
     plain = {"sliding_window": None} if name == "mistral" else {}
-    whole, bare = families.fields_of(tmp_path, config | plain), families.fields_of(tmp_path, {"model_type": name} | plain)
-    heads = lambda found: found | {"head_dim": 128, "num_key_value_heads": found.get("num_key_value_heads") or 32, "layer_types": None}
+    whole, bare = (
+        families.fields_of(tmp_path, config | plain),
+        families.fields_of(tmp_path, {"model_type": name} | plain),
+    )
+    heads = lambda found: (
+        found
+        | {
+            "head_dim": 128,
+            "num_key_value_heads": found.get("num_key_value_heads") or 32,
+            "layer_types": None,
+        }
+    )
     assert heads(whole) == heads(bare)
 
 
@@ -79,12 +115,24 @@ def test_defaults_and_fields_are_those_of_transformers(tmp_path, name):
 def test_a_field_with_another_value_is_seen(tmp_path, name):
     """Refused, or among the facts; but for the fields that are listed as inert."""
     plain = {"sliding_window": None} if name == "mistral" else {}
-    config = (written(name).get("vision_config") if name in families.WHOLE else written(name)) | plain
-    wrap = lambda fields: {"model_type": name, "vision_config": fields} if name in families.WHOLE else fields
+    config = (
+        written(name).get("vision_config") if name in families.WHOLE else written(name)
+    ) | plain
+    wrap = lambda fields: (
+        {"model_type": name, "vision_config": fields} if name in families.WHOLE else fields
+    )
     before = families.fields_of(tmp_path, wrap(config))
-    for field in sorted(config.keys() - families.INERT - families.UNUSED.get(name, set()) - {"vision_use_head"}):
+    for field in sorted(
+        config.keys() - families.INERT - families.UNUSED.get(name, set()) - {"vision_use_head"}
+    ):
         value = config[field]
-        other = OTHER[type(value)](value) if type(value) in OTHER else {"factor": 4.0} if isinstance(value, dict) else ["sliding_attention"]
+        other = (
+            OTHER[type(value)](value)
+            if type(value) in OTHER
+            else {"factor": 4.0}
+            if isinstance(value, dict)
+            else ["sliding_attention"]
+        )
         try:
             after = families.fields_of(tmp_path, wrap(config | {field: other}))
         except ValueError as error:
@@ -93,11 +141,13 @@ def test_a_field_with_another_value_is_seen(tmp_path, name):
             assert after != before, field
 
 
-# ------------------------------------------------------------------------------------------------------------------- parity
+# ------------------------------------------------------------------------------------------- parity
 
 
 def shaken(model, spread: float = 0.3):
-    """In evaluation mode; norm weights and biases away from their defaults, so that a forgotten one shows."""
+    """In evaluation mode; norm weights and biases away from their defaults, so that a forgotten one
+    shows.
+    """
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -143,16 +193,24 @@ TOWERS = {  # config, trained size, size of the picture
 @pytest.mark.slow
 @pytest.mark.parametrize("case", TOWERS)
 def test_towers_that_are_read(tmp_path, case):
-    """At another size than the trained one, by their own interpolation; or with patches that leave a rest of the picture."""
+    """At another size than the trained one, by their own interpolation; or with patches that leave
+    a rest of the picture.
+    """
     fields, trained, size = TOWERS[case]
     name = case.partition(",")[0]
-    kind = {"clip_vision_model": "CLIPVision", "siglip_vision_model": "SiglipVision", "dinov2": "Dinov2"}.get(name, "Dinov2WithRegisters")
+    kind = {
+        "clip_vision_model": "CLIPVision",
+        "siglip_vision_model": "SiglipVision",
+        "dinov2": "Dinov2",
+    }.get(name, "Dinov2WithRegisters")
     config = config_class(name)(**ENCODER, **fields, image_size=trained)
     theirs = shaken(getattr(transformers, f"{kind}Model")(config))
     theirs.save_pretrained(tmp_path)
     cfg = config_for(str(tmp_path), "vit", image_size=size, taps=(1, 3))
     assert cfg.vit.pretrained_size == trained // 7 * 7
-    pixels = np.random.default_rng(0).integers(0, 256, (max(size, trained) if trained % 7 else size,) * 2 + (3,), np.uint8)
+    pixels = np.random.default_rng(0).integers(
+        0, 256, (max(size, trained) if trained % 7 else size,) * 2 + (3,), np.uint8
+    )
     mean, std = np.array(cfg.vit.mean), np.array(cfg.vit.std)
     image = ((pixels / 255 - mean) / std).astype(np.float32).transpose(2, 0, 1)[None]
     more = {} if kind.startswith("Dinov2") or trained % 7 else {"interpolate_pos_encoding": True}
@@ -166,13 +224,17 @@ def test_towers_that_are_read(tmp_path, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(LANGUAGE) - READ))
 def test_tiny_models_of_other_types_are_refused(tmp_path, name):
-    """With the weights on disk, and with Llama's name in config.json in place of their own where their tensors have Llama's names."""
+    """With the weights on disk, and with Llama's name in config.json in place of their own where
+    their tensors have Llama's names.
+    """
     from transformers import AutoModelForCausalLM
 
     from evlm_jax.convert import engine
 
     try:
-        model = AutoModelForCausalLM.from_config(config_class(name)(**SIZES, num_key_value_heads=2, pad_token_id=0))
+        model = AutoModelForCausalLM.from_config(
+            config_class(name)(**SIZES, num_key_value_heads=2, pad_token_id=0)
+        )
         assert sum(parameter.numel() for parameter in model.parameters()) < 5e7
         model.save_pretrained(tmp_path)
     except Exception as error:  # noqa: BLE001

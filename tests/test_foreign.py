@@ -1,4 +1,6 @@
-"""Foreign checkpoints: what EVLM's towers are not is refused by its name, and what people's directories hold is read or named."""
+"""Foreign checkpoints: what EVLM's towers are not is refused by its name, and what people's
+directories hold is read or named.
+"""
 
 import json
 import struct
@@ -21,29 +23,59 @@ from tests.tiny import tiny_config
 CFG = tiny_config()
 
 NOT_LLAMA = {  # of config.json: what the error names
-    "rope_scaling, the old key": ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "type 'linear'"),
-    "rope_scaling": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type 'llama3'"),
-    "rope_parameters": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_type 'yarn'"),
+    "rope_scaling, the old key": (
+        {"rope_scaling": {"type": "linear", "factor": 8.0}},
+        "type 'linear'",
+    ),
+    "rope_scaling": (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        "rope_type 'llama3'",
+    ),
+    "rope_parameters": (
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+        "rope_type 'yarn'",
+    ),
     "a factor alone": ({"rope_parameters": {"rope_type": "default", "factor": 4.0}}, "factor 4.0"),
     "two bases": ({"rope_parameters": {"rope_theta": 5e5}}, "rope_theta 10000.0 and 500000.0"),
-    "layers of two kinds": ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention"),
+    "layers of two kinds": (
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+        "full_attention",
+    ),
     "no object": ({"rope_scaling": "yarn"}, "is no object"),
     "partial rotary positions": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     "bias of the MLP": ({"mlp_bias": True}, "mlp_bias True"),
     "bias of the attention": ({"attention_bias": True}, "attention_bias True"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     "window": ({"sliding_window": 4096}, "sliding_window 4096"),
-    "window of Qwen2": ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window True"),
-    "layer types": ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-    "Mistral's default window": ({"model_type": "mistral"}, r"sliding_window 4096 \(transformers' default\)"),
-    "multipliers": ({"logits_scaling": 8.0, "residual_multiplier": 0.2}, "logits_scaling 8.0, residual_multiplier 0.2"),
+    "window of Qwen2": (
+        {"model_type": "qwen2", "use_sliding_window": True},
+        "use_sliding_window True",
+    ),
+    "layer types": (
+        {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
+        "layer_types",
+    ),
+    "Mistral's default window": (
+        {"model_type": "mistral"},
+        r"sliding_window 4096 \(transformers' default\)",
+    ),
+    "multipliers": (
+        {"logits_scaling": 8.0, "residual_multiplier": 0.2},
+        "logits_scaling 8.0, residual_multiplier 0.2",
+    ),
     "layers without positions": ({"no_rope_layers": [1, 1, 1, 0]}, "no_rope_layers"),
     "norms of q and k": ({"use_qk_norm": True}, "use_qk_norm True"),
     "no causal mask": ({"is_causal": False}, "is_causal False"),
     "interleaved positions": ({"rope_interleaved": True}, "rope_interleaved True"),
     "other layers": ({"per_layer_config": {"0": {"hidden_act": "relu"}}}, "per_layer_config"),
-    "weights of another file": ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
-    "code from elsewhere": ({"attn_implementation": "someone/kernels"}, "attn_implementation 'someone/kernels'"),
+    "weights of another file": (
+        {"transformers_weights": "other.safetensors"},
+        "transformers_weights",
+    ),
+    "code from elsewhere": (
+        {"attn_implementation": "someone/kernels"},
+        "attn_implementation 'someone/kernels'",
+    ),
     "a wrong type": ({"num_attention_heads": "4"}, "num_attention_heads '4'"),
     "GPTQ": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised \(gptq\)"),
     "Gemma 2": ({"model_type": "gemma2"}, "model_type 'gemma2', which is not read"),
@@ -72,8 +104,16 @@ INERT = {
         "bos_token_id": 1,
         "architectures": ["LlamaForCausalLM"],
     },
-    "nothing said": {"rope_scaling": None, "attention_bias": False, "partial_rotary_factor": 1.0, "quantization_config": None},
-    "both keys": {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "nothing said": {
+        "rope_scaling": None,
+        "attention_bias": False,
+        "partial_rotary_factor": 1.0,
+        "quantization_config": None,
+    },
+    "both keys": {
+        "rope_theta": 1e4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
     "code beside it": {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}},
     "Mistral": {"model_type": "mistral", "sliding_window": None},
     "heads left out": {"num_key_value_heads": 2, "head_dim": None},
@@ -87,7 +127,9 @@ def test_what_changes_nothing_is_read(tmp_path, case):
 
 
 def test_defaults_are_those_of_the_family(tmp_path):
-    """Qwen2 has 32 key heads where config.json leaves them out, Mistral 8, Llama as many as heads."""
+    """Qwen2 has 32 key heads where config.json leaves them out, Mistral 8,
+    Llama as many as heads.
+    """
     for name, heads in (("llama", 4), ("qwen2", 32), ("mistral", 8)):
         config = {"model_type": name, "num_attention_heads": 4, "sliding_window": None}
         assert (families.fields_of(tmp_path, config)["num_key_value_heads"] or 4) == heads
@@ -95,54 +137,217 @@ def test_defaults_are_those_of_the_family(tmp_path):
 
 PUBLISHED = {  # fields as the projects' own config.json files have them: what is read of them
     "SmolLM2 135M": (
-        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1}
-        | {"hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.04, "intermediate_size": 1536, "is_llama_config": True}
-        | {"max_position_embeddings": 8192, "mlp_bias": False, "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3}
-        | {"pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000}
-        | {"tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}},
+        {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 1,
+        }
+        | {
+            "hidden_act": "silu",
+            "hidden_size": 576,
+            "initializer_range": 0.04,
+            "intermediate_size": 1536,
+            "is_llama_config": True,
+        }
+        | {
+            "max_position_embeddings": 8192,
+            "mlp_bias": False,
+            "num_attention_heads": 9,
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 3,
+        }
+        | {
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_interleaved": False,
+            "rope_scaling": None,
+            "rope_theta": 100000,
+        }
+        | {
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+        },
         {"rope_theta": 1e5, "num_key_value_heads": 3, "tie_word_embeddings": True},
     ),
     "Qwen2.5 7B": (
-        {"model_type": "qwen2", "attention_dropout": 0.0, "bos_token_id": 151643, "hidden_act": "silu", "hidden_size": 3584}
-        | {"intermediate_size": 18944, "max_position_embeddings": 131072, "max_window_layers": 28, "num_attention_heads": 28}
-        | {"num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 131072}
-        | {"tie_word_embeddings": False, "use_mrope": False, "use_sliding_window": False, "vocab_size": 152064},
+        {
+            "model_type": "qwen2",
+            "attention_dropout": 0.0,
+            "bos_token_id": 151643,
+            "hidden_act": "silu",
+            "hidden_size": 3584,
+        }
+        | {
+            "intermediate_size": 18944,
+            "max_position_embeddings": 131072,
+            "max_window_layers": 28,
+            "num_attention_heads": 28,
+        }
+        | {
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0,
+            "sliding_window": 131072,
+        }
+        | {
+            "tie_word_embeddings": False,
+            "use_mrope": False,
+            "use_sliding_window": False,
+            "vocab_size": 152064,
+        },
         {"rope_theta": 1e6, "num_key_value_heads": 4, "intermediate_size": 18944},
     ),
     "Mistral 7B v0.3": (
-        {"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
-        | {"rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": None, "vocab_size": 32768, "use_cache": True},
+        {
+            "model_type": "mistral",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        }
+        | {
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "vocab_size": 32768,
+            "use_cache": True,
+        },
         {"rope_theta": 1e6, "vocab_size": 32768, "num_hidden_layers": 32},
     ),
     "Qwen 14B Chat": (
-        {"model_type": "qwen", "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig"}, "attn_dropout_prob": 0.0, "bf16": False}
-        | {"emb_dropout_prob": 0.0, "fp16": False, "fp32": False, "hidden_size": 5120, "initializer_range": 0.02, "kv_channels": 128}
-        | {"intermediate_size": 27392, "layer_norm_epsilon": 1e-06, "max_position_embeddings": 8192, "no_bias": True, "onnx_safe": None}
-        | {"num_attention_heads": 40, "num_hidden_layers": 40, "rotary_emb_base": 10000, "rotary_pct": 1.0, "scale_attn_weights": True}
-        | {"seq_length": 2048, "tie_word_embeddings": False, "tokenizer_class": "QWenTokenizer", "use_dynamic_ntk": True}
-        | {"use_flash_attn": "auto", "use_logn_attn": True, "vocab_size": 152064, "use_cache_quantization": False},
+        {
+            "model_type": "qwen",
+            "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig"},
+            "attn_dropout_prob": 0.0,
+            "bf16": False,
+        }
+        | {
+            "emb_dropout_prob": 0.0,
+            "fp16": False,
+            "fp32": False,
+            "hidden_size": 5120,
+            "initializer_range": 0.02,
+            "kv_channels": 128,
+        }
+        | {
+            "intermediate_size": 27392,
+            "layer_norm_epsilon": 1e-06,
+            "max_position_embeddings": 8192,
+            "no_bias": True,
+            "onnx_safe": None,
+        }
+        | {
+            "num_attention_heads": 40,
+            "num_hidden_layers": 40,
+            "rotary_emb_base": 10000,
+            "rotary_pct": 1.0,
+            "scale_attn_weights": True,
+        }
+        | {
+            "seq_length": 2048,
+            "tie_word_embeddings": False,
+            "tokenizer_class": "QWenTokenizer",
+            "use_dynamic_ntk": True,
+        }
+        | {
+            "use_flash_attn": "auto",
+            "use_logn_attn": True,
+            "vocab_size": 152064,
+            "use_cache_quantization": False,
+        },
         {"kv_channels": 128, "seq_length": 2048, "use_logn_attn": True},
     ),
     "SigLIP so400m": (
-        {"model_type": "siglip", "architectures": ["SiglipModel"], "initializer_factor": 1.0, "text_config": {"hidden_size": 1152}}
-        | {"vision_config": {"hidden_size": 1152, "image_size": 384, "intermediate_size": 4304, "model_type": "siglip_vision_model"}},
-        {"num_hidden_layers": 12, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "image_size": 384},
+        {
+            "model_type": "siglip",
+            "architectures": ["SiglipModel"],
+            "initializer_factor": 1.0,
+            "text_config": {"hidden_size": 1152},
+        }
+        | {
+            "vision_config": {
+                "hidden_size": 1152,
+                "image_size": 384,
+                "intermediate_size": 4304,
+                "model_type": "siglip_vision_model",
+            }
+        },
+        {
+            "num_hidden_layers": 12,
+            "patch_size": 16,
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_eps": 1e-6,
+            "image_size": 384,
+        },
     ),
     "CLIP L": (
-        {"model_type": "clip", "logit_scale_init_value": 2.6592, "text_config": {}, "vision_config": {"hidden_size": 512}}
-        | {"vision_config_dict": {"hidden_size": 1024, "patch_size": 14, "projection_dim": 768, "dropout": 0.0, "pruned_heads": {}}},
+        {
+            "model_type": "clip",
+            "logit_scale_init_value": 2.6592,
+            "text_config": {},
+            "vision_config": {"hidden_size": 512},
+        }
+        | {
+            "vision_config_dict": {
+                "hidden_size": 1024,
+                "patch_size": 14,
+                "projection_dim": 768,
+                "dropout": 0.0,
+                "pruned_heads": {},
+            }
+        },
         {"hidden_size": 1024, "patch_size": 14, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
     ),
     "a vision model in full": (
-        {"model_type": "clip_vision_model", "add_cross_attention": False, "architectures": None, "bad_words_ids": None, "num_beams": 1}
-        | {"chunk_size_feed_forward": 0, "is_decoder": False, "max_length": 20, "pruned_heads": {}, "temperature": 1.0, "top_k": 50}
-        | {"tie_encoder_decoder": False, "tie_word_embeddings": True, "torchscript": False, "use_bfloat16": False, "id2label": {"0": "a"}},
+        {
+            "model_type": "clip_vision_model",
+            "add_cross_attention": False,
+            "architectures": None,
+            "bad_words_ids": None,
+            "num_beams": 1,
+        }
+        | {
+            "chunk_size_feed_forward": 0,
+            "is_decoder": False,
+            "max_length": 20,
+            "pruned_heads": {},
+            "temperature": 1.0,
+            "top_k": 50,
+        }
+        | {
+            "tie_encoder_decoder": False,
+            "tie_word_embeddings": True,
+            "torchscript": False,
+            "use_bfloat16": False,
+            "id2label": {"0": "a"},
+        },
         {"hidden_size": 768, "patch_size": 32},
     ),
     "DINOv2 with registers": (
-        {"model_type": "dinov2_with_registers", "apply_layernorm": True, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0}
-        | {"image_size": 518, "interpolate_antialias": True, "interpolate_offset": 0.0, "layerscale_value": 1.0, "patch_size": 14}
-        | {"out_features": ["stage12"], "out_indices": [12], "qkv_bias": True, "stage_names": ["stem"], "use_swiglu_ffn": False},
+        {
+            "model_type": "dinov2_with_registers",
+            "apply_layernorm": True,
+            "attention_probs_dropout_prob": 0.0,
+            "drop_path_rate": 0.0,
+        }
+        | {
+            "image_size": 518,
+            "interpolate_antialias": True,
+            "interpolate_offset": 0.0,
+            "layerscale_value": 1.0,
+            "patch_size": 14,
+        }
+        | {
+            "out_features": ["stage12"],
+            "out_indices": [12],
+            "qkv_bias": True,
+            "stage_names": ["stem"],
+            "use_swiglu_ffn": False,
+        },
         {"num_register_tokens": 4, "image_size": 518, "num_attention_heads": 12},
     ),
 }
@@ -157,14 +362,19 @@ def test_published_configs_are_read(tmp_path, name):
 
 def test_heads_that_were_cut_off_are_refused(tmp_path):
     with pytest.raises(ValueError, match="pruned_heads"):
-        families.fields_of(tmp_path, {"model_type": "clip_vision_model", "pruned_heads": {"0": [1]}})
+        families.fields_of(
+            tmp_path, {"model_type": "clip_vision_model", "pruned_heads": {"0": [1]}}
+        )
 
 
 NOT_DINOV2 = {
     "SwiGLU": ({"use_swiglu_ffn": True}, "use_swiglu_ffn True"),
     "no bias": ({"qkv_bias": False}, "qkv_bias False"),
     "activation": ({"hidden_act": "relu"}, "hidden_act 'relu'; EVLM's ViT has gelu"),
-    "another depth": ({"num_hidden_layers": 12}, "num_hidden_layers is 12 in config.json and 4 in the tensors"),
+    "another depth": (
+        {"num_hidden_layers": 12},
+        "num_hidden_layers is 12 in config.json and 4 in the tensors",
+    ),
     "DINOv3": ({"model_type": "dinov3_vit"}, "'dinov3_vit', which is not read"),
     "an unknown field": ({"rope_theta": 100.0}, "rope_theta 100.0"),
 }
@@ -184,7 +394,9 @@ def test_the_kernel_of_positions_is_a_fact_of_the_family(tmp_path):
     cfg = tiny_config(vit={"registers": 2, "image_size": 16})
     dinov2_directory(tmp_path, cfg)
     assert engine.describe(str(tmp_path))["interpolation"] == "antialias"
-    with pytest.raises(ValueError, match="vit.interpolation is bicubic, the checkpoint has antialias"):
+    with pytest.raises(
+        ValueError, match="vit.interpolation is bicubic, the checkpoint has antialias"
+    ):
         engine.open_tower(cfg, open_source(tmp_path), "vit")
 
 
@@ -200,13 +412,16 @@ def test_the_preprocessor_is_read_whole(tmp_path):
     write = lambda **facts: (tmp_path / "preprocessor_config.json").write_text(json.dumps(facts))
     write(do_normalize=False)
     assert engine.describe(str(tmp_path))["std"] == (1.0, 1.0, 1.0)
-    for facts, message in (({"rescale_factor": 1.0}, "rescale_factor"), ({"image_mean": [0.5] * 3}, "image_std must be three numbers")):
+    for facts, message in (
+        ({"rescale_factor": 1.0}, "rescale_factor"),
+        ({"image_mean": [0.5] * 3}, "image_std must be three numbers"),
+    ):
         write(**facts)
         with pytest.raises(ValueError, match=message):
             engine.describe(str(tmp_path))
 
 
-# -------------------------------------------------------------------------------------------------------------- directories
+# -------------------------------------------------------------------------------------- directories
 
 
 def test_a_single_file_wins_over_a_stale_index(tmp_path, monkeypatch):
@@ -216,7 +431,9 @@ def test_a_single_file_wins_over_a_stale_index(tmp_path, monkeypatch):
     whole = {name: 2 * tensor.read() for name, tensor in open_source(tmp_path).tensors.items()}
     save_file(whole, tmp_path / "model.safetensors")
     found = read_all(open_source(tmp_path).tensors)
-    assert found.keys() == whole.keys() and all((found[name] == whole[name]).all() for name in whole)
+    assert found.keys() == whole.keys() and all(
+        (found[name] == whole[name]).all() for name in whole
+    )
 
 
 def test_an_index_tells_all_of_its_shards(tmp_path, monkeypatch):
@@ -225,7 +442,9 @@ def test_an_index_tells_all_of_its_shards(tmp_path, monkeypatch):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     del index["weight_map"]["model.layers.0.input_layernorm.weight"]
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="does not name model.layers.0.input_layernorm.weight in model-0"):
+    with pytest.raises(
+        ValueError, match="does not name model.layers.0.input_layernorm.weight in model-0"
+    ):
         open_source(tmp_path)
     for odd in ({"weight_map": {"a": "../model.safetensors"}}, {"weight_map": ["a"]}, {}):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(odd))
@@ -240,15 +459,23 @@ def test_prefixes_of_wrappers_are_taken_off(tmp_path, prefix):
     before = read_all(engine.open_tower(UNTIED, open_source(tmp_path / "llm"), "llm").tensors)
     for folder in ("llm", "vit"):
         held = load_file(tmp_path / folder / "model.safetensors")
-        save_file({prefix + name: array for name, array in held.items()}, tmp_path / folder / "model.safetensors")
+        save_file(
+            {prefix + name: array for name, array in held.items()},
+            tmp_path / folder / "model.safetensors",
+        )
     after = engine.open_tower(UNTIED, open_source(tmp_path / "llm"), "llm")
-    assert after.prefix == prefix and all((after.tensors[name].read() == before[name]).all() for name in before)
+    assert after.prefix == prefix and all(
+        (after.tensors[name].read() == before[name]).all() for name in before
+    )
     assert engine.recognise(open_source(tmp_path / "vit"))[1] == prefix
 
 
 def test_the_import_says_the_prefix(tmp_path, capsys):
     llm, vit = llama_directory(tmp_path / "llm", CFG), dinov2_directory(tmp_path / "vit", CFG)
-    save_file({f"module.{name}": array for name, array in load_file(llm / "model.safetensors").items()}, llm / "model.safetensors")
+    save_file(
+        {f"module.{name}": array for name, array in load_file(llm / "model.safetensors").items()},
+        llm / "model.safetensors",
+    )
     cfg = tiny_config(init={"vision": str(vit), "llm": str(llm)})
     importer.import_towers(cfg, str(tmp_path / "out"))
     assert "prefix module. taken off" in capsys.readouterr().out
@@ -256,19 +483,30 @@ def test_the_import_says_the_prefix(tmp_path, capsys):
 
 def test_an_adapter_is_named(tmp_path):
     save_file(
-        {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": np.zeros((2, 4), np.float32)},
+        {
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": np.zeros(
+                (2, 4), np.float32
+            )
+        },
         tmp_path / "adapter_model.safetensors",
     )
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "someone/llama"}')
+    (tmp_path / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "base_model_name_or_path": "someone/llama"}'
+    )
     with pytest.raises(ValueError, match=r"holds an adapter \(LORA of someone/llama\): merge it"):
         open_source(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["qweight", "weight_scale", "weight_scale_inv", "SCB", "absmax", "weight_packed"])
+@pytest.mark.parametrize(
+    "name", ["qweight", "weight_scale", "weight_scale_inv", "SCB", "absmax", "weight_packed"]
+)
 def test_quantised_weights_are_named(tmp_path, name):
     llama_directory(tmp_path, CFG)
     held = load_file(tmp_path / "model.safetensors")
-    save_file(held | {f"model.layers.0.mlp.up_proj.{name}": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
+    save_file(
+        held | {f"model.layers.0.mlp.up_proj.{name}": np.zeros(2, np.float32)},
+        tmp_path / "model.safetensors",
+    )
     with pytest.raises(ValueError, match=f"{name} belongs to quantised weights"):
         engine.describe(str(tmp_path))
 
@@ -276,14 +514,21 @@ def test_quantised_weights_are_named(tmp_path, name):
 def test_a_part_of_a_larger_model_is_named(tmp_path):
     llama_directory(tmp_path, CFG)
     held = load_file(tmp_path / "model.safetensors")
-    save_file({f"language_model.{name}": array for name, array in held.items()}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="language_model. are parts of a larger model or an adapter"):
+    save_file(
+        {f"language_model.{name}": array for name, array in held.items()},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(
+        ValueError, match="language_model. are parts of a larger model or an adapter"
+    ):
         engine.describe(str(tmp_path))
 
 
 BEGINS = {
     b"": "is empty: copy it again",
-    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 538090408\n": "is a Git LFS pointer",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 538090408\n": (
+        "is a Git LFS pointer"
+    ),
     b"<!DOCTYPE html><html></html>" * 3: "is a page of HTML",
     b"PK\x03\x04" + bytes(60): "is a zip archive",
     b"\x80\x02" + bytes(60): "is a pickle",
@@ -304,7 +549,13 @@ def test_damaged_pytorch_files_are_named(tmp_path):
     """Bytes of the pickle inside are changed: read, or refused in one line."""
     import torch
 
-    torch.save({"state_dict": {"a": torch.arange(6.0), "b": torch.zeros(4, dtype=torch.bfloat16)}, "epoch": 3}, tmp_path / "whole.pt")
+    torch.save(
+        {
+            "state_dict": {"a": torch.arange(6.0), "b": torch.zeros(4, dtype=torch.bfloat16)},
+            "epoch": 3,
+        },
+        tmp_path / "whole.pt",
+    )
     with zipfile.ZipFile(tmp_path / "whole.pt") as whole:
         members = {name: whole.read(name) for name in whole.namelist()}
     rng, refused = np.random.default_rng(0), 0
@@ -321,7 +572,11 @@ def test_damaged_pytorch_files_are_named(tmp_path):
             assert str(error).startswith(f"{tmp_path}/w.pt") and len(str(error).splitlines()) == 1
             refused += 1
     assert refused > 5
-    for other, message in (([torch.zeros(2)], "holds a list"), (torch.zeros(2), "holds a tensor"), ({"epoch": 1}, "no tensors, but epoch")):
+    for other, message in (
+        ([torch.zeros(2)], "holds a list"),
+        (torch.zeros(2), "holds a tensor"),
+        ({"epoch": 1}, "no tensors, but epoch"),
+    ):
         torch.save(other, tmp_path / "o.pt")
         with pytest.raises(ValueError, match=message):
             open_source(tmp_path / "o.pt")
@@ -338,22 +593,31 @@ def test_json_files_are_named(tmp_path):
             engine.describe(str(tmp_path))
 
 
-# ------------------------------------------------------------------------------------------------------------ what is dropped
+# ---------------------------------------------------------------------------------- what is dropped
 
 
 def test_a_head_beside_a_tied_embedding_is_compared(tmp_path):
     llama_directory(tmp_path, CFG)
     held = load_file(tmp_path / "model.safetensors")
-    save_file(held | {"lm_head.weight": held["model.embed_tokens.weight"].copy()}, tmp_path / "model.safetensors")
+    save_file(
+        held | {"lm_head.weight": held["model.embed_tokens.weight"].copy()},
+        tmp_path / "model.safetensors",
+    )
     assert engine.open_tower(CFG, open_source(tmp_path), "llm").dropped == ["lm_head.weight"]
-    save_file(held | {"lm_head.weight": held["model.embed_tokens.weight"] * 1.001}, tmp_path / "model.safetensors")
+    save_file(
+        held | {"lm_head.weight": held["model.embed_tokens.weight"] * 1.001},
+        tmp_path / "model.safetensors",
+    )
     with pytest.raises(ValueError, match="lm_head.weight is another head than the embedding"):
         engine.open_tower(CFG, open_source(tmp_path), "llm")
 
 
 def test_rotary_frequencies_are_compared(tmp_path):
     llama_directory(tmp_path, CFG)
-    held, name = load_file(tmp_path / "model.safetensors"), "model.layers.0.self_attn.rotary_emb.inv_freq"
+    held, name = (
+        load_file(tmp_path / "model.safetensors"),
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+    )
     frequencies = (1e4 ** -(np.arange(0, 16, 2) / 16)).astype(np.float32)
     save_file(held | {name: frequencies}, tmp_path / "model.safetensors")
     assert engine.open_tower(CFG, open_source(tmp_path), "llm").dropped == [name]
@@ -362,19 +626,28 @@ def test_rotary_frequencies_are_compared(tmp_path):
         engine.open_tower(CFG, open_source(tmp_path), "llm")
 
 
-# ----------------------------------------------------------------------------------------------------------------------- GGUF
+# --------------------------------------------------------------------------------------------- GGUF
 
 
 NOT_PLAIN = {
-    "scaled positions": ({"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, "llama.rope.scaling.factor 8.0"),
+    "scaled positions": (
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+        "llama.rope.scaling.factor 8.0",
+    ),
     "yarn": ({"rope.scaling.type": "yarn"}, "llama.rope.scaling.type 'yarn'"),
     "the old key": ({"rope.scale_linear": 4.0}, "llama.rope.scale_linear 4.0"),
     "experts": ({"expert_count": 8}, "llama.expert_count 8"),
-    "partial rotary positions": ({"rope.dimension_count": 8}, "llama.rope.dimension_count is 8, not 16"),
+    "partial rotary positions": (
+        {"rope.dimension_count": 8},
+        "llama.rope.dimension_count is 8, not 16",
+    ),
     "other values": ({"attention.value_length": 8}, "llama.attention.value_length is 8, not 16"),
     "an unknown key": ({"logit_scale": 2.0}, "llama.logit_scale 2.0"),
     "heads by layer": ({"attention.head_count_kv": [2, 2, 4, 2]}, "llama.attention.head_count_kv"),
-    "another architecture": ({"general.architecture": "gemma2"}, "general.architecture 'gemma2', read is 'llama'"),
+    "another architecture": (
+        {"general.architecture": "gemma2"},
+        "general.architecture 'gemma2', read is 'llama'",
+    ),
     "an adapter": ({"general.type": "adapter"}, "general.type 'adapter'"),
     "a part": ({"split.count": 3}, "split.count 3"),
 }
@@ -390,36 +663,60 @@ def test_what_is_no_plain_gguf_is_refused_by_its_keys(tmp_path, case):
 
 def test_gguf_without_keys_takes_the_defaults_of_llama_cpp(tmp_path):
     cfg = tiny_config(llm={"tied": False, "kv_heads": 4})
-    keys = {key: value for key, value in KEYS.items() if key not in ("rope.freq_base", "attention.head_count_kv")}
+    keys = {
+        key: value
+        for key, value in KEYS.items()
+        if key not in ("rope.freq_base", "attention.head_count_kv")
+    }
     found = engine.describe(str(gguf_file(tmp_path / "m.gguf", keys, cfg)))
     assert (found["rope_theta"], found["kv_heads"]) == (1e4, 4)
     keys.pop("attention.layer_norm_rms_epsilon")
-    with pytest.raises(ValueError, match="m.gguf: the GGUF file lacks llama.attention.layer_norm_rms_epsilon"):
+    with pytest.raises(
+        ValueError, match="m.gguf: the GGUF file lacks llama.attention.layer_norm_rms_epsilon"
+    ):
         engine.describe(str(gguf_file(tmp_path / "m.gguf", keys, cfg)))
 
 
 def test_frequency_factors_of_a_gguf_are_looked_at(tmp_path):
     one = np.ones(8, np.float32)
-    path = gguf_file(tmp_path / "one.gguf", KEYS | {"rope.scaling.type": "none"}, more={"rope_freqs.weight": one})
+    path = gguf_file(
+        tmp_path / "one.gguf", KEYS | {"rope.scaling.type": "none"}, more={"rope_freqs.weight": one}
+    )
     assert engine.open_tower(UNTIED, open_source(path), "llm").dropped == ["rope_freqs.weight"]
-    path = gguf_file(tmp_path / "two.gguf", KEYS, more={"rope_freqs.weight": one * np.linspace(1, 8, 8, dtype=np.float32)})
-    with pytest.raises(ValueError, match="rope_freqs.weight holds factors of the rotary frequencies other than 1"):
+    path = gguf_file(
+        tmp_path / "two.gguf",
+        KEYS,
+        more={"rope_freqs.weight": one * np.linspace(1, 8, 8, dtype=np.float32)},
+    )
+    with pytest.raises(
+        ValueError, match="rope_freqs.weight holds factors of the rotary frequencies other than 1"
+    ):
         engine.open_tower(UNTIED, open_source(path), "llm")
 
 
-# ----------------------------------------------------------------------------------------------------------------------- ONNX
+# --------------------------------------------------------------------------------------------- ONNX
 
 
 def test_onnx_weights_are_read_where_they_lie(tmp_path):
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
-    tensor = lambda name, *more: field(5, field(1, 2) + field(1, 3) + field(2, 1) + field(8, name) + b"".join(more))
-    raw, packed = tensor(b"a.bias", field(9, values.tobytes())), tensor(b"onnx::7", field(4, struct.pack("<6f", *values.ravel())))
-    node = field(1, field(1, b"x") + field(1, b"onnx::7") + field(3, b"/block/q/MatMul") + field(4, b"MatMul"))
+    tensor = lambda name, *more: field(
+        5, field(1, 2) + field(1, 3) + field(2, 1) + field(8, name) + b"".join(more)
+    )
+    raw, packed = (
+        tensor(b"a.bias", field(9, values.tobytes())),
+        tensor(b"onnx::7", field(4, struct.pack("<6f", *values.ravel()))),
+    )
+    node = field(
+        1,
+        field(1, b"x") + field(1, b"onnx::7") + field(3, b"/block/q/MatMul") + field(4, b"MatMul"),
+    )
     (tmp_path / "m.onnx").write_bytes(field(7, raw + packed + node))
     found = read_all(open_source(tmp_path / "m.onnx").tensors)
     assert found.keys() == {"a.bias", "block.q.weight"}
     assert (found["a.bias"] == values).all() and (found["block.q.weight"] == values.T).all()
-    elsewhere = tensor(b"a.bias", field(14, 1), field(13, field(1, b"location") + field(2, b"../secret")))
+    elsewhere = tensor(
+        b"a.bias", field(14, 1), field(13, field(1, b"location") + field(2, b"../secret"))
+    )
     (tmp_path / "m.onnx").write_bytes(field(7, elsewhere))
     with pytest.raises(ValueError, match="the bytes of a.bias are in another file"):
         open_source(tmp_path / "m.onnx")

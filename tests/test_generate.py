@@ -1,4 +1,6 @@
-"""Generation: caches against the full forward, batches against single prompts, sampling against NumPy, streaming."""
+"""Generation: caches against the full forward, batches against single prompts, sampling against
+NumPy, streaming.
+"""
 
 from functools import cache, partial
 from random import Random
@@ -23,7 +25,9 @@ from tests.tiny import BASELINES, tiny_config
 
 
 class Letters(ByteTokenizer):
-    """Every id the tiny model can choose is a letter: nothing is invalid, and answers are easy to compare."""
+    """Every id the tiny model can choose is a letter: nothing is invalid, and answers are easy to
+    compare.
+    """
 
     eos = (259,)
 
@@ -33,12 +37,16 @@ class Letters(ByteTokenizer):
 
 @cache
 def made(section="llm", baseline="", **fields):
-    """(random model with open gates, generator with random taps): vocabulary 260, so that every id of the tokenizer exists."""
+    """(random model with open gates, generator with random taps): vocabulary 260, so that every id
+    of the tokenizer exists.
+    """
     changes = BASELINES.get(baseline, {}) | {"llm": {"vocab": 260}}
     cfg = tiny_config(**changes | {section: changes.get(section, {}) | fields})
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
     rng = np.random.default_rng(0)
-    random = lambda path, leaf: jnp.asarray(rng.normal("scale" in str(path), 0.15, leaf.shape), jnp.float32)
+    random = lambda path, leaf: jnp.asarray(
+        rng.normal("scale" in str(path), 0.15, leaf.shape), jnp.float32
+    )
     model = nnx.merge(graphdef, jax.tree.map_with_path(random, shapes))
     return model, Generator(model, Letters(), features=lambda refs: taps(cfg, refs))
 
@@ -47,15 +55,33 @@ def taps(cfg, refs):
     """[n, G, S, V], a function of the reference."""
     shape = (len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width)
     seed = lambda ref: [int(ref.path.split(".")[0]), int(10 * (ref.frame or 0))]
-    return np.stack([np.random.default_rng(seed(ref)).standard_normal(shape, np.float32) for ref in refs])
+    return np.stack(
+        [np.random.default_rng(seed(ref)).standard_normal(shape, np.float32) for ref in refs]
+    )
 
 
 PROMPTS = (
     ([Turn("user", "no picture")], ()),
     ([Turn("user", "before <image> and behind")], refs(1)),
-    ([Turn("user", "<image>one <image> two"), Turn("assistant", "yes"), Turn("user", "and <image> this?")], refs(1, 1, 1)),
+    (
+        [
+            Turn("user", "<image>one <image> two"),
+            Turn("assistant", "yes"),
+            Turn("user", "and <image> this?"),
+        ],
+        refs(1, 1, 1),
+    ),
     ([Turn("user", "a picture <image> and a film <image> what?")], refs(1, 5)),
-    ([Turn("user", "a film <image> and a picture <image>, and then many words until another bucket of lengths begins")], refs(3, 1)),
+    (
+        [
+            Turn(
+                "user",
+                "a film <image> and a picture <image>, and then many words until another bucket of"
+                " lengths begins",
+            )
+        ],
+        refs(3, 1),
+    ),
 )
 
 
@@ -65,25 +91,35 @@ def batch_logits(model, batch):
 
 
 def full_forward(model, document, tokens, length=256):
-    """Logits [len(tokens), vocab] that choose each of `tokens` after the prompt, from one pass over everything, padded to `length`."""
+    """Logits [len(tokens), vocab] that choose each of `tokens` after the prompt, from one pass over
+    everything, padded to `length`.
+    """
     cfg, read, slots = model.cfg, len(document.tokens), 8
     fed = read + len(tokens) - 1
-    row = {name: np.zeros(length, np.int32) for name in ("tokens", "visible_start", "visible_stop")} | {"media_slot": np.full(length, -1)}
+    row = {
+        name: np.zeros(length, np.int32) for name in ("tokens", "visible_start", "visible_stop")
+    } | {"media_slot": np.full(length, -1)}
     for name, array in row.items():
         array[:read] = getattr(document, name)
     row["tokens"][read:fed] = tokens[:-1]
     for name in ("visible_start", "visible_stop"):
         row[name][read:fed] = getattr(document, name)[-1]
     row |= {"positions": np.arange(length), "seen_until": np.full(length, length)}
-    row |= plan(row["visible_start"], row["visible_stop"], cfg.tile, 64) if cfg.tile else dict.fromkeys(Plan._fields)
+    row |= (
+        plan(row["visible_start"], row["visible_stop"], cfg.tile, 64)
+        if cfg.tile
+        else dict.fromkeys(Plan._fields)
+    )
     images = np.zeros((slots, len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width), np.float32)
     if document.refs:
         images[: len(document.refs)] = taps(cfg, document.refs)
     none = np.zeros((1, 1), np.int32)
-    arrays = {name: None if array is None else array[None] for name, array in row.items()} | dict.fromkeys(
-        ("target_at", "targets", "target_source"), none
+    arrays = {
+        name: None if array is None else array[None] for name, array in row.items()
+    } | dict.fromkeys(("target_at", "targets", "target_source"), none)
+    return np.asarray(
+        batch_logits(model, Batch(**arrays, pixels=None, taps=images[None]))[0, read - 1 : fed]
     )
-    return np.asarray(batch_logits(model, Batch(**arrays, pixels=None, taps=images[None]))[0, read - 1 : fed])
 
 
 def allowed(logits):
@@ -92,18 +128,32 @@ def allowed(logits):
 
 
 def cached_logits(generator, documents, tokens, room=None, rows=8):
-    """The same from the caches, for a batch, whatever the model would choose instead of `tokens` [B, n]."""
+    """The same from the caches, for a batch, whatever the model would choose instead of `tokens`
+    [B, n].
+    """
     cfg = generator.cfg
-    state_of, next_of = jax.jit(partial(decoding.read_prompts, cfg), static_argnums=(4, 5)), jax.jit(partial(decoding.read_tokens, cfg))
+    state_of, next_of = (
+        jax.jit(partial(decoding.read_prompts, cfg), static_argnums=(4, 5)),
+        jax.jit(partial(decoding.read_tokens, cfg)),
+    )
     refs = list(dict.fromkeys(ref for document in documents for ref in document.refs))
     room = room or Room.of(documents)
     prompt = collate(documents, refs, cfg.tile, rows, room)
     random = jax.random.split(jax.random.key(0), rows)
-    first, state = state_of(generator.weights, prompt, generator._taps(refs, rows, room), random, room.length + 64, room.images)
+    first, state = state_of(
+        generator.weights,
+        prompt,
+        generator._taps(refs, rows, room),
+        random,
+        room.length + 64,
+        room.images,
+    )
     found = [first]
     for i in range(tokens.shape[1] - 1):
         token = jnp.zeros_like(state.token).at[: len(tokens)].set(tokens[:, i])
-        logits, state = next_of(generator.weights, state._replace(token=token, position=state.position + 1))
+        logits, state = next_of(
+            generator.weights, state._replace(token=token, position=state.position + 1)
+        )
         found.append(logits)
     return np.stack(found, 1)[: len(documents)]
 
@@ -128,27 +178,41 @@ def test_caches_equal_the_full_forward(changes):
     for row, document in enumerate(documents):
         wanted = full_forward(model, document, tokens[row].tolist())
         assert np.abs(found[row] - wanted).max() <= 1e-5 * np.abs(wanted).max(), row
-        other = document._replace(refs=tuple(ImageRef("9" + ref.path, ref.frame) for ref in document.refs))
+        other = document._replace(
+            refs=tuple(ImageRef("9" + ref.path, ref.frame) for ref in document.refs)
+        )
         without = full_forward(model, other, tokens[row].tolist())
-        assert (np.abs(found[row] - without).max() > 1e-2) == (bool(document.refs) and model.cfg.sees)  # images count
+        assert (np.abs(found[row] - without).max() > 1e-2) == (
+            bool(document.refs) and model.cfg.sees
+        )  # images count
 
 
 def test_greedy_answers_are_the_argmax_of_the_full_forward():
     model, generator = made()
     documents = [generator.prompt(*prompt) for prompt in PROMPTS]
     for document, answer in zip(documents, generator.generate(documents, 10, stop=())):
-        assert list(answer.tokens) == allowed(full_forward(model, document, list(answer.tokens))).argmax(-1).tolist()
+        assert (
+            list(answer.tokens)
+            == allowed(full_forward(model, document, list(answer.tokens))).argmax(-1).tolist()
+        )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_a_batch_answers_like_each_prompt_alone(temperature):
-    """With sampling, the place in the list decides the draw, so the others are replaced and not removed."""
+    """With sampling, the place in the list decides the draw, so the others are replaced and not
+    removed.
+    """
     _, generator = made()
     documents = [generator.prompt(*prompt) for prompt in PROMPTS]
     together = generator.generate(documents, 12, temperature, 0.9, seed=3)
     assert generator.generate(documents[:1], 12, temperature, 0.9, seed=3)[0] == together[0]
-    assert generator.generate([documents[4]] * 3 + documents[3:], 12, temperature, 0.9, seed=3)[3:] == together[3:]
-    assert (generator.generate(documents, 12, temperature, 0.9, seed=4) != together) == (temperature > 0)
+    assert (
+        generator.generate([documents[4]] * 3 + documents[3:], 12, temperature, 0.9, seed=3)[3:]
+        == together[3:]
+    )
+    assert (generator.generate(documents, 12, temperature, 0.9, seed=4) != together) == (
+        temperature > 0
+    )
 
 
 def test_more_prompts_than_rows_keep_their_order():
@@ -162,22 +226,32 @@ def test_more_prompts_than_rows_keep_their_order():
 def test_generation_stops_at_a_stop_token():
     _, generator = made()
     documents = [generator.prompt(*prompt) for prompt in PROMPTS]
-    free = [answer.tokens for answer in generator.generate(documents, 70, stop=())]  # more than one call of decode
+    free = [
+        answer.tokens for answer in generator.generate(documents, 70, stop=())
+    ]  # more than one call of decode
     last = free[1][40]
     cut = lambda tokens: tokens[: tokens.index(last)] if last in tokens else tokens
     assert {len(tokens) for tokens in free} == {70} and len(cut(free[1])) < 70
-    assert [answer.tokens for answer in generator.generate(documents, 70, stop=(last,))] == [cut(tokens) for tokens in free]
-    assert [answer.tokens for answer in generator.generate(documents, 1, stop=())] == [tokens[:1] for tokens in free]
+    assert [answer.tokens for answer in generator.generate(documents, 70, stop=(last,))] == [
+        cut(tokens) for tokens in free
+    ]
+    assert [answer.tokens for answer in generator.generate(documents, 1, stop=())] == [
+        tokens[:1] for tokens in free
+    ]
 
 
 def test_callback_gets_the_pieces_in_order():
     _, generator = made()
     documents, pieces = [generator.prompt(*prompt) for prompt in PROMPTS], []
-    answers = generator.generate(documents, 9, callback=lambda index, piece: pieces.append((index, piece)))
+    answers = generator.generate(
+        documents, 9, callback=lambda index, piece: pieces.append((index, piece))
+    )
     assert answers == generator.generate(documents, 9)
     for index, answer in enumerate(answers):
         mine = [piece for i, piece in pieces if i == index]
-        assert "".join(mine) == answer.text and [len(piece) for piece in mine] == [1] * len(answer.tokens)
+        assert "".join(mine) == answer.text and [len(piece) for piece in mine] == [1] * len(
+            answer.tokens
+        )
     assert sorted(i for i, _ in pieces[:5]) == list(range(5))  # the answers grow together
 
 
@@ -196,7 +270,11 @@ def test_top_p_against_numpy(top_p, temperature):
     logits = np.random.default_rng(0).normal(0, 2, 20).astype(np.float32)
     draws = 20000
     keys = jax.random.split(jax.random.key(1), draws)
-    tokens = sampling.sample(jnp.tile(logits, (draws, 1)), keys, sampling.Sampling(jnp.float32(temperature), jnp.float32(top_p), None))
+    tokens = sampling.sample(
+        jnp.tile(logits, (draws, 1)),
+        keys,
+        sampling.Sampling(jnp.float32(temperature), jnp.float32(top_p), None),
+    )
     found = np.bincount(np.asarray(tokens), minlength=20) / draws
 
     wanted = np.exp(logits / temperature - (logits / temperature).max())
@@ -212,23 +290,35 @@ def test_top_p_against_numpy(top_p, temperature):
 def test_temperature_zero_is_the_argmax():
     logits = jax.random.normal(jax.random.key(0), (5, 30))
     keys = jax.random.split(jax.random.key(1), 5)
-    assert (sampling.sample(logits, keys, sampling.Sampling(jnp.float32(0), jnp.float32(0.5), None)) == logits.argmax(-1)).all()
+    assert (
+        sampling.sample(logits, keys, sampling.Sampling(jnp.float32(0), jnp.float32(0.5), None))
+        == logits.argmax(-1)
+    ).all()
 
 
-@pytest.mark.parametrize("changes", [{}, {"dynamic_ntk": 16}, {"baseline": "llava"}, {"baseline": "flamingo"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"dynamic_ntk": 16}, {"baseline": "llava"}, {"baseline": "flamingo"}]
+)
 def test_state_spec_is_what_prefill_makes(changes):
     _, generator = made(**changes)
     cfg, document = generator.cfg, generator.prompt(*PROMPTS[1])
     room = Room(64, 2)
-    prompt, images = collate([document] * 2, document.refs, cfg.tile, 2, room), generator._taps(document.refs, 2, room)
+    prompt, images = (
+        collate([document] * 2, document.refs, cfg.tile, 2, room),
+        generator._taps(document.refs, 2, room),
+    )
     random = jax.random.split(jax.random.key(0), 2)
-    _, state = jax.eval_shape(lambda: decoding.read_prompts(cfg, generator.weights, prompt, images, random, 64, 2))
+    _, state = jax.eval_shape(
+        lambda: decoding.read_prompts(cfg, generator.weights, prompt, images, random, 64, 2)
+    )
     form = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
     assert form(state) == form(decoding.DecodeState.spec(cfg, 2, 64, 2))
 
 
 def test_no_answer_depends_on_the_room_of_its_batch():
-    """Logits of prompts in the least room that they fit, and in that of longer ones with more images."""
+    """Logits of prompts in the least room that they fit, and in that of longer ones with more
+    images.
+    """
     _, generator = made()
     for prompt in (PROMPTS[0], PROMPTS[1], PROMPTS[3]):
         document = generator.prompt(*prompt)
@@ -239,20 +329,32 @@ def test_no_answer_depends_on_the_room_of_its_batch():
 
 
 def test_a_hundred_prompts_need_eight_programs(caplog):
-    """Up to 1,024 tokens and 6 images, prefill and decode together, by JAX's own log of what it compiles."""
+    """Up to 1,024 tokens and 6 images, prefill and decode together, by JAX's own log of what it
+    compiles.
+    """
     _, generator = made()
     rng, documents = np.random.default_rng(0), []
     for i in range(100):
         images, length = int(rng.integers(0, 7)), int(1024 ** rng.random()) if i else 1024
         visuals = refs(*[1] * images) if i % 2 else refs(images) if images else ()
         bare = len(generator.prompt([Turn("user", "<image>" * len(visuals))], visuals).tokens)
-        documents.append(generator.prompt([Turn("user", "<image>" * len(visuals) + "a" * max(1, length - bare))], visuals))
+        documents.append(
+            generator.prompt(
+                [Turn("user", "<image>" * len(visuals) + "a" * max(1, length - bare))], visuals
+            )
+        )
     sizes = [(len(document.tokens), len(document.refs)) for document in documents]
-    assert min(sizes)[0] < 64 and 1000 < max(sizes)[0] <= 1024 and {images for _, images in sizes} == set(range(7))
+    assert (
+        min(sizes)[0] < 64
+        and 1000 < max(sizes)[0] <= 1024
+        and {images for _, images in sizes} == set(range(7))
+    )
     jax.clear_caches()  # what other tests compiled
     with jax.log_compiles(), caplog.at_level("WARNING"):
         answers = generator.generate(documents, 3, stop=())
-    compiled = [record.message for record in caplog.records if record.message.startswith("Compiling")]
+    compiled = [
+        record.message for record in caplog.records if record.message.startswith("Compiling")
+    ]
     programs = [line for line in compiled if "prefill" in line or "decode" in line]
     assert {len(answer.tokens) for answer in answers} == {3} and len(set(programs)) == len(programs)
     assert 2 <= len(programs) <= 8, programs
@@ -260,11 +362,17 @@ def test_a_hundred_prompts_need_eight_programs(caplog):
 
 
 def test_what_stands_for_images_is_never_chosen():
-    """Nor is an id that the tokenizer lacks: at a high temperature each of 264 rows of the head is as likely."""
+    """Nor is an id that the tokenizer lacks: at a high temperature each of 264 rows of the head is
+    as likely.
+    """
     model, _ = made(vocab=264)
     generator = Generator(model, Letters(), features=lambda refs: taps(model.cfg, refs))
     documents = [generator.prompt(*PROMPTS[0])] * 8
-    drawn = {token for answer in generator.generate(documents, 300, 1e6, stop=()) for token in answer.tokens}
+    drawn = {
+        token
+        for answer in generator.generate(documents, 300, 1e6, stop=())
+        for token in answer.tokens
+    }
     assert len(drawn) > 250 and max(drawn) == 259 and SPECIALS["<|media|>"] not in drawn
 
 
@@ -274,7 +382,9 @@ def test_several_answers_are_reproducible_and_differ():
     how = {"temperature": 1.0, "seed": 5}
     answers = generator.generate(documents, 8, **how, num_return_sequences=4)
     assert len(answers) == 12 and len({answer.text for answer in answers}) == 12
-    assert generator.generate(documents, 8, **how, num_return_sequences=2) == [answers[4 * i + j] for i in range(3) for j in range(2)]
+    assert generator.generate(documents, 8, **how, num_return_sequences=2) == [
+        answers[4 * i + j] for i in range(3) for j in range(2)
+    ]
     assert generator.generate(documents, 8, **how) == answers[::4]
 
 
@@ -287,20 +397,34 @@ def test_stop_strings_end_an_answer_and_are_cut_off():
     at = free.text.index(stop)
     pieces = []
     for options in ({}, {"callback": lambda _, piece: pieces.append(piece)}):
-        answer = generator.generate([document], 70, 1.0, stop=(), stop_strings=["not there", stop], **options)[0]
+        answer = generator.generate(
+            [document], 70, 1.0, stop=(), stop_strings=["not there", stop], **options
+        )[0]
         assert answer.text == free.text[:at] and answer.tokens == free.tokens[: at + 3]
     assert "".join(pieces) == free.text[:at]
 
 
 def test_streaming_never_shows_a_part_of_a_stop_string():
-    """However bytes, which are tokens here, come; what was shown is the answer, without white space in front."""
+    """However bytes, which are tokens here, come; what was shown is the answer, without white space
+    in front.
+    """
     rng = Random(0)
     letters = lambda low, high: "".join(rng.choices(" ab\né", k=rng.randint(low, high)))
     for _ in range(2000):
         whole, stops, pieces = letters(0, 9), [letters(1, 3) for _ in range(rng.randint(0, 2))], []
-        read = next((whole[:n] for n in range(len(whole)) if any(stop in whole[:n] for stop in stops)), whole)
-        wanted = read[: min([at for stop in stops if (at := read.find(stop)) >= 0], default=len(read))].lstrip()
-        stream = Stream(ByteTokenizer(), (259,), stops, callback=lambda _, piece, pieces=pieces: pieces.append(piece))
+        read = next(
+            (whole[:n] for n in range(len(whole)) if any(stop in whole[:n] for stop in stops)),
+            whole,
+        )
+        wanted = read[
+            : min([at for stop in stops if (at := read.find(stop)) >= 0], default=len(read))
+        ].lstrip()
+        stream = Stream(
+            ByteTokenizer(),
+            (259,),
+            stops,
+            callback=lambda _, piece, pieces=pieces: pieces.append(piece),
+        )
         left = list(whole.encode())
         while left:
             count = rng.randint(1, 4)
@@ -313,14 +437,18 @@ def test_streaming_never_shows_a_part_of_a_stop_string():
 @pytest.mark.parametrize("rows", [1, 2, 40])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_packed_products(rows, dtype):
-    """Every form of the product is the plain one with weights of that dtype; with several rows, rows of that dtype too."""
+    """Every form of the product is the plain one with weights of that dtype; with several rows,
+    rows of that dtype too.
+    """
     kernel = jax.random.normal(jax.random.key(0), (3, 24, 40))
     x = jax.random.normal(jax.random.key(1), (rows, 24))
     rounded = lambda x, is_rounded=True: x.astype(dtype).astype(jnp.float32) if is_rounded else x
     wanted = rounded(x, rows > 1) @ rounded(kernel[1])
     found = decode_matmul.Packed(decode_matmul.pack(kernel, dtype), None, 1)(x)
     assert jnp.abs(found - wanted).max() <= 1e-5 * jnp.abs(wanted).max()
-    head = decode_matmul.pack_head(jnp.concatenate([kernel[1]] * 210, 1), dtype)  # several pieces, the last one padded
+    head = decode_matmul.pack_head(
+        jnp.concatenate([kernel[1]] * 210, 1), dtype
+    )  # several pieces, the last one padded
     found = decode_matmul.logits(head, x, 8400)
     assert jnp.abs(found - jnp.tile(wanted, (1, 210))).max() <= 1e-5 * jnp.abs(wanted).max()
 

@@ -1,4 +1,6 @@
-"""Golden run folders (tests/golden): what earlier code saved loads, goes on and is exported as that code would have done."""
+"""Golden run folders (tests/golden): what earlier code saved loads,
+goes on and is exported as that code would have done.
+"""
 
 import contextlib
 import hashlib
@@ -20,13 +22,19 @@ from evlm_jax.convert.readers import read_torch
 from evlm_jax.data.pipeline import batches
 from evlm_jax.data.tokenizer import load_tokenizer
 
-GOLDEN = sorted(path for path in (Path(__file__).parent / "golden").iterdir() if path.is_dir() and path.name != "__pycache__")
+GOLDEN = sorted(
+    path
+    for path in (Path(__file__).parent / "golden").iterdir()
+    if path.is_dir() and path.name != "__pycache__"
+)
 
 
 def sha(array) -> str:
     """As in golden/make.py, which needs torch."""
     array = np.ascontiguousarray(array)
-    return hashlib.sha256(f"{array.dtype} {array.shape} ".encode() + array.tobytes()).hexdigest()[:20]
+    return hashlib.sha256(f"{array.dtype} {array.shape} ".encode() + array.tobytes()).hexdigest()[
+        :20
+    ]
 
 
 @pytest.fixture(params=GOLDEN, ids=lambda path: path.name)
@@ -40,7 +48,9 @@ def golden(request, tmp_path, monkeypatch):
 def test_parameters_moments_and_data_position_are_equal(golden):
     snapshot = store.read("run")
     for part in ("params", "frozen", "groups"):
-        assert {name: sha(array) for name, array in sorted(getattr(snapshot, part).items())} == golden[part]
+        assert {
+            name: sha(array) for name, array in sorted(getattr(snapshot, part).items())
+        } == golden[part]
     assert snapshot.meta["data"] == golden["data"]
 
 
@@ -50,7 +60,9 @@ def test_the_next_batches_are_equal(golden):
     with contextlib.closing(batches(cfg, load_tokenizer(cfg.init.llm))) as stream:
         stream.set_state(golden["data"])
         made = [next(stream)[0]._asdict() for _ in golden["batches"]]
-    assert [{name: sha(x) for name, x in batch.items() if x is not None} for batch in made] == golden["batches"]
+    assert [
+        {name: sha(x) for name, x in batch.items() if x is not None} for batch in made
+    ] == golden["batches"]
 
 
 def test_it_goes_on_with_the_same_losses(golden):
@@ -66,15 +78,21 @@ def test_its_export_has_equal_tensors(golden, form):
     if form == "torch":
         pytest.importorskip("torch", reason="needs the extra parity")
     export("run", "export", form)
-    tensors = read_folder(Path("export")) if form == "hf" else read_torch(Path("export/evlm.pt")).tensors
-    assert {name: sha(tensor.read().astype(np.float32)) for name, tensor in sorted(tensors.items())} == golden[form]
+    tensors = (
+        read_folder(Path("export")) if form == "hf" else read_torch(Path("export/evlm.pt")).tensors
+    )
+    assert {
+        name: sha(tensor.read().astype(np.float32)) for name, tensor in sorted(tensors.items())
+    } == golden[form]
 
 
 def test_a_step_is_readable_by_orbax_alone(golden):
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         for part in ("params", "groups"):
             found = flatten_dict(reader.restore(Path("run/steps/6").absolute() / part), sep="/")
-            assert {name: sha(np.asarray(array)) for name, array in sorted(found.items())} == golden[part]
+            assert {
+                name: sha(np.asarray(array)) for name, array in sorted(found.items())
+            } == golden[part]
 
 
 @pytest.mark.parametrize("golden", GOLDEN[:1], ids=lambda path: path.name, indirect=True)
@@ -89,13 +107,26 @@ def test_a_run_needs_its_towers_no_more(golden):
 
 
 def test_cached_taps_are_of_one_tower_before_and_after_a_resume(tmp_path, monkeypatch):
-    """Frozen towers may be stored in bfloat16: taps are of what is stored, from the first update on."""
+    """Frozen towers may be stored in bfloat16: taps are of what is stored,
+    from the first update on.
+    """
     shutil.copytree(GOLDEN[-1].with_name("format1_dense"), tmp_path / "golden")
     monkeypatch.chdir(tmp_path / "golden")
     monkeypatch.setenv("EVLM_CACHE", str(tmp_path / "cache"))
     rules = "{'pattern':'^(xattn|media|bridge)/','lr':1.0},{'pattern':'^(vit|llm)/','lr':None}"
-    fields = ["data.cache_features=True", "train.frozen_dtype=bfloat16", f"optim.phases=({{'start':0.0,'warmup':0,'rules':({rules})}},)"]
+    fields = [
+        "data.cache_features=True",
+        "train.frozen_dtype=bfloat16",
+        f"optim.phases=({{'start':0.0,'warmup':0,'rules':({rules})}},)",
+    ]
     for steps in (1, 2):
-        words = ["train", "--config", "experiment.py", "--workdir", "cached", *(f"--config.{field}" for field in fields)]
+        words = [
+            "train",
+            "--config",
+            "experiment.py",
+            "--workdir",
+            "cached",
+            *(f"--config.{field}" for field in fields),
+        ]
         assert cli.main([*words, f"--config.train.steps={steps}"]) == 0
     assert len(list((tmp_path / "cache" / "features").iterdir())) == 1

@@ -1,4 +1,6 @@
-"""`evlm convert import`: what it writes, goes on with after a kill, and refuses without leaving a directory behind."""
+"""`evlm convert import`: what it writes, goes on with after a kill, and refuses without leaving a
+directory behind.
+"""
 
 import json
 import os
@@ -21,13 +23,28 @@ from evlm_jax.config import to_dict
 from evlm_jax.convert import engine, export, importer
 from evlm_jax.convert.readers import open_source
 from evlm_jax.runs import next_stage
-from tests.checkpoints import dinov2_directory, family, llama_directory, random_tensors, run_directory
+from tests.checkpoints import (
+    dinov2_directory,
+    family,
+    llama_directory,
+    random_tensors,
+    run_directory,
+)
 from tests.random_model import random_model
 from tests.tiny import tiny_config
 
-CFG = tiny_config(vit={"image_size": 16, "taps": (1, 3)})  # positions are interpolated, block 4 is dropped
+CFG = tiny_config(
+    vit={"image_size": 16, "taps": (1, 3)}
+)  # positions are interpolated, block 4 is dropped
 CHOICES = {  # of the tiny config, that a family needs
-    "clip": {"vit": {"layer_scale": False, "patch_bias": False, "embed_norm": True, "activation": "quick_gelu"}},
+    "clip": {
+        "vit": {
+            "layer_scale": False,
+            "patch_bias": False,
+            "embed_norm": True,
+            "activation": "quick_gelu",
+        }
+    },
     "siglip": {"vit": {"layer_scale": False, "class_token": False, "activation": "gelu_tanh"}},
     "eva02": {"vit": {"layer_scale": False, "norm": "res_post", "bias": "qv"}},
     "dinov2": {"vit": {"registers": 3}},
@@ -39,12 +56,17 @@ CHOICES = {  # of the tiny config, that a family needs
 @pytest.fixture
 def towers(tmp_path):
     """The config, with towers on disk in bfloat16."""
-    vision, llm = dinov2_directory(tmp_path / "vision", CFG, "bfloat16"), llama_directory(tmp_path / "llm", CFG, "bfloat16")
+    vision, llm = (
+        dinov2_directory(tmp_path / "vision", CFG, "bfloat16"),
+        llama_directory(tmp_path / "llm", CFG, "bfloat16"),
+    )
     return replace(CFG, init=replace(CFG.init, vision=str(vision), llm=str(llm)))
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and a[n].tobytes() == b[n].tobytes() for n in a)
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype and a[n].tobytes() == b[n].tobytes() for n in a
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -56,7 +78,9 @@ def test_every_family_there_and_back(tmp_path, name, dtype):
     write_folder(tmp_path, engine.theirs(found, before, sizes))
     source = open_source(tmp_path)
     assert engine.recognise(source) == (found, "")
-    steps, dropped = engine.plan(source, found, "", {name: tensor.shape for name, tensor in before.items()})
+    steps, dropped = engine.plan(
+        source, found, "", {name: tensor.shape for name, tensor in before.items()}
+    )
     after = engine.ours(source, steps, sizes)
     assert not dropped and same(read_all(before), read_all(after))
     assert same(read_all(source.tensors), read_all(engine.theirs(found, after, sizes)))
@@ -67,12 +91,25 @@ def test_towers_become_a_checkpoint(tmp_path, towers, capsys):
     params, cfg = checkpoint.load_params(tmp_path / "out")
     assert cfg == towers and not checkpoint.trained(tmp_path / "out")
     assert {name: array.shape for name, array in params.items()} == engine.parameter_shapes(cfg)
-    assert same({n: a for n, a in params.items() if n.startswith(("vit/", "llm/"))}, engine.load_towers(cfg))
+    assert same(
+        {n: a for n, a in params.items() if n.startswith(("vit/", "llm/"))}, engine.load_towers(cfg)
+    )
     assert all(array == 0 for name, array in params.items() if name.endswith("gate"))
-    said, meta = capsys.readouterr().out, json.loads((tmp_path / "out/steps/0/meta/metadata").read_text())
-    assert meta["origin"]["vit"]["positions"] == "2x2 -> 4x4 by bicubic" and meta["origin"]["llm"]["positions"] == "as stored"
-    assert "dropped on purpose: layernorm.weight" in said and "encoder.layer.3.norm1.weight" in meta["origin"]["vit"]["dropped"]
-    with pytest.raises(ValueError, match="imported or upcycled and is no run: give another workdir"):
+    said, meta = (
+        capsys.readouterr().out,
+        json.loads((tmp_path / "out/steps/0/meta/metadata").read_text()),
+    )
+    assert (
+        meta["origin"]["vit"]["positions"] == "2x2 -> 4x4 by bicubic"
+        and meta["origin"]["llm"]["positions"] == "as stored"
+    )
+    assert (
+        "dropped on purpose: layernorm.weight" in said
+        and "encoder.layer.3.norm1.weight" in meta["origin"]["vit"]["dropped"]
+    )
+    with pytest.raises(
+        ValueError, match="imported or upcycled and is no run: give another workdir"
+    ):
         checkpoint.Checkpoints(tmp_path / "out", keep=1).resume()
 
 
@@ -82,14 +119,22 @@ def test_an_export_comes_back_bit_for_bit(tmp_path, copies):
     cfg = run_directory(tmp_path / "run", cfg, random_model(cfg, seed=0), frozen_dtype="bfloat16")
     export.export(str(tmp_path / "run"), str(tmp_path / "hf"), "hf")
     importer.import_export(cfg, str(tmp_path / "hf"), str(tmp_path / "back"))
-    assert same(checkpoint.load_params(tmp_path / "back")[0], checkpoint.load_params(tmp_path / "run")[0])
-    params, trained = next_stage(cfg, str(tmp_path / "back"))  # of which no new stage may start a norm anew, or cast a block
+    assert same(
+        checkpoint.load_params(tmp_path / "back")[0], checkpoint.load_params(tmp_path / "run")[0]
+    )
+    params, trained = next_stage(
+        cfg, str(tmp_path / "back")
+    )  # of which no new stage may start a norm anew, or cast a block
     assert trained == params.keys()
     export.export(str(tmp_path / "back"), str(tmp_path / "again"), "hf")
     for path in (tmp_path / "hf").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
     with pytest.raises(ValueError, match=r"xattn.tile is 4, the checkpoint has 8"):
-        importer.import_export(replace(cfg, xattn=replace(cfg.xattn, tile=4)), str(tmp_path / "hf"), str(tmp_path / "other"))
+        importer.import_export(
+            replace(cfg, xattn=replace(cfg.xattn, tile=4)),
+            str(tmp_path / "hf"),
+            str(tmp_path / "other"),
+        )
 
 
 def damage(towers, how: str):
@@ -107,13 +152,18 @@ def damage(towers, how: str):
         (folder / "tokenizer.json").write_text(json.dumps(tokens))
         return "the tokenizer has 456 ids, llm.vocab is 256"
     if how == "wrong family":
-        (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"rope_theta": 5e5}))
+        (folder / "config.json").write_text(
+            json.dumps(json.loads((folder / "config.json").read_text()) | {"rope_theta": 5e5})
+        )
         return "llm.rope_theta is 10000.0, the checkpoint has 500000.0"
     changed = {
         "extra tensor": ({"model.extra": held[norm]}, "no place for model.extra"),
         "missing tensor": ({up: None}, "nothing fills llm/layers/2/mlp/up/kernel"),
         "wrong dtype": ({norm: np.ones(64, np.int32)}, f"{norm} is int32"),
-        "NaN": ({up: np.where(np.arange(64) == 9, np.nan, held[up]).astype(ml_dtypes.bfloat16)}, "llm/layers/2/mlp/up/kernel holds NaN"),
+        "NaN": (
+            {up: np.where(np.arange(64) == 9, np.nan, held[up]).astype(ml_dtypes.bfloat16)},
+            "llm/layers/2/mlp/up/kernel holds NaN",
+        ),
     }
     change, message = changed[how]
     kept = {name: array for name, array in (held | change).items() if array is not None}
@@ -121,7 +171,18 @@ def damage(towers, how: str):
     return message
 
 
-@pytest.mark.parametrize("how", ["truncated", "vocabulary", "wrong family", "extra tensor", "missing tensor", "wrong dtype", "NaN"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "truncated",
+        "vocabulary",
+        "wrong family",
+        "extra tensor",
+        "missing tensor",
+        "wrong dtype",
+        "NaN",
+    ],
+)
 def test_bad_input_leaves_nothing(tmp_path, towers, how):
     message = damage(towers, how)
     with pytest.raises(ValueError, match=message):
@@ -135,7 +196,10 @@ def test_a_missing_shard_leaves_nothing(tmp_path, towers, monkeypatch):
     lost = sorted((tmp_path / "sharded").glob("model-*"))[1]
     lost.unlink()
     with pytest.raises(FileNotFoundError, match=f"names shards that are not there: {lost.name}"):
-        importer.import_towers(replace(towers, init=replace(towers.init, llm=str(tmp_path / "sharded"))), str(tmp_path / "out"))
+        importer.import_towers(
+            replace(towers, init=replace(towers.init, llm=str(tmp_path / "sharded"))),
+            str(tmp_path / "out"),
+        )
     assert not list(tmp_path.glob("out*"))
 
 
@@ -148,16 +212,36 @@ def get_config(form=""):
 
 
 def test_the_commands(tmp_path, towers, capsys):
-    """Import, export, import of the export, as they are typed; what goes wrong is one line and status 1."""
+    """Import, export, import of the export, as they are typed; what goes wrong is one line and
+    status 1.
+    """
     (tmp_path / "mine.py").write_text(EXPERIMENT.format(text=json.dumps(to_dict(CFG))))
     config, place = ["--config", str(tmp_path / "mine.py")], lambda name: str(tmp_path / name)
-    assert main(["convert", "import", *config, "--vision", towers.init.vision, "--llm", towers.init.llm, "--out", place("a")]) == 0
+    assert (
+        main(
+            [
+                "convert",
+                "import",
+                *config,
+                "--vision",
+                towers.init.vision,
+                "--llm",
+                towers.init.llm,
+                "--out",
+                place("a"),
+            ]
+        )
+        == 0
+    )
     assert main(["convert", "export", "--checkpoint", place("a"), "--out", place("hf")]) == 0
     assert main(["convert", "import", *config, "--model", place("hf"), "--out", place("b")]) == 0
     assert same(checkpoint.load_params(place("a"))[0], checkpoint.load_params(place("b"))[0])
     capsys.readouterr()
     assert main(["convert", "import", *config, "--model", place("hf"), "--out", place("b")]) == 1
-    assert capsys.readouterr().err.splitlines()[-1] == f"evlm: {place('b')} exists; give a new directory, or remove it"
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == f"evlm: {place('b')} exists; give a new directory, or remove it"
+    )
 
 
 KILLED = """
@@ -182,7 +266,9 @@ def test_a_kill_leaves_what_the_next_import_goes_on_with(tmp_path, towers, monke
     out = tmp_path / "out"
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-c", KILLED, json.dumps(to_dict(towers)), str(out), "40"]
-    assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
+    assert (
+        subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
+    )
     assert not out.exists()
     (aside,) = (tmp_path / "out.incomplete/frozen").iterdir()
     before = {path.name: path.stat().st_mtime_ns for path in aside.glob("*.safetensors")}
@@ -192,21 +278,31 @@ def test_a_kill_leaves_what_the_next_import_goes_on_with(tmp_path, towers, monke
     monkeypatch.setattr(
         lazy_tensors,
         "write_tensor",
-        lambda file, name, *rest, write=lazy_tensors.write_tensor: kept.append(name) or write(file, name, *rest),
+        lambda file, name, *rest, write=lazy_tensors.write_tensor: (
+            kept.append(name) or write(file, name, *rest)
+        ),
     )
     importer.import_towers(towers, str(out))
     (store,) = (out / "frozen").iterdir()
-    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in store.glob("*.safetensors")}.items()
+    assert (
+        before.items()
+        <= {path.name: path.stat().st_mtime_ns for path in store.glob("*.safetensors")}.items()
+    )
     params, _ = checkpoint.load_params(out)
     assert 0 < len(kept) < len(params) and not (tmp_path / "out.incomplete").exists()
-    assert same({n: a for n, a in params.items() if n.startswith(("vit/", "llm/"))}, engine.load_towers(towers))
+    assert same(
+        {n: a for n, a in params.items() if n.startswith(("vit/", "llm/"))},
+        engine.load_towers(towers),
+    )
 
 
 def test_a_kill_between_store_and_step(tmp_path, towers, monkeypatch):
     """The store is there, the step that names it is not: the next import writes both."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_imported", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            checkpoint, "write_imported", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             importer.import_towers(towers, str(out))
     assert not out.exists() and len(list((tmp_path / "out.incomplete/frozen").iterdir())) == 1
@@ -225,9 +321,17 @@ def test_a_changed_source_starts_over(tmp_path, towers):
 def test_flat_files(tmp_path, monkeypatch):
     """A tensor of every layout and dtype: written in blocks, read back, hashed as `digest` does."""
     rng = np.random.default_rng(0)
-    arrays = {"scalar": np.float32(2.5) * np.ones((), np.float32), "turned": rng.standard_normal((70, 90)).astype(np.float32).T}
-    arrays |= {"half": rng.standard_normal((3, 4, 5)).astype(np.float16), "brain": rng.standard_normal(7).astype(ml_dtypes.bfloat16)}
-    arrays["brain turned"] = rng.standard_normal((5, 4, 3)).astype(ml_dtypes.bfloat16).transpose(2, 0, 1)
+    arrays = {
+        "scalar": np.float32(2.5) * np.ones((), np.float32),
+        "turned": rng.standard_normal((70, 90)).astype(np.float32).T,
+    }
+    arrays |= {
+        "half": rng.standard_normal((3, 4, 5)).astype(np.float16),
+        "brain": rng.standard_normal(7).astype(ml_dtypes.bfloat16),
+    }
+    arrays["brain turned"] = (
+        rng.standard_normal((5, 4, 3)).astype(ml_dtypes.bfloat16).transpose(2, 0, 1)
+    )
     monkeypatch.setattr(lazy_tensors, "BLOCK", 100)
     hashes = write_folder(tmp_path, {name: Tensor.of(array) for name, array in arrays.items()})
     assert hashes == {name: lazy_tensors.digest(array) for name, array in arrays.items()}

@@ -1,4 +1,6 @@
-"""`import evlm_jax`: each answer of the library against the command line, training's own batches, or the model called by hand."""
+"""`import evlm_jax`: each answer of the library against the command line, training's own batches,
+or the model called by hand.
+"""
 
 import contextlib
 import inspect
@@ -51,7 +53,9 @@ def model(folder):
 @pytest.fixture(scope="module")
 def open_model(model):
     """The same with open gates, so that pictures count."""
-    gate = lambda path, leaf: jnp.full_like(leaf, 0.1) if "gate" in jax.tree_util.keystr(path) else leaf
+    gate = lambda path, leaf: (
+        jnp.full_like(leaf, 0.1) if "gate" in jax.tree_util.keystr(path) else leaf
+    )
     return model.with_params(jax.tree.map_with_path(gate, model.params))
 
 
@@ -63,38 +67,62 @@ def sample(number: int = 0):
     return evlm_jax.make_sample("What is it?", "A cat.", images=picture(number))
 
 
-# ------------------------------------------------------------------------------------------------------------------- package
+# ------------------------------------------------------------------------------------------ package
 
 
 def test_the_import_is_light_and_its_help_reads():
-    code = "import evlm_jax, sys; assert not {'jax', 'numpy', 'flax'} & sys.modules.keys(); print(evlm_jax.__version__); help(evlm_jax)"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    code = (
+        "import evlm_jax, sys; assert not {'jax', 'numpy', 'flax'} & sys.modules.keys();"
+        " print(evlm_jax.__version__); help(evlm_jax)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
     version, *_ = said.splitlines()
     assert re.fullmatch(r"\d+\.\d+\.\d+", version)
-    assert all(f"{name}(" in said for name in ("load", "random", "make_sample", "make_batch", "generate", "logits", "attention"))
+    assert all(
+        f"{name}(" in said
+        for name in (
+            "load",
+            "random",
+            "make_sample",
+            "make_batch",
+            "generate",
+            "logits",
+            "attention",
+        )
+    )
 
 
 def test_all_that_is_public_has_a_docstring():
     made = [getattr(evlm_jax, name) for name in evlm_jax.__all__]
     made += [value for name, value in vars(evlm_jax.Model).items() if not name.startswith("_")]
     assert len(made) > 10 and all(inspect.getdoc(one) for one in made)
-    assert set(evlm_jax.__all__) <= set(dir(evlm_jax)) and (ROOT / "evlm_jax" / "py.typed").is_file()
+    assert (
+        set(evlm_jax.__all__) <= set(dir(evlm_jax)) and (ROOT / "evlm_jax" / "py.typed").is_file()
+    )
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         evlm_jax.lod  # noqa: B018
 
 
 def test_the_lines_of_the_readme_run(folder, tmp_path):
     """As they stand, in a folder that has the run and the picture that they name."""
-    (lines,) = re.findall(r"^## From Python\n+```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
+    (lines,) = re.findall(
+        r"^## From Python\n+```python\n(.*?)^```",
+        (ROOT / "README.md").read_text("utf-8"),
+        re.M | re.S,
+    )
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo").symlink_to(folder / "run")
     picture(3).convert("RGB").save(tmp_path / "cat.jpg")
-    done = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("\n") >= 5 and "'word': 'What'" in done.stdout
 
 
-# ---------------------------------------------------------------------------------------------------------------- generation
+# --------------------------------------------------------------------------------------- generation
 
 
 @pytest.mark.parametrize(
@@ -103,16 +131,55 @@ def test_the_lines_of_the_readme_run(folder, tmp_path):
         ([], {}),
         (["--stop", "C"], {"stop": "C"}),
         (
-            ["--temperature", "1.2", "--top-k", "9", "--top-p", "0.9", "--min-p", "0.01", "--seed", "4", "--repetition-penalty", "1.3"],
-            {"temperature": 1.2, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "seed": 4, "repetition_penalty": 1.3},
+            [
+                "--temperature",
+                "1.2",
+                "--top-k",
+                "9",
+                "--top-p",
+                "0.9",
+                "--min-p",
+                "0.01",
+                "--seed",
+                "4",
+                "--repetition-penalty",
+                "1.3",
+            ],
+            {
+                "temperature": 1.2,
+                "top_k": 9,
+                "top_p": 0.9,
+                "min_p": 0.01,
+                "seed": 4,
+                "repetition_penalty": 1.3,
+            },
         ),
     ],
 )
-@pytest.mark.parametrize("prompt, numbers", [("What is it?", [3]), ("From <image> to <image>?", [1, 2]), ("hello", [])])
-def test_it_answers_as_the_command_line_does(model, inside, capsys, words, options, prompt, numbers):
+@pytest.mark.parametrize(
+    "prompt, numbers", [("What is it?", [3]), ("From <image> to <image>?", [1, 2]), ("hello", [])]
+)
+def test_it_answers_as_the_command_line_does(
+    model, inside, capsys, words, options, prompt, numbers
+):
     files = [f"pictures/{number}.png" for number in numbers]
     shown = [word for file in files for word in ("--image", file)]
-    assert cli.main(["generate", "--checkpoint", "run", "--prompt", prompt, *shown, "--max-new-tokens", "12", *words]) == 0
+    assert (
+        cli.main(
+            [
+                "generate",
+                "--checkpoint",
+                "run",
+                "--prompt",
+                prompt,
+                *shown,
+                "--max-new-tokens",
+                "12",
+                *words,
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out.removesuffix("\n")
     assert printed == model.generate(prompt, files, 12, **options)
     assert printed == model.generate(prompt, list(map(picture, numbers)), 12, **options)
@@ -123,16 +190,43 @@ def test_it_answers_as_the_command_line_does(model, inside, capsys, words, optio
 
 def test_several_answers_are_the_command_lines(model, inside, capsys):
     words = ["--max-new-tokens", "6", "--answers", "3", "--temperature", "0.9"]
-    assert cli.main(["generate", "--checkpoint", "run", "--prompt", "What?", "--image", "pictures/1.png", *words]) == 0
+    assert (
+        cli.main(
+            [
+                "generate",
+                "--checkpoint",
+                "run",
+                "--prompt",
+                "What?",
+                "--image",
+                "pictures/1.png",
+                *words,
+            ]
+        )
+        == 0
+    )
     answers = model.generate("What?", "pictures/1.png", 6, answers=3, temperature=0.9)
-    assert capsys.readouterr().out == "".join(f"{number}. {answer}\n" for number, answer in enumerate(answers, 1))
+    assert capsys.readouterr().out == "".join(
+        f"{number}. {answer}\n" for number, answer in enumerate(answers, 1)
+    )
     assert model.generate(["What?"], ["pictures/1.png"], 6, answers=3, temperature=0.9) == [answers]
 
 
 def test_prompts_together_are_answered_as_each_alone(model):
-    prompts, images = ["What is it?", "hello", "And <image> this <image>?"], [picture(3), None, [picture(1), [picture(2), picture(4)]]]
-    assert model.generate(prompts, images, 10) == [model.generate(said, those, 10) for said, those in zip(prompts, images)]
-    assert model.generate([], []) == [] and model.generate(["hello"], max_new_tokens=10) == [model.generate("hello", None, 10)]
+    prompts, images = (
+        ["What is it?", "hello", "And <image> this <image>?"],
+        [
+            picture(3),
+            None,
+            [picture(1), [picture(2), picture(4)]],
+        ],
+    )
+    assert model.generate(prompts, images, 10) == [
+        model.generate(said, those, 10) for said, those in zip(prompts, images)
+    ]
+    assert model.generate([], []) == [] and model.generate(["hello"], max_new_tokens=10) == [
+        model.generate("hello", None, 10)
+    ]
 
 
 def test_a_stream_that_is_left_ends(model):
@@ -142,18 +236,28 @@ def test_a_stream_that_is_left_ends(model):
     assert not list(stream)
 
 
-# ------------------------------------------------------------------------------------------------------------ numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 
-@pytest.mark.parametrize("texts, images", [(["A dog and a cat"], [1]), (["Here <image> and there <image> they are"], [1, 2])])
+@pytest.mark.parametrize(
+    "texts, images",
+    [(["A dog and a cat"], [1]), (["Here <image> and there <image> they are"], [1, 2])],
+)
 def test_logits_are_those_of_the_rows_that_training_reads(open_model, texts, images):
     model = open_model
-    batch = evlm_jax.make_batch([evlm_jax.make_sample(*texts, images=list(map(picture, images)))], model.config)
+    batch = evlm_jax.make_batch(
+        [evlm_jax.make_sample(*texts, images=list(map(picture, images)))], model.config
+    )
     module = model.module
     wanted = np.asarray(nnx.jit(lambda module: module.logits(module.hidden(batch)))(module))[0]
-    found, count = np.asarray(model.logits(texts[0], list(map(picture, images)))), int((batch.seen_until[0] > np.arange(96) + 1).sum()) + 1
+    found, count = (
+        np.asarray(model.logits(texts[0], list(map(picture, images)))),
+        int((batch.seen_until[0] > np.arange(96) + 1).sum()) + 1,
+    )
     assert found.shape == (count, 256) and found.dtype == np.float32
-    assert np.abs(found - wanted[:count]).max() <= 5e-4 * np.abs(wanted).max()  # noise of float32 is 1e-4: this model amplifies it
+    assert (
+        np.abs(found - wanted[:count]).max() <= 5e-4 * np.abs(wanted).max()
+    )  # noise of float32 is 1e-4: this model amplifies it
     other = np.asarray(model.logits(texts[0], [picture(7)] * len(images)))
     assert np.abs(other - found).max() > 0.1 * np.abs(wanted).max()  # pictures count
 
@@ -161,14 +265,20 @@ def test_logits_are_those_of_the_rows_that_training_reads(open_model, texts, ima
 def test_logits_of_ids_are_those_of_their_text(model):
     ids = [*model.tokenizer.bos, *model.tokenizer.encode("Some text")]
     assert np.array_equal(model.logits("Some text"), model.logits(ids))
-    assert np.array_equal(model.logits("Some text", picture(2)), model.logits(np.array(ids), picture(2)))
-    assert np.array_equal(model.logits("<image>Some text", picture(2)), model.logits("Some text", picture(2)))
+    assert np.array_equal(
+        model.logits("Some text", picture(2)), model.logits(np.array(ids), picture(2))
+    )
+    assert np.array_equal(
+        model.logits("<image>Some text", picture(2)), model.logits("Some text", picture(2))
+    )
 
 
 def test_a_batch_is_what_training_builds(model, inside):
     """Rows of one document each, of the run's own data."""
     cfg = cli.load_config("experiment.py", ["--config.data.window=1"])
-    rows = {f"{one.source}/{one.key}": one for name in cfg.data.sources for one in open_source(name)}
+    rows = {
+        f"{one.source}/{one.key}": one for name in cfg.data.sources for one in open_source(name)
+    }
     with contextlib.closing(batches(cfg, model.tokenizer)) as stream:
         made = [next(stream) for _ in range(3)]
     for batch, info in made:
@@ -178,35 +288,57 @@ def test_a_batch_is_what_training_builds(model, inside):
                 if array is not None:
                     assert np.array_equal(getattr(own, name)[0], array[row]), name
     padded = evlm_jax.make_batch([sample()], cfg, rows=3)
-    assert padded.tokens.shape == (3, 96) and (padded.targets[1:] == -1).all() and not padded.pixels[1:].any()
+    assert (
+        padded.tokens.shape == (3, 96)
+        and (padded.targets[1:] == -1).all()
+        and not padded.pixels[1:].any()
+    )
 
 
 def test_the_loss_and_its_gradient_are_those_of_the_module(open_model):
     model = open_model
-    samples = [sample(1), evlm_jax.make_sample("A dog.", images=[picture(2)]), evlm_jax.make_sample("no picture", "none")]
+    samples = [
+        sample(1),
+        evlm_jax.make_sample("A dog.", images=[picture(2)]),
+        evlm_jax.make_sample("no picture", "none"),
+    ]
     batch = evlm_jax.make_batch(samples, model.config, model.tokenizer)
     mean = lambda module: losses(module, batch).sum() / (batch.targets >= 0).sum()
     value, wanted = nnx.jit(nnx.value_and_grad(mean))(model.module)
     assert model.loss(samples) == model.loss(batch) == pytest.approx(float(value), rel=1e-4)
     found = jax.grad(lambda params: model.loss(batch, params))(model.params)
     assert jax.tree.structure(found) == jax.tree.structure(model.params)
-    for one, other in zip(*(map(np.asarray, jax.tree.leaves(tree)) for tree in (found, wanted)), strict=True):
-        assert np.abs(one - other).max() <= 1e-3 * np.abs(other).max() + 1e-5 and np.isfinite(one).all()
-    nearer = model.with_params(jax.jit(lambda *trees: jax.tree.map(lambda p, g: p - 1e-3 * g, *trees))(model.params, found))
+    for one, other in zip(
+        *(map(np.asarray, jax.tree.leaves(tree)) for tree in (found, wanted)), strict=True
+    ):
+        assert (
+            np.abs(one - other).max() <= 1e-3 * np.abs(other).max() + 1e-5
+            and np.isfinite(one).all()
+        )
+    nearer = model.with_params(
+        jax.jit(lambda *trees: jax.tree.map(lambda p, g: p - 1e-3 * g, *trees))(model.params, found)
+    )
     assert nearer.loss(batch) < model.loss(batch)
 
 
 def test_features_are_the_towers_taps(model):
-    pixels = image.pixels([ImageRef(str(GOLDEN / "pictures" / f"{i}.png")) for i in range(9)], model.config)
+    pixels = image.pixels(
+        [ImageRef(str(GOLDEN / "pictures" / f"{i}.png")) for i in range(9)], model.config
+    )
     wanted = np.asarray(model.module.encode(pixels))
     found = model.features([picture(i) for i in range(9)])
-    assert found.shape == wanted.shape == (9, 3, 5, 32) and np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+    assert (
+        found.shape == wanted.shape == (9, 3, 5, 32)
+        and np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+    )
     assert np.abs(model.features(picture(4)) - found[4]).max() <= 1e-5
 
 
 def test_attention_has_a_map_for_each_word(model):
     words = model.attention("What is it?", images=[picture(1)], answer="A cat.")
-    assert [(word["word"], word["predicted"]) for word in words] == [(w, False) for w in "What is it?".split()] + [
+    assert [(word["word"], word["predicted"]) for word in words] == [
+        (w, False) for w in "What is it?".split()
+    ] + [
         ("A", True),
         ("cat.", True),
     ]
@@ -214,25 +346,34 @@ def test_attention_has_a_map_for_each_word(model):
     other = model.attention("What is it?", images=[picture(5)], answer="A cat.")
     assert any(np.abs(a["grid"] - b["grid"]).max() > 1e-4 for a, b in zip(words, other))
     own = model.attention("What is it?", images=[picture(1)])
-    assert " ".join(word["word"] for word in own if word["predicted"]) == " ".join(model.generate("What is it?", picture(1)).split())
+    assert " ".join(word["word"] for word in own if word["predicted"]) == " ".join(
+        model.generate("What is it?", picture(1)).split()
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- where models come from
+# --------------------------------------------------------------------------- where models come from
 
 
 def test_an_export_is_the_same_model(model, folder):
     same = evlm_jax.load(str(folder / "export"))
     for given, shown in (("Some text", None), ("Here <image> it is", picture(1))):
         assert np.array_equal(same.logits(given, shown), model.logits(given, shown))
-    assert same.generate("What is it?", picture(2), 8) == model.generate("What is it?", picture(2), 8)
+    assert same.generate("What is it?", picture(2), 8) == model.generate(
+        "What is it?", picture(2), 8
+    )
     assert float(same.loss([sample()])) == pytest.approx(float(model.loss([sample()])), rel=1e-6)
 
 
 def test_a_dtype_is_of_weights_and_computing(model, folder):
     half = evlm_jax.load(folder / "run", dtype="bfloat16", device=jax.devices()[0])
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(half.params)} == {"bfloat16"} and half.config.train.dtype == "bfloat16"
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(half.params)} == {
+        "bfloat16"
+    } and half.config.train.dtype == "bfloat16"
     wanted = np.asarray(model.logits("Some text", picture(1)))
-    apart = np.abs(np.asarray(half.logits("Some text", picture(1))) - wanted).max() / np.abs(wanted).max()
+    apart = (
+        np.abs(np.asarray(half.logits("Some text", picture(1))) - wanted).max()
+        / np.abs(wanted).max()
+    )
     assert 0 < apart < 0.05
 
 
@@ -245,7 +386,7 @@ def test_new_weights_are_a_function_of_the_seed(folder):
         one.attention("What?", picture(1))
 
 
-# -------------------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def made_of(mode: str) -> tuple[Image.Image, dict]:
@@ -263,7 +404,9 @@ def made_of(mode: str) -> tuple[Image.Image, dict]:
     return rgba.convert(mode), {"format": "TIFF" if mode == "CMYK" else "PNG"}
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16", "CMYK", "turned", "clear"])
+@pytest.mark.parametrize(
+    "mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16", "CMYK", "turned", "clear"]
+)
 def test_a_picture_in_memory_is_read_as_its_file(tmp_path, mode):
     made, how = made_of(mode)
     made.save(tmp_path / "picture", **how)
@@ -277,7 +420,7 @@ def test_a_picture_in_memory_is_read_as_its_file(tmp_path, mode):
     assert image.in_memory(array) == image.in_memory(opened) != image.in_memory(255 - array)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 BLACK = np.zeros((4, 4, 3), np.uint8)
@@ -286,37 +429,70 @@ BLACK = np.zeros((4, 4, 3), np.uint8)
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda model: model.generate("<image> and", [BLACK, BLACK]), "the text has 1 <image> marks for 2 images and videos: write one"),
+        (
+            lambda model: model.generate("<image> and", [BLACK, BLACK]),
+            "the text has 1 <image> marks for 2 images and videos: write one",
+        ),
         (lambda model: model.generate(5), "list of texts"),
         (lambda model: model.generate(["a", 5]), "a text is a str, got int"),
-        (lambda model: model.generate(["a", "b"], [BLACK]), "images of 2 prompts: give a list with one entry for each"),
-        (lambda model: model.generate("a", BLACK / 255), "uint8 .height, width, 3., got float64 .4, 4, 3.: convert it"),
-        (lambda model: model.generate("a", 7), "a picture is a path, a Pillow image or a uint8 array .*, got int"),
-        (lambda model: model.generate("a", "none.png"), "none.png: cannot decode the image: .*No such file"),
+        (
+            lambda model: model.generate(["a", "b"], [BLACK]),
+            "images of 2 prompts: give a list with one entry for each",
+        ),
+        (
+            lambda model: model.generate("a", BLACK / 255),
+            "uint8 .height, width, 3., got float64 .4, 4, 3.: convert it",
+        ),
+        (
+            lambda model: model.generate("a", 7),
+            "a picture is a path, a Pillow image or a uint8 array .*, got int",
+        ),
+        (
+            lambda model: model.generate("a", "none.png"),
+            "none.png: cannot decode the image: .*No such file",
+        ),
         (lambda model: model.generate("a", [[]]), "a video without frames"),
-        (lambda model: model.generate("a", max_new_tokens=2.5), "max_new_tokens must be a whole number, at least 1, got 2.5"),
-        (lambda model: model.generate("a", temperature="hot"), "temperature must be a number, at least 0, got 'hot'"),
+        (
+            lambda model: model.generate("a", max_new_tokens=2.5),
+            "max_new_tokens must be a whole number, at least 1, got 2.5",
+        ),
+        (
+            lambda model: model.generate("a", temperature="hot"),
+            "temperature must be a number, at least 0, got 'hot'",
+        ),
         (lambda model: model.generate("a", stop=[3]), "stop must be texts"),
         (lambda model: model.generate("a", answers=2), "give a temperature"),
-        (lambda model: model.generate(["a"], stream=True), "stream=True gives the pieces of one answer"),
+        (
+            lambda model: model.generate(["a"], stream=True),
+            "stream=True gives the pieces of one answer",
+        ),
         (lambda model: model.generate("\ud800"), "surrogates not allowed"),
         (lambda model: model.logits([1, 256]), "ids from 0 to 255"),
         (lambda model: model.logits(""), "no token"),
         (lambda model: model.logits("a", "none.png"), "none.png"),
         (lambda model: model.features([]), "give at least one"),
         (lambda model: model.attention("What?", None), "give at least one"),
-        (lambda model: model.loss([]), "samples are what evlm_jax.make_sample returns, got nothing"),
+        (
+            lambda model: model.loss([]),
+            "samples are what evlm_jax.make_sample returns, got nothing",
+        ),
         (lambda model: model.loss(["a"]), "got str"),
         (
             lambda model: model.loss([evlm_jax.make_sample("long " * 99)]),
             "too long: 495 tokens > data.length 96.*: shorten it, or raise that",
         ),
         (lambda model: evlm_jax.make_sample("a", "b", "c"), "a dialog of 3 texts"),
-        (lambda model: evlm_jax.make_batch([sample()] * 30, model.config, rows=1), "more than rows = 1"),
+        (
+            lambda model: evlm_jax.make_batch([sample()] * 30, model.config, rows=1),
+            "more than rows = 1",
+        ),
         (lambda model: evlm_jax.load("nowhere"), "nowhere: neither a run .steps/. nor an export"),
         (lambda model: evlm_jax.load(GOLDEN / "llm"), "holds llama, not a whole EVLM"),
         (lambda model: evlm_jax.load(GOLDEN / "run", 99), "no checkpoint of step 99"),
-        (lambda model: evlm_jax.load(GOLDEN / "run", dtype="float16"), "dtype is 'float16': use one of float32, bfloat16"),
+        (
+            lambda model: evlm_jax.load(GOLDEN / "run", dtype="float16"),
+            "dtype is 'float16': use one of float32, bfloat16",
+        ),
         (lambda model: evlm_jax.random({}), "config is a dict: give"),
         (lambda model: evlm_jax.random(model.config, -1), "seed must be at least 0"),
     ],

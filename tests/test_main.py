@@ -6,17 +6,27 @@ import sys
 
 import pytest
 
-SAYS = 'import os\n\ndef get_config(arg=None):\n    raise ValueError("tunables " + os.environ["GLIBC_TUNABLES"])\n'
+SAYS = (
+    'import os\n\ndef get_config(arg=None):\n    raise ValueError("tunables " +'
+    ' os.environ["GLIBC_TUNABLES"])\n'
+)
 USUAL = "glibc.malloc.hugetlb=1"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked of glibc")
-@pytest.mark.parametrize("own, found", [(None, USUAL), ("glibc.malloc.perturb=0", "glibc.malloc.perturb=0")])
+@pytest.mark.parametrize(
+    "own, found", [(None, USUAL), ("glibc.malloc.perturb=0", "glibc.malloc.perturb=0")]
+)
 def test_the_command_runs_on_large_pages_with_all_its_arguments(tmp_path, own, found):
     (tmp_path / "says.py").write_text(SAYS)
-    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"} | ({"GLIBC_TUNABLES": own} if own else {})
+    environment = {
+        name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"
+    } | ({"GLIBC_TUNABLES": own} if own else {})
     words = ["train", "--config", str(tmp_path / "says.py"), "--workdir", str(tmp_path / "a b")]
-    for command in ([sys.executable, "-m", "evlm_jax"], [os.path.join(os.path.dirname(sys.executable), "evlm")]):
+    for command in (
+        [sys.executable, "-m", "evlm_jax"],
+        [os.path.join(os.path.dirname(sys.executable), "evlm")],
+    ):
         done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True)
         assert done.returncode == 1
         assert done.stderr.strip() == f"evlm: --config {words[2]}: line 4: tunables {found}"

@@ -1,4 +1,6 @@
-"""The mesh: on eight devices (tests/mesh/devices.py), on several processes, and what is refused before anything is compiled."""
+"""The mesh: on eight devices (tests/mesh/devices.py), on several processes, and what is refused
+before anything is compiled.
+"""
 
 import json
 import math
@@ -33,10 +35,26 @@ def devices(count: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "part, which", [("devices", "not slow"), ("answers", "not slow"), pytest.param("devices", "slow", marks=pytest.mark.slow)]
+    "part, which",
+    [
+        ("devices", "not slow"),
+        ("answers", "not slow"),
+        pytest.param("devices", "slow", marks=pytest.mark.slow),
+    ],
 )
 def test_on_eight_devices(part, which, capsys):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", which, f"tests/mesh/{part}.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        which,
+        f"tests/mesh/{part}.py",
+    ]
     run = subprocess.run(command, env=devices(8), cwd=ROOT, capture_output=True, text=True)
     with capsys.disabled():
         print(f"\n{part} on eight devices: {run.stdout.strip().splitlines()[-1]}")
@@ -52,9 +70,18 @@ def test_on_eight_devices(part, which, capsys):
         ({"data": -1, "tensor": 3}, "their product must be that"),
         ({"data": 4, "tensor": 2, "slices": 3}, "mesh.slices = 3 must divide mesh.data = 4"),
         ({"data": 8, "slices": 0}, "mesh.slices must be at least 1, got 0"),
-        ({"data": 8}, r"train.batch / train.accumulate = 2 rows cannot be split over 8 devices .*multiple, or give devices to mesh.tensor"),
+        (
+            {"data": 8},
+            (
+                r"train.batch / train.accumulate = 2 rows cannot be split over 8 devices"
+                r" .*multiple, or give devices to mesh.tensor"
+            ),
+        ),
         ({"data": 1, "tensor": 8}, "llm.heads = 4 must be a multiple of mesh.tensor = 8"),
-        ({"data": 1, "fsdp": 2, "tensor": 4}, "llm.kv_heads = 2 must be a multiple of mesh.tensor = 4"),
+        (
+            {"data": 1, "fsdp": 2, "tensor": 4},
+            "llm.kv_heads = 2 must be a multiple of mesh.tensor = 4",
+        ),
     ],
 )
 def test_a_wrong_mesh_is_refused_before_any_compilation(mesh, message):
@@ -64,11 +91,21 @@ def test_a_wrong_mesh_is_refused_before_any_compilation(mesh, message):
 
 def test_rows_of_a_device_must_be_whole_pools():
     cfg = tiny_config(data={"pool": 2}, train={"batch": 12, "accumulate": 2}, mesh={"data": 2})
-    with pytest.raises(ValueError, match=r"3 rows of a device and micro-batch .* are no whole pools of data.pool = 2: .*or data.pool = 1"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"3 rows of a device and micro-batch .* are no whole pools of data.pool = 2: .*or"
+            r" data.pool = 1"
+        ),
+    ):
         make_layout(cfg, jax.devices() * 2)
-    with pytest.raises(ValueError, match="data.pool must divide the rows of train.batch / train.accumulate"):
+    with pytest.raises(
+        ValueError, match="data.pool must divide the rows of train.batch / train.accumulate"
+    ):
         tiny_config(data={"pool": 2}, train={"batch": 12, "accumulate": 4})
-    with pytest.raises(ValueError, match=r"data.slots must lie in data.images..data.pool \* data.images = 4..8"):
+    with pytest.raises(
+        ValueError, match=r"data.slots must lie in data.images..data.pool \* data.images = 4..8"
+    ):
         tiny_config(data={"pool": 2, "slots": 9}, train={"batch": 2})
 
 
@@ -80,7 +117,10 @@ def test_experts_and_images_must_divide():
     with pytest.raises(ValueError, match="data.slots = 3 must be a multiple of mesh.tensor = 2"):
         make_layout(odd, jax.devices() * 2)
     with pytest.raises(ValueError, match="vit.heads = 1 must be"):
-        make_layout(tiny_config(vit={"heads": 1}, mesh={"data": 1, "tensor": 2, "images": "rows"}), jax.devices() * 2)
+        make_layout(
+            tiny_config(vit={"heads": 1}, mesh={"data": 1, "tensor": 2, "images": "rows"}),
+            jax.devices() * 2,
+        )
 
 
 def test_sizes_of_axes():
@@ -90,7 +130,9 @@ def test_sizes_of_axes():
 
 
 class Workers:
-    """Processes of tests/mesh/worker.py that train together; each has an equal share of the mesh's devices."""
+    """Processes of tests/mesh/worker.py that train together; each has an equal share of the mesh's
+    devices.
+    """
 
     def __init__(self, workdir, count: int, steps: int, mesh: tuple, *host: str):
         with socket.socket() as free:
@@ -101,7 +143,14 @@ class Workers:
         arguments = [str(count), str(port), str(workdir), str(steps), str(mesh), *host]
         self.logs = [tempfile.TemporaryFile("w+") for _ in range(count)]
         self.processes = [
-            subprocess.Popen([*command, str(i), *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+            subprocess.Popen(
+                [*command, str(i), *arguments],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
             for i, log in enumerate(self.logs)
         ]
 
@@ -128,7 +177,9 @@ class Workers:
 
 def losses(workdir) -> list[float]:
     """Of every step."""
-    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -139,12 +190,16 @@ def test_processes_train_as_one_does(tmp_path, count):
     one, several = (store.read(tmp_path / name) for name in ("one", "several"))
     assert one.meta | {"config": {}} == several.meta | {"config": {}}
     for name, array in one.params.items():
-        np.testing.assert_allclose(several.params[name], array, atol=1e-3 * np.abs(array).max() + 1e-4, err_msg=name)
+        np.testing.assert_allclose(
+            several.params[name], array, atol=1e-3 * np.abs(array).max() + 1e-4, err_msg=name
+        )
 
 
 @pytest.mark.slow
 def test_a_killed_process_and_a_restart_of_all(tmp_path):
-    """One of two processes is killed in mid-run; started again, all go on from the newest checkpoint."""
+    """One of two processes is killed in mid-run; started again, all go on from the newest
+    checkpoint.
+    """
     Workers(tmp_path / "whole", 2, 8, (1, 2, 1, 2)).finish()
     cut = Workers(tmp_path / "cut", 2, 8, (1, 2, 1, 2))
     cut.reach(5)
@@ -168,8 +223,12 @@ def test_sigterm_of_one_process_stops_all_at_one_step(tmp_path):
 
 @pytest.mark.slow
 def test_another_number_of_processes_and_another_mesh(tmp_path):
-    """4 -> 1 -> 2 processes; each compares what it restores with what was saved, bit for bit (trained_on)."""
-    for steps, (count, mesh) in enumerate([(4, (2, 2, 1, 2)), (1, (1, 1, 1, 1)), (2, (1, 2, 2, 1))], start=1):
+    """4 -> 1 -> 2 processes; each compares what it restores with what was saved, bit for bit
+    (trained_on).
+    """
+    for steps, (count, mesh) in enumerate(
+        [(4, (2, 2, 1, 2)), (1, (1, 1, 1, 1)), (2, (1, 2, 2, 1))], start=1
+    ):
         Workers(tmp_path, count, 2 * steps, mesh).finish()
     assert len(losses(tmp_path)) == 6
 
@@ -178,7 +237,13 @@ def test_a_parameter_that_no_rule_covers_is_named(monkeypatch):
     cfg = tiny_config()
     phase = Phase(cfg, 0, make_layout(cfg))
     monkeypatch.delitem(RULES, "heads")
-    with pytest.raises(ValueError, match=r"xattn/q/kernel has axes \('embed', 'heads'\): name every dimension by one of whole, norm"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"xattn/q/kernel has axes \('embed', 'heads'\): name every dimension by one of whole,"
+            r" norm"
+        ),
+    ):
         check_parameters(phase.layout, phase.shapes, lambda path: "/".join(map(str, path)))
 
 
@@ -190,10 +255,30 @@ def test_processes_answer_as_one_does(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, "-m", "evlm_jax", "eval", "--checkpoint", run, "--task", "gqa", "--data", data, "--batch", "4", "--out"]
+    words = [
+        sys.executable,
+        "-m",
+        "evlm_jax",
+        "eval",
+        "--checkpoint",
+        run,
+        "--task",
+        "gqa",
+        "--data",
+        data,
+        "--batch",
+        "4",
+        "--out",
+    ]
     together = ["--coordinator", f"localhost:{port}", "--processes", "2", "--process"]
-    commands = [[*words, tmp_path / "one.json"], *([*words, tmp_path / "two.json", *together, str(i)] for i in range(2))]
-    started = [subprocess.Popen(list(map(str, command)), cwd=ROOT, env=devices(count)) for command, count in zip(commands, (1, 2, 2))]
+    commands = [
+        [*words, tmp_path / "one.json"],
+        *([*words, tmp_path / "two.json", *together, str(i)] for i in range(2)),
+    ]
+    started = [
+        subprocess.Popen(list(map(str, command)), cwd=ROOT, env=devices(count))
+        for command, count in zip(commands, (1, 2, 2))
+    ]
     assert [process.wait() for process in started] == [0, 0, 0]
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one["examples"] == two["examples"] and one["scores"] == two["scores"]
@@ -201,11 +286,19 @@ def test_processes_answer_as_one_does(tmp_path):
 
 @pytest.mark.slow
 def test_processes_that_read_the_same_rows_agree_or_stop(tmp_path):
-    """One of two cannot read an image: their copies stay equal. Later it reads another word: both stop, by name."""
+    """One of two cannot read an image: their copies stay equal.
+
+    Later it reads another word: both stop, by name.
+    """
     workers = Workers(tmp_path, 2, 8, (1, 1, 1, 2), "1")
     told = [process.communicate()[0].splitlines() for process in workers.processes]
     copies = [[line for line in lines if line.startswith("copy ")] for lines in told]
     assert min(map(len, copies)) >= 5, workers.errors()
-    assert copies[0][:5] == copies[1][:5] and len(set(line.split()[2] for line in copies[0][:4])) == 4
+    assert (
+        copies[0][:5] == copies[1][:5] and len(set(line.split()[2] for line in copies[0][:4])) == 4
+    )
     assert all(process.returncode for process in workers.processes)
-    assert "step 5: processes that read the same rows (mesh.tensor) have read other ones. Its samples: 4/0" in workers.errors()
+    assert (
+        "step 5: processes that read the same rows (mesh.tensor) have read other ones. Its"
+        " samples: 4/0" in workers.errors()
+    )

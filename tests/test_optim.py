@@ -15,7 +15,10 @@ from evlm_jax.config import Rule
 from evlm_jax.models.evlm import EVLM
 from tests.tiny import CROSS_ONLY, UPPER_VIT, tiny_config
 
-TWO = ({"start": 0.0, "warmup": 0, "rules": CROSS_ONLY}, {"start": 0.25, "warmup": 0, "rules": UPPER_VIT})
+TWO = (
+    {"start": 0.0, "warmup": 0, "rules": CROSS_ONLY},
+    {"start": 0.25, "warmup": 0, "rules": UPPER_VIT},
+)
 
 
 @functools.cache
@@ -33,11 +36,19 @@ def test_every_name_needs_a_rule_and_every_rule_a_name():
     with pytest.raises(ValueError, match="no rule matches llm/embed"):
         optim.resolve((Rule("^vit/", 1.0),), ["vit/cls", "llm/embed"])
     with pytest.raises(ValueError, match=r"no parameter is decided by '\^llm/head'"):
-        optim.resolve((Rule("^llm/", None), Rule("^llm/head", 1.0)), ["llm/embed", "llm/head/kernel"])
+        optim.resolve(
+            (Rule("^llm/", None), Rule("^llm/head", 1.0)), ["llm/embed", "llm/head/kernel"]
+        )
 
 
 def test_layers_of_a_stack_must_agree():
-    phases = ({"start": 0.0, "warmup": 0, "rules": ({"pattern": "^vit/blocks/[123]/", "lr": 1.0}, *CROSS_ONLY)},)
+    phases = (
+        {
+            "start": 0.0,
+            "warmup": 0,
+            "rules": ({"pattern": "^vit/blocks/[123]/", "lr": 1.0}, *CROSS_ONLY),
+        },
+    )
     split = tiny_config(optim={"phases": phases})
     with pytest.raises(ValueError, match=r"vit/blocks/0/.*vit/blocks/1/.*add 1 to vit\.cuts"):
         optim.plan(split, 0, shapes(split))
@@ -55,8 +66,13 @@ def test_phases_begin_on_time():
 
 
 def test_what_becomes_trainable_in_mid_run_warms_up():
-    """By default as long as the run did; the first phase needs none, and a number that is given counts."""
-    phases = lambda *later: {"phases": ({"rules": CROSS_ONLY}, {"start": 0.25, "rules": UPPER_VIT} | dict(later)), "warmup": 3}
+    """By default as long as the run did; the first phase needs none, and a number that is given
+    counts.
+    """
+    phases = lambda *later: {
+        "phases": ({"rules": CROSS_ONLY}, {"start": 0.25, "rules": UPPER_VIT} | dict(later)),
+        "warmup": 3,
+    }
     for given, steps in (((), 3), ((("warmup", 0),), 0), ((("warmup", 7),), 7)):
         cfg = tiny_config(optim=phases(*given), train={"steps": 12})
         assert optim.plan(cfg, 1, shapes(cfg)).warmup == {0: 0, 1: steps}
@@ -86,30 +102,49 @@ def update(cfg, plan, *args):
 
 
 def test_update_equals_optax_adamw():
-    """One group, one rate, no clipping and decay everywhere: optax's own AdamW, three steps long."""
+    """One group, one rate, no clipping and decay everywhere: optax's own AdamW,
+    three steps long.
+    """
     cfg = tiny_config(optim={"no_decay": (), "clip": 1e9})
     plan = optim.plan(cfg, 0, shapes(cfg))
     params = trainable(cfg, plan)
     theirs, groups = params, begin(cfg, plan, params, {})
-    tx = optax.adamw(lambda n: optim.schedule(cfg, n), cfg.optim.b1, cfg.optim.b2, cfg.optim.eps, weight_decay=cfg.optim.weight_decay)
+    tx = optax.adamw(
+        lambda n: optim.schedule(cfg, n),
+        cfg.optim.b1,
+        cfg.optim.b2,
+        cfg.optim.eps,
+        weight_decay=cfg.optim.weight_decay,
+    )
     state, apply = tx.init(theirs), jax.jit(tx.update)
     for step in range(3):
         grads = trainable(cfg, plan, seed=step + 1)
         params, groups, norm = update(cfg, plan, jnp.int32(step), params, grads, groups)
         updates, state = apply(grads, state, theirs)
         theirs = optax.apply_updates(theirs, updates)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), params, theirs)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), params, theirs
+    )
     np.testing.assert_allclose(norm, optax.global_norm(grads), rtol=1e-6)
 
 
 def test_clip_decay_and_multiplier():
-    cfg = tiny_config(optim={"phases": ({"start": 0.0, "warmup": 0, "rules": UPPER_VIT},), "clip": 1.0, "weight_decay": 0.5, "b1": 0.0})
+    cfg = tiny_config(
+        optim={
+            "phases": ({"start": 0.0, "warmup": 0, "rules": UPPER_VIT},),
+            "clip": 1.0,
+            "weight_decay": 0.5,
+            "b1": 0.0,
+        }
+    )
     plan = optim.plan(cfg, 0, shapes(cfg))
     params = trainable(cfg, plan)
     grads = jax.tree.map(lambda p: jnp.full_like(p, 3.0), params)
     new, groups, norm = update(cfg, plan, jnp.int32(1), params, grads, begin(cfg, plan, params, {}))
     clipped = 3.0 / float(norm)
-    np.testing.assert_allclose(groups[0].mu.xattn.q.kernel[...], clipped, rtol=1e-5)  # b1 = 0: the gradient itself
+    np.testing.assert_allclose(
+        groups[0].mu.xattn.q.kernel[...], clipped, rtol=1e-5
+    )  # b1 = 0: the gradient itself
     rate, direction = float(optim.schedule(cfg, 1)), clipped / (clipped + cfg.optim.eps)
     expect = lambda p, lr, decay: p - rate * lr * (direction + decay * p)
     for got, before, lr, decay in (
@@ -122,17 +157,24 @@ def test_clip_decay_and_multiplier():
 
 
 def test_groups_begin_go_on_and_end():
-    """Cross-attention, then the upper ViT too, then cross-attention alone, then the ViT again: it starts anew."""
+    """Cross-attention, then the upper ViT too, then cross-attention alone, then the ViT again: it
+    starts anew.
+    """
     starts = (0.0, 0.25, 0.5, 0.75)
     rules = (CROSS_ONLY, UPPER_VIT, CROSS_ONLY, UPPER_VIT)
-    phases = tuple({"start": s, "warmup": 4 * (i == 1), "rules": r} for i, (s, r) in enumerate(zip(starts, rules, strict=True)))
+    phases = tuple(
+        {"start": s, "warmup": 4 * (i == 1), "rules": r}
+        for i, (s, r) in enumerate(zip(starts, rules, strict=True))
+    )
     cfg = tiny_config(optim={"phases": phases, "warmup": 0, "weight_decay": 0.0})
     groups, seen = {}, []
     for phase in range(4):
         plan = optim.plan(cfg, phase, shapes(cfg))
         params = trainable(cfg, plan)
         groups = begin(cfg, plan, params, groups)
-        new, groups, _ = update(cfg, plan, jnp.int32(0), params, trainable(cfg, plan, seed=1), groups)
+        new, groups, _ = update(
+            cfg, plan, jnp.int32(0), params, trainable(cfg, plan, seed=1), groups
+        )
         seen.append({g: int(adam.count) for g, adam in groups.items()})
         if phase == 1:  # its own warm-up: a quarter of the rate, beside the rule's half
             moved = new.vit.stacks[2].mlp.fc1.kernel[...] - params.vit.stacks[2].mlp.fc1.kernel[...]

@@ -1,4 +1,6 @@
-"""One process trains in a directory: a live owner is left alone, a dead one is followed at once, a silent one after a while."""
+"""One process trains in a directory: a live owner is left alone, a dead one is followed at once, a
+silent one after a while.
+"""
 
 import json
 import os
@@ -24,7 +26,9 @@ time.sleep(60)
 @pytest.fixture
 def other(tmp_path):
     """A process that holds the directory."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -33,7 +37,13 @@ def other(tmp_path):
 
 def test_a_live_owner_is_named_and_left_alone(tmp_path, other):
     before = (tmp_path / NAME).read_text()
-    with pytest.raises(ValueError, match=f"process {other.pid} on {socket.gethostname()} trains there: stop it, or give another --workdir"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            f"process {other.pid} on {socket.gethostname()} trains there: stop it, or give another"
+            " --workdir"
+        ),
+    ):
         Owner(tmp_path)
     assert (tmp_path / NAME).read_text() == before and other.poll() is None
 
@@ -54,7 +64,9 @@ def test_a_number_that_another_process_has_by_now_is_no_owner(tmp_path, other):
 
 
 def elsewhere(folder, count=0):
-    (folder / NAME).write_text(json.dumps({"host": "another", "pid": 1, "started": "1", "token": "x", "count": count}))
+    (folder / NAME).write_text(
+        json.dumps({"host": "another", "pid": 1, "started": "1", "token": "x", "count": count})
+    )
 
 
 def test_a_silent_owner_on_another_host_is_followed_after_a_while(tmp_path, capsys):
@@ -77,7 +89,10 @@ def test_who_is_followed_notices_it(tmp_path):
     mine.check()
     elsewhere(tmp_path)
     mine._thread.join(10)
-    with pytest.raises(ValueError, match="another process has begun to train there: process 1 on another; this one stops"):
+    with pytest.raises(
+        ValueError,
+        match="another process has begun to train there: process 1 on another; this one stops",
+    ):
         mine.check()
     mine.close()
     assert (tmp_path / NAME).exists()

@@ -18,7 +18,12 @@ from evlm_jax.planning.text import show
 from tests.tiny import CROSS_ONLY, UPPER_VIT, tiny_config
 
 tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason='pip install -e ".[plan]"')
-TWO_PHASES = {"phases": ({"start": 0.0, "warmup": 0, "rules": CROSS_ONLY}, {"start": 0.25, "warmup": 0, "rules": UPPER_VIT})}
+TWO_PHASES = {
+    "phases": (
+        {"start": 0.0, "warmup": 0, "rules": CROSS_ONLY},
+        {"start": 0.25, "warmup": 0, "rules": UPPER_VIT},
+    )
+}
 
 
 def config(**sections):
@@ -30,24 +35,39 @@ def config(**sections):
 
 def ratios(report: dict) -> dict[str, float]:
     """{part: executed, without what is computed again, / needed}."""
-    done = {part: (passes["forward"] + passes["backward"]) * report["devices"] for part, passes in report["executed"].items()}
-    return {part: done.get(part, 0.0) / sum(cost.values()) for part, cost in report["needed"].items()}
+    done = {
+        part: (passes["forward"] + passes["backward"]) * report["devices"]
+        for part, passes in report["executed"].items()
+    }
+    return {
+        part: done.get(part, 0.0) / sum(cost.values()) for part, cost in report["needed"].items()
+    }
 
 
-@pytest.mark.parametrize(("phase", "remat"), [(0, "full"), pytest.param(1, "none", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("phase", "remat"), [(0, "full"), pytest.param(1, "none", marks=pytest.mark.slow)]
+)
 def test_a_step_executes_what_is_needed_and_known_extras(phase, remat):
     cfg = config(train={"batch": 2, "remat": remat})
     report = plan(cfg, "cpu:1", phase=phase)
     t, pairs = cfg.data.length, cfg.data.pairs * cfg.xattn.tile
-    known = {flops.LLM_SCORES: 2 * t / (t + 1), flops.CROSS_SCORES: pairs / t}  # masked halves; tiles that may be empty
-    # The norm's gradient is a product more; of a trained ViT, taps 2 of 3 need a gradient, in 2 of 4 layers, and all get one.
+    known = {
+        flops.LLM_SCORES: 2 * t / (t + 1),
+        flops.CROSS_SCORES: pairs / t,
+    }  # masked halves; tiles that may be empty
+    # The norm's gradient is a product more; of a trained ViT, taps 2 of 3 need a gradient, in 2 of
+    # 4 layers, and all get one.
     known[flops.KEYS] = 3 / 2 if phase == 0 else 3 / (2 + 2 / 4)
     found = ratios(report)
     if phase == 1:
-        assert 1 <= found.pop(flops.TRAINED_VIT) < 1.1  # norms in front of the lowest trained kernels as well
+        assert (
+            1 <= found.pop(flops.TRAINED_VIT) < 1.1
+        )  # norms in front of the lowest trained kernels as well
     assert found == pytest.approx({part: known.get(part, 1.0) for part in found}, rel=1e-6)
     assert OTHER not in report["executed"]
-    again = {part: passes["again"] for part, passes in report["executed"].items() if passes["again"]}
+    again = {
+        part: passes["again"] for part, passes in report["executed"].items() if passes["again"]
+    }
     trained = {flops.KEYS, flops.CROSS, flops.CROSS_SCORES, flops.FFN, flops.LLM, flops.LLM_SCORES}
     assert again.keys() == (trained if remat == "full" else set())
     assert not again or again[flops.FFN] <= report["executed"][flops.FFN]["forward"]
@@ -58,11 +78,24 @@ def test_a_step_executes_what_is_needed_and_known_extras(phase, remat):
 @pytest.mark.parametrize(("fsdp", "expert"), [(2, 2), (1, 4)])  # two experts a device, and one
 def test_a_tpu_slice(fsdp, expert, tmp_path):
     """All axes; the parts add up over devices as on one, and the state lies in pieces."""
-    cfg = config(moe={"copies": 2}, mesh={"fsdp": fsdp, "expert": expert, "tensor": 2, "data": 1, "zero": 3, "frozen": "sharded"})
+    cfg = config(
+        moe={"copies": 2},
+        mesh={
+            "fsdp": fsdp,
+            "expert": expert,
+            "tensor": 2,
+            "data": 1,
+            "zero": 3,
+            "frozen": "sharded",
+        },
+    )
     report = plan(cfg, "v5p:2x2x2", hlo=str(tmp_path / "step.txt"))
     assert ratios(report)[flops.LLM] == ratios(report)[flops.ROUTED] == pytest.approx(1, rel=1e-6)
     assert report["fits"] and report["time"]["seconds"] > 0 and report["memory"]["peak"] > 0
-    assert report["arguments"]["optimizer"]["bytes"] < report["arguments"]["optimizer"]["count"] * 4 / 2
+    assert (
+        report["arguments"]["optimizer"]["bytes"]
+        < report["arguments"]["optimizer"]["count"] * 4 / 2
+    )
     assert {"all-gather", "ragged-all-to-all"} <= {c["kind"] for c in report["collectives"]}
     assert all("by its average" in note for note in report["notes"])
     assert "routed experts" in show(report) and "binds" in show(report)
@@ -97,9 +130,13 @@ def test_several_slices():
     """Gradients are summed over the data-centre network; all else stays within a slice."""
     report = plan(config(mesh={"data": 2, "fsdp": 4, "slices": 2}), "v5e:2x2")
     assert report["fits"] and report["devices"] == 8
-    between = {c["kind"]: c["bytes"] for c in report["collectives"] if "between slices" in c["kind"]}
+    between = {
+        c["kind"]: c["bytes"] for c in report["collectives"] if "between slices" in c["kind"]
+    }
     gradients = report["arguments"]["trainable"]["bytes"]
-    assert gradients * 0.9 < between["all-reduce between slices"] < gradients * 1.5  # with embeddings, norms and the loss, in float32
+    assert (
+        gradients * 0.9 < between["all-reduce between slices"] < gradients * 1.5
+    )  # with embeddings, norms and the loss, in float32
     assert report["time"]["dcn"] == pytest.approx(sum(between.values()) / chips.CHIPS["v5e"].dcn)
 
 
@@ -113,11 +150,25 @@ def test_the_sweep_offers_possible_meshes_only():
 def test_the_command_on_cpu_devices(tmp_path):
     experiment = tmp_path / "tiny.py"
     experiment.write_text(
-        "from ml_collections import ConfigDict\nfrom tests.tiny import _TINY\n\n\ndef get_config():\n    return ConfigDict(_TINY)\n"
+        "from ml_collections import ConfigDict\nfrom tests.tiny import _TINY\n\n\ndef"
+        " get_config():\n    return ConfigDict(_TINY)\n"
     )
     out = tmp_path / "plan.json"
-    words = ["--config", str(experiment), "--topology", "cpu:4", "--mesh", "data=2,fsdp=2", "--global-batch", "4", "--json", str(out)]
-    done = subprocess.run([sys.executable, "-m", "evlm_jax", "plan", *words], capture_output=True, text=True)
+    words = [
+        "--config",
+        str(experiment),
+        "--topology",
+        "cpu:4",
+        "--mesh",
+        "data=2,fsdp=2",
+        "--global-batch",
+        "4",
+        "--json",
+        str(out),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "evlm_jax", "plan", *words], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     assert (report["devices"], report["rows"], report["mesh"]["fsdp"]) == (4, 4, 2)
@@ -156,7 +207,9 @@ def test_what_a_slice_cannot_do_is_said_as_well(topology, mesh, message, monkeyp
 
 
 @tpu
-@pytest.mark.parametrize(("kind", "count"), [("v4", 1), ("v5e", 1), ("v5p", 1), ("v6e", 1), ("tpu7x", 2)])
+@pytest.mark.parametrize(
+    ("kind", "count"), [("v4", 1), ("v5e", 1), ("v5p", 1), ("v6e", 1), ("tpu7x", 2)]
+)
 def test_one_chip(kind, count):
     assert len(chips.devices(f"{kind}:1")[0]) == count
 
@@ -164,7 +217,9 @@ def test_one_chip(kind, count):
 @tpu
 def test_links_of_a_torus():
     devices, chip = chips.devices("v5p:2x2x2")
-    along = lambda axis: tuple(i for i, d in enumerate(devices) if all(d.coords[a] == 0 for a in range(3) if a != axis))
+    along = lambda axis: tuple(
+        i for i, d in enumerate(devices) if all(d.coords[a] == 0 for a in range(3) if a != axis)
+    )
     assert roofline.link(chip, devices, along(2)) == ("ici", 200e9)
     assert roofline.link(chip, devices, tuple(range(8))) == ("ici", 600e9)
     two, _ = chips.devices("v5p:2x2x1", slices=2)
@@ -175,9 +230,18 @@ def test_links_of_a_torus():
 
 def test_seconds_of_a_step():
     """Two operations, one held up by each unit; a hidden copy; a sum over 4 of 8 GPUs."""
-    devices, chip = [type("Device", (), {"platform": "gpu", "id": i}) for i in range(8)], chips.CHIPS["h100"]
+    devices, chip = (
+        [type("Device", (), {"platform": "gpu", "id": i}) for i in range(8)],
+        chips.CHIPS["h100"],
+    )
     costs = Costs()
-    costs.operations.update({Operation(989e12, 1.0, False): 2, Operation(1.0, 3350e9, False): 3, Operation(0.0, 3350e9, True): 1})
+    costs.operations.update(
+        {
+            Operation(989e12, 1.0, False): 2,
+            Operation(1.0, 3350e9, False): 3,
+            Operation(0.0, 3350e9, True): 1,
+        }
+    )
     costs.products["x"] = 2 * 989e12
     costs.transfers[Transfer("all-reduce", (0, 1, 2, 3), 450 * 10**9)] = 2
     step = roofline.step(chip, costs, devices)
@@ -188,23 +252,45 @@ def test_seconds_of_a_step():
 def planned(words):
     """The config of a plan's arguments."""
     mesh = words[words.index("--mesh") + 1].split(",")
-    return load_config(words[1], [*(f"--config.mesh.{field}" for field in mesh), *(word for word in words if word.startswith("--config."))])
+    return load_config(
+        words[1],
+        [
+            *(f"--config.mesh.{field}" for field in mesh),
+            *(word for word in words if word.startswith("--config.")),
+        ],
+    )
 
 
 @pytest.mark.parametrize("run", pods.RUNS)
 def test_the_pods_page_plans_what_can_be(run):
-    """Every slice that the batch allows has a valid config, and there is one of each size up to 16 chips."""
+    """Every slice that the batch allows has a valid config, and there is one of each size up to 16
+    chips.
+    """
     for kind, shapes in pods.SLICES.items():
         for shape in shapes[:3]:
             words = pods.arguments(run, f"{kind}:{shape}", tensor=1)
             cfg = planned(words)
-            assert cfg.train.batch == cfg.train.accumulate * cfg.mesh.fsdp * cfg.mesh.expert and cfg.data.pool == 1
+            assert (
+                cfg.train.batch == cfg.train.accumulate * cfg.mesh.fsdp * cfg.mesh.expert
+                and cfg.data.pool == 1
+            )
     assert pods.arguments(run, "v5e:16x16", tensor=1) is None  # more chips than rows
     for entry in pods.PODS:
         cfg = planned(pods.pod(*entry))
-        assert cfg.pools % (cfg.train.accumulate * cfg.mesh.fsdp * cfg.mesh.expert) == 0 == cfg.data.slots % cfg.mesh.tensor
+        assert (
+            cfg.pools % (cfg.train.accumulate * cfg.mesh.fsdp * cfg.mesh.expert)
+            == 0
+            == cfg.data.slots % cfg.mesh.tensor
+        )
 
 
 def test_slices_and_phases():
-    assert [cube(n) for n in (4, 8, 16, 32, 64, 256)] == ["2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x8x8"]
+    assert [cube(n) for n in (4, 8, 16, 32, 64, 256)] == [
+        "2x2x1",
+        "2x2x2",
+        "2x2x4",
+        "2x4x4",
+        "4x4x4",
+        "4x8x8",
+    ]
     assert [phase_steps(config(), phase) for phase in (0, 1)] == [25, 75]

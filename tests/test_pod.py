@@ -1,7 +1,8 @@
-"""What the TPU compiler makes of the meshes: which collectives there are, read from the compiled step (XLA on CPU forms no reduce-scatter).
+"""What the TPU compiler makes of the meshes: which collectives there are, read from the compiled
+step (XLA on CPU forms no reduce-scatter).
 
-Layers come in numbers that no other dimension has: 7 of the language model and below the trained blocks of the ViT, 5 of those.
-"""
+Layers come in numbers that no other dimension has: 7 of the language model and below the trained
+blocks of the ViT, 5 of those."""
 
 import importlib.util
 
@@ -16,10 +17,16 @@ from tests.tiny import tiny_config
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason='needs the TPU compiler: pip install -e ".[plan]"'),
+    pytest.mark.skipif(
+        not importlib.util.find_spec("libtpu"),
+        reason='needs the TPU compiler: pip install -e ".[plan]"',
+    ),
 ]
 LAYERS, TRAINED = 7, 5
-RULES = ({"pattern": r"^vit/blocks/([7-9]|1[01])/|^xattn/|^media/", "lr": 1.0}, {"pattern": "^(vit|llm)/", "lr": None})
+RULES = (
+    {"pattern": r"^vit/blocks/([7-9]|1[01])/|^xattn/|^media/", "lr": 1.0},
+    {"pattern": "^(vit|llm)/", "lr": None},
+)
 
 
 def program(zero: int, frozen: str, mesh: tuple, experts: bool = False) -> Module:
@@ -27,13 +34,26 @@ def program(zero: int, frozen: str, mesh: tuple, experts: bool = False) -> Modul
     axes = dict(zip(("data", "fsdp", "expert", "tensor"), mesh))
     cfg = tiny_config(
         vit={"depth": LAYERS + TRAINED, "width": 256, "heads": 4, "mlp": 1024, "taps": (7, 12)},
-        llm={"vocab": 1024, "hidden": 512, "layers": LAYERS, "heads": 4, "kv_heads": 4, "head_dim": 128, "mlp": 2048},
+        llm={
+            "vocab": 1024,
+            "hidden": 512,
+            "layers": LAYERS,
+            "heads": 4,
+            "kv_heads": 4,
+            "head_dim": 128,
+            "mlp": 2048,
+        },
         xattn={"heads": 4, "head_dim": 128, "ffn": 1024},
         moe={"copies": 4 if experts else 0, "slices": 4, "top_k": 4, "tile": 64},
         data={"length": 256, "images": 8, "targets": 128, "pairs": 32},
         optim={"phases": ({"start": 0.0, "warmup": 0, "rules": RULES},)},
         train=dict.fromkeys(("dtype", "matmul_precision", "frozen_dtype"), "bfloat16")
-        | {"batch": 16, "accumulate": 2, "remat": "dots", "loss_chunk": 64},
+        | {
+            "batch": 16,
+            "accumulate": 2,
+            "remat": "dots",
+            "loss_chunk": 64,
+        },
         mesh=axes | {"zero": zero, "frozen": frozen},
     )
     devices, _ = chips.devices("v5e:2x4")
@@ -43,7 +63,11 @@ def program(zero: int, frozen: str, mesh: tuple, experts: bool = False) -> Modul
 
 def collectives(module: Module) -> list[tuple[str, str, Instruction]]:
     """(computation, kind, instruction)."""
-    found = [(name, i.opcode.removesuffix("-start"), i) for name, c in module.computations.items() for i in c.instructions]
+    found = [
+        (name, i.opcode.removesuffix("-start"), i)
+        for name, c in module.computations.items()
+        for i in c.instructions
+    ]
     return [entry for entry in found if entry[1] in COLLECTIVES]
 
 
@@ -53,19 +77,47 @@ def matrices(instruction: Instruction) -> list[tuple[int, ...]]:
 
 
 def reduced(module: Module) -> list[tuple[int, ...]]:
-    """Dimensions of sums that are scattered: libtpu writes them as an all-reduce in a computation of that name."""
+    """Dimensions of sums that are scattered: libtpu writes them as an all-reduce in a computation
+    of that name.
+    """
     return [
-        dims for name, kind, i in collectives(module) if "all-reduce-scatter" in name or kind == "reduce-scatter" for dims in matrices(i)
+        dims
+        for name, kind, i in collectives(module)
+        if "all-reduce-scatter" in name or kind == "reduce-scatter"
+        for dims in matrices(i)
     ]
 
 
 def test_zero_3_gathers_layer_by_layer():
     module = program(3, "sharded", (1, 4, 1, 2))
     for name, kind, instruction in collectives(module):
-        assert not any(dims[0] in (LAYERS, TRAINED) for dims in matrices(instruction)), (name, kind, instruction.shape)
-    gathered = {dims[-2:] for _, kind, i in collectives(module) if kind == "all-gather" for dims in matrices(i)}
-    assert gathered >= {(512, 1024), (1024, 512), (256, 1024), (1024, 256), (256, 256), (256, 512)}  # LLM and cross-attention, ViT, keys
-    assert {dims[-2:] for dims in reduced(module)} >= {(512, 256), (256, 512), (512, 512), (256, 256), (256, 1024), (1024, 256)}
+        assert not any(dims[0] in (LAYERS, TRAINED) for dims in matrices(instruction)), (
+            name,
+            kind,
+            instruction.shape,
+        )
+    gathered = {
+        dims[-2:]
+        for _, kind, i in collectives(module)
+        if kind == "all-gather"
+        for dims in matrices(i)
+    }
+    assert gathered >= {
+        (512, 1024),
+        (1024, 512),
+        (256, 1024),
+        (1024, 256),
+        (256, 256),
+        (256, 512),
+    }  # LLM and cross-attention, ViT, keys
+    assert {dims[-2:] for dims in reduced(module)} >= {
+        (512, 256),
+        (256, 512),
+        (512, 512),
+        (256, 256),
+        (256, 1024),
+        (1024, 256),
+    }
 
 
 def test_zero_2_gathers_what_trains_once_a_step():
@@ -73,21 +125,48 @@ def test_zero_2_gathers_what_trains_once_a_step():
     once, inside = [], []
     for name, kind, instruction in collectives(module):
         if kind == "all-gather":
-            (once if any(dims[0] in (LAYERS, TRAINED) for dims in matrices(instruction)) else inside).append((name, instruction))
+            (
+                once
+                if any(dims[0] in (LAYERS, TRAINED) for dims in matrices(instruction))
+                else inside
+            ).append((name, instruction))
     assert all(name.startswith("main") or "fusion" in name or "fused" in name for name, _ in once)
     stacks = {(dims[0], *dims[-2:]) for _, instruction in once for dims in matrices(instruction)}
-    wanted = {(LAYERS, 512, 256), (LAYERS, 256, 512), (LAYERS, 512, 512), (TRAINED, 256, 256), (TRAINED, 256, 1024), (TRAINED, 1024, 256)}
+    wanted = {
+        (LAYERS, 512, 256),
+        (LAYERS, 256, 512),
+        (LAYERS, 512, 512),
+        (TRAINED, 256, 256),
+        (TRAINED, 256, 1024),
+        (TRAINED, 1024, 256),
+    }
     assert stacks >= wanted
-    assert not [i.shape for _, i in inside for leaf in i.leaves if leaf.dtype != "s32" and matrices(i)], "a frozen matrix is gathered"
+    assert not [
+        i.shape for _, i in inside for leaf in i.leaves if leaf.dtype != "s32" and matrices(i)
+    ], "a frozen matrix is gathered"
     assert {dims[-2:] for dims in reduced(module)} >= {dims[1:] for dims in wanted}
 
 
 def test_no_device_holds_all_experts():
-    """16 experts over 4 devices; tokens go there and back, and gradients of experts are summed over the other axis alone."""
+    """16 experts over 4 devices; tokens go there and back, and gradients of experts are summed over
+    the other axis alone.
+    """
     module = program(3, "sharded", (1, 2, 4, 1), experts=True)
-    shapes = [(kind, dims) for _, kind, instruction in collectives(module) for dims in matrices(instruction)]
+    shapes = [
+        (kind, dims)
+        for _, kind, instruction in collectives(module)
+        for dims in matrices(instruction)
+    ]
     assert not [entry for entry in shapes if 16 in entry[1] and {256, 512} <= set(entry[1])]
-    assert [dims for kind, dims in shapes if kind == "all-gather" and 4 in dims and {256, 512} <= set(dims)]
+    assert [
+        dims
+        for kind, dims in shapes
+        if kind == "all-gather" and 4 in dims and {256, 512} <= set(dims)
+    ]
     assert any(kind == "ragged-all-to-all" for _, kind, _ in collectives(module))
     for name, kind, instruction in collectives(module):
-        assert not any(dims[0] in (LAYERS, TRAINED) for dims in matrices(instruction)), (name, kind, instruction.shape)
+        assert not any(dims[0] in (LAYERS, TRAINED) for dims in matrices(instruction)), (
+            name,
+            kind,
+            instruction.shape,
+        )

@@ -14,14 +14,22 @@ class Placed:
     """Data of which only the identity of the sources counts."""
 
     def __init__(self, **sources):
-        self.sources = {name: {"samples": samples, "digest": digest} for name, (samples, digest) in sources.items()}
+        self.sources = {
+            name: {"samples": samples, "digest": digest}
+            for name, (samples, digest) in sources.items()
+        }
 
     def get_state(self):
         return {"sources": self.sources} if self.sources else {"next": 0}
 
 
 def meta(cfg, step=4, phase=0, data=None):
-    return {"step": step, "phase": phase, "config": to_saved(cfg), "data": (data or Placed()).get_state()}
+    return {
+        "step": step,
+        "phase": phase,
+        "config": to_saved(cfg),
+        "data": (data or Placed()).get_state(),
+    }
 
 
 def phases(first: dict):
@@ -30,16 +38,29 @@ def phases(first: dict):
 
 def test_a_phase_that_was_left_does_not_come_back():
     short = tiny_config(optim=phases({"start": 0.5}), train={"steps": 8})
-    saved, longer = meta(short, step=6, phase=1), tiny_config(optim=phases({"start": 0.5}), train={"steps": 24})
+    saved, longer = (
+        meta(short, step=6, phase=1),
+        tiny_config(optim=phases({"start": 0.5}), train={"steps": 24}),
+    )
     with pytest.raises(
-        ValueError, match=r"step 6 was reached in optim.phases\[1\] and lies in phases\[0\] now.*steps \(0, 12\): give phases\[1\].step"
+        ValueError,
+        match=(
+            r"step 6 was reached in optim.phases\[1\] and lies in phases\[0\] now.*steps \(0, 12\):"
+            r" give phases\[1\].step"
+        ),
     ):
         check(longer, saved, Placed(), False)
     mended = tiny_config(optim=phases({"step": 4}), train={"steps": 24})
     check(mended, saved, Placed(), False)
-    assert optim.starts(mended) == (0, 4) and [optim.phase_at(mended, step) for step in (3, 4)] == [0, 1]
+    assert optim.starts(mended) == (0, 4) and [optim.phase_at(mended, step) for step in (3, 4)] == [
+        0,
+        1,
+    ]
     check(
-        tiny_config(optim=phases({"start": 0.5}), train={"steps": 2}), meta(short, step=4, phase=0), Placed(), False
+        tiny_config(optim=phases({"start": 0.5}), train={"steps": 2}),
+        meta(short, step=4, phase=0),
+        Placed(),
+        False,
     )  # nothing is left to do
 
 
@@ -56,14 +77,19 @@ def test_phases_in_steps():
         ({"data": {"seed": 1}}, "data.seed was 0, is 1"),
         ({"data": {"length": 64}}, "data.length was 48, is 64"),
         ({"data": {"window": 9}}, "data.window was 8, is 9"),
-        ({"data": {"sources": ("caption", "vqa")}}, r"data.sources was ('vqa', 'caption'), is ('caption', 'vqa')"),
+        (
+            {"data": {"sources": ("caption", "vqa")}},
+            r"data.sources was ('vqa', 'caption'), is ('caption', 'vqa')",
+        ),
         ({"data": {"weights": (1.0, 2.0)}}, "data.weights was (1.0, 1.0), is (1.0, 2.0)"),
         ({"train": {"batch": 4}}, "train.batch was 2, is 4"),
     ],
 )
 def test_other_data_are_refused_by_name(change, said):
     other, saved = tiny_config(**change), meta(tiny_config())
-    with pytest.raises(ValueError, match=r"the data are not those of step 4: .*--allow-data-change goes on") as error:
+    with pytest.raises(
+        ValueError, match=r"the data are not those of step 4: .*--allow-data-change goes on"
+    ) as error:
         check(other, saved, Placed(), False)
     assert said in str(error.value)
     check(other, saved, Placed(), True)
@@ -92,10 +118,14 @@ def test_another_batch_keeps_the_optimizer(tmp_path):
         train(wider, tmp_path, TinyData(wider), {})
     assert train(wider, tmp_path, TinyData(wider), {}, other_data=True) == 3
     after = store.read(tmp_path)
-    assert after.groups["0/count"] == before.groups["0/count"] + 1 == 3 and after.meta["data"] == {"next": 3}
+    assert after.groups["0/count"] == before.groups["0/count"] + 1 == 3 and after.meta["data"] == {
+        "next": 3
+    }
     name = next(name for name in after.groups if name.startswith("0/nu/xattn/0/ffn"))
     kept = 0.999 * before.groups[name]  # of the second moment; what is new adds
-    assert (after.groups[name] >= kept * (1 - 1e-5)).all() and (after.groups[name] <= kept + 1e-2).all()
+    assert (after.groups[name] >= kept * (1 - 1e-5)).all() and (
+        after.groups[name] <= kept + 1e-2
+    ).all()
 
 
 def test_parameters_in_bfloat16_do_not_train(tmp_path):

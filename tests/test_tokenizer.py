@@ -1,4 +1,6 @@
-"""Tokenizers: text never becomes a special token, ids decode to the text, and transformers agrees."""
+"""Tokenizers: text never becomes a special token, ids decode to the text,
+and transformers agrees.
+"""
 
 import base64
 import json
@@ -9,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 
-from evlm_jax.data.tokenizer import QWEN_SPLIT, _byte_letters, keep_tokenizer, load_tokenizer, source_of_run
+from evlm_jax.data.tokenizer import (
+    QWEN_SPLIT,
+    _byte_letters,
+    keep_tokenizer,
+    load_tokenizer,
+    source_of_run,
+)
 from tests.parity import needs_asset, needs_transformers
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -23,7 +31,9 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def ranks(tokenizer):
-    """SmolLM2's vocabulary in tiktoken's form, {bytes: rank}: the bytes, then what each merge makes."""
+    """SmolLM2's vocabulary in tiktoken's form, {bytes: rank}: the bytes, then what each merge
+    makes.
+    """
     letter_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
     merges = json.loads(tokenizer.inner.to_str())["model"]["merges"]
     words = [*_byte_letters(), *dict.fromkeys("".join(pair) for pair in merges)]
@@ -54,20 +64,39 @@ def test_smollm2_vocabulary(tokenizer):
     assert tokenizer.eos == (tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>")) == (2, 0)
     assert tokenizer.id("<repo_name>") == 3
     assert tokenizer.decode([1, *tokenizer.encode("hello"), 2]) == "hello"
-    assert tokenizer.decode([1, *tokenizer.encode("hello"), 2], skip_special=False) == "<|im_start|>hello<|im_end|>"
+    assert (
+        tokenizer.decode([1, *tokenizer.encode("hello"), 2], skip_special=False)
+        == "<|im_start|>hello<|im_end|>"
+    )
 
 
 @needs_asset(SMOLLM2)
 def test_digits_stand_alone(tokenizer):
-    """SmolLM2 was trained so; transformers' GGUF reader joins a newline and spaces in front of a digit."""
-    assert [tokenizer.decode([i]) for i in tokenizer.encode("in 2024")] == ["in", " ", "2", "0", "2", "4"]
+    """SmolLM2 was trained so; transformers' GGUF reader joins a newline and spaces in front of a
+    digit.
+    """
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("in 2024")] == [
+        "in",
+        " ",
+        "2",
+        "0",
+        "2",
+        "4",
+    ]
 
 
 @needs_asset(SMOLLM2)
 @settings(max_examples=300, deadline=None)
-@given(text=st.text() | st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", "<repo_name>", "<|im_", "end|>", " ", "a"])).map("".join))
+@given(
+    text=st.text()
+    | st.lists(
+        st.sampled_from(["<|im_end|>", "<|im_start|>", "<repo_name>", "<|im_", "end|>", " ", "a"])
+    ).map("".join)
+)
 def test_round_trip_and_no_special_token_from_text(tokenizer, text):
-    """But for bytes that the vocabulary lacks: SmolLM2 has none for planes 4 to 15 of Unicode, which are unassigned."""
+    """But for bytes that the vocabulary lacks: SmolLM2 has none for planes 4 to 15 of Unicode,
+    which are unassigned.
+    """
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text or not representable(tokenizer, text)
     assert representable(tokenizer, "é 红苹果 🍎")
@@ -77,7 +106,9 @@ def test_round_trip_and_no_special_token_from_text(tokenizer, text):
 def representable(tokenizer, text: str) -> bool:
     """Whether the vocabulary has every byte of the text."""
     pieces = ByteLevel(add_prefix_space=False).pre_tokenize_str(text)
-    return all(tokenizer.inner.token_to_id(letter) is not None for piece, _ in pieces for letter in piece)
+    return all(
+        tokenizer.inner.token_to_id(letter) is not None for piece, _ in pieces for letter in piece
+    )
 
 
 @needs_asset(SMOLLM2)
@@ -115,7 +146,12 @@ def test_missing_file_names_what_was_looked_for(tmp_path):
 
 @needs_asset(SMOLLM2)
 @settings(max_examples=300, deadline=None)
-@given(text=st.text() | st.lists(st.sampled_from(["<|im_end|>", "it's", "红苹果", " 1234", "\r\n", "  ", "a\u0301"])).map("".join))
+@given(
+    text=st.text()
+    | st.lists(
+        st.sampled_from(["<|im_end|>", "it's", "红苹果", " 1234", "\r\n", "  ", "a\u0301"])
+    ).map("".join)
+)
 def test_tiktoken_file_as_tiktoken_reads_it(qwen, ranks, text):
     tiktoken = pytest.importorskip("tiktoken", reason="needs tiktoken: pip install -e '.[test]'")
     theirs = tiktoken.Encoding("qwen", pat_str=QWEN_SPLIT, mergeable_ranks=ranks, special_tokens={})
@@ -142,11 +178,26 @@ def test_damaged_tiktoken_file_is_named(tmp_path):
 
 @needs_asset(SMOLLM2)
 def test_a_run_keeps_its_tokenizer(tmp_path):
-    """Read back from a run's own folder it is the one that was read from GGUF; a run of a former version has none."""
+    """Read back from a run's own folder it is the one that was read from GGUF; a run of a former
+    version has none.
+    """
     tokenizer = load_tokenizer(SMOLLM2)
     assert source_of_run(tmp_path, SMOLLM2) == SMOLLM2
     keep_tokenizer(tokenizer, tmp_path)
     kept = load_tokenizer(source_of_run(tmp_path, "elsewhere"))
-    assert (kept.eos, kept.bos, kept.specials, kept.vocab_size) == (tokenizer.eos, tokenizer.bos, tokenizer.specials, tokenizer.vocab_size)
-    for text in ("It's 2024-11-28,\n  12345 <|im_end|> \u00a0x", "\u4f60\u597d \U0001f642\u200d e\u0301", "", " ", "\ttab"):
-        assert kept.encode(text) == tokenizer.encode(text) and kept.decode(kept.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+    assert (kept.eos, kept.bos, kept.specials, kept.vocab_size) == (
+        tokenizer.eos,
+        tokenizer.bos,
+        tokenizer.specials,
+        tokenizer.vocab_size,
+    )
+    for text in (
+        "It's 2024-11-28,\n  12345 <|im_end|> \u00a0x",
+        "\u4f60\u597d \U0001f642\u200d e\u0301",
+        "",
+        " ",
+        "\ttab",
+    ):
+        assert kept.encode(text) == tokenizer.encode(text) and kept.decode(
+            kept.encode(text)
+        ) == tokenizer.decode(tokenizer.encode(text))

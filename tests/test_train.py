@@ -1,4 +1,6 @@
-"""The loop: what stays, what moves, where it stops, and that a run cut anywhere ends with the same bits."""
+"""The loop: what stays, what moves, where it stops, and that a run cut anywhere ends with the same
+bits.
+"""
 
 import json
 import os
@@ -29,8 +31,14 @@ from evlm_jax.train import Phase, gradients, train
 from tests.tiny import CROSS_ONLY, UPPER_VIT, TinyData, tiny_batch, tiny_config, tiny_towers
 
 STEPS, BOUNDARY = 50, 24
-TWO = ({"start": 0.0, "warmup": 0, "rules": CROSS_ONLY}, {"start": BOUNDARY / STEPS, "warmup": 0, "rules": UPPER_VIT})
-CFG = tiny_config(optim={"phases": TWO, "lr": 1e-2}, train={"steps": STEPS, "save_every": 12, "keep": 9, "log_every": 5})
+TWO = (
+    {"start": 0.0, "warmup": 0, "rules": CROSS_ONLY},
+    {"start": BOUNDARY / STEPS, "warmup": 0, "rules": UPPER_VIT},
+)
+CFG = tiny_config(
+    optim={"phases": TWO, "lr": 1e-2},
+    train={"steps": STEPS, "save_every": 12, "keep": 9, "log_every": 5},
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +55,9 @@ def compilations():
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory, towers, compilations):
     """The directory of a run over two phases that nothing interrupts."""
-    listen = lambda event, _, **about: event.endswith("backend_compile_duration") and compilations.append(about["fun_name"])
+    listen = lambda event, _, **about: (
+        event.endswith("backend_compile_duration") and compilations.append(about["fun_name"])
+    )
     jax.monitoring.register_event_duration_secs_listener(listen)
     workdir = tmp_path_factory.mktemp("whole")
     assert train(CFG, workdir, TinyData(CFG), towers) == STEPS
@@ -64,7 +74,9 @@ def assert_same_bits(a: store.Snapshot, b: store.Snapshot):
     for mine, other in ((a.params, b.params), (a.groups, b.groups), (a.frozen, b.frozen)):
         assert mine.keys() == other.keys()
         for name, array in mine.items():
-            assert array.dtype == other[name].dtype and array.tobytes() == other[name].tobytes(), name
+            assert array.dtype == other[name].dtype and array.tobytes() == other[name].tobytes(), (
+                name
+            )
     assert a.meta == b.meta
 
 
@@ -90,8 +102,13 @@ def test_what_trains_moves_and_learns(whole_run, towers):
         total, sums = loss_sums(nnx.merge(phase.graphdef, state), batch, len(CFG.data.sources))
         return total / sums["count"].sum()
 
-    before, after = begun(phase, towers), param_names.unflatten(CFG, last.frozen | last.params, phase.shapes)
-    assert np.mean([loss(after, batch) for batch in batches]) < np.mean([loss(before, batch) for batch in batches])
+    before, after = (
+        begun(phase, towers),
+        param_names.unflatten(CFG, last.frozen | last.params, phase.shapes),
+    )
+    assert np.mean([loss(after, batch) for batch in batches]) < np.mean(
+        [loss(before, batch) for batch in batches]
+    )
 
 
 def test_media_embeddings_begin_among_the_words(towers):
@@ -100,45 +117,67 @@ def test_media_embeddings_begin_among_the_words(towers):
     words, media = towers["llm/embed"], np.asarray(new["media/embedding"])
     assert np.abs(media - words.mean(0)).max() < 5 * words.std(0).max()
     np.testing.assert_allclose((media - words.mean(0)).std(), words.std(), rtol=0.2)
-    assert all(not np.any(new[f"xattn/{layer}/{gate}"]) for layer in CFG.cross_layers for gate in ("attn_gate", "ffn_gate"))
+    assert all(
+        not np.any(new[f"xattn/{layer}/{gate}"])
+        for layer in CFG.cross_layers
+        for gate in ("attn_gate", "ffn_gate")
+    )
 
 
 def test_first_update_of_the_newly_trainable_group(whole_run, tmp_path, towers):
     before = store.read(whole_run, BOUNDARY)
     after = interrupted(tmp_path, whole_run, start=BOUNDARY, stop=BOUNDARY + 1)
     rate = 0.5 * float(optim.schedule(CFG, BOUNDARY))  # UPPER_VIT halves it
-    moved = np.concatenate([(after.params[n] - before.frozen[n]).ravel() for n in after.params if n.startswith("vit/")])
+    moved = np.concatenate(
+        [(after.params[n] - before.frozen[n]).ravel() for n in after.params if n.startswith("vit/")]
+    )
     assert 0.5 * rate < np.sqrt(np.mean(moved**2)) <= 1.1 * rate
     assert after.groups["1/count"] == 1 and after.groups["0/count"] == BOUNDARY + 1
 
 
-def interrupted(workdir, whole_run, start: int, stop: int, number: int = signal.SIGTERM) -> store.Snapshot:
-    """What a copy of `whole_run`, taken when step `start` was its newest, saves when a signal comes in step `stop`."""
+def interrupted(
+    workdir, whole_run, start: int, stop: int, number: int = signal.SIGTERM
+) -> store.Snapshot:
+    """What a copy of `whole_run`, taken when step `start` was its newest, saves when a signal comes
+    in step `stop`.
+    """
     shutil.copytree(whole_run, workdir, dirs_exist_ok=True)
     for step in store.steps(workdir):
         if step > start:
             shutil.rmtree(workdir / "steps" / str(step))
     with pytest.raises(Stopped, match=f"at step {stop} of {STEPS}, saved at {stop}") as ended:
-        train(CFG, workdir, TinyData(CFG), {}, on_step=lambda step, _: step == stop and os.kill(os.getpid(), number))
+        train(
+            CFG,
+            workdir,
+            TinyData(CFG),
+            {},
+            on_step=lambda step, _: step == stop and os.kill(os.getpid(), number),
+        )
     assert ended.value.status == {signal.SIGTERM: 75, signal.SIGINT: 130}[number]
     return store.read(workdir)
 
 
 @pytest.mark.parametrize("cut", [BOUNDARY - 1, BOUNDARY, BOUNDARY + 1])
 def test_resumed_run_has_the_bits_of_the_whole_run(whole_run, tmp_path, cut, capsys):
-    """k steps, SIGTERM or Ctrl-C, resume, N - k steps: just before, at and after the step where the upper ViT is unfrozen."""
+    """k steps, SIGTERM or Ctrl-C, resume, N - k steps: just before, at and after the step where the
+    upper ViT is unfrozen.
+    """
     number = signal.SIGINT if cut == BOUNDARY else signal.SIGTERM
     assert interrupted(tmp_path, whole_run, 12, cut, number).meta["step"] == cut
     assert train(CFG, tmp_path, TinyData(CFG), {}) == STEPS
     assert f"resume from step {cut}" in capsys.readouterr().out
     assert_same_bits(store.read(tmp_path), store.read(whole_run))
-    lines = lambda workdir: [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = lambda workdir: [
+        json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines(tmp_path)] == [line["step"] for line in lines(whole_run)]
     assert lines(tmp_path)[-1]["loss"] == lines(whole_run)[-1]["loss"]
 
 
 def test_refreezing_stage_keeps_trained_bits(whole_run, tmp_path):
-    """Stage 3 of the paper freezes what stage 2 trained; bfloat16 towers, so that a cast would show."""
+    """Stage 3 of the paper freezes what stage 2 trained; bfloat16 towers, so that a cast would
+    show.
+    """
     params, _ = store.load_params(whole_run)
     stage = tiny_config(train={"steps": 2, "frozen_dtype": "bfloat16"})
     train(stage, tmp_path, TinyData(stage, seed=1), params, store.trained(whole_run))
@@ -146,13 +185,18 @@ def test_refreezing_stage_keeps_trained_bits(whole_run, tmp_path):
     assert config == stage
     upper = [name for name in params if name.startswith(("vit/blocks/2/", "vit/blocks/3/"))]
     assert upper and all(after[name].tobytes() == params[name].tobytes() for name in upper)
-    assert after["vit/cls"].dtype == ml_dtypes.bfloat16 and after["xattn/0/q/kernel"].tobytes() != params["xattn/0/q/kernel"].tobytes()
+    assert (
+        after["vit/cls"].dtype == ml_dtypes.bfloat16
+        and after["xattn/0/q/kernel"].tobytes() != params["xattn/0/q/kernel"].tobytes()
+    )
     assert store.trained(tmp_path) == store.trained(whole_run)
 
 
 @pytest.mark.parity
 def test_next_stage_at_another_size(whole_run, tmp_path):
-    """224 to 448 between the paper's stages 1 and 2: all is taken over but the position table, which is resampled as torch does."""
+    """224 to 448 between the paper's stages 1 and 2: all is taken over but the position table,
+    which is resampled as torch does.
+    """
     import torch
 
     before, _ = store.load_params(whole_run)
@@ -163,7 +207,12 @@ def test_next_stage_at_another_size(whole_run, tmp_path):
     params, trained = next_stage(cfg, whole_run)
     table = before["vit/pos"]
     grid = torch.tensor(table[1:]).reshape(1, 2, 2, -1).permute(0, 3, 1, 2)
-    wanted = torch.nn.functional.interpolate(grid, (4, 4), mode="bicubic").permute(0, 2, 3, 1).reshape(16, -1).numpy()
+    wanted = (
+        torch.nn.functional.interpolate(grid, (4, 4), mode="bicubic")
+        .permute(0, 2, 3, 1)
+        .reshape(16, -1)
+        .numpy()
+    )
     np.testing.assert_allclose(params["vit/pos"][1:], wanted, atol=1e-6)
     assert (params["vit/pos"][:1] == table[:1]).all()
     assert train(cfg, tmp_path, TinyData(cfg, seed=1), params, trained) == 1
@@ -171,52 +220,87 @@ def test_next_stage_at_another_size(whole_run, tmp_path):
 
 def test_micro_batches_equal_one_batch():
     """Rows with very different numbers of targets, so that a mean of means would be far off."""
-    cfgs = [tiny_config(data={"cache_features": True}, train={"batch": 4, "accumulate": k}) for k in (1, 4)]
-    sparse = [tiny_batch(cfgs[0], seed, rows=1, fill=fill) for seed, fill in enumerate((1.0, 0.3, 0.6, 0.3))]
+    cfgs = [
+        tiny_config(data={"cache_features": True}, train={"batch": 4, "accumulate": k})
+        for k in (1, 4)
+    ]
+    sparse = [
+        tiny_batch(cfgs[0], seed, rows=1, fill=fill)
+        for seed, fill in enumerate((1.0, 0.3, 0.6, 0.3))
+    ]
     batch = jax.tree.map(lambda *rows: np.concatenate(rows), *sparse)
     assert len(set((batch.targets >= 0).sum(1))) >= 3
     model = jax.jit(lambda: EVLM(cfgs[0], nnx.Rngs(0)))()
     for gate in (model.xattn.attn_gate, model.xattn.ffn_gate):
         gate[...] += 0.5
     graphdef, params, frozen = nnx.split(model, lambda path, _: path[0] in ("xattn", "media"), ...)
-    run = lambda cfg: jax.jit(lambda p, f, b: gradients(cfg, graphdef, p, f, b))(params, frozen, batch)
+    run = lambda cfg: jax.jit(lambda p, f, b: gradients(cfg, graphdef, p, f, b))(
+        params, frozen, batch
+    )
     (one, sums), (many, split) = map(run, cfgs)
     np.testing.assert_array_equal(sums["count"], split["count"])
     difference = jax.tree.map(lambda a, b: a - b, one, many)
     assert max(float(abs(g).max()) for g in jax.tree.leaves(difference)) <= 1e-6
-    assert optax.global_norm(difference) <= 5e-6 * optax.global_norm(one)  # rounding; a mean of means is off by a tenth
+    assert optax.global_norm(difference) <= 5e-6 * optax.global_norm(
+        one
+    )  # rounding; a mean of means is off by a tenth
     np.testing.assert_allclose(sums["loss"], split["loss"], rtol=1e-6)
 
 
 def spoiled(cfg, bad: set[int]) -> TinyData:
     """Data whose batches of these numbers (0-based) have pictures that are not numbers."""
-    return TinyData(cfg, change=lambda index, batch: batch._replace(taps=batch.taps * np.nan) if index in bad else batch)
+    return TinyData(
+        cfg,
+        change=lambda index, batch: (
+            batch._replace(taps=batch.taps * np.nan) if index in bad else batch
+        ),
+    )
 
 
-BAD = {"data": {"cache_features": True}, "train": {"steps": 12, "save_every": 4, "keep": 9, "log_every": 4, "bad_updates": 2}}
+BAD = {
+    "data": {"cache_features": True},
+    "train": {"steps": 12, "save_every": 4, "keep": 9, "log_every": 4, "bad_updates": 2},
+}
 
 
 def test_bad_updates_change_nothing_and_those_behind_go_on(tmp_path, capsys):
     cfg = tiny_config(**BAD)
     states = {0: None}
-    keep = lambda step, model: states.update({step: [np.array(a) for a in jax.tree.leaves(nnx.state(model()))]})
+    keep = lambda step, model: states.update(
+        {step: [np.array(a) for a in jax.tree.leaves(nnx.state(model()))]}
+    )
     assert train(cfg, tmp_path, spoiled(cfg, {5, 8}), tiny_towers(cfg), on_step=keep) == 12
-    changed = {step for step in range(2, 13) if any((a != b).any() for a, b in zip(states[step - 1], states[step], strict=True))}
+    changed = {
+        step
+        for step in range(2, 13)
+        if any((a != b).any() for a, b in zip(states[step - 1], states[step], strict=True))
+    }
     assert changed == set(range(2, 13)) - {6, 9}
     assert all(np.isfinite(a).all() for a in states[12])
     said = capsys.readouterr().out
-    assert "step 6: sum of losses nan" in said and "the run's 2. of that kind. Its samples: 8/0, 8/1" in said
+    assert (
+        "step 6: sum of losses nan" in said
+        and "the run's 2. of that kind. Its samples: 8/0, 8/1" in said
+    )
     last = store.read(tmp_path)
-    assert last.groups["0/count"] == 10 and last.meta["bad"] == 2 and last.meta["data"] == {"next": 12}
+    assert (
+        last.groups["0/count"] == 10 and last.meta["bad"] == 2 and last.meta["data"] == {"next": 12}
+    )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line.get("bad_updates", 0) for line in lines] == [0, 1, 1] and all(np.isfinite(line["loss"]) for line in lines)
+    assert [line.get("bad_updates", 0) for line in lines] == [0, 1, 1] and all(
+        np.isfinite(line["loss"]) for line in lines
+    )
 
 
 def test_too_many_bad_updates_stop_the_run_and_resume_goes_past_them(tmp_path):
     cfg, towers = tiny_config(**BAD), tiny_towers(tiny_config(**BAD))
     bad = {1, 5, 6, 8}
     with pytest.raises(
-        FloatingPointError, match=r"step 7: .*nan.*Its samples: 6/0, 6/1. Stopped, for train.bad_updates is 2; a greater one"
+        FloatingPointError,
+        match=(
+            r"step 7: .*nan.*Its samples: 6/0, 6/1. Stopped, for train.bad_updates is 2; a"
+            r" greater one"
+        ),
     ):
         train(cfg, tmp_path / "cut", spoiled(cfg, bad), towers)
     assert store.steps(tmp_path / "cut") == [4] and store.read(tmp_path / "cut").meta["bad"] == 1
@@ -227,21 +311,30 @@ def test_too_many_bad_updates_stop_the_run_and_resume_goes_past_them(tmp_path):
 
 
 def test_parameters_that_give_nothing_finite_are_not_saved(tmp_path):
-    """Two bad updates in a row are not the fault of a batch: what was saved before stays the newest."""
+    """Two bad updates in a row are not the fault of a batch: what was saved before stays the
+    newest.
+    """
     cfg = tiny_config(**BAD | {"train": BAD["train"] | {"bad_updates": 99}})
-    with pytest.raises(FloatingPointError, match="the last updates to step 12 were not finite, the newest that was saved is 4"):
+    with pytest.raises(
+        FloatingPointError,
+        match="the last updates to step 12 were not finite, the newest that was saved is 4",
+    ):
         train(cfg, tmp_path, spoiled(cfg, set(range(6, 12))), tiny_towers(cfg))
     assert store.steps(tmp_path) == [4]
 
 
 def test_a_save_is_due_by_minutes_too(tmp_path):
-    cfg = tiny_config(train={"steps": 6, "save_every": 100, "keep": 9, "log_every": 2, "save_minutes": 1e-9})
+    cfg = tiny_config(
+        train={"steps": 6, "save_every": 100, "keep": 9, "log_every": 2, "save_minutes": 1e-9}
+    )
     assert train(cfg, tmp_path, TinyData(cfg), tiny_towers(cfg)) == 6
     assert store.steps(tmp_path) == [2, 4, 6]
 
 
 def test_a_failed_save_is_told_at_once(tmp_path):
-    """Before the next save is due: files may not grow any more, as on a full disk, while orbax writes in its thread."""
+    """Before the next save is due: files may not grow any more, as on a full disk, while orbax
+    writes in its thread.
+    """
     cfg, reached = tiny_config(train={"steps": 1200, "save_every": 20, "log_every": 1000}), []
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -251,7 +344,9 @@ def test_a_failed_save_is_told_at_once(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
 
     try:
-        with pytest.raises(OSError, match=f"^{tmp_path}: a save failed, the newest step that was saved is none: ") as error:
+        with pytest.raises(
+            OSError, match=f"^{tmp_path}: a save failed, the newest step that was saved is none: "
+        ) as error:
             train(cfg, tmp_path, TinyData(cfg), tiny_towers(cfg), on_step=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -261,23 +356,44 @@ def test_a_failed_save_is_told_at_once(tmp_path):
 
 def test_values_of_on_step_are_noted(tmp_path):
     cfg = tiny_config(train={"steps": 2})
-    train(cfg, tmp_path, TinyData(cfg), tiny_towers(cfg), on_step=lambda step, _: {"my/metric": float(step)})
-    assert [json.loads(line)["my/metric"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1.0, 2.0]
+    train(
+        cfg,
+        tmp_path,
+        TinyData(cfg),
+        tiny_towers(cfg),
+        on_step=lambda step, _: {"my/metric": float(step)},
+    )
+    assert [
+        json.loads(line)["my/metric"]
+        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ] == [1.0, 2.0]
 
 
 def test_a_parameter_without_value_is_named(towers, tmp_path):
     with pytest.raises(ValueError, match="missing llm/ln_f/scale"):
-        train(CFG, tmp_path, TinyData(CFG), {name: array for name, array in towers.items() if name != "llm/ln_f/scale"})
+        train(
+            CFG,
+            tmp_path,
+            TinyData(CFG),
+            {name: array for name, array in towers.items() if name != "llm/ln_f/scale"},
+        )
 
 
 def test_cached_taps_need_a_frozen_tower():
-    with pytest.raises(ValueError, match=r"phases\[1\] trains the vision tower.*cache_features=False"):
-        Phase(tiny_config(optim={"phases": TWO}, data={"cache_features": True}), 1, make_layout(CFG))
+    with pytest.raises(
+        ValueError, match=r"phases\[1\] trains the vision tower.*cache_features=False"
+    ):
+        Phase(
+            tiny_config(optim={"phases": TWO}, data={"cache_features": True}), 1, make_layout(CFG)
+        )
 
 
 def test_a_changed_config_is_said(whole_run, tmp_path, towers, capsys):
     shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
-    longer = tiny_config(optim={"phases": TWO, "lr": 1e-2}, train={"steps": STEPS, "save_every": 12, "keep": 3, "log_every": 5})
+    longer = tiny_config(
+        optim={"phases": TWO, "lr": 1e-2},
+        train={"steps": STEPS, "save_every": 12, "keep": 3, "log_every": 5},
+    )
     assert train(longer, tmp_path, TinyData(longer), {}) == STEPS
     assert "; train.keep was 9, is 3\n" in capsys.readouterr().out
 
@@ -285,14 +401,20 @@ def test_a_changed_config_is_said(whole_run, tmp_path, towers, capsys):
 KILLED = """
 import sys
 from tests.test_train import CFG, TinyData, tiny_towers, train
-train(CFG, sys.argv[1], TinyData(CFG), tiny_towers(CFG), on_step=lambda step, _: print("step", step, flush=True))
+say = lambda step, _: print("step", step, flush=True)
+train(CFG, sys.argv[1], TinyData(CFG), tiny_towers(CFG), on_step=say)
 """
 
 
 def run_and_kill(workdir, at_step: int | None, seconds: float) -> tuple[bool, list[str]]:
-    """Trains in a process of its own, killed `seconds` after it has said `at_step` steps. Returns (killed, its lines)."""
+    """Trains in a process of its own, killed `seconds` after it has said `at_step` steps.
+
+    Returns (killed, its lines).
+    """
     command = [sys.executable, "-c", KILLED, workdir]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
         lines = []
         for line in process.stdout:
             lines.append(line)
@@ -305,16 +427,22 @@ def run_and_kill(workdir, at_step: int | None, seconds: float) -> tuple[bool, li
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_at_random_moments(whole_run, tmp_path, kills):
-    """Each run goes on from the newest finalised step and says so; the last one ends with the bits of the whole run."""
+    """Each run goes on from the newest finalised step and says so; the last one ends with the bits
+    of the whole run.
+    """
     rng, killed, interval, newest = np.random.default_rng(kills), 0, CFG.train.save_every, 0
     while newest < STEPS:
         at_step = int(rng.integers(1, 2 * interval)) if killed < kills else None
         died, lines = run_and_kill(tmp_path, at_step, rng.uniform(0, 0.3))
         resumed = [line for line in lines if line.startswith("resume from step")]
         assert [f"from step {newest} of" in line for line in resumed] == [True] * bool(newest)
-        reached = max((int(line.split()[1]) for line in lines if line.startswith("step ")), default=newest)
+        reached = max(
+            (int(line.split()[1]) for line in lines if line.startswith("step ")), default=newest
+        )
         killed, newest = killed + died, max(store.steps(tmp_path), default=0)
-        assert newest >= ((reached - 1) // interval - 1) * interval  # all saves but the one under way
+        assert (
+            newest >= ((reached - 1) // interval - 1) * interval
+        )  # all saves but the one under way
         assert not died or killed <= kills
     assert not list(tmp_path.glob("*/*tmp*"))
     assert_same_bits(store.read(tmp_path), store.read(whole_run))

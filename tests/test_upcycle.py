@@ -1,4 +1,6 @@
-"""A dense FFN and what upcycling makes of it: the same function at step 0, and nothing that cannot learn."""
+"""A dense FFN and what upcycling makes of it: the same function at step 0, and nothing that cannot
+learn.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +23,29 @@ from tests.random_model import random_model
 from tests.tiny import TinyData, tiny_batch, tiny_config, tiny_towers
 
 WIDTH, HIDDEN = 24, 32
-PRESERVE = dict(copies=4, slices=4, top_k=4, gates="renormalise", capacity=0.0, balance=0.01, z=0.001, tile=64, upcycle="preserve")
-OTHERS = [{}, {"top_k": 1}, {"top_k": 7, "gates": "softmax"}, {"top_k": 16, "capacity": 0.5}, {"copies": 1, "top_k": 2}]
-EXACT = [PRESERVE, PRESERVE | {"slices": 2, "top_k": 2}, *(PRESERVE | {"upcycle": "preserve_zero"} | other for other in OTHERS)]
+PRESERVE = dict(
+    copies=4,
+    slices=4,
+    top_k=4,
+    gates="renormalise",
+    capacity=0.0,
+    balance=0.01,
+    z=0.001,
+    tile=64,
+    upcycle="preserve",
+)
+OTHERS = [
+    {},
+    {"top_k": 1},
+    {"top_k": 7, "gates": "softmax"},
+    {"top_k": 16, "capacity": 0.5},
+    {"copies": 1, "top_k": 2},
+]
+EXACT = [
+    PRESERVE,
+    PRESERVE | {"slices": 2, "top_k": 2},
+    *(PRESERVE | {"upcycle": "preserve_zero"} | other for other in OTHERS),
+]
 
 
 def layer(seed=0):
@@ -31,7 +53,11 @@ def layer(seed=0):
     rng = np.random.default_rng(seed)
     normal = lambda *shape: (rng.standard_normal(shape) * shape[0] ** -0.5).astype(np.float32)
     norm = {"ffn_norm/scale": 1 + normal(WIDTH), "ffn_norm/bias": normal(WIDTH)}
-    return {"ffn/fc1/kernel": normal(WIDTH, HIDDEN), "ffn/fc2/kernel": normal(HIDDEN, WIDTH), "attn_gate": normal(1)} | norm
+    return {
+        "ffn/fc1/kernel": normal(WIDTH, HIDDEN),
+        "ffn/fc2/kernel": normal(HIDDEN, WIDTH),
+        "attn_gate": normal(1),
+    } | norm
 
 
 @pytest.mark.parametrize("fields", EXACT)
@@ -55,13 +81,17 @@ def test_plain_copies_are_another_function(gates):
     for copy in (slice(i, i + 4) for i in range(0, 16, 4)):
         np.testing.assert_array_equal(np.concatenate(list(fc1[copy]), 1), dense["ffn/fc1/kernel"])
         np.testing.assert_array_equal(np.concatenate(list(fc2[copy]), 0), dense["ffn/fc2/kernel"])
-    assert all((made[f"ffn/world/{fc}/kernel"] == dense[f"ffn/{fc}/kernel"]).all() for fc in ("fc1", "fc2"))
+    assert all(
+        (made[f"ffn/world/{fc}/kernel"] == dense[f"ffn/{fc}/kernel"]).all() for fc in ("fc1", "fc2")
+    )
     assert len(np.unique(made["ffn/router/kernel"][0])) == 16
     difference, largest, _ = receipt(dense, made, moe)
     assert difference > 0.02 * largest
 
 
-@pytest.mark.parametrize("change", [{"top_k": 3}, {"gates": "softmax"}, {"slices": 2}, {"capacity": 1.5}])
+@pytest.mark.parametrize(
+    "change", [{"top_k": 3}, {"gates": "softmax"}, {"slices": 2}, {"capacity": 1.5}]
+)
 def test_what_cannot_be_preserved_is_refused(change):
     with pytest.raises(ValueError, match="use moe.upcycle=preserve_zero"):
         upcycle_layer(layer(), MoEConfig(**PRESERVE | change), np.random.default_rng(0))
@@ -71,7 +101,10 @@ def test_what_cannot_be_preserved_is_refused(change):
 def test_everything_learns_within_two_steps(policy):
     moe = MoEConfig(**PRESERVE | {"upcycle": policy})
     dense = layer()
-    model = _filled(lambda: MoE(WIDTH, HIDDEN, moe, nnx.Rngs(0)), upcycle_layer(dense, moe, np.random.default_rng(0)))
+    model = _filled(
+        lambda: MoE(WIDTH, HIDDEN, moe, nnx.Rngs(0)),
+        upcycle_layer(dense, moe, np.random.default_rng(0)),
+    )
     rng = np.random.default_rng(1)
     x, target = (jnp.asarray(rng.standard_normal((1, 256, WIDTH)), jnp.float32) for _ in range(2))
 
@@ -82,7 +115,9 @@ def test_everything_learns_within_two_steps(policy):
 
     moved, first = step(model)
     _, second = step(moved)
-    size = lambda g: np.abs(np.asarray(g)).max(tuple(range(1, g.ndim)) if g.ndim == 3 else None)  # of each expert
+    size = lambda g: np.abs(np.asarray(g)).max(
+        tuple(range(1, g.ndim)) if g.ndim == 3 else None
+    )  # of each expert
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         assert (np.maximum(size(a), size(b)) > 0).all()
     if policy == "preserve":
@@ -90,16 +125,22 @@ def test_everything_learns_within_two_steps(policy):
 
 
 def test_a_whole_model_is_preserved():
-    """Outputs of the dense model and of the one with experts, gates open; padding, which nobody sees, is not routed."""
+    """Outputs of the dense model and of the one with experts, gates open; padding, which nobody
+    sees, is not routed.
+    """
     dense_cfg = tiny_config()
     cfg = tiny_config(moe={"copies": 4})
     dense, batch = random_model(dense_cfg, 0), tiny_batch(dense_cfg, 0)
-    arrays = {name: np.asarray(array) for name, array in flatten(dense_cfg, nnx.state(dense)).items()}
+    arrays = {
+        name: np.asarray(array) for name, array in flatten(dense_cfg, nnx.state(dense)).items()
+    }
     made = read_all(upcycle({name: Tensor.of(array) for name, array in arrays.items()}, cfg))
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
     experts = nnx.merge(graphdef, jax.tree.map(jnp.asarray, unflatten(cfg, made, shapes)))
     hidden = jax.jit(lambda model, batch: model.hidden(batch))
-    before, after = (np.asarray(hidden(model, batch))[real_tokens(batch)] for model in (dense, experts))
+    before, after = (
+        np.asarray(hidden(model, batch))[real_tokens(batch)] for model in (dense, experts)
+    )
     assert np.abs(before - after).max() <= 1e-5 * np.abs(before).max()
 
 
@@ -121,19 +162,34 @@ def test_command_line(tmp_path, capsys):
     spec = str(tmp_path / "tiny_experiment.py")
     dense, cfg = cli.load_config(spec), cli.load_config(f"{spec}:moe")
     train(dense, tmp_path / "dense", TinyData(dense), tiny_towers(dense))
-    with pytest.raises(ValueError, match="is dense and the config has moe.copies = 2: .*evlm upcycle"):
+    with pytest.raises(
+        ValueError, match="is dense and the config has moe.copies = 2: .*evlm upcycle"
+    ):
         next_stage(cfg, tmp_path / "dense")
-    command = ["upcycle", "--checkpoint", str(tmp_path / "dense"), "--out", str(tmp_path / "moe"), "--config"]
+    command = [
+        "upcycle",
+        "--checkpoint",
+        str(tmp_path / "dense"),
+        "--out",
+        str(tmp_path / "moe"),
+        "--config",
+    ]
     assert cli.main([*command, spec]) == 1
     assert "moe.copies is 0" in capsys.readouterr().err
     assert cli.main([*command, f"{spec}:moe"]) == 0
     said = "".join(capsys.readouterr())
-    assert all(f"layer {number}: |dense - moe| <= " in said for number in cfg.cross_layers) and "4 of 4 experts chosen" in said
+    assert (
+        all(f"layer {number}: |dense - moe| <= " in said for number in cfg.cross_layers)
+        and "4 of 4 experts chosen" in said
+    )
     assert cli.main([*command, f"{spec}:moe"]) == 1
 
     params, trained = next_stage(cfg, tmp_path / "moe")
     before = store.load_params(tmp_path / "dense")[0]
     kept = [name for name in before if "/ffn/" not in name]
-    assert all(params[name].tobytes() == before[name].tobytes() for name in kept) and len(params) == len(kept) + 4 * 5
+    assert (
+        all(params[name].tobytes() == before[name].tobytes() for name in kept)
+        and len(params) == len(kept) + 4 * 5
+    )
     assert {"xattn/3/ffn/router/kernel", "media/embedding"} <= trained
     assert train(cfg, tmp_path / "next", TinyData(cfg), params, trained) == 2

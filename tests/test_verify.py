@@ -21,9 +21,13 @@ from tests.tiny import tiny_config
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A run with bfloat16 towers and a shorter last group, its export, and its language model alone."""
+    """A run with bfloat16 towers and a shorter last group, its export, and its language model
+    alone.
+    """
     root = tmp_path_factory.mktemp("verify")
-    cfg = tiny_config(xattn={"every": 3}, train={"dtype": "bfloat16", "matmul_precision": "bfloat16"})
+    cfg = tiny_config(
+        xattn={"every": 3}, train={"dtype": "bfloat16", "matmul_precision": "bfloat16"}
+    )
     run_directory(root / "run", cfg, random_model(cfg, seed=0), "bfloat16")
     for form in ("hf", "llm"):
         export.export(str(root / "run"), str(root / form), form)
@@ -37,7 +41,10 @@ def run(capsys, *arguments) -> tuple[int, list[str]]:
 
 
 @needs_transformers
-@pytest.mark.parametrize("towers", [{}, {"vit": {"registers": 2, "class_token": False}, "llm": {"qkv_bias": True, "tied": False}}])
+@pytest.mark.parametrize(
+    "towers",
+    [{}, {"vit": {"registers": 2, "class_token": False}, "llm": {"qkv_bias": True, "tied": False}}],
+)
 def test_a_run_and_its_export(tmp_path, capsys, towers):
     cfg = tiny_config(**towers)
     run_directory(tmp_path / "run", cfg, random_model(cfg, seed=0))
@@ -86,10 +93,16 @@ def test_code_in_a_directory_does_not_run(folders, tmp_path, capsys, form):
     """Not of an export, nor of a Llama that names a class of its own; only when it is asked for."""
     shutil.copytree(folders / form, tmp_path / form)
     ran, config = tmp_path / "ran", json.loads((tmp_path / form / "config.json").read_text())
-    names = {"AutoConfig": "harm.Config", "AutoModelForCausalLM": "harm.Model", "AutoModelForImageTextToText": "harm.Model"}
+    names = {
+        "AutoConfig": "harm.Config",
+        "AutoModelForCausalLM": "harm.Model",
+        "AutoModelForImageTextToText": "harm.Model",
+    }
     (tmp_path / form / "config.json").write_text(json.dumps(config | {"auto_map": names}))
     for file in {"harm.py", *(path.name for path in (tmp_path / form).glob("*.py"))}:
-        (tmp_path / form / file).write_text(f"open({str(ran)!r}, 'w').close()\nraise SystemExit('it ran')\n")
+        (tmp_path / form / file).write_text(
+            f"open({str(ran)!r}, 'w').close()\nraise SystemExit('it ran')\n"
+        )
     status, lines = run(capsys, folders / "run", tmp_path / form)
     assert status == 0 and lines[-1].startswith("PASS") and not ran.exists()
     with pytest.raises(SystemExit, match="it ran"):
@@ -111,12 +124,28 @@ def perturbed(source, out, name):
 
 @needs_transformers
 def test_given_images_and_prompts(folders, tmp_path, capsys):
-    Image.fromarray((np.arange(300) % 256).astype(np.uint8).reshape(10, 10, 3)).save(tmp_path / "disc.png")
+    Image.fromarray((np.arange(300) % 256).astype(np.uint8).reshape(10, 10, 3)).save(
+        tmp_path / "disc.png"
+    )
     picture = ["--image", tmp_path / "disc.png"]
-    status, lines = run(capsys, folders / "run", folders / "hf", *picture, "--prompt", "before<image>after", "--prompt", "red?")
+    status, lines = run(
+        capsys,
+        folders / "run",
+        folders / "hf",
+        *picture,
+        "--prompt",
+        "before<image>after",
+        "--prompt",
+        "red?",
+    )
     assert status == 0
     assert [line.split()[0] for line in lines[1:-1]] == ["before<image>after", "<image>red?"]
-    assert cli.main(["convert", "verify", str(folders / "run"), str(folders / "llm"), *map(str, picture)]) == 1
+    assert (
+        cli.main(
+            ["convert", "verify", str(folders / "run"), str(folders / "llm"), *map(str, picture)]
+        )
+        == 1
+    )
     assert "leave --image out" in capsys.readouterr().err
 
 
@@ -130,7 +159,11 @@ def test_other_architectures_are_errors(folders, tmp_path, capsys):
     run_directory(tmp_path / "other", cfg, random_model(cfg, seed=0))
     assert cli.main(["convert", "verify", str(folders / "run"), str(tmp_path / "other")]) == 1
     error = capsys.readouterr().err
-    assert "xattn.sinks: 1 in A, 2 in B" in error and "llm.rope_theta: 10000.0 in A, 100000.0 in B" in error and "cuts" not in error
+    assert (
+        "xattn.sinks: 1 in A, 2 in B" in error
+        and "llm.rope_theta: 10000.0 in A, 100000.0 in B" in error
+        and "cuts" not in error
+    )
 
 
 def test_other_vocabularies_are_errors(folders, tmp_path, capsys):
@@ -144,7 +177,10 @@ def test_other_vocabularies_are_errors(folders, tmp_path, capsys):
 
 def test_what_has_no_logits_is_an_error(folders, tmp_path, capsys):
     dinov2_directory(tmp_path / "vit", tiny_config())
-    for where, message in ((tmp_path / "vit", "holds dinov2"), (tmp_path, "neither a run (steps/) nor a Hugging Face directory")):
+    for where, message in (
+        (tmp_path / "vit", "holds dinov2"),
+        (tmp_path, "neither a run (steps/) nor a Hugging Face directory"),
+    ):
         assert cli.main(["convert", "verify", str(folders / "run"), str(where)]) == 1
         assert message in capsys.readouterr().err
 
@@ -158,13 +194,21 @@ def test_a_directory_that_lacks_a_tensor_is_an_error(folders, tmp_path, capsys):
     write_folder(tmp_path / "llm", arrays)
     assert cli.main(["convert", "verify", str(tmp_path / "llm"), str(folders / "run")]) == 1
     error = capsys.readouterr().err
-    assert "missing model.layers.0.mlp.up_proj.weight" in error and "unexpected model.extra.weight" in error
+    assert (
+        "missing model.layers.0.mlp.up_proj.weight" in error
+        and "unexpected model.extra.weight" in error
+    )
 
 
 def test_without_torch_the_message_says_so(folders):
-    script = "import sys; sys.modules['torch'] = None; from evlm_jax import cli; sys.exit(cli.main(sys.argv[1:]))"
+    script = (
+        "import sys; sys.modules['torch'] = None; from evlm_jax import cli;"
+        " sys.exit(cli.main(sys.argv[1:]))"
+    )
     arguments = ["convert", "verify", str(folders / "hf"), str(folders / "run")]
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True
+    )
     assert done.returncode == 1
     assert "running it needs PyTorch: pip install torch transformers" in done.stderr
 
@@ -172,29 +216,56 @@ def test_without_torch_the_message_says_so(folders):
 def trace(*embed, **others):
     """Of two positions."""
     seen = {"embed": embed} | {name.replace("_", "/"): rows for name, rows in others.items()}
-    return Trace({name: np.array(rows, np.float32) for name, rows in seen.items()}, np.zeros((2, 3), np.float32))
+    return Trace(
+        {name: np.array(rows, np.float32) for name, rows in seen.items()},
+        np.zeros((2, 3), np.float32),
+    )
 
 
 def test_nan_is_a_difference():
     assert verify.compare(trace([1, 2], [3, 4]), trace([1, 2], [3, 4]), 1e-3).parted is None
-    assert verify.compare(trace([1, 2], [3, np.nan]), trace([1, 2], [3, np.nan]), 1e-3).parted[0] == "embed"
+    assert (
+        verify.compare(trace([1, 2], [3, np.nan]), trace([1, 2], [3, np.nan]), 1e-3).parted[0]
+        == "embed"
+    )
 
 
 def test_a_huge_position_hides_no_difference_at_another():
-    assert verify.compare(trace([1e5, 2], [3, 4]), trace([1e5, 2], [3, 4.1]), 1e-3).parted[0] == "embed"
+    assert (
+        verify.compare(trace([1e5, 2], [3, 4]), trace([1e5, 2], [3, 4.1]), 1e-3).parted[0]
+        == "embed"
+    )
     assert verify.compare(trace([1e5, 2], [3, 4]), trace([1e5, 2.1], [3, 4]), 1e-3).parted is None
 
 
 def test_divergence():
-    a, b = (Trace({}, np.log(np.array([[0.5, 0.25, 0.25], p]))) for p in ([0.5, 0.25, 0.25], [0.25, 0.5, 0.25]))
+    a, b = (
+        Trace({}, np.log(np.array([[0.5, 0.25, 0.25], p])))
+        for p in ([0.5, 0.25, 0.25], [0.25, 0.5, 0.25])
+    )
     found = verify.compare(a, b, 1e-3)
     assert found.kl == pytest.approx(0.25 * np.log(2) / 2) and found.agreement == 0.5
-    assert found.largest == pytest.approx(np.log(2)) and found.relative == pytest.approx(0.5) and found.mean == pytest.approx(np.log(2) / 3)
+    assert (
+        found.largest == pytest.approx(np.log(2))
+        and found.relative == pytest.approx(0.5)
+        and found.mean == pytest.approx(np.log(2) / 3)
+    )
     assert found.parted == ("logits", found.relative)
 
 
 def test_closed_gates_are_named(capsys):
-    one = trace([1, 2], [3, 4], xattn_0=[[1, 2], [3, 4]], llm_layers_0=[[1, 3], [3, 4]], xattn_1=[[1, 3], [3, 5]])
-    example = verify.Example("text", *[np.zeros(2, np.int32)] * 4, np.zeros((0, 4, 4, 3), np.uint8), np.zeros(0, np.int32))
+    one = trace(
+        [1, 2],
+        [3, 4],
+        xattn_0=[[1, 2], [3, 4]],
+        llm_layers_0=[[1, 3], [3, 4]],
+        xattn_1=[[1, 3], [3, 5]],
+    )
+    example = verify.Example(
+        "text",
+        *[np.zeros(2, np.int32)] * 4,
+        np.zeros((0, 4, 4, 3), np.uint8),
+        np.zeros(0, np.int32),
+    )
     assert verify.report([example], [one], [one], 1e-3)
     assert "because their gates are closed: xattn/0\n" in capsys.readouterr().out

@@ -1,4 +1,6 @@
-"""The wheel: built, installed outside the checkout into an environment of its own, and every subcommand runs once from there."""
+"""The wheel: built, installed outside the checkout into an environment of its own, and every
+subcommand runs once from there.
+"""
 
 import os
 import shutil
@@ -34,7 +36,10 @@ RUNS = [  # in the folder `place`; a later one may need what earlier ones left
     "data stats experiment.py",
     "data bench experiment.py --documents 20",
     "data build experiment.py --source folder:pictures --out built --workers 1",
-    "ablate --config ablation.py --variants base --seeds 1 --questions 100 --test 10 --out ablation",
+    (
+        "ablate --config ablation.py --variants base --seeds 1 --questions 100 --test 10 --out"
+        " ablation"
+    ),
 ]
 
 
@@ -54,19 +59,44 @@ def wheel(tmp_path_factory):
         shutil.copy(ROOT / name, folder)
     for name in ("evlm_jax", "experiments"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder / "dist", folder, cwd=folder)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "-w",
+        folder / "dist",
+        folder,
+        cwd=folder,
+    )
     (built,) = (folder / "dist").glob("*.whl")
     return built
 
 
 @pytest.fixture(scope="module")
 def scripts(wheel, tmp_path_factory):
-    """Where the commands of an environment lie that has the wheel; what it depends on is taken from this environment."""
+    """Where the commands of an environment lie that has the wheel; what it depends on is taken from
+    this environment.
+    """
     folder = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
     (library,) = folder.glob("lib/python*/site-packages")
     (library / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    run(sys.executable, "-m", "pip", "--python", folder / "bin/python", "install", "-q", "--no-deps", "--no-index", wheel, cwd=folder)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        folder / "bin/python",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        wheel,
+        cwd=folder,
+    )
     return folder / "bin"
 
 
@@ -76,11 +106,20 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("elsewhere") / "place"
     shutil.copytree(ROOT / "tests/golden/format1_dense", folder)
     shutil.copy(ROOT / "tests/golden/format0_experts/experiment.py", folder / "experts.py")
-    data = {"sources": ("easy-vqa",), "weights": (1.0,), "template": "plain", "length": 600, "images": 3, "targets": 200, "pairs": 90}
+    data = {
+        "sources": ("easy-vqa",),
+        "weights": (1.0,),
+        "template": "plain",
+        "length": 600,
+        "images": 3,
+        "targets": 200,
+        "pairs": 90,
+    }
     init = {"vision": "vision", "llm": "llm", "centre_norms": True}
     cfg = tiny_config(init=init, data=data | {"cache_features": True}, optim={"min_lr": 1e-3})
     (folder / "ablation.py").write_text(
-        f"from ml_collections import ConfigDict\ndef get_config(variant):\n    return ConfigDict({to_dict(cfg)!r})\n"
+        "from ml_collections import ConfigDict\ndef get_config(variant):\n    return"
+        f" ConfigDict({to_dict(cfg)!r})\n"
     )
     layouts.write("gqa", folder / "gqa")
     return folder
@@ -89,7 +128,9 @@ def place(tmp_path_factory):
 def test_it_holds_every_file_of_the_packages(wheel):
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
-    files = (file for package in ("evlm_jax", "experiments") for file in (ROOT / package).rglob("*.*"))
+    files = (
+        file for package in ("evlm_jax", "experiments") for file in (ROOT / package).rglob("*.*")
+    )
     assert held == {str(file.relative_to(ROOT)) for file in files if file.suffix != ".pyc"}
 
 
@@ -100,11 +141,30 @@ def test_every_subcommand_runs(scripts, place):
     assert {words.split()[0] for words in RUNS} == COMMANDS.keys() - {"demo"}  # which CI runs
     for words in RUNS:
         run(scripts / "evlm", *words.split(), cwd=place)
-    assert all((place / name).is_file() for name in ("inspect.html", "ablation/report.html", "exported/modeling_evlm.py"))
+    assert all(
+        (place / name).is_file()
+        for name in ("inspect.html", "ablation/report.html", "exported/modeling_evlm.py")
+    )
 
 
 def test_its_modules_and_experiments_are_found_anywhere(scripts, place):
-    code = "import evlm_jax, experiments.demo as demo; print(evlm_jax.__file__); print(demo.__file__); demo.get_config('fast')"
-    assert all(line.startswith(str(scripts.parent)) for line in run(scripts / "python", "-c", code, cwd=place).splitlines())
+    code = (
+        "import evlm_jax, experiments.demo as demo; print(evlm_jax.__file__); print(demo.__file__);"
+        " demo.get_config('fast')"
+    )
+    assert all(
+        line.startswith(str(scripts.parent))
+        for line in run(scripts / "python", "-c", code, cwd=place).splitlines()
+    )
     assert "SUBCOMMAND" in run(scripts / "python", "-m", "evlm_jax", "--help", cwd=place)
-    run(scripts / "evlm", "plan", "--config", "experiments/demo.py:fast", "--topology", "cpu:1", "--what", "encode", cwd=place)
+    run(
+        scripts / "evlm",
+        "plan",
+        "--config",
+        "experiments/demo.py:fast",
+        "--topology",
+        "cpu:1",
+        "--what",
+        "encode",
+        cwd=place,
+    )

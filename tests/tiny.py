@@ -1,4 +1,6 @@
-"""A whole EVLM that compiles in seconds, and valid packed batches for it: what most tests are made of."""
+"""A whole EVLM that compiles in seconds, and valid packed batches for it: what most tests are made
+of.
+"""
 
 # ruff: noqa: C408 (sections as keyword arguments read like the config)
 
@@ -15,42 +17,63 @@ from evlm_jax.models.param_names import flatten
 from evlm_jax.ops.attention_plan import plan
 from evlm_jax.ops.grouped_attention import Plan
 
-CROSS_ONLY = ({"pattern": "^(xattn|media|bridge)/", "lr": 1.0}, {"pattern": "^(vit|llm)/", "lr": None})
-UPPER_VIT = ({"pattern": "^vit/blocks/[23]/", "lr": 0.5}, *CROSS_ONLY)  # blocks 3 and 4 of 4, in 1-based numbers
+CROSS_ONLY = (
+    {"pattern": "^(xattn|media|bridge)/", "lr": 1.0},
+    {"pattern": "^(vit|llm)/", "lr": None},
+)
+UPPER_VIT = (
+    {"pattern": "^vit/blocks/[23]/", "lr": 0.5},
+    *CROSS_ONLY,
+)  # blocks 3 and 4 of 4, in 1-based numbers
 
 _TINY = dict(
     name="tiny",
     vit=dict(
-        depth=4, width=32, heads=4, mlp=64, patch=4, image_size=8, pretrained_size=8, norm="pre", bias="all", activation="gelu",
-        layer_scale=True, class_token=True, registers=0, patch_bias=True, embed_norm=False, eps=1e-6, taps=(2, 3, 4), cuts=(),
+        depth=4, width=32, heads=4, mlp=64, patch=4, image_size=8, pretrained_size=8, norm="pre",
+        bias="all", activation="gelu", layer_scale=True, class_token=True, registers=0,
+        patch_bias=True, embed_norm=False, eps=1e-6, taps=(2, 3, 4), cuts=(),
         interpolation="bicubic", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
     ),
-    llm=dict(vocab=256, hidden=64, layers=4, heads=4, kv_heads=2, head_dim=16, mlp=128, rope_theta=1e4, eps=1e-5,
-             qkv_bias=False, tied=True, dynamic_ntk=0, logn=0),
-    xattn=dict(heads=2, kv_heads=2, head_dim=16, ffn=32, every=1, schedule="blocked", sinks=1, tile=8, eps=1e-5),
-    moe=dict(copies=0, slices=2, top_k=2, gates="renormalise", capacity=0.0, balance=0.01, z=0.001, tile=8, upcycle="preserve"),
+    llm=dict(
+        vocab=256, hidden=64, layers=4, heads=4, kv_heads=2, head_dim=16, mlp=128, rope_theta=1e4,
+        eps=1e-5, qkv_bias=False, tied=True, dynamic_ntk=0, logn=0,
+    ),
+    xattn=dict(
+        heads=2, kv_heads=2, head_dim=16, ffn=32, every=1, schedule="blocked", sinks=1, tile=8,
+        eps=1e-5,
+    ),
+    moe=dict(
+        copies=0, slices=2, top_k=2, gates="renormalise", capacity=0.0, balance=0.01, z=0.001,
+        tile=8, upcycle="preserve",
+    ),
     media=dict(tokens=2, placeholder="<|media|>"),
     bridge=dict(kind="routed", latents=3, depth=2, heads=2, head_dim=16, ffn=2),
     data=dict(
-        sources=("vqa", "caption"), weights=(1.0, 1.0), tasks=(), ends="repeat", template="chatml", length=48, images=4, targets=24, pool=1,
-        slots=4, pairs=12, dialogs=0, isolate=True, window=8, resize="squash", scaled_decoding=False, most_drops=1.0,
-        cache_features=False, seed=0,
+        sources=("vqa", "caption"), weights=(1.0, 1.0), tasks=(), ends="repeat", template="chatml",
+        length=48, images=4, targets=24, pool=1, slots=4, pairs=12, dialogs=0, isolate=True,
+        window=8, resize="squash", scaled_decoding=False, most_drops=1.0, cache_features=False,
+        seed=0,
     ),
     clean=dict(
-        letters=0.2, digits=7, duplicates=0.5, links=("https?:", r"\.(com|png)"), words=3, dates=(r"\d{4}-\d\d-\d\d",), simplify=True,
-        similarity=0.3, deviation=2.0, aspect=3.0, side=8, web_images=5, web_characters=200, web_similarity=0.2,
-        page_confidence=0.8, page_characters=8, page_similarity=0.8,
+        letters=0.2, digits=7, duplicates=0.5, links=("https?:", r"\.(com|png)"), words=3,
+        dates=(r"\d{4}-\d\d-\d\d",), simplify=True, similarity=0.3, deviation=2.0, aspect=3.0,
+        side=8, web_images=5, web_characters=200, web_similarity=0.2, page_confidence=0.8,
+        page_characters=8, page_similarity=0.8,
     ),
     optim=dict(
-        lr=1e-3, min_lr=1e-4, warmup=2, b1=0.9, b2=0.999, eps=1e-8, mu_dtype="float32", weight_decay=0.05,
-        no_decay=("gate$", "norm", "bias$", "^media/"), clip=1.0, phases=(dict(start=0.0, warmup=0, rules=CROSS_ONLY),),
+        lr=1e-3, min_lr=1e-4, warmup=2, b1=0.9, b2=0.999, eps=1e-8, mu_dtype="float32",
+        weight_decay=0.05, no_decay=("gate$", "norm", "bias$", "^media/"), clip=1.0,
+        phases=(dict(start=0.0, warmup=0, rules=CROSS_ONLY),),
     ),
     train=dict(
-        steps=8, batch=2, accumulate=1, dtype="float32", matmul_precision="float32", param_dtype="float32",
-        frozen_dtype="float32", remat="none", loss_chunk=0, save_every=4, keep=2, log_every=1, monitors=(), monitor_every=0,
-        monitor_questions=0, seed=0, peak_flops=0.0,
+        steps=8, batch=2, accumulate=1, dtype="float32", matmul_precision="float32",
+        param_dtype="float32", frozen_dtype="float32", remat="none", loss_chunk=0, save_every=4,
+        keep=2, log_every=1, monitors=(), monitor_every=0, monitor_questions=0, seed=0,
+        peak_flops=0.0,
     ),
-    mesh=dict(data=-1, fsdp=1, expert=1, tensor=1, slices=1, zero=2, frozen="replicated", images="all"),
+    mesh=dict(
+        data=-1, fsdp=1, expert=1, tensor=1, slices=1, zero=2, frozen="replicated", images="all",
+    ),
     init=dict(vision="", llm="", centre_norms=False),
 )  # fmt: skip
 
@@ -64,7 +87,9 @@ BASELINES = {  # sections of the tiny config; its pictures have 4 patches
 
 
 def tiny_config(**overrides) -> EVLMConfig:
-    """The tiny config with sections changed: `tiny_config(train=dict(steps=50), optim=dict(lr=1e-4))`."""
+    """The tiny config with sections changed: `tiny_config(train=dict(steps=50),
+    optim=dict(lr=1e-4))`.
+    """
     config = ml_collections.ConfigDict(_TINY)
     for section, values in overrides.items():
         if isinstance(values, dict):
@@ -78,8 +103,8 @@ def tiny_config(**overrides) -> EVLMConfig:
 
 
 def tiny_batch(cfg: EVLMConfig, seed: int, rows: int | None = None, fill: float = 1.0) -> Batch:
-    """Random but valid packed rows as numpy, a function of `seed`: several documents a row, with 0 to 2 images each. Pools do not change
-    the documents.
+    """Random but valid packed rows as numpy, a function of `seed`: several documents a row, with 0
+    to 2 images each. Pools do not change the documents.
 
     Args:
       rows: of the batch; train.batch where left out.
@@ -87,25 +112,40 @@ def tiny_batch(cfg: EVLMConfig, seed: int, rows: int | None = None, fill: float 
     """
     rng = np.random.default_rng(seed)
     made = [_row(cfg.apart, rng, fill) for _ in range(rows or cfg.train.batch)]
-    batch = Batch(*(None if made[0][name] is None else np.stack([row[name] for row in made]) for name in Batch._fields))
+    batch = Batch(
+        *(
+            None if made[0][name] is None else np.stack([row[name] for row in made])
+            for name in Batch._fields
+        )
+    )
     return batch if cfg.data.pool == 1 else pooled(cfg, batch)
 
 
 def pooled(cfg: EVLMConfig, batch: Batch) -> Batch:
     """Rows that have image slots of their own, in pools: used slots stand one behind another."""
     data, spec = cfg.data, Batch.spec(cfg, len(batch.tokens))
-    fields = {name: None if array is None else array.copy() for name, array in batch._asdict().items()}
+    fields = {
+        name: None if array is None else array.copy() for name, array in batch._asdict().items()
+    }
     kind = "taps" if batch.pixels is None else "pixels"
     fields[kind], plans = np.zeros(getattr(spec, kind).shape, getattr(batch, kind).dtype), []
     for first in range(0, len(batch.tokens), data.pool):
         slot = 0
         for row in range(first, first + data.pool):
-            images, sees = batch.visible_stop[row].max(), batch.visible_stop[row] > batch.visible_start[row]
-            fields[kind][first // data.pool, slot : slot + images] = getattr(batch, kind)[row, :images]
+            images, sees = (
+                batch.visible_stop[row].max(),
+                batch.visible_stop[row] > batch.visible_start[row],
+            )
+            fields[kind][first // data.pool, slot : slot + images] = getattr(batch, kind)[
+                row, :images
+            ]
             for name in ("visible_start", "visible_stop"):
                 fields[name][row, sees] += slot
             slot += images
-        seen = (fields[name][first : first + data.pool].ravel() for name in ("visible_start", "visible_stop"))
+        seen = (
+            fields[name][first : first + data.pool].ravel()
+            for name in ("visible_start", "visible_stop")
+        )
         plans.append(plan(*seen, cfg.xattn.tile, data.pairs))
     return Batch(**fields | {name: np.stack([p[name] for p in plans]) for name in plans[0]})
 
@@ -114,15 +154,23 @@ def _row(cfg: EVLMConfig, rng: np.random.Generator, fill: float) -> dict:
     data, vit, n = cfg.data, cfg.vit, cfg.media.tokens
     length = data.length
     row = dict(
-        tokens=np.zeros(length), positions=np.zeros(length), seen_until=np.arange(length) + 1, media_slot=np.full(length, -1),
-        visible_start=np.zeros(length), visible_stop=np.zeros(length),
-        target_at=np.zeros(data.targets), targets=np.full(data.targets, -1), target_source=np.zeros(data.targets),
-    )  # fmt: skip
+        tokens=np.zeros(length),
+        positions=np.zeros(length),
+        seen_until=np.arange(length) + 1,
+        media_slot=np.full(length, -1),
+        visible_start=np.zeros(length),
+        visible_stop=np.zeros(length),
+        target_at=np.zeros(data.targets),
+        targets=np.full(data.targets, -1),
+        target_source=np.zeros(data.targets),
+    )
     row = {name: value.astype(np.int32) for name, value in row.items()}
     at, image, target, document = 0, 0, 0, 0
     while True:
         images, words = min(int(rng.integers(0, 3)), data.images - image), int(rng.integers(4, 9))
-        size = images * (n + 1) + words  # a text token in front of every image sees what was visible before
+        size = (
+            images * (n + 1) + words
+        )  # a text token in front of every image sees what was visible before
         if at + size > fill * length:
             break
         row["positions"][at : at + size] = np.arange(size)
@@ -138,10 +186,18 @@ def _row(cfg: EVLMConfig, rng: np.random.Generator, fill: float) -> dict:
         row["target_at"][spots], row["targets"][spots] = answer - 1, row["tokens"][answer]
         row["target_source"][spots] = document % len(data.sources)
         at, image, target, document = at + size, image + images, target + len(answer), document + 1
-    row |= plan(row["visible_start"], row["visible_stop"], cfg.tile, data.pairs) if cfg.tile else dict.fromkeys(Plan._fields)
+    row |= (
+        plan(row["visible_start"], row["visible_stop"], cfg.tile, data.pairs)
+        if cfg.tile
+        else dict.fromkeys(Plan._fields)
+    )
     pixels = rng.integers(0, 256, (data.images, vit.image_size, vit.image_size, 3)).astype(np.uint8)
-    taps = rng.standard_normal((data.images, len(vit.taps), vit.tokens, vit.width)).astype(jnp.bfloat16)
-    return row | dict(pixels=None if data.cache_features else pixels, taps=taps if data.cache_features else None)
+    taps = rng.standard_normal((data.images, len(vit.taps), vit.tokens, vit.width)).astype(
+        jnp.bfloat16
+    )
+    return row | dict(
+        pixels=None if data.cache_features else pixels, taps=taps if data.cache_features else None
+    )
 
 
 def tiny_towers(cfg: EVLMConfig, seed: int = 0) -> dict[str, np.ndarray]:
@@ -152,7 +208,10 @@ def tiny_towers(cfg: EVLMConfig, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 class TinyData:
-    """Batches that are a function of (seed, index), in place of `data.pipeline.batches`. `change(index, batch)` may spoil one."""
+    """Batches that are a function of (seed, index), in place of `data.pipeline.batches`.
+
+    `change(index, batch)` may spoil one.
+    """
 
     def __init__(self, cfg: EVLMConfig, seed: int = 0, change=lambda index, batch: batch):
         self.cfg, self.seed, self.change, self.next = cfg, seed, change, 0

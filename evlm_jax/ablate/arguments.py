@@ -7,22 +7,66 @@ from evlm_jax.config.ranges import Positive, argument
 
 def add(parser: argparse.ArgumentParser) -> None:
     """All of them."""
-    parser.add_argument("--variants", required=True, type=_names, help="a,b,c: of the experiment file; its base is always there")
     parser.add_argument(
-        "--config", default="experiments/ablations.py", help="FILE.py whose get_config takes a variant; fields as elsewhere"
+        "--variants",
+        required=True,
+        type=_names,
+        help="a,b,c: of the experiment file; its base is always there",
+    )
+    parser.add_argument(
+        "--config",
+        default="experiments/ablations.py",
+        help="FILE.py whose get_config takes a variant; fields as elsewhere",
     )
     parser.add_argument("--seeds", type=argument(Positive), default=3, help="runs of a variant")
     parser.add_argument(
-        "--questions", type=argument(Positive), default=20_000, help="that a run sees; the other budget is what the base costs for them"
+        "--questions",
+        type=argument(Positive),
+        default=20_000,
+        help="that a run sees; the other budget is what the base costs for them",
     )
-    parser.add_argument("--test", type=argument(Positive), help="questions of the official test that are asked; all where left out")
-    parser.add_argument("--init", help="run of an earlier stage that all start from; experts are made of its FFNs, by moe.upcycle")
-    parser.add_argument("--out", required=True, help="runs, results.json and report.html; what is there is not done again")
-    parser.add_argument("--jobs", type=argument(Positive), default=1, help="runs at a time, each on its share of the cores")
-    parser.add_argument("--cores", type=_numbers, help="0,1,...: which to share; those of this process where left out")
-    parser.add_argument("--gpus", type=_names, default=[], help="0,1,...: one run at a time on each, instead of --jobs")
+    parser.add_argument(
+        "--test",
+        type=argument(Positive),
+        help="questions of the official test that are asked; all where left out",
+    )
+    parser.add_argument(
+        "--init",
+        help=(
+            "run of an earlier stage that all start from; experts are made of its FFNs, by"
+            " moe.upcycle"
+        ),
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        help="runs, results.json and report.html; what is there is not done again",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=argument(Positive),
+        default=1,
+        help="runs at a time, each on its share of the cores",
+    )
+    parser.add_argument(
+        "--cores",
+        type=_numbers,
+        help="0,1,...: which to share; those of this process where left out",
+    )
+    parser.add_argument(
+        "--gpus",
+        type=_names,
+        default=[],
+        help="0,1,...: one run at a time on each, instead of --jobs",
+    )
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints of finished runs")
-    parser.add_argument("--run", dest="only", type=_run, metavar="VARIANT/SEED", help="this run only, in this process")
+    parser.add_argument(
+        "--run",
+        dest="only",
+        type=_run,
+        metavar="VARIANT/SEED",
+        help="this run only, in this process",
+    )
 
 
 def _names(text: str) -> list[str]:

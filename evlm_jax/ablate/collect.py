@@ -1,7 +1,8 @@
-"""Finished runs as one dict that JSON holds, and what it says of a variant: mean, deviation, and the difference from another one.
+"""Finished runs as one dict that JSON holds, and what it says of a variant: mean, deviation, and
+the difference from another one.
 
-{"settings": {...}, "clusters": {task: [questions of each image]}, "runs": [result.json of each run, clusters left out]}
-"""
+{"settings": {...}, "clusters": {task: [questions of each image]}, "runs": [result.json of each run,
+clusters left out]}"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,30 +58,48 @@ class Row(NamedTuple):
     peak_bytes: float
     loss: float
     means: dict[str, list[float]]  # by measure: of each seed
-    against: dict[str, Difference | None]  # by measure: this less the base; None for the base itself
+    against: dict[
+        str, Difference | None
+    ]  # by measure: this less the base; None for the base itself
 
 
 def collect(files: Sequence[Path]) -> dict:
-    """Joins result.json files. Raises ValueError naming the file whose settings or questions are not those of the first."""
+    """Joins result.json files.
+
+    Raises ValueError naming the file whose settings or questions are not those of the first.
+    """
     runs = [results.load(file) for file in files]
     if not runs:
         raise ValueError("ablate: no run is finished")
-    joined = {"settings": runs[0]["settings"], "clusters": next(iter(runs[0]["readings"].values()))["clusters"], "runs": runs}
+    joined = {
+        "settings": runs[0]["settings"],
+        "clusters": next(iter(runs[0]["readings"].values()))["clusters"],
+        "runs": runs,
+    }
     for file, run in zip(files, runs):
         clusters = [reading.pop("clusters") for reading in run["readings"].values()]
         settings = run.pop("settings")
         if wrong := _apart(settings, joined["settings"]):
-            raise ValueError(f"{file}: its {', '.join(wrong)} differ from those of {files[0]}; give another --out, or remove one of them")
+            raise ValueError(
+                f"{file}: its {', '.join(wrong)} differ from those of {files[0]}; give another"
+                " --out, or remove one of them"
+            )
         if any(found != joined["clusters"] for found in clusters):
-            raise ValueError(f"{file}: its test questions are not those of {files[0]}; remove one of them")
+            raise ValueError(
+                f"{file}: its test questions are not those of {files[0]}; remove one of them"
+            )
     return joined
 
 
 def _apart(one: dict, other: dict) -> list[str]:
-    """Names of settings that differ; of the base, fields that both know: one that came later says what the code did before."""
+    """Names of settings that differ; of the base, fields that both know: one that came later says
+    what the code did before.
+    """
     wrong = [name for name in one | other if name != "base" and one.get(name) != other.get(name)]
     a, b = (_fields(settings["base"]) for settings in (one, other))
-    return wrong + ["base"] * any(a[name] != b[name] for name in (a.keys() & b.keys()) - {"/format"})
+    return wrong + ["base"] * any(
+        a[name] != b[name] for name in (a.keys() & b.keys()) - {"/format"}
+    )
 
 
 def _fields(node, name: str = "") -> dict:
@@ -89,7 +108,11 @@ def _fields(node, name: str = "") -> dict:
         node = dict(enumerate(node)) | {"length": len(node)}
     if not isinstance(node, dict):
         return {name: node}
-    return {full: value for key, entry in node.items() for full, value in _fields(entry, f"{name}/{key}").items()}
+    return {
+        full: value
+        for key, entry in node.items()
+        for full, value in _fields(entry, f"{name}/{key}").items()
+    }
 
 
 def variants(found: dict) -> list[str]:
@@ -106,10 +129,14 @@ def values(found: dict, variant: str, budget: str, measure: Measure) -> dict[int
     """{seed: a value for each question}."""
     count = sum(found["clusters"][measure.key.partition("/")[0]])
     runs = [run for run in found["runs"] if run["variant"] == variant]
-    return {run["seed"]: unpack(reading(run, budget)["measured"][measure.key], count) for run in runs}
+    return {
+        run["seed"]: unpack(reading(run, budget)["measured"][measure.key], count) for run in runs
+    }
 
 
-def difference(found: dict, variant: str, other: str, budget: str, measure: Measure) -> Difference | None:
+def difference(
+    found: dict, variant: str, other: str, budget: str, measure: Measure
+) -> Difference | None:
     """`variant` less `other`, paired by seed and question; None without a common seed."""
     a, b = (values(found, name, budget, measure) for name in (variant, other))
     if not (common := [seed for seed in a if seed in b]):
@@ -121,16 +148,32 @@ def difference(found: dict, variant: str, other: str, budget: str, measure: Meas
 
 def rows(found: dict, budget: str) -> list[Row]:
     """A row a variant, the base first."""
-    return [_row(found, variant, budget) for variant in sorted(variants(found), key=lambda name: name != BASE)]
+    return [
+        _row(found, variant, budget)
+        for variant in sorted(variants(found), key=lambda name: name != BASE)
+    ]
 
 
 def _row(found: dict, variant: str, budget: str) -> Row:
     runs = [run for run in found["runs"] if run["variant"] == variant]
     at = lambda name: float(np.mean([run["budgets"][budget][name] for run in runs]))
     mean = lambda name, of=np.mean: float(of([reading(run, budget)[name] for run in runs]))
-    means = {m.key: [float(v.mean()) for v in values(found, variant, budget, m).values()] for m in MEASURES}
-    against = {m.key: None if variant == BASE else difference(found, variant, BASE, budget, m) for m in MEASURES}
-    facts = at("step"), at("questions"), at("flops"), mean("step_seconds"), mean("peak_bytes", np.max), mean("loss")
+    means = {
+        m.key: [float(v.mean()) for v in values(found, variant, budget, m).values()]
+        for m in MEASURES
+    }
+    against = {
+        m.key: None if variant == BASE else difference(found, variant, BASE, budget, m)
+        for m in MEASURES
+    }
+    facts = (
+        at("step"),
+        at("questions"),
+        at("flops"),
+        mean("step_seconds"),
+        mean("peak_bytes", np.max),
+        mean("loss"),
+    )
     return Row(variant, runs[0]["changes"], runs[0]["trained"], *facts, means, against)
 
 
@@ -144,7 +187,13 @@ def header() -> list[str]:
 
 def cells(row: Row) -> list[str]:
     """A row as text, for every table."""
-    facts = [row.variant, f"{row.trained / 1e6:.2f} M", f"{row.steps:.0f}", f"{row.questions:,.0f}", f"{row.flops:.3g}"]
+    facts = [
+        row.variant,
+        f"{row.trained / 1e6:.2f} M",
+        f"{row.steps:.0f}",
+        f"{row.questions:,.0f}",
+        f"{row.flops:.3g}",
+    ]
     facts += [f"{row.step_seconds:.2f}", f"{row.peak_bytes / 2**30:.2f} GiB", f"{row.loss:.3f}"]
     return facts + [text for measure in MEASURES for text in _measured(row, measure)]
 
@@ -152,7 +201,11 @@ def cells(row: Row) -> list[str]:
 def _measured(row: Row, measure: Measure) -> tuple[str, str, str]:
     means, apart = row.means[measure.key], row.against[measure.key]
     spread = f" ± {np.std(means, ddof=1):.2f}" if len(means) > 1 else ""
-    return f"{np.mean(means):.2f}{spread}", interval(apart), "" if apart is None or apart.p is None else f"{apart.p:.2g}"
+    return (
+        f"{np.mean(means):.2f}{spread}",
+        interval(apart),
+        "" if apart is None or apart.p is None else f"{apart.p:.2g}",
+    )
 
 
 def interval(apart: Difference | None) -> str:
@@ -162,4 +215,7 @@ def interval(apart: Difference | None) -> str:
 
 def table(found: dict) -> str:
     """All rows at both budgets, as text."""
-    return "\n\n".join(f"{title}\n{columns([header(), *map(cells, rows(found, budget))])}" for budget, title in BUDGETS.items())
+    return "\n\n".join(
+        f"{title}\n{columns([header(), *map(cells, rows(found, budget))])}"
+        for budget, title in BUDGETS.items()
+    )

@@ -1,4 +1,6 @@
-"""What `evlm ablate` does: the missing runs, then table, results.json and page of all that are there."""
+"""What `evlm ablate` does: the missing runs, then table, results.json and page of all that are
+there.
+"""
 
 import argparse
 import os
@@ -12,8 +14,14 @@ from evlm_jax.evals import results
 from evlm_jax.paths import local
 
 
-def main(args: argparse.Namespace, overrides: list[str], load_config: Callable[[str, list[str]], EVLMConfig]) -> int:
-    """Returns the exit status: 1 where a run failed. Raises ValueError for an unknown variant, before anything begins."""
+def main(
+    args: argparse.Namespace,
+    overrides: list[str],
+    load_config: Callable[[str, list[str]], EVLMConfig],
+) -> int:
+    """Returns the exit status: 1 where a run failed. Raises ValueError for an unknown variant,
+    before anything begins.
+    """
     args.out = local(args.out, "--out of an ablation")
     load = lambda variant: load_config(f"{args.config}:{variant}", overrides)
     if args.only:
@@ -24,14 +32,24 @@ def main(args: argparse.Namespace, overrides: list[str], load_config: Callable[[
     for variant in variants:
         job.check(load, variant, args.init)
     names = [f"{variant}/{seed}" for seed in range(args.seeds) for variant in variants]
-    todo = [slots.Run(name, _command(args, overrides, name), args.out / name / "log.txt") for name in names if not _done(args.out, name)]
+    todo = [
+        slots.Run(name, _command(args, overrides, name), args.out / name / "log.txt")
+        for name in names
+        if not _done(args.out, name)
+    ]
     cores = args.cores or sorted(os.sched_getaffinity(0))
-    failed = slots.run_all(todo, slots.slots(args.jobs, cores, args.gpus), lambda text: print(text, flush=True))
-    found = collect.collect([args.out / name / "result.json" for name in names if _done(args.out, name)])
+    failed = slots.run_all(
+        todo, slots.slots(args.jobs, cores, args.gpus), lambda text: print(text, flush=True)
+    )
+    found = collect.collect(
+        [args.out / name / "result.json" for name in names if _done(args.out, name)]
+    )
     file = results.save(args.out / "results.json", found)
     print(f"\n{collect.table(found)}\n\n{file}\n{page.render(found, args.out / 'report.html')}")
     if failed:
-        print(f"evlm: {len(failed)} of {len(names)} runs failed: {', '.join(failed)}", file=sys.stderr)
+        print(
+            f"evlm: {len(failed)} of {len(names)} runs failed: {', '.join(failed)}", file=sys.stderr
+        )
     return bool(failed)
 
 
@@ -41,7 +59,18 @@ def _done(out: Path, name: str) -> bool:
 
 def _command(args: argparse.Namespace, overrides: list[str], name: str) -> list[str]:
     """Of one run."""
-    words = ["--config", args.config, "--variants", job.BASE, "--questions", str(args.questions), "--out", str(args.out), "--run", name]
+    words = [
+        "--config",
+        args.config,
+        "--variants",
+        job.BASE,
+        "--questions",
+        str(args.questions),
+        "--out",
+        str(args.out),
+        "--run",
+        name,
+    ]
     words += ["--test", str(args.test)] if args.test is not None else []
     words += ["--init", args.init] if args.init else []
     return [sys.executable, "-m", "evlm_jax", "ablate", *words, *["--keep"] * args.keep, *overrides]

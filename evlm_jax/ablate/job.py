@@ -1,4 +1,5 @@
-"""One run of an ablation: trained to each of its two budgets, read there, and written down. Each part is taken up where it was cut off.
+"""One run of an ablation: trained to each of its two budgets, read there, and written down. Each
+part is taken up where it was cut off.
 
 DIR/VARIANT/SEED/213.json      what was read behind update 213
 DIR/VARIANT/SEED/result.json   the whole run, once it has been read at both budgets
@@ -43,16 +44,28 @@ BASE = "base"
 
 
 def check(load: Callable[[str], EVLMConfig], variant: str, init: str | None) -> None:
-    """Raises ValueError where there is no such variant, where what it changes cannot count, or experts cannot be made of `init`."""
+    """Raises ValueError where there is no such variant, where what it changes cannot count, or
+    experts cannot be made of `init`.
+    """
     cfg = load(variant)
     if makes_experts(cfg, init):
         upcycle.check(cfg.moe)
     elif "moe.upcycle" in changes(load(BASE), cfg):
-        raise ValueError(f"{variant}: moe.upcycle counts where experts are made of a dense run's FFNs: give that run with --init")
+        raise ValueError(
+            f"{variant}: moe.upcycle counts where experts are made of a dense run's FFNs: give that"
+            " run with --init"
+        )
 
 
 def run(
-    load: Callable[[str], EVLMConfig], variant: str, seed: int, questions: int, limit: int | None, init: str | None, out: Path, keep: bool
+    load: Callable[[str], EVLMConfig],
+    variant: str,
+    seed: int,
+    questions: int,
+    limit: int | None,
+    init: str | None,
+    out: Path,
+    keep: bool,
 ) -> None:
     """Trains, reads, saves result.json; what is there already stays.
 
@@ -80,10 +93,21 @@ def run(
         for step in sorted({cut.step for cut in cuts.values()}):
             file = folder / f"{step}.json"
             if not file.exists():
-                results.save(file, read(replace(cfg, train=replace(cfg.train, steps=step)), begin, folder, limit))
+                results.save(
+                    file,
+                    read(replace(cfg, train=replace(cfg.train, steps=step)), begin, folder, limit),
+                )
             readings[str(step)] = results.load(file)
-        whole = {"variant": variant, "seed": seed, "changes": changes(plain, load(variant)), "trained": trained_parameters(cfg)}
-        whole |= {"settings": common, "budgets": {name: cut._asdict() for name, cut in cuts.items()}}
+        whole = {
+            "variant": variant,
+            "seed": seed,
+            "changes": changes(plain, load(variant)),
+            "trained": trained_parameters(cfg),
+        }
+        whole |= {
+            "settings": common,
+            "budgets": {name: cut._asdict() for name, cut in cuts.items()},
+        }
         results.save(folder / "result.json", whole | {"readings": readings})
         for name in () if keep else ("steps", "frozen", "start"):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -91,7 +115,10 @@ def run(
 
 def _begun(file: Path, init: str | None) -> None:
     if file.exists() and results.load(file)["init"] != init:
-        raise ValueError(f"{file}: the run that was cut off here began elsewhere; give its --init, another --out, or remove {file.parent}")
+        raise ValueError(
+            f"{file}: the run that was cut off here began elsewhere; give its --init, another"
+            f" --out, or remove {file.parent}"
+        )
     results.save(file, {"init": init})
 
 
@@ -122,7 +149,9 @@ def settings(base: EVLMConfig, questions: int, limit: int | None, init: str | No
 
 
 def changes(base: EVLMConfig, cfg: EVLMConfig) -> dict:
-    """{full name of a field: its value in `cfg`} where that is not the base's; the name does not count."""
+    """{full name of a field: its value in `cfg`} where that is not the base's; the name does not
+    count.
+    """
     old, new = (flatten_dict(to_dict(c), sep=".") for c in (base, cfg))
     return {key: value for key, value in new.items() if value != old[key] and key != "name"}
 
@@ -141,14 +170,25 @@ def read(cfg: EVLMConfig, begin: str | None, folder: Path, limit: int | None) ->
     measured, clusters, scores = {}, {}, {}
     for name, most in ((CHOICE, limit), (CAPTION, None)):
         progress = folder / "evals" / f"{name}-{cfg.train.steps}.jsonl"
-        result, questions = answered(name, trained, features, most, progress, {"weights_sha256": weights})
-        each = {metric: values for metric, values in tasks.find(name).score(result["examples"]).each.items() if None not in values}
+        result, questions = answered(
+            name, trained, features, most, progress, {"weights_sha256": weights}
+        )
+        each = {
+            metric: values
+            for metric, values in tasks.find(name).score(result["examples"]).each.items()
+            if None not in values
+        }
         if name == CAPTION:
             each["loss"] = caption_losses(trained, features, questions)
         measured |= {f"{name}/{metric}": pack(values) for metric, values in each.items()}
-        clusters[name] = [len(list(group)) for _, group in itertools.groupby(row["cluster"] for row in result["examples"])]
+        clusters[name] = [
+            len(list(group))
+            for _, group in itertools.groupby(row["cluster"] for row in result["examples"])
+        ]
         scores[name] = score.scored(result)["scores"]
-    lines = [line for line in training_lines(folder / "metrics.jsonl") if line["step"] <= cfg.train.steps]
+    lines = [
+        line for line in training_lines(folder / "metrics.jsonl") if line["step"] <= cfg.train.steps
+    ]
     return {
         "measured": measured,
         "clusters": clusters,
@@ -162,7 +202,12 @@ def read(cfg: EVLMConfig, begin: str | None, folder: Path, limit: int | None) ->
 
 
 def answered(
-    name: str, trained: Trained, features: FeatureStore | None, limit: int | None, progress: Path, about: dict
+    name: str,
+    trained: Trained,
+    features: FeatureStore | None,
+    limit: int | None,
+    progress: Path,
+    about: dict,
 ) -> tuple[dict, list[Question]]:
     """A task's result as evals/runner.py makes it, and its questions."""
     task = tasks.find(name)
@@ -172,21 +217,37 @@ def answered(
     return evaluate(task, questions, answer, about, progress), questions
 
 
-def caption_losses(trained: Trained, features: FeatureStore | None, questions: Sequence[Question]) -> list[float]:
+def caption_losses(
+    trained: Trained, features: FeatureStore | None, questions: Sequence[Question]
+) -> list[float]:
     """Nats of each question's right answer, the token that ends it included."""
     template = trained.model.cfg.data.template
-    samples = [Sample(q.id, CAPTION, q.visuals, (question(prompt_text(q, template), q.answer[0]),)) for q in questions]
-    return [float(loss.sum()) for loss, _ in answer_losses(trained.model, trained.tokenizer, samples, features, ROWS[CHOICE])]
+    samples = [
+        Sample(q.id, CAPTION, q.visuals, (question(prompt_text(q, template), q.answer[0]),))
+        for q in questions
+    ]
+    return [
+        float(loss.sum())
+        for loss, _ in answer_losses(
+            trained.model, trained.tokenizer, samples, features, ROWS[CHOICE]
+        )
+    ]
 
 
 def peak_memory() -> int:
     """Most bytes of the device, or of the process where the device is the CPU."""
     stats = jax.local_devices()[0].memory_stats()
-    return stats["peak_bytes_in_use"] if stats else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (
+        stats["peak_bytes_in_use"]
+        if stats
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
 
 
 def pack(values: Sequence[float]) -> str | list[float]:
-    """Values of all questions, compactly: right and wrong (100 and 0) as base64 of bits, others rounded."""
+    """Values of all questions, compactly: right and wrong (100 and 0) as base64 of bits, others
+    rounded.
+    """
     if set(values) <= {0.0, 100.0}:
         return base64.b64encode(np.packbits(np.array(values) > 0).tobytes()).decode()
     return [round(value, 4) for value in values]

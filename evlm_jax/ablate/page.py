@@ -1,4 +1,6 @@
-"""What an ablation found, for people: one HTML page, no script, no network; and the sentences that docs/results.md shares with it."""
+"""What an ablation found, for people: one HTML page, no script, no network; and the sentences that
+docs/results.md shares with it.
+"""
 
 import json
 from pathlib import Path
@@ -9,7 +11,19 @@ from markupsafe import Markup
 
 from evlm_jax.ablate.budget import QUESTIONS
 from evlm_jax.ablate.claims import HOLDS, Judgement, judge, obstacles
-from evlm_jax.ablate.collect import ACCURACY, BUDGETS, HEADER, MEASURES, Measure, Row, cells, header, interval, rows, variants
+from evlm_jax.ablate.collect import (
+    ACCURACY,
+    BUDGETS,
+    HEADER,
+    MEASURES,
+    Measure,
+    Row,
+    cells,
+    header,
+    interval,
+    rows,
+    variants,
+)
 from evlm_jax.ablate.job import BASE
 from evlm_jax.report import figures
 from evlm_jax.report import page as report
@@ -19,10 +33,14 @@ TEMPLATE = Path(__file__).with_name("page.html")
 
 def render(found: dict, out: Path) -> Path:
     """Writes the page of `collect`'s dict and returns its path."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     made = {budget: rows(found, budget) for budget in BUDGETS}
     seen = made[QUESTIONS]
-    points = {row.variant: (row.flops / 1e15, float(np.mean(row.means[ACCURACY.key]))) for row in seen}
+    points = {
+        row.variant: (row.flops / 1e15, float(np.mean(row.means[ACCURACY.key]))) for row in seen
+    }
     page = environment.from_string(TEMPLATE.read_text("utf-8")).render(
         style=Markup(report.style()),
         about=about(found),
@@ -46,14 +64,24 @@ def about(found: dict) -> str:
     seeds, limit = len({run["seed"] for run in runs}), settings["limit"]
     devices = sorted({reading["device"] for run in runs for reading in run["readings"].values()})
     asked = "all questions" if limit is None else f"{limit:,} questions"
-    many = f"{len(variants(found))} variants, {seeds} {'seeds' if seeds > 1 else 'seed'}, {len(runs)} runs"
+    many = (
+        f"{len(variants(found))} variants, {seeds} {'seeds' if seeds > 1 else 'seed'}, {len(runs)}"
+        " runs"
+    )
     budget = f"{settings['questions']:,} questions, and the FLOPs that the base needs for as many"
-    begin = f"all start from the run of weights {settings['init'][:12]}; " if "init" in settings else ""
-    return f"{many}; {begin}budgets: {budget}; {asked} of easy-vqa's official test, answered by lowest loss; {'; '.join(devices)}."
+    begin = (
+        f"all start from the run of weights {settings['init'][:12]}; " if "init" in settings else ""
+    )
+    return (
+        f"{many}; {begin}budgets: {budget}; {asked} of easy-vqa's official test, answered by lowest"
+        f" loss; {'; '.join(devices)}."
+    )
 
 
 def judgement_cells(judged: Judgement) -> list[str]:
-    """A row of the table of claims: claim, compared, budget, measure, difference, seeds, verdict."""
+    """A row of the table of claims: claim, compared, budget, measure, difference, seeds,
+    verdict.
+    """
     compared = f"{judged.claim.better} less {judged.rival}"
     what = [judged.claim.text, compared, BUDGETS[judged.budget], judged.measure.name]
     return [*what, interval(judged.apart), str(judged.apart.seeds), judged.verdict]
@@ -61,24 +89,42 @@ def judgement_cells(judged: Judgement) -> list[str]:
 
 def described(changes: dict) -> str:
     """A variant's fields as text; of long values that they changed."""
-    short = lambda value: "other rules" if isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value) else value
+    short = lambda value: (
+        "other rules"
+        if isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value)
+        else value
+    )
     return ", ".join(f"{key} = {short(value)}" for key, value in changes.items()) or "the base"
 
 
 def _effects(made: dict[str, list[Row]], measure: Measure) -> Markup:
     """Every variant less the base at every budget, as one plot."""
-    base = {budget: np.mean(next(row.means[measure.key] for row in made[budget] if row.variant == BASE)) for budget in made}
+    base = {
+        budget: np.mean(next(row.means[measure.key] for row in made[budget] if row.variant == BASE))
+        for budget in made
+    }
     plotted = {row.variant: {} for row in made[QUESTIONS] if row.variant != BASE}
     for budget, title in BUDGETS.items():
         for row in made[budget]:
             if apart := row.against[measure.key]:
-                plotted[row.variant][title] = apart.mean, apart.low, apart.high, np.subtract(row.means[measure.key], base[budget])
+                plotted[row.variant][title] = (
+                    apart.mean,
+                    apart.low,
+                    apart.high,
+                    np.subtract(row.means[measure.key], base[budget]),
+                )
     better = "right" if measure.sign > 0 else "left"
-    return Markup(figures.intervals(plotted, f"{measure.name}\nless the base; better to the {better}"))
+    return Markup(
+        figures.intervals(plotted, f"{measure.name}\nless the base; better to the {better}")
+    )
 
 
 def _section(made: list[Row], title: str) -> dict:
     """A budget's tables: what was measured, and what it took."""
     names, lines, count = header(), [cells(row) for row in made], len(HEADER)
     measured = [names[0], *names[count:]], [[line[0], *line[count:]] for line in lines]
-    return {"title": title, "measured": measured, "facts": (HEADER, [line[:count] for line in lines])}
+    return {
+        "title": title,
+        "measured": measured,
+        "facts": (HEADER, [line[:count] for line in lines]),
+    }

@@ -13,9 +13,11 @@ PLAN = "plan.json"
 
 @contextmanager
 def whole(out: str, plan: dict) -> Iterator[epath.Path]:
-    """A folder to write into: OUT.incomplete, which becomes `out` at the end. In a bucket `out` itself, unfinished while PLAN is in it.
+    """A folder to write into: OUT.incomplete, which becomes `out` at the end. In a bucket `out`
+    itself, unfinished while PLAN is in it.
 
-    A kill or an interrupt leaves it: the next writing of the same `plan` finds what is there. After an error it is removed.
+    A kill or an interrupt leaves it: the next writing of the same `plan` finds what is there. After
+      an error it is removed.
 
     Args:
       plan: what decides the content, for JSON.
@@ -44,4 +46,6 @@ def whole(out: str, plan: dict) -> Iterator[epath.Path]:
 def check(folder: epath.Path) -> None:
     """Raises ValueError for a folder in a bucket whose writing was cut off."""
     if paths.remote(folder) and (folder / PLAN).exists():
-        raise ValueError(f"{folder} is unfinished ({PLAN} is in it): run the command that writes it again")
+        raise ValueError(
+            f"{folder} is unfinished ({PLAN} is in it): run the command that writes it again"
+        )

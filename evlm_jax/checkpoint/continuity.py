@@ -1,4 +1,6 @@
-"""Whether a run may go on under a config: what would lose its place, its order or its optimizer's state is refused by name."""
+"""Whether a run may go on under a config: what would lose its place, its order or its optimizer's
+state is refused by name.
+"""
 
 from collections.abc import Iterator
 
@@ -9,7 +11,21 @@ from evlm_jax.config import EVLMConfig, from_saved, to_dict
 
 # Fields that decide which documents come when, and which fit together into rows.
 ORDER = (
-    *(f"data.{name}" for name in ("sources", "weights", "tasks", "ends", "template", "length", "images", "targets", "pool", "slots")),
+    *(
+        f"data.{name}"
+        for name in (
+            "sources",
+            "weights",
+            "tasks",
+            "ends",
+            "template",
+            "length",
+            "images",
+            "targets",
+            "pool",
+            "slots",
+        )
+    ),
     *(f"data.{name}" for name in ("pairs", "dialogs", "isolate", "window", "seed")),
     *("train.batch", "media.tokens", "xattn.tile"),
 )
@@ -23,8 +39,12 @@ def changed(cfg: EVLMConfig, saved: dict) -> dict[str, tuple]:
 
 
 def told(cfg: EVLMConfig, saved: dict) -> str:
-    """Says where the config is not that of the checkpoint: such a run goes on, but has not the bits of either config."""
-    return "".join(f"; {key} was {old}, is {new}" for key, (old, new) in changed(cfg, saved).items())
+    """Says where the config is not that of the checkpoint: such a run goes on, but has not the bits
+    of either config.
+    """
+    return "".join(
+        f"; {key} was {old}, is {new}" for key, (old, new) in changed(cfg, saved).items()
+    )
 
 
 def check(cfg: EVLMConfig, meta: dict, data: Iterator, other_data: bool) -> None:
@@ -36,21 +56,30 @@ def check(cfg: EVLMConfig, meta: dict, data: Iterator, other_data: bool) -> None
     step, phase = meta["step"], meta["phase"]
     if step < cfg.train.steps and optim.phase_at(cfg, step) < phase:
         raise ValueError(
-            f"step {step} was reached in optim.phases[{phase}] and lies in phases[{optim.phase_at(cfg, step)}] now, for they begin at "
-            f"steps {optim.starts(cfg)}: give phases[{phase}].step, the update behind which it began, in place of its start"
+            f"step {step} was reached in optim.phases[{phase}] and lies in"
+            f" phases[{optim.phase_at(cfg, step)}] now, for they begin at steps"
+            f" {optim.starts(cfg)}: give phases[{phase}].step, the update behind which it began, in"
+            " place of its start"
         )
     if other_data:
         return
-    told = [f"{key} was {old}, is {new}" for key, (old, new) in changed(cfg, meta["config"]).items() if key in ORDER]
+    told = [
+        f"{key} was {old}, is {new}"
+        for key, (old, new) in changed(cfg, meta["config"]).items()
+        if key in ORDER
+    ]
     before, now = (state.get("sources", {}) for state in (meta["data"], data.get_state()))
     told += [
-        f"data source {name} has {now[name]['samples']} samples, had {before[name]['samples']}"
-        if now[name]["samples"] != before[name]["samples"]
-        else f"data source {name} has other samples, or in another order"
+        (
+            f"data source {name} has {now[name]['samples']} samples, had {before[name]['samples']}"
+            if now[name]["samples"] != before[name]["samples"]
+            else f"data source {name} has other samples, or in another order"
+        )
         for name in now
         if name in before and now[name] != before[name]
     ]
     if told:
         raise ValueError(
-            f"the data are not those of step {step}: {'; '.join(told)}. {FLAG} goes on with them from the same number of documents"
+            f"the data are not those of step {step}: {'; '.join(told)}. {FLAG} goes on with them"
+            " from the same number of documents"
         )

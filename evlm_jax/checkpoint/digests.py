@@ -1,11 +1,12 @@
-"""Digests of what a step of a run holds, chunk by chunk, so that a damaged step is found when it is read.
+"""Digests of what a step of a run holds, chunk by chunk, so that a damaged step is found when it is
+read.
 
     {"meta": sha256 of the step's meta,
      "params": {name: [[start, shape, sha256 of the chunk], ...]}, "groups": likewise}
 
-A chunk is what one device held when the array was saved: a process that reads only some of them can check those. They stand in the step as
-JSON of their own and say nothing about how orbax lays the arrays out.
-"""
+A chunk is what one device held when the array was saved: a process that reads only some of them can
+check those. They stand in the step as JSON of their own and say nothing about how orbax lays the
+arrays out."""
 
 import hashlib
 import json
@@ -24,7 +25,12 @@ Chunks = dict[str, list]  # name of an array: [start, shape, sha256] of each of 
 
 def made(meta: dict, **items: Mapping[str, jax.Array | np.ndarray]) -> dict:
     """Digests of a step; every process hashes what its own devices hold."""
-    chunks = [(item, name, *chunk) for item, arrays in items.items() for name, array in arrays.items() for chunk in _own(array)]
+    chunks = [
+        (item, name, *chunk)
+        for item, arrays in items.items()
+        for name, array in arrays.items()
+        for chunk in _own(array)
+    ]
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
         sums = list(pool.map(lambda chunk: digest(np.asarray(chunk[-1])), chunks))
     own = {item: {} for item in items}
@@ -40,7 +46,9 @@ def made(meta: dict, **items: Mapping[str, jax.Array | np.ndarray]) -> dict:
 
 def of_json(value: Any) -> str:
     """sha256 of a JSON-able value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode()
+    ).hexdigest()
 
 
 def check(name: str, array: np.ndarray, chunks: list) -> np.ndarray:
@@ -60,4 +68,8 @@ def _own(array: jax.Array | np.ndarray) -> list[tuple[list[int], Any]]:
     """(start, data) of each chunk that this process writes."""
     if not isinstance(array, jax.Array):
         return [([0] * np.ndim(array), array)]
-    return [([axis.start or 0 for axis in s.index], s.data) for s in array.addressable_shards if s.replica_id == 0]
+    return [
+        ([axis.start or 0 for axis in s.index], s.data)
+        for s in array.addressable_shards
+        if s.replica_id == 0
+    ]

@@ -12,32 +12,54 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.models import param_names
 from evlm_jax.models.initializers import NEW, media_embedding
 
-Place = Callable[[Any], Any]  # a tree of parameters or moments, or of their shapes -> a tree of their shardings
+Place = Callable[
+    [Any], Any
+]  # a tree of parameters or moments, or of their shapes -> a tree of their shardings
 
 
-def fresh(cfg: EVLMConfig, shapes: nnx.State, place: Place, params: Arrays, keep: frozenset[str]) -> nnx.State:
-    """The whole model before its first step: `params`, and new cross-attention, bridge and media embeddings where they have none.
+def fresh(
+    cfg: EVLMConfig, shapes: nnx.State, place: Place, params: Arrays, keep: frozenset[str]
+) -> nnx.State:
+    """The whole model before its first step: `params`, and new cross-attention, bridge and media
+    embeddings where they have none.
 
     Args:
       shapes: of the whole model.
-      keep: names that keep their dtype: what is trained, or was in an earlier stage. Frozen towers take train.frozen_dtype.
+      keep: names that keep their dtype: what is trained, or was in an earlier stage. Frozen towers
+        take train.frozen_dtype.
     Raises:
       ValueError: listing missing, unexpected and wrongly shaped parameters.
     """
-    values = {name: array if name in keep else array.astype(cfg.train.frozen_dtype) for name, array in params.items()}
+    values = {
+        name: array if name in keep else array.astype(cfg.train.frozen_dtype)
+        for name, array in params.items()
+    }
     parts = {path[0] for path, _ in nnx.to_flat_state(shapes)}
     if "media" in parts and "media/embedding" not in params and "llm/embed" in params:
         values["media/embedding"] = media_embedding(cfg, params["llm/embed"])
-    missing = [part for part in NEW if part in parts and not any(name.startswith(f"{part}/") for name in params)]
-    rest = put(param_names.unflatten(cfg, values, nnx.filter_state(shapes, lambda path, _: path[0] not in missing)), place)
+    missing = [
+        part
+        for part in NEW
+        if part in parts and not any(name.startswith(f"{part}/") for name in params)
+    ]
+    rest = put(
+        param_names.unflatten(
+            cfg, values, nnx.filter_state(shapes, lambda path, _: path[0] not in missing)
+        ),
+        place,
+    )
     if not missing:
         return rest
-    begin = lambda part: [((part, *path), leaf) for path, leaf in nnx.to_flat_state(nnx.state(NEW[part](cfg)))]
+    begin = lambda part: [
+        ((part, *path), leaf) for path, leaf in nnx.to_flat_state(nnx.state(NEW[part](cfg)))
+    ]
     new = lambda: nnx.from_flat_state([leaf for part in missing for leaf in begin(part)])
     return nnx.merge_state(rest, jax.jit(new, out_shardings=place(jax.eval_shape(new)))())
 
 
-def restored(cfg: EVLMConfig, shapes: nnx.State, place: Place, plan: optim.Plan, snapshot: Snapshot) -> tuple[nnx.State, optim.Groups]:
+def restored(
+    cfg: EVLMConfig, shapes: nnx.State, place: Place, plan: optim.Plan, snapshot: Snapshot
+) -> tuple[nnx.State, optim.Groups]:
     """The whole model and the Adam states of a checkpoint, bit for bit."""
     whole = param_names.unflatten(cfg, snapshot.frozen | snapshot.params, shapes)
     return put(whole, place), put(optim.unflatten(cfg, plan, snapshot.groups, shapes), place)
@@ -45,4 +67,8 @@ def restored(cfg: EVLMConfig, shapes: nnx.State, place: Place, plan: optim.Plan,
 
 def put(tree: Any, place: Place) -> Any:
     """A tree of NumPy arrays on the devices; each process hands over what its own devices hold."""
-    return jax.tree.map(lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree, place(tree))
+    return jax.tree.map(
+        lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]),
+        tree,
+        place(tree),
+    )

@@ -1,8 +1,8 @@
 """Who trains in a directory: one process at a time.
 
-DIR/owner.json names the host, the process and a count that grows while it lives. A process that finds the file takes over at once where
-the owner ran on its own host and is dead; that of another host is waited for, until its count has stood still for a minute.
-"""
+DIR/owner.json names the host, the process and a count that grows while it lives. A process that
+finds the file takes over at once where the owner ran on its own host and is dead; that of another
+host is waited for, until its count has stood still for a minute."""
 
 import contextlib
 import json
@@ -18,7 +18,10 @@ from etils import epath
 from evlm_jax import paths
 
 NAME = "owner.json"
-BEAT, SILENCE = 10.0, 60.0  # seconds between two beats; without one, after which an owner on another host is dead
+BEAT, SILENCE = (
+    10.0,
+    60.0,
+)  # seconds between two beats; without one, after which an owner on another host is dead
 
 
 class Owner:
@@ -27,7 +30,12 @@ class Owner:
     def __init__(self, root: epath.Path, beat: float = BEAT, silence: float = SILENCE):
         """Takes `root` over. Raises ValueError naming the process that trains there."""
         self._file, self._beat, self._lost = paths.place(root) / NAME, beat, False
-        self._me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "token": uuid.uuid4().hex}
+        self._me = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": _started(os.getpid()),
+            "token": uuid.uuid4().hex,
+        }
         _wait_for_former(self._file, beat, silence)
         self._write(0)
         self._check()
@@ -54,11 +62,15 @@ class Owner:
         while not self._done.wait(self._beat):
             count += 1
             try:
-                if (read(self._file) or {}).get("token") != self._me["token"]:  # another process has it, or it was removed
+                if (read(self._file) or {}).get("token") != self._me[
+                    "token"
+                ]:  # another process has it, or it was removed
                     self._lost = True
                     return
                 self._write(count)
-            except OSError as error:  # a disk that is full, a bucket out of reach: the next beat may pass
+            except (
+                OSError
+            ) as error:  # a disk that is full, a bucket out of reach: the next beat may pass
                 print(f"{self._file}: {error}", flush=True)
 
     def _write(self, count: int) -> None:
@@ -67,7 +79,10 @@ class Owner:
     def _check(self) -> None:
         found = read(self._file)
         if not found or found.get("token") != self._me["token"]:
-            raise ValueError(f"{self._file.parent}: another process has begun to train there: {_name(found)}; this one stops")
+            raise ValueError(
+                f"{self._file.parent}: another process has begun to train there: {_name(found)};"
+                " this one stops"
+            )
 
 
 def read(file: epath.Path) -> dict | None:
@@ -87,7 +102,10 @@ def _wait_for_former(file: epath.Path, beat: float, silence: float) -> None:
     refusal = f"{file.parent}: {_name(found)} trains there: stop it, or give another --workdir"
     if found.get("host") == socket.gethostname():
         raise ValueError(refusal)
-    print(f"{file.parent}: was held by {_name(found)}; waiting {silence:g} s for a sign of life", flush=True)
+    print(
+        f"{file.parent}: was held by {_name(found)}; waiting {silence:g} s for a sign of life",
+        flush=True,
+    )
     end = time.monotonic() + silence
     while time.monotonic() < end:
         time.sleep(min(beat, silence) / 4)
@@ -98,7 +116,9 @@ def _wait_for_former(file: epath.Path, beat: float, silence: float) -> None:
 
 
 def _dead(found: dict) -> bool:
-    """Whether the owner was a process of this host that is gone; one that has its number now began at another time."""
+    """Whether the owner was a process of this host that is gone; one that has its number now began
+    at another time.
+    """
     if found.get("host") != socket.gethostname():
         return False
     return _started(found.get("pid")) != found.get("started") or found.get("pid") == os.getpid()

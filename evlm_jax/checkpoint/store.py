@@ -1,17 +1,20 @@
 """Checkpoints of a run: what changes at every save, and what it rests on, once.
 
-    DIR/steps/120/params   trainable parameters          by canonical name, one array per layer: independent of stacks,
-    DIR/steps/120/groups   Adam state of every group     cuts, mesh and stage
-    DIR/steps/120/digests  of all that, chunk by chunk (digests.py): a damaged step is refused by name
-    DIR/steps/120/meta     format, step, phase, data position, config, names trained so far, and the hash of
-    DIR/frozen/HASH        the frozen parameters in safetensors files, finalised before the first step that names it
+    DIR/steps/120/params   trainable parameters        by canonical name, one array per layer:
+    DIR/steps/120/groups   Adam state of every group   independent of stacks, cuts, mesh and stage
+    DIR/steps/120/digests  of all that, chunk by chunk (digests.py): a damaged step is refused by
+                           name
+    DIR/steps/120/meta     format, step, phase, data position, config, names trained so far, and the
+                           hash of what is in
+    DIR/frozen/HASH        the frozen parameters in safetensors files, finalised before the first
+                           step that names it
     DIR/owner.json         who trains there (owner.py)
 
-The hash is of the content. A store is written again only where it does not hold what a phase freezes: a phase that unfreezes
-more rests on the store of the phase before, and its own trained values lie over it. Saves are asynchronous and atomic: written aside
-and renamed; in a bucket a mark comes last and goes first. A store is deleted only when no step names it any more. A model that was
-imported or upcycled is a store and a step 0 without trained parameters beside it.
-"""
+The hash is of the content. A store is written again only where it does not hold what a phase
+freezes: a phase that unfreezes more rests on the store of the phase before, and its own trained
+values lie over it. Saves are asynchronous and atomic: written aside and renamed; in a bucket a mark
+comes last and goes first. A store is deleted only when no step names it any more. A model that was
+imported or upcycled is a store and a step 0 without trained parameters beside it."""
 
 import contextlib
 import hashlib
@@ -29,13 +32,26 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from evlm_jax import paths
 from evlm_jax.checkpoint import digests
-from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, digest, read_all, read_folder, write_folder
+from evlm_jax.checkpoint.lazy_tensors import (
+    Tensor,
+    Tensors,
+    digest,
+    read_all,
+    read_folder,
+    write_folder,
+)
 from evlm_jax.checkpoint.owner import Owner
 from evlm_jax.config import EVLMConfig, compat, from_saved, to_saved
 from evlm_jax.parallel.distributed import gather, is_first, say, wait
 
 Arrays = dict[str, np.ndarray]  # by canonical name
-STEPS, FROZEN, ASIDE, MANIFEST, INCOMPLETE = "steps", "frozen", "aside", "manifest.json", ".incomplete"
+STEPS, FROZEN, ASIDE, MANIFEST, INCOMPLETE = (
+    "steps",
+    "frozen",
+    "aside",
+    "manifest.json",
+    ".incomplete",
+)
 COMMITTED = "commit_success.txt"  # orbax writes it into a step when all else is there
 ITEMS = ("params", "groups")
 
@@ -50,7 +66,10 @@ class Snapshot(NamedTuple):
 
 
 class Checkpoints:
-    """The writer of a run directory. At most one per directory; readers use `read` and `load_params`."""
+    """The writer of a run directory.
+
+    At most one per directory; readers use `read` and `load_params`.
+    """
 
     def __init__(self, workdir: str, keep: int):
         """Opens or creates `workdir`; removes, and says, what an interrupted run left half-written.
@@ -70,7 +89,8 @@ class Checkpoints:
         self._store = None
 
     def resume(self, step: int | None = None) -> Snapshot | None:
-        """The newest finalised step, None in a new directory; or a given one, and later ones are put aside, into DIR/aside.
+        """The newest finalised step, None in a new directory; or a given one, and later ones are
+        put aside, into DIR/aside.
 
         Raises as `read` does, and ValueError for an imported model.
         """
@@ -78,10 +98,20 @@ class Checkpoints:
             return None
         snapshot = read(self.root, step)
         if not snapshot.groups:
-            raise ValueError(f"{self.root} was imported or upcycled and is no run: give another workdir, and this as --init")
+            raise ValueError(
+                f"{self.root} was imported or upcycled and is no run: give another workdir, and"
+                " this as --init"
+            )
         self._store = snapshot.meta["store"]
-        for later in [found for found in steps(self.root) if found > snapshot.meta["step"]] if is_first() else ():
-            say(f"checkpoint: going on from step {snapshot.meta['step']}, step {later} is put into {self.root / ASIDE}")
+        for later in (
+            [found for found in steps(self.root) if found > snapshot.meta["step"]]
+            if is_first()
+            else ()
+        ):
+            say(
+                f"checkpoint: going on from step {snapshot.meta['step']}, step {later} is put into"
+                f" {self.root / ASIDE}"
+            )
             paths.move(self.root / STEPS / str(later), _free(self.root / ASIDE, later), COMMITTED)
         wait("checkpoint: later steps are put aside")
         self._manager.reload()
@@ -94,11 +124,16 @@ class Checkpoints:
             return
         self._store = _hash(manifest)
         if is_first() and not _finished(self.root / FROZEN / self._store):
-            write_store(self.root, {name: Tensor.of(np.asarray(array)) for name, array in arrays.items()})
+            write_store(
+                self.root, {name: Tensor.of(np.asarray(array)) for name, array in arrays.items()}
+            )
         wait("checkpoint: the frozen store is written")
 
-    def save(self, step: int, params: dict[str, jax.Array], groups: dict[str, jax.Array], meta: dict) -> None:
-        """Starts saving, after a save still under way has ended; returns when the arrays have left the devices.
+    def save(
+        self, step: int, params: dict[str, jax.Array], groups: dict[str, jax.Array], meta: dict
+    ) -> None:
+        """Starts saving, after a save still under way has ended; returns when the arrays have left
+        the devices.
 
         Raises ValueError where another process has taken the directory over.
         """
@@ -113,7 +148,10 @@ class Checkpoints:
         if self._owner:
             self._owner.check()
         if not self._manager.save(step, args=items):
-            raise ValueError(f"{self.root}: step {step} was not saved, for there is a later one: give another --workdir")
+            raise ValueError(
+                f"{self.root}: step {step} was not saved, for there is a later one: give another"
+                " --workdir"
+            )
 
     def check(self) -> None:
         """Without waiting: raises OSError where the save that was under way has failed."""
@@ -134,24 +172,40 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:  # orbax and tensorstore raise errors of any kind
             newest = max(steps(self.root), default="none")
-            raise OSError(f"{self.root}: a save failed, the newest step that was saved is {newest}: {error}") from error
+            raise OSError(
+                f"{self.root}: a save failed, the newest step that was saved is {newest}: {error}"
+            ) from error
 
     def _tidy(self) -> None:
-        """With no save under way: deletes what keep-n has put aside, and stores that no step names."""
+        """With no save under way: deletes what keep-n has put aside,
+        and stores that no step names.
+        """
         self._finished()
         if not is_first():
             return
         for step in steps(self.root)[: -self._keep] if paths.remote(self.root) else ():
             paths.remove(self.root / STEPS / str(step), COMMITTED)
-        kept = [path for part in (STEPS, ASIDE) for path in paths.children(self.root / part) if path.name[0].isdigit()]
+        kept = [
+            path
+            for part in (STEPS, ASIDE)
+            for path in paths.children(self.root / part)
+            if path.name[0].isdigit()
+        ]
         named = {_store(path) for path in kept} | {self._store}
-        unused = [path for path in paths.children(self.root / FROZEN) if path.name not in named] if None not in named else []
+        unused = (
+            [path for path in paths.children(self.root / FROZEN) if path.name not in named]
+            if None not in named
+            else []
+        )
         for path in [*unused, *paths.children(self.root / STEPS / "deleted")]:
             paths.remove(path, MANIFEST)
 
 
-def write_store(root: epath.Path, tensors: Tensors, written: Callable[[int], None] = lambda _: None) -> str:
-    """Writes a frozen store tensor by tensor; one that was cut off under the same root goes on. Returns its hash.
+def write_store(
+    root: epath.Path, tensors: Tensors, written: Callable[[int], None] = lambda _: None
+) -> str:
+    """Writes a frozen store tensor by tensor; one that was cut off under the same root goes on.
+    Returns its hash.
 
     Args:
       written: called with the bytes of each piece that is on disk.
@@ -173,12 +227,28 @@ def write_store(root: epath.Path, tensors: Tensors, written: Callable[[int], Non
     return store.name
 
 
-def write_imported(root: epath.Path, cfg: EVLMConfig, store: str, origin: dict, trained: Iterable[str] = ()) -> None:
-    """Step 0 of a model that rests on `store` alone; `origin` says where it comes from, `trained` what had been trained there."""
-    meta = {"format": compat.FORMAT, "step": 0, "phase": 0, "data": None, "config": to_saved(cfg), "trained": sorted(trained)}
+def write_imported(
+    root: epath.Path, cfg: EVLMConfig, store: str, origin: dict, trained: Iterable[str] = ()
+) -> None:
+    """Step 0 of a model that rests on `store` alone; `origin` says where it comes from, `trained`
+    what had been trained there.
+    """
+    meta = {
+        "format": compat.FORMAT,
+        "step": 0,
+        "phase": 0,
+        "data": None,
+        "config": to_saved(cfg),
+        "trained": sorted(trained),
+    }
     meta |= {"store": store, "origin": origin}
-    items = {"meta": ocp.args.JsonSave(meta), "digests": ocp.args.JsonSave(digests.made(meta, params={}, groups={}))}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), atomicity_options=_atomicity(root)) as writer:
+    items = {
+        "meta": ocp.args.JsonSave(meta),
+        "digests": ocp.args.JsonSave(digests.made(meta, params={}, groups={})),
+    }
+    with ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(), atomicity_options=_atomicity(root)
+    ) as writer:
         writer.save(root / STEPS / "0", args=ocp.args.Composite(**items))
 
 
@@ -199,7 +269,8 @@ def read(workdir: str, step: int | None = None) -> Snapshot:
 
     Raises:
       FileNotFoundError: no such step.
-      ValueError: the step is damaged, named with the file or array; or the frozen store is missing or another one, with both hashes.
+      ValueError: the step is damaged, named with the file or array; or the frozen store is missing
+        or another one, with both hashes.
     """
     path, meta, sums = _find(workdir, step)
     with _blamed(path):
@@ -208,9 +279,13 @@ def read(workdir: str, step: int | None = None) -> Snapshot:
 
 
 def open_params(workdir: str, step: int | None = None) -> tuple[dict[str, Tensor], EVLMConfig]:
-    """All parameters of the model, trained ones over the frozen store, read one at a time; and the config. Raises as `read` does."""
+    """All parameters of the model, trained ones over the frozen store, read one at a time; and the
+    config. Raises as `read` does.
+    """
     path, meta, sums = _find(workdir, step)
-    return _frozen(path.parent.parent, meta["store"]) | _trained(path / "params", sums and sums["params"]), from_saved(meta["config"])
+    return _frozen(path.parent.parent, meta["store"]) | _trained(
+        path / "params", sums and sums["params"]
+    ), from_saved(meta["config"])
 
 
 def load_params(workdir: str, step: int | None = None) -> tuple[Arrays, EVLMConfig]:
@@ -220,7 +295,9 @@ def load_params(workdir: str, step: int | None = None) -> tuple[Arrays, EVLMConf
         arrays = _arrays(path / "params", None, sums and sums["params"])
     tensors = _frozen(path.parent.parent, meta["store"])
     frozen = read_all({name: tensor for name, tensor in tensors.items() if name not in arrays})
-    return {name: arrays[name] if name in arrays else frozen[name] for name in tensors | arrays}, from_saved(meta["config"])
+    return {
+        name: arrays[name] if name in arrays else frozen[name] for name in tensors | arrays
+    }, from_saved(meta["config"])
 
 
 def trained(workdir: str, step: int | None = None) -> frozenset[str]:
@@ -247,7 +324,10 @@ def _find(workdir: str, step: int | None) -> tuple[epath.Path, dict, dict | None
     root = paths.place(workdir)
     found = steps(root)
     if not found or (step is not None and step not in found):
-        raise FileNotFoundError(f"{root} has no checkpoint{'' if step is None else f' of step {step}'}; finalised steps: {found or 'none'}")
+        raise FileNotFoundError(
+            f"{root} has no checkpoint{'' if step is None else f' of step {step}'}; finalised"
+            f" steps: {found or 'none'}"
+        )
     path = root / STEPS / str(found[-1] if step is None else step)
     with _blamed(path):
         meta = _json(path / "meta" / "metadata")
@@ -266,9 +346,15 @@ def _blamed(path: epath.Path) -> Iterator[None]:
         yield
     except Exception as error:  # of orbax, tensorstore, JSON, or ours
         before = [step for step in steps(path.parent.parent) if step < int(path.name)]
-        mend = f"go on from the step before it with --step {before[-1]}" if before else "copy the original there"
+        mend = (
+            f"go on from the step before it with --step {before[-1]}"
+            if before
+            else "copy the original there"
+        )
         what = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"step {path.name} cannot be read from {path}: {what[:300]}; {mend}") from error
+        raise ValueError(
+            f"step {path.name} cannot be read from {path}: {what[:300]}; {mend}"
+        ) from error
 
 
 def _free(folder: epath.Path, step: int) -> epath.Path:
@@ -281,28 +367,44 @@ def _frozen(root: epath.Path, store: str) -> dict[str, Tensor]:
     path = root / FROZEN / store
     if not _finished(path):
         present = ", ".join(p.name for p in paths.children(root / FROZEN)) or "none"
-        raise ValueError(f"the checkpoint needs the frozen store {store}, {root / FROZEN} has {present}: copy {store} there")
+        raise ValueError(
+            f"the checkpoint needs the frozen store {store}, {root / FROZEN} has {present}: copy"
+            f" {store} there"
+        )
     manifest = _manifest(root, store)
     if (found := _hash(manifest)) != store:
-        raise ValueError(f"the checkpoint needs the frozen store {store}, the content of {path} has hash {found}: copy the original there")
+        raise ValueError(
+            f"the checkpoint needs the frozen store {store}, the content of {path} has hash"
+            f" {found}: copy the original there"
+        )
 
     try:
         tensors = read_folder(path) or {}
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}: copy the original store there") from error
+        raise ValueError(
+            f"{path} cannot be read: {str(error).splitlines()[0]}: copy the original store there"
+        ) from error
     if lost := sorted(manifest.keys() - tensors.keys()):
-        raise ValueError(f"{path}: {len(lost)} tensors are not there, first of them {', '.join(lost[:3])}: copy the original store there")
+        raise ValueError(
+            f"{path}: {len(lost)} tensors are not there, first of them {', '.join(lost[:3])}: copy"
+            " the original store there"
+        )
 
     def checked(name: str) -> np.ndarray:
         if digest(array := tensors[name].read()) != manifest[name]:
-            raise ValueError(f"{path}: {name} is not what was written there (its hash differs): copy the original store there")
+            raise ValueError(
+                f"{path}: {name} is not what was written there (its hash differs): copy the"
+                " original store there"
+            )
         return array
 
     return {name: tensors[name]._replace(read=partial(checked, name)) for name in manifest}
 
 
 def _options(root: epath.Path, keep: int) -> ocp.CheckpointManagerOptions:
-    """On a disk what keep-n drops is renamed first, so that deleting is atomic too; in a bucket `_tidy` deletes, the mark first."""
+    """On a disk what keep-n drops is renamed first, so that deleting is atomic too; in a bucket
+    `_tidy` deletes, the mark first.
+    """
     if not paths.remote(root):
         return ocp.CheckpointManagerOptions(max_to_keep=keep, todelete_subdir="deleted")
     return ocp.CheckpointManagerOptions(atomicity_options=_atomicity(root))
@@ -310,11 +412,17 @@ def _options(root: epath.Path, keep: int) -> ocp.CheckpointManagerOptions:
 
 def _atomicity(root: epath.Path) -> ocp.options.AtomicityOptions | None:
     """A bucket renames object by object."""
-    return ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE) if paths.remote(root) else None
+    return (
+        ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
+        if paths.remote(root)
+        else None
+    )
 
 
 def _finished(path: epath.Path) -> bool:
-    """Whether a step or a store is there and whole: its last file is, or a step has its name on a disk."""
+    """Whether a step or a store is there and whole: its last file is, or a step has its name on a
+    disk.
+    """
     if path.parent.name == FROZEN:
         return (path / MANIFEST).exists()
     return (path / COMMITTED).exists() if paths.remote(path) else path.exists()
@@ -323,7 +431,12 @@ def _finished(path: epath.Path) -> bool:
 def _half_written(path: epath.Path) -> bool:
     """Whether something below steps/ or frozen/ is what a kill has left."""
     ours = path.name.isdigit() or path.parent.name == FROZEN
-    return ".orbax-checkpoint-tmp" in path.name or path.name.endswith(INCOMPLETE) or ours and not _finished(path)
+    return (
+        ".orbax-checkpoint-tmp" in path.name
+        or path.name.endswith(INCOMPLETE)
+        or ours
+        and not _finished(path)
+    )
 
 
 def _json(file: epath.Path) -> dict:
@@ -355,7 +468,10 @@ def _hash(manifest: dict[str, str]) -> str:
 
 
 def _trained(path: epath.Path, sums: digests.Chunks | None) -> dict[str, Tensor]:
-    """What orbax saved at `path`; nothing where there is no such item. What is read is held against its digests."""
+    """What orbax saved at `path`; nothing where there is no such item.
+
+    What is read is held against its digests.
+    """
     if not path.exists():
         return {}
     with _blamed(path.parent):
@@ -366,11 +482,16 @@ def _trained(path: epath.Path, sums: digests.Chunks | None) -> dict[str, Tensor]
         with _blamed(path.parent):
             return _arrays(path, {name: saved[name]}, sums and {name: sums[name]})[name]
 
-    return {name: Tensor(tuple(about.shape), np.dtype(about.dtype), partial(one, name)) for name, about in saved.items()}
+    return {
+        name: Tensor(tuple(about.shape), np.dtype(about.dtype), partial(one, name))
+        for name, about in saved.items()
+    }
 
 
 def _arrays(path: epath.Path, saved: dict | None, sums: digests.Chunks | None) -> Arrays:
-    """What orbax saved at `path`, or of that the names in `saved`, as NumPy, held against its digests where there are any."""
+    """What orbax saved at `path`, or of that the names in `saved`, as NumPy, held against its
+    digests where there are any.
+    """
     if not path.exists():
         _same_names(path, {}, sums)
         return {}
@@ -378,18 +499,27 @@ def _arrays(path: epath.Path, saved: dict | None, sums: digests.Chunks | None) -
     tree = handler.metadata(path).tree if saved is None else _nest(saved)
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     part = {"item": tree, "partial_restore": True} if saved else {}
-    arrays = flatten_dict(handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy, **part)), sep="/")
+    arrays = flatten_dict(
+        handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy, **part)), sep="/"
+    )
     if sums is not None:
         _same_names(path, arrays, sums)
         with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-            list(pool.map(lambda name: digests.check(f"{path.name}/{name}", arrays[name], sums[name]), arrays))
+            list(
+                pool.map(
+                    lambda name: digests.check(f"{path.name}/{name}", arrays[name], sums[name]),
+                    arrays,
+                )
+            )
     return arrays
 
 
 def _same_names(path: epath.Path, found: dict, sums: digests.Chunks | None) -> None:
     """Raises ValueError where an item holds other arrays than were saved."""
     if sums is not None and (wrong := sorted(found.keys() ^ sums.keys())):
-        raise ValueError(f"{path.name} has other arrays than were saved there, first of them {wrong[0]}")
+        raise ValueError(
+            f"{path.name} has other arrays than were saved there, first of them {wrong[0]}"
+        )
 
 
 def _nest(arrays: dict) -> dict:

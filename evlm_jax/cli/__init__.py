@@ -31,56 +31,86 @@ def load_config(spec: str, overrides: list[str] = ()) -> EVLMConfig:
     """The config of an experiment file.
 
     Args:
-      spec: "experiments/demo.py" or "experiments/demo.py:fast"; the part behind the colon goes to `get_config`. Experiments are
-        installed beside this package, and found there where the working directory has no such file.
-      overrides: "--config.optim.lr=1e-4" and the like; values are Python literals, anything else is text.
+      spec: "experiments/demo.py" or "experiments/demo.py:fast"; the part behind the colon goes to
+        `get_config`. Experiments are installed beside this package, and found there where the
+        working directory has no such file.
+      overrides: "--config.optim.lr=1e-4" and the like; values are Python literals, anything else is
+        text.
     Raises:
-      ValueError: no such file, one that gives no config, an override that is not one, an unknown field or a wrong type; named in full.
+      ValueError: no such file, one that gives no config, an override that is not one, an unknown
+        field or a wrong type; named in full.
     """
     path, _, arg = spec.partition(":")
     installed = Path(__file__).parents[2] / path
     if not Path(path).is_file() and path.startswith("experiments/") and installed.is_file():
         path = str(installed)
     if not Path(path).is_file():
-        raise ValueError(f"--config: no file {path}; give an experiment such as experiments/demo.py:fast")
+        raise ValueError(
+            f"--config: no file {path}; give an experiment such as experiments/demo.py:fast"
+        )
     module = _experiment(path)
     if not callable(getattr(module, "get_config", None)):
-        raise ValueError(f"--config {path}: has no function get_config; see experiments/demo.py for what an experiment is")
+        raise ValueError(
+            f"--config {path}: has no function get_config; see experiments/demo.py for what an"
+            " experiment is"
+        )
     config = _run(spec, module.get_config, *([arg] if arg else []))
     if not isinstance(config, ml_collections.ConfigDict):
-        raise ValueError(f"--config {spec}: get_config must return an ml_collections.ConfigDict, and gave {type(config).__name__}")
+        raise ValueError(
+            f"--config {spec}: get_config must return an ml_collections.ConfigDict, and gave"
+            f" {type(config).__name__}"
+        )
     for override in overrides:
         key, equals, text = override.partition("=")
         if not key.startswith("--config.") or not equals:
-            raise ValueError(f"unknown argument {override}; config fields are set as --config.section.field=value")
+            raise ValueError(
+                f"unknown argument {override}; config fields are set as"
+                " --config.section.field=value"
+            )
         set_field(config, key.removeprefix("--config."), text)
     return from_config_dict(config)
 
 
 def _experiment(path: str) -> ModuleType:
     """The module of an experiment file."""
-    spec = importlib.util.spec_from_loader(f"experiment_{Path(path).stem}", SourceFileLoader(f"experiment_{Path(path).stem}", path))
+    spec = importlib.util.spec_from_loader(
+        f"experiment_{Path(path).stem}", SourceFileLoader(f"experiment_{Path(path).stem}", path)
+    )
     module = importlib.util.module_from_spec(spec)
     _run(path, spec.loader.exec_module, module)
     return module
 
 
 def _run(spec: str, call: Callable, *values: object) -> object:
-    """`call(*values)`, which is a user's code. Raises ValueError for whatever it raises, with the line of the user's file."""
+    """`call(*values)`, which is a user's code.
+
+    Raises ValueError for whatever it raises, with the line of the user's file.
+    """
     try:
         return call(*values)
     except Exception as error:
         path = spec.partition(":")[0]
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == path
+        ]
         line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
-        about = str(error) if type(error) is ValueError else f"{type(error).__name__}: {getattr(error, 'msg', error)}"
+        about = (
+            str(error)
+            if type(error) is ValueError
+            else f"{type(error).__name__}: {getattr(error, 'msg', error)}"
+        )
         if spec != path and isinstance(error, (KeyError, TypeError)):
             about += "; see the file for what may stand behind the colon"
         raise ValueError(f"--config {spec}: {f'line {line}: ' if line else ''}{about}") from error
 
 
 def set_field(config: ml_collections.ConfigDict, key: str, text: str) -> None:
-    """Sets the field `key` ("optim.lr") from the command line. Raises ValueError for a key that does not exist."""
+    """Sets the field `key` ("optim.lr") from the command line.
+
+    Raises ValueError for a key that does not exist.
+    """
     *sections, field = key.split(".")
     if not schema.has(EVLMConfig, key):
         raise ValueError(f"config: unknown key {key}")
@@ -90,14 +120,19 @@ def set_field(config: ml_collections.ConfigDict, key: str, text: str) -> None:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
-    with config.ignore_type(), config.unlocked():  # from_config_dict checks types, with the field's full name
+    with (
+        config.ignore_type(),
+        config.unlocked(),
+    ):  # from_config_dict checks types, with the field's full name
         config[field] = value
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Of the whole command line."""
     parser = Parser(
-        prog="evlm", description=__doc__, epilog=f"EVLM_DEBUG=1 in the environment shows where an error comes from. {STATUSES}."
+        prog="evlm",
+        description=__doc__,
+        epilog=f"EVLM_DEBUG=1 in the environment shows where an error comes from. {STATUSES}.",
     )
     parser.add_argument("--version", action=Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
@@ -109,10 +144,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the console script; returns the exit status (status.py). Errors are one line; EVLM_DEBUG=1 shows the traceback.
+    """Entry point of the console script; returns the exit status (status.py). Errors are one line;
+    EVLM_DEBUG=1 shows the traceback.
 
-    Programs that were compiled once are kept in the assets' cache, or where JAX_COMPILATION_CACHE_DIR says.
-    """
+    Programs that were compiled once are kept in the assets' cache, or where
+    JAX_COMPILATION_CACHE_DIR says."""
     parser = make_parser()
     args, overrides = parser.parse_known_args(argv)
     if overrides and not hasattr(args, "config"):
@@ -120,7 +156,9 @@ def main(argv: list[str] | None = None) -> int:
     if not os.environ.get("EVLM_DEBUG"):
         told_once()
     try:
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_root() / "compiled"))  # JAX reads them when it is imported
+        os.environ.setdefault(
+            "JAX_COMPILATION_CACHE_DIR", str(cache_root() / "compiled")
+        )  # JAX reads them when it is imported
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
         return args.run(args, overrides) or 0
     except Stopped as stopped:
@@ -139,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
 
 
-# ------------------------------------------------------------------------------------------------------------- subcommands
+# -------------------------------------------------------------------------------------- subcommands
 
 
 def _fetch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -155,23 +193,45 @@ def _fetch(args: argparse.Namespace, _overrides: list[str]) -> None:
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help=CONFIG_HELP)
     parser.add_argument(
-        "--workdir", required=True, help="checkpoints, metrics.jsonl and TensorBoard files, also gs://; a run in it goes on"
+        "--workdir",
+        required=True,
+        help="checkpoints, metrics.jsonl and TensorBoard files, also gs://; a run in it goes on",
     )
-    parser.add_argument("--init", help="checkpoint of an earlier stage to start from, instead of the towers alone")
-    parser.add_argument("--step", type=argument(Count), help="go on from this step, instead of the newest; later ones are put aside")
-    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard files as well")
     parser.add_argument(
-        "--allow-data-change", action="store_true", help="a run goes on with other data or another batch, from the same number of documents"
+        "--init", help="checkpoint of an earlier stage to start from, instead of the towers alone"
     )
-    parser.add_argument("--profile", type=_span, metavar="A:B", help="trace the updates A to B into WORKDIR/profile")
+    parser.add_argument(
+        "--step",
+        type=argument(Count),
+        help="go on from this step, instead of the newest; later ones are put aside",
+    )
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="write TensorBoard files as well"
+    )
+    parser.add_argument(
+        "--allow-data-change",
+        action="store_true",
+        help="a run goes on with other data or another batch, from the same number of documents",
+    )
+    parser.add_argument(
+        "--profile", type=_span, metavar="A:B", help="trace the updates A to B into WORKDIR/profile"
+    )
     _process_arguments(parser)
 
 
 def _process_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--distributed", action="store_true", help="one of several processes, as the environment says: TPU pod, GKE, Slurm")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="one of several processes: address of process 0")
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes, as the environment says: TPU pod, GKE, Slurm",
+    )
+    parser.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="one of several processes: address of process 0"
+    )
     parser.add_argument("--processes", type=argument(Positive), help="with --coordinator: how many")
-    parser.add_argument("--process", type=argument(Count), help="with --coordinator: number of this one, from 0")
+    parser.add_argument(
+        "--process", type=argument(Count), help="with --coordinator: number of this one, from 0"
+    )
 
 
 def _span(text: str) -> tuple[int, int]:
@@ -193,7 +253,15 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     from evlm_jax.runs import train_run
 
     cfg = load_config(args.config, overrides)
-    train_run(cfg, args.workdir, args.init, args.tensorboard, args.profile, args.step, args.allow_data_change)
+    train_run(
+        cfg,
+        args.workdir,
+        args.init,
+        args.tensorboard,
+        args.profile,
+        args.step,
+        args.allow_data_change,
+    )
 
 
 def _generate(args: argparse.Namespace, _overrides: list[str]) -> None:
@@ -201,26 +269,68 @@ def _generate(args: argparse.Namespace, _overrides: list[str]) -> None:
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="import|export|verify|families")
-    read = actions.add_parser("import", help="foreign towers, or an export of ours, to a checkpoint")
+    actions = parser.add_subparsers(
+        dest="action", required=True, metavar="import|export|verify|families"
+    )
+    read = actions.add_parser(
+        "import", help="foreign towers, or an export of ours, to a checkpoint"
+    )
     read.add_argument("--config", required=True, help=CONFIG_HELP)
-    read.add_argument("--vision", help="vision tower: an asset, a directory or a file; init.vision where left out")
+    read.add_argument(
+        "--vision", help="vision tower: an asset, a directory or a file; init.vision where left out"
+    )
     read.add_argument("--llm", help="language model, likewise; init.llm where left out")
-    read.add_argument("--model", help="instead of the two: a directory that `evlm convert export --format hf` wrote")
-    read.add_argument("--out", required=True, help="new directory; start training from it with --init")
+    read.add_argument(
+        "--model",
+        help="instead of the two: a directory that `evlm convert export --format hf` wrote",
+    )
+    read.add_argument(
+        "--out", required=True, help="new directory; start training from it with --init"
+    )
     write = actions.add_parser("export", help="a checkpoint to PyTorch")
-    write.add_argument("--checkpoint", required=True, help="directory of a training run, or of an import")
+    write.add_argument(
+        "--checkpoint", required=True, help="directory of a training run, or of an import"
+    )
     write.add_argument("--step", type=argument(Count), help="the newest where left out")
-    write.add_argument("--format", choices=("hf", "torch", "openflamingo", "llm"), default="hf", help="of what is written")
+    write.add_argument(
+        "--format",
+        choices=("hf", "torch", "openflamingo", "llm"),
+        default="hf",
+        help="of what is written",
+    )
     write.add_argument("--out", required=True, help="new directory")
-    same = actions.add_parser("verify", help="whether two models compute the same, and where they part; exit status 1 if not")
+    same = actions.add_parser(
+        "verify",
+        help="whether two models compute the same, and where they part; exit status 1 if not",
+    )
     for side in "AB":
         same.add_argument(side, help="directory of a run or an import, or a Hugging Face directory")
-    same.add_argument("--image", action="append", default=[], help="seen by every prompt; with --prompt, in place of the built-in ones")
-    same.add_argument("--prompt", action="append", default=[], help="images stand in front of it, or at <image> markers")
-    same.add_argument("--tolerance", type=argument(NonNegative), default=1e-3, help="of differences, relative to magnitudes")
-    same.add_argument("--folder-code", action="store_true", help="run the Python code of a Hugging Face directory; without it none runs")
-    actions.add_parser("families", help="which foreign models are read, and which are refused by name")
+    same.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        help="seen by every prompt; with --prompt, in place of the built-in ones",
+    )
+    same.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        help="images stand in front of it, or at <image> markers",
+    )
+    same.add_argument(
+        "--tolerance",
+        type=argument(NonNegative),
+        default=1e-3,
+        help="of differences, relative to magnitudes",
+    )
+    same.add_argument(
+        "--folder-code",
+        action="store_true",
+        help="run the Python code of a Hugging Face directory; without it none runs",
+    )
+    actions.add_parser(
+        "families", help="which foreign models are read, and which are refused by name"
+    )
 
 
 def _convert(args: argparse.Namespace, overrides: list[str]) -> int | None:
@@ -231,7 +341,11 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> int | None:
     if args.action == "verify":
         from evlm_jax.convert.verify import verify
 
-        return 0 if verify(args.A, args.B, args.image, args.prompt, args.tolerance, args.folder_code) else 1
+        return (
+            0
+            if verify(args.A, args.B, args.image, args.prompt, args.tolerance, args.folder_code)
+            else 1
+        )
     if args.action == "families":
         from evlm_jax.convert import families
 
@@ -239,14 +353,26 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> int | None:
     from evlm_jax.convert import importer
 
     towers = {"vision": args.vision, "llm": args.llm}
-    cfg = load_config(args.config, [*(f"--config.init.{tower}={where}" for tower, where in towers.items() if where), *overrides])
-    return importer.import_export(cfg, args.model, args.out) if args.model else importer.import_towers(cfg, args.out)
+    cfg = load_config(
+        args.config,
+        [
+            *(f"--config.init.{tower}={where}" for tower, where in towers.items() if where),
+            *overrides,
+        ],
+    )
+    return (
+        importer.import_export(cfg, args.model, args.out)
+        if args.model
+        else importer.import_towers(cfg, args.out)
+    )
 
 
 def _upcycle_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="directory of a dense run")
     parser.add_argument("--config", required=True, help=f"of the stage with experts: {CONFIG_HELP}")
-    parser.add_argument("--out", required=True, help="directory to write; train from it with --init")
+    parser.add_argument(
+        "--out", required=True, help="directory to write; train from it with --init"
+    )
 
 
 def _upcycle(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -257,10 +383,28 @@ def _upcycle(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--fast", dest="form", action="store_const", const="fast", help="a few minutes: the whole road, little training")
-    form.add_argument("--full", dest="form", action="store_const", const="full", help="several passes over all questions")
-    form.add_argument("--moe", metavar="RUN", help="the next stage of a demo's run, such as runs/demo: its FFNs become experts")
-    parser.add_argument("--workdir", help="default: runs/demo, runs/demo-fast, runs/demo-full or runs/demo-moe")
+    form.add_argument(
+        "--fast",
+        dest="form",
+        action="store_const",
+        const="fast",
+        help="a few minutes: the whole road, little training",
+    )
+    form.add_argument(
+        "--full",
+        dest="form",
+        action="store_const",
+        const="full",
+        help="several passes over all questions",
+    )
+    form.add_argument(
+        "--moe",
+        metavar="RUN",
+        help="the next stage of a demo's run, such as runs/demo: its FFNs become experts",
+    )
+    parser.add_argument(
+        "--workdir", help="default: runs/demo, runs/demo-fast, runs/demo-full or runs/demo-moe"
+    )
     parser.set_defaults(form="")
 
 
@@ -324,7 +468,11 @@ def _flops(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 COMMANDS = {
-    "ablate": (ablate_arguments.add, _ablate, "train variants of an experiment with several seeds, and compare them"),
+    "ablate": (
+        ablate_arguments.add,
+        _ablate,
+        "train variants of an experiment with several seeds, and compare them",
+    ),
     "convert": (_convert_arguments, _convert, "checkpoints from and to PyTorch"),
     "data": (_data_arguments, _data, "look at training data, measure and prepare them"),
     "demo": (_demo_arguments, _demo, "fetch, train, evaluate and report on real weights and data"),
@@ -336,8 +484,16 @@ COMMANDS = {
         "what a model costs beside LLaVA's and Flamingo's way: FLOPs, bytes, caches, seconds",
     ),
     "generate": (generate.add_arguments, _generate, "answer a prompt about images or a video"),
-    "plan": (planning_arguments.add, _plan, "compile for a TPU pod that is not there: memory, FLOPs, collectives, time"),
+    "plan": (
+        planning_arguments.add,
+        _plan,
+        "compile for a TPU pod that is not there: memory, FLOPs, collectives, time",
+    ),
     "score": (arguments.add_score, _score, "score a result of eval again, or compare two of them"),
     "train": (_train_arguments, _train, "train an experiment"),
-    "upcycle": (_upcycle_arguments, _upcycle, "turn the FFNs of a dense run's cross-attention into mixtures of experts"),
+    "upcycle": (
+        _upcycle_arguments,
+        _upcycle,
+        "turn the FFNs of a dense run's cross-attention into mixtures of experts",
+    ),
 }

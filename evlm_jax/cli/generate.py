@@ -2,24 +2,75 @@
 
 import argparse
 
-from evlm_jax.config.ranges import Count, NonNegative, Positive, PositiveFloat, PositiveShare, Seed, Share, argument
+from evlm_jax.config.ranges import (
+    Count,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    PositiveShare,
+    Seed,
+    Share,
+    argument,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All of them; the options of sampling do what transformers' of the same names do."""
     parser.add_argument("--checkpoint", required=True, help="directory of a training run")
-    parser.add_argument("--prompt", required=True, type=_text, help="question; images stand in front of it, or at <image> markers")
+    parser.add_argument(
+        "--prompt",
+        required=True,
+        type=_text,
+        help="question; images stand in front of it, or at <image> markers",
+    )
     parser.add_argument("--image", action="append", default=[], help="may be given several times")
     parser.add_argument("--video", help="a clip whose frames are seen together")
-    parser.add_argument("--frames", default="16", help="of the video: a number, evenly spread, or a rate, as 2fps")
-    parser.add_argument("--max-new-tokens", type=argument(Positive), default=64, help="most tokens of an answer")
-    parser.add_argument("--stop", action="append", default=[], type=_stop, help="text that ends the answer; may be given several times")
-    parser.add_argument("--temperature", type=argument(NonNegative), default=0.0, help="0 is greedy; the next three need more")
-    parser.add_argument("--top-k", type=argument(Count), default=0, help="draw from so many best tokens; 0: from all")
-    parser.add_argument("--top-p", type=argument(PositiveShare), default=1.0, help="draw from the best tokens with this probability")
-    parser.add_argument("--min-p", type=argument(Share), default=0.0, help="draw from tokens with this share of the best one's probability")
-    parser.add_argument("--repetition-penalty", type=argument(PositiveFloat), default=1.0, help="above 1: against tokens that were there")
-    parser.add_argument("--answers", type=argument(Positive), default=1, help="how many; several need a temperature")
+    parser.add_argument(
+        "--frames", default="16", help="of the video: a number, evenly spread, or a rate, as 2fps"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=argument(Positive), default=64, help="most tokens of an answer"
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        type=_stop,
+        help="text that ends the answer; may be given several times",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=argument(NonNegative),
+        default=0.0,
+        help="0 is greedy; the next three need more",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=argument(Count),
+        default=0,
+        help="draw from so many best tokens; 0: from all",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=argument(PositiveShare),
+        default=1.0,
+        help="draw from the best tokens with this probability",
+    )
+    parser.add_argument(
+        "--min-p",
+        type=argument(Share),
+        default=0.0,
+        help="draw from tokens with this share of the best one's probability",
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=argument(PositiveFloat),
+        default=1.0,
+        help="above 1: against tokens that were there",
+    )
+    parser.add_argument(
+        "--answers", type=argument(Positive), default=1, help="how many; several need a temperature"
+    )
     parser.add_argument("--seed", type=argument(Seed), default=0, help="of the draws")
 
 
@@ -38,8 +89,8 @@ def _stop(text: str) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the answer as it grows, or several with their numbers. Images come first, then the video; in front of the prompt or at its
-    markers."""
+    """Prints the answer as it grows, or several with their numbers. Images come first, then the
+    video; in front of the prompt or at its markers."""
     from evlm_jax.data import image, video
     from evlm_jax.data.samples import MARKER, ImageRef, Turn
     from evlm_jax.generate import Generator
@@ -51,11 +102,20 @@ def run(args: argparse.Namespace) -> None:
     if args.video:
         visuals.append(video.sample(args.video, args.frames))
     if (marks := args.prompt.count(MARKER)) not in (0, len(visuals)):
-        raise ValueError(f"--prompt has {marks} {MARKER} markers for {len(visuals)} images and videos: write one for each, or none")
-    options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")}
+        raise ValueError(
+            f"--prompt has {marks} {MARKER} markers for {len(visuals)} images and videos: write one"
+            " for each, or none"
+        )
+    options = {
+        name: getattr(args, name)
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    }
     options |= {"num_return_sequences": args.answers, "stop_strings": args.stop}
     if args.answers > 1 and not args.temperature:
-        raise ValueError(f"--answers {args.answers}: at temperature 0 all answers are the same; give a --temperature")
+        raise ValueError(
+            f"--answers {args.answers}: at temperature 0 all answers are the same; give a"
+            " --temperature"
+        )
     trained = load_trained(args.checkpoint)
     generator = Generator(trained.model, trained.tokenizer)
     front = "" if MARKER in args.prompt else MARKER * len(visuals)
@@ -64,5 +124,10 @@ def run(args: argparse.Namespace) -> None:
         answers = generator.generate([prompt], args.max_new_tokens, **options)
         print(*(f"{number}. {answer.text}" for number, answer in enumerate(answers, 1)), sep="\n")
         return
-    generator.generate([prompt], args.max_new_tokens, **options, callback=lambda _, piece: print(piece, end="", flush=True))
+    generator.generate(
+        [prompt],
+        args.max_new_tokens,
+        **options,
+        callback=lambda _, piece: print(piece, end="", flush=True),
+    )
     print()

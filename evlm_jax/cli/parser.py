@@ -6,7 +6,14 @@ import sys
 
 from evlm_jax.assets import AssetError
 
-CLIENTS = ("gcsfs", "google", "botocore", "aiobotocore", "aiohttp", "requests")  # of stores; their errors are of no common kind
+CLIENTS = (
+    "gcsfs",
+    "google",
+    "botocore",
+    "aiobotocore",
+    "aiohttp",
+    "requests",
+)  # of stores; their errors are of no common kind
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,7 +27,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Without the defaults that say nothing."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        nothing = action.default is None or isinstance(action.default, bool) or action.default in ("", [])
+        nothing = (
+            action.default is None or isinstance(action.default, bool) or action.default in ("", [])
+        )
         return action.help if nothing else super()._get_help_string(action)
 
 
@@ -36,18 +45,30 @@ class Version(argparse.Action):
 
 def told(error: Exception) -> str:
     """The line about an error: what a user can mend is said by whoever raised it."""
-    if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, AssetError)) and str(error):
+    if isinstance(
+        error, (ValueError, OSError, ImportError, FloatingPointError, AssetError)
+    ) and str(error):
         return str(error)
     first = next(iter(str(error).splitlines()), "")
     if type(error).__module__.partition(".")[0] in CLIENTS:
-        return f"a bucket did not answer as it should: {first or type(error).__name__}; see to the credentials and the network"
-    if type(error).__name__ == "JaxRuntimeError" or isinstance(error, MemoryError):  # out of memory, no such device, a lost host
+        return (
+            f"a bucket did not answer as it should: {first or type(error).__name__}; see to the"
+            " credentials and the network"
+        )
+    if type(error).__name__ == "JaxRuntimeError" or isinstance(
+        error, MemoryError
+    ):  # out of memory, no such device, a lost host
         return f"{first or 'out of memory'} (EVLM_DEBUG=1 shows where)"
-    return f"this is a bug, please report it with what EVLM_DEBUG=1 shows: {type(error).__name__}: {first}"
+    return (
+        f"this is a bug, please report it with what EVLM_DEBUG=1 shows: {type(error).__name__}:"
+        f" {first}"
+    )
 
 
 def told_once() -> None:
-    """Threads of orbax and tensorstore print tracebacks of what the main thread raises as well: from here on they do not."""
+    """Threads of orbax and tensorstore print tracebacks of what the main thread raises as well:
+    from here on they do not.
+    """
     logging.getLogger("absl").addFilter(_without_traceback)
     sys.unraisablehook = _unraisable
 

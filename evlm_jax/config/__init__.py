@@ -1,15 +1,17 @@
 """Configuration: frozen dataclasses, made once from an `ml_collections.ConfigDict` at the door.
 
-Experiments return ConfigDicts (overridable as `--config.optim.lr=1e-4`); `from_config_dict` turns one into an `EVLMConfig`
-and refuses unknown keys, missing keys and wrong types with the key's full name. Sizes are read from here and nowhere else. A field
-with a default came later than the others, and the default is what the code did before. Saved configs carry the number of their
+Experiments return ConfigDicts (overridable as `--config.optim.lr=1e-4`); `from_config_dict` turns
+one into an `EVLMConfig` and refuses unknown keys, missing keys and wrong types with the key's full
+name. Sizes are read from here and nowhere else. A field with a default came later than the others,
+and the default is what the code did before. Saved configs carry the number of their
 format: `from_saved` reads every former one (compat.py).
 
 Letters used for shapes everywhere in this package:
-  B batch rows     T text positions   I image slots of a pool  S visual tokens of one image   D LLM hidden
-  V visual width   N query heads      K key/value heads        H head dim                     F FFN hidden
-  L layers         G tap groups       M supervised targets     J tiles of a pool              P (tile, image) pairs
-  E experts        C pools of rows
+  B batch rows     T text positions   I image slots of a pool  S visual tokens of one image
+  D LLM hidden     V visual width     N query heads            K key/value heads
+  H head dim       F FFN hidden       L layers                 G tap groups
+  E experts        C pools of rows    J tiles of a pool        M supervised targets
+  P (tile, image) pairs
 """
 
 import dataclasses
@@ -20,8 +22,23 @@ import ml_collections
 
 from evlm_jax.config import compat
 from evlm_jax.config.data import CleanConfig, DataConfig
-from evlm_jax.config.model import BridgeConfig, LLMConfig, MediaConfig, MoEConfig, ViTConfig, XAttnConfig
-from evlm_jax.config.ranges import Count, Fraction, NonNegative, Positive, PositiveFloat, Range, Seed
+from evlm_jax.config.model import (
+    BridgeConfig,
+    LLMConfig,
+    MediaConfig,
+    MoEConfig,
+    ViTConfig,
+    XAttnConfig,
+)
+from evlm_jax.config.ranges import (
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Range,
+    Seed,
+)
 from evlm_jax.config.schema import build
 
 Float = Literal["float32", "bfloat16"]
@@ -37,12 +54,16 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """What is trained from `start` (a fraction of the steps) or behind update `step` on. A run that may become longer needs the latter."""
+    """What is trained from `start` (a fraction of the steps) or behind update `step` on.
+
+    A run that may become longer needs the latter.
+    """
 
     start: Fraction = 0.0
     step: Count | None = None
-    # Extra linear warm-up, in steps, of the parameters that become trainable in this phase. None: optim.warmup in a later phase, where a
-    # fresh Adam would move what is pretrained at the full rate; 0 in the first, which the schedule warms up.
+    # Extra linear warm-up, in steps, of the parameters that become trainable in this phase. None:
+    # optim.warmup in a later phase, where a fresh Adam would move what is pretrained at the full
+    # rate; 0 in the first, which the schedule warms up.
     warmup: Count | None = None
     rules: tuple[Rule, ...]
 
@@ -73,20 +94,31 @@ class TrainConfig:
     accumulate: Positive  # micro-batches of a step; divides `batch`
     dtype: Float  # compute
     matmul_precision: Float  # operands of products, where the dtype is wider
-    param_dtype: Float  # trainable parameters and second moments; training refuses bfloat16, which loses small updates
+    # trainable parameters and second moments; training refuses bfloat16, which loses small updates
+    param_dtype: Float
     frozen_dtype: Float  # frozen towers
-    remat: Literal["none", "dots", "full"]  # computed again in the backward pass: nothing, all but linear layers, all
-    loss_chunk: Count  # targets of a row whose logits exist together, computed again in the backward pass; 0: all, kept
+    remat: Literal[
+        "none", "dots", "full"
+    ]  # computed again in the backward pass: nothing, all but linear layers, all
+    # targets of a row whose logits exist together, computed again in the backward pass; 0: all,
+    # kept
+    loss_chunk: Count
     save_every: Positive
     keep: Positive
     log_every: Positive
-    monitors: tuple[str, ...]  # eval tasks that are followed (evals/monitor.py): TASK, or TASK:PATH of its official files
+    monitors: tuple[
+        str, ...
+    ]  # eval tasks that are followed (evals/monitor.py): TASK, or TASK:PATH of its official files
     monitor_every: Count  # updates between two looks; there is one at the end as well
     monitor_questions: Count  # the first of each task, as `evlm eval --limit` takes them; 0: all
     seed: Seed
     peak_flops: NonNegative  # of one device, for MFU; 0 leaves MFU out
-    save_minutes: NonNegative = 30.0  # a save is also due when so much time has gone since the last; 0: never for that
-    bad_updates: Count = 10  # of a run: so many whose loss or gradient is not finite are left out, then it stops
+    save_minutes: NonNegative = (
+        30.0  # a save is also due when so much time has gone since the last; 0: never for that
+    )
+    bad_updates: Count = (
+        10  # of a run: so many whose loss or gradient is not finite are left out, then it stops
+    )
 
     @property
     def operands(self) -> str:
@@ -96,26 +128,38 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices by axis (mesh.py); their product is the number of devices. One of `data` and `fsdp` may be -1: what the others leave."""
+    """Devices by axis (mesh.py); their product is the number of devices.
 
-    data: Annotated[int, Range(-1)]  # copies of everything, each with its own rows; several slices of a pod are joined along this axis
+    One of `data` and `fsdp` may be -1: what the others leave.
+    """
+
+    # copies of everything, each with its own rows; several slices of a pod are joined along this
+    # axis
+    data: Annotated[int, Range(-1)]
     fsdp: Annotated[int, Range(-1)]  # rows, and what is stored in pieces
     expert: Positive  # rows and pieces likewise, and the experts of a mixture
     tensor: Positive  # heads, hidden layers of FFNs, and the vocabulary
     slices: Positive  # of a multi-slice machine; divides `data`
-    zero: Literal[2, 3]  # trainable parameters are gathered once a step, or layer by layer when they are needed
+    # trainable parameters are gathered once a step, or layer by layer when they are needed
+    zero: Literal[2, 3]
     frozen: Literal["sharded", "replicated"]  # frozen parameters, over `fsdp` and `expert`
-    images: Literal["all", "rows"]  # the ViT's images over all axes, or over the axes of rows and its heads over `tensor`
+    # the ViT's images over all axes, or over the axes of rows and its heads over `tensor`
+    images: Literal["all", "rows"]
 
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Where the towers come from, an asset name, a directory or a file; how the new parameters start."""
+    """Where the towers come from, an asset name, a directory or a file; how the new parameters
+    start.
+    """
 
     vision: str
     llm: str
-    centre_norms: bool  # the cross-attention's norms, where it has any, from the first batch (models/norm_init.py); False: scale 1, bias 0
-    beyond_context: bool = False  # rows may be longer than the positions that `llm` was trained on (convert/context.py)
+    # the cross-attention's norms, where it has any, from the first batch (models/norm_init.py);
+    # False: scale 1, bias 0
+    centre_norms: bool
+    # rows may be longer than the positions that `llm` was trained on (convert/context.py)
+    beyond_context: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,12 +190,16 @@ class EVLMConfig:
 
     @property
     def apart(self) -> "EVLMConfig":
-        """For evaluation and generation: where rows share image slots, every row has its own instead, and pairs for all its text."""
+        """For evaluation and generation: where rows share image slots, every row has its own
+        instead, and pairs for all its text.
+        """
         data = self.data
         if data.pool == 1:
             return self
         pairs = min(data.pairs, -(-data.length // self.xattn.tile) + data.images)
-        return dataclasses.replace(self, data=dataclasses.replace(data, pool=1, slots=data.images, pairs=pairs))
+        return dataclasses.replace(
+            self, data=dataclasses.replace(data, pool=1, slots=data.images, pairs=pairs)
+        )
 
     @property
     def cross_layers(self) -> tuple[int, ...]:
@@ -160,7 +208,9 @@ class EVLMConfig:
 
     @property
     def tap_of_cross_layer(self) -> tuple[int, ...]:
-        """Which of the feature sequences each cross-attention block looks at: an index into `vit.taps`, or 0 where the bridge makes one."""
+        """Which of the feature sequences each cross-attention block looks at: an index into
+        `vit.taps`, or 0 where the bridge makes one.
+        """
         n, g = len(self.cross_layers), len(self.vit.taps) if self.bridge.kind == "routed" else 1
         return tuple(i * g // n if self.xattn.schedule == "blocked" else i % g for i in range(n))
 
@@ -189,32 +239,108 @@ class EVLMConfig:
 
 def check(cfg: EVLMConfig) -> None:
     """Relations between fields. Raises ValueError naming the field and the mend."""
-    vit, llm, xattn, moe, bridge, data, train = cfg.vit, cfg.llm, cfg.xattn, cfg.moe, cfg.bridge, cfg.data, cfg.train
+    vit, llm, xattn, moe, bridge, data, train = (
+        cfg.vit,
+        cfg.llm,
+        cfg.xattn,
+        cfg.moe,
+        cfg.bridge,
+        cfg.data,
+        cfg.train,
+    )
     patches, kind = vit.grid**2, bridge.kind
     rules = [
-        (vit.image_size % vit.patch == 0, "vit.image_size", f"must be a multiple of vit.patch = {vit.patch}"),
-        (vit.pretrained_size % vit.patch == 0, "vit.pretrained_size", f"must be a multiple of vit.patch = {vit.patch}"),
+        (
+            vit.image_size % vit.patch == 0,
+            "vit.image_size",
+            f"must be a multiple of vit.patch = {vit.patch}",
+        ),
+        (
+            vit.pretrained_size % vit.patch == 0,
+            "vit.pretrained_size",
+            f"must be a multiple of vit.patch = {vit.patch}",
+        ),
         (vit.width % vit.heads == 0, "vit.heads", f"must divide vit.width = {vit.width}"),
         (len(vit.taps) > 0, "vit.taps", "needs at least one block number"),
         (list(vit.taps) == sorted(set(vit.taps)), "vit.taps", "must ascend without repeats"),
-        (all(t <= vit.depth for t in vit.taps), "vit.taps", f"must lie in 1..vit.depth = {vit.depth} (1-based)"),
-        (all(t <= vit.depth for t in vit.cuts), "vit.cuts", f"must lie in 1..vit.depth = {vit.depth}"),
+        (
+            all(t <= vit.depth for t in vit.taps),
+            "vit.taps",
+            f"must lie in 1..vit.depth = {vit.depth} (1-based)",
+        ),
+        (
+            all(t <= vit.depth for t in vit.cuts),
+            "vit.cuts",
+            f"must lie in 1..vit.depth = {vit.depth}",
+        ),
         (llm.heads % llm.kv_heads == 0, "llm.kv_heads", f"must divide llm.heads = {llm.heads}"),
         (llm.head_dim % 2 == 0, "llm.head_dim", "must be even: rotary positions turn pairs"),
-        (xattn.heads % xattn.kv_heads == 0, "xattn.kv_heads", f"must divide xattn.heads = {xattn.heads}"),
-        (llm.logn != 1, "llm.logn", "must be the trained context in tokens, at least 2, or 0 for never"),
-        (xattn.every <= llm.layers, "xattn.every", f"must lie in 1..llm.layers = {llm.layers}, or be 0 for no cross-attention"),
-        (xattn.every == 0 or kind != "llava", "xattn.every", "must be 0 where bridge.kind is llava, whose images stand in the text"),
-        (xattn.every > 0 or kind in ("routed", "llava"), "xattn.every", f"must be positive: bridge.kind {kind} feeds cross-attention"),
-        (xattn.every > 0 or not moe.copies, "moe.copies", "must be 0 where xattn.every is 0: experts stand in cross-attention"),
+        (
+            xattn.heads % xattn.kv_heads == 0,
+            "xattn.kv_heads",
+            f"must divide xattn.heads = {xattn.heads}",
+        ),
+        (
+            llm.logn != 1,
+            "llm.logn",
+            "must be the trained context in tokens, at least 2, or 0 for never",
+        ),
+        (
+            xattn.every <= llm.layers,
+            "xattn.every",
+            f"must lie in 1..llm.layers = {llm.layers}, or be 0 for no cross-attention",
+        ),
+        (
+            xattn.every == 0 or kind != "llava",
+            "xattn.every",
+            "must be 0 where bridge.kind is llava, whose images stand in the text",
+        ),
+        (
+            xattn.every > 0 or kind in ("routed", "llava"),
+            "xattn.every",
+            f"must be positive: bridge.kind {kind} feeds cross-attention",
+        ),
+        (
+            xattn.every > 0 or not moe.copies,
+            "moe.copies",
+            "must be 0 where xattn.every is 0: experts stand in cross-attention",
+        ),
         (xattn.ffn % moe.slices == 0, "moe.slices", f"must divide xattn.ffn = {xattn.ffn}"),
-        (not moe.copies or 1 <= moe.top_k <= moe.experts, "moe.top_k", f"must lie in 1..moe.copies * moe.slices = {moe.experts}"),
-        (kind != "llava" or cfg.media.tokens == patches, "media.tokens", f"must be {patches}, one a patch, where bridge.kind is llava"),
-        (train.batch % train.accumulate == 0, "train.accumulate", f"must divide train.batch = {train.batch}"),
-        (train.batch % (train.accumulate * data.pool) == 0, "data.pool", "must divide the rows of train.batch / train.accumulate"),
-        (not train.monitors or train.monitor_every >= 1, "train.monitor_every", "must be positive where train.monitors has tasks"),
-        (all(phase.step is None or phase.start == 0 for phase in cfg.optim.phases), "optim.phases", "have a start or a step, not both"),
-        (cfg.optim.phases and not (cfg.optim.phases[0].start or cfg.optim.phases[0].step), "optim.phases", "the first must start at 0"),
+        (
+            not moe.copies or 1 <= moe.top_k <= moe.experts,
+            "moe.top_k",
+            f"must lie in 1..moe.copies * moe.slices = {moe.experts}",
+        ),
+        (
+            kind != "llava" or cfg.media.tokens == patches,
+            "media.tokens",
+            f"must be {patches}, one a patch, where bridge.kind is llava",
+        ),
+        (
+            train.batch % train.accumulate == 0,
+            "train.accumulate",
+            f"must divide train.batch = {train.batch}",
+        ),
+        (
+            train.batch % (train.accumulate * data.pool) == 0,
+            "data.pool",
+            "must divide the rows of train.batch / train.accumulate",
+        ),
+        (
+            not train.monitors or train.monitor_every >= 1,
+            "train.monitor_every",
+            "must be positive where train.monitors has tasks",
+        ),
+        (
+            all(phase.step is None or phase.start == 0 for phase in cfg.optim.phases),
+            "optim.phases",
+            "have a start or a step, not both",
+        ),
+        (
+            cfg.optim.phases and not (cfg.optim.phases[0].start or cfg.optim.phases[0].step),
+            "optim.phases",
+            "the first must start at 0",
+        ),
     ]
     for ok, name, mend in rules:
         if not ok:
@@ -225,9 +351,16 @@ def from_config_dict(config: ml_collections.ConfigDict) -> EVLMConfig:
     """The one door from an experiment file to the code.
 
     Raises:
-      ValueError: unknown key, missing key, or a value of the wrong type; the message lists the full names.
+      ValueError: unknown key, missing key, or a value of the wrong type; the message lists the full
+        names.
     """
-    return build(EVLMConfig, compat.renamed(config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config), "")
+    return build(
+        EVLMConfig,
+        compat.renamed(
+            config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+        ),
+        "",
+    )
 
 
 def to_dict(cfg: EVLMConfig) -> dict:
@@ -236,10 +369,15 @@ def to_dict(cfg: EVLMConfig) -> dict:
 
 
 def to_saved(cfg: EVLMConfig) -> dict:
-    """`to_dict` with the number of its format, for files; `from_saved` reads it back in later versions, too."""
+    """`to_dict` with the number of its format, for files; `from_saved` reads it back in later
+    versions, too.
+    """
     return {"format": compat.FORMAT} | to_dict(cfg)
 
 
 def from_saved(saved: dict) -> EVLMConfig:
-    """A config from a file of this or a former version. Raises ValueError as `from_config_dict` does, and for a later format."""
+    """A config from a file of this or a former version.
+
+    Raises ValueError as `from_config_dict` does, and for a later format.
+    """
     return from_config_dict(compat.upgraded(saved))

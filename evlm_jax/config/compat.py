@@ -1,6 +1,8 @@
-"""What is saved today loads tomorrow: the formats of saved configs and checkpoints, and what former ones mean today.
+"""What is saved today loads tomorrow: the formats of saved configs and checkpoints, and what former
+ones mean today.
 
-A change of format comes with a new number, its rows below, and a golden folder in tests/golden. Numbers so far:
+A change of format comes with a new number, its rows below, and a golden folder in tests/golden.
+Numbers so far:
   0  no number; frozen stores and steps without digests of what is trained
   1  configs and steps carry the number; steps carry digests (checkpoint.py)
 A field that is merely added needs no row: its default is what the code did before.
@@ -25,15 +27,27 @@ RENAMED: dict[str, str] = {}  # "section.old": "section.new", in saved configs a
 
 
 def check(number: Any, what: str) -> int:
-    """The number of a format. Raises ValueError for one that this version does not know; `what` says whose it is."""
+    """The number of a format.
+
+    Raises ValueError for one that this version does not know; `what` says whose it is.
+    """
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= FORMAT:
-        raise ValueError(f"{what} is of format {number}, this version reads 0 to {FORMAT}: update, or read it with what wrote it")
+        raise ValueError(
+            f"{what} is of format {number}, this version reads 0 to {FORMAT}: update, or read it"
+            " with what wrote it"
+        )
     return number
 
 
 def upgraded(saved: dict) -> dict:
-    """A saved config as today's, without its number. Raises ValueError for a format that this version does not know."""
-    number, config = check(saved.get("format", 0), "the saved config"), renamed({k: v for k, v in saved.items() if k != "format"})
+    """A saved config as today's, without its number.
+
+    Raises ValueError for a format that this version does not know.
+    """
+    number, config = (
+        check(saved.get("format", 0), "the saved config"),
+        renamed({k: v for k, v in saved.items() if k != "format"}),
+    )
     for row in FORMER:
         section, _, field = row.field.partition(".")
         if number <= row.until and field not in config.get(section, {field: None}):
@@ -42,7 +56,10 @@ def upgraded(saved: dict) -> dict:
 
 
 def renamed(config: dict) -> dict:
-    """`config` with former names of fields replaced. Raises ValueError where old and new name stand side by side."""
+    """`config` with former names of fields replaced.
+
+    Raises ValueError where old and new name stand side by side.
+    """
     config = dict(config)
     for old, new in RENAMED.items():
         (section, _, name), (to, _, field) = old.partition("."), new.partition(".")

@@ -4,7 +4,16 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from evlm_jax.config.ranges import Count, NonNegative, Positive, PositiveFloat, PositiveShare, Range, Seed, Share
+from evlm_jax.config.ranges import (
+    Count,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    PositiveShare,
+    Range,
+    Seed,
+    Share,
+)
 
 
 @dataclass(frozen=True)
@@ -13,8 +22,12 @@ class DataConfig:
 
     sources: tuple[str, ...]  # names registered in data/sources.py
     weights: tuple[PositiveFloat, ...]  # share of the documents that each source has
-    tasks: tuple[str, ...]  # of each source: documents of different tasks share no row; empty: any may
-    ends: Literal["repeat", "error"]  # after its last document a source starts again, shuffled anew, or stops the run
+    tasks: tuple[
+        str, ...
+    ]  # of each source: documents of different tasks share no row; empty: any may
+    ends: Literal[
+        "repeat", "error"
+    ]  # after its last document a source starts again, shuffled anew, or stops the run
     template: Literal["chatml", "plain"]  # chat template
     length: Positive  # T, text positions of a row
     images: Count  # most images of a row
@@ -22,11 +35,14 @@ class DataConfig:
     pool: Positive  # neighbouring rows that share image slots and pairs
     slots: Count  # I, image slots of a pool
     pairs: Count  # P, (tile, image) pairs of a pool
-    dialogs: Count  # at most this many dialogs about the same image share a document (0: all of them)
+    dialogs: (
+        Count  # at most this many dialogs about the same image share a document (0: all of them)
+    )
     isolate: bool  # documents of a row do not see each other
     window: Positive  # samples the packer may choose from
     resize: Literal["squash", "crop", "pad"]
-    scaled_decoding: bool  # JPEGs at 1/2, 1/4 or 1/8 of their size where that does, and a fast resize (data/image.py)
+    # JPEGs at 1/2, 1/4 or 1/8 of their size where that does, and a fast resize (data/image.py)
+    scaled_decoding: bool
     most_drops: Share  # share of the documents that may be left out before the run stops
     cache_features: bool  # compute the frozen tower's taps once and keep them on disk
     seed: Seed
@@ -34,9 +50,21 @@ class DataConfig:
     def __post_init__(self):
         most = self.pool * self.images
         rules = [
-            (len(self.sources) == len(self.weights), "weights", "needs one weight for each of data.sources"),
-            (len(self.tasks) in (0, len(self.sources)), "tasks", "needs one name for each of data.sources, or none at all"),
-            (self.images <= self.slots <= most, "slots", f"must lie in data.images..data.pool * data.images = {self.images}..{most}"),
+            (
+                len(self.sources) == len(self.weights),
+                "weights",
+                "needs one weight for each of data.sources",
+            ),
+            (
+                len(self.tasks) in (0, len(self.sources)),
+                "tasks",
+                "needs one name for each of data.sources, or none at all",
+            ),
+            (
+                self.images <= self.slots <= most,
+                "slots",
+                f"must lie in data.images..data.pool * data.images = {self.images}..{most}",
+            ),
             (self.pairs >= self.slots, "pairs", f"must be at least data.slots = {self.slots}"),
         ]
         refuse("data", rules)
@@ -44,23 +72,27 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CleanConfig:
-    """Rules of data/clean.py for captions and web documents, of data/ocr/scans.py for real pages. Which there are is the paper's
-    (section 3.1), thresholds are ours.
+    """Rules of data/clean.py for captions and web documents, of data/ocr/scans.py for real pages.
+    Which there are is the paper's (section 3.1), thresholds are ours.
 
-    Captions meet the first group, pictures of all the second, documents the third, pages the fourth. A word is a run
-    of letters, or one Chinese character.
+    Captions meet the first group, pictures of all the second, documents the third, pages the
+    fourth. A word is a run of letters, or one Chinese character.
     """
 
     letters: Share  # more than this share of what is no space must be letters
     digits: Count  # most digits in a row
-    duplicates: PositiveShare  # share of words that came before in the text, from which on it is dropped
+    duplicates: (
+        PositiveShare  # share of words that came before in the text, from which on it is dropped
+    )
     links: tuple[str, ...]  # patterns of addresses and file names
     words: Count  # least number of words
     dates: tuple[str, ...]  # patterns of dates
     simplify: bool  # traditional Chinese to simplified, by OpenCC
     similarity: Share  # least relevance of a picture to its caption; 0: any
 
-    deviation: NonNegative  # least standard deviation of some channel, of 255: less is a single colour
+    deviation: (
+        NonNegative  # least standard deviation of some channel, of 255: less is a single colour
+    )
     aspect: Annotated[float, Range(1)]  # greatest ratio of the sides
     side: Count  # least shorter side, in pixels
 
@@ -68,16 +100,21 @@ class CleanConfig:
     web_characters: Count  # most characters of its text
     web_similarity: Share  # least relevance of a picture to its sentence; 0: any
 
-    page_confidence: NonNegative  # least confidence of a detector in a text; what is below is painted over
+    page_confidence: (
+        NonNegative  # least confidence of a detector in a text; what is below is painted over
+    )
     page_characters: Count  # least number of characters of a page that are no space
-    page_similarity: PositiveFloat  # share of common text with an earlier page, from which on it is a duplicate; above 1: none is
+    # share of common text with an earlier page, from which on it is a duplicate; above 1: none is
+    page_similarity: PositiveFloat
 
     def __post_init__(self):
         refuse("clean", _patterns(self))
 
 
 def refuse(section: str, rules: list[tuple[bool, str, str]]) -> None:
-    """Raises ValueError naming the field and the mend, of the first rule (holds, field, mend) that does not hold."""
+    """Raises ValueError naming the field and the mend, of the first rule (holds, field, mend) that
+    does not hold.
+    """
     for ok, name, mend in rules:
         if not ok:
             raise ValueError(f"config: {section}.{name} {mend}")
@@ -90,5 +127,7 @@ def _patterns(clean: CleanConfig) -> list[tuple[bool, str, str]]:
             try:
                 re.compile(pattern)
             except re.error as error:
-                rules.append((False, name, f"has {pattern!r}, which is no regular expression: {error}"))
+                rules.append(
+                    (False, name, f"has {pattern!r}, which is no regular expression: {error}")
+                )
     return rules

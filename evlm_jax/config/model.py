@@ -10,8 +10,8 @@ from evlm_jax.config.ranges import Count, NonNegative, Positive, PositiveFloat, 
 class ViTConfig:
     """A ViT by choices, not by family.
 
-    DINOv2: pre, all, gelu, layer_scale. EVA02-CLIP-E: res_post, qv, gelu. CLIP: pre, all, quick_gelu, embed_norm.
-    """
+    DINOv2: pre, all, gelu, layer_scale. EVA02-CLIP-E: res_post, qv, gelu. CLIP: pre, all,
+      quick_gelu, embed_norm."""
 
     depth: Positive
     width: Positive
@@ -30,8 +30,12 @@ class ViTConfig:
     embed_norm: bool  # CLIP's ln_pre
     eps: PositiveFloat
     taps: tuple[Positive, ...]  # 1-based block numbers whose outputs are returned, ascending
-    cuts: tuple[Positive, ...]  # further block numbers where the stack is cut: the freeze boundaries of every stage
-    interpolation: Literal["bicubic", "antialias"]  # position table, pretrained_size -> image_size; a = -0.75 or -0.5
+    cuts: tuple[
+        Positive, ...
+    ]  # further block numbers where the stack is cut: the freeze boundaries of every stage
+    interpolation: Literal[
+        "bicubic", "antialias"
+    ]  # position table, pretrained_size -> image_size; a = -0.75 or -0.5
     mean: tuple[Share, Share, Share]  # RGB normalisation of the tower
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
@@ -53,7 +57,9 @@ class ViTConfig:
 
 @dataclass(frozen=True)
 class LLMConfig:
-    """A pre-norm decoder with RMSNorm, rotary positions and a gated SiLU MLP: Llama, SmolLM2, Mistral without a window, Qwen 1.0, Qwen2."""
+    """A pre-norm decoder with RMSNorm, rotary positions and a gated SiLU MLP: Llama, SmolLM2,
+    Mistral without a window, Qwen 1.0, Qwen2.
+    """
 
     vocab: Positive
     hidden: Positive
@@ -66,7 +72,9 @@ class LLMConfig:
     eps: PositiveFloat
     qkv_bias: bool
     tied: bool  # the output head is the embedding
-    dynamic_ntk: Count  # tokens of a prompt beyond which its rotary base grows in generation (models/long_context.py); 0: never
+    # tokens of a prompt beyond which its rotary base grows in generation (models/long_context.py);
+    # 0: never
+    dynamic_ntk: Count
     logn: Count  # tokens beyond which queries are scaled up in generation; 0: never
 
 
@@ -75,11 +83,14 @@ class XAttnConfig:
     """Gated cross-attention before the LLM layers (paper section 2)."""
 
     heads: Positive
-    kv_heads: Positive  # keys and values, each shared by heads / kv_heads queries; the paper has as many as heads
+    # keys and values, each shared by heads / kv_heads queries; the paper has as many as heads
+    kv_heads: Positive
     head_dim: Positive  # r_c = heads * head_dim / hidden
     ffn: Positive  # r_f = ffn / hidden
     every: Count  # a block before layers 0, every, 2 * every, ...; 0: no block at all
-    schedule: Literal["blocked", "cyclic"]  # tap i serves neighbouring layers, or layer l gets tap l mod G
+    schedule: Literal[
+        "blocked", "cyclic"
+    ]  # tap i serves neighbouring layers, or layer l gets tap l mod G
     sinks: Count  # zero keys padded to the visual sequence
     tile: Positive  # tokens of one attention tile; all tokens of a tile see the same images
     eps: PositiveFloat
@@ -87,17 +98,26 @@ class XAttnConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Fine-grained experts in the FFN of the cross-attention, beside a world expert that is a whole FFN (paper section 2)."""
+    """Fine-grained experts in the FFN of the cross-attention, beside a world expert that is a whole
+    FFN (paper section 2).
+    """
 
     copies: Count  # of the dense FFN; 0: the FFN is dense, and nothing below counts
-    slices: Positive  # of a copy, along its hidden dimension: E = copies * slices experts of hidden xattn.ffn / slices
+    # of a copy, along its hidden dimension: E = copies * slices experts of hidden xattn.ffn /
+    # slices
+    slices: Positive
     top_k: Count  # experts of a token
-    gates: Literal["renormalise", "softmax"]  # of the chosen k: they sum to 1, or as they are among all E
-    capacity: NonNegative  # an expert takes at most capacity * tokens * top_k / E choices and drops the rest; 0: no limit
+    gates: Literal[
+        "renormalise", "softmax"
+    ]  # of the chosen k: they sum to 1, or as they are among all E
+    # an expert takes at most capacity * tokens * top_k / E choices and drops the rest; 0: no limit
+    capacity: NonNegative
     balance: NonNegative  # coefficient of the load-balance loss, a layer
     z: NonNegative  # coefficient of the router's z-loss, a layer
     tile: Positive  # rows of a tile; all rows of a tile have the same expert
-    upcycle: Literal["preserve", "preserve_zero", "paper"]  # how a dense FFN becomes experts (upcycle.py)
+    upcycle: Literal[
+        "preserve", "preserve_zero", "paper"
+    ]  # how a dense FFN becomes experts (upcycle.py)
 
     @property
     def experts(self) -> int:
@@ -109,15 +129,21 @@ class MoEConfig:
 class MediaConfig:
     """Learnable embeddings that stand for an image in the text stream."""
 
-    tokens: Positive  # 16 in the paper; the number of patches where bridge.kind is "llava", which writes them here instead
+    # 16 in the paper; the number of patches where bridge.kind is "llava", which writes them here
+    # instead
+    tokens: Positive
     placeholder: str  # a spare token of the vocabulary, repeated `tokens` times
 
 
 @dataclass(frozen=True)
 class BridgeConfig:
-    """What the language model sees of an image: EVLM, or a baseline it is compared with (models/bridge.py)."""
+    """What the language model sees of an image: EVLM, or a baseline it is compared with
+    (models/bridge.py).
+    """
 
-    kind: Literal["routed", "fused", "flamingo", "llava"]  # taps by layer; all taps in one; latents of the last; its patches as text
+    kind: Literal[
+        "routed", "fused", "flamingo", "llava"
+    ]  # taps by layer; all taps in one; latents of the last; its patches as text
     latents: Positive  # of an image; this and what follows is of the resampler of "flamingo"
     depth: Positive  # layers
     heads: Positive

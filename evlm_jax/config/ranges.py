@@ -1,4 +1,5 @@
-"""Ranges of numbers: of config fields (schema.py checks them, with the field's name) and of arguments of the command line.
+"""Ranges of numbers: of config fields (schema.py checks them, with the field's name) and of
+arguments of the command line.
 
 A field says its range by its type: `steps: Positive`. What is not finite lies in no range.
 """
@@ -23,11 +24,17 @@ class Range:
     def __contains__(self, number: float) -> bool:
         if isinstance(number, float) and not math.isfinite(number):
             return False
-        return (self.low < number if self.above else self.low <= number) and (number < self.high if self.below else number <= self.high)
+        return (self.low < number if self.above else self.low <= number) and (
+            number < self.high if self.below else number <= self.high
+        )
 
     def __str__(self) -> str:
         low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-        return low if self.high == math.inf else f"{low} and {'below' if self.below else 'at most'} {self.high:.15g}"
+        return (
+            low
+            if self.high == math.inf
+            else f"{low} and {'below' if self.below else 'at most'} {self.high:.15g}"
+        )
 
 
 Positive = Annotated[int, Range(1)]
@@ -41,10 +48,18 @@ Fraction = Annotated[float, Range(0, 1, below=True)]
 
 
 def check(kind: type, number: float, name: str) -> float:
-    """`number`, which is of `kind` and lies in its range. Raises ValueError with `name` where it does not."""
+    """`number`, which is of `kind` and lies in its range.
+
+    Raises ValueError with `name` where it does not.
+    """
     plain, span = get_args(kind)
-    if isinstance(number, bool) or not isinstance(number, numbers.Integral if plain is int else numbers.Real):
-        raise ValueError(f"{name} must be {'a whole number' if plain is int else 'a number'}, {span}, got {number!r}")
+    if isinstance(number, bool) or not isinstance(
+        number, numbers.Integral if plain is int else numbers.Real
+    ):
+        raise ValueError(
+            f"{name} must be {'a whole number' if plain is int else 'a number'}, {span}, got"
+            f" {number!r}"
+        )
     if number not in span:
         raise ValueError(f"{name} must be {span}, got {number!r}")
     return number
@@ -60,7 +75,9 @@ def argument(kind: type) -> Callable[[str], float]:
         except ValueError:
             number = None
         if number is None or number not in span:
-            raise argparse.ArgumentTypeError(f"must be {'a whole number' if plain is int else 'a number'}, {span}, got {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"must be {'a whole number' if plain is int else 'a number'}, {span}, got {text!r}"
+            )
         return number
 
     return read

@@ -1,4 +1,6 @@
-"""From plain dicts to frozen dataclasses: nothing unknown, nothing missing but what has a default, nothing of another type."""
+"""From plain dicts to frozen dataclasses: nothing unknown, nothing missing but what has a default,
+nothing of another type.
+"""
 
 import dataclasses
 import math
@@ -12,22 +14,33 @@ def build(kind, value, prefix: str):
     """`value` as an instance of the annotation `kind`; `prefix` is the key's full name so far.
 
     Raises:
-      ValueError: unknown key, missing key, a value of the wrong type, a number out of its range; the message has the full names.
+      ValueError: unknown key, missing key, a value of the wrong type, a number out of its range;
+        the message has the full names.
     """
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise ValueError(f"config: {prefix or 'root'} must be a section with keys, got {value!r}")
+            raise ValueError(
+                f"config: {prefix or 'root'} must be a section with keys, got {value!r}"
+            )
         hints = typing.get_type_hints(kind, include_extras=True)
         join = lambda key: f"{prefix}.{key}" if prefix else key
         if unknown := [join(k) for k in value if k not in hints]:
-            raise ValueError(f"config: unknown key {', '.join(unknown)}; {kind.__name__} has {', '.join(hints)}")
-        needed = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+            raise ValueError(
+                f"config: unknown key {', '.join(unknown)}; {kind.__name__} has {', '.join(hints)}"
+            )
+        needed = [
+            f.name
+            for f in dataclasses.fields(kind)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
         if missing := [join(k) for k in needed if k not in value]:
             raise ValueError(f"config: missing key {', '.join(missing)}")
         return kind(**{k: build(hints[k], value[k], join(k)) for k in hints if k in value})
     if typing.get_origin(kind) is typing.Literal:
         if value not in (allowed := typing.get_args(kind)) or isinstance(value, bool):
-            raise ValueError(f"config: {prefix} is {value!r}; use one of {', '.join(map(str, allowed))}")
+            raise ValueError(
+                f"config: {prefix} is {value!r}; use one of {', '.join(map(str, allowed))}"
+            )
         return value
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (tuple, list)):
@@ -37,7 +50,9 @@ def build(kind, value, prefix: str):
             raise ValueError(f"config: {prefix} needs {len(args)} values, got {len(value)}")
         return tuple(build(args[0], v, f"{prefix}[{i}]") for i, v in enumerate(value))
     if typing.get_origin(kind) is typing.Annotated:
-        return ranges.check(kind, build(typing.get_args(kind)[0], value, prefix), f"config: {prefix}")
+        return ranges.check(
+            kind, build(typing.get_args(kind)[0], value, prefix), f"config: {prefix}"
+        )
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         (other,) = (option for option in typing.get_args(kind) if option is not types.NoneType)
         return None if value is None else build(other, value, prefix)

@@ -1,8 +1,8 @@
 """Runs a model of either kind and keeps what each step gives, for verify.py.
 
-A checkpoint of ours is run twice in float32: its logits come from the model's own scan, its intermediates from a plain loop over the
-same blocks, so that a fault of the scan shows too. A Hugging Face directory is run by transformers, with hooks on its modules.
-"""
+A checkpoint of ours is run twice in float32: its logits come from the model's own scan, its
+intermediates from a plain loop over the same blocks, so that a fault of the scan shows too. A
+Hugging Face directory is run by transformers, with hooks on its modules."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -43,7 +43,10 @@ class Example(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What a model made of one prompt. Names, in order: vit/tap N (1-based), embed, xattn/L and llm/layers/L by turns, llm/ln_f."""
+    """What a model made of one prompt.
+
+    Names, in order: vit/tap N (1-based), embed, xattn/L and llm/layers/L by turns, llm/ln_f.
+    """
 
     seen: dict[str, np.ndarray]  # [I, S, V] of a tap, else [T, D]
     logits: np.ndarray  # [T, vocab] float32
@@ -53,10 +56,11 @@ class Side(NamedTuple):
     """A model that is not loaded yet."""
 
     path: str
-    run: Callable[["Side", Sequence[Example], bool], list[Trace]]  # True: leave the cross-attention out
-    sections: dict[
-        str, dict[str, Any]
-    ]  # vit, llm, xattn, moe, media of EVLMConfig, and media.image_token_id; llm alone of a language model
+    # True: leave the cross-attention out
+    run: Callable[["Side", Sequence[Example], bool], list[Trace]]
+    # vit, llm, xattn, moe, media of EVLMConfig, and media.image_token_id; llm alone of a language
+    # model
+    sections: dict[str, dict[str, Any]]
     tokenizer: Tokenizer
 
 
@@ -64,7 +68,8 @@ def look(where: str, folder_code: bool = False) -> Side:
     """What lies at `where`, read from its configuration alone.
 
     Args:
-      folder_code: a Hugging Face directory is run by the code that it holds, instead of by transformers' own and this package's classes.
+      folder_code: a Hugging Face directory is run by the code that it holds, instead of by
+        transformers' own and this package's classes.
     Raises:
       FileNotFoundError: neither a checkpoint of ours nor a Hugging Face directory.
       ValueError: a model that has no logits, or an architecture that is not EVLM's; a baseline.
@@ -72,17 +77,28 @@ def look(where: str, folder_code: bool = False) -> Side:
     if store.steps(where):
         cfg = store.open_params(where)[1]
         if cfg.baseline:
-            raise ValueError(f"{where} is a baseline ({cfg.baseline}): compared are EVLM and language models")
+            raise ValueError(
+                f"{where} is a baseline ({cfg.baseline}): compared are EVLM and language models"
+            )
         tokenizer = load_tokenizer(source_of_run(where, cfg.init.llm))
-        sections = {name: asdict(getattr(cfg, name)) for name in ("vit", "llm", "xattn", "moe", "media")}
+        sections = {
+            name: asdict(getattr(cfg, name)) for name in ("vit", "llm", "xattn", "moe", "media")
+        }
         sections["media"]["image_token_id"] = tokenizer.id(cfg.media.placeholder)
         return Side(where, run_checkpoint, sections, tokenizer)
-    if not (local(where, "a Hugging Face directory that transformers runs") / "config.json").is_file():
-        raise FileNotFoundError(f"{where}: neither a run (steps/) nor a Hugging Face directory (config.json)")
+    if not (
+        local(where, "a Hugging Face directory that transformers runs") / "config.json"
+    ).is_file():
+        raise FileNotFoundError(
+            f"{where}: neither a run (steps/) nor a Hugging Face directory (config.json)"
+        )
     source = open_source(Path(where))
     family, prefix = recognise(source)
     if family.name not in ("evlm", "llama"):
-        raise ValueError(f"{where} holds {family.name}: compared are EVLM and language models of Llama's and Qwen2's kind")
+        raise ValueError(
+            f"{where} holds {family.name}: compared are EVLM and language models of Llama's and"
+            " Qwen2's kind"
+        )
     found = describe_source(source, family.name, prefix)
     run = partial(run_huggingface, "" if folder_code else source.metadata["model_type"])
     if family.name == "llama":
@@ -91,7 +107,7 @@ def look(where: str, folder_code: bool = False) -> Side:
     return Side(where, run, found, load_tokenizer(where))
 
 
-# ------------------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 def run_checkpoint(side: Side, examples: Sequence[Example], llm_only: bool) -> list[Trace]:
@@ -108,8 +124,13 @@ def run_checkpoint(side: Side, examples: Sequence[Example], llm_only: bool) -> l
         seen = {name: np.asarray(a) for name, a in _loop(model, batch)}
 
     def trace(row: int, example: Example) -> Trace:
-        own = {name: a[row, : len(example.pixels if name.startswith("vit/") else example.tokens)] for name, a in seen.items()}
-        return Trace({name: a for name, a in own.items() if a.size}, logits[row, : len(example.tokens)])
+        own = {
+            name: a[row, : len(example.pixels if name.startswith("vit/") else example.tokens)]
+            for name, a in seen.items()
+        }
+        return Trace(
+            {name: a for name, a in own.items() if a.size}, logits[row, : len(example.tokens)]
+        )
 
     return [trace(row, example) for row, example in enumerate(examples)]
 
@@ -149,14 +170,23 @@ def _loop(model: EVLM, batch: Batch) -> Iterator[tuple[str, jax.Array]]:
             taps.append(x.reshape(*batch.pixels.shape[:2], *x.shape[1:]))
             yield f"vit/tap {stop}", taps[-1]
 
-    mask, rope = text_mask(batch.seen_until), rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta)
+    mask, rope = (
+        text_mask(batch.seen_until),
+        rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta),
+    )
     grouping = Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
     x = model.embed(batch.tokens, batch.media_slot)
     yield "embed", x
     for i in range(cfg.llm.layers):
         if i in cfg.cross_layers:
             number = cfg.cross_layers.index(i)
-            x = _cross(cfg.xattn.sinks, layer(model.xattn, number), x, taps[cfg.tap_of_cross_layer[number]], grouping)
+            x = _cross(
+                cfg.xattn.sinks,
+                layer(model.xattn, number),
+                x,
+                taps[cfg.tap_of_cross_layer[number]],
+                grouping,
+            )
             yield f"xattn/{i}", x
         x = _decoder(layer(model.llm.layers, i), x, rope, mask)
         yield f"llm/layers/{i}", x
@@ -167,10 +197,15 @@ def batch_of(examples: Sequence[Example], tile: int, size: int) -> Batch:
     """One example a row, padded to the largest; at least one image."""
     rows, length = len(examples), max(len(example.tokens) for example in examples)
     images = max(1, *(len(example.pixels) for example in examples))
-    pairs = max(1, *(pair_count(example.visible_start, example.visible_stop, tile) for example in examples))
+    pairs = max(
+        1, *(pair_count(example.visible_start, example.visible_stop, tile) for example in examples)
+    )
     names = ("tokens", "media_slot", "visible_start", "visible_stop")
     arrays = {name: np.full((rows, length), -(name == "media_slot"), np.int32) for name in names}
-    arrays |= {name: np.tile(np.arange(length, dtype=np.int32), (rows, 1)) for name in ("positions", "seen_until")}
+    arrays |= {
+        name: np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+        for name in ("positions", "seen_until")
+    }
     arrays["seen_until"] += 1
     pixels = np.zeros((rows, images, size, size, 3), np.uint8)
     for row, example in enumerate(examples):
@@ -178,20 +213,32 @@ def batch_of(examples: Sequence[Example], tile: int, size: int) -> Batch:
         arrays["seen_until"][row, : len(example.tokens)] = len(example.tokens)
         for name in names:
             arrays[name][row, : len(example.tokens)] = getattr(example, name)
-    plans = [plan(*ranges, tile, pairs) for ranges in zip(arrays["visible_start"], arrays["visible_stop"])]
+    plans = [
+        plan(*ranges, tile, pairs)
+        for ranges in zip(arrays["visible_start"], arrays["visible_stop"])
+    ]
     arrays |= {name: np.stack([p[name] for p in plans]) for name in Plan._fields}
     none = np.zeros((rows, 1), np.int32)
-    return Batch(**arrays, target_at=none, targets=none - 1, target_source=none, pixels=pixels, taps=None)
+    return Batch(
+        **arrays, target_at=none, targets=none - 1, target_source=none, pixels=pixels, taps=None
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ Hugging Face
+# ------------------------------------------------------------------------------------- Hugging Face
 
 
-STOCK = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}  # of transformers
+STOCK = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}  # of transformers
 
 
-def run_huggingface(model_type: str, side: Side, examples: Sequence[Example], llm_only: bool) -> list[Trace]:
-    """A directory, one example at a time, by the class of its model type: code in the directory does not run.
+def run_huggingface(
+    model_type: str, side: Side, examples: Sequence[Example], llm_only: bool
+) -> list[Trace]:
+    """A directory, one example at a time, by the class of its model type: code in the directory
+    does not run.
 
     Args:
       model_type: of STOCK, or "evlm"; empty: the class that the directory's own code defines.
@@ -203,15 +250,23 @@ def run_huggingface(model_type: str, side: Side, examples: Sequence[Example], ll
         import torch
         import transformers
     except ImportError as error:
-        raise ImportError(f"{side.path}: running it needs PyTorch: pip install torch transformers ({error})") from error
+        raise ImportError(
+            f"{side.path}: running it needs PyTorch: pip install torch transformers ({error})"
+        ) from error
     how = {"trust_remote_code": not model_type, "dtype": torch.float32, "output_loading_info": True}
     if model_type == "evlm":
         from evlm_jax.convert.torch_model.modeling_evlm import EVLMForCausalLM as kind
     else:
         kind = getattr(transformers, STOCK.get(model_type, "AutoModelForCausalLM"))
     model, loading = kind.from_pretrained(side.path, **how)
-    if wrong := sorted(f"{kind.removesuffix('_keys')} {key}" for kind in ("missing_keys", "unexpected_keys") for key in loading[kind]):
-        raise ValueError(f"{side.path}: tensors do not fit the model; export it again:\n  " + "\n  ".join(wrong))
+    if wrong := sorted(
+        f"{kind.removesuffix('_keys')} {key}"
+        for kind in ("missing_keys", "unexpected_keys")
+        for key in loading[kind]
+    ):
+        raise ValueError(
+            f"{side.path}: tensors do not fit the model; export it again:\n  " + "\n  ".join(wrong)
+        )
     if llm_only and "xattn" in side.sections:
         for name, parameter in model.xattn.named_parameters():
             if name.endswith("_gate"):
@@ -224,10 +279,19 @@ def run_huggingface(model_type: str, side: Side, examples: Sequence[Example], ll
         inputs = {"input_ids": example.tokens[None].astype(np.int64)}
         if "vit" in side.sections:
             mean, std = (np.array(side.sections["vit"][name]) for name in ("mean", "std"))
-            pixels = ((example.pixels / 255.0 - mean) / std).transpose(0, 3, 1, 2)[None].astype(np.float32)
-            inputs |= {"pixel_values": pixels, "image_groups": example.groups[None].astype(np.int64)}
+            pixels = (
+                ((example.pixels / 255.0 - mean) / std)
+                .transpose(0, 3, 1, 2)[None]
+                .astype(np.float32)
+            )
+            inputs |= {
+                "pixel_values": pixels,
+                "image_groups": example.groups[None].astype(np.int64),
+            }
         with torch.no_grad():
-            logits = model(**{name: torch.from_numpy(a) for name, a in inputs.items()}, use_cache=False).logits
+            logits = model(
+                **{name: torch.from_numpy(a) for name, a in inputs.items()}, use_cache=False
+            ).logits
         return Trace(dict(seen), logits[0].numpy())
 
     return [trace(example) for example in examples]

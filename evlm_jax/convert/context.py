@@ -7,7 +7,11 @@ from evlm_jax import assets
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.gguf_file import read_gguf
 
-FIELDS = ("max_position_embeddings", "seq_length", "sliding_window")  # of config.json; Qwen 1.0's base is trained to seq_length alone
+FIELDS = (
+    "max_position_embeddings",
+    "seq_length",
+    "sliding_window",
+)  # of config.json; Qwen 1.0's base is trained to seq_length alone
 
 
 def trained_positions(where: str | Path) -> tuple[int, str] | None:
@@ -15,19 +19,34 @@ def trained_positions(where: str | Path) -> tuple[int, str] | None:
     path = assets.locate(where)
     if path.suffix == ".gguf":
         facts = read_gguf(path).metadata
-        fields = [f"{facts.get('general.architecture')}.{name}" for name in ("context_length", "attention.sliding_window")]
+        fields = [
+            f"{facts.get('general.architecture')}.{name}"
+            for name in ("context_length", "attention.sliding_window")
+        ]
     else:
         file = path / "config.json" if path.is_dir() else path.with_name("config.json")
         facts, fields = json.loads(file.read_text("utf-8-sig")) if file.is_file() else {}, FIELDS
         if facts.get("use_sliding_window") is False:
             fields = FIELDS[:-1]
-    found = [(facts[name], name) for name in fields if isinstance(facts.get(name), int) and facts[name] > 0]
+    found = [
+        (facts[name], name)
+        for name in fields
+        if isinstance(facts.get(name), int) and facts[name] > 0
+    ]
     return min(found, default=None)
 
 
 def check_length(cfg: EVLMConfig) -> None:
-    """Raises ValueError where a row, and so a document, may be longer than what init.llm was trained on."""
+    """Raises ValueError where a row, and so a document, may be longer than what init.llm was
+    trained on.
+    """
     found = trained_positions(cfg.init.llm)
     if found and cfg.data.length > found[0] and not cfg.init.beyond_context:
-        mend = f"set data.length to at most {found[0]}, or init.beyond_context to True to train positions that are new to the model"
-        raise ValueError(f"config: data.length is {cfg.data.length}, {found[1]} of {cfg.init.llm} is {found[0]}: {mend}")
+        mend = (
+            f"set data.length to at most {found[0]}, or init.beyond_context to True to train"
+            " positions that are new to the model"
+        )
+        raise ValueError(
+            f"config: data.length is {cfg.data.length}, {found[1]} of {cfg.init.llm} is {found[0]}:"
+            f" {mend}"
+        )

@@ -1,4 +1,6 @@
-"""What a foreign checkpoint says about its architecture, in the words of ViTConfig and LLMConfig."""
+"""What a foreign checkpoint says about its architecture,
+in the words of ViTConfig and LLMConfig.
+"""
 
 import dataclasses
 import math
@@ -15,79 +17,148 @@ from evlm_jax.convert.families import EVA, EVA_INERT, EVA_READ, fields_of, settl
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 OPENAI = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
-ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu"} | dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh")
+ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu"} | dict.fromkeys(
+    ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh"
+)
 DINOV2_HEADS = {384: 6, 768: 12, 1024: 16}  # of width: S, B and L
-EVLM = {"vit": ViTConfig, "llm": LLMConfig, "xattn": XAttnConfig, "moe": MoEConfig, "media": MediaConfig}
+EVLM = {
+    "vit": ViTConfig,
+    "llm": LLMConfig,
+    "xattn": XAttnConfig,
+    "moe": MoEConfig,
+    "media": MediaConfig,
+}
 
 
 def describe_source(source: Source, family: str, prefix: str) -> dict:
-    """Config fields that the checkpoint fixes. `family` and `prefix` as engine.recognise found them.
+    """Config fields that the checkpoint fixes. `family` and `prefix` as engine.recognise found
+    them.
 
     Raises:
-      ValueError: config.json is missing where it is needed, or describes something EVLM's towers do not cover.
+      ValueError: config.json is missing where it is needed, or describes something EVLM's towers do
+        not cover.
     """
-    facts = {"dinov2": _dinov2, "clip": _encoder, "siglip": _encoder, "eva02": _eva, "llama": _llama, "llama-gguf": _gguf, "qwen": _qwen}
+    facts = {
+        "dinov2": _dinov2,
+        "clip": _encoder,
+        "siglip": _encoder,
+        "eva02": _eva,
+        "llama": _llama,
+        "llama-gguf": _gguf,
+        "qwen": _qwen,
+    }
     facts |= {"evlm": _evlm}
     return facts[family.removesuffix("-transformers5")](source, prefix)
 
 
-# ------------------------------------------------------------------------------------------------------------------ vision
+# ------------------------------------------------------------------------------------------- vision
 
 
 def _fields(source: Source) -> dict[str, Any]:
-    """As families.fields_of. Raises ValueError where there is no config.json: names and shapes do not tell enough."""
+    """As families.fields_of.
+
+    Raises ValueError where there is no config.json: names and shapes do not tell enough.
+    """
     if not source.metadata:
-        raise ValueError(f"{source.path}: config.json is missing; give the model's own directory, with config.json and weights")
+        raise ValueError(
+            f"{source.path}: config.json is missing; give the model's own directory, with"
+            " config.json and weights"
+        )
     return fields_of(source.path, source.metadata)
 
 
 def _shapes(source: Source, prefix: str) -> Callable[[str, int], tuple[int, ...]]:
-    """(name, rank) -> shape. Raises ValueError for a tensor that is missing or has another rank, or a side of nothing."""
+    """(name, rank) -> shape.
+
+    Raises ValueError for a tensor that is missing or has another rank, or a side of nothing.
+    """
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
         found = source.tensors[prefix + name].shape if prefix + name in source.tensors else ()
         if len(found) != rank or 0 in found:
-            raise ValueError(f"{source.path}: {prefix + name} is missing or not of {rank} axes: {found}; copy the model again")
+            raise ValueError(
+                f"{source.path}: {prefix + name} is missing or not of {rank} axes: {found}; copy"
+                " the model again"
+            )
         return found
 
     return shape
 
 
 def _vision(source: Source, shape: tuple[int, ...], defaults: dict, **fields) -> dict:
-    """Fields that the patch kernel's shape tells, and the normalisation of preprocessor_config.json."""
-    processor, choices = source.path / "preprocessor_config.json", {"embed_norm": False, "registers": 0, "class_token": True}
+    """Fields that the patch kernel's shape tells, and the normalisation of
+    preprocessor_config.json.
+    """
+    processor, choices = (
+        source.path / "preprocessor_config.json",
+        {
+            "embed_norm": False,
+            "registers": 0,
+            "class_token": True,
+        },
+    )
     if source.path.is_dir() and processor.is_file():
         defaults = _normalisation(processor)
-    return {"patch": shape[-1], "width": shape[0], "norm": "pre", "bias": "all", **choices, **defaults, **fields}
+    return {
+        "patch": shape[-1],
+        "width": shape[0],
+        "norm": "pre",
+        "bias": "all",
+        **choices,
+        **defaults,
+        **fields,
+    }
 
 
 def _normalisation(path) -> dict:
-    """Raises ValueError for pixels that are not scaled to 0..1, or normalised by numbers that do not stand there."""
+    """Raises ValueError for pixels that are not scaled to 0..1, or normalised by numbers that do
+    not stand there.
+    """
     read = read_json(path)
-    if read.get("do_rescale", True) is not True or not math.isclose(read.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
-        raise ValueError(f"{path}: do_rescale and rescale_factor must be true and 1/255: pixels are read as 0..1")
+    if read.get("do_rescale", True) is not True or not math.isclose(
+        read.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6
+    ):
+        raise ValueError(
+            f"{path}: do_rescale and rescale_factor must be true and 1/255: pixels are read as 0..1"
+        )
     if read.get("do_normalize", True) is False:
         return {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    numbers = {ours: read.get(theirs) for ours, theirs in (("mean", "image_mean"), ("std", "image_std"))}
-    if wrong := [name for name, value in numbers.items() if not isinstance(value, list) or len(value) != 3]:
+    numbers = {
+        ours: read.get(theirs) for ours, theirs in (("mean", "image_mean"), ("std", "image_std"))
+    }
+    if wrong := [
+        name for name, value in numbers.items() if not isinstance(value, list) or len(value) != 3
+    ]:
         raise ValueError(f"{path}: image_{' and image_'.join(wrong)} must be three numbers")
     return {name: tuple(map(float, value)) for name, value in numbers.items()}
 
 
 def _activation(source: Source, name: str) -> str:
     if name not in ACTIVATIONS:
-        raise ValueError(f"{source.path}: config.json asks for hidden_act {name!r}; EVLM's ViT has {', '.join(ACTIVATIONS)}")
+        raise ValueError(
+            f"{source.path}: config.json asks for hidden_act {name!r}; EVLM's ViT has"
+            f" {', '.join(ACTIVATIONS)}"
+        )
     return ACTIVATIONS[name]
 
 
 def _depth(source: Source, pattern: str) -> int:
     """One more than the highest block number."""
-    return 1 + max(int(found[1]) for found in map(re.compile(pattern).match, source.tensors) if found)
+    return 1 + max(
+        int(found[1]) for found in map(re.compile(pattern).match, source.tensors) if found
+    )
 
 
 def _agree(source: Source, **said: tuple[Any, Any]) -> None:
-    """{field: (as config.json has it, as the tensors have it)}. Raises ValueError naming the fields that differ."""
-    if wrong := [f"{name} is {a} in config.json and {b} in the tensors" for name, (a, b) in said.items() if a != b]:
+    """{field: (as config.json has it, as the tensors have it)}.
+
+    Raises ValueError naming the fields that differ.
+    """
+    if wrong := [
+        f"{name} is {a} in config.json and {b} in the tensors"
+        for name, (a, b) in said.items()
+        if a != b
+    ]:
         raise ValueError(f"{source.path}: {', '.join(wrong)}; copy both from one directory")
 
 
@@ -98,13 +169,23 @@ def _dinov2(source: Source, prefix: str) -> dict:
     (width, patch), tokens = (kernel[0], kernel[-1]), f"{prefix}embeddings.register_tokens"
     registers = shape("embeddings.register_tokens", 3)[1] if tokens in source.tensors else 0
     grid = math.isqrt(shape("embeddings.position_embeddings", 3)[1] - 1)
-    sizes = {"depth": _depth(source, rf"{re.escape(prefix)}encoder\.layer\.(\d+)\."), "mlp": shape("encoder.layer.0.mlp.fc1.bias", 1)[0]}
+    sizes = {
+        "depth": _depth(source, rf"{re.escape(prefix)}encoder\.layer\.(\d+)\."),
+        "mlp": shape("encoder.layer.0.mlp.fc1.bias", 1)[0],
+    }
     sizes |= {"pretrained_size": grid * patch, "registers": registers}
     # as their own code resizes positions
-    choices = {"layer_scale": True, "patch_bias": True, "interpolation": "antialias" if registers else "bicubic"}
+    choices = {
+        "layer_scale": True,
+        "patch_bias": True,
+        "interpolation": "antialias" if registers else "bicubic",
+    }
     if not source.metadata:
         if width not in DINOV2_HEADS:
-            raise ValueError(f"{source.path}: a DINOv2 of width {width} needs its config.json: widths {list(DINOV2_HEADS)} alone are known")
+            raise ValueError(
+                f"{source.path}: a DINOv2 of width {width} needs its config.json: widths"
+                f" {list(DINOV2_HEADS)} alone are known"
+            )
         facts = {"heads": DINOV2_HEADS[width], "eps": 1e-6, "activation": "gelu"}
         return _vision(source, kernel, IMAGENET, **choices, **sizes, **facts)
     config = _fields(source)
@@ -118,11 +199,21 @@ def _dinov2(source: Source, prefix: str) -> dict:
         num_register_tokens=(config.get("num_register_tokens", 0), registers),
     )
     facts = {"heads": config["num_attention_heads"], "eps": config["layer_norm_eps"]}
-    return _vision(source, kernel, IMAGENET, **choices, **sizes, **facts, activation=_activation(source, config["hidden_act"]))
+    return _vision(
+        source,
+        kernel,
+        IMAGENET,
+        **choices,
+        **sizes,
+        **facts,
+        activation=_activation(source, config["hidden_act"]),
+    )
 
 
 def _encoder(source: Source, prefix: str) -> dict:
-    """CLIP and SigLIP. The position table tells the trained size: 27 x 27 patches of 14 pixels read 378 of SigLIP's 384."""
+    """CLIP and SigLIP. The position table tells the trained size: 27 x 27 patches of 14 pixels read
+    378 of SigLIP's 384.
+    """
     shape = _shapes(source, prefix)
     config, kernel = _fields(source), shape("embeddings.patch_embedding.weight", 4)
     clip, patch = f"{prefix}embeddings.class_embedding" in source.tensors, kernel[-1]
@@ -135,37 +226,68 @@ def _encoder(source: Source, prefix: str) -> dict:
         num_hidden_layers=(config["num_hidden_layers"], depth),
         image_size=(config["image_size"] // patch, grid),
     )
-    sizes = {"depth": depth, "heads": config["num_attention_heads"], "mlp": config["intermediate_size"]}
-    sizes |= {"pretrained_size": grid * patch, "eps": config["layer_norm_eps"], "activation": _activation(source, config["hidden_act"])}
-    choices = {"layer_scale": False, "patch_bias": not clip, "embed_norm": clip, "class_token": clip, "interpolation": "bicubic"}
+    sizes = {
+        "depth": depth,
+        "heads": config["num_attention_heads"],
+        "mlp": config["intermediate_size"],
+    }
+    sizes |= {
+        "pretrained_size": grid * patch,
+        "eps": config["layer_norm_eps"],
+        "activation": _activation(source, config["hidden_act"]),
+    }
+    choices = {
+        "layer_scale": False,
+        "patch_bias": not clip,
+        "embed_norm": clip,
+        "class_token": clip,
+        "interpolation": "bicubic",
+    }
     return _vision(source, kernel, OPENAI if clip else HALF, **choices, **sizes)
 
 
 def _eva(source: Source, prefix: str) -> dict:
-    """Heads are those of the published E sizes, or as `vision_cfg` of a config.json says; all else stands in the shapes.
+    """Heads are those of the published E sizes, or as `vision_cfg` of a config.json says; all else
+    stands in the shapes.
 
-    No `interpolation`: the EVA repository and timm resize the positions of the same weights each in its own way.
-    """
+    No `interpolation`: the EVA repository and timm resize the positions of the same weights each in
+    its own way."""
     shape, config = _shapes(source, prefix), source.metadata
     kernel = shape("patch_embed.proj.weight", 4)
     width, patch, grid = kernel[0], kernel[-1], math.isqrt(shape("pos_embed", 3)[1] - 1)
     depth = _depth(source, rf"{re.escape(prefix)}blocks\.(\d+)\.")
     if "vision_cfg" in config:
-        found = settled(source.path, "vision_cfg of config.json", config["vision_cfg"], EVA_READ, EVA, EVA_INERT)
-        _agree(source, width=(found["width"], width), layers=(found["layers"], depth), patch_size=(found["patch_size"], patch))
-    elif width == 1792 and config.get("architecture", "eva02_enormous").startswith("eva02_enormous"):
+        found = settled(
+            source.path, "vision_cfg of config.json", config["vision_cfg"], EVA_READ, EVA, EVA_INERT
+        )
+        _agree(
+            source,
+            width=(found["width"], width),
+            layers=(found["layers"], depth),
+            patch_size=(found["patch_size"], patch),
+        )
+    elif width == 1792 and config.get("architecture", "eva02_enormous").startswith(
+        "eva02_enormous"
+    ):
         found = {"head_width": 112}
     else:
-        raise ValueError(f"{source.path}: only the E size of EVA02-CLIP is known without a vision_cfg in config.json")
+        raise ValueError(
+            f"{source.path}: only the E size of EVA02-CLIP is known without a vision_cfg in"
+            " config.json"
+        )
     pixels = config.get("pretrained_cfg", {})
     defaults = {name: tuple(pixels.get(name, value)) for name, value in OPENAI.items()}
-    sizes = {"depth": depth, "heads": width // found["head_width"], "mlp": shape("blocks.0.mlp.fc1.bias", 1)[0]}
+    sizes = {
+        "depth": depth,
+        "heads": width // found["head_width"],
+        "mlp": shape("blocks.0.mlp.fc1.bias", 1)[0],
+    }
     sizes |= {"pretrained_size": grid * patch, "eps": 1e-6, "activation": "gelu"}
     choices = {"norm": "res_post", "bias": "qv", "layer_scale": False, "patch_bias": True}
     return _vision(source, kernel, defaults, **choices, **sizes)
 
 
-# --------------------------------------------------------------------------------------------------------- language models
+# ---------------------------------------------------------------------------------- language models
 
 
 def _llama(source: Source, prefix: str) -> dict:
@@ -190,9 +312,18 @@ def _llama(source: Source, prefix: str) -> dict:
 
 
 GGUF_READ = {  # key behind "llama.": llama.cpp's default, where it has one
-    name: None for name in "embedding_length block_count feed_forward_length attention.head_count attention.layer_norm_rms_epsilon".split()
+    name: None
+    for name in (
+        "embedding_length block_count feed_forward_length attention.head_count"
+        " attention.layer_norm_rms_epsilon"
+    ).split()
 }
-GGUF_READ |= {"attention.head_count_kv": 0, "attention.key_length": 0, "attention.value_length": 0, "rope.dimension_count": 0}
+GGUF_READ |= {
+    "attention.head_count_kv": 0,
+    "attention.key_length": 0,
+    "attention.value_length": 0,
+    "rope.dimension_count": 0,
+}
 GGUF_READ |= {"rope.freq_base": 10000.0, "vocab_size": 0}
 GGUF_FIXED = {  # values with which llama.cpp computes what EVLM's decoder does
     "rope.scaling.type": {"none", "linear"},
@@ -210,23 +341,58 @@ GGUF_INERT = {"context_length", "rope.scaling.original_context_length", "rope.sc
 
 
 def _gguf(source: Source, prefix: str) -> dict:
-    """llama.cpp's architecture "llama". Keys of other namespaces (general, tokenizer) say nothing about the function."""
-    config = {key.removeprefix("llama."): value for key, value in source.metadata.items() if key.startswith("llama.")}
-    if lacks := [f"llama.{key}" for key, default in GGUF_READ.items() if default is None and key not in config]:
-        raise ValueError(f"{source.path}: the GGUF file lacks {', '.join(lacks)}; convert the model again")
+    """llama.cpp's architecture "llama".
+
+    Keys of other namespaces (general, tokenizer) say nothing about the function.
+    """
+    config = {
+        key.removeprefix("llama."): value
+        for key, value in source.metadata.items()
+        if key.startswith("llama.")
+    }
+    if lacks := [
+        f"llama.{key}"
+        for key, default in GGUF_READ.items()
+        if default is None and key not in config
+    ]:
+        raise ValueError(
+            f"{source.path}: the GGUF file lacks {', '.join(lacks)}; convert the model again"
+        )
     values = {key: config.get(key, default) for key, default in GGUF_READ.items()}
-    uniform = lambda value: len(value) and (value == value[0]).all() if isinstance(value, np.ndarray) else True
-    values = {key: value[0].item() if isinstance(value, np.ndarray) and uniform(value) else value for key, value in values.items()}
-    wrong = [key for key, allowed in GGUF_FIXED.items() if key in config and not (np.isscalar(config[key]) and config[key] in allowed)]
+    uniform = lambda value: (
+        len(value) and (value == value[0]).all() if isinstance(value, np.ndarray) else True
+    )
+    values = {
+        key: value[0].item() if isinstance(value, np.ndarray) and uniform(value) else value
+        for key, value in values.items()
+    }
+    wrong = [
+        key
+        for key, allowed in GGUF_FIXED.items()
+        if key in config and not (np.isscalar(config[key]) and config[key] in allowed)
+    ]
     wrong += [key for key in config if key not in GGUF_READ.keys() | GGUF_FIXED.keys() | GGUF_INERT]
     wrong += [key for key, value in values.items() if type(value) not in (int, float) or value < 0]
     if wrong:
         said = ", ".join(f"llama.{key} {config[key]!r}" for key in sorted(wrong))
-        raise ValueError(f"{source.path}: the GGUF file asks for {said}, which is not understood or not EVLM's")
+        raise ValueError(
+            f"{source.path}: the GGUF file asks for {said}, which is not understood or not EVLM's"
+        )
     heads, hidden = values["attention.head_count"], values["embedding_length"]
-    vocab, head_dim = _shapes(source, prefix)("token_embd.weight", 2)[0], values["attention.key_length"] or hidden // max(heads, 1)
-    same = {"attention.value_length": head_dim, "rope.dimension_count": head_dim, "vocab_size": vocab}
-    if wrong := [f"llama.{key} is {values[key]}, not {ours}" for key, ours in same.items() if values[key] not in (0, ours)]:
+    vocab, head_dim = (
+        _shapes(source, prefix)("token_embd.weight", 2)[0],
+        values["attention.key_length"] or hidden // max(heads, 1),
+    )
+    same = {
+        "attention.value_length": head_dim,
+        "rope.dimension_count": head_dim,
+        "vocab_size": vocab,
+    }
+    if wrong := [
+        f"llama.{key} is {values[key]}, not {ours}"
+        for key, ours in same.items()
+        if values[key] not in (0, ours)
+    ]:
         raise ValueError(f"{source.path}: {', '.join(wrong)}, which EVLM's decoder does not have")
     return {
         "vocab": vocab,
@@ -237,7 +403,9 @@ def _gguf(source: Source, prefix: str) -> dict:
         "head_dim": head_dim,
         "mlp": values["feed_forward_length"],
         "rope_theta": float(values["rope.freq_base"]),
-        "eps": float(str(np.float32(values["attention.layer_norm_rms_epsilon"]))),  # stored as float32
+        "eps": float(
+            str(np.float32(values["attention.layer_norm_rms_epsilon"]))
+        ),  # stored as float32
         "qkv_bias": False,
         "tied": "output.weight" not in source.tensors,
         "dynamic_ntk": 0,
@@ -270,8 +438,22 @@ def _evlm(source: Source, prefix: str) -> dict:
     fixed = lambda value: tuple(value) if isinstance(value, list) else value
     sections = {name: source.metadata.get(name) for name in EVLM}
     if wrong := [name for name, section in sections.items() if not isinstance(section, dict)]:
-        raise ValueError(f"{source.path}: config.json lacks {', '.join(wrong)}; export the model again")
-    known = {name: {field.name for field in dataclasses.fields(kind)} for name, kind in EVLM.items()}
-    if wrong := [f"{name}.{key}" for name, section in sections.items() for key in section if key not in known[name]]:
-        raise ValueError(f"{source.path}: config.json has {', '.join(wrong)}, which this version does not know")
-    return {name: {key: fixed(value) for key, value in section.items()} for name, section in sections.items()}
+        raise ValueError(
+            f"{source.path}: config.json lacks {', '.join(wrong)}; export the model again"
+        )
+    known = {
+        name: {field.name for field in dataclasses.fields(kind)} for name, kind in EVLM.items()
+    }
+    if wrong := [
+        f"{name}.{key}"
+        for name, section in sections.items()
+        for key in section
+        if key not in known[name]
+    ]:
+        raise ValueError(
+            f"{source.path}: config.json has {', '.join(wrong)}, which this version does not know"
+        )
+    return {
+        name: {key: fixed(value) for key, value in section.items()}
+        for name, section in sections.items()
+    }

@@ -1,8 +1,8 @@
 """Foreign checkpoints <-> canonical tensors, by the tables of tables.py.
 
-Two steps: `plan` (and `unplan`, its inverse) decides from names, shapes and dtypes alone what becomes what and refuses everything that
-does not fit, with every name. Only then are tensors read, one at a time, when the `Tensor` that needs them is.
-"""
+Two steps: `plan` (and `unplan`, its inverse) decides from names, shapes and dtypes alone what
+becomes what and refuses everything that does not fit, with every name. Only then are tensors read,
+one at a time, when the `Tensor` that needs them is."""
 
 import functools
 import logging
@@ -40,13 +40,17 @@ class Step(NamedTuple):
 
 
 def load_towers(cfg: EVLMConfig) -> dict[str, np.ndarray]:
-    """Canonical arrays of vit/* (blocks up to the highest tap, positions at vit.image_size) and llm/*, in the checkpoint's dtype.
+    """Canonical arrays of vit/* (blocks up to the highest tap, positions at vit.image_size) and
+    llm/*, in the checkpoint's dtype.
 
     Raises:
-      ValueError: the checkpoint is of another architecture than the config says (every field), or tensors do not fit (every name).
+      ValueError: the checkpoint is of another architecture than the config says (every field), or
+        tensors do not fit (every name).
     """
     places = {"vit": cfg.init.vision, "llm": cfg.init.llm}
-    towers = [open_tower(cfg, open_source(assets.locate(where)), tower) for tower, where in places.items()]
+    towers = [
+        open_tower(cfg, open_source(assets.locate(where)), tower) for tower, where in places.items()
+    ]
     return read_all(towers[0].tensors | towers[1].tensors)
 
 
@@ -61,7 +65,9 @@ def parameter_shapes(cfg: EVLMConfig) -> Shapes:
     """{canonical name: shape} of the whole model, without making it."""
     state = nnx.state(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
     leaves = [(path, jax.tree.leaves(leaf)[0].shape) for path, leaf in nnx.to_flat_state(state)]
-    return {name: shape[is_stacked(path) :] for path, shape in leaves for name in canonical(cfg, path)}
+    return {
+        name: shape[is_stacked(path) :] for path, shape in leaves for name in canonical(cfg, path)
+    }
 
 
 class Tower(NamedTuple):
@@ -80,17 +86,35 @@ def open_tower(cfg: EVLMConfig, source: Source, tower: str) -> Tower:
     """
     family, prefix = recognise(source)
     if family.tower != tower:
-        raise ValueError(f"{source.path} holds {family.name}, which is no {tower}; check init.vision and init.llm")
+        raise ValueError(
+            f"{source.path} holds {family.name}, which is no {tower}; check init.vision and"
+            " init.llm"
+        )
     facts = describe_source(source, family.name, prefix)
     check_fields(cfg, source, facts, tower)
-    expected = {name: shape for name, shape in parameter_shapes(cfg).items() if tower == "evlm" or name.startswith(f"{tower}/")}
+    expected = {
+        name: shape
+        for name, shape in parameter_shapes(cfg).items()
+        if tower == "evlm" or name.startswith(f"{tower}/")
+    }
     steps, dropped = plan(source, family, prefix, expected)
     check_dropped(source, family, prefix, dropped, facts)
-    log.info("%s: %s, %d tensors read, %d dropped on purpose: %s", source.path, family.name, len(steps), len(dropped), ", ".join(dropped))
+    log.info(
+        "%s: %s, %d tensors read, %d dropped on purpose: %s",
+        source.path,
+        family.name,
+        len(steps),
+        len(dropped),
+        ", ".join(dropped),
+    )
     tensors = ours(source, steps, sizes(cfg, tower))
     if tower == "vit":
         tensors["vit/pos"] = _resized(cfg, tensors["vit/pos"])
-    if wrong := [f"{n} {tensors[n].shape}, the config needs {shape}" for n, shape in expected.items() if tensors[n].shape != shape]:
+    if wrong := [
+        f"{n} {tensors[n].shape}, the config needs {shape}"
+        for n, shape in expected.items()
+        if tensors[n].shape != shape
+    ]:
         raise ValueError(f"{source.path}: shapes do not fit:\n  " + "\n  ".join(wrong))
     return Tower(family.name, tensors, dropped, prefix)
 
@@ -98,54 +122,99 @@ def open_tower(cfg: EVLMConfig, source: Source, tower: str) -> Tower:
 def check_fields(cfg: EVLMConfig, source: Source, stored: dict, tower: str) -> None:
     """Raises ValueError listing every field of the config that the checkpoint contradicts."""
     sections = stored if tower == "evlm" else {tower: stored}
-    fields = [(f"{name}.{key}", getattr(getattr(cfg, name), key), value) for name, said in sections.items() for key, value in said.items()]
-    if wrong := [f"{name} is {have}, the checkpoint has {value}" for name, have, value in fields if have != value]:
-        raise ValueError(f"{source.path} does not fit the config; change the config:\n  " + "\n  ".join(wrong))
+    fields = [
+        (f"{name}.{key}", getattr(getattr(cfg, name), key), value)
+        for name, said in sections.items()
+        for key, value in said.items()
+    ]
+    if wrong := [
+        f"{name} is {have}, the checkpoint has {value}"
+        for name, have, value in fields
+        if have != value
+    ]:
+        raise ValueError(
+            f"{source.path} does not fit the config; change the config:\n  " + "\n  ".join(wrong)
+        )
 
 
 def sizes(cfg: EVLMConfig, tower: str) -> dict[str, int]:
     """Axis lengths that the tables' patterns cannot know from shapes."""
-    return {"two": 2} | ({"heads": cfg.llm.heads, "kv_heads": cfg.llm.kv_heads} if tower == "llm" else {})
+    return {"two": 2} | (
+        {"heads": cfg.llm.heads, "kv_heads": cfg.llm.kv_heads} if tower == "llm" else {}
+    )
 
 
 def _resized(cfg: EVLMConfig, table: Tensor) -> Tensor:
     """The position table at vit.image_size."""
     vit, stored = cfg.vit, cfg.vit.pretrained_size // cfg.vit.patch
     shape = (table.shape[0] - stored**2 + vit.grid**2, table.shape[1])
-    return Tensor(shape, table.dtype, lambda: resize_positions(table.read(), stored, vit.grid, vit.interpolation))
+    return Tensor(
+        shape,
+        table.dtype,
+        lambda: resize_positions(table.read(), stored, vit.grid, vit.interpolation),
+    )
 
 
 WRAPPERS = ("_orig_mod.", "module.", "model.")  # torch.compile, DistributedDataParallel, Lightning
-QUANTISED = re.compile(r".*\.(qweight|qzeros|g_idx|weight_scale(_inv)?|weight_packed|absmax|quant_map|quant_state\..*|SCB|scales)")
-LARGER = ("language_model.", "model.language_model.", "vision_tower.", "model.vision_tower.", "thinker.", "base_model.model.")
+QUANTISED = re.compile(
+    r".*\.(qweight|qzeros|g_idx|weight_scale(_inv)?|weight_packed|absmax|quant_map|quant_state\..*|SCB|scales)"
+)
+LARGER = (
+    "language_model.",
+    "model.language_model.",
+    "vision_tower.",
+    "model.vision_tower.",
+    "thinker.",
+    "base_model.model.",
+)
 
 
 def recognise(source: Source) -> tuple[Family, str]:
-    """The one family, and the prefix of its names, whose signature tensor is there and which config.json, if it is there, agrees with.
+    """The one family, and the prefix of its names, whose signature tensor is there and which
+    config.json, if it is there, agrees with.
 
     Raises:
-      ValueError: none or several fit; config.json says a model type that is not read, or another one; the weights are quantised.
+      ValueError: none or several fit; config.json says a model type that is not read, or another
+        one; the weights are quantised.
     """
     kind = kind_of(source.path, source.metadata)
     if name := next(filter(QUANTISED.fullmatch, source.tensors), None):
-        raise ValueError(f"{source.path}: {name} belongs to quantised weights: give the model in bfloat16, float16 or float32")
+        raise ValueError(
+            f"{source.path}: {name} belongs to quantised weights: give the model in bfloat16,"
+            " float16 or float32"
+        )
     found = next(filter(None, (_fitting(source, wrapper) for wrapper in _wrappers(source))), [])
     if len(found) != 1:
-        names = ", ".join(f"{family.name} (as {prefix!r})" for family, prefix in found) or "none of " + ", ".join(f.name for f in FAMILIES)
+        names = ", ".join(
+            f"{family.name} (as {prefix!r})" for family, prefix in found
+        ) or "none of " + ", ".join(f.name for f in FAMILIES)
         larger = [part for part in LARGER if any(name.startswith(part) for name in source.tensors)]
-        hint = f"; {' and '.join(larger)} are parts of a larger model or an adapter: save the part alone, merged" if larger else ""
+        hint = (
+            f"; {' and '.join(larger)} are parts of a larger model or an adapter: save the part"
+            " alone, merged"
+            if larger
+            else ""
+        )
         first = ", ".join(list(source.tensors)[:3])
-        raise ValueError(f"{source.path}: cannot tell the family from the names: {names}; first names are {first}{hint}")
+        raise ValueError(
+            f"{source.path}: cannot tell the family from the names: {names}; first names are"
+            f" {first}{hint}"
+        )
     family, prefix = found[0]
     if kind and kind.family != family.name.removesuffix("-transformers5"):
-        raise ValueError(f"{source.path} says that it holds {kind.family}, the names of its tensors are {family.name}'s")
+        raise ValueError(
+            f"{source.path} says that it holds {kind.family}, the names of its tensors are"
+            f" {family.name}'s"
+        )
     return family, prefix
 
 
 def _fitting(source: Source, wrapper: str) -> list[tuple[Family, str]]:
     """Families, and what stands before their names, with `wrapper` in front of it."""
     every = [(family, wrapper + prefix) for family in FAMILIES for prefix in family.prefixes]
-    return [(family, prefix) for family, prefix in every if prefix + family.signature in source.tensors]
+    return [
+        (family, prefix) for family, prefix in every if prefix + family.signature in source.tensors
+    ]
 
 
 def _wrappers(source: Source) -> Iterator[str]:
@@ -154,11 +223,21 @@ def _wrappers(source: Source) -> Iterator[str]:
     while wrapper is not None:
         yield wrapper
         longer = [wrapper + one for one in WRAPPERS]
-        wrapper = next((one for one in longer if source.tensors and all(name.startswith(one) for name in source.tensors)), None)
+        wrapper = next(
+            (
+                one
+                for one in longer
+                if source.tensors and all(name.startswith(one) for name in source.tensors)
+            ),
+            None,
+        )
 
 
-def plan(source: Source, family: Family, prefix: str, expected: Shapes) -> tuple[list[Step], list[str]]:
-    """Steps that fill every expected name exactly once, and the tensors dropped on purpose. Reads nothing.
+def plan(
+    source: Source, family: Family, prefix: str, expected: Shapes
+) -> tuple[list[Step], list[str]]:
+    """Steps that fill every expected name exactly once, and the tensors dropped on purpose. Reads
+    nothing.
 
     Blocks above the highest tap are dropped: the model does not have them.
 
@@ -169,8 +248,12 @@ def plan(source: Source, family: Family, prefix: str, expected: Shapes) -> tuple
     top = len({name.split("/")[2] for name in expected if name.startswith("vit/blocks/")})
     for foreign in source.tensors:
         short = foreign.removeprefix(prefix)
-        row, names = next(((row, names) for row in family.rows if (names := row.match(short))), (None, ()))
-        above = family.tower == "vit" and any(name.startswith("vit/blocks/") and int(name.split("/")[2]) >= top for name in names)
+        row, names = next(
+            ((row, names) for row in family.rows if (names := row.match(short))), (None, ())
+        )
+        above = family.tower == "vit" and any(
+            name.startswith("vit/blocks/") and int(name.split("/")[2]) >= top for name in names
+        )
         outside = family.drop_outside and not foreign.startswith(prefix)
         if row and not outside and expected.keys() >= set(names):
             steps.append(Step(foreign, row, names))
@@ -179,16 +262,27 @@ def plan(source: Source, family: Family, prefix: str, expected: Shapes) -> tuple
         else:
             unmatched.append(foreign)
     unfilled = expected.keys() - {name for step in steps for name in step.names}
-    problems = [f"no place for {name}" for name in unmatched] + [f"nothing fills {name}" for name in sorted(unfilled)]
+    problems = [f"no place for {name}" for name in unmatched] + [
+        f"nothing fills {name}" for name in sorted(unfilled)
+    ]
     dtypes = {step.foreign: source.tensors[step.foreign].dtype for step in steps}
-    problems += [f"{name} is {dtype}; weights are {', '.join(map(str, FLOATS))}" for name, dtype in dtypes.items() if dtype not in FLOATS]
+    problems += [
+        f"{name} is {dtype}; weights are {', '.join(map(str, FLOATS))}"
+        for name, dtype in dtypes.items()
+        if dtype not in FLOATS
+    ]
     if problems:
-        raise ValueError(f"{source.path} ({family.name}) does not fit the config:\n  " + "\n  ".join(problems))
+        raise ValueError(
+            f"{source.path} ({family.name}) does not fit the config:\n  " + "\n  ".join(problems)
+        )
     return steps, dropped
 
 
 def ours(source: Source, steps: Sequence[Step], lengths: dict[str, int]) -> dict[str, Tensor]:
-    """The canonical tensors of `plan`'s steps. Raises ValueError naming a tensor that its pattern does not fit."""
+    """The canonical tensors of `plan`'s steps.
+
+    Raises ValueError naming a tensor that its pattern does not fit.
+    """
 
     @functools.lru_cache(maxsize=1)  # the parts of a fused tensor are read one after another
     def parts(number: int) -> np.ndarray:
@@ -198,23 +292,36 @@ def ours(source: Source, steps: Sequence[Step], lengths: dict[str, int]) -> dict
     for number, step in enumerate(steps):
         foreign = source.tensors[step.foreign]
         try:
-            shape = _rearrange(step, np.broadcast_to(np.zeros((), foreign.dtype), foreign.shape), lengths).shape
+            shape = _rearrange(
+                step, np.broadcast_to(np.zeros((), foreign.dtype), foreign.shape), lengths
+            ).shape
         except einops.EinopsError as error:
-            raise ValueError(f"{source.path}: {step.foreign} has shape {foreign.shape}, which does not fit {step.row.pattern!r}") from error
+            raise ValueError(
+                f"{source.path}: {step.foreign} has shape {foreign.shape}, which does not fit"
+                f" {step.row.pattern!r}"
+            ) from error
         if len(step.names) == 1:
             read = lambda step=step, foreign=foreign: _rearrange(step, foreign.read(), lengths)
             tensors[step.names[0]] = Tensor(shape, foreign.dtype, read)
             continue
         for i, name in enumerate(step.names):
-            tensors[name] = Tensor(shape[1:], foreign.dtype, lambda number=number, i=i: parts(number)[i])
+            tensors[name] = Tensor(
+                shape[1:], foreign.dtype, lambda number=number, i=i: parts(number)[i]
+            )
     return tensors
 
 
 def unplan(family: Family, names: Iterable[str]) -> list[Step]:
-    """The inverse of `plan`: steps that use every canonical name exactly once. Raises ValueError listing those without a place."""
+    """The inverse of `plan`: steps that use every canonical name exactly once.
+
+    Raises ValueError listing those without a place.
+    """
     names = set(names)
     found = (
-        Step(foreign, row, filled) for name in sorted(names) for row in family.rows for foreign, filled in [row.unmatch(name) or ("", ())]
+        Step(foreign, row, filled)
+        for name in sorted(names)
+        for row in family.rows
+        for foreign, filled in [row.unmatch(name) or ("", ())]
     )
     steps = [step for step in found if step.names and names >= set(step.names)]
     if homeless := sorted(names - {name for step in steps for name in step.names}):
@@ -223,7 +330,10 @@ def unplan(family: Family, names: Iterable[str]) -> list[Step]:
 
 
 def theirs(family: Family, tensors: Tensors, lengths: dict[str, int]) -> dict[str, Tensor]:
-    """The inverse of `ours`: all of `tensors` in the names and layouts of a family. Raises ValueError as `unplan`."""
+    """The inverse of `ours`: all of `tensors` in the names and layouts of a family.
+
+    Raises ValueError as `unplan`.
+    """
 
     def made(step: Step, arrays: list[np.ndarray]) -> np.ndarray:
         if not step.row.pattern:
@@ -235,17 +345,31 @@ def theirs(family: Family, tensors: Tensors, lengths: dict[str, int]) -> dict[st
     out = {}
     for step in unplan(family, tensors):
         parts = [tensors[name] for name in step.names]
-        shape = made(step, [np.broadcast_to(np.zeros((), part.dtype), part.shape) for part in parts]).shape
-        out[step.foreign] = Tensor(shape, parts[0].dtype, lambda step=step, parts=parts: made(step, [part.read() for part in parts]))
+        shape = made(
+            step, [np.broadcast_to(np.zeros((), part.dtype), part.shape) for part in parts]
+        ).shape
+        out[step.foreign] = Tensor(
+            shape,
+            parts[0].dtype,
+            lambda step=step, parts=parts: made(step, [part.read() for part in parts]),
+        )
     return out
 
 
 def _rearrange(step: Step, array: np.ndarray, lengths: dict[str, int]) -> np.ndarray:
     """A foreign array in our layout; with a leading axis over the names of a fused one."""
-    return einops.rearrange(array, step.row.pattern, **_lengths(step, lengths)) if step.row.pattern else array
+    return (
+        einops.rearrange(array, step.row.pattern, **_lengths(step, lengths))
+        if step.row.pattern
+        else array
+    )
 
 
 def _lengths(step: Step, lengths: dict[str, int]) -> dict[str, int]:
     """Those of `lengths` whose axis stands in the pattern, and `n` of a fused tensor."""
     named = lengths | {"n": len(step.names)}
-    return {axis: length for axis, length in named.items() if re.search(rf"\b{axis}\b", step.row.pattern)}
+    return {
+        axis: length
+        for axis, length in named.items()
+        if re.search(rf"\b{axis}\b", step.row.pattern)
+    }

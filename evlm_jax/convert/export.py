@@ -1,6 +1,8 @@
-"""A checkpoint of ours -> files for PyTorch, tensor by tensor: `evlm convert export --checkpoint DIR --out DIR --format hf`.
+"""A checkpoint of ours -> files for PyTorch, tensor by tensor: `evlm convert export --checkpoint
+DIR --out DIR --format hf`.
 
-hf            a directory for transformers, with the PyTorch model of convert/torch_model as its remote code
+hf            a directory for transformers, with the PyTorch model of convert/torch_model as its
+              remote code
 torch         evlm.pt, one state dict, beside the same model without transformers
 openflamingo  openflamingo.pt, the trained part in open_flamingo's names
 llm           the language model alone, as LlamaForCausalLM or Qwen2ForCausalLM
@@ -27,19 +29,22 @@ from evlm_jax.paths import write
 CODE = Path(__file__).parent / "torch_model"
 PLAIN_CODE = ("towers_evlm.py", "plain_evlm.py")  # needs torch alone
 CONTENT = (  # of a message: a string, or a list of parts
-    "{% macro said(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
-    "{{ part['text'] if part['type'] == 'text' else '<video>' if part['type'] == 'video' else '<image>' }}"
-    "{% endfor %}{% endif %}{% endmacro %}"
+    "{% macro said(content) %}{% if content is string %}{{ content }}{% else %}{% for part in"
+    " content %}{{ part['text'] if part['type'] == 'text' else '<video>' if part['type'] == 'video'"
+    " else '<image>' }}{% endfor %}{% endif %}{% endmacro %}"
 )
 CHATML = (
-    CONTENT + "{% if messages|length == 1 and messages[0]['role'] == 'assistant' %}{{ said(messages[0]['content']) + eos_token }}"
-    "{% else %}{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + said(message['content']) + '<|im_end|>' + ('' if loop.last else '\n') }}"
-    "{% endfor %}{% endif %}{% if add_generation_prompt %}{{ '\n<|im_start|>assistant\n' }}{% endif %}"
+    CONTENT + "{% if messages|length == 1 and messages[0]['role'] == 'assistant' %}{{"
+    " said(messages[0]['content']) + eos_token }}{% else %}{% for message in messages %}{{"
+    " '<|im_start|>' + message['role'] + '\n' + said(message['content']) + '<|im_end|>' + ('' if"
+    " loop.last else '\n') }}{% endfor %}{% endif %}{% if add_generation_prompt %}{{"
+    " '\n<|im_start|>assistant\n' }}{% endif %}"
 )
 PLAIN = (
-    CONTENT + "{% for message in messages %}{{ said(message['content']) + ' Answer:' if message['role'] == 'user' else "
-    "('' if loop.first else ' ') + said(message['content']) + eos_token }}{% endfor %}"
+    CONTENT
+    + "{% for message in messages %}{{ said(message['content']) + ' Answer:' if message['role'] =="
+    " 'user' else ('' if loop.first else ' ') + said(message['content']) + eos_token }}{%"
+    " endfor %}"
 )
 
 
@@ -49,13 +54,16 @@ def export(source: str, out: str, form: str, step: int | None = None) -> None:
     Raises:
       FileExistsError: `out` is there already.
       FileNotFoundError: no such checkpoint.
-      ValueError: a baseline in another form than "llm"; a tensor that holds NaN or infinity, or has no place in that form; nothing is
-        left behind.
+      ValueError: a baseline in another form than "llm"; a tensor that holds NaN or infinity, or has
+        no place in that form; nothing is left behind.
     """
     tensors, cfg = store.open_params(source, step)
     cfg = replace(cfg, init=replace(cfg.init, llm=source_of_run(source, cfg.init.llm)))
     if cfg.baseline and form != "llm":
-        raise ValueError(f"{source} is a baseline ({cfg.baseline}): --format {form} knows EVLM alone; use evlm eval or evlm generate")
+        raise ValueError(
+            f"{source} is a baseline ({cfg.baseline}): --format {form} knows EVLM alone; use evlm"
+            " eval or evlm generate"
+        )
     with whole(out, {"source": store.identity(source, step), "form": form}) as folder:
         FORMATS[form](folder, tensors, cfg)
 
@@ -65,7 +73,10 @@ def export_hf(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
     tokenizer = load_tokenizer(cfg.init.llm)
     for file in sorted(CODE.glob("*_evlm.py")):
         write(folder / file.name, file.read_bytes())
-    write_json(folder, describe_model(cfg, tokenizer, common_dtype(tensors)) | describe_processor(cfg, tokenizer))
+    write_json(
+        folder,
+        describe_model(cfg, tokenizer, common_dtype(tensors)) | describe_processor(cfg, tokenizer),
+    )
     write_tokenizer(folder, tokenizer, cfg)
     _write(write_folder, folder, in_names_of("evlm", tensors, cfg))
 
@@ -75,16 +86,33 @@ def export_torch(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
     for name in PLAIN_CODE:
         write(folder / name, (CODE / name).read_bytes())
     model = describe_model(cfg, load_tokenizer(cfg.init.llm), common_dtype(tensors))["config.json"]
-    write_json(folder, {"config.json": {name: value for name, value in model.items() if name not in ("auto_map", "architectures")}})
+    write_json(
+        folder,
+        {
+            "config.json": {
+                name: value
+                for name, value in model.items()
+                if name not in ("auto_map", "architectures")
+            }
+        },
+    )
     _write(write_torch, folder / "evlm.pt", in_names_of("evlm", tensors, cfg))
 
 
 def export_openflamingo(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
-    """The gated blocks and the media tokens. Raises ValueError for shared keys, which its `to_kv` has no place for."""
+    """The gated blocks and the media tokens.
+
+    Raises ValueError for shared keys, which its `to_kv` has no place for.
+    """
     if cfg.xattn.kv_heads != cfg.xattn.heads:
         shared = f"xattn.kv_heads = {cfg.xattn.kv_heads} of xattn.heads = {cfg.xattn.heads}"
-        raise ValueError(f"export: open_flamingo's cross-attention has keys for every head, not {shared}: use --format hf or torch")
-    trained = {name: tensor for name, tensor in tensors.items() if name.startswith(("xattn/", "media/"))}
+        raise ValueError(
+            f"export: open_flamingo's cross-attention has keys for every head, not {shared}: use"
+            " --format hf or torch"
+        )
+    trained = {
+        name: tensor for name, tensor in tensors.items() if name.startswith(("xattn/", "media/"))
+    }
     _write(write_torch, folder / "openflamingo.pt", in_names_of("openflamingo", trained, cfg))
 
 
@@ -97,11 +125,19 @@ def export_llm(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
     _write(write_folder, folder, in_names_of("llama", llm, cfg))
 
 
-FORMATS = {"hf": export_hf, "torch": export_torch, "openflamingo": export_openflamingo, "llm": export_llm}
+FORMATS = {
+    "hf": export_hf,
+    "torch": export_torch,
+    "openflamingo": export_openflamingo,
+    "llm": export_llm,
+}
 
 
 def in_names_of(family: str, tensors: Tensors, cfg: EVLMConfig) -> Tensors:
-    """All of `tensors`, as a family of tables.py has them. Raises ValueError naming those without a place."""
+    """All of `tensors`, as a family of tables.py has them.
+
+    Raises ValueError naming those without a place.
+    """
     found = next(f for f in FAMILIES if f.name == family)
     return theirs(found, tensors, sizes(cfg, found.tower))
 
@@ -112,11 +148,16 @@ def common_dtype(tensors: Tensors) -> str:
 
 
 def _write(writer, place: epath.Path, tensors: Tensors) -> None:
-    with tqdm(total=sum(tensor.size for tensor in tensors.values()), unit="B", unit_scale=True, desc=place.name) as bar:
+    with tqdm(
+        total=sum(tensor.size for tensor in tensors.values()),
+        unit="B",
+        unit_scale=True,
+        desc=place.name,
+    ) as bar:
         writer(place, tensors, bar.update)
 
 
-# -------------------------------------------------------------------------------------------------------- what stands beside
+# ------------------------------------------------------------------------------- what stands beside
 
 
 def write_json(folder: epath.Path, contents: dict[str, dict]) -> None:
@@ -127,8 +168,16 @@ def write_json(folder: epath.Path, contents: dict[str, dict]) -> None:
 
 def write_tokenizer(folder: epath.Path, tokenizer: Tokenizer, cfg: EVLMConfig) -> None:
     """tokenizer.json and tokenizer_config.json."""
-    eos, bos = tokenizer.inner.id_to_token(tokenizer.eos[0]), [tokenizer.inner.id_to_token(i) for i in tokenizer.bos]
-    text = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": eos, "padding_side": "left"}
+    eos, bos = (
+        tokenizer.inner.id_to_token(tokenizer.eos[0]),
+        [tokenizer.inner.id_to_token(i) for i in tokenizer.bos],
+    )
+    text = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": eos,
+        "pad_token": eos,
+        "padding_side": "left",
+    }
     text |= {"bos_token": bos[0]} if bos else {}
     start = "{{ " + json.dumps("".join(bos), ensure_ascii=False) + " }}" if bos else ""
     chat = start + {"chatml": CHATML, "plain": PLAIN}[cfg.data.template]
@@ -140,10 +189,19 @@ def write_tokenizer(folder: epath.Path, tokenizer: Tokenizer, cfg: EVLMConfig) -
 def describe_model(cfg: EVLMConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, dict]:
     """config.json and generation_config.json."""
     auto = {"AutoConfig": "configuration_evlm.EVLMConfig"}
-    auto |= dict.fromkeys(("AutoModelForCausalLM", "AutoModelForImageTextToText"), "modeling_evlm.EVLMForCausalLM")
+    auto |= dict.fromkeys(
+        ("AutoModelForCausalLM", "AutoModelForImageTextToText"), "modeling_evlm.EVLMForCausalLM"
+    )
     auto |= {"AutoProcessor": "processing_evlm.EVLMProcessor"}
-    sections = {name: asdict(getattr(cfg, name)) for name in ("vit", "llm", "xattn", "moe", "media")}
-    model = {"model_type": "evlm", "architectures": ["EVLMForCausalLM"], "auto_map": auto, "dtype": dtype}
+    sections = {
+        name: asdict(getattr(cfg, name)) for name in ("vit", "llm", "xattn", "moe", "media")
+    }
+    model = {
+        "model_type": "evlm",
+        "architectures": ["EVLMForCausalLM"],
+        "auto_map": auto,
+        "dtype": dtype,
+    }
     model |= sections | {"image_token_id": tokenizer.id(cfg.media.placeholder)}
     return {"config.json": model, "generation_config.json": _generation(tokenizer, cfg.llm.vocab)}
 
@@ -152,10 +210,28 @@ def describe_llm(cfg: EVLMConfig, tokenizer: Tokenizer, dtype: str) -> dict[str,
     """config.json and generation_config.json of a stock language model."""
     llm = cfg.llm
     kind = ("Qwen2ForCausalLM", "qwen2") if llm.qkv_bias else ("LlamaForCausalLM", "llama")
-    model = {"architectures": [kind[0]], "model_type": kind[1], "dtype": dtype, "vocab_size": llm.vocab, "hidden_size": llm.hidden}
-    model |= {"num_hidden_layers": llm.layers, "num_attention_heads": llm.heads, "num_key_value_heads": llm.kv_heads}
-    model |= {"head_dim": llm.head_dim, "intermediate_size": llm.mlp, "rms_norm_eps": llm.eps, "hidden_act": "silu"}
-    model |= {"rope_theta": llm.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": llm.rope_theta}}
+    model = {
+        "architectures": [kind[0]],
+        "model_type": kind[1],
+        "dtype": dtype,
+        "vocab_size": llm.vocab,
+        "hidden_size": llm.hidden,
+    }
+    model |= {
+        "num_hidden_layers": llm.layers,
+        "num_attention_heads": llm.heads,
+        "num_key_value_heads": llm.kv_heads,
+    }
+    model |= {
+        "head_dim": llm.head_dim,
+        "intermediate_size": llm.mlp,
+        "rms_norm_eps": llm.eps,
+        "hidden_act": "silu",
+    }
+    model |= {
+        "rope_theta": llm.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": llm.rope_theta},
+    }
     model |= {"tie_word_embeddings": llm.tied, "bos_token_id": next(iter(tokenizer.bos), None)}
     model |= {"eos_token_id": list(tokenizer.eos), "pad_token_id": tokenizer.eos[0]}
     return {"config.json": model, "generation_config.json": _generation(tokenizer, llm.vocab)}

@@ -9,14 +9,31 @@ import numpy as np
 
 from evlm_jax.checkpoint.lazy_tensors import Source, Tensor, content
 
-SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+SCALARS = {
+    0: "u1",
+    1: "i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
 STRING, ARRAY = 8, 9
-STRINGS = 2**20  # in one file, more than any vocabulary with its merges: a hostile file takes no more memory
+STRINGS = (
+    2**20
+)  # in one file, more than any vocabulary with its merges: a hostile file takes no more memory
 AXES = 4
 
 
 class Cursor:
-    """What is read from a file's bytes, one value behind the other. Every method raises ValueError beyond the end."""
+    """What is read from a file's bytes, one value behind the other.
+
+    Every method raises ValueError beyond the end.
+    """
 
     def __init__(self, data: memoryview):
         self.data, self.position, self.strings = data, 0, 0
@@ -25,7 +42,9 @@ class Cursor:
         """The next `length` bytes."""
         start = self.position
         if length > len(self.data) - start:
-            raise ValueError(f"ends at byte {len(self.data)}, where {length} bytes from {start} on are needed")
+            raise ValueError(
+                f"ends at byte {len(self.data)}, where {length} bytes from {start} on are needed"
+            )
         self.position += length
         return self.data[start : self.position]
 
@@ -69,16 +88,24 @@ class Cursor:
 def read_gguf(path: Path) -> Source:
     """GGUF versions 2 and 3, little-endian; quantised tensors are dequantised to float32 when read.
 
-    An own header parser, because gguf.GGUFReader makes an array object of every vocabulary entry (5 s instead of 0.2 s).
+    An own header parser, because gguf.GGUFReader makes an array object of every vocabulary entry (5
+    s instead of 0.2 s).
 
     Raises:
-      ValueError: no GGUF file; cut short; tensors that overlap, leave gaps, stand twice or have a shape their type cannot have.
+      ValueError: no GGUF file; cut short; tensors that overlap, leave gaps, stand twice or have a
+        shape their type cannot have.
     """
     with open(path, "rb") as file:
         begin = file.read(32)
-    if begin[:4] != b"GGUF" or len(begin) < 24 or struct.unpack_from("<I", begin, 4)[0] not in (2, 3):
+    if (
+        begin[:4] != b"GGUF"
+        or len(begin) < 24
+        or struct.unpack_from("<I", begin, 4)[0] not in (2, 3)
+    ):
         what = content(begin) if begin[:4] != b"GGUF" else ""
-        raise ValueError(f"{path} is {what}" if what else f"{path}: not a GGUF file of version 2 or 3")
+        raise ValueError(
+            f"{path} is {what}" if what else f"{path}: not a GGUF file of version 2 or 3"
+        )
     try:
         return _read(path, Cursor(memoryview(np.memmap(path, np.uint8, mode="r"))))
     except ValueError as error:
@@ -113,12 +140,19 @@ def _read(path: Path, cursor: Cursor) -> Source:
         if not shape or shape[-1] % block or 0 in shape:
             raise ValueError(f"{name} has shape {shape}, which {kind.name} cannot have")
         if offset != stop or base + offset + length > len(cursor.data):
-            raise ValueError(f"{name} lies at {offset}..{offset + length}, not behind the tensor before it, or beyond the end of the file")
+            raise ValueError(
+                f"{name} lies at {offset}..{offset + length}, not behind the tensor before it, or"
+                " beyond the end of the file"
+            )
         stop = padded(offset + length)
         rows = (*shape[:-1], shape[-1] // block * size)
 
-        def read(shape=shape, kind=kind, start=base + offset, length=length, rows=rows) -> np.ndarray:
-            return quants.dequantize(np.fromfile(path, np.uint8, length, offset=start).reshape(rows), kind).reshape(shape)
+        def read(
+            shape=shape, kind=kind, start=base + offset, length=length, rows=rows
+        ) -> np.ndarray:
+            return quants.dequantize(
+                np.fromfile(path, np.uint8, length, offset=start).reshape(rows), kind
+            ).reshape(shape)
 
         tensors[name] = Tensor(shape, np.dtype(np.float32), read)
     return Source(path, metadata, tensors)

@@ -1,4 +1,6 @@
-"""Foreign towers, or an export of ours -> a checkpoint that training, generation and export read, tensor by tensor."""
+"""Foreign towers, or an export of ours -> a checkpoint that training, generation and export read,
+tensor by tensor.
+"""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -25,17 +27,21 @@ UNASSIGNED = "\U000c0000"  # a character that no vocabulary has
 
 
 def import_towers(cfg: EVLMConfig, out: str) -> None:
-    """A new model of `cfg`: the towers of init.vision and init.llm, cross-attention with closed gates, media embeddings.
+    """A new model of `cfg`: the towers of init.vision and init.llm, cross-attention with closed
+    gates, media embeddings.
 
     Raises:
       FileExistsError: `out` is there already.
-      ValueError: the config is of a baseline, a tower does not fit it (every field, every name), a tensor holds NaN, or the vocabulary is
-        larger than the embedding; nothing is left behind.
+      ValueError: the config is of a baseline, a tower does not fit it (every field, every name), a
+        tensor holds NaN, or the vocabulary is larger than the embedding; nothing is left behind.
     """
     _check_kind(cfg)
     check_length(cfg)
     vocabulary(cfg, cfg.init.llm)
-    sources = {tower: open_source(assets.locate(where)) for tower, where in (("vit", cfg.init.vision), ("llm", cfg.init.llm))}
+    sources = {
+        tower: open_source(assets.locate(where))
+        for tower, where in (("vit", cfg.init.vision), ("llm", cfg.init.llm))
+    }
     towers = {tower: open_tower(cfg, source, tower) for tower, source in sources.items()}
     words, shape = towers["llm"].tensors["llm/embed"], (cfg.media.tokens, cfg.llm.hidden)
     media = Tensor(shape, np.dtype(np.float32), lambda: media_embedding(cfg, words.read()))
@@ -43,7 +49,8 @@ def import_towers(cfg: EVLMConfig, out: str) -> None:
 
 
 def import_export(cfg: EVLMConfig, model: str, out: str) -> None:
-    """All of a model that `evlm convert export --format hf` wrote; counts as trained, so what begins there keeps its bits.
+    """All of a model that `evlm convert export --format hf` wrote; counts as trained, so what
+    begins there keeps its bits.
 
     Raises as `import_towers`.
     """
@@ -57,23 +64,36 @@ def import_export(cfg: EVLMConfig, model: str, out: str) -> None:
 
 
 def read_export(cfg: EVLMConfig, model: str) -> tuple[dict[str, np.ndarray], EVLMConfig]:
-    """All parameters of an export by canonical name, in memory; and `cfg` with what the export says of itself: its sections of the model,
-    how prompts and pictures are prepared, where its vocabulary is, and that it is computed in the dtype of its weights.
+    """All parameters of an export by canonical name, in memory; and `cfg` with what the export says
+    of itself: its sections of the model, how prompts and pictures are prepared, where its
+    vocabulary is, and that it is computed in the dtype of its weights.
 
     Raises:
       FileNotFoundError: there is no export. ValueError: it is another model, or damaged.
     """
     where = place(model)
     if not (where / "config.json").exists():
-        raise FileNotFoundError(f"{model}: neither a run (steps/) nor an export (config.json): give one of these folders")
+        raise FileNotFoundError(
+            f"{model}: neither a run (steps/) nor an export (config.json): give one of these"
+            " folders"
+        )
     source = open_source(where)
     family, prefix = recognise(source)
     if family.name != "evlm":
-        raise ValueError(f"{model} holds {family.name}, not a whole EVLM: give a run, or what `evlm convert export --format hf` wrote")
+        raise ValueError(
+            f"{model} holds {family.name}, not a whole EVLM: give a run, or what `evlm convert"
+            " export --format hf` wrote"
+        )
     processor = read_json(where / "processor_config.json")
     if lacks := [name for name in ("template", "resize") if name not in processor]:
-        raise ValueError(f"{model}: processor_config.json lacks {', '.join(lacks)}; export the model again")
-    dtype = "bfloat16" if all(tensor.dtype == ml_dtypes.bfloat16 for tensor in source.tensors.values()) else "float32"
+        raise ValueError(
+            f"{model}: processor_config.json lacks {', '.join(lacks)}; export the model again"
+        )
+    dtype = (
+        "bfloat16"
+        if all(tensor.dtype == ml_dtypes.bfloat16 for tensor in source.tensors.values())
+        else "float32"
+    )
     sections = to_dict(cfg) | describe_source(source, family.name, prefix)
     sections["name"] = where.name
     sections["data"] |= {name: processor[name] for name in ("template", "resize")}
@@ -88,19 +108,30 @@ def _check_kind(cfg: EVLMConfig) -> None:
     """Raises ValueError for a baseline."""
     if cfg.baseline:
         raise ValueError(
-            f"the config is of a baseline ({cfg.baseline}), import makes EVLM alone: let evlm train read init.vision and init.llm"
+            f"the config is of a baseline ({cfg.baseline}), import makes EVLM alone: let evlm train"
+            " read init.vision and init.llm"
         )
 
 
 def vocabulary(cfg: EVLMConfig, where: str) -> Tokenizer:
-    """The tokenizer of a model. Raises ValueError if it has more ids than the embedding rows, or none for media.placeholder alone."""
+    """The tokenizer of a model.
+
+    Raises ValueError if it has more ids than the embedding rows, or none for media.placeholder
+    alone.
+    """
     tokenizer = load_tokenizer(where)
     if tokenizer.vocab_size > cfg.llm.vocab:
         mend = "the tokenizer is of another model"
-        raise ValueError(f"{where}: the tokenizer has {tokenizer.vocab_size} ids, llm.vocab is {cfg.llm.vocab}: {mend}")
+        raise ValueError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} ids, llm.vocab is {cfg.llm.vocab}:"
+            f" {mend}"
+        )
     if cfg.sees and tokenizer.id(cfg.media.placeholder) in tokenizer.encode(UNASSIGNED):
         mend = "choose a spare token of the vocabulary"
-        raise ValueError(f"config: media.placeholder {cfg.media.placeholder!r} is what unknown characters become: {mend}")
+        raise ValueError(
+            f"config: media.placeholder {cfg.media.placeholder!r} is what unknown characters"
+            f" become: {mend}"
+        )
     return tokenizer
 
 
@@ -113,16 +144,33 @@ def _write(
     trained: Iterable[str] = (),
 ) -> None:
     """The checkpoint: one store and a step 0."""
-    tensors = {name: tensor for tower in towers.values() for name, tensor in tower.tensors.items()} | new
+    tensors = {
+        name: tensor for tower in towers.values() for name, tensor in tower.tensors.items()
+    } | new
     origin = {tower: _origin(cfg, tower, sources[tower], found) for tower, found in towers.items()}
     for tower, about in origin.items():
         prefix = f", prefix {about['prefix']} taken off" if about["prefix"] else ""
         dropped = f"{len(about['dropped'])} tensors dropped"
-        print(f"{tower}: {about['family']} from {about['path']}{prefix}, positions {about['positions']}, {dropped}")
-        print("".join(f"  dropped on purpose: {name}\n" for name in about["dropped"]), end="", flush=True)
-    plan = {"config": to_dict(cfg), "files": {str(p): version(p) for s in sources.values() for p in _files(s)}}
+        print(
+            f"{tower}: {about['family']} from {about['path']}{prefix}, positions"
+            f" {about['positions']}, {dropped}"
+        )
+        print(
+            "".join(f"  dropped on purpose: {name}\n" for name in about["dropped"]),
+            end="",
+            flush=True,
+        )
+    plan = {
+        "config": to_dict(cfg),
+        "files": {str(p): version(p) for s in sources.values() for p in _files(s)},
+    }
     with whole(out, plan) as folder:
-        with tqdm(total=sum(tensor.size for tensor in tensors.values()), unit="B", unit_scale=True, desc=folder.stem) as bar:
+        with tqdm(
+            total=sum(tensor.size for tensor in tensors.values()),
+            unit="B",
+            unit_scale=True,
+            desc=folder.stem,
+        ) as bar:
             store = checkpoint.write_store(folder, tensors, bar.update)
         keep_tokenizer(load_tokenizer(cfg.init.llm), folder)
         checkpoint.write_imported(folder, cfg, store, origin, trained)
@@ -133,7 +181,12 @@ def _origin(cfg: EVLMConfig, tower: str, source: Source, found: Tower) -> dict:
     stored = cfg.vit.pretrained_size // cfg.vit.patch
     resized = f"{stored}x{stored} -> {cfg.vit.grid}x{cfg.vit.grid} by {cfg.vit.interpolation}"
     changed = tower == "vit" and stored != cfg.vit.grid
-    about = {"path": str(source.path), "family": found.family, "prefix": found.prefix, "dropped": found.dropped}
+    about = {
+        "path": str(source.path),
+        "family": found.family,
+        "prefix": found.prefix,
+        "dropped": found.dropped,
+    }
     return about | {"positions": resized if changed else "as stored"}
 
 

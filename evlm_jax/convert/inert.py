@@ -1,7 +1,8 @@
-"""Tensors without a place in EVLM are dropped only after a look at their values: each of these says what makes one say nothing.
+"""Tensors without a place in EVLM are dropped only after a look at their values: each of these says
+what makes one say nothing.
 
-Each takes the tensor, the embedding of the language model (read when called), and the fields that the checkpoint fixes.
-"""
+Each takes the tensor, the embedding of the language model (read when called), and the fields that
+the checkpoint fixes."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +14,9 @@ from evlm_jax.convert.tables import Family
 
 
 def _ones(array, embedding, facts) -> bool:
-    """holds factors of the rotary frequencies other than 1: the positions are scaled, which EVLM's decoder does not have"""
+    """holds factors of the rotary frequencies other than 1: the positions are scaled, which EVLM's
+    decoder does not have
+    """
     return bool((array == 1).all())
 
 
@@ -25,7 +28,9 @@ def _positions(array, embedding, facts) -> bool:
 def _frequencies(array, embedding, facts) -> bool:
     """holds other rotary frequencies than those of rope_theta"""
     expected = facts["rope_theta"] ** -(np.arange(0, facts["head_dim"], 2) / facts["head_dim"])
-    return array.size == expected.size and np.allclose(array.reshape(-1).astype(np.float64), expected, rtol=0.01, atol=1e-7)  # bfloat16
+    return array.size == expected.size and np.allclose(
+        array.reshape(-1).astype(np.float64), expected, rtol=0.01, atol=1e-7
+    )  # bfloat16
 
 
 def _causal(array, embedding, facts) -> bool:
@@ -39,17 +44,42 @@ def _masked(array, embedding, facts) -> bool:
 
 
 def _tied(array, embedding, facts) -> bool:
-    """is another head than the embedding, and config.json says that they are one (tie_word_embeddings): set it to false to keep the head"""
+    """is another head than the embedding, and config.json says that they are one
+    (tie_word_embeddings): set it to false to keep the head
+    """
     return np.array_equal(array, embedding())
 
 
-RULES = {"ones": _ones, "positions": _positions, "frequencies": _frequencies, "causal": _causal, "masked": _masked, "tied": _tied}
+RULES = {
+    "ones": _ones,
+    "positions": _positions,
+    "frequencies": _frequencies,
+    "causal": _causal,
+    "masked": _masked,
+    "tied": _tied,
+}
 
 
-def check_dropped(source: Source, family: Family, prefix: str, dropped: Sequence[str], facts: dict) -> None:
-    """Reads the dropped tensors that may say something. Raises ValueError naming the first that does."""
-    embedding = next((f"{prefix}{row.foreign}" for row in family.rows if row.paths == ("llm/embed",)), "")
+def check_dropped(
+    source: Source, family: Family, prefix: str, dropped: Sequence[str], facts: dict
+) -> None:
+    """Reads the dropped tensors that may say something.
+
+    Raises ValueError naming the first that does.
+    """
+    embedding = next(
+        (f"{prefix}{row.foreign}" for row in family.rows if row.paths == ("llm/embed",)), ""
+    )
     for name in dropped:
-        rule = next((rule for pattern, rule in family.drop.items() if re.fullmatch(pattern, name.removeprefix(prefix))), "")
-        if rule and not RULES[rule](source.tensors[name].read(), lambda: source.tensors[embedding].read(), facts):
+        rule = next(
+            (
+                rule
+                for pattern, rule in family.drop.items()
+                if re.fullmatch(pattern, name.removeprefix(prefix))
+            ),
+            "",
+        )
+        if rule and not RULES[rule](
+            source.tensors[name].read(), lambda: source.tensors[embedding].read(), facts
+        ):
             raise ValueError(f"{source.path}: {name} {RULES[rule].__doc__}")

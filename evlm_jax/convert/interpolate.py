@@ -1,8 +1,9 @@
-"""Position tables for another image size, as weight matrices in NumPy: one small product at load time, no framework's resize.
+"""Position tables for another image size, as weight matrices in NumPy: one small product at load
+time, no framework's resize.
 
-Two cubic rules are in use for the same checkpoints. EVA and DINOv2 call torch's bicubic (Keys a = -0.75, edges clamped, no
-antialias); timm antialiases (a = -0.5, the kernel widened when shrinking, weights renormalised at the edges).
-"""
+Two cubic rules are in use for the same checkpoints. EVA and DINOv2 call torch's bicubic (Keys a =
+-0.75, edges clamped, no antialias); timm antialiases (a = -0.5, the kernel widened when shrinking,
+weights renormalised at the edges)."""
 
 import numpy as np
 
@@ -18,7 +19,9 @@ def keys(x: np.ndarray, a: float) -> np.ndarray:
 
 
 def weights(size: int, target: int, rule: str) -> np.ndarray:
-    """[target, size] matrix that resamples one axis, as torch.nn.functional.interpolate(align_corners=False) does."""
+    """[target, size] matrix that resamples one axis, as
+    torch.nn.functional.interpolate(align_corners=False) does.
+    """
     a, antialias = RULES[rule]
     scale = size / target
     centers = (np.arange(target) + 0.5) * scale
@@ -31,12 +34,15 @@ def weights(size: int, target: int, rule: str) -> np.ndarray:
     matrix = np.zeros((target, size))
     for offset in (-1, 0, 1, 2):
         at = left + offset
-        np.add.at(matrix, (np.arange(target), np.clip(at, 0, size - 1)), keys(at + 0.5 - centers, a))
+        np.add.at(
+            matrix, (np.arange(target), np.clip(at, 0, size - 1)), keys(at + 0.5 - centers, a)
+        )
     return matrix
 
 
 def resize_positions(table: np.ndarray, grid: int, target: int, rule: str) -> np.ndarray:
-    """[prefix + grid*grid, V] -> [prefix + target*target, V]; the prefix (class) row stays. Computed in float64.
+    """[prefix + grid*grid, V] -> [prefix + target*target, V]; the prefix (class) row stays.
+    Computed in float64.
 
     At the same size the table keeps its bits, signs of zeros included.
     """
@@ -44,5 +50,11 @@ def resize_positions(table: np.ndarray, grid: int, target: int, rule: str) -> np
         return table
     prefix, patches = np.split(table, [len(table) - grid**2])
     matrix = weights(grid, target, rule)
-    patches = np.einsum("oi,pj,ijv->opv", matrix, matrix, patches.reshape(grid, grid, -1).astype(np.float64), optimize=True)
+    patches = np.einsum(
+        "oi,pj,ijv->opv",
+        matrix,
+        matrix,
+        patches.reshape(grid, grid, -1).astype(np.float64),
+        optimize=True,
+    )
     return np.concatenate([prefix, patches.reshape(target**2, -1).astype(table.dtype)])

@@ -1,7 +1,7 @@
 """Foreign checkpoint files as named tensors that are read one at a time.
 
-Every reader returns a `Source`: the file's own metadata, and a `Tensor` by name. Opening a source reads headers only.
-"""
+Every reader returns a `Source`: the file's own metadata, and a `Tensor` by name. Opening a source
+reads headers only."""
 
 from pathlib import Path
 
@@ -9,58 +9,100 @@ import ml_dtypes
 import numpy as np
 
 from evlm_jax.checkpoint.atomic_dir import check
-from evlm_jax.checkpoint.lazy_tensors import NAME, Source, Tensor, content, read_folder, read_json, read_safetensors
+from evlm_jax.checkpoint.lazy_tensors import (
+    NAME,
+    Source,
+    Tensor,
+    content,
+    read_folder,
+    read_json,
+    read_safetensors,
+)
 from evlm_jax.convert.gguf_file import read_gguf
 from evlm_jax.convert.onnx_file import read_onnx
 from evlm_jax.paths import here
 
-HOLDERS = ("state_dict", "model", "module", "model_state_dict")  # keys of training checkpoints under which the weights are
+HOLDERS = (
+    "state_dict",
+    "model",
+    "module",
+    "model_state_dict",
+)  # keys of training checkpoints under which the weights are
 
 
 def open_source(path: Path) -> Source:
-    """By what the path is: a Hugging Face directory, or a .safetensors, .gguf, .onnx or PyTorch file. Raises ValueError otherwise."""
-    readers = {".gguf": read_gguf, ".onnx": read_onnx, ".safetensors": lambda path: Source(path, {}, read_safetensors(path))}
+    """By what the path is: a Hugging Face directory, or a .safetensors, .gguf, .onnx or PyTorch
+    file. Raises ValueError otherwise.
+    """
+    readers = {
+        ".gguf": read_gguf,
+        ".onnx": read_onnx,
+        ".safetensors": lambda path: Source(path, {}, read_safetensors(path)),
+    }
     readers |= dict.fromkeys((".pt", ".pth", ".bin"), read_torch)
     if path.is_dir():
         return read_directory(path)
     if path.suffix not in readers:
-        raise ValueError(f"{path}: cannot read {path.suffix or 'this'} files; give a Hugging Face directory or one of {', '.join(readers)}")
-    return readers[path.suffix](path if path.suffix == ".safetensors" else here(path))._replace(path=path)
+        raise ValueError(
+            f"{path}: cannot read {path.suffix or 'this'} files; give a Hugging Face directory or"
+            f" one of {', '.join(readers)}"
+        )
+    return readers[path.suffix](path if path.suffix == ".safetensors" else here(path))._replace(
+        path=path
+    )
 
 
 def read_directory(folder: Path) -> Source:
-    """A Hugging Face directory: config.json, and one file of weights or shards with an index; safetensors before PyTorch's own format.
+    """A Hugging Face directory: config.json, and one file of weights or shards with an index;
+    safetensors before PyTorch's own format.
 
     Raises:
       FileNotFoundError: no weights, or a shard that the index names is missing.
-      ValueError: an adapter; an export in a bucket that is not finished; a tensor of the index is not in its shard.
+      ValueError: an adapter; an export in a bucket that is not finished; a tensor of the index is
+        not in its shard.
     """
     check(folder)
     config, adapter = folder / "config.json", folder / "adapter_config.json"
     if adapter.is_file():
         about = read_json(adapter)
-        kind, base = about.get("peft_type", "PEFT"), about.get("base_model_name_or_path", "its base model")
-        raise ValueError(f"{folder} holds an adapter ({kind} of {base}): merge it (merge_and_unload) and save the whole model")
+        kind, base = (
+            about.get("peft_type", "PEFT"),
+            about.get("base_model_name_or_path", "its base model"),
+        )
+        raise ValueError(
+            f"{folder} holds an adapter ({kind} of {base}): merge it (merge_and_unload) and save"
+            " the whole model"
+        )
     metadata = read_json(config) if config.is_file() else {}
-    for name, read in ((NAME, read_safetensors), ("pytorch_model.bin", lambda path: read_torch(here(path)).tensors)):
+    for name, read in (
+        (NAME, read_safetensors),
+        ("pytorch_model.bin", lambda path: read_torch(here(path)).tensors),
+    ):
         if (tensors := read_folder(folder, name, read)) is not None:
             return Source(folder, metadata, tensors)
-    raise FileNotFoundError(f"{folder}: no {NAME}, pytorch_model.bin or index of shards; export the model with save_pretrained")
+    raise FileNotFoundError(
+        f"{folder}: no {NAME}, pytorch_model.bin or index of shards; export the model with"
+        " save_pretrained"
+    )
 
 
 def read_torch(path: Path) -> Source:
-    """PyTorch's own format; a state dict, or one under a key of HOLDERS. torch tells where each tensor lies in the file.
+    """PyTorch's own format; a state dict, or one under a key of HOLDERS. torch tells where each
+    tensor lies in the file.
 
     Raises:
       ImportError: torch is not installed.
-      ValueError: no state dict; damaged, or a pickle that holds more than tensors: it could run code, and is not read; or of before
-        PyTorch 1.6; another kind of file, which is named.
+      ValueError: no state dict; damaged, or a pickle that holds more than tensors: it could run
+        code, and is not read; or of before PyTorch 1.6; another kind of file, which is named.
     """
     try:
         import torch
         from torch._subclasses.fake_tensor import FakeTensorMode
     except ImportError as error:
-        raise ImportError(f"{path}: PyTorch's format needs torch: pip install torch, or give the same weights as safetensors") from error
+        raise ImportError(
+            f"{path}: PyTorch's format needs torch: pip install torch, or give the same weights as"
+            " safetensors"
+        ) from error
     with open(path, "rb") as file:
         begin = file.read(32)
     if not begin.startswith((b"PK", b"\x80")) and (what := content(begin)):
@@ -70,32 +112,59 @@ def read_torch(path: Path) -> Source:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises whatever its instructions come to
         why = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: damaged, or holds more than tensors; copy it again, or ask for safetensors ({why})") from error
+        raise ValueError(
+            f"{path}: damaged, or holds more than tensors; copy it again, or ask for safetensors"
+            f" ({why})"
+        ) from error
     for key in HOLDERS:
-        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+        state = (
+            state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+        )
     if not isinstance(state, dict):
         kind = "tensor" if isinstance(state, torch.Tensor) else type(state).__name__
         raise ValueError(f"{path} holds a {kind}, no state dict: save model.state_dict()")
     tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     if not tensors:
-        raise ValueError(f"{path} holds no tensors, but {', '.join(map(str, list(state)[:5])) or 'nothing'}: save model.state_dict()")
-    return Source(path, {}, {str(name): _promise(path, str(name), tensor) for name, tensor in tensors.items()})
+        raise ValueError(
+            f"{path} holds no tensors, but {', '.join(map(str, list(state)[:5])) or 'nothing'}:"
+            " save model.state_dict()"
+        )
+    return Source(
+        path, {}, {str(name): _promise(path, str(name), tensor) for name, tensor in tensors.items()}
+    )
 
 
 def _promise(path: Path, name: str, tensor) -> Tensor:
-    """A tensor of a PyTorch file that is read later. Raises ValueError for a layout or a dtype that weights do not have."""
+    """A tensor of a PyTorch file that is read later.
+
+    Raises ValueError for a layout or a dtype that weights do not have.
+    """
     kind = str(tensor.dtype).removeprefix("torch.")
     if tensor.layout.__repr__() != "torch.strided" or kind.startswith(("q", "bits", "complex")):
-        raise ValueError(f"{path}: {name} is {tensor.layout} {tensor.dtype}: save plain tensors of float32, bfloat16 or float16")
+        raise ValueError(
+            f"{path}: {name} is {tensor.layout} {tensor.dtype}: save plain tensors of float32,"
+            " bfloat16 or float16"
+        )
     dtype, strides = np.dtype(getattr(ml_dtypes, kind, kind)), tensor.stride()
     if (start := getattr(tensor.untyped_storage(), "_checkpoint_offset", None)) is None:
-        raise ValueError(f"{path}: {name} is in the format of before PyTorch 1.6: load and save the file with a newer torch")
+        raise ValueError(
+            f"{path}: {name} is in the format of before PyTorch 1.6: load and save the file with a"
+            " newer torch"
+        )
 
     def read() -> np.ndarray:
-        count = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides)) if tensor.numel() else 0
-        flat = np.fromfile(path, dtype, count, offset=start + tensor.storage_offset() * dtype.itemsize)
+        count = (
+            1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides))
+            if tensor.numel()
+            else 0
+        )
+        flat = np.fromfile(
+            path, dtype, count, offset=start + tensor.storage_offset() * dtype.itemsize
+        )
         if flat.size != count:
             raise ValueError(f"{path}: {name} reaches beyond the end of the file; copy it again")
-        return np.lib.stride_tricks.as_strided(flat, tuple(tensor.shape), [stride * dtype.itemsize for stride in strides])
+        return np.lib.stride_tricks.as_strided(
+            flat, tuple(tensor.shape), [stride * dtype.itemsize for stride in strides]
+        )
 
     return Tensor(tuple(tensor.shape), dtype, read)

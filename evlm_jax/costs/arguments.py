@@ -7,15 +7,31 @@ from evlm_jax.config.ranges import Count, Positive, argument
 
 def add(parser: argparse.ArgumentParser) -> None:
     """All of them."""
-    parser.add_argument("--config", required=True, help="FILE.py[:arg]; fields are overridden with --config.section.field=value")
-    parser.add_argument("--frames", default="1,4,16,64,256,1024", help="numbers of frames, each an image of its own for the ViT")
-    parser.add_argument("--text", type=argument(Count), default=64, help="text tokens behind the frames")
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="FILE.py[:arg]; fields are overridden with --config.section.field=value",
+    )
+    parser.add_argument(
+        "--frames",
+        default="1,4,16,64,256,1024",
+        help="numbers of frames, each an image of its own for the ViT",
+    )
+    parser.add_argument(
+        "--text", type=argument(Count), default=64, help="text tokens behind the frames"
+    )
     parser.add_argument(
         "--context",
         type=argument(Positive),
-        help="tokens that the language model is made for; llm.dynamic_ntk or data.length where left out",
+        help=(
+            "tokens that the language model is made for; llm.dynamic_ntk or data.length where"
+            " left out"
+        ),
     )
-    parser.add_argument("--chip", help="count bytes too, by the compiler of this chip: v5p, v6e, ... (it runs without one)")
+    parser.add_argument(
+        "--chip",
+        help="count bytes too, by the compiler of this chip: v5p, v6e, ... (it runs without one)",
+    )
     parser.add_argument(
         "--measure",
         type=argument(Positive),

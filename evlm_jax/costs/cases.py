@@ -1,9 +1,10 @@
-"""EVLM beside its baselines on one video: what is compared, and what each needs, counted from the config.
+"""EVLM beside its baselines on one video: what is compared, and what each needs, counted from the
+config.
 
-A case is one row: F frames and then text that sees all of them, read once (prefill) and answered token by token (decode). Each frame is
-an image of its own for the ViT and has its own media tokens. Were the frames separate images, text would see the last one only, and
-EVLM would keep the keys of that one alone.
-"""
+A case is one row: F frames and then text that sees all of them, read once (prefill) and answered
+token by token (decode). Each frame is an image of its own for the ViT and has its own media tokens.
+Were the frames separate images, text would see the last one only, and EVLM would keep the keys of
+that one alone."""
 
 import math
 from dataclasses import replace
@@ -33,24 +34,35 @@ class Cache(NamedTuple):
 
 
 def counterparts(cfg: EVLMConfig) -> dict[str, EVLMConfig]:
-    """`cfg` and its baselines at the same towers, each by at most three other fields; a mixture of experts is left out of llava's.
+    """`cfg` and its baselines at the same towers, each by at most three other fields; a mixture of
+    experts is left out of llava's.
 
     Raises:
       ValueError: `cfg` is a baseline itself.
     """
     if cfg.baseline:
-        raise ValueError(f"config: {cfg.name} is a baseline ({cfg.baseline}); give EVLM's, its baselines are made of it")
-    bridge, media = lambda kind: replace(cfg.bridge, kind=kind), lambda tokens: replace(cfg.media, tokens=tokens)
+        raise ValueError(
+            f"config: {cfg.name} is a baseline ({cfg.baseline}); give EVLM's, its baselines are"
+            " made of it"
+        )
+    bridge, media = (
+        lambda kind: replace(cfg.bridge, kind=kind),
+        lambda tokens: replace(cfg.media, tokens=tokens),
+    )
     patches, none = media(cfg.vit.grid**2), replace(cfg.xattn, every=0)
     return {
         EVLM: cfg,
-        LLAVA: replace(cfg, bridge=bridge(LLAVA), xattn=none, media=patches, moe=replace(cfg.moe, copies=0)),
+        LLAVA: replace(
+            cfg, bridge=bridge(LLAVA), xattn=none, media=patches, moe=replace(cfg.moe, copies=0)
+        ),
         FLAMINGO: replace(cfg, bridge=bridge(FLAMINGO), media=media(1)),
     }
 
 
 def case(cfg: EVLMConfig, frames: int, text: int, rows: int = 1) -> EVLMConfig:
-    """`cfg` on one device with `rows` rows of one video each, encoded before; in training all text is supervised, and towers are frozen."""
+    """`cfg` on one device with `rows` rows of one video each, encoded before; in training all text
+    is supervised, and towers are frozen.
+    """
     media = cfg.media.tokens
     sizes = {
         "length": frames * media + text,
@@ -70,29 +82,42 @@ def case(cfg: EVLMConfig, frames: int, text: int, rows: int = 1) -> EVLMConfig:
 
 
 def _pairs(media: int, frames: int, text: int, tile: int) -> int:
-    """Pairs (tile, image) as ops/attention_plan.py has them; without cross-attention as many as frames, the least there can be."""
+    """Pairs (tile, image) as ops/attention_plan.py has them; without cross-attention as many as
+    frames, the least there can be.
+    """
     if not tile:
         return frames
     tiles = lambda tokens: math.ceil(tokens / tile)
-    return frames * (tiles(media) + tiles(text)) if frames > 1 else tiles(media + text)  # one frame is seen by all alike
+    return (
+        frames * (tiles(media) + tiles(text)) if frames > 1 else tiles(media + text)
+    )  # one frame is seen by all alike
 
 
 def cache(cfg: EVLMConfig) -> Cache:
     """Of one row of a case, in train.dtype, as accelerators keep it; CPUs keep float32."""
-    spec, size = DecodeState.spec(cfg, 1, cfg.data.length, cfg.data.images), jnp.dtype(cfg.train.dtype).itemsize
+    spec, size = (
+        DecodeState.spec(cfg, 1, cfg.data.length, cfg.data.images),
+        jnp.dtype(cfg.train.dtype).itemsize,
+    )
     held = lambda *arrays: sum(math.prod(a.shape) * size for a in arrays if a is not None)
     return Cache(held(spec.self_keys, spec.self_values), held(spec.cross_keys, spec.cross_values))
 
 
 def prefill_flops(cfg: EVLMConfig) -> float:
-    """Needed by a case's prefill behind the ViT: bridge, keys and values, cross-attention, language model, head of one position."""
+    """Needed by a case's prefill behind the ViT: bridge, keys and values, cross-attention, language
+    model, head of one position.
+    """
     return _forward(cfg, Work.video(cfg, 1)._replace(encoded=0, targets=1))
 
 
 def media_scores(cfg: EVLMConfig) -> float:
-    """Those FLOPs of prefill that are self-attention among media tokens, (16 F)^2 / 2 pairs in the paper."""
+    """Those FLOPs of prefill that are self-attention among media tokens, (16 F)^2 / 2 pairs in the
+    paper.
+    """
     media = cfg.data.images * cfg.media.tokens
-    return flops.needed(cfg, (), Work(0, media * (media + 1) / 2, 0, 0, 0, 0))[flops.LLM_SCORES].forward
+    return flops.needed(cfg, (), Work(0, media * (media + 1) / 2, 0, 0, 0, 0))[
+        flops.LLM_SCORES
+    ].forward
 
 
 def encode_flops(cfg: EVLMConfig) -> float:
@@ -111,7 +136,8 @@ def matrix_bytes(cfg: EVLMConfig) -> float:
 
 
 def decode_bytes(cfg: EVLMConfig, rows: int = 1) -> float:
-    """Read by one token of an answer, where `rows` are answered together: its cache, and its share of the matrices, each read once.
+    """Read by one token of an answer, where `rows` are answered together: its cache, and its share
+    of the matrices, each read once.
 
     Of a mixture of experts, as if all rows chose the same.
     """

@@ -1,4 +1,6 @@
-"""Seconds of EVLM and its baselines on this machine, with the config's own towers: prefill, answering, and the ViT before both."""
+"""Seconds of EVLM and its baselines on this machine, with the config's own towers: prefill,
+answering, and the ViT before both.
+"""
 
 import os
 import time
@@ -27,7 +29,8 @@ REPEATS = 3  # of which the fastest counts; models take turns
 
 
 def measure(cfg: EVLMConfig, frames: list[int], text: int) -> dict:
-    """{"frames": {F: {kind: {"prefill": seconds, "decode": seconds a token}, "encode": seconds}}} and on what machine.
+    """{"frames": {F: {kind: {"prefill": seconds, "decode": seconds a token}, "encode": seconds}}}
+    and on what machine.
 
     Raises:
       ValueError, AssetError: no towers, or others than the config says.
@@ -38,14 +41,32 @@ def measure(cfg: EVLMConfig, frames: list[int], text: int) -> dict:
     weights = {kind: pack(model, cfg.train.matmul_precision) for kind, model in models.items()}
     encode, seconds = jax.jit(EVLM.encode), {}
     for count in frames:
-        runs = {kind: runner(case(model.cfg, count, text), weights[kind]) for kind, model in models.items()}
-        pixels = np.random.default_rng(0).integers(0, 256, (count, *(cfg.vit.image_size,) * 2, 3), np.uint8)
-        runs["encode"] = lambda pixels=pixels: {"encode": _seconds(lambda: encode(models["evlm"], pixels))[0]}
-        rounds = [{kind: run() for kind, run in runs.items()} for _ in range(1 + REPEATS)][1:]  # the first one compiles
-        best = {kind: {part: min(r[kind][part] for r in rounds) for part in rounds[0][kind]} for kind in runs}
+        runs = {
+            kind: runner(case(model.cfg, count, text), weights[kind])
+            for kind, model in models.items()
+        }
+        pixels = np.random.default_rng(0).integers(
+            0, 256, (count, *(cfg.vit.image_size,) * 2, 3), np.uint8
+        )
+        runs["encode"] = lambda pixels=pixels: {
+            "encode": _seconds(lambda: encode(models["evlm"], pixels))[0]
+        }
+        rounds = [{kind: run() for kind, run in runs.items()} for _ in range(1 + REPEATS)][
+            1:
+        ]  # the first one compiles
+        best = {
+            kind: {part: min(r[kind][part] for r in rounds) for part in rounds[0][kind]}
+            for kind in runs
+        }
         seconds[str(count)] = best | best.pop("encode")
         print(f"measured {count} frames: {seconds[str(count)]}", flush=True)
-    return {"frames": seconds, "text": text, "new": NEW, "device": device(), "load": os.getloadavg()[0]}
+    return {
+        "frames": seconds,
+        "text": text,
+        "new": NEW,
+        "device": device(),
+        "load": os.getloadavg()[0],
+    }
 
 
 def _model(cfg: EVLMConfig, towers: dict[str, np.ndarray]) -> EVLM:
@@ -78,10 +99,23 @@ def prompt(cfg: EVLMConfig) -> Prompt:
     slot = np.concatenate([np.tile(np.arange(media), frames), np.full(text, -1)])
     start = np.concatenate([np.arange(frames).repeat(media), np.zeros(text, int)])
     stop = np.concatenate([np.arange(frames).repeat(media) + 1, np.full(text, frames)])
-    grouped = Plan(**{k: v[None] for k, v in plan(start, stop, cfg.tile, cfg.data.pairs).items()}) if cfg.tile else None
+    grouped = (
+        Plan(**{k: v[None] for k, v in plan(start, stop, cfg.tile, cfg.data.pairs).items()})
+        if cfg.tile
+        else None
+    )
     row = lambda values: np.asarray(values, np.int32)[None]
     words = np.random.default_rng(0).integers(0, cfg.llm.vocab, length)
-    return Prompt(row(words), row(slot), row(length), row(start), grouped, row(np.arange(frames)), row(0), row(frames))
+    return Prompt(
+        row(words),
+        row(slot),
+        row(length),
+        row(start),
+        grouped,
+        row(np.arange(frames)),
+        row(0),
+        row(frames),
+    )
 
 
 def _taps(cfg: EVLMConfig) -> jax.Array:

@@ -1,12 +1,14 @@
-"""What EVLM, LLaVA's way and Flamingo's way cost at one config's towers: a plain dict, as JSON holds it.
+"""What EVLM, LLaVA's way and Flamingo's way cost at one config's towers: a plain dict, as JSON
+holds it.
 
-config, text, frames, context    what was asked; `context` are the tokens that the language model is made for
-sizes                            what decides the costs
-tokens, needs                    {kind: {F: ...}} of cases.py
-programs                         {name: ...} of counted.py
-chip                             for which bytes are counted; None: for none
-crossovers                       of crossover.py
-measured                         of measure.py, where asked
+config, text, frames, context  what was asked; `context` are the tokens that the language model is
+                               made for
+sizes                          what decides the costs
+tokens, needs                  {kind: {F: ...}} of cases.py
+programs                       {name: ...} of counted.py
+chip                           for which bytes are counted; None: for none
+crossovers                     of crossover.py
+measured                       of measure.py, where asked
 """
 
 import json
@@ -16,7 +18,14 @@ from evlm_jax.costs.cases import case, counterparts, needs
 from evlm_jax.costs.crossover import crossovers
 
 
-def study(cfg: EVLMConfig, frames: list[int], text: int, chip: str | None, programs: dict, context: int | None = None) -> dict:
+def study(
+    cfg: EVLMConfig,
+    frames: list[int],
+    text: int,
+    chip: str | None,
+    programs: dict,
+    context: int | None = None,
+) -> dict:
     """All but `measured`.
 
     Args:
@@ -26,7 +35,9 @@ def study(cfg: EVLMConfig, frames: list[int], text: int, chip: str | None, progr
       ValueError: `cfg` is a baseline.
     """
     models = counterparts(cfg)
-    each = lambda f: {kind: {n: f(case(model, n, text)) for n in frames} for kind, model in models.items()}
+    each = lambda f: {
+        kind: {n: f(case(model, n, text)) for n in frames} for kind, model in models.items()
+    }
     found = {
         "config": cfg.name,
         "text": text,

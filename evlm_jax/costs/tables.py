@@ -41,7 +41,15 @@ def cache(study: dict) -> Table:
         f"{total(EVLM, n) / total(LLAVA, n):.4f}",
         f"{total(FLAMINGO, n) / total(LLAVA, n):.4f}",
     )
-    head = "evlm: self", "cross", "llava", "flamingo: self", "cross", "evlm / llava", "flamingo / llava"
+    head = (
+        "evlm: self",
+        "cross",
+        "llava",
+        "flamingo: self",
+        "cross",
+        "evlm / llava",
+        "flamingo / llava",
+    )
     return Table("KV cache, MiB", _beyond(study), (*FIRST, *head), _each(study, row))
 
 
@@ -60,14 +68,23 @@ def prefill(study: dict) -> Table:
     )
     head = *(f"needed: {kind}" for kind in KINDS), *(f"compiled: {kind}" for kind in KINDS)
     says = (
-        "Behind the ViT: bridge, keys and values of images, cross-attention, language model, head of one position. Compiled programs "
-        "compute all pairs of self-attention and mask half of them; needed are the others. `media x media`: the part of EVLM's needed "
-        "FLOPs that is self-attention of media tokens among themselves. The ViT's, the same for all, are of its compiled program."
+        "Behind the ViT: bridge, keys and values of images, cross-attention, language model, head "
+        "of one position. Compiled programs compute all pairs of self-attention and mask half of "
+        "them; needed are the others. `media x media`: the part of EVLM's needed FLOPs that is "
+        "self-attention of media tokens among themselves. The ViT's, the same for all, are of its "
+        "compiled program."
     )
     return Table(
         "Prefill, TFLOP",
         says,
-        (*FIRST, *head, "evlm / llava, compiled", "evlm: media x media", "ViT", "evlm / llava, with it"),
+        (
+            *FIRST,
+            *head,
+            "evlm / llava, compiled",
+            "evlm: media x media",
+            "ViT",
+            "evlm / llava, with it",
+        ),
         _each(study, row),
     )
 
@@ -82,8 +99,15 @@ def train(study: dict) -> Table:
         *(tera(done(kind, n)) for kind in KINDS),
         f"1/{done(LLAVA, n) / done(EVLM, n):.1f}",
     )
-    head = *(f"needed: {kind}" for kind in KINDS), *(f"compiled: {kind}" for kind in KINDS), "evlm / llava, compiled"
-    says = "One row, towers frozen, the ViT left out; what is computed again in the backward pass (train.remat) counts as compiled."
+    head = (
+        *(f"needed: {kind}" for kind in KINDS),
+        *(f"compiled: {kind}" for kind in KINDS),
+        "evlm / llava, compiled",
+    )
+    says = (
+        "One row, towers frozen, the ViT left out; what is computed again in the backward pass "
+        "(train.remat) counts as compiled."
+    )
     return Table("Train step, TFLOP", says, (*FIRST, *head), _each(study, row))
 
 
@@ -95,37 +119,60 @@ def decode(study: dict) -> Table:
         *(f"{executed(study, kind, 'decode', n) / 1e9:,.1f}" for kind in KINDS),
         *(gib(needs[kind][n]["decode bytes"]) for kind in KINDS),
         f"{needs[EVLM][n]['decode bytes'] / needs[LLAVA][n]['decode bytes']:.3f}",
-        *((*(_bytes(study, kind, "decode", n) for kind in KINDS), _by_llava(study, n)) if chip else ()),
+        *(
+            (*(_bytes(study, kind, "decode", n) for kind in KINDS), _by_llava(study, n))
+            if chip
+            else ()
+        ),
     )
-    head = *(f"GFLOP: {kind}" for kind in KINDS), *(f"GiB: {kind}" for kind in KINDS), "evlm / llava"
+    head = (
+        *(f"GFLOP: {kind}" for kind in KINDS),
+        *(f"GiB: {kind}" for kind in KINDS),
+        "evlm / llava",
+    )
     says = (
-        f"One row. GiB: every matrix and the whole cache once; the matrices alone are {gib(needs[EVLM][_one(study)]['matrix bytes'])} GiB "
+        "One row. GiB: every matrix and the whole cache once; the matrices alone are "
+        f"{gib(needs[EVLM][_one(study)]['matrix bytes'])} GiB "
         f"(evlm) and {gib(needs[LLAVA][_one(study)]['matrix bytes'])} (llava)."
     )
     if chip:
-        head += *(f"on {chip}: {kind}" for kind in KINDS), "evlm / llava"
+        head = (*head, *(f"on {chip}: {kind}" for kind in KINDS), "evlm / llava")
         says += (
-            f" On {chip}: bytes through HBM of the compiled program, an estimate; above the needed ones is what it reads and writes again."
+            f" On {chip}: bytes through HBM of the compiled program, an estimate; above the needed "
+            "ones is what it reads and writes again."
         )
     return Table("A token of an answer", says, (*FIRST, *head), _each(study, row))
 
 
 def memory(study: dict) -> Table:
     """Bytes of prefill and train step on one chip."""
-    row = lambda n: (*_first(study, n), *(_bytes(study, kind, what, n) for what in ("prefill", "train") for kind in KINDS))
+    row = lambda n: (
+        *_first(study, n),
+        *(_bytes(study, kind, what, n) for what in ("prefill", "train") for kind in KINDS),
+    )
     head = (*FIRST, *(f"{what}: {kind}" for what in ("prefill", "train") for kind in KINDS))
     says = (
-        f"Of the program for one {study['chip']} chip, an estimate; -: the compiler refuses it, for it does not fit. Scores of "
-        "self-attention are stored, [heads, tokens, tokens] in float32, and that is what fills the memory. Blank: not compiled yet."
+        f"Of the program for one {study['chip']} chip, an estimate; -: the compiler refuses it, "
+        "for it does not fit. Scores of self-attention are stored, [heads, tokens, tokens] in "
+        "float32, and that is what fills the memory. Blank: not compiled yet."
     )
     return Table("Bytes through HBM of prefill and train step, GiB", says, head, _each(study, row))
 
 
 def notes(study: dict) -> Table:
     """What could not be counted exactly."""
-    said = {(note, name) for name, program in study["programs"].items() for note in program.get("notes", ())}
-    rows = [(note, f"{sum(other == note for other, _ in said)}") for note in sorted({note for note, _ in said})]
-    return Table("Not counted exactly", "Loops whose length depends on data.", ("what", "programs"), rows)
+    said = {
+        (note, name)
+        for name, program in study["programs"].items()
+        for note in program.get("notes", ())
+    }
+    rows = [
+        (note, f"{sum(other == note for other, _ in said)}")
+        for note in sorted({note for note, _ in said})
+    ]
+    return Table(
+        "Not counted exactly", "Loops whose length depends on data.", ("what", "programs"), rows
+    )
 
 
 def by_frames(study: dict) -> Table:
@@ -143,16 +190,29 @@ def by_text(study: dict) -> Table:
     rows = [(measure, *(intervals(found[measure][n]) for n in found[measure])) for measure in found]
     head = "evlm takes less", *(f"{n} frames" for n in next(iter(found.values())))
     says = f"Of what is needed, up to {MOST_TEXT:,} text tokens, all of them behind the frames."
-    return Table("Numbers of text tokens at which EVLM is cheaper than LLaVA's way", says, head, rows)
+    return Table(
+        "Numbers of text tokens at which EVLM is cheaper than LLaVA's way", says, head, rows
+    )
 
 
 def by_heads(study: dict) -> Table:
     """Ratios by the language model's key and value heads."""
     found, have = study["crossovers"]["heads"], study["sizes"]["key and value heads"]
-    says = f"Ratios evlm / llava of what is needed at {BAR_FRAMES} frames, if the language model had other numbers of key and value heads; "
+    says = (
+        f"Ratios evlm / llava of what is needed at {BAR_FRAMES} frames, if the language model had "
+        "other numbers of key and value heads; "
+    )
     says += f"this one has {have}."
-    rows = [(str(r["kv_heads"]), *(f"{value:.3f}" for key, value in r.items() if key != "kv_heads")) for r in found]
-    return Table("Shared key and value heads", says, ("heads", *(key for key in found[0] if key != "kv_heads")), rows)
+    rows = [
+        (str(r["kv_heads"]), *(f"{value:.3f}" for key, value in r.items() if key != "kv_heads"))
+        for r in found
+    ]
+    return Table(
+        "Shared key and value heads",
+        says,
+        ("heads", *(key for key in found[0] if key != "kv_heads")),
+        rows,
+    )
 
 
 def bars(study: dict) -> Table:
@@ -161,12 +221,23 @@ def bars(study: dict) -> Table:
     for measure, bar in study["crossovers"]["bars"].items():
         values = {"needed": bar["needed"]}
         if measure == "prefill FLOPs" and (n := str(BAR_FRAMES)) in study["tokens"][EVLM]:
-            values["compiled"] = executed(study, EVLM, "prefill", n) / executed(study, LLAVA, "prefill", n)
+            values["compiled"] = executed(study, EVLM, "prefill", n) / executed(
+                study, LLAVA, "prefill", n
+            )
         for how, value in values.items():
             verdict = "met" if value <= bar["most"] else "not met"
-            rows.append((f"{measure}, {how}", f"{bar['most']:.3f}", f"{value:.4f}", verdict, intervals(bar["texts"])))
+            rows.append(
+                (
+                    f"{measure}, {how}",
+                    f"{bar['most']:.3f}",
+                    f"{value:.4f}",
+                    verdict,
+                    intervals(bar["texts"]),
+                )
+            )
     says = (
-        f"Ratios evlm / llava at {BAR_FRAMES} frames and {study['text']} text tokens; last, for which text what is needed is below the bar."
+        f"Ratios evlm / llava at {BAR_FRAMES} frames and {study['text']} text tokens; last, for "
+        "which text what is needed is below the bar."
     )
     return Table("Bars", says, ("of", "at most", "found", "", "text tokens"), rows)
 
@@ -186,12 +257,13 @@ def measured(study: dict) -> Table:
     head = "frames", *(f"prefill, s: {kind}" for kind in KINDS), "evlm / llava", "flamingo / llava"
     head += *(f"ms a token: {kind}" for kind in KINDS), "evlm / llava", "ViT, s"
     says = (
-        f"{found['device']}, {found['text']} text tokens, answers of {found['new']}, load {found['load']:.1f} at the end. Read the ratios."
+        f"{found['device']}, {found['text']} text tokens, answers of {found['new']}, "
+        f"load {found['load']:.1f} at the end. Read the ratios."
     )
     return Table("Measured", says, head, [row(n, m) for n, m in found["frames"].items()])
 
 
-# -------------------------------------------------------------------------------------------------------------------- cells
+# -------------------------------------------------------------------------------------------- cells
 
 FIRST = "frames", "tokens: evlm", "llava", "flamingo"
 
@@ -210,7 +282,13 @@ def intervals(found: list[list[int]]) -> str:
     """In words."""
     ends = {MOST_FRAMES, MOST_TEXT}
     say = lambda a, b: (
-        "all" if a == 1 and b in ends else f"{a:,} and more" if b in ends else f"up to {b:,}" if a == 1 else f"{a:,} to {b:,}"
+        "all"
+        if a == 1 and b in ends
+        else f"{a:,} and more"
+        if b in ends
+        else f"up to {b:,}"
+        if a == 1
+        else f"{a:,} to {b:,}"
     )
     return ", ".join(say(*pair) for pair in found) or "none"
 
@@ -236,7 +314,10 @@ def _first(study: dict, n: str) -> tuple[str, ...]:
 
 
 def _beyond(study: dict) -> str:
-    return f"*: beyond the {study['context']:,} tokens that the language model is made for; a cost alone, no use."
+    return (
+        f"*: beyond the {study['context']:,} tokens that the language model is made for; a cost "
+        "alone, no use."
+    )
 
 
 def _each(study: dict, row: Callable) -> list[tuple[str, ...]]:
@@ -254,7 +335,10 @@ def _bytes(study: dict, kind: str, what: str, n: str) -> str:
 
 def _by_llava(study: dict, n: str) -> str:
     """Compiled bytes of a token of an answer, EVLM's by LLaVA's; blank where one is not known."""
-    found = [study["programs"].get(f"{kind}, decode, {n} frames, bytes", {}).get("bytes") for kind in (EVLM, LLAVA)]
+    found = [
+        study["programs"].get(f"{kind}, decode, {n} frames, bytes", {}).get("bytes")
+        for kind in (EVLM, LLAVA)
+    ]
     return f"{found[0] / found[1]:.3f}" if all(found) else ""
 
 

@@ -1,15 +1,17 @@
-"""Cleaning of captions and web documents by the rules of the paper (section 3.1), with a receipt that says what became of everything.
+"""Cleaning of captions and web documents by the rules of the paper (section 3.1), with a receipt
+that says what became of everything.
 
-A caption is a dialog of a sample: a picture with five captions may keep three. Rules, in the order in which they are asked; the first
-that objects counts:
+A caption is a dialog of a sample: a picture with five captions may keep three. Rules, in the order
+in which they are asked; the first that objects counts:
 
-    letters, digits, duplicates, links, words, dates      of the text; what is left is written in simplified Chinese
-    similarity                                            if the data bring it
-    damaged, single colour, aspect, side                  of the picture, decoded
-    similarity                                            if a scorer must be asked
+    letters, digits, duplicates, links, words, dates   of the text; what is left is written in
+                                                       simplified Chinese
+    similarity                                         if the data bring it
+    damaged, single colour, aspect, side               of the picture, decoded
+    similarity                                         if a scorer must be asked
 
-Of a web document single pictures are dropped (damaged, single colour, aspect, side, similarity to its sentence), or all of it (web_images,
-web_characters, no picture left).
+Of a web document single pictures are dropped (damaged, single colour, aspect, side, similarity to
+its sentence), or all of it (web_images, web_characters, no picture left).
 """
 
 import functools
@@ -28,7 +30,9 @@ from evlm_jax.data import image
 from evlm_jax.data.formats.interleaved import assign
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, SampleError, Turn
 
-Scorer = Callable[[Sequence[ImageRef], Sequence[str]], np.ndarray]  # n pictures and m texts -> relevance [n, m]
+Scorer = Callable[
+    [Sequence[ImageRef], Sequence[str]], np.ndarray
+]  # n pictures and m texts -> relevance [n, m]
 CHUNK = 256  # samples in work at a time
 WORD = re.compile(r"[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+")
 SENTENCE = re.compile(r"[^.!?。！？\n]+[.!?。！？]*")
@@ -37,12 +41,16 @@ KANA = re.compile(r"[\u3040-\u30ff]")
 
 @dataclass
 class Receipt:
-    """How many of each unit ("caption", "document", "image", "row") were seen, kept and dropped by which rule, with an example of each."""
+    """How many of each unit ("caption", "document", "image", "row") were seen, kept and dropped by
+    which rule, with an example of each.
+    """
 
     seen: Counter = field(default_factory=Counter)
     kept: Counter = field(default_factory=Counter)
     dropped: dict[str, Counter] = field(default_factory=dict)  # by unit
-    examples: dict[str, str] = field(default_factory=dict)  # rule -> the first sample that it dropped
+    examples: dict[str, str] = field(
+        default_factory=dict
+    )  # rule -> the first sample that it dropped
     simplified: int = 0  # captions that simplification changed
 
     def add(self, unit: str, rule: str, key: str) -> None:
@@ -68,13 +76,21 @@ class Receipt:
         for unit in sorted(self.seen):
             lines.append(f"{unit}: {self.seen[unit]} seen, {self.kept[unit]} kept")
             found = self.dropped.get(unit, Counter()).most_common()
-            lines += [f"  {rule}: {count} dropped, the first {self.examples[rule]}" for rule, count in found]
-        return "\n".join([*lines, *([f"simplified: {self.simplified} captions"] if self.simplified else [])])
+            lines += [
+                f"  {rule}: {count} dropped, the first {self.examples[rule]}"
+                for rule, count in found
+            ]
+        return "\n".join(
+            [*lines, *([f"simplified: {self.simplified} captions"] if self.simplified else [])]
+        )
 
 
 @dataclass
 class Cleaner:
-    """What both kinds have; thresholds are `cfg.clean`. `scorer` is asked where the data do not tell the relevance."""
+    """What both kinds have; thresholds are `cfg.clean`.
+
+    `scorer` is asked where the data do not tell the relevance.
+    """
 
     cfg: EVLMConfig
     scorer: Scorer | None = None
@@ -85,13 +101,20 @@ class Captions(Cleaner):
     """Cleans samples of one visual with captions about it."""
 
     def judge(self, sample: Sample) -> list[str | tuple[Turn, ...]]:
-        """The rule that objects to each dialog, or the dialog as it is kept. May run in a thread."""
+        """The rule that objects to each dialog, or the dialog as it is kept.
+
+        May run in a thread.
+        """
         cfg = self.cfg.clean
         if len(sample.visuals) != 1 or not all(sample.dialogs):
             raise SampleError(
-                f"sample {sample.source}/{sample.key}: {len(sample.visuals)} visuals; captions are about one, and say something"
+                f"sample {sample.source}/{sample.key}: {len(sample.visuals)} visuals; captions are"
+                " about one, and say something"
             )
-        found = [text_rule(_caption(dialog), cfg) or self._simplified(dialog) for dialog in sample.dialogs]
+        found = [
+            text_rule(_caption(dialog), cfg) or self._simplified(dialog)
+            for dialog in sample.dialogs
+        ]
         known = relevance(sample, cfg.similarity, self.scorer)
         if known is not None and not known[0] >= cfg.similarity:  # nor is NaN
             found = [f if isinstance(f, str) else "similarity" for f in found]
@@ -107,23 +130,41 @@ class Captions(Cleaner):
     def note(self, sample: Sample, found: list[str | tuple[Turn, ...]]) -> Sample | None:
         """Enters a judgement in the receipt; what is left of the sample, or None."""
         for dialog, verdict in zip(sample.dialogs, found):
-            self.receipt.add("caption", verdict if isinstance(verdict, str) else "", f"{sample.source}/{sample.key}")
+            self.receipt.add(
+                "caption",
+                verdict if isinstance(verdict, str) else "",
+                f"{sample.source}/{sample.key}",
+            )
             self.receipt.simplified += not isinstance(verdict, str) and verdict != dialog
         kept = tuple(verdict for verdict in found if not isinstance(verdict, str))
         return replace(sample, dialogs=kept) if kept else None
 
     def _simplified(self, dialog: tuple[Turn, ...]) -> tuple[Turn, ...]:
-        return (*dialog[:-1], replace(dialog[-1], text=simplify(dialog[-1].text))) if self.cfg.clean.simplify else dialog
+        return (
+            (*dialog[:-1], replace(dialog[-1], text=simplify(dialog[-1].text)))
+            if self.cfg.clean.simplify
+            else dialog
+        )
 
 
 class Documents(Cleaner):
     """Cleans web documents: one turn with pictures in between."""
 
     def judge(self, sample: Sample) -> tuple[str, list[str]]:
-        """The rule that objects to the document, and to each of its pictures. May run in a thread."""
-        cfg, count, text = self.cfg.clean, len(sample.visuals), "".join(turn.text for dialog in sample.dialogs for turn in dialog)
+        """The rule that objects to the document, and to each of its pictures.
+
+        May run in a thread.
+        """
+        cfg, count, text = (
+            self.cfg.clean,
+            len(sample.visuals),
+            "".join(turn.text for dialog in sample.dialogs for turn in dialog),
+        )
         if len(sample.dialogs) != 1 or text.count(MARKER) != count:
-            raise SampleError(f"sample {sample.source}/{sample.key}: must be one document with {count} {MARKER} markers")
+            raise SampleError(
+                f"sample {sample.source}/{sample.key}: must be one document with {count} {MARKER}"
+                " markers"
+            )
         if count > cfg.web_images:
             return "web_images", ["of a dropped document"] * count
         if len(text) - count * len(MARKER) > cfg.web_characters:
@@ -132,7 +173,9 @@ class Documents(Cleaner):
         rules = [picture_rule(visual, cfg) for visual in sample.visuals]
         good = [i for i, rule in enumerate(rules) if not rule]
         if scores is None and good:
-            sentences = [found for found in SENTENCE.findall(text.replace(MARKER, "\n")) if found.strip()] or [""]
+            sentences = [
+                found for found in SENTENCE.findall(text.replace(MARKER, "\n")) if found.strip()
+            ] or [""]
             matrix = self.scorer([sample.visuals[i][0] for i in good], sentences)
             scores = dict(zip(good, matrix[np.arange(len(good)), assign(matrix)]))
         for i in good:
@@ -151,13 +194,23 @@ class Documents(Cleaner):
             return None
         (turns,) = sample.dialogs
         marks = iter([MARKER * (not picture) for picture in pictures])
-        shorter = tuple(replace(turn, text=re.sub(re.escape(MARKER), lambda _: next(marks), turn.text)) for turn in turns)
-        keep = lambda values: tuple(value for value, picture in zip(values, pictures) if not picture)
-        return replace(sample, visuals=keep(sample.visuals), scores=keep(sample.scores), dialogs=(shorter,))
+        shorter = tuple(
+            replace(turn, text=re.sub(re.escape(MARKER), lambda _: next(marks), turn.text))
+            for turn in turns
+        )
+        keep = lambda values: tuple(
+            value for value, picture in zip(values, pictures) if not picture
+        )
+        return replace(
+            sample, visuals=keep(sample.visuals), scores=keep(sample.scores), dialogs=(shorter,)
+        )
 
 
-def clean(source: Sequence[Sample], cleaner: Captions | Documents, workers: int | None = None) -> Iterator[tuple[int, Sample]]:
-    """(number in the source, what is left of the sample) for all of which something is left, in order; `cleaner.receipt` grows with it.
+def clean(
+    source: Sequence[Sample], cleaner: Captions | Documents, workers: int | None = None
+) -> Iterator[tuple[int, Sample]]:
+    """(number in the source, what is left of the sample) for all of which something is left, in
+    order; `cleaner.receipt` grows with it.
 
     A row that is no sample is counted as "bad row", with its error as the example.
 
@@ -201,7 +254,9 @@ def text_rule(text: str, cfg: CleanConfig) -> str:
 def picture_rule(visual: Sequence[ImageRef], cfg: CleanConfig) -> str:
     """The rule that objects to a picture, or to the frames of a video; empty if none does."""
     try:
-        frames = image.decode_all(visual, each=lambda frame: (max(ImageStat.Stat(frame).stddev), frame.size))
+        frames = image.decode_all(
+            visual, each=lambda frame: (max(ImageStat.Stat(frame).stddev), frame.size)
+        )
     except image.ImageError:
         return "damaged"
     if all(deviation < cfg.deviation for deviation, _ in frames):
@@ -213,17 +268,22 @@ def picture_rule(visual: Sequence[ImageRef], cfg: CleanConfig) -> str:
 
 
 def relevance(sample: Sample, least: float, scorer: Scorer | None) -> Sequence[float] | None:
-    """Of each visual, if the data tell it or nothing is asked; None if the scorer must tell. Raises ValueError if there is none."""
+    """Of each visual, if the data tell it or nothing is asked; None if the scorer must tell. Raises
+    ValueError if there is none.
+    """
     if not least:
         return [np.inf] * len(sample.visuals)
     if sample.scores:
         if len(sample.scores) != len(sample.visuals):
-            raise SampleError(f"sample {sample.source}/{sample.key}: {len(sample.scores)} scores of {len(sample.visuals)} visuals")
+            raise SampleError(
+                f"sample {sample.source}/{sample.key}: {len(sample.scores)} scores of"
+                f" {len(sample.visuals)} visuals"
+            )
         return sample.scores
     if scorer is None:
         raise ValueError(
-            f"sample {sample.source}/{sample.key} has no relevance in the data: give a scorer, or set clean.similarity and "
-            "clean.web_similarity to 0"
+            f"sample {sample.source}/{sample.key} has no relevance in the data: give a scorer, or"
+            " set clean.similarity and clean.web_similarity to 0"
         )
     return None
 
@@ -238,7 +298,9 @@ def _opencc():
     try:
         from opencc import OpenCC
     except ImportError as error:
-        raise ImportError('clean.simplify needs OpenCC: pip install -e ".[clean]", or set it to False') from error
+        raise ImportError(
+            'clean.simplify needs OpenCC: pip install -e ".[clean]", or set it to False'
+        ) from error
     return OpenCC("t2s")
 
 

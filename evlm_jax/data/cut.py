@@ -1,13 +1,13 @@
 """A document that is longer than a row, in parts that each fit one.
 
-Only a document is cut: text with pictures in between that one assistant turn says (a web page), not a conversation. It is cut in front of
-a picture, so that text stays behind the picture it sees:
+Only a document is cut: text with pictures in between that one assistant turn says (a web page), not
+a conversation. It is cut in front of a picture, so that text stays behind the picture it sees:
 
-    img A text  img B  img C text text  img D text          the tokens of a row end in the text of C
-    img A text | img B  img C text text | img D text        three parts; neighbouring pictures stay together
+    img A text  img B  img C text text  img D text    the tokens of a row end in the text of C
+    img A text | img B  img C text text | img D text  3 parts; neighbouring pictures stay together
 
-A text that is longer than a row by itself is cut at the end of a line, else of a word, else anywhere: nothing is lost. The end token
-stands in the last part alone.
+A text that is longer than a row by itself is cut at the end of a line, else of a word, else
+anywhere: nothing is lost. The end token stands in the last part alone.
 """
 
 import bisect
@@ -29,17 +29,21 @@ LONGEST = 8  # characters a token that are looked at
 
 
 def encode_parts(sample: Sample, tokenizer, cfg: EVLMConfig) -> Document:
-    """As `text.encode`; where the sample is a document that fits no row, its first part, with the others in `rest`.
+    """As `text.encode`; where the sample is a document that fits no row, its first part, with the
+    others in `rest`.
 
-    What fits no row even so (more neighbouring pictures than a row has) is left as it is, for the packer to drop by name.
-    """
+    What fits no row even so (more neighbouring pictures than a row has) is left as it is, for the
+    packer to drop by name."""
     dialogs = render(sample, tokenizer, cfg)
     whole = document(dialogs, sample, tokenizer, cfg)
     alone = [turn.role for dialog in sample.dialogs for turn in dialog] == ["assistant"]
     if not alone or not len(whole.targets) or unfit(whole, cfg.data) is None:
         return whole
     groups = list(_grouped(dialogs[0], tokenizer, cfg))
-    made = [_part(group, number, len(groups), sample, tokenizer, cfg) for number, group in enumerate(groups, 1)]
+    made = [
+        _part(group, number, len(groups), sample, tokenizer, cfg)
+        for number, group in enumerate(groups, 1)
+    ]
     return made[0]._replace(rest=tuple(made[1:]))
 
 
@@ -57,12 +61,22 @@ def _grouped(pieces: Sequence[Piece], tokenizer, cfg: EVLMConfig) -> Iterator[li
 
 
 def _units(pieces: Sequence[Piece], tokenizer, cfg: EVLMConfig) -> Iterator[list[Piece]]:
-    """Neighbouring pictures with the text behind them; what of the text does not fit one row with them stands alone."""
-    starts = [i for i, piece in enumerate(pieces) if isinstance(piece, Media) and (i == 0 or not isinstance(pieces[i - 1], Media))]
+    """Neighbouring pictures with the text behind them; what of the text does not fit one row with
+    them stands alone.
+    """
+    starts = [
+        i
+        for i, piece in enumerate(pieces)
+        if isinstance(piece, Media) and (i == 0 or not isinstance(pieces[i - 1], Media))
+    ]
     for start, stop in zip([0, *starts], [*starts, len(pieces)]):
         unit = list(pieces[start:stop])
         while unit and (at := _too_long(unit, tokenizer, cfg)) is not None:
-            head, tail = _split(unit[at].text, _room(unit[:at], tokenizer, cfg), partial(_count, tokenizer, unit[:at]))
+            head, tail = _split(
+                unit[at].text,
+                _room(unit[:at], tokenizer, cfg),
+                partial(_count, tokenizer, unit[:at]),
+            )
             yield [*unit[:at], unit[at]._replace(text=head)]
             unit = [unit[at]._replace(text=tail), *unit[at + 1 :]]
         if unit:
@@ -111,7 +125,9 @@ def _cost(unit: Sequence[Piece], tokenizer, cfg: EVLMConfig) -> Budget:
 
 
 def _split(text: str, room: int, count) -> tuple[str, str]:
-    """The longest head of at most `room` tokens that ends where a text may be cut, and the rest; at least one character each."""
+    """The longest head of at most `room` tokens that ends where a text may be cut, and the rest; at
+    least one character each.
+    """
     window = text[: min(LONGEST * room, len(text) - 1)]
     for pattern in ENDS:
         ends = [match.end() for match in re.finditer(pattern, window, re.DOTALL)]
@@ -120,11 +136,20 @@ def _split(text: str, room: int, count) -> tuple[str, str]:
     return text[:1], text[1:]
 
 
-def _part(group: Sequence[Piece], number: int, count: int, sample: Sample, tokenizer, cfg: EVLMConfig) -> Document:
+def _part(
+    group: Sequence[Piece], number: int, count: int, sample: Sample, tokenizer, cfg: EVLMConfig
+) -> Document:
     """One part as a document of its own, with its own pictures."""
     frames = [piece.frame for piece in group if isinstance(piece, Media)]
     first = frames[0] if frames else 0
-    moved = [p._replace(frame=p.frame - first, start=p.start - first, stop=p.stop - first) if isinstance(p, Media) else p for p in group]
+    moved = [
+        (
+            p._replace(frame=p.frame - first, start=p.start - first, stop=p.stop - first)
+            if isinstance(p, Media)
+            else p
+        )
+        for p in group
+    ]
     key = f"{sample.key}[{number}/{count}]" if count > 1 else sample.key
     own = replace(sample, key=key, visuals=(sample.refs[first : first + len(frames)],))
     return document([moved], own, tokenizer, cfg)._replace(parts=count)

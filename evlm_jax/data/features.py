@@ -1,9 +1,10 @@
 """Taps of a frozen vision tower, computed once and kept on disk.
 
-A store is a folder: `taps.bin` (records of bfloat16 [G, S, V], one after another) and `keys.txt` (line n names record n). A record's
-bytes are on disk before its key is written, so after a crash at any moment the complete lines say what is there, and filling goes on.
-The folder's name is a fingerprint of the tower and the preprocessing; a record's key is the sha256 of the image file, with the time of
-the frame for videos: moved files are found again and changed files are not mistaken.
+A store is a folder: `taps.bin` (records of bfloat16 [G, S, V], one after another) and `keys.txt`
+(line n names record n). A record's bytes are on disk before its key is written, so after a crash at
+any moment the complete lines say what is there, and filling goes on. The folder's name is a
+fingerprint of the tower and the preprocessing; a record's key is the sha256 of the image file, with
+the time of the frame for videos: moved files are found again and changed files are not mistaken.
 """
 
 import contextlib
@@ -23,13 +24,18 @@ from evlm_jax.data import image
 from evlm_jax.data.containers import rows
 from evlm_jax.data.samples import ImageRef
 
-CHUNK, STEP = 32, 8  # most images encoded at a time; a smaller rest is padded to a multiple of STEP: few compiled shapes
+# most images encoded at a time; a smaller rest is padded to a multiple of STEP: few compiled shapes
+CHUNK, STEP = 32, 8
 
 
 def fingerprint(cfg: EVLMConfig, weights: Mapping[str, np.ndarray]) -> str:
-    """Names everything that taps depend on: the tower's weights by canonical name (`vit/...`), its configuration, the resizing."""
+    """Names everything that taps depend on: the tower's weights by canonical name (`vit/...`), its
+    configuration, the resizing.
+    """
     made = image.MAKING, cfg.data.resize, cfg.data.scaled_decoding
-    digest = hashlib.sha256(repr((cfg.vit, made, cfg.train.dtype, cfg.train.matmul_precision)).encode())
+    digest = hashlib.sha256(
+        repr((cfg.vit, made, cfg.train.dtype, cfg.train.matmul_precision)).encode()
+    )
     for name in sorted(name for name in weights if name.startswith("vit/")):
         digest.update(name.encode() + np.ascontiguousarray(weights[name]).tobytes())
     return digest.hexdigest()[:16]
@@ -44,7 +50,9 @@ class FeatureStore:
       cfg: gives the record's shape and the preprocessing.
     """
 
-    def __init__(self, path: str | Path, encode: Callable[[np.ndarray], np.ndarray], cfg: EVLMConfig):
+    def __init__(
+        self, path: str | Path, encode: Callable[[np.ndarray], np.ndarray], cfg: EVLMConfig
+    ):
         self.path, self.encode, self.cfg = Path(path), encode, cfg
         self.shape = (len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -57,16 +65,26 @@ class FeatureStore:
         return len(self._records)
 
     def get(self, refs: Sequence[ImageRef]) -> np.ndarray:
-        """bfloat16 [n, G, S, V]; what is missing is computed. Raises ImageError for an image that cannot be read."""
+        """bfloat16 [n, G, S, V]; what is missing is computed.
+
+        Raises ImageError for an image that cannot be read.
+        """
         self.fill(refs, progress=False)
         keys = [content_key(ref) for ref in refs]
         if broken := [self._broken[key] for key in keys if key in self._broken]:
             raise broken[0]
         rows = [self._records[key] for key in keys]
-        return self._taps[rows].view(ml_dtypes.bfloat16) if rows else np.zeros((0, *self.shape), ml_dtypes.bfloat16)
+        return (
+            self._taps[rows].view(ml_dtypes.bfloat16)
+            if rows
+            else np.zeros((0, *self.shape), ml_dtypes.bfloat16)
+        )
 
     def fill(self, refs: Iterable[ImageRef], progress: bool = True) -> None:
-        """Computes what is missing. Images that cannot be read are left to `get` to complain about."""
+        """Computes what is missing.
+
+        Images that cannot be read are left to `get` to complain about.
+        """
         missing = {}
         for ref in refs:
             with contextlib.suppress(image.ImageError):
@@ -79,8 +97,12 @@ class FeatureStore:
             fcntl.flock(keys, fcntl.LOCK_EX)  # another process may fill the same store
             self._read()
             todo = [(key, ref) for key, ref in missing.items() if key not in self._records]
-            os.truncate(keys.name, sum(len(key) + 1 for key in self._records))  # a half-written line, and
-            os.truncate(taps.name, len(self._records) * self._bytes)  # records without a key: a crash left them
+            os.truncate(
+                keys.name, sum(len(key) + 1 for key in self._records)
+            )  # a half-written line, and
+            os.truncate(
+                taps.name, len(self._records) * self._bytes
+            )  # records without a key: a crash left them
             bar = tqdm(total=len(todo), desc="vision features", unit="image", disable=not progress)
             for first in range(0, len(todo), CHUNK):
                 self._append(todo[first : first + CHUNK], keys, taps)
@@ -91,9 +113,14 @@ class FeatureStore:
     def _append(self, chunk: Sequence[tuple[str, ImageRef]], keys, taps) -> None:
         """Encodes one chunk, writes the records, then their keys."""
         rows = -(-len(chunk) // STEP) * STEP
-        pixels, good = np.zeros((rows, self.cfg.vit.image_size, self.cfg.vit.image_size, 3), np.uint8), []
+        pixels, good = (
+            np.zeros((rows, self.cfg.vit.image_size, self.cfg.vit.image_size, 3), np.uint8),
+            [],
+        )
         try:
-            pixels[: len(chunk)] = image.pixels([ref for _, ref in chunk], self.cfg)  # frames of one video together
+            pixels[: len(chunk)] = image.pixels(
+                [ref for _, ref in chunk], self.cfg
+            )  # frames of one video together
             good = [key for key, _ in chunk]
         except image.ImageError:
             for key, ref in chunk:
@@ -104,7 +131,10 @@ class FeatureStore:
                     self._broken[key] = error
         records = np.asarray(self.encode(pixels))[: len(good)].astype(ml_dtypes.bfloat16)
         if records.shape[1:] != self.shape:
-            raise ValueError(f"{self.path}: encode returned {records.shape[1:]} an image, the configuration says {self.shape}")
+            raise ValueError(
+                f"{self.path}: encode returned {records.shape[1:]} an image, the configuration says"
+                f" {self.shape}"
+            )
         for file, data in ((taps, records.tobytes()), (keys, "".join(f"{key}\n" for key in good))):
             file.write(data)
             file.flush()
@@ -124,7 +154,9 @@ def content_key(ref: ImageRef) -> str:
     try:
         digest = _hash(ref.path, rows.version(ref.path))
     except Exception as error:  # containers raise errors of any kind
-        raise image.ImageError(f"{ref.path}: {getattr(error, 'strerror', None) or error}") from error
+        raise image.ImageError(
+            f"{ref.path}: {getattr(error, 'strerror', None) or error}"
+        ) from error
     return digest if ref.frame is None else f"{digest}@{ref.frame:.6f}"
 
 

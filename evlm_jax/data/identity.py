@@ -1,4 +1,6 @@
-"""What tells a source's samples from others, at little cost: a resumed run must read what it read before."""
+"""What tells a source's samples from others, at little cost: a resumed run must read what it read
+before.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,9 +13,16 @@ LOOKED_AT = 32  # samples of a source, evenly spread
 
 
 def identity(source: Sequence[Sample]) -> dict:
-    """{"samples": how many, "digest": of the numbers of dialogs of all, and of the text of some}. Folders may move: paths do not count."""
+    """{"samples": how many, "digest": of the numbers of dialogs of all, and of the text of some}.
+
+    Folders may move: paths do not count.
+    """
     found = hashlib.sha256(np.asarray(source.dialog_counts(), np.int64).tobytes())
-    for number in sorted(set(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int).tolist())) if len(source) else ():
+    for number in (
+        sorted(set(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int).tolist()))
+        if len(source)
+        else ()
+    ):
         try:
             sample = source[number]
         except RowError:

@@ -1,4 +1,6 @@
-"""References to pixels: decode, orient, flatten, resize. uint8 RGB; the tower's normalisation is done on the device."""
+"""References to pixels: decode, orient, flatten, resize. uint8 RGB; the tower's normalisation is
+done on the device.
+"""
 
 import hashlib
 import io
@@ -22,7 +24,14 @@ from evlm_jax.data.samples import ImageRef
 
 MOST_PIXELS = 1 << 27  # of a file: a larger one is taken for a decompression bomb
 MOST_BYTES = 1 << 28
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow knows others, some of which start programs
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+)  # Pillow knows others, some of which start programs
 WHITE = (255, 255, 255)
 BICUBIC = ResizeAlg.convolution(FilterType.catmull_rom)  # Pillow's BICUBIC by another name
 MAKING = 3  # counts changes of how pixels are made: caches of features made otherwise are not used
@@ -33,45 +42,70 @@ class ImageError(ValueError):
     """An image or frame cannot be read. The message names the file."""
 
 
-def load(ref: ImageRef, size: int, resize: str, fill: tuple[int, int, int] = WHITE, scaled: bool = False) -> np.ndarray:
+def load(
+    ref: ImageRef, size: int, resize: str, fill: tuple[int, int, int] = WHITE, scaled: bool = False
+) -> np.ndarray:
     """One image or video frame as uint8 [size, size, 3].
 
     Args:
-      resize: "squash" stretches; "crop" cuts the middle square; "pad" keeps everything and fills the rest with `fill`.
-      scaled: decode JPEG at 1/2, 3/8, 1/4 or 1/8 where that is not smaller than `size`: faster, and slightly other pixels.
+      resize: "squash" stretches; "crop" cuts the middle square; "pad" keeps everything and fills
+        the rest with `fill`.
+      scaled: decode JPEG at 1/2, 3/8, 1/4 or 1/8 where that is not smaller than `size`: faster, and
+        slightly other pixels.
     Raises:
       ImageError: missing, damaged, or too large.
     """
     return load_all([ref], size, resize, fill, scaled)[0]
 
 
-def load_all(refs: Sequence[ImageRef], size: int, resize: str, fill: tuple[int, int, int] = WHITE, scaled: bool = False) -> np.ndarray:
+def load_all(
+    refs: Sequence[ImageRef],
+    size: int,
+    resize: str,
+    fill: tuple[int, int, int] = WHITE,
+    scaled: bool = False,
+) -> np.ndarray:
     """uint8 [n, size, size, 3], read-only where there is one."""
-    images = decode_all(refs, size if scaled else 0, lambda image: np.asarray(_fit(image, size, resize, fill)))
+    images = decode_all(
+        refs, size if scaled else 0, lambda image: np.asarray(_fit(image, size, resize, fill))
+    )
     if len(images) == 1:  # as captions have: a copy less is 6% of the pipeline
         return images[0][None]
     return np.stack(images) if refs else np.zeros((0, size, size, 3), np.uint8)
 
 
 def pixels(refs: Sequence[ImageRef], cfg: EVLMConfig) -> np.ndarray:
-    """`load_all` as the configuration says; padding has the tower's mean colour, which is 0 after normalisation."""
+    """`load_all` as the configuration says; padding has the tower's mean colour, which is 0 after
+    normalisation.
+    """
     fill = tuple(round(255 * channel) for channel in cfg.vit.mean)
     return load_all(refs, cfg.vit.image_size, cfg.data.resize, fill, cfg.data.scaled_decoding)
 
 
-def decode_all(refs: Sequence[ImageRef], least: int = 0, each: Callable[[Image.Image], Made] = lambda image: image) -> list[Made]:
-    """As `decode`, and `each` of it at once, so that large pictures do not pile up; frames of one video are decoded in one pass."""
+def decode_all(
+    refs: Sequence[ImageRef],
+    least: int = 0,
+    each: Callable[[Image.Image], Made] = lambda image: image,
+) -> list[Made]:
+    """As `decode`, and `each` of it at once, so that large pictures do not pile up; frames of one
+    video are decoded in one pass.
+    """
     times: dict[str, list[float]] = {}
     for ref in refs:
         if ref.frame is not None:
             times.setdefault(ref.path, []).append(ref.frame)
-    frames = {(path, second): frame for path, seconds in times.items() for second, frame in zip(seconds, _frames(path, seconds, each))}
+    frames = {
+        (path, second): frame
+        for path, seconds in times.items()
+        for second, frame in zip(seconds, _frames(path, seconds, each))
+    }
     one = lambda ref: ref.picture or decode(ref.path, least)
     return [each(one(ref)) if ref.frame is None else frames[ref.path, ref.frame] for ref in refs]
 
 
 def in_memory(picture: Image.Image | np.ndarray) -> ImageRef:
-    """A picture that is no file, read as a file with the same content is. Later changes of `picture` do not show.
+    """A picture that is no file, read as a file with the same content is. Later changes of
+    `picture` do not show.
 
     Args:
       picture: of Pillow, in any mode; or uint8 [h, w, 3].
@@ -80,10 +114,16 @@ def in_memory(picture: Image.Image | np.ndarray) -> ImageRef:
     """
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            raise ImageError(f"a picture as an array is uint8 [height, width, 3], got {picture.dtype} {list(picture.shape)}: convert it")
+            raise ImageError(
+                f"a picture as an array is uint8 [height, width, 3], got {picture.dtype}"
+                f" {list(picture.shape)}: convert it"
+            )
         picture = Image.fromarray(np.ascontiguousarray(picture))
     elif not isinstance(picture, Image.Image):
-        raise ImageError(f"a picture is a path, a Pillow image or a uint8 array [height, width, 3], got {type(picture).__name__}")
+        raise ImageError(
+            "a picture is a path, a Pillow image or a uint8 array [height, width, 3], got"
+            f" {type(picture).__name__}"
+        )
     try:
         transparent_as_stored(picture)
         made = picture.copy()
@@ -92,8 +132,13 @@ def in_memory(picture: Image.Image | np.ndarray) -> ImageRef:
         made = _rgb(made)
         bicubic(made, (1, 1))  # refuses what has no pixels
     except Exception as error:  # a damaged file that was opened, and not yet read
-        raise ImageError(f"cannot read the picture of mode {picture.mode} and size {picture.size}: {error}") from error
-    return ImageRef(f"picture {hashlib.sha256(f'{made.size}'.encode() + made.tobytes()).hexdigest()}", picture=made)
+        raise ImageError(
+            f"cannot read the picture of mode {picture.mode} and size {picture.size}: {error}"
+        ) from error
+    return ImageRef(
+        f"picture {hashlib.sha256(f'{made.size}'.encode() + made.tobytes()).hexdigest()}",
+        picture=made,
+    )
 
 
 def decode(path: str, least: int = 0) -> Image.Image:
@@ -142,11 +187,14 @@ def _decoded(file: BinaryIO, least: int) -> Image.Image:
         return _rgb(made)
 
 
-def bicubic(image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> Image.Image:
-    """An RGB picture, or its part in `box` (left, top, width, height), at `size` (width, height): Pillow's pixels but for rounding.
+def bicubic(
+    image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+) -> Image.Image:
+    """An RGB picture, or its part in `box` (left, top, width, height), at `size` (width, height):
+    Pillow's pixels but for rounding.
 
-    What lies between two passes is cut off at 0 and 255, so their order counts: across, then down, unless the height falls by more
-    than twice what the width does.
+    What lies between two passes is cut off at 0 and 255, so their order counts: across, then down,
+    unless the height falls by more than twice what the width does.
     """
     width, height = image.size
     left, top, wide, high = box or (0, 0, width, height)
@@ -162,11 +210,15 @@ def bicubic(image: Image.Image, size: tuple[int, int], box: tuple[float, float, 
 
 
 def _scaled(image: Image.Image, file: BinaryIO, least: int) -> Image.Image:
-    """A JPEG at 1/2 or less. simplejpeg reads it in one call, in which other threads run; what it refuses is for Pillow to judge."""
+    """A JPEG at 1/2 or less. simplejpeg reads it in one call, in which other threads run; what it
+    refuses is for Pillow to judge.
+    """
     if image.mode in ("RGB", "L"):
         file.seek(0)
         with suppress(ValueError):
-            made = Image.fromarray(decode_jpeg(file.read(), min_height=least, min_width=least, min_factor=2))
+            made = Image.fromarray(
+                decode_jpeg(file.read(), min_height=least, min_width=least, min_factor=2)
+            )
             made.info = image.info
             return made
     image.draft(None, (least, least))

@@ -1,6 +1,8 @@
-"""The endless streams of documents that all lanes share: one for each task, mixed of its sources, shuffled anew in each epoch.
+"""The endless streams of documents that all lanes share: one for each task, mixed of its sources,
+shuffled anew in each epoch.
 
-    n -> source (by weight, one pattern for all lanes) -> shuffle of the source (another in each epoch) -> sample and part -> Document
+    n -> source (by weight, one pattern for all lanes) -> shuffle of the source (another in each
+    epoch) -> sample and part -> Document
 
 All of it is random access, so a position in a stream is a number.
 """
@@ -32,26 +34,37 @@ class Task(NamedTuple):
 
 
 def tasks(sources: Sequence[Sequence[Sample]], tokenizer, cfg: EVLMConfig) -> list[Task]:
-    """The tasks of `data.tasks`, in the order of their first sources; one of all sources where that is empty."""
+    """The tasks of `data.tasks`, in the order of their first sources; one of all sources where that
+    is empty.
+    """
     data = cfg.data
     names = data.tasks or ("",) * len(sources)
-    documents = [_endless(Documents(source, tokenizer, cfg), data, number) for number, source in enumerate(sources)]
+    documents = [
+        _endless(Documents(source, tokenizer, cfg), data, number)
+        for number, source in enumerate(sources)
+    ]
     made = []
     for name in dict.fromkeys(names):
         own = [i for i, task in enumerate(names) if task == name]
         weights = [data.weights[i] for i in own]
-        mixed = grain.MapDataset.select_from_datasets([documents[i] for i in own], Mixture(weights, cfg.pools))
+        mixed = grain.MapDataset.select_from_datasets(
+            [documents[i] for i in own], Mixture(weights, cfg.pools)
+        )
         made.append(Task(name, sum(weights) / sum(data.weights), mixed))
     return made
 
 
 class Documents(grain.MapDataset):
-    """A source's documents: each sample, split as `data.dialogs` says; dialogs are dealt to the parts anew in each epoch."""
+    """A source's documents: each sample, split as `data.dialogs` says; dialogs are dealt to the
+    parts anew in each epoch.
+    """
 
     def __init__(self, source, tokenizer, cfg: EVLMConfig):
         super().__init__()
         self._source, self._tokenizer, self._cfg = source, tokenizer, cfg
-        self._ends = np.cumsum([part_count(count, cfg.data.dialogs) for count in source.dialog_counts()])
+        self._ends = np.cumsum(
+            [part_count(count, cfg.data.dialogs) for count in source.dialog_counts()]
+        )
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -66,11 +79,16 @@ class Documents(grain.MapDataset):
 
 
 class Shuffle(grain.MapDataset):
-    """Another order in each epoch, by a table. Grain's own needs none, but walks through 2**16 numbers: milliseconds for a short source."""
+    """Another order in each epoch, by a table.
+
+    Grain's own needs none, but walks through 2**16 numbers: milliseconds for a short source.
+    """
 
     def __init__(self, parent: grain.MapDataset, seed: int):
         super().__init__(parent)
-        self._order = functools.lru_cache(2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(len(parent)))
+        self._order = functools.lru_cache(2)(
+            lambda epoch: np.random.default_rng((seed, epoch)).permutation(len(parent))
+        )
 
     def __len__(self) -> int:
         return len(self._parent)
@@ -93,18 +111,19 @@ class Once(grain.MapDataset):
     def __getitem__(self, index: int) -> Document:
         if index >= len(self._parent):
             raise ValueError(
-                f'data source {self._name!r} has ended after {len(self._parent)} documents: set data.ends to "repeat", train.steps or '
-                "its weight lower, or give it more data"
+                f"data source {self._name!r} has ended after {len(self._parent)} documents: set"
+                ' data.ends to "repeat", train.steps or its weight lower, or give it more data'
             )
         return self._parent[index]
 
 
 class Mixture(grain.transforms.DatasetSelectionMap):
-    """Stream index -> (source, index in it). Each lane sees the sources in one pattern that has exactly their weights.
+    """Stream index -> (source, index in it). Each lane sees the sources in one pattern that has
+    exactly their weights.
 
-    Of a source with the share s of the sum of weights, the k-th turn of a lane stands at (k + 1/2) / s. So after any number of turns its
-    count is off by less than the number of sources, and weights are taken as they are written, in decimals: 0.1 is a tenth.
-    """
+    Of a source with the share s of the sum of weights, the k-th turn of a lane stands at (k + 1/2)
+    / s. So after any number of turns its count is off by less than the number of sources, and
+    weights are taken as they are written, in decimals: 0.1 is a tenth."""
 
     def __init__(self, weights: Sequence[float], lanes: int):
         if min(weights) <= 0:
@@ -112,7 +131,9 @@ class Mixture(grain.transforms.DatasetSelectionMap):
         exact = [Fraction(str(weight)) for weight in weights]
         self._shares = [weight / sum(exact) for weight in exact]
         scale = lcm(*(share.numerator for share in self._shares))
-        self._strides = [int(scale / share) for share in self._shares]  # places of turns as whole numbers: (2 k + 1) * stride
+        self._strides = [
+            int(scale / share) for share in self._shares
+        ]  # places of turns as whole numbers: (2 k + 1) * stride
         self._lanes = lanes
         self._turn = functools.lru_cache(1 << 12)(self._find)  # all lanes ask for the same turns
 
@@ -126,7 +147,9 @@ class Mixture(grain.transforms.DatasetSelectionMap):
 
     def _find(self, turn: int) -> tuple[int, int]:
         """The source of a lane's turn, and how many turns it had before."""
-        before = max(0, turn - len(self._shares))  # up to this place at most `turn` turns stand: from there they are counted one by one
+        before = max(
+            0, turn - len(self._shares)
+        )  # up to this place at most `turn` turns stand: from there they are counted one by one
         taken = [int(before * share + Fraction(1, 2)) for share in self._shares]
         for _ in range(turn - sum(taken) + 1):
             source = min(range(len(taken)), key=lambda i: (2 * taken[i] + 1) * self._strides[i])

@@ -1,4 +1,5 @@
-"""Documents into rows of static size: on costs, over a window, before any image is decoded; never splitting a document.
+"""Documents into rows of static size: on costs, over a window, before any image is decoded; never
+splitting a document.
 
 Rows are packed a pool at a time: `data.pool` neighbouring rows share image slots and pairs.
 """
@@ -51,7 +52,9 @@ def unfit(document: Document, data: DataConfig) -> Drop | None:
         return Drop("nothing supervised", f"nothing supervised: {name}")
     causes = ("too long", "too many images", "too many targets", "too many pairs")
     fields = ("length", "images", "targets", "pairs")
-    for cause, field, unit, need, room in zip(causes, fields, Budget._fields, Budget.needed(document), Budget.of(data)):
+    for cause, field, unit, need, room in zip(
+        causes, fields, Budget._fields, Budget.needed(document), Budget.of(data)
+    ):
         if need > room:
             mend = " (data.dialogs splits it)" if document.dialog.max() > 0 else ""
             return Drop(cause, f"{cause}: {need} {unit} > data.{field} {room}, {name}{mend}")
@@ -61,13 +64,15 @@ def unfit(document: Document, data: DataConfig) -> Drop | None:
 class Packer:
     """Rows from every `step`-th document of a stream, beginning at `start`.
 
-    A row begins with the oldest document of the window that fits; the first of a pool takes any, so none waits forever. Then the one is
-    added that leaves tokens and images most even, as shares of what the row aims at: all tokens, and its images (`pool`). The window is
-    filled up again, until none fits. So rows use up both, and none is crowded with the pictures that others lack. Where the data are
-    shorter than the window (`_spread`), a document that its pool has already waits while another one fits.
+    A row begins with the oldest document of the window that fits; the first of a pool takes any, so
+    none waits forever. Then the one is added that leaves tokens and images most even, as shares of
+    what the row aims at: all tokens, and its images (`pool`). The window is filled up again, until
+    none fits. So rows use up both, and none is crowded with the pictures that others lack. Where
+    the data are shorter than the window (`_spread`), a document that its pool has already waits
+    while another one fits.
 
-    Which documents make a row depends on the stream alone, so a position is `next` and the indices (and parts, of documents that were
-    cut) in the window.
+    Which documents make a row depends on the stream alone, so a position is `next` and the indices
+    (and parts, of documents that were cut) in the window.
     """
 
     def __init__(self, stream: Sequence[Document], data: DataConfig, start: int = 0, step: int = 1):
@@ -75,14 +80,18 @@ class Packer:
         self.next, self.drops = start, []
         self._pending: list[tuple[int, int, Document]] = []  # stream index, part, document
         self._costs = np.zeros((data.window, len(Budget._fields)), np.int64)
-        self._same: list[int] = []  # of each pending document, the same number as of one that is equal
+        self._same: list[
+            int
+        ] = []  # of each pending document, the same number as of one that is equal
         self._counts: Counter[int] = Counter()  # of these numbers
         self._used: Counter[int] = Counter()  # of those in the pool
         self._again = False  # whether the window has one that the pool has
 
     @property
     def taken(self) -> int:
-        """Documents of the stream that are used or left out, with at least one of their parts gone from the window."""
+        """Documents of the stream that are used or left out, with at least one of their parts gone
+        from the window.
+        """
         return used_of(self.state, self.step)
 
     @property
@@ -91,7 +100,9 @@ class Packer:
         return {"next": self.next, "pending": [[index, part] for index, part, _ in self._pending]}
 
     def restore(self, state: dict) -> None:
-        """Goes to a position. Of what waited there, it leaves out what is there no more, or fits no more: where the data are other ones."""
+        """Goes to a position. Of what waited there, it leaves out what is there no more, or fits no
+        more: where the data are other ones.
+        """
         self.next, self.drops = state["next"], []
         self._pending, self._same, self._counts = [], [], Counter()
         documents: dict[int, tuple[Document, ...]] = {}
@@ -148,7 +159,10 @@ class Packer:
                     unfits = 0
                     self._add(self.next, part, document)
             if unfits >= MOST_DROPS:
-                raise ValueError(f"{MOST_DROPS} documents in a row cannot be used; the last: {self.drops[-1].message}")
+                raise ValueError(
+                    f"{MOST_DROPS} documents in a row cannot be used; the last:"
+                    f" {self.drops[-1].message}"
+                )
             self.next += self.step
 
     def _read(self, index: int) -> tuple[Document, ...]:
@@ -161,14 +175,18 @@ class Packer:
         return document, *document.rest
 
     def _spread(self, fits: np.ndarray) -> None:
-        """Where documents come again in the window or the pool, keeps of those that fit the least often used ones, and of these the
-        ones in front of the first that comes again: in one epoch no two lanes have the same document."""
+        """Where documents come again in the window or the pool, keeps of those that fit the least
+        often used ones, and of these the ones in front of the first that comes again: in one epoch
+        no two lanes have the same document.
+        """
         if self._again:
             times = np.array([self._used[same] for same in self._same])
             fits &= times == times[fits].min()
         if len(self._counts) < len(self._same):
             known: set[int] = set()
-            again = next(place for place, same in enumerate(self._same) if same in known or known.add(same))
+            again = next(
+                place for place, same in enumerate(self._same) if same in known or known.add(same)
+            )
             if fits[:again].any():
                 fits[again:] = False
 
@@ -189,11 +207,21 @@ class Packer:
         return bool(drop)
 
     def _add(self, index: int, part: int, document: Document) -> None:
-        if len(self._pending) == len(self._costs):  # the parts of one document may exceed the window
+        if len(self._pending) == len(
+            self._costs
+        ):  # the parts of one document may exceed the window
             self._costs = np.concatenate([self._costs, np.zeros_like(self._costs)])
         self._costs[len(self._pending)] = Budget.needed(document)
         self._same.append(
-            same := hash((document.source, document.key, document.refs, document.tokens.tobytes(), document.targets.tobytes()))
+            same := hash(
+                (
+                    document.source,
+                    document.key,
+                    document.refs,
+                    document.tokens.tobytes(),
+                    document.targets.tobytes(),
+                )
+            )
         )
         self._counts[same] += 1
         self._again |= same in self._used
@@ -201,42 +229,56 @@ class Packer:
 
 
 def used_of(state: dict, of: int) -> int:
-    """Documents that a position of one of `of` packers has used or left out, with at least one of their parts gone from the window."""
+    """Documents that a position of one of `of` packers has used or left out, with at least one of
+    their parts gone from the window.
+    """
     return state["next"] // of - len({index for index, _ in state["pending"]})
 
 
 def pool(packers: Sequence[Packer], data: DataConfig) -> list[list[tuple[int, Document]]]:
     """The rows of a pool, one of each packer in turn; all are empty where the streams have ended.
 
-    Each aims at the images that its packer wants, or at as large a share of the slots that are left as that is of what this row and the
-    later ones want. So where slots are scarce all rows have a little less, instead of the last one next to none.
-    """
+    Each aims at the images that its packer wants, or at as large a share of the slots that are left
+    as that is of what this row and the later ones want. So where slots are scarce all rows have a
+    little less, instead of the last one next to none."""
     slots, pairs, rows, seen = data.slots, data.pairs, [], Counter()
     for number, packer in enumerate(packers):
         wanted = [other.wanted() for other in packers[number:]]
         aim = min(wanted[0], wanted[0] * slots / max(sum(wanted), 1))
-        row = packer.row(Budget(data.length, min(data.images, slots), data.targets, pairs), aim, seen)
+        row = packer.row(
+            Budget(data.length, min(data.images, slots), data.targets, pairs), aim, seen
+        )
         needed = [Budget.needed(document) for _, document in row]
-        slots, pairs = slots - sum(need.images for need in needed), pairs - sum(need.pairs for need in needed)
+        slots, pairs = (
+            slots - sum(need.images for need in needed),
+            pairs - sum(need.pairs for need in needed),
+        )
         rows.append(row)
     return rows
 
 
 def first_slots(rows: Sequence[Sequence[Document]], data: DataConfig) -> list[int]:
     """Of each row, the first of its pool's image slots that is its own."""
-    counts = np.array([sum(len(document.refs) for document in row) for row in rows]).reshape(-1, data.pool)
+    counts = np.array([sum(len(document.refs) for document in row) for row in rows]).reshape(
+        -1, data.pool
+    )
     return (counts.cumsum(1) - counts).ravel().tolist()
 
 
 def assemble(rows: Sequence[Sequence[Document]], cfg: EVLMConfig) -> dict[str, np.ndarray]:
     """All fields of Batch but the pictures, int32, for whole pools of rows of documents that fit.
 
-    Offsets are added, padding is as Batch says. `isolate=False`: what a document's end can see stays visible to the end of the row, and
-    positions go on. target_source is the index into data.sources (0 for documents of other sources, as in evaluation).
-    """
+    Offsets are added, padding is as Batch says. `isolate=False`: what a document's end can see
+    stays visible to the end of the row, and positions go on. target_source is the index into
+    data.sources (0 for documents of other sources, as in evaluation)."""
     data, count, length = cfg.data, len(rows), cfg.data.length
-    fields = {name: np.zeros((count, length), np.int32) for name in ("tokens", "positions", "visible_start", "visible_stop")}
-    fields |= {name: np.zeros((count, data.targets), np.int32) for name in ("target_at", "target_source")}
+    fields = {
+        name: np.zeros((count, length), np.int32)
+        for name in ("tokens", "positions", "visible_start", "visible_stop")
+    }
+    fields |= {
+        name: np.zeros((count, data.targets), np.int32) for name in ("target_at", "target_source")
+    }
     fields["seen_until"] = np.tile(np.arange(1, length + 1, dtype=np.int32), (count, 1))
     fields["media_slot"] = np.full((count, length), -1, np.int32)
     fields["targets"] = np.full((count, data.targets), -1, np.int32)
@@ -253,24 +295,34 @@ def assemble(rows: Sequence[Sequence[Document]], cfg: EVLMConfig) -> dict[str, n
                 fields[name][here] = getattr(document, name) + image
             fields["target_at"][there] = document.target_at + token
             fields["targets"][there] = document.targets
-            fields["target_source"][there] = data.sources.index(document.source) if document.source in data.sources else 0
+            fields["target_source"][there] = (
+                data.sources.index(document.source) if document.source in data.sources else 0
+            )
             if not data.isolate:
                 fields["seen_until"][here][document.seen_until == n] = length
                 position += int(document.positions[-1]) + 1
             token, image, target = token + n, image + len(document.refs), target + m
     if not cfg.tile:
         return fields | dict.fromkeys(Plan._fields)
-    seen = np.stack([fields["visible_start"], fields["visible_stop"]]).reshape(2, -1, data.pool * length)
+    seen = np.stack([fields["visible_start"], fields["visible_stop"]]).reshape(
+        2, -1, data.pool * length
+    )
     plans = [plan(start, stop, cfg.tile, data.pairs) for start, stop in zip(*seen)]
     return fields | {name: np.stack([p[name] for p in plans]) for name in Plan._fields}
 
 
 def fill(rows: Sequence[Sequence[Document]], data: DataConfig) -> dict[str, float]:
-    """Used share of each budget, over all rows of whole pools; of images that is the share of the slots."""
-    room = len(rows) * np.array([data.length, data.slots / data.pool, data.targets, data.pairs / data.pool])
+    """Used share of each budget, over all rows of whole pools; of images that is the share of the
+    slots.
+    """
+    room = len(rows) * np.array(
+        [data.length, data.slots / data.pool, data.targets, data.pairs / data.pool]
+    )
     return dict(zip(Budget._fields, (used(rows) / np.maximum(room, 1)).tolist()))
 
 
 def used(rows: Sequence[Sequence[Document]]) -> np.ndarray:
     """What all rows together need, in the order of Budget."""
-    return np.sum([Budget.needed(document) for row in rows for document in row] or [Budget(0, 0, 0, 0)], 0)
+    return np.sum(
+        [Budget.needed(document) for row in rows for document in row] or [Budget(0, 0, 0, 0)], 0
+    )

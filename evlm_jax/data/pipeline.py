@@ -1,10 +1,10 @@
 """Batches: documents packed in lanes, with pictures; the saved position makes every run repeatable.
 
-The unit of determinism is a lane: pool j of every batch, `data.pool` rows, comes from lane j of as many as a batch has pools, whatever
-number of processes shares the lanes. Lane j reads the documents n * lanes + j, n = 0, 1, ... of each task's endless stream
-(data/mixture.py), with the parts that a long one is cut into, so its position is a number and the few indices that wait in its packing
-window, for each task.
-"""
+The unit of determinism is a lane: pool j of every batch, `data.pool` rows, comes from lane j of as
+many as a batch has pools, whatever number of processes shares the lanes. Lane j reads the documents
+n * lanes + j, n = 0, 1, ... of each task's endless stream (data/mixture.py), with the parts that a
+long one is cut into, so its position is a number and the few indices that wait in its packing
+window, for each task."""
 
 import atexit
 import functools
@@ -34,37 +34,54 @@ ENOUGH = 1000  # documents, before their share of drops is judged
 
 
 def batches(
-    cfg: EVLMConfig, tokenizer, features: FeatureStore | None = None, lanes: Sequence[int] | None = None
+    cfg: EVLMConfig,
+    tokenizer,
+    features: FeatureStore | None = None,
+    lanes: Sequence[int] | None = None,
 ) -> grain.DatasetIterator[tuple[Batch, dict]]:
-    """An endless iterator of (Batch of numpy arrays, info) with `get_state()` and `set_state(state)`, both about what was consumed.
+    """An endless iterator of (Batch of numpy arrays, info) with `get_state()` and
+    `set_state(state)`, both about what was consumed.
 
     `close()` stops its thread.
 
-    info: "keys" (the samples of each row), "fill" (used share of each budget), "drops" (list of Drop since the last batch), "cut" (parts of
-    longer documents among them).
-    State: {"lanes": {lane number: [{"next", "pending"} of each task]}, "of": number of all lanes, "sources": {name: identity}}, JSON-able;
-    the states of several processes are merged by merging "lanes", and any number of processes restores from that. From a state of another
-    number of lanes (train.batch or data.pool was another) each task goes on behind as many documents as were used, dealt to the lanes in
-    turn: the number is exact, but those that waited in windows may be left out and those that a lane was ahead by may come again.
+    info: "keys" (the samples of each row), "fill" (used share of each budget), "drops" (list of
+      Drop since the last batch), "cut" (parts of longer documents among them).
+    State: {"lanes": {lane number: [{"next", "pending"} of each task]}, "of": number of all lanes,
+      "sources": {name: identity}}, JSON-able; the states of several processes are merged by merging
+      "lanes", and any number of processes restores from that. From a state of another number of
+      lanes (train.batch or data.pool was another) each task goes on behind as many documents as
+      were used, dealt to the lanes in
+    turn: the number is exact, but those that waited in windows may be left out and those that a
+      lane was ahead by may come again.
 
     Args:
-      features: where the taps come from if `data.cache_features`; what it lacks is computed when a batch needs it.
-      lanes: numbers of the pools that this process makes, ascending (mesh.Layout.own_pools); all where left out.
+      features: where the taps come from if `data.cache_features`; what it lacks is computed when a
+        batch needs it.
+      lanes: numbers of the pools that this process makes, ascending (mesh.Layout.own_pools); all
+        where left out.
     """
     if cfg.data.cache_features != (features is not None):
-        raise ValueError(f"config: data.cache_features is {cfg.data.cache_features}; a feature store is needed exactly when it is true")
+        raise ValueError(
+            f"config: data.cache_features is {cfg.data.cache_features}; a feature store is needed"
+            " exactly when it is true"
+        )
     sources = [open_source(name) for name in cfg.data.sources]
     told = {name: identity(source) for name, source in zip(cfg.data.sources, sources)}
-    return Prefetch(RowsIterator(tasks(sources, tokenizer, cfg), cfg, lanes or range(cfg.pools), features, told), PREFETCH)
+    return Prefetch(
+        RowsIterator(
+            tasks(sources, tokenizer, cfg), cfg, lanes or range(cfg.pools), features, told
+        ),
+        PREFETCH,
+    )
 
 
 class Lane:
     """Rows of one lane, a pool at a time, each row of one task.
 
-    Whose turn it is, is drawn, so that lanes differ; by how far each task is behind its weight, so that shares of documents stay exact: a
-    task is at most a window and a pool ahead. For a pool of p rows p * p times all its tasks are drawn, and those are taken whose images
-    come nearest to the pool's slots.
-    """
+    Whose turn it is, is drawn, so that lanes differ; by how far each task is behind its weight, so
+    that shares of documents stay exact: a task is at most a window and a pool ahead. For a pool of
+    p rows p * p times all its tasks are drawn, and those are taken whose images come nearest to the
+    pool's slots."""
 
     def __init__(self, made: Sequence[Task], cfg: EVLMConfig, number: int):
         self._packers = [Packer(task.documents, cfg.data, number, cfg.pools) for task in made]
@@ -75,7 +92,9 @@ class Lane:
         """The documents of the next pool's rows."""
         taken, rows = np.array([packer.taken for packer in self._packers]), self._data.pool
         due = np.maximum(self._weights * (taken.sum() + self._data.window) - taken, 0)
-        drawn = np.random.default_rng((*self._seed, int(taken.sum()))).choice(len(due), (rows**2, rows), p=due / due.sum())
+        drawn = np.random.default_rng((*self._seed, int(taken.sum()))).choice(
+            len(due), (rows**2, rows), p=due / due.sum()
+        )
         wanted = np.array([packer.wanted() for packer in self._packers])
         nearest = drawn[np.abs(wanted[drawn].sum(1) - self._data.slots).argmin()]
         packed = pool([self._packers[task] for task in nearest], self._data)
@@ -97,24 +116,41 @@ class Lane:
         """Goes to a position. Raises ValueError where it is that of another number of tasks."""
         if len(state) != len(self._packers):
             raise ValueError(
-                f"the saved data position has {len(state)} tasks, data.tasks has {len(self._packers)}: they must stay the same"
+                f"the saved data position has {len(state)} tasks, data.tasks has"
+                f" {len(self._packers)}: they must stay the same"
             )
         for packer, own in zip(self._packers, state):
             packer.restore(own)
 
 
 def redealt(state: dict, lanes: int) -> dict:
-    """A state for another number of lanes, behind as many documents of each task (see `batches`)."""
+    """A state for another number of lanes, behind as many documents of each task (see
+    `batches`).
+    """
     of = state["of"]
     if len(state["lanes"]) != of:
-        raise ValueError(f"the saved data position has {len(state['lanes'])} of {of} lanes: merge the positions of all processes")
-    taken = [sum(map(partial(used_of, of=of), tasks)) for tasks in zip(*state["lanes"].values(), strict=True)]
-    begin = lambda used, lane: {"next": lane + lanes * (used // lanes + (lane < used % lanes)), "pending": []}
-    return {"lanes": {str(lane): [begin(used, lane) for used in taken] for lane in range(lanes)}, "of": lanes}
+        raise ValueError(
+            f"the saved data position has {len(state['lanes'])} of {of} lanes: merge the positions"
+            " of all processes"
+        )
+    taken = [
+        sum(map(partial(used_of, of=of), tasks))
+        for tasks in zip(*state["lanes"].values(), strict=True)
+    ]
+    begin = lambda used, lane: {
+        "next": lane + lanes * (used // lanes + (lane < used % lanes)),
+        "pending": [],
+    }
+    return {
+        "lanes": {str(lane): [begin(used, lane) for used in taken] for lane in range(lanes)},
+        "of": lanes,
+    }
 
 
 class Prefetch(grain.experimental.ThreadPrefetchDatasetIterator):
-    """Grain's thread, stopped before the interpreter is taken down: a thread at work then would abort the process."""
+    """Grain's thread, stopped before the interpreter is taken down: a thread at work then would
+    abort the process.
+    """
 
     def __init__(self, parent: grain.DatasetIterator, size: int):
         super().__init__(parent, size)
@@ -138,10 +174,18 @@ class Ready(NamedTuple):
 
 
 class RowsIterator(grain.DatasetIterator):
-    """Packed batches of some lanes: see `batches`. The next rows are packed while the pictures of these are decoded."""
+    """Packed batches of some lanes: see `batches`.
+
+    The next rows are packed while the pictures of these are decoded.
+    """
 
     def __init__(
-        self, made: Sequence[Task], cfg: EVLMConfig, lanes: Sequence[int], features: FeatureStore | None, sources: dict | None = None
+        self,
+        made: Sequence[Task],
+        cfg: EVLMConfig,
+        lanes: Sequence[int],
+        features: FeatureStore | None,
+        sources: dict | None = None,
     ):
         super().__init__()
         self._cfg, self._features, self._sources = cfg, features, sources or {}
@@ -164,7 +208,12 @@ class RowsIterator(grain.DatasetIterator):
         self._budget(sum(map(len, rows)) - len(damaged), drops + damaged)
         cut = sum(document.parts > 1 for row in rows for document in row)
         keys = [[f"{document.source}/{document.key}" for document in row] for row in rows]
-        return batch, {"keys": keys, "fill": fill(rows, self._cfg.data), "drops": drops + damaged, "cut": cut}
+        return batch, {
+            "keys": keys,
+            "fill": fill(rows, self._cfg.data),
+            "drops": drops + damaged,
+            "cut": cut,
+        }
 
     def _start(self) -> Ready:
         """The next rows of every lane."""
@@ -173,15 +222,23 @@ class RowsIterator(grain.DatasetIterator):
         return Ready(rows, drops, load_pictures(rows, self._cfg, self._features))
 
     def _budget(self, used: int, drops: Sequence[Drop]) -> None:
-        """Stops a run that loses more than `data.most_drops` of its documents, once a thousand were seen."""
+        """Stops a run that loses more than `data.most_drops` of its documents, once a thousand were
+        seen.
+        """
         self._used += used
         self._lost.update(drop.cause for drop in drops)
         for drop in drops:
             self._examples.setdefault(drop.cause, drop.message)
         lost, share = self._lost.total(), self._cfg.data.most_drops
         if lost + self._used >= ENOUGH and lost > share * (lost + self._used):
-            causes = "".join(f"\n  {cause}: {count}, the first: {self._examples[cause]}" for cause, count in self._lost.most_common())
-            raise ValueError(f"{lost} of {lost + self._used} documents were left out, more than data.most_drops = {share:g}:{causes}")
+            causes = "".join(
+                f"\n  {cause}: {count}, the first: {self._examples[cause]}"
+                for cause, count in self._lost.most_common()
+            )
+            raise ValueError(
+                f"{lost} of {lost + self._used} documents were left out, more than data.most_drops"
+                f" = {share:g}:{causes}"
+            )
 
     def get_state(self) -> dict:
         """The position of every lane of this process."""
@@ -192,11 +249,17 @@ class RowsIterator(grain.DatasetIterator):
         return {"lanes": lanes, "of": self._cfg.pools, "sources": self._sources}
 
     def set_state(self, state: dict) -> None:
-        """Takes this process's lanes from a state. Raises ValueError where it lacks one, or is of other tasks."""
+        """Takes this process's lanes from a state.
+
+        Raises ValueError where it lacks one, or is of other tasks.
+        """
         if state["of"] != self._cfg.pools:
             state = redealt(state, self._cfg.pools)
         if missing := [number for number in self._lanes if str(number) not in state["lanes"]]:
-            raise ValueError(f"the saved data position has no lanes {missing}: merge the positions of all processes")
+            raise ValueError(
+                f"the saved data position has no lanes {missing}: merge the positions of all"
+                " processes"
+            )
         for number, lane in self._lanes.items():
             lane.restore(state["lanes"][str(number)])
         self._ahead, self._position = None, self._positions()
@@ -205,16 +268,21 @@ class RowsIterator(grain.DatasetIterator):
 def rows_in_order(
     documents: Sequence[Document], cfg: EVLMConfig, rows: int, features: FeatureStore | None = None
 ) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
-    """Packs a finite list of documents for evaluation, each row with its own image slots; the last batch is padded with empty rows.
+    """Packs a finite list of documents for evaluation, each row with its own image slots; the last
+    batch is padded with empty rows.
 
     Yields:
-      (Batch, document [rows, M], dialog [rows, M]): each target's document (index into `documents`) and dialog in it; -1 at padding.
+      (Batch, document [rows, M], dialog [rows, M]): each target's document (index into `documents`)
+      and dialog in it; -1 at padding.
     Raises:
       ValueError: a document that fits no row; ImageError: an image that cannot be read.
     """
     cfg = cfg.apart
     if misfits := [drop for document in documents if (drop := unfit(document, cfg.data))]:
-        raise ValueError(f"{len(misfits)} documents do not fit a row; the first: {misfits[0].message}: shorten it, or raise that field")
+        raise ValueError(
+            f"{len(misfits)} documents do not fit a row; the first: {misfits[0].message}: shorten"
+            " it, or raise that field"
+        )
     if features is not None:
         features.fill(ref for document in documents for ref in document.refs)
     packer, packed = Packer(documents, cfg.data), []
@@ -236,20 +304,28 @@ def rows_in_order(
 
 
 def collate(
-    rows: Sequence[Sequence[Document]], cfg: EVLMConfig, loaded: Iterator[np.ndarray | image.ImageError]
+    rows: Sequence[Sequence[Document]],
+    cfg: EVLMConfig,
+    loaded: Iterator[np.ndarray | image.ImageError],
 ) -> tuple[Batch, list[Drop]]:
     """Whole pools of rows of documents as a Batch, with the pictures of each document, in order.
 
     A document with an unreadable image keeps its place, but no targets, and is reported.
     """
     spec = Batch.spec(cfg, len(rows))
-    name, shape, dtype = ("pixels", spec.pixels.shape, np.uint8) if spec.taps is None else ("taps", spec.taps.shape, ml_dtypes.bfloat16)
+    name, shape, dtype = (
+        ("pixels", spec.pixels.shape, np.uint8)
+        if spec.taps is None
+        else ("taps", spec.taps.shape, ml_dtypes.bfloat16)
+    )
     pictures, kept, drops = np.zeros(shape, dtype), [], []
     for b, (row, slot) in enumerate(zip(rows, first_slots(rows, cfg.data))):
         kept.append([])
         for document, picture in zip(row, loaded):
             if isinstance(picture, image.ImageError):
-                drops.append(Drop("unreadable image", f"{picture}, sample {document.source}/{document.key}"))
+                drops.append(
+                    Drop("unreadable image", f"{picture}, sample {document.source}/{document.key}")
+                )
                 document = document._replace(targets=np.full_like(document.targets, -1))
             else:
                 pictures[b // cfg.data.pool, slot : slot + len(picture)] = picture
@@ -262,14 +338,20 @@ def collate(
 def load_pictures(
     rows: Sequence[Sequence[Document]], cfg: EVLMConfig, features: FeatureStore | None
 ) -> Iterator[np.ndarray | image.ImageError]:
-    """Pixels or taps of each document, or what is wrong with them; pixels are in work at once, missing taps are computed together."""
+    """Pixels or taps of each document, or what is wrong with them; pixels are in work at once,
+    missing taps are computed together.
+    """
     documents = [document for row in rows for document in row]
     if features is not None:
         features.fill((ref for document in documents for ref in document.refs), progress=False)
 
     def load(document: Document) -> np.ndarray | image.ImageError:
         try:
-            return image.pixels(document.refs, cfg) if features is None else features.get(document.refs)
+            return (
+                image.pixels(document.refs, cfg)
+                if features is None
+                else features.get(document.refs)
+            )
         except image.ImageError as error:
             return error
 

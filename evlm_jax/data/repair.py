@@ -1,16 +1,32 @@
-"""Files that Pillow does not read though their pixels are whole, and what a file is that holds none."""
+"""Files that Pillow does not read though their pixels are whole, and what a file is that holds
+none.
+"""
 
 import struct
 
 from simplejpeg import decode_jpeg
 
-TELLING = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # parts of a PNG that say something about its pixels, and change none
+TELLING = (
+    b"tEXt",
+    b"zTXt",
+    b"iTXt",
+    b"iCCP",
+)  # parts of a PNG that say something about its pixels, and change none
 PNG, JPEG, END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
-OTHERS = {b"ftypavif": "AVIF", b"ftypheic": "HEIC", b"ftypheix": "HEIC", b"ftypmif1": "HEIF", b"jP  ": "JPEG 2000", b"JXL ": "JPEG XL"}
+OTHERS = {
+    b"ftypavif": "AVIF",
+    b"ftypheic": "HEIC",
+    b"ftypheix": "HEIC",
+    b"ftypmif1": "HEIF",
+    b"jP  ": "JPEG 2000",
+    b"JXL ": "JPEG XL",
+}
 
 
 def mend(content: bytes) -> bytes | None:
-    """The same pixels in a file that Pillow reads, or None: without texts and profiles that are too long, with the end mark of a JPEG."""
+    """The same pixels in a file that Pillow reads, or None: without texts and profiles that are too
+    long, with the end mark of a JPEG.
+    """
     if content.startswith(PNG):
         return _without_telling(content)
     if content.startswith(JPEG) and not content.endswith(END) and _is_baseline(content):
@@ -27,7 +43,11 @@ def foreign(content: bytes) -> ValueError | None:
     kind = next((name for mark, name in OTHERS.items() if mark in content[4:12]), None)
     if kind is None and content.lstrip()[:1] == b"<":
         kind = "HTML, XML or SVG"
-    return ValueError(f"it is {kind or 'an empty file'}, which is not read") if kind or not content else None
+    return (
+        ValueError(f"it is {kind or 'an empty file'}, which is not read")
+        if kind or not content
+        else None
+    )
 
 
 def _without_telling(content: bytes) -> bytes | None:

@@ -1,4 +1,6 @@
-"""Reads that fail by accident are tried again: a full network, a busy store, a disk that does not answer."""
+"""Reads that fail by accident are tried again: a full network, a busy store, a disk that does not
+answer.
+"""
 
 import errno
 import functools
@@ -8,7 +10,19 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 WAITS = (0.1, 0.4, 1.6, 6.4)  # seconds, about; then the error stands
-ACCIDENTS = {"EIO", "ESTALE", "EAGAIN", "EINTR", "EBUSY", "ETIMEDOUT", "ENETDOWN", "ENETUNREACH", "ENETRESET", "EHOSTUNREACH", "EREMOTEIO"}
+ACCIDENTS = {
+    "EIO",
+    "ESTALE",
+    "EAGAIN",
+    "EINTR",
+    "EBUSY",
+    "ETIMEDOUT",
+    "ENETDOWN",
+    "ENETUNREACH",
+    "ENETRESET",
+    "EHOSTUNREACH",
+    "EREMOTEIO",
+}
 NUMBERS = {getattr(errno, name) for name in ACCIDENTS if hasattr(errno, name)}
 BUSY = {408, 429, 500, 502, 503, 504}  # of HTTP
 LOST = {"ClientConnectionError", "ClientPayloadError"}  # aiohttp's, for fsspec's stores
@@ -17,12 +31,18 @@ P, R = ParamSpec("P"), TypeVar("R")
 
 
 def accident(error: BaseException | None) -> bool:
-    """Whether the same read may succeed a moment later; also where such an error is the cause of this one."""
+    """Whether the same read may succeed a moment later; also where such an error is the cause of
+    this one.
+    """
     while error is not None:
         status = getattr(error, "status", None) or getattr(error, "code", None)
-        if isinstance(error, (ConnectionError, TimeoutError)) or (isinstance(error, OSError) and error.errno in NUMBERS):
+        if isinstance(error, (ConnectionError, TimeoutError)) or (
+            isinstance(error, OSError) and error.errno in NUMBERS
+        ):
             return True
-        if (isinstance(status, int | str) and str(status) in map(str, BUSY)) or LOST & {kind.__name__ for kind in type(error).__mro__}:
+        if (isinstance(status, int | str) and str(status) in map(str, BUSY)) or LOST & {
+            kind.__name__ for kind in type(error).__mro__
+        }:
             return True
         error = error.__cause__
     return False

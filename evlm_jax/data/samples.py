@@ -1,4 +1,7 @@
-"""What every source yields: pictures by reference, and dialogs about them. Small and hashable; nothing is decoded here."""
+"""What every source yields: pictures by reference, and dialogs about them.
+
+Small and hashable; nothing is decoded here.
+"""
 
 from dataclasses import dataclass, field, replace
 
@@ -18,7 +21,9 @@ class RowError(SampleError):
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """An image file, the frame that a video shows at `frame` seconds, or a picture in memory (image.in_memory)."""
+    """An image file, the frame that a video shows at `frame` seconds, or a picture in memory
+    (image.in_memory).
+    """
 
     path: str  # of a picture in memory what its pixels hash to
     frame: float | None = None
@@ -35,7 +40,9 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Visuals (a tuple of frames each: one for an image, several for a video) and independent dialogs about all of them."""
+    """Visuals (a tuple of frames each: one for an image, several for a video) and independent
+    dialogs about all of them.
+    """
 
     key: str  # unique in its source; errors and drop reports name it
     source: str  # as in `data.sources`
@@ -60,18 +67,24 @@ def question(text: str, answer: str) -> tuple[Turn, Turn]:
 
 
 def part_count(dialogs: int, limit: int) -> int:
-    """Documents that a sample with so many dialogs is split into, `limit` = data.dialogs (0: no limit)."""
+    """Documents that a sample with so many dialogs is split into, `limit` = data.dialogs (0: no
+    limit).
+    """
     return max(1, -(-dialogs // limit)) if limit else 1
 
 
 def part(sample: Sample, index: int, limit: int, seed: tuple[int, ...] | None = None) -> Sample:
     """The dialogs of document `index` of the sample's `part_count` documents.
 
-    The parts of one `seed` (an epoch) share every dialog among them once, in sizes that differ by one at most; another seed deals them
-    out anew. Without a seed they are dealt in the order of the sample.
-    """
+    The parts of one `seed` (an epoch) share every dialog among them once, in sizes that differ by
+    one at most; another seed deals them out anew. Without a seed they are dealt in the order of the
+    sample."""
     count = part_count(len(sample.dialogs), limit)
     if count == 1:
         return sample
-    order = np.arange(len(sample.dialogs)) if seed is None else np.random.default_rng(seed).permutation(len(sample.dialogs))
+    order = (
+        np.arange(len(sample.dialogs))
+        if seed is None
+        else np.random.default_rng(seed).permutation(len(sample.dialogs))
+    )
     return replace(sample, dialogs=tuple(sample.dialogs[i] for i in np.sort(order[index::count])))

@@ -1,4 +1,6 @@
-"""Random access to samples: rows of a container, and a mapper that turns a row into a Sample when it is asked for."""
+"""Random access to samples: rows of a container, and a mapper that turns a row into a Sample when
+it is asked for.
+"""
 
 import bisect
 import hashlib
@@ -13,7 +15,16 @@ from evlm_jax.data.containers.files import Ref
 from evlm_jax.data.retry import retried
 from evlm_jax.data.samples import MARKER, RowError, Sample, SampleError
 
-KEYS = ("id", "key", "__key__", "uuid", "url", "image", "video", "file_name")  # the first that a row has is its name
+KEYS = (
+    "id",
+    "key",
+    "__key__",
+    "uuid",
+    "url",
+    "image",
+    "video",
+    "file_name",
+)  # the first that a row has is its name
 
 
 class Bad(NamedTuple):
@@ -24,7 +35,8 @@ class Bad(NamedTuple):
 
 
 class Source(Sequence[Sample]):
-    """Samples of one sequence of rows. A row that cannot be read, or is no sample, raises RowError with its file, number and key.
+    """Samples of one sequence of rows. A row that cannot be read, or is no sample, raises RowError
+    with its file, number and key.
 
     Args:
       name: as in `data.sources`.
@@ -46,7 +58,13 @@ class Source(Sequence[Sample]):
         numbers: Sequence[int] | None = None,
         beside: Sequence[str] = (),
     ):
-        self.name, self.rows, self.where, self._sample, self._dialogs = name, rows, where, sample, dialogs
+        self.name, self.rows, self.where, self._sample, self._dialogs = (
+            name,
+            rows,
+            where,
+            sample,
+            dialogs,
+        )
         self._numbers, self._beside = range(len(rows)) if numbers is None else numbers, beside
 
     def __len__(self) -> int:
@@ -64,18 +82,28 @@ class Source(Sequence[Sample]):
             return check(made) if isinstance(made, Sample) else made
         except SampleError:
             raise
-        except Exception as error:  # readers of damaged files and mappers of wrong rows raise errors of any kind
+        except (
+            Exception
+        ) as error:  # readers of damaged files and mappers of wrong rows raise errors of any kind
             place = f"{self.where}: row {index + 1}" if self.where else f"row {index + 1}"
-            raise RowError(f"sample {self.name}/{key_of(row)}: {type(error).__name__}: {error} ({place})") from error
+            raise RowError(
+                f"sample {self.name}/{key_of(row)}: {type(error).__name__}: {error} ({place})"
+            ) from error
 
     def dialog_counts(self) -> list[int]:
         """Dialogs of every sample, without building the samples."""
         if self._dialogs is None:
             return [1] * len(self)
-        return [1 if isinstance(row := self.rows[number], Bad) else self._dialogs(row) for number in self._numbers]
+        return [
+            1 if isinstance(row := self.rows[number], Bad) else self._dialogs(row)
+            for number in self._numbers
+        ]
 
     def state(self) -> str:
-        """Another one when what the rows are made of changes: files, or lists in memory. Raises OSError."""
+        """Another one when what the rows are made of changes: files, or lists in memory.
+
+        Raises OSError.
+        """
         paths = [*([self.where] if self.where else []), *self._beside]
         held = self.rows if isinstance(self.rows, list) else len(self.rows)
         return _digest([(path, files.version(path)) for path in paths], held, len(self))
@@ -114,13 +142,22 @@ class Chain(Sequence[Sample]):
 
 
 class Subset(Sequence[Sample]):
-    """The samples whose numbers stand in a .npy file: what cleaning or sampling by cluster (data/sampling.py) kept."""
+    """The samples whose numbers stand in a .npy file: what cleaning or sampling by cluster
+    (data/sampling.py) kept.
+    """
 
     def __init__(self, name: str, source: Source | Chain, file: str):
         with files.open_file(file) as opened:
             self._numbers = np.load(opened)
-        if self._numbers.dtype.kind not in "iu" or self._numbers.ndim != 1 or ((self._numbers < 0) | (self._numbers >= len(source))).any():
-            raise ValueError(f"data source {name!r}: {file} must hold whole numbers from 0 to {len(source) - 1}, one dimension")
+        if (
+            self._numbers.dtype.kind not in "iu"
+            or self._numbers.ndim != 1
+            or ((self._numbers < 0) | (self._numbers >= len(source))).any()
+        ):
+            raise ValueError(
+                f"data source {name!r}: {file} must hold whole numbers from 0 to {len(source) - 1},"
+                " one dimension"
+            )
         self.name, self._source = name, source
 
     def __len__(self) -> int:
@@ -143,7 +180,9 @@ def _digest(*facts) -> str:
     return hashlib.sha256(repr(facts).encode(errors="surrogatepass")).hexdigest()[:32]
 
 
-def by_row(mapper: Callable[..., Sample], picked: Callable[[str], Sequence[int] | None] = lambda file: None) -> Callable[..., Chain]:
+def by_row(
+    mapper: Callable[..., Sample], picked: Callable[[str], Sequence[int] | None] = lambda file: None
+) -> Callable[..., Chain]:
     """Opens every container file of a path.
 
     Args:
@@ -154,13 +193,22 @@ def by_row(mapper: Callable[..., Sample], picked: Callable[[str], Sequence[int] 
     def opened(name: str, path: str, **options: str) -> Chain:
         found = rows.find(path)
         mappers = [partial(mapper, name, files.parent(file), **options) for file in found]
-        return Chain(name, [Source(name, rows.open_rows(f), sample, where=f, numbers=picked(f)) for f, sample in zip(found, mappers)])
+        return Chain(
+            name,
+            [
+                Source(name, rows.open_rows(f), sample, where=f, numbers=picked(f))
+                for f, sample in zip(found, mappers)
+            ],
+        )
 
     return opened
 
 
 def taken(entries: Iterable, what: str, take: Callable[[Any], list]) -> tuple[list, list[Bad]]:
-    """What `take` makes of each entry of a file, and the entries at which it raises. Raises ValueError where it does at all of them."""
+    """What `take` makes of each entry of a file, and the entries at which it raises.
+
+    Raises ValueError where it does at all of them.
+    """
     made, bad, number = [], [], 0
     for number, entry in enumerate(entries, 1):
         try:
@@ -186,8 +234,13 @@ def check(sample: Sample) -> Sample:
                 turn.text.encode()  # half of a surrogate pair is no character
         if (found := sum(turn.text.count(MARKER) for turn in dialog)) != len(sample.visuals):
             raise ValueError(f"{found} {MARKER} markers for {len(sample.visuals)} images or videos")
-    if not isinstance(sample.key, str) or not all(isinstance(score, int | float) for score in sample.scores):
-        raise ValueError(f"the key must be text and scores numbers, they are {sample.key!r} and {sample.scores!r}")
+    if not isinstance(sample.key, str) or not all(
+        isinstance(score, int | float) for score in sample.scores
+    ):
+        raise ValueError(
+            f"the key must be text and scores numbers, they are {sample.key!r} and"
+            f" {sample.scores!r}"
+        )
     if bad := [ref.path for ref in sample.refs if not isinstance(ref.path, str) or not ref.path]:
         raise ValueError(f"{bad[0]!r} is no picture")
     return sample
@@ -197,5 +250,9 @@ def key_of(row) -> str:
     """How a row calls itself; "?" if it does not, or could not be read."""
     if row is None:
         return "?"
-    named = next((row[field] for field in KEYS if row.get(field) is not None), "?") if isinstance(row, dict) else row
+    named = (
+        next((row[field] for field in KEYS if row.get(field) is not None), "?")
+        if isinstance(row, dict)
+        else row
+    )
     return str(named[0] if isinstance(named, (tuple, list)) and named else named)

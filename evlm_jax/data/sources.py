@@ -1,14 +1,18 @@
-"""Where samples come from, by the names used in `data.sources`: KIND:PATH, with options as in KIND:PATH?images=FOLDER&keep=NUMBERS.npy.
+"""Where samples come from, by the names used in `data.sources`: KIND:PATH, with options as in
+KIND:PATH?images=FOLDER&keep=NUMBERS.npy.
 
-PATH is a file, a pattern with *, or a folder; local, or a URL that fsspec opens (gs://, s3://). docs/data.md shows every kind with its
-files and its samples. Besides there are the assets of the demo:
+PATH is a file, a pattern with *, or a folder; local, or a URL that fsspec opens (gs://, s3://).
+docs/data.md shows every kind with its files and its samples. Besides there are the assets of the
+demo:
 
-easy-vqa  easy-vqa-test              the published splits; one sample an image with all its questions
-emoji-en  emoji-zh  emoji-en-test    drawings and their names; the splits share no code point
-photos  photos-test                  a few real photographs with captions; every third is for evaluation
-clips                                three real videos with captions, four frames each
-albums                               documents of two to four of the photographs, each in front of its caption
-signs-en  signs-zh                   pages with a few large words, legible at 112 pixels: ocr-en: and ocr-zh: of the emoji's names
+easy-vqa  easy-vqa-test            the published splits; one sample an image with all its questions
+emoji-en  emoji-zh  emoji-en-test  drawings and their names; the splits share no code point
+photos  photos-test                a few real photographs with captions; every third for evaluation
+clips                              three real videos with captions, four frames each
+albums                             documents of two to four of the photographs, each in front of its
+                                   caption
+signs-en  signs-zh                 pages with a few large words, legible at 112 pixels: ocr-en: and
+                                   ocr-zh: of the emoji's names
 """
 
 import functools
@@ -36,7 +40,8 @@ def open_source(name: str) -> Sequence[Sample]:
     """The source of this name: random access, and `dialog_counts()`.
 
     Raises:
-      ValueError: an unknown kind or option, or nothing in it; FileNotFoundError; AssetError if the demo's files were not fetched.
+      ValueError: an unknown kind or option, or nothing in it; FileNotFoundError; AssetError if the
+        demo's files were not fetched.
     """
     kind, colon, place = name.partition(":")
     if colon and kind in FORMATS:
@@ -44,18 +49,26 @@ def open_source(name: str) -> Sequence[Sample]:
         options = dict(parse_qsl(query, keep_blank_values=True))
         if unknown := [option for option in options if option not in options_of(kind)]:
             known = ", ".join(options_of(kind))
-            raise ValueError(f"config: data.sources: {name!r} has the unknown option {unknown[0]!r}; {kind} has {known}")
+            raise ValueError(
+                f"config: data.sources: {name!r} has the unknown option {unknown[0]!r}; {kind} has"
+                f" {known}"
+            )
         keep = options.pop("keep", None)
         try:
             source = FORMATS[kind](name, path, **options)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"data source {name!r} has not the fields of {kind}: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"data source {name!r} has not the fields of {kind}: {type(error).__name__}:"
+                f" {error}"
+            ) from error
         source = source if keep is None else Subset(name, source, keep)
     elif name in BUILT_IN:
         source = BUILT_IN[name](name)
     else:
         known = [*BUILT_IN, *(f"{kind}:PATH" for kind in FORMATS)]
-        raise ValueError(f"config: data.sources: unknown source {name!r}; use one of {', '.join(known)}")
+        raise ValueError(
+            f"config: data.sources: unknown source {name!r}; use one of {', '.join(known)}"
+        )
     if not len(source):
         raise ValueError(f"data source {name!r} has no samples")
     return source
@@ -72,15 +85,22 @@ def _book(name: str) -> book.Book:
 
 
 def options_of(kind: str) -> tuple[str, ...]:
-    """Options of a kind: `keep`, and the keyword-only parameters of its opener or row mapper, or the options of its set."""
+    """Options of a kind: `keep`, and the keyword-only parameters of its opener or row mapper, or
+    the options of its set.
+    """
     if kind in vqa.SETS:
         return ("images", *vqa.SETS[kind].options, "keep")
     parameters = inspect.signature(ROW_FORMATS.get(kind, FORMATS[kind])).parameters.values()
-    return (*(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY), "keep")
+    return (
+        *(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY),
+        "keep",
+    )
 
 
 def easy_vqa(name: str, split: str) -> Source:
-    """easy-VQA in the layout of its package: {split}/questions.json = [[question, answer, image number], ...], {split}/images/N.png."""
+    """easy-VQA in the layout of its package: {split}/questions.json =
+    [[question, answer, image number], ...], {split}/images/N.png.
+    """
     folder = assets.path("easy-vqa") / split
     by_image: dict[int, list[tuple[Turn, Turn]]] = {}
     for text, answer, number in json.loads((folder / "questions.json").read_text("utf-8")):
@@ -88,7 +108,12 @@ def easy_vqa(name: str, split: str) -> Source:
 
     def sample(row) -> Sample:
         number, dialogs = row
-        return Sample(str(number), name, ((ImageRef(str(folder / "images" / f"{number}.png")),),), tuple(dialogs))
+        return Sample(
+            str(number),
+            name,
+            ((ImageRef(str(folder / "images" / f"{number}.png")),),),
+            tuple(dialogs),
+        )
 
     return Source(name, sorted(by_image.items()), sample, dialogs=lambda row: len(row[1]))
 
@@ -97,8 +122,16 @@ def emoji(name: str, language: str, split: str) -> Source:
     """Drawings CODE.png and names.json = {code: {language: name, "split": ...}}."""
     folder = assets.path("openmoji")
     facts = json.loads((folder / "names.json").read_text("utf-8"))
-    rows = [(code, fact[language]) for code, fact in sorted(facts.items()) if fact["split"] == split]
-    return Source(name, rows, lambda row: captions.captioned(name, row[0], str(folder / f"{row[0]}.png"), [row[1]], NAME[language]))
+    rows = [
+        (code, fact[language]) for code, fact in sorted(facts.items()) if fact["split"] == split
+    ]
+    return Source(
+        name,
+        rows,
+        lambda row: captions.captioned(
+            name, row[0], str(folder / f"{row[0]}.png"), [row[1]], NAME[language]
+        ),
+    )
 
 
 def photos(name: str, test: bool) -> Source:
@@ -109,7 +142,11 @@ def photos(name: str, test: bool) -> Source:
 
 def clips(name: str) -> Source:
     """Each clip as four uniform frames: a short row has room for no more."""
-    return Source(name, captioned("clips"), lambda row: captions.captioned(name, *row, captions.DESCRIBE, frames="4"))
+    return Source(
+        name,
+        captioned("clips"),
+        lambda row: captions.captioned(name, *row, captions.DESCRIBE, frames="4"),
+    )
 
 
 def captioned(asset: str) -> list[tuple[str, str, list[str]]]:
@@ -120,9 +157,14 @@ def captioned(asset: str) -> list[tuple[str, str, list[str]]]:
 
 
 def albums(name: str) -> Source:
-    """Documents of two to four photographs, drawn by number: a line that counts them, then each in front of its caption."""
+    """Documents of two to four photographs, drawn by number: a line that counts them, then each in
+    front of its caption.
+    """
     pictures, rng = photos("photos", test=False).rows, np.random.default_rng(0)
-    rows = [(str(number), rng.permutation(len(pictures))[: 2 + number % len(COUNTED)]) for number in range(ALBUMS)]
+    rows = [
+        (str(number), rng.permutation(len(pictures))[: 2 + number % len(COUNTED)])
+        for number in range(ALBUMS)
+    ]
 
     def sample(row) -> Sample:
         key, chosen = row
@@ -144,8 +186,12 @@ BUILT_IN: dict[str, Callable[[str], Source]] = {
     "photos-test": partial(photos, test=True),
     "clips": clips,
     "albums": albums,
-    "signs-en": lambda name: book.open_book("en", open_source, name, "emoji-en", size="160", characters="24", **SIGNS),
-    "signs-zh": lambda name: book.open_book("zh", open_source, name, "emoji-zh", size="160", characters="8", **SIGNS),
+    "signs-en": lambda name: book.open_book(
+        "en", open_source, name, "emoji-en", size="160", characters="24", **SIGNS
+    ),
+    "signs-zh": lambda name: book.open_book(
+        "zh", open_source, name, "emoji-zh", size="160", characters="8", **SIGNS
+    ),
 }
 ROW_FORMATS: dict[str, Callable[..., Sample]] = {  # over rows of any container
     "img2dataset": captions.img2dataset,

@@ -1,4 +1,6 @@
-"""An answer as it grows: from tokens to the text that people see, up to a stop token or a stop string."""
+"""An answer as it grows: from tokens to the text that people see, up to a stop token or a stop
+string.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +15,8 @@ from evlm_jax.data.tokenizer import Tokenizer
 class Answer(NamedTuple):
     """What was generated.
 
-    text: without white space in front (templates that end in a colon let the answer begin with a space), up to a stop string.
+    text: without white space in front (templates that end in a colon let the answer begin with a
+      space), up to a stop string.
     tokens: without the stop token, but with those that complete a stop string.
     """
 
@@ -27,7 +30,8 @@ class Stream:
     Args:
       stop: ids that end it.
       stop_strings: texts that end it; they may begin and end inside tokens.
-      callback: called with (index, next piece of the text), never with a part of a stop string or half a character.
+      callback: called with (index, next piece of the text), never with a part of a stop string or
+        half a character.
     """
 
     def __init__(
@@ -38,7 +42,13 @@ class Stream:
         index: int = 0,
         callback: Callable[[int, str], None] | None = None,
     ):
-        self.tokenizer, self.stop, self.stop_strings, self.index, self.callback = tokenizer, stop, stop_strings, index, callback
+        self.tokenizer, self.stop, self.stop_strings, self.index, self.callback = (
+            tokenizer,
+            stop,
+            stop_strings,
+            index,
+            callback,
+        )
         self.tokens, self.ended, self._shown = [], False, ""
 
     def push(self, tokens: np.ndarray) -> None:
@@ -70,11 +80,18 @@ class Stream:
         return self.tokenizer.decode(self.tokens) if cut is None else cut
 
     def _show(self) -> None:
-        """Hands on what is new, but no half of a character or of a stop string whose rest is still to come."""
+        """Hands on what is new, but no half of a character or of a stop string whose rest is still
+        to come.
+        """
         ready = self._whole()
         if not self.ended:
             ready = ready.rstrip("\ufffd")
-            begun = [size for string in self.stop_strings for size in range(1, len(string)) if ready.endswith(string[:size])]
+            begun = [
+                size
+                for string in self.stop_strings
+                for size in range(1, len(string))
+                if ready.endswith(string[:size])
+            ]
             ready = ready[: len(ready) - max(begun, default=0)]
         ready = ready.lstrip()
         if len(ready) > len(self._shown):
@@ -87,7 +104,10 @@ class Unwanted(Exception):
 
 
 def pieces(generate: Callable) -> Iterator[str]:
-    """The pieces that `generate(callback=...)` calls back with. It runs in a thread, which ends where nobody asks for more."""
+    """The pieces that `generate(callback=...)` calls back with.
+
+    It runs in a thread, which ends where nobody asks for more.
+    """
     queue, wanted = SimpleQueue(), True
 
     def push(_: int, piece: str) -> None:

@@ -1,21 +1,28 @@
-"""From a sample to a document: chat template, labels, visible ranges, and all its dialogs merged into one token trie.
+"""From a sample to a document: chat template, labels, visible ranges, and all its dialogs merged
+into one token trie.
 
-Inputs and labels come from the same pieces: a piece is text, one special token or one image, and is supervised or not.
-Text is never encoded across a change of supervision, so generation, which stops at such a border, sees the same tokens.
-Where the vocabulary has a BOS (`Tokenizer.bos`), every document begins with it.
+Inputs and labels come from the same pieces: a piece is text, one special token or one image, and is
+supervised or not. Text is never encoded across a change of supervision, so generation, which stops
+at such a border, sees the same tokens. Where the vocabulary has a BOS (`Tokenizer.bos`), every
+document begins with it.
 
-A document lays out all dialogs of a sample at once. What they begin with in common (the image, the first words of the
-questions) stands, and is computed, once; below it they branch, in pre-order:
+A document lays out all dialogs of a sample at once. What they begin with in common (the image, the
+first words of the questions) stands, and is computed, once; below it they branch, in pre-order:
 
-    dialogs   img what color? red .      img what shape? circle .      img is it red? yes .
-    trie      img ─┬─ is ─ it ─ red? ─ yes            index        0    1    2    3     4    5      6    7     8      9
-                   └─ what ─┬─ color? ─ red           token       img  is   it  red?  yes  what  color? red  shape? circle
-                            └─ shape? ─ circle        position     0    1    2    3     4    1      2    3     2      3
-                                                      seen_until  10    5    5    5     5   10      8    8    10     10
+    dialogs     img what color? red .      img what shape? circle .      img is it red? yes .
 
-A token sees exactly its ancestors (k <= q < seen_until[k]) and its position is its depth, so each dialog is computed as if it
-stood alone. A node may have several targets, one for each dialog and supervised token behind it. A token that only is a target
-(the last one, `.` above) is not laid out.
+    trie        img ─┬─ is ─ it ─ red? ─ yes
+                     └─ what ─┬─ color? ─ red
+                              └─ shape? ─ circle
+
+    index        0    1    2    3     4    5      6    7     8      9
+    token       img  is   it  red?  yes  what  color? red  shape? circle
+    position     0    1    2    3     4    1      2    3     2      3
+    seen_until  10    5    5    5     5   10      8    8    10     10
+
+A token sees exactly its ancestors (k <= q < seen_until[k]) and its position is its depth, so each
+dialog is computed as if it stood alone. A node may have several targets, one for each dialog and
+supervised token behind it. A token that only is a target (the last one, `.` above) is not laid out.
 """
 
 import functools
@@ -47,7 +54,9 @@ class Token(NamedTuple):
 
 
 class Media(NamedTuple):
-    """An image or a frame. It sees itself; text after it sees the frames [start, stop) of its visual."""
+    """An image or a frame. It sees itself; text after it sees the frames [start, stop) of its
+    visual.
+    """
 
     frame: int
     start: int
@@ -80,7 +89,9 @@ class Document(NamedTuple):
 class Template:
     """A chat template over a tokenizer.
 
-    chatml (Qwen, SmolLM2): `<|im_start|>user\\n{text}<|im_end|>\\n<|im_start|>assistant\\n{answer}<|im_end|>`, a newline between turns.
+    chatml (Qwen, SmolLM2):
+    `<|im_start|>user\\n{text}<|im_end|>\\n<|im_start|>assistant\\n{answer}<|im_end|>`, a newline
+    between turns.
     plain: `{text} Answer:` ` {answer}` end-of-text.
     An assistant alone (a caption, a web document) is just its text and end-of-text, in both.
     Supervised: what the assistant says and the token that ends it.
@@ -90,7 +101,13 @@ class Template:
         self._turn = {"chatml": self._chatml, "plain": self._plain}[name]
         self.name, self.tokenizer = name, tokenizer
 
-    def dialog(self, turns: Sequence[Turn], visuals: Sequence[tuple[int, int]], answer_only: bool = False, end: bool = True) -> list[Piece]:
+    def dialog(
+        self,
+        turns: Sequence[Turn],
+        visuals: Sequence[tuple[int, int]],
+        answer_only: bool = False,
+        end: bool = True,
+    ) -> list[Piece]:
         """Pieces of a dialog.
 
         Args:
@@ -118,10 +135,19 @@ class Template:
         pieces = self.dialog(turns, visuals)
         if self.name == "plain":
             return pieces
-        return [*pieces, Text("\n", False), Token(self.tokenizer.id("<|im_start|>"), False), Text("assistant\n", False)]
+        return [
+            *pieces,
+            Text("\n", False),
+            Token(self.tokenizer.id("<|im_start|>"), False),
+            Text("assistant\n", False),
+        ]
 
     def _chatml(self, turn: Turn, index: int, supervised: bool, end: bool, marks) -> list[Piece]:
-        header, start, stop = turn.role + "\n", self.tokenizer.id("<|im_start|>"), self.tokenizer.id("<|im_end|>")
+        header, start, stop = (
+            turn.role + "\n",
+            self.tokenizer.id("<|im_start|>"),
+            self.tokenizer.id("<|im_end|>"),
+        )
         if turn.role == "user":
             said = _split(header + turn.text, False, marks)
         else:
@@ -131,38 +157,63 @@ class Template:
     def _plain(self, turn: Turn, index: int, supervised: bool, end: bool, marks) -> list[Piece]:
         if turn.role == "user":
             return _split(turn.text + " Answer:", False, marks)
-        return [*_split(" " * (index > 0) + turn.text, supervised, marks), Token(self.tokenizer.eos[0], end)]
+        return [
+            *_split(" " * (index > 0) + turn.text, supervised, marks),
+            Token(self.tokenizer.eos[0], end),
+        ]
 
 
 def encode(sample: Sample, tokenizer, cfg: EVLMConfig) -> Document:
-    """The document of all dialogs of a sample; without targets if nothing in it is supervised. Raises SampleError with the sample's key."""
+    """The document of all dialogs of a sample; without targets if nothing in it is supervised.
+
+    Raises SampleError with the sample's key.
+    """
     return document(render(sample, tokenizer, cfg), sample, tokenizer, cfg)
 
 
 def score_document(sample: Sample, tokenizer, cfg: EVLMConfig, end: bool = True) -> Document:
-    """A document for comparing answers by loss: each dialog ends with a candidate answer, and only that is supervised.
+    """A document for comparing answers by loss: each dialog ends with a candidate answer, and only
+    that is supervised.
 
     Args:
       end: count the token that ends the answer as well.
     """
-    return document(render(sample, tokenizer, cfg, answer_only=True, end=end), sample, tokenizer, cfg)
+    return document(
+        render(sample, tokenizer, cfg, answer_only=True, end=end), sample, tokenizer, cfg
+    )
 
 
-def prompt(turns: Sequence[Turn], visuals: Sequence[tuple[ImageRef, ...]], tokenizer, cfg: EVLMConfig, key: str = "prompt") -> Document:
-    """The document that generation continues: its last token predicts the first token of the answer."""
+def prompt(
+    turns: Sequence[Turn],
+    visuals: Sequence[tuple[ImageRef, ...]],
+    tokenizer,
+    cfg: EVLMConfig,
+    key: str = "prompt",
+) -> Document:
+    """The document that generation continues: its last token predicts the first token of the
+    answer.
+    """
     sample = Sample(key, key, tuple(visuals), (tuple(turns),))
-    pieces = _render(sample, lambda spans, dialog: Template(cfg.data.template, tokenizer).prompt(dialog, spans))
+    pieces = _render(
+        sample, lambda spans, dialog: Template(cfg.data.template, tokenizer).prompt(dialog, spans)
+    )
     return lay_out([whole_steps(pieces[0], tokenizer, cfg.media)[0]], [()], sample, cfg)
 
 
 def render(sample: Sample, tokenizer, cfg: EVLMConfig, **supervision: bool) -> list[list[Piece]]:
-    """The pieces of each dialog; `supervision` as in Template.dialog. Raises SampleError with the sample's key."""
+    """The pieces of each dialog; `supervision` as in Template.dialog. Raises SampleError with the
+    sample's key.
+    """
     template = Template(cfg.data.template, tokenizer)
     return _render(sample, lambda spans, dialog: template.dialog(dialog, spans, **supervision))
 
 
-def document(dialogs: Sequence[Sequence[Piece]], sample: Sample, tokenizer, cfg: EVLMConfig) -> Document:
-    """The trie of dialogs given as pieces (for text between the frames of a video, say); `sample` gives images, key and source."""
+def document(
+    dialogs: Sequence[Sequence[Piece]], sample: Sample, tokenizer, cfg: EVLMConfig
+) -> Document:
+    """The trie of dialogs given as pieces (for text between the frames of a video, say); `sample`
+    gives images, key and source.
+    """
     paths, targets = [], []
     for pieces in dialogs:
         path, supervised = whole_steps(pieces, tokenizer, cfg.media)
@@ -176,10 +227,14 @@ def document(dialogs: Sequence[Sequence[Piece]], sample: Sample, tokenizer, cfg:
 Step = tuple[int, int, int, int]  # token, media slot, visible start, visible stop
 
 
-def whole_steps(pieces: Sequence[Piece], tokenizer, media: MediaConfig) -> tuple[list[Step], list[bool]]:
+def whole_steps(
+    pieces: Sequence[Piece], tokenizer, media: MediaConfig
+) -> tuple[list[Step], list[bool]]:
     """`steps` of a whole document, behind what the vocabulary begins every text with."""
     laid, supervised = steps(pieces, tokenizer, media)
-    return [(token, -1, 0, 0) for token in tokenizer.bos] + laid, [False] * len(tokenizer.bos) + supervised
+    return [(token, -1, 0, 0) for token in tokenizer.bos] + laid, [False] * len(
+        tokenizer.bos
+    ) + supervised
 
 
 def steps(pieces: Sequence[Piece], tokenizer, media: MediaConfig) -> tuple[list[Step], list[bool]]:
@@ -189,10 +244,14 @@ def steps(pieces: Sequence[Piece], tokenizer, media: MediaConfig) -> tuple[list[
     for piece in pieces:
         if isinstance(piece, Media):
             placeholder = tokenizer.id(media.placeholder)
-            new = [(placeholder, slot, piece.frame, piece.frame + 1) for slot in range(media.tokens)]
+            new = [
+                (placeholder, slot, piece.frame, piece.frame + 1) for slot in range(media.tokens)
+            ]
             see, labelled = (piece.start, piece.stop), False
         else:
-            ids = (piece.id,) if isinstance(piece, Token) else _tokens(tokenizer, piece.text, behind)
+            ids = (
+                (piece.id,) if isinstance(piece, Token) else _tokens(tokenizer, piece.text, behind)
+            )
             new, labelled = [(token, -1, *see) for token in ids], piece.supervised
         behind = "text" if isinstance(piece, Text) else "token"
         laid += new
@@ -200,21 +259,31 @@ def steps(pieces: Sequence[Piece], tokenizer, media: MediaConfig) -> tuple[list[
     return laid, supervised
 
 
-def lay_out(paths: Sequence[Sequence[Step]], targets: Sequence[Sequence[tuple[int, int]]], sample: Sample, cfg: EVLMConfig) -> Document:
+def lay_out(
+    paths: Sequence[Sequence[Step]],
+    targets: Sequence[Sequence[tuple[int, int]]],
+    sample: Sample,
+    cfg: EVLMConfig,
+) -> Document:
     """Merges paths into a trie in pre-order.
 
-    In lexicographic order each path shares its longest prefix with its predecessor, so one pass lays out every node once.
+    In lexicographic order each path shares its longest prefix with its predecessor, so one pass
+    lays out every node once.
 
     Args:
       paths: the steps of each dialog.
-      targets: (depth, token) of each dialog: the step at this depth of its path predicts this token.
+      targets: (depth, token) of each dialog: the step at this depth of its path predicts this
+        token.
     """
     nodes, positions, seen_until, found = [], [], [], []
     branch: list[int] = []  # nodes of the current path, by depth
     previous: Sequence[Step] = ()
     for dialog in sorted(range(len(paths)), key=lambda i: paths[i]):
         path = paths[dialog]
-        shared = next((i for i, (a, b) in enumerate(zip(previous, path)) if a != b), min(len(previous), len(path)))
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(previous, path)) if a != b),
+            min(len(previous), len(path)),
+        )
         for node in branch[shared:]:
             seen_until[node] = len(nodes)
         branch[shared:] = range(len(nodes), len(nodes) + len(path) - shared)
@@ -230,7 +299,9 @@ def lay_out(paths: Sequence[Sequence[Step]], targets: Sequence[Sequence[tuple[in
     ints = lambda values: np.array(values, np.int32)
     pairs = pair_count(start, stop, cfg.tile)
     place = (tokens, ints(positions), ints(seen_until), media_slot, start, stop)
-    return Document(*place, target_at, target, dialog, sample.refs, sample.key, sample.source, pairs)
+    return Document(
+        *place, target_at, target, dialog, sample.refs, sample.key, sample.source, pairs
+    )
 
 
 def _render(sample: Sample, pieces) -> list[list[Piece]]:
@@ -249,13 +320,21 @@ def _split(text: str, supervised: bool, marks) -> list[Piece]:
     pieces: list[Piece] = [Text(first, supervised)]
     for other in others:
         start, stop = next(marks)
-        pieces += [Media(frame, start, stop) for frame in range(start, stop)] + [Text(other, supervised)]
+        pieces += [Media(frame, start, stop) for frame in range(start, stop)] + [
+            Text(other, supervised)
+        ]
     return [piece for piece in pieces if piece != Text("", supervised)]
 
 
 def _tokens(tokenizer, text: str, behind: str) -> tuple[int, ...]:
-    """Template text, common questions and answers come again and again; long texts do not, and would fill the memory."""
-    return _short(tokenizer, text, behind) if len(text) <= SHORT else tuple(tokenizer.encode(text, behind))
+    """Template text, common questions and answers come again and again; long texts do not, and
+    would fill the memory.
+    """
+    return (
+        _short(tokenizer, text, behind)
+        if len(text) <= SHORT
+        else tuple(tokenizer.encode(text, behind))
+    )
 
 
 @functools.lru_cache(maxsize=1 << 14)

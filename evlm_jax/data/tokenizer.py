@@ -1,8 +1,9 @@
-"""Text <-> token ids, behind one small class: GGUF vocabularies (SmolLM2), Hugging Face `tokenizer.json`, Qwen 1.0's tiktoken file.
+"""Text <-> token ids, behind one small class: GGUF vocabularies (SmolLM2), Hugging Face
+`tokenizer.json`, Qwen 1.0's tiktoken file.
 
-Special tokens exist only by name (`Tokenizer.id`): no text, whatever it spells, is ever encoded to one. So a user who types
-`<|im_end|>` gets its letters, and templates are built from pieces instead of from one string.
-"""
+Special tokens exist only by name (`Tokenizer.id`): no text, whatever it spells, is ever encoded to
+one. So a user who types `<|im_end|>` gets its letters, and templates are built from pieces instead
+of from one string."""
 
 import base64
 import json
@@ -17,28 +18,49 @@ from evlm_jax.convert.gguf_file import read_gguf
 from evlm_jax.convert.torch_model.spelling_evlm import Speller
 from evlm_jax.data.tokenizer_folder import MARK, in_front, no_file, put_in_front, read_folder
 
-STOP_NAMES = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "</s>")  # of the families that convert/tables.py knows
+STOP_NAMES = (
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "</s>",
+)  # of the families that convert/tables.py knows
 FOLDER = "tokenizer"  # of a run
 GGUF_CONTROL, GGUF_USER = 3, 4  # token types
 QWEN_SPLIT = (  # of Qwen 1.0, and of Qwen2
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))  # behind the ranks, in this order
+QWEN_SPECIALS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    *(f"<|extra_{i}|>" for i in range(205)),
+)  # behind the ranks, in this order
 
 
 class Tokenizer:
     """Ids of texts and special tokens.
 
-    `bos`: ids in front of every document, mostly none. `eos`: ids that end an answer, the vocabulary's own end token first.
+    `bos`: ids in front of every document, mostly none. `eos`: ids that end an answer, the
+      vocabulary's own end token first.
 
     Raises ValueError if no end token is known.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, eos: Iterable[int]):
         self.inner, self._spell = inner, Speller(inner)
-        self.specials = {token.content: i for i, token in inner.get_added_tokens_decoder().items() if token.special}
+        self.specials = {
+            token.content: i
+            for i, token in inner.get_added_tokens_decoder().items()
+            if token.special
+        }
         self.bos = in_front(inner)
-        self.eos = tuple(dict.fromkeys([*eos, *(self.specials[name] for name in STOP_NAMES if name in self.specials)]))
+        self.eos = tuple(
+            dict.fromkeys(
+                [*eos, *(self.specials[name] for name in STOP_NAMES if name in self.specials)]
+            )
+        )
         if not self.eos:
             mend = 'write {"eos_token": "..."} into tokenizer_config.json beside it'
             raise ValueError(f"no end token is known, so no answer would end: {mend}")
@@ -54,17 +76,25 @@ class Tokenizer:
         return self.inner.get_vocab(with_added_tokens=True).values()
 
     def encode(self, text: str, behind: str = "nothing") -> list[int]:
-        """Ids of the text, without any special token. Bytes that the vocabulary lacks (SmolLM2: of no assigned character) are left out.
+        """Ids of the text, without any special token. Bytes that the vocabulary lacks (SmolLM2: of
+        no assigned character) are left out.
 
         Args:
-          behind: what the text stands behind, "nothing", a special "token" or other "text": some vocabularies put a space in front of it.
+          behind: what the text stands behind, "nothing", a special "token" or other "text": some
+            vocabularies put a space in front of it.
         """
         return self._spell(text, behind)
 
     def id(self, special: str) -> int:
-        """Id of a special token. Raises ValueError if the vocabulary has no special token of that name."""
+        """Id of a special token.
+
+        Raises ValueError if the vocabulary has no special token of that name.
+        """
         if special not in self.specials:
-            raise ValueError(f"tokenizer: {special!r} is not a special token; there are {', '.join(sorted(self.specials))}")
+            raise ValueError(
+                f"tokenizer: {special!r} is not a special token; there are"
+                f" {', '.join(sorted(self.specials))}"
+            )
         return self.specials[special]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -73,14 +103,18 @@ class Tokenizer:
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """From an asset name, a .gguf file, a tokenizer.json, a .tiktoken file of Qwen 1.0, or a directory that holds one of the latter two.
+    """From an asset name, a .gguf file, a tokenizer.json, a .tiktoken file of Qwen 1.0, or a
+    directory that holds one of the latter two.
 
     Raises:
       FileNotFoundError: nothing there, with what was looked for.
-      ValueError: a vocabulary that is damaged, contradicts the files beside it, names no end token, or is of a kind that is not read here.
+      ValueError: a vocabulary that is damaged, contradicts the files beside it, names no end token,
+        or is of a kind that is not read here.
     """
     path = paths.with_neighbours(assets.locate(source))
-    places = [path / "tokenizer.json", *sorted(path.glob("*.tiktoken"))] if path.is_dir() else [path]
+    places = (
+        [path / "tokenizer.json", *sorted(path.glob("*.tiktoken"))] if path.is_dir() else [path]
+    )
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         raise no_file(path if path.is_dir() else path.parent, places)
@@ -98,7 +132,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     facts |= {"generation_config.json": {"eos_token_id": list(tokenizer.eos)}}
     for name, content in facts.items():
         paths.write(folder / name, json.dumps(content, ensure_ascii=False) + "\n")
-    paths.write(folder / "tokenizer.json", tokenizer.inner.to_str())  # last: where it stands, all do
+    paths.write(
+        folder / "tokenizer.json", tokenizer.inner.to_str()
+    )  # last: where it stands, all do
 
 
 def keep_tokenizer(tokenizer: Tokenizer, workdir: str | Path) -> None:
@@ -108,23 +144,41 @@ def keep_tokenizer(tokenizer: Tokenizer, workdir: str | Path) -> None:
 
 
 def source_of_run(workdir: str | Path, source: str) -> str:
-    """Where the tokenizer of a run is: in it, or at `source`, its config's init.llm, where it is of a version that kept none."""
+    """Where the tokenizer of a run is: in it, or at `source`, its config's init.llm, where it is of
+    a version that kept none.
+    """
     own = paths.place(workdir) / FOLDER
     return str(own) if (own / "tokenizer.json").exists() else source
 
 
 def _from_gguf(path: Path) -> tuple[tokenizers.Tokenizer, list[int]]:
-    """SmolLM2's rule splits digits before the byte-level split; transformers' own GGUF reader forgets that."""
-    facts = {key.removeprefix("tokenizer.ggml."): value for key, value in read_gguf(path).metadata.items()}
+    """SmolLM2's rule splits digits before the byte-level split; transformers' own GGUF reader
+    forgets that.
+    """
+    facts = {
+        key.removeprefix("tokenizer.ggml."): value
+        for key, value in read_gguf(path).metadata.items()
+    }
     kind = facts.get("model"), facts.get("pre")
     if kind != ("gpt2", "smollm"):
-        raise ValueError(f"a vocabulary of kind {kind}, read here is ('gpt2', 'smollm'); give the model's tokenizer.json")
+        raise ValueError(
+            f"a vocabulary of kind {kind}, read here is ('gpt2', 'smollm'); give the model's"
+            " tokenizer.json"
+        )
     wrong = [key for key in ("add_space_prefix", "add_eos_token") if facts.get(key)]
-    if wrong := wrong + [key for key in ("tokens", "token_type", "merges", "eos_token_id") if key not in facts]:
-        raise ValueError(f"tokenizer.ggml.{wrong[0]} is {facts.get(wrong[0])}, which is not read here; give the model's tokenizer.json")
+    if wrong := wrong + [
+        key for key in ("tokens", "token_type", "merges", "eos_token_id") if key not in facts
+    ]:
+        raise ValueError(
+            f"tokenizer.ggml.{wrong[0]} is {facts.get(wrong[0])}, which is not read here; give the"
+            " model's tokenizer.json"
+        )
     tokens, merges = facts["tokens"], [tuple(merge.split(" ")) for merge in facts["merges"]]
     inner = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits, byte_level = (
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    )
     inner.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     inner.decoder = decoders.ByteLevel()
     for token, kind in zip(tokens, facts["token_type"], strict=True):
@@ -137,21 +191,36 @@ def _from_gguf(path: Path) -> tuple[tokenizers.Tokenizer, list[int]]:
 
 
 def _from_tiktoken(file: Path) -> tuple[tokenizers.Tokenizer, list[int]]:
-    """Lines of `base64-of-bytes rank`. tiktoken always joins the pair whose union ranks lowest, so a token's rule is its last such pair."""
+    """Lines of `base64-of-bytes rank`. tiktoken always joins the pair whose union ranks lowest, so
+    a token's rule is its last such pair.
+    """
     try:
-        ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in file.read_bytes().splitlines() if line)}
+        ranks = {
+            base64.b64decode(token): int(rank)
+            for token, rank in (line.split() for line in file.read_bytes().splitlines() if line)
+        }
     except ValueError as error:
         raise ValueError(f"not a tiktoken file: {error}") from error
     letters = _byte_letters()
     spell = lambda token: "".join(letters[byte] for byte in token)
-    merges = [tuple(map(spell, _last_pair(token, ranks))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
-    inner = tokenizers.Tokenizer(models.BPE({spell(token): rank for token, rank in ranks.items()}, merges))
+    merges = [
+        tuple(map(spell, _last_pair(token, ranks)))
+        for token in sorted(ranks, key=ranks.get)
+        if len(token) > 1
+    ]
+    inner = tokenizers.Tokenizer(
+        models.BPE({spell(token): rank for token, rank in ranks.items()}, merges)
+    )
     inner.normalizer = normalizers.NFC()
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"), byte_level])
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"), byte_level]
+    )
     inner.decoder = decoders.ByteLevel()
     specials = {name: len(ranks) + i for i, name in enumerate(QWEN_SPECIALS)}
-    inner.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in specials])
+    inner.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in specials]
+    )
     return inner, [specials["<|endoftext|>"]]
 
 

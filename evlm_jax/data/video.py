@@ -16,7 +16,8 @@ from evlm_jax.data.samples import ImageRef
 MOST_FRAMES = 1024  # of one video
 SEEK = 4.0  # seconds: over larger gaps, jumping to a key frame beats decoding on
 LOST = 0.1  # share of its length that may lack at the end: sound often lasts longer than pictures
-# PyAV before 19 refuses metadata that are not UTF-8 unless it is told to; since then it takes them, and knows the argument no more.
+# PyAV before 19 refuses metadata that are not UTF-8 unless it is told to; since then it takes them,
+# and knows the argument no more.
 LENIENT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 Made = TypeVar("Made")
 
@@ -29,15 +30,17 @@ def sample(path: str, frames: int | str | Sequence[float]) -> tuple[ImageRef, ..
     """The frames of a video that are seen, 1024 at most.
 
     Args:
-      frames: a number: the middles of so many equal parts; "2fps": so many a second from its beginning on, of a longer video 1024 by
-        number; a list: those at these seconds.
+      frames: a number: the middles of so many equal parts; "2fps": so many a second from its
+        beginning on, of a longer video 1024 by number; a list: those at these seconds.
     Raises:
       VideoError: the video cannot be read; ValueError: `frames` is none of that, or too many.
     """
     if isinstance(frames, Sequence) and not isinstance(frames, str):
         seconds = [float(second) for second in frames]
         if not all(0 <= second < math.inf for second in seconds):
-            raise ValueError(f"{path}: seconds of frames must not be negative, they are {list(frames)}")
+            raise ValueError(
+                f"{path}: seconds of frames must not be negative, they are {list(frames)}"
+            )
     else:
         seconds = _spread(str(frames), duration(path))
     if not 1 <= len(seconds) <= MOST_FRAMES:
@@ -61,11 +64,15 @@ def duration(path: str) -> float:
         return _told(container, stream) or _counted(container, stream)
 
 
-def decode(path: str, seconds: Sequence[float], each: Callable[[np.ndarray], Made] = lambda frame: frame) -> list[Made]:
-    """The frames shown at these times, upright uint8 [height, width, 3] each, in the order asked for; past the end, the last.
+def decode(
+    path: str, seconds: Sequence[float], each: Callable[[np.ndarray], Made] = lambda frame: frame
+) -> list[Made]:
+    """The frames shown at these times, upright uint8 [height, width, 3] each, in the order asked
+    for; past the end, the last.
 
     Args:
-      each: what is made of a frame as soon as it is decoded: a thousand large ones would not fit into memory.
+      each: what is made of a frame as soon as it is decoded: a thousand large ones would not fit
+        into memory.
     Raises:
       VideoError: damaged, or over before nine tenths of the length that it tells.
     """
@@ -87,21 +94,35 @@ def decode(path: str, seconds: Sequence[float], each: Callable[[np.ndarray], Mad
                 current, ahead = ahead, next(frames, None)
             shown = current.pts + (current.duration or 0) - first
             if ahead is None and shown < min(due - first, (1 - LOST) * told):
-                raise ValueError(f"it ends at {float(shown * stream.time_base):g} s, but tells {float(told * stream.time_base):g} s")
-            found[second] = each(np.rot90(current.to_ndarray(format="rgb24"), round(current.rotation / 90)))
+                raise ValueError(
+                    f"it ends at {float(shown * stream.time_base):g} s, but tells"
+                    f" {float(told * stream.time_base):g} s"
+                )
+            found[second] = each(
+                np.rot90(current.to_ndarray(format="rgb24"), round(current.rotation / 90))
+            )
     return [found[second] for second in seconds]
 
 
 def _first(container, stream) -> int:
-    """When the first picture is shown. AVI stores no such times: they are made of when pictures are decoded, which is later for all."""
-    if container.format.name == "avi" and (found := next(container.decode(stream), None)) is not None:
+    """When the first picture is shown.
+
+    AVI stores no such times: they are made of when pictures are decoded, which is later for all.
+    """
+    if (
+        container.format.name == "avi"
+        and (found := next(container.decode(stream), None)) is not None
+    ):
         return found.pts or 0
     return stream.start_time or 0
 
 
-def _sought(container, stream, due: Fraction, first: int) -> tuple[av.VideoFrame | None, Iterator[av.VideoFrame]]:
-    """The first frame behind a seek to a time, and those that follow. Where files have no index a seek may end behind the time: then from
-    further ahead, at last from in front of the first picture."""
+def _sought(
+    container, stream, due: Fraction, first: int
+) -> tuple[av.VideoFrame | None, Iterator[av.VideoFrame]]:
+    """The first frame behind a seek to a time, and those that follow. Where files have no index a
+    seek may end behind the time: then from further ahead, at last from in front of the first
+    picture."""
     target, back = due, 1 / stream.time_base
     while True:
         try:
@@ -109,7 +130,9 @@ def _sought(container, stream, due: Fraction, first: int) -> tuple[av.VideoFrame
         except OSError:
             if target >= first:
                 raise
-            container.seek(stream.start_time or 0, stream=stream, backward=True)  # some cannot go in front of it
+            container.seek(
+                stream.start_time or 0, stream=stream, backward=True
+            )  # some cannot go in front of it
         frames = (frame for frame in container.decode(stream) if frame.pts is not None)
         found = next(frames, None)
         if target < first or (found is not None and found.pts <= due):
@@ -122,12 +145,18 @@ def _told(container, stream) -> float | None:
         return float(stream.duration * stream.time_base)
     if container.duration is None:
         return None
-    return container.duration / av.time_base - float(max(stream.start_time or 0, 0) * stream.time_base)  # what it tells is when it ends
+    return container.duration / av.time_base - float(
+        max(stream.start_time or 0, 0) * stream.time_base
+    )  # what it tells is when it ends
 
 
 def _counted(container, stream) -> float:
     """Without decoding. Raises ValueError where there is nothing."""
-    ends = [packet.pts + (packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None]
+    ends = [
+        packet.pts + (packet.duration or 0)
+        for packet in container.demux(stream)
+        if packet.pts is not None
+    ]
     if not ends:
         raise ValueError("there is no frame")
     return float((max(ends) - (stream.start_time or 0)) * stream.time_base)

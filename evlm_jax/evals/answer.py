@@ -15,7 +15,9 @@ from evlm_jax.models.evlm import EVLM
 from evlm_jax.parallel.mesh import Layout
 
 BEST = 5  # candidates that a row keeps
-SIMILAR = 64  # characters: prompts whose lengths differ by less are answered together, those about one image side by side
+# characters: prompts whose lengths differ by less are answered together, those about one image side
+# by side
+SIMILAR = 64
 
 
 class Generated:
@@ -24,8 +26,15 @@ class Generated:
     method = "greedy"
 
     def __init__(self, generator: Generator, tokens: int, **sampling: float):
-        """`tokens`: most new ones of an answer; `generator.rows` questions are answered together. Greedy without `sampling`."""
-        self.generator, self.tokens, self.chunk, self.sampling = generator, tokens, generator.rows, sampling
+        """`tokens`: most new ones of an answer; `generator.rows` questions are answered together.
+        Greedy without `sampling`.
+        """
+        self.generator, self.tokens, self.chunk, self.sampling = (
+            generator,
+            tokens,
+            generator.rows,
+            sampling,
+        )
 
     def order(self, asked: Question) -> tuple:
         """Questions are answered in the order of this."""
@@ -34,13 +43,18 @@ class Generated:
     def __call__(self, questions: Sequence[Question]) -> list[dict]:
         """The answers, in the order of the questions."""
         template = self.generator.cfg.data.template
-        prompts = [self.generator.prompt([Turn("user", prompt_text(q, template))], q.visuals) for q in questions]
+        prompts = [
+            self.generator.prompt([Turn("user", prompt_text(q, template))], q.visuals)
+            for q in questions
+        ]
         answers = self.generator.generate(prompts, max_new_tokens=self.tokens, **self.sampling)
         return [{"prediction": answer.text.strip()} for answer in answers]
 
 
 class LowestLoss:
-    """Chooses. An answer is {"prediction": a candidate, "ranking": the best candidates, "losses": theirs in nats}."""
+    """Chooses. An answer is {"prediction": a candidate, "ranking": the best candidates, "losses":
+    theirs in nats}.
+    """
 
     method, tokens, chunk = "lowest loss", 0, 512
 
@@ -53,7 +67,9 @@ class LowestLoss:
         rows: int = 2,
         layout: Layout | None = None,
     ):
-        """`rows`: of a batch; `layout`: of the mesh that holds the model, None where one device does."""
+        """`rows`: of a batch; `layout`: of the mesh that holds the model, None where one device
+        does.
+        """
         self.model, self.tokenizer, self.candidates = model, tokenizer, list(candidates)
         self.how = {"features": features, "rows": rows, "layout": layout}
 
@@ -76,7 +92,11 @@ class LowestLoss:
             for i, loss in zip(places, of_image, strict=True):
                 best = np.argsort(loss, kind="stable")[:BEST]
                 names = [self.candidates[k] for k in best]
-                rows[i] = {"prediction": names[0], "ranking": names, "losses": [round(float(loss[k]), 4) for k in best]}
+                rows[i] = {
+                    "prediction": names[0],
+                    "ranking": names,
+                    "losses": [round(float(loss[k]), 4) for k in best],
+                }
         return rows
 
 
@@ -99,7 +119,9 @@ def answerer(
     if task.candidates:
         return LowestLoss(model, tokenizer, task.candidates(every), features, rows, layout)
     look = features.get if features else None
-    return Generated(Generator(model, tokenizer, features=look, rows=rows, layout=layout), task.tokens)
+    return Generated(
+        Generator(model, tokenizer, features=look, rows=rows, layout=layout), task.tokens
+    )
 
 
 def similar(asked: Question) -> tuple[int, str]:
@@ -108,6 +130,8 @@ def similar(asked: Question) -> tuple[int, str]:
 
 
 def prompt_text(asked: Question, template: str) -> str:
-    """The user's turn: the text, with the images in front of it or at its markers. " Answer:" is said by the plain template itself."""
+    """The user's turn: the text, with the images in front of it or at its markers. " Answer:" is
+    said by the plain template itself.
+    """
     text = asked.text.removesuffix(ANSWER) if template == "plain" else asked.text
     return text if MARKER in text else MARKER * len(asked.visuals) + text

@@ -1,10 +1,10 @@
 """Which of the candidate answers has the lowest loss, for every question about an image at once.
 
-An image, all its questions and all their candidates are ONE document, a token trie: the image's media tokens and every
-question are computed once, a candidate of one token costs no position at all, only one more pick from the same logits.
-The loss of a candidate is the sum over its tokens; the token that ends the answer counts only where one candidate is the
-beginning of another (else it would be compared without being needed).
-"""
+An image, all its questions and all their candidates are ONE document, a token trie: the image's
+media tokens and every question are computed once, a candidate of one token costs no position at
+all, only one more pick from the same logits. The loss of a candidate is the sum over its tokens;
+the token that ends the answer counts only where one candidate is the beginning of another (else it
+would be compared without being needed)."""
 
 import functools
 import math
@@ -41,11 +41,18 @@ def candidate_losses(
     rows: int = 2,
     layout: Layout | None = None,
 ) -> list[np.ndarray]:
-    """float64 [questions, candidates] of each sample: the loss in nats of every candidate as the answer of every dialog's question."""
+    """float64 [questions, candidates] of each sample: the loss in nats of every candidate as the
+    answer of every dialog's question.
+    """
     end = needs_end(tokenizer, candidates, model.cfg)
-    options = lambda sample: tuple(question(dialog[0].text, answer) for dialog in sample.dialogs for answer in candidates)
+    options = lambda sample: tuple(
+        question(dialog[0].text, answer) for dialog in sample.dialogs for answer in candidates
+    )
     asked = [replace(sample, dialogs=options(sample)) for sample in samples]
-    return [loss.reshape(-1, len(candidates)) for loss, _ in answer_losses(model, tokenizer, asked, features, rows, end, layout)]
+    return [
+        loss.reshape(-1, len(candidates))
+        for loss, _ in answer_losses(model, tokenizer, asked, features, rows, end, layout)
+    ]
 
 
 def answer_losses(
@@ -57,7 +64,8 @@ def answer_losses(
     end: bool = True,
     layout: Layout | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The last turn of every dialog of each sample: its loss in nats, float64, and whether greedy generation would say just that, bool.
+    """The last turn of every dialog of each sample: its loss in nats, float64, and whether greedy
+    generation would say just that, bool.
 
     Args:
       rows: of a batch.
@@ -67,8 +75,12 @@ def answer_losses(
     documents = [score_document(sample, tokenizer, model.cfg, end=end) for sample in samples]
     cfg = fit_budget(model.cfg, documents, 1 if layout is None else layout.parts("images"))
     graphdef, state = nnx.split(model)
-    found = [(np.zeros(len(sample.dialogs)), np.ones(len(sample.dialogs), bool)) for sample in samples]
-    bar = tqdm(total=sum(len(s.dialogs) for s in samples), desc="losses", unit="answer", leave=False)
+    found = [
+        (np.zeros(len(sample.dialogs)), np.ones(len(sample.dialogs), bool)) for sample in samples
+    ]
+    bar = tqdm(
+        total=sum(len(s.dialogs) for s in samples), desc="losses", unit="answer", leave=False
+    )
     for batch, document, dialog in rows_in_order(documents, cfg, rows, features):
         log_probs, best = on_host(_score(layout, graphdef, state, batch))
         for d in np.unique(document[document >= 0]):
@@ -81,17 +93,27 @@ def answer_losses(
 
 
 def needs_end(tokenizer, candidates: Sequence[str], cfg: EVLMConfig) -> bool:
-    """Whether one candidate's tokens begin another's. Raises ValueError if two candidates are the same tokens."""
-    sample = Sample("candidates", "candidates", (), tuple(question("?", answer) for answer in candidates))
+    """Whether one candidate's tokens begin another's.
+
+    Raises ValueError if two candidates are the same tokens.
+    """
+    sample = Sample(
+        "candidates", "candidates", (), tuple(question("?", answer) for answer in candidates)
+    )
     document = score_document(sample, tokenizer, cfg, end=False)
-    tokens = [tuple(document.targets[document.dialog == i].tolist()) for i in range(len(candidates))]
+    tokens = [
+        tuple(document.targets[document.dialog == i].tolist()) for i in range(len(candidates))
+    ]
     if twice := [candidates[i] for i, count in enumerate(map(tokens.count, tokens)) if count > 1]:
-        raise ValueError(f"candidates {', '.join(map(repr, twice))} are the same tokens; leave out all but one")
+        raise ValueError(
+            f"candidates {', '.join(map(repr, twice))} are the same tokens; leave out all but one"
+        )
     return any(a != b and b[: len(a)] == a for a in tokens for b in tokens)
 
 
 def fit_budget(cfg: EVLMConfig, documents: Sequence[Document], parts: int = 1) -> EVLMConfig:
-    """The configuration with budgets that suit these documents: `data.length` closes a row, the others seldom do; images are of one row.
+    """The configuration with budgets that suit these documents: `data.length` closes a row, the
+    others seldom do; images are of one row.
 
     `parts`: what the image slots are split into, on a mesh.
     """
@@ -100,17 +122,38 @@ def fit_budget(cfg: EVLMConfig, documents: Sequence[Document], parts: int = 1) -
     usual = need.sum(0) / need[:, 0].sum() * length * SLACK
     room = np.maximum(usual[1:], need[:, 1:].max(0))
     steps = math.lcm(IMAGES, parts), TARGETS, PAIRS
-    images, targets, pairs = (step * math.ceil(size / step) for size, step in zip(room, steps, strict=True))
-    budgets = dict(length=length, images=images, targets=targets, pool=1, slots=images, pairs=max(pairs, images))
+    images, targets, pairs = (
+        step * math.ceil(size / step) for size, step in zip(room, steps, strict=True)
+    )
+    budgets = dict(
+        length=length,
+        images=images,
+        targets=targets,
+        pool=1,
+        slots=images,
+        pairs=max(pairs, images),
+    )
     return replace(cfg, data=replace(cfg.data, **budgets))
 
 
-def _score(layout: Layout | None, graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Of every target [B, M] the log-probability, float32, and whether it is the likeliest; each distinct position is computed once."""
-    places = [np.unique(at[target >= 0]) for at, target in zip(batch.target_at, batch.targets, strict=True)]
+def _score(
+    layout: Layout | None, graphdef: nnx.GraphDef, state: nnx.State, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """Of every target [B, M] the log-probability, float32, and whether it is the likeliest; each
+    distinct position is computed once.
+    """
+    places = [
+        np.unique(at[target >= 0])
+        for at, target in zip(batch.target_at, batch.targets, strict=True)
+    ]
     width = -(-max(map(len, places)) // 32) * 32  # few compiled shapes
     positions = np.stack([np.pad(p, (0, width - len(p))) for p in places])
-    slots = np.stack([np.searchsorted(p, at).clip(0, max(0, len(p) - 1)) for p, at in zip(places, batch.target_at, strict=True)])
+    slots = np.stack(
+        [
+            np.searchsorted(p, at).clip(0, max(0, len(p) - 1))
+            for p, at in zip(places, batch.target_at, strict=True)
+        ]
+    )
     hidden, picks = _programs(layout)
     return picks(graphdef, state, hidden(graphdef, state, batch), positions, slots, batch.targets)
 
@@ -125,7 +168,9 @@ def _hidden(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> jax.Array
     return nnx.merge(graphdef, state).hidden(batch)
 
 
-def _picks(graphdef, state, hidden: jax.Array, positions: jax.Array, slots: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _picks(
+    graphdef, state, hidden: jax.Array, positions: jax.Array, slots: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Row by row, so that the logits of one row are all that is ever in memory."""
     model = nnx.merge(graphdef, state)
 

@@ -16,14 +16,26 @@ from evlm_jax.parallel.distributed import is_first
 from evlm_jax.paths import place
 from evlm_jax.runs import features_of, load_trained
 
-MESH = {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1, "slices": 1, "zero": 2, "frozen": "replicated", "images": "all"}
+MESH = {
+    "data": -1,
+    "fsdp": 1,
+    "expert": 1,
+    "tensor": 1,
+    "slices": 1,
+    "zero": 2,
+    "frozen": "replicated",
+    "images": "all",
+}
 
 
 def run_eval(args: argparse.Namespace) -> None:
     """Answers, scores, saves, and prints the table."""
     task = tasks.find(args.task)
     if args.judge and jax.process_count() > 1:
-        raise ValueError("--judge is asked by one process: leave it out here, and give it to `evlm score` afterwards")
+        raise ValueError(
+            "--judge is asked by one process: leave it out here, and give it to `evlm score`"
+            " afterwards"
+        )
     judge = open_judge(args.judge, args.judge_model) if args.judge else None
     split = args.split or task.splits[0]
     every = task.questions(args.data, split, args.prompt)
@@ -32,10 +44,17 @@ def run_eval(args: argparse.Namespace) -> None:
     cfg = trained.model.cfg
     if features := features_of(trained):
         features.fill(ref for asked in questions for visual in asked.visuals for ref in visual)
-    answer = answerer(task, every, trained.model, trained.tokenizer, features, args.batch, trained.layout)
+    answer = answerer(
+        task, every, trained.model, trained.tokenizer, features, args.batch, trained.layout
+    )
     name = f"{place(args.checkpoint).name} step {store.steps(args.checkpoint)[-1]}"
     found = results.provenance(cfg, results.weights_hash(trained.params), name)
-    about = {"split": split, "prompts": args.prompt, "template": cfg.data.template, "batch": args.batch}
+    about = {
+        "split": split,
+        "prompts": args.prompt,
+        "template": cfg.data.template,
+        "batch": args.batch,
+    }
     about |= {key: found[key] for key in ("weights_sha256", "preprocessing")}
     out = place(args.out or place(args.checkpoint) / "evals" / f"{task.name}-{split}.json")
     result = evaluate(task, questions, answer, about, out.with_suffix(".jsonl"), judge)
@@ -45,14 +64,23 @@ def run_eval(args: argparse.Namespace) -> None:
 
 
 def mesh_of(text: str) -> MeshConfig | None:
-    """`--mesh`: all devices along `data`, each with the whole model, but for what the text says; None where there is one device.
+    """`--mesh`: all devices along `data`, each with the whole model, but for what the text says;
+    None where there is one device.
 
     Raises ValueError for fields and values that config.mesh does not have.
     """
     if jax.device_count() == 1 and not text:
         return None
     fields = dict(field.strip().partition("=")[::2] for field in text.split(",") if field)
-    return build(MeshConfig, MESH | {name: int(value) if value.lstrip("-").isdigit() else value for name, value in fields.items()}, "mesh")
+    return build(
+        MeshConfig,
+        MESH
+        | {
+            name: int(value) if value.lstrip("-").isdigit() else value
+            for name, value in fields.items()
+        },
+        "mesh",
+    )
 
 
 def run_score(args: argparse.Namespace) -> None:

@@ -1,4 +1,5 @@
-"""Judges of free text: any function of a prompt. An OpenAI-compatible endpoint, or a function of yours.
+"""Judges of free text: any function of a prompt. An OpenAI-compatible endpoint, or a function of
+yours.
 
 A judge has a name, which is saved with what it said: replies of two judges are not averaged.
 """
@@ -33,7 +34,10 @@ def judges(rows: Sequence[dict]) -> list[str]:
     """Who judged the rows. Raises ValueError for more than one."""
     found = sorted({row.get("judge", "an unnamed judge") for row in rows if "judgement" in row})
     if len(found) > 1:
-        raise ValueError(f"the answers were judged by {' and by '.join(found)}: let one judge all of them, into a new --out")
+        raise ValueError(
+            f"the answers were judged by {' and by '.join(found)}: let one judge all of them, into"
+            " a new --out"
+        )
     return found
 
 
@@ -41,7 +45,8 @@ def open_judge(spec: str, model: str = "") -> Judge:
     """A judge from the command line.
 
     Args:
-      spec: "https://HOST/v1", which is asked for `model` with the key in OPENAI_API_KEY, if there is one; or "module:function".
+      spec: "https://HOST/v1", which is asked for `model` with the key in OPENAI_API_KEY, if there
+        is one; or "module:function".
     Raises:
       ValueError: neither of them.
     """
@@ -60,22 +65,32 @@ def open_judge(spec: str, model: str = "") -> Judge:
 
 
 class Redirected(urllib.request.HTTPRedirectHandler):
-    """Follows nothing: the key is for the address that was given, and a redirected POST would become a GET."""
+    """Follows nothing: the key is for the address that was given, and a redirected POST would
+    become a GET.
+    """
 
     def redirect_request(self, *_):
         return None
 
 
 class Endpoint:
-    """Chat completions over HTTP, greedy; what may pass (limits, outages, connections and replies that are cut off) is tried again."""
+    """Chat completions over HTTP, greedy; what may pass (limits, outages, connections and replies
+    that are cut off) is tried again.
+    """
 
     def __init__(self, url: str, model: str, wait: float = 2.0):
         self.url, self.model, self.wait = url.rstrip("/") + "/chat/completions", model, wait
         self._opener = urllib.request.build_opener(Redirected)
 
     def __call__(self, prompt: str) -> str:
-        """The reply. Raises OSError naming the endpoint when it stays out of reach or answers something else."""
-        body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
+        """The reply. Raises OSError naming the endpoint when it stays out of reach or answers
+        something else.
+        """
+        body = {
+            "model": self.model,
+            "temperature": 0,
+            "messages": [{"role": "user", "content": prompt}],
+        }
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
@@ -87,13 +102,18 @@ class Endpoint:
             except urllib.error.HTTPError as error:
                 why = f"{error.code} {error.reason}"
                 if 300 <= error.code < 400:
-                    raise OSError(f"judge {self.url}: redirects to {error.headers.get('Location')}; give that as --judge") from error
+                    raise OSError(
+                        f"judge {self.url}: redirects to {error.headers.get('Location')}; give that"
+                        " as --judge"
+                    ) from error
                 if error.code not in (408, 429) and error.code < 500:
                     raise OSError(f"judge {self.url}: {why}") from error
             except (OSError, http.client.HTTPException, Passing) as error:
                 why = str(getattr(error, "reason", error)) or type(error).__name__
             except (KeyError, IndexError, TypeError) as error:
-                raise OSError(f"judge {self.url}: not a chat completion: {type(error).__name__}: {error}") from error
+                raise OSError(
+                    f"judge {self.url}: not a chat completion: {type(error).__name__}: {error}"
+                ) from error
             if attempt < ATTEMPTS - 1:
                 time.sleep(self.wait * 2**attempt)
         raise OSError(f"judge {self.url}: {why}, {ATTEMPTS} times")
@@ -104,7 +124,10 @@ class Passing(Exception):
 
 
 def _said(content: bytes) -> str:
-    """The text of a chat completion. Raises Passing for one that is cut off or empty, KeyError and the like for something else."""
+    """The text of a chat completion.
+
+    Raises Passing for one that is cut off or empty, KeyError and the like for something else.
+    """
     try:
         reply = json.loads(content)
     except ValueError as error:

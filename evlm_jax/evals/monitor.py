@@ -1,8 +1,9 @@
-"""Eval tasks followed in training, each on its first questions, as the paper follows classification by lowest loss.
+"""Eval tasks followed in training, each on its first questions, as the paper follows classification
+by lowest loss.
 
-The scores of a look come into metrics.jsonl (metrics.py), and so into TensorBoard and the report, as "monitor/TASK/METRIC"; they are those
-that `evlm eval --limit` finds for the checkpoint of the same update.
-"""
+The scores of a look come into metrics.jsonl (metrics.py), and so into TensorBoard and the report,
+as "monitor/TASK/METRIC"; they are those that `evlm eval --limit` finds for the checkpoint of the
+same update."""
 
 import time
 from collections.abc import Callable
@@ -25,11 +26,14 @@ from evlm_jax.parallel.mesh import Layout
 Look = Callable[[int, Callable[[], EVLM]], dict[str, float] | None]
 
 
-def monitor(cfg: EVLMConfig, tokenizer: Tokenizer, features: FeatureStore | None, layout: Layout) -> Look | None:
-    """What `train` calls behind each update, with its number and the model: scores, or None where no look is due. None without monitors.
+def monitor(
+    cfg: EVLMConfig, tokenizer: Tokenizer, features: FeatureStore | None, layout: Layout
+) -> Look | None:
+    """What `train` calls behind each update, with its number and the model: scores, or None where
+    no look is due. None without monitors.
 
-    `layout`: of the mesh that trains; its devices share the questions. Raises ValueError for an unknown task and for files that do not fit.
-    """
+    `layout`: of the mesh that trains; its devices share the questions. Raises ValueError for an
+      unknown task and for files that do not fit."""
     if not cfg.train.monitors:
         return None
     followed, parts = [], layout.parts("rows")
@@ -47,8 +51,17 @@ def monitor(cfg: EVLMConfig, tokenizer: Tokenizer, features: FeatureStore | None
         since = time.monotonic()
         for task, every in followed:
             questions = first(every, cfg.train.monitor_questions or None)
-            result = score.scored(evaluate(task, questions, answerer(task, every, current, tokenizer, features, rows, layout), {}))
-            found |= {f"monitor/{task.name}/{row['metric']}": row["value"] for row in result["scores"]}
+            result = score.scored(
+                evaluate(
+                    task,
+                    questions,
+                    answerer(task, every, current, tokenizer, features, rows, layout),
+                    {},
+                )
+            )
+            found |= {
+                f"monitor/{task.name}/{row['metric']}": row["value"] for row in result["scores"]
+            }
         return found | {SECONDS: time.monotonic() - since}
 
     return look

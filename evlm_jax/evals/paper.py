@@ -1,4 +1,7 @@
-"""The paper's figures, by task and the metric of ours that is nearest; it states no harness. A row: model -> score."""
+"""The paper's figures, by task and the metric of ours that is nearest; it states no harness.
+
+A row: model -> score.
+"""
 
 MODELS = ("EVLM-Base", "EVLM-Chat", "EVLM-MoE")
 

@@ -1,8 +1,9 @@
-"""Scores on disk: what was measured, on which weights, with which prompt, preprocessing and versions.
+"""Scores on disk: what was measured, on which weights, with which prompt, preprocessing and
+versions.
 
-A result is a plain dict that JSON can hold: {"task", "scores", "examples", "provenance", ...}. The examples keep the raw
-generations, so that a score can be computed again, by another rule, without the model.
-"""
+A result is a plain dict that JSON can hold: {"task", "scores", "examples", "provenance", ...}. The
+examples keep the raw generations, so that a score can be computed again, by another rule, without
+the model."""
 
 import hashlib
 import importlib.metadata
@@ -22,7 +23,9 @@ PACKAGES = ("evlm-jax", "jax", "flax", "numpy", "tokenizers", "pillow")
 
 
 def weights_hash(arrays: dict[str, jax.Array]) -> str:
-    """sha256 over names, dtypes, shapes and bytes of {canonical name: array}: the same in any checkpoint layout."""
+    """sha256 over names, dtypes, shapes and bytes of {canonical name: array}: the same in any
+    checkpoint layout.
+    """
     digest = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
@@ -42,8 +45,15 @@ def provenance(cfg: EVLMConfig, weights: str, checkpoint: str = "") -> dict:
         "checkpoint": checkpoint,
         "weights_sha256": weights,
         "config": to_saved(cfg),
-        "preprocessing": {"image_size": cfg.vit.image_size, "resize": cfg.data.resize, "mean": cfg.vit.mean, "std": cfg.vit.std},
-        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "preprocessing": {
+            "image_size": cfg.vit.image_size,
+            "resize": cfg.data.resize,
+            "mean": cfg.vit.mean,
+            "std": cfg.vit.std,
+        },
+        "versions": (
+            {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
+        ),
         "device": device(),
     }
 
@@ -54,8 +64,13 @@ def device() -> str:
 
 
 def save(path: os.PathLike | str, result: dict) -> epath.Path:
-    """Writes JSON, atomically. Raises ValueError where a number is not finite (name the key and mend the score)."""
-    return write(path, json.dumps(_plain(result, ""), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    """Writes JSON, atomically.
+
+    Raises ValueError where a number is not finite (name the key and mend the score).
+    """
+    return write(
+        path, json.dumps(_plain(result, ""), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    )
 
 
 def load(path: os.PathLike | str) -> dict:

@@ -1,8 +1,9 @@
-"""Predictions, written to disk as they come, so that what was cut off goes on; and the result that keeps them.
+"""Predictions, written to disk as they come, so that what was cut off goes on; and the result that
+keeps them.
 
-The predictions stand in a .jsonl beside the result: first what they are of (task, weights, prompts), then a row each. Chunks are the same
-in every run of the same questions, so a run that was cut off and taken up gives the same bits as one that was not.
-"""
+The predictions stand in a .jsonl beside the result: first what they are of (task, weights,
+prompts), then a row each. Chunks are the same in every run of the same questions, so a run that was
+cut off and taken up gives the same bits as one that was not."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -46,14 +47,17 @@ def evaluate(
       progress: .jsonl file (journal.py); None keeps nothing.
       judge: for tasks that have one; without it the rows stay without judgement.
     Returns:
-      {"task", "method", "max_new_tokens", **about, "examples": rows}, without scores (evals/score.py).
+      {"task", "method", "max_new_tokens", **about, "examples": rows}, without scores
+      (evals/score.py).
     Raises:
       ValueError: `progress` is of something else, or of another judge.
     """
     head = {"task": task.name, "method": answer.method, "max_new_tokens": answer.tokens, **about}
     with Log(progress, head) as log:
         rows = _rows(questions, log.known)
-        todo = [[i for i in chunk if "prediction" not in rows[i]] for chunk in chunks(questions, answer)]
+        todo = [
+            [i for i in chunk if "prediction" not in rows[i]] for chunk in chunks(questions, answer)
+        ]
         for chunk in _bar(todo, len(rows), task.name):
             log.write([rows[i] for i in chunk], answer([questions[i] for i in chunk]))
         if task.judge and judge:
@@ -63,10 +67,18 @@ def evaluate(
 
 
 def unjudged(task: Task, rows: Sequence[dict], judge: Judge) -> list[int]:
-    """Places of the rows that still need the judge. Raises ValueError where another one has judged some."""
+    """Places of the rows that still need the judge.
+
+    Raises ValueError where another one has judged some.
+    """
     if (former := judges(rows)) and former != [judge.name]:
-        raise ValueError(f"answers were judged by {former[0]} before, not by {judge.name}: ask that one, or answer into a new --out")
-    return [i for i, row in enumerate(rows) if "judgement" not in row and task.judge and task.judge(row)]
+        raise ValueError(
+            f"answers were judged by {former[0]} before, not by {judge.name}: ask that one, or"
+            " answer into a new --out"
+        )
+    return [
+        i for i, row in enumerate(rows) if "judgement" not in row and task.judge and task.judge(row)
+    ]
 
 
 def chunks(questions: Sequence[Question], answer: Answerer) -> list[list[int]]:
@@ -76,7 +88,10 @@ def chunks(questions: Sequence[Question], answer: Answerer) -> list[list[int]]:
 
 
 class Log:
-    """Known entries of rows by id, and a journal where new ones go. A line that a kill cut is dropped; one process writes."""
+    """Known entries of rows by id, and a journal where new ones go.
+
+    A line that a kill cut is dropped; one process writes.
+    """
 
     def __init__(self, path: PathLike | None, head: dict):
         self.known: dict[str, dict] = {}
@@ -89,8 +104,15 @@ class Log:
             self._journal = Journal(path)
         if first is None:
             self._append([head])
-        elif other := [name for name in {**first, **head} if first.get(name) != json.loads(json.dumps(head)).get(name)]:
-            raise ValueError(f"{path} holds predictions of something else: {', '.join(other)} differ; give another --out, or remove it")
+        elif other := [
+            name
+            for name in {**first, **head}
+            if first.get(name) != json.loads(json.dumps(head)).get(name)
+        ]:
+            raise ValueError(
+                f"{path} holds predictions of something else: {', '.join(other)} differ; give"
+                " another --out, or remove it"
+            )
         for line in lines:
             self.known.setdefault(line.pop("id"), {}).update(line)
 
@@ -98,7 +120,12 @@ class Log:
         """New entries of rows: into the rows, and into the file at one go."""
         for row, entry in zip(rows, entries, strict=True):
             row.update(entry)
-        self._append([{"id": row["id"], "prompt": row["prompt"]} | entry for row, entry in zip(rows, entries)])
+        self._append(
+            [
+                {"id": row["id"], "prompt": row["prompt"]} | entry
+                for row, entry in zip(rows, entries)
+            ]
+        )
 
     def _append(self, lines: Sequence[dict]) -> None:
         if self._journal:
@@ -115,10 +142,18 @@ class Log:
 def _rows(questions: Sequence[Question], known: dict[str, dict]) -> list[dict]:
     rows = []
     for asked in questions:
-        row = {"id": asked.id, "cluster": asked.cluster, "prompt": asked.text, "answer": asked.answer} | asked.facts
+        row = {
+            "id": asked.id,
+            "cluster": asked.cluster,
+            "prompt": asked.text,
+            "answer": asked.answer,
+        } | asked.facts
         saved = known.get(asked.id, {"prompt": asked.text})
         if saved["prompt"] != asked.text:
-            raise ValueError(f"question {asked.id} was answered with another prompt, {saved['prompt']!r}; give another --out")
+            raise ValueError(
+                f"question {asked.id} was answered with another prompt, {saved['prompt']!r}; give"
+                " another --out"
+            )
         rows.append(row | saved)
     return rows
 
@@ -127,7 +162,14 @@ def _bar(chunks: Sequence[list[int]], total: int, name: str) -> Iterator[list[in
     """The chunks that hold something, with a progress bar over questions."""
     missing = sum(map(len, chunks))
     hidden = not missing or not is_first()
-    with tqdm(total=total, initial=total - missing, desc=name, unit="question", dynamic_ncols=True, disable=hidden) as bar:
+    with tqdm(
+        total=total,
+        initial=total - missing,
+        desc=name,
+        unit="question",
+        dynamic_ncols=True,
+        disable=hidden,
+    ) as bar:
         for chunk in filter(None, chunks):
             yield chunk
             bar.update(len(chunk))

@@ -1,8 +1,9 @@
-"""What a benchmark is: questions read from its official files, and scores of predictions. `evals/tasks` has one file a family.
+"""What a benchmark is: questions read from its official files, and scores of predictions.
+`evals/tasks` has one file a family.
 
-A saved prediction is a row, a plain dict that scores alone need: {"id", "cluster", "prompt", "answer", "prediction", and what else the
-family's scorer looks at}. So scores can be computed again without the model and without the data.
-"""
+A saved prediction is a row, a plain dict that scores alone need: {"id", "cluster", "prompt",
+"answer", "prediction", and what else the family's scorer looks at}. So scores can be computed again
+without the model and without the data."""
 
 import random
 from collections import Counter
@@ -35,7 +36,9 @@ class Question:
 class Scores(NamedTuple):
     """Scores in the unit that papers print (percent, for accuracies)."""
 
-    each: dict[str, list[float | None]]  # of every row; the score is their mean, None is not counted
+    each: dict[
+        str, list[float | None]
+    ]  # of every row; the score is their mean, None is not counted
     whole: dict[str, float]  # of all rows together, where it is no mean
 
 
@@ -44,13 +47,16 @@ class Task:
     """A benchmark.
 
     Args:
-      read: (path of the data, split, style) -> questions. Raises ValueError naming file and row for what does not fit.
+      read: (path of the data, split, style) -> questions. Raises ValueError naming file and row for
+        what does not fit.
       score: rows -> Scores.
       splits: known names, the usual one first.
       data: whether it needs a path.
       tokens: most new tokens of an answer.
-      candidates: closed set of answers, chosen from by lowest loss instead of by generation: questions -> texts.
-      judge: row -> prompt for a judge, whose reply the scorer finds in row["judgement"]; "" where none is needed.
+      candidates: closed set of answers, chosen from by lowest loss instead of by generation:
+        questions -> texts.
+      judge: row -> prompt for a judge, whose reply the scorer finds in row["judgement"]; "" where
+        none is needed.
     """
 
     name: str
@@ -62,27 +68,40 @@ class Task:
     candidates: Callable[[Sequence[Question]], list[str]] | None = None
     judge: Callable[[dict], str] | None = None
 
-    def questions(self, data: Path | str | None, split: str | None, style: str = STYLES[0]) -> list[Question]:
+    def questions(
+        self, data: Path | str | None, split: str | None, style: str = STYLES[0]
+    ) -> list[Question]:
         """All questions of a split, the usual one where it is None.
 
-        Raises ValueError for an unknown split or style, for two questions of the same id, and for files that do not fit.
-        """
+        Raises ValueError for an unknown split or style, for two questions of the same id, and for
+        files that do not fit."""
         if self.data and data is None:
             raise ValueError(f"{self.name}: give --data, the path of its official files")
         split = split or self.splits[0]
         for name, value, known in (("split", split, self.splits), ("prompt", style, STYLES)):
             if value not in known:
-                raise ValueError(f"{self.name}: unknown {name} {value!r}; use one of {', '.join(known)}")
+                raise ValueError(
+                    f"{self.name}: unknown {name} {value!r}; use one of {', '.join(known)}"
+                )
         questions = self.read(local(data or ".", "--data of a benchmark"), split, style)
-        if twice := [name for name, times in Counter(question.id for question in questions).items() if times > 1]:
+        if twice := [
+            name
+            for name, times in Counter(question.id for question in questions).items()
+            if times > 1
+        ]:
             raise ValueError(f"{self.name}: {data}: question {twice[0]} stands there twice")
         if style == "llava" and self.data:  # there, images are a line of their own
-            return [replace(question, text=f"{MARKER * len(question.visuals)}\n{question.text}") for question in questions]
+            return [
+                replace(question, text=f"{MARKER * len(question.visuals)}\n{question.text}")
+                for question in questions
+            ]
         return questions
 
 
 def first(questions: Sequence[Question], limit: int | None) -> list[Question]:
-    """The first `limit` questions, and all others of their clusters: pairs and rotations stay whole. None: all."""
+    """The first `limit` questions, and all others of their clusters: pairs and rotations stay
+    whole. None: all.
+    """
     clusters = {question.cluster for question in questions[:limit]}
     return [question for question in questions if question.cluster in clusters]
 

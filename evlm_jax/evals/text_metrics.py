@@ -1,11 +1,12 @@
 """Scores of generated text against references: exact match, ROUGE-L, CIDEr-D, BLEU-1..4.
 
-The scorers take sentences as token lists (`words` makes them) and equal pycocoevalcap on the same tokens. COCO's own
-tokenizer is a Java program; `words` does what it does to captions (lower case, no punctuation), except that a contraction
-is cut at its apostrophe ("don 't", there "do n't") and that Chinese and Japanese are scored by character.
+The scorers take sentences as token lists (`words` makes them) and equal pycocoevalcap on the same
+tokens. COCO's own tokenizer is a Java program; `words` does what it does to captions (lower case,
+no punctuation), except that a contraction is cut at its apostrophe ("don 't", there "do n't") and
+that Chinese and Japanese are scored by character.
 
-Everywhere: predictions is a list of N token lists, references a list of N lists of token lists (at least one each).
-"""
+Everywhere: predictions is a list of N token lists, references a list of N lists of token lists (at
+least one each)."""
 
 import math
 import re
@@ -19,7 +20,9 @@ WORD = re.compile(rf"[{CJK}]|\d+(?:[.,:]\d+)+|[^\W_{CJK}]+(?:-[^\W_{CJK}]+)*|'[^
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words without punctuation; "A man's 2-wheeled bike." -> ["a", "man", "'s", "2-wheeled", "bike"]."""
+    """Lower-case words without punctuation; "A man's 2-wheeled bike." ->
+    ["a", "man", "'s", "2-wheeled", "bike"].
+    """
     return WORD.findall(text.lower().replace("\u2019", "'"))
 
 
@@ -29,7 +32,8 @@ def exact_match(predictions, references) -> list[float]:
 
 
 def rouge_l(predictions, references, beta: float = 1.2) -> list[float]:
-    """F-score of the longest common subsequence, best precision and best recall over the references (COCO's rule).
+    """F-score of the longest common subsequence, best precision and best recall over the references
+    (COCO's rule).
 
     With beta = 1 and one reference this is the F1 of the package rouge-score.
     """
@@ -39,12 +43,16 @@ def rouge_l(predictions, references, beta: float = 1.2) -> list[float]:
         precision = max(common) / max(len(p), 1)
         recall = max(c / max(len(r), 1) for c, r in zip(common, refs))
         found = precision > 0 and recall > 0
-        scores.append((1 + beta**2) * precision * recall / (recall + beta**2 * precision) if found else 0.0)
+        scores.append(
+            (1 + beta**2) * precision * recall / (recall + beta**2 * precision) if found else 0.0
+        )
     return scores
 
 
 def bleu(predictions, references) -> list[float]:
-    """[BLEU-1, .., BLEU-4] of the corpus, closest reference length, unsmoothed (the tiny terms are COCO's)."""
+    """[BLEU-1, .., BLEU-4] of the corpus, closest reference length, unsmoothed (the tiny terms are
+    COCO's).
+    """
     right, total, length, reference_length = np.zeros(ORDERS), np.zeros(ORDERS), 0, 0
     for p, refs in _pairs(predictions, references):
         allowed = Counter()
@@ -62,16 +70,26 @@ def bleu(predictions, references) -> list[float]:
 
 
 def cider(predictions, references, sigma: float = 6.0) -> list[float]:
-    """CIDEr-D of each prediction, 0 to 10 (Vedantam et al. 2015); document frequencies from all references given.
+    """CIDEr-D of each prediction, 0 to 10 (Vedantam et al. 2015); document frequencies from all
+    references given.
 
-    The mean is what papers report. One image alone scores 0: every n-gram of its references is in every document.
-    """
-    frequency = Counter(gram for _, refs in _pairs(predictions, references) for gram in set().union(*map(_ngrams, refs)))
+    The mean is what papers report. One image alone scores 0: every n-gram of its references is in
+    every document."""
+    frequency = Counter(
+        gram
+        for _, refs in _pairs(predictions, references)
+        for gram in set().union(*map(_ngrams, refs))
+    )
     log_documents = math.log(len(references)) if references else 0.0
 
     def weigh(tokens):
-        """tf-idf of every n-gram, the norm for each order, and the length (in bigrams, as COCO counts it)."""
-        vector = {g: c * (log_documents - math.log(max(1, frequency[g]))) for g, c in _ngrams(tokens).items()}
+        """tf-idf of every n-gram, the norm for each order, and the length (in bigrams, as COCO
+        counts it).
+        """
+        vector = {
+            g: c * (log_documents - math.log(max(1, frequency[g])))
+            for g, c in _ngrams(tokens).items()
+        }
         square = np.zeros(ORDERS)
         for gram, value in vector.items():
             square[len(gram) - 1] += value**2
@@ -93,9 +111,15 @@ def cider(predictions, references, sigma: float = 6.0) -> list[float]:
 
 
 def _pairs(predictions, references):
-    """Both lists side by side. Raises ValueError when their lengths differ or a prediction has no reference."""
+    """Both lists side by side.
+
+    Raises ValueError when their lengths differ or a prediction has no reference.
+    """
     if len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions for {len(references)} lists of references; give one list each")
+        raise ValueError(
+            f"{len(predictions)} predictions for {len(references)} lists of references; give one"
+            " list each"
+        )
     if empty := [i for i, refs in enumerate(references) if not refs]:
         raise ValueError(f"prediction {empty[0]} has no reference; drop it or give one")
     return list(zip(predictions, references))
@@ -103,7 +127,9 @@ def _pairs(predictions, references):
 
 def _ngrams(tokens) -> Counter:
     """Counts of all n-grams up to ORDERS."""
-    return Counter(tuple(tokens[i : i + n]) for n in range(1, ORDERS + 1) for i in range(len(tokens) - n + 1))
+    return Counter(
+        tuple(tokens[i : i + n]) for n in range(1, ORDERS + 1) for i in range(len(tokens) - n + 1)
+    )
 
 
 def _lcs(a, b) -> int:

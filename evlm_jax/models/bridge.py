@@ -1,13 +1,17 @@
-"""What lies between the ViT's taps and the language model: nothing in EVLM, which hands taps to layers; a module in the baselines.
+"""What lies between the ViT's taps and the language model: nothing in EVLM, which hands taps to
+layers; a module in the baselines.
 
-    kind        taps [G, ..., S, V] become             after
-    routed      themselves                             EVLM
-    fused       one sequence [1, ..., S, V]            all taps beside each other, one projection: the fair rival of routed taps
-    flamingo    latents [1, ..., latents, V]           Flamingo's resampler of the last tap (arXiv 2204.14198, appendix A.1.1)
-    llava       patches in the text [1, ..., P, D]     LLaVA-1.5's projector of the last tap (arXiv 2310.03744)
+    kind      taps [G, ..., S, V] become           after
+    routed    themselves                           EVLM
+    fused     one sequence [1, ..., S, V]          all taps beside each other, one projection: the
+                                                   fair rival of routed taps
+    flamingo  latents [1, ..., latents, V]         Flamingo's resampler of the last tap
+                                                   (arXiv 2204.14198, appendix A.1.1)
+    llava     patches in the text [1, ..., P, D]   LLaVA-1.5's projector of the last tap
+                                                   (arXiv 2310.03744)
 
-The first three are looked at by cross-attention. `llava` has none: its P patches stand in the text at the image's media positions.
-"""
+The first three are looked at by cross-attention. `llava` has none: its P patches stand in the text
+at the image's media positions."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +24,9 @@ from evlm_jax.parallel.sharding import shard
 
 
 class Fused(nnx.Module):
-    """A LayerNorm for each tap, whose scales grow with depth, and one projection of all: [G, ..., S, V] -> [1, ..., S, V]."""
+    """A LayerNorm for each tap, whose scales grow with depth, and one projection of all:
+    [G, ..., S, V] -> [1, ..., S, V].
+    """
 
     def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
         taps, width = len(cfg.vit.taps), cfg.vit.width
@@ -33,12 +39,19 @@ class Fused(nnx.Module):
 
 
 class ResamplerLayer(nnx.Module):
-    """Latents look at the picture and at themselves, then pass an FFN. Nothing has a bias but the norms."""
+    """Latents look at the picture and at themselves, then pass an FFN.
+
+    Nothing has a bias but the norms.
+    """
 
     def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
         width, inner, eps = cfg.vit.width, cfg.bridge.heads * cfg.bridge.head_dim, cfg.xattn.eps
-        self.norm_media, self.norm_latents, self.ffn_norm = (LayerNorm(width, eps, rngs) for _ in range(3))
-        self.q, self.k, self.v = (Linear((width, inner), ("vision", "vision_heads"), rngs) for _ in range(3))
+        self.norm_media, self.norm_latents, self.ffn_norm = (
+            LayerNorm(width, eps, rngs) for _ in range(3)
+        )
+        self.q, self.k, self.v = (
+            Linear((width, inner), ("vision", "vision_heads"), rngs) for _ in range(3)
+        )
         self.o = Linear((inner, width), ("vision_heads", "vision"), rngs)
         self.ffn = MLP(width, cfg.bridge.ffn * width, "gelu", False, rngs, ("whole", "vision_mlp"))
         self.head_dim = cfg.bridge.head_dim
@@ -53,7 +66,9 @@ class ResamplerLayer(nnx.Module):
 
 
 class Resampler(nnx.Module):
-    """The last tap by a fixed number of latents, after open_flamingo's PerceiverResampler: [G, ..., S, V] -> [1, ..., latents, V]."""
+    """The last tap by a fixed number of latents, after open_flamingo's PerceiverResampler:
+    [G, ..., S, V] -> [1, ..., latents, V].
+    """
 
     def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
         self.latents = param(rngs, (cfg.bridge.latents, cfg.vit.width), ("whole", "norm"), std=1.0)
@@ -64,18 +79,24 @@ class Resampler(nnx.Module):
     def __call__(self, taps: jax.Array) -> jax.Array:
         tap = taps[-1]
         pictures = shard(tap.reshape(-1, *tap.shape[-2:]), "pictures")
-        latents = jnp.broadcast_to(self.latents[...].astype(tap.dtype), (len(pictures), *self.latents.shape))
+        latents = jnp.broadcast_to(
+            self.latents[...].astype(tap.dtype), (len(pictures), *self.latents.shape)
+        )
         step = REMAT[self.remat](lambda x, layer: (shard(layer(x, pictures), "pictures"), None))
         latents = self.norm(jax.lax.scan(step, latents, self.layers)[0])
         return latents.reshape(1, *tap.shape[:-2], *self.latents.shape)
 
 
 class Projector(nnx.Module):
-    """Two layers around a GELU for each patch of the last tap, the tokens in front left out: [G, ..., S, V] -> [1, ..., P, D]."""
+    """Two layers around a GELU for each patch of the last tap, the tokens in front left out:
+    [G, ..., S, V] -> [1, ..., P, D].
+    """
 
     def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
         self.fc1 = Linear((cfg.vit.width, cfg.llm.hidden), ("whole", "vision_mlp"), rngs, bias=True)
-        self.fc2 = Linear((cfg.llm.hidden, cfg.llm.hidden), ("vision_mlp", "whole"), rngs, bias=True)
+        self.fc2 = Linear(
+            (cfg.llm.hidden, cfg.llm.hidden), ("vision_mlp", "whole"), rngs, bias=True
+        )
         self.first = cfg.vit.prefix_tokens
 
     def __call__(self, taps: jax.Array) -> jax.Array:
@@ -91,10 +112,13 @@ def make(cfg: EVLMConfig, rngs: nnx.Rngs) -> nnx.Module | None:
 
 
 def write(views: jax.Array, image: jax.Array, patch: jax.Array) -> jax.Array:
-    """What stands at media positions: views [1, C, I, P, D], image slot and number of the patch [B, T] -> [B, T, D].
+    """What stands at media positions: views [1, C, I, P, D], image slot and number of the patch
+    [B, T] -> [B, T, D].
 
     B / C neighbouring rows are a pool. At other positions it is something that nobody reads.
     """
     _, pools, _, patches, width = views.shape
     index = (image * patches + jnp.maximum(patch, 0)).reshape(pools, -1, 1)
-    return jnp.take_along_axis(views.reshape(pools, -1, width), index, axis=1).reshape(*image.shape, width)
+    return jnp.take_along_axis(views.reshape(pools, -1, width), index, axis=1).reshape(
+        *image.shape, width
+    )

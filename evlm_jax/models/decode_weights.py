@@ -29,11 +29,21 @@ class Weights(NamedTuple):
         head = llm.embed[...].T if llm.head is None else llm.head.kernel[...]
         layers, crosses = _pack(llm.layers, dtype), _pack(model.xattn, dtype)
         media = None if model.media is None else model.media.embedding[...]
-        return cls(llm.embed[...].astype(dtype), media, model.bridge, layers, crosses, llm.ln_f, pack_head(head, dtype))
+        return cls(
+            llm.embed[...].astype(dtype),
+            media,
+            model.bridge,
+            layers,
+            crosses,
+            llm.ln_f,
+            pack_head(head, dtype),
+        )
 
 
 def _pack(stack: nnx.Module, dtype: str) -> nnx.Module:
-    """A stack of blocks with a Packed in place of each Linear, and PackedExperts in place of Experts."""
+    """A stack of blocks with a Packed in place of each Linear, and PackedExperts in place of
+    Experts.
+    """
 
     def convert(leaf):
         if isinstance(leaf, Experts):

@@ -1,10 +1,14 @@
-"""The model with caches: prefill reads prompts, decode adds tokens one at a time. Composition of the same blocks as evlm.py.
+"""The model with caches: prefill reads prompts, decode adds tokens one at a time. Composition of
+the same blocks as evlm.py.
 
-    slot of a key = position of its token     prompts  a b c . .      lengths 3 and 5, padded on the right
-                                                       d e f g h      the first new token of row 0 overwrites slot 3
-A query at position p sees the slots <= p, so padding is overwritten before anything can see it. Cross-attention keys depend
-on the images alone: they are projected once, and after prefill only the range that the last token sees is kept. Caches lie as
-`attention` multiplies them, and are only read while a token goes through the layers: its own keys come out at the end.
+    slot of a key = position of its token
+    prompts  a b c . .   lengths 3 and 5, padded on the right
+             d e f g h   the first new token of row 0 overwrites slot 3
+
+A query at position p sees the slots <= p, so padding is overwritten before anything can see it.
+Cross-attention keys depend on the images alone: they are projected once, and after prefill only the
+range that the last token sees is kept. Caches lie as `attention` multiplies them, and are only read
+while a token goes through the layers: its own keys come out at the end.
 """
 
 from collections.abc import Callable
@@ -44,9 +48,9 @@ class Prompt(NamedTuple):
 class DecodeState(NamedTuple):
     """All that changes while answers grow.
 
-    C: slots of the text. X: cross-attention blocks. Z: R * S' keys of the images that can still be seen, then zero keys: the
-    sinks, here worth being stored, or one for those who see nothing else.
-    """
+    C: slots of the text. X: cross-attention blocks. Z: R * S' keys of the images that can still be
+      seen, then zero keys: the sinks, here worth being stored, or one for those who see nothing
+      else."""
 
     token: jax.Array  # [B] int32, chosen but not yet read
     position: jax.Array  # [B] int32, its position
@@ -58,7 +62,9 @@ class DecodeState(NamedTuple):
     self_values: jax.Array  # [L, B, K, C, H]
     cross_keys: jax.Array | None  # [X, B, K, H, Z]; None without cross-attention
     cross_values: jax.Array | None  # [X, B, K, Z, H]
-    seen: jax.Array | None = None  # [B, vocab] bool, tokens of prompt and answer; None without a repetition penalty
+    seen: jax.Array | None = (
+        None  # [B, vocab] bool, tokens of prompt and answer; None without a repetition penalty
+    )
 
     @classmethod
     def spec(cls, cfg: EVLMConfig, rows: int, slots: int, images: int) -> "DecodeState":
@@ -67,17 +73,34 @@ class DecodeState(NamedTuple):
         row = lambda dtype: jax.ShapeDtypeStruct((rows,), dtype)
         text, cross = (cfg.llm.layers, rows, k), (len(cfg.cross_layers), rows, cfg.xattn.kv_heads)
         seen = images * cfg.view_tokens + max(cfg.xattn.sinks, 1)
-        sizes = (*text, h, slots), (*text, slots, h), (*cross, cfg.xattn.head_dim, seen), (*cross, seen, cfg.xattn.head_dim)
+        sizes = (
+            (*text, h, slots),
+            (*text, slots, h),
+            (*cross, cfg.xattn.head_dim, seen),
+            (*cross, seen, cfg.xattn.head_dim),
+        )
         caches = [jax.ShapeDtypeStruct(size, dtype) if size[0] else None for size in sizes]
         key = jax.eval_shape(jax.random.key, 0).dtype
         theta = row(jnp.float32) if cfg.llm.dynamic_ntk else None
-        return cls(row(jnp.int32), row(jnp.int32), row(jnp.bool), row(key), row(jnp.int32), theta, *caches)
+        return cls(
+            row(jnp.int32), row(jnp.int32), row(jnp.bool), row(key), row(jnp.int32), theta, *caches
+        )
 
 
 def prefill(
-    cfg: EVLMConfig, weights: Weights, prompt: Prompt, taps: jax.Array | None, random: jax.Array, how: Sampling, slots: int, images: int
+    cfg: EVLMConfig,
+    weights: Weights,
+    prompt: Prompt,
+    taps: jax.Array | None,
+    random: jax.Array,
+    how: Sampling,
+    slots: int,
+    images: int,
 ):
-    """Reads the prompts and chooses the first token of each answer. Arguments as in `read_prompts`."""
+    """Reads the prompts and chooses the first token of each answer.
+
+    Arguments as in `read_prompts`.
+    """
     logits, state = read_prompts(cfg, weights, prompt, taps, random, slots, images)
     if how.repetition_penalty is not None:
         state = state._replace(seen=_seen(prompt, cfg.llm.vocab))
@@ -106,7 +129,15 @@ def decode(cfg: EVLMConfig, weights: Weights, state: DecodeState, how: Sampling,
     return state, out
 
 
-def read_prompts(cfg: EVLMConfig, weights: Weights, prompt: Prompt, taps: jax.Array | None, random: jax.Array, slots: int, images: int):
+def read_prompts(
+    cfg: EVLMConfig,
+    weights: Weights,
+    prompt: Prompt,
+    taps: jax.Array | None,
+    random: jax.Array,
+    slots: int,
+    images: int,
+):
     """Fills the caches.
 
     Args:
@@ -119,13 +150,22 @@ def read_prompts(cfg: EVLMConfig, weights: Weights, prompt: Prompt, taps: jax.Ar
     """
     rows, length = prompt.tokens.shape
     dtype = compute_dtype(cfg.train.dtype)
-    views = None if taps is None else view(cfg, weights, jnp.moveaxis(shard(taps.astype(dtype), "pictures"), 1, 0))
+    views = (
+        None
+        if taps is None
+        else view(cfg, weights, jnp.moveaxis(shard(taps.astype(dtype), "pictures"), 1, 0))
+    )
     cross = project(cfg, weights, views, prompt.image) if cfg.cross_layers else None
     if weights.media is None:
         media = write(views[:, prompt.image], prompt.image_slot, prompt.media_slot)
     else:
         media = weights.media[jnp.maximum(prompt.media_slot, 0)].astype(dtype)
-    x = shard(jnp.where(prompt.media_slot[..., None] >= 0, media, weights.embed[prompt.tokens].astype(dtype)), "rows")
+    x = shard(
+        jnp.where(
+            prompt.media_slot[..., None] >= 0, media, weights.embed[prompt.tokens].astype(dtype)
+        ),
+        "rows",
+    )
     index = jnp.arange(length)
     mask = jnp.broadcast_to(index <= index[:, None], (rows, length, length))
 
@@ -135,23 +175,52 @@ def read_prompts(cfg: EVLMConfig, weights: Weights, prompt: Prompt, taps: jax.Ar
         return attend(q, k, v, mask)
 
     def cross_attend(number, q):
-        return look(q, *(jax.lax.dynamic_index_in_dim(a, number, 0, False) for a in cross), prompt.plan)
+        return look(
+            q, *(jax.lax.dynamic_index_in_dim(a, number, 0, False) for a in cross), prompt.plan
+        )
 
     theta = rope_base(cfg.llm, prompt.length)
-    x, (keys, values) = _decoder(cfg, weights, x, jnp.broadcast_to(index, (rows, length)), theta, self_attend, cross_attend)
-    text = [jnp.pad(a.swapaxes(2, 3), ((0, 0),) * 3 + ((0, slots - length), (0, 0))) for a in (keys, values)]  # [L, B, K, C, H]
-    caches = text[0].swapaxes(3, 4), text[1], *(_keep(cfg, prompt, cross, images) if cross else (None, None))
+    x, (keys, values) = _decoder(
+        cfg, weights, x, jnp.broadcast_to(index, (rows, length)), theta, self_attend, cross_attend
+    )
+    text = [
+        jnp.pad(a.swapaxes(2, 3), ((0, 0),) * 3 + ((0, slots - length), (0, 0)))
+        for a in (keys, values)
+    ]  # [L, B, K, C, H]
+    caches = (
+        text[0].swapaxes(3, 4),
+        text[1],
+        *(_keep(cfg, prompt, cross, images) if cross else (None, None)),
+    )
     last = x[jnp.arange(rows), prompt.length - 1]
-    state = DecodeState(jnp.zeros(rows, jnp.int32), prompt.length - 1, prompt.length <= 0, random, prompt.visible, theta, *caches)
+    state = DecodeState(
+        jnp.zeros(rows, jnp.int32),
+        prompt.length - 1,
+        prompt.length <= 0,
+        random,
+        prompt.visible,
+        theta,
+        *caches,
+    )
     return logits(weights.head, last, cfg.llm.vocab), state
 
 
-def _keep(cfg: EVLMConfig, prompt: Prompt, cross: tuple[jax.Array, jax.Array], images: int) -> tuple[jax.Array, jax.Array]:
-    """Of `project`'s keys and values those that the last token of each prompt sees, as DecodeState has them."""
-    slot = jnp.minimum(prompt.visible_start[:, None] + jnp.arange(images), prompt.image.shape[1] - 1)  # [B, R]
+def _keep(
+    cfg: EVLMConfig, prompt: Prompt, cross: tuple[jax.Array, jax.Array], images: int
+) -> tuple[jax.Array, jax.Array]:
+    """Of `project`'s keys and values those that the last token of each prompt sees, as DecodeState
+    has them.
+    """
+    slot = jnp.minimum(
+        prompt.visible_start[:, None] + jnp.arange(images), prompt.image.shape[1] - 1
+    )  # [B, R]
     seen = [jnp.take_along_axis(a, slot[None, :, :, None, None, None], axis=2) for a in cross]
-    seen = [a.reshape(*a.shape[:2], -1, *a.shape[4:]).swapaxes(2, 3) for a in seen]  # [X, B, K, R * S', H]
-    keys, values = (jnp.pad(a, ((0, 0),) * 3 + ((0, max(cfg.xattn.sinks, 1)), (0, 0))) for a in seen)
+    seen = [
+        a.reshape(*a.shape[:2], -1, *a.shape[4:]).swapaxes(2, 3) for a in seen
+    ]  # [X, B, K, R * S', H]
+    keys, values = (
+        jnp.pad(a, ((0, 0),) * 3 + ((0, max(cfg.xattn.sinks, 1)), (0, 0))) for a in seen
+    )
     return keys.swapaxes(3, 4), values
 
 
@@ -159,10 +228,14 @@ def _seen(prompt: Prompt, vocab: int) -> jax.Array:
     """bool [B, vocab]: which tokens stand in a prompt."""
     rows, length = prompt.tokens.shape
     tokens = jnp.where(jnp.arange(length) < prompt.length[:, None], prompt.tokens, vocab)
-    return jnp.zeros((rows, vocab), bool).at[jnp.arange(rows)[:, None], tokens].set(True, mode="drop")
+    return (
+        jnp.zeros((rows, vocab), bool).at[jnp.arange(rows)[:, None], tokens].set(True, mode="drop")
+    )
 
 
-def read_tokens(cfg: EVLMConfig, weights: Weights, state: DecodeState) -> tuple[jax.Array, DecodeState]:
+def read_tokens(
+    cfg: EVLMConfig, weights: Weights, state: DecodeState
+) -> tuple[jax.Array, DecodeState]:
     """Reads `token` of each row: (logits [B, vocab], the state with its keys)."""
     own = jnp.arange(state.self_values.shape[3]) == state.position[:, None]  # [B, C]
     earlier = jnp.arange(own.shape[1]) <= state.position[:, None]
@@ -182,18 +255,32 @@ def read_tokens(cfg: EVLMConfig, weights: Weights, state: DecodeState) -> tuple[
         return attend(q, *cached(state.cross_keys, state.cross_values, number), seen[:, None])
 
     x = shard(weights.embed[state.token][:, None].astype(compute_dtype(cfg.train.dtype)), "rows")
-    x, (k, v) = _decoder(cfg, weights, x, state.position[:, None], state.theta, self_attend, cross_attend)
+    x, (k, v) = _decoder(
+        cfg, weights, x, state.position[:, None], state.theta, self_attend, cross_attend
+    )
     caches, new = (None, "rows", "kv_heads"), (None, "rows", None, "kv_heads")
     save = local(_save, (caches, caches, new, new, ("rows",)), (caches, caches))
     keys, values = save(state.self_keys, state.self_values, k, v, state.position)
-    return logits(weights.head, x[:, 0], cfg.llm.vocab), state._replace(self_keys=keys, self_values=values)
+    return logits(weights.head, x[:, 0], cfg.llm.vocab), state._replace(
+        self_keys=keys, self_values=values
+    )
 
 
-def _save(keys: jax.Array, values: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Caches [L, B, K, H, C] and [L, B, K, C, H] with the keys and values [L, B, 1, K, H] of a token at `position` [B]."""
-    for row, slot in enumerate(position):  # one small update a row is done in place, a scatter is not
-        keys = jax.lax.dynamic_update_slice(keys, k[:, row : row + 1, 0, :, :, None].astype(keys.dtype), (0, row, 0, 0, slot))
-        values = jax.lax.dynamic_update_slice(values, v[:, row : row + 1, 0, :, None].astype(values.dtype), (0, row, 0, slot, 0))
+def _save(
+    keys: jax.Array, values: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Caches [L, B, K, H, C] and [L, B, K, C, H] with the keys and values [L, B, 1, K, H] of a
+    token at `position` [B].
+    """
+    for row, slot in enumerate(
+        position
+    ):  # one small update a row is done in place, a scatter is not
+        keys = jax.lax.dynamic_update_slice(
+            keys, k[:, row : row + 1, 0, :, :, None].astype(keys.dtype), (0, row, 0, 0, slot)
+        )
+        values = jax.lax.dynamic_update_slice(
+            values, v[:, row : row + 1, 0, :, None].astype(values.dtype), (0, row, 0, slot, 0)
+        )
     return keys, values
 
 
@@ -206,15 +293,21 @@ def _sight(cfg: EVLMConfig, state: DecodeState) -> jax.Array:
 
 
 def view(cfg: EVLMConfig, weights: Weights, taps: jax.Array) -> jax.Array:
-    """What the bridge makes of taps [G, n, S, V]: [G', n, S', V or D], as in training whatever the dtype of `weights`."""
+    """What the bridge makes of taps [G, n, S, V]: [G', n, S', V or D], as in training whatever the
+    dtype of `weights`.
+    """
     if weights.bridge is None:
         return taps
     with jax.default_matmul_precision(cfg.train.matmul_precision), jax.named_scope("bridge"):
         return weights.bridge(taps)
 
 
-def project(cfg: EVLMConfig, weights: Weights, views: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of every cross-attention block: views [G', n, S', V], image [B, I] -> [X, B, I, S', K, H]."""
+def project(
+    cfg: EVLMConfig, weights: Weights, views: jax.Array, image: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of every cross-attention block: views [G', n, S', V], image [B, I] ->
+    [X, B, I, S', K, H].
+    """
     number = jnp.array(cfg.tap_of_cross_layer)
     each = lambda i: pick(weights.crosses, i).keys_values(views[number[i]])
     return jax.tree.map(lambda a: a[:, image], jax.lax.map(each, jnp.arange(len(cfg.cross_layers))))
@@ -226,7 +319,11 @@ def _choose(logits: jax.Array, state: DecodeState, how: Sampling) -> DecodeState
     token = jnp.where(state.done, state.token, sample(logits, keys, how, state.seen))
     if state.seen is not None:
         state = state._replace(seen=state.seen.at[jnp.arange(len(token)), token].set(True))
-    return state._replace(token=token, position=state.position + ~state.done, done=state.done | jnp.isin(token, how.stop))
+    return state._replace(
+        token=token,
+        position=state.position + ~state.done,
+        done=state.done | jnp.isin(token, how.stop),
+    )
 
 
 def _decoder(
@@ -238,21 +335,29 @@ def _decoder(
     self_attend: Callable,
     cross_attend: Callable,
 ):
-    """All layers over T tokens at `positions` [B, T]: x [B, T, D] -> hidden [B, T, D], (their keys, values) [L, B, T, K, H].
+    """All layers over T tokens at `positions` [B, T]: x [B, T, D] -> hidden [B, T, D], (their keys,
+    values) [L, B, T, K, H].
 
     Args:
       theta: as in DecodeState.
       self_attend: (number of the layer, q, k, v of these tokens) -> attention output.
       cross_attend: (number of the cross-attention block, q) -> attention output.
     """
-    rope = rope_tables(positions, cfg.llm.head_dim, cfg.llm.rope_theta if theta is None else theta[:, None, None, None])
+    rope = rope_tables(
+        positions,
+        cfg.llm.head_dim,
+        cfg.llm.rope_theta if theta is None else theta[:, None, None, None],
+    )
     x, passed = run_layers(
         cfg,
         weights.layers,
         weights.crosses,
         x,
         rope,
-        self_attend=lambda number, q, k, v: (self_attend(number, sharpen(cfg.llm, q, positions), k, v), (k, v)),
+        self_attend=lambda number, q, k, v: (
+            self_attend(number, sharpen(cfg.llm, q, positions), k, v),
+            (k, v),
+        ),
         cross_attend=lambda _, number, q: (cross_attend(number, q), None),
     )
     return weights.ln_f(x), passed.layers

@@ -1,9 +1,11 @@
-"""EVLM: ViT taps, gated cross-attention before the layers of a language model, learnable media tokens. Composition only.
+"""EVLM: ViT taps, gated cross-attention before the layers of a language model, learnable media
+tokens. Composition only.
 
-Its baselines are the same model with something between taps and layers (bridge.py), or without cross-attention.
+Its baselines are the same model with something between taps and layers (bridge.py), or without
+cross-attention.
 
-Unusual: all taps are stacked, and each cross-attention block picks its own by number: `blocked`, `cyclic` and any other schedule are
-the same program.
+Unusual: all taps are stacked, and each cross-attention block picks its own by number: `blocked`,
+`cyclic` and any other schedule are the same program.
 """
 
 import functools
@@ -26,16 +28,24 @@ from evlm_jax.ops.grouped_attention import Plan, grouped_attention
 from evlm_jax.ops.matmul import product
 from evlm_jax.parallel.sharding import local, shard
 
-TEXT, TEXT_KEYS, IMAGE_KEYS = ("rows", None, "heads"), ("rows", None, "kv_heads"), ("rows", None, None, "kv_heads")
+TEXT, TEXT_KEYS, IMAGE_KEYS = (
+    ("rows", None, "heads"),
+    ("rows", None, "kv_heads"),
+    ("rows", None, None, "kv_heads"),
+)
 
 
 def self_attention_op() -> Callable:
-    """`attention` of a device's rows and heads: q [B, T, N, H], k and v [B, C, K, H], mask [B, T, C]."""
+    """`attention` of a device's rows and heads: q [B, T, N, H], k and v [B, C, K, H], mask
+    [B, T, C].
+    """
     return local(attention, (TEXT, TEXT_KEYS, TEXT_KEYS, ("rows",)), TEXT)
 
 
 def cross_attention_op(cfg: EVLMConfig) -> Callable:
-    """`grouped_attention` of a device's pools and heads: q [B, T, N, H], k and v [C, I, S', K, H], plan."""
+    """`grouped_attention` of a device's pools and heads: q [B, T, N, H], k and v [C, I, S', K, H],
+    plan.
+    """
     attend = functools.partial(grouped_attention, sinks=cfg.xattn.sinks)
     return local(attend, (TEXT, IMAGE_KEYS, IMAGE_KEYS, ("rows",)), TEXT)
 
@@ -44,7 +54,9 @@ class Media(nnx.Module):
     """What an image is in the text stream."""
 
     def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
-        self.embedding = param(rngs, (cfg.media.tokens, cfg.llm.hidden), ("whole", "whole"), std=0.02)
+        self.embedding = param(
+            rngs, (cfg.media.tokens, cfg.llm.hidden), ("whole", "whole"), std=0.02
+        )
 
 
 def _precisely(method: Callable) -> Callable:
@@ -59,13 +71,21 @@ def _precisely(method: Callable) -> Callable:
 
 
 class EVLM(nnx.Module):
-    """The whole model. Parameters are float32 at initialisation; compute is in `cfg.train.dtype`."""
+    """The whole model. Parameters are float32 at initialisation;
+    compute is in `cfg.train.dtype`.
+    """
 
     def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
         self.vit = ViT(cfg.vit, rngs, cfg.train.remat)
         self.llm = LLM(cfg.llm, rngs)
-        self.xattn = stack(lambda r: xattn.Block(cfg, r), len(cfg.cross_layers), rngs) if cfg.cross_layers else None
-        self.media = Media(cfg, rngs) if cfg.bridge.kind != "llava" else None  # there patches stand in their place
+        self.xattn = (
+            stack(lambda r: xattn.Block(cfg, r), len(cfg.cross_layers), rngs)
+            if cfg.cross_layers
+            else None
+        )
+        self.media = (
+            Media(cfg, rngs) if cfg.bridge.kind != "llava" else None
+        )  # there patches stand in their place
         self.bridge = bridge.make(cfg, rngs)
         self.cfg = cfg
 
@@ -82,17 +102,29 @@ class EVLM(nnx.Module):
         taps = self.vit(x.reshape(-1, *x.shape[-3:]))
         return taps.reshape(*pixels.shape[:-3], *taps.shape[1:])
 
-    def embed(self, tokens: jax.Array, media_slot: jax.Array, patches: jax.Array | None = None) -> jax.Array:
-        """Word embeddings, and at media positions the learnable rows, or `patches` [B, T, D] where given: [B, T] -> [B, T, D]."""
-        media = self.media.embedding[...][jnp.maximum(media_slot, 0)] if patches is None else patches
-        return jnp.where(media_slot[..., None] >= 0, media.astype(self.dtype), self.llm.words(tokens).astype(self.dtype))
+    def embed(
+        self, tokens: jax.Array, media_slot: jax.Array, patches: jax.Array | None = None
+    ) -> jax.Array:
+        """Word embeddings, and at media positions the learnable rows, or `patches` [B, T, D] where
+        given: [B, T] -> [B, T, D].
+        """
+        media = (
+            self.media.embedding[...][jnp.maximum(media_slot, 0)] if patches is None else patches
+        )
+        return jnp.where(
+            media_slot[..., None] >= 0,
+            media.astype(self.dtype),
+            self.llm.words(tokens).astype(self.dtype),
+        )
 
     def hidden(self, batch: Batch) -> jax.Array:
         """[B, T, D] after the final norm."""
         return self.forward_with_aux(batch)[0]
 
     def forward_with_aux(self, batch: Batch) -> tuple[jax.Array, moe.Routing | None]:
-        """`hidden`, and the routing of each block's mixture of experts, stacked; None where the FFNs are dense."""
+        """`hidden`, and the routing of each block's mixture of experts, stacked; None where the
+        FFNs are dense.
+        """
         hidden, passed = self.forward_with_observer(batch, self.visual_states(batch))
         return hidden, passed.routing
 
@@ -102,7 +134,9 @@ class EVLM(nnx.Module):
         return shard(jnp.moveaxis(shard(taps, "rows", "images"), 2, 0), None, "rows", "images")
 
     def visual_states(self, batch: Batch) -> jax.Array | None:
-        """What the language model sees of images, [G', C, I, S', V or D] as bridge.py has it; None where it sees nothing."""
+        """What the language model sees of images, [G', C, I, S', V or D] as bridge.py has it; None
+        where it sees nothing.
+        """
         return self.bridged(self.taps(batch)) if self.cfg.sees else None
 
     @_precisely
@@ -114,8 +148,13 @@ class EVLM(nnx.Module):
             return shard(self.bridge(taps), None, "rows", "images")
 
     def _grouped_cross_attention(self, batch: Batch) -> Callable:
-        """(queries [B, T, N, H], keys and values [C, I, S', K, H]) -> (attention outputs, None), by the batch's plan."""
-        plan, attend = Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image), cross_attention_op(self.cfg)
+        """(queries [B, T, N, H], keys and values [C, I, S', K, H]) -> (attention outputs, None), by
+        the batch's plan.
+        """
+        plan, attend = (
+            Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image),
+            cross_attention_op(self.cfg),
+        )
         return lambda q, k, v: (attend(q, k, v, plan), None)
 
     @_precisely
@@ -130,21 +169,33 @@ class EVLM(nnx.Module):
 
         Args:
           states: `visual_states`.
-          observe: (block, its visual state [C, I, S', V], its input x [B, T, D]) -> anything; stacked over blocks in `Passed.observed`.
-          cross_attend: (q [B, T, N, H], k and v [C, I, S', K, H]) -> (attention output, anything); by default by the batch's plan.
+          observe: (block, its visual state [C, I, S', V], its input x [B, T, D]) -> anything;
+            stacked over blocks in `Passed.observed`.
+          cross_attend: (q [B, T, N, H], k and v [C, I, S', K, H]) -> (attention output, anything);
+            by default by the batch's plan.
         """
         patches = None
         if self.cfg.bridge.kind == "llava":
-            patches = local(bridge.write, ((None, "rows"), ("rows",), ("rows",)), ("rows",))(states, batch.visible_start, batch.media_slot)
+            patches = local(bridge.write, ((None, "rows"), ("rows",), ("rows",)), ("rows",))(
+                states, batch.visible_start, batch.media_slot
+            )
         x = self.embed(batch.tokens, batch.media_slot, patches)
         rope = rope_tables(batch.positions, self.cfg.llm.head_dim, self.cfg.llm.rope_theta)
         mask, attend = text_mask(batch.seen_until), self_attention_op()
-        kind = jnp.where(batch.media_slot >= 0, moe.MEDIA, jnp.where(real_tokens(batch), moe.TEXT, moe.PADDING))
+        kind = jnp.where(
+            batch.media_slot >= 0, moe.MEDIA, jnp.where(real_tokens(batch), moe.TEXT, moe.PADDING)
+        )
         tap_of = jnp.array(self.cfg.tap_of_cross_layer)
         cross_attend = cross_attend or self._grouped_cross_attention(batch)
 
         def look(block, number, q):
-            return cross_attend(q, *(shard(a, "rows", "images", None, "image_heads") for a in block.keys_values(states[tap_of[number]])))
+            return cross_attend(
+                q,
+                *(
+                    shard(a, "rows", "images", None, "image_heads")
+                    for a in block.keys_values(states[tap_of[number]])
+                ),
+            )
 
         x, passed = run_layers(
             self.cfg,
@@ -161,11 +212,17 @@ class EVLM(nnx.Module):
         return self.llm.ln_f(x), passed
 
     def readout(self) -> Callable[[jax.Array], jax.Array]:
-        """A function [..., D] -> float32 [..., vocab]. On a mesh the head is gathered once, for all its calls."""
+        """A function [..., D] -> float32 [..., vocab].
+
+        On a mesh the head is gathered once, for all its calls.
+        """
         spec, head = self.llm.head_matrix(self.cfg.train.operands)
 
         def logits(hidden: jax.Array) -> jax.Array:
-            with jax.default_matmul_precision(self.cfg.train.matmul_precision), jax.named_scope("head"):
+            with (
+                jax.default_matmul_precision(self.cfg.train.matmul_precision),
+                jax.named_scope("head"),
+            ):
                 return product(spec, hidden, head)
 
         return logits

@@ -1,4 +1,7 @@
-"""How new parameters begin: the cross-attention, a baseline's bridge, the media embeddings. Everything else comes from checkpoints."""
+"""How new parameters begin: the cross-attention, a baseline's bridge, the media embeddings.
+
+Everything else comes from checkpoints.
+"""
 
 import functools
 
@@ -16,7 +19,9 @@ ROWS = 8192  # of the word embeddings, in float64 at a time
 
 def cross_attention(cfg: EVLMConfig) -> xattn.Block:
     """The stack of all blocks, by train.seed."""
-    return stack(lambda rngs: xattn.Block(cfg, rngs), len(cfg.cross_layers), nnx.Rngs(cfg.train.seed))
+    return stack(
+        lambda rngs: xattn.Block(cfg, rngs), len(cfg.cross_layers), nnx.Rngs(cfg.train.seed)
+    )
 
 
 NEW = {"xattn": cross_attention, "bridge": lambda cfg: bridge.make(cfg, nnx.Rngs(cfg.train.seed))}
@@ -28,23 +33,34 @@ def cross_attention_tensors(cfg: EVLMConfig) -> dict[str, Tensor]:
 
     def block(number):
         rngs = jax.tree.map(lambda keys: keys[number], nnx.Rngs(cfg.train.seed).split(count))
-        return {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(xattn.Block(cfg, rngs)))}
+        return {
+            "/".join(map(str, path)): leaf[...]
+            for path, leaf in nnx.to_flat_state(nnx.state(xattn.Block(cfg, rngs)))
+        }
 
     make = functools.lru_cache(maxsize=1)(jax.jit(block))
     shapes = jax.eval_shape(block, 0)
     return {
-        f"xattn/{layer}/{name}": Tensor(about.shape, np.dtype(about.dtype), lambda number=number, name=name: np.asarray(make(number)[name]))
+        f"xattn/{layer}/{name}": Tensor(
+            about.shape,
+            np.dtype(about.dtype),
+            lambda number=number, name=name: np.asarray(make(number)[name]),
+        )
         for number, layer in enumerate(cfg.cross_layers)
         for name, about in shapes.items()
     }
 
 
 def media_embedding(cfg: EVLMConfig, words: np.ndarray) -> np.ndarray:
-    """float32 [media tokens, D]: the mean of the word embeddings [vocab, D] plus noise at their scale (paper.md section 1)."""
+    """float32 [media tokens, D]: the mean of the word embeddings [vocab, D] plus noise at their
+    scale (paper.md section 1).
+    """
     mean, square = np.zeros((2, words.shape[1]))
     for first in range(0, len(words), ROWS):
         block = words[first : first + ROWS].astype(np.float64)
         mean += block.sum(0) / len(words)
         square += (block**2).sum(0) / len(words)
-    noise = np.random.default_rng(cfg.train.seed).standard_normal((cfg.media.tokens, words.shape[1]))
+    noise = np.random.default_rng(cfg.train.seed).standard_normal(
+        (cfg.media.tokens, words.shape[1])
+    )
     return (mean + np.sqrt(square - mean**2) * noise).astype(np.float32)

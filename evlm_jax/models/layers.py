@@ -1,8 +1,8 @@
 """The leaves of the model: linear, norms, rotary positions, and stacks of equal blocks.
 
-Unusual: parameters keep their own dtype and every layer computes in the dtype of its input, so precision is decided once,
-where activations enter the model. Norms compute in float32. Parameters carry their logical axes as metadata (`axes`).
-"""
+Unusual: parameters keep their own dtype and every layer computes in the dtype of its input, so
+precision is decided once, where activations enter the model. Norms compute in float32. Parameters
+carry their logical axes as metadata (`axes`)."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,23 +16,40 @@ from evlm_jax.ops.matmul import operand_dtype, product
 from evlm_jax.parallel.sharding import weight
 
 
-def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None = None, value: float = 0.0) -> nnx.Param:
-    """A float32 parameter: normal with deviation `std`, or the constant `value`; `axes` names every dimension for mesh.py."""
+def param(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    std: float | None = None,
+    value: float = 0.0,
+) -> nnx.Param:
+    """A float32 parameter: normal with deviation `std`, or the constant `value`; `axes` names every
+    dimension for mesh.py.
+    """
     if len(axes) != len(shape):
         raise ValueError(f"axes {axes} must name every dimension of shape {shape}")
-    array = jnp.full(shape, value, jnp.float32) if std is None else std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    array = (
+        jnp.full(shape, value, jnp.float32)
+        if std is None
+        else std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    )
     return nnx.Param(array, axes=axes)
 
 
 class Linear(nnx.Module):
     """x [..., in] -> [..., out]."""
 
-    def __init__(self, shape: tuple[int, int], axes: tuple[str, str], rngs: nnx.Rngs, bias: bool = False):
+    def __init__(
+        self, shape: tuple[int, int], axes: tuple[str, str], rngs: nnx.Rngs, bias: bool = False
+    ):
         self.kernel = param(rngs, shape, axes, std=shape[0] ** -0.5)
         self.bias = param(rngs, shape[1:], axes[1:]) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = checkpoint_name(product("...x,xy->...y", x, weight(self.kernel, operand_dtype(x))).astype(x.dtype), "linear")
+        y = checkpoint_name(
+            product("...x,xy->...y", x, weight(self.kernel, operand_dtype(x))).astype(x.dtype),
+            "linear",
+        )
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -48,7 +65,9 @@ class LayerNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        return (
+            y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        ).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -74,7 +93,15 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class MLP(nnx.Module):
     """Two matrices around an activation: x [..., D] -> [..., D]."""
 
-    def __init__(self, width: int, hidden: int, activation: str, bias: bool, rngs: nnx.Rngs, axes: tuple[str, str] = ("embed", "mlp")):
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        activation: str,
+        bias: bool,
+        rngs: nnx.Rngs,
+        axes: tuple[str, str] = ("embed", "mlp"),
+    ):
         self.fc1 = Linear((width, hidden), axes, rngs, bias)
         self.fc2 = Linear((hidden, width), axes[::-1], rngs, bias)
         self.activation = activation
@@ -84,8 +111,13 @@ class MLP(nnx.Module):
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 
-def rope_tables(positions: jax.Array, head_dim: int, theta: float | jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rotary cos and sin, float32 [B, T, 1, H/2], of integer positions [B, T]. `theta`: the base, or [B, 1, 1, 1], one for each row."""
+def rope_tables(
+    positions: jax.Array, head_dim: int, theta: float | jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Rotary cos and sin, float32 [B, T, 1, H/2], of integer positions [B, T].
+
+    `theta`: the base, or [B, 1, 1, 1], one for each row.
+    """
     inverse = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angle = positions[..., None, None].astype(jnp.float32) * inverse
     return jnp.cos(angle), jnp.sin(angle)
@@ -104,13 +136,20 @@ def heads(x: jax.Array, head_dim: int) -> jax.Array:
 
 
 def stack(block: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`count` blocks as one Module whose parameters have a leading layer axis: compile time does not grow with depth."""
+    """`count` blocks as one Module whose parameters have a leading layer axis: compile time does
+    not grow with depth.
+    """
     return jax.vmap(block)(rngs.split(count))
 
 
 _POLICIES = {
-    "none": jax.checkpoint_policies.save_anything_except_these_names("weight"),  # a gathered matrix is never kept
+    "none": jax.checkpoint_policies.save_anything_except_these_names(
+        "weight"
+    ),  # a gathered matrix is never kept
     "dots": jax.checkpoint_policies.save_only_these_names("linear"),
     "full": None,
 }
-REMAT = {name: partial(jax.checkpoint, policy=policy, prevent_cse=False) for name, policy in _POLICIES.items()}  # for bodies of scans
+REMAT = {
+    name: partial(jax.checkpoint, policy=policy, prevent_cse=False)
+    for name, policy in _POLICIES.items()
+}  # for bodies of scans

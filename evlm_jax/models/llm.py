@@ -1,8 +1,8 @@
 """The language model: Llama, SmolLM2, Qwen 1.0 and Qwen2 by config.
 
-A block does not know how its keys are found: the caller passes `attend`, which is masked attention over the row in
-training and attention over a cache in generation. What else `attend` returns, the block passes on.
-"""
+A block does not know how its keys are found: the caller passes `attend`, which is masked attention
+over the row in training and attention over a cache in generation. What else `attend` returns, the
+block passes on."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +28,9 @@ class SelfAttention(nnx.Module):
         self.o = Linear((n, d), ("heads", "embed"), rngs)
         self.head_dim = cfg.head_dim
 
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend
+    ) -> tuple[jax.Array, Any]:
         q, k, v = (heads(project(x), self.head_dim) for project in (self.q, self.k, self.v))
         out, kept = attend(rotate(q, rope), rotate(k, rope), v)
         return self.o(out.reshape(*x.shape[:-1], -1)), kept
@@ -56,14 +58,18 @@ class Block(nnx.Module):
         self.mlp = GatedMLP(cfg, rngs)
 
     @jax.named_scope("llm")
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend
+    ) -> tuple[jax.Array, Any]:
         y, kept = self.attn(self.ln1(x), rope, attend)
         x = x + y
         return x + self.mlp(self.ln2(x)), kept
 
 
 class LLM(nnx.Module):
-    """Embedding, stacked layers, final norm and head. trunk.py runs the layers, with cross-attention between them."""
+    """Embedding, stacked layers, final norm and head. trunk.py runs the layers, with
+    cross-attention between them.
+    """
 
     def __init__(self, cfg: LLMConfig, rngs: nnx.Rngs):
         self.embed = param(rngs, (cfg.vocab, cfg.hidden), ("vocab", "embed"), std=0.02)

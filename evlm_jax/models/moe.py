@@ -1,12 +1,13 @@
-"""Fine-grained mixture of experts (paper section 2): a router picks k of E slices of an FFN for a token, a world expert sees all.
+"""Fine-grained mixture of experts (paper section 2): a router picks k of E slices of an FFN for a
+token, a world expert sees all.
 
     y = world(x) + sum over the k chosen experts e of gate_e * fc2_e(gelu(fc1_e(x)))
 
     gates = softmax(x @ router) over all E, the k largest; "renormalise" divides them by their sum
 
-Unusual: the router is float32 whatever the rest is. A gate multiplies the hidden layer instead of the output, which is the same and
-narrower, so no output of an expert is kept for the backward pass. Padding is not routed, and counts in no statistic.
-"""
+Unusual: the router is float32 whatever the rest is. A gate multiplies the hidden layer instead of
+the output, which is the same and narrower, so no output of an expert is kept for the backward pass.
+Padding is not routed, and counts in no statistic."""
 
 import dataclasses
 import functools
@@ -22,7 +23,15 @@ from evlm_jax.models.layers import ACTIVATIONS, MLP, param
 from evlm_jax.ops.decode_matmul import Packed, pack
 from evlm_jax.ops.expert_all_to_all import bring, route, send
 from evlm_jax.ops.grouped_attention import permute
-from evlm_jax.ops.grouped_matmul import Groups, combine, combine_matmul, dispatch, dispatch_matmul, group, map_tiles
+from evlm_jax.ops.grouped_matmul import (
+    Groups,
+    combine,
+    combine_matmul,
+    dispatch,
+    dispatch_matmul,
+    group,
+    map_tiles,
+)
 from evlm_jax.ops.matmul import operand_dtype
 from evlm_jax.ops.platform import platform
 from evlm_jax.parallel.sharding import local, mesh_axes, weight
@@ -34,16 +43,24 @@ class Routing(NamedTuple):
     """What routing tells of a layer: float32 sums over tokens, so that micro-batches add up."""
 
     tokens: jax.Array  # [], how many were routed
-    load: jax.Array  # [2, E] choices of each expert, by text and by media tokens; dropped ones count
+    load: (
+        jax.Array
+    )  # [2, E] choices of each expert, by text and by media tokens; dropped ones count
     dropped: jax.Array  # [] choices over the capacity
     entropy: jax.Array  # [] of the probabilities over all E, in nats
-    balance: jax.Array  # [] tokens * load-balance loss: E * sum of (share of the choices * mean probability), 1 when balanced
+    # [] tokens * load-balance loss: E * sum of (share of the choices * mean probability), 1 when
+    # balanced
+    balance: jax.Array
     z: jax.Array  # [] squared logsumexp of the logits
 
 
 def auxiliary_loss(cfg: MoEConfig, routing: Routing) -> jax.Array:
-    """Load-balance loss (arXiv 2101.03961; 2401.06066) and z-loss (2202.08906), weighted, summed over layers: the mean over tokens."""
-    return ((cfg.balance * routing.balance + cfg.z * routing.z) / jnp.maximum(routing.tokens, 1)).sum()
+    """Load-balance loss (arXiv 2101.03961; 2401.06066) and z-loss (2202.08906), weighted, summed
+    over layers: the mean over tokens.
+    """
+    return (
+        (cfg.balance * routing.balance + cfg.z * routing.z) / jnp.maximum(routing.tokens, 1)
+    ).sum()
 
 
 class Router(nnx.Module):
@@ -54,7 +71,9 @@ class Router(nnx.Module):
 
     @jax.named_scope("router")
     def __call__(self, x: jax.Array) -> jax.Array:
-        logits = jnp.dot(x.astype(jnp.float32), self.kernel[...].astype(jnp.float32), precision="highest")
+        logits = jnp.dot(
+            x.astype(jnp.float32), self.kernel[...].astype(jnp.float32), precision="highest"
+        )
         return checkpoint_name(logits, "linear")
 
 
@@ -74,20 +93,43 @@ class Experts(nnx.Module):
         self.cfg = cfg
 
     @jax.named_scope("experts")
-    def __call__(self, x: jax.Array, gates: jax.Array, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x [N, D], gates [N, k], chosen [N, k] (E: nobody) -> ([N, D], number of dropped choices). On a mesh, a capacity is a device's."""
-        rows, kernels = ("rows",), [weight(linear.kernel, operand_dtype(x)) for linear in (self.fc1, self.fc2)]
-        run = local(functools.partial(_experts, self.cfg), (rows, rows, rows, self.fc1.axes, self.fc2.axes), (rows, rows))
+    def __call__(
+        self, x: jax.Array, gates: jax.Array, chosen: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """x [N, D], gates [N, k], chosen [N, k] (E: nobody) -> ([N, D], number of dropped choices).
+
+        On a mesh, a capacity is a device's.
+        """
+        rows, kernels = (
+            ("rows",),
+            [weight(linear.kernel, operand_dtype(x)) for linear in (self.fc1, self.fc2)],
+        )
+        run = local(
+            functools.partial(_experts, self.cfg),
+            (rows, rows, rows, self.fc1.axes, self.fc2.axes),
+            (rows, rows),
+        )
         out, dropped = run(x, gates, chosen, *kernels)
         return checkpoint_name(out, "linear"), dropped.sum()
 
 
 def _experts(
-    cfg: MoEConfig, x: jax.Array, gates: jax.Array, chosen: jax.Array, fc1: jax.Array, fc2: jax.Array
+    cfg: MoEConfig,
+    x: jax.Array,
+    gates: jax.Array,
+    chosen: jax.Array,
+    fc1: jax.Array,
+    fc2: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Experts.__call__ on the tokens of one device, which holds [E / P, ...] experts and a part of their hidden layers; dropped [1]."""
+    """Experts.__call__ on the tokens of one device, which holds [E / P, ...] experts and a part of
+    their hidden layers; dropped [1].
+    """
     k, tokens = chosen.shape[1], (chosen[:, 0] < cfg.experts).sum()
-    limit = jnp.ceil(cfg.capacity * tokens * k / cfg.experts).astype(jnp.int32) if cfg.capacity else None
+    limit = (
+        jnp.ceil(cfg.capacity * tokens * k / cfg.experts).astype(jnp.int32)
+        if cfg.capacity
+        else None
+    )
     tile, axis = tile_rows(chosen.size, cfg), mesh_axes("expert")
     groups = group(chosen.T.reshape(-1), cfg.experts, 1 if axis else tile, limit)
     gate, parts = permute(gates.T.reshape(-1), groups.choice, groups.row)[:, None], mesh_axes("mlp")
@@ -100,7 +142,9 @@ def _experts(
         out = combine(out, groups, len(x))
     else:
         out = _ffn(x, gate, fc1, fc2, groups, tile)
-    return jax.lax.psum(out, parts) if parts else out, (tokens * k - (groups.row < len(groups.choice)).sum())[None]
+    return jax.lax.psum(out, parts) if parts else out, (
+        tokens * k - (groups.row < len(groups.choice)).sum()
+    )[None]
 
 
 def tile_rows(choices: int, cfg: MoEConfig) -> int:
@@ -108,8 +152,12 @@ def tile_rows(choices: int, cfg: MoEConfig) -> int:
     return max(1, min(cfg.tile, choices // cfg.experts))
 
 
-def _ffn(x: jax.Array, gate: jax.Array, fc1: jax.Array, fc2: jax.Array, groups: Groups, tile: int) -> jax.Array:
-    """x [N, D], gate [R, 1] -> [N, D]: for each token, the sum over its rows of fc2(gate * gelu(fc1(x)))."""
+def _ffn(
+    x: jax.Array, gate: jax.Array, fc1: jax.Array, fc2: jax.Array, groups: Groups, tile: int
+) -> jax.Array:
+    """x [N, D], gate [R, 1] -> [N, D]: for each token, the sum over its rows of fc2(gate *
+    gelu(fc1(x))).
+    """
     hidden = checkpoint_name(dispatch_matmul(x, fc1, groups, tile), "linear")
     return combine_matmul(_gated(hidden, gate), fc2, groups, len(x), tile)
 
@@ -140,10 +188,18 @@ class MoE(nnx.Module):
             gates = gates / gates.sum(-1, keepdims=True)
         chosen = jnp.where((kind == PADDING)[:, None], self.cfg.experts, chosen)
         routed, dropped = self.experts(flat, gates, chosen)
-        return (self.world(flat) + routed).reshape(x.shape), _statistics(logits, probabilities, chosen, kind, dropped)
+        return (self.world(flat) + routed).reshape(x.shape), _statistics(
+            logits, probabilities, chosen, kind, dropped
+        )
 
 
-def _statistics(logits: jax.Array, probabilities: jax.Array, chosen: jax.Array, kind: jax.Array, dropped: jax.Array) -> Routing:
+def _statistics(
+    logits: jax.Array,
+    probabilities: jax.Array,
+    chosen: jax.Array,
+    kind: jax.Array,
+    dropped: jax.Array,
+) -> Routing:
     """logits and probabilities [N, E], chosen [N, k], kind [N]."""
     experts, real = logits.shape[1], (kind != PADDING).astype(jnp.float32)
     tokens = real.sum()
@@ -165,7 +221,9 @@ def _statistics(logits: jax.Array, probabilities: jax.Array, chosen: jax.Array, 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedExperts:
-    """Experts of a stack of layers, one of which is `layer`, laid out for decoding; called as Experts, never with a limit."""
+    """Experts of a stack of layers, one of which is `layer`, laid out for decoding; called as
+    Experts, never with a limit.
+    """
 
     fc1: Packed  # of the stack's layers * E matrices
     fc2: Packed
@@ -176,12 +234,20 @@ class PackedExperts:
     def of(cls, experts: Experts, dtype: str) -> "PackedExperts":
         """Of a stack [L, E, ...], with matrices of `dtype`."""
         flat = lambda linear: linear.kernel[...].reshape(-1, *linear.kernel.shape[2:])
-        return cls(*(Packed(pack(flat(linear), dtype), None) for linear in (experts.fc1, experts.fc2)), experts.cfg)
+        return cls(
+            *(Packed(pack(flat(linear), dtype), None) for linear in (experts.fc1, experts.fc2)),
+            experts.cfg,
+        )
 
     @jax.named_scope("experts")
-    def __call__(self, x: jax.Array, gates: jax.Array, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, x: jax.Array, gates: jax.Array, chosen: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """Of the matrices, those of chosen experts are read."""
-        tile, matrix = tile_rows(chosen.size, self.cfg), self.layer * self.cfg.experts + jnp.arange(self.cfg.experts)
+        tile, matrix = (
+            tile_rows(chosen.size, self.cfg),
+            self.layer * self.cfg.experts + jnp.arange(self.cfg.experts),
+        )
         groups = group(chosen.T.reshape(-1), self.cfg.experts, tile)
         one = lambda linear: lambda rows, number: dataclasses.replace(linear, layer=number)(rows)
         product = lambda rows, linear: map_tiles(one(linear), rows, matrix, groups.first, tile)

@@ -1,7 +1,8 @@
-"""Canonical parameter names: one per layer, `vit/blocks/37/attn/q/kernel`, whatever the stacks, mesh or stage.
+"""Canonical parameter names: one per layer, `vit/blocks/37/attn/q/kernel`, whatever the stacks,
+mesh or stage.
 
-In memory layers are stacked; rules, checkpoints and conversion speak canonical names. This file is the only bridge.
-"""
+In memory layers are stacked; rules, checkpoints and conversion speak canonical names. This file is
+the only bridge."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +21,9 @@ ALIGNED = 64  # bytes
 
 
 def canonical(cfg: EVLMConfig, path: tuple) -> tuple[str, ...]:
-    """Names that the in-memory leaf at `path` covers: one per layer of a stack, in order, or a single one."""
+    """Names that the in-memory leaf at `path` covers: one per layer of a stack, in order, or a
+    single one.
+    """
     match tuple(map(str, path)):
         case ("vit", "stacks", index, *rest):
             first, last = stack_bounds(cfg.vit)[int(index)]
@@ -43,8 +46,14 @@ def is_stacked(path: tuple) -> bool:
 
 
 def absent(cfg: EVLMConfig) -> tuple[str, ...]:
-    """Names that EVLM has and `cfg` has not: its first block of cross-attention, and the media embeddings."""
-    block = () if cfg.cross_layers else nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: Block(cfg, nnx.Rngs(0)))))
+    """Names that EVLM has and `cfg` has not: its first block of cross-attention, and the media
+    embeddings.
+    """
+    block = (
+        ()
+        if cfg.cross_layers
+        else nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: Block(cfg, nnx.Rngs(0)))))
+    )
     media = ("media/embedding",) if cfg.bridge.kind == "llava" else ()
     return (*(f"xattn/0/{_tail(map(str, path))}" for path, _ in block), *media)
 
@@ -54,12 +63,17 @@ def flatten(cfg: EVLMConfig, state: nnx.State) -> dict[str, jax.Array]:
     out = {}
     for path, variable in nnx.to_flat_state(state):
         leaf, names = _leaf(variable), canonical(cfg, path)
-        out |= {name: leaf[i] for i, name in enumerate(names)} if is_stacked(path) else {names[0]: leaf}
+        out |= (
+            {name: leaf[i] for i, name in enumerate(names)}
+            if is_stacked(path)
+            else {names[0]: leaf}
+        )
     return out
 
 
 def unflatten(cfg: EVLMConfig, arrays: dict[str, np.ndarray], like: nnx.State) -> nnx.State:
-    """Inverse of `flatten`: stacks `arrays` into the structure of `like` (arrays or shapes), keeping their dtype.
+    """Inverse of `flatten`: stacks `arrays` into the structure of `like` (arrays or shapes),
+    keeping their dtype.
 
     Raises:
       ValueError: listing every missing, unexpected or wrongly shaped name.
@@ -83,13 +97,17 @@ def unflatten(cfg: EVLMConfig, arrays: dict[str, np.ndarray], like: nnx.State) -
 
 
 def _stack(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Equal shapes into memory that begins at a multiple of ALIGNED bytes: JAX on a CPU takes it as it is, and copies any other."""
+    """Equal shapes into memory that begins at a multiple of ALIGNED bytes: JAX on a CPU takes it as
+    it is, and copies any other.
+    """
     shape, dtype = (len(arrays), *arrays[0].shape), np.result_type(*arrays)
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + ALIGNED, np.uint8)
     begin = -memory.ctypes.data % ALIGNED
     stacked = memory[begin : begin + size].view(dtype).reshape(shape)
-    with ThreadPoolExecutor() as pool:  # memory that is touched first, and files that are mapped: copying waits for pages
+    with (
+        ThreadPoolExecutor() as pool
+    ):  # memory that is touched first, and files that are mapped: copying waits for pages
         list(pool.map(np.copyto, (stacked[i : i + 1] for i in range(len(arrays))), arrays))
     return stacked
 

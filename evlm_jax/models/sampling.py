@@ -1,4 +1,6 @@
-"""How the next token is chosen from its logits: transformers' processors by their names, in transformers' order."""
+"""How the next token is chosen from its logits: transformers' processors by their names, in
+transformers' order.
+"""
 
 from typing import NamedTuple
 
@@ -15,23 +17,33 @@ class Sampling(NamedTuple):
     top_k: jax.Array | int = 0  # [], 0 is all
     min_p: jax.Array | float = 0.0  # []
     allowed: jax.Array | None = None  # [vocab] bool, ids that may be chosen; None: all
-    repetition_penalty: jax.Array | None = None  # []; None: nobody remembers which tokens were there
+    repetition_penalty: jax.Array | None = (
+        None  # []; None: nobody remembers which tokens were there
+    )
 
 
-def sample(logits: jax.Array, random: jax.Array, how: Sampling, seen: jax.Array | None = None) -> jax.Array:
-    """One token of each row of logits [B, vocab]: the best where temperature is 0, else drawn from `warped`.
+def sample(
+    logits: jax.Array, random: jax.Array, how: Sampling, seen: jax.Array | None = None
+) -> jax.Array:
+    """One token of each row of logits [B, vocab]: the best where temperature is 0, else drawn from
+    `warped`.
 
     Args:
       random: [B] PRNG keys.
-      seen: [B, vocab] bool, the tokens of the prompt and of the answer so far, where there is a repetition penalty.
+      seen: [B, vocab] bool, the tokens of the prompt and of the answer so far, where there is a
+        repetition penalty.
     """
     logits = processed(logits, how, seen)
     draw = lambda row, key: jax.random.categorical(key, warped(row, how))
-    return jax.lax.cond(how.temperature > 0, lambda: jax.vmap(draw)(logits, random), lambda: jnp.argmax(logits, -1)).astype(jnp.int32)
+    return jax.lax.cond(
+        how.temperature > 0, lambda: jax.vmap(draw)(logits, random), lambda: jnp.argmax(logits, -1)
+    ).astype(jnp.int32)
 
 
 def processed(logits: jax.Array, how: Sampling, seen: jax.Array | None) -> jax.Array:
-    """Logits [B, vocab] with the repetition penalty (arXiv 1909.05858), and -inf where a token is not allowed."""
+    """Logits [B, vocab] with the repetition penalty (arXiv 1909.05858), and -inf where a token is
+    not allowed.
+    """
     if how.repetition_penalty is not None:
         penalty = how.repetition_penalty
         logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
@@ -39,15 +51,21 @@ def processed(logits: jax.Array, how: Sampling, seen: jax.Array | None) -> jax.A
 
 
 def warped(row: jax.Array, how: Sampling) -> jax.Array:
-    """Logits [vocab] over the temperature; -inf outside of the `top_k` best, then outside of the smallest set of best ones that have
-    probability `top_p` (nucleus sampling, arXiv 1904.09751), then below `min_p` times the best one's probability (arXiv 2407.01082)."""
+    """Logits [vocab] over the temperature; -inf outside of the `top_k` best, then outside of the
+    smallest set of best ones that have probability `top_p` (nucleus sampling, arXiv 1904.09751),
+    then below `min_p` times the best one's probability (arXiv 2407.01082).
+    """
     scaled = row / how.temperature
     best = jnp.sort(scaled, descending=True)
     top_k = jnp.where(how.top_k > 0, jnp.minimum(how.top_k, len(best)), len(best))
     floor = best[top_k - 1]
     best = jnp.where(best >= floor, best, -jnp.inf)
     probability = jax.nn.softmax(best)
-    inside = (jnp.cumsum(probability) - probability < how.top_p) | (how.top_p >= 1)  # the mass in front of a token
+    inside = (jnp.cumsum(probability) - probability < how.top_p) | (
+        how.top_p >= 1
+    )  # the mass in front of a token
     floor = jnp.maximum(floor, jnp.min(jnp.where(inside, best, jnp.inf)))
     floor = jnp.maximum(floor, best[0] + jnp.log(how.min_p))
-    return jnp.where(scaled >= jnp.minimum(floor, best[0]), scaled, -jnp.inf)  # the best one is always inside
+    return jnp.where(
+        scaled >= jnp.minimum(floor, best[0]), scaled, -jnp.inf
+    )  # the best one is always inside

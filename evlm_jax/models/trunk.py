@@ -1,7 +1,8 @@
-"""The loop over the language model's layers, with a cross-attention block before every `xattn.every`-th of them.
+"""The loop over the language model's layers, with a cross-attention block before every
+`xattn.every`-th of them.
 
-Training, prefill, a decode step and the attention maps run this one loop. They hand it how attention is computed, from a row or from
-a cache, and get back what each layer and block gave them.
+Training, prefill, a decode step and the attention maps run this one loop. They hand it how
+attention is computed, from a row or from a cache, and get back what each layer and block gave them.
 
 Unusual: the layers and the blocks run as ONE scan. Compile time does not grow with depth.
 """
@@ -24,10 +25,14 @@ from evlm_jax.parallel.sharding import shard
 
 
 class Passed(NamedTuple):
-    """What a pass through the layers gives besides x. Leaves have a leading axis: L layers, or X cross-attention blocks."""
+    """What a pass through the layers gives besides x.
+
+    Leaves have a leading axis: L layers, or X cross-attention blocks.
+    """
 
     layers: Any  # second results of `self_attend`
-    crosses: Any = None  # second results of `cross_attend`; this and the next two are None where there is no block
+    # second results of `cross_attend`; this and the next two are None where there is no block
+    crosses: Any = None
     observed: Any = None  # results of `observe`
     routing: Routing | None = None  # of the mixtures of experts; None where the FFNs are dense
 
@@ -48,15 +53,21 @@ def run_layers(
     """x [B, T, D] through all layers, before the final norm.
 
     Args:
-      layers: the stack of llm.Block; `crosses`: the stack of xattn.Block. Their matrices may be packed for decoding.
+      layers: the stack of llm.Block; `crosses`: the stack of xattn.Block. Their matrices may be
+        packed for decoding.
       rope: cos and sin of the tokens' positions (layers.rope_tables).
-      self_attend: (number of the layer, q, k, v of these tokens) -> (attention output, anything to keep).
+      self_attend: (number of the layer, q, k, v of these tokens) -> (attention output, anything to
+        keep).
       cross_attend: (the block, its number, q) -> (attention output, anything to keep).
       observe: (a block, its number, its input x [B, T, D]) -> anything to keep.
       kind: [B, T] of each token for the mixtures of experts (moe.py).
       remat: what the backward pass computes again (layers.REMAT); "" where there is none.
     """
-    every, count, wrap = cfg.xattn.every, cfg.llm.layers, REMAT[remat] if remat else (lambda body: body)
+    every, count, wrap = (
+        cfg.xattn.every,
+        cfg.llm.layers,
+        REMAT[remat] if remat else (lambda body: body),
+    )
     even = not every or count % every == 0
 
     def layer(x, inputs):
@@ -68,7 +79,9 @@ def run_layers(
 
         if even:
             return run(x)
-        none = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, x)[1])
+        none = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, x)[1]
+        )
         return jax.lax.cond(number < count, run, lambda x: (x, none), x)
 
     def group(x, inputs):
@@ -85,11 +98,14 @@ def run_layers(
         return x, Passed(new)
     groups = len(cfg.cross_layers)
     split = lambda a: a.reshape(groups, every, *a.shape[1:])
-    # Where `every` does not divide the layers, they are read by number, where they lie: a part of their stack would be a copy of it.
+    # Where `every` does not divide the layers, they are read by number, where they lie: a part of
+    # their stack would be a copy of it.
     behind = jax.tree.map(split, _scanned(layers)) if even else None
     inputs = _scanned(crosses), jnp.arange(groups), behind, split(jnp.arange(groups * every))
     x, passed = jax.lax.scan(wrap(group), x, inputs)
-    return x, passed._replace(layers=jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:count], passed.layers))
+    return x, passed._replace(
+        layers=jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:count], passed.layers)
+    )
 
 
 def _packed(leaf: Any) -> bool:
@@ -97,7 +113,9 @@ def _packed(leaf: Any) -> bool:
 
 
 def _scanned(stack: nnx.Module) -> nnx.Module | None:
-    """The stack, if a scan can hand out its blocks; None where its matrices are packed: they are read where they lie."""
+    """The stack, if a scan can hand out its blocks; None where its matrices are packed: they are
+    read where they lie.
+    """
     return None if any(map(_packed, jax.tree.leaves(stack, is_leaf=_packed))) else stack
 
 

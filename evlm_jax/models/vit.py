@@ -1,9 +1,9 @@
 """A ViT that returns the outputs of chosen blocks and computes nothing above the highest of them.
 
-DINOv2, EVA02-CLIP-E and CLIP are the same code by three choices: where the norms stand, which biases exist, and the
-activation. Blocks live in a list of stacks cut at the taps and at the freeze boundaries, one scan each, so that a tap is
-the carry between two scans and a frozen stack costs no backward pass. No final norm: taps are raw residual streams.
-"""
+DINOv2, EVA02-CLIP-E and CLIP are the same code by three choices: where the norms stand, which
+biases exist, and the activation. Blocks live in a list of stacks cut at the taps and at the freeze
+boundaries, one scan each, so that a tap is the carry between two scans and a frozen stack costs no
+backward pass. No final norm: taps are raw residual streams."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,10 @@ class Block(nnx.Module):
         self.pre = cfg.norm == "pre"
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        for norm, f, scale in ((self.norm1, self.attn, self.scale1), (self.norm2, self.mlp, self.scale2)):
+        for norm, f, scale in (
+            (self.norm1, self.attn, self.scale1),
+            (self.norm2, self.mlp, self.scale2),
+        ):
             y = f(norm(x)) if self.pre else norm(f(x))
             x = x + (y if scale is None else y * scale[...].astype(y.dtype))
         return x
@@ -56,7 +59,9 @@ class Patch(nnx.Module):
 
     def __init__(self, cfg: ViTConfig, rngs: nnx.Rngs):
         p, v = cfg.patch, cfg.width
-        self.kernel = param(rngs, (p, p, 3, v), ("whole", "whole", "whole", "vision"), std=(3 * p * p) ** -0.5)
+        self.kernel = param(
+            rngs, (p, p, 3, v), ("whole", "whole", "whole", "vision"), std=(3 * p * p) ** -0.5
+        )
         self.bias = param(rngs, (v,), ("vision",)) if cfg.patch_bias else None
 
     @jax.named_scope("patch")
@@ -79,26 +84,43 @@ class ViT(nnx.Module):
     def __init__(self, cfg: ViTConfig, rngs: nnx.Rngs, remat: str = "none"):
         v = cfg.width
         self.cls = param(rngs, (v,), ("norm",), std=0.02) if cfg.class_token else None
-        self.registers = param(rngs, (cfg.registers, v), ("whole", "norm"), std=0.02) if cfg.registers else None
+        self.registers = (
+            param(rngs, (cfg.registers, v), ("whole", "norm"), std=0.02) if cfg.registers else None
+        )
         self.pos = param(rngs, (cfg.grid**2 + cfg.class_token, v), ("whole", "norm"), std=0.02)
         self.patch = Patch(cfg, rngs)
         self.embed_norm = LayerNorm(v, cfg.eps, rngs) if cfg.embed_norm else None
-        self.stacks = nnx.List([stack(lambda r: Block(cfg, r), stop - start, rngs) for start, stop in stack_bounds(cfg)])
+        self.stacks = nnx.List(
+            [
+                stack(lambda r: Block(cfg, r), stop - start, rngs)
+                for start, stop in stack_bounds(cfg)
+            ]
+        )
         self.cfg, self.remat = cfg, remat
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         x, taps = shard(self.embed(shard(pixels, "pictures")), "pictures"), []
         for (start, stop), blocks in zip(stack_bounds(self.cfg), self.stacks, strict=True):
             with jax.named_scope(f"vit_{start}"):
-                x, _ = jax.lax.scan(REMAT[self.remat](lambda x, block: (shard(block(x), "pictures"), None)), x, blocks)
+                x, _ = jax.lax.scan(
+                    REMAT[self.remat](lambda x, block: (shard(block(x), "pictures"), None)),
+                    x,
+                    blocks,
+                )
             if stop in self.cfg.taps:
                 taps.append(x)
         return jnp.stack(taps, 1)
 
     def embed(self, pixels: jax.Array) -> jax.Array:
-        """Patches in row-major order with positions, class token first, registers after it: [B, S, V]."""
+        """Patches in row-major order with positions, class token first, registers after it:
+        [B, S, V].
+        """
         b, g, p = len(pixels), self.cfg.grid, self.cfg.patch
-        patches = pixels.reshape(b, g, p, g, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(b, g * g, p * p * 3)
+        patches = (
+            pixels.reshape(b, g, p, g, p, 3)
+            .transpose(0, 1, 3, 2, 4, 5)
+            .reshape(b, g * g, p * p * 3)
+        )
         x, pos = self.patch(patches), self.pos[...].astype(pixels.dtype)
         repeat = lambda tokens: jnp.broadcast_to(tokens.astype(x.dtype), (b, *tokens.shape))
         parts = [x + pos[-g * g :]]

@@ -1,11 +1,12 @@
-"""Gated cross-attention block, placed before an LLM layer (paper section 2; Flamingo, arXiv 2204.14198).
+"""Gated cross-attention block, placed before an LLM layer (paper section 2; Flamingo, arXiv
+2204.14198).
 
     x += tanh(attn_gate) * CrossAttention(LN(x), LN(tap))
     x += tanh(ffn_gate) * FFN(LN(x))          the FFN is dense, or a mixture of experts (moe.py)
 
-Gates start at 0: the block is the identity, bit for bit. Nothing has a bias but the norms: the zero sink (grouped_attention)
-stands for keys and values that are projections of zero vectors, which are zero only without biases.
-"""
+Gates start at 0: the block is the identity, bit for bit. Nothing has a bias but the norms: the zero
+sink (grouped_attention) stands for keys and values that are projections of zero vectors, which are
+zero only without biases."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,28 +26,43 @@ class Block(nnx.Module):
     """x [B, T, D] and one tap [B, I, S, V] -> [B, T, D]."""
 
     def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
-        d, v, n, k = cfg.llm.hidden, cfg.vit.width, *(heads * cfg.xattn.head_dim for heads in (cfg.xattn.heads, cfg.xattn.kv_heads))
+        d, v, n, k = (
+            cfg.llm.hidden,
+            cfg.vit.width,
+            *(heads * cfg.xattn.head_dim for heads in (cfg.xattn.heads, cfg.xattn.kv_heads)),
+        )
         self.norm = LayerNorm(d, cfg.xattn.eps, rngs)
-        self.kv_norm = LayerNorm(v, cfg.xattn.eps, rngs)  # taps are raw residual streams whose scale grows with depth
+        self.kv_norm = LayerNorm(
+            v, cfg.xattn.eps, rngs
+        )  # taps are raw residual streams whose scale grows with depth
         self.q = Linear((d, n), ("embed", "heads"), rngs)
         self.k = Linear((v, k), ("whole", "image_heads"), rngs)
         self.v = Linear((v, k), ("whole", "image_heads"), rngs)
         self.o = Linear((n, d), ("heads", "embed"), rngs)
         self.attn_gate = param(rngs, (), ())
         self.ffn_norm = LayerNorm(d, cfg.xattn.eps, rngs)
-        self.ffn = MoE(d, cfg.xattn.ffn, cfg.moe, rngs) if cfg.moe.copies else MLP(d, cfg.xattn.ffn, "gelu", False, rngs)
+        self.ffn = (
+            MoE(d, cfg.xattn.ffn, cfg.moe, rngs)
+            if cfg.moe.copies
+            else MLP(d, cfg.xattn.ffn, "gelu", False, rngs)
+        )
         self.ffn_gate = param(rngs, (), ())
         self.head_dim = cfg.xattn.head_dim
 
     @jax.named_scope("keys_values")
     def keys_values(self, tap: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """tap [..., S, V] -> keys and values [..., S, K, H]: once per image, cached in generation."""
+        """tap [..., S, V] -> keys and values [..., S, K, H]: once per image,
+        cached in generation.
+        """
         normed = self.kv_norm(tap)
         return heads(self.k(normed), self.head_dim), heads(self.v(normed), self.head_dim)
 
     @jax.named_scope("cross")
-    def __call__(self, x: jax.Array, attend: Attend, kind: jax.Array | None = None) -> tuple[jax.Array, Any, Routing | None]:
-        """x [B, T, D] -> (x, what else `attend` returns, the routing of the mixture of experts; None of a dense FFN).
+    def __call__(
+        self, x: jax.Array, attend: Attend, kind: jax.Array | None = None
+    ) -> tuple[jax.Array, Any, Routing | None]:
+        """x [B, T, D] -> (x, what else `attend` returns, the routing of the mixture of experts;
+        None of a dense FFN).
 
         Args:
           attend: queries [B, T, N, H] -> (attention outputs of the same shape, anything).
@@ -54,7 +70,11 @@ class Block(nnx.Module):
         """
         out, kept = attend(heads(self.q(self.norm(x)), self.head_dim))
         x = x + _gate(self.attn_gate, x) * self.o(out.reshape(*x.shape[:-1], -1))
-        y, routing = self.ffn(self.ffn_norm(x), kind) if isinstance(self.ffn, MoE) else (self.ffn(self.ffn_norm(x)), None)
+        y, routing = (
+            self.ffn(self.ffn_norm(x), kind)
+            if isinstance(self.ffn, MoE)
+            else (self.ffn(self.ffn_norm(x)), None)
+        )
         return x + _gate(self.ffn_gate, x) * y, kept, routing
 
 

@@ -1,9 +1,10 @@
-"""Cross-attention over images by (tile, image) pairs, with the zero sink. The plan comes from ops/attention_plan.py.
+"""Cross-attention over images by (tile, image) pairs, with the zero sink. The plan comes from
+ops/attention_plan.py.
 
-Every pair is a plain attention of `tile` tokens over one image, without a mask. Pairs of one tile (frames of a video) are
-merged by log-sum-exp. n zero keys add n to the softmax denominator and nothing to the numerator, so the sink is one factor
-sigmoid(lse - log n) after the merge, and no zero is ever stored. A token that sees no image gets exactly 0.
-"""
+Every pair is a plain attention of `tile` tokens over one image, without a mask. Pairs of one tile
+(frames of a video) are merged by log-sum-exp. n zero keys add n to the softmax denominator and
+nothing to the numerator, so the sink is one factor sigmoid(lse - log n) after the merge, and no
+zero is ever stored. A token that sees no image gets exactly 0."""
 
 from typing import NamedTuple
 
@@ -24,7 +25,10 @@ class Plan(NamedTuple):
 
 @jax.custom_vjp
 def permute(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
-    """x [A, ...] -> x[index] [C, ...], 0 where index is out of range. `inverse` makes the gradient a gather as well."""
+    """x [A, ...] -> x[index] [C, ...], 0 where index is out of range.
+
+    `inverse` makes the gradient a gather as well.
+    """
     return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
 
 
@@ -35,28 +39,42 @@ permute.defvjp(
 
 
 @jax.named_scope("scores")
-def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, plan: Plan, sinks: int) -> jax.Array:
-    """q [B, T, N, H], k and v [C, I, S, K, H] -> [B, T, N, H]; softmax and merge in float32. B / C neighbouring rows are a pool."""
+def grouped_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, plan: Plan, sinks: int
+) -> jax.Array:
+    """q [B, T, N, H], k and v [C, I, S, K, H] -> [B, T, N, H]; softmax and merge in float32.
+
+    B / C neighbouring rows are a pool.
+    """
     pools = q.reshape(len(k), -1, *q.shape[2:])
-    return jax.vmap(lambda q, k, v, *plan: _pool(q, k, v, Plan(*plan), sinks))(pools, k, v, *map(jnp.asarray, plan)).reshape(q.shape)
+    return jax.vmap(lambda q, k, v, *plan: _pool(q, k, v, Plan(*plan), sinks))(
+        pools, k, v, *map(jnp.asarray, plan)
+    ).reshape(q.shape)
 
 
 def _pool(q: jax.Array, k: jax.Array, v: jax.Array, plan: Plan, sinks: int) -> jax.Array:
     (n, h), (tiles, tile), kv = q.shape[1:], plan.tile_tokens.shape, k.shape[2]
-    grouped = permute(q, plan.tile_tokens.reshape(-1), plan.token_tile).reshape(tiles, tile, kv, n // kv, h)
-    owner = jnp.minimum(plan.pair_tile, tiles - 1)  # padding pairs compute something that nobody reads
+    grouped = permute(q, plan.tile_tokens.reshape(-1), plan.token_tile).reshape(
+        tiles, tile, kv, n // kv, h
+    )
+    owner = jnp.minimum(
+        plan.pair_tile, tiles - 1
+    )  # padding pairs compute something that nobody reads
     scores = product("ptkgh,pskh->pkgts", grouped[owner], k[plan.pair_image]) * h**-0.5
     top = jax.lax.stop_gradient(scores.max(-1))
     weights = jnp.exp(scores - top[..., None])
     total = weights.sum(-1)
     out = product("pkgts,pskh->pkgth", weights.astype(v.dtype), v[plan.pair_image])
 
-    # Merge the pairs of a tile: rescale all to the tile's largest score, then add. The sink joins here, as `sinks` logits of 0.
+    # Merge the pairs of a tile: rescale all to the tile's largest score, then add. The sink joins
+    # here, as `sinks` logits of 0.
     def merge(x):
         return jax.ops.segment_sum(x, plan.pair_tile, tiles, indices_are_sorted=True)
 
     tile_top = jax.ops.segment_max(top, plan.pair_tile, tiles, indices_are_sorted=True)
-    tile_top = jnp.maximum(tile_top, 0.0) if sinks else jnp.where(jnp.isfinite(tile_top), tile_top, 0.0)
+    tile_top = (
+        jnp.maximum(tile_top, 0.0) if sinks else jnp.where(jnp.isfinite(tile_top), tile_top, 0.0)
+    )
     padding = (plan.pair_tile == tiles)[:, None, None, None]
     scale = jnp.where(padding, 0.0, jnp.exp(top - tile_top[owner]))
     denominator = merge(total * scale) + (sinks * jnp.exp(-tile_top) if sinks else 0.0)

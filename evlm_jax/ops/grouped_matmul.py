@@ -1,16 +1,19 @@
-"""Products of tokens with the kernels of the experts they chose: rows sorted by expert into tiles, one expert a tile.
+"""Products of tokens with the kernels of the experts they chose: rows sorted by expert into tiles,
+one expert a tile.
 
-    choices   token    0 0 1 1 2 2 3 3        top 2 of 3 experts, tile = 2; token 3 is padding: it chooses nobody
-              expert   0 2 0 1 2 0 - -
+    choices   token    0 0 1 1 2 2 3 3     top 2 of 3 experts, tile = 2; token 3 is padding: it
+              expert   0 2 0 1 2 0 - -     chooses nobody
     rows               0 1 | 2 . | 1 . | 0 2 | . .
-    first              0 = expert 0, 2 = expert 1, 3 = expert 2, 4 = the end; the number of tiles is static
+    first              0 = expert 0, 2 = expert 1, 3 = expert 2, 4 = the end; the number of tiles is
+                       static
 
-Unusual: two forms, chosen once and said. Where tokamax is installed and the backend has its kernels, those; else a loop over each
-expert's own tiles, which reads a kernel once, computes no tile that is not filled, picks its tokens and adds to them tile by tile,
-so that no array [R, D] is ever stored. Backward, one loop makes both gradients: a tile's tokens are picked once, its two products
-run side by side, and the gradient of a kernel is added up in place. No form multiplies all tokens by all experts,
-as XLA's own ragged_dot does on CPU. Letters: N tokens, R rows of all tiles, A choices, k a token.
-"""
+Unusual: two forms, chosen once and said. Where tokamax is installed and the backend has its
+kernels, those; else a loop over each expert's own tiles, which reads a kernel once, computes no
+tile that is not filled, picks its tokens and adds to them tile by tile, so that no array [R, D] is
+ever stored. Backward, one loop makes both gradients: a tile's tokens are picked once, its two
+products run side by side, and the gradient of a kernel is added up in place. No form multiplies all
+tokens by all experts, as XLA's own ragged_dot does on CPU. Letters: N tokens, R rows of all tiles,
+A choices, k a token."""
 
 import functools
 import importlib.util
@@ -28,7 +31,9 @@ STRIDES = (16, 8, 4, 2, 1)  # tiles that are multiplied together where an expert
 
 
 class Groups(NamedTuple):
-    """Where choices stand. Choices are numbered choice by choice, not token by token: number i of token t is i * tokens + t."""
+    """Where choices stand. Choices are numbered choice by choice, not token by token: number i of
+    token t is i * tokens + t.
+    """
 
     choice: jax.Array  # [R] int32, A in a row without one
     row: jax.Array  # [A] int32, R for a choice that has none
@@ -44,17 +49,25 @@ class Groups(NamedTuple):
 
 
 def group(expert: jax.Array, experts: int, tile: int, limit: jax.Array | None = None) -> Groups:
-    """The rows of choices: expert [A] int32, `experts` for a choice that gets no row; `limit`: the most choices an expert takes.
+    """The rows of choices: expert [A] int32, `experts` for a choice that gets no row; `limit`: the
+    most choices an expert takes.
 
     Over the limit, first choices go before second ones and early tokens before late ones.
     """
     count = jnp.zeros(experts + 1, jnp.int32).at[expert].add(1)
     taken = count[:-1] if limit is None else jnp.minimum(count[:-1], limit)
     first = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(-(-taken // tile))])
-    order = jnp.sort(expert * len(expert) + jnp.arange(len(expert))) % len(expert)  # a stable argsort, at a quarter of its time on CPU
-    sorted_expert, rank = expert[order], jnp.arange(len(expert)) - (jnp.cumsum(count) - count)[expert[order]]
+    order = jnp.sort(expert * len(expert) + jnp.arange(len(expert))) % len(
+        expert
+    )  # a stable argsort, at a quarter of its time on CPU
+    sorted_expert, rank = (
+        expert[order],
+        jnp.arange(len(expert)) - (jnp.cumsum(count) - count)[expert[order]],
+    )
     rows = (len(expert) + experts * (tile - 1)) // tile * tile
-    in_row = jnp.where(rank < jnp.append(taken, 0)[sorted_expert], first[sorted_expert] * tile + rank, rows)
+    in_row = jnp.where(
+        rank < jnp.append(taken, 0)[sorted_expert], first[sorted_expert] * tile + rank, rows
+    )
     row = jnp.zeros(len(expert), jnp.int32).at[order].set(in_row, unique_indices=True)
     choice = jnp.full(rows, len(expert), jnp.int32).at[in_row].set(order, mode="drop")
     return Groups(choice, row, first)
@@ -68,16 +81,20 @@ def dispatch(x: jax.Array, groups: Groups, tokens: int) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def combine(y: jax.Array, groups: Groups, tokens: int) -> jax.Array:
-    """Rows [R, D] -> the sum over each token's choices [tokens, D], in float32 on the way: the transpose of `dispatch`."""
+    """Rows [R, D] -> the sum over each token's choices [tokens, D], in float32 on the way: the
+    transpose of `dispatch`.
+    """
     picked = (_take(y, row) for row in groups.row.reshape(-1, tokens))
     return functools.reduce(jnp.add, (rows.astype(jnp.float32) for rows in picked)).astype(y.dtype)
 
 
 dispatch.defvjp(
-    lambda x, groups, tokens: (dispatch(x, groups, tokens), groups), lambda tokens, groups, g: (combine(g, groups, tokens), None)
+    lambda x, groups, tokens: (dispatch(x, groups, tokens), groups),
+    lambda tokens, groups, g: (combine(g, groups, tokens), None),
 )
 combine.defvjp(
-    lambda y, groups, tokens: (combine(y, groups, tokens), groups), lambda tokens, groups, g: (dispatch(g, groups, tokens), None)
+    lambda y, groups, tokens: (combine(y, groups, tokens), groups),
+    lambda tokens, groups, g: (dispatch(g, groups, tokens), None),
 )
 
 
@@ -87,16 +104,20 @@ def _take(x: jax.Array, at: jax.Array) -> jax.Array:
 
 
 def dispatch_matmul(x: jax.Array, kernels: jax.Array, groups: Groups, tile: int) -> jax.Array:
-    """The token of each row times the kernel of its expert: x [N, D], kernels [E, D, F] -> [R, F] in the dtype of x, sums in float32.
+    """The token of each row times the kernel of its expert: x [N, D], kernels [E, D, F] -> [R, F]
+    in the dtype of x, sums in float32.
 
-    Operands are rounded as in ops/matmul.py. Rows without a choice are undefined. The gradient of the kernels has their dtype and is
-    summed in float32, expert by expert.
+    Operands are rounded as in ops/matmul.py. Rows without a choice are undefined. The gradient of
+    the kernels has their dtype and is summed in float32, expert by expert.
     """
     return _dispatch(x, kernels, groups, tile, operand_dtype(x))
 
 
-def combine_matmul(y: jax.Array, kernels: jax.Array, groups: Groups, tokens: int, tile: int) -> jax.Array:
-    """Each row times the kernel of its expert, summed over a token's choices: y [R, F], kernels [E, F, D] -> [tokens, D] in the dtype of y.
+def combine_matmul(
+    y: jax.Array, kernels: jax.Array, groups: Groups, tokens: int, tile: int
+) -> jax.Array:
+    """Each row times the kernel of its expert, summed over a token's choices: y [R, F], kernels
+    [E, F, D] -> [tokens, D] in the dtype of y.
 
     With transposed kernels it is the transpose of `dispatch_matmul`; all else as there.
     """
@@ -104,67 +125,120 @@ def combine_matmul(y: jax.Array, kernels: jax.Array, groups: Groups, tokens: int
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _dispatch(x: jax.Array, kernels: jax.Array, groups: Groups, tile: int, dtype: jnp.dtype) -> jax.Array:
+def _dispatch(
+    x: jax.Array, kernels: jax.Array, groups: Groups, tile: int, dtype: jnp.dtype
+) -> jax.Array:
     if ragged := _tokamax(platform()):
         rows = dispatch(x.astype(dtype), groups, len(x))
         return ragged(rows, kernels.astype(dtype), groups.sizes(tile)).astype(x.dtype)
-    apply = lambda token, kernel: product("nd,df->nf", _take(x, token), kernel, dtype).astype(x.dtype)
+    apply = lambda token, kernel: product("nd,df->nf", _take(x, token), kernel, dtype).astype(
+        x.dtype
+    )
     return map_tiles(apply, groups.token(len(x)), kernels, groups.first, tile)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _combine(y: jax.Array, kernels: jax.Array, groups: Groups, tokens: int, tile: int, dtype: jnp.dtype) -> jax.Array:
+def _combine(
+    y: jax.Array, kernels: jax.Array, groups: Groups, tokens: int, tile: int, dtype: jnp.dtype
+) -> jax.Array:
     if ragged := _tokamax(platform()):
-        return combine(ragged(y.astype(dtype), kernels.astype(dtype), groups.sizes(tile)), groups, tokens).astype(y.dtype)
+        return combine(
+            ragged(y.astype(dtype), kernels.astype(dtype), groups.sizes(tile)), groups, tokens
+        ).astype(y.dtype)
     token = groups.token(tokens)
 
     def step(at, rows, kernel, out):
         here, mine = _rows(at, rows, token, y)
         return out.at[here].add(product("nf,fd->nd", mine, kernel, dtype), mode="drop")
 
-    return _tiles(step, jnp.zeros((tokens, kernels.shape[2]), jnp.float32), kernels, groups.first, tile, len(y)).astype(y.dtype)
+    return _tiles(
+        step,
+        jnp.zeros((tokens, kernels.shape[2]), jnp.float32),
+        kernels,
+        groups.first,
+        tile,
+        len(y),
+    ).astype(y.dtype)
 
 
-def _dispatch_backward(tile: int, dtype: jnp.dtype, saved: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _dispatch_backward(
+    tile: int, dtype: jnp.dtype, saved: tuple, g: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     x, kernels, groups = saved
     if ragged := _tokamax(platform()):
-        rows, g, sizes = dispatch(x.astype(dtype), groups, len(x)), g.astype(dtype), groups.sizes(tile)
+        rows, g, sizes = (
+            dispatch(x.astype(dtype), groups, len(x)),
+            g.astype(dtype),
+            groups.sizes(tile),
+        )
         of_x = combine(ragged(g, kernels.swapaxes(1, 2).astype(dtype), sizes), groups, len(x))
         return of_x.astype(x.dtype), ragged(rows, g, sizes).astype(kernels.dtype), None
     token = groups.token(len(x))
 
     def step(at, rows, expert, carry):
-        (here, mine), (number, kernel), (of_x, of_kernels) = _rows(at, rows, token, g), expert, carry
+        (here, mine), (number, kernel), (of_x, of_kernels) = (
+            _rows(at, rows, token, g),
+            expert,
+            carry,
+        )
         of_x = of_x.at[here].add(product("nf,df->nd", mine, kernel, dtype), mode="drop")
         # a kernel's gradient is added up as [F, D]: twice as fast on CPU as [D, F]
         return of_x, of_kernels.at[number].add(product("nf,nd->fd", mine, _take(x, here), dtype))
 
     zeros = jnp.zeros(x.shape, jnp.float32), jnp.zeros(kernels.swapaxes(1, 2).shape, jnp.float32)
-    of_x, of_kernels = _tiles(step, zeros, (jnp.arange(len(kernels)), kernels), groups.first, tile, len(g))
+    of_x, of_kernels = _tiles(
+        step, zeros, (jnp.arange(len(kernels)), kernels), groups.first, tile, len(g)
+    )
     return of_x.astype(x.dtype), of_kernels.swapaxes(1, 2).astype(kernels.dtype), None
 
 
-def _combine_backward(tokens: int, tile: int, dtype: jnp.dtype, saved: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _combine_backward(
+    tokens: int, tile: int, dtype: jnp.dtype, saved: tuple, g: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     y, kernels, groups = saved
     if ragged := _tokamax(platform()):
         rows, sizes = dispatch(g.astype(dtype), groups, tokens), groups.sizes(tile)
         of_y = ragged(rows, kernels.swapaxes(1, 2).astype(dtype), sizes)
-        return of_y.astype(y.dtype), ragged(y.astype(dtype), rows, sizes).astype(kernels.dtype), None
+        return (
+            of_y.astype(y.dtype),
+            ragged(y.astype(dtype), rows, sizes).astype(kernels.dtype),
+            None,
+        )
     token = groups.token(tokens)
 
     def step(at, rows, expert, carry):
-        (here, mine), (number, kernel), (of_y, of_kernels) = _rows(at, rows, token, y), expert, carry
+        (here, mine), (number, kernel), (of_y, of_kernels) = (
+            _rows(at, rows, token, y),
+            expert,
+            carry,
+        )
         picked = _take(g, here)
-        of_y = jax.lax.dynamic_update_slice_in_dim(of_y, product("nd,fd->nf", picked, kernel, dtype).astype(y.dtype), at, 0)
+        of_y = jax.lax.dynamic_update_slice_in_dim(
+            of_y, product("nd,fd->nf", picked, kernel, dtype).astype(y.dtype), at, 0
+        )
         return of_y, of_kernels.at[number].add(product("nf,nd->fd", mine, picked, dtype))
 
     zeros = jnp.zeros_like(y), jnp.zeros(kernels.shape, jnp.float32)
-    of_y, of_kernels = _tiles(step, zeros, (jnp.arange(len(kernels)), kernels), groups.first, tile, len(y))
+    of_y, of_kernels = _tiles(
+        step, zeros, (jnp.arange(len(kernels)), kernels), groups.first, tile, len(y)
+    )
     return of_y, of_kernels.astype(kernels.dtype), None
 
 
-_dispatch.defvjp(lambda x, kernels, groups, *static: (_dispatch(x, kernels, groups, *static), (x, kernels, groups)), _dispatch_backward)
-_combine.defvjp(lambda y, kernels, groups, *static: (_combine(y, kernels, groups, *static), (y, kernels, groups)), _combine_backward)
+_dispatch.defvjp(
+    lambda x, kernels, groups, *static: (
+        _dispatch(x, kernels, groups, *static),
+        (x, kernels, groups),
+    ),
+    _dispatch_backward,
+)
+_combine.defvjp(
+    lambda y, kernels, groups, *static: (
+        _combine(y, kernels, groups, *static),
+        (y, kernels, groups),
+    ),
+    _combine_backward,
+)
 
 
 def _rows(at: jax.Array, rows: int, *arrays: jax.Array) -> list[jax.Array]:
@@ -174,51 +248,87 @@ def _rows(at: jax.Array, rows: int, *arrays: jax.Array) -> list[jax.Array]:
 
 @functools.cache
 def _tokamax(backend: str) -> Callable | None:
-    """The kernels of tokamax, None where it is not installed or its form is XLA's own; says once which form it is.
+    """The kernels of tokamax, None where it is not installed or its form is XLA's own; says once
+    which form it is.
 
-    They take x [R, a] with kernels [E, a, b], or with g [R, b] for the sum of outer products [E, a, b], and the rows of each expert.
-    """
+    They take x [R, a] with kernels [E, a, b], or with g [R, b] for the sum of outer products
+    [E, a, b], and the rows of each expert."""
     kinds = {"gpu": ("mosaic", "triton"), "tpu": ("mosaic",)}.get(backend)
     if kinds is None or importlib.util.find_spec("tokamax") is None:
-        print("experts: products tile by tile" + ("; pip install tokamax for kernels of this backend" if kinds else ""), flush=True)
+        print(
+            "experts: products tile by tile"
+            + ("; pip install tokamax for kernels of this backend" if kinds else ""),
+            flush=True,
+        )
         return None
     print("experts: products by tokamax", flush=True)
     import tokamax
 
     def ragged(a, b, sizes):
         contracts = ([1], [1]) if b.ndim == 3 else ([0], [0])
-        dimensions = jax.lax.RaggedDotDimensionNumbers((contracts, ([], [])), [0], [0] if b.ndim == 3 else [])
-        return tokamax.ragged_dot_general(a, b, sizes, dimensions, preferred_element_type=jnp.float32, implementation=kinds)
+        dimensions = jax.lax.RaggedDotDimensionNumbers(
+            (contracts, ([], [])), [0], [0] if b.ndim == 3 else []
+        )
+        return tokamax.ragged_dot_general(
+            a, b, sizes, dimensions, preferred_element_type=jnp.float32, implementation=kinds
+        )
 
     return ragged
 
 
-def map_tiles(apply: Callable[[jax.Array, Any], jax.Array], x: jax.Array, experts: Any, first: jax.Array, tile: int) -> jax.Array:
-    """`apply(rows [n, ...], its expert's part of `experts`) -> [n, F]` over the filled tiles of x [R, ...] -> [R, F]; 0 elsewhere."""
+def map_tiles(
+    apply: Callable[[jax.Array, Any], jax.Array],
+    x: jax.Array,
+    experts: Any,
+    first: jax.Array,
+    tile: int,
+) -> jax.Array:
+    """`apply(rows [n, ...], its expert's part of `experts`) -> [n, F]` over the filled tiles of x
+    [R, ...] -> [R, F]; 0 elsewhere.
+    """
     like = jax.eval_shape(apply, x[:tile], jax.tree.map(lambda a: a[0], experts))
 
     def step(at, rows, mine, out):
-        return jax.lax.dynamic_update_slice_in_dim(out, apply(jax.lax.dynamic_slice_in_dim(x, at, rows), mine), at, 0)
+        return jax.lax.dynamic_update_slice_in_dim(
+            out, apply(jax.lax.dynamic_slice_in_dim(x, at, rows), mine), at, 0
+        )
 
-    return _tiles(step, jnp.zeros((len(x), like.shape[1]), like.dtype), experts, first, tile, len(x))
+    return _tiles(
+        step, jnp.zeros((len(x), like.shape[1]), like.dtype), experts, first, tile, len(x)
+    )
 
 
-def _tiles(step: Callable, carry: Any, experts: Any, first: jax.Array, tile: int, total: int) -> Any:
-    """`step(first row, number of rows, its expert's part of `experts`, carry) -> carry` over all filled tiles."""
+def _tiles(
+    step: Callable, carry: Any, experts: Any, first: jax.Array, tile: int, total: int
+) -> Any:
+    """`step(first row, number of rows, its expert's part of `experts`, carry) -> carry` over all
+    filled tiles.
+    """
 
     def expert(carry, inputs):
         mine, begin, end = inputs
-        return _steps(lambda at, rows, carry: step(at, rows, mine, carry), begin, end, tile, total, carry), None
+        return (
+            _steps(
+                lambda at, rows, carry: step(at, rows, mine, carry), begin, end, tile, total, carry
+            ),
+            None,
+        )
 
     return jax.lax.scan(expert, carry, (experts, first[:-1], first[1:]))[0]
 
 
-def _steps(step: Callable, begin: jax.Array, end: jax.Array, tile: int, total: int, carry: Any) -> Any:
-    """`step(first row, number of rows, carry) -> carry` over the tiles begin <= i < end, many at once as long as there are many."""
+def _steps(
+    step: Callable, begin: jax.Array, end: jax.Array, tile: int, total: int, carry: Any
+) -> Any:
+    """`step(first row, number of rows, carry) -> carry` over the tiles begin <= i < end, many at
+    once as long as there are many.
+    """
     for stride in STRIDES:
         if stride * tile <= total:
             count = (end - begin) // stride
-            body = lambda i, carry, begin=begin, stride=stride: step((begin + i * stride) * tile, stride * tile, carry)
+            body = lambda i, carry, begin=begin, stride=stride: step(
+                (begin + i * stride) * tile, stride * tile, carry
+            )
             carry = jax.lax.fori_loop(0, count, body, carry)
             begin = begin + count * stride
     return carry

@@ -1,8 +1,8 @@
 """Products of matrices: operands of one dtype, sums in float32, backward as well.
 
-Unusual: a gradient of our own. JAX's would multiply a float32 cotangent by a 16-bit operand, which matrix units do at the speed of
-float32 or not at all. CPUs with AMX gain five times from bfloat16 products of this form, and nothing from others.
-"""
+Unusual: a gradient of our own. JAX's would multiply a float32 cotangent by a 16-bit operand, which
+matrix units do at the speed of float32 or not at all. CPUs with AMX gain five times from bfloat16
+products of this form, and nothing from others."""
 
 from functools import partial
 
@@ -11,18 +11,23 @@ import jax.numpy as jnp
 
 
 def product(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-    """einsum in float32. Each index of an operand stands in the other one or in the result; "..." in front of `a` is any number of them.
+    """einsum in float32. Each index of an operand stands in the other one or in the result; "..."
+    in front of `a` is any number of them.
 
-    `b` takes the dtype of `a`. Under jax.default_matmul_precision("bfloat16") both are rounded to that: XLA does so on TPUs alone.
-    Gradients have the dtype of their operand; that of a float32 parameter is not rounded on its way. `dtype`: round to that instead.
-    """
+    `b` takes the dtype of `a`. Under jax.default_matmul_precision("bfloat16") both are rounded to
+    that: XLA does so on TPUs alone. Gradients have the dtype of their operand; that of a float32
+    parameter is not rounded on its way. `dtype`: round to that instead."""
     spec = spec.replace("...", "ABCDEF"[: a.ndim + 3 - spec.index(",")])
     return _product(spec, dtype or operand_dtype(a), a, b)
 
 
 def operand_dtype(a: jax.Array) -> jnp.dtype:
     """What the operands of a product with `a` are rounded to."""
-    return jnp.dtype(jnp.bfloat16) if jax.config.jax_default_matmul_precision == "bfloat16" else a.dtype
+    return (
+        jnp.dtype(jnp.bfloat16)
+        if jax.config.jax_default_matmul_precision == "bfloat16"
+        else a.dtype
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -30,9 +35,14 @@ def _product(spec: str, dtype: jnp.dtype, a: jax.Array, b: jax.Array) -> jax.Arr
     return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
 
 
-def _backward(spec: str, dtype: jnp.dtype, operands: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(
+    spec: str, dtype: jnp.dtype, operands: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     (a, b), (of_a, of_b, out) = operands, spec.replace("->", ",").split(",")
-    da, db = _product(f"{out},{of_b}->{of_a}", dtype, g, b), _product(f"{of_a},{out}->{of_b}", dtype, a, g)
+    da, db = (
+        _product(f"{out},{of_b}->{of_a}", dtype, g, b),
+        _product(f"{of_a},{out}->{of_b}", dtype, a, g),
+    )
     return da.astype(a.dtype), db.astype(b.dtype)
 
 

@@ -10,7 +10,9 @@ _platform: ContextVar[str] = ContextVar("platform", default="")
 
 
 def platform() -> str:
-    """Of the devices that will run what is traced: "cpu", "gpu" or "tpu"; without a mesh, JAX's own choice."""
+    """Of the devices that will run what is traced: "cpu", "gpu" or "tpu"; without a mesh, JAX's own
+    choice.
+    """
     return _platform.get() or jax.default_backend()
 
 

@@ -1,9 +1,10 @@
-"""Several processes that read the same rows of a batch go by the same values, or say that they cannot.
+"""Several processes that read the same rows of a batch go by the same values, or say that they
+cannot.
 
-Where mesh.tensor spans processes each of them reads the rows by itself. An image that only one could read would give each another
-loss, and their copies of the parameters would drift apart without a word. So what one of them has left out, all leave out; the rest
-is compared by sums. Both happen within the step, and nobody waits for it.
-"""
+Where mesh.tensor spans processes each of them reads the rows by itself. An image that only one
+could read would give each another loss, and their copies of the parameters would drift apart
+without a word. So what one of them has left out, all leave out; the rest is compared by sums. Both
+happen within the step, and nobody waits for it."""
 
 from functools import partial
 
@@ -18,12 +19,16 @@ SPREAD = 2654435761  # odd, so that a value and its place both count
 
 
 def agreed(batch: Batch) -> tuple[Batch, jax.Array | None]:
-    """The batch without the targets and pictures that some process lacks, and whether all else is the same; None where none shares rows."""
+    """The batch without the targets and pictures that some process lacks, and whether all else is
+    the same; None where none shares rows.
+    """
     layout = active_layout()
     if layout is None or not layout.rows_are_shared:
         return batch, None
     fields = {name: x for name, x in batch._asdict().items() if x is not None}
-    axes = {name: ("rows", "images") if name in ("pixels", "taps") else ("rows",) for name in fields}
+    axes = {
+        name: ("rows", "images") if name in ("pixels", "taps") else ("rows",) for name in fields
+    }
     fields, same = local(partial(_agreed, layout), (axes,), (axes, ()))(fields)
     return batch._replace(**fields), same
 
@@ -37,8 +42,12 @@ def _agreed(layout: Layout, fields: dict[str, jax.Array]) -> tuple[dict[str, jax
         if layout.rule("images").used:  # each picture is on one device alone
             compared = fields.keys() - {name}
         else:
-            there = jnp.any(fields[name] != 0, axis=tuple(range(2, fields[name].ndim)), keepdims=True)
-            fields[name] = jnp.where(jax.lax.pmin(there.astype(jnp.int32), "tensor") > 0, fields[name], 0)
+            there = jnp.any(
+                fields[name] != 0, axis=tuple(range(2, fields[name].ndim)), keepdims=True
+            )
+            fields[name] = jnp.where(
+                jax.lax.pmin(there.astype(jnp.int32), "tensor") > 0, fields[name], 0
+            )
             compared = fields.keys()
     sums = jnp.stack([_sum(fields[name]) for name in sorted(compared)])
     same &= jnp.all(jax.lax.pmin(sums, "tensor") == jax.lax.pmax(sums, "tensor"))

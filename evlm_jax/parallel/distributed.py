@@ -1,8 +1,9 @@
-"""Several processes, one run: how they find each other, what they tell each other, and which of them speaks.
+"""Several processes, one run: how they find each other, what they tell each other, and which of
+them speaks.
 
-A process runs this program on one host of a pod. All of them dispatch the same steps; only process 0 prints, writes metrics and
-deletes. Alone, every function here is trivial, so nothing else asks how many there are.
-"""
+A process runs this program on one host of a pod. All of them dispatch the same steps; only process
+0 prints, writes metrics and deletes. Alone, every function here is trivial, so nothing else asks
+how many there are."""
 
 import contextlib
 import json
@@ -18,22 +19,28 @@ from jax.experimental import multihost_utils
 from evlm_jax.parallel.status import INTERRUPTED, PREEMPTED
 
 
-def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Makes this process one of several; what is left out comes from the environment (a TPU pod, GKE, Slurm, Open MPI).
+def join(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    """Makes this process one of several; what is left out comes from the environment (a TPU pod,
+    GKE, Slurm, Open MPI).
 
     Args:
       coordinator: "HOST:PORT" of process 0.
       processes: how many there are.
       process: number of this one, from 0.
     Raises:
-      ValueError: some of the three are given, but not all, and the environment does not say the rest.
+      ValueError: some of the three are given, but not all, and the environment does not say the
+        rest.
     """
     if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"processes: {error}; give --coordinator HOST:PORT, --processes N and --process I") from error
+        raise ValueError(
+            f"processes: {error}; give --coordinator HOST:PORT, --processes N and --process I"
+        ) from error
 
 
 def is_first() -> bool:
@@ -72,10 +79,11 @@ def on_host(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Callable[[int], int]]:
-    """A function of the finished steps: with which status to stop here, 0 to go on. SIGTERM and SIGINT (Ctrl-C) ask for it.
+    """A function of the finished steps: with which status to stop here, 0 to go on. SIGTERM and
+    SIGINT (Ctrl-C) ask for it.
 
-    What comes to one process stops all of them at the same step. A second Ctrl-C does not wait for it.
-    """
+    What comes to one process stops all of them at the same step. A second Ctrl-C does not wait for
+    it."""
     alone, came = jax.process_count() == 1, []
 
     def note(number: int, _frame) -> None:
@@ -83,12 +91,21 @@ def stopping() -> Iterator[Callable[[int], int]]:
             raise KeyboardInterrupt
         came.append(number)
         if not alone:
-            os.kill(os.getpid(), signal.SIGTERM)  # jax.distributed has its own handler, which tells the others
+            os.kill(
+                os.getpid(), signal.SIGTERM
+            )  # jax.distributed has its own handler, which tells the others
 
-    before = {number: signal.signal(number, note) for number in ((signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,))}
+    before = {
+        number: signal.signal(number, note)
+        for number in ((signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,))
+    }
     reached = (lambda step: bool(came)) if alone else multihost_utils.reached_preemption_sync_point
     try:
-        yield lambda step: (INTERRUPTED if signal.SIGINT in came else PREEMPTED) if reached(step) else 0
+        yield (
+            lambda step: (
+                (INTERRUPTED if signal.SIGINT in came else PREEMPTED) if reached(step) else 0
+            )
+        )
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,12 +1,14 @@
-"""The device mesh, and where every array lies on it: the only file that knows mesh axes. Models name the axes (sharding.py).
+"""The device mesh, and where every array lies on it: the only file that knows mesh axes. Models
+name the axes (sharding.py).
 
     data      copies of everything; each takes its own rows of a batch
     fsdp      rows, and pieces of what is stored
     expert    rows and pieces likewise, and the experts of a mixture
-    tensor    heads, hidden layers of FFNs, the vocabulary; and images, in the ViT and up to the keys of the cross-attention
+    tensor    heads, hidden layers of FFNs, the vocabulary; and images, in the ViT and up to the
+              keys of the cross-attention
 
-RULES says, for every logical axis, over which mesh axes a dimension is split where it is used, and over which others as well
-where it waits. Vectors and scalars lie as they are used.
+RULES says, for every logical axis, over which mesh axes a dimension is split where it is used, and
+over which others as well where it waits. Vectors and scalars lie as they are used.
 """
 
 import contextlib
@@ -40,7 +42,8 @@ class Rule(NamedTuple):
     stored: tuple[str, ...] = ()  # in addition
 
 
-# Of parameters first, then of activations. "vision*" and the last two are others where mesh.images is "rows".
+# Of parameters first, then of activations. "vision*" and the last two are others where mesh.images
+# is "rows".
 RULES = {
     "whole": Rule(),
     "norm": Rule(),
@@ -79,7 +82,9 @@ def active_layout() -> "Layout | None":
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and the policies of config.mesh. sharding.py works by the one that is active during tracing."""
+    """A mesh and the policies of config.mesh. sharding.py works by the one that is active during
+    tracing.
+    """
 
     mesh: Mesh
     cfg: MeshConfig
@@ -95,10 +100,16 @@ class Layout:
             _active.reset(token)
 
     def spec(self, axes: tuple[str | None, ...], stored: bool = False) -> P:
-        """Of an array with these logical axes; a mesh axis splits the first dimension that can take it."""
+        """Of an array with these logical axes; a mesh axis splits the first dimension that can take
+        it.
+        """
         taken, out = set(), []
         for rule in map(self.rule, axes):
-            names = [name for name in (*rule.used, *(rule.stored if stored else ())) if self.mesh.shape[name] > 1 and name not in taken]
+            names = [
+                name
+                for name in (*rule.used, *(rule.stored if stored else ()))
+                if self.mesh.shape[name] > 1 and name not in taken
+            ]
             taken |= set(names)
             out.append(tuple(names) or None)
         return P(*out)
@@ -114,10 +125,15 @@ class Layout:
         return NamedSharding(self.mesh, self.spec(axes))
 
     def place(self, param: nnx.Variable, stored: bool) -> NamedSharding:
-        """Of a parameter, or of a stack of them, whose layer axis in front is never split. Vectors lie as they are used."""
+        """Of a parameter, or of a stack of them, whose layer axis in front is never split.
+
+        Vectors lie as they are used.
+        """
         axes = param.get_metadata()["axes"]
         layers = len(jax.tree.leaves(param)[0].shape) - len(axes)
-        return NamedSharding(self.mesh, P(*(None,) * layers, *self.spec(axes, stored and len(axes) > 1)))
+        return NamedSharding(
+            self.mesh, P(*(None,) * layers, *self.spec(axes, stored and len(axes) > 1))
+        )
 
     def parts(self, axis: str) -> int:
         """Into how many pieces a dimension with this logical axis is split where it is used."""
@@ -140,12 +156,21 @@ class Layout:
         return self.sharding(("rows",))
 
     def batch(self, batch: Batch) -> Batch:
-        """Shardings of a Batch, or of its shapes: rows and pools over their axes, pictures of a pool over those of images."""
+        """Shardings of a Batch, or of its shapes: rows and pools over their axes, pictures of a
+        pool over those of images.
+        """
         pictures = self.sharding(("rows", "images"))
-        return Batch(**{k: v if v is None else pictures if k in ("pixels", "taps") else self.rows for k, v in batch._asdict().items()})
+        return Batch(
+            **{
+                k: v if v is None else pictures if k in ("pixels", "taps") else self.rows
+                for k, v in batch._asdict().items()
+            }
+        )
 
     def trained(self, tree: Any) -> Any:
-        """Shardings of a tree with trainable parameters, their gradients or moments, as Variables; other leaves are on every device."""
+        """Shardings of a tree with trainable parameters, their gradients or moments, as Variables;
+        other leaves are on every device.
+        """
         return self._tree(tree, stored=True)
 
     def frozen(self, tree: Any) -> Any:
@@ -153,16 +178,22 @@ class Layout:
         return self._tree(tree, stored=self.cfg.frozen == "sharded")
 
     def _tree(self, tree: Any, stored: bool) -> Any:
-        place = lambda node: node.replace(self.place(node, stored)) if is_param(node) else self.replicated
+        place = lambda node: (
+            node.replace(self.place(node, stored)) if is_param(node) else self.replicated
+        )
         return jax.tree.map(place, tree, is_leaf=is_param)
 
     def own_pools(self, count: int) -> list[int]:
-        """Numbers of the pools, of a batch of `count`, that devices of this process hold, ascending."""
+        """Numbers of the pools, of a batch of `count`, that devices of this process hold,
+        ascending.
+        """
         held = self.rows.addressable_devices_indices_map((count,)).values()
         return sorted({pool for (pools,) in held for pool in range(*pools.indices(count))})
 
     def put_pools(self, batch: Batch, own: list[int], count: int) -> Batch:
-        """The pools `own` of a batch of `count`, NumPy arrays on this process, as arrays on all devices."""
+        """The pools `own` of a batch of `count`, NumPy arrays on this process, as arrays on all
+        devices.
+        """
         place = {pool: i for i, pool in enumerate(own)}
 
         def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -194,17 +225,21 @@ def jit(layout: Layout | None, f: Callable, **options) -> Callable:
 
 
 def make_layout(cfg: EVLMConfig, devices: list | None = None) -> Layout:
-    """The mesh of `cfg` on all devices, or on those given (also of a topology that is only compiled for).
+    """The mesh of `cfg` on all devices, or on those given (also of a topology that is only compiled
+    for).
 
     Raises:
-      ValueError: the axes do not make the devices, or do not divide rows, images, heads or experts; names the field and the mend.
+      ValueError: the axes do not make the devices, or do not divide rows, images, heads or experts;
+        names the field and the mend.
     """
     devices = list(devices or jax.devices())
     sizes = check_mesh(cfg, len(devices))
     shape = tuple(sizes[axis] for axis in AXES)
     if cfg.mesh.slices > 1:
         inner, outer = (sizes["data"] // cfg.mesh.slices, *shape[1:]), (cfg.mesh.slices, 1, 1, 1)
-        grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inner, outer, devices, allow_split_physical_axes=True
+        )
     elif devices[0].platform == "tpu":
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
@@ -228,50 +263,84 @@ def mesh_sizes(mesh: MeshConfig, devices: int) -> dict[str, int]:
     rest = math.prod(size for axis, size in sizes.items() if axis not in free)
     sizes |= dict.fromkeys(free, devices // rest)
     if math.prod(sizes.values()) != devices:
-        raise ValueError(f"config: mesh {sizes} is {math.prod(sizes.values())} devices, there are {devices}: their product must be that")
+        raise ValueError(
+            f"config: mesh {sizes} is {math.prod(sizes.values())} devices, there are {devices}:"
+            " their product must be that"
+        )
     return sizes
 
 
 def _check(cfg: EVLMConfig, sizes: dict[str, int]) -> None:
-    rows, tensor, images = math.prod(sizes[axis] for axis in ROWS), sizes["tensor"], cfg.mesh.images == "all"
+    rows, tensor, images = (
+        math.prod(sizes[axis] for axis in ROWS),
+        sizes["tensor"],
+        cfg.mesh.images == "all",
+    )
     micro, slices = cfg.train.batch // cfg.train.accumulate, cfg.mesh.slices
     rules = [
-        (slices >= 1 and sizes["data"] % slices == 0, f"mesh.slices = {slices} must divide mesh.data = {sizes['data']}"),
+        (
+            slices >= 1 and sizes["data"] % slices == 0,
+            f"mesh.slices = {slices} must divide mesh.data = {sizes['data']}",
+        ),
         (
             micro % rows == 0,
-            f"train.batch / train.accumulate = {micro} rows cannot be split over {rows} devices (mesh.data * fsdp * expert): "
-            "use a multiple, or give devices to mesh.tensor",
+            f"train.batch / train.accumulate = {micro} rows cannot be split over {rows} devices "
+            "(mesh.data * fsdp * expert): use a multiple, or give devices to mesh.tensor",
         ),
         (
             micro % (rows * cfg.data.pool) == 0,
-            f"{micro // rows} rows of a device and micro-batch (train.batch / train.accumulate over mesh.data * fsdp * expert = {rows}) "
-            f"are no whole pools of data.pool = {cfg.data.pool}: use a multiple, or data.pool = 1 with data.slots = data.images",
+            f"{micro // rows} rows of a device and micro-batch (train.batch / train.accumulate "
+            f"over mesh.data * fsdp * expert = {rows}) are no whole pools of "
+            f"data.pool = {cfg.data.pool}: use a multiple, or data.pool = 1 with "
+            "data.slots = data.images",
         ),
-        (cfg.moe.experts % sizes["expert"] == 0, f"{cfg.moe.experts} experts cannot be split over mesh.expert = {sizes['expert']}"),
-    ]  # fmt: skip
+        (
+            cfg.moe.experts % sizes["expert"] == 0,
+            f"{cfg.moe.experts} experts cannot be split over mesh.expert = {sizes['expert']}",
+        ),
+    ]
     split = {"llm.heads": cfg.llm.heads, "llm.kv_heads": cfg.llm.kv_heads}
-    split |= {"xattn.heads": cfg.xattn.heads, "xattn.kv_heads": cfg.xattn.kv_heads} if cfg.cross_layers else {}
-    split |= {"data.slots": cfg.data.slots} if images else {"vit.heads": cfg.vit.heads}  # mesh.images says which of them
-    split |= {"bridge.heads": cfg.bridge.heads} if not images and cfg.bridge.kind == "flamingo" else {}
-    rules += [(n % tensor == 0, f"{name} = {n} must be a multiple of mesh.tensor = {tensor}") for name, n in split.items()]
+    split |= (
+        {"xattn.heads": cfg.xattn.heads, "xattn.kv_heads": cfg.xattn.kv_heads}
+        if cfg.cross_layers
+        else {}
+    )
+    split |= (
+        {"data.slots": cfg.data.slots} if images else {"vit.heads": cfg.vit.heads}
+    )  # mesh.images says which of them
+    split |= (
+        {"bridge.heads": cfg.bridge.heads} if not images and cfg.bridge.kind == "flamingo" else {}
+    )
+    rules += [
+        (n % tensor == 0, f"{name} = {n} must be a multiple of mesh.tensor = {tensor}")
+        for name, n in split.items()
+    ]
     for ok, message in rules:
         if not ok:
             raise ValueError(f"config: {message}")
 
 
 def check_parameters(layout: Layout, params: nnx.State, name: Callable[[tuple], str]) -> None:
-    """Whether every parameter can be laid out. Raises ValueError listing those without axes or rule, and those that are indivisible."""
+    """Whether every parameter can be laid out.
+
+    Raises ValueError listing those without axes or rule, and those that are indivisible.
+    """
     problems = []
     for path, param in nnx.to_flat_state(params):
         axes, shape = param.get_metadata().get("axes"), jax.tree.leaves(param)[0].shape
         if axes is None or not set(axes) <= RULES.keys():
-            problems.append(f"{name(path)} has axes {axes}: name every dimension by one of {', '.join(RULES)}")
+            problems.append(
+                f"{name(path)} has axes {axes}: name every dimension by one of {', '.join(RULES)}"
+            )
             continue
         for size, split in zip(shape, layout.place(param, stored=True).spec):
             split = (split,) if isinstance(split, str) else split or ()
             parts = math.prod(layout.mesh.shape[axis] for axis in split)
             if size % parts:
-                problems.append(f"{name(path)} {shape}: {size} cannot be split over {parts} devices (mesh.{' * '.join(split)})")
+                problems.append(
+                    f"{name(path)} {shape}: {size} cannot be split over {parts} devices"
+                    f" (mesh.{' * '.join(split)})"
+                )
     if problems:
         raise ValueError("mesh: parameters do not fit:\n  " + "\n  ".join(problems))
 

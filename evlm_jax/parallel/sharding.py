@@ -1,8 +1,9 @@
-"""What models say about the arrays of a mesh, without knowing its axes; the layout that is active while they are traced does (mesh.py).
+"""What models say about the arrays of a mesh, without knowing its axes; the layout that is active
+while they are traced does (mesh.py).
 
-A matrix is gathered from where it waits to where it is used by `weight`; its gradient goes back summed and split. Alone on one device,
-without a layout, every function here hands its array through.
-"""
+A matrix is gathered from where it waits to where it is used by `weight`; its gradient goes back
+summed and split. Alone on one device, without a layout, every function here hands its array
+through."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,13 +19,18 @@ from evlm_jax.parallel.mesh import active_layout, is_param
 
 
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Says how an activation is split: a logical axis, or None, for each of its first dimensions."""
+    """Says how an activation is split: a logical axis, or None,
+    for each of its first dimensions.
+    """
     layout = active_layout()
     return x if layout is None else jax.lax.with_sharding_constraint(x, layout.sharding(axes))
 
 
 def lookup(table: nnx.Variable, index: jax.Array) -> jax.Array:
-    """Rows of a table [vocab, D] for index [B, T] -> [B, T, D]. A table in pieces of D stays so; what is found changes places."""
+    """Rows of a table [vocab, D] for index [B, T] -> [B, T, D].
+
+    A table in pieces of D stays so; what is found changes places.
+    """
     layout = active_layout()
     if layout is not None and (layout.cfg.zero == 3 or layout.cfg.frozen == "sharded"):
         return shard(shard(table[...][shard(index, "copies")], "copies", None, "pieces"), "rows")
@@ -32,16 +38,26 @@ def lookup(table: nnx.Variable, index: jax.Array) -> jax.Array:
 
 
 def weight(param: nnx.Variable, dtype: jnp.dtype) -> jax.Array:
-    """A parameter where it is used. On a mesh it is gathered in `dtype`; its gradient is summed over rows, in pieces, where it waits."""
+    """A parameter where it is used.
+
+    On a mesh it is gathered in `dtype`; its gradient is summed over rows, in pieces, where it
+    waits.
+    """
     layout = active_layout()
     if layout is None:
         return param[...]
     used, stored = layout.place(param, stored=False), layout.place(param, stored=True)
-    return param[...] if used == stored else checkpoint_name(_place(used, stored, param.dtype, dtype, param[...]), "weight")
+    return (
+        param[...]
+        if used == stored
+        else checkpoint_name(_place(used, stored, param.dtype, dtype, param[...]), "weight")
+    )
 
 
 def gather_once(params: nnx.State, dtype: jnp.dtype) -> nnx.State:
-    """Trainable parameters for a whole step: with ZeRO-2 their matrices, gathered in `dtype`; with ZeRO-3 as they are stored."""
+    """Trainable parameters for a whole step: with ZeRO-2 their matrices, gathered in `dtype`; with
+    ZeRO-3 as they are stored.
+    """
     layout = active_layout()
     if layout is None or layout.cfg.zero == 3:
         return params
@@ -58,32 +74,53 @@ def gather_once(params: nnx.State, dtype: jnp.dtype) -> nnx.State:
 def settle(grads: nnx.State) -> nnx.State:
     """Gradients, in the pieces in which their parameters are stored."""
     layout = active_layout()
-    return grads if layout is None else jax.lax.with_sharding_constraint(grads, layout.trained(grads))
+    return (
+        grads if layout is None else jax.lax.with_sharding_constraint(grads, layout.trained(grads))
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _place(used: NamedSharding, stored: NamedSharding, own: jnp.dtype, dtype: jnp.dtype, x: jax.Array) -> jax.Array:
+def _place(
+    used: NamedSharding, stored: NamedSharding, own: jnp.dtype, dtype: jnp.dtype, x: jax.Array
+) -> jax.Array:
     return jax.lax.with_sharding_constraint(x.astype(dtype), used)
 
 
 _place.defvjp(
     lambda used, stored, own, dtype, x: (_place(used, stored, own, dtype, x), None),
-    lambda used, stored, own, dtype, _, g: (jax.lax.with_sharding_constraint(g, stored).astype(own),),
+    lambda used, stored, own, dtype, _, g: (
+        jax.lax.with_sharding_constraint(g, stored).astype(own),
+    ),
 )
 
 
 def local(f: Callable, inputs: tuple[tuple[str | None, ...], ...], outputs: Any) -> Callable:
-    """`f` on each device's own part. `inputs`, `outputs`: logical axes of the first dimensions of each array, or of a tree of such."""
+    """`f` on each device's own part.
+
+    `inputs`, `outputs`: logical axes of the first dimensions of each array, or of a tree of such.
+    """
     layout = active_layout()
     if layout is None:
         return f
     specs = lambda tree: jax.tree.map(
-        layout.spec, tree, is_leaf=lambda node: isinstance(node, tuple) and all(isinstance(a, str | None) for a in node)
+        layout.spec,
+        tree,
+        is_leaf=lambda node: (
+            isinstance(node, tuple) and all(isinstance(a, str | None) for a in node)
+        ),
     )
-    return jax.shard_map(f, mesh=layout.mesh, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=False)
+    return jax.shard_map(
+        f, mesh=layout.mesh, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=False
+    )
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
-    """Mesh axes of more than one device over which `axis` is split where it is used: for sums and exchanges within `local`."""
+    """Mesh axes of more than one device over which `axis` is split where it is used: for sums and
+    exchanges within `local`.
+    """
     layout = active_layout()
-    return () if layout is None else tuple(name for name in layout.rule(axis).used if layout.mesh.shape[name] > 1)
+    return (
+        ()
+        if layout is None
+        else tuple(name for name in layout.rule(axis).used if layout.mesh.shape[name] > 1)
+    )

@@ -1,9 +1,12 @@
 """Exit statuses of the command line, and the error that carries one."""
 
-PREEMPTED, INTERRUPTED = 75, 130  # 75 is sysexits' "try again later", 130 what shells give for Ctrl-C
+PREEMPTED, INTERRUPTED = (
+    75,
+    130,
+)  # 75 is sysexits' "try again later", 130 what shells give for Ctrl-C
 STATUSES = (
-    "Exit status: 0 done; 1 an error, told in one line; 2 wrong arguments; 75 training was stopped by SIGTERM (a preemption), "
-    "130 by Ctrl-C: it was saved, and the same command goes on."
+    "Exit status: 0 done; 1 an error, told in one line; 2 wrong arguments; 75 training was stopped"
+    " by SIGTERM (a preemption), 130 by Ctrl-C: it was saved, and the same command goes on."
 )
 
 

@@ -7,15 +7,34 @@ from evlm_jax.config.ranges import Count, NonNegative, Positive, argument
 
 def add(parser: argparse.ArgumentParser) -> None:
     """All of them."""
-    parser.add_argument("--config", required=True, help="FILE.py[:arg]; fields are overridden with --config.section.field=value")
-    parser.add_argument("--topology", required=True, help="v5p:4x4x4, v6e:16x16, cpu:8 and the like")
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="FILE.py[:arg]; fields are overridden with --config.section.field=value",
+    )
+    parser.add_argument(
+        "--topology", required=True, help="v5p:4x4x4, v6e:16x16, cpu:8 and the like"
+    )
     parser.add_argument("--mesh", default="", help="fields of config.mesh: data=1,fsdp=32,tensor=2")
     parser.add_argument("--global-batch", type=argument(Positive), help="train.batch")
     parser.add_argument("--remat", help="train.remat")
-    parser.add_argument("--what", choices=("train", "eval", "prefill", "decode", "encode"), default="train", help="the program")
-    parser.add_argument("--phase", type=argument(Count), default=0, help="of training: what is trained")
-    parser.add_argument("--sweep", action="store_true", help="try meshes and remat policies, and rank them")
-    parser.add_argument("--no-mend", action="store_true", help="where it does not fit, look for no change that makes it")
+    parser.add_argument(
+        "--what",
+        choices=("train", "eval", "prefill", "decode", "encode"),
+        default="train",
+        help="the program",
+    )
+    parser.add_argument(
+        "--phase", type=argument(Count), default=0, help="of training: what is trained"
+    )
+    parser.add_argument(
+        "--sweep", action="store_true", help="try meshes and remat policies, and rank them"
+    )
+    parser.add_argument(
+        "--no-mend",
+        action="store_true",
+        help="where it does not fit, look for no change that makes it",
+    )
     parser.add_argument("--price", type=argument(NonNegative), help="of a chip-hour")
     parser.add_argument("--json", help="file to write the report to")
     parser.add_argument("--hlo", help="file to write the optimised program to")

@@ -1,9 +1,11 @@
-"""What one execution of a compiled, partitioned program does on one device: products, bytes of HBM, collectives, live memory.
+"""What one execution of a compiled, partitioned program does on one device: products, bytes of HBM,
+collectives, live memory.
 
-Read from the optimised HLO, with the body of a loop counted as often as it runs (XLA's own cost_analysis counts it once). Bytes are an
-estimate: what each top-level operation reads and writes in HBM; a slice of a stack counts by itself, an update in place by what it
-writes, a copy into the core's memory once. A conditional counts its dearest branch.
-"""
+Read from the optimised HLO, with the body of a loop counted as often as it runs (XLA's own
+cost_analysis counts it once). Bytes are an
+estimate: what each top-level operation reads and writes in HBM; a slice of a stack counts by
+itself, an update in place by what it writes, a copy into the core's memory once. A conditional
+counts its dearest branch."""
 
 import functools
 import json
@@ -16,12 +18,26 @@ from typing import NamedTuple
 
 from evlm_jax.planning.hlo import Computation, Instruction, Module, replica_group
 
-COLLECTIVES = set("all-gather all-reduce reduce-scatter all-to-all ragged-all-to-all collective-permute collective-broadcast".split())
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "opt-barrier"}
+COLLECTIVES = set(
+    "all-gather all-reduce reduce-scatter all-to-all ragged-all-to-all collective-permute"
+    " collective-broadcast".split()
+)
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "opt-barrier",
+}
 _CALLS = {"call": ("to_apply",), "call-start": ("to_apply", "calls"), "async-start": ("calls",)}
 _NO_PRODUCTS = set(  # targets of custom calls
-    "AllocateBuffer AssumeGatherIndicesInBound AsyncCollectiveDone AsyncCollectiveStart GatherScatterIndicesBitpacked "
-    "ConcatBitcast PrepareAsyncCallDone PrepareAsyncCallStart TopK ZeroCrop".split()
+    "AllocateBuffer AssumeGatherIndicesInBound AsyncCollectiveDone AsyncCollectiveStart"
+    " GatherScatterIndicesBitpacked ConcatBitcast PrepareAsyncCallDone PrepareAsyncCallStart TopK"
+    " ZeroCrop".split()
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
 
@@ -31,7 +47,9 @@ class Transfer(NamedTuple):
 
     kind: str
     group: tuple[int, ...]  # devices of the first group
-    bytes: int  # a device's share before a gather is not counted: the whole result of a gather, the operands of all others
+    # a device's share before a gather is not counted: the whole result of a gather, the operands of
+    # all others
+    bytes: int
 
 
 class Operation(NamedTuple):
@@ -49,7 +67,9 @@ class Costs:
     products: Counter = field(default_factory=Counter)  # {op_name: FLOPs of dots and convolutions}
     operations: Counter = field(default_factory=Counter)  # {Operation: executions}
     transfers: Counter = field(default_factory=Counter)  # {Transfer: executions}
-    notes: Counter = field(default_factory=Counter)  # {what could not be counted exactly: how often}
+    notes: Counter = field(
+        default_factory=Counter
+    )  # {what could not be counted exactly: how often}
 
     def add(self, other: "Costs", times: float = 1.0) -> None:
         """`other`, `times` times."""
@@ -74,8 +94,9 @@ def costs(module: Module, devices: int, trips: Trips = lambda op_name, flops: No
 
     Args:
       devices: of the whole program.
-      trips: (op_name of loops of one computation whose trip counts depend on data, FLOPs of one trip of each) -> how often each runs
-        on average; None where that is not known: such a loop counts once and stands in `notes`.
+      trips: (op_name of loops of one computation whose trip counts depend on data, FLOPs of one
+        trip of each) -> how often each runs on average; None where that is not known: such a loop
+        counts once and stands in `notes`.
     """
     return _Counting(module, devices, trips).computation(module[module.entry])
 
@@ -94,10 +115,15 @@ class _Counting:
                 elif (count := trip_count(self.module, computation, instruction)) is not None:
                     total.add(self._called(instruction, "body"), count)
                 else:
-                    open_loops.setdefault(instruction.op_name, []).append(self._called(instruction, "body"))
+                    open_loops.setdefault(instruction.op_name, []).append(
+                        self._called(instruction, "body")
+                    )
             for name, bodies in open_loops.items():
                 counts = self.trips(name, [body.flops for body in bodies])
-                what = f"loop of unknown length, counted {'once' if counts is None else 'by its average'}: {name}"
+                what = (
+                    "loop of unknown length, counted"
+                    f" {'once' if counts is None else 'by its average'}: {name}"
+                )
                 total.notes[what] += len(bodies)
                 for body, count in zip(bodies, counts or [1] * len(bodies), strict=True):
                     total.add(body, count)
@@ -110,7 +136,9 @@ class _Counting:
             total.add(self.computation(self.module[name]))
         return total
 
-    def _instruction(self, total: Costs, computation: Computation, instruction: Instruction) -> None:
+    def _instruction(
+        self, total: Costs, computation: Computation, instruction: Instruction
+    ) -> None:
         opcode, flops = instruction.opcode, 0.0
         if opcode in _FREE or opcode.endswith("-done") or opcode.endswith("-update"):
             return
@@ -123,7 +151,12 @@ class _Counting:
         if opcode == "fusion":
             inner = self._called(instruction, "calls")
             scattered = instruction.called("calls")[0].startswith("all-reduce-scatter")
-            total.transfers.update({t._replace(kind="reduce-scatter") if scattered else t: n for t, n in inner.transfers.items()})
+            total.transfers.update(
+                {
+                    t._replace(kind="reduce-scatter") if scattered else t: n
+                    for t, n in inner.transfers.items()
+                }
+            )
             total.products.update(inner.products)
             total.notes.update(inner.notes)
             flops = inner.flops
@@ -136,17 +169,29 @@ class _Counting:
             total.transfers[_between_slices(instruction, self.devices)] += 1
         elif (kind := opcode.removesuffix("-start")) in COLLECTIVES:
             transfer = self._transfer(computation, instruction, kind)
-            total.transfers[transfer] += len(transfer.group) > 1 and not _goes_on(computation, instruction)
-        total.operations[Operation(flops, self._bytes(computation, instruction), opcode.endswith("-start"))] += 1
+            total.transfers[transfer] += len(transfer.group) > 1 and not _goes_on(
+                computation, instruction
+            )
+        total.operations[
+            Operation(flops, self._bytes(computation, instruction), opcode.endswith("-start"))
+        ] += 1
 
     def _transfer(self, computation: Computation, instruction: Instruction, kind: str) -> Transfer:
-        operands = sum(leaf.bytes for name in instruction.operands for leaf in computation.by_name[name].leaves)
+        operands = sum(
+            leaf.bytes for name in instruction.operands for leaf in computation.by_name[name].leaves
+        )
         result = sum(leaf.bytes for leaf in instruction.leaves)
-        if kind == "ragged-all-to-all":  # one side has room for all rows of all devices; what travels is, in the mean, the other side
+        if kind == "ragged-all-to-all":
+            # one side has room for all rows of all devices; what travels is, in the mean, the other
             sent = sum(leaf.bytes for leaf in computation.by_name[instruction.operands[0]].leaves)
             return Transfer(kind, replica_group(instruction, self.devices), min(sent, result))
-        result -= operands if instruction.opcode.endswith("-start") else 0  # a started one carries its operands along
-        return Transfer(kind, replica_group(instruction, self.devices), result if kind == "all-gather" else operands)
+        # a started one carries its operands along
+        result -= operands if instruction.opcode.endswith("-start") else 0
+        return Transfer(
+            kind,
+            replica_group(instruction, self.devices),
+            result if kind == "all-gather" else operands,
+        )
 
     def _bytes(self, computation: Computation, instruction: Instruction) -> float:
         """Read and written in HBM."""
@@ -155,13 +200,25 @@ class _Counting:
             return own  # operands and results stand in its tuple
         if instruction.opcode == "fusion":
             inner = self.module[instruction.called("calls")[0]]
-            reads = (self._read(inner, n) * _in_hbm(computation, name) for n, name in enumerate(instruction.operands))
+            reads = (
+                self._read(inner, n) * _in_hbm(computation, name)
+                for n, name in enumerate(instruction.operands)
+            )
             return sum(reads) + self._written(inner)
         if instruction.opcode in _SLICES:
             return own + own * _in_hbm(computation, instruction.operands[0])
         if instruction.opcode == "dynamic-update-slice":
-            return 2 * sum(leaf.bytes for leaf in computation.by_name[instruction.operands[1]].leaves) * bool(own)
-        return own + sum(leaf.bytes for name in instruction.operands for leaf in computation.by_name[name].leaves if leaf.hbm)
+            return (
+                2
+                * sum(leaf.bytes for leaf in computation.by_name[instruction.operands[1]].leaves)
+                * bool(own)
+            )
+        return own + sum(
+            leaf.bytes
+            for name in instruction.operands
+            for leaf in computation.by_name[name].leaves
+            if leaf.hbm
+        )
 
     def _read(self, fused: Computation, number: int) -> float:
         """How much of parameter `number` a fused computation reads."""
@@ -176,20 +233,32 @@ class _Counting:
                     read += sum(leaf.bytes for leaf in user.leaves)
                 elif user.opcode == "fusion":
                     inner = self.module[user.called("calls")[0]]
-                    read += sum(self._read(inner, n) for n, name in enumerate(user.operands) if name == source.name)
-                elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == source.name):
+                    read += sum(
+                        self._read(inner, n)
+                        for n, name in enumerate(user.operands)
+                        if name == source.name
+                    )
+                elif not (
+                    user.opcode == "dynamic-update-slice" and user.operands[0] == source.name
+                ):
                     return size
         return min(read, size)
 
     def _written(self, fused: Computation) -> float:
         """What a fused computation writes to HBM; an update in place only its slice."""
-        roots = [fused.by_name[name] for name in fused.root.operands] if fused.root.opcode == "tuple" else [fused.root]
+        roots = (
+            [fused.by_name[name] for name in fused.root.operands]
+            if fused.root.opcode == "tuple"
+            else [fused.root]
+        )
         total = 0.0
         for root in roots:
             source = fused.through(root.name, "bitcast", "reshape", "copy")
             if source.opcode == "dynamic-update-slice":
                 source = fused.by_name[source.operands[1]]
-                total += sum(leaf.bytes for leaf in source.leaves) * any(leaf.hbm for leaf in root.leaves)
+                total += sum(leaf.bytes for leaf in source.leaves) * any(
+                    leaf.hbm for leaf in root.leaves
+                )
             elif source.opcode == "fusion":
                 total += self._written(self.module[source.called("calls")[0]])
             else:
@@ -198,7 +267,9 @@ class _Counting:
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """How often a while loop runs: as XLA says, or from `i < limit` with a constant start, limit and step; None where data decide."""
+    """How often a while loop runs: as XLA says, or from `i < limit` with a constant start, limit
+    and step; None where data decide.
+    """
     if found := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
         return int(found[1])
     condition, body = (module[loop.called(key)[0]] for key in ("condition", "body"))
@@ -209,7 +280,12 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
     if counter.opcode != "get-tuple-element" or limit.opcode != "constant":
         return None
     index = int(counter.attribute("index"))
-    start = computation.through(computation.through(loop.operands[0], "copy").operands[index], "copy", "copy-done", "copy-start")
+    start = computation.through(
+        computation.through(loop.operands[0], "copy").operands[index],
+        "copy",
+        "copy-done",
+        "copy-start",
+    )
     following = body.through(body.root.operands[index], "copy", "copy-done", "copy-start")
     step = [body.by_name[name] for name in following.operands] if following.opcode == "add" else []
     step = [int(i.inside) for i in step if i.opcode == "constant"]
@@ -220,15 +296,24 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
 
 
 def _between_slices(instruction: Instruction, devices: int) -> Transfer:
-    """libtpu leaves what goes over the data-centre network to the host, as a send. Its group here: a device of the first and last slice."""
+    """libtpu leaves what goes over the data-centre network to the host, as a send.
+
+    Its group here: a device of the first and last slice.
+    """
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
     name = (kind[1].lower().replace("_", "-") if kind else "send") + " between slices"
     return Transfer(name, (0, devices - 1), instruction.leaves[0].bytes)
 
 
 def _goes_on(computation: Computation, instruction: Instruction) -> bool:
-    """libtpu writes a collective that runs beside products into each of their fusions; it begins in one of them alone."""
-    begins = any('"AsyncCollectiveStart"' in other.rest for other in computation.instructions if other.opcode == "custom-call")
+    """libtpu writes a collective that runs beside products into each of their fusions; it begins in
+    one of them alone.
+    """
+    begins = any(
+        '"AsyncCollectiveStart"' in other.rest
+        for other in computation.instructions
+        if other.opcode == "custom-call"
+    )
     return "chain_id=" in instruction.rest and not begins
 
 
@@ -247,9 +332,17 @@ def _dot(computation: Computation, instruction: Instruction) -> float:
 
 
 def _convolution(computation: Computation, instruction: Instruction) -> float:
-    """2 per multiply-add that meets no padding and no hole: libtpu writes batched dots as convolutions over dilated operands."""
-    left, kernel, out = re.match(r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels")).groups()
-    sizes = {"l": _dims(computation, instruction, 0), "k": _dims(computation, instruction, 1), "o": instruction.leaves[0].dims}
+    """2 per multiply-add that meets no padding and no hole: libtpu writes batched dots as
+    convolutions over dilated operands.
+    """
+    left, kernel, out = re.match(
+        r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels")
+    ).groups()
+    sizes = {
+        "l": _dims(computation, instruction, 0),
+        "k": _dims(computation, instruction, 1),
+        "o": instruction.leaves[0].dims,
+    }
     size = lambda which, labels, label: sizes[which][labels.index(label)]
     window = dict(part.split("=") for part in instruction.attribute("window").strip("{}").split())
     reach = 1
@@ -257,18 +350,32 @@ def _convolution(computation: Computation, instruction: Instruction) -> float:
         label = str(d)
         field_of = lambda key, default, d=d: window[key].split("x")[d] if key in window else default
         low = int(field_of("pad", "0_0").split("_")[0])
-        stride, base, dilation = (int(field_of(key, "1")) for key in ("stride", "lhs_dilate", "rhs_dilate"))
-        reach *= _meetings(size("l", left, label), size("k", kernel, label), size("o", out, label), low, stride, base, dilation)
+        stride, base, dilation = (
+            int(field_of(key, "1")) for key in ("stride", "lhs_dilate", "rhs_dilate")
+        )
+        reach *= _meetings(
+            size("l", left, label),
+            size("k", kernel, label),
+            size("o", out, label),
+            low,
+            stride,
+            base,
+            dilation,
+        )
     groups = int(instruction.attribute("batch_group_count") or 1)
-    return 2.0 * reach * size("o", out, "f") * size("k", kernel, "i") * size("l", left, "b") / groups
+    return (
+        2.0 * reach * size("o", out, "f") * size("k", kernel, "i") * size("l", left, "b") / groups
+    )
 
 
 @functools.cache
-def _meetings(inputs: int, kernel: int, outputs: int, low: int, stride: int, base: int, dilation: int) -> int:
+def _meetings(
+    inputs: int, kernel: int, outputs: int, low: int, stride: int, base: int, dilation: int
+) -> int:
     """Pairs (output, tap of the kernel) of one spatial dimension that meet an element of the input.
 
-    They are those where at = output * stride + tap * dilation - low is a multiple of `base` in [0, (inputs - 1) * base].
-    """
+    They are those where at = output * stride + tap * dilation - low is a multiple of `base` in
+    [0, (inputs - 1) * base]."""
     total, common = 0, math.gcd(stride, base)
     every = base // common  # outputs from one that meets to the next
     for tap in range(kernel):
@@ -277,7 +384,11 @@ def _meetings(inputs: int, kernel: int, outputs: int, low: int, stride: int, bas
             first = max(0, -(-shift // stride))
             last = min(outputs - 1, (shift + (inputs - 1) * base) // stride)
             meets = shift // common * pow(stride // common, -1, every) % every
-            total += max(0, (last - meets) // every - (first - 1 - meets) // every) if last >= first else 0
+            total += (
+                max(0, (last - meets) // every - (first - 1 - meets) // every)
+                if last >= first
+                else 0
+            )
     return total
 
 
@@ -286,7 +397,11 @@ def _custom_call(total: Costs, instruction: Instruction) -> float:
     target = instruction.attribute("custom_call_target").strip('"')
     config = re.search(r"backend_config=(\{.*\})", instruction.rest)
     try:
-        estimate = json.loads(config[1]).get("custom_call_config", {}).get("cost_estimate", {}) if config else {}
+        estimate = (
+            json.loads(config[1]).get("custom_call_config", {}).get("cost_estimate", {})
+            if config
+            else {}
+        )
     except json.JSONDecodeError:
         estimate = {}
     if "flops" in estimate:

@@ -1,6 +1,7 @@
 """Reads the text of an optimised HLO module (`Compiled.as_text()`), as XLA:CPU and libtpu print it.
 
-%fusion.2 = (bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, f32[]) fusion(%a, %b), kind=kOutput, calls=%fused.2, metadata={op_name="..."}
+%fusion.2 = (bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, f32[]) fusion(%a, %b), kind=kOutput,
+calls=%fused.2, metadata={op_name="..."}
  name        shape, as leaves; S(1): on the chip, not in HBM     opcode   operands    attributes
 """
 
@@ -11,7 +12,11 @@ from functools import cached_property
 
 import numpy as np
 
-_BITS = {"pred": 8, "token": 0, "opaque": 0}  # all other types end their name with their bits, or begin with them (f8e4m3fn)
+_BITS = {
+    "pred": 8,
+    "token": 0,
+    "opaque": 0,
+}  # all other types end their name with their bits, or begin with them (f8e4m3fn)
 _LEAF = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?(\S+) = ")
@@ -57,7 +62,11 @@ class Instruction:
     def leaves(self) -> tuple[Leaf, ...]:
         """Of the result."""
         return tuple(
-            Leaf(dtype, tuple(int(d.strip("<=")) for d in dims.split(",") if d), not re.search(r"S\([1-9]", layout))
+            Leaf(
+                dtype,
+                tuple(int(d.strip("<=")) for d in dims.split(",") if d),
+                not re.search(r"S\([1-9]", layout),
+            )
             for dtype, dims, layout in _LEAF.findall(self.shape)
         )
 
@@ -70,12 +79,16 @@ class Instruction:
 
     @cached_property
     def op_name(self) -> str:
-        """Where it comes from in the traced program, with jax.named_scope; "" if the compiler made it."""
+        """Where it comes from in the traced program, with jax.named_scope; "" if the compiler made
+        it.
+        """
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found[1] if found else ""
 
     def attribute(self, key: str) -> str:
-        """The value of an attribute up to the next comma outside of braces; "" where there is none."""
+        """The value of an attribute up to the next comma outside of braces;
+        "" where there is none.
+        """
         found = re.search(rf"(?:^|, ){key}=", self.rest)
         if not found:
             return ""
@@ -133,7 +146,9 @@ class Module:
                 name, lines = found[2], []
                 self.entry = name if found[1] else self.entry
             elif line.startswith("}") and name:
-                self.computations[name] = Computation(name, [i for i in map(_instruction, lines) if i])
+                self.computations[name] = Computation(
+                    name, [i for i in map(_instruction, lines) if i]
+                )
                 name = None
             elif name:
                 lines.append(line)
@@ -155,7 +170,9 @@ def _instruction(line: str) -> Instruction | None:
     stop = _closing(text, len(opcode))
     inside = text[len(opcode) + 1 : stop]
     operands = tuple(_REFERENCE.findall(inside)) if opcode not in ("constant", "parameter") else ()
-    return Instruction(head[2], shape, opcode, operands, inside, text[stop + 1 :].removeprefix(", "), bool(head[1]))
+    return Instruction(
+        head[2], shape, opcode, operands, inside, text[stop + 1 :].removeprefix(", "), bool(head[1])
+    )
 
 
 def _closing(text: str, start: int) -> int:
@@ -180,7 +197,10 @@ def _tuple_parts(shape: str) -> tuple[int, ...]:
     return tuple(parts)
 
 
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+    r" \{([^}]*)\}"
+)
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _LISTED = re.compile(r"replica_groups=\{(?:\{([\d,]*)\}.*?)?\}")
 
@@ -188,12 +208,15 @@ _LISTED = re.compile(r"replica_groups=\{(?:\{([\d,]*)\}.*?)?\}")
 def replica_group(instruction: Instruction, devices: int) -> tuple[int, ...]:
     """Device numbers of the first group of a collective.
 
-    Read are {{0,1},{2,3}}, [2,2]<=[2,2]T(1,0), mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'x','y':(1)2} and, of permutes, the first
-    cycle or chain of source_target_pairs. Raises ValueError for other forms.
-    """
+    Read are {{0,1},{2,3}}, [2,2]<=[2,2]T(1,0), mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0))
+    {'x','y':(1)2} and, of permutes, the first cycle or chain of source_target_pairs. Raises
+    ValueError for other forms."""
     rest, ints = instruction.rest, lambda text: [int(n) for n in (text or "").split(",") if n]
     if instruction.opcode.startswith("collective-permute"):
-        after = {int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)\}", instruction.attribute("source_target_pairs"))}
+        after = {
+            int(a): int(b)
+            for a, b in re.findall(r"\{(\d+),(\d+)\}", instruction.attribute("source_target_pairs"))
+        }
         starts = [a for a in after if a not in after.values()] or list(after)
         group = dict.fromkeys(starts[:1])
         while (at := after.get(list(group)[-1])) is not None and at not in group:
@@ -202,7 +225,10 @@ def replica_group(instruction: Instruction, devices: int) -> tuple[int, ...]:
     if found := _MESH.search(rest):
         sizes = [int(size) for size in re.findall(r"=(\d+)", found[1])]
         ids = _iota(ints(found[2]) or sizes, ints(found[3])).reshape(sizes)
-        inside = {name: (int(before or 1), int(size or 0)) for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[4])}
+        inside = {
+            name: (int(before or 1), int(size or 0))
+            for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[4])
+        }
         at = []
         for name, size in re.findall(r"'(\w+)'=(\d+)", found[1]):
             before, part = inside.get(name, (1, 1))

@@ -1,8 +1,9 @@
-"""`evlm plan`: compiles the real program of a config for a machine that is not there, and says what it holds, does and takes.
+"""`evlm plan`: compiles the real program of a config for a machine that is not there, and says what
+it holds, does and takes.
 
-Needed FLOPs are those of flops.py for a batch without padding. Executed ones are read from the optimised program (compiled.py), and
-belong to the parts of the model by the jax.named_scope under which they were traced.
-"""
+Needed FLOPs are those of flops.py for a batch without padding. Executed ones are read from the
+optimised program (compiled.py), and belong to the parts of the model by the jax.named_scope under
+which they were traced."""
 
 import re
 import resource
@@ -19,10 +20,21 @@ from evlm_jax.paths import write
 from evlm_jax.planning import chips, compiled, live, programs, roofline
 from evlm_jax.planning.hlo import Module
 
-_SCOPES = re.compile(r"\b(patch|vit_\d+|bridge|keys_values|cross|moe|router|experts|ffn|scores|llm|head)\b")
-_CROSS = {"scores": flops.CROSS_SCORES, "router": flops.ROUTER, "experts": flops.ROUTED, "moe": flops.WORLD, "ffn": flops.FFN}
+_SCOPES = re.compile(
+    r"\b(patch|vit_\d+|bridge|keys_values|cross|moe|router|experts|ffn|scores|llm|head)\b"
+)
+_CROSS = {
+    "scores": flops.CROSS_SCORES,
+    "router": flops.ROUTER,
+    "experts": flops.ROUTED,
+    "moe": flops.WORLD,
+    "ffn": flops.FFN,
+}
 OTHER = "other"
-GUESS = "compiled by XLA:CPU, which is no compiler of this chip: memory and bytes of HBM are a rough guess"
+GUESS = (
+    "compiled by XLA:CPU, which is no compiler of this chip: memory and bytes of HBM are a rough"
+    " guess"
+)
 LARGEST = 10  # buffers that are told
 
 
@@ -36,14 +48,16 @@ def plan(
     hlo: str | None = None,
     video: bool = False,
 ) -> dict:
-    """The report on one program, ready for JSON; `show` prints it. Bytes and FLOPs are of one device where not said otherwise.
+    """The report on one program, ready for JSON; `show` prints it. Bytes and FLOPs are of one
+    device where not said otherwise.
 
     Args:
       topology: see chips.devices.
       what: one of programs.WHATS.
       phase: number of the phase of training, which decides what is trained.
       price: of a chip-hour.
-      consumers: where the program does not fit, compile it for a larger memory to see what fills it.
+      consumers: where the program does not fit, compile it for a larger memory to see what fills
+        it.
       hlo: file to write the optimised program to.
       video: what a row is, see programs.build.
     Raises:
@@ -58,13 +72,27 @@ def plan(
         "topology": topology,
         "chip": chip and chip._asdict(),
         "devices": len(devices),
-        "mesh": dict(layout.mesh.shape) | {"slices": cfg.mesh.slices, "zero": cfg.mesh.zero, "frozen": cfg.mesh.frozen},
-        "policies": {"remat": cfg.train.remat, "accumulate": cfg.train.accumulate, "images": cfg.mesh.images},
+        "mesh": (
+            dict(layout.mesh.shape)
+            | {
+                "slices": cfg.mesh.slices,
+                "zero": cfg.mesh.zero,
+                "frozen": cfg.mesh.frozen,
+            }
+        ),
+        "policies": {
+            "remat": cfg.train.remat,
+            "accumulate": cfg.train.accumulate,
+            "images": cfg.mesh.images,
+        },
         "what": what,
         "phase": phase,
         "rows": cfg.train.batch,
         "arguments": {name: share._asdict() for name, share in program.arguments.items()},
-        "needed": {part: cost._asdict() for part, cost in flops.needed(cfg, program.trained, program.work).items()},
+        "needed": {
+            part: cost._asdict()
+            for part, cost in flops.needed(cfg, program.trained, program.work).items()
+        },
         "lower_seconds": time.monotonic() - begin,
     }
     begin = time.monotonic()
@@ -86,11 +114,20 @@ def plan(
     return report
 
 
-def _read(cfg: EVLMConfig, layout: Layout, chip: chips.Chip | None, program: programs.Program, executable, price: float | None) -> dict:
+def _read(
+    cfg: EVLMConfig,
+    layout: Layout,
+    chip: chips.Chip | None,
+    program: programs.Program,
+    executable,
+    price: float | None,
+) -> dict:
     """What the compiled program tells."""
     memory, module = executable.memory_analysis(), Module(executable.as_text())
     devices = list(layout.mesh.devices.flat)
-    costs = compiled.costs(module, len(devices), lambda name, trips: _trips(cfg, layout, program, name, trips))
+    costs = compiled.costs(
+        module, len(devices), lambda name, trips: _trips(cfg, layout, program, name, trips)
+    )
     kinds = Counter()
     for transfer, count in costs.transfers.items():
         kinds[transfer.kind, len(transfer.group)] += count
@@ -99,8 +136,16 @@ def _read(cfg: EVLMConfig, layout: Layout, chip: chips.Chip | None, program: pro
             "kind": kind,
             "group": size,
             "count": count,
-            "bytes": sum(t.bytes * n for t, n in costs.transfers.items() if (t.kind, len(t.group)) == (kind, size)),
-            "sent": sum(roofline.wire(t) * n for t, n in costs.transfers.items() if (t.kind, len(t.group)) == (kind, size)),
+            "bytes": sum(
+                t.bytes * n
+                for t, n in costs.transfers.items()
+                if (t.kind, len(t.group)) == (kind, size)
+            ),
+            "sent": sum(
+                roofline.wire(t) * n
+                for t, n in costs.transfers.items()
+                if (t.kind, len(t.group)) == (kind, size)
+            ),
         }
         for (kind, size), count in kinds.items()
     ]
@@ -121,12 +166,16 @@ def _read(cfg: EVLMConfig, layout: Layout, chip: chips.Chip | None, program: pro
     return out | ({"time": _time(cfg, program, chip, costs, devices, price)} if chip else {})
 
 
-def executed(cfg: EVLMConfig, trained: set[str], costs: compiled.Costs) -> dict[str, dict[str, float]]:
+def executed(
+    cfg: EVLMConfig, trained: set[str], costs: compiled.Costs
+) -> dict[str, dict[str, float]]:
     """{part: FLOPs of one device, forward, computed again, backward}."""
     lowest, out = flops.lowest_trained_block(cfg, trained), {}
     for name, count in costs.products.items():
         part = out.setdefault(_part(name, lowest), {"forward": 0.0, "again": 0.0, "backward": 0.0})
-        part["again" if "rematted" in name else "backward" if "transpose(" in name else "forward"] += count
+        part[
+            "again" if "rematted" in name else "backward" if "transpose(" in name else "forward"
+        ] += count
     return {part: out[part] for part in (*flops.PARTS, OTHER) if part in out}
 
 
@@ -146,16 +195,24 @@ def _part(op_name: str, lowest: int) -> str:
     return flops.HEAD if "head" in scopes else OTHER
 
 
-def _trips(cfg: EVLMConfig, layout: Layout, program: programs.Program, op_name: str, trips: list[float]) -> list[float] | None:
-    """Of the loops over an expert's tiles: as many as a balanced load needs, in the largest strides first.
+def _trips(
+    cfg: EVLMConfig, layout: Layout, program: programs.Program, op_name: str, trips: list[float]
+) -> list[float] | None:
+    """Of the loops over an expert's tiles: as many as a balanced load needs, in the largest strides
+    first.
 
-    There is a loop for each stride, with one product forward and two backward; where a device has one expert, those of several matrices
-    stand together. Of decoding on CPUs some have no products, but sums of scaled rows: how often those run is not known.
-    """
+    There is a loop for each stride, with one product forward and two backward; where a device has
+    one expert, those of several matrices stand together. Of decoding on CPUs some have no products,
+    but sums of scaled rows: how often those run is not known."""
     if "experts" not in _SCOPES.findall(op_name) or not all(trips):
         return None
     mesh, hidden = layout.mesh.shape, cfg.xattn.ffn // cfg.moe.slices
-    choices = program.work.tokens / cfg.train.accumulate / (mesh["data"] * mesh["fsdp"] * mesh["expert"]) * cfg.moe.top_k
+    choices = (
+        program.work.tokens
+        / cfg.train.accumulate
+        / (mesh["data"] * mesh["fsdp"] * mesh["expert"])
+        * cfg.moe.top_k
+    )
     row = 2 * cfg.llm.hidden * hidden / mesh["tensor"]
     products = max(1, round(min(trips) / (tile_rows(int(choices), cfg.moe) * row)))
     rest = products * row * choices * mesh["expert"] / cfg.moe.experts
@@ -166,11 +223,21 @@ def _trips(cfg: EVLMConfig, layout: Layout, program: programs.Program, op_name: 
     return [counts[trip] for trip in trips]
 
 
-def _time(cfg: EVLMConfig, program: programs.Program, chip: chips.Chip, costs: compiled.Costs, devices: list, price: float | None) -> dict:
+def _time(
+    cfg: EVLMConfig,
+    program: programs.Program,
+    chip: chips.Chip,
+    costs: compiled.Costs,
+    devices: list,
+    price: float | None,
+) -> dict:
     step, count = roofline.step(chip, costs, devices), len(devices) / chip.cores
     needed = sum(cost.total for cost in flops.needed(cfg, program.trained, program.work).values())
     out = step._asdict() | {"seconds": step.seconds, "binds": step.binds}
-    out |= {"tokens_per_s": program.work.tokens / step.seconds, "images_per_s": program.work.images / step.seconds}
+    out |= {
+        "tokens_per_s": program.work.tokens / step.seconds,
+        "images_per_s": program.work.images / step.seconds,
+    }
     out["mfu"] = needed / (step.seconds * count * chip.flops)
     if program.trained:
         out["steps"] = program.steps
@@ -184,22 +251,33 @@ def _buffers(module: Module) -> list[dict]:
     """What fills the memory, arguments left out; equal ones together."""
     buffers = Counter((b.shape, _short(b.op_name), b.bytes) for b in live.fullest(module)[1])
     largest = sorted(buffers.items(), key=lambda item: -item[0][2] * item[1])[:LARGEST]
-    return [{"shape": shape, "where": where, "count": count, "bytes": count * size} for (shape, where, size), count in largest]
+    return [
+        {"shape": shape, "where": where, "count": count, "bytes": count * size}
+        for (shape, where, size), count in largest
+    ]
 
 
 def _short(op_name: str) -> str:
     """The scopes and the operation, with the pass."""
     scopes = [*dict.fromkeys(_SCOPES.findall(op_name)), op_name.rpartition("/")[2]]
-    return "/".join(scopes) + (" again" if "rematted" in op_name else " backward" if "transpose(" in op_name else "")
+    return "/".join(scopes) + (
+        " again" if "rematted" in op_name else " backward" if "transpose(" in op_name else ""
+    )
 
 
 def _roomy(cfg: EVLMConfig, topology: str, what: str, phase: int, count: int) -> dict | None:
-    """What would fill the memory: the same program for as many chips of 95 GiB; None where it does not fit them either."""
+    """What would fill the memory: the same program for as many chips of 95 GiB; None where it does
+    not fit them either.
+    """
     wide = f"v5p:{cube(count // cfg.mesh.slices)}"
     if topology.startswith("v5p") or count < 4 * cfg.mesh.slices:
         return None
     report = plan(cfg, wide, what, phase, consumers=False)
-    return {"topology": wide, "memory": report["memory"], "buffers": report["largest"]} if report["fits"] else None
+    return (
+        {"topology": wide, "memory": report["memory"], "buffers": report["largest"]}
+        if report["fits"]
+        else None
+    )
 
 
 def cube(chips: int) -> str:

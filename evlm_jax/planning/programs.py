@@ -1,4 +1,6 @@
-"""What `evlm plan` compiles: the real train step, the evaluation's losses, a prefill or a step of decoding, for shapes alone."""
+"""What `evlm plan` compiles: the real train step, the evaluation's losses, a prefill or a step of
+decoding, for shapes alone.
+"""
 
 import dataclasses
 import math
@@ -42,23 +44,38 @@ class Program(NamedTuple):
     steps: int = 0  # of training, in this phase
 
 
-def build(cfg: EVLMConfig, layout: Layout, what: str, phase: int = 0, video: bool = False) -> Program:
-    """One of WHATS on the mesh of `layout`, of train.batch rows; but for training every row has its own image slots.
+def build(
+    cfg: EVLMConfig, layout: Layout, what: str, phase: int = 0, video: bool = False
+) -> Program:
+    """One of WHATS on the mesh of `layout`, of train.batch rows; but for training every row has its
+    own image slots.
 
-    "prefill": prompts of data.length tokens with data.images images each, encoded before. "decode": one token a row, behind data.length
-    others. "encode": the ViT alone. Frozen parameters count in train.frozen_dtype, also those that an earlier stage trained.
+    "prefill": prompts of data.length tokens with data.images images each, encoded before. "decode":
+    one token a row, behind data.length others. "encode": the ViT alone. Frozen parameters count in
+    train.frozen_dtype, also those that an earlier stage trained.
 
     Args:
       phase: of training.
-      video: each row is a video of data.images frames and then text, which sees them all; else a token sees one image.
+      video: each row is a video of data.images frames and then text, which sees them all; else a
+        token sees one image.
     Raises:
       ValueError: no such phase.
     """
     if not 0 <= phase < len(cfg.optim.phases):
         raise ValueError(f"--phase {phase}: the config has phases 0 to {len(cfg.optim.phases) - 1}")
-    if not cfg.data.sources:  # without one, the step would report no loss, and XLA leave its forward part out
-        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, sources=("all",), weights=(1.0,)))
-    make = {"train": _train, "eval": _eval, "prefill": _prefill, "decode": _decode, "encode": _encode}[what]
+    if (
+        not cfg.data.sources
+    ):  # without one, the step would report no loss, and XLA leave its forward part out
+        cfg = dataclasses.replace(
+            cfg, data=dataclasses.replace(cfg.data, sources=("all",), weights=(1.0,))
+        )
+    make = {
+        "train": _train,
+        "eval": _eval,
+        "prefill": _prefill,
+        "decode": _decode,
+        "encode": _encode,
+    }[what]
     return make(Phase(cfg if what == "train" else cfg.apart, phase, layout), video)
 
 
@@ -76,8 +93,15 @@ def _train(of: Phase, video: bool) -> Program:
     shapes, batch = of.spec(), Batch.spec(of.cfg)
     state, batch = _put(shapes, of.layout.trained(shapes)), _put(batch, of.layout.batch(batch))
     frozen = _frozen(of)
-    arguments = {"frozen": _share(frozen), "trainable": _share(state.params), "optimizer": _share(state.groups), "batch": _share(batch)}
-    return Program(of.lower(), arguments, _work(of, video), of.trained, phase_steps(of.cfg, of.number))
+    arguments = {
+        "frozen": _share(frozen),
+        "trainable": _share(state.params),
+        "optimizer": _share(state.groups),
+        "batch": _share(batch),
+    }
+    return Program(
+        of.lower(), arguments, _work(of, video), of.trained, phase_steps(of.cfg, of.number)
+    )
 
 
 def _eval(of: Phase, video: bool) -> Program:
@@ -89,22 +113,37 @@ def _eval(of: Phase, video: bool) -> Program:
 
 
 def _prefill(of: Phase, video: bool) -> Program:
-    cfg, layout, rows, t, i = of.cfg, of.layout, of.cfg.train.batch, of.cfg.data.length, of.cfg.data.images
+    cfg, layout, rows, t, i = (
+        of.cfg,
+        of.layout,
+        of.cfg.train.batch,
+        of.cfg.data.length,
+        of.cfg.data.images,
+    )
     ints = lambda *shape: jax.ShapeDtypeStruct((rows, *shape), jnp.int32, sharding=layout.rows)
     pairs = cfg.data.pairs
     plan = Plan(ints(pairs, cfg.tile), ints(t), ints(pairs), ints(pairs)) if cfg.tile else None
     prompt = Prompt(ints(t), ints(t), ints(), ints(t), plan, ints(i), ints(), ints())
     taps = jax.ShapeDtypeStruct(
-        (rows * i, len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width), jnp.dtype(cfg.train.dtype), sharding=layout.rows
+        (rows * i, len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width),
+        jnp.dtype(cfg.train.dtype),
+        sharding=layout.rows,
     )
     taps = taps if cfg.sees else None
     weights, key = _weights(of), jax.eval_shape(jax.random.key, 0).dtype
     random = jax.ShapeDtypeStruct((rows,), key, sharding=layout.rows)
     sizes = {"slots": t, "images": i if video else 1}
-    run = layout.jit(lambda weights, prompt, taps, random, how: prefill(cfg, weights, prompt, taps, random, how, **sizes))
+    run = layout.jit(
+        lambda weights, prompt, taps, random, how: prefill(
+            cfg, weights, prompt, taps, random, how, **sizes
+        )
+    )
     work = _work(of, video)._replace(encoded=0, targets=rows)
     return Program(
-        run.lower(weights, prompt, taps, random, _sampling(layout)), {"parameters": _share(weights), "taps": _share(taps)}, work, set()
+        run.lower(weights, prompt, taps, random, _sampling(layout)),
+        {"parameters": _share(weights), "taps": _share(taps)},
+        work,
+        set(),
     )
 
 
@@ -113,12 +152,30 @@ def _decode(of: Phase, video: bool) -> Program:
     seen = cfg.data.images if video else 1
     with layout.active():
         spec = DecodeState.spec(cfg, rows, t, seen)
-    caches = dict.fromkeys(("self_keys", "self_values", "cross_keys", "cross_values"), layout.sharding((None, "rows", "kv_heads")))
-    state = _put(spec, DecodeState(**{k: caches.get(k, layout.rows) if v is not None else None for k, v in spec._asdict().items()}))
+    caches = dict.fromkeys(
+        ("self_keys", "self_values", "cross_keys", "cross_values"),
+        layout.sharding((None, "rows", "kv_heads")),
+    )
+    state = _put(
+        spec,
+        DecodeState(
+            **{
+                k: caches.get(k, layout.rows) if v is not None else None
+                for k, v in spec._asdict().items()
+            }
+        ),
+    )
     weights = _weights(of)
     run = layout.jit(lambda weights, state: read_tokens(cfg, weights, state), donate_argnums=1)
-    work = Work(tokens=rows, attended=rows * t, images=0, encoded=0, visible=rows * seen, targets=rows)
-    return Program(run.lower(weights, state), {"parameters": _share(weights), "caches": _share(state)}, work, set())
+    work = Work(
+        tokens=rows, attended=rows * t, images=0, encoded=0, visible=rows * seen, targets=rows
+    )
+    return Program(
+        run.lower(weights, state),
+        {"parameters": _share(weights), "caches": _share(state)},
+        work,
+        set(),
+    )
 
 
 def _encode(of: Phase, video: bool) -> Program:
@@ -127,8 +184,15 @@ def _encode(of: Phase, video: bool) -> Program:
     pixels = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=of.layout.sharding(("rows", "images")))
     params = _parameters(of)
     run = of.layout.jit(lambda params, pixels: nnx.merge(of.graphdef, params).encode(pixels))
-    work = Work(tokens=0, attended=0, images=0, encoded=rows * cfg.data.images, visible=0, targets=0)
-    return Program(run.lower(params, pixels), {"parameters": _share(params["vit"]), "pixels": _share(pixels)}, work, set())
+    work = Work(
+        tokens=0, attended=0, images=0, encoded=rows * cfg.data.images, visible=0, targets=0
+    )
+    return Program(
+        run.lower(params, pixels),
+        {"parameters": _share(params["vit"]), "pixels": _share(pixels)},
+        work,
+        set(),
+    )
 
 
 def _frozen(of: Phase) -> nnx.State:
@@ -142,9 +206,13 @@ def _parameters(of: Phase) -> nnx.State:
 
 
 def _weights(of: Phase) -> Weights:
-    """Laid out for decoding; each array lies where XLA itself takes it from the parameters' places."""
+    """Laid out for decoding; each array lies where XLA itself takes it from the parameters'
+    places.
+    """
     params = _parameters(of)
-    pack = of.layout.jit(lambda params: Weights.of(nnx.merge(of.graphdef, params), of.cfg.train.operands))
+    pack = of.layout.jit(
+        lambda params: Weights.of(nnx.merge(of.graphdef, params), of.cfg.train.operands)
+    )
     lowered = pack.lower(params)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
     with chips.uncached(of.layout.mesh.devices.flat):
@@ -153,7 +221,9 @@ def _weights(of: Phase) -> Weights:
 
 def _sampling(layout: Layout) -> Sampling:
     one = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.replicated)
-    return Sampling(*[one(jnp.float32)] * 2, one(jnp.int32, STOPS), one(jnp.int32), one(jnp.float32))
+    return Sampling(
+        *[one(jnp.float32)] * 2, one(jnp.int32, STOPS), one(jnp.int32), one(jnp.float32)
+    )
 
 
 def _cast(tree: Any, dtype: str) -> Any:
@@ -161,7 +231,11 @@ def _cast(tree: Any, dtype: str) -> Any:
 
 
 def _put(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
 
 
 def _share(tree: Any) -> Share:

@@ -1,7 +1,8 @@
-"""How long a step takes at least, from the costs of the compiled program and the published rates of a chip.
+"""How long a step takes at least, from the costs of the compiled program and the published rates of
+a chip.
 
-A model, not a measurement: every product at the peak rate, every byte once, transfers behind computation. Real runs of others reach
-40 to 65% of the peak.
+A model, not a measurement: every product at the peak rate, every byte once, transfers behind
+computation. Real runs of others reach 40 to 65% of the peak.
 """
 
 from collections import Counter
@@ -52,7 +53,9 @@ def step(chip: Chip, costs: Costs, devices: list[jax.Device]) -> Step:
 
 
 def wire(transfer: Transfer) -> float:
-    """Bytes that a device sends, by ring algorithms; between slices those that it hands to its host."""
+    """Bytes that a device sends, by ring algorithms; between slices those that it hands to its
+    host.
+    """
     n = len(transfer.group)
     if transfer.kind == "collective-permute" or "between slices" in transfer.kind:
         return transfer.bytes
@@ -60,7 +63,8 @@ def wire(transfer: Transfer) -> float:
 
 
 def link(chip: Chip, devices: list[jax.Device], group: tuple[int, ...]) -> tuple[str, float]:
-    """("ici" | "dcn", bytes a second of a device): of the torus, the links along the axes in which the group's devices differ.
+    """("ici" | "dcn", bytes a second of a device): of the torus, the links along the axes in which
+    the group's devices differ.
 
     Raises ValueError where a group leaves its slice and the chip's rate there is not published.
     """
@@ -70,9 +74,15 @@ def link(chip: Chip, devices: list[jax.Device], group: tuple[int, ...]) -> tuple
         leaves, axes = apart(lambda device: device.id // HOST), 1
     else:
         leaves = apart(lambda device: getattr(device, "slice_index", 0))
-        axes = sum(apart(lambda device, axis=axis: device.coords[axis]) for axis in range(len(members[0].coords)))
+        axes = sum(
+            apart(lambda device, axis=axis: device.coords[axis])
+            for axis in range(len(members[0].coords))
+        )
     if not leaves:
         return "ici", chip.ici * min(max(axes, 1), chip.axes) / chip.axes / chip.cores
     if chip.dcn is None:
-        raise ValueError(f"{chip.name}: no rate of its data-centre network is published, so several slices cannot be planned")
+        raise ValueError(
+            f"{chip.name}: no rate of its data-centre network is published, so several slices"
+            " cannot be planned"
+        )
     return "dcn", chip.dcn / chip.cores

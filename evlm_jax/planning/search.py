@@ -1,4 +1,6 @@
-"""Around `plan`: the command, what would make a program fit, and a sweep over meshes and policies."""
+"""Around `plan`: the command, what would make a program fit,
+and a sweep over meshes and policies.
+"""
 
 import argparse
 import dataclasses
@@ -19,7 +21,11 @@ REMATS = ("none", "dots", "full")
 def planned(args: argparse.Namespace, overrides: list[str], load_config: Callable) -> EVLMConfig:
     """The config that `evlm plan` is asked about."""
     fields = [f"--config.mesh.{field.strip()}" for field in args.mesh.split(",") if field]
-    fields += [f"--config.train.{name}={value}" for name, value in (("batch", args.global_batch), ("remat", args.remat)) if value]
+    fields += [
+        f"--config.train.{name}={value}"
+        for name, value in (("batch", args.global_batch), ("remat", args.remat))
+        if value
+    ]
     return load_config(args.config, [*fields, *overrides])
 
 
@@ -29,7 +35,9 @@ def main(args: argparse.Namespace, overrides: list[str], load_config: Callable) 
     if args.sweep:
         report = sweep(cfg, args.topology, args.what, args.phase)
     else:
-        report = plan(cfg, args.topology, args.what, args.phase, args.price, not args.no_mend, args.hlo)
+        report = plan(
+            cfg, args.topology, args.what, args.phase, args.price, not args.no_mend, args.hlo
+        )
         if not report["fits"] and not args.no_mend:
             report["tried"] = mend(cfg, args.topology, args.what, args.phase)
         print(show(report))
@@ -42,13 +50,16 @@ def mend(cfg: EVLMConfig, topology: str, what: str, phase: int) -> list[dict]:
     """Changes in the order of their cost, each alone and then one upon another, until one fits.
 
     Returns:
-      of each what it was, whether it fits (None: it cannot be), and of the one that does its memory and largest buffers.
+      of each what it was, whether it fits (None: it cannot be), and of the one that does its memory
+      and largest buffers.
     """
     changes = list(_changes(cfg, len(chips.devices(topology, cfg.mesh.slices)[0])))
     candidates, together = [(name, change(cfg)) for name, change in changes], cfg
     for number, (_, change) in enumerate(changes):
         together = change(together)
-        candidates += [(" and ".join(name for name, _ in changes[: number + 1]), together)] if number else []
+        candidates += (
+            [(" and ".join(name for name, _ in changes[: number + 1]), together)] if number else []
+        )
     tried = []
     for name, candidate in candidates:
         try:
@@ -62,11 +73,17 @@ def mend(cfg: EVLMConfig, topology: str, what: str, phase: int) -> list[dict]:
     return tried
 
 
-def _changes(cfg: EVLMConfig, devices: int) -> Iterator[tuple[str, Callable[[EVLMConfig], EVLMConfig]]]:
+def _changes(
+    cfg: EVLMConfig, devices: int
+) -> Iterator[tuple[str, Callable[[EVLMConfig], EVLMConfig]]]:
     """What `cfg` can give up for memory, the cheapest first."""
     train, mesh, sizes = cfg.train, cfg.mesh, mesh_sizes(cfg.mesh, devices)
-    set_train = lambda **fields: lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, **fields))
-    set_mesh = lambda **fields: lambda c: dataclasses.replace(c, mesh=dataclasses.replace(c.mesh, **fields))
+    set_train = lambda **fields: (
+        lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, **fields))
+    )
+    set_mesh = lambda **fields: (
+        lambda c: dataclasses.replace(c, mesh=dataclasses.replace(c.mesh, **fields))
+    )
     for remat in REMATS[REMATS.index(train.remat) + 1 :]:
         yield f"train.remat={remat}", set_train(remat=remat)
     rows = math.prod(sizes[axis] for axis in ROWS)
@@ -80,18 +97,25 @@ def _changes(cfg: EVLMConfig, devices: int) -> Iterator[tuple[str, Callable[[EVL
         yield "mesh.zero=3", set_mesh(zero=3)
     if sizes["data"] > mesh.slices:
         fewer = mesh.slices
-        yield f"mesh.data={fewer} mesh.fsdp={sizes['fsdp'] * sizes['data'] // fewer}", set_mesh(data=fewer, fsdp=-1)
+        yield (
+            f"mesh.data={fewer} mesh.fsdp={sizes['fsdp'] * sizes['data'] // fewer}",
+            set_mesh(data=fewer, fsdp=-1),
+        )
     if sizes["fsdp"] % 2 == 0:
         tensor, fsdp = 2 * sizes["tensor"], sizes["fsdp"] // 2
         yield f"mesh.tensor={tensor} mesh.fsdp={fsdp}", set_mesh(tensor=tensor, fsdp=fsdp)
 
 
 def sweep(cfg: EVLMConfig, topology: str, what: str, phase: int) -> list[dict]:
-    """Reports of all meshes and remat policies that are possible, those that fit first, the fastest first."""
+    """Reports of all meshes and remat policies that are possible, those that fit first, the fastest
+    first.
+    """
     reports = []
     for candidate in meshes(cfg, topology):
         for remat in REMATS if what == "train" else REMATS[:1]:
-            tried = dataclasses.replace(candidate, train=dataclasses.replace(candidate.train, remat=remat))
+            tried = dataclasses.replace(
+                candidate, train=dataclasses.replace(candidate.train, remat=remat)
+            )
             report = plan(tried, topology, what, phase, consumers=False)
             reports.append(report)
             print(_line(report), flush=True)
@@ -106,7 +130,9 @@ def meshes(cfg: EVLMConfig, topology: str) -> Iterator[EVLMConfig]:
     powers = lambda most: [2**i for i in range(most.bit_length()) if 2**i <= most]
     for tensor in powers(len(devices)):
         for expert in powers(cfg.moe.experts or 1):
-            mesh = dataclasses.replace(cfg.mesh, data=cfg.mesh.slices, fsdp=-1, expert=expert, tensor=tensor)
+            mesh = dataclasses.replace(
+                cfg.mesh, data=cfg.mesh.slices, fsdp=-1, expert=expert, tensor=tensor
+            )
             candidate = dataclasses.replace(cfg, mesh=mesh)
             try:
                 make_layout(candidate, devices)
@@ -121,4 +147,6 @@ def _line(report: dict) -> str:
     if not report["fits"]:
         return f"{head}: does not fit"
     time = report.get("time")
-    return f"{head}: {report['memory']['peak'] / chips.GIB:.1f} GiB" + (f", {time['seconds']:.3f} s, {time['binds']} binds" if time else "")
+    return f"{head}: {report['memory']['peak'] / chips.GIB:.1f} GiB" + (
+        f", {time['seconds']:.3f} s, {time['binds']} binds" if time else ""
+    )

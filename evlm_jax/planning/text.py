@@ -11,26 +11,47 @@ def show(report: dict) -> str:
     """A page on one program."""
     mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
     policies = " ".join(f"{name}={value}" for name, value in report["policies"].items())
-    arguments = [(name, f"{share['count']:,}", _gib(share["bytes"])) for name, share in report["arguments"].items()]
+    arguments = [
+        (name, f"{share['count']:,}", _gib(share["bytes"]))
+        for name, share in report["arguments"].items()
+    ]
     lines = [
-        f"{report['config']}, {report['what']}, phase {report['phase']}, {report['rows']} rows on {report['topology']}",
+        (
+            f"{report['config']}, {report['what']}, phase {report['phase']}, {report['rows']} rows"
+            f" on {report['topology']}"
+        ),
         f"mesh {mesh}; {policies}",
         "",
         *table(("arguments", "count", "GiB a device"), arguments),
         "",
     ]
     lines += _fitting(report) if report["fits"] else _not_fitting(report)
-    seconds = f"traced in {report['lower_seconds']:.0f} s, compiled in {report['compile_seconds']:.0f} s"
+    seconds = (
+        f"traced in {report['lower_seconds']:.0f} s, compiled in {report['compile_seconds']:.0f} s"
+    )
     return "\n".join([*lines, f"{seconds}, {report['ram_gib']:.1f} GiB of RAM"])
 
 
 def _fitting(report: dict) -> list[str]:
     memory, devices = report["memory"], report["devices"]
     size = f" of {_gib(report['chip']['hbm'] / report['chip']['cores'])}" if report["chip"] else ""
-    lines = [f"memory a device{size} GiB: " + ", ".join(f"{name} {_gib(bytes_)}" for name, bytes_ in memory.items())]
-    lines += ["what fills it at the fullest moment (an estimate):", *_buffers(report["largest"]), ""]
-    lines += table(("TFLOP of all devices", "needed", "executed", "of it again", "ratio"), _parts(report, devices)) + [""]
-    rows = [(c["kind"], c["group"], f"{c['count']:,.0f}", _gib(c["bytes"]), _gib(c["sent"])) for c in report["collectives"]]
+    lines = [
+        f"memory a device{size} GiB: "
+        + ", ".join(f"{name} {_gib(bytes_)}" for name, bytes_ in memory.items())
+    ]
+    lines += [
+        "what fills it at the fullest moment (an estimate):",
+        *_buffers(report["largest"]),
+        "",
+    ]
+    lines += table(
+        ("TFLOP of all devices", "needed", "executed", "of it again", "ratio"),
+        _parts(report, devices),
+    ) + [""]
+    rows = [
+        (c["kind"], c["group"], f"{c['count']:,.0f}", _gib(c["bytes"]), _gib(c["sent"]))
+        for c in report["collectives"]
+    ]
     lines += table(("collectives of a device", "group", "count", "GiB", "GiB sent"), rows) + [""]
     lines += [f"note: {what} ({count:,.0f})" for what, count in report["notes"].items()]
     lines.append(f"bytes through HBM, an estimate: {_gib(report['bytes'])} GiB a device")
@@ -46,38 +67,58 @@ def _parts(report: dict, devices: int) -> list[tuple]:
         totals = [a + b for a, b in zip(totals, values)]
         rows.append((part, *values))
     tera = lambda x: f"{x / 1e12:,.1f}"
-    return [(part, tera(n), tera(d), tera(again), f"{d / n:.2f}" if n else "") for part, n, d, again in [*rows, ("all", *totals)]]
+    return [
+        (part, tera(n), tera(d), tera(again), f"{d / n:.2f}" if n else "")
+        for part, n, d, again in [*rows, ("all", *totals)]
+    ]
 
 
 def _time(time: dict) -> list[str]:
     made = ", ".join(f"{name} {time[name]:.3f}" for name in ("products", "hbm", "ici", "dcn"))
     lines = [
-        f"a step takes at least {time['seconds']:.3f} s ({made}; all overlapped {time['bound']:.3f}): {time['binds']} binds",
-        f"{time['tokens_per_s']:,.0f} tokens/s, {time['images_per_s']:,.0f} images/s, {100 * time['mfu']:.0f}% of the peak by needed FLOPs",
+        (
+            f"a step takes at least {time['seconds']:.3f} s ({made}; all overlapped"
+            f" {time['bound']:.3f}): {time['binds']} binds"
+        ),
+        (
+            f"{time['tokens_per_s']:,.0f} tokens/s, {time['images_per_s']:,.0f} images/s,"
+            f" {100 * time['mfu']:.0f}% of the peak by needed FLOPs"
+        ),
     ]
     if "days" in time:
         price = f", {time['price']:,.0f} to pay" if "price" in time else ""
-        lines.append(f"{time['steps']:,} steps: {time['days']:,.1f} days, {time['chip_days']:,.0f} chip-days{price}")
+        lines.append(
+            f"{time['steps']:,} steps: {time['days']:,.1f} days, {time['chip_days']:,.0f}"
+            f" chip-days{price}"
+        )
     return lines
 
 
 def _not_fitting(report: dict) -> list[str]:
     lines = [f"does not fit: {report['says'].splitlines()[0]}"]
     if found := report.get("largest"):
-        lines += [f"compiled for {found['topology']} it takes {_gib(found['memory']['peak'])} GiB a device at its fullest; the largest:"]
+        lines += [
+            f"compiled for {found['topology']} it takes {_gib(found['memory']['peak'])} GiB a"
+            " device at its fullest; the largest:"
+        ]
         lines += _buffers(found["buffers"])
     for tried in report.get("tried", ()):
         lines.append(f"{tried['change']}: {VERDICTS[tried['fits']]}")
         if tried["fits"]:
             lines += [
-                f"it then takes {_gib(tried['memory']['peak'])} GiB a device at its fullest; the largest:",
+                (
+                    f"it then takes {_gib(tried['memory']['peak'])} GiB a device at its fullest;"
+                    " the largest:"
+                ),
                 *_buffers(tried["largest"]),
             ]
     return lines
 
 
 def _buffers(buffers: list[dict]) -> list[str]:
-    return [f"  {_gib(b['bytes']):>8} GiB  {b['count']} x {b['shape']}  {b['where']}" for b in buffers]
+    return [
+        f"  {_gib(b['bytes']):>8} GiB  {b['count']} x {b['shape']}  {b['where']}" for b in buffers
+    ]
 
 
 def _gib(size: float) -> str:
@@ -88,4 +129,10 @@ def table(head: Sequence, rows: Iterable[Sequence]) -> list[str]:
     """Lines in columns, the first to the left, all others to the right."""
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in cells]
+    return [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in cells
+    ]

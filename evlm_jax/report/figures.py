@@ -1,7 +1,8 @@
-"""Pictures people look at: cross-attention over the image, gates by layer, loads of experts, loss curves.
+"""Pictures people look at: cross-attention over the image, gates by layer, loads of experts, loss
+curves.
 
-Charts are SVG text whose colours are CSS variables (`--ink`, `--series-0`...), so a page can show them light or dark;
-pictures are PNG or JPEG bytes.
+Charts are SVG text whose colours are CSS variables (`--ink`, `--series-0`...), so a page can show
+them light or dark; pictures are PNG or JPEG bytes.
 """
 
 import base64
@@ -25,23 +26,35 @@ from evlm_jax.data.samples import MARKER, Sample
 from evlm_jax.data.text import encode
 from evlm_jax.models.evlm import EVLM
 
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "evlm", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
-SENTINELS = {"#010203": "var(--ink)", "#010204": "var(--line)"} | {f"#0102{i + 16:02x}": f"var(--series-{i})" for i in range(8)}
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "evlm",
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+SENTINELS = {"#010203": "var(--ink)", "#010204": "var(--line)"} | {
+    f"#0102{i + 16:02x}": f"var(--series-{i})" for i in range(8)
+}
 INK, LINE, *SERIES = SENTINELS
 
 
 def attention_maps(model: EVLM, batch: Batch, row: int, positions: Sequence[int]) -> np.ndarray:
     """Cross-attention of chosen text positions of one row, float32 [X, N, len(positions), I, S].
 
-    X cross-attention layers, N heads, I image slots of the row's pool, S visual tokens (prefix tokens first, then patches row by
-    row). Weights over all images sum to 1 less the share of the zero sink; images that a position does not see have 0.
-    A word that is read is looked up at its own position, a word that is predicted at the position before it.
+    X cross-attention layers, N heads, I image slots of the row's pool, S visual tokens (prefix
+    tokens first, then patches row by row). Weights over all images sum to 1 less the share of the
+    zero sink; images that a position does not see have 0. A word that is read is looked up at its
+    own position, a word that is predicted at the position before it.
 
     Raises:
       ValueError: no cross-attention looks at the visual tokens (`looks_at_patches`).
     """
     if not looks_at_patches(model.cfg):
-        raise ValueError(f"attention over the patches of a picture cannot be shown: the model has {model.cfg.baseline}")
+        raise ValueError(
+            "attention over the patches of a picture cannot be shown: the model has"
+            f" {model.cfg.baseline}"
+        )
     own = lambda a: a[row * len(a) // len(batch.tokens)]  # of the row, or of its pool
     one = jax.tree.map(lambda a: jnp.asarray(own(a))[None], batch)
     return np.asarray(trace(model, one, jnp.asarray(positions))[1])
@@ -49,46 +62,74 @@ def attention_maps(model: EVLM, batch: Batch, row: int, positions: Sequence[int]
 
 @jax.jit
 def trace(model: EVLM, batch: Batch, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`model.hidden` of one row with dense cross-attention: ([1, T, D], weights [X, N, len(positions), I, S'] of `positions`)."""
+    """`model.hidden` of one row with dense cross-attention: ([1, T, D], weights
+    [X, N, len(positions), I, S'] of `positions`).
+    """
     sinks, shared = model.cfg.xattn.sinks, model.cfg.xattn.heads // model.cfg.xattn.kv_heads
     states = model.visual_states(batch)
     slot = jnp.arange(states.shape[2])
-    visible = (batch.visible_start[0, :, None] <= slot) & (slot < batch.visible_stop[0, :, None])  # [T, I]
+    visible = (batch.visible_start[0, :, None] <= slot) & (
+        slot < batch.visible_stop[0, :, None]
+    )  # [T, I]
 
     def dense(q, k, v):
-        """q [1, T, N, H], k and v [1, I, S, K, H] -> attention output, weights [N, t, I, S]; the sink is in the denominator."""
+        """q [1, T, N, H], k and v [1, I, S, K, H] -> attention output, weights [N, t, I, S]; the
+        sink is in the denominator.
+        """
         k, v = (jnp.repeat(a, shared, axis=-2)[0] for a in (k, v))
-        scores = jnp.einsum("tnh,isnh->ntis", q[0], k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        scores = (
+            jnp.einsum("tnh,isnh->ntis", q[0], k, preferred_element_type=jnp.float32)
+            * q.shape[-1] ** -0.5
+        )
         scores = jnp.where(visible[..., None], scores, -jnp.inf)
         top = jnp.maximum(scores.max((2, 3), keepdims=True), 0.0 if sinks else -1e30)
         weights = jnp.exp(scores - top)
         total = weights.sum((2, 3), keepdims=True) + sinks * jnp.exp(-top)
         weights = weights / jnp.where(total > 0, total, 1.0)
-        return jnp.einsum("ntis,isnh->tnh", weights, v.astype(jnp.float32)).astype(q.dtype)[None], weights[:, positions]
+        return (
+            jnp.einsum("ntis,isnh->tnh", weights, v.astype(jnp.float32)).astype(q.dtype)[None],
+            weights[:, positions],
+        )
 
     hidden, passed = model.forward_with_observer(batch, states, cross_attend=dense)
     return hidden, passed.crosses
 
 
 def looks_at_patches(cfg: EVLMConfig) -> bool:
-    """Whether keys of cross-attention are the picture's tokens, so that attention can be drawn over it."""
+    """Whether keys of cross-attention are the picture's tokens, so that attention can be drawn over
+    it.
+    """
     return bool(cfg.cross_layers) and cfg.bridge.kind != "flamingo"
 
 
-def word_maps(model: EVLM, tokenizer, sample: Sample, features: FeatureStore | None = None) -> list[dict]:
+def word_maps(
+    model: EVLM, tokenizer, sample: Sample, features: FeatureStore | None = None
+) -> list[dict]:
     """Attention over the first image for every word of a dialog of one question and one answer.
 
-    Words of the question are looked up where they are read, words of the answer where they are predicted; a word of several
-    tokens gets their mean.
+    Words of the question are looked up where they are read, words of the answer where they are
+    predicted; a word of several tokens gets their mean.
 
     Returns:
       [{"word", "grid": [g, g] (see `heat`), "predicted"}]
     """
-    (batch, _, _), *_ = rows_in_order([encode(sample, tokenizer, model.cfg)], model.cfg, 1, features)
-    (asked, answer), first = sample.dialogs[0], int(np.flatnonzero(batch.media_slot[0] >= 0)[-1]) + 1
-    read = _words(tokenizer, batch.tokens[0, first:], range(first, model.cfg.data.length), asked.text.rpartition(MARKER)[2])
+    (batch, _, _), *_ = rows_in_order(
+        [encode(sample, tokenizer, model.cfg)], model.cfg, 1, features
+    )
+    (asked, answer), first = (
+        sample.dialogs[0],
+        int(np.flatnonzero(batch.media_slot[0] >= 0)[-1]) + 1,
+    )
+    read = _words(
+        tokenizer,
+        batch.tokens[0, first:],
+        range(first, model.cfg.data.length),
+        asked.text.rpartition(MARKER)[2],
+    )
     said = _words(tokenizer, batch.targets[0], batch.target_at[0], answer.text)
-    maps = attention_maps(model, batch, 0, [p for _, places in read + said for p in places])[:, :, :, 0]
+    maps = attention_maps(model, batch, 0, [p for _, places in read + said for p in places])[
+        :, :, :, 0
+    ]
     rows, at = [], 0
     for i, (word, places) in enumerate(read + said):
         grid = heat(maps[:, :, at : at + len(places)], model.cfg.vit.prefix_tokens)
@@ -97,13 +138,17 @@ def word_maps(model: EVLM, tokenizer, sample: Sample, features: FeatureStore | N
     return rows
 
 
-def _words(tokenizer, tokens: np.ndarray, places: Sequence[int], text: str) -> list[tuple[str, list[int]]]:
+def _words(
+    tokenizer, tokens: np.ndarray, places: Sequence[int], text: str
+) -> list[tuple[str, list[int]]]:
     """The words of `text`, which `tokens` begin with, and the places of the tokens of each."""
     places_of, seen, spelled = [[] for _ in text.split()], [], ""
     for token, place in zip(tokens, places, strict=True):
         if len(spelled.strip()) >= len(text.strip()):
             break
-        seen.append(token)  # decoded together: alone, a token of SentencePiece has no space in front
+        seen.append(
+            token
+        )  # decoded together: alone, a token of SentencePiece has no space in front
         before, spelled = spelled, tokenizer.decode(seen)
         if spelled.strip() != before.strip():
             places_of[len(spelled.split()) - 1].append(int(place))
@@ -111,20 +156,33 @@ def _words(tokenizer, tokens: np.ndarray, places: Sequence[int], text: str) -> l
 
 
 def heat(weights: np.ndarray, prefix_tokens: int) -> np.ndarray:
-    """Attention [..., S] of one word on one image, averaged over all leading axes (layers, heads) -> [grid, grid] over the patches."""
+    """Attention [..., S] of one word on one image, averaged over all leading axes (layers, heads)
+    -> [grid, grid] over the patches.
+    """
     patches = np.asarray(weights, np.float64).reshape(-1, weights.shape[-1]).mean(0)[prefix_tokens:]
     side = int(round(len(patches) ** 0.5))
     if side * side != len(patches):
-        raise ValueError(f"{len(patches)} patches are no square grid; check prefix_tokens = {prefix_tokens}")
+        raise ValueError(
+            f"{len(patches)} patches are no square grid; check prefix_tokens = {prefix_tokens}"
+        )
     return patches.reshape(side, side)
 
 
-def overlay(image: Image.Image, grid: np.ndarray, size: int = 320, strength: float = 0.85) -> Image.Image:
-    """The image under a warm glow where `grid` [g, g] is large and dimmed where it is small; both are stretched to size x size."""
-    base = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC), np.float64) / 255
+def overlay(
+    image: Image.Image, grid: np.ndarray, size: int = 320, strength: float = 0.85
+) -> Image.Image:
+    """The image under a warm glow where `grid` [g, g] is large and dimmed where it is small; both
+    are stretched to size x size.
+    """
+    base = (
+        np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC), np.float64)
+        / 255
+    )
     low, high = np.percentile(grid, (20, 99.5))
     level = np.clip((grid - low) / max(high - low, 1e-12), 0, 1).astype(np.float32)
-    level = np.asarray(Image.fromarray(level).resize((size, size), Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
+    level = np.asarray(Image.fromarray(level).resize((size, size), Image.Resampling.BICUBIC)).clip(
+        0, 1
+    )[..., None]
     grey = base.mean(-1, keepdims=True)
     dim = 0.35 * (0.6 * grey + 0.4 * base) + np.array([0.02, 0.03, 0.08])
     glow = matplotlib.colormaps["inferno"](0.25 + 0.75 * level[..., 0])[..., :3]
@@ -154,7 +212,9 @@ def loss_curves(losses: dict[str, dict[str, Sequence[float]]]) -> str:
     for (source, curve), colour in zip(losses.items(), cycle(SERIES)):
         step, loss = np.asarray(curve["step"]), np.asarray(curve["loss"], np.float64)
         window = max(1, len(loss) // 25)
-        smooth = np.convolve(np.pad(loss, (window - 1, 0), "edge"), np.ones(window) / window, "valid")
+        smooth = np.convolve(
+            np.pad(loss, (window - 1, 0), "edge"), np.ones(window) / window, "valid"
+        )
         axes.plot(step, loss, color=colour, alpha=0.25, linewidth=1)
         axes.plot(step, smooth, color=colour, linewidth=2, label=source)
     axes.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")
@@ -169,7 +229,16 @@ def score_curves(curves: dict[str, dict[str, Sequence[float]]]) -> str:
     figure, axes = _figure(5.2, 3.4)
     for i, (name, curve) in enumerate(curves.items()):
         dash = "-" if i < len(SERIES) else "--"  # more than there are colours
-        axes.plot(curve["step"], curve["score"], dash, color=SERIES[i % len(SERIES)], linewidth=2, marker="o", markersize=3, label=name)
+        axes.plot(
+            curve["step"],
+            curve["score"],
+            dash,
+            color=SERIES[i % len(SERIES)],
+            linewidth=2,
+            marker="o",
+            markersize=3,
+            label=name,
+        )
     axes.set(xlabel="step", ylabel="score")
     _legend(figure)
     return _svg(figure)
@@ -182,23 +251,33 @@ def gate_bars(layers: Sequence[int], attn: Sequence[float], ffn: Sequence[float]
     axes.bar(x - width / 2, attn, width, color=SERIES[0], label="attention gate")
     axes.bar(x + width / 2, ffn, width, color=SERIES[1], label="FFN gate")
     axes.axhline(0, color=LINE, linewidth=1)
-    axes.set_xticks(x[:: max(1, len(layers) // 15)], [str(layer) for layer in layers][:: max(1, len(layers) // 15)])
+    axes.set_xticks(
+        x[:: max(1, len(layers) // 15)],
+        [str(layer) for layer in layers][:: max(1, len(layers) // 15)],
+    )
     axes.set(xlabel="language model layer", ylabel="tanh(gate)")
     _legend(figure)
     return _svg(figure)
 
 
 def load_maps(layers: Sequence[int], load: dict[str, Sequence[Sequence[float]]]) -> str:
-    """SVG of {kind of token: shares [X, E]}: a map of LLM layers by experts each; all maps have one scale, from 0 to the largest share."""
+    """SVG of {kind of token: shares [X, E]}: a map of LLM layers by experts each; all maps have one
+    scale, from 0 to the largest share.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure((8, 0.9 + 0.13 * len(layers)), layout="constrained")
         panels = figure.subplots(1, len(load), sharey=True, squeeze=False)[0]
     top = max(np.max(shares) for shares in load.values())
     for axes, (kind, shares) in zip(panels, load.items(), strict=True):
         shares = np.asarray(shares, np.float64)
-        axes.pcolormesh(shares, cmap=matplotlib.colors.ListedColormap([SERIES[0]]), alpha=shares / top)
+        axes.pcolormesh(
+            shares, cmap=matplotlib.colors.ListedColormap([SERIES[0]]), alpha=shares / top
+        )
         axes.set_yticks(np.arange(0, len(layers), 5) + 0.5, [str(layer) for layer in layers[::5]])
-        axes.set_xticks(np.arange(0, shares.shape[1], 4) + 0.5, [str(expert) for expert in range(0, shares.shape[1], 4)])
+        axes.set_xticks(
+            np.arange(0, shares.shape[1], 4) + 0.5,
+            [str(expert) for expert in range(0, shares.shape[1], 4)],
+        )
         axes.set_title(kind, color=INK, fontsize=11)
         axes.set_xlabel("expert")
         _theme(axes)
@@ -207,8 +286,11 @@ def load_maps(layers: Sequence[int], load: dict[str, Sequence[Sequence[float]]])
     return _svg(figure)
 
 
-def intervals(rows: dict[str, dict[str, tuple[float, float, float, Sequence[float]]]], label: str) -> str:
-    """SVG of {name: {series: (mean, low, high, values)}}: from the top, a line a name and series, with its values as points; 0 is marked.
+def intervals(
+    rows: dict[str, dict[str, tuple[float, float, float, Sequence[float]]]], label: str
+) -> str:
+    """SVG of {name: {series: (mean, low, high, values)}}: from the top, a line a name and series,
+    with its values as points; 0 is marked.
 
     Narrow, so that it can be read on a phone and stand beside others.
     """
@@ -219,19 +301,32 @@ def intervals(rows: dict[str, dict[str, tuple[float, float, float, Sequence[floa
             if kind in row:
                 (mean, low, high, values), at = row[kind], y + offset
                 axes.plot([low, high], [at, at], color=colour, linewidth=2)
-                axes.plot(values, [at] * len(values), "o", color=colour, alpha=0.5, markersize=4, markeredgewidth=0)
+                axes.plot(
+                    values,
+                    [at] * len(values),
+                    "o",
+                    color=colour,
+                    alpha=0.5,
+                    markersize=4,
+                    markeredgewidth=0,
+                )
                 axes.plot([mean], [at], "D", color=colour, markersize=6, markeredgewidth=0)
     axes.axvline(0, color=INK, linewidth=1)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set(xlabel=label)
-    marks = [matplotlib.lines.Line2D([], [], color=colour, marker="D", label=kind) for kind, colour in series.items()]
+    marks = [
+        matplotlib.lines.Line2D([], [], color=colour, marker="D", label=kind)
+        for kind, colour in series.items()
+    ]
     _legend(figure, marks)
     return _svg(figure)
 
 
 def named_points(points: dict[str, tuple[float, float]], x: str, y: str) -> str:
-    """SVG of {name: (x, y)}, each with its name beside it; names that would meet stand one above the other, a thin line leads to each."""
+    """SVG of {name: (x, y)}, each with its name beside it; names that would meet stand one above
+    the other, a thin line leads to each.
+    """
     figure, axes = _figure(5.2, 3.8)
     axes.plot(*zip(*points.values()), "o", color=SERIES[0], markersize=6, markeredgewidth=0)
     axes.set(xlabel=x, ylabel=y)
@@ -241,8 +336,23 @@ def named_points(points: dict[str, tuple[float, float]], x: str, y: str) -> str:
         right, up = own = axes.transData.transform(point) * 72 / figure.dpi
         up = max([up] + [top + 10 for left, top in taken if abs(left - right) < 50])
         taken.append((right, up))
-        line = {"arrowstyle": "-", "color": INK, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
-        axes.annotate(name, point, (16, up - own[1] - 3), textcoords="offset points", color=INK, fontsize=9, arrowprops=line)
+        line = {
+            "arrowstyle": "-",
+            "color": INK,
+            "linewidth": 0.5,
+            "shrinkA": 1,
+            "shrinkB": 0,
+            "relpos": (0, 0.5),
+        }
+        axes.annotate(
+            name,
+            point,
+            (16, up - own[1] - 3),
+            textcoords="offset points",
+            color=INK,
+            fontsize=9,
+            arrowprops=line,
+        )
     return _svg(figure)
 
 
@@ -258,11 +368,24 @@ def _figure(width: float, height: float, grid: str = "y"):
 
 
 def _legend(figure: Figure, handles: Sequence = ()) -> None:
-    """Above the axes, where it covers nothing, in as many columns as have room; of a name that is too long its end."""
+    """Above the axes, where it covers nothing, in as many columns as have room; of a name that is
+    too long its end.
+    """
     handles = handles or figure.axes[0].get_legend_handles_labels()[0]
-    names = [name if len(name) <= 50 else "\u2026" + name[-49:] for name in (handle.get_label() for handle in handles)]
+    names = [
+        name if len(name) <= 50 else "\u2026" + name[-49:]
+        for name in (handle.get_label() for handle in handles)
+    ]
     columns = int(72 * figure.get_figwidth() / (46 + 5.4 * max(map(len, names), default=0)))
-    figure.legend(handles, names, loc="outside upper left", ncols=max(1, columns), frameon=False, labelcolor=INK, fontsize=9)
+    figure.legend(
+        handles,
+        names,
+        loc="outside upper left",
+        ncols=max(1, columns),
+        frameon=False,
+        labelcolor=INK,
+        fontsize=9,
+    )
 
 
 def _theme(axes) -> None:
@@ -281,5 +404,10 @@ def _svg(figure: Figure) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1)
+    text = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"',
+        r"\1",
+        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1),
+        count=1,
+    )
     return re.sub("|".join(SENTINELS), lambda m: SENTINELS[m[0]], text)

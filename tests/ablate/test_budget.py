@@ -25,21 +25,39 @@ pytestmark = needs_asset("easy-vqa")
 @pytest.fixture(params=[False, True], ids=["pixels", "cached"])
 def cfg(request, tmp_path):
     """Two lanes of easy-vqa at a constant rate."""
-    data = dict(sources=("easy-vqa",), weights=(1.0,), template="plain", length=600, images=3, targets=200, pairs=90)
+    data = dict(
+        sources=("easy-vqa",),
+        weights=(1.0,),
+        template="plain",
+        length=600,
+        images=3,
+        targets=200,
+        pairs=90,
+    )
     init = dict(vision="", llm=str(tokenizer_directory(tmp_path / "tokenizer")))
-    return tiny_config(data=data | {"cache_features": request.param}, init=init, optim=dict(lr=1e-3, min_lr=1e-3))
+    return tiny_config(
+        data=data | {"cache_features": request.param}, init=init, optim=dict(lr=1e-3, min_lr=1e-3)
+    )
 
 
 def test_the_course_is_that_of_training(cfg, tmp_path):
     """Questions are counted from easy-vqa's own file, FLOPs from the batches that training gets."""
-    asked = Counter(str(row[2]) for row in json.loads((assets.path("easy-vqa") / "train" / "questions.json").read_text()))
+    asked = Counter(
+        str(row[2])
+        for row in json.loads((assets.path("easy-vqa") / "train" / "questions.json").read_text())
+    )
     zeros = lambda pixels: np.zeros((len(pixels), len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width))
     features = FeatureStore(tmp_path / "features", zeros, cfg) if cfg.data.cache_features else None
-    data, trained = batches(cfg, load_tokenizer(cfg.init.llm), features), Phase(cfg, 0, make_layout(cfg)).trained
+    data, trained = (
+        batches(cfg, load_tokenizer(cfg.init.llm), features),
+        Phase(cfg, 0, make_layout(cfg)).trained,
+    )
     questions, flops = 0, 0.0
     for step, cut in zip(range(1, 7), course(cfg)):
         batch, info = next(data)
-        questions += sum(asked[key.removeprefix("easy-vqa/")] for row in info["keys"] for key in row)
+        questions += sum(
+            asked[key.removeprefix("easy-vqa/")] for row in info["keys"] for key in row
+        )
         flops += work(cfg, batch, info, trained)["flops"]
         assert cut == (step, questions, pytest.approx(flops, rel=1e-12))
     data.close()
@@ -52,7 +70,10 @@ def test_budgets(cfg):
     cuts = budgets(cfg, dear, 300)
     reached = [cut for _, cut in zip(range(cuts[QUESTIONS].step), course(dear))]
     assert reached[-1] == cuts[QUESTIONS] and reached[-1].questions >= 300 > reached[-2].questions
-    assert 1 < cuts[FLOPS].step < cuts[QUESTIONS].step and reached[cuts[FLOPS].step - 1].flops >= same[QUESTIONS].flops
+    assert (
+        1 < cuts[FLOPS].step < cuts[QUESTIONS].step
+        and reached[cuts[FLOPS].step - 1].flops >= same[QUESTIONS].flops
+    )
     assert reached[cuts[FLOPS].step - 2].flops < same[QUESTIONS].flops
 
 

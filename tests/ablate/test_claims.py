@@ -1,4 +1,6 @@
-"""What finished runs say, from saved JSON alone: numbers by hand, verdicts, and the refusal to judge."""
+"""What finished runs say, from saved JSON alone: numbers by hand, verdicts, and the refusal to
+judge.
+"""
 
 import json
 import re
@@ -14,27 +16,66 @@ from evlm_jax.evals import results
 from evlm_jax.report import figures
 
 SIZES, EMOJI = [5] * 40, [1] * 30
-SPREAD = np.random.default_rng(0).permutation(200)  # wrong answers are not all about the same images
-RIGHT = {"base": 0.95, "tap-4": 0.7, "tap-8": 0.8, "tap-11": 0.85, "tap-last": 0.6, "cyclic": 0.95, "media-1": 0.9, "fused": 0.99}
+SPREAD = np.random.default_rng(0).permutation(
+    200
+)  # wrong answers are not all about the same images
+RIGHT = {
+    "base": 0.95,
+    "tap-4": 0.7,
+    "tap-8": 0.8,
+    "tap-11": 0.85,
+    "tap-last": 0.6,
+    "cyclic": 0.95,
+    "media-1": 0.9,
+    "fused": 0.99,
+}
 
 
 def run(variant, seed, share, questions=24_000, cheap=False):
     """A finished run; `cheap`: its budgets are two readings, of which the second is better."""
     rng = np.random.default_rng([seed, len(variant)])
     budgets = {QUESTIONS: {"step": 10, "questions": questions, "flops": 2e14}}
-    budgets[FLOPS] = {"step": 12, "questions": questions + 9, "flops": 3e14} if cheap else budgets[QUESTIONS]
+    budgets[FLOPS] = (
+        {"step": 12, "questions": questions + 9, "flops": 3e14} if cheap else budgets[QUESTIONS]
+    )
     made = {}
     for number, step in enumerate(sorted({cut["step"] for cut in budgets.values()})):
         right = 100.0 * (SPREAD < 200 * min(share + 0.03 * number, 1) + seed)
-        measured = {"easy-vqa-choice/accuracy": job.pack(right), "emoji/loss": job.pack(rng.normal(5, 1, 30))}
-        measured |= {"emoji/CIDEr (words)": job.pack(rng.random(30)), "emoji/exact match (words)": job.pack([0.0, 100.0] * 15)}
-        facts = {"loss": 0.2, "step_seconds": 2.0, "peak_bytes": 2**31, "device": "1 x cpu, 2 CPU cores", "weights_sha256": "0" * 64}
-        made[str(step)] = {"measured": measured, "clusters": {job.CHOICE: SIZES, job.CAPTION: EMOJI}, "scores": {}, **facts}
-    settings = {"questions": 24_000, "limit": None, "base": {"name": "base", "phases": [{"warmup": 0}]}}
-    changes = {} if variant == "base" else {"vit.taps": [4]}
-    return {"variant": variant, "seed": seed, "changes": changes, "settings": settings, "trained": 21_000_000, "budgets": budgets} | {
-        "readings": made
+        measured = {
+            "easy-vqa-choice/accuracy": job.pack(right),
+            "emoji/loss": job.pack(rng.normal(5, 1, 30)),
+        }
+        measured |= {
+            "emoji/CIDEr (words)": job.pack(rng.random(30)),
+            "emoji/exact match (words)": job.pack([0.0, 100.0] * 15),
+        }
+        facts = {
+            "loss": 0.2,
+            "step_seconds": 2.0,
+            "peak_bytes": 2**31,
+            "device": "1 x cpu, 2 CPU cores",
+            "weights_sha256": "0" * 64,
+        }
+        made[str(step)] = {
+            "measured": measured,
+            "clusters": {job.CHOICE: SIZES, job.CAPTION: EMOJI},
+            "scores": {},
+            **facts,
+        }
+    settings = {
+        "questions": 24_000,
+        "limit": None,
+        "base": {"name": "base", "phases": [{"warmup": 0}]},
     }
+    changes = {} if variant == "base" else {"vit.taps": [4]}
+    return {
+        "variant": variant,
+        "seed": seed,
+        "changes": changes,
+        "settings": settings,
+        "trained": 21_000_000,
+        "budgets": budgets,
+    } | {"readings": made}
 
 
 @pytest.fixture
@@ -42,14 +83,21 @@ def saved(tmp_path):
     """Writes runs as `evlm ablate` leaves them; returns what it collects of them."""
 
     def save(runs):
-        files = [results.save(tmp_path / one["variant"] / str(one["seed"]) / "result.json", one) for one in runs]
+        files = [
+            results.save(tmp_path / one["variant"] / str(one["seed"]) / "result.json", one)
+            for one in runs
+        ]
         return json.loads(json.dumps(collect.collect(files)))
 
     return save
 
 
 def every(seeds=3, **shares):
-    return [run(variant, seed, share, cheap=variant == "media-1") for variant, share in (RIGHT | shares).items() for seed in range(seeds)]
+    return [
+        run(variant, seed, share, cheap=variant == "media-1")
+        for variant, share in (RIGHT | shares).items()
+        for seed in range(seeds)
+    ]
 
 
 def test_packed_values_come_back():
@@ -65,12 +113,23 @@ def test_rows_by_hand(saved):
     first, *others = collect.rows(found, FLOPS)
     assert (first.variant, first.against[collect.ACCURACY.key]) == ("base", None)
     row = next(row for row in others if row.variant == "media-1")
-    base, media = ([100 * (200 * share + seed) / 200 for seed in range(3)] for share in (0.95, 0.93))  # its second reading
-    assert row.means[collect.ACCURACY.key] == pytest.approx(media) and (row.steps, row.questions, row.flops) == (12, 24_009, 3e14)
+    base, media = (
+        [100 * (200 * share + seed) / 200 for seed in range(3)] for share in (0.95, 0.93)
+    )  # its second reading
+    assert row.means[collect.ACCURACY.key] == pytest.approx(media) and (
+        row.steps,
+        row.questions,
+        row.flops,
+    ) == (12, 24_009, 3e14)
     apart = row.against[collect.ACCURACY.key]
     assert apart.mean == pytest.approx(np.mean(media) - np.mean(base)) and apart.seeds == 3
-    losses = {name: collect.values(found, name, QUESTIONS, collect.MEASURES[1]) for name in ("base", "media-1")}
-    a, b = (np.array([losses[name][seed].mean() for seed in range(3)]) for name in ("media-1", "base"))
+    losses = {
+        name: collect.values(found, name, QUESTIONS, collect.MEASURES[1])
+        for name in ("base", "media-1")
+    }
+    a, b = (
+        np.array([losses[name][seed].mean() for seed in range(3)]) for name in ("media-1", "base")
+    )
     at_questions = next(row for row in collect.rows(found, QUESTIONS) if row.variant == "media-1")
     assert at_questions.against["emoji/loss"].p == pytest.approx(stats.ttest_rel(a, b).pvalue)
     assert f"{np.mean(media):.2f} ± {np.std(media, ddof=1):.2f}" in collect.table(found)
@@ -79,13 +138,28 @@ def test_rows_by_hand(saved):
 def test_verdicts(saved):
     found = saved(every())
     assert claims.obstacles(found) == []
-    judged = {(j.claim.better, j.claim.than, j.budget): j for j in claims.judge(found) if j.measure is collect.ACCURACY}
-    assert {(verdict.rival, verdict.verdict) for (_, than, _), verdict in judged.items() if len(than) == 4} == {("tap-11", "holds")}
+    judged = {
+        (j.claim.better, j.claim.than, j.budget): j
+        for j in claims.judge(found)
+        if j.measure is collect.ACCURACY
+    }
+    assert {
+        (verdict.rival, verdict.verdict)
+        for (_, than, _), verdict in judged.items()
+        if len(than) == 4
+    } == {("tap-11", "holds")}
     assert judged["base", ("fused",), QUESTIONS].verdict == "does not"
-    assert judged["base", ("cyclic",), QUESTIONS].verdict == "undecided" and judged["base", ("cyclic",), QUESTIONS].apart.mean == 0
+    assert (
+        judged["base", ("cyclic",), QUESTIONS].verdict == "undecided"
+        and judged["base", ("cyclic",), QUESTIONS].apart.mean == 0
+    )
     assert not any("media-16" in key or ("llava",) in key for key in judged)  # nobody ran them
     losses = [j for j in claims.judge(found) if j.measure.sign < 0]
-    assert all((j.apart.high < 0) == (j.verdict == "holds") and (j.apart.low > 0) == (j.verdict == "does not") for j in losses)
+    assert all(
+        (j.apart.high < 0) == (j.verdict == "holds")
+        and (j.apart.low > 0) == (j.verdict == "does not")
+        for j in losses
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,8 +169,14 @@ def test_verdicts(saved):
             lambda runs: [run("base", seed, 0.78) for seed in range(3)] + runs[3:],
             "the base reaches 78.5% of the official test, 80% are needed",
         ),
-        (lambda runs: [*runs[:-1], run("fused", 2, 0.99, questions=19_999)], "fused/2 saw fewer than 20,000 questions"),
-        (lambda runs: [one | {"settings": one["settings"] | {"limit": 500}} for one in runs], "only 500 questions of the official test"),
+        (
+            lambda runs: [*runs[:-1], run("fused", 2, 0.99, questions=19_999)],
+            "fused/2 saw fewer than 20,000 questions",
+        ),
+        (
+            lambda runs: [one | {"settings": one["settings"] | {"limit": 500}} for one in runs],
+            "only 500 questions of the official test",
+        ),
     ],
 )
 def test_no_claim_is_judged_too_early(saved, tmp_path, spoil, why):
@@ -104,13 +184,19 @@ def test_no_claim_is_judged_too_early(saved, tmp_path, spoil, why):
     assert why in "; ".join(claims.obstacles(found))
     assert {j.verdict for j in claims.judge(found)} == {"not judged"}
     for text in (markdown(found), page.render(found, tmp_path / "p.html").read_text("utf-8")):
-        assert "No claim is judged" in text and why in text and not re.search(r"(<td[^>]*>|\| )(holds|does not|undecided)", text)
+        assert (
+            "No claim is judged" in text
+            and why in text
+            and not re.search(r"(<td[^>]*>|\| )(holds|does not|undecided)", text)
+        )
 
 
 def test_one_seed_or_a_missing_rival_decides_nothing(saved):
     assert {j.verdict for j in claims.judge(saved(every(seeds=1)))} == {"undecided"}
     part = [one for one in every() if one["variant"] != "tap-8"]
-    assert {j.verdict for j in claims.judge(saved(part)) if len(j.claim.than) == 4} == {"not judged"}
+    assert {j.verdict for j in claims.judge(saved(part)) if len(j.claim.than) == 4} == {
+        "not judged"
+    }
 
 
 def test_pages_say_what_was_found(saved, tmp_path):
@@ -125,13 +211,25 @@ def test_pages_say_what_was_found(saved, tmp_path):
         "equal training FLOPs",
     ):
         assert shown in html and shown in text
-    assert html.count("<svg") == 4 and "<script" not in html and not re.search(r'(src|href)="(?!#|data:)', html)
-    widths = {line.count("|") for line in text.splitlines() if line.startswith("| base") or line.startswith("| variant | trained")}
+    assert (
+        html.count("<svg") == 4
+        and "<script" not in html
+        and not re.search(r'(src|href)="(?!#|data:)', html)
+    )
+    widths = {
+        line.count("|")
+        for line in text.splitlines()
+        if line.startswith("| base") or line.startswith("| variant | trained")
+    }
     assert len(widths - {3}) == 1 and "evlm ablate --variants tap-4,tap-8," in text
 
 
 def test_the_page_opens_with_every_variant_at_both_budgets(saved, tmp_path):
-    runs = [run(variant, seed, RIGHT[variant]) for variant in ("base", "tap-4", "media-1") for seed in range(2)]
+    runs = [
+        run(variant, seed, RIGHT[variant])
+        for variant in ("base", "tap-4", "media-1")
+        for seed in range(2)
+    ]
     runs += [run("fused", 7, 0.9)]  # a seed that the base does not have
     html = page.render(saved(runs), tmp_path / "p.html").read_text("utf-8")
     figure = html[html.index("<figure>") : html.index("</figure>")]
@@ -140,14 +238,25 @@ def test_the_page_opens_with_every_variant_at_both_budgets(saved, tmp_path):
     assert len(panels) == len(collect.MEASURES)
     for panel, measure in zip(panels, collect.MEASURES):
         texts = re.findall(r"<text[^>]*>([^<]*)</text>", panel)
-        assert {"tap-4", "media-1", "fused"} <= {*texts} and "base" not in texts and measure.name in "".join(texts)
+        assert (
+            {"tap-4", "media-1", "fused"} <= {*texts}
+            and "base" not in texts
+            and measure.name in "".join(texts)
+        )
         assert {*collect.BUDGETS.values()} <= {*texts}
     alone = page.render(saved(runs[:2]), tmp_path / "alone.html").read_text("utf-8")
     assert "<figure" not in alone
 
 
 def test_the_first_figure_draws_each_interval():
-    drawn = figures.intervals({"a": {"one": (1, -2, 4, [0, 2]), "two": (2, 1, 3, [2])}, "b": {"one": (-1, -2, 0, [-1])}, "c": {}}, "label")
+    drawn = figures.intervals(
+        {
+            "a": {"one": (1, -2, 4, [0, 2]), "two": (2, 1, 3, [2])},
+            "b": {"one": (-1, -2, 0, [-1])},
+            "c": {},
+        },
+        "label",
+    )
     strokes = [drawn.count(f"stroke: var(--series-{i}); stroke-width: 2") for i in range(2)]
     assert strokes == [2, 1]
 
@@ -160,8 +269,17 @@ def test_runs_that_cannot_be_compared_are_refused(saved):
     begun = runs[-1] | {"settings": runs[-1]["settings"] | {"init": "0" * 64}}
     with pytest.raises(ValueError, match="fused/2/result.json: its init differ"):
         saved([*runs[:-1], begun])
-    bases = {"name": "base", "phases": [{"warmup": 1}]}, {"name": "base", "phases": [{"warmup": 0, "step": None}], "later": 1}
-    changed, newer = (runs[-1] | {"settings": runs[-1]["settings"] | {"base": base}} for base in bases)
+    bases = (
+        {"name": "base", "phases": [{"warmup": 1}]},
+        {
+            "name": "base",
+            "phases": [{"warmup": 0, "step": None}],
+            "later": 1,
+        },
+    )
+    changed, newer = (
+        runs[-1] | {"settings": runs[-1]["settings"] | {"base": base}} for base in bases
+    )
     with pytest.raises(ValueError, match="fused/2/result.json: its base differ"):
         saved([*runs[:-1], changed])
     assert len(saved([*runs[:-1], newer])["runs"]) == len(runs)  # a field that came later

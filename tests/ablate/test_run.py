@@ -1,4 +1,6 @@
-"""`evlm ablate` on a tiny model: what is done is not done again, and a run that was killed ends as one that was not."""
+"""`evlm ablate` on a tiny model: what is done is not done again, and a run that was killed ends as
+one that was not.
+"""
 
 import json
 import shutil
@@ -30,7 +32,9 @@ from ml_collections import ConfigDict
 
 
 def tuples(section):
-    return {{key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}}
+    return {{
+        key: tuple(value) if isinstance(value, list) else value for key, value in section.items()
+    }}
 
 
 def get_config(variant):
@@ -49,12 +53,42 @@ def command(tmp_path_factory):
     """`evlm ablate` but for --out: two variants of different cost, some 40 and 20 updates."""
     folder = tmp_path_factory.mktemp("experiment")
     cfg = tiny_config()
-    init = dict(vision=str(dinov2_directory(folder / "vit", cfg)), llm=str(llama_directory(folder / "llm", cfg)), centre_norms=True)
-    data = dict(sources=("easy-vqa",), weights=(1.0,), template="plain", length=600, images=3, targets=200, pairs=90, cache_features=True)
-    cfg = tiny_config(init=init, data=data, optim=dict(lr=1e-3, min_lr=1e-3), train=dict(save_every=5, keep=1, log_every=3))
+    init = dict(
+        vision=str(dinov2_directory(folder / "vit", cfg)),
+        llm=str(llama_directory(folder / "llm", cfg)),
+        centre_norms=True,
+    )
+    data = dict(
+        sources=("easy-vqa",),
+        weights=(1.0,),
+        template="plain",
+        length=600,
+        images=3,
+        targets=200,
+        pairs=90,
+        cache_features=True,
+    )
+    cfg = tiny_config(
+        init=init,
+        data=data,
+        optim=dict(lr=1e-3, min_lr=1e-3),
+        train=dict(save_every=5, keep=1, log_every=3),
+    )
     file = folder / "tiny.py"
     file.write_text(EXPERIMENT.format(text=json.dumps(to_dict(cfg))))
-    return ["ablate", "--config", str(file), "--variants", "wide", "--seeds", "1", "--questions", "1000", "--test", "20"]
+    return [
+        "ablate",
+        "--config",
+        str(file),
+        "--variants",
+        "wide",
+        "--seeds",
+        "1",
+        "--questions",
+        "1000",
+        "--test",
+        "20",
+    ]
 
 
 def test_a_finished_run_is_not_repeated(tmp_path):
@@ -69,7 +103,10 @@ def test_a_finished_run_is_not_repeated(tmp_path):
 
 
 def test_experts_are_made_of_the_run_that_all_start_from(tmp_path):
-    dense, experts = tiny_config(), {name: tiny_config(moe={"copies": 2, "upcycle": name}) for name in ("preserve", "paper")}
+    dense, experts = (
+        tiny_config(),
+        {name: tiny_config(moe={"copies": 2, "upcycle": name}) for name in ("preserve", "paper")},
+    )
     model, init = random_model(dense, 0), str(tmp_path / "dense")
     run_directory(tmp_path / "dense", dense, model)
     assert job.start(dense, None, tmp_path) is None and job.start(dense, init, tmp_path) == init
@@ -78,26 +115,39 @@ def test_experts_are_made_of_the_run_that_all_start_from(tmp_path):
     expected, found = hidden(model), {}
     for name, cfg in experts.items():
         begin = job.start(cfg, init, tmp_path / name)
-        assert job.start(cfg, init, tmp_path / name) == begin == str(tmp_path / name / "start")  # made once
+        assert (
+            job.start(cfg, init, tmp_path / name) == begin == str(tmp_path / name / "start")
+        )  # made once
         assert job.start(cfg, begin, tmp_path) == begin  # has experts
-        found[name] = np.abs(hidden(load_trained(begin).model) - expected).max() / np.abs(expected).max()
+        found[name] = (
+            np.abs(hidden(load_trained(begin).model) - expected).max() / np.abs(expected).max()
+        )
     assert found["preserve"] <= 1e-5 and found["paper"] > 1e-2
 
 
 def test_a_run_that_began_elsewhere_does_not_go_on(tmp_path):
     run_directory(tmp_path / "dense", tiny_config(), random_model(tiny_config(), 0))
     results.save(tmp_path / "base" / "0" / "begun.json", {"init": None})
-    with pytest.raises(ValueError, match="base/0/begun.json: the run that was cut off here began elsewhere; give its --init"):
-        job.run(lambda _: tiny_config(), "base", 0, 1000, None, str(tmp_path / "dense"), tmp_path, False)
+    with pytest.raises(
+        ValueError,
+        match="base/0/begun.json: the run that was cut off here began elsewhere; give its --init",
+    ):
+        job.run(
+            lambda _: tiny_config(), "base", 0, 1000, None, str(tmp_path / "dense"), tmp_path, False
+        )
 
 
 def test_what_cannot_count_is_refused(tmp_path):
     experts = {"paper": {"upcycle": "paper"}, "one": {"top_k": 1}}
-    load = {"base": tiny_config()} | {name: tiny_config(moe={"copies": 2} | fields) for name, fields in experts.items()}
+    load = {"base": tiny_config()} | {
+        name: tiny_config(moe={"copies": 2} | fields) for name, fields in experts.items()
+    }
     run_directory(tmp_path, load["base"], random_model(load["base"], 0))
     for variant, init in (("base", None), ("one", None), ("paper", str(tmp_path))):
         job.check(load.get, variant, init)
-    with pytest.raises(ValueError, match="paper: moe.upcycle counts where .* give that run with --init"):
+    with pytest.raises(
+        ValueError, match="paper: moe.upcycle counts where .* give that run with --init"
+    ):
         job.check(load.get, "paper", None)
     with pytest.raises(ValueError, match="moe.upcycle=preserve needs moe.top_k = moe.slices"):
         job.check(load.get, "one", str(tmp_path))
@@ -109,30 +159,44 @@ def test_what_cannot_count_is_refused(tmp_path):
 def test_all_start_from_one_run(command, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[2]))
     config = command[command.index("--config") + 1]
-    assert cli.main(["train", "--config", f"{config}:base", "--workdir", str(tmp_path / "dense")]) == 0
+    assert (
+        cli.main(["train", "--config", f"{config}:base", "--workdir", str(tmp_path / "dense")]) == 0
+    )
     found = {}
-    for out, words in (("new", ["--variants", "wide"]), ("on", ["--variants", "preserve,paper", "--init", str(tmp_path / "dense")])):
+    for out, words in (
+        ("new", ["--variants", "wide"]),
+        ("on", ["--variants", "preserve,paper", "--init", str(tmp_path / "dense")]),
+    ):
         assert cli.main([*command, *words, "--questions", "200", "--out", str(tmp_path / out)]) == 0
         found[out] = results.load(tmp_path / out / "results.json")
     assert [run["variant"] for run in found["on"]["runs"]] == ["base", "preserve", "paper"]
     assert found["on"]["settings"].keys() - found["new"]["settings"].keys() == {"init"}
-    (first, *_), others = ([next(iter(run["readings"].values()))["loss"] for run in found[out]["runs"]] for out in ("new", "on"))
+    (first, *_), others = (
+        [next(iter(run["readings"].values()))["loss"] for run in found[out]["runs"]]
+        for out in ("new", "on")
+    )
     assert max(others) < first and not (tmp_path / "on" / "paper" / "0" / "start").exists()
-    assert cli.main([*command, "--questions", "200", "--out", str(tmp_path / "on")]) == 1  # its base began elsewhere
+    assert (
+        cli.main([*command, "--questions", "200", "--out", str(tmp_path / "on")]) == 1
+    )  # its base began elsewhere
 
 
 @pytest.mark.slow
 @needs_asset("easy-vqa")
 @needs_asset("openmoji")
 def test_a_killed_ablation_goes_on(command, tmp_path, monkeypatch):
-    """Killed while it trains and while it is read; the results are those of runs that were not cut off."""
+    """Killed while it trains and while it is read; the results are those of runs that were not cut
+    off.
+    """
     monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[2]))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert cli.main([*command, "--out", str(whole)]) == 0
     trains = lambda: max(steps(cut / "base" / "0"), default=0) >= 10
     answers = lambda: len(list((cut / "wide" / "0" / "evals").glob("*.jsonl"))) >= 2
     for reached in (trains, answers):
-        process = subprocess.Popen([sys.executable, "-m", "evlm_jax", *command, "--out", str(cut)], start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "evlm_jax", *command, "--out", str(cut)], start_new_session=True
+        )
         deadline = time.monotonic() + 600
         while not reached():
             assert process.poll() is None and time.monotonic() < deadline
@@ -142,13 +206,20 @@ def test_a_killed_ablation_goes_on(command, tmp_path, monkeypatch):
     assert not (cut / "results.json").exists()
     assert cli.main([*command, "--out", str(cut)]) == 0
     a, b = (results.load(folder / "results.json") for folder in (whole, cut))
-    assert [run["variant"] for run in a["runs"]] == ["base", "wide"] and a["settings"] == b["settings"]
+    assert [run["variant"] for run in a["runs"]] == ["base", "wide"] and a["settings"] == b[
+        "settings"
+    ]
     for one, other in zip(a["runs"], b["runs"], strict=True):
-        assert one["budgets"] == other["budgets"] and len(one["readings"]) == 1 + (one["variant"] == "wide")
+        assert one["budgets"] == other["budgets"] and len(one["readings"]) == 1 + (
+            one["variant"] == "wide"
+        )
         for step, reading in one["readings"].items():
             for name in ("measured", "loss", "weights_sha256"):
                 assert reading[name] == other["readings"][step][name], (one["variant"], step, name)
-    assert not (cut / "base" / "0" / "steps").exists() and "Ablations" in (cut / "report.html").read_text()
+    assert (
+        not (cut / "base" / "0" / "steps").exists()
+        and "Ablations" in (cut / "report.html").read_text()
+    )
     before = (cut / "base" / "0" / "result.json").stat().st_mtime_ns
     assert cli.main([*command, "--out", str(cut)]) == 0
     assert (cut / "base" / "0" / "result.json").stat().st_mtime_ns == before

@@ -36,7 +36,10 @@ print(len(os.sched_getaffinity(0)), *os.sched_getaffinity(0), os.environ["CUDA_V
 
 def test_a_failure_is_told_and_the_others_run(tmp_path):
     said, cores = [], sorted(os.sched_getaffinity(0))
-    runs = [python("bad", tmp_path, "raise ValueError('why')"), *(python(name, tmp_path, "print(1)") for name in "ab")]
+    runs = [
+        python("bad", tmp_path, "raise ValueError('why')"),
+        *(python(name, tmp_path, "print(1)") for name in "ab"),
+    ]
     assert run_all(runs, slots(1, cores, []), said.append) == ["bad"]
     assert any("why" in line for line in said) and (tmp_path / "b.txt").read_text() == "1\n"
 
@@ -44,11 +47,15 @@ def test_a_failure_is_told_and_the_others_run(tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_outlives_its_parent(tmp_path, how):
     core, log = min(os.sched_getaffinity(0)), tmp_path / "a.txt"
-    sleeps = f"import os, time; from evlm_jax.ablate import slots; slots.bind([{core}]); print(os.getpid(), flush=True); time.sleep(600)"
+    sleeps = (
+        f"import os, time; from evlm_jax.ablate import slots; slots.bind([{core}]);"
+        " print(os.getpid(), flush=True); time.sleep(600)"
+    )
     code = f"""
 from pathlib import Path
 from evlm_jax.ablate.slots import Run, Slot, run_all
-run_all([Run("a", [{sys.executable!r}, "-c", {sleeps!r}], Path({str(log)!r}))], [Slot(({core},), None)])
+run = Run("a", [{sys.executable!r}, "-c", {sleeps!r}], Path({str(log)!r}))
+run_all([run], [Slot(({core},), None)])
 """
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
     wait(lambda: log.exists() and log.read_text())

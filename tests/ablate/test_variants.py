@@ -28,7 +28,10 @@ def test_changes_at_most_three_fields_and_builds(variant):
     assert (batch.taps is None) == (not cfg.data.cache_features)
 
 
-@pytest.mark.parametrize("variant", ["base", "every-4", "moe-top-8", "fused", "flamingo", "llava", "text-only", "vit-upper-half"])
+@pytest.mark.parametrize(
+    "variant",
+    ["base", "every-4", "moe-top-8", "fused", "flamingo", "llava", "text-only", "vit-upper-half"],
+)
 def test_runs(variant):
     """Shapes only, of every kind of model there is among them."""
     cfg = config(variant)

@@ -37,13 +37,18 @@ TOKENIZER = ByteTokenizer()
 
 def config(**data):
     """The tiny config, one pool, wide enough for bytes."""
-    data = dict(length=256, targets=128, images=8, pairs=64, weights=(1.0,), sources=("made",)) | data
+    data = (
+        dict(length=256, targets=128, images=8, pairs=64, weights=(1.0,), sources=("made",)) | data
+    )
     return tiny_config(data=data, train=dict(batch=data.get("pool", 1)))
 
 
 def refs(*frames):
     """Visuals with these numbers of frames."""
-    return tuple(tuple(ImageRef(f"{i}.png", float(j) if n > 1 else None) for j in range(n)) for i, n in enumerate(frames))
+    return tuple(
+        tuple(ImageRef(f"{i}.png", float(j) if n > 1 else None) for j in range(n))
+        for i, n in enumerate(frames)
+    )
 
 
 words = st.text("ab ", max_size=6)  # a small alphabet: long common prefixes
@@ -51,7 +56,9 @@ words = st.text("ab ", max_size=6)  # a small alphabet: long common prefixes
 
 @st.composite
 def samples(draw, most_visuals=3, most_dialogs=5):
-    """Samples with images, videos or neither, and one or more dialogs of one or two rounds; markers anywhere in the user's text."""
+    """Samples with images, videos or neither, and one or more dialogs of one or two rounds; markers
+    anywhere in the user's text.
+    """
     frames = draw(st.lists(st.integers(1, 3), max_size=most_visuals))
     dialogs = []
     for _ in range(draw(st.integers(1, most_dialogs))):
@@ -59,7 +66,9 @@ def samples(draw, most_visuals=3, most_dialogs=5):
         spots = sorted(draw(st.sampled_from(range(0, len(texts), 2))) for _ in frames)
         for spot in spots:
             texts[spot] += "<image>" + draw(words)
-        dialogs.append(tuple(Turn("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)))
+        dialogs.append(
+            tuple(Turn("assistant" if i % 2 else "user", text) for i, text in enumerate(texts))
+        )
     return Sample("key", "made", refs(*frames), tuple(dialogs))
 
 
@@ -67,7 +76,9 @@ def write_images(folder, count, size=8):
     """count PNG files, each of one colour that tells its number."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        Image.fromarray(np.full((size, size, 3), (i, 255 - i, 7), np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray(np.full((size, size, 3), (i, 255 - i, 7), np.uint8)).save(
+            folder / f"{i}.png"
+        )
 
 
 def write_jsonl(path, rows):
@@ -98,7 +109,15 @@ def write_tar(path, numbers, **more):
     """Samples with a picture, text and json, in a tar of webdataset's."""
     with webdataset.TarWriter(str(path)) as writer:
         for i in numbers:
-            writer.write({"__key__": f"{i:05d}", "png": png(i), "txt": f"picture {i}", "json": {"similarity": i / 10}, **more})
+            writer.write(
+                {
+                    "__key__": f"{i:05d}",
+                    "png": png(i),
+                    "txt": f"picture {i}",
+                    "json": {"similarity": i / 10},
+                    **more,
+                }
+            )
     return str(path)
 
 

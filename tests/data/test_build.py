@@ -1,4 +1,6 @@
-"""`evlm data build`: what comes out is what went in, less what was dropped, whatever the number of processes and kills."""
+"""`evlm data build`: what comes out is what went in, less what was dropped, whatever the number of
+processes and kills.
+"""
 
 import io
 import json
@@ -24,17 +26,28 @@ CONFIG = config()
 
 @pytest.fixture
 def source(tmp_path):
-    """Captions of 40 pictures of noise: one damaged, one not there; captions that rules object to; rows that are no samples."""
+    """Captions of 40 pictures of noise: one damaged, one not there; captions that rules object to;
+    rows that are no samples.
+    """
     folder = tmp_path / "pictures"
     folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(40):
         side = (20, 90)[i % 2]
-        Image.fromarray(rng.integers(0, 255, (side, side + 10, 3), np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray(rng.integers(0, 255, (side, side + 10, 3), np.uint8)).save(
+            folder / f"{i}.png"
+        )
     (folder / "3.png").write_bytes(png(3)[:50])
     (folder / "4.png").unlink()
     texts = ["a dog and its ball", "12345", "see https://a.b/c now please"]
-    rows = [{"id": f"r{i}", "image": f"pictures/{i}.png", "conversations": turns(texts[(i % 10 > 7) * (1 + i % 2)])} for i in range(40)]
+    rows = [
+        {
+            "id": f"r{i}",
+            "image": f"pictures/{i}.png",
+            "conversations": turns(texts[(i % 10 > 7) * (1 + i % 2)]),
+        }
+        for i in range(40)
+    ]
     rows[10], rows[20] = {"id": "bad"}, {"id": "worse", "conversations": [{}]}
     return f"llava:{write_json(tmp_path / 'rows.json', rows)}"
 
@@ -51,7 +64,11 @@ def job(source, out, **changes):
 @pytest.mark.parametrize("container", ["tar", "array_record"])
 def test_what_comes_out_is_what_went_in(source, tmp_path, container):
     outcome = build(job(source, tmp_path / "out", container=container), workers=1)
-    assert (outcome.seen, outcome.written, dict(outcome.dropped)) == (40, 36, {"bad row": 2, "unreadable image": 2})
+    assert (outcome.seen, outcome.written, dict(outcome.dropped)) == (
+        40,
+        36,
+        {"bad row": 2, "unreadable image": 2},
+    )
     assert "r3" in outcome.examples["unreadable image"] and "bad" in outcome.examples["bad row"]
     before, after = open_source(source), open_source(f"built:{tmp_path / 'out'}")
     assert len(after) == 36
@@ -73,7 +90,9 @@ def test_receipts_sum_under_rules(source, tmp_path):
     assert outcome.seen == 40 == outcome.written + outcome.dropped.total()
     rules = outcome.rules
     assert rules.seen["caption"] == rules.kept["caption"] + rules.dropped["caption"].total() == 38
-    assert set(rules.dropped["caption"]) >= {"damaged", "letters", "links"} and rules.dropped["row"] == {"bad row": 2}
+    assert set(rules.dropped["caption"]) >= {"damaged", "letters", "links"} and rules.dropped[
+        "row"
+    ] == {"bad row": 2}
     assert "sample: 40 seen" in (tmp_path / "out" / "receipt.txt").read_text()
     assert (
         json.loads((tmp_path / "out" / "receipt.json").read_text())["written"]
@@ -83,10 +102,13 @@ def test_receipts_sum_under_rules(source, tmp_path):
 
 
 def test_the_receipt_of_real_pictures_and_junk_sums_exactly(tmp_path):
-    """Drawings of OpenMoji and of easy-VQA with good captions, and as many files of each kind of junk as the receipt must say."""
+    """Drawings of OpenMoji and of easy-VQA with good captions, and as many files of each kind of
+    junk as the receipt must say.
+    """
     try:
         drawings = (
-            sorted(assets.path("openmoji").glob("*.png"))[:40] + sorted((assets.path("easy-vqa") / "train" / "images").glob("*.png"))[:40]
+            sorted(assets.path("openmoji").glob("*.png"))[:40]
+            + sorted((assets.path("easy-vqa") / "train" / "images").glob("*.png"))[:40]
         )
     except assets.AssetError as error:
         pytest.skip(str(error))
@@ -126,7 +148,12 @@ def test_the_receipt_of_real_pictures_and_junk_sums_exactly(tmp_path):
     assert dict(outcome.rules.dropped["caption"]) == expected
     total = len(drawings) + sum(expected.values())
     assert outcome.seen == outcome.rules.seen["caption"] == total
-    assert outcome.written == outcome.rules.kept["caption"] == len(drawings) == len(open_source(f"built:{tmp_path / 'out'}"))
+    assert (
+        outcome.written
+        == outcome.rules.kept["caption"]
+        == len(drawings)
+        == len(open_source(f"built:{tmp_path / 'out'}"))
+    )
     assert dict(outcome.dropped) == {"cleaned away": sum(expected.values())}
 
 
@@ -137,7 +164,10 @@ def contents(folder):
 def test_videos_several_dialogs_and_text_alone(tmp_path):
     clip = tmp_path / "a.png"
     clip.write_bytes(png(9))
-    rows = [{"id": "t", "conversations": turns("x")[1:]}, {"id": "two", "image": ["a.png", "a.png"], "conversations": turns("y")}]
+    rows = [
+        {"id": "t", "conversations": turns("x")[1:]},
+        {"id": "two", "image": ["a.png", "a.png"], "conversations": turns("y")},
+    ]
     rows[1]["conversations"][0]["value"] = "<image><image>same?"
     source = f"llava:{write_json(tmp_path / 'rows.json', rows)}"
     build(job(source, tmp_path / "out"), workers=1)
@@ -168,7 +198,13 @@ def test_a_build_over_a_source_that_changed_is_refused(source, tmp_path):
     rows = json.loads((tmp_path / "rows.json").read_text())
     for changed in (rows[::-1], rows[:-1], [*rows, rows[0]]):
         write_json(tmp_path / "rows.json", changed)
-        with pytest.raises(ValueError, match="begun with another state of the source .build.json.: give a new --out, or delete it"):
+        with pytest.raises(
+            ValueError,
+            match=(
+                "begun with another state of the source .build.json.: give a new --out, or"
+                " delete it"
+            ),
+        ):
             build(job(source, tmp_path / "out"), workers=1)
     facts = json.loads((tmp_path / "out/build.json").read_text())
     del facts["state of the source"]  # as former versions wrote it
@@ -178,7 +214,9 @@ def test_a_build_over_a_source_that_changed_is_refused(source, tmp_path):
 
 
 def test_the_state_of_a_source(tmp_path):
-    """Another one when a caption, a picture, a file of rows or what is kept of them changes; the same one otherwise."""
+    """Another one when a caption, a picture, a file of rows or what is kept of them changes; the
+    same one otherwise.
+    """
     name = f"folder:{tmp_path}/pictures"
     write_images(tmp_path / "pictures", 2)
     for number in range(2):
@@ -198,15 +236,22 @@ def test_the_state_of_a_source(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_build_goes_on(tmp_path):
-    """Killed six times while it runs, the folder is that of an undisturbed build; two processes then, one at the end."""
+    """Killed six times while it runs, the folder is that of an undisturbed build; two processes
+    then, one at the end.
+    """
     (tmp_path / "large").mkdir()
     rng = np.random.default_rng(0)
     for i in range(100):
-        Image.fromarray(rng.integers(0, 255, (600, 600, 3), np.uint8)).save(tmp_path / "large" / f"{i}.png", compress_level=1)
+        Image.fromarray(rng.integers(0, 255, (600, 600, 3), np.uint8)).save(
+            tmp_path / "large" / f"{i}.png", compress_level=1
+        )
         (tmp_path / "large" / f"{i}.txt").write_text(f"picture {i}")
     source, killed = f"folder:{tmp_path / 'large'}", tmp_path / "killed"
     made = lambda out: job(source, out, side=500, size=1)
-    script = f"from tests.data.test_build import *\nbuild(job({source!r}, {str(killed)!r}, side=500, size=1), workers=2)"
+    script = (
+        f"from tests.data.test_build import *\nbuild(job({source!r}, {str(killed)!r}, side=500,"
+        " size=1), workers=2)"
+    )
     finished = lambda: len(list((killed / "receipts").glob("*.txt")))
     counts = []
     for pause in (0, 0.01, 0.02, 0.03, 0.04, 0.05):

@@ -1,4 +1,6 @@
-"""Rows and the bytes behind references, in containers that the reference writers made; local and through fsspec."""
+"""Rows and the bytes behind references, in containers that the reference writers made; local and
+through fsspec.
+"""
 
 import json
 import os
@@ -39,18 +41,25 @@ def test_indices_of_large_files_are_kept_until_the_file_changes(tmp_path, monkey
 
 
 def write_parquet(path):
-    """Columns of all kinds, pictures as in the Image feature of Hugging Face datasets, row groups of 3."""
+    """Columns of all kinds, pictures as in the Image feature of Hugging Face datasets, row groups
+    of 3.
+    """
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     picture = lambda i: {"bytes": png(i), "path": f"{i}.png"}
     columns = {
         "key": pa.array([f"k{i}" for i in range(8)]),
         "jpg": pa.array([png(i) for i in range(8)], pa.binary()),
         "image": pa.array([picture(10 + i) for i in range(8)], image),
-        "images": pa.array([[picture(20 + i + j) for j in range(i % 3)] for i in range(8)], pa.list_(image)),
+        "images": pa.array(
+            [[picture(20 + i + j) for j in range(i % 3)] for i in range(8)], pa.list_(image)
+        ),
         "odd/name::of%it": pa.array([png(30 + i) for i in range(8)], pa.binary()),
         "bare": pa.array([[png(40 + i)] * (i % 2) for i in range(8)], pa.list_(pa.binary())),
         "boxes": pa.array([[[0.5 * i, 1.0]] for i in range(8)], pa.list_(pa.list_(pa.float64()))),
-        "qa": pa.array([[{"q": f"q{i}", "a": None}] for i in range(8)], pa.list_(pa.struct([("q", pa.string()), ("a", pa.string())]))),
+        "qa": pa.array(
+            [[{"q": f"q{i}", "a": None}] for i in range(8)],
+            pa.list_(pa.struct([("q", pa.string()), ("a", pa.string())])),
+        ),
     }
     pq.write_table(pa.table(columns), path, row_group_size=3)
     return str(path)
@@ -59,7 +68,9 @@ def write_parquet(path):
 def test_ranges_are_whole_where_the_system_reads_less_at_once(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(bytes(range(100)))
     pread = os.pread
-    monkeypatch.setattr(files.os, "pread", lambda file, size, start: pread(file, min(size, 7), start))  # as Linux does at 2 GiB
+    monkeypatch.setattr(
+        files.os, "pread", lambda file, size, start: pread(file, min(size, 7), start)
+    )  # as Linux does at 2 GiB
     assert files.read_range(str(tmp_path / "a"), 3, 50) == bytes(range(3, 53))
     assert files.read_range(str(tmp_path / "a"), 3, 0) == b""
     with pytest.raises(ValueError, match="the file ends before byte 101"):
@@ -86,18 +97,26 @@ def test_parquet_rows(tmp_path):
         for name in ("key", "boxes", "qa"):
             assert row[name] == expected[i][name]
         assert row["image"]["path"] == expected[i]["image"]["path"]
-        assert [shows(row[name]) for name in ("jpg", "odd/name::of%it")] == [i, 30 + i] and shows(row["image"]["bytes"]) == 10 + i
+        assert [shows(row[name]) for name in ("jpg", "odd/name::of%it")] == [i, 30 + i] and shows(
+            row["image"]["bytes"]
+        ) == 10 + i
         assert [shows(ref) for ref in row["bare"]] == [40 + i] * (i % 2)
-        assert [shows(image["bytes"]) for image in row["images"]] == [20 + i + j for j in range(i % 3)]
+        assert [shows(image["bytes"]) for image in row["images"]] == [
+            20 + i + j for j in range(i % 3)
+        ]
 
 
 def test_pictures_are_not_read_with_their_rows(tmp_path, monkeypatch):
     found = rows.open_rows(write_parquet(tmp_path / "a.parquet"))
     read = []
     original = pq.ParquetFile.read_row_group
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda *a, **k: read.append(a[1:]) or original(*a, **k))
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_group", lambda *a, **k: read.append(a[1:]) or original(*a, **k)
+    )
     row = found[4]
-    assert [group for group, _ in read] == [1] and not [name for name in read[0][1] if "bytes" in name or name == "jpg"]
+    assert [group for group, _ in read] == [1] and not [
+        name for name in read[0][1] if "bytes" in name or name == "jpg"
+    ]
     assert shows(row["jpg"]) == 4 and read[1] == (1, ["jpg"])
 
 
@@ -112,7 +131,8 @@ def test_empty_cells_and_broken_parquet(tmp_path):
         rows.open_rows(str(tmp_path / "b.parquet"))
 
 
-# What tensorflow.org's guide to TFRecord prints for feature0 = 0, feature1 = 4, feature2 = b"goat", feature3 = 0.9876.
+# What tensorflow.org's guide to TFRecord prints for feature0 = 0, feature1 = 4, feature2 = b"goat",
+# feature3 = 0.9876.
 EXAMPLE = (
     b"\nR\n\x14\n\x08feature3\x12\x08\x12\x06\n\x04[\xd3|?\n\x14\n\x08feature2\x12\x08\n\x06\n\x04goat"
     b"\n\x11\n\x08feature0\x12\x05\x1a\x03\n\x01\x00\n\x11\n\x08feature1\x12\x05\x1a\x03\n\x01\x04"
@@ -135,7 +155,12 @@ def test_array_records(tmp_path):
     found = rows.open_rows(path)
     assert len(found) == 5 and found[0] == {"id": "j"}
     assert (found[1]["key"], found[1]["n"], shows(found[1]["jpg"])) == ("m", [1, 2], 3)
-    assert found[2] == {"feature0": 0, "feature1": 4, "feature2": "goat", "feature3": pytest.approx(0.9876)}
+    assert found[2] == {
+        "feature0": 0,
+        "feature1": 4,
+        "feature2": "goat",
+        "feature3": pytest.approx(0.9876),
+    }
     for i in (3, 4):
         with pytest.raises(SampleError, match=f"a.array_record: row {i + 1}"):
             Source("s", found, dict, where=path)[i]
@@ -169,13 +194,21 @@ def test_remote_containers_read_the_same(tmp_path, store, monkeypatch):
     for name in ("a.tar", "a.parquet", "a.jsonl", "a.array_record"):
         local, far = rows.open_rows(str(tmp_path / name)), rows.open_rows(store(tmp_path / name))
         there = lambda value: json.loads(
-            json.dumps(value).replace("memory:///store", str(tmp_path)).replace("memory://store", str(tmp_path))
+            json.dumps(value)
+            .replace("memory:///store", str(tmp_path))
+            .replace("memory://store", str(tmp_path))
         )
         assert len(far) > 1 and [there(row) for row in far] == list(local)
     far = rows.open_rows("memory:///store/a.tar")
     assert [shows(row["png"]) for row in far] == [0, 1, 2, 3, 4]
-    assert [shows(row["jpg"]) for row in rows.open_rows("memory:///store/a.array_record")] == [0, 1, 2]
-    assert content_key(ImageRef(far[1]["png"])) == content_key(ImageRef(rows.open_rows(str(tmp_path / "a.tar"))[1]["png"]))
+    assert [shows(row["jpg"]) for row in rows.open_rows("memory:///store/a.array_record")] == [
+        0,
+        1,
+        2,
+    ]
+    assert content_key(ImageRef(far[1]["png"])) == content_key(
+        ImageRef(rows.open_rows(str(tmp_path / "a.tar"))[1]["png"])
+    )
     (tmp_path / "x.png").write_bytes(png(9))
     assert shows(store(tmp_path / "x.png")) == 9
     with pytest.raises(ImageError, match="memory:///store/none.png"):
@@ -188,10 +221,16 @@ def test_containers_below_a_folder(tmp_path, store):
     for name in ("00001.tar", "00000.tar", "00000.parquet", "00000_stats.json"):
         (tmp_path / name).write_bytes(b"x")
         store(tmp_path / name)
-    tars = [f"{tmp_path}/00000.tar", f"{tmp_path}/00001.tar"]  # img2dataset's table and statistics lie beside its tars
+    tars = [
+        f"{tmp_path}/00000.tar",
+        f"{tmp_path}/00001.tar",
+    ]  # img2dataset's table and statistics lie beside its tars
     assert rows.find(str(tmp_path)) == rows.find(f"{tmp_path}/*.tar") == tars
     assert rows.find(f"{tmp_path}/00000.parquet") == [f"{tmp_path}/00000.parquet"]
-    assert rows.find("memory:///store") == ["memory:///store/00000.tar", "memory:///store/00001.tar"]
+    assert rows.find("memory:///store") == [
+        "memory:///store/00000.tar",
+        "memory:///store/00001.tar",
+    ]
     for path in (f"{tmp_path}/nowhere", f"{tmp_path}/*.jsonl"):
         with pytest.raises(FileNotFoundError, match="nowhere|jsonl"):
             rows.find(path)

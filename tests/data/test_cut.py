@@ -31,7 +31,10 @@ def page(text, *frames):
 def pages(draw):
     """Documents of up to 200 letters with up to 8 images or short videos anywhere."""
     frames = draw(st.lists(st.sampled_from([1, 1, 1, 2, 3]), max_size=8))
-    texts = [draw(st.text("ab \n", max_size=draw(st.sampled_from([0, 5, 20, 90])))) for _ in range(len(frames) + 1)]
+    texts = [
+        draw(st.text("ab \n", max_size=draw(st.sampled_from([0, 5, 20, 90]))))
+        for _ in range(len(frames) + 1)
+    ]
     return page("<image>".join(texts), *frames)
 
 
@@ -47,7 +50,9 @@ def said(document):
 def runs(sample):
     """Frames of each run of neighbouring pictures."""
     visuals = iter(sample.visuals)
-    marks = [len(run) // len("<image>") for run in re.findall("(?:<image>)+", sample.dialogs[0][0].text)]
+    marks = [
+        len(run) // len("<image>") for run in re.findall("(?:<image>)+", sample.dialogs[0][0].text)
+    ]
     return [sum(len(next(visuals)) for _ in range(count)) for count in marks]
 
 
@@ -57,11 +62,17 @@ def runs(sample):
 def test_parts_hold_the_whole_document(template, sample):
     cfg = small(template=template)
     made = parts(encode_parts(sample, TOKENIZER, cfg))
-    whole = encode(sample, TOKENIZER, small(length=9999, targets=9999, images=99, pairs=9999, template=template))
+    whole = encode(
+        sample,
+        TOKENIZER,
+        small(length=9999, targets=9999, images=99, pairs=9999, template=template),
+    )
     if not len(whole.targets):
         return
     dropped = {len(part.refs) for part in made if len(part.targets) and unfit(part, cfg.data)}
-    assert dropped == {frames for frames in runs(sample) if frames > cfg.data.images}  # neighbours that are too many for any row
+    assert dropped == {
+        frames for frames in runs(sample) if frames > cfg.data.images
+    }  # neighbours that are too many for any row
     if all(len(part.targets) for part in made):
         assert sum((part.refs for part in made), ()) == sample.refs
         assert sum((said(part) for part in made), []) == said(whole)
@@ -73,35 +84,71 @@ def test_parts_hold_the_whole_document(template, sample):
 def test_a_document_that_fits_is_not_touched(sample):
     cfg = small(length=2000, targets=2000, images=40, pairs=400)
     document, plain = encode_parts(sample, TOKENIZER, cfg), encode(sample, TOKENIZER, cfg)
-    assert document.rest == () and document.key == "page" and document.tokens.tolist() == plain.tokens.tolist()
+    assert (
+        document.rest == ()
+        and document.key == "page"
+        and document.tokens.tolist() == plain.tokens.tolist()
+    )
 
 
 def test_parts_of_the_docstring():
-    """Cut in front of pictures; neighbouring pictures stay together; text sees the picture in front of it, as in the whole."""
+    """Cut in front of pictures; neighbouring pictures stay together; text sees the picture in front
+    of it, as in the whole.
+    """
     cfg = small(length=26, template="plain")
-    made = parts(encode_parts(page("<image>" + "a" * 18 + "<image><image>" + "c" * 18 + "<image>" + "d" * 3, 1, 1, 1, 1), TOKENIZER, cfg))
-    assert [part.key for part in made] == ["page[1/3]", "page[2/3]", "page[3/3]"] and {part.parts for part in made} == {3}
-    assert [bytes(t for t in said(part) if t < 256) for part in made] == [b"a" * 18, b"c" * 18, b"d" * 3]
-    assert [len(part.refs) for part in made] == [1, 2, 1] and made[1].refs == page("", 1, 1, 1, 1).refs[1:3]
-    assert set(zip(made[1].visible_start[4:].tolist(), made[1].visible_stop[4:].tolist())) == {(1, 2)}
+    made = parts(
+        encode_parts(
+            page(
+                "<image>" + "a" * 18 + "<image><image>" + "c" * 18 + "<image>" + "d" * 3, 1, 1, 1, 1
+            ),
+            TOKENIZER,
+            cfg,
+        )
+    )
+    assert [part.key for part in made] == ["page[1/3]", "page[2/3]", "page[3/3]"] and {
+        part.parts for part in made
+    } == {3}
+    assert [bytes(t for t in said(part) if t < 256) for part in made] == [
+        b"a" * 18,
+        b"c" * 18,
+        b"d" * 3,
+    ]
+    assert [len(part.refs) for part in made] == [1, 2, 1] and made[1].refs == page(
+        "", 1, 1, 1, 1
+    ).refs[1:3]
+    assert set(zip(made[1].visible_start[4:].tolist(), made[1].visible_stop[4:].tolist())) == {
+        (1, 2)
+    }
     assert (made[0].positions[0], made[1].positions[0]) == (0, 0)
 
 
 def test_a_text_longer_than_a_row_is_cut_at_lines_then_words_then_anywhere():
     cut = lambda text, length=20: [
-        bytes(t for t in said(part) if t < 256).decode() for part in parts(encode_parts(page(text), TOKENIZER, small(length=length)))
+        bytes(t for t in said(part) if t < 256).decode()
+        for part in parts(encode_parts(page(text), TOKENIZER, small(length=length)))
     ]
     assert cut("one two\nthree four\nfive six seven") == ["one two\nthree four\n", "five six seven"]
     assert cut("one two three four five six") == ["one two three four ", "five six"]
     assert cut("x" * 45) == ["x" * 20, "x" * 20, "x" * 5]
-    made = parts(encode_parts(page("<image>" + "y" * 30 + "<image>z", 1, 1), TOKENIZER, small(length=20)))
-    assert [len(part.refs) for part in made] == [1, 1] and [len(part.tokens) for part in made] == [19, 15]
+    made = parts(
+        encode_parts(page("<image>" + "y" * 30 + "<image>z", 1, 1), TOKENIZER, small(length=20))
+    )
+    assert [len(part.refs) for part in made] == [1, 1] and [len(part.tokens) for part in made] == [
+        19,
+        15,
+    ]
 
 
 def test_the_pair_budget_limits_text_behind_a_video():
     """Three frames are seen by every tile of 8: pairs for 3 media tiles and 5 of text."""
-    made = parts(encode_parts(page("<image>" + "a" * 60, 3), TOKENIZER, small(length=100, targets=99, pairs=18)))
-    assert [part.pairs for part in made] == [18, 0] and [bytes(said(part)).count(b"a") for part in made[:1]] == [40]
+    made = parts(
+        encode_parts(
+            page("<image>" + "a" * 60, 3), TOKENIZER, small(length=100, targets=99, pairs=18)
+        )
+    )
+    assert [part.pairs for part in made] == [18, 0] and [
+        bytes(said(part)).count(b"a") for part in made[:1]
+    ] == [40]
 
 
 def test_conversations_are_not_cut():
@@ -112,25 +159,37 @@ def test_conversations_are_not_cut():
 
 def test_too_many_neighbouring_pictures_are_dropped_by_name_and_the_rest_is_kept():
     cfg = small(images=2, pairs=8)
-    document = encode_parts(page("<image>abc" + "<image>" * 4 + "xyz<image>def", *[1] * 6), TOKENIZER, cfg)
+    document = encode_parts(
+        page("<image>abc" + "<image>" * 4 + "xyz<image>def", *[1] * 6), TOKENIZER, cfg
+    )
     packer = Packer([document], cfg.data)
     rows = []
     while row := pool([packer], cfg.data)[0]:
         rows += [found.key for _, found in row]
     assert rows == ["page[1/3]", "page[3/3]"]
-    assert [drop.message for drop in packer.drops] == ["too many images: 4 images > data.images 2, sample made/page[2/3]"]
+    assert [drop.message for drop in packer.drops] == [
+        "too many images: 4 images > data.images 2, sample made/page[2/3]"
+    ]
 
 
 @settings(max_examples=100, deadline=None)
-@given(made=st.lists(pages(), min_size=1, max_size=6), window=st.integers(1, 4), after=st.integers(0, 8))
+@given(
+    made=st.lists(pages(), min_size=1, max_size=6),
+    window=st.integers(1, 4),
+    after=st.integers(0, 8),
+)
 def test_a_restored_packer_goes_on_within_a_document(made, window, after):
     cfg = small(window=window)
-    documents = [encode_parts(sample, TOKENIZER, cfg)._replace(key=str(i)) for i, sample in enumerate(made)]
+    documents = [
+        encode_parts(sample, TOKENIZER, cfg)._replace(key=str(i)) for i, sample in enumerate(made)
+    ]
 
     def drain(packer):
         rows = []
         while row := pool([packer], cfg.data)[0]:
-            rows.append([(index, document.key, document.tokens.tolist()) for index, document in row])
+            rows.append(
+                [(index, document.key, document.tokens.tolist()) for index, document in row]
+            )
         return rows
 
     packer, other = Packer(documents, cfg.data), Packer(documents, cfg.data)
@@ -138,17 +197,28 @@ def test_a_restored_packer_goes_on_within_a_document(made, window, after):
     other.restore(json.loads(json.dumps(packer.state)))
     rest = drain(packer)
     assert rest == drain(other)
-    used = [(index, document.key) for row in before for index, document in row] + [(index, key) for row in rest for index, key, _ in row]
-    expected = [(i, part.key) for i, document in enumerate(documents) for part in parts(document) if unfit(part, cfg.data) is None]
+    used = [(index, document.key) for row in before for index, document in row] + [
+        (index, key) for row in rest for index, key, _ in row
+    ]
+    expected = [
+        (i, part.key)
+        for i, document in enumerate(documents)
+        for part in parts(document)
+        if unfit(part, cfg.data) is None
+    ]
     assert sorted(used) == sorted(expected)  # each part once
 
 
 def test_batches_count_the_parts(tmp_path):
     write_images(tmp_path / "images", 5)
-    info = [{"image_name": f"{i}.png", "matched_text_index": i, "matched_sim": 0.3} for i in range(5)]
+    info = [
+        {"image_name": f"{i}.png", "matched_text_index": i, "matched_sim": 0.3} for i in range(5)
+    ]
     row = {"url": "page", "text_list": ["a" * 30] * 5, "image_info": info}
     source = write_jsonl(tmp_path / "docs.jsonl", [row]).replace("llava:", "mmc4:")
-    data = dict(sources=(source,), weights=(1.0,), length=80, targets=80, images=4, pairs=40, window=4)
+    data = dict(
+        sources=(source,), weights=(1.0,), length=80, targets=80, images=4, pairs=40, window=4
+    )
     iterator = batches(tiny_config(data=data, train=dict(batch=1)), TOKENIZER)
     keys, cut = [], 0
     for _ in range(6):

@@ -21,7 +21,10 @@ RNG = np.random.default_rng(0)
 def smooth(width, height, channels=3):
     """A picture that survives lossy formats."""
     y, x = np.mgrid[:height, :width]
-    planes = [127 + 120 * np.sin((c + 1) * x / 17 + y / 23) * np.cos((c + 2) * y / 29) for c in range(channels)]
+    planes = [
+        127 + 120 * np.sin((c + 1) * x / 17 + y / 23) * np.cos((c + 2) * y / 29)
+        for c in range(channels)
+    ]
     return np.stack(planes, -1).astype(np.uint8)
 
 
@@ -58,14 +61,19 @@ def test_opaque_pictures_are_pillows(tmp_path, kind):
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("suffix, picture", [("png", RGBA), ("webp", RGBA), ("tif", RGBA), ("png", RGBA.convert("LA"))])
+@pytest.mark.parametrize(
+    "suffix, picture", [("png", RGBA), ("webp", RGBA), ("tif", RGBA), ("png", RGBA.convert("LA"))]
+)
 def test_transparency_over_white(tmp_path, suffix, picture):
     picture.save(tmp_path / f"a.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
     with Image.open(tmp_path / f"a.{suffix}") as plain:
         values = np.asarray(plain.convert("RGBA")).astype(float)
     alpha = values[..., 3:] / 255
     expected = values[..., :3] * alpha + 255 * (1 - alpha)
-    assert np.abs(np.asarray(decode(str(tmp_path / f"a.{suffix}"))).astype(float) - expected).max() <= 1
+    assert (
+        np.abs(np.asarray(decode(str(tmp_path / f"a.{suffix}"))).astype(float) - expected).max()
+        <= 1
+    )
 
 
 def test_a_transparent_colour_is_white(tmp_path):
@@ -95,7 +103,9 @@ def test_every_camera_orientation(tmp_path, orientation, scaled):
         upright = ImageOps.exif_transpose(plain).convert("RGB")
     found = decode(str(tmp_path / "a.jpg"), 80 if scaled else 0)
     assert found.size == tuple(side // (1 + scaled) for side in upright.size)
-    difference = np.asarray(found.resize((32, 32))).astype(int) - np.asarray(upright.resize((32, 32)))
+    difference = np.asarray(found.resize((32, 32))).astype(int) - np.asarray(
+        upright.resize((32, 32))
+    )
     assert np.abs(difference).max() <= (8 if scaled else 0)
 
 
@@ -128,8 +138,13 @@ def test_scaled_decoding_of_photographs_is_close(tmp_path, size, most, resize):
     """At 448 px nothing is decoded smaller."""
     for name in ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png"):
         with Image.open(assets.path("photos") / name) as photo:
-            photo.convert("RGB").resize((640, 480), Image.Resampling.LANCZOS).save(tmp_path / "a.jpg", quality=90)
-        full, fast = (load(ImageRef(str(tmp_path / "a.jpg")), size, resize, scaled=scaled).astype(int) for scaled in (False, True))
+            photo.convert("RGB").resize((640, 480), Image.Resampling.LANCZOS).save(
+                tmp_path / "a.jpg", quality=90
+            )
+        full, fast = (
+            load(ImageRef(str(tmp_path / "a.jpg")), size, resize, scaled=scaled).astype(int)
+            for scaled in (False, True)
+        )
         difference = np.abs(full - fast).mean()
         assert difference <= most, (name, difference)
 
@@ -137,7 +152,10 @@ def test_scaled_decoding_of_photographs_is_close(tmp_path, size, most, resize):
 def test_the_configuration_chooses_scaled_decoding(tmp_path):
     Image.fromarray(RNG.integers(0, 256, (64, 64, 3)).astype(np.uint8)).save(tmp_path / "a.jpg")
     ref = ImageRef(str(tmp_path / "a.jpg"))
-    found = {scaled: pixels([ref], tiny_config(data=dict(scaled_decoding=scaled)))[0] for scaled in (False, True)}
+    found = {
+        scaled: pixels([ref], tiny_config(data=dict(scaled_decoding=scaled)))[0]
+        for scaled in (False, True)
+    }
     np.testing.assert_array_equal(found[False], load(ref, 8, "squash"))
     np.testing.assert_array_equal(found[True], load(ref, 8, "squash", scaled=True))
     assert (found[False] != found[True]).any()
@@ -153,7 +171,9 @@ def png_of(width, height):
     return bytes(data)
 
 
-@pytest.mark.parametrize("size", [(12000, 12000), (1 << 20, 1 << 10), (2**31 - 1, 2**31 - 1), (1 << 27, 2), (0, 5)])
+@pytest.mark.parametrize(
+    "size", [(12000, 12000), (1 << 20, 1 << 10), (2**31 - 1, 2**31 - 1), (1 << 27, 2), (0, 5)]
+)
 def test_absurd_sizes_are_refused(tmp_path, size):
     (tmp_path / "bomb.png").write_bytes(png_of(*size))
     with pytest.raises(ImageError, match="bomb.png: cannot decode the image"):

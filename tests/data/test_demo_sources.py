@@ -1,4 +1,6 @@
-"""The demo's mixture, field by field: photographs, albums, signs, clips; and that every document of it fits its rows."""
+"""The demo's mixture, field by field: photographs, albums, signs, clips; and that every document of
+it fits its rows.
+"""
 
 import json
 
@@ -26,14 +28,20 @@ SIGNS = ["signs-en", pytest.param("signs-zh", marks=needs_asset("noto-cjk"))]
 def published(asset):
     """{path: caption} of the asset's files."""
     folder = assets.path(asset)
-    return {str(folder / file): caption for file, caption in json.loads((folder / "captions.json").read_text()).items()}
+    return {
+        str(folder / file): caption
+        for file, caption in json.loads((folder / "captions.json").read_text()).items()
+    }
 
 
 @needs_asset("photos")
 def test_photographs_are_trained_on_or_kept_for_evaluation():
     train, test = open_source("photos"), open_source("photos-test")
     paths = [[sample.refs[0].path for sample in source] for source in (train, test)]
-    assert sorted(paths[0] + paths[1]) == sorted(published("photos")) and (len(train), len(test)) == (12, 6)
+    assert sorted(paths[0] + paths[1]) == sorted(published("photos")) and (
+        len(train),
+        len(test),
+    ) == (12, 6)
     for sample in (*train, *test):
         answer = Turn("assistant", published("photos")[sample.refs[0].path])
         assert sample.dialogs == ((Turn("user", "<image>Describe this image."), answer),)
@@ -45,9 +53,15 @@ def test_albums_are_documents_of_two_to_four_photographs_in_front_of_their_capti
     kept = {sample.refs[0].path for sample in open_source("photos-test")}
     for sample in source:
         paths = [ref.path for ref in sample.refs]
-        assert sample.visuals == tuple((ImageRef(path),) for path in paths) and len(set(paths)) == len(paths) and not kept & set(paths)
+        assert (
+            sample.visuals == tuple((ImageRef(path),) for path in paths)
+            and len(set(paths)) == len(paths)
+            and not kept & set(paths)
+        )
         told = "".join(f" <image>{captions[path]}" for path in paths)
-        assert sample.dialogs == ((Turn("assistant", f"{COUNTED[len(paths)]} photographs.{told}"),),)
+        assert sample.dialogs == (
+            (Turn("assistant", f"{COUNTED[len(paths)]} photographs.{told}"),),
+        )
         assert sample.source == "albums"
     assert [len(sample.visuals) for sample in source] == [2, 3, 4] * 100
     assert [sample.key for sample in source] == [str(i) for i in range(300)]
@@ -66,7 +80,10 @@ def test_signs_are_few_large_pieces_of_emoji_names(name):
         read, *others = (answer.text for _, answer in sample.dialogs)
         lines = read.split("\n")
         assert len(others) == 3 and others[-1] == str(len(lines)) and len(read) <= 24 + len(lines)
-        assert all(any(line.replace(" ", "") in known.replace(" ", "") for known in names) for line in lines)
+        assert all(
+            any(line.replace(" ", "") in known.replace(" ", "") for known in names)
+            for line in lines
+        )
     for picture in image.decode_all(source[3].refs + source[4].refs):
         assert max(picture.size) == 160 and np.asarray(picture).std() > 10
 
@@ -76,8 +93,17 @@ def test_clips_are_videos_of_four_uniform_frames():
     captions = published("clips")
     for sample in open_source("clips"):
         times = [ref.frame for ref in sample.visuals[0]]
-        assert len(times) == 4 and np.allclose(np.diff(times), 2 * times[0]) and len({ref.path for ref in sample.refs}) == 1
-        assert sample.dialogs == ((Turn("user", "<image>Describe this video."), Turn("assistant", captions[sample.refs[0].path])),)
+        assert (
+            len(times) == 4
+            and np.allclose(np.diff(times), 2 * times[0])
+            and len({ref.path for ref in sample.refs}) == 1
+        )
+        assert sample.dialogs == (
+            (
+                Turn("user", "<image>Describe this video."),
+                Turn("assistant", captions[sample.refs[0].path]),
+            ),
+        )
 
 
 @needs_asset("smollm2-135m-instruct")
@@ -104,12 +130,18 @@ def test_every_document_of_the_demo_fits_a_row(name):
 @pytest.mark.parametrize("form", ["", "full"])
 def test_the_demos_rows_are_full_nothing_is_dropped_and_shares_are_kept(form):
     cfg = from_config_dict(demo.get_config(form))
-    lane = Lane(tasks([open_source(name) for name in cfg.data.sources], load_tokenizer(cfg.init.llm), cfg), cfg, 0)
+    lane = Lane(
+        tasks([open_source(name) for name in cfg.data.sources], load_tokenizer(cfg.init.llm), cfg),
+        cfg,
+        0,
+    )
     rows = [row for _ in range(200) for row in lane.rows()]
     documents = [document for row in rows for document in row]
     assert lane.drops() == []
     assert sum(len(document.tokens) for document in documents) > 0.96 * 200 * cfg.data.length
-    shares = np.array([sum(document.source == name for document in documents) for name in cfg.data.sources]) / len(documents)
+    shares = np.array(
+        [sum(document.source == name for document in documents) for name in cfg.data.sources]
+    ) / len(documents)
     np.testing.assert_allclose(shares, cfg.data.weights, atol=0.03)  # the packing window waits
     assert shares.min() > 0
 
@@ -117,4 +149,6 @@ def test_the_demos_rows_are_full_nothing_is_dropped_and_shares_are_kept(form):
 @needs_asset("photos")
 def test_photographs_are_asked_for_what_they_are():
     """As photographs are in training; not for the name of an emoji."""
-    assert {question.text for question in evals.find("photos").questions(None, None)} == {"Describe this image."}
+    assert {question.text for question in evals.find("photos").questions(None, None)} == {
+        "Describe this image."
+    }

@@ -19,13 +19,38 @@ def test_losses_of_a_packed_trie_equal_each_dialog_alone(tmp_path):
     write_images(tmp_path, 6, size=11)
     image = lambda *numbers: tuple(ImageRef(str(tmp_path / f"{i}.png")) for i in numbers)
     samples = [
-        Sample("a", "made", (image(0),), tuple(question(f"<image>is it {c}?", "yes" if c == "a" else "no") for c in "aba")),
-        Sample("b", "made", (image(1), image(2, 3, 4)), (question("x<image>y<image>z", "one"), question("<image><image>x", "two"))),
-        Sample("c", "made", (), ((Turn("user", "hi"), Turn("assistant", "ho"), Turn("user", "hi"), Turn("assistant", "hu")),)),
+        Sample(
+            "a",
+            "made",
+            (image(0),),
+            tuple(question(f"<image>is it {c}?", "yes" if c == "a" else "no") for c in "aba"),
+        ),
+        Sample(
+            "b",
+            "made",
+            (image(1), image(2, 3, 4)),
+            (question("x<image>y<image>z", "one"), question("<image><image>x", "two")),
+        ),
+        Sample(
+            "c",
+            "made",
+            (),
+            (
+                (
+                    Turn("user", "hi"),
+                    Turn("assistant", "ho"),
+                    Turn("user", "hi"),
+                    Turn("assistant", "hu"),
+                ),
+            ),
+        ),
     ]
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
     rng = np.random.default_rng(0)  # numbers everywhere, so that gates are open and pictures matter
-    model = nnx.merge(graphdef, jax.tree.map(lambda s: 0.2 * rng.standard_normal(s.shape).astype(np.float32), shapes))
+    model = nnx.merge(
+        graphdef,
+        jax.tree.map(lambda s: 0.2 * rng.standard_normal(s.shape).astype(np.float32), shapes),
+    )
     run = jax.jit(losses)
 
     def by_dialog(documents):

@@ -35,7 +35,9 @@ class Encoder:
     @staticmethod
     def of(images):
         mean = images.reshape(len(images), -1).mean(1) / 7
-        return np.sin(np.arange(np.prod(SHAPE)).reshape(SHAPE) + mean[:, None, None, None]).astype(np.float32)
+        return np.sin(np.arange(np.prod(SHAPE)).reshape(SHAPE) + mean[:, None, None, None]).astype(
+            np.float32
+        )
 
 
 @pytest.fixture
@@ -43,7 +45,9 @@ def refs(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "pictures").mkdir()
     for i in range(75):
-        Image.fromarray(rng.integers(1, 256, (8, 8, 3)).astype(np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+        Image.fromarray(rng.integers(1, 256, (8, 8, 3)).astype(np.uint8)).save(
+            tmp_path / "pictures" / f"{i}.png"
+        )
     return [ImageRef(str(tmp_path / "pictures" / f"{i}.png")) for i in range(75)]
 
 
@@ -65,11 +69,25 @@ def test_each_image_is_computed_once(tmp_path, refs):
     assert again.get([]).shape == (0, *SHAPE)
 
 
-@pytest.mark.parametrize("lost", ["nothing", "half a key", "key", "half a record", "records without keys", "keys without records"])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "nothing",
+        "half a key",
+        "key",
+        "half a record",
+        "records without keys",
+        "keys without records",
+    ],
+)
 def test_a_crash_loses_at_most_what_was_not_on_disk(tmp_path, refs, lost):
     store = FeatureStore(tmp_path / "store", Encoder(), CFG)
     store.fill(refs[:70], progress=False)
-    keys, taps, record = tmp_path / "store/keys.txt", tmp_path / "store/taps.bin", 2 * int(np.prod(SHAPE))
+    keys, taps, record = (
+        tmp_path / "store/keys.txt",
+        tmp_path / "store/taps.bin",
+        2 * int(np.prod(SHAPE)),
+    )
     lines, content = keys.read_text(), taps.read_bytes()
     assert len(content) == 70 * record
     cut = len(lines) // 70
@@ -94,7 +112,10 @@ def test_keys_follow_the_content(tmp_path, refs):
     store = FeatureStore(tmp_path / "store", encode, CFG)
     store.get(refs[:2])
     shutil.copy(refs[0].path, tmp_path / "copy.png")  # moved: known
-    assert np.array_equal(store.get([ImageRef(str(tmp_path / "copy.png"))]), store.get(refs[:1])) and encode.seen == 2
+    assert (
+        np.array_equal(store.get([ImageRef(str(tmp_path / "copy.png"))]), store.get(refs[:1]))
+        and encode.seen == 2
+    )
     Image.new("RGB", (8, 8), (3, 2, 1)).save(refs[0].path)  # changed: computed
     np.testing.assert_array_equal(store.get(refs[:1]), expected(refs[:1]))
     assert encode.seen == 3
@@ -124,15 +145,24 @@ def test_fingerprint_tells_towers_and_preprocessing_apart():
     base = fingerprint(CFG, weights)
     assert base == fingerprint(CFG, weights | {"llm/embed": np.zeros(3)})  # not the tower's
     assert base == fingerprint(tiny_config(data=dict(cache_features=True, seed=9)), weights)
-    others = [fingerprint(CFG, weights | {"vit/cls": np.arange(4.0) + 1e-9}), fingerprint(CFG, weights | {"vit/pos": np.ones(1)})]
-    others += [fingerprint(tiny_config(data=dict(resize="pad")), weights), fingerprint(tiny_config(vit=dict(taps=(1, 3, 4))), weights)]
+    others = [
+        fingerprint(CFG, weights | {"vit/cls": np.arange(4.0) + 1e-9}),
+        fingerprint(CFG, weights | {"vit/pos": np.ones(1)}),
+    ]
+    others += [
+        fingerprint(tiny_config(data=dict(resize="pad")), weights),
+        fingerprint(tiny_config(vit=dict(taps=(1, 3, 4))), weights),
+    ]
     assert len({base, *others}) == 5
 
 
 def test_missing_taps_of_a_batch_are_computed_together(tmp_path, refs):
     encode = Encoder()
     store = FeatureStore(tmp_path / "store", encode, CFG)
-    samples = [Sample(str(i), "made", ((ref,),), (question("<image>q", "a"),)) for i, ref in enumerate(refs[:20])]
+    samples = [
+        Sample(str(i), "made", ((ref,),), (question("<image>q", "a"),))
+        for i, ref in enumerate(refs[:20])
+    ]
     made = [encode_sample(sample, TOKENIZER, CFG) for sample in samples]
     loaded = list(load_pictures([made[:9], made[9:]], CFG, store))
     np.testing.assert_array_equal(np.concatenate(loaded), expected(refs[:20]))
@@ -143,7 +173,14 @@ def test_batches_carry_taps(tmp_path):
     write_images(tmp_path / "pictures", 6)
     for i in range(6):
         (tmp_path / "pictures" / f"{i}.txt").write_text(f"{i}")
-    cfg = tiny_config(data=dict(sources=(f"folder:{tmp_path / 'pictures'}",), weights=(1.0,), length=96, cache_features=True))
+    cfg = tiny_config(
+        data=dict(
+            sources=(f"folder:{tmp_path / 'pictures'}",),
+            weights=(1.0,),
+            length=96,
+            cache_features=True,
+        )
+    )
     store = FeatureStore(tmp_path / "store", Encoder(), cfg)
     iterator = batches(cfg, TOKENIZER, store)
     batch, info = next(iterator)

@@ -1,4 +1,6 @@
-"""Rows as others write them: read, or left out by name; a row decides neither what is learned unseen nor which file or host is asked."""
+"""Rows as others write them: read, or left out by name; a row decides neither what is learned
+unseen nor which file or host is asked.
+"""
 
 import io
 import json
@@ -18,7 +20,18 @@ from evlm_jax.data.pack import Packer
 from evlm_jax.data.pipeline import batches
 from evlm_jax.data.samples import RowError
 from evlm_jax.data.sources import open_source
-from tests.data.made import TOKENIZER, config, paths, png, row, said, shows, write_images, write_json, write_jsonl
+from tests.data.made import (
+    TOKENIZER,
+    config,
+    paths,
+    png,
+    row,
+    said,
+    shows,
+    write_images,
+    write_json,
+    write_jsonl,
+)
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 TURNS = pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))
@@ -40,18 +53,36 @@ def pack(path, members):
 
 
 def test_text_that_is_stored_as_bytes_is_decoded(tmp_path):
-    table = pa.table({"key": ["1"], "jpg": pa.array([png(1)]), "caption": pa.array(["ein rötes Quadrat".encode()])})
+    table = pa.table(
+        {
+            "key": ["1"],
+            "jpg": pa.array([png(1)]),
+            "caption": pa.array(["ein rötes Quadrat".encode()]),
+        }
+    )
     pq.write_table(table, tmp_path / "a.parquet")
-    assert said(open_source(f"img2dataset:{tmp_path}/a.parquet")[0]) == [[("assistant", "<image>ein rötes Quadrat")]]
-    pq.write_table(pa.table({"text": pa.array([b"word", b"\xff\xfe\x00", None])}), tmp_path / "b.parquet")
+    assert said(open_source(f"img2dataset:{tmp_path}/a.parquet")[0]) == [
+        [("assistant", "<image>ein rötes Quadrat")]
+    ]
+    pq.write_table(
+        pa.table({"text": pa.array([b"word", b"\xff\xfe\x00", None])}), tmp_path / "b.parquet"
+    )
     source = open_source(f"text:{tmp_path}/b.parquet")
     assert said(source[0]) == [[("assistant", "word")]]
     for number, message in ((1, "it is UTF-16"), (2, "'text' must be a text, it is null")):
         with pytest.raises(RowError, match=message):
             source[number]
     writer = ArrayRecordWriter(str(tmp_path / "a.array_record"), "group_size:1")
-    writer.write(msgpack.packb({"key": "1", "image": {"bytes": png(4)}, "conversations": json.dumps(talk(answer="b"))}))
-    writer.write(msgpack.packb({"key": "2", "images": [png(5), png(6)], "conversations": talk("<image><image>")}))
+    writer.write(
+        msgpack.packb(
+            {"key": "1", "image": {"bytes": png(4)}, "conversations": json.dumps(talk(answer="b"))}
+        )
+    )
+    writer.write(
+        msgpack.packb(
+            {"key": "2", "images": [png(5), png(6)], "conversations": talk("<image><image>")}
+        )
+    )
     writer.close()
     source = open_source(f"llava:{tmp_path}/a.array_record")
     assert said(source[0])[0][1] == ("assistant", "b")
@@ -73,16 +104,44 @@ WRONG = {
     "mmc4": [
         {"text_list": "ab", "image_info": []},
         {"text_list": [1], "image_info": []},
-        {"text_list": ["a"], "image_info": [{"image_name": 7, "matched_text_index": 0, "matched_sim": 0.1}]},
-        {"text_list": ["a"], "image_info": [{"image_name": "a", "matched_text_index": 0.5, "matched_sim": 0.1}]},
+        {
+            "text_list": ["a"],
+            "image_info": [{"image_name": 7, "matched_text_index": 0, "matched_sim": 0.1}],
+        },
+        {
+            "text_list": ["a"],
+            "image_info": [{"image_name": "a", "matched_text_index": 0.5, "matched_sim": 0.1}],
+        },
     ],
-    "img2dataset": [{"jpg": 7, "caption": "x"}, {"jpg": "a.jpg", "caption": 7}, {"jpg": "a.jpg", "caption": " "}],
-    "grit": [{"key": "k", "caption": 5, "ref_exps": []}, {"key": "k", "caption": "x", "ref_exps": "[[]]"}],
-    "synthdog": [{"file_name": 5, "ground_truth": '{"gt_parse": {"text_sequence": "x"}}'}, {"file_name": "a.png", "ground_truth": 5}]
+    "img2dataset": [
+        {"jpg": 7, "caption": "x"},
+        {"jpg": "a.jpg", "caption": 7},
+        {"jpg": "a.jpg", "caption": " "},
+    ],
+    "grit": [
+        {"key": "k", "caption": 5, "ref_exps": []},
+        {"key": "k", "caption": "x", "ref_exps": "[[]]"},
+    ],
+    "synthdog": [
+        {"file_name": 5, "ground_truth": '{"gt_parse": {"text_sequence": "x"}}'},
+        {"file_name": "a.png", "ground_truth": 5},
+    ]
     + [{"file_name": "a.png", "ground_truth": '{"gt_parse": {"text_sequence": [1]}}'}],
     "text": [{"text": ["a"]}, {"text": 1.5}, {"text": True}, 7],
-    "built": [{"json": {"key": "k", "visuals": [["x"]], "dialogs": [[["user", "<image>q"]]], "scores": []}, "x": "/etc/passwd"}],
-    "detected": [{"image": "a.png", "width": 9, "height": 9, "boxes": [{"box": [0, 0, 5, 5], "text": 7}]}],
+    "built": [
+        {
+            "json": {
+                "key": "k",
+                "visuals": [["x"]],
+                "dialogs": [[["user", "<image>q"]]],
+                "scores": [],
+            },
+            "x": "/etc/passwd",
+        }
+    ],
+    "detected": [
+        {"image": "a.png", "width": 9, "height": 9, "boxes": [{"box": [0, 0, 5, 5], "text": 7}]}
+    ],
 }
 
 
@@ -97,18 +156,30 @@ def test_a_value_of_another_type_is_a_bad_row(tmp_path, kind):
 
 def test_odd_entries_of_a_whole_file_are_bad_rows(tmp_path):
     """One is counted, where the file is of another format it is refused at once."""
-    charts = [{"imgname": "a.png", "query": "q", "label": label} for label in ("3", 4, None, ["x"])] + [5]
+    charts = [
+        {"imgname": "a.png", "query": "q", "label": label} for label in ("3", 4, None, ["x"])
+    ] + [5]
     source = open_source(f"chartqa:{write_json(tmp_path / 'charts.json', charts)}")
-    assert said(source[0]) == [[("user", "<image>q"), ("assistant", answer)] for answer in ("3", "4")]
+    assert said(source[0]) == [
+        [("user", "<image>q"), ("assistant", answer)] for answer in ("3", "4")
+    ]
     assert source.dialog_counts() == [2, 1, 1, 1]
-    for number, message in enumerate(("entry 3: .*it is null", "entry 4: .*it is list", "entry 5: TypeError"), 1):
+    for number, message in enumerate(
+        ("entry 3: .*it is null", "entry 4: .*it is list", "entry 5: TypeError"), 1
+    ):
         with pytest.raises(RowError, match=message):
             source[number]
     with pytest.raises(ValueError, match="charts.json: entry 1: KeyError: 'imgname'"):
         open_source(f"chartqa:{write_json(tmp_path / 'charts.json', [{'image': 1}])}")
     images = [{"id": 1, "file_name": "1.jpg"}, {"id": 2}]
-    annotations = [{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": None}, {"image_id": 2, "caption": "b"}]
-    file = write_json(tmp_path / "annotations/captions_x.json", {"images": images, "annotations": annotations})
+    annotations = [
+        {"image_id": 1, "caption": "a"},
+        {"image_id": 1, "caption": None},
+        {"image_id": 2, "caption": "b"},
+    ]
+    file = write_json(
+        tmp_path / "annotations/captions_x.json", {"images": images, "annotations": annotations}
+    )
     source = open_source(f"coco-captions:{file}")
     assert len(source) == 3 and said(source[0])[0][1] == ("assistant", "a")
     for number, message in ((1, "annotation 2: .*null"), (2, "image 2: KeyError: 'file_name'")):
@@ -117,46 +188,94 @@ def test_odd_entries_of_a_whole_file_are_bad_rows(tmp_path):
 
 
 def test_cells_without_a_picture(tmp_path):
-    """As lmms-lab/LLaVA-OneVision-Data and others have them; binary columns of every kind that arrow knows."""
+    """As lmms-lab/LLaVA-OneVision-Data and others have them; binary columns of every kind that
+    arrow knows.
+    """
     (tmp_path / "there.png").write_bytes(png(9))
-    struct = [{"bytes": png(1), "path": "x.png"}, None, {"bytes": None, "path": None}, {"bytes": None, "path": "there.png"}]
-    columns = {"struct": pa.array(struct, IMAGE), "list": pa.array([[struct[0], None], [], None, [struct[3]]], pa.list_(IMAGE))}
-    for kind in (pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())):
+    struct = [
+        {"bytes": png(1), "path": "x.png"},
+        None,
+        {"bytes": None, "path": None},
+        {"bytes": None, "path": "there.png"},
+    ]
+    columns = {
+        "struct": pa.array(struct, IMAGE),
+        "list": pa.array([[struct[0], None], [], None, [struct[3]]], pa.list_(IMAGE)),
+    }
+    for kind in (
+        pa.binary(),
+        pa.large_binary(),
+        pa.binary_view(),
+        pa.dictionary(pa.int32(), pa.binary()),
+    ):
         values = pa.array([png(1), None, None, png(9)], pa.binary())
-        columns[str(kind)] = values.dictionary_encode() if pa.types.is_dictionary(kind) else values.cast(kind)
+        columns[str(kind)] = (
+            values.dictionary_encode() if pa.types.is_dictionary(kind) else values.cast(kind)
+        )
     for name, column in columns.items():
         asked = [talk("<image>q" if i in (0, 3) else "q") for i in range(4)]
-        pq.write_table(pa.table({"a.b": ["x"] * 4, "image": column, "conversations": pa.array(asked, TURNS)}), tmp_path / "a.parquet")
-        found = [[shows(path) for path in paths(sample)] for sample in open_source(f"llava:{tmp_path}/a.parquet")]
+        pq.write_table(
+            pa.table({"a.b": ["x"] * 4, "image": column, "conversations": pa.array(asked, TURNS)}),
+            tmp_path / "a.parquet",
+        )
+        found = [
+            [shows(path) for path in paths(sample)]
+            for sample in open_source(f"llava:{tmp_path}/a.parquet")
+        ]
         assert found == [[1], [], [], [9]], name
     write_images(tmp_path, 2)
-    odd = [{"video": None}, {"video": ""}, {"image": None, "images": ["0.png"]}, {"image": [None, "0.png"]}, {"image": {"path": "0.png"}}]
+    odd = [
+        {"video": None},
+        {"video": ""},
+        {"image": None, "images": ["0.png"]},
+        {"image": [None, "0.png"]},
+        {"image": {"path": "0.png"}},
+    ]
     for more in odd:
-        (sample,) = open_source(write_jsonl(tmp_path / "rows.jsonl", [{"image": "0.png", "conversations": talk()} | more]))
+        (sample,) = open_source(
+            write_jsonl(
+                tmp_path / "rows.jsonl", [{"image": "0.png", "conversations": talk()} | more]
+            )
+        )
         assert paths(sample) == [f"{tmp_path}/0.png"]
 
 
 def test_odd_rows_are_counted_and_the_run_goes_on_also_from_a_position(tmp_path):
     write_images(tmp_path, 1)
-    odd = [row("marks", "0.png", "<image>q", "the <image>"), row("none", "0.png"), row("half", None, "q", "\ud83d"), {"id": "type", "a": 1}]
-    good = [row(f"good{i}", "0.png", "<image>q", f"a{i}") for i in range(4)] + [row("tag", None, "What is <image>?", "A tag.")]
+    odd = [
+        row("marks", "0.png", "<image>q", "the <image>"),
+        row("none", "0.png"),
+        row("half", None, "q", "\ud83d"),
+        {"id": "type", "a": 1},
+    ]
+    good = [row(f"good{i}", "0.png", "<image>q", f"a{i}") for i in range(4)] + [
+        row("tag", None, "What is <image>?", "A tag.")
+    ]
     name = write_jsonl(tmp_path / "rows.jsonl", odd + good)
     cfg = config(sources=(name,), window=4, length=64)
     iterator = batches(cfg, TOKENIZER)
     drops, keys, state = set(), set(), None
     for step in range(12):
         _, info = next(iterator)
-        drops |= {(drop.cause, drop.message.partition(": ")[0].rpartition("/")[2]) for drop in info["drops"]}
+        drops |= {
+            (drop.cause, drop.message.partition(": ")[0].rpartition("/")[2])
+            for drop in info["drops"]
+        }
         keys |= {key.rpartition("/")[2] for keys in info["keys"] for key in keys}
         state = iterator.get_state() if step == 5 else state
     assert drops == {("bad row", key) for key in ("marks", "none", "half", "type")}
     assert keys == {f"good{i}" for i in range(4)} | {"tag"}
     iterator.close()
-    write_jsonl(tmp_path / "rows.jsonl", [odd[0] | {"id": f"new{i}"} for i in range(len(odd + good))][:-1] + good[-1:])
+    write_jsonl(
+        tmp_path / "rows.jsonl",
+        [odd[0] | {"id": f"new{i}"} for i in range(len(odd + good))][:-1] + good[-1:],
+    )
     iterator = batches(cfg, TOKENIZER)  # what waited in the window is no sample any more
     iterator.set_state(state)
     _, info = next(iterator)
-    assert {drop.cause for drop in info["drops"]} == {"bad row"} and {key.rpartition("/")[2] for key in info["keys"][0]} == {"tag"}
+    assert {drop.cause for drop in info["drops"]} == {"bad row"} and {
+        key.rpartition("/")[2] for key in info["keys"][0]
+    } == {"tag"}
     iterator.close()
 
 
@@ -174,17 +293,29 @@ def test_a_position_keeps_what_is_left_of_its_window():
     assert packer.state == {"next": 3, "pending": []}
 
 
-MARKS = {"UTF-16": "utf-16", "UTF-32": "utf-32", "UTF-16 or no text": "utf-16-le", "not UTF-8": "latin-1"}
+MARKS = {
+    "UTF-16": "utf-16",
+    "UTF-32": "utf-32",
+    "UTF-16 or no text": "utf-16-le",
+    "not UTF-8": "latin-1",
+}
 
 
 def test_one_reader_of_text(tmp_path):
-    assert text.decode(b"\xef\xbb\xbfa\r\nb\rc\n") == "a\nb\nc\n" and text.lines(b"a\xe2\x80\xa8b\r\nc\n") == ["a\u2028b", "c"]
+    assert text.decode(b"\xef\xbb\xbfa\r\nb\rc\n") == "a\nb\nc\n" and text.lines(
+        b"a\xe2\x80\xa8b\r\nc\n"
+    ) == ["a\u2028b", "c"]
     for message, coding in MARKS.items():
         with pytest.raises(ValueError, match=message):
             text.decode('{"ü": 1}'.encode(coding))
     folder = tmp_path / "folder"
     folder.mkdir()
-    for name, content in (("a.JPG", png(1)), ("a.TXT", b"\xef\xbb\xbfA red\r\nsquare\r\n"), ("._a.JPG", b"\0\5"), ("._a.TXT", b"\0\5")):
+    for name, content in (
+        ("a.JPG", png(1)),
+        ("a.TXT", b"\xef\xbb\xbfA red\r\nsquare\r\n"),
+        ("._a.JPG", b"\0\5"),
+        ("._a.TXT", b"\0\5"),
+    ):
         (folder / name).write_bytes(content)
     (folder / ".hidden").mkdir()
     (folder / ".hidden/b.jpg").write_bytes(png(2))
@@ -192,16 +323,34 @@ def test_one_reader_of_text(tmp_path):
     assert sample.key == "a.JPG" and sample.dialogs[0][1].text == "A red\nsquare"
     pack(
         tmp_path / "a.tar",
-        [("._a.jpg", b"\0"), ("a.jpg", png(1)), ("a.txt", b"\xef\xbb\xbfone\r\n"), ("b.jpg", png(2)), ("b.txt", "café".encode("latin-1"))],
+        [
+            ("._a.jpg", b"\0"),
+            ("a.jpg", png(1)),
+            ("a.txt", b"\xef\xbb\xbfone\r\n"),
+            ("b.jpg", png(2)),
+            ("b.txt", "café".encode("latin-1")),
+        ],
     )
     source = open_source(f"img2dataset:{tmp_path}/a.tar")
     assert len(source) == 2 and said(source[0]) == [[("assistant", "<image>one")]]
     with pytest.raises(RowError, match="b.txt: it is not UTF-8 .byte 4 is 0xe9"):
         source[1]
-    lines = "".join(json.dumps({"text": f"a\u2028{i}"}, ensure_ascii=False) + "\r\n" for i in range(2))
+    lines = "".join(
+        json.dumps({"text": f"a\u2028{i}"}, ensure_ascii=False) + "\r\n" for i in range(2)
+    )
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
-    assert [said(sample)[0][0][1] for sample in open_source(f"text:{tmp_path}/a.jsonl")] == ["a\u20280", "a\u20281"]
-    whole = json.dumps([{"id": 1, "conversations": [{"from": "Human", "value": "q"}, {"from": "GPT", "value": "a"}]}])
+    assert [said(sample)[0][0][1] for sample in open_source(f"text:{tmp_path}/a.jsonl")] == [
+        "a\u20280",
+        "a\u20281",
+    ]
+    whole = json.dumps(
+        [
+            {
+                "id": 1,
+                "conversations": [{"from": "Human", "value": "q"}, {"from": "GPT", "value": "a"}],
+            }
+        ]
+    )
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + whole.encode())
     assert said(open_source(f"llava:{tmp_path}/a.json")[0]) == [[("user", "q"), ("assistant", "a")]]
     (tmp_path / "a.json").write_bytes(whole.encode("utf-16"))
@@ -212,21 +361,37 @@ def test_one_reader_of_text(tmp_path):
 def test_rows_of_every_kind_as_members_of_a_tar(tmp_path):
     llava = lambda **more: json.dumps({"id": "a", "conversations": talk()} | more)
     two = json.dumps({"image": ["x/k.1.png", "x/k.0.png"], "conversations": talk("<image><image>")})
-    members = [("a.png", png(3)), ("a.json", llava(image="coco/000.png")), ("c.json", llava()), ("c.jpg", png(6))]
+    members = [
+        ("a.png", png(3)),
+        ("a.json", llava(image="coco/000.png")),
+        ("c.json", llava()),
+        ("c.jpg", png(6)),
+    ]
     members += [("d.json", llava(image=None).replace("<image>", ""))]
     source = open_source(f"llava:{pack(tmp_path / 'a.tar', members)}")
     assert [[shows(path) for path in paths(sample)] for sample in source][0] == [3]
     pack(tmp_path / "b.tar", [("k.0.png", png(4)), ("k.1.png", png(5)), ("k.json", two)])
     assert [shows(path) for path in paths(open_source(f"llava:{tmp_path}/b.tar")[0])] == [5, 4]
     assert [shows(path) for path in paths(source[1])] == [6] and paths(source[2]) == []
-    qwen = json.dumps({"conversations": [{"from": "user", "value": "<img>other/name.jpg</img>q"}, {"from": "assistant", "value": "a"}]})
+    qwen = json.dumps(
+        {
+            "conversations": [
+                {"from": "user", "value": "<img>other/name.jpg</img>q"},
+                {"from": "assistant", "value": "a"},
+            ]
+        }
+    )
     pack(tmp_path / "c.tar", [("k.json", qwen), ("k.jpg", png(7))])
     assert [shows(path) for path in paths(open_source(f"qwen-vl:{tmp_path}/c.tar")[0])] == [7]
-    info = [{"image_name": f"k.{i}.png", "matched_text_index": i, "matched_sim": 0.5} for i in range(2)]
+    info = [
+        {"image_name": f"k.{i}.png", "matched_text_index": i, "matched_sim": 0.5} for i in range(2)
+    ]
     web = json.dumps({"url": "u", "text_list": ["A.", "B."], "image_info": info})
     pack(tmp_path / "d.tar", [("k.json", web), ("k.0.png", png(8)), ("k.1.png", png(9))])
     sample = open_source(f"mmc4:{tmp_path}/d.tar")[0]
-    assert [shows(path) for path in paths(sample)] == [8, 9] and said(sample)[0][0][1] == "<image>A. <image>B."
+    assert [shows(path) for path in paths(sample)] == [8, 9] and said(sample)[0][0][
+        1
+    ] == "<image>A. <image>B."
     pack(tmp_path / "e.tar", [("k.txt", "words\n")])
     assert said(open_source(f"text:{tmp_path}/e.tar")[0]) == [[("assistant", "words")]]
     truth = json.dumps({"ground_truth": json.dumps({"gt_parse": {"text_sequence": "page"}})})
@@ -244,22 +409,43 @@ def test_marks_of_pictures_and_videos_mean_those(tmp_path):
         for a, b in (("<video>", "<image>"), ("<image>", "<video>"))
     ]
     first, second = open_source(write_jsonl(tmp_path / "rows.jsonl", rows))
-    assert [len(visual) for visual in first.visuals] == [2, 1] and [len(visual) for visual in second.visuals] == [1, 2]
+    assert [len(visual) for visual in first.visuals] == [2, 1] and [
+        len(visual) for visual in second.visuals
+    ] == [1, 2]
 
 
 def test_downloads_that_failed_are_no_samples(tmp_path):
     status = ["success", "failed_to_download", "failed_to_resize", "success"]
-    rows = {"key": list("abcd"), "caption": list("ABCD"), "status": status, "jpg": pa.array([png(0), None, None, png(3)], pa.binary())}
+    rows = {
+        "key": list("abcd"),
+        "caption": list("ABCD"),
+        "status": status,
+        "jpg": pa.array([png(0), None, None, png(3)], pa.binary()),
+    }
     pq.write_table(pa.table(rows), tmp_path / "a.parquet")
     source = open_source(f"img2dataset:{tmp_path}/a.parquet")
-    assert [(sample.key, shows(sample.refs[0].path)) for sample in source] == [("a", 0), ("d", 3)] and source.dialog_counts() == [1, 1]
+    assert [(sample.key, shows(sample.refs[0].path)) for sample in source] == [
+        ("a", 0),
+        ("d", 3),
+    ] and source.dialog_counts() == [1, 1]
 
 
 OUTSIDE = (
-    "http://127.0.0.1:9/a.png", "https://example.invalid/a.png", "file:///etc/hostname", "/etc/hostname", "../a.png", "a/../../a.png",
-    "range://0+12::/dev/zero", "page://1::ocr-en:emoji-en?size=12000", "parquet://0/jpg::x.parquet", "record://0/jpg::x.array_record",
-    "simplecache::http://127.0.0.1:9/a.png", "gs://other/a.png", "memory://b/a.png", "a\0.png",
-)  # fmt: skip
+    "http://127.0.0.1:9/a.png",
+    "https://example.invalid/a.png",
+    "file:///etc/hostname",
+    "/etc/hostname",
+    "../a.png",
+    "a/../../a.png",
+    "range://0+12::/dev/zero",
+    "page://1::ocr-en:emoji-en?size=12000",
+    "parquet://0/jpg::x.parquet",
+    "record://0/jpg::x.array_record",
+    "simplecache::http://127.0.0.1:9/a.png",
+    "gs://other/a.png",
+    "memory://b/a.png",
+    "a\0.png",
+)
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
@@ -273,20 +459,40 @@ def test_names_inside_rows_stay_below_the_data(tmp_path, monkeypatch, name):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     made = {
         "llava": {"image": name, "conversations": talk()},
-        "qwen-vl": {"conversations": [{"from": "user", "value": f"<img>{name}</img>q"}, {"from": "assistant", "value": "a"}]},
-        "mmc4": {"text_list": ["a"], "image_info": [{"image_name": name, "matched_text_index": 0, "matched_sim": 0.1}]},
+        "qwen-vl": {
+            "conversations": [
+                {"from": "user", "value": f"<img>{name}</img>q"},
+                {"from": "assistant", "value": "a"},
+            ]
+        },
+        "mmc4": {
+            "text_list": ["a"],
+            "image_info": [{"image_name": name, "matched_text_index": 0, "matched_sim": 0.1}],
+        },
         "img2dataset": {"jpg": name, "caption": "x"},
         "grit": {"key": f"{name}/x", "caption": "x", "ref_exps": []},
         "synthdog": {"file_name": name, "ground_truth": '{"gt_parse": {"text_sequence": "x"}}'},
-        "detected": {"image": name, "width": 9, "height": 9, "boxes": [{"box": [0, 0, 5, 5], "text": "x"}]},
+        "detected": {
+            "image": name,
+            "width": 9,
+            "height": 9,
+            "boxes": [{"box": [0, 0, 5, 5], "text": "x"}],
+        },
     }
     for kind, fields in made.items():
         write_jsonl(tmp_path / "rows.jsonl", [fields])
         with pytest.raises(RowError, match="is not below|is no name of a file"):
             open_source(f"{kind}:{tmp_path}/rows.jsonl")[0]
-    video = write_jsonl(tmp_path / "rows.jsonl", [{"video": name, "conversations": talk("<video>q")}])
-    chart = f"chartqa:{write_json(tmp_path / 'charts.json', [{'imgname': name, 'query': 'q', 'label': 'a'}])}"
-    content = {"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "a"}]}
+    video = write_jsonl(
+        tmp_path / "rows.jsonl", [{"video": name, "conversations": talk("<video>q")}]
+    )
+    chart = f"""chartqa:{
+        write_json(tmp_path / "charts.json", [{"imgname": name, "query": "q", "label": "a"}])
+    }"""
+    content = {
+        "images": [{"id": 1, "file_name": name}],
+        "annotations": [{"image_id": 1, "caption": "a"}],
+    }
     coco = f"coco-captions:{write_json(tmp_path / 'annotations/captions_x.json', content)}"
     for source in (video, chart, coco):
         with pytest.raises(RowError, match="is not below|is no name of a file"):
@@ -297,19 +503,32 @@ def test_names_below_the_folder_of_pictures(tmp_path):
     write_images(tmp_path / "pictures", 1)
     (tmp_path / "rows").mkdir()
     for name in (f"{tmp_path}/pictures/0.png", "0.png", "./0.png", "x/../0.png"):
-        source = write_jsonl(tmp_path / "rows/rows.jsonl", [{"image": name, "conversations": talk()}])
+        source = write_jsonl(
+            tmp_path / "rows/rows.jsonl", [{"image": name, "conversations": talk()}]
+        )
         (sample,) = open_source(f"{source}?images={tmp_path}/pictures")
         assert sample.refs[0].path.endswith("0.png")
         (sample,) = open_source(f"{source}?images=../pictures")
     (sample,) = open_source(
-        f"{write_jsonl(tmp_path / 'rows/rows.jsonl', [{'image': f'{tmp_path}/pictures/0.png', 'conversations': talk()}])}?images=/"
+        f"""{
+            write_jsonl(
+                tmp_path / "rows/rows.jsonl",
+                [{"image": f"{tmp_path}/pictures/0.png", "conversations": talk()}],
+            )
+        }?images=/"""
     )
     assert shows(sample.refs[0].path) == 0
     memory = fsspec.filesystem("memory")
-    memory.pipe("/set/rows.jsonl", json.dumps({"image": "memory:///set/a.png", "conversations": talk()}).encode())
+    memory.pipe(
+        "/set/rows.jsonl",
+        json.dumps({"image": "memory:///set/a.png", "conversations": talk()}).encode(),
+    )
     memory.pipe("/set/a.png", png(5))
     assert shows(open_source("llava:memory:///set/rows.jsonl")[0].refs[0].path) == 5
-    memory.pipe("/set/rows.jsonl", json.dumps({"image": "a::http://127.0.0.1", "conversations": talk()}).encode())
+    memory.pipe(
+        "/set/rows.jsonl",
+        json.dumps({"image": "a::http://127.0.0.1", "conversations": talk()}).encode(),
+    )
     with pytest.raises(RowError, match="no name of a file"):
         open_source("llava:memory:///set/rows.jsonl")[0]
     memory.store.clear()
@@ -318,9 +537,16 @@ def test_names_below_the_folder_of_pictures(tmp_path):
 def test_sizes_are_looked_at_before_reading(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "MOST_BYTES", 100)
     monkeypatch.setattr(
-        files, "read_range", lambda path, start, size: pytest.fail(f"{size} bytes were read") if size > 100 else b"x" * size
+        files,
+        "read_range",
+        lambda path, start, size: (
+            pytest.fail(f"{size} bytes were read") if size > 100 else b"x" * size
+        ),
     )
-    pack(tmp_path / "a.tar", [("a.jpg", b"x" * 500), ("a.txt", "y" * 101), ("b.txt", "y"), ("b.jpg", b"x" * 500)])
+    pack(
+        tmp_path / "a.tar",
+        [("a.jpg", b"x" * 500), ("a.txt", "y" * 101), ("b.txt", "y"), ("b.jpg", b"x" * 500)],
+    )
     found = rows.open_rows(str(tmp_path / "a.tar"))
     with pytest.raises(ValueError, match="a.txt: 101 bytes of text, the limit is 100"):
         found[0]
@@ -335,7 +561,10 @@ def test_sizes_are_looked_at_before_reading(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["../a.jpg", "x/../../a.jpg", "/a.jpg"])
 def test_members_that_lead_out_of_an_archive(tmp_path, name):
-    path = pack(tmp_path / "a.tar", [(name, png(1)), (name.replace("jpg", "txt"), "x"), ("b.jpg", png(2)), ("b.txt", "two")])
+    path = pack(
+        tmp_path / "a.tar",
+        [(name, png(1)), (name.replace("jpg", "txt"), "x"), ("b.jpg", png(2)), ("b.txt", "two")],
+    )
     source = open_source(f"img2dataset:{path}")
     with pytest.raises(RowError, match="leads out of the archive"):
         source[0]

@@ -1,4 +1,6 @@
-"""Damaged containers: whatever the damage, an error of ours or the row itself; never a crash, a hang, or an error of another kind."""
+"""Damaged containers: whatever the damage, an error of ours or the row itself; never a crash, a
+hang, or an error of another kind.
+"""
 
 import json
 import random
@@ -29,7 +31,9 @@ def write_tar(path):
 
 
 def write_parquet(path):
-    columns = {"png": pa.array([png(i) for i in range(6)], pa.binary())} | {name: [facts(i)[name] for i in range(6)] for name in facts(0)}
+    columns = {"png": pa.array([png(i) for i in range(6)], pa.binary())} | {
+        name: [facts(i)[name] for i in range(6)] for name in facts(0)
+    }
     pq.write_table(pa.table(columns), path, row_group_size=2)
     return "img2dataset"
 
@@ -50,12 +54,23 @@ def write_lines(path):
 
 
 def write_json(path):
-    entry = lambda i: {"questionId": i, "question": f"q{i}?", "image": f"documents/{i}.png", "answers": ["a", "b"]}
+    entry = lambda i: {
+        "questionId": i,
+        "question": f"q{i}?",
+        "image": f"documents/{i}.png",
+        "answers": ["a", "b"],
+    }
     path.write_text(json.dumps({"data": [entry(i) for i in range(6)]}), "utf-8")
     return "docvqa"
 
 
-WRITERS = {"tar": write_tar, "parquet": write_parquet, "array_record": write_records, "jsonl": write_lines, "json": write_json}
+WRITERS = {
+    "tar": write_tar,
+    "parquet": write_parquet,
+    "array_record": write_records,
+    "jsonl": write_lines,
+    "json": write_json,
+}
 
 
 def damage(content, rng):
@@ -84,7 +99,9 @@ def read(kind, path):
         try:
             sample = source[number]
         except SampleError as error:
-            assert path.name in str(error) and (f"row {number + 1}" in str(error) or f"{path.name}/entry " in str(error))
+            assert path.name in str(error) and (
+                f"row {number + 1}" in str(error) or f"{path.name}/entry " in str(error)
+            )
             found["row"] += 1
             continue
         try:
@@ -104,7 +121,9 @@ def fuzz(folder, kind, count):
     if kind != "array_record":
         assert set(read(mapper, whole)) <= {"whole", "image"}
     rng, found, content = random.Random(kind), Counter(), whole.read_bytes()
-    live = content.rindex(b"k5") + 100 if kind == "array_record" else len(content)  # the rest of its block is empty
+    live = (
+        content.rindex(b"k5") + 100 if kind == "array_record" else len(content)
+    )  # the rest of its block is empty
     for number in range(count):
         path = folder / f"{number}.{kind}"
         damaged = damage(content[:live], rng)

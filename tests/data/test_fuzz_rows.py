@@ -1,4 +1,6 @@
-"""Rows of every format with values that nobody expects in any place: a sample that can be trained on, or a bad row; nothing else."""
+"""Rows of every format with values that nobody expects in any place: a sample that can be trained
+on, or a bad row; nothing else.
+"""
 
 import copy
 import json
@@ -16,18 +18,44 @@ from tests.data.made import TOKENIZER, config
 TALK = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
 WHOLE = {
     "llava": {"id": "k", "image": ["a.png"], "conversations": TALK, "frames": 2},
-    "qwen-vl": {"id": "k", "conversations": [{"from": "user", "value": "<img>a.png</img>q"}, {"from": "assistant", "value": "a"}]},
-    "img2dataset": {"key": "k", "jpg": "a.jpg", "caption": "c", "similarity": 0.3, "json": {"url": "u"}},
+    "qwen-vl": {
+        "id": "k",
+        "conversations": [
+            {"from": "user", "value": "<img>a.png</img>q"},
+            {"from": "assistant", "value": "a"},
+        ],
+    },
+    "img2dataset": {
+        "key": "k",
+        "jpg": "a.jpg",
+        "caption": "c",
+        "similarity": 0.3,
+        "json": {"url": "u"},
+    },
     "mmc4": {
         "url": "u",
         "text_list": ["a", "b"],
         "image_info": [{"image_name": "a.png", "matched_text_index": 1, "matched_sim": 0.3}],
         "similarity_matrix": [[0.1, 0.2]],
     },
-    "grit": {"key": "k", "caption": "a cat", "ref_exps": [[0, 5, 0.1, 0.1, 0.5, 0.5, 0.9]], "clip_similarity_vitb32": 0.3},
-    "synthdog": {"file_name": "a.png", "ground_truth": json.dumps({"gt_parse": {"text_sequence": "t"}})},
+    "grit": {
+        "key": "k",
+        "caption": "a cat",
+        "ref_exps": [[0, 5, 0.1, 0.1, 0.5, 0.5, 0.9]],
+        "clip_similarity_vitb32": 0.3,
+    },
+    "synthdog": {
+        "file_name": "a.png",
+        "ground_truth": json.dumps({"gt_parse": {"text_sequence": "t"}}),
+    },
     "text": {"id": "k", "text": "t"},
-    "detected": {"id": "k", "image": "a.png", "width": 9, "height": 9, "boxes": [{"box": [0, 0, 5, 5], "text": "x", "confidence": 0.9}]},
+    "detected": {
+        "id": "k",
+        "image": "a.png",
+        "width": 9,
+        "height": 9,
+        "boxes": [{"box": [0, 0, 5, 5], "text": "x", "confidence": 0.9}],
+    },
 }
 ODD = [
     *(None, True, False, 0, -1, 7, 1 << 70, 0.5, 1.5, float("nan"), float("inf")),
@@ -41,7 +69,13 @@ ODD = [
 def spots(value, at=()):
     """Paths to all values in a row."""
     found = [at] if at else []
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return found + [path for key, part in inner for path in spots(part, (*at, key))]
 
 
@@ -73,7 +107,9 @@ def fuzz(folder, kind, count):
             assert number and f"rows.jsonl: row {number + 1})" in str(error)
             continue
         whole += 1
-        assert all(os.path.normpath(ref.path).startswith(f"{folder}/") for ref in sample.refs), rows[number]
+        assert all(os.path.normpath(ref.path).startswith(f"{folder}/") for ref in sample.refs), (
+            rows[number]
+        )
         try:
             unfit(encode(sample, TOKENIZER, cfg), cfg.data)
         except SampleError as error:

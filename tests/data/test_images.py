@@ -54,7 +54,9 @@ def test_transparency_goes_over_white(tmp_path):
 )
 def test_modes(tmp_path, mode, color, rgb):
     suffix = "tif" if mode == "CMYK" else "png"
-    assert (load(saved(tmp_path / f"a.{suffix}", Image.new(mode, (8, 8), color)), 8, "squash") == rgb).all()
+    assert (
+        load(saved(tmp_path / f"a.{suffix}", Image.new(mode, (8, 8), color)), 8, "squash") == rgb
+    ).all()
 
 
 def test_camera_orientation_is_undone(tmp_path):
@@ -86,24 +88,34 @@ PILLOWS = {
 
 
 @pytest.mark.parametrize("resize", PILLOWS)
-@pytest.mark.parametrize("width, height", [(640, 480), (333, 500), (64, 64), (100, 31), (1, 1), (2000, 9), (31, 1500)])
+@pytest.mark.parametrize(
+    "width, height", [(640, 480), (333, 500), (64, 64), (100, 31), (1, 1), (2000, 9), (31, 1500)]
+)
 def test_resizing_is_pillows_but_for_rounding(tmp_path, resize, width, height):
     """Noise is the worst there is: every intermediate value may be cut off at 0 and 255."""
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8))
+    noise = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    )
     ref = saved(tmp_path / "a.png", noise)
     for size in (112, 224, 448):
-        difference = np.abs(load(ref, size, resize).astype(int) - np.asarray(PILLOWS[resize](noise, (size, size))))
+        difference = np.abs(
+            load(ref, size, resize).astype(int) - np.asarray(PILLOWS[resize](noise, (size, size)))
+        )
         assert difference.max() <= 2 and (difference > 0).mean() < 0.015, size
 
 
 def test_the_thinnest_picture_keeps_a_row(tmp_path):
-    assert (load(saved(tmp_path / "a.png", Image.new("RGB", (3000, 2))), 8, "pad") == 0).sum() == 8 * 3
+    assert (
+        load(saved(tmp_path / "a.png", Image.new("RGB", (3000, 2))), 8, "pad") == 0
+    ).sum() == 8 * 3
 
 
 def test_padding_has_the_towers_mean_colour(tmp_path):
     cfg = tiny_config(data=dict(resize="pad"))
     out = pixels([saved(tmp_path / "a.png", Image.new("RGB", (8, 2), "white"))], cfg)
-    assert out.shape == (1, 8, 8, 3) and out[0, 0, 0].tolist() == [round(255 * m) for m in cfg.vit.mean]
+    assert out.shape == (1, 8, 8, 3) and out[0, 0, 0].tolist() == [
+        round(255 * m) for m in cfg.vit.mean
+    ]
 
 
 def test_no_images_is_an_empty_array():
@@ -122,14 +134,18 @@ def test_damage_never_gets_further_than_an_image_error(tmp_path_factory, kind, d
     folder = tmp_path_factory.getbasetemp()
     whole = folder / f"whole.{kind}"
     if not whole.exists():
-        noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3)).astype(np.uint8))
+        noise = Image.fromarray(
+            np.random.default_rng(0).integers(0, 256, (24, 24, 3)).astype(np.uint8)
+        )
         write_video(whole, 2, 5) if kind == "mp4" else noise.save(whole)
     content = bytearray(whole.read_bytes())
     if data.draw(st.booleans()):
         content = content[: data.draw(st.integers(0, len(content) - 1))]
     else:
         for _ in range(data.draw(st.integers(1, 8))):
-            content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+            content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(
+                st.integers(0, 7)
+            )
     damaged = folder / f"damaged.{kind}"
     damaged.write_bytes(content)
     try:
@@ -159,11 +175,15 @@ def test_far_apart_frames_are_sought(tmp_path):
 def test_uniform_frames_are_the_middles_of_equal_parts(tmp_path):
     path = write_video(tmp_path / "v.mp4", seconds=4, fps=5)
     assert video.sample(path, 4) == tuple(ImageRef(str(path), t) for t in (0.5, 1.5, 2.5, 3.5))
-    assert load_all(video.sample(path, 4), 8, "squash").mean((1, 2, 3)) == pytest.approx([24, 84, 144, 204], abs=4)
+    assert load_all(video.sample(path, 4), 8, "squash").mean((1, 2, 3)) == pytest.approx(
+        [24, 84, 144, 204], abs=4
+    )
 
 
 def test_images_and_frames_keep_their_order(tmp_path):
     path = write_video(tmp_path / "v.mp4", seconds=2, fps=5)
     white = saved(tmp_path / "a.png", Image.new("L", (8, 8), 255))
-    out = load_all([ImageRef(str(path), 1.0), white, ImageRef(str(path), 0.0)], 8, "squash").mean((1, 2, 3))
+    out = load_all([ImageRef(str(path), 1.0), white, ImageRef(str(path), 0.0)], 8, "squash").mean(
+        (1, 2, 3)
+    )
     assert out == pytest.approx([60, 255, 0], abs=4)

@@ -1,4 +1,6 @@
-"""Web documents and grounded captions in their official layouts; the assignment against brute force."""
+"""Web documents and grounded captions in their official layouts; the assignment against brute
+force.
+"""
 
 import hashlib
 import itertools
@@ -31,22 +33,44 @@ def test_assignment_is_the_best_of_all(images, sentences):
         allowed = [p for p in every if max(p.count(s) for s in p) <= most]
         best = max(sum(similarity[i, s] for i, s in enumerate(p)) for p in allowed)
         found = assign(similarity).tolist()
-        assert tuple(found) in allowed and sum(similarity[i, s] for i, s in enumerate(found)) == pytest.approx(best)
+        assert tuple(found) in allowed and sum(
+            similarity[i, s] for i, s in enumerate(found)
+        ) == pytest.approx(best)
 
 
 def mmc4_row(**more):
     info = [
-        {"image_name": "b1.png", "raw_url": "http://x/1", "matched_text_index": 2, "matched_sim": 0.31},
-        {"image_name": "a0.png", "raw_url": "http://x/0", "matched_text_index": 0, "matched_sim": 0.27},
+        {
+            "image_name": "b1.png",
+            "raw_url": "http://x/1",
+            "matched_text_index": 2,
+            "matched_sim": 0.31,
+        },
+        {
+            "image_name": "a0.png",
+            "raw_url": "http://x/0",
+            "matched_text_index": 0,
+            "matched_sim": 0.27,
+        },
     ]
     matrix = [[0.1, 0.2, 0.31], [0.27, 0.1, 0.3]]
-    return {"url": "http://x", "text_list": ["One.", "Two <image>.", "Three."], "image_info": info, "similarity_matrix": matrix} | more
+    return {
+        "url": "http://x",
+        "text_list": ["One.", "Two <image>.", "Three."],
+        "image_info": info,
+        "similarity_matrix": matrix,
+    } | more
 
 
 def test_mmc4(tmp_path):
-    write_jsonl(tmp_path / "docs_shard_0_v2.jsonl", [mmc4_row(), mmc4_row(url="none", image_info=[])])
+    write_jsonl(
+        tmp_path / "docs_shard_0_v2.jsonl", [mmc4_row(), mmc4_row(url="none", image_info=[])]
+    )
     first, bare = open_source(f"mmc4:{tmp_path}")
-    assert first.key == "http://x" and paths(first) == [f"{tmp_path}/images/a0.png", f"{tmp_path}/images/b1.png"]
+    assert first.key == "http://x" and paths(first) == [
+        f"{tmp_path}/images/a0.png",
+        f"{tmp_path}/images/b1.png",
+    ]
     assert said(first) == [[("assistant", "<image>One. Two < image>. <image>Three.")]]
     assert first.scores == (0.27, 0.31)
     assert (bare.visuals, said(bare)) == ((), [[("assistant", "One. Two < image>. Three.")]])
@@ -54,17 +78,33 @@ def test_mmc4(tmp_path):
 
 def test_mmc4_without_a_published_match_is_assigned(tmp_path):
     unmatched = [{"image_name": fact["image_name"]} for fact in mmc4_row()["image_info"]]
-    write_jsonl(tmp_path / "docs.jsonl", [mmc4_row(image_info=unmatched), mmc4_row(image_info=unmatched, similarity_matrix=[[1, 2, 3]])])
+    write_jsonl(
+        tmp_path / "docs.jsonl",
+        [
+            mmc4_row(image_info=unmatched),
+            mmc4_row(image_info=unmatched, similarity_matrix=[[1, 2, 3]]),
+        ],
+    )
     source = open_source(f"mmc4:{tmp_path / 'docs.jsonl'}")
-    assert said(source[0]) == [[("assistant", "<image>One. Two < image>. <image>Three.")]] and source[0].scores == (0.27, 0.31)
-    with pytest.raises(SampleError, match=r"http://x: ValueError: similarity_matrix is \(1, 3\), there are 2 images and 3 texts.*row 2"):
+    assert said(source[0]) == [
+        [("assistant", "<image>One. Two < image>. <image>Three.")]
+    ] and source[0].scores == (0.27, 0.31)
+    with pytest.raises(
+        SampleError,
+        match=(
+            r"http://x: ValueError: similarity_matrix is \(1, 3\), there are 2 images and 3"
+            r" texts.*row 2"
+        ),
+    ):
         source[1]
 
 
 def write_obelics(path, rows):
     table = {
         "images": pa.array([images for images, _ in rows], pa.list_(pa.string())),
-        "metadata": pa.array([json.dumps([{"src": url} if url else None for url in images]) for images, _ in rows]),
+        "metadata": pa.array(
+            [json.dumps([{"src": url} if url else None for url in images]) for images, _ in rows]
+        ),
         "general_metadata": pa.array(["{}"] * len(rows)),
         "texts": pa.array([texts for _, texts in rows], pa.list_(pa.string())),
     }
@@ -72,12 +112,17 @@ def write_obelics(path, rows):
 
 
 URLS = [f"https://example.org/{i}.jpg" for i in range(3)]
-OBELICS = [([URLS[0], None, None, URLS[1], None], [None, "One", "Two", None, "Three"]), ([URLS[2], None], [None, "Four"])]
+OBELICS = [
+    ([URLS[0], None, None, URLS[1], None], [None, "One", "Two", None, "Three"]),
+    ([URLS[2], None], [None, "Four"]),
+]
 
 
 def check_obelics(source):
     first, second = source
-    assert said(first) == [[("assistant", "<image>One\n\nTwo\n\n<image>Three")]] and said(second) == [[("assistant", "<image>Four")]]
+    assert said(first) == [[("assistant", "<image>One\n\nTwo\n\n<image>Three")]] and said(
+        second
+    ) == [[("assistant", "<image>Four")]]
     assert [shows(path) for path in paths(first)] == [0, 1] and first.key != second.key
     with pytest.raises(ImageError, match=hashlib.sha256(URLS[2].encode()).hexdigest()):
         shows(paths(second)[0])  # was not downloaded
@@ -87,7 +132,9 @@ def test_obelics_with_pictures_named_by_their_url(tmp_path):
     write_obelics(tmp_path / "train-00000.parquet", OBELICS)
     (tmp_path / "images").mkdir()
     for i in range(2):
-        (tmp_path / "images" / f"{hashlib.sha256(URLS[i].encode()).hexdigest()}.png").write_bytes(png(i))
+        (tmp_path / "images" / f"{hashlib.sha256(URLS[i].encode()).hexdigest()}.png").write_bytes(
+            png(i)
+        )
     check_obelics(open_source(f"obelics:{tmp_path / 'train-00000.parquet'}"))
 
 
@@ -97,7 +144,11 @@ def test_obelics_with_pictures_from_img2dataset(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "images/00000.tar")) as writer:
         for i in range(2):
             writer.write({"__key__": f"{i:09d}", "png": png(i), "json": {"url": URLS[i]}})
-    table = {"url": URLS, "key": [f"{i:09d}" for i in range(3)], "status": ["success", "success", "failed_to_download"]}
+    table = {
+        "url": URLS,
+        "key": [f"{i:09d}" for i in range(3)],
+        "status": ["success", "success", "failed_to_download"],
+    }
     pq.write_table(pa.table(table), tmp_path / "images/00000.parquet")
     check_obelics(open_source(f"obelics:{tmp_path / 'train-00000.parquet'}"))
 
@@ -112,17 +163,37 @@ def test_obelics_lists_must_agree(tmp_path):
 
 
 def write_refcoco(folder):
-    images = [{"id": 7, "file_name": "COCO_train2014_000000000007.jpg", "width": 200, "height": 100}]
+    images = [
+        {"id": 7, "file_name": "COCO_train2014_000000000007.jpg", "width": 200, "height": 100}
+    ]
     annotations = [
         {"id": 1, "image_id": 7, "bbox": [20.0, 10.0, 100.0, 50.0], "category_id": 3},
         {"id": 2, "image_id": 7, "bbox": [0, 0, 200, 100], "category_id": 3},
     ]
-    write_json(folder / "refcoco/instances.json", {"images": images, "annotations": annotations, "categories": [{"id": 3, "name": "cat"}]})
+    write_json(
+        folder / "refcoco/instances.json",
+        {"images": images, "annotations": annotations, "categories": [{"id": 3, "name": "cat"}]},
+    )
     refs = [
-        {"ref_id": n, "ann_id": n, "image_id": 7, "category_id": 3, "split": split, "file_name": f"COCO_train2014_000000000007_{n}.jpg",
-         "sentences": [{"sent": text, "raw": text.upper(), "tokens": text.split(), "sent_id": 0} for text in texts], "sent_ids": [0]}
-        for n, split, texts in ((1, "train", ("left cat", "cat")), (2, "train", ("everything",)), (2, "val", ("all",)))
-    ]  # fmt: skip
+        {
+            "ref_id": n,
+            "ann_id": n,
+            "image_id": 7,
+            "category_id": 3,
+            "split": split,
+            "file_name": f"COCO_train2014_000000000007_{n}.jpg",
+            "sentences": [
+                {"sent": text, "raw": text.upper(), "tokens": text.split(), "sent_id": 0}
+                for text in texts
+            ],
+            "sent_ids": [0],
+        }
+        for n, split, texts in (
+            (1, "train", ("left cat", "cat")),
+            (2, "train", ("everything",)),
+            (2, "val", ("all",)),
+        )
+    ]
     (folder / "refcoco/refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
     return folder / "refcoco/refs(unc).p"
 
@@ -131,15 +202,26 @@ def test_refcoco(tmp_path):
     file = write_refcoco(tmp_path / "data")
     (sample,) = source = open_source(f"refcoco:{file}")
     assert source.dialog_counts() == [3] and sample.key == "7"
-    assert paths(sample) == [f"{tmp_path}/images/mscoco/images/train2014/COCO_train2014_000000000007.jpg"]
+    assert paths(sample) == [
+        f"{tmp_path}/images/mscoco/images/train2014/COCO_train2014_000000000007.jpg"
+    ]
     expected = []
     theirs = COCO(str(file.parent / "instances.json"))
     for text, number in (("left cat", 1), ("cat", 1), ("everything", 2)):
         x, y, w, h = theirs.loadAnns([number])[0]["bbox"]
         a, b, c, d = (min(999, int(v)) for v in (x * 5, y * 10, (x + w) * 5, (y + h) * 10))
-        expected.append((f"<image>Locate: {text}", f"<ref>{text}</ref><box>({a},{b}),({c},{d})</box>"))
-    assert said(sample) == asked(*expected) and "(100,100),(600,600)" in expected[0][1] and "(0,0),(999,999)" in expected[2][1]
-    assert said(open_source(f"refcoco:{file}?split=val&images=/coco")[0])[0][0] == ("user", "<image>Locate: all")
+        expected.append(
+            (f"<image>Locate: {text}", f"<ref>{text}</ref><box>({a},{b}),({c},{d})</box>")
+        )
+    assert (
+        said(sample) == asked(*expected)
+        and "(100,100),(600,600)" in expected[0][1]
+        and "(0,0),(999,999)" in expected[2][1]
+    )
+    assert said(open_source(f"refcoco:{file}?split=val&images=/coco")[0])[0][0] == (
+        "user",
+        "<image>Locate: all",
+    )
 
 
 class Evil:
@@ -170,23 +252,43 @@ GROUNDED = (
 
 
 def test_grit_tars_and_parquet(tmp_path):
-    facts = {"key": "000373938", "caption": CAPTION, "ref_exps": SPANS, "noun_chunks": SPANS[:1], "clip_similarity_vitl14": 0.29}
+    facts = {
+        "key": "000373938",
+        "caption": CAPTION,
+        "ref_exps": SPANS,
+        "noun_chunks": SPANS[:1],
+        "clip_similarity_vitl14": 0.29,
+    }
     with webdataset.TarWriter(str(tmp_path / "00000.tar")) as writer:
         writer.write({"__key__": "000373938", "jpg": png(5), "json": facts, "txt": CAPTION})
-    columns = {name: [value] for name, value in facts.items()} | {"width": [8], "height": [8], "url": ["http://x"]}
+    columns = {name: [value] for name, value in facts.items()} | {
+        "width": [8],
+        "height": [8],
+        "url": ["http://x"],
+    }
     pq.write_table(pa.table(columns), tmp_path / "coyo_0_snappy.parquet")
     write_images(tmp_path / "pictures", 1)
     (tmp_path / "pictures/0.png").rename(tmp_path / "pictures/000373938.jpg")
     for place, number in (("00000.tar?", 5), ("coyo_0_snappy.parquet?images=pictures&", 0)):
         (sample,) = open_source(f"grit:{tmp_path / place}")
-        assert (sample.key, sample.scores, said(sample)) == ("000373938", (0.29,), [[("assistant", f"<image>{GROUNDED}")]])
+        assert (sample.key, sample.scores, said(sample)) == (
+            "000373938",
+            (0.29,),
+            [[("assistant", f"<image>{GROUNDED}")]],
+        )
         assert shows(paths(sample)[0]) == number
         (sample,) = open_source(f"grit:{tmp_path / place}spans=noun_chunks")
-        assert said(sample)[0][0][1] == "<image>a wire hanger with <ref>a paper cover</ref><box>(20,110),(970,990)</box>"
+        assert (
+            said(sample)[0][0][1]
+            == "<image>a wire hanger with <ref>a paper cover</ref><box>(20,110),(970,990)</box>"
+        )
 
 
 def test_boxes():
-    assert box((0, 0.25, 0.5, 1)) == "<box>(0,250),(500,999)</box>" and box((-0.004, 0, 1.004, 1)) == "<box>(0,0),(999,999)</box>"
+    assert (
+        box((0, 0.25, 0.5, 1)) == "<box>(0,250),(500,999)</box>"
+        and box((-0.004, 0, 1.004, 1)) == "<box>(0,0),(999,999)</box>"
+    )
     for corners in ((0.5, 0, 0.4, 1), (0, 0, 1.2, 1), (float("nan"), 0, 1, 1), (0, -0.5, 1, 1)):
         with pytest.raises(ValueError, match="not within the picture"):
             box(corners)

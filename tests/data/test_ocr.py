@@ -1,4 +1,6 @@
-"""Layout of synthetic pages: boxes are of ink, also in perspective; reading order; no glyph is missing."""
+"""Layout of synthetic pages: boxes are of ink, also in perspective; reading order; no glyph is
+missing.
+"""
 
 import numpy as np
 import pytest
@@ -18,7 +20,9 @@ def inked(words, size):
     """Which pixels of a sheet Pillow blackens for these words."""
     sheet = Image.new("L", size)
     for word in words:
-        ImageDraw.Draw(sheet).text((word.x, word.y), word.text, 255, fonts.font(word.face, word.px), anchor="ls")
+        ImageDraw.Draw(sheet).text(
+            (word.x, word.y), word.text, 255, fonts.font(word.face, word.px), anchor="ls"
+        )
     return np.asarray(sheet) > 0
 
 
@@ -50,15 +54,24 @@ def test_boxes_go_through_the_perspective():
             left, top, right, bottom = word.box
             sheet = Image.new("RGB", page.sheet.size)
             ImageDraw.Draw(sheet).rectangle((left, top, right - 1, bottom - 1), fill="white")
-            seen = bounds(np.asarray(onto(Image.new("RGB", (9, 9)), sheet, page).convert("L")) > 100)
-            np.testing.assert_allclose(page.place([word.box])[0] * (*page.size, *page.size), seen, atol=2)
+            seen = bounds(
+                np.asarray(onto(Image.new("RGB", (9, 9)), sheet, page).convert("L")) > 100
+            )
+            np.testing.assert_allclose(
+                page.place([word.box])[0] * (*page.size, *page.size), seen, atol=2
+            )
 
 
 def test_homography_is_opencvs():
     cv2 = pytest.importorskip("cv2")
     quad = np.array([(10, 12), (200, 5), (210, 150), (3, 170)], np.float32)
     corners = np.array([(0, 0), (190, 0), (190, 140), (0, 140)], np.float32)
-    np.testing.assert_allclose(homography((190, 140), quad), cv2.getPerspectiveTransform(corners, quad), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        homography((190, 140), quad),
+        cv2.getPerspectiveTransform(corners, quad),
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -72,7 +85,9 @@ def test_no_glyph_is_missing(language):
 
 
 def test_reading_order():
-    """The next line stands below the last one, or right of all lines of the columns so far; words go from left to right."""
+    """The next line stands below the last one, or right of all lines of the columns so far; words
+    go from left to right.
+    """
     columns = 0
     for page in pages("en", 30):
         right = 0
@@ -82,7 +97,9 @@ def test_reading_order():
                 assert line.box[0] >= right and len(page.sheet.lines) > 2
             else:
                 assert line.box[1] >= last.box[1]
-            right = max(right, last.box[2]) if last is not page.sheet.lines[0] else right  # the heading is above all columns
+            right = (
+                max(right, last.box[2]) if last is not page.sheet.lines[0] else right
+            )  # the heading is above all columns
         for line in page.sheet.lines:
             lefts = [word.x for word in line.words]
             assert lefts == sorted(lefts)
@@ -97,7 +114,9 @@ def test_wrapped_lines_fit_and_lose_nothing(text, room):
     assert "".join("".join(line) for line in lines) == "".join(text.split())
     for line in lines:
         assert len("".join(line)) == 1 or sum(fonts.width(face, 12, word) for word in line) <= room
-    if not layout.CJK.search(text) and all(fonts.width(face, 12, word) <= room for word in text.split()):
+    if not layout.CJK.search(text) and all(
+        fonts.width(face, 12, word) <= room for word in text.split()
+    ):
         assert [word for line in lines for word in line] == text.split()
 
 
@@ -106,7 +125,12 @@ def test_no_line_begins_with_a_closing_mark():
     face = fonts.faces("zh")[0]
     room = fonts.width(face, 20, "天天天")
     assert layout.wrap("红红红红红红，红", face, 20, room) == [["红红红"], ["红红"], ["红，红"]]
-    assert layout.wrap("红，。红", face, 20, fonts.width(face, 20, "红")) == [["红"], ["，"], ["。"], ["红"]]
+    assert layout.wrap("红，。红", face, 20, fonts.width(face, 20, "红")) == [
+        ["红"],
+        ["，"],
+        ["。"],
+        ["红"],
+    ]
 
 
 def test_every_layout_is_drawn():
@@ -117,8 +141,15 @@ def test_every_layout_is_drawn():
             assert picture.size == page.size and 50 <= quality <= 95
             made.append(bool(page.sheet.rules))
             assert made[-1] == (name == "table")
-            assert name != "sign" or len(page.sheet.lines) < 12 and max(word.px for word in words_of(page)) >= 22
-            assert all(0 <= share <= 1 for share in page.place([line.box for line in page.sheet.lines]).ravel())
+            assert (
+                name != "sign"
+                or len(page.sheet.lines) < 12
+                and max(word.px for word in words_of(page)) >= 22
+            )
+            assert all(
+                0 <= share <= 1
+                for share in page.place([line.box for line in page.sheet.lines]).ravel()
+            )
     assert sum(made) == 3  # tables have rules
 
 
@@ -131,7 +162,9 @@ def test_a_sign_fits_a_small_page(language):
 def test_layouts_are_drawn_as_often_as_is_said():
     """Tables among pages of all layouts, and of lists and tables: 0.15, and 0.15 of 0.35."""
     for names, share in ((tuple(layout.LAYOUTS), 0.15), (("list", "table"), 0.15 / 0.35)):
-        tables = np.mean([bool(page.sheet.rules) for page in pages("en", 200, size=200, layouts=names)])
+        tables = np.mean(
+            [bool(page.sheet.rules) for page in pages("en", 200, size=200, layouts=names)]
+        )
         assert abs(tables - share) < 3 * np.sqrt(share * (1 - share) / 200)
 
 
@@ -139,8 +172,12 @@ def test_the_box_of_a_word_is_where_it_stands():
     found = 0
     for number, page in enumerate(pages("en", 10)):
         boxes = {word.text: box(page.place([word.box])[0]) for word in words_of(page)}
-        placed = lambda parts, page=page: list(zip([part.text for part in parts], page.place([part.box for part in parts])))
-        asked, answer = dialogs("en", placed(page.sheet.lines), placed(words_of(page)), np.random.default_rng(number))[2]
+        placed = lambda parts, page=page: list(
+            zip([part.text for part in parts], page.place([part.box for part in parts]))
+        )
+        asked, answer = dialogs(
+            "en", placed(page.sheet.lines), placed(words_of(page)), np.random.default_rng(number)
+        )[2]
         if 'Where is "' in asked.text:
             word = asked.text.split('"', 1)[1].removesuffix('" written?')
             found += word in boxes

@@ -1,4 +1,6 @@
-"""Synthetic pages as samples: the same in every process and thread; what is said is what is drawn; wrong options."""
+"""Synthetic pages as samples: the same in every process and thread; what is said is what is drawn;
+wrong options.
+"""
 
 import dataclasses
 import hashlib
@@ -44,8 +46,13 @@ def test_pages_are_a_function_of_seed_and_number(folder, language):
         "import sys, hashlib; from evlm_jax.data.containers.rows import open_ref\n"
         "for ref in sys.argv[1:]: print(hashlib.sha256(open_ref(ref).read()).hexdigest())"
     )
-    elsewhere = subprocess.run([sys.executable, "-c", code, *refs[::-1]], capture_output=True, text=True, check=True).stdout.split()
-    here = [hashlib.sha256(read(*ref.removeprefix("page://").split("::", 1))).hexdigest() for ref in refs]
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", code, *refs[::-1]], capture_output=True, text=True, check=True
+    ).stdout.split()
+    here = [
+        hashlib.sha256(read(*ref.removeprefix("page://").split("::", 1))).hexdigest()
+        for ref in refs
+    ]
     assert here == elsewhere[::-1] and len(set(here)) == 3
     assert opened(folder, language, "seed=4&size=256")[3].dialogs != one[3].dialogs
 
@@ -54,7 +61,11 @@ def test_pages_are_a_function_of_seed_and_number(folder, language):
 def test_what_is_said_is_what_is_drawn(folder, language, monkeypatch):
     source, drawn = opened(folder, language), []
     plainly = ImageDraw.ImageDraw.text
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda pen, at, text, **more: (drawn.append(text), plainly(pen, at, text, **more)))
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw,
+        "text",
+        lambda pen, at, text, **more: (drawn.append(text), plainly(pen, at, text, **more)),
+    )
     for i in range(8):
         drawn.clear()
         source.picture(i)
@@ -62,7 +73,10 @@ def test_what_is_said_is_what_is_drawn(folder, language, monkeypatch):
 
 
 def test_another_font_or_an_error_where_a_glyph_is_missing(folder):
-    italic, sans = (next(f for f in fonts.faces("en") if f.path.endswith(name)) for name in ("STIXGeneralItalic.ttf", "DejaVuSans.ttf"))
+    italic, sans = (
+        next(f for f in fonts.faces("en") if f.path.endswith(name))
+        for name in ("STIXGeneralItalic.ttf", "DejaVuSans.ttf")
+    )
     assert fonts.writable((italic, sans), ["\ue123", "\u2603"]) == ("\u2603", (sans,))  # a snowman
     with pytest.raises(SampleError, match=r"no font has the characters '\\ue000'.*fonts=FILE"):
         opened(folder, "en", texts="none")[0]
@@ -92,23 +106,37 @@ def test_samples(folder, language):
     source = opened(folder, language, "pages=40&characters=300")
     assert (len(source), source.dialog_counts()[:2]) == (40, [4, 4])
     for sample in map(source.__getitem__, range(20)):
-        (read_all, whole), (at, line), (where, place), (count, number) = [[turn.text for turn in dialog] for dialog in sample.dialogs]
+        (read_all, whole), (at, line), (where, place), (count, number) = [
+            [turn.text for turn in dialog] for dialog in sample.dialogs
+        ]
         lines = whole.split("\n")
-        assert line in lines and number == str(len(lines)) and len(whole) <= 300 + len(lines) or len(lines) == 1
+        assert (
+            line in lines
+            and number == str(len(lines))
+            and len(whole) <= 300 + len(lines)
+            or len(lines) == 1
+        )
         assert re.search(r"<box>\(\d+,\d+\),\(\d+,\d+\)</box>", at)
         if re.search("<box>.*</box>", place):
             asked = re.search('["“](.*)["”]', where).group(1)
             assert whole.count(asked) == 1
         assert all(text.startswith("<image>") for text in (read_all, at, where, count))
-        assert image.decode(sample.refs[0].path).size in [(448, y) for y in range(314, 449)] + [(x, 448) for x in range(314, 449)]
+        assert image.decode(sample.refs[0].path).size in [(448, y) for y in range(314, 449)] + [
+            (x, 448) for x in range(314, 449)
+        ]
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("smollm2-135m-instruct", marks=needs_asset("smollm2-135m-instruct"))])
+@pytest.mark.parametrize(
+    "tokenizer",
+    ["bytes", pytest.param("smollm2-135m-instruct", marks=needs_asset("smollm2-135m-instruct"))],
+)
 def test_answers_come_through_the_tokenizer(folder, tokenizer):
     cfg, used = config(), TOKENIZER
     if tokenizer != "bytes":
         used = load_tokenizer(tokenizer)
-        cfg = dataclasses.replace(cfg, media=dataclasses.replace(cfg.media, placeholder="<filename>"))
+        cfg = dataclasses.replace(
+            cfg, media=dataclasses.replace(cfg.media, placeholder="<filename>")
+        )
     sample = opened(folder, "en")[1]
     document = encode(sample, used, cfg)
     for number, dialog in enumerate(sample.dialogs):
@@ -119,8 +147,12 @@ def test_answers_come_through_the_tokenizer(folder, tokenizer):
 def test_a_part_of_the_pages(folder):
     np.save(folder / "keep.npy", [5, 2])
     whole, part = opened(folder, "en"), opened(folder, "en", f"keep={folder}/keep.npy")
-    assert [sample.dialogs for sample in part] == [whole[i].dialogs for i in (5, 2)] and part.dialog_counts() == [4, 4]
-    np.testing.assert_array_equal(image.decode(part[0].refs[0].path), image.decode(whole[5].refs[0].path))
+    assert [sample.dialogs for sample in part] == [
+        whole[i].dialogs for i in (5, 2)
+    ] and part.dialog_counts() == [4, 4]
+    np.testing.assert_array_equal(
+        image.decode(part[0].refs[0].path), image.decode(whole[5].refs[0].path)
+    )
 
 
 def test_threads_draw_the_same(folder):
@@ -138,7 +170,9 @@ def test_pages_in_batches(folder):
     assert keys and not info["drops"]
     source = open_source(name)
     for slot, key in enumerate(key.removeprefix(f"{name}/") for key in info["keys"][0]):
-        np.testing.assert_array_equal(batch.pixels[0, slot], image.pixels(source[int(key)].refs, cfg)[0])
+        np.testing.assert_array_equal(
+            batch.pixels[0, slot], image.pixels(source[int(key)].refs, cfg)[0]
+        )
     other.set_state(iterator.get_state())
     np.testing.assert_array_equal(next(iterator)[0].pixels, next(other)[0].pixels)
     iterator.close(), other.close()
@@ -179,10 +213,18 @@ def test_keys_of_features_and_a_broken_background(folder, tmp_path):
 
 
 def test_questions_are_turns_of_the_user(folder, tmp_path):
-    row = {"id": 1, "conversations": [{"from": "human", "value": "Question"}, {"from": "gpt", "value": "Answer"}]}
+    row = {
+        "id": 1,
+        "conversations": [
+            {"from": "human", "value": "Question"},
+            {"from": "gpt", "value": "Answer"},
+        ],
+    }
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
     for role, only in (("user", "Question"), ("assistant", "Answer")):
         said = open_source(f"ocr-en:llava:{tmp_path}/a.jsonl?pictures=&role={role}")[0].dialogs[0]
         assert (
-            isinstance(said[1], Turn) and only in said[1].text and len({"Question", "Answer"} & set(re.findall(r"\w+", said[1].text))) == 1
+            isinstance(said[1], Turn)
+            and only in said[1].text
+            and len({"Question", "Answer"} & set(re.findall(r"\w+", said[1].text))) == 1
         )

@@ -1,8 +1,9 @@
-"""Packed rows against another implementation, which is slow and plain: dialogs are spelled out one by one, without tries, from the samples.
+"""Packed rows against another implementation, which is slow and plain: dialogs are spelled out one
+by one, without tries, from the samples.
 
-In a row every token sees a path of tokens that ends in itself. The paths of a document's tokens must be exactly the beginnings of its
-dialogs; what is predicted behind each must be what the dialogs say next where they are learned.
-"""
+In a row every token sees a path of tokens that ends in itself. The paths of a document's tokens
+must be exactly the beginnings of its dialogs; what is predicted behind each must be what the
+dialogs say next where they are learned."""
 
 from collections import Counter
 
@@ -43,7 +44,10 @@ def spell(sample, dialog, template):
     for i, turn in enumerate(dialog):
         answers = turn.role == "assistant"
         if template == "plain" or len(dialog) == 1 and answers:
-            read((" " if answers and i else "") + turn.text + ("" if answers else " Answer:"), answers)
+            read(
+                (" " if answers and i else "") + turn.text + ("" if answers else " Answer:"),
+                answers,
+            )
             say(TOKENIZER.eos if answers else (), True)
         else:
             say(b"\n" if i else b"", False)
@@ -54,7 +58,9 @@ def spell(sample, dialog, template):
 
 
 def expected(dialogs):
-    """The paths of tokens that are laid out, and how often each path is followed by which target."""
+    """The paths of tokens that are laid out, and how often each path is followed by which
+    target.
+    """
     paths, targets = set(), Counter()
     for steps, learned in dialogs:
         ends = [i for i in range(1, len(steps)) if learned[i]]
@@ -65,8 +71,9 @@ def expected(dialogs):
 
 
 def seen_in(fields, b, documents, image):
-    """Of each document of row b, whose images begin in slot `image` of its pool: its paths, the number of its tokens, and its targets by
-    path; image numbers are its own, and it sees no other's."""
+    """Of each document of row b, whose images begin in slot `image` of its pool: its paths, the
+    number of its tokens, and its targets by path; image numbers are its own, and it sees no
+    other's."""
     token, found = 0, []
     for document in documents:
         paths, steps, here = {}, {}, range(token, token + len(document.tokens))
@@ -74,26 +81,44 @@ def seen_in(fields, b, documents, image):
             start, stop = int(fields["visible_start"][b, k]), int(fields["visible_stop"][b, k])
             assert stop == start or image <= start < stop <= image + len(document.refs)
             shift = image if stop > start else start
-            steps[k] = (int(fields["tokens"][b, k]), int(fields["media_slot"][b, k]), start - shift, stop - shift)
+            steps[k] = (
+                int(fields["tokens"][b, k]),
+                int(fields["media_slot"][b, k]),
+                start - shift,
+                stop - shift,
+            )
         for q in here:
             path = np.flatnonzero(fields["seen_until"][b, : q + 1] > q).tolist()
             assert path[0] >= token and fields["positions"][b, q] == len(path) - 1
             paths[q] = tuple(steps[k] for k in path)
-        own = [m for m, at in enumerate(fields["target_at"][b]) if fields["targets"][b, m] >= 0 and at in here]
-        targets = Counter((paths[int(fields["target_at"][b, m])], int(fields["targets"][b, m])) for m in own)
+        own = [
+            m
+            for m, at in enumerate(fields["target_at"][b])
+            if fields["targets"][b, m] >= 0 and at in here
+        ]
+        targets = Counter(
+            (paths[int(fields["target_at"][b, m])], int(fields["targets"][b, m])) for m in own
+        )
         found.append((set(paths.values()), len(here), targets))
         token, image = token + len(here), image + len(document.refs)
     rest = slice(token, None)
     length = fields["tokens"].shape[1]
-    assert (fields["seen_until"][b, rest] == np.arange(token, length) + 1).all() and (fields["media_slot"][b, rest] == -1).all()
+    assert (fields["seen_until"][b, rest] == np.arange(token, length) + 1).all() and (
+        fields["media_slot"][b, rest] == -1
+    ).all()
     assert (fields["visible_start"][b, rest] == fields["visible_stop"][b, rest]).all()
     assert (fields["targets"][b] >= 0).sum() == sum(targets.total() for _, _, targets in found)
     return found
 
 
 def check_grouping(fields, b, rows, tile):
-    """Each token of pool b is in one tile with others that see the same; each tile has one pair for each image that it sees."""
-    start, stop = (np.concatenate(fields[name][rows * b : rows * (b + 1)]) for name in ("visible_start", "visible_stop"))
+    """Each token of pool b is in one tile with others that see the same; each tile has one pair for
+    each image that it sees.
+    """
+    start, stop = (
+        np.concatenate(fields[name][rows * b : rows * (b + 1)])
+        for name in ("visible_start", "visible_stop")
+    )
     length, sees = len(start), {}
     for q in range(length):
         if stop[q] > start[q]:
@@ -105,10 +130,16 @@ def check_grouping(fields, b, rows, tile):
     wanted = Counter()
     for (start, stop), tokens in sees.items():
         used = {place[q] // tile for q in tokens}
-        assert len(used) == -(-len(tokens) // tile) and {int(q) for t in used for q in tiles[t] if q < length} == set(tokens)
+        assert len(used) == -(-len(tokens) // tile) and {
+            int(q) for t in used for q in tiles[t] if q < length
+        } == set(tokens)
         wanted.update((t, image) for t in used for image in range(start, stop))
-    pairs = list(zip(fields["pair_tile"][b].tolist(), fields["pair_image"][b].tolist(), strict=True))
-    assert Counter(pair for pair in pairs if pair[0] < len(tiles)) == wanted and pairs == sorted(pairs, key=lambda pair: pair[0])
+    pairs = list(
+        zip(fields["pair_tile"][b].tolist(), fields["pair_image"][b].tolist(), strict=True)
+    )
+    assert Counter(pair for pair in pairs if pair[0] < len(tiles)) == wanted and pairs == sorted(
+        pairs, key=lambda pair: pair[0]
+    )
     assert set(place) == {q for tokens in sees.values() for q in tokens}
 
 
@@ -131,7 +162,9 @@ def check(made, cfg):
             if document.parts > 1:
                 parts.setdefault(index, []).append((document, paths, targets))
                 continue
-            dialogs = [spell(made[index], dialog, cfg.data.template) for dialog in made[index].dialogs]
+            dialogs = [
+                spell(made[index], dialog, cfg.data.template) for dialog in made[index].dialogs
+            ]
             assert (paths, targets) == expected(dialogs)
             assert tokens == len(paths)  # what dialogs share stands once
     for index, found in parts.items():
@@ -141,7 +174,9 @@ def check(made, cfg):
 
 
 def check_parts(steps, learned, found):
-    """The parts of a long document, put together again, are all of it; what is behind its picture in a part sees it."""
+    """The parts of a long document, put together again, are all of it; what is behind its picture
+    in a part sees it.
+    """
     found.sort(key=lambda part: int(part[0].key.split("[")[1].split("/")[0]))
     image = at = 0
     for document, paths, targets in found:
@@ -166,10 +201,17 @@ texts = st.text("ab \n", max_size=12)
 
 @st.composite
 def webpages(draw, most_images=6):
-    """Assistant alone: texts, of one token or longer than a row, and pictures anywhere, at the very end as well."""
+    """Assistant alone: texts, of one token or longer than a row, and pictures anywhere, at the very
+    end as well.
+    """
     count = draw(st.integers(0, most_images))
-    pieces = [draw(st.one_of(texts, st.just("c"), st.just(""), st.just("de fg " * 20))) for _ in range(count + 1)]
-    return Sample("key", "made", refs(*[1] * count), ((Turn("assistant", "<image>".join(pieces)),),))
+    pieces = [
+        draw(st.one_of(texts, st.just("c"), st.just(""), st.just("de fg " * 20)))
+        for _ in range(count + 1)
+    ]
+    return Sample(
+        "key", "made", refs(*[1] * count), ((Turn("assistant", "<image>".join(pieces)),),)
+    )
 
 
 rows = given(
@@ -178,7 +220,10 @@ rows = given(
     shared=st.sampled_from([(1, 8), (2, 8), (2, 11), (3, 20)]),
 )
 ROWS = dict(length=96, images=8, targets=80, pairs=40, window=3)
-short_rows = given(made=st.lists(webpages(most_images=8), min_size=1, max_size=3), shared=st.sampled_from([(1, 3), (2, 4), (3, 3)]))
+short_rows = given(
+    made=st.lists(webpages(most_images=8), min_size=1, max_size=3),
+    shared=st.sampled_from([(1, 3), (2, 4), (3, 3)]),
+)
 SHORT = dict(length=30, images=3, targets=30, pairs=12, window=3)  # most documents are cut
 
 
@@ -209,9 +254,30 @@ def test_thousands_of_long_documents(made, shared):
 
 
 @settings(max_examples=30, deadline=None)
-@given(count=st.integers(62, 64), where=st.sampled_from(["front", "end", "between"]), more=samples(most_visuals=1), size=st.integers(1, 2))
+@given(
+    count=st.integers(62, 64),
+    where=st.sampled_from(["front", "end", "between"]),
+    more=samples(most_visuals=1),
+    size=st.integers(1, 2),
+)
 def test_rows_of_64_images(count, where, more, size):
-    text = {"front": "<image>" * count + "x", "end": "x" + "<image>" * count, "between": "x<image>" * count + "y"}[where]
-    page = Sample("key", "made", refs(*[1] * count), ((Turn("user", text), Turn("assistant", "z")),))
-    video = Sample("key", "made", refs(count), ((Turn("user", "<image>what?"), Turn("assistant", "a dog")),))
-    assert check([page, video, more], config(length=320, images=64, targets=100, pool=size, slots=64 * size, pairs=1000, window=3)) >= 2
+    text = {
+        "front": "<image>" * count + "x",
+        "end": "x" + "<image>" * count,
+        "between": "x<image>" * count + "y",
+    }[where]
+    page = Sample(
+        "key", "made", refs(*[1] * count), ((Turn("user", text), Turn("assistant", "z")),)
+    )
+    video = Sample(
+        "key", "made", refs(count), ((Turn("user", "<image>what?"), Turn("assistant", "a dog")),)
+    )
+    assert (
+        check(
+            [page, video, more],
+            config(
+                length=320, images=64, targets=100, pool=size, slots=64 * size, pairs=1000, window=3
+            ),
+        )
+        >= 2
+    )

@@ -1,4 +1,6 @@
-"""Batches: the same stream for any number of processes and after any stop; mixtures, epochs, drops, evaluation rows."""
+"""Batches: the same stream for any number of processes and after any stop; mixtures, epochs, drops,
+evaluation rows.
+"""
 
 import contextlib
 import dataclasses
@@ -27,18 +29,44 @@ from tests.tiny import tiny_config
 LANES = 8
 
 
-@pytest.fixture(scope="module", params=[((), 1), (("chat", "captions"), 1), (("chat", "captions"), 2)], ids=["mixed", "tasks", "pools"])
+@pytest.fixture(
+    scope="module",
+    params=[((), 1), (("chat", "captions"), 1), (("chat", "captions"), 2)],
+    ids=["mixed", "tasks", "pools"],
+)
 def cfg(request, tmp_path_factory):
-    """Two sources of different length and kind, eight lanes; rows of both together, or of one each, alone or two a pool."""
+    """Two sources of different length and kind, eight lanes; rows of both together, or of one each,
+    alone or two a pool.
+    """
     folder = tmp_path_factory.mktemp("data")
     write_images(folder / "pictures", 23)
     for i in range(23):
         (folder / "pictures" / f"{i}.txt").write_text("caption " * (i % 5 + 1))
-    rows = [row(f"r{i}", f"pictures/{i % 23}.png" if i % 3 else None, "<image>" * bool(i % 3) + "q" * (i % 20), f"a{i}") for i in range(31)]
+    rows = [
+        row(
+            f"r{i}",
+            f"pictures/{i % 23}.png" if i % 3 else None,
+            "<image>" * bool(i % 3) + "q" * (i % 20),
+            f"a{i}",
+        )
+        for i in range(31)
+    ]
     sources = (write_jsonl(folder / "rows.jsonl", rows), f"folder:{folder / 'pictures'}")
     names, pool = request.param
-    data = dict(sources=sources, weights=(0.75, 0.25), tasks=names, length=200, targets=150, images=6, pairs=60 * pool, window=5, seed=3)
-    return tiny_config(data=data | dict(pool=pool, slots={1: 6, 2: 8}[pool]), train=dict(batch=LANES * pool))
+    data = dict(
+        sources=sources,
+        weights=(0.75, 0.25),
+        tasks=names,
+        length=200,
+        targets=150,
+        images=6,
+        pairs=60 * pool,
+        window=5,
+        seed=3,
+    )
+    return tiny_config(
+        data=data | dict(pool=pool, slots={1: 6, 2: 8}[pool]), train=dict(batch=LANES * pool)
+    )
 
 
 def take(iterator, count):
@@ -58,8 +86,16 @@ def assert_equal(left, right):
 def test_batch_has_the_promised_shapes(cfg):
     batch, info = take(batches(cfg, TOKENIZER), 1)[0]
     for name, array, spec in zip(Batch._fields, batch, Batch.spec(cfg), strict=True):
-        assert (array is None and spec is None) or (array.shape, array.dtype) == (spec.shape, spec.dtype), name
-    assert len(info["keys"]) == LANES * cfg.data.pool and set(info["fill"]) == {"tokens", "images", "targets", "pairs"}
+        assert (array is None and spec is None) or (array.shape, array.dtype) == (
+            spec.shape,
+            spec.dtype,
+        ), name
+    assert len(info["keys"]) == LANES * cfg.data.pool and set(info["fill"]) == {
+        "tokens",
+        "images",
+        "targets",
+        "pairs",
+    }
     assert set(batch.target_source[batch.targets >= 0]) == {0, 1}
 
 
@@ -105,8 +141,12 @@ def test_processes_share_the_rows_of_one_stream(cfg, processes):
     for step, (batch, info) in enumerate(whole):
         pieces = [part[step] for part in parts]
         assert info["keys"] == [keys for _, piece in pieces for keys in piece["keys"]]
-        np.testing.assert_array_equal(batch.tokens, np.concatenate([piece.tokens for piece, _ in pieces]))
-        np.testing.assert_array_equal(batch.pixels, np.concatenate([piece.pixels for piece, _ in pieces]))
+        np.testing.assert_array_equal(
+            batch.tokens, np.concatenate([piece.tokens for piece, _ in pieces])
+        )
+        np.testing.assert_array_equal(
+            batch.pixels, np.concatenate([piece.pixels for piece, _ in pieces])
+        )
 
 
 @pytest.mark.parametrize("before, after", [(1, 8), (2, 1), (4, 2), (8, 4)])
@@ -129,19 +169,29 @@ def test_state_restores_on_another_number_of_processes(cfg, before, after):
 
 
 def test_a_state_of_other_lanes_or_tasks_is_refused(cfg):
-    with contextlib.closing(batches(cfg, TOKENIZER, lanes=(0, 1))) as half, contextlib.closing(batches(cfg, TOKENIZER)) as whole:
+    with (
+        contextlib.closing(batches(cfg, TOKENIZER, lanes=(0, 1))) as half,
+        contextlib.closing(batches(cfg, TOKENIZER)) as whole,
+    ):
         with pytest.raises(ValueError, match=r"no lanes \[2, 3, 4, 5, 6, 7\]"):
             whole.set_state(half.get_state())
-        state = {"lanes": {str(lane): [{"next": lane, "pending": []}] * 3 for lane in range(LANES)}, "of": LANES}
+        state = {
+            "lanes": {str(lane): [{"next": lane, "pending": []}] * 3 for lane in range(LANES)},
+            "of": LANES,
+        }
         with pytest.raises(ValueError, match="has 3 tasks, data.tasks has [12]"):
             whole.set_state(state)
-        with pytest.raises(ValueError, match="has 8 of 16 lanes: merge the positions of all processes"):
+        with pytest.raises(
+            ValueError, match="has 8 of 16 lanes: merge the positions of all processes"
+        ):
             whole.set_state(state | {"of": 16})
 
 
 def used(state) -> list[int]:
     """Documents of each task that a position is behind."""
-    return [sum(used_of(task, state["of"]) for task in tasks) for tasks in zip(*state["lanes"].values())]
+    return [
+        sum(used_of(task, state["of"]) for task in tasks) for tasks in zip(*state["lanes"].values())
+    ]
 
 
 @pytest.mark.parametrize("wider", [2, 0.5])
@@ -150,18 +200,32 @@ def test_another_batch_goes_on_behind_as_many_documents(cfg, wider):
         for _ in range(7):
             next(iterator)
         state = json.loads(json.dumps(iterator.get_state()))
-    other = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch=int(cfg.train.batch * wider)))
+    other = dataclasses.replace(
+        cfg, train=dataclasses.replace(cfg.train, batch=int(cfg.train.batch * wider))
+    )
     with contextlib.closing(batches(other, TOKENIZER)) as iterator:
         iterator.set_state(state)
         begun = iterator.get_state()
-        assert begun["of"] == other.pools == len(begun["lanes"]) and used(begun) == used(state) and min(used(state)) > 0
+        assert (
+            begun["of"] == other.pools == len(begun["lanes"])
+            and used(begun) == used(state)
+            and min(used(state)) > 0
+        )
         batch, _ = next(iterator)
-        assert len(batch.tokens) == other.train.batch and sum(used(iterator.get_state())) > sum(used(begun))
+        assert len(batch.tokens) == other.train.batch and sum(used(iterator.get_state())) > sum(
+            used(begun)
+        )
 
 
 def test_the_position_tells_the_sources_apart(cfg, tmp_path):
     """A file in another order, a shorter one, and the same one elsewhere."""
-    rows = [{"id": f"r{i}", "conversations": [{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": "a"}]} for i in range(99)]
+    rows = [
+        {
+            "id": f"r{i}",
+            "conversations": [{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": "a"}],
+        }
+        for i in range(99)
+    ]
 
     def told(name, rows):
         (tmp_path / name).mkdir()
@@ -201,7 +265,9 @@ def test_rows_hold_one_task_and_documents_their_weights(cfg):
         slack = cfg.data.window + cfg.data.pool * max(map(len, lane))
         assert abs(sum(flat) - 0.25 * len(flat)) <= slack, (sum(flat), len(flat))
     if cfg.data.tasks:
-        assert len({tuple(row[:1] == [True] for row in lane) for lane in kinds}) > 1  # not all lanes have a task at once
+        assert (
+            len({tuple(row[:1] == [True] for row in lane) for lane in kinds}) > 1
+        )  # not all lanes have a task at once
 
 
 def single(tmp_path, rows, **data):
@@ -223,7 +289,9 @@ def test_drops_are_counted_and_named(tmp_path):
 def test_an_unreadable_image_takes_the_targets_of_its_document_only(tmp_path):
     write_images(tmp_path, 2)
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:40])
-    cfg = single(tmp_path, [row("ok", "0.png", "<image>q", "aa"), row("bad", "1.png", "<image>q", "aa")])
+    cfg = single(
+        tmp_path, [row("ok", "0.png", "<image>q", "aa"), row("bad", "1.png", "<image>q", "aa")]
+    )
     iterator = batches(cfg, TOKENIZER)
     seen = Counter()
     for batch, info in take(iterator, 4):
@@ -235,7 +303,11 @@ def test_an_unreadable_image_takes_the_targets_of_its_document_only(tmp_path):
 
 
 def test_bad_rows_are_left_out_by_name(tmp_path):
-    rows = [row("good", None, "q", "aa"), {"id": "bad", "conversations": 5}, row("fine", None, "q", "bb")]
+    rows = [
+        row("good", None, "q", "aa"),
+        {"id": "bad", "conversations": 5},
+        row("fine", None, "q", "bb"),
+    ]
     cfg = single(tmp_path, rows)
     with open(tmp_path / "rows.jsonl", "a") as file:
         file.write('{"id": \n')
@@ -243,17 +315,27 @@ def test_bad_rows_are_left_out_by_name(tmp_path):
     for _, info in take(batches(cfg, TOKENIZER), 8):
         drops.update(drop.cause for drop in info["drops"])
         keys.update(key.split("/")[-1] for key in info["keys"][0])
-        assert all(re.search(r"(bad|\?): (ValueError|JSONDecodeError): .*rows.jsonl: row (2|4)\)$", drop.message) for drop in info["drops"])
+        assert all(
+            re.search(
+                r"(bad|\?): (ValueError|JSONDecodeError): .*rows.jsonl: row (2|4)\)$", drop.message
+            )
+            for drop in info["drops"]
+        )
     assert set(drops) == {"bad row"} and drops["bad row"] > 4 and set(keys) == {"good", "fine"}
 
 
 @pytest.mark.parametrize("share, stops", [(0.2, True), (0.3, False)])
 def test_too_many_drops_stop_the_run(tmp_path, monkeypatch, share, stops):
     monkeypatch.setattr(pipeline, "ENOUGH", 40)
-    rows = [row(f"r{i}", None, "q", "a") for i in range(6)] + [row("mute", None, "q"), {"id": "bad"}]
+    rows = [row(f"r{i}", None, "q", "a") for i in range(6)] + [
+        row("mute", None, "q"),
+        {"id": "bad"},
+    ]
     iterator = batches(single(tmp_path, rows, most_drops=share), TOKENIZER)
     if stops:
-        with pytest.raises(ValueError, match="documents were left out, more than data.most_drops = 0.2:") as error:
+        with pytest.raises(
+            ValueError, match="documents were left out, more than data.most_drops = 0.2:"
+        ) as error:
             take(iterator, 20)
         for cause, key in (("bad row", "bad: KeyError"), ("nothing supervised", "mute")):
             assert re.search(rf"\n  {cause}: \d+, the first: .*{key}", str(error.value))
@@ -264,7 +346,13 @@ def test_too_many_drops_stop_the_run(tmp_path, monkeypatch, share, stops):
 
 def test_a_source_of_odd_rows_alone_ends_with_the_key(tmp_path):
     cfg = single(tmp_path, [row("two-of-one", "0.png", "<image><image>q", "a")])
-    with pytest.raises(ValueError, match="1000 documents in a row cannot be used; the last: .*two-of-one: .*2 <image> markers for 1"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "1000 documents in a row cannot be used; the last: .*two-of-one: .*2 <image> markers"
+            " for 1"
+        ),
+    ):
         next(batches(cfg, TOKENIZER))
 
 
@@ -279,14 +367,24 @@ def test_rows_in_order_map_back_to_documents_and_dialogs(cfg):
     documents = []
     for sample in source:
         dialogs = tuple(question(prompt, answer) for answer in ("yes", "no", sample.key))
-        documents.append(score_document(dataclasses.replace(sample, dialogs=dialogs), TOKENIZER, cfg))
+        documents.append(
+            score_document(dataclasses.replace(sample, dialogs=dialogs), TOKENIZER, cfg)
+        )
     found = {}
     for batch, owner, dialog in rows_in_order(documents, cfg, rows=3):
         assert batch.tokens.shape[0] == owner.shape[0] == 3
-        assert ((owner >= 0) == (batch.targets >= 0)).all() and ((dialog >= 0) == (batch.targets >= 0)).all()
+        assert ((owner >= 0) == (batch.targets >= 0)).all() and (
+            (dialog >= 0) == (batch.targets >= 0)
+        ).all()
         for b, m in zip(*np.nonzero(owner >= 0), strict=True):
-            found.setdefault((int(owner[b, m]), int(dialog[b, m])), []).append(int(batch.targets[b, m]))
-    answers = {(i, d): answer for i, sample in enumerate(source) for d, answer in enumerate(("yes", "no", sample.key))}
+            found.setdefault((int(owner[b, m]), int(dialog[b, m])), []).append(
+                int(batch.targets[b, m])
+            )
+    answers = {
+        (i, d): answer
+        for i, sample in enumerate(source)
+        for d, answer in enumerate(("yes", "no", sample.key))
+    }
     assert {key: TOKENIZER.decode(ids) for key, ids in found.items()} == answers
 
 
@@ -302,11 +400,17 @@ def test_rows_in_order_refuse_what_they_would_lose(cfg, tmp_path):
 def test_documents_are_a_grain_dataset(cfg):
     """Random access through grain's own transformations."""
     documents = Documents(open_source(cfg.data.sources[0]), TOKENIZER, cfg)
-    assert isinstance(documents, grain.MapDataset) and documents[3].key == "r3" and documents[31 + 3].key == "r3"
+    assert (
+        isinstance(documents, grain.MapDataset)
+        and documents[3].key == "r3"
+        and documents[31 + 3].key == "r3"
+    )
 
 
 def test_an_error_of_the_next_batch_leaves_this_one_whole(cfg):
-    """Rows are packed ahead; what is wrong with them shows when their turn comes, and no position counts them."""
+    """Rows are packed ahead; what is wrong with them shows when their turn comes, and no position
+    counts them.
+    """
     made = tasks([open_source(name) for name in cfg.data.sources], TOKENIZER, cfg)
     whole, other = (RowsIterator(made, cfg, range(LANES), None) for _ in range(2))
     start, calls = other._start, []

@@ -1,4 +1,6 @@
-"""Pictures as cameras, scanners and web sites write them: their pixels, or an error that says what they are; held against NumPy."""
+"""Pictures as cameras, scanners and web sites write them: their pixels, or an error that says what
+they are; held against NumPy.
+"""
 
 import io
 import struct
@@ -48,11 +50,34 @@ def test_grey_of_16_bits_keeps_the_upper_half(tmp_path):
 def tiff12(path, values):
     """12 bits a value, packed: two in three bytes."""
     pairs = values.reshape(-1, 2).astype(np.uint32)
-    packed = ((pairs[:, 0] << 12) | pairs[:, 1]).astype(">u4").view(np.uint8).reshape(-1, 4)[:, 1:].tobytes()
+    packed = (
+        ((pairs[:, 0] << 12) | pairs[:, 1])
+        .astype(">u4")
+        .view(np.uint8)
+        .reshape(-1, 4)[:, 1:]
+        .tobytes()
+    )
     height, width = values.shape
-    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(packed)}
+    tags = {
+        256: width,
+        257: height,
+        258: 12,
+        259: 1,
+        262: 1,
+        273: 8,
+        277: 1,
+        278: height,
+        279: len(packed),
+    }
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + struct.pack("<H", len(tags)) + entries + bytes(4))
+    path.write_bytes(
+        b"II*\0"
+        + struct.pack("<I", 8 + len(packed))
+        + packed
+        + struct.pack("<H", len(tags))
+        + entries
+        + bytes(4)
+    )
     return path
 
 
@@ -62,24 +87,44 @@ def test_grey_of_12_bits_is_scaled_by_its_own_range(tmp_path):
 
 
 def test_transparent_values_of_grey(tmp_path):
-    """Of 16 bits one value exactly, not all of its upper half; of 2 and 4 bits on the scale of the pixels."""
+    """Of 16 bits one value exactly, not all of its upper half; of 2 and 4 bits on the scale of the
+    pixels.
+    """
     values = np.full((2, 8), 0x8001, np.uint16)
     values[:, 4:] = 0x8000
-    path = png(tmp_path / "a.png", [row.astype(">u2").tobytes() for row in values], 16, 0, (b"tRNS", struct.pack(">H", 0x8000)))
+    path = png(
+        tmp_path / "a.png",
+        [row.astype(">u2").tobytes() for row in values],
+        16,
+        0,
+        (b"tRNS", struct.pack(">H", 0x8000)),
+    )
     np.testing.assert_array_equal(grey(path), np.where(values == 0x8000, 255, 0x80))
     for depth, rows in ((2, [bytes([0b00011011] * 2)]), (4, [bytes([0x01, 0x23, 0x45, 0x67])])):
         levels = [0, 1, 2, 3] * 2 if depth == 2 else list(range(8))
         path = png(tmp_path / "b.png", rows, depth, 0, (b"tRNS", struct.pack(">H", 1)))
-        np.testing.assert_array_equal(grey(path)[0], [255 if level == 1 else level * 255 // (2**depth - 1) for level in levels])
+        np.testing.assert_array_equal(
+            grey(path)[0],
+            [255 if level == 1 else level * 255 // (2**depth - 1) for level in levels],
+        )
     rows = [np.zeros((8, 3), ">u2").tobytes()]
-    with pytest.raises(ImageError, match="a transparent colour of 16 bits is not read: save it with an alpha channel"):
+    with pytest.raises(
+        ImageError,
+        match="a transparent colour of 16 bits is not read: save it with an alpha channel",
+    ):
         decode(png(tmp_path / "c.png", rows, 16, 2, (b"tRNS", bytes(6))))
 
 
 def test_what_does_not_tell_its_white_is_refused(tmp_path):
-    for name, values in (("i", np.full((4, 4), 100, np.int32)), ("f", np.full((4, 4), 0.5, np.float32))):
+    for name, values in (
+        ("i", np.full((4, 4), 100, np.int32)),
+        ("f", np.full((4, 4), 0.5, np.float32)),
+    ):
         Image.fromarray(values).save(tmp_path / f"{name}.tif")
-        with pytest.raises(ImageError, match=f"pictures of mode {name.upper()} .* are not read: save it with 8 or 16 bits"):
+        with pytest.raises(
+            ImageError,
+            match=f"pictures of mode {name.upper()} .* are not read: save it with 8 or 16 bits",
+        ):
             decode(str(tmp_path / f"{name}.tif"))
     Image.new("LAB", (4, 4)).save(tmp_path / "lab.tif")
     with pytest.raises(ImageError, match="pictures of mode LAB"):
@@ -118,7 +163,9 @@ def test_a_jpeg_without_its_end_mark(tmp_path, least):
         for cut in (2, 6, len(content) // 2):
             (tmp_path / "a.jpg").write_bytes(content[:-cut])
             if cut == 2 and not progressive:
-                np.testing.assert_array_equal(np.asarray(decode(str(tmp_path / "a.jpg"), least)), whole)
+                np.testing.assert_array_equal(
+                    np.asarray(decode(str(tmp_path / "a.jpg"), least)), whole
+                )
             else:  # of several passes the last might lack
                 with pytest.raises(ImageError, match="a.jpg: cannot decode"):
                     decode(str(tmp_path / "a.jpg"), least)
@@ -135,5 +182,7 @@ FOREIGN = {
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_other_files_are_called_by_their_names(tmp_path, kind):
     (tmp_path / "a.jpg").write_bytes(FOREIGN[kind])
-    with pytest.raises(ImageError, match=f"a.jpg: cannot decode the image: it is {kind}, which is not read"):
+    with pytest.raises(
+        ImageError, match=f"a.jpg: cannot decode the image: it is {kind}, which is not read"
+    ):
         decode(str(tmp_path / "a.jpg"))

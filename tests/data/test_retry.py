@@ -40,10 +40,21 @@ def failing(monkeypatch, error, times):
     return calls
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "disk"), ConnectionResetError(), TimeoutError(), OSError(errno.ESTALE, "stale")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "disk"),
+        ConnectionResetError(),
+        TimeoutError(),
+        OSError(errno.ESTALE, "stale"),
+    ],
+)
 def test_a_picture_is_read_behind_accidents(picture, monkeypatch, error):
     calls = failing(monkeypatch, error, times=4)
-    assert np.asarray(image.decode(str(picture))).tolist() == np.arange(48).reshape(4, 4, 3).tolist() and len(calls) == 5
+    assert (
+        np.asarray(image.decode(str(picture))).tolist() == np.arange(48).reshape(4, 4, 3).tolist()
+        and len(calls) == 5
+    )
 
 
 def test_an_accident_that_stays_is_told(picture, monkeypatch):

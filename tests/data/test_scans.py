@@ -1,4 +1,6 @@
-"""Rules over what a detector found on real pages: each with a page that it drops and one that it keeps; receipts that sum."""
+"""Rules over what a detector found on real pages: each with a page that it drops and one that it
+keeps; receipts that sum.
+"""
 
 import dataclasses
 import itertools
@@ -29,12 +31,18 @@ def rules(**fields):
 
 
 def write_page(folder, name, *found, size=(200, 120), colours=True):
-    """A picture with black boxes where text was found, and its row: (box, text) or (box, text, confidence) each."""
+    """A picture with black boxes where text was found, and its row: (box, text) or (box, text,
+    confidence) each.
+    """
     picture = Image.new("RGB", size, "white")
     if colours:
         picture.paste((200, 220, 240), (0, 0, size[0], size[1] // 2))
     for entry in found:
-        corners = entry[0] if len(entry[0]) == 4 and not isinstance(entry[0][0], tuple) else (*entry[0][0], *entry[0][2])
+        corners = (
+            entry[0]
+            if len(entry[0]) == 4 and not isinstance(entry[0][0], tuple)
+            else (*entry[0][0], *entry[0][2])
+        )
         ImageDraw.Draw(picture).rectangle(corners, fill="black" if colours else "white")
     picture.save(folder / f"{name}.png")
     boxes = [dict(zip(("box", "text", "confidence"), entry)) for entry in found]
@@ -49,7 +57,9 @@ def write_rows(folder, rows):
 def built(folder, rows, cfg=CFG):
     """The receipt and the rows that were kept."""
     receipt = build(open_scans(str(write_rows(folder, rows))), folder / "out", cfg)
-    return receipt, [json.loads(line) for line in (folder / "out" / "pages.jsonl").read_text().splitlines()]
+    return receipt, [
+        json.loads(line) for line in (folder / "out" / "pages.jsonl").read_text().splitlines()
+    ]
 
 
 AT, BELOW = (10, 10, 150, 30), (10, 60, 150, 80)
@@ -75,20 +85,37 @@ def test_every_rule_and_a_receipt_that_sums(tmp_path):
     receipt, kept = built(tmp_path, rows)
     assert [row["id"] for row in kept] == ["good", "enough", "faint"]
     assert receipt.dropped["page"] == {
-        "page_characters": 2, "page_similarity": 1, "single colour": 1, "aspect": 1, "side": 1, "damaged": 1
-    }  # fmt: skip
-    assert receipt.dropped["box"] == {"of a dropped page": 8, "page_confidence": 1} and receipt.dropped["row"] == {"bad row": 1}
+        "page_characters": 2,
+        "page_similarity": 1,
+        "single colour": 1,
+        "aspect": 1,
+        "side": 1,
+        "damaged": 1,
+    }
+    assert receipt.dropped["box"] == {
+        "of a dropped page": 8,
+        "page_confidence": 1,
+    } and receipt.dropped["row"] == {"bad row": 1}
     for unit, seen in (("page", 10), ("box", 12), ("row", 1)):
         assert receipt.seen[unit] == seen == receipt.kept[unit] + receipt.dropped[unit].total()
-    assert "page_similarity: 1 dropped, the first" in str(receipt) and receipt.examples["page_similarity"].endswith("/twin")
+    assert "page_similarity: 1 dropped, the first" in str(receipt) and receipt.examples[
+        "page_similarity"
+    ].endswith("/twin")
 
 
 def test_thresholds_come_from_the_config(tmp_path):
     page = write_page(tmp_path, "a", (AT, "Exit", 0.5))
-    for cfg, count in ((CFG, 0), (rules(page_characters=4, page_confidence=0.5), 1), (rules(page_characters=5, page_confidence=0.5), 0)):
+    for cfg, count in (
+        (CFG, 0),
+        (rules(page_characters=4, page_confidence=0.5), 1),
+        (rules(page_characters=5, page_confidence=0.5), 0),
+    ):
         assert len(built(tmp_path, [page], cfg)[1]) == count
     twins = [write_page(tmp_path, name, (AT, TEXT)) for name in "bc"]
-    assert len(built(tmp_path, twins)[1]) == 1 and len(built(tmp_path, twins, rules(page_similarity=1.01))[1]) == 2
+    assert (
+        len(built(tmp_path, twins)[1]) == 1
+        and len(built(tmp_path, twins, rules(page_similarity=1.01))[1]) == 2
+    )
     with pytest.raises(ValueError, match="config: clean.page_similarity must be above 0, got 0.0"):
         from_config_dict(to_dict(rules(page_similarity=0.0)))
 
@@ -96,12 +123,21 @@ def test_thresholds_come_from_the_config(tmp_path):
 def test_illegible_text_is_painted_over_and_nothing_else(tmp_path):
     pytest.importorskip("cv2")
     slanted = ((10, 60), (150, 60), (150, 80), (10, 80))
-    _, (row,) = built(tmp_path, [write_page(tmp_path, "a", (AT, TEXT, 0.9), (slanted, "smudge", 0.3))])
-    before, after = (np.asarray(decode(str(path))).astype(int) for path in (tmp_path / "a.png", tmp_path / "out" / row["image"]))
+    _, (row,) = built(
+        tmp_path, [write_page(tmp_path, "a", (AT, TEXT, 0.9), (slanted, "smudge", 0.3))]
+    )
+    before, after = (
+        np.asarray(decode(str(path))).astype(int)
+        for path in (tmp_path / "a.png", tmp_path / "out" / row["image"])
+    )
     changed = (before != after).any(-1)
     near = np.zeros_like(changed)
     near[56:85, 6:155] = True
-    assert not (changed & ~near).any() and (after[60:81, 10:151] > 150).all() and (before[61:80, 11:150] == 0).all()
+    assert (
+        not (changed & ~near).any()
+        and (after[60:81, 10:151] > 150).all()
+        and (before[61:80, 11:150] == 0).all()
+    )
     assert [entry["text"] for entry in row["boxes"]] == [TEXT]
 
 
@@ -114,24 +150,49 @@ def test_a_page_without_illegible_text_stays_where_it_is(tmp_path):
 def test_painting_over_fills_in_the_surroundings():
     pytest.importorskip("cv2")
     picture = Image.new("RGB", (60, 40), (90, 120, 200))
-    ImageDraw.Draw(picture).rectangle((18, 8, 42, 32), fill="black")  # two pixels larger than its box
-    out = np.asarray(paint_over(picture, [np.array([(20 / 60, 0.25), (40 / 60, 0.25), (40 / 60, 0.75), (20 / 60, 0.75)])]))
+    ImageDraw.Draw(picture).rectangle(
+        (18, 8, 42, 32), fill="black"
+    )  # two pixels larger than its box
+    out = np.asarray(
+        paint_over(
+            picture,
+            [np.array([(20 / 60, 0.25), (40 / 60, 0.25), (40 / 60, 0.75), (20 / 60, 0.75)])],
+        )
+    )
     assert (np.abs(out.astype(int) - (90, 120, 200)) <= 4).all()
 
 
 def test_samples_of_what_was_found(tmp_path):
-    rows = [write_page(tmp_path, "a", (AT, "Open  daily", 0.9), (((10, 60), (150, 62), (150, 80), (10, 79)), "9 <image> 5", 0.9))]
+    rows = [
+        write_page(
+            tmp_path,
+            "a",
+            (AT, "Open  daily", 0.9),
+            (((10, 60), (150, 62), (150, 80), (10, 79)), "9 <image> 5", 0.9),
+        )
+    ]
     name = f"detected:{write_rows(tmp_path, rows)}"
     sample = open_source(name)[0]
     assert (sample.key, sample.source, sample.refs[0].path) == ("a", name, str(tmp_path / "a.png"))
-    first, second = box((10 / 200, 10 / 120, 150 / 200, 30 / 120)), box((10 / 200, 60 / 120, 150 / 200, 80 / 120))
+    first, second = (
+        box((10 / 200, 10 / 120, 150 / 200, 30 / 120)),
+        box((10 / 200, 60 / 120, 150 / 200, 80 / 120)),
+    )
     said = [[turn.text for turn in dialog] for dialog in sample.dialogs]
     assert said[0] == ["<image>Read the text in this image.", "Open daily\n9 < image> 5"]
-    assert said[1] in ([f"<image>What is written at {first}?", "Open daily"], [f"<image>What is written at {second}?", "9 < image> 5"])
-    assert said[2] in (['<image>Where is "Open daily" written?', first], ['<image>Where is "9 < image> 5" written?', second])
+    assert said[1] in (
+        [f"<image>What is written at {first}?", "Open daily"],
+        [f"<image>What is written at {second}?", "9 < image> 5"],
+    )
+    assert said[2] in (
+        ['<image>Where is "Open daily" written?', first],
+        ['<image>Where is "9 < image> 5" written?', second],
+    )
     assert said[3] == ["<image>How many lines of text are there?", "2"]
     chinese = open_source(f"{name}?language=zh")
-    assert chinese[0].dialogs[0][0].text == "<image>读出图中的文字。" and chinese.dialog_counts() == [4]
+    assert chinese[0].dialogs[0][
+        0
+    ].text == "<image>读出图中的文字。" and chinese.dialog_counts() == [4]
     assert asked(*said) == [[("user", q), ("assistant", a)] for q, a in said]
 
 
@@ -160,7 +221,9 @@ def jaccard(a, b):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 120))
 def test_twins_are_what_has_so_many_shingles_in_common(seed, changes):
-    """Against the sets themselves; within three standard errors of the estimate both answers are right."""
+    """Against the sets themselves; within three standard errors of the estimate both answers are
+    right.
+    """
     rng = np.random.default_rng(seed)
     letters = rng.choice(list("abcdefghijklmnop"), 400)
     other = letters.copy()

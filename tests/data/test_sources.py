@@ -15,13 +15,20 @@ from tests.parity import needs_asset
 
 
 @needs_asset("easy-vqa")
-@pytest.mark.parametrize("name, split, images, questions", [("easy-vqa", "train", 4000, 38575), ("easy-vqa-test", "test", 1000, 9673)])
+@pytest.mark.parametrize(
+    "name, split, images, questions",
+    [("easy-vqa", "train", 4000, 38575), ("easy-vqa-test", "test", 1000, 9673)],
+)
 def test_easy_vqa_is_the_published_split(name, split, images, questions):
     source = open_source(name)
     folder = assets.path("easy-vqa") / split
     published = json.loads((folder / "questions.json").read_text())
     assert (len(source), sum(source.dialog_counts())) == (images, questions)
-    found = [(turns[0].text, turns[1].text, int(sample.key)) for sample in source for turns in sample.dialogs]
+    found = [
+        (turns[0].text, turns[1].text, int(sample.key))
+        for sample in source
+        for turns in sample.dialogs
+    ]
     assert sorted(found) == sorted(("<image>" + q, a, i) for q, a, i in published)
     assert source[7].visuals == ((ImageRef(str(folder / "images" / f"{source[7].key}.png")),),)
 
@@ -32,7 +39,9 @@ def test_emoji_splits_share_no_code_point():
     keys = [{sample.key for sample in source} for source in (train, test, chinese)]
     assert not keys[0] & keys[1] and keys[0] == keys[2] and 0.05 < len(test) / len(train) < 0.2
     apple = {sample.key: sample for sample in [*train, *test]}["1F34E"]
-    assert apple.dialogs == ((Turn("user", "<image>Name this emoji."), Turn("assistant", "red apple")),)
+    assert apple.dialogs == (
+        (Turn("user", "<image>Name this emoji."), Turn("assistant", "red apple")),
+    )
     assert all(sample.refs[0].path.endswith(f"{sample.key}.png") for sample in chinese)
 
 
@@ -46,26 +55,48 @@ def test_llava_rows(tmp_path):
     ]
     name = write_jsonl(tmp_path / "rows.jsonl", rows)
     one, many, text, film = open_source(name)
-    assert (one.key, one.source, one.visuals) == ("one", name, ((ImageRef(str(tmp_path / "a.png")),),))
+    assert (one.key, one.source, one.visuals) == (
+        "one",
+        name,
+        ((ImageRef(str(tmp_path / "a.png")),),),
+    )
     assert one.dialogs == ((Turn("user", "<image>\nWhat?"), Turn("assistant", "This.")),)
-    assert many.visuals == ((ImageRef(str(tmp_path / "a.png")),), (ImageRef(str(tmp_path / "b/c.png")),))
-    assert text.visuals == () and [turn.role for turn in text.dialogs[0]] == ["user", "assistant"] * 2
+    assert many.visuals == (
+        (ImageRef(str(tmp_path / "a.png")),),
+        (ImageRef(str(tmp_path / "b/c.png")),),
+    )
+    assert (
+        text.visuals == () and [turn.role for turn in text.dialogs[0]] == ["user", "assistant"] * 2
+    )
     assert film.visuals == ((ImageRef(str(video), 1.0), ImageRef(str(video), 3.0)),)
     assert film.dialogs[0][0].text == "<image>What happens?"
 
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    assert [sample.key for sample in open_source(f"llava:{tmp_path / 'rows.json'}")] == ["one", "many", "text", "film"]
+    assert [sample.key for sample in open_source(f"llava:{tmp_path / 'rows.json'}")] == [
+        "one",
+        "many",
+        "text",
+        "film",
+    ]
 
 
 def test_llava_rows_in_parquet(tmp_path):
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
     pq.write_table(
-        pa.table({"id": ["a"], "image": pa.array([{"bytes": png(3), "path": "3.png"}], image), "conversations": [turns]}),
+        pa.table(
+            {
+                "id": ["a"],
+                "image": pa.array([{"bytes": png(3), "path": "3.png"}], image),
+                "conversations": [turns],
+            }
+        ),
         tmp_path / "a.parquet",
     )
     (sample,) = open_source(f"llava:{tmp_path}")
-    assert sample.key == "a" and sample.dialogs == ((Turn("user", "<image>\nWhat?"), Turn("assistant", "This.")),)
+    assert sample.key == "a" and sample.dialogs == (
+        (Turn("user", "<image>\nWhat?"), Turn("assistant", "This.")),
+    )
     assert shows(sample.refs[0].path) == 3
 
 
@@ -80,9 +111,18 @@ def test_jsonl_is_read_by_row_whatever_the_spacing(tmp_path):
     "bad, message",
     [
         ({"id": "r9"}, "r9: KeyError: 'conversations'"),
-        (row("r9", 5, "q", "a"), "r9: ValueError: 'image' must name a file or hold its bytes, it is int"),
-        ({"id": "r9", "conversations": [{"from": "robot", "value": "x"}]}, "r9: ValueError: unknown role 'robot'"),
-        ({"id": "r9", "conversations": [{"from": "human", "value": None}]}, "r9: ValueError: 'value' must be a text, it is null"),
+        (
+            row("r9", 5, "q", "a"),
+            "r9: ValueError: 'image' must name a file or hold its bytes, it is int",
+        ),
+        (
+            {"id": "r9", "conversations": [{"from": "robot", "value": "x"}]},
+            "r9: ValueError: unknown role 'robot'",
+        ),
+        (
+            {"id": "r9", "conversations": [{"from": "human", "value": None}]},
+            "r9: ValueError: 'value' must be a text, it is null",
+        ),
         ({"id": "r9", "video": "none.mp4", "conversations": []}, "r9: VideoError: .*none.mp4"),
     ],
 )
@@ -105,13 +145,18 @@ def test_folder(tmp_path):
         open_source(f"folder:{tmp_path}")
     (tmp_path / "deep" / "1.txt").write_text("Ein Hund.")
     source = open_source(f"folder:{tmp_path}")
-    assert [(sample.key, sample.dialogs[0][1].text) for sample in source] == [("deep/0.png", "A cat."), ("deep/1.png", "Ein Hund.")]
+    assert [(sample.key, sample.dialogs[0][1].text) for sample in source] == [
+        ("deep/0.png", "A cat."),
+        ("deep/1.png", "Ein Hund."),
+    ]
     assert source[0].dialogs[0][0].text.count("<image>") == len(source[0].visuals) == 1
 
 
 @pytest.mark.parametrize("name", ["laion", "tar:/x", "jsonl"])
 def test_unknown_sources_list_the_known_ones(name):
-    with pytest.raises(ValueError, match=f"data.sources: unknown source '{name}'.*easy-vqa.*llava:PATH"):
+    with pytest.raises(
+        ValueError, match=f"data.sources: unknown source '{name}'.*easy-vqa.*llava:PATH"
+    ):
         open_source(name)
 
 

@@ -23,14 +23,26 @@ def test_tar_rows_are_those_of_webdataset(tmp_path):
     assert len(found) == len(expected) == 7
     for i in (3, 0, 6, 1, 2, 4, 5):
         row, theirs = found[i], expected[i]
-        assert (row["__key__"], row["txt"], row["json"]) == (theirs["__key__"], theirs["txt"].decode(), json.loads(theirs["json"]))
+        assert (row["__key__"], row["txt"], row["json"]) == (
+            theirs["__key__"],
+            theirs["txt"].decode(),
+            json.loads(theirs["json"]),
+        )
         with rows.open_ref(row["png"]) as file:
             assert file.read() == theirs["png"]
         assert shows(row["png"]) == i
 
 
 def test_tar_with_folders_dots_and_other_members(tmp_path):
-    names = ["deep/a.b.seg.png", "deep/a.JPG", "deep/b.JPG", ".hidden.jpg", "README", "deep/ü " + "x" * 120 + ".jpg", "deep/c::d.jpg"]
+    names = [
+        "deep/a.b.seg.png",
+        "deep/a.JPG",
+        "deep/b.JPG",
+        ".hidden.jpg",
+        "README",
+        "deep/ü " + "x" * 120 + ".jpg",
+        "deep/c::d.jpg",
+    ]
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         folder = tarfile.TarInfo("deep")
         folder.type = tarfile.DIRTYPE
@@ -40,8 +52,16 @@ def test_tar_with_folders_dots_and_other_members(tmp_path):
             member.size = len(png(i))
             archive.addfile(member, io.BytesIO(png(i)))
     found = Tar(str(tmp_path / "a.tar"))
-    assert [row["__key__"] for row in found] == ["deep/a", "deep/b", "deep/ü " + "x" * 120, "deep/c::d"]
-    assert {field: shows(ref) for field, ref in found[0].items() if field != "__key__"} == {"b.seg.png": 0, "jpg": 1}
+    assert [row["__key__"] for row in found] == [
+        "deep/a",
+        "deep/b",
+        "deep/ü " + "x" * 120,
+        "deep/c::d",
+    ]
+    assert {field: shows(ref) for field, ref in found[0].items() if field != "__key__"} == {
+        "b.seg.png": 0,
+        "jpg": 1,
+    }
     assert [shows(found[i]["jpg"]) for i in (1, 2, 3)] == [2, 5, 6]
 
 
@@ -52,18 +72,35 @@ FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarf
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_members_are_those_of_tarfile(kind, data):
-    """Regular files, folders, links; short and long names, any characters that the format takes; sizes around whole blocks."""
+    """Regular files, folders, links; short and long names, any characters that the format takes;
+    sizes around whole blocks.
+    """
     letters = "ab./ " if kind == "ustar" else "ab./ ü中="
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=FORMATS[kind], pax_headers={"comment": "x"} if kind == "pax" else None) as archive:
+    with tarfile.open(
+        fileobj=buffer,
+        mode="w",
+        format=FORMATS[kind],
+        pax_headers={"comment": "x"} if kind == "pax" else None,
+    ) as archive:
         for _ in range(data.draw(st.integers(1, 6))):
             name = data.draw(st.text(letters, min_size=1, max_size=9)) + "x"
             long = data.draw(st.sampled_from([0, 0, 20, 80]))
-            member = tarfile.TarInfo("/".join([name] * (1 + long // 10)) if kind != "ustar" or long < 80 else "d" * 90 + "/" + name)
-            member.type = data.draw(st.sampled_from([tarfile.REGTYPE] * 4 + [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE]))
+            member = tarfile.TarInfo(
+                "/".join([name] * (1 + long // 10))
+                if kind != "ustar" or long < 80
+                else "d" * 90 + "/" + name
+            )
+            member.type = data.draw(
+                st.sampled_from(
+                    [tarfile.REGTYPE] * 4 + [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE]
+                )
+            )
             member.linkname = "a" * long
             member.mtime = 1.5 if data.draw(st.booleans()) and kind == "pax" else 1
-            member.size = data.draw(st.sampled_from([0, 1, 511, 512, 513, 2000])) if member.isreg() else 0
+            member.size = (
+                data.draw(st.sampled_from([0, 1, 511, 512, 513, 2000])) if member.isreg() else 0
+            )
             archive.addfile(member, io.BytesIO(b"z" * member.size))
     buffer.seek(0)
     with tarfile.open(fileobj=buffer) as archive:
@@ -89,8 +126,14 @@ def test_other_headers(tmp_path):
     for said in (b"0 a=b\n", b"-9 path=b\n", b"3 \n"):
         extended = tarfile.TarInfo("x")
         extended.type, extended.size = tarfile.XHDTYPE, len(said)
-        with pytest.raises(ValueError, match="a header says that it has (0|-9|3) bytes|no mark of its end"):
-            list(headers(io.BytesIO(extended.tobuf(tarfile.USTAR_FORMAT) + said + bytes(512 - len(said)))))
+        with pytest.raises(
+            ValueError, match="a header says that it has (0|-9|3) bytes|no mark of its end"
+        ):
+            list(
+                headers(
+                    io.BytesIO(extended.tobuf(tarfile.USTAR_FORMAT) + said + bytes(512 - len(said)))
+                )
+            )
     with pytest.raises(ValueError, match="no header at byte 512"):
         list(headers(io.BytesIO(content + b"x" * 512)))
 

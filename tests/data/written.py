@@ -26,7 +26,9 @@ LANGUAGES = ["en", pytest.param("zh", marks=needs_asset("noto-cjk"))]
 def write_sources(folder):
     """Texts of both languages, one that no font can write, and a few pictures."""
     for name, texts in (("en", ENGLISH), ("zh", CHINESE), ("none", ["\ue000 x"])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        )
     write_images(folder / "pictures", 3, 32)
     for i in range(3):
         (folder / "pictures" / f"{i}.txt").write_text("a picture")
@@ -34,7 +36,9 @@ def write_sources(folder):
 
 def opened(folder, language, options="", texts=None, pictures=True):
     backgrounds = f"folder:{folder}/pictures" if pictures else ""
-    return open_source(f"ocr-{language}:text:{folder}/{texts or language}.jsonl?pictures={backgrounds}&{options}")
+    return open_source(
+        f"ocr-{language}:text:{folder}/{texts or language}.jsonl?pictures={backgrounds}&{options}"
+    )
 
 
 def pages(language, count, lying=False, size=320, layouts=tuple(LAYOUTS)):
@@ -46,7 +50,9 @@ def pages(language, count, lying=False, size=320, layouts=tuple(LAYOUTS)):
             yield plain(texts[rng.integers(len(texts))])
 
     faces = fonts.faces(language)
-    return [compose((7, i), size, language, faces, supply, 1500, lying, layouts) for i in range(count)]
+    return [
+        compose((7, i), size, language, faces, supply, 1500, lying, layouts) for i in range(count)
+    ]
 
 
 def words_of(page: Page):

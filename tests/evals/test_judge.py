@@ -56,14 +56,24 @@ def test_asks_a_chat_completion(server, monkeypatch):
         "judge": f"strong at {server.url}/chat/completions",
     }
     path, key, body = server.requests[0]
-    assert (path, key, body["model"], body["temperature"]) == ("/v1/chat/completions", "Bearer key", "strong", 0)
+    assert (path, key, body["model"], body["temperature"]) == (
+        "/v1/chat/completions",
+        "Bearer key",
+        "strong",
+        0,
+    )
     assert body["messages"] == [{"role": "user", "content": "How good is 红?"}]
 
 
 def test_what_may_pass_is_tried_again(server, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     empty = {"choices": [{"message": {"content": None}}]}
-    for passing in ([(429, {}), (503, {})], [(None, {})], [(200, SAID | {"cut": 20})], [(200, empty)] * 4):
+    for passing in (
+        [(429, {}), (503, {})],
+        [(None, {})],
+        [(200, SAID | {"cut": 20})],
+        [(200, empty)] * 4,
+    ):
         server.replies, server.requests[:] = [*passing, (200, dict(SAID))], []
         assert judge.Endpoint(server.url, "strong", wait=0.0)("?") == "Accuracy: 7"
         assert len(server.requests) == len(passing) + 1 and server.requests[0][1] is None
@@ -72,8 +82,13 @@ def test_what_may_pass_is_tried_again(server, monkeypatch):
 def test_the_key_stays_at_the_address_that_was_given(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "key")
     for status in (301, 302, 303, 307, 308):
-        server.replies, server.requests[:] = [(status, {"headers": {"Location": f"{server.url}/elsewhere"}})], []
-        with pytest.raises(OSError, match=f"redirects to {server.url}/elsewhere; give that as --judge"):
+        server.replies, server.requests[:] = (
+            [(status, {"headers": {"Location": f"{server.url}/elsewhere"}})],
+            [],
+        )
+        with pytest.raises(
+            OSError, match=f"redirects to {server.url}/elsewhere; give that as --judge"
+        ):
             judge.Endpoint(server.url, "strong", wait=0.0)("?")
         assert [path for path, *_ in server.requests] == ["/v1/chat/completions"]
 
@@ -85,8 +100,14 @@ def test_the_key_stays_at_the_address_that_was_given(server, monkeypatch):
         ([(500, {})] * judge.ATTEMPTS, "500 Internal Server Error"),
         ([(200, {"error": "x"})], "not a chat completion: KeyError: 'choices'"),
         ([(None, {})] * judge.ATTEMPTS, "Remote end closed connection without response, 5 times"),
-        ([(200, SAID | {"cut": 20})] * judge.ATTEMPTS, r"IncompleteRead\(20 bytes read, .* more expected\), 5 times"),
-        ([(200, {"choices": [{"message": {"content": None}}]})] * judge.ATTEMPTS, "the reply has no text but null, 5 times"),
+        (
+            [(200, SAID | {"cut": 20})] * judge.ATTEMPTS,
+            r"IncompleteRead\(20 bytes read, .* more expected\), 5 times",
+        ),
+        (
+            [(200, {"choices": [{"message": {"content": None}}]})] * judge.ATTEMPTS,
+            "the reply has no text but null, 5 times",
+        ),
     ],
 )
 def test_failures_name_the_endpoint(server, replies, message):
@@ -100,6 +121,10 @@ def test_a_function_is_a_judge():
     assert judge.open_judge("json:dumps")("a") == {"judgement": '"a"', "judge": "json:dumps"}
     with pytest.raises(ValueError, match="judge json:loads: replied 3, which is no text"):
         judge.open_judge("json:loads")("3")
-    for spec, message in (("json:nope", "nope"), ("json", "module:function"), ("https://host/v1", "--judge-model")):
+    for spec, message in (
+        ("json:nope", "nope"),
+        ("json", "module:function"),
+        ("https://host/v1", "--judge-model"),
+    ):
         with pytest.raises(ValueError, match=message):
             judge.open_judge(spec)

@@ -1,4 +1,6 @@
-"""The plug-in for lmms-eval: each kind of request against our own generation and losses, and a whole run of its command line."""
+"""The plug-in for lmms-eval: each kind of request against our own generation and losses, and a
+whole run of its command line.
+"""
 
 import importlib.metadata
 import json
@@ -40,7 +42,9 @@ def model(run):
     """The plug-in, as lmms-eval makes it, with documents that are what they show."""
     from evlm_jax.evals.lmms.jax_model import EvlmJax
 
-    made = EvlmJax.create_from_arg_string(f"checkpoint={run},frames=3", {"batch_size": 4, "device": None})
+    made = EvlmJax.create_from_arg_string(
+        f"checkpoint={run},frames=3", {"batch_size": 4, "device": None}
+    )
     return made
 
 
@@ -60,7 +64,9 @@ def seen(model, tmp_path_factory):
 def ask(kind, *arguments):
     """A request about document `arguments[-1]`."""
     *rest, number = arguments
-    return instance.Instance(kind, (*rest, number, "task", "test"), 0, {"task": "task", "doc_id": number, "repeats": 1})
+    return instance.Instance(
+        kind, (*rest, number, "task", "test"), 0, {"task": "task", "doc_id": number, "repeats": 1}
+    )
 
 
 def look(doc):
@@ -74,7 +80,12 @@ def ours(run):
     generator = Generator(trained.model, trained.tokenizer)
 
     def answer(prompts, **how):
-        return [a.text for a in generator.generate([generator.prompt([Turn("user", t)], v) for t, v in prompts], **how)]
+        return [
+            a.text
+            for a in generator.generate(
+                [generator.prompt([Turn("user", t)], v) for t, v in prompts], **how
+            )
+        ]
 
     return answer
 
@@ -83,12 +94,19 @@ def ours(run):
 def test_generate_until(ours, model, seen):
     docs, visuals = seen
     how = {"max_new_tokens": 12, "do_sample": False, "temperature": 0.7, "until": ["\n\n"]}
-    answers = model.generate_until([ask("generate_until", f"what {i}?", how, look, i) for i in range(len(docs))])
+    answers = model.generate_until(
+        [ask("generate_until", f"what {i}?", how, look, i) for i in range(len(docs))]
+    )
     prompts = [(MARKER * len(v) + f"what {i}?", v) for i, v in enumerate(visuals)]
-    assert answers == [text.strip() for text in ours(prompts, max_new_tokens=12)] and len(set(answers)) > 1
+    assert (
+        answers == [text.strip() for text in ours(prompts, max_new_tokens=12)]
+        and len(set(answers)) > 1
+    )
     between = f"{MARKER} and {MARKER}?"
     (expected,) = ours([(between, visuals[1])], max_new_tokens=12)
-    assert model.generate_until([ask("generate_until", between, how, look, 1)]) == [expected.strip()]
+    assert model.generate_until([ask("generate_until", between, how, look, 1)]) == [
+        expected.strip()
+    ]
     end = answers[0][2:4]
     (cut,) = model.generate_until([ask("generate_until", "what 0?", how | {"until": end}, look, 0)])
     assert cut == answers[0][: answers[0].find(end)]
@@ -100,7 +118,9 @@ def test_generate_until(ours, model, seen):
 
 def test_visuals_are_files_of_this_disk_with_the_pixels_of_training(tmp_path):
     """A data set that names a host asks none; 16 bits are scaled as in training."""
-    with pytest.raises(ValueError, match="a visual is 'http://127.0.0.1:9/a.png'; .*paths of this disk"):
+    with pytest.raises(
+        ValueError, match="a visual is 'http://127.0.0.1:9/a.png'; .*paths of this disk"
+    ):
         stored(["http://127.0.0.1:9/a.png"], tmp_path, 4)
     grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
     (((ref,),),) = (stored([Image.fromarray(grey)], tmp_path, 4),)
@@ -110,10 +130,14 @@ def test_visuals_are_files_of_this_disk_with_the_pixels_of_training(tmp_path):
 def test_loglikelihood(run, model, seen):
     _, visuals = seen
     targets = [" yes", "", lambda doc: "a"]
-    found = model.loglikelihood([ask("loglikelihood", "what?", target, look, 0) for target in targets])
+    found = model.loglikelihood(
+        [ask("loglikelihood", "what?", target, look, 0) for target in targets]
+    )
     trained = load_trained(str(run))
     dialogs = tuple(question(MARKER + "what?", answer) for answer in ("yes", "a"))
-    ((loss, greedy),) = answer_losses(trained.model, trained.tokenizer, [Sample("s", "s", visuals[0], dialogs)], end=False)
+    ((loss, greedy),) = answer_losses(
+        trained.model, trained.tokenizer, [Sample("s", "s", visuals[0], dialogs)], end=False
+    )
     np.testing.assert_allclose([value for value, _ in found], [-loss[0], 0.0, -loss[1]], rtol=1e-5)
     assert [said for _, said in found] == [greedy[0], True, greedy[1]]
 
@@ -123,15 +147,21 @@ def test_multi_round(ours, model, seen):
     docs, visuals = seen
 
     def following(doc, previous_output, round_idx, previous_round_info):
-        assert len(previous_output) == round_idx and previous_round_info == (None if round_idx == 1 else [round_idx - 1])
+        assert len(previous_output) == round_idx and previous_round_info == (
+            None if round_idx == 1 else [round_idx - 1]
+        )
         over = round_idx == 1 + len(doc)  # documents end at different rounds
         return (doc[:1], f"then, after {previous_output[-1]}?", over, previous_output, [round_idx])
 
     how = {"max_new_tokens": 5, "do_sample": False}
     numbers = (0, 1, 2)
-    found = model.generate_until_multi_round([ask("generate_until_multi_round", "first?", how, look, following, i) for i in numbers])
+    found = model.generate_until_multi_round(
+        [ask("generate_until_multi_round", "first?", how, look, following, i) for i in numbers]
+    )
     for i, answers in zip(numbers, found, strict=True):
-        say = lambda text, seen: ours([(MARKER * len(seen) + text, seen)], max_new_tokens=5)[0].strip()
+        say = lambda text, seen: ours([(MARKER * len(seen) + text, seen)], max_new_tokens=5)[
+            0
+        ].strip()
         expected = [say("first?", visuals[i])]
         for _ in docs[i]:
             expected.append(say(f"then, after {expected[-1]}?", visuals[i][:1]))
@@ -148,15 +178,23 @@ def test_an_export_answers_like_its_checkpoint(run, model, seen, tmp_path):
     how = {"max_new_tokens": 8, "do_sample": False}
     requests = [ask("generate_until", f"what {i}?", how, look, i) for i in range(len(seen[0]))]
     assert other.generate_until(requests) == model.generate_until(requests)
-    requests = [ask("loglikelihood", "what?", target, look, i) for target in (" yes", " it is") for i in (0, 4)]
-    (ours, greedy), (theirs, also) = (zip(*plugin.loglikelihood(requests)) for plugin in (model, other))
+    requests = [
+        ask("loglikelihood", "what?", target, look, i)
+        for target in (" yes", " it is")
+        for i in (0, 4)
+    ]
+    (ours, greedy), (theirs, also) = (
+        zip(*plugin.loglikelihood(requests)) for plugin in (model, other)
+    )
     np.testing.assert_allclose(theirs, ours, rtol=1e-4)
     assert greedy == also
 
 
 @pytest.mark.slow
 def test_the_command_gives_our_evaluator_s_number(run, tmp_path, monkeypatch):
-    if "evlm" not in [point.name for point in importlib.metadata.entry_points(group="lmms_eval.models")]:
+    if "evlm" not in [
+        point.name for point in importlib.metadata.entry_points(group="lmms_eval.models")
+    ]:
         pytest.skip("the installed metadata have no plug-in: pip install -e . again")
     data = layouts.write("gqa", tmp_path / "gqa")
     said = tmp_path / "ours.json"
@@ -174,4 +212,7 @@ def test_the_command_gives_our_evaluator_s_number(run, tmp_path, monkeypatch):
 
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     write(tmp_path / "tasks", tasks.find("gqa"), data, result["examples"])
-    assert lmms_eval(tmp_path / "tasks", "evlm_jax", f"checkpoint={run}") == (ours, predictions) and ours >= 50
+    assert (
+        lmms_eval(tmp_path / "tasks", "evlm_jax", f"checkpoint={run}") == (ours, predictions)
+        and ours >= 50
+    )

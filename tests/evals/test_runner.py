@@ -1,4 +1,6 @@
-"""Predictions survive kills: nothing is asked twice, and the result is the one of a run that was not cut off."""
+"""Predictions survive kills: nothing is asked twice, and the result is the one of a run that was
+not cut off.
+"""
 
 import json
 
@@ -17,7 +19,10 @@ ABOUT = {"weights_sha256": "ab", "size": (2, 3)}
 def ask(count=10):
     """Questions about five images; the answers are yes and no in turn."""
     picture = lambda i: ((ImageRef(f"{i % 5}.png"),),)
-    return [Question(str(i), f"is it {i}?", picture(i), ["yes", "no"][i % 2], str(i % 5)) for i in range(count)]
+    return [
+        Question(str(i), f"is it {i}?", picture(i), ["yes", "no"][i % 2], str(i % 5))
+        for i in range(count)
+    ]
 
 
 class Answers:
@@ -59,16 +64,26 @@ def test_more_questions_keep_the_answers_of_fewer(tmp_path):
     log, few, more = tmp_path / "r.jsonl", Answers(), Answers()
     evaluate(TASK, ask(4), few, ABOUT, log)
     result = evaluate(TASK, ask(10), more, ABOUT, log)
-    assert sorted(sum(few.asked + more.asked, [])) == [str(i) for i in range(10)] and len(result["examples"]) == 10
+    assert (
+        sorted(sum(few.asked + more.asked, [])) == [str(i) for i in range(10)]
+        and len(result["examples"]) == 10
+    )
 
 
 def test_predictions_of_something_else_are_refused(tmp_path):
     log = tmp_path / "r.jsonl"
     evaluate(TASK, ask(), Answers(), ABOUT, log)
-    with pytest.raises(ValueError, match="r.jsonl holds predictions of something else: weights_sha256 differ; give another --out"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "r.jsonl holds predictions of something else: weights_sha256 differ; give another --out"
+        ),
+    ):
         evaluate(TASK, ask(), Answers(), ABOUT | {"weights_sha256": "cd"}, log)
     changed = [Question(q.id, q.text + "!", q.visuals, q.answer, q.cluster) for q in ask()]
-    with pytest.raises(ValueError, match=r"question 0 was answered with another prompt, 'is it 0\?'"):
+    with pytest.raises(
+        ValueError, match=r"question 0 was answered with another prompt, 'is it 0\?'"
+    ):
         evaluate(TASK, changed, Answers(), ABOUT, log)
 
 
@@ -80,7 +95,12 @@ def test_judgements_are_kept_too(tmp_path):
         prompts.append(prompt)
         if len(prompts) == 3:
             raise OSError("out of reach")
-        return ["Verbosity: 4/10, accuracy: **7.5**", "no idea", "Verbosity: 11\nAccuracy: 2", "verbosity 6 accuracy 5"][len(prompts) % 4]
+        return [
+            "Verbosity: 4/10, accuracy: **7.5**",
+            "no idea",
+            "Verbosity: 11\nAccuracy: 2",
+            "verbosity 6 accuracy 5",
+        ][len(prompts) % 4]
 
     judge = Judge("one", ask)
     with pytest.raises(OSError):
@@ -90,18 +110,36 @@ def test_judgements_are_kept_too(tmp_path):
     answers = Answers()
     result = score.scored(evaluate(task, questions, answers, ABOUT, log, judge))
     assert {row["judge"] for row in result["examples"]} == {"one"}
-    assert answers.asked == [] and len(prompts) == 5 and "known 3" in prompts[-1] and "Yes. 是 3" in prompts[-1]
-    assert {row["metric"]: row["value"] for row in result["scores"] if row["metric"] != "verbosity"} == {
-        "accuracy": pytest.approx((2 + 7.5) / 2), "not judged": 0, "unreadable replies": 3,
-    }  # fmt: skip
+    assert (
+        answers.asked == []
+        and len(prompts) == 5
+        and "known 3" in prompts[-1]
+        and "Yes. 是 3" in prompts[-1]
+    )
+    assert {
+        row["metric"]: row["value"] for row in result["scores"] if row["metric"] != "verbosity"
+    } == {
+        "accuracy": pytest.approx((2 + 7.5) / 2),
+        "not judged": 0,
+        "unreadable replies": 3,
+    }
     unjudged = score.scored(evaluate(task, questions, answers, ABOUT, tmp_path / "other.jsonl"))
-    assert [(row["metric"], row["value"]) for row in unjudged["scores"]] == [("not judged", 4), ("unreadable replies", 0)]
+    assert [(row["metric"], row["value"]) for row in unjudged["scores"]] == [
+        ("not judged", 4),
+        ("unreadable replies", 0),
+    ]
 
 
 def test_log_is_readable(tmp_path):
     evaluate(TASK, ask(2), Answers(), ABOUT, tmp_path / "r.jsonl")
     head, *lines = map(json.loads, (tmp_path / "r.jsonl").read_text("utf-8").splitlines())
-    assert head == {"task": "easy-vqa", "method": "greedy", "max_new_tokens": 16, "weights_sha256": "ab", "size": [2, 3]}
+    assert head == {
+        "task": "easy-vqa",
+        "method": "greedy",
+        "max_new_tokens": 16,
+        "weights_sha256": "ab",
+        "size": [2, 3],
+    }
     assert lines[0] == {"id": "0", "prompt": "is it 0?", "prediction": "Yes. 是 0"}
 
 

@@ -21,7 +21,9 @@ from tests.evals import layouts
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("EVLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(captions, "has_java", lambda: False)  # it takes seconds; tests/evals/test_captions.py has it
+    monkeypatch.setattr(
+        captions, "has_java", lambda: False
+    )  # it takes seconds; tests/evals/test_captions.py has it
 
 
 class Told:
@@ -56,20 +58,31 @@ def reply(prompt):
 def test_right_and_wrong_answers(name, tmp_path):
     task, data = tasks.find(name), layouts.write(name, tmp_path / "data")
     questions = task.questions(data, None)
-    assert len(questions) > 1 and all(Path(visual[0].path).is_file() for q in questions for visual in q.visuals)
-    good, bad = (score.scored(evaluate(task, questions, Told(say), {}, None, Judge("reply", reply))) for say in (right, lambda q: "人"))
+    assert len(questions) > 1 and all(
+        Path(visual[0].path).is_file() for q in questions for visual in q.visuals
+    )
+    good, bad = (
+        score.scored(evaluate(task, questions, Told(say), {}, None, Judge("reply", reply)))
+        for say in (right, lambda q: "人")
+    )
     values = {row["metric"]: row["value"] for row in good["scores"]}
     main = next(iter(PAPER.get(name, values)))
     if name == "video-captions":
         assert values == {"verbosity": 4, "accuracy": 10, "not judged": 0, "unreadable replies": 0}
         return
-    assert values[main] == (400 if name == "mme" else pytest.approx(100, abs=0.1)) and set(PAPER.get(name, {})) <= set(values)
-    assert {row["metric"]: row["value"] for row in bad["scores"]}[main] <= 50 and score.table(good).count("\n") == len(good["scores"])
+    assert values[main] == (400 if name == "mme" else pytest.approx(100, abs=0.1)) and set(
+        PAPER.get(name, {})
+    ) <= set(values)
+    assert {row["metric"]: row["value"] for row in bad["scores"]}[main] <= 50 and score.table(
+        good
+    ).count("\n") == len(good["scores"])
 
 
 def test_every_task_has_a_layout_or_an_asset():
     assert {name for name, task in tasks.TASKS.items() if task.data} == set(layouts.WRITERS)
-    assert all(len(Path(family.__file__).read_text().splitlines()) < 120 for family in tasks.FAMILIES)
+    assert all(
+        len(Path(family.__file__).read_text().splitlines()) < 120 for family in tasks.FAMILIES
+    )
     assert set(PAPER) <= set(tasks.TASKS)
 
 
@@ -78,29 +91,45 @@ def test_prompts(style, tmp_path):
     """One of each kind, in full; tests/evals/test_prompts.py compares them with lmms-eval's."""
     text = {}
     for name in ("gqa", "scienceqa-img", "mmbench-cn", "ai2d", "refcoco", "coco", "classes"):
-        text[name] = tasks.find(name).questions(layouts.write(name, tmp_path / name), None, style)[-1].text
+        text[name] = (
+            tasks.find(name).questions(layouts.write(name, tmp_path / name), None, style)[-1].text
+        )
         assert text[name].startswith("<image>\n") == (style == "llava")
         text[name] = text[name].removeprefix("<image>\n")
     lettered = "A. cat\nB. dog\nAnswer with the option's letter from the given choices directly."
-    assert text["gqa"] == ("Is it red? Answer:" if style == "qwen-vl" else "Is it red?\nAnswer the question using a single word or phrase.")
+    assert text["gqa"] == (
+        "Is it red? Answer:"
+        if style == "qwen-vl"
+        else "Is it red?\nAnswer the question using a single word or phrase."
+    )
     named = "Context: Look.\nQuestion: Which?\nOptions: A. cat\nB. dog\nAnswer:"
-    assert text["scienceqa-img"] == (named if style == "qwen-vl" else f"Context: Look.\nWhich?\n{lettered}")
+    assert text["scienceqa-img"] == (
+        named if style == "qwen-vl" else f"Context: Look.\nWhich?\n{lettered}"
+    )
     rotated = "Which?\nA. dog\nB. cat"
     assert (
         text["mmbench-cn"]
         == {
-            "lmms-eval": "Which? There are several options:\nA. dog\nB. cat\n\n请直接使用所提供的选项字母作为答案回答。",
+            "lmms-eval": (
+                "Which? There are several options:\nA. dog\nB. cat\n\n"
+                "请直接使用所提供的选项字母作为答案回答。"
+            ),
             "llava": rotated + "\n请直接回答选项字母。",
             "qwen-vl": rotated + " Answer:",
         }[style]
     )
-    assert text["classes"] == "What is in this image?" and ("ref" in text["refcoco"]) == (style == "qwen-vl")
+    assert text["classes"] == "What is in this image?" and ("ref" in text["refcoco"]) == (
+        style == "qwen-vl"
+    )
 
 
 def test_limit_keeps_pairs_and_rotations(tmp_path):
     asked = tasks.find("mmbench-en").questions(layouts.write("mmbench-en", tmp_path), None)
     assert [q.id for q in first(asked, 1)] == ["0", "1000000"] and first(asked, None) == asked
-    assert len(first(tasks.find("mme").questions(layouts.write("mme", tmp_path / "mme"), None), 3)) == 4
+    assert (
+        len(first(tasks.find("mme").questions(layouts.write("mme", tmp_path / "mme"), None), 3))
+        == 4
+    )
 
 
 def edit(file, change):
@@ -119,33 +148,107 @@ def mended(path, change):
 
 VAL = "v2_mscoco_val2014_annotations.json"
 BROKEN = [
-    ("vqav2", cut("val2014/COCO_val2014_000000000011.jpg"), r"v2_OpenEnded_mscoco_val2014_questions.json: row 3: no image .*0011.jpg"),
-    ("vqav2", mended(VAL, lambda c: c["annotations"][1]["answers"].pop()), rf"{VAL}: row 2: 9 answers, there must be 10"),
-    ("vqav2", mended(VAL, lambda c: c["annotations"].pop()), r"questions.json: row 4: question 103 has no annotation"),
+    (
+        "vqav2",
+        cut("val2014/COCO_val2014_000000000011.jpg"),
+        r"v2_OpenEnded_mscoco_val2014_questions.json: row 3: no image .*0011.jpg",
+    ),
+    (
+        "vqav2",
+        mended(VAL, lambda c: c["annotations"][1]["answers"].pop()),
+        rf"{VAL}: row 2: 9 answers, there must be 10",
+    ),
+    (
+        "vqav2",
+        mended(VAL, lambda c: c["annotations"].pop()),
+        r"questions.json: row 4: question 103 has no annotation",
+    ),
     ("vqav2", cut(VAL), rf"no file .*{VAL}"),
-    ("vizwiz", mended("Annotations/val.json", lambda c: c[2].pop("question")), r"val.json: row 3: no field 'question'; there are image"),
-    ("textvqa", mended("TextVQA_0.5.1_val.json", lambda c: c.pop("data")), r"TextVQA_0.5.1_val.json: no field 'data'"),
-    ("gqa", mended("testdev_balanced_questions.json", lambda c: c.update({"203": 5})), r"row 203: is int, not an object"),
-    ("docvqa", mended("val_v1.0.json", lambda c: c["data"][1].update(answers=[])), r"val_v1.0.json: row 2: 0 answers"),
-    ("chartqa", cut("test/png/augmented1.png"), r"test_augmented.json: row 2: no image .*augmented1.png"),
-    ("scienceqa-img", mended("pid_splits.json", lambda c: c["test"].append("77")), r"pid_splits.json: row 77: no such problem"),
-    ("scienceqa-img", mended("problems.json", lambda c: c["3"].update(answer=2)), r"problems.json: row 3: answer 2 of 2 choices"),
+    (
+        "vizwiz",
+        mended("Annotations/val.json", lambda c: c[2].pop("question")),
+        r"val.json: row 3: no field 'question'; there are image",
+    ),
+    (
+        "textvqa",
+        mended("TextVQA_0.5.1_val.json", lambda c: c.pop("data")),
+        r"TextVQA_0.5.1_val.json: no field 'data'",
+    ),
+    (
+        "gqa",
+        mended("testdev_balanced_questions.json", lambda c: c.update({"203": 5})),
+        r"row 203: is int, not an object",
+    ),
+    (
+        "docvqa",
+        mended("val_v1.0.json", lambda c: c["data"][1].update(answers=[])),
+        r"val_v1.0.json: row 2: 0 answers",
+    ),
+    (
+        "chartqa",
+        cut("test/png/augmented1.png"),
+        r"test_augmented.json: row 2: no image .*augmented1.png",
+    ),
+    (
+        "scienceqa-img",
+        mended("pid_splits.json", lambda c: c["test"].append("77")),
+        r"pid_splits.json: row 77: no such problem",
+    ),
+    (
+        "scienceqa-img",
+        mended("problems.json", lambda c: c["3"].update(answer=2)),
+        r"problems.json: row 3: answer 2 of 2 choices",
+    ),
     ("ai2d", cut("abc_images/1.png"), r"1.png.json: row What is 1\?: no image .*abc_images/1.png"),
     ("ai2d", cut("ai2d_test_ids.csv"), r"no file .*ai2d_test_ids.csv"),
-    ("mme", lambda data: (data / "OCR/1.txt").write_text("Is it 1?\n"), r"1.txt: row 1: no field 'answer'"),
-    ("mme", lambda data: (data / "OCR/1.txt").write_text("Is it 1?\tmaybe\n"), r"1.txt: row 1: the answer is 'maybe'"),
+    (
+        "mme",
+        lambda data: (data / "OCR/1.txt").write_text("Is it 1?\n"),
+        r"1.txt: row 1: no field 'answer'",
+    ),
+    (
+        "mme",
+        lambda data: (data / "OCR/1.txt").write_text("Is it 1?\tmaybe\n"),
+        r"1.txt: row 1: the answer is 'maybe'",
+    ),
     ("mme", shutil.rmtree, r"mme: .* has none of the folders existence"),
-    ("pope", lambda data: (data / "coco_pope_popular.json").open("a").write("{\n"), r"coco_pope_popular.json: row 5: not JSON"),
-    ("refcoco", mended("instances.json", lambda c: c["annotations"].pop()), r"refs\(unc\).p: row 1: image 0 or annotation 5 is not in"),
-    ("refcoco", lambda data: (data / "refs(unc).p").write_bytes(pickle.dumps(print)), r"\(unc\).p: the file asks for builtins.print"),
-    ("coco", mended("dataset_coco.json", lambda c: c["images"][1].update(sentences=[])), r"dataset_coco.json: row 2: 0 captions"),
-    ("nocaps", mended("nocaps_val_4500_captions.json", lambda c: c["annotations"].pop()), r"captions.json: row 2: 0 captions"),
-    ("classes", lambda data: (data / "LOC_synset_mapping.txt").write_text("dog canine\nbird\n"), r"txt: row 2: no name behind 'bird'"),
+    (
+        "pope",
+        lambda data: (data / "coco_pope_popular.json").open("a").write("{\n"),
+        r"coco_pope_popular.json: row 5: not JSON",
+    ),
+    (
+        "refcoco",
+        mended("instances.json", lambda c: c["annotations"].pop()),
+        r"refs\(unc\).p: row 1: image 0 or annotation 5 is not in",
+    ),
+    (
+        "refcoco",
+        lambda data: (data / "refs(unc).p").write_bytes(pickle.dumps(print)),
+        r"\(unc\).p: the file asks for builtins.print",
+    ),
+    (
+        "coco",
+        mended("dataset_coco.json", lambda c: c["images"][1].update(sentences=[])),
+        r"dataset_coco.json: row 2: 0 captions",
+    ),
+    (
+        "nocaps",
+        mended("nocaps_val_4500_captions.json", lambda c: c["annotations"].pop()),
+        r"captions.json: row 2: 0 captions",
+    ),
+    (
+        "classes",
+        lambda data: (data / "LOC_synset_mapping.txt").write_text("dog canine\nbird\n"),
+        r"txt: row 2: no name behind 'bird'",
+    ),
     ("classes", lambda data: (data / "empty").mkdir(), r"empty has no image"),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize("name, spoil, message", BROKEN, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "name, spoil, message", BROKEN, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_malformed_files_are_named(name, spoil, message, tmp_path):
     data = layouts.write(name, tmp_path / "data")
     spoil(data)
@@ -156,10 +259,22 @@ def test_malformed_files_are_named(name, spoil, message, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda text: text.replace("\tanswer\t", "\tanswr\t"), r"mmbench_dev.tsv: row 1: no column answer; there are index, question"),
-        (lambda text: text.replace("\tdev\n", "\n", 1), r"mmbench_dev.tsv: row 2: 11 columns, the header has 12"),
-        (lambda text: text.replace("\tB\tkind", "\tD\tkind", 1), r"mmbench_dev.tsv: row 3: index '1000000' with the answer 'D'"),
-        (lambda text: text.replace("kind\tgroup\t0\t", "kind\tgroup\t*\t"), r"mmbench_dev.tsv: row 3: column image is not base64"),
+        (
+            lambda text: text.replace("\tanswer\t", "\tanswr\t"),
+            r"mmbench_dev.tsv: row 1: no column answer; there are index, question",
+        ),
+        (
+            lambda text: text.replace("\tdev\n", "\n", 1),
+            r"mmbench_dev.tsv: row 2: 11 columns, the header has 12",
+        ),
+        (
+            lambda text: text.replace("\tB\tkind", "\tD\tkind", 1),
+            r"mmbench_dev.tsv: row 3: index '1000000' with the answer 'D'",
+        ),
+        (
+            lambda text: text.replace("kind\tgroup\t0\t", "kind\tgroup\t*\t"),
+            r"mmbench_dev.tsv: row 3: column image is not base64",
+        ),
         (lambda text: text.replace("\tdev", "\ttest"), r"mmbench_dev.tsv: no row of split 'dev'"),
     ],
 )
@@ -183,18 +298,30 @@ def test_unknown_names_and_doubles(tmp_path):
     with pytest.raises(ValueError, match="gqa: give --data"):
         tasks.find("gqa").questions(None, None)
     data = layouts.write("vqav2", tmp_path / "vqa")
-    edit(data / "v2_OpenEnded_mscoco_val2014_questions.json", lambda c: c["questions"].append(c["questions"][0]))
+    edit(
+        data / "v2_OpenEnded_mscoco_val2014_questions.json",
+        lambda c: c["questions"].append(c["questions"][0]),
+    )
     with pytest.raises(ValueError, match="vqav2: .* question 100 stands there twice"):
         tasks.find("vqav2").questions(data, None)
 
 
 def test_synsets_have_names_and_doubles_are_one_candidate(tmp_path):
     data = layouts.write("classes", tmp_path / "val")
-    (tmp_path / "LOC_synset_mapping.txt").write_text("bird crane, a bird\nblack_cat cat\ndog crane\n")
+    (tmp_path / "LOC_synset_mapping.txt").write_text(
+        "bird crane, a bird\nblack_cat cat\ndog crane\n"
+    )
     task = tasks.find("classes")
     questions = task.questions(data, None)
-    assert task.candidates(questions) == ["cat", "crane"] and len(questions) == 30 and len(task.questions(data, "all")) == 36
-    rows = [{"answer": "cat", "ranking": ["crane", "cat"], "cluster": "a"}, {"answer": "cat", "ranking": ["cat"], "cluster": "b"}]
+    assert (
+        task.candidates(questions) == ["cat", "crane"]
+        and len(questions) == 30
+        and len(task.questions(data, "all")) == 36
+    )
+    rows = [
+        {"answer": "cat", "ranking": ["crane", "cat"], "cluster": "a"},
+        {"answer": "cat", "ranking": ["cat"], "cluster": "b"},
+    ]
     assert task.score(rows).each == {"acc@1": [0, 100], "acc@5": [100, 100]}
 
 
@@ -203,32 +330,56 @@ def test_imagenet_as_it_comes(tmp_path):
     for i in range(1, 25):
         layouts.picture(data / f"ILSVRC2012_val_{i:08d}.JPEG", i % 10)
     task = tasks.find("classes")
-    with pytest.raises(ValueError, match="their labels, ILSVRC2012_devkit_t12/data, are neither in it nor beside it"):
+    with pytest.raises(
+        ValueError,
+        match="their labels, ILSVRC2012_devkit_t12/data, are neither in it nor beside it",
+    ):
         task.questions(data, None)
     kit.mkdir(parents=True)
     fields = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object)]
-    synsets = [(1, "n01440764", "tench, Tinca tinca"), (2, "n02012849", "crane"), (3, "n03126707", "crane")]
+    synsets = [
+        (1, "n01440764", "tench, Tinca tinca"),
+        (2, "n02012849", "crane"),
+        (3, "n03126707", "crane"),
+    ]
     scipy.io.savemat(kit / "meta.mat", {"synsets": np.array(synsets, fields)})
     truth = kit / "ILSVRC2012_validation_ground_truth.txt"
     truth.write_text("".join(f"{1 + i % 2}\n" for i in range(23)) + "3\n")
     questions = task.questions(data, None)
-    assert [q.id for q in questions[:2]] == ["n01440764/ILSVRC2012_val_00000001.JPEG", "n02012849/ILSVRC2012_val_00000002.JPEG"]
-    assert len(questions) == 21 and len(task.questions(data, "all")) == 24 and task.candidates(questions) == ["crane", "tench"]
+    assert [q.id for q in questions[:2]] == [
+        "n01440764/ILSVRC2012_val_00000001.JPEG",
+        "n02012849/ILSVRC2012_val_00000002.JPEG",
+    ]
+    assert (
+        len(questions) == 21
+        and len(task.questions(data, "all")) == 24
+        and task.candidates(questions) == ["crane", "tench"]
+    )
     truth.write_text("1\n2\n")
-    with pytest.raises(ValueError, match="ground_truth.txt: row 3: no class of meta.mat for ILSVRC2012_val_00000003.JPEG"):
+    with pytest.raises(
+        ValueError,
+        match="ground_truth.txt: row 3: no class of meta.mat for ILSVRC2012_val_00000003.JPEG",
+    ):
         task.questions(data, None)
 
 
 def test_files_of_tasks_as_other_systems_write_them(tmp_path):
-    """A byte order mark, line ends, and a mark that ends a line for Unicode alone; UTF-16 is named."""
+    """A byte order mark, line ends, and a mark that ends a line for Unicode alone;
+    UTF-16 is named.
+    """
     rows = [{"question": f"a\u2028{i}"} for i in range(2)]
     text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    assert [row["question"] for row in official.json_lines(tmp_path / "a.jsonl")] == ["a\u20280", "a\u20281"]
+    assert [row["question"] for row in official.json_lines(tmp_path / "a.jsonl")] == [
+        "a\u20280",
+        "a\u20281",
+    ]
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(rows).encode())
     assert len(official.json_rows(tmp_path / "a.json")) == 2
     (tmp_path / "a.tsv").write_bytes(b"\xef\xbb\xbfindex\tanswer\r\n1\tb\r\n")
-    assert [row.data for row in official.tsv_rows(tmp_path / "a.tsv", ("index", "answer"))] == [{"index": "1", "answer": "b"}]
+    assert [row.data for row in official.tsv_rows(tmp_path / "a.tsv", ("index", "answer"))] == [
+        {"index": "1", "answer": "b"}
+    ]
     for read, name in ((official.json_rows, "a.json"), (official.json_lines, "a.jsonl")):
         (tmp_path / name).write_bytes(text.encode("utf-16"))
         with pytest.raises(ValueError, match=f"{name}: .*it is UTF-16: write it as UTF-8"):

@@ -7,19 +7,29 @@ import pytest
 
 from evlm_jax.evals import text_metrics as tm
 
-VOCABULARY = "a the red blue cat dog on of with sitting table man's two-wheeled bike 3.5 yes no".split()
+VOCABULARY = (
+    "a the red blue cat dog on of with sitting table man's two-wheeled bike 3.5 yes no".split()
+)
 AWKWARD = ["", "Yes.", "12%", "no no no no no", "红苹果", "A man's bike!", "...", "naïve café"]
 
 
 @pytest.fixture(scope="module")
 def captions():
-    """600 token lists and their 1 to 5 references: shuffled, shortened, repeated, equal, and the awkward strings."""
+    """600 token lists and their 1 to 5 references: shuffled, shortened, repeated, equal, and the
+    awkward strings.
+    """
     rng = random.Random(0)
     predictions, references = [], []
     for i in range(600):
         base = rng.choices(VOCABULARY, k=rng.randint(1, 12))
-        refs = [base] + [rng.sample(base, len(base))[: rng.randint(1, 12)] for _ in range(rng.randint(0, 4))]
-        text = AWKWARD[i // 10 % len(AWKWARD)] if i % 10 == 0 else " ".join(rng.choices(base, k=rng.randint(1, 12)) if i % 3 else base)
+        refs = [base] + [
+            rng.sample(base, len(base))[: rng.randint(1, 12)] for _ in range(rng.randint(0, 4))
+        ]
+        text = (
+            AWKWARD[i // 10 % len(AWKWARD)]
+            if i % 10 == 0
+            else " ".join(rng.choices(base, k=rng.randint(1, 12)) if i % 3 else base)
+        )
         predictions.append(tm.words(text))
         references.append([tm.words(" ".join(r)) for r in refs])
     return predictions, references
@@ -34,7 +44,9 @@ def coco(captions):
 
 
 def test_cider_equals_pycocoevalcap(captions, coco):
-    oracle = pytest.importorskip("pycocoevalcap.cider.cider", reason="needs pycocoevalcap: pip install -e '.[test]'")
+    oracle = pytest.importorskip(
+        "pycocoevalcap.cider.cider", reason="needs pycocoevalcap: pip install -e '.[test]'"
+    )
     mean, each = oracle.Cider().compute_score(*coco)
     ours = tm.cider(*captions)
     np.testing.assert_allclose(ours, each, atol=1e-9)
@@ -42,35 +54,60 @@ def test_cider_equals_pycocoevalcap(captions, coco):
 
 
 def test_bleu_equals_pycocoevalcap(captions, coco):
-    oracle = pytest.importorskip("pycocoevalcap.bleu.bleu", reason="needs pycocoevalcap: pip install -e '.[test]'")
+    oracle = pytest.importorskip(
+        "pycocoevalcap.bleu.bleu", reason="needs pycocoevalcap: pip install -e '.[test]'"
+    )
     expected, _ = oracle.Bleu(4).compute_score(*coco, verbose=0)
     np.testing.assert_allclose(tm.bleu(*captions), expected, rtol=1e-9)
 
 
 def test_bleu_brevity_penalty_equals_pycocoevalcap():
-    oracle = pytest.importorskip("pycocoevalcap.bleu.bleu", reason="needs pycocoevalcap: pip install -e '.[test]'")
-    expected, _ = oracle.Bleu(4).compute_score({0: ["a red cat on the table", "a cat"]}, {0: ["red cat on the"]}, verbose=0)
-    ours = tm.bleu(["red cat on the".split()], [["a red cat on the table".split(), "a cat".split()]])
+    oracle = pytest.importorskip(
+        "pycocoevalcap.bleu.bleu", reason="needs pycocoevalcap: pip install -e '.[test]'"
+    )
+    expected, _ = oracle.Bleu(4).compute_score(
+        {0: ["a red cat on the table", "a cat"]}, {0: ["red cat on the"]}, verbose=0
+    )
+    ours = tm.bleu(
+        ["red cat on the".split()], [["a red cat on the table".split(), "a cat".split()]]
+    )
     np.testing.assert_allclose(ours, expected, rtol=1e-9)
 
 
 def test_rouge_l_equals_pycocoevalcap(captions, coco):
-    oracle = pytest.importorskip("pycocoevalcap.rouge.rouge", reason="needs pycocoevalcap: pip install -e '.[test]'")
+    oracle = pytest.importorskip(
+        "pycocoevalcap.rouge.rouge", reason="needs pycocoevalcap: pip install -e '.[test]'"
+    )
     _, each = oracle.Rouge().compute_score(*coco)
     np.testing.assert_allclose(tm.rouge_l(*captions), each, rtol=1e-12)
 
 
 def test_rouge_l_with_beta_one_equals_rouge_score(captions):
-    oracle = pytest.importorskip("rouge_score.rouge_scorer", reason="needs rouge-score: pip install -e '.[test]'")
-    scorer = oracle.RougeScorer(["rougeL"], tokenizer=type("Split", (), {"tokenize": lambda self, text: text.split()})())
+    oracle = pytest.importorskip(
+        "rouge_score.rouge_scorer", reason="needs rouge-score: pip install -e '.[test]'"
+    )
+    scorer = oracle.RougeScorer(
+        ["rougeL"], tokenizer=type("Split", (), {"tokenize": lambda self, text: text.split()})()
+    )
     predictions, references = captions
     first = [refs[:1] for refs in references]
-    expected = [scorer.score(" ".join(r[0]), " ".join(p))["rougeL"].fmeasure for p, r in zip(predictions, first)]
+    expected = [
+        scorer.score(" ".join(r[0]), " ".join(p))["rougeL"].fmeasure
+        for p, r in zip(predictions, first)
+    ]
     np.testing.assert_allclose(tm.rouge_l(predictions, first, beta=1.0), expected, rtol=1e-12)
 
 
 def test_words():
-    assert tm.words("A man\u2019s 2-wheeled bike, 3.5 km.") == ["a", "man", "'s", "2-wheeled", "bike", "3.5", "km"]
+    assert tm.words("A man\u2019s 2-wheeled bike, 3.5 km.") == [
+        "a",
+        "man",
+        "'s",
+        "2-wheeled",
+        "bike",
+        "3.5",
+        "km",
+    ]
     assert tm.words("红苹果 apple") == ["红", "苹", "果", "apple"]
     assert tm.words("  ?! ") == []
 

@@ -18,9 +18,13 @@ from tests.random_model import random_model
 from tests.tiny import BASELINES, tiny_batch, tiny_config
 
 
-@pytest.mark.parametrize("every, sinks, kind, shared", [(1, 0, "routed", 1), (3, 1, "routed", 2), (1, 1, "fused", 1)])
+@pytest.mark.parametrize(
+    "every, sinks, kind, shared", [(1, 0, "routed", 1), (3, 1, "routed", 2), (1, 1, "fused", 1)]
+)
 def test_trace_is_the_model(every, sinks, kind, shared):
-    cfg = tiny_config(xattn=dict(every=every, sinks=sinks, heads=2 * shared), bridge=dict(kind=kind))
+    cfg = tiny_config(
+        xattn=dict(every=every, sinks=sinks, heads=2 * shared), bridge=dict(kind=kind)
+    )
     model = random_model(cfg, 0)
     batch = tiny_batch(cfg, 1)
     expected = jax.jit(EVLM.hidden)(model, batch)
@@ -37,9 +41,17 @@ def test_attention_maps_stay_in_the_visible_range(pool):
     batch, row = tiny_batch(cfg, 2), 1
     positions = list(range(cfg.data.length))
     maps = figures.attention_maps(random_model(cfg, 0), batch, row, positions)
-    assert maps.shape == (len(cfg.cross_layers), cfg.xattn.heads, len(positions), cfg.data.slots, cfg.vit.tokens)
+    assert maps.shape == (
+        len(cfg.cross_layers),
+        cfg.xattn.heads,
+        len(positions),
+        cfg.data.slots,
+        cfg.vit.tokens,
+    )
     slot = np.arange(cfg.data.slots)
-    visible = (batch.visible_start[row][:, None] <= slot) & (slot < batch.visible_stop[row][:, None])
+    visible = (batch.visible_start[row][:, None] <= slot) & (
+        slot < batch.visible_stop[row][:, None]
+    )
     per_image = maps.sum(-1)
     assert np.all(per_image[:, :, ~visible] == 0) and np.all(per_image[:, :, visible] > 0)
     assert visible.any() and per_image.sum(-1).max() < 1  # the rest is the zero sink's
@@ -54,12 +66,25 @@ def test_what_has_no_map_over_patches_says_so(kind):
 
 @pytest.mark.parametrize("template", ["plain", "chatml"])
 def test_word_maps(template, tmp_path):
-    data = dict(template=template, length=96, targets=32, pool=2, slots=5, pairs=24)  # one row alone, whatever the pools of training
+    data = dict(
+        template=template, length=96, targets=32, pool=2, slots=5, pairs=24
+    )  # one row alone, whatever the pools of training
     cfg = tiny_config(llm=dict(vocab=TOKENIZER.vocab_size), data=data)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
-    sample = Sample("a", "test", ((ImageRef(str(tmp_path / "a.png")),),), (question(MARKER + "is it red?", "oh yes"),))
+    sample = Sample(
+        "a",
+        "test",
+        ((ImageRef(str(tmp_path / "a.png")),),),
+        (question(MARKER + "is it red?", "oh yes"),),
+    )
     rows = figures.word_maps(random_model(cfg, 0), TOKENIZER, sample)
-    assert [(row["word"], row["predicted"]) for row in rows] == [("is", False), ("it", False), ("red?", False), ("oh", True), ("yes", True)]
+    assert [(row["word"], row["predicted"]) for row in rows] == [
+        ("is", False),
+        ("it", False),
+        ("red?", False),
+        ("oh", True),
+        ("yes", True),
+    ]
     assert all(row["grid"].shape == (2, 2) and 0 < row["grid"].sum() < 1 for row in rows)
     assert not np.allclose(rows[0]["grid"], rows[2]["grid"])
 
@@ -70,7 +95,9 @@ def test_heat_and_overlay_put_the_glow_where_the_weight_is():
     weights[..., 1 + 4 * 3 + 0] = 1.0  # last row, first column
     grid = figures.heat(weights, prefix_tokens=1)
     assert grid.shape == (4, 4) and grid[3, 0] == 1.0 and grid.sum() == 1.0
-    picture = np.asarray(figures.overlay(Image.new("RGB", (64, 64), "white"), grid, 80), np.int32).sum(-1)
+    picture = np.asarray(
+        figures.overlay(Image.new("RGB", (64, 64), "white"), grid, 80), np.int32
+    ).sum(-1)
     assert picture[70, 10] > 1.5 * picture[10, 70]
     with pytest.raises(ValueError, match="no square grid"):
         figures.heat(weights, prefix_tokens=0)
@@ -78,32 +105,54 @@ def test_heat_and_overlay_put_the_glow_where_the_weight_is():
 
 def test_data_uri_round_trip():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30, 3), np.uint8))
-    np.testing.assert_array_equal(np.asarray(figures.from_data_uri(figures.data_uri(image))), np.asarray(image))
+    np.testing.assert_array_equal(
+        np.asarray(figures.from_data_uri(figures.data_uri(image))), np.asarray(image)
+    )
     assert figures.from_data_uri(figures.data_uri(image, 20, "JPEG")).size == (15, 20)
 
 
 def test_charts_are_svg_in_theme_colours():
-    curves = figures.loss_curves({"vqa": {"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0]}, "emoji": {"step": [1, 3], "loss": [5.0, 4.0]}})
+    curves = figures.loss_curves(
+        {
+            "vqa": {"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0]},
+            "emoji": {"step": [1, 3], "loss": [5.0, 4.0]},
+        }
+    )
     bars = figures.gate_bars([0, 2, 4], [0.1, -0.2, 0.3], [0.0, 0.1, 0.2])
-    maps = figures.load_maps([0, 3], {"text": [[0.5, 0.25, 0.25], [1, 0, 0]], "media": [[0, 0, 1], [0.1, 0.2, 0.7]]})
+    maps = figures.load_maps(
+        [0, 3], {"text": [[0.5, 0.25, 0.25], [1, 0, 0]], "media": [[0, 0, 1], [0.1, 0.2, 0.7]]}
+    )
     for svg, colour in ((curves, 1), (bars, 1), (maps, 0)):
         root = ElementTree.fromstring(svg)
         assert root.tag.endswith("svg") and root.get("viewBox") and root.get("width") is None
         assert f"var(--series-{colour})" in svg and "var(--ink)" in svg and "#0102" not in svg
     assert ">vqa<" in curves and ">emoji<" in curves
-    many = figures.loss_curves({f"source {i}": {"step": [1], "loss": [1.0]} for i in range(11)})  # more than there are colours
+    many = figures.loss_curves(
+        {f"source {i}": {"step": [1], "loss": [1.0]} for i in range(11)}
+    )  # more than there are colours
     assert all(f">source {i}<" in many for i in range(11)) and "var(--series-7)" in many
 
 
 def test_load_maps_are_as_strong_as_the_load():
-    """Every cell: its layer from top to bottom, its expert from left to right, its opacity the share of the largest one."""
-    load = {"text": [[0.5, 0.25, 0.2], [0.1, 0.3, 0.4]], "media": [[0.45, 0.25, 0.5], [0.05, 0.2, 0.15]]}  # a share of 0 is not drawn
+    """Every cell: its layer from top to bottom, its expert from left to right, its opacity the
+    share of the largest one.
+    """
+    load = {
+        "text": [[0.5, 0.25, 0.2], [0.1, 0.3, 0.4]],
+        "media": [[0.45, 0.25, 0.5], [0.05, 0.2, 0.15]],
+    }  # a share of 0 is not drawn
     root = ElementTree.fromstring(figures.load_maps([0, 3], load))
     cells = []
     for path in root.iter("{http://www.w3.org/2000/svg}path"):
         if "var(--series-0)" in (style := path.get("style", "")):
             x, y = re.match(r"M ([\d.]+) ([\d.]+)", path.get("d")).groups()
-            cells.append((float(x), float(y), float((re.search(r"fill-opacity: ([\d.]+)", style) or [0, 1])[1])))
+            cells.append(
+                (
+                    float(x),
+                    float(y),
+                    float((re.search(r"fill-opacity: ([\d.]+)", style) or [0, 1])[1]),
+                )
+            )
     assert len(cells) == 12
     left, right = np.array(sorted(cells)[:6]), np.array(sorted(cells)[6:])
     for panel, shares in ((left, load["text"]), (right, load["media"])):

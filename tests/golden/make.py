@@ -1,8 +1,10 @@
-"""Writes the golden run folders: `PYTHONPATH=. python tests/golden/make.py NAME OUT`, run by the code whose format they keep.
+"""Writes the golden run folders: `PYTHONPATH=. python tests/golden/make.py NAME OUT`, run by the
+code whose format they keep.
 
-A folder holds tiny towers, data, an experiment and the run itself, cut off after six of twelve updates behind an unfreezing; and in
-expected.json what its own code did next: hashes of what it restores, of the next three batches and of its export, and the losses of three
-further updates. They are made once for a format and never again: tests/test_golden.py holds later code against them.
+A folder holds tiny towers, data, an experiment and the run itself, cut off after six of twelve
+updates behind an unfreezing; and in expected.json what its own code did next: hashes of what it
+restores, of the next three batches and of its export, and the losses of three further updates. They
+are made once for a format and never again: tests/test_golden.py holds later code against them.
 """
 
 import contextlib
@@ -20,7 +22,9 @@ from PIL import Image
 
 FORMS = {
     "dense": dict(),
-    "experts": dict(moe=dict(copies=2, slices=2, top_k=2), train=dict(frozen_dtype="bfloat16", accumulate=2)),
+    "experts": dict(
+        moe=dict(copies=2, slices=2, top_k=2), train=dict(frozen_dtype="bfloat16", accumulate=2)
+    ),
 }
 EXPERIMENT = '''import json
 
@@ -36,7 +40,9 @@ STOP, LATER = 6, 3  # updates of the saved run, and of its continuation
 def sha(array) -> str:
     """Hash of dtype, shape and bytes."""
     array = np.ascontiguousarray(array)
-    return hashlib.sha256(f"{array.dtype} {array.shape} ".encode() + array.tobytes()).hexdigest()[:20]
+    return hashlib.sha256(f"{array.dtype} {array.shape} ".encode() + array.tobytes()).hexdigest()[
+        :20
+    ]
 
 
 def data(folder: Path) -> None:
@@ -51,26 +57,54 @@ def data(folder: Path) -> None:
         (folder / f"pictures/{i}.txt").write_text(f"a {word} thing {i}")
         turns = [{"from": "human", "value": "<image>which"}, {"from": "gpt", "value": word}]
         rows.append({"id": f"r{i}", "image": f"pictures/{i}.png", "conversations": turns})
-    rows.append({"id": "text", "conversations": [{"from": "human", "value": "say b"}, {"from": "gpt", "value": "b"}]})
+    rows.append(
+        {
+            "id": "text",
+            "conversations": [{"from": "human", "value": "say b"}, {"from": "gpt", "value": "b"}],
+        }
+    )
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def config(folder: Path, name: str):
-    """The tiny config over these data, its towers written; and its phases: the upper ViT is trained from update 3 on."""
+    """The tiny config over these data, its towers written; and its phases:
+    the upper ViT is trained from update 3 on.
+    """
     from evlm_jax.config import Phase, Rule, to_dict
     from tests.checkpoints import dinov2_directory, llama_directory
     from tests.tiny import CROSS_ONLY, UPPER_VIT, tiny_config
 
-    sources = dict(sources=("llava:rows.jsonl", "folder:pictures"), weights=(2.0, 1.0), window=4, length=96, targets=48, pairs=24)
+    sources = dict(
+        sources=("llava:rows.jsonl", "folder:pictures"),
+        weights=(2.0, 1.0),
+        window=4,
+        length=96,
+        targets=48,
+        pairs=24,
+    )
     form = FORMS[name]
     train = dict(steps=12, save_every=3, keep=1) | form.get("train", {})
-    cfg = tiny_config(data=sources, train=train, vit=dict(cuts=(2,)), **{k: v for k, v in form.items() if k != "train"})
+    cfg = tiny_config(
+        data=sources,
+        train=train,
+        vit=dict(cuts=(2,)),
+        **{k: v for k, v in form.items() if k != "train"},
+    )
     phases = [(0.0, CROSS_ONLY), (0.25, UPPER_VIT)]
-    phases = tuple(Phase(start=start, warmup=2, rules=tuple(Rule(**rule) for rule in rules)) for start, rules in phases)
-    cfg = replace(cfg, optim=replace(cfg.optim, phases=phases), init=replace(cfg.init, vision="vision", llm="llm"))
+    phases = tuple(
+        Phase(start=start, warmup=2, rules=tuple(Rule(**rule) for rule in rules))
+        for start, rules in phases
+    )
+    cfg = replace(
+        cfg,
+        optim=replace(cfg.optim, phases=phases),
+        init=replace(cfg.init, vision="vision", llm="llm"),
+    )
     dinov2_directory(folder / "vision", cfg)
     llama_directory(folder / "llm", cfg)
-    (folder / "experiment.py").write_text(EXPERIMENT.format(text=json.dumps(to_dict(cfg), indent=1).replace("\\", "\\\\")))
+    (folder / "experiment.py").write_text(
+        EXPERIMENT.format(text=json.dumps(to_dict(cfg), indent=1).replace("\\", "\\\\"))
+    )
     return cfg
 
 
@@ -109,15 +143,23 @@ def expected(cfg) -> dict:
     with contextlib.closing(batches(cfg, load_tokenizer(cfg.init.llm))) as stream:
         stream.set_state(snapshot.meta["data"])
         made = [next(stream)[0] for _ in range(LATER)]
-    found["batches"] = [{name: sha(x) for name, x in batch._asdict().items() if x is not None} for batch in made]
+    found["batches"] = [
+        {name: sha(x) for name, x in batch._asdict().items() if x is not None} for batch in made
+    ]
     for form in ("hf", "torch"):
         export("run", f"export-{form}", form)
-        found[form] = {name: sha(array) for name, array in sorted(exported(Path(f"export-{form}")).items())}
+        found[form] = {
+            name: sha(array) for name, array in sorted(exported(Path(f"export-{form}")).items())
+        }
         shutil.rmtree(f"export-{form}")
     shutil.copytree("run", "further")
     train_run(replace(cfg, train=replace(cfg.train, monitors=())), "further")
     lines = [json.loads(line) for line in Path("further/metrics.jsonl").read_text().splitlines()]
-    found["losses"] = {str(line["step"]): line["loss"] for line in lines if "loss" in line and STOP < line["step"] <= STOP + LATER}
+    found["losses"] = {
+        str(line["step"]): line["loss"]
+        for line in lines
+        if "loss" in line and STOP < line["step"] <= STOP + LATER
+    }
     shutil.rmtree("further")
     return found
 

@@ -1,4 +1,6 @@
-"""Generation and losses on eight devices, and `evlm eval` there; tests/test_mesh.py starts it in a process that has them."""
+"""Generation and losses on eight devices, and `evlm eval` there; tests/test_mesh.py starts it in a
+process that has them.
+"""
 
 import json
 from dataclasses import replace
@@ -30,22 +32,37 @@ MESHES = {
 def run(request, tmp_path_factory):
     """A run's directory, and the data of a task."""
     folder = tmp_path_factory.mktemp(request.param)
-    cfg = config(experts=request.param == "experts", kind="llava" if request.param == "llava" else "routed")
+    cfg = config(
+        experts=request.param == "experts", kind="llava" if request.param == "llava" else "routed"
+    )
     run_directory(folder, cfg, random_model(cfg, 0))
     return folder, layouts.write("gqa", folder / "gqa")
 
 
 def found(trained, data):
-    """(tokens of greedy answers, losses) to questions of several lengths about one, two and no pictures."""
+    """(tokens of greedy answers, losses) to questions of several lengths about one, two and no
+    pictures.
+    """
     pictures = [ImageRef(str(path)) for path in sorted((data / "images").iterdir())]
     asked = [
-        (f"{MARKER * (i % 3)}{'what is it' * (1 + i % 4)}?", tuple((pictures[k % len(pictures)],) for k in range(i % 3))) for i in range(5)
+        (
+            f"{MARKER * (i % 3)}{'what is it' * (1 + i % 4)}?",
+            tuple((pictures[k % len(pictures)],) for k in range(i % 3)),
+        )
+        for i in range(5)
     ]
     generator = Generator(trained.model, trained.tokenizer, rows=8, layout=trained.layout)
     with jax.default_matmul_precision("highest"):
-        answers = generator.generate([generator.prompt([Turn("user", text)], visuals) for text, visuals in asked], 12)
-        dialogs = [Sample(str(i), "test", v, (question(t, "yes"), question(t, "a dog"))) for i, (t, v) in enumerate(asked)]
-        losses = choice.answer_losses(trained.model, trained.tokenizer, dialogs, rows=8, layout=trained.layout)
+        answers = generator.generate(
+            [generator.prompt([Turn("user", text)], visuals) for text, visuals in asked], 12
+        )
+        dialogs = [
+            Sample(str(i), "test", v, (question(t, "yes"), question(t, "a dog")))
+            for i, (t, v) in enumerate(asked)
+        ]
+        losses = choice.answer_losses(
+            trained.model, trained.tokenizer, dialogs, rows=8, layout=trained.layout
+        )
     return [answer.tokens for answer in answers], np.array([loss for loss, _ in losses])
 
 
@@ -55,7 +72,9 @@ def test_answers_are_those_of_one_device(run):
     for mesh in MESHES[run[0].name.rstrip("0")]:
         trained = load_trained(str(run[0]), mesh=mesh_of(mesh), rows=8)
         split = [x for x in jax.tree.leaves(trained.model) if not x.sharding.is_fully_replicated]
-        assert len(trained.model.llm.embed[...].sharding.device_set) == 8 and bool(split) == bool(mesh)
+        assert len(trained.model.llm.embed[...].sharding.device_set) == 8 and bool(split) == bool(
+            mesh
+        )
         tokens, mine = found(trained, run[1])
         assert tokens == wanted, mesh
         np.testing.assert_allclose(mine, losses, rtol=1e-5, err_msg=mesh)
@@ -66,7 +85,19 @@ def test_the_command_takes_all_devices(run, tmp_path):
     results = []
     for name, mesh in (("whole", ""), ("pieces", "fsdp=4,tensor=2,frozen=sharded")):
         out = tmp_path / f"{name}.json"
-        words = ["eval", "--checkpoint", str(run[0]), "--task", "gqa", "--data", str(run[1]), "--out", str(out), "--mesh", mesh]
+        words = [
+            "eval",
+            "--checkpoint",
+            str(run[0]),
+            "--task",
+            "gqa",
+            "--data",
+            str(run[1]),
+            "--out",
+            str(out),
+            "--mesh",
+            mesh,
+        ]
         assert cli.main(words) == 0
         results.append(json.loads(out.read_text())["examples"])
     assert results[0] == results[1] and all("prediction" in row for row in results[0])
@@ -76,15 +107,48 @@ def test_the_command_takes_all_devices(run, tmp_path):
 def test_monitors_find_what_the_command_finds(run, tmp_path):
     trained = load_trained(str(run[0]), mesh=mesh_of("fsdp=4,tensor=2,frozen=sharded"), rows=8)
     cfg = trained.model.cfg
-    cfg = replace(cfg, train=replace(cfg.train, monitors=(f"gqa:{run[1]}",), monitor_every=1, monitor_questions=0))
+    cfg = replace(
+        cfg,
+        train=replace(cfg.train, monitors=(f"gqa:{run[1]}",), monitor_every=1, monitor_questions=0),
+    )
     seen = monitor(cfg, trained.tokenizer, None, trained.layout)(1, lambda: trained.model)
     out = tmp_path / "out.json"
-    assert cli.main(["eval", "--checkpoint", str(run[0]), "--task", "gqa", "--data", str(run[1]), "--out", str(out)]) == 0
-    wanted = {f"monitor/gqa/{row['metric']}": row["value"] for row in json.loads(out.read_text())["scores"]}
+    assert (
+        cli.main(
+            [
+                "eval",
+                "--checkpoint",
+                str(run[0]),
+                "--task",
+                "gqa",
+                "--data",
+                str(run[1]),
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
+    wanted = {
+        f"monitor/gqa/{row['metric']}": row["value"]
+        for row in json.loads(out.read_text())["scores"]
+    }
     assert {name: value for name, value in seen.items() if name != "monitor/seconds"} == wanted
 
 
 @pytest.mark.parametrize("run", ["dense"], indirect=True)
 def test_a_batch_that_devices_cannot_share_is_refused(run, capsys):
-    words = ["eval", "--checkpoint", str(run[0]), "--task", "gqa", "--data", str(run[1]), "--batch", "6"]
-    assert cli.main(words) == 1 and "6 rows cannot be split over 8 devices" in capsys.readouterr().err
+    words = [
+        "eval",
+        "--checkpoint",
+        str(run[0]),
+        "--task",
+        "gqa",
+        "--data",
+        str(run[1]),
+        "--batch",
+        "6",
+    ]
+    assert (
+        cli.main(words) == 1 and "6 rows cannot be split over 8 devices" in capsys.readouterr().err
+    )

@@ -1,4 +1,7 @@
-"""What runs on eight devices; tests/test_mesh.py starts it in a process that has them. Everything is compared with one device."""
+"""What runs on eight devices; tests/test_mesh.py starts it in a process that has them.
+
+Everything is compared with one device.
+"""
 
 import contextlib
 import json
@@ -22,25 +25,43 @@ from tests.random_model import random_model
 from tests.tiny import BASELINES, UPPER_VIT, TinyData, tiny_batch, tiny_config, tiny_towers
 
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8), (2, 2, 2, 1), (1, 2, 2, 2)]
-POLICIES = [{"zero": 3, "frozen": "sharded", "images": "all"}, {"zero": 2, "frozen": "replicated", "images": "rows"}]
+POLICIES = [
+    {"zero": 3, "frozen": "sharded", "images": "all"},
+    {"zero": 2, "frozen": "replicated", "images": "rows"},
+]
 
-FAST = {(mesh, i in (2, 3)) for i, mesh in enumerate(MESHES)}  # every mesh once, with both policies, with and without experts
+FAST = {
+    (mesh, i in (2, 3)) for i, mesh in enumerate(MESHES)
+}  # every mesh once, with both policies, with and without experts
 GRADIENTS = [
-    pytest.param(mesh, experts, marks=[] if (mesh, experts) in FAST else [pytest.mark.slow]) for mesh in MESHES for experts in (False, True)
+    pytest.param(mesh, experts, marks=[] if (mesh, experts) in FAST else [pytest.mark.slow])
+    for mesh in MESHES
+    for experts in (False, True)
 ]
 
 
 def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], kind="", pool=1, **train):
-    """Sizes that eight devices divide; the upper half of the ViT trains too. `kind`: of a baseline."""
+    """Sizes that eight devices divide; the upper half of the ViT trains too.
+
+    `kind`: of a baseline.
+    """
     axes = dict(zip(("data", "fsdp", "expert", "tensor"), mesh))
     return tiny_config(
         vit={"heads": 8, "width": 64, "mlp": 128},
         llm={"heads": 8, "kv_heads": 8, "head_dim": 8},
-        xattn={"heads": 16, "kv_heads": 8, "head_dim": 8, "ffn": 64} | BASELINES.get(kind, {}).get("xattn", {}),
+        xattn={"heads": 16, "kv_heads": 8, "head_dim": 8, "ffn": 64}
+        | BASELINES.get(kind, {}).get("xattn", {}),
         bridge={"heads": 8, "head_dim": 8} | BASELINES.get(kind, {}).get("bridge", {}),
         media=BASELINES.get(kind, {}).get("media", {}),
         moe={"copies": 4 if experts else 0},
-        data={"images": 8, "length": 64, "targets": 32, "pool": pool, "slots": 8 * pool, "pairs": 24 * pool},
+        data={
+            "images": 8,
+            "length": 64,
+            "targets": 32,
+            "pool": pool,
+            "slots": 8 * pool,
+            "pairs": 24 * pool,
+        },
         optim={"phases": ({"start": 0.0, "warmup": 0, "rules": UPPER_VIT},), "lr": 1e-2},
         train={"batch": 8, "remat": "dots", "loss_chunk": 12, "save_every": 2, "steps": 4} | train,
         mesh=axes | policy,
@@ -59,9 +80,14 @@ def found(cfg):
     params = jax.tree.map(np.asarray, nnx.state(random_model(cfg, 0)))
     trainable, frozen = nnx.split_state(params, phase.plan.trains, ...)
     trainable, frozen = put(trainable, layout.trained), put(frozen, layout.frozen)
-    run = layout.jit(lambda p, f, b: gradients(cfg, phase.graphdef, p, f, b), out_shardings=(layout.trained(trainable), layout.replicated))
+    run = layout.jit(
+        lambda p, f, b: gradients(cfg, phase.graphdef, p, f, b),
+        out_shardings=(layout.trained(trainable), layout.replicated),
+    )
     with jax.default_matmul_precision("highest"):
-        return run(trainable, frozen, layout.put_pools(tiny_batch(cfg, 0), range(cfg.pools), cfg.pools))
+        return run(
+            trainable, frozen, layout.put_pools(tiny_batch(cfg, 0), range(cfg.pools), cfg.pools)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +102,13 @@ def test_gradients_equal_those_of_one_device(mesh, experts, alone):
     assert_equal_to_alone(config(mesh, experts, policy), alone[experts])
 
 
-@pytest.mark.parametrize("kind, policy", [("fused", POLICIES[1]), ("flamingo", POLICIES[1]), ("llava", POLICIES[0])])
+@pytest.mark.parametrize(
+    "kind, policy", [("fused", POLICIES[1]), ("flamingo", POLICIES[1]), ("llava", POLICIES[0])]
+)
 def test_gradients_of_baselines_equal_those_of_one_device(kind, policy):
-    assert_equal_to_alone(config((1, 2, 2, 2), policy=policy, kind=kind), on_host(found(config(kind=kind))))
+    assert_equal_to_alone(
+        config((1, 2, 2, 2), policy=policy, kind=kind), on_host(found(config(kind=kind)))
+    )
 
 
 def assert_equal_to_alone(cfg, alone):
@@ -90,37 +120,56 @@ def assert_equal_to_alone(cfg, alone):
 
 @pytest.mark.parametrize("mesh, accumulate", [((1, 2, 2, 2), 1), ((2, 1, 1, 2), 2)])
 def test_rows_in_pools_give_the_gradients_of_rows_alone(mesh, accumulate, alone):
-    """The same documents: pools on a mesh against rows with image slots of their own on one device."""
-    assert_equal(*found(config(mesh, policy=POLICIES[accumulate - 1], pool=2, accumulate=accumulate)), alone[False])
+    """The same documents: pools on a mesh against rows with image slots of their own on one
+    device.
+    """
+    assert_equal(
+        *found(config(mesh, policy=POLICIES[accumulate - 1], pool=2, accumulate=accumulate)),
+        alone[False],
+    )
 
 
 def assert_equal(grads, sums, expected):
-    """To 2e-5 of the largest of an array: sums in another order differ by up to 1.1e-5 with jax 0.12, by less than 1e-5 with 0.10."""
+    """To 2e-5 of the largest of an array: sums in another order differ by up to 1.1e-5 with jax
+    0.12, by less than 1e-5 with 0.10.
+    """
     grads, wanted = nnx.to_flat_state(on_host(grads)), dict(nnx.to_flat_state(expected[0]))
     assert {path for path, _ in grads} == wanted.keys()
     for path, leaf in grads:
-        # The loss does not depend on a bias of keys: what is found there is rounding, and is measured by the bias of queries.
+        # The loss does not depend on a bias of keys: what is found there is rounding, and is
+        # measured by the bias of queries.
         measure = wanted[(*path[:-2], "q", "bias")] if path[-2:] == ("k", "bias") else wanted[path]
-        assert np.abs(leaf[...] - wanted[path][...]).max() <= 2e-5 * np.abs(measure[...]).max(), path
-    for mine, other in zip(jax.tree.leaves(on_host(sums)), jax.tree.leaves(expected[1]), strict=True):
+        assert np.abs(leaf[...] - wanted[path][...]).max() <= 2e-5 * np.abs(measure[...]).max(), (
+            path
+        )
+    for mine, other in zip(
+        jax.tree.leaves(on_host(sums)), jax.tree.leaves(expected[1]), strict=True
+    ):
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6 * np.abs(other).max())
 
 
 def assert_sharded(cfg, tree):
-    """Every matrix is held in pieces: over fsdp and expert, and over tensor, as far as the mesh has them."""
+    """Every matrix is held in pieces: over fsdp and expert, and over tensor, as far as the mesh has
+    them.
+    """
     parts, whole = cfg.mesh.fsdp * cfg.mesh.expert * cfg.mesh.tensor, 0
     for path, leaf in nnx.to_flat_state(tree):
         value, axes = jax.tree.leaves(leaf)[0], leaf.get_metadata()["axes"]
         if len(axes) < 2 or set(axes) <= {"whole", "norm"}:
             whole += 1
         else:
-            assert value.size == parts * value.addressable_shards[0].data.size, (path, value.sharding)
+            assert value.size == parts * value.addressable_shards[0].data.size, (
+                path,
+                value.sharding,
+            )
     assert whole < len(nnx.to_flat_state(tree))
 
 
 @pytest.mark.parametrize("images", ["all", "rows"])
 def test_holders_of_the_same_rows_agree_on_what_is_left_out(images, monkeypatch):
-    """Two devices along `tensor` stand for two processes; the second one lacks an image, or has read another word."""
+    """Two devices along `tensor` stand for two processes; the second one lacks an image, or has
+    read another word.
+    """
     cfg = config((1, 1, 1, 2), policy=POLICIES[0] | {"images": images})
     layout = layout_of(cfg)
     monkeypatch.setattr(Layout, "rows_are_shared", True)
@@ -132,8 +181,14 @@ def test_holders_of_the_same_rows_agree_on_what_is_left_out(images, monkeypatch)
         change(second)
 
         def put(one, other, sharding):
-            pieces = [x[index] for x, index in zip((one, other), sharding.devices_indices_map(one.shape).values())]
-            on = [jax.device_put(piece, device) for piece, device in zip(pieces, layout.mesh.devices.flat)]
+            pieces = [
+                x[index]
+                for x, index in zip((one, other), sharding.devices_indices_map(one.shape).values())
+            ]
+            on = [
+                jax.device_put(piece, device)
+                for piece, device in zip(pieces, layout.mesh.devices.flat)
+            ]
             return jax.make_array_from_single_device_arrays(one.shape, sharding, on)
 
         return jax.tree.map(put, first, second, layout.batch(first))
@@ -143,10 +198,15 @@ def test_holders_of_the_same_rows_agree_on_what_is_left_out(images, monkeypatch)
 
     batch, same = run(held(lose))
     copies = lambda x: [np.asarray(piece.data) for piece in x.addressable_shards]
-    assert bool(same) and all((piece[0] == -1).all() and (piece[1:] >= 0).any() for piece in copies(batch.targets))
+    assert bool(same) and all(
+        (piece[0] == -1).all() and (piece[1:] >= 0).any() for piece in copies(batch.targets)
+    )
     if images == "rows":
         assert all(not piece[0].any() and piece[1].any() for piece in copies(batch.pixels))
-    for change in (lambda batch: batch.tokens.__setitem__((0, 0), 99), lambda batch: batch.targets.__setitem__((0, 0), 99)):
+    for change in (
+        lambda batch: batch.tokens.__setitem__((0, 0), 99),
+        lambda batch: batch.targets.__setitem__((0, 0), 99),
+    ):
         assert not bool(run(held(change))[1])
     assert bool(run(held(lambda batch: None))[1])
 
@@ -155,7 +215,9 @@ def test_state_is_sharded_before_and_after_a_step():
     cfg = config((1, 2, 2, 2), experts=True)
     layout = layout_of(cfg)
     phase = Phase(cfg, 0, layout)
-    state = phase.enter(0, put(jax.tree.map(np.asarray, nnx.state(random_model(cfg, 0))), phase.place), {})
+    state = phase.enter(
+        0, put(jax.tree.map(np.asarray, nnx.state(random_model(cfg, 0))), phase.place), {}
+    )
     for step in range(2):
         for tree in (state.params, state.groups[0].mu, state.groups[0].nu, phase.frozen):
             assert_sharded(cfg, tree)
@@ -165,24 +227,45 @@ def test_state_is_sharded_before_and_after_a_step():
 
 def test_a_step_compiles_once(tmp_path):
     cfg, compiled, seen = config((1, 2, 2, 2), experts=True), [], []
-    listen = lambda event, _, **about: event.endswith("backend_compile_duration") and compiled.append(about["fun_name"])
+    listen = lambda event, _, **about: (
+        event.endswith("backend_compile_duration") and compiled.append(about["fun_name"])
+    )
     jax.monitoring.register_event_duration_secs_listener(listen)
-    assert train(cfg, tmp_path, TinyData(cfg), tiny_towers(cfg), on_step=lambda step, model: seen.append(step)) == 4
+    assert (
+        train(
+            cfg,
+            tmp_path,
+            TinyData(cfg),
+            tiny_towers(cfg),
+            on_step=lambda step, model: seen.append(step),
+        )
+        == 4
+    )
     jax.monitoring.unregister_event_duration_listener(listen)
     assert compiled.count("jit(step)") == 1 and seen == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("experts", [False, True])
 def test_a_run_goes_on_on_another_mesh(tmp_path, experts):
-    """Bit-equal parameters when nothing is trained in between, and the same losses as an uninterrupted run, within rounding."""
+    """Bit-equal parameters when nothing is trained in between, and the same losses as an
+    uninterrupted run, within rounding.
+    """
     runs = {"whole": [(1, 2, 2, 2)], "moved": [(8, 1, 1, 1), (1, 2, 1, 2), (1, 1, 1, 1)]}
     for name, meshes in runs.items():
         for number, mesh in enumerate(meshes):
             last = 6 if number == len(meshes) - 1 else 2 * (number + 1)
             stop = lambda step, _, last=last: step == last and os.kill(os.getpid(), signal.SIGTERM)
-            trained_on(config(mesh, experts, POLICIES[number % 2], steps=6), tmp_path / name, on_step=stop)
+            trained_on(
+                config(mesh, experts, POLICIES[number % 2], steps=6), tmp_path / name, on_step=stop
+            )
     whole, moved = (store.read(tmp_path / name) for name in runs)
-    lines = [[json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in runs]
+    lines = [
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in runs
+    ]
     np.testing.assert_allclose(*lines, rtol=1e-4)
     assert whole.params.keys() == moved.params.keys()
 
@@ -193,10 +276,21 @@ def trained_on(cfg, workdir, data=lambda cfg, own: TinyData(cfg), on_step=None):
     if before := store.steps(workdir):
         saved = store.read(workdir, before[-1])
         phase = Phase(cfg, 0, layout)
-        whole = put(param_names.unflatten(cfg, saved.frozen | saved.params, phase.shapes), phase.place)
+        whole = put(
+            param_names.unflatten(cfg, saved.frozen | saved.params, phase.shapes), phase.place
+        )
         restored = param_names.flatten(cfg, on_host(whole))
-        assert all(restored[name].tobytes() == array.tobytes() for name, array in (saved.frozen | saved.params).items())
+        assert all(
+            restored[name].tobytes() == array.tobytes()
+            for name, array in (saved.frozen | saved.params).items()
+        )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_, found=list(layout.mesh.devices.flat): found)
         with contextlib.suppress(Stopped):
-            train(cfg, workdir, data(cfg, layout.own_pools(cfg.pools)), tiny_towers(cfg), on_step=on_step)
+            train(
+                cfg,
+                workdir,
+                data(cfg, layout.own_pools(cfg.pools)),
+                tiny_towers(cfg),
+                on_step=on_step,
+            )

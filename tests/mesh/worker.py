@@ -1,7 +1,8 @@
-"""One of several processes that train the test model: `python -m tests.mesh.worker PROCESS PROCESSES PORT WORKDIR STEPS MESH [HOST]`.
+"""One of several processes that train the test model: `python -m tests.mesh.worker PROCESS
+PROCESSES PORT WORKDIR STEPS MESH [HOST]`.
 
-HOST is the process that cannot read the pictures of a row in batch 2 (1-based), and reads another word in batch 5.
-"""
+HOST is the process that cannot read the pictures of a row in batch 2 (1-based), and reads another
+word in batch 5."""
 
 import ast
 import hashlib
@@ -25,7 +26,9 @@ class OwnRows(TinyData):
 
     def __next__(self):
         batch, info = super().__next__()
-        return jax.tree.map(lambda x: x[self.own], batch), info | {"keys": [info["keys"][row] for row in self.own]}
+        return jax.tree.map(lambda x: x[self.own], batch), info | {
+            "keys": [info["keys"][row] for row in self.own]
+        }
 
 
 class Damaged(OwnRows):

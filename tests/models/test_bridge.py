@@ -1,4 +1,6 @@
-"""The baselines: open_flamingo's resampler, transformers' Llava, NumPy; what each sees, trains and refuses."""
+"""The baselines: open_flamingo's resampler, transformers' Llava, NumPy; what each sees, trains and
+refuses.
+"""
 
 import json
 import shutil
@@ -38,7 +40,13 @@ def test_resampler_equals_open_flamingo():
     helpers = open_flamingo_helpers()
     cfg = tiny_config(**BASELINES["flamingo"])
     b, v = cfg.bridge, cfg.vit.width
-    sizes = {"depth": b.depth, "dim_head": b.head_dim, "heads": b.heads, "num_latents": b.latents, "ff_mult": b.ffn}
+    sizes = {
+        "depth": b.depth,
+        "dim_head": b.head_dim,
+        "heads": b.heads,
+        "num_latents": b.latents,
+        "ff_mult": b.ffn,
+    }
     torch.manual_seed(0)
     theirs = helpers.PerceiverResampler(dim=v, **sizes)
     with torch.no_grad():
@@ -49,20 +57,37 @@ def test_resampler_equals_open_flamingo():
 
     def ours_of(value):
         """{canonical name: `value` of their parameter, laid out as ours}."""
-        array, out = lambda p: value(p).detach().numpy(), {"latents": value(theirs.latents).detach().numpy()}
-        norm = lambda name, module: {f"{name}/scale": array(module.weight), f"{name}/bias": array(module.bias)}
+        array, out = (
+            lambda p: value(p).detach().numpy(),
+            {"latents": value(theirs.latents).detach().numpy()},
+        )
+        norm = lambda name, module: {
+            f"{name}/scale": array(module.weight),
+            f"{name}/bias": array(module.bias),
+        }
         out |= norm("norm", theirs.norm)
         for i, (attention, ffn) in enumerate(theirs.layers):
             k, v = np.split(array(attention.to_kv.weight), 2)
-            kernels = {"q": array(attention.to_q.weight), "k": k, "v": v, "o": array(attention.to_out.weight)}
+            kernels = {
+                "q": array(attention.to_q.weight),
+                "k": k,
+                "v": v,
+                "o": array(attention.to_out.weight),
+            }
             kernels |= {"ffn/fc1": array(ffn[1].weight), "ffn/fc2": array(ffn[3].weight)}
             out |= {f"layers/{i}/{name}/kernel": kernel.T for name, kernel in kernels.items()}
-            for name, module in (("norm_media", attention.norm_media), ("norm_latents", attention.norm_latents), ("ffn_norm", ffn[0])):
+            for name, module in (
+                ("norm_media", attention.norm_media),
+                ("norm_latents", attention.norm_latents),
+                ("ffn_norm", ffn[0]),
+            ):
                 out |= norm(f"layers/{i}/{name}", module)
         return {f"bridge/{name}": a for name, a in out.items()}
 
     rng = np.random.default_rng(0)
-    taps = rng.standard_normal((2, 1, 3, 5, v)).astype(np.float32)  # two taps, of which the last is read
+    taps = rng.standard_normal((2, 1, 3, 5, v)).astype(
+        np.float32
+    )  # two taps, of which the last is read
     weight = rng.standard_normal((1, 3, b.latents, v)).astype(np.float32)
     picture = torch.tensor(taps[-1][:, :, None], requires_grad=True)
     expected = theirs(picture)
@@ -70,31 +95,48 @@ def test_resampler_equals_open_flamingo():
 
     model = nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0)))
     graphdef, state = nnx.split(model.bridge)
-    whole = nnx.from_flat_state([(("bridge", *path), leaf) for path, leaf in nnx.to_flat_state(state)])
+    whole = nnx.from_flat_state(
+        [(("bridge", *path), leaf) for path, leaf in nnx.to_flat_state(state)]
+    )
     params = param_names.unflatten(cfg, ours_of(lambda p: p), whole)
     run = lambda params, taps: nnx.merge(graphdef, params["bridge"])(taps)
     with jax.default_matmul_precision("highest"):
         got, pull = jax.vjp(run, params, jnp.asarray(taps))
         grads, of_taps = pull(jnp.asarray(weight)[None])
     assert relative(np.asarray(got[0]), expected.detach().numpy()) <= 1e-5
-    assert relative(np.asarray(of_taps[-1]), picture.grad[:, :, 0].numpy()) <= 1e-5 and not np.any(of_taps[0])
+    assert relative(np.asarray(of_taps[-1]), picture.grad[:, :, 0].numpy()) <= 1e-5 and not np.any(
+        of_taps[0]
+    )
     wanted, found = ours_of(lambda p: p.grad), param_names.flatten(cfg, grads)
     assert wanted.keys() == found.keys()
-    assert {name: error for name, a in wanted.items() if (error := relative(np.asarray(found[name]), a)) > 1e-5} == {}
+    assert {
+        name: error
+        for name, a in wanted.items()
+        if (error := relative(np.asarray(found[name]), a)) > 1e-5
+    } == {}
 
 
 @needs_transformers
 def test_llava_equals_transformers(tmp_path):
-    """The whole model with two pictures: logits, and gradients of the projector. Their feature layer -2 is our tap depth - 1."""
+    """The whole model with two pictures: logits, and gradients of the projector.
+
+    Their feature layer -2 is our tap depth - 1.
+    """
     import torch
     import transformers
 
     torch.manual_seed(0)
     sizes = {"num_attention_heads": 2, "intermediate_size": 48, "num_hidden_layers": 3}
     vision = transformers.CLIPVisionConfig(hidden_size=32, image_size=8, patch_size=4, **sizes)
-    text = transformers.LlamaConfig(vocab_size=256, hidden_size=64, num_key_value_heads=1, tie_word_embeddings=False, **sizes)
+    text = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=64, num_key_value_heads=1, tie_word_embeddings=False, **sizes
+    )
     config = transformers.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=255, vision_feature_layer=-2, tie_word_embeddings=False
+        vision_config=vision,
+        text_config=text,
+        image_token_index=255,
+        vision_feature_layer=-2,
+        tie_word_embeddings=False,
     )
     theirs = transformers.LlavaForConditionalGeneration(config).eval()
     with torch.no_grad():
@@ -107,7 +149,13 @@ def test_llava_equals_transformers(tmp_path):
     theirs.model.vision_tower.save_pretrained(tmp_path / "vit")
 
     found = {tower: engine.describe(str(tmp_path / tower)) for tower in ("vit", "llm")}
-    cfg = tiny_config(**BASELINES["llava"] | {"vit": found["vit"] | {"image_size": 8, "taps": (1, 2)}, "llm": found["llm"]})
+    cfg = tiny_config(
+        **BASELINES["llava"]
+        | {
+            "vit": found["vit"] | {"image_size": 8, "taps": (1, 2)},
+            "llm": found["llm"],
+        }
+    )
     arrays = {}
     for tower in found:
         arrays |= read_all(engine.open_tower(cfg, open_source(tmp_path / tower), tower).tensors)
@@ -115,8 +163,14 @@ def test_llava_equals_transformers(tmp_path):
 
     def ours_of(value):
         layers = {"fc1": projector.linear_1, "fc2": projector.linear_2}
-        kernels = {f"bridge/{name}/kernel": value(layer.weight).detach().numpy().T for name, layer in layers.items()}
-        return kernels | {f"bridge/{name}/bias": value(layer.bias).detach().numpy() for name, layer in layers.items()}
+        kernels = {
+            f"bridge/{name}/kernel": value(layer.weight).detach().numpy().T
+            for name, layer in layers.items()
+        }
+        return kernels | {
+            f"bridge/{name}/bias": value(layer.bias).detach().numpy()
+            for name, layer in layers.items()
+        }
 
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
     state = param_names.unflatten(cfg, arrays | ours_of(lambda p: p), shapes)
@@ -124,7 +178,8 @@ def test_llava_equals_transformers(tmp_path):
     tokens = np.where(batch.media_slot >= 0, 255, batch.tokens)[:, :length]
     pixels = (batch.pixels[0, :2] / 255 - np.array(cfg.vit.mean)) / np.array(cfg.vit.std)
     expected = theirs(
-        input_ids=torch.tensor(tokens, dtype=torch.long), pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32)
+        input_ids=torch.tensor(tokens, dtype=torch.long),
+        pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32),
     ).logits[0]
     weight = np.random.default_rng(0).standard_normal(expected.shape).astype(np.float32)
     (expected * torch.tensor(weight)).sum().backward()
@@ -139,22 +194,43 @@ def test_llava_equals_transformers(tmp_path):
         (grads,) = pull(jnp.asarray(weight))
     assert relative(np.asarray(got), expected.detach().numpy()) <= 1e-5
     wanted, found = ours_of(lambda p: p.grad), param_names.flatten(cfg, grads)
-    assert {name: error for name, a in wanted.items() if (error := relative(np.asarray(found[name]), a)) > 1e-5} == {}
+    assert {
+        name: error
+        for name, a in wanted.items()
+        if (error := relative(np.asarray(found[name]), a)) > 1e-5
+    } == {}
 
 
 def test_fused_equals_numpy_whatever_the_order_of_taps():
     cfg = tiny_config(**BASELINES["fused"])
-    module, taps = random_model(cfg, 0).bridge, np.random.default_rng(0).standard_normal((3, 2, 4, 5, cfg.vit.width)).astype(np.float32)
+    module, taps = (
+        random_model(cfg, 0).bridge,
+        np.random.default_rng(0).standard_normal((3, 2, 4, 5, cfg.vit.width)).astype(np.float32),
+    )
     got = np.asarray(module(taps))
     normed = []
     for tap, scale, bias in zip(taps, module.norms.scale[...], module.norms.bias[...]):
         centred = tap - tap.mean(-1, keepdims=True)
-        normed.append(centred / np.sqrt((centred**2).mean(-1, keepdims=True) + cfg.xattn.eps) * np.asarray(scale) + np.asarray(bias))
-    assert relative(got[0], np.concatenate(normed, -1) @ np.asarray(module.proj.kernel[...])) <= 1e-5
+        normed.append(
+            centred
+            / np.sqrt((centred**2).mean(-1, keepdims=True) + cfg.xattn.eps)
+            * np.asarray(scale)
+            + np.asarray(bias)
+        )
+    assert (
+        relative(got[0], np.concatenate(normed, -1) @ np.asarray(module.proj.kernel[...])) <= 1e-5
+    )
 
     order = np.array([2, 0, 1])
-    module.norms.scale[...], module.norms.bias[...] = module.norms.scale[...][order], module.norms.bias[...][order]
-    module.proj.kernel[...] = module.proj.kernel[...].reshape(3, cfg.vit.width, -1)[order].reshape(module.proj.kernel.shape)
+    module.norms.scale[...], module.norms.bias[...] = (
+        module.norms.scale[...][order],
+        module.norms.bias[...][order],
+    )
+    module.proj.kernel[...] = (
+        module.proj.kernel[...]
+        .reshape(3, cfg.vit.width, -1)[order]
+        .reshape(module.proj.kernel.shape)
+    )
     assert relative(np.asarray(module(taps[order])), got) <= 1e-6
 
 
@@ -167,26 +243,45 @@ def test_text_only_sees_nothing():
     assert (before != np.asarray(hidden(model, swapped))).any(), "media embeddings are read"
 
 
-@pytest.mark.parametrize("kind", ["llava", "flamingo", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fused", "text only"))])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "llava",
+        "flamingo",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fused", "text only")),
+    ],
+)
 def test_trains_saves_and_goes_on(kind, tmp_path):
-    """Through train.py: the loss falls, what trains moves, what is frozen stays, and a run cut in the middle ends with the same bits."""
-    sections = BASELINES[kind] | {"train": {"steps": 30, "save_every": 15}, "optim": {"lr": 1e-2}, "init": {"centre_norms": True}}
+    """Through train.py: the loss falls, what trains moves, what is frozen stays, and a run cut in
+    the middle ends with the same bits.
+    """
+    sections = BASELINES[kind] | {
+        "train": {"steps": 30, "save_every": 15},
+        "optim": {"lr": 1e-2},
+        "init": {"centre_norms": True},
+    }
     cfg = tiny_config(**sections)
     towers, one = tiny_towers(cfg), tiny_batch(cfg, 0)
     data = lambda: TinyData(cfg, change=lambda index, batch: one)
     train(cfg, tmp_path / "a", data(), towers)
 
-    lines = [json.loads(line)["loss"] for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)["loss"] for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()
+    ]
     assert len(lines) == 30 and np.isfinite(lines).all() and lines[-1] < lines[0] - 0.05
     first, last = store.read(tmp_path / "a", 15), store.read(tmp_path / "a", 30)
-    assert {name.split("/")[0] for name in last.params} == {path[0] for path, _ in nnx.to_flat_state(shapes_of(cfg))} - {"vit", "llm"}
+    assert {name.split("/")[0] for name in last.params} == {
+        path[0] for path, _ in nnx.to_flat_state(shapes_of(cfg))
+    } - {"vit", "llm"}
     assert all(first.params[name].tobytes() != last.params[name].tobytes() for name in last.params)
     assert all(last.frozen[name].tobytes() == array.tobytes() for name, array in towers.items())
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b/steps/30")
     train(cfg, tmp_path / "b", data(), {})
     again = store.read(tmp_path / "b", 30)
-    assert all(again.params[name].tobytes() == array.tobytes() for name, array in last.params.items())
+    assert all(
+        again.params[name].tobytes() == array.tobytes() for name, array in last.params.items()
+    )
 
 
 def shapes_of(cfg: EVLMConfig) -> nnx.State:
@@ -200,21 +295,37 @@ def test_names_lead_there_and_back(kind):
     state = nnx.state(random_model(cfg, 0))
     arrays = param_names.flatten(cfg, state)
     assert {name: array.shape for name, array in arrays.items()} == engine.parameter_shapes(cfg)
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(param_names.unflatten(cfg, arrays, state)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(state),
+        jax.tree.leaves(param_names.unflatten(cfg, arrays, state)),
+        strict=True,
+    ):
         assert (np.asarray(a) == np.asarray(b)).all()
 
 
 def test_one_list_of_rules_serves_all_kinds():
-    """A rule for what only EVLM has is no mistake in a baseline; a rule that decides nothing of EVLM either still is."""
-    rules = tuple(dict(pattern=p, lr=r) for p, r in (("gate$", 15.0), (r"^xattn/\d+/o/", 3.0), ("^(xattn|media|bridge)/", 1.0)))
+    """A rule for what only EVLM has is no mistake in a baseline; a rule that decides nothing of
+    EVLM either still is.
+    """
+    rules = tuple(
+        dict(pattern=p, lr=r)
+        for p, r in (("gate$", 15.0), (r"^xattn/\d+/o/", 3.0), ("^(xattn|media|bridge)/", 1.0))
+    )
     frozen = (dict(pattern="^(vit|llm)/", lr=None),)
     for sections in ({}, *BASELINES.values()):
-        cfg = tiny_config(**sections | {"optim": {"phases": (dict(start=0.0, warmup=0, rules=rules + frozen),)}})
+        cfg = tiny_config(
+            **sections | {"optim": {"phases": (dict(start=0.0, warmup=0, rules=rules + frozen),)}}
+        )
         trained = {path[0] for path in optim.plan(cfg, 0, shapes_of(cfg)).rates}
-        assert trained == {path[0] for path, _ in nnx.to_flat_state(shapes_of(cfg))} - {"vit", "llm"}
+        assert trained == {path[0] for path, _ in nnx.to_flat_state(shapes_of(cfg))} - {
+            "vit",
+            "llm",
+        }
         for wrong in ("^xattn/norms/", "^bridge/gate$"):
             idle = (Rule(wrong, 1.0), *cfg.optim.phases[0].rules)
-            other = replace(cfg, optim=replace(cfg.optim, phases=(replace(cfg.optim.phases[0], rules=idle),)))
+            other = replace(
+                cfg, optim=replace(cfg.optim, phases=(replace(cfg.optim.phases[0], rules=idle),))
+            )
             with pytest.raises(ValueError, match="no parameter is decided by"):
                 optim.plan(other, 0, shapes_of(other))
 
@@ -222,11 +333,26 @@ def test_one_list_of_rules_serves_all_kinds():
 @pytest.mark.parametrize(
     "sections, message",
     [
-        ({"bridge": {"kind": "llava"}, "xattn": {"every": 0}}, "media.tokens must be 4, one a patch"),
-        ({"bridge": {"kind": "llava"}, "media": {"tokens": 4}}, "xattn.every must be 0 where bridge.kind is llava"),
-        ({"bridge": {"kind": "fused"}, "xattn": {"every": 0}}, "xattn.every must be positive: bridge.kind fused feeds cross-attention"),
-        ({"xattn": {"every": 0}, "moe": {"copies": 2}}, "moe.copies must be 0 where xattn.every is 0"),
-        ({"xattn": {"every": 5}}, "xattn.every must lie in 1..llm.layers = 4, or be 0 for no cross-attention"),
+        (
+            {"bridge": {"kind": "llava"}, "xattn": {"every": 0}},
+            "media.tokens must be 4, one a patch",
+        ),
+        (
+            {"bridge": {"kind": "llava"}, "media": {"tokens": 4}},
+            "xattn.every must be 0 where bridge.kind is llava",
+        ),
+        (
+            {"bridge": {"kind": "fused"}, "xattn": {"every": 0}},
+            "xattn.every must be positive: bridge.kind fused feeds cross-attention",
+        ),
+        (
+            {"xattn": {"every": 0}, "moe": {"copies": 2}},
+            "moe.copies must be 0 where xattn.every is 0",
+        ),
+        (
+            {"xattn": {"every": 5}},
+            "xattn.every must lie in 1..llm.layers = 4, or be 0 for no cross-attention",
+        ),
         ({"bridge": {"latents": 0}}, "bridge.latents must be at least 1"),
     ],
 )
@@ -239,23 +365,43 @@ def test_conversion_knows_evlm_alone(tmp_path):
     cfg = tiny_config(**BASELINES["flamingo"])
     cfg = run_directory(tmp_path, cfg, random_model(cfg, 0))
     for form in ("hf", "torch", "openflamingo"):
-        with pytest.raises(ValueError, match=rf"is a baseline \(bridge.kind = flamingo\): --format {form} knows EVLM alone"):
+        with pytest.raises(
+            ValueError,
+            match=rf"is a baseline \(bridge.kind = flamingo\): --format {form} knows EVLM alone",
+        ):
             export.export(str(tmp_path), str(tmp_path / "out"), form)
-    with pytest.raises(ValueError, match=r"is a baseline \(bridge.kind = flamingo\): compared are EVLM and language models"):
+    with pytest.raises(
+        ValueError,
+        match=r"is a baseline \(bridge.kind = flamingo\): compared are EVLM and language models",
+    ):
         look(str(tmp_path))
-    with pytest.raises(ValueError, match=r"of a baseline \(bridge.kind = flamingo\), import makes EVLM alone"):
+    with pytest.raises(
+        ValueError, match=r"of a baseline \(bridge.kind = flamingo\), import makes EVLM alone"
+    ):
         importer.import_towers(cfg, str(tmp_path / "out"))
-    with pytest.raises(ValueError, match="has bridge.kind = flamingo, the config .*start a baseline from init.vision and init.llm"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "has bridge.kind = flamingo, the config .*start a baseline from init.vision and"
+            " init.llm"
+        ),
+    ):
         next_stage(tiny_config(), str(tmp_path))
     export.export(str(tmp_path), str(tmp_path / "llm"), "llm")
     assert (tmp_path / "llm/config.json").exists()
 
 
 def test_llava_caches_no_keys_of_images():
-    """A step of decoding keeps keys and values of the text alone; EVLM's keeps those of an image in sight as well."""
+    """A step of decoding keeps keys and values of the text alone; EVLM's keeps those of an image in
+    sight as well.
+    """
     cfg, evlm = tiny_config(**BASELINES["llava"]), tiny_config()
-    caches, more = (programs.build(c, make_layout(c), "decode").arguments["caches"].bytes for c in (cfg, evlm))
+    caches, more = (
+        programs.build(c, make_layout(c), "decode").arguments["caches"].bytes for c in (cfg, evlm)
+    )
     rows, llm, x = cfg.train.batch, cfg.llm, evlm.xattn
     text = 2 * 4 * rows * llm.layers * llm.kv_heads * llm.head_dim * cfg.data.length
-    assert more - caches == 2 * 4 * rows * len(evlm.cross_layers) * x.heads * x.head_dim * (evlm.vit.tokens + x.sinks)
+    assert more - caches == 2 * 4 * rows * len(evlm.cross_layers) * x.heads * x.head_dim * (
+        evlm.vit.tokens + x.sinks
+    )
     assert 0 <= caches - text < 100  # tokens, positions, keys of draws

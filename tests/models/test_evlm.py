@@ -1,4 +1,6 @@
-"""Invariants of the whole model, with nonzero gates: who can see whom, and that nothing else matters."""
+"""Invariants of the whole model, with nonzero gates: who can see whom, and that nothing else
+matters.
+"""
 
 import jax
 import jax.extend.core
@@ -36,16 +38,39 @@ def hidden(model: EVLM, batch: Batch) -> jax.Array:
 
 
 def row(cfg: EVLMConfig, documents: list[list], seed: int = 0) -> Batch:
-    """One row from documents given as lists of "i" (an image), ("v", n) (a video of n frames) and numbers (words of text)."""
+    """One row from documents given as lists of "i" (an image), ("v", n) (a video of n frames) and
+    numbers (words of text).
+    """
     rng = np.random.default_rng(seed)
-    t = {name: [] for name in ("tokens", "positions", "seen_until", "media_slot", "visible_start", "visible_stop")}
+    t = {
+        name: []
+        for name in (
+            "tokens",
+            "positions",
+            "seen_until",
+            "media_slot",
+            "visible_start",
+            "visible_stop",
+        )
+    }
     image = 0
     for document in documents:
         begin, see = len(t["tokens"]), (0, 0)
-        end = begin + sum(p if isinstance(p, int) else cfg.media.tokens * (1 if p == "i" else p[1]) for p in document)
+        end = begin + sum(
+            p if isinstance(p, int) else cfg.media.tokens * (1 if p == "i" else p[1])
+            for p in document
+        )
         for part in document:
             frames = 0 if isinstance(part, int) else 1 if part == "i" else part[1]
-            spans = [see] * part if not frames else [(image + f, image + f + 1) for f in range(frames) for _ in range(cfg.media.tokens)]
+            spans = (
+                [see] * part
+                if not frames
+                else [
+                    (image + f, image + f + 1)
+                    for f in range(frames)
+                    for _ in range(cfg.media.tokens)
+                ]
+            )
             for i, (start, stop) in enumerate(spans):
                 t["media_slot"].append(i % cfg.media.tokens if frames else -1)
                 t["tokens"].append(int(rng.integers(0, 200)))
@@ -89,7 +114,10 @@ def test_gates_at_zero_are_the_language_model_alone():
 
     @jax.jit
     def alone(model, batch):
-        rope, mask = rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta), text_mask(batch.seen_until)
+        rope, mask = (
+            rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta),
+            text_mask(batch.seen_until),
+        )
         step = lambda x, block: block(x, rope, lambda q, k, v: (attention(q, k, v, mask), None))
         x, _ = jax.lax.scan(step, model.embed(batch.tokens, batch.media_slot), model.llm.layers)
         return model.llm.ln_f(x)
@@ -109,10 +137,14 @@ def test_images_reach_only_their_document_and_what_follows_them(kind):
     other_end = end + n + 6
     index = np.arange(cfg.data.length)
     by_first, by_second, by_other = (changed(cfg, batch, image) for image in range(3))
-    assert by_first[first:end].all(), "an earlier image reaches later text, through self-attention over its media tokens"
+    assert by_first[first:end].all(), (
+        "an earlier image reaches later text, through self-attention over its media tokens"
+    )
     assert not by_first[(index < first) | (index >= end)].any()
     assert by_second[second:end].all() and not by_second[(index < second) | (index >= end)].any()
-    assert by_other[end:other_end].all() and not by_other[(index < end) | (index >= other_end)].any()
+    assert (
+        by_other[end:other_end].all() and not by_other[(index < end) | (index >= other_end)].any()
+    )
 
 
 def test_a_row_does_not_see_the_images_of_its_pool():
@@ -129,7 +161,9 @@ def test_a_row_does_not_see_the_images_of_its_pool():
 
 
 def test_rows_in_pools_equal_rows_alone():
-    """Loss and gradients of the same documents, of given taps; tests/mesh/devices.py does it from pixels on."""
+    """Loss and gradients of the same documents, of given taps; tests/mesh/devices.py does it from
+    pixels on.
+    """
     data = dict(pool=2, images=6, slots=9, pairs=24, cache_features=True)
     cfg = tiny_config(vit=dict(depth=2, taps=(2,)), data=data, train=dict(batch=4))
     model = open_gates(cfg)
@@ -141,7 +175,9 @@ def test_rows_in_pools_equal_rows_alone():
 
 
 def test_one_block_sees_the_visible_range_only():
-    """The last layer's cross-attention alone: what enters it is fixed, so nothing arrives through self-attention."""
+    """The last layer's cross-attention alone: what enters it is fixed, so nothing arrives through
+    self-attention.
+    """
     cfg = tiny_config(llm=dict(layers=1))
     batch, n = row(cfg, [[2, "i", 3, "i", 3], [("v", 2), 4]]), cfg.media.tokens
 
@@ -161,8 +197,12 @@ def test_one_block_sees_the_visible_range_only():
         touched = (before != np.asarray(block(model, repaint(batch, image)))[0]).any(-1)
         sees = (batch.visible_start[0] <= image) & (image < batch.visible_stop[0])
         assert (touched == sees).all(), f"image {image}"
-    assert batch.visible_stop[0][video] - batch.visible_start[0][video] == 1, "a frame's media token sees its own frame"
-    assert batch.visible_stop[0][video + 2 * n] - batch.visible_start[0][video + 2 * n] == 2, "text of a video sees all frames"
+    assert batch.visible_stop[0][video] - batch.visible_start[0][video] == 1, (
+        "a frame's media token sees its own frame"
+    )
+    assert batch.visible_stop[0][video + 2 * n] - batch.visible_start[0][video + 2 * n] == 2, (
+        "text of a video sees all frames"
+    )
 
 
 @pytest.mark.parametrize("kind", ["evlm", *BASELINES])
@@ -191,8 +231,14 @@ def test_schedule_and_placement_equal_a_plain_loop(schedule, every):
     cfg = tiny_config(xattn=dict(schedule=schedule, every=every))
     model, batch = open_gates(cfg), jax.tree.map(jnp.asarray, tiny_batch(cfg, 3))
     taps = model.encode(batch.pixels)
-    rope, mask = rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta), text_mask(batch.seen_until)
-    x, grouping = model.embed(batch.tokens, batch.media_slot), Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
+    rope, mask = (
+        rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta),
+        text_mask(batch.seen_until),
+    )
+    x, grouping = (
+        model.embed(batch.tokens, batch.media_slot),
+        Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image),
+    )
     layers, used = -(-cfg.llm.layers // every), []
     for layer in range(cfg.llm.layers):
         if layer % every == 0:
@@ -200,8 +246,12 @@ def test_schedule_and_placement_equal_a_plain_loop(schedule, every):
             used.append(i * 3 // layers if schedule == "blocked" else i % 3)
             cross = jax.tree.map(lambda a, i=i: a[i], model.xattn)
             k, v = cross.keys_values(taps[:, :, used[-1]])
-            x = cross(x, lambda q, k=k, v=v: (grouped_attention(q, k, v, grouping, cfg.xattn.sinks), None))[0]
-        x, _ = jax.tree.map(lambda a, i=layer: a[i], model.llm.layers)(x, rope, lambda q, k, v: (attention(q, k, v, mask), None))
+            x = cross(
+                x, lambda q, k=k, v=v: (grouped_attention(q, k, v, grouping, cfg.xattn.sinks), None)
+            )[0]
+        x, _ = jax.tree.map(lambda a, i=layer: a[i], model.llm.layers)(
+            x, rope, lambda q, k, v: (attention(q, k, v, mask), None)
+        )
     expected = np.asarray(model.llm.ln_f(x))
     assert tuple(used) == cfg.tap_of_cross_layer
     np.testing.assert_allclose(hidden(model, batch), expected, atol=1e-5 * np.abs(expected).max())
@@ -228,7 +278,12 @@ def test_vit_taps_above_the_highest_do_not_exist():
     model = random_model(cfg, 0)
     assert sum(jax.tree.leaves(s)[0].shape[0] for s in map(nnx.state, model.vit.stacks)) == 3
     full = random_model(tiny_config(vit=dict(taps=(1, 2, 3, 4), cuts=())), 0)
-    assert full.encode(np.zeros((2, 8, 8, 3), np.uint8)).shape == (2, 4, cfg.vit.tokens, cfg.vit.width)
+    assert full.encode(np.zeros((2, 8, 8, 3), np.uint8)).shape == (
+        2,
+        4,
+        cfg.vit.tokens,
+        cfg.vit.width,
+    )
 
 
 def equations(jaxpr):
@@ -241,12 +296,18 @@ def equations(jaxpr):
 
 @pytest.mark.parametrize("every", [2, 3])
 def test_no_part_of_the_stack_is_cut_out(every):
-    """A slice of the language model's stack would be a copy of it; also where `every` does not divide the layers, and backwards."""
+    """A slice of the language model's stack would be a copy of it; also where `every` does not
+    divide the layers, and backwards.
+    """
     cfg = tiny_config(llm=dict(layers=8 - every), xattn=dict(every=every))
     graphdef, params = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
     trained, frozen = nnx.split_state(params, lambda path, _: path[0] == "xattn", ...)
     loss = lambda trained, frozen, batch: nnx.merge(graphdef, trained, frozen).hidden(batch).sum()
     program = jax.make_jaxpr(jax.grad(loss))(trained, frozen, tiny_batch(cfg, 0))
     stacks = {leaf.shape for leaf in jax.tree.leaves(params.llm.layers)}
-    found = [e for e in equations(program.jaxpr) if e.primitive.name == "slice" and e.invars[0].aval.shape in stacks]
+    found = [
+        e
+        for e in equations(program.jaxpr)
+        if e.primitive.name == "slice" and e.invars[0].aval.shape in stacks
+    ]
     assert len(stacks) > 3 and not found

@@ -26,7 +26,9 @@ def new_model(cfg):
 
 @jax.jit
 def inputs(model, batch):
-    """What each block reads after its norms: text [X, B, T, D] twice, visual tokens [X, C, I, S, V]."""
+    """What each block reads after its norms: text [X, B, T, D] twice, visual tokens
+    [X, C, I, S, V].
+    """
     observe = lambda block, tap, x: (block.norm(x), block.ffn_norm(x), block.kv_norm(tap))
     return model.forward_with_observer(batch, model.visual_states(batch), observe)[1].observed
 
@@ -38,7 +40,10 @@ def test_norms_centre_what_they_read(every, pool):
     before = inputs(model, batch)
     nnx.update(model, jax.jit(centre_norms)(model, batch))
 
-    at = np.arange(2)[:, None].repeat(cfg.data.targets, 1)[batch.targets >= 0], batch.target_at[batch.targets >= 0]
+    at = (
+        np.arange(2)[:, None].repeat(cfg.data.targets, 1)[batch.targets >= 0],
+        batch.target_at[batch.targets >= 0],
+    )
     text = real_tokens(batch) & (batch.media_slot < 0)
     seen = np.zeros((2 // pool, cfg.data.slots), bool)
     for b, (start, stop) in enumerate(zip(batch.visible_start, batch.visible_stop)):
@@ -61,6 +66,14 @@ def test_a_run_starts_with_them_and_loses_no_batch(tmp_path):
         train(cfg, tmp_path / str(centred), TinyData(cfg), tiny_towers(cfg))
         saved[centred] = store.read(tmp_path / str(centred))
     assert saved[True].meta["data"] == saved[False].meta["data"]
-    norms = {"xattn/0/norm/scale", "xattn/2/norm/bias", "xattn/3/kv_norm/bias", "xattn/1/ffn_norm/scale"}
-    moved = {name: np.abs(saved[True].params[name] - saved[False].params[name]).max() for name in saved[True].params}
+    norms = {
+        "xattn/0/norm/scale",
+        "xattn/2/norm/bias",
+        "xattn/3/kv_norm/bias",
+        "xattn/1/ffn_norm/scale",
+    }
+    moved = {
+        name: np.abs(saved[True].params[name] - saved[False].params[name]).max()
+        for name in saved[True].params
+    }
     assert all(moved[name] > 0.05 for name in norms) and moved["xattn/0/q/kernel"] < 0.01

@@ -1,4 +1,6 @@
-"""Grouped attention against a dense NumPy oracle with materialised zero keys: values and gradients."""
+"""Grouped attention against a dense NumPy oracle with materialised zero keys:
+values and gradients.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +16,19 @@ T, IMAGES, S, N, KV, H, TILE, PAIRS = 14, 5, 7, 4, 2, 8, 4, 40
 
 
 def dense(q, k, v, start, stop, sinks):
-    """Every token by itself: softmax over the keys it sees and `sinks` zero keys with zero values; 0 where it sees none."""
+    """Every token by itself: softmax over the keys it sees and `sinks` zero keys with zero values;
+    0 where it sees none.
+    """
     out = []
     for t in range(q.shape[0]):
-        keys, values = k[start[t] : stop[t]].reshape(-1, KV, H), v[start[t] : stop[t]].reshape(-1, KV, H)
+        keys, values = (
+            k[start[t] : stop[t]].reshape(-1, KV, H),
+            v[start[t] : stop[t]].reshape(-1, KV, H),
+        )
         zeros = jnp.zeros((sinks, KV, H))
-        keys, values = (jnp.repeat(jnp.concatenate([a, zeros]), N // KV, axis=1) for a in (keys, values))
+        keys, values = (
+            jnp.repeat(jnp.concatenate([a, zeros]), N // KV, axis=1) for a in (keys, values)
+        )
         if not len(keys):
             out.append(jnp.zeros((N, H)))
             continue
@@ -29,7 +38,9 @@ def dense(q, k, v, start, stop, sinks):
 
 
 def arrays(seed: int):
-    """q [T, N, H], k and v [IMAGES, S, KV, H], with scores large enough that a wrong maximum shows."""
+    """q [T, N, H], k and v [IMAGES, S, KV, H], with scores large enough that a wrong maximum
+    shows.
+    """
     rng = np.random.default_rng(seed)
     shapes = (T, N, H), (IMAGES, S, KV, H), (IMAGES, S, KV, H)
     return [jnp.array(3 * rng.standard_normal(shape), jnp.float32) for shape in shapes]
@@ -48,7 +59,9 @@ def ranges(seed: int):
 def test_equals_dense_oracle_forward_and_gradient(sinks, seed):
     q, k, v = arrays(seed)
     start, stop = ranges(seed)
-    grouping = Plan(**{name: jnp.array(x)[None] for name, x in plan(start, stop, TILE, PAIRS).items()})
+    grouping = Plan(
+        **{name: jnp.array(x)[None] for name, x in plan(start, stop, TILE, PAIRS).items()}
+    )
     weight = jnp.array(np.random.default_rng(9).standard_normal((T, N, H)), jnp.float32)
 
     def ours(q, k, v):
@@ -58,18 +71,24 @@ def test_equals_dense_oracle_forward_and_gradient(sinks, seed):
         oracle = jax.jit(lambda q, k, v: dense(q, k, v, start, stop, sinks))
         expected, got = oracle(q, k, v), ours(q, k, v)
         np.testing.assert_allclose(got, expected, atol=1e-5 * float(jnp.abs(expected).max()))
-        gradient = lambda f: jax.jit(jax.grad(lambda *a: (f(*a) * weight).sum(), argnums=(0, 1, 2)))(q, k, v)
+        gradient = lambda f: jax.jit(
+            jax.grad(lambda *a: (f(*a) * weight).sum(), argnums=(0, 1, 2))
+        )(q, k, v)
         for mine, theirs in zip(gradient(ours), gradient(oracle), strict=True):
             np.testing.assert_allclose(mine, theirs, atol=1e-5 * float(jnp.abs(theirs).max()))
     blind = start >= stop
-    assert blind.any() and not np.asarray(got)[blind].any(), "a token that sees no image gets exactly 0"
+    assert blind.any() and not np.asarray(got)[blind].any(), (
+        "a token that sees no image gets exactly 0"
+    )
     assert not np.asarray(gradient(ours)[0])[blind].any(), "and its query gets exactly no gradient"
 
 
 def test_other_images_change_no_bit():
     q, k, v = arrays(2)
     start, stop = ranges(2)
-    grouping = Plan(**{name: jnp.array(x)[None] for name, x in plan(start, stop, TILE, PAIRS).items()})
+    grouping = Plan(
+        **{name: jnp.array(x)[None] for name, x in plan(start, stop, TILE, PAIRS).items()}
+    )
     run = jax.jit(lambda k, v: grouped_attention(q[None], k[None], v[None], grouping, 1)[0])
     before = run(k, v)
     for image in range(IMAGES):
@@ -80,7 +99,10 @@ def test_other_images_change_no_bit():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), min_size=1, max_size=40), st.integers(1, 8))
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), min_size=1, max_size=40),
+    st.integers(1, 8),
+)
 def test_plan_puts_every_seeing_token_in_one_tile_of_its_range(spans, tile):
     start = np.array([a for a, _ in spans])
     stop = np.array([a + n for a, n in spans])

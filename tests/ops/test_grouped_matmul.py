@@ -1,4 +1,6 @@
-"""Tiles by expert against a loop over tokens, for every load: empty experts, all tokens on one, padding, a limit."""
+"""Tiles by expert against a loop over tokens, for every load: empty experts, all tokens on one,
+padding, a limit.
+"""
 
 import sys
 import types
@@ -23,7 +25,9 @@ TILE = 4
 
 
 def there(x, kernels, groups, tile):
-    """Sum over its choices of each token times their kernels [tokens, F], multiplied on the way into rows."""
+    """Sum over its choices of each token times their kernels [tokens, F], multiplied on the way
+    into rows.
+    """
     return ops.combine(ops.dispatch_matmul(x, kernels, groups, tile), groups, len(x))
 
 
@@ -41,7 +45,10 @@ def ours(x, kernels, expert, weight):
         out = way(x, kernels, groups, TILE)
         return (out * weight).sum(), out
 
-    found = [jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, kernels, way) for way in (there, back)]
+    found = [
+        jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, kernels, way)
+        for way in (there, back)
+    ]
     return [(out, *gradients) for (_, out), gradients in found]
 
 
@@ -53,7 +60,11 @@ def check(found, wanted):
 
 def loop(x, kernels, expert, weight):
     """The same in NumPy, choice by choice."""
-    out, of_x, of_kernels = np.zeros((len(x), kernels.shape[2])), np.zeros(x.shape), np.zeros(kernels.shape)
+    out, of_x, of_kernels = (
+        np.zeros((len(x), kernels.shape[2])),
+        np.zeros(x.shape),
+        np.zeros(kernels.shape),
+    )
     for i, e in enumerate(expert):
         token = i % len(x)
         if e < len(kernels):
@@ -72,12 +83,17 @@ def operands(tokens, seed=0):
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, EXPERTS), min_size=42, max_size=42))
 def test_any_load_equals_a_loop_over_tokens(expert):
-    """21 tokens, two choices each; expert 4 is nobody. One choice of an expert twice by a token adds up as well."""
+    """21 tokens, two choices each; expert 4 is nobody.
+
+    One choice of an expert twice by a token adds up as well.
+    """
     x, kernels, weight = operands(21)
     check(ours(x, kernels, np.array(expert, np.int32), weight), loop(x, kernels, expert, weight))
 
 
-@pytest.mark.parametrize("load", [(42, 0, 0, 0), (0, 0, 0, 42), (0, 21, 21, 0), (41, 1, 0, 0), (0, 0, 0, 0)])
+@pytest.mark.parametrize(
+    "load", [(42, 0, 0, 0), (0, 0, 0, 42), (0, 21, 21, 0), (41, 1, 0, 0), (0, 0, 0, 0)]
+)
 def test_skewed_loads(load):
     x, kernels, weight = operands(21)
     expert = np.repeat([*range(EXPERTS), EXPERTS], [*load, 42 - sum(load)]).astype(np.int32)
@@ -96,7 +112,9 @@ def test_many_tiles_at_once(tile):
 
 def test_rows_of_the_drawing():
     """The example of the module's docstring."""
-    expert = np.array([0, 0, 2, 3, 2, 1, 0, 3], np.int32)  # first choices of the tokens, then second ones
+    expert = np.array(
+        [0, 0, 2, 3, 2, 1, 0, 3], np.int32
+    )  # first choices of the tokens, then second ones
     groups = ops.group(expert, experts=3, tile=2)
     np.testing.assert_array_equal(groups.first, [0, 2, 3, 4])
     tokens = np.where(groups.choice < 8, groups.choice % 4, -1)
@@ -111,29 +129,48 @@ def test_over_the_limit_first_choices_stay():
 
 
 def test_no_wide_row_is_stored_and_no_kernel_copied_for_each_tile():
-    """Temporaries of both passes are less than the rows of all choices [R, D]; the gradient of a kernel is held once, not once a tile."""
+    """Temporaries of both passes are less than the rows of all choices [R, D]; the gradient of a
+    kernel is held once, not once a tile.
+    """
     tokens, width, hidden, k, tile = 512, 256, 16, 4, 4
-    x, fc1, fc2 = (jnp.zeros(shape) for shape in ((tokens, width), (EXPERTS, width, hidden), (EXPERTS, hidden, width)))
+    x, fc1, fc2 = (
+        jnp.zeros(shape)
+        for shape in ((tokens, width), (EXPERTS, width, hidden), (EXPERTS, hidden, width))
+    )
 
     def loss(x, fc1, fc2, expert):
         groups = ops.group(expert, EXPERTS, tile)
-        return ops.combine_matmul(jnp.square(ops.dispatch_matmul(x, fc1, groups, tile)), fc2, groups, tokens, tile).sum()
+        return ops.combine_matmul(
+            jnp.square(ops.dispatch_matmul(x, fc1, groups, tile)), fc2, groups, tokens, tile
+        ).sum()
 
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, fc1, fc2, jnp.zeros(k * tokens, jnp.int32)).compile()
+    compiled = (
+        jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+        .lower(x, fc1, fc2, jnp.zeros(k * tokens, jnp.int32))
+        .compile()
+    )
     rows, tiles = k * tokens * x[0].nbytes, k * tokens // tile * fc1[0].nbytes
     assert compiled.memory_analysis().temp_size_in_bytes < rows < tiles
 
 
 def test_kernel_form(monkeypatch):
-    """The form for tokamax, with XLA's ragged_dot in place of its kernels: what is passed and what comes out."""
+    """The form for tokamax, with XLA's ragged_dot in place of its kernels: what is passed and what
+    comes out.
+    """
 
     def ragged_dot_general(a, b, sizes, dimensions, preferred_element_type, implementation):
         assert implementation == ("mosaic", "triton") and a.dtype == b.dtype
-        return jax.lax.ragged_dot_general(a, b, sizes, dimensions, preferred_element_type=preferred_element_type)
+        return jax.lax.ragged_dot_general(
+            a, b, sizes, dimensions, preferred_element_type=preferred_element_type
+        )
 
     x, kernels, weight = operands(21)
     expert = np.random.default_rng(1).integers(0, EXPERTS + 1, 42).astype(np.int32)
-    monkeypatch.setitem(sys.modules, "tokamax", types.SimpleNamespace(ragged_dot_general=ragged_dot_general, __spec__=object()))
+    monkeypatch.setitem(
+        sys.modules,
+        "tokamax",
+        types.SimpleNamespace(ragged_dot_general=ragged_dot_general, __spec__=object()),
+    )
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     ops._tokamax.cache_clear()
     try:
@@ -155,4 +192,6 @@ def test_gradient_of_a_kernel_is_summed_in_float32(way):
         with jax.default_matmul_precision("bfloat16"):
             return (way(x, kernels, groups, TILE) * weight).sum()
 
-    close(jax.grad(loss)(jnp.asarray(kernels)), loop(rounded(x), kernels, expert, rounded(weight))[2])
+    close(
+        jax.grad(loss)(jnp.asarray(kernels)), loop(rounded(x), kernels, expert, rounded(weight))[2]
+    )

@@ -7,7 +7,11 @@ import pytest
 
 from evlm_jax.ops.matmul import product
 
-CASES = {"...x,xy->...y": ((2, 5, 8), (8, 6)), "...d,vd->...v": ((7, 8), (6, 8)), "btkgh,bskh->bkgts": ((2, 5, 3, 2, 8), (2, 7, 3, 8))}
+CASES = {
+    "...x,xy->...y": ((2, 5, 8), (8, 6)),
+    "...d,vd->...v": ((7, 8), (6, 8)),
+    "btkgh,bskh->bkgts": ((2, 5, 3, 2, 8), (2, 7, 3, 8)),
+}
 
 
 def _operands(spec: str, dtype: str = "float32"):
@@ -18,7 +22,9 @@ def _operands(spec: str, dtype: str = "float32"):
 def _with_gradients(function, *operands):
     out = function(*operands)
     weight = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
-    return out, *jax.grad(lambda *o: (function(*o).astype(jnp.float32) * weight).sum(), argnums=(0, 1))(*operands)
+    return out, *jax.grad(
+        lambda *o: (function(*o).astype(jnp.float32) * weight).sum(), argnums=(0, 1)
+    )(*operands)
 
 
 @pytest.mark.parametrize("spec", CASES)
@@ -33,7 +39,9 @@ def test_equals_einsum_with_its_gradients(spec):
 
 @pytest.mark.parametrize("spec", CASES)
 def test_rounds_operands_and_cotangent_only(spec):
-    """Under "bfloat16", what is computed is the float32 product of rounded operands: nothing else is rounded."""
+    """Under "bfloat16", what is computed is the float32 product of rounded operands: nothing else
+    is rounded.
+    """
     operands = _operands(spec)
     rounded = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in operands]
     with jax.default_matmul_precision("bfloat16"):
@@ -41,14 +49,24 @@ def test_rounds_operands_and_cotangent_only(spec):
     assert out.dtype == of_a.dtype == of_b.dtype == jnp.float32
     with jax.default_matmul_precision("highest"):
         expected = jnp.einsum(spec, *rounded)
-        weight = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape).astype(jnp.bfloat16).astype(jnp.float32)
+        weight = (
+            jnp.cos(jnp.arange(out.size, dtype=jnp.float32))
+            .reshape(out.shape)
+            .astype(jnp.bfloat16)
+            .astype(jnp.float32)
+        )
         _, transpose = jax.vjp(lambda a, b: jnp.einsum(spec, a, b), *rounded)
     for mine, other in zip((out, of_a, of_b), (expected, *transpose(weight)), strict=True):
         np.testing.assert_allclose(mine, other, atol=1e-5 * float(jnp.abs(other).max()))
 
 
 def test_gradients_have_the_dtype_of_their_operand():
-    x, kernel = (a.astype(dtype) for a, dtype in zip(_operands("...x,xy->...y"), ("bfloat16", "float32"), strict=True))
+    x, kernel = (
+        a.astype(dtype)
+        for a, dtype in zip(_operands("...x,xy->...y"), ("bfloat16", "float32"), strict=True)
+    )
     out, of_x, of_kernel = _with_gradients(lambda a, b: product("...x,xy->...y", a, b), x, kernel)
     assert (out.dtype, of_x.dtype, of_kernel.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
-    assert not np.array_equal(of_kernel, of_kernel.astype(jnp.bfloat16).astype(jnp.float32))  # it was summed, and stays, in float32
+    assert not np.array_equal(
+        of_kernel, of_kernel.astype(jnp.bfloat16).astype(jnp.float32)
+    )  # it was summed, and stays, in float32

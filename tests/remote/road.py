@@ -1,4 +1,6 @@
-"""A tiny experiment of which everything lies in a bucket: towers, and data as tar, parquet and ArrayRecord."""
+"""A tiny experiment of which everything lies in a bucket: towers, and data as tar, parquet and
+ArrayRecord.
+"""
 
 import json
 from dataclasses import replace
@@ -27,21 +29,41 @@ def get_config(form=""):
 
 def make(root: str, scratch: Path, **sections) -> EVLMConfig:
     """Writes everything in `scratch`, copies it to `root`; the config of what is there."""
-    sources = [f"img2dataset:{root}/data/a.tar", f"llava:{root}/data/b.parquet", f"llava:{root}/data/c.array_record"]
-    data = {"sources": tuple(sources), "weights": (1.0,) * 3, "window": 4, "length": 96, "targets": 48, "pairs": 24} | sections.pop(
-        "data", {}
+    sources = [
+        f"img2dataset:{root}/data/a.tar",
+        f"llava:{root}/data/b.parquet",
+        f"llava:{root}/data/c.array_record",
+    ]
+    data = {
+        "sources": tuple(sources),
+        "weights": (1.0,) * 3,
+        "window": 4,
+        "length": 96,
+        "targets": 48,
+        "pairs": 24,
+    } | sections.pop("data", {})
+    cfg = tiny_config(
+        data=data,
+        train={"steps": 4, "save_every": 2, "keep": 2} | sections.pop("train", {}),
+        **sections,
     )
-    cfg = tiny_config(data=data, train={"steps": 4, "save_every": 2, "keep": 2} | sections.pop("train", {}), **sections)
     dinov2_directory(scratch / "vision", cfg)
     llama_directory(scratch / "llm", cfg)
     (scratch / "data").mkdir()
     write_tar(scratch / "data/a.tar", range(ROWS))
-    turns = [row(f"r{i}", None, "<image>which?", f"number{i}")["conversations"] for i in range(ROWS)]
-    pq.write_table(pa.table({"image": [png(i) for i in range(ROWS)], "conversations": turns}), scratch / "data/b.parquet")
+    turns = [
+        row(f"r{i}", None, "<image>which?", f"number{i}")["conversations"] for i in range(ROWS)
+    ]
+    pq.write_table(
+        pa.table({"image": [png(i) for i in range(ROWS)], "conversations": turns}),
+        scratch / "data/b.parquet",
+    )
     write_images(scratch / "data/pictures", ROWS)
     writer = ArrayRecordWriter(str(scratch / "data/c.array_record"), "group_size:1")
     for i in range(ROWS):
-        writer.write(json.dumps(row(f"c{i}", f"pictures/{i}.png", "<image>colour?", f"shade{i}")).encode())
+        writer.write(
+            json.dumps(row(f"c{i}", f"pictures/{i}.png", "<image>colour?", f"shade{i}")).encode()
+        )
     writer.close()
     for file in sorted(path for path in scratch.rglob("*") if path.is_file()):
         paths.write(f"{root}/{file.relative_to(scratch).as_posix()}", file.read_bytes())

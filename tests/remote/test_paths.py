@@ -1,4 +1,6 @@
-"""Local and remote paths, journals and mirrors; against a real client and a server on loopback, and on the disk."""
+"""Local and remote paths, journals and mirrors; against a real client and a server on loopback, and
+on the disk.
+"""
 
 import json
 import subprocess
@@ -15,13 +17,19 @@ from evlm_jax.cli.parser import told
 @pytest.fixture(params=["local", "remote"])
 def folder(request, tmp_path):
     """A place of either kind."""
-    return paths.place(tmp_path if request.param == "local" else f"{request.getfixturevalue('bucket')}/{tmp_path.name}")
+    return paths.place(
+        tmp_path
+        if request.param == "local"
+        else f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
+    )
 
 
 def test_remote_paths_stay_as_they_are(monkeypatch, tmp_path):
     pytest.importorskip("gcsfs", reason="needs the extra cloud")
     monkeypatch.chdir(tmp_path)
-    assert str(paths.place("gs://b/run") / "steps") == "gs://b/run/steps" and paths.remote(paths.place("gs://b/run"))
+    assert str(paths.place("gs://b/run") / "steps") == "gs://b/run/steps" and paths.remote(
+        paths.place("gs://b/run")
+    )
     assert str(paths.place("a/../run")) == f"{tmp_path}/run" and not paths.remote(tmp_path)
     with pytest.raises(ValueError, match="memory://x/run: .* gs:// and s3://"):
         paths.place("memory://x/run")
@@ -31,11 +39,16 @@ def test_remote_paths_stay_as_they_are(monkeypatch, tmp_path):
 
 def test_files_appear_when_they_are_whole(folder):
     paths.write(folder / "a/b.txt", "one")
-    assert paths.write(folder / "a/b.txt", "two").read_text() == "two" and paths.size(folder / "a/b.txt") == 3
+    assert (
+        paths.write(folder / "a/b.txt", "two").read_text() == "two"
+        and paths.size(folder / "a/b.txt") == 3
+    )
     with pytest.raises(RuntimeError), paths.writing(folder / "a/c.txt") as file:
         file.write(b"half")
         raise RuntimeError
-    assert [path.name for path in paths.children(folder / "a")] == ["b.txt"] and paths.children(folder / "none") == []
+    assert [path.name for path in paths.children(folder / "a")] == ["b.txt"] and paths.children(
+        folder / "none"
+    ) == []
 
 
 def test_versions_tell_a_change(folder):
@@ -56,7 +69,11 @@ def test_copies_in_the_cache(folder, tmp_path, monkeypatch):
         paths.write(folder / "llm" / name, name)
     found = paths.with_neighbours(folder / "llm")
     assert (found / "tokenizer_config.json").read_text() == "tokenizer_config.json"
-    assert paths.with_neighbours(folder / "llm/tokenizer.json").with_name("tokenizer_config.json").is_file()
+    assert (
+        paths.with_neighbours(folder / "llm/tokenizer.json")
+        .with_name("tokenizer_config.json")
+        .is_file()
+    )
     assert (found / "model.safetensors").exists() != paths.remote(folder)
 
 
@@ -76,8 +93,12 @@ def test_a_journal_goes_on(folder, monkeypatch):
     writer.append(["{}"])
     writer.flush()
     assert journal.read_lines(path) == [*lines, "{}"]
-    parts = [len(part.read_text().splitlines()) for part in paths.children(folder / "m.jsonl.parts")]
-    assert parts == ([3, 1, 3, 3, 2] if paths.remote(folder) else []) and path.exists() != paths.remote(folder)
+    parts = [
+        len(part.read_text().splitlines()) for part in paths.children(folder / "m.jsonl.parts")
+    ]
+    assert parts == (
+        [3, 1, 3, 3, 2] if paths.remote(folder) else []
+    ) and path.exists() != paths.remote(folder)
 
 
 def test_a_run_that_was_copied_from_a_bucket_goes_on(tmp_path):
@@ -85,7 +106,9 @@ def test_a_run_that_was_copied_from_a_bucket_goes_on(tmp_path):
     paths.write(tmp_path / "m.jsonl.parts/000002.jsonl", "c\nd")
     assert journal.read_lines(tmp_path / "m.jsonl") == ["a", "b", "c"]
     journal.Journal(tmp_path / "m.jsonl").append(["e"])
-    assert (tmp_path / "m.jsonl").read_text() == "a\nb\nc\ne\n" and not (tmp_path / "m.jsonl.parts").exists()
+    assert (tmp_path / "m.jsonl").read_text() == "a\nb\nc\ne\n" and not (
+        tmp_path / "m.jsonl.parts"
+    ).exists()
 
 
 def test_a_mirror_copies_what_changed(folder):
@@ -97,7 +120,9 @@ def test_a_mirror_copies_what_changed(folder):
     (mirror.here / "deep/events").write_text("one and two")
     mirror.copy(seconds=60)
     mirror.close()
-    assert (folder / "board/deep/events").read_text() == "one and two" and mirror.here.exists() != paths.remote(folder)
+    assert (
+        folder / "board/deep/events"
+    ).read_text() == "one and two" and mirror.here.exists() != paths.remote(folder)
 
 
 def test_a_folder_is_whole_or_goes_on(folder):
@@ -124,7 +149,11 @@ def test_a_folder_is_whole_or_goes_on(folder):
 def test_a_place_that_cannot_be_written_is_said_at_once(folder, bucket, capsys, monkeypatch):
     paths.probe(folder / "run")
     assert paths.children(folder / "run") == []
-    for place, why in ((f"{bucket}-none/run", "no such bucket"), ("/proc/run", "No such file"), (__file__ + "/run", "Not a directory")):
+    for place, why in (
+        (f"{bucket}-none/run", "no such bucket"),
+        ("/proc/run", "No such file"),
+        (__file__ + "/run", "Not a directory"),
+    ):
         assert cli.main(["train", "--config", "experiments/demo.py:fast", "--workdir", place]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"evlm: {place}: cannot write there: {why}")
@@ -133,13 +162,17 @@ def test_a_place_that_cannot_be_written_is_said_at_once(folder, bucket, capsys, 
         paths.probe(f"{bucket}/run")
 
 
-@pytest.mark.parametrize("options, why", [("size=4k", "No space left"), ("ro", "Read-only file system")])
+@pytest.mark.parametrize(
+    "options, why", [("size=4k", "No space left"), ("ro", "Read-only file system")]
+)
 def test_full_and_read_only_disks(tmp_path, options, why):
     """A file system of its own, which takes the rights of root in a name space."""
     program = f"from evlm_jax import paths; paths.probe('{tmp_path}/run')"
     mounted = f'mount -t tmpfs -o {options} none {tmp_path} && exec {sys.executable} -c "{program}"'
     root = Path(cli.__file__).parents[2]
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", mounted], cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mounted], cwd=root, capture_output=True, text=True
+    )
     if "mount:" in done.stderr or "unshare:" in done.stderr:
         pytest.skip("this machine lets nobody mount")
     assert f"cannot write there: {why}" in done.stderr
@@ -148,11 +181,17 @@ def test_full_and_read_only_disks(tmp_path, options, why):
 def test_a_bucket_s_refusal_is_one_line(bucket):
     from gcsfs.retry import HttpError
 
-    line = told(HttpError({"code": 401, "message": "Anonymous caller does not have storage.objects.get access"}))
+    line = told(
+        HttpError(
+            {"code": 401, "message": "Anonymous caller does not have storage.objects.get access"}
+        )
+    )
     assert "Anonymous caller" in line and "credentials" in line and "bug" not in line
 
 
 def test_the_cache_is_local(monkeypatch, capsys):
     monkeypatch.setenv("EVLM_CACHE", "gs://b/cache")
     assert cli.main(["fetch"]) == 1
-    assert capsys.readouterr().err.startswith("evlm: EVLM_CACHE=gs://b/cache: the cache is a local folder")
+    assert capsys.readouterr().err.startswith(
+        "evlm: EVLM_CACHE=gs://b/cache: the cache is a local folder"
+    )

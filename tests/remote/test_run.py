@@ -1,4 +1,6 @@
-"""A run in a bucket, in this process: cut off, taken up, looked at; and it computes what it would on a disk."""
+"""A run in a bucket, in this process: cut off, taken up, looked at; and it computes what it would
+on a disk.
+"""
 
 import contextlib
 import json
@@ -34,7 +36,10 @@ def run(bucket, cfg):
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with contextlib.closing(batches(cfg, load_tokenizer(cfg.init.llm))) as data, pytest.raises(Stopped):
+    with (
+        contextlib.closing(batches(cfg, load_tokenizer(cfg.init.llm))) as data,
+        pytest.raises(Stopped),
+    ):
         train(cfg, workdir, data, load_towers(cfg), on_step=stop, tensorboard=True, profile=(2, 2))
     assert checkpoint.steps(workdir) == [2, 3]
     assert train_run(cfg, workdir, tensorboard=True) == 4
@@ -45,7 +50,14 @@ def test_the_bucket_has_it_all(run, store):
     assert checkpoint.steps(run) == [3, 4]
     assert [json.loads(line)["step"] for line in read_lines(f"{run}/metrics.jsonl")] == [1, 2, 3, 4]
     found = [file.removeprefix(run.removeprefix("gs://") + "/") for file in store.find(run)]
-    assert {file.partition("/")[0] for file in found} == {"frozen", "metrics.jsonl.parts", "profile", "steps", "tensorboard", "tokenizer"}
+    assert {file.partition("/")[0] for file in found} == {
+        "frozen",
+        "metrics.jsonl.parts",
+        "profile",
+        "steps",
+        "tensorboard",
+        "tokenizer",
+    }
     assert len([file for file in found if file.startswith("tensorboard/")]) == 2
     assert any(file.endswith(".xplane.pb") for file in found)
 
@@ -56,18 +68,38 @@ def test_it_is_the_run_of_a_disk(run, cfg, tmp_path):
     mine, other = checkpoint.read(str(tmp_path / "run")), checkpoint.read(run)
     for part in ("params", "frozen", "groups"):
         assert getattr(mine, part).keys() == getattr(other, part).keys()
-        assert all(np.array_equal(array, getattr(other, part)[name]) for name, array in getattr(mine, part).items())
+        assert all(
+            np.array_equal(array, getattr(other, part)[name])
+            for name, array in getattr(mine, part).items()
+        )
     assert mine.meta == other.meta
 
 
 def test_it_answers(run, cfg, capsys):
     picture = cfg.init.vision.replace("vision", "data/pictures/3.png")
-    assert cli.main(["generate", "--checkpoint", run, "--image", picture, "--prompt", "which?", "--max-new-tokens", "4"]) == 0
+    assert (
+        cli.main(
+            [
+                "generate",
+                "--checkpoint",
+                run,
+                "--image",
+                picture,
+                "--prompt",
+                "which?",
+                "--max-new-tokens",
+                "4",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out
 
 
 def test_what_a_kill_left_is_removed(run, store, capsys):
-    """A step without its mark, and a store without its manifest, are none; a whole step of another time is not touched."""
+    """A step without its mark, and a store without its manifest, are none; a whole step of another
+    time is not touched.
+    """
     left = [
         f"{run}/steps/9/params/d/1",
         f"{run}/frozen/0123456789abcdef/model.safetensors",

@@ -1,4 +1,7 @@
-"""Chats and prompts -> pieces: text, ids of special tokens, and places of images and videos. What text spells is never a special token."""
+"""Chats and prompts -> pieces: text, ids of special tokens, and places of images and videos.
+
+What text spells is never a special token.
+"""
 
 import re
 from typing import Any, NamedTuple
@@ -24,7 +27,9 @@ class Piece(NamedTuple):
 
 
 class Rendered(str):
-    """A chat as text that knows its pieces, for `processor(text=processor.apply_chat_template(..))`; text may be put behind it."""
+    """A chat as text that knows its pieces, for
+    `processor(text=processor.apply_chat_template(..))`; text may be put behind it.
+    """
 
     pieces = ()
 
@@ -41,11 +46,16 @@ def rendered(text, pieces):
 
 def split_marks(text):
     """The text, with a Visual in place of each mark."""
-    return [Visual(part) if part in SOURCES else part for part in re.split(f"({IMAGE}|{VIDEO})", text) if part]
+    return [
+        Visual(part) if part in SOURCES else part
+        for part in re.split(f"({IMAGE}|{VIDEO})", text)
+        if part
+    ]
 
 
 def parts_of(content):
-    """Texts and Visuals of a message's content: a string with marks, or a list of parts, whose texts are text alone.
+    """Texts and Visuals of a message's content: a string with marks, or a list of parts, whose
+    texts are text alone.
 
     Raises:
       ValueError: an unknown kind of part, or key of one.
@@ -53,23 +63,35 @@ def parts_of(content):
     if isinstance(content, str):
         return split_marks(content)
     if not isinstance(content, (list, tuple)):
-        raise ValueError(f"a message's content is a string or a list of parts, not {type(content).__name__}")
+        raise ValueError(
+            f"a message's content is a string or a list of parts, not {type(content).__name__}"
+        )
     found = []
     for part in content:
-        part = {"type": "text", "text": part} if isinstance(part, str) else {k: v for k, v in part.items() if v is not None}
+        part = (
+            {"type": "text", "text": part}
+            if isinstance(part, str)
+            else {k: v for k, v in part.items() if v is not None}
+        )
         kind = part.pop("type", None)
         if kind == "image_url":  # as OpenAI's clients write it
             url = part.pop("image_url", None)
             kind, part = "image", part | {"url": url["url"] if isinstance(url, dict) else url}
         if kind == "text" and part.keys() == {"text"} and isinstance(part["text"], str):
             found.append(part["text"])
-        elif kind in ("image", "video") and len(part) <= 1 and part.keys() <= set(SOURCES[f"<{kind}>"]):
-            source = from_base64(part["base64"]) if "base64" in part else next(iter(part.values()), None)
+        elif (
+            kind in ("image", "video")
+            and len(part) <= 1
+            and part.keys() <= set(SOURCES[f"<{kind}>"])
+        ):
+            source = (
+                from_base64(part["base64"]) if "base64" in part else next(iter(part.values()), None)
+            )
             found.append(Visual(f"<{kind}>", source))
         else:
             raise ValueError(
-                f"a part of type {kind!r} with {sorted(part)}: known are text with text, image with one of image, url, path, base64, "
-                f"video with its frames in video"
+                f"a part of type {kind!r} with {sorted(part)}: known are text with text, image with"
+                " one of image, url, path, base64, video with its frames in video"
             )
     return found
 
@@ -85,11 +107,19 @@ def joined(*parts):
     return found
 
 
-def lay_out(messages, template, turn_start, turn_end, eos, add_generation_prompt=True, continue_final_message=False):
+def lay_out(
+    messages,
+    template,
+    turn_start,
+    turn_end,
+    eos,
+    add_generation_prompt=True,
+    continue_final_message=False,
+):
     """Pieces of a chat, as training lays it out.
 
-    chatml: `<|im_start|>user\\n{text}<|im_end|>`, a newline between turns. plain: `{text} Answer:` ` {answer}` end. An assistant alone (a
-    caption) is its text and the end, in both.
+    chatml: `<|im_start|>user\\n{text}<|im_end|>`, a newline between turns. plain: `{text} Answer:`
+      ` {answer}` end. An assistant alone (a caption) is its text and the end, in both.
 
     Args:
       add_generation_prompt: end where an answer begins.
@@ -98,18 +128,29 @@ def lay_out(messages, template, turn_start, turn_end, eos, add_generation_prompt
       ValueError: an unknown role, key of a message or part of a content; nothing to continue.
     """
     pieces, alone = [], [message.get("role") for message in messages] == ["assistant"]
-    if not messages or (continue_final_message and (add_generation_prompt or messages[-1].get("role") != "assistant")):
-        raise ValueError("continue_final_message needs an assistant's turn at the end, and no add_generation_prompt; a chat some turn")
+    if not messages or (
+        continue_final_message
+        and (add_generation_prompt or messages[-1].get("role") != "assistant")
+    ):
+        raise ValueError(
+            "continue_final_message needs an assistant's turn at the end, and no"
+            " add_generation_prompt; a chat some turn"
+        )
     for i, message in enumerate(messages):
         message = {key: value for key, value in message.items() if value is not None}
         if message.keys() != {"role", "content"} or message["role"] not in ("user", "assistant"):
-            raise ValueError(f"a message has role, user or assistant, and content: not {message.get('role')!r} with {sorted(message)}")
+            raise ValueError(
+                f"a message has role, user or assistant, and content: not {message.get('role')!r}"
+                f" with {sorted(message)}"
+            )
         parts, told = parts_of(message["content"]), message["role"] == "assistant"
         stop = [] if continue_final_message and i == len(messages) - 1 else [Piece(turn_end, told)]
         if template == "chatml" and not alone:
             pieces += [Piece("\n")] * (i > 0) + [Piece(turn_start)]
             pieces += [Piece("assistant\n")] if told else []
-            pieces += [Piece(part, told) for part in joined(*(() if told else ("user\n",)), *parts)] + stop
+            pieces += [
+                Piece(part, told) for part in joined(*(() if told else ("user\n",)), *parts)
+            ] + stop
         elif told:
             stop = stop and [Piece(eos, True)]
             pieces += [Piece(part, True) for part in joined(" " * (i > 0), *parts)] + stop

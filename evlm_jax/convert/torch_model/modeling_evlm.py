@@ -1,21 +1,35 @@
-"""EVLM for transformers: plain_evlm.py with generation, training and offloading. Keys and values of the images are projected once."""
+"""EVLM for transformers: plain_evlm.py with generation, training and offloading.
+
+Keys and values of the images are projected once.
+"""
 
 import re
 from typing import NamedTuple
 
 import torch
-from transformers import DynamicCache, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.utils import can_return_tuple
 
 from .configuration_evlm import EVLMConfig
 from .plain_evlm import NAMES, EVLMParts, count_images, visible_ranges
 
-CACHE = "cache" if "cache" in CausalLMOutputWithCrossAttentions.__annotations__ else "past_key_values"  # from 5.24 on, and before
+CACHE = (
+    "cache" if "cache" in CausalLMOutputWithCrossAttentions.__annotations__ else "past_key_values"
+)  # from 5.24 on, and before
 
 
 class Images(NamedTuple):
-    """What a cache holds of the images, and where the text behind it stands. All beams of a row have the same."""
+    """What a cache holds of the images, and where the text behind it stands.
+
+    All beams of a row have the same.
+    """
 
     keys_values: list  # of every cross-attention block, [B, K, I * S + sinks, H]
     groups: torch.Tensor  # [B, I]; the images of a row are numbered as its tokens show them
@@ -29,10 +43,14 @@ class Images(NamedTuple):
         return self._replace(media=self.media + media.sum(1, keepdim=True), until=until)
 
     def append(self, keys_values, groups, media_tokens, size, count):
-        """With new images of `size` keys behind those that each row has; rows with fewer than `count` are padded."""
+        """With new images of `size` keys behind those that each row has; rows with fewer than
+        `count` are padded.
+        """
         old, new = self.groups.shape[1], groups.shape[1]
         held, place = -(-self.media // media_tokens), torch.arange(count, device=groups.device)
-        order = torch.where(place < held, place, old + place - held).clamp(max=old + new - 1)  # [B, I]
+        order = torch.where(place < held, place, old + place - held).clamp(
+            max=old + new - 1
+        )  # [B, I]
         if old:
             groups = groups - groups.amin() + self.groups.amax() + 1
         groups = torch.cat([self.groups, groups], 1).gather(1, order)
@@ -40,10 +58,16 @@ class Images(NamedTuple):
         def join(a, b):
             sinks = b.shape[2] - size * new
             a, b = (x[:, :, : n * size].unflatten(2, (n, size)) for x, n in ((a, old), (b, new)))
-            at = order.to(a.device)[:, None, :, None, None].expand(-1, a.shape[1], -1, size, a.shape[-1])
-            return torch.nn.functional.pad(torch.cat([a, b], 2).gather(2, at).flatten(2, 3), (0, 0, 0, sinks))
+            at = order.to(a.device)[:, None, :, None, None].expand(
+                -1, a.shape[1], -1, size, a.shape[-1]
+            )
+            return torch.nn.functional.pad(
+                torch.cat([a, b], 2).gather(2, at).flatten(2, 3), (0, 0, 0, sinks)
+            )
 
-        joined = [tuple(map(join, *pairs)) for pairs in zip(self.keys_values, keys_values, strict=True)]
+        joined = [
+            tuple(map(join, *pairs)) for pairs in zip(self.keys_values, keys_values, strict=True)
+        ]
         return self._replace(keys_values=joined, groups=groups)
 
 
@@ -60,7 +84,9 @@ class NeverMedia(LogitsProcessor):
 
 
 class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
-    """Text and images -> logits, by AutoModelForImageTextToText or AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)."""
+    """Text and images -> logits, by AutoModelForImageTextToText or
+    AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True).
+    """
 
     config_class = EVLMConfig
     base_model_prefix = ""
@@ -82,12 +108,25 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, key_mapping=None, **kwargs):
-        """As of every model. Raises ValueError if the model has tensors that the files lack, or the files others."""
-        places = {rf"^{re.escape(name)}(?!\.)": place for name, place in NAMES.items()}  # saved again by the file's names
+        """As of every model. Raises ValueError if the model has tensors that the files lack, or the
+        files others.
+        """
+        places = {
+            rf"^{re.escape(name)}(?!\.)": place for name, place in NAMES.items()
+        }  # saved again by the file's names
         key_mapping = places | (key_mapping or {})
-        model, loading = super().from_pretrained(*args, output_loading_info=True, key_mapping=key_mapping, **kwargs)
-        if wrong := [f"{kind} {key}" for kind in ("missing", "unexpected") for key in sorted(loading[f"{kind}_keys"])]:
-            raise ValueError(f"{args[0] if args else 'these weights'}: tensors do not fit the model:\n  " + "\n  ".join(wrong))
+        model, loading = super().from_pretrained(
+            *args, output_loading_info=True, key_mapping=key_mapping, **kwargs
+        )
+        if wrong := [
+            f"{kind} {key}"
+            for kind in ("missing", "unexpected")
+            for key in sorted(loading[f"{kind}_keys"])
+        ]:
+            raise ValueError(
+                f"{args[0] if args else 'these weights'}: tensors do not fit the model:\n  "
+                + "\n  ".join(wrong)
+            )
         return (model, loading) if output_loading_info else model
 
     def _init_weights(self, module):
@@ -108,7 +147,9 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
         """As of every model. Raises ValueError if the placeholder of images would be lost."""
         if new_num_tokens is not None and new_num_tokens <= self.config.image_token_id:
-            raise ValueError(f"{new_num_tokens} tokens would lose image_token_id = {self.config.image_token_id}")
+            raise ValueError(
+                f"{new_num_tokens} tokens would lose image_token_id = {self.config.image_token_id}"
+            )
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.config.llm["vocab"] = self.config.vocab_size = embeddings.num_embeddings
         return embeddings
@@ -137,25 +178,42 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
     ):
         """
         Args:
-          input_ids: [B, T]; each image is a run of media.tokens times `image_token_id`. Behind a cache the new tokens alone.
-          pixel_values: [B, I, 3, h, w] in the order of those runs; rows with fewer images are padded. Behind a cache the new images alone.
-          image_groups: [B, I]; frames of one video have the same number, padding a negative one. Left out: every image stands alone.
+          input_ids: [B, T]; each image is a run of media.tokens times `image_token_id`. Behind a
+            cache the new tokens alone.
+          pixel_values: [B, I, 3, h, w] in the order of those runs; rows with fewer images are
+            padded. Behind a cache the new images alone.
+          image_groups: [B, I]; frames of one video have the same number, padding a negative one.
+            Left out: every image stands alone.
           attention_mask: [B, past + T]; 0 is padding, on either side.
-          past_key_values: a DynamicCache, in which images are kept, too. transformers calls it `cache` from 5.24 on.
-          inputs_embeds: [B, T, D] in place of input_ids; images stand where the embedding of `image_token_id` does.
-          labels: [B, T]; -100 is not counted. They are compared with the logits of the position before.
-          num_items_in_batch: what the sum of the losses is divided by; the labels that count where left out.
+          past_key_values: a DynamicCache, in which images are kept, too. transformers calls it
+            `cache` from 5.24 on.
+          inputs_embeds: [B, T, D] in place of input_ids; images stand where the embedding of
+            `image_token_id` does.
+          labels: [B, T]; -100 is not counted. They are compared with the logits of the position
+            before.
+          num_items_in_batch: what the sum of the losses is divided by; the labels that count where
+            left out.
         Returns:
-          hidden_states: what each layer, with the cross-attention in front of it, reads; last what the head reads.
+          hidden_states: what each layer, with the cross-attention in front of it, reads; last what
+            the head reads.
           attentions, cross_attentions: of each layer, of each block.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
-        wants_weights = self.config.output_attentions if output_attentions is None else output_attentions
-        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        wants_weights = (
+            self.config.output_attentions if output_attentions is None else output_attentions
+        )
+        wants_states = (
+            self.config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states
+        )
         sdpa = self.config._attn_implementation == "sdpa"
         if wants_weights and sdpa:
-            raise ValueError('output_attentions needs weights that are written out: load with attn_implementation="eager"')
+            raise ValueError(
+                "output_attentions needs weights that are written out: load with"
+                ' attn_implementation="eager"'
+            )
         words = self.llm.embed(input_ids) if inputs_embeds is None else inputs_embeds
         media = self._media(input_ids, inputs_embeds)
         cache = self._cache(past_key_values if cache is None else cache, use_cache)
@@ -163,10 +221,26 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
         images = self._images(cache, past, pixel_values, image_groups, attention_mask, media, sdpa)
         visible = visible_ranges(media, self.config.media["tokens"], images.groups, images.media)
         rope = self._rope(attention_mask, media.shape[1], images.theta)
-        names = ("hidden_states",) * bool(wants_states) + ("attentions", "cross_attentions") * bool(wants_weights)
-        kept = {name: [] for name in ("hidden_states", "attentions", "cross_attentions")} if names else None
+        names = ("hidden_states",) * bool(wants_states) + ("attentions", "cross_attentions") * bool(
+            wants_weights
+        )
+        kept = (
+            {name: [] for name in ("hidden_states", "attentions", "cross_attentions")}
+            if names
+            else None
+        )
         x = self._embed(words, media, images.media)
-        x = self._decode(x, attention_mask, rope, visible, images.keys_values, images.groups.shape[1], cache, sdpa, kept)
+        x = self._decode(
+            x,
+            attention_mask,
+            rope,
+            visible,
+            images.keys_values,
+            images.groups.shape[1],
+            cache,
+            sdpa,
+            kept,
+        )
         if cache is not None:
             cache.images = images.read(media, past)
         whole = isinstance(logits_to_keep, int)
@@ -175,7 +249,9 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
         logits = self.llm.head(x[:, slice(-logits_to_keep, None) if whole else logits_to_keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
+            loss = self.loss_function(
+                logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
         kept = {name: tuple(kept[name]) for name in names}
         return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, **{CACHE: cache}, **kept)
 
@@ -187,17 +263,26 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
         return (inputs_embeds == self.llm.embed(placeholder).to(inputs_embeds)).all(-1)
 
     def _cache(self, cache, use_cache):
-        """The one to read and fill, or None. Raises ValueError for other kinds than DynamicCache."""
+        """The one to read and fill, or None.
+
+        Raises ValueError for other kinds than DynamicCache.
+        """
         checkpoints = self.gradient_checkpointing and self.training
-        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        use_cache = (
+            (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        )
         if cache is None:
             return DynamicCache() if use_cache and not checkpoints else None
         if not isinstance(cache, DynamicCache):
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__}; EVLM keeps images in a DynamicCache: leave cache_implementation out"
+                f"past_key_values is a {type(cache).__name__}; EVLM keeps images in a DynamicCache:"
+                " leave cache_implementation out"
             )
         if checkpoints:
-            raise ValueError("past_key_values and gradient checkpointing exclude each other: a layer would fill the cache twice")
+            raise ValueError(
+                "past_key_values and gradient checkpointing exclude each other: a layer would fill"
+                " the cache twice"
+            )
         return cache
 
     def _mask(self, cache, attention_mask, media):
@@ -208,7 +293,8 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
             return past, torch.ones(shape, dtype=torch.long, device=media.device)
         if tuple(attention_mask.shape) != shape:
             raise ValueError(
-                f"attention_mask is {tuple(attention_mask.shape)}, the tokens and {past} in front of them in the cache {shape}"
+                f"attention_mask is {tuple(attention_mask.shape)}, the tokens and {past} in front"
+                f" of them in the cache {shape}"
             )
         return past, attention_mask
 
@@ -216,11 +302,23 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
         """The images up to now, new ones with them."""
         images = getattr(cache, "images", None) if past else None
         if past and (images is None or len(images.media) != len(media)):
-            raise ValueError(f"past_key_values holds other rows than these {len(media)}, or another model filled it: start a new cache")
+            raise ValueError(
+                f"past_key_values holds other rows than these {len(media)}, or another model filled"
+                " it: start a new cache"
+            )
         if past and past < images.until:
-            raise ValueError("past_key_values was cut off among or before its images: start a new cache")
-        pixels, tokens = self._no_pixels(media) if pixel_values is None else pixel_values, self.config.media["tokens"]
-        before = images.media if past else torch.zeros((len(media), 1), dtype=torch.long, device=media.device)
+            raise ValueError(
+                "past_key_values was cut off among or before its images: start a new cache"
+            )
+        pixels, tokens = (
+            (self._no_pixels(media) if pixel_values is None else pixel_values),
+            self.config.media["tokens"],
+        )
+        before = (
+            images.media
+            if past
+            else torch.zeros((len(media), 1), dtype=torch.long, device=media.device)
+        )
         count = count_images(media, tokens, pixels, groups, before)
         if past and not pixels.shape[1]:
             return images
@@ -231,7 +329,9 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
 
     def generate(self, inputs=None, generation_config=None, logits_processor=None, **kwargs):
         """As of every model; the placeholder of images is never drawn."""
-        processors = LogitsProcessorList([*(logits_processor or ()), NeverMedia(self.config.image_token_id)])
+        processors = LogitsProcessorList(
+            [*(logits_processor or ()), NeverMedia(self.config.image_token_id)]
+        )
         return super().generate(inputs, generation_config, logits_processor=processors, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -252,8 +352,17 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
     ):
         """Behind a cache the new tokens and the new images alone."""
         past_key_values = past_key_values if cache is None else cache
-        wanted = {"use_cache": use_cache, "output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        inputs = {"past_key_values": past_key_values, "attention_mask": attention_mask, "logits_to_keep": logits_to_keep or 0, **wanted}
+        wanted = {
+            "use_cache": use_cache,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+        }
+        inputs = {
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "logits_to_keep": logits_to_keep or 0,
+            **wanted,
+        }
         cut = slice(None) if next_sequence_length is None else slice(-next_sequence_length, None)
         if inputs_embeds is not None and is_first_iteration:  # generate always keeps a cache then
             inputs |= {"inputs_embeds": inputs_embeds[:, cut], "input_ids": None}
@@ -261,21 +370,36 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
             inputs |= {"input_ids": input_ids[:, cut]}
         if is_first_iteration or past_key_values is None:
             new = next_sequence_length is None
-            inputs |= self._new_images(None if new else input_ids, pixel_values, image_groups, past_key_values)
+            inputs |= self._new_images(
+                None if new else input_ids, pixel_values, image_groups, past_key_values
+            )
         return inputs
 
     def _new_images(self, input_ids, pixel_values, groups, cache):
-        """pixel_values and image_groups, without what the cache has where they are of the whole text `input_ids`."""
-        held = getattr(cache, "images", None) if cache is not None and cache.get_seq_length() else None
+        """pixel_values and image_groups, without what the cache has where they are of the whole
+        text `input_ids`.
+        """
+        held = (
+            getattr(cache, "images", None) if cache is not None and cache.get_seq_length() else None
+        )
         if held is None or pixel_values is None or input_ids is None or not input_ids.shape[1]:
             return {"pixel_values": pixel_values, "image_groups": groups}
         tokens = self.config.media["tokens"]
-        total, had = (input_ids == self.config.image_token_id).sum(1) // tokens, held.media[:, 0] // tokens
+        total, had = (
+            (input_ids == self.config.image_token_id).sum(1) // tokens,
+            held.media[:, 0] // tokens,
+        )
         if pixel_values.shape[1] != int(total.max()) or (total < had).any():  # the new images alone
             return {"pixel_values": pixel_values, "image_groups": groups}
         new = int((total - had).max())
-        at = (had[:, None] + torch.arange(new, device=had.device)).clamp(max=pixel_values.shape[1] - 1)
+        at = (had[:, None] + torch.arange(new, device=had.device)).clamp(
+            max=pixel_values.shape[1] - 1
+        )
         cut = lambda a: a[torch.arange(len(a), device=a.device)[:, None], at.to(a.device)]
         place = torch.arange(new, device=had.device)
-        groups = None if groups is None else torch.where(place < (total - had)[:, None], cut(groups), -1 - place)
+        groups = (
+            None
+            if groups is None
+            else torch.where(place < (total - had)[:, None], cut(groups), -1 - place)
+        )
         return {"pixel_values": cut(pixel_values), "image_groups": groups}

@@ -1,4 +1,6 @@
-"""Pictures in every form that callers have them -> RGB as training reads it -> the square of the vision tower."""
+"""Pictures in every form that callers have them -> RGB as training reads it -> the square of the
+vision tower.
+"""
 
 import base64
 from contextlib import suppress
@@ -14,21 +16,30 @@ from .values_evlm import eight_bits, transparent_as_stored
 
 MOST_PIXELS = 1 << 27  # of a picture: a larger one is taken for a decompression bomb
 MOST_BYTES = 1 << 28
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow knows others, some of which start programs
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+)  # Pillow knows others, some of which start programs
 CHANNELS = (1, 3, 4)
 
 
 def is_picture(value):
     """A picture, or where one is; not a list of them."""
-    return isinstance(value, (str, Path, bytes, Image.Image)) or (isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim in (2, 3))
+    return isinstance(value, (str, Path, bytes, Image.Image)) or (
+        isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim in (2, 3)
+    )
 
 
 def read_picture(source):
     """RGB, upright, transparency over white.
 
     Args:
-      source: a PIL image; an array [h, w], [h, w, C] or [C, h, w] of uint8, or of floats from 0 to 1; a file; an http(s) or data URL; bytes
-        of a file.
+      source: a PIL image; an array [h, w], [h, w, C] or [C, h, w] of uint8, or of floats from 0 to
+        1; a file; an http(s) or data URL; bytes of a file.
     Raises:
       ValueError: nothing of these, or damaged, too large, or of another format than FORMATS.
     """
@@ -36,11 +47,17 @@ def read_picture(source):
         return _rgb(_of_array(source))
     if isinstance(source, Image.Image):
         return _upright(source)
-    said = source if isinstance(source, (str, Path)) and len(str(source)) < 200 else f"{type(source).__name__} of {len(source)}"
+    said = (
+        source
+        if isinstance(source, (str, Path)) and len(str(source)) < 200
+        else f"{type(source).__name__} of {len(source)}"
+    )
     try:
         with Image.open(_file(source), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels, the limit is {MOST_PIXELS}")
+                raise ValueError(
+                    f"{image.width} x {image.height} pixels, the limit is {MOST_PIXELS}"
+                )
             return _upright(image)
     except Exception as error:  # damaged files make the decoders raise errors of any kind
         raise ValueError(f"cannot read the picture {said}: {error}") from error
@@ -72,7 +89,10 @@ def _of_array(array):
     if array.ndim == 3:
         first, last = array.shape[0] in CHANNELS, array.shape[-1] in CHANNELS
         if first == last:
-            raise ValueError(f"which axis of a picture {array.shape} are its channels? give [h, w, 3] or [3, h, w], larger than 4 pixels")
+            raise ValueError(
+                f"which axis of a picture {array.shape} are its channels? give [h, w, 3] or [3, h,"
+                " w], larger than 4 pixels"
+            )
         array = np.moveaxis(array, 0, -1) if first else array
         array = array[..., 0] if array.shape[-1] == 1 else array
     if array.dtype.kind == "f" and array.size and 0 <= array.min() and array.max() <= 1:
@@ -101,7 +121,9 @@ def _rgb(image):
 
 
 def square(image, size, how, fill):
-    """RGB of `size` x `size`: "squash" stretches, "crop" cuts the middle square, "pad" fills the rest with the colour `fill`."""
+    """RGB of `size` x `size`: "squash" stretches, "crop" cuts the middle square, "pad" fills the
+    rest with the colour `fill`.
+    """
     sides, bicubic = (size, size), Image.Resampling.BICUBIC
     if how == "squash":
         return image.resize(sides, bicubic)

@@ -1,7 +1,8 @@
-"""EVLM (arXiv 2407.14177) in PyTorch alone: a ViT with taps, gated cross-attention before the layers of a language model, media tokens.
+"""EVLM (arXiv 2407.14177) in PyTorch alone: a ViT with taps, gated cross-attention before the
+layers of a language model, media tokens.
 
-Every token of a row sees a contiguous range of the row's images. `model = EVLM(json of config.json)`, then load_state_dict.
-"""
+Every token of a row sees a contiguous range of the row's images.
+`model = EVLM(json of config.json)`, then load_state_dict."""
 
 import math
 
@@ -13,7 +14,9 @@ from .towers_evlm import LLM, MLP, Config, ViT, attend, call, split_heads
 
 
 class Experts(nn.Module):
-    """The matrices of all experts, fc1 [E, F, D] and fc2 [E, D, F]: the weighted sum of those that each token has chosen."""
+    """The matrices of all experts, fc1 [E, F, D] and fc2 [E, D, F]: the weighted sum of those that
+    each token has chosen.
+    """
 
     def __init__(self, experts, width, hidden):
         super().__init__()
@@ -25,7 +28,9 @@ class Experts(nn.Module):
         out = torch.zeros_like(x)
         for expert in chosen.unique().tolist():
             token, place = (chosen == expert).nonzero(as_tuple=True)
-            hidden = F.gelu(F.linear(x[token], self.fc1[expert])) * gates[token, place, None].to(x.dtype)
+            hidden = F.gelu(F.linear(x[token], self.fc1[expert])) * gates[token, place, None].to(
+                x.dtype
+            )
             out = out.index_add(0, token, F.linear(hidden, self.fc2[expert]))
         return out
 
@@ -38,7 +43,9 @@ class Router(nn.Linear):
 
 
 class MoE(nn.Module):
-    """y = world(x) + sum over the top_k experts e of gate_e * fc2_e(gelu(fc1_e(x))); the router is float32. No expert has a limit."""
+    """y = world(x) + sum over the top_k experts e of gate_e * fc2_e(gelu(fc1_e(x))); the router is
+    float32. No expert has a limit.
+    """
 
     def __init__(self, width, hidden, moe):
         super().__init__()
@@ -57,7 +64,8 @@ class MoE(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """x += tanh(attn_gate) * attention over the tap; x += tanh(ff_gate) * FFN. The zero keys are appended to the images' keys.
+    """x += tanh(attn_gate) * attention over the tap; x += tanh(ff_gate) * FFN. The zero keys are
+    appended to the images' keys.
 
     The FFN is fc2(gelu(fc1(x))), or a mixture of experts.
     """
@@ -66,24 +74,39 @@ class CrossAttention(nn.Module):
         super().__init__()
         llm, vit, xattn = Config(cfg.llm), Config(cfg.vit), Config(cfg.xattn)
         d, n, k = llm.hidden, *(heads * xattn.head_dim for heads in (xattn.heads, xattn.kv_heads))
-        self.norm, self.kv_norm, self.ff_norm = (nn.LayerNorm(width, xattn.eps) for width in (d, vit.width, d))
+        self.norm, self.kv_norm, self.ff_norm = (
+            nn.LayerNorm(width, xattn.eps) for width in (d, vit.width, d)
+        )
         self.to_q, self.to_out = nn.Linear(d, n, bias=False), nn.Linear(n, d, bias=False)
         self.to_k, self.to_v = (nn.Linear(vit.width, k, bias=False) for _ in range(2))
         if cfg.moe["copies"]:
             self.moe = MoE(d, xattn.ffn, Config(cfg.moe))
         else:
-            self.fc1, self.fc2, self.moe = nn.Linear(d, xattn.ffn, bias=False), nn.Linear(xattn.ffn, d, bias=False), None
+            self.fc1, self.fc2, self.moe = (
+                nn.Linear(d, xattn.ffn, bias=False),
+                nn.Linear(xattn.ffn, d, bias=False),
+                None,
+            )
         self.attn_gate, self.ff_gate = (nn.Parameter(torch.zeros(())) for _ in range(2))
         self.head_dim, self.sinks = xattn.head_dim, xattn.sinks
 
     def keys_values(self, tap):
         """tap [B, I, S, V] -> two of [B, K, I * S + sinks, H]."""
         normed = self.kv_norm(tap).flatten(1, 2)
-        return tuple(F.pad(split_heads(project(normed), self.head_dim), (0, 0, 0, self.sinks)) for project in (self.to_k, self.to_v))
+        return tuple(
+            F.pad(split_heads(project(normed), self.head_dim), (0, 0, 0, self.sinks))
+            for project in (self.to_k, self.to_v)
+        )
 
     def forward(self, x, keys, values, mask, sdpa):
-        """mask [B, T, I * S + sinks]. A token that sees nothing at all gets exactly 0. Also the weights, where they are written out."""
-        out, weights = attend(split_heads(self.to_q(self.norm(x)), self.head_dim), keys, values, mask[:, None], sdpa)
+        """mask [B, T, I * S + sinks].
+
+        A token that sees nothing at all gets exactly 0. Also the weights, where they are written
+        out.
+        """
+        out, weights = attend(
+            split_heads(self.to_q(self.norm(x)), self.head_dim), keys, values, mask[:, None], sdpa
+        )
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0)
         x = x + self.attn_gate.float().tanh().to(x.dtype) * self.to_out(out)
         y = self.ff_norm(x)
@@ -95,29 +118,39 @@ def count_images(media, media_tokens, pixels, groups=None, before=0):
     """The most images that a row has, with those in front. `media`, `groups` and `before` as below.
 
     Raises:
-      ValueError: other than one of the images in `pixels` [B, I, 3, h, w] for each run of media tokens. Those with a negative group are
-        padding; without groups one row has all of them.
+      ValueError: other than one of the images in `pixels` [B, I, 3, h, w] for each run of media
+        tokens. Those with a negative group are padding; without groups one row has all of them.
     """
-    held, shown = (-(-tokens // media_tokens) for tokens in (before, before + media.sum(1, keepdim=True)))
+    held, shown = (
+        -(-tokens // media_tokens) for tokens in (before, before + media.sum(1, keepdim=True))
+    )
     new, given = (shown - held)[:, 0], pixels.new_tensor([pixels.shape[1]], dtype=torch.long)
     if groups is None:
         new = new.amax(0, keepdim=True)
     elif groups.shape != pixels.shape[:2]:
-        raise ValueError(f"image_groups are {list(groups.shape)}, pixel_values [B, I, 3, h, w] {list(pixels.shape)}")
+        raise ValueError(
+            f"image_groups are {list(groups.shape)}, pixel_values [B, I, 3, h, w]"
+            f" {list(pixels.shape)}"
+        )
     else:
         given = (groups >= 0).sum(1)
     if (new != given).any():
         runs = f"runs of {media_tokens} times image_token_id"
-        raise ValueError(f"rows of pixel_values [B, I, 3, h, w] have {given.tolist()} images, the tokens show {new.tolist()}: {runs}")
+        raise ValueError(
+            f"rows of pixel_values [B, I, 3, h, w] have {given.tolist()} images, the tokens show"
+            f" {new.tolist()}: {runs}"
+        )
     return int(shown.max())
 
 
 def visible_ranges(media, media_tokens, groups, before=0):
-    """First and last + 1 image that each token of [B, T] sees: a media token its own, text the previous image or all frames of its video.
+    """First and last + 1 image that each token of [B, T] sees: a media token its own, text the
+    previous image or all frames of its video.
 
     Args:
       media: [B, T], which tokens are media tokens.
-      groups: [B, I]; images of a row with the same number are frames of one video, padding has negative ones of its own.
+      groups: [B, I]; images of a row with the same number are frames of one video, padding has
+        negative ones of its own.
       before: [B, 1], the media tokens of a row that stand in front of these.
     """
     count = media.cumsum(1) + before
@@ -130,30 +163,46 @@ def visible_ranges(media, media_tokens, groups, before=0):
     first = torch.where(same, index, groups.shape[1]).amin(-1)
     last = torch.where(same, index, -1).amax(-1)
     at = image.clamp(min=0)
-    start, stop = torch.where(media, at, first.gather(1, at)), torch.where(media, at, last.gather(1, at)) + 1
+    start, stop = (
+        torch.where(media, at, first.gather(1, at)),
+        torch.where(media, at, last.gather(1, at)) + 1,
+    )
     none = image < 0
     return start.masked_fill(none, 0), stop.masked_fill(none, 0)
 
 
 # Parameters that the files have by shorter names than the modules.
-NAMES = {f"vit.{name}": f"vit.places.{name}" for name in ("cls", "registers", "pos")} | {"media_tokens": "media_tokens.weight"}
+NAMES = {f"vit.{name}": f"vit.places.{name}" for name in ("cls", "registers", "pos")} | {
+    "media_tokens": "media_tokens.weight"
+}
 
 
 class EVLMParts:
-    """The modules of EVLM and what they do, for an nn.Module with `config`; nothing here knows transformers."""
+    """The modules of EVLM and what they do, for an nn.Module with `config`; nothing here knows
+    transformers.
+    """
 
     def build(self, config):
         """Makes the modules; `config` has the sections as attributes."""
         llm, every = Config(config.llm), config.xattn["every"]
         self.vit, self.llm = ViT(Config(config.vit)), LLM(llm)
-        self.xattn = nn.ModuleDict({str(layer): CrossAttention(config) for layer in range(0, llm.layers, every)})
+        self.xattn = nn.ModuleDict(
+            {str(layer): CrossAttention(config) for layer in range(0, llm.layers, every)}
+        )
         self.media_tokens = nn.Embedding(config.media["tokens"], llm.hidden)
         blocks, taps = len(self.xattn), len(config.vit["taps"])
-        self.tap_of_block = [i * taps // blocks if config.xattn["schedule"] == "blocked" else i % taps for i in range(blocks)]
+        self.tap_of_block = [
+            i * taps // blocks if config.xattn["schedule"] == "blocked" else i % taps
+            for i in range(blocks)
+        ]
 
     def _groups(self, groups, pixels):
         """[B, I]; without groups every image stands alone."""
-        return torch.arange(pixels.shape[1], device=pixels.device).expand(len(pixels), -1) if groups is None else groups
+        return (
+            torch.arange(pixels.shape[1], device=pixels.device).expand(len(pixels), -1)
+            if groups is None
+            else groups
+        )
 
     def _no_pixels(self, ids):
         size = self.config.vit["image_size"]
@@ -164,11 +213,18 @@ class EVLMParts:
         rows, count = pixel_values.shape[:2]
         cfg = Config(self.config.vit)
         if count:
-            taps = self.vit(pixel_values.flatten(0, 1), self._run, sdpa).unflatten(0, (rows, count))  # [B, I, G, S, V]
+            taps = self.vit(pixel_values.flatten(0, 1), self._run, sdpa).unflatten(
+                0, (rows, count)
+            )  # [B, I, G, S, V]
         else:
             dtype = self.vit.patch.weight.dtype
-            taps = pixel_values.new_zeros((rows, 0, len(cfg.taps), self._visual_tokens, cfg.width), dtype=dtype)
-        return [block.keys_values(taps[:, :, tap]) for block, tap in zip(self.xattn.values(), self.tap_of_block)]
+            taps = pixel_values.new_zeros(
+                (rows, 0, len(cfg.taps), self._visual_tokens, cfg.width), dtype=dtype
+            )
+        return [
+            block.keys_values(taps[:, :, tap])
+            for block, tap in zip(self.xattn.values(), self.tap_of_block)
+        ]
 
     @property
     def _visual_tokens(self):
@@ -181,28 +237,48 @@ class EVLMParts:
         return torch.where(media[..., None], self.media_tokens(slot).to(words.device), words)
 
     def _rope_base(self, attention_mask):
-        """theta; or Qwen 1.0's dynamic NTK by the tokens L of each prompt: theta * max(1, 2 ** ceil(log2(L / c) + 1) - 1) ** (H / (H - 2)).
+        """theta; or Qwen 1.0's dynamic NTK by the tokens L of each prompt: theta * max(1, 2 **
+        ceil(log2(L / c) + 1) - 1) ** (H / (H - 2)).
 
         Without a cache every call is a new prompt, as it is in Qwen's own code.
         """
         cfg = Config(self.config.llm)
         if self.training or not cfg.dynamic_ntk:
             return cfg.rope_theta
-        alpha = [2 ** (1 + (max(n - 1, 0) // cfg.dynamic_ntk).bit_length()) - 1 for n in attention_mask.sum(1).tolist()]
+        alpha = [
+            2 ** (1 + (max(n - 1, 0) // cfg.dynamic_ntk).bit_length()) - 1
+            for n in attention_mask.sum(1).tolist()
+        ]
         base = [cfg.rope_theta * a ** (cfg.head_dim / (cfg.head_dim - 2)) for a in alpha]
-        return torch.tensor(base, dtype=torch.float32, device=attention_mask.device)[:, None, None, None]
+        return torch.tensor(base, dtype=torch.float32, device=attention_mask.device)[
+            :, None, None, None
+        ]
 
     def _rope(self, attention_mask, length, theta):
-        """cos and sin [B, 1, T, H/2] of the last `length` tokens; the factors [B, 1, T, 1] of their queries by logn attention, or None."""
+        """cos and sin [B, 1, T, H/2] of the last `length` tokens; the factors [B, 1, T, 1] of their
+        queries by logn attention, or None.
+        """
         cfg = Config(self.config.llm)
         position = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, None, -length:, None].float()
-        inverse = theta ** (-torch.arange(0, cfg.head_dim, 2, device=position.device, dtype=torch.float32) / cfg.head_dim)
+        inverse = theta ** (
+            -torch.arange(0, cfg.head_dim, 2, device=position.device, dtype=torch.float32)
+            / cfg.head_dim
+        )
         angle = position * inverse
         logn = cfg.logn and not self.training
-        return angle.cos(), angle.sin(), ((position + 1).log() / math.log(cfg.logn)).clamp(min=1) if logn else None
+        return (
+            angle.cos(),
+            angle.sin(),
+            ((position + 1).log() / math.log(cfg.logn)).clamp(min=1) if logn else None,
+        )
 
-    def _decode(self, x, attention_mask, rope, visible, images, count, cache=None, sdpa=False, kept=None):
-        """All layers: x [B, T, D] -> [B, T, D]. `kept` gets what the layers read and weighed, lists by name."""
+    def _decode(
+        self, x, attention_mask, rope, visible, images, count, cache=None, sdpa=False, kept=None
+    ):
+        """All layers: x [B, T, D] -> [B, T, D].
+
+        `kept` gets what the layers read and weighed, lists by name.
+        """
         keep = (lambda *_: None) if kept is None else (lambda name, array: kept[name].append(array))
         length, total = x.shape[1], attention_mask.shape[1]
         key = torch.arange(total, device=x.device)
@@ -226,7 +302,10 @@ class EVLMParts:
 
 
 class EVLM(EVLMParts, nn.Module):
-    """Text and images -> logits [B, T, vocab], without a cache. `config`: the content of config.json."""
+    """Text and images -> logits [B, T, vocab], without a cache.
+
+    `config`: the content of config.json.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -240,8 +319,10 @@ class EVLM(EVLMParts, nn.Module):
         """
         Args:
           input_ids: [B, T]; each image is a run of media.tokens times `image_token_id`.
-          pixel_values: [B, I, 3, h, w], normalised, in the order of those runs; rows with fewer images are padded.
-          image_groups: [B, I]; frames of one video have the same number, padding a negative one. Left out: every image stands alone.
+          pixel_values: [B, I, 3, h, w], normalised, in the order of those runs; rows with fewer
+            images are padded.
+          image_groups: [B, I]; frames of one video have the same number, padding a negative one.
+            Left out: every image stands alone.
           attention_mask: [B, T]; 0 is padding, on either side.
         Raises:
           ValueError: other than one image for each run.
@@ -250,10 +331,14 @@ class EVLM(EVLMParts, nn.Module):
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         media = input_ids == self.config.image_token_id
         count_images(media, self.config.media["tokens"], pixel_values, image_groups)
-        visible = visible_ranges(media, self.config.media["tokens"], self._groups(image_groups, pixel_values))
+        visible = visible_ranges(
+            media, self.config.media["tokens"], self._groups(image_groups, pixel_values)
+        )
         rope = self._rope(attention_mask, input_ids.shape[1], self._rope_base(attention_mask))
         x, images = self._embed(self.llm.embed(input_ids), media), self._project(pixel_values)
-        return self.llm.head(self._decode(x, attention_mask, rope, visible, images, pixel_values.shape[1]))
+        return self.llm.head(
+            self._decode(x, attention_mask, rope, visible, images, pixel_values.shape[1])
+        )
 
 
 def _of_the_file(model, state, *_):

@@ -1,4 +1,7 @@
-"""Text -> ids, piece by piece as if the pieces stood in one text. Training and the exported processor share this file."""
+"""Text -> ids, piece by piece as if the pieces stood in one text.
+
+Training and the exported processor share this file.
+"""
 
 import json
 
@@ -6,12 +9,15 @@ from tokenizers import Tokenizer, models
 
 
 class Speller:
-    """What a vocabulary makes of text alone: no special token in front, and none from text, whatever it spells.
+    """What a vocabulary makes of text alone: no special token in front, and none from text,
+    whatever it spells.
 
     Args:
-      inner: belongs to the speller from now on. What an earlier use left in it (truncation, padding) or would draw (dropout) is taken out.
+      inner: belongs to the speller from now on. What an earlier use left in it (truncation,
+        padding) or would draw (dropout) is taken out.
     Raises:
-      ValueError: the vocabulary treats the ends of a text in a way that pieces of one text cannot repeat.
+      ValueError: the vocabulary treats the ends of a text in a way that pieces of one text cannot
+        repeat.
     """
 
     def __init__(self, inner: Tokenizer):
@@ -22,15 +28,31 @@ class Speller:
             if getattr(inner.model, name, None) is not None:
                 setattr(inner.model, name, None)
         going_on, anew = _going_on(inner)
-        self.inner, self._at = inner, {"nothing": inner, "token": inner if anew else going_on, "text": going_on}
+        self.inner, self._at = (
+            inner,
+            {
+                "nothing": inner,
+                "token": inner if anew else going_on,
+                "text": going_on,
+            },
+        )
         added = inner.get_added_tokens_decoder().items()
-        self._never = {i for i, token in added if token.special and len(token.content) > 1} - {_unknown(inner)}
-        # Behind an added token that is text, a vocabulary that puts a space in front of a text anew does so.
-        again = {i for i, token in added if not token.special} if anew and going_on is not inner else set()
+        self._never = {i for i, token in added if token.special and len(token.content) > 1} - {
+            _unknown(inner)
+        }
+        # Behind an added token that is text, a vocabulary that puts a space in front of a text anew
+        # does so.
+        again = (
+            {i for i, token in added if not token.special}
+            if anew and going_on is not inner
+            else set()
+        )
         self._again = {"nothing": set(), "token": set(), "text": again}
 
     def __call__(self, text: str, behind: str = "nothing") -> list[int]:
-        """Ids of a text that stands behind `behind`: "nothing", a special "token" or other "text"."""
+        """Ids of a text that stands behind `behind`: "nothing",
+        a special "token" or other "text".
+        """
         encoding = self._at[behind].encode(text, add_special_tokens=False)
         ids, again = encoding.ids, self._again[behind]
         if self._never.isdisjoint(ids) and again.isdisjoint(ids):
@@ -39,18 +61,36 @@ class Speller:
         start, stop = encoding.offsets[first]
         if ids[first] in again:
             return ids[: first + 1] + self(text[stop:], "token")
-        # The model itself has joined letters to a special token (Unigram does): it cannot where they are cut.
+        # The model itself has joined letters to a special token (Unigram does): it cannot where
+        # they are cut.
         cut = min(start + 1, len(text) - 1)
-        return self(text[:cut], behind) + self(text[cut:], "text") if cut > 0 else [i for i in ids if i not in self._never]
+        return (
+            self(text[:cut], behind) + self(text[cut:], "text")
+            if cut > 0
+            else [i for i in ids if i not in self._never]
+        )
 
 
 def _going_on(inner: Tokenizer) -> tuple[Tokenizer, bool]:
-    """`inner` without the space that it puts in front of a text, and whether it puts one behind special tokens too."""
-    normal, split = _parts(inner.normalizer, "normalizers"), _parts(inner.pre_tokenizer, "pretokenizers")
-    if any(part["type"] == "Strip" and (part["strip_left"] or part["strip_right"]) for part in normal):
-        raise ValueError("its normalizer strips the ends of a text, so pieces of a dialog would lose their spaces; take Strip out")
+    """`inner` without the space that it puts in front of a text, and whether it puts one behind
+    special tokens too.
+    """
+    normal, split = (
+        _parts(inner.normalizer, "normalizers"),
+        _parts(inner.pre_tokenizer, "pretokenizers"),
+    )
+    if any(
+        part["type"] == "Strip" and (part["strip_left"] or part["strip_right"]) for part in normal
+    ):
+        raise ValueError(
+            "its normalizer strips the ends of a text, so pieces of a dialog would lose their"
+            " spaces; take Strip out"
+        )
     if any(part != _bare(part) for part in split[1:]):
-        raise ValueError("its pre-tokenizer puts a space in front of every word, not of a text; that is not read here")
+        raise ValueError(
+            "its pre-tokenizer puts a space in front of every word, not of a text; that is not read"
+            " here"
+        )
     kept = [part for part in normal if part["type"] != "Prepend"]
     bare = [_bare(part) for part in split]
     if (kept, bare) == (normal, split):
@@ -67,7 +107,11 @@ def _parts(part, key: str) -> list[dict]:
     """A normalizer or pre-tokenizer as its steps, in JSON."""
 
     def flat(spec: dict) -> list[dict]:
-        return [one for each in spec[key] for one in flat(each)] if spec["type"] == "Sequence" else [spec]
+        return (
+            [one for each in spec[key] for one in flat(each)]
+            if spec["type"] == "Sequence"
+            else [spec]
+        )
 
     return [] if part is None else flat(json.loads(part.__getstate__()))
 

@@ -1,4 +1,6 @@
-"""The towers of EVLM in PyTorch: a ViT by choices (DINOv2, CLIP, SigLIP, EVA02-CLIP-E) and a decoder (Llama, Qwen)."""
+"""The towers of EVLM in PyTorch: a ViT by choices (DINOv2, CLIP, SigLIP, EVA02-CLIP-E) and a
+decoder (Llama, Qwen).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +31,11 @@ def split_heads(x, head_dim):
 
 
 def attend(q, k, v, mask=None, sdpa=False):
-    """q [B, N, T, H], k and v [B, K, S, H] with K dividing N, mask [B, 1, T, S] -> [B, T, N * H], and weights [B, N, T, S].
+    """q [B, N, T, H], k and v [B, K, S, H] with K dividing N, mask [B, 1, T, S] -> [B, T, N * H],
+    and weights [B, N, T, S].
 
-    Written out, with its softmax in float32; or by PyTorch's own operation, which keeps no weights (None). Where a query sees nothing
-    at all, both give it the mean of all values.
+    Written out, with its softmax in float32; or by PyTorch's own operation, which keeps no weights
+    (None). Where a query sees nothing at all, both give it the mean of all values.
     """
     group = q.shape[1] // k.shape[1]
     k, v = (a.repeat_interleave(group, dim=1) for a in (k, v))
@@ -48,7 +51,7 @@ def attend(q, k, v, mask=None, sdpa=False):
     return (weights @ v).transpose(1, 2).flatten(2), weights
 
 
-# ------------------------------------------------------------------------------------------------------------ vision tower
+# ------------------------------------------------------------------------------------- vision tower
 
 
 class MLP(nn.Module):
@@ -73,7 +76,12 @@ class VisionAttention(nn.Module):
         self.head_dim = cfg.width // cfg.heads
 
     def forward(self, x, sdpa=False):
-        return self.o(attend(*(split_heads(project(x), self.head_dim) for project in (self.q, self.k, self.v)), sdpa=sdpa)[0])
+        return self.o(
+            attend(
+                *(split_heads(project(x), self.head_dim) for project in (self.q, self.k, self.v)),
+                sdpa=sdpa,
+            )[0]
+        )
 
 
 class VisionBlock(nn.Module):
@@ -83,12 +91,17 @@ class VisionBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = (nn.LayerNorm(cfg.width, cfg.eps) for _ in range(2))
         self.attn, self.mlp = VisionAttention(cfg), MLP(cfg.width, cfg.mlp, cfg.activation, True)
-        self.scale1, self.scale2 = (nn.Parameter(torch.ones(cfg.width)) if cfg.layer_scale else None for _ in range(2))
+        self.scale1, self.scale2 = (
+            nn.Parameter(torch.ones(cfg.width)) if cfg.layer_scale else None for _ in range(2)
+        )
         self.pre = cfg.norm == "pre"
 
     def forward(self, x, sdpa=False):
         attention = lambda y: self.attn(y, sdpa)
-        for f, norm, scale in ((attention, self.norm1, self.scale1), (self.mlp, self.norm2, self.scale2)):
+        for f, norm, scale in (
+            (attention, self.norm1, self.scale1),
+            (self.mlp, self.norm2, self.scale2),
+        ):
             y = f(norm(x)) if self.pre else norm(f(x))
             x = x + (y if scale is None else y * scale)
         return x
@@ -101,11 +114,16 @@ class Places(nn.Module):
         super().__init__()
         grid = cfg.image_size // cfg.patch
         self.cls = nn.Parameter(torch.zeros(cfg.width)) if cfg.class_token else None
-        self.registers = nn.Parameter(torch.zeros(cfg.registers, cfg.width)) if cfg.registers else None
+        self.registers = (
+            nn.Parameter(torch.zeros(cfg.registers, cfg.width)) if cfg.registers else None
+        )
         self.pos = nn.Parameter(torch.zeros(grid**2 + cfg.class_token, cfg.width))
 
     def forward(self, patches):
-        parts, repeat = [patches + self.pos[-patches.shape[1] :]], lambda tokens: tokens.expand(len(patches), -1, -1)
+        parts, repeat = (
+            [patches + self.pos[-patches.shape[1] :]],
+            lambda tokens: tokens.expand(len(patches), -1, -1),
+        )
         if self.registers is not None:
             parts.insert(0, repeat(self.registers))
         if self.cls is not None:
@@ -114,7 +132,9 @@ class Places(nn.Module):
 
 
 class ViT(nn.Module):
-    """pixels [n, 3, h, w], normalised -> taps [n, G, S, V]; no block above the highest tap exists."""
+    """pixels [n, 3, h, w], normalised -> taps [n, G, S, V];
+    no block above the highest tap exists.
+    """
 
     def __init__(self, cfg):
         super().__init__()
@@ -134,7 +154,7 @@ class ViT(nn.Module):
         return torch.stack(taps, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------- language model
+# ----------------------------------------------------------------------------------- language model
 
 
 class RMSNorm(nn.Module):
@@ -146,7 +166,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         y = x.float()
-        return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(
+            x.dtype
+        ) * self.weight
 
 
 class SelfAttention(nn.Module):
@@ -190,7 +212,9 @@ class GatedMLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm decoder layer; gives x, and the weights of its attention where they are written out."""
+    """Pre-norm decoder layer; gives x, and the weights of its attention where they are written
+    out.
+    """
 
     def __init__(self, cfg):
         super().__init__()
@@ -204,7 +228,9 @@ class Layer(nn.Module):
 
 
 class LLM(nn.Module):
-    """Embedding, layers, last norm and head; they are run by EVLM, with cross-attention between the layers. Who makes it ties the head."""
+    """Embedding, layers, last norm and head; they are run by EVLM, with cross-attention between the
+    layers. Who makes it ties the head.
+    """
 
     def __init__(self, cfg):
         super().__init__()

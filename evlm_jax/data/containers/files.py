@@ -1,4 +1,6 @@
-"""Files by path, or by a URL that fsspec opens (gs://, s3://, memory://, ...), and indices of large files that are kept in the cache."""
+"""Files by path, or by a URL that fsspec opens (gs://, s3://, memory://, ...), and indices of large
+files that are kept in the cache.
+"""
 
 import errno
 import functools
@@ -22,7 +24,10 @@ OPEN = 64  # files that stay open
 
 
 class Ref(str):
-    """A place in a container, as rows.open_ref reads it. Readers make them: a text in a row that spells one is just a name."""
+    """A place in a container, as rows.open_ref reads it.
+
+    Readers make them: a text in a row that spells one is just a name.
+    """
 
     __slots__ = ()
 
@@ -30,7 +35,9 @@ class Ref(str):
 def open_file(path: str) -> BinaryIO:
     """For reading. Raises OSError, also for a device or a pipe, which may have no end."""
     if not remote(path):
-        if not stat.S_ISREG(kind := os.stat(path).st_mode) and not stat.S_ISDIR(kind):  # of a folder `open` tells
+        if not stat.S_ISREG(kind := os.stat(path).st_mode) and not stat.S_ISDIR(
+            kind
+        ):  # of a folder `open` tells
             raise OSError(errno.EINVAL, "not a regular file", path)
         return open(path, "rb")
     system, inner = fsspec.core.url_to_fs(path)
@@ -43,9 +50,12 @@ def read_range(path: str, start: int, size: int) -> bytes:
         system, inner = fsspec.core.url_to_fs(path)
         content = system.cat_file(inner, start, start + size)
     else:
-        file = _opened(path)  # every system call lets other threads take the lock: one, those of a file object are seven
+        # every system call lets other threads take the lock: one, those of a file object are seven
+        file = _opened(path)
         content = os.pread(file.number, size, start)
-        while 0 < len(content) < size and (more := os.pread(file.number, size - len(content), start + len(content))):
+        while 0 < len(content) < size and (
+            more := os.pread(file.number, size - len(content), start + len(content))
+        ):
             content += more  # Linux reads at most 2 GiB at once
     if len(content) != size:
         raise ValueError(f"the file ends before byte {start + size}")
@@ -65,7 +75,9 @@ class _Descriptor:
 
 @functools.lru_cache(OPEN)
 def _opened(path: str) -> _Descriptor:
-    """Stays open between reads; `index` forgets all, so that who opens a container sees the file as it is then."""
+    """Stays open between reads; `index` forgets all, so that who opens a container sees the file as
+    it is then.
+    """
     return _Descriptor(path)
 
 
@@ -81,10 +93,11 @@ def _remote_version(path: str) -> str:
 
 
 def find(path: str, suffixes: Iterable[str]) -> list[str]:
-    """A file; or what lies below a folder or matches a pattern and has one of the suffixes, in order of name.
+    """A file; or what lies below a folder or matches a pattern and has one of the suffixes, in
+    order of name.
 
-    Hidden files and folders are passed over, also those that other systems leave beside a file (._a.jpg). Raises FileNotFoundError.
-    """
+    Hidden files and folders are passed over, also those that other systems leave beside a file
+    (._a.jpg). Raises FileNotFoundError."""
     system, inner = fsspec.core.url_to_fs(path)
     if system.isfile(inner):
         return [path]
@@ -93,30 +106,40 @@ def find(path: str, suffixes: Iterable[str]) -> list[str]:
     if not found and not folder:
         raise FileNotFoundError(f"{path}: no such file, folder or pattern of files")
     hidden = lambda file: "/." in (file[len(inner) :] if folder else f"/{posixpath.basename(file)}")
-    kept = sorted(file for file in found if file.lower().endswith(tuple(suffixes)) and not hidden(file))
+    kept = sorted(
+        file for file in found if file.lower().endswith(tuple(suffixes)) and not hidden(file)
+    )
     return [system.unstrip_protocol(file) for file in kept] if remote(path) else kept
 
 
 def join(folder: str, name: str) -> str:
-    """`name` in `folder`; a name that is absolute or a URL stays as it is, an empty one is the folder."""
+    """`name` in `folder`; a name that is absolute or a URL stays as it is, an empty one is the
+    folder.
+    """
     if not name:
         return folder
     return name if remote(name) else posixpath.join(folder, name)
 
 
 def inside(folder: str, name: str) -> str:
-    """The path of what a row names: in `folder`, or a whole path or URL that lies below it. References of readers stay as they are.
+    """The path of what a row names: in `folder`, or a whole path or URL that lies below it.
+    References of readers stay as they are.
 
-    Data come from elsewhere, so a name decides neither which host is asked nor which folder is read. Raises ValueError.
-    """
+    Data come from elsewhere, so a name decides neither which host is asked nor which folder is
+    read. Raises ValueError."""
     if isinstance(name, Ref):
         return name
-    if not isinstance(name, str) or not name or "\0" in name or ("::" in name and remote(folder)):  # fsspec chains what :: joins
+    if (
+        not isinstance(name, str) or not name or "\0" in name or ("::" in name and remote(folder))
+    ):  # fsspec chains what :: joins
         raise ValueError(f"{name!r} is no name of a file")
     path = join(folder, name)
     (scheme, below), (own, top) = _place(path), _place(folder)
     if scheme != own or (below != top and not below.startswith(top.rstrip("/") + "/")):
-        raise ValueError(f"{name!r} is not below {folder or 'the current folder'}: images=FOLDER says where pictures are")
+        raise ValueError(
+            f"{name!r} is not below {folder or 'the current folder'}: images=FOLDER says where"
+            " pictures are"
+        )
     return path
 
 
@@ -134,7 +157,8 @@ def parent(path: str, levels: int = 1) -> str:
 
 
 def index(path: str, kind: str, build: Callable[[BinaryIO], np.ndarray]) -> np.ndarray:
-    """`build(file)`, which for large files is kept in the cache and mapped into memory, until the file changes.
+    """`build(file)`, which for large files is kept in the cache and mapped into memory, until the
+    file changes.
 
     Args:
       kind: of the index, part of its name.
@@ -145,7 +169,9 @@ def index(path: str, kind: str, build: Callable[[BinaryIO], np.ndarray]) -> np.n
         if file.seek(0, os.SEEK_END) < SMALL:
             file.seek(0)
             return build(file)
-        name = hashlib.sha256(repr((os.path.abspath(path) if not remote(path) else path, state)).encode()).hexdigest()[:32]
+        name = hashlib.sha256(
+            repr((os.path.abspath(path) if not remote(path) else path, state)).encode()
+        ).hexdigest()[:32]
         kept = cache_root() / "index" / f"{name}.{kind}.npy"
         if not kept.exists():
             file.seek(0)
@@ -154,4 +180,6 @@ def index(path: str, kind: str, build: Callable[[BinaryIO], np.ndarray]) -> np.n
             with tempfile.NamedTemporaryFile(dir=kept.parent, suffix=".part", delete=False) as part:
                 np.save(part, array)
             os.replace(part.name, kept)
-    return np.asarray(np.load(kept, mmap_mode="r"))  # slices of a np.memmap take eight times as long
+    return np.asarray(
+        np.load(kept, mmap_mode="r")
+    )  # slices of a np.memmap take eight times as long

@@ -47,6 +47,10 @@ def load_list(path: str) -> list:
     """The rows of a .json file. Raises ValueError if there is something else in it."""
     rows = load(path)
     if not isinstance(rows, list):
-        keys = f" with the fields {', '.join(map(str, list(rows)[:9]))}" if isinstance(rows, dict) else ""
+        keys = (
+            f" with the fields {', '.join(map(str, list(rows)[:9]))}"
+            if isinstance(rows, dict)
+            else ""
+        )
         raise ValueError(f"there must be a list of rows, not {type(rows).__name__}{keys}")
     return rows

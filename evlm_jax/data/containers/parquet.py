@@ -1,4 +1,6 @@
-"""Parquet: rows by number, a row group at a time; pictures are named, and read when they are wanted."""
+"""Parquet: rows by number, a row group at a time; pictures are named, and read when they are
+wanted.
+"""
 
 import functools
 import threading
@@ -19,13 +21,20 @@ _one_at_a_time = threading.Lock()  # readers of one file
 
 
 class Parquet(Sequence):
-    """Rows {column: value}. Binary values, also as "bytes" of a struct or of a list of structs, are references."""
+    """Rows {column: value}.
+
+    Binary values, also as "bytes" of a struct or of a list of structs, are references.
+    """
 
     def __init__(self, path: str):
         self.path, self._version, self._lacking = path, files.version(path), {}
         with files.open_file(path) as file:
             opened = pq.ParquetFile(file)
-            self._schema, self._leaves, self._gaps = opened.schema_arrow, _leaves(opened), _gaps(opened)
+            self._schema, self._leaves, self._gaps = (
+                opened.schema_arrow,
+                _leaves(opened),
+                _gaps(opened),
+            )
         self._ends = _ends(path, self._version)
 
     def __len__(self) -> int:
@@ -41,7 +50,11 @@ class Parquet(Sequence):
             if (group, field.name) in self._gaps and self._lacks(group, field, table):
                 value = _shapes(self.path, self._version, group, field.name)[place]
             else:
-                value = table[field.name][place].as_py() if table is not None and field.name in table.column_names else None
+                value = (
+                    table[field.name][place].as_py()
+                    if table is not None and field.name in table.column_names
+                    else None
+                )
                 value = _full(field.type, value)
             row[field.name] = _named(value, f"{index}/{quote(field.name, safe='')}", self.path)
         return row
@@ -51,7 +64,12 @@ class Parquet(Sequence):
         key = group, field.name
         if key not in self._lacking:
             lacking = self._gaps[key]
-            if lacking and _is_list(field.type) and table is not None and field.name in table.column_names:
+            if (
+                lacking
+                and _is_list(field.type)
+                and table is not None
+                and field.name in table.column_names
+            ):
                 lengths = pc.list_value_length(table[field.name])
                 lacking -= len(lengths) - (pc.sum(pc.greater(lengths, 0)).as_py() or 0)
             self._lacking[key] = lacking != 0
@@ -59,11 +77,17 @@ class Parquet(Sequence):
 
 
 def downloaded(path: str) -> list[int] | None:
-    """The rows of img2dataset's table whose pictures it got; None where it is no such table. Raises OSError, or ValueError."""
+    """The rows of img2dataset's table whose pictures it got; None where it is no such table. Raises
+    OSError, or ValueError.
+    """
     with files.open_file(path) as file:
         if "status" not in pq.read_schema(file).names:
             return None
-    return [number for number, status in enumerate(read_columns(path, ["status"])["status"]) if status == "success"]
+    return [
+        number
+        for number, status in enumerate(read_columns(path, ["status"])["status"])
+        if status == "success"
+    ]
 
 
 def read_columns(path: str, columns: Sequence[str]) -> dict[str, list]:
@@ -72,11 +96,15 @@ def read_columns(path: str, columns: Sequence[str]) -> dict[str, list]:
         with files.open_file(path) as file:
             return pq.read_table(file, columns=list(columns)).to_pydict()
     except pa.ArrowException as error:
-        raise ValueError(f"{path}: cannot read the columns {', '.join(columns)}: {error}") from error
+        raise ValueError(
+            f"{path}: cannot read the columns {', '.join(columns)}: {error}"
+        ) from error
 
 
 def read(place: str, path: str, _most: int) -> bytes:
-    """The bytes of a reference: place = ROW/COLUMN/...; names and numbers lead into structs and lists."""
+    """The bytes of a reference: place = ROW/COLUMN/...; names and numbers lead into structs and
+    lists.
+    """
     row, column, *inner = map(unquote, place.split("/"))
     ends = _ends(path, files.version(path))
     group, at = _find(ends, int(row))
@@ -93,12 +121,21 @@ def _named(value, place: str, path: str):
     if value is BYTES:
         return files.Ref(f"parquet://{place}::{path}")
     if isinstance(value, dict):
-        return {name: _named(inner, f"{place}/{quote(name, safe='')}", path) for name, inner in value.items()}
-    return [_named(inner, f"{place}/{i}", path) for i, inner in enumerate(value)] if isinstance(value, list) else value
+        return {
+            name: _named(inner, f"{place}/{quote(name, safe='')}", path)
+            for name, inner in value.items()
+        }
+    return (
+        [_named(inner, f"{place}/{i}", path) for i, inner in enumerate(value)]
+        if isinstance(value, list)
+        else value
+    )
 
 
 def _full(kind: pa.DataType, value):
-    """`value` with BYTES in place of the binary values that were not read, of a row group in which none lacks."""
+    """`value` with BYTES in place of the binary values that were not read, of a row group in which
+    none lacks.
+    """
     if _is_binary(kind):
         return BYTES
     if pa.types.is_struct(kind):
@@ -121,12 +158,23 @@ def _hollow(value):
 def _is_binary(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return _is_binary(kind.value_type)
-    found = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    found = (
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_binary_view,
+        pa.types.is_fixed_size_binary,
+    )
     return any(is_one(kind) for is_one in found)
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    found = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view, pa.types.is_large_list_view)
+    found = (
+        pa.types.is_list,
+        pa.types.is_large_list,
+        pa.types.is_fixed_size_list,
+        pa.types.is_list_view,
+        pa.types.is_large_list_view,
+    )
     return any(is_one(kind) for is_one in found)
 
 
@@ -137,12 +185,16 @@ def _holds_binary(kind: pa.DataType) -> bool:
 
 
 def _gaps(opened: pq.ParquetFile) -> dict[tuple[int, str], int | None]:
-    """{(row group, column): how many binary values lack in it, an empty list counting as one, or None where the file does not tell}."""
+    """{(row group, column): how many binary values lack in it, an empty list counting as one, or
+    None where the file does not tell}.
+    """
     found, metadata = {}, opened.metadata
     tops = [field.name for field in opened.schema_arrow for _ in range(_leaf_count(field.type))]
     for i, name in enumerate(tops):
         column = opened.schema.column(i)
-        if column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY") and _holds_binary(opened.schema_arrow.field(name).type):
+        if column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY") and _holds_binary(
+            opened.schema_arrow.field(name).type
+        ):
             for group in range(metadata.num_row_groups):
                 told = metadata.row_group(group).column(i).statistics
                 lacking = told.null_count if told is not None and told.has_null_count else None
@@ -160,12 +212,18 @@ def _leaf_count(kind: pa.DataType) -> int:
 
 
 def _leaves(opened: pq.ParquetFile) -> tuple[str, ...]:
-    """Paths of the columns that are no pictures; of a list of pictures there must be one, to tell its length."""
+    """Paths of the columns that are no pictures; of a list of pictures there must be one, to tell
+    its length.
+    """
     columns = [opened.schema.column(i) for i in range(len(opened.schema))]
-    plain = {c.path for c in columns if c.physical_type != "BYTE_ARRAY" or c.logical_type.type != "NONE"}
+    plain = {
+        c.path for c in columns if c.physical_type != "BYTE_ARRAY" or c.logical_type.type != "NONE"
+    }
     lists = {field.name for field in opened.schema_arrow if _is_list(field.type)}
     told = {path.partition(".")[0] for path in plain}
-    return tuple(c.path for c in columns if c.path in plain or c.path.partition(".")[0] in lists - told)
+    return tuple(
+        c.path for c in columns if c.path in plain or c.path.partition(".")[0] in lists - told
+    )
 
 
 def _find(ends: np.ndarray, index: int) -> tuple[int, int]:
@@ -177,13 +235,18 @@ def _find(ends: np.ndarray, index: int) -> tuple[int, int]:
 def _ends(path: str, version: str) -> np.ndarray:
     with files.open_file(path) as file:
         metadata = pq.read_metadata(file)
-    return np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], dtype=np.int64)
+    return np.cumsum(
+        [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], dtype=np.int64
+    )
 
 
 @functools.lru_cache(SHAPES)
 def _shapes(path: str, version: str, group: int, column: str) -> list:
     """The values of a column that lacks some, without their bytes: it is read once for that."""
-    return [_hollow(value.as_py()) for value in _table.__wrapped__(path, version, group, (column,))[column]]
+    return [
+        _hollow(value.as_py())
+        for value in _table.__wrapped__(path, version, group, (column,))[column]
+    ]
 
 
 @functools.lru_cache(KEPT)

@@ -1,6 +1,8 @@
-"""ArrayRecord: records by number; its reader knows local files only, so a remote one is copied to the cache.
+"""ArrayRecord: records by number; its reader knows local files only, so a remote one is copied to
+the cache.
 
-A record is a row as JSON, as msgpack, or as the tf.train.Example that TensorFlow Datasets writes."""
+A record is a row as JSON, as msgpack, or as the tf.train.Example that TensorFlow Datasets writes.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -27,11 +29,16 @@ class Records(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(index)
         row = _row(self._reader.read([index])[0])
-        return {name: _named(value, f"{index}/{quote(str(name), safe='')}", self.path) for name, value in row.items()}
+        return {
+            name: _named(value, f"{index}/{quote(str(name), safe='')}", self.path)
+            for name, value in row.items()
+        }
 
 
 def read(place: str, path: str, most: int) -> bytes:
-    """The bytes of a reference: place = ROW/FIELD/...; names and numbers lead into maps and lists."""
+    """The bytes of a reference: place = ROW/FIELD/...;
+    names and numbers lead into maps and lists.
+    """
     row, *steps = map(unquote, place.split("/"))
     value = _row(_reader(path, files.version(path)).read([int(row)])[0])
     for step in steps:
@@ -44,8 +51,15 @@ def _named(value, place: str, path: str):
     if isinstance(value, bytes):
         return files.Ref(f"record://{place}::{path}")
     if isinstance(value, dict):
-        return {name: _named(inner, f"{place}/{quote(str(name), safe='')}", path) for name, inner in value.items()}
-    return [_named(inner, f"{place}/{i}", path) for i, inner in enumerate(value)] if isinstance(value, list) else value
+        return {
+            name: _named(inner, f"{place}/{quote(str(name), safe='')}", path)
+            for name, inner in value.items()
+        }
+    return (
+        [_named(inner, f"{place}/{i}", path) for i, inner in enumerate(value)]
+        if isinstance(value, list)
+        else value
+    )
 
 
 @functools.lru_cache(1 << 12)
@@ -57,11 +71,16 @@ def _reader(path: str, version: str) -> ArrayRecordReader:
 
 
 def _row(record: bytes) -> dict:
-    """A JSON object begins with {, an Example with the byte 10, a msgpack map with one above 127."""
+    """A JSON object begins with {, an Example with the byte 10,
+    a msgpack map with one above 127.
+    """
     if record[:1] == b"{":
         return text.parse(record)
     if record[:1] == b"\n":
-        return {entry.key: _feature(entry.value) for entry in _example().FromString(record).features.feature}
+        return {
+            entry.key: _feature(entry.value)
+            for entry in _example().FromString(record).features.feature
+        }
     row = msgpack.unpackb(record)
     if not isinstance(row, dict):
         raise ValueError(f"a record must be a map of fields, not {type(row).__name__}")
@@ -70,8 +89,15 @@ def _row(record: bytes) -> dict:
 
 def _feature(feature):
     """Bytes are text where they are UTF-8; one value stands for itself."""
-    kind = next((kind for kind in ("bytes_list", "float_list", "int64_list") if feature.HasField(kind)), None)
-    values = [_text(value) if kind == "bytes_list" else value for value in getattr(feature, kind).value] if kind else []
+    kind = next(
+        (kind for kind in ("bytes_list", "float_list", "int64_list") if feature.HasField(kind)),
+        None,
+    )
+    values = (
+        [_text(value) if kind == "bytes_list" else value for value in getattr(feature, kind).value]
+        if kind
+        else []
+    )
     return values[0] if len(values) == 1 else values
 
 
@@ -84,14 +110,21 @@ def _text(value: bytes) -> str | bytes:
 
 @functools.cache
 def _example():
-    """The message class of tf.train.Example, declared here so that TensorFlow is not needed. Its map is a list of entries on the wire."""
+    """The message class of tf.train.Example, declared here so that TensorFlow is not needed.
+
+    Its map is a list of entries on the wire.
+    """
     kind = descriptor_pb2.FieldDescriptorProto
     one, many = kind.LABEL_OPTIONAL, kind.LABEL_REPEATED
     messages = {
         "BytesList": [("value", kind.TYPE_BYTES, many)],
         "FloatList": [("value", kind.TYPE_FLOAT, many)],
         "Int64List": [("value", kind.TYPE_INT64, many)],
-        "Feature": [("bytes_list", "BytesList", one), ("float_list", "FloatList", one), ("int64_list", "Int64List", one)],
+        "Feature": [
+            ("bytes_list", "BytesList", one),
+            ("float_list", "FloatList", one),
+            ("int64_list", "Int64List", one),
+        ],
         "Entry": [("key", kind.TYPE_STRING, one), ("value", "Feature", one)],
         "Features": [("feature", "Entry", many)],
         "Example": [("features", "Features", one)],
@@ -100,7 +133,11 @@ def _example():
     for name, fields in messages.items():
         message = file.message_type.add(name=name)
         for number, (title, of, label) in enumerate(fields, 1):
-            type_ = {"type": kind.TYPE_MESSAGE, "type_name": f".evlm.{of}"} if isinstance(of, str) else {"type": of}
+            type_ = (
+                {"type": kind.TYPE_MESSAGE, "type_name": f".evlm.{of}"}
+                if isinstance(of, str)
+                else {"type": of}
+            )
             message.field.add(name=title, number=number, label=label, **type_)
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)

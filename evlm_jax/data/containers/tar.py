@@ -1,4 +1,6 @@
-"""Tar files in the layout of webdataset and img2dataset: neighbouring members of one key are a row; read by their places in the file."""
+"""Tar files in the layout of webdataset and img2dataset: neighbouring members of one key are a row;
+read by their places in the file.
+"""
 
 import os
 import re
@@ -16,15 +18,19 @@ KIND = "range://"  # of references to members
 BLOCK = 512
 MOST_HEADER = 1 << 20  # bytes of a header of a header
 # Kinds of members: with contents, without, and those that say something about the next one.
-REGULAR, LINKS, EXTENDING = (b"0", b"\0", b"7"), (b"1", b"2", b"3", b"4", b"5", b"6"), (b"x", b"g", b"L", b"K")
+REGULAR, LINKS, EXTENDING = (
+    (b"0", b"\0", b"7"),
+    (b"1", b"2", b"3", b"4", b"5", b"6"),
+    (b"x", b"g", b"L", b"K"),
+)
 TEXTS = ("txt", "text", "caption", "cls")
 
 
 class Tar(Sequence):
     """Rows {"__key__": key, "jpg": reference, "txt": text, "json": value}.
 
-    A member's key is its name up to the first dot behind its folder, its field what follows, in lower case. Members without a dot, or
-    with one in front, belong to no row, as in webdataset.
+    A member's key is its name up to the first dot behind its folder, its field what follows, in
+    lower case. Members without a dot, or with one in front, belong to no row, as in webdataset.
     """
 
     def __init__(self, path: str):
@@ -39,7 +45,9 @@ class Tar(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(index)
         row = {}
-        for start, size, _, name in self._members[bisect_left(self._groups, index) : bisect_right(self._groups, index)].tolist():
+        for start, size, _, name in self._members[
+            bisect_left(self._groups, index) : bisect_right(self._groups, index)
+        ].tolist():
             name = name.decode(errors="replace")
             if ".." in name.split("/") or name.startswith("/"):
                 raise ValueError(f"{name} leads out of the archive")
@@ -94,11 +102,14 @@ def _members(file: BinaryIO) -> np.ndarray:
             last = match[1]
             found.append((start, size, group, name.encode(errors="surrogateescape")))
     width = max((len(name) for *_, name in found), default=1)
-    return np.array(found, [("start", np.int64), ("size", np.int64), ("group", np.int64), ("name", f"S{width}")])
+    return np.array(
+        found, [("start", np.int64), ("size", np.int64), ("group", np.int64), ("name", f"S{width}")]
+    )
 
 
 def headers(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
-    """(name, start, size) of every regular file in a tar: V7, ustar, pax and GNU. Python's tarfile takes three times as long.
+    """(name, start, size) of every regular file in a tar: V7, ustar, pax and GNU. Python's tarfile
+    takes three times as long.
 
     Raises ValueError for a damaged or cut off file, and for sparse members.
     """
@@ -112,7 +123,10 @@ def headers(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
         kind, name, size = _header(block, at)
         at += BLOCK
         if kind not in EXTENDING:
-            name, size = extended.get("path", name), int(extended.get("size", size)) if kind not in LINKS else 0
+            name, size = (
+                extended.get("path", name),
+                (int(extended.get("size", size)) if kind not in LINKS else 0),
+            )
             sparse, extended = any(key.startswith("GNU.sparse") for key in extended), {}
             if kind == b"S" or sparse:
                 raise ValueError(f"{name.decode(errors='replace')} is sparse; pack the files anew")
@@ -127,7 +141,9 @@ def headers(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
         elif kind in REGULAR and not name.endswith(b"/"):
             yield name.decode(errors="surrogateescape"), at, size
         at += -(-size // BLOCK) * BLOCK
-    raise ValueError("the file is cut off: there is no mark of its end" if end else "the file is empty")
+    raise ValueError(
+        "the file is cut off: there is no mark of its end" if end else "the file is empty"
+    )
 
 
 def _header(block: bytes, at: int) -> tuple[bytes, bytes, int]:
@@ -135,7 +151,11 @@ def _header(block: bytes, at: int) -> tuple[bytes, bytes, int]:
     field = lambda start, stop: block[start:stop].partition(b"\0")[0]
     try:
         whole, told = sum(block) - sum(block[148:156]) + 256, int(field(148, 156) or b"0", 8)
-        size = int.from_bytes(block[125:136]) if block[124] & 128 else int(field(124, 136).strip() or b"0", 8)
+        size = (
+            int.from_bytes(block[125:136])
+            if block[124] & 128
+            else int(field(124, 136).strip() or b"0", 8)
+        )
     except (ValueError, IndexError):
         whole, told, size = 0, 1, 0
     if whole != told or len(block) != BLOCK:

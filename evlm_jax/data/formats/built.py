@@ -1,6 +1,7 @@
 """Rows that `evlm data build` writes: all of a sample, with its pictures inside.
 
-A row is {"json": {"key", "visuals": fields of the frames of each, "dialogs": [[[role, text], ...], ...], "scores"}, "0.jpg": picture,
+A row is {"json": {"key", "visuals": fields of the frames of each, "dialogs": [[[role, text], ...],
+...], "scores"}, "0.jpg": picture,
 ...}: in a tar a member each, in an ArrayRecord file a msgpack map.
 """
 
@@ -26,7 +27,9 @@ def row_of(sample: Sample, pictures: Sequence[tuple[str, bytes]]) -> dict:
 def built(name: str, root: str, row: dict) -> Sample:
     """The sample of a row."""
     facts = row["json"]
-    visuals = tuple(tuple(ImageRef(_held(row, field)) for field in visual) for visual in facts["visuals"])
+    visuals = tuple(
+        tuple(ImageRef(_held(row, field)) for field in visual) for visual in facts["visuals"]
+    )
     dialogs = tuple(tuple(Turn(role, text) for role, text in dialog) for dialog in facts["dialogs"])
     return Sample(facts["key"], name, visuals, dialogs, tuple(facts["scores"]))
 

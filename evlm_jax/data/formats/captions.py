@@ -15,20 +15,35 @@ FRAMES = "16"  # of a video (the paper shows 16), as in video.sample
 
 
 def captioned(
-    name: str, key: str, file: str, captions: Sequence[str], prompt: str, frames: str = FRAMES, scores: Sequence[float] = ()
+    name: str,
+    key: str,
+    file: str,
+    captions: Sequence[str],
+    prompt: str,
+    frames: str = FRAMES,
+    scores: Sequence[float] = (),
 ) -> Sample:
-    """A dialog for each caption: the prompt and the caption as its answer; without a prompt, the caption alone."""
+    """A dialog for each caption: the prompt and the caption as its answer; without a prompt, the
+    caption alone.
+    """
     moving = file.partition("::")[0].lower().endswith(VIDEOS)
     visual = video.sample(file, frames) if moving else (ImageRef(file),)
     if moving and prompt == DESCRIBE:
         prompt = DESCRIBE_VIDEO
     alone = lambda text: (Turn("assistant", MARKER + text),)
-    dialogs = tuple(question(MARKER + prompt, text) if prompt else alone(text) for text in map(literal, captions))
+    dialogs = tuple(
+        question(MARKER + prompt, text) if prompt else alone(text)
+        for text in map(literal, captions)
+    )
     return Sample(key, name, (visual,), dialogs, tuple(scores))
 
 
-def img2dataset(name: str, root: str, row: dict, *, prompt: str = "", frames: str = FRAMES) -> Sample:
-    """A row of img2dataset or video2dataset, as tar or parquet: jpg (or another kind), txt or caption, json with `similarity` maybe."""
+def img2dataset(
+    name: str, root: str, row: dict, *, prompt: str = "", frames: str = FRAMES
+) -> Sample:
+    """A row of img2dataset or video2dataset, as tar or parquet: jpg (or another kind), txt or
+    caption, json with `similarity` maybe.
+    """
     told = facts(row)
     file = member(row, root, (*IMAGES, *VIDEOS))
     given = row.get("txt") if row.get("txt") is not None else told.get("caption")
@@ -37,32 +52,45 @@ def img2dataset(name: str, root: str, row: dict, *, prompt: str = "", frames: st
     caption, score = words(given, "caption"), told.get("similarity")
     if not caption.strip():
         raise ValueError("the caption is empty")
-    return captioned(name, key_of(row), file, [caption], prompt, frames, () if score is None else (float(score),))
+    return captioned(
+        name, key_of(row), file, [caption], prompt, frames, () if score is None else (float(score),)
+    )
 
 
 def coco(name: str, path: str, *, images: str = "", prompt: str = DESCRIBE) -> Source:
-    """COCO's captions_{split}.json: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}.
+    """COCO's captions_{split}.json: {"images": [{"id", "file_name"}], "annotations":
+    [{"image_id", "caption"}]}.
 
     Args:
       images: their folder; by default COCO's own: {split} beside the folder of annotations.
     """
     content = load(path)
-    folder = images or files.join(files.parent(path, 2), os.path.basename(path).removesuffix(".json").removeprefix("captions_"))
+    folder = images or files.join(
+        files.parent(path, 2),
+        os.path.basename(path).removesuffix(".json").removeprefix("captions_"),
+    )
     captions: dict[int, list[str]] = {}
 
     def caption(annotation: dict) -> None:
-        captions.setdefault(annotation["image_id"], []).append(words(annotation["caption"], "caption").strip())
+        captions.setdefault(annotation["image_id"], []).append(
+            words(annotation["caption"], "caption").strip()
+        )
 
     _, bad = taken(content["annotations"], "annotation", lambda annotation: [caption(annotation)])
     pictures, worse = taken(
-        content["images"], "image", lambda image: [(image["id"], image["file_name"])] if image["id"] in captions else []
+        content["images"],
+        "image",
+        lambda image: [(image["id"], image["file_name"])] if image["id"] in captions else [],
     )
     rows = [(number, file, captions[number]) for number, file in pictures]
     return _captions(name, path, [*rows, *bad, *worse], folder, prompt)
 
 
-def karpathy(name: str, path: str, *, split: str = "train", images: str = "", prompt: str = DESCRIBE) -> Source:
-    """Karpathy's dataset_{coco,flickr30k}.json: {"images": [{"filename", "filepath", "split", "sentences": [{"raw"}]}]}.
+def karpathy(
+    name: str, path: str, *, split: str = "train", images: str = "", prompt: str = DESCRIBE
+) -> Source:
+    """Karpathy's dataset_{coco,flickr30k}.json: {"images": [{"filename", "filepath", "split",
+    "sentences": [{"raw"}]}]}.
 
     Args:
       split: "train" takes "restval" too, as is usual.
@@ -74,7 +102,13 @@ def karpathy(name: str, path: str, *, split: str = "train", images: str = "", pr
         if image["split"] not in splits:
             return []
         file = files.join(image.get("filepath", ""), image["filename"])
-        return [(image.get("cocoid", image["imgid"]), file, [words(s["raw"], "raw") for s in image["sentences"]])]
+        return [
+            (
+                image.get("cocoid", image["imgid"]),
+                file,
+                [words(s["raw"], "raw") for s in image["sentences"]],
+            )
+        ]
 
     rows, bad = taken(load(path)["images"], "image", row)
     return _captions(name, path, [*rows, *bad], images or files.parent(path), prompt)
@@ -95,7 +129,10 @@ def folder(name: str, path: str, *, prompt: str = DESCRIBE, frames: str = FRAMES
     texts = {stem(file): file for file in found if file.lower().endswith(".txt")}
     rows = [file for file in found if file.lower().endswith(kinds)]
     if bare := [file for file in rows if stem(file) not in texts]:
-        raise ValueError(f"data source {name!r}: {len(bare)} images have no caption file, the first is {stem(bare[0])}.txt")
+        raise ValueError(
+            f"data source {name!r}: {len(bare)} images have no caption file, the first is"
+            f" {stem(bare[0])}.txt"
+        )
 
     def sample(file: str) -> Sample:
         with files.open_file(texts[stem(file)]) as opened:

@@ -13,25 +13,41 @@ INLINE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 
 
 def llava(name: str, root: str, row: dict, *, images: str = "", frames: str = FRAMES) -> Sample:
-    """LLaVA: {"id", "image": str or list, "conversations": [{"from": "human" or "gpt", "value": text with <image>}]}.
+    """LLaVA: {"id", "image": str or list, "conversations": [{"from": "human" or "gpt", "value":
+    text with <image>}]}.
 
-    A row may instead name a "video" (marker `<video>` or `<image>`), with "frames" (number, rate or seconds); one with neither is text.
-    In a tar, a row whose json names none has the pictures beside it.
-    """
+    A row may instead name a "video" (marker `<video>` or `<image>`), with "frames" (number, rate or
+    seconds); one with neither is text. In a tar, a row whose json names none has the pictures
+    beside it."""
     folder, told = files.join(root, images), facts(row)
-    pictures, films = files_of(row, folder, "image", "images"), files_of(row, folder, "video", "videos")
+    pictures, films = (
+        files_of(row, folder, "image", "images"),
+        files_of(row, folder, "video", "videos"),
+    )
     if not {"image", "images", "video", "videos"} & told.keys():
         pictures = members(row)
     stills = [(ImageRef(file),) for file in pictures]
     shown = frames if told.get("frames") is None else told["frames"]
     moving = [video.sample(file, shown) for file in films]
     visuals, said = marked(turns(told), stills, moving)
-    return Sample(key_of(row), name, tuple(visuals), (tuple(Turn(role, text) for role, text in said),))
+    return Sample(
+        key_of(row), name, tuple(visuals), (tuple(Turn(role, text) for role, text in said),)
+    )
 
 
 def qwen_vl(name: str, root: str, row: dict, *, images: str = "") -> Sample:
-    """Qwen-VL: {"id", "conversations": [{"from", "value"}]} with `<img>path</img>` in the text; <ref> and <box> stay as they are."""
-    folder, said = files.join(root, images), [(role, literal(text)) for role, text in turns(facts(row))]
+    """Qwen-VL: {"id", "conversations": [{"from", "value"}]} with `<img>path</img>` in the text;
+    <ref> and <box> stay as they are.
+    """
+    folder, said = (
+        files.join(root, images),
+        [(role, literal(text)) for role, text in turns(facts(row))],
+    )
     named = [path.strip() for _, text in said for path in INLINE.findall(text)]
     visuals = tuple((ImageRef(within(row, folder, path, alone=len(named) == 1)),) for path in named)
-    return Sample(key_of(row), name, visuals, (tuple(Turn(role, INLINE.sub(MARKER, text)) for role, text in said),))
+    return Sample(
+        key_of(row),
+        name,
+        visuals,
+        (tuple(Turn(role, INLINE.sub(MARKER, text)) for role, text in said),),
+    )

@@ -1,4 +1,6 @@
-"""What a row says, of the type that it must have: any other value raises, so that the row is left out and counted."""
+"""What a row says, of the type that it must have: any other value raises, so that the row is left
+out and counted.
+"""
 
 import os
 import re
@@ -45,8 +47,8 @@ def facts(row: dict) -> dict:
 def files_of(row: dict, folder: str, *fields: str) -> list[str]:
     """The pictures (or videos) that a row has in one of these fields, as paths and references.
 
-    A field holds nothing (null, ""), bytes, a name, {"bytes", "path"} of which one may be null, or a list of such.
-    """
+    A field holds nothing (null, ""), bytes, a name, {"bytes", "path"} of which one may be null, or
+    a list of such."""
     told = facts(row)
     named = [value for field in fields for value in _flat(told.get(field), field)]
     filled = [field for field in fields if told.get(field)]
@@ -71,7 +73,8 @@ def within(row: dict, folder: str, name: str, alone: bool = False) -> str:
     """The file of a name: the member of the row's tar that is called so, or a file below `folder`.
 
     Args:
-      alone: the row names no other: the one picture beside it in a tar must be it, whatever it is called there.
+      alone: the row names no other: the one picture beside it in a tar must be it, whatever it is
+        called there.
     """
     if isinstance(name, Ref):
         return name
@@ -102,22 +105,34 @@ def has(row: dict) -> str:
 
 
 def turns(row: dict) -> list[tuple[str, str]]:
-    """(role, text) of a conversation: "conversations" of "from" and "value", or "messages" of "role" and "content"."""
+    """(role, text) of a conversation: "conversations" of "from" and "value", or "messages" of
+    "role" and "content".
+    """
     field = "messages" if "conversations" not in row and "messages" in row else "conversations"
     given = row[field]
     found = []
-    for turn in listed(text.parse(words(given, field).encode()) if isinstance(given, str) else given, field):
+    for turn in listed(
+        text.parse(words(given, field).encode()) if isinstance(given, str) else given, field
+    ):
         if not isinstance(turn, dict):
             raise ValueError(f"a turn must be an object, it is {_kind(turn)}")
         role = words(turn["from"] if "from" in turn else turn["role"], "from")
         if role.lower() not in ROLES:
             raise ValueError(f"unknown role {role!r}; there are {', '.join(ROLES)}")
-        found.append((ROLES[role.lower()], words(turn["value"] if "value" in turn else turn["content"], "value")))
+        found.append(
+            (
+                ROLES[role.lower()],
+                words(turn["value"] if "value" in turn else turn["content"], "value"),
+            )
+        )
     return found
 
 
-def marked(said: list[tuple[str, str]], images: list, videos: list) -> tuple[list, list[tuple[str, str]]]:
-    """What is seen, in the order of its markers, and the turns with one marker for each: <image>, or <video> for a video.
+def marked(
+    said: list[tuple[str, str]], images: list, videos: list
+) -> tuple[list, list[tuple[str, str]]]:
+    """What is seen, in the order of its markers, and the turns with one marker for each: <image>,
+    or <video> for a video.
 
     A text about no picture has no markers: what spells one stays text.
     """
@@ -128,7 +143,9 @@ def marked(said: list[tuple[str, str]], images: list, videos: list) -> tuple[lis
         return [*images, *videos], said
     queues = {MARKER: iter(images), FILM: iter(videos)}
     seen = [found for mark in marks if (found := next(queues[mark], None)) is not None]
-    return [*seen, *queues[MARKER], *queues[FILM]], [(role, text.replace(FILM, MARKER)) for role, text in said]
+    return [*seen, *queues[MARKER], *queues[FILM]], [
+        (role, text.replace(FILM, MARKER)) for role, text in said
+    ]
 
 
 def _kind(value: Any) -> str:

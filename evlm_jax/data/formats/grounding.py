@@ -1,4 +1,6 @@
-"""Boxes as text: `<ref>the cat</ref><box>(x1,y1),(x2,y2)</box>` on a grid of 0 to 999, as Qwen-VL writes them."""
+"""Boxes as text: `<ref>the cat</ref><box>(x1,y1),(x2,y2)</box>` on a grid of 0 to 999, as Qwen-VL
+writes them.
+"""
 
 import pickle
 from collections.abc import Iterable, Sequence
@@ -14,7 +16,10 @@ LOCATE = "Locate: "
 
 
 def box(corners: Sequence[float]) -> str:
-    """`<box>(x1,y1),(x2,y2)</box>` of x1, y1, x2, y2 as shares of width and height. Raises ValueError for a box that is none."""
+    """`<box>(x1,y1),(x2,y2)</box>` of x1, y1, x2, y2 as shares of width and height.
+
+    Raises ValueError for a box that is none.
+    """
     x1, y1, x2, y2 = corners
     if not (-SLACK <= x1 <= x2 <= 1 + SLACK and -SLACK <= y1 <= y2 <= 1 + SLACK):
         raise ValueError(f"box {tuple(corners)} is not within the picture")
@@ -22,13 +27,22 @@ def box(corners: Sequence[float]) -> str:
     return f"<box>({a},{b}),({c},{d})</box>"
 
 
-def refcoco(name: str, path: str, *, instances: str = "instances.json", images: str = "", split: str = "train") -> Source:
-    """RefCOCO, RefCOCO+ and RefCOCOg: refs(unc).p = [{"ann_id", "image_id", "split", "sentences": [{"sent"}]}] beside instances.json.
+def refcoco(
+    name: str,
+    path: str,
+    *,
+    instances: str = "instances.json",
+    images: str = "",
+    split: str = "train",
+) -> Source:
+    """RefCOCO, RefCOCO+ and RefCOCOg: refs(unc).p = [{"ann_id", "image_id", "split", "sentences":
+    [{"sent"}]}] beside instances.json.
 
     One sample a picture, one dialog a sentence: from what is said to its box.
 
     Args:
-      images: folder of COCO's train2014; by default images/mscoco/images/train2014 two folders above the file, as in the refer toolkit.
+      images: folder of COCO's train2014; by default images/mscoco/images/train2014 two folders
+        above the file, as in the refer toolkit.
     """
     beside = files.join(files.parent(path), instances)
     content = load(beside)
@@ -39,7 +53,9 @@ def refcoco(name: str, path: str, *, instances: str = "instances.json", images: 
 
     def take(ref: dict) -> list:
         if ref["split"] == split:
-            sentences = [(words(sentence["sent"], "sent"), ref["ann_id"]) for sentence in ref["sentences"]]
+            sentences = [
+                (words(sentence["sent"], "sent"), ref["ann_id"]) for sentence in ref["sentences"]
+            ]
             said.setdefault(ref["image_id"], []).extend(sentences)
         return [None]
 
@@ -52,30 +68,60 @@ def refcoco(name: str, path: str, *, instances: str = "instances.json", images: 
             x, y, w, h = boxes[number]
             across, down = picture["width"], picture["height"]
             place = box((x / across, y / down, (x + w) / across, (y + h) / down))
-            dialogs.append(question(f"{MARKER}{LOCATE}{literal(sentence)}", f"<ref>{literal(sentence)}</ref>{place}"))
-        return Sample(str(row[0]), name, ((ImageRef(files.inside(folder, picture["file_name"])),),), tuple(dialogs))
+            dialogs.append(
+                question(
+                    f"{MARKER}{LOCATE}{literal(sentence)}", f"<ref>{literal(sentence)}</ref>{place}"
+                )
+            )
+        return Sample(
+            str(row[0]),
+            name,
+            ((ImageRef(files.inside(folder, picture["file_name"])),),),
+            tuple(dialogs),
+        )
 
-    return Source(name, [*said.items(), *bad], sample, dialogs=lambda row: len(row[1]), where=path, beside=[beside])
+    return Source(
+        name,
+        [*said.items(), *bad],
+        sample,
+        dialogs=lambda row: len(row[1]),
+        where=path,
+        beside=[beside],
+    )
 
 
-def grit(name: str, root: str, row: dict, *, images: str = "images", spans: str = "ref_exps") -> Sample:
-    """GRIT: "caption" with "ref_exps" or "noun_chunks" = [[start, end, x1, y1, x2, y2, score]], shares of width and height.
+def grit(
+    name: str, root: str, row: dict, *, images: str = "images", spans: str = "ref_exps"
+) -> Sample:
+    """GRIT: "caption" with "ref_exps" or "noun_chunks" = [[start, end, x1, y1, x2, y2, score]],
+    shares of width and height.
 
-    From img2dataset's tars with these columns in the json, or from the published parquet with pictures {key}.jpg in `images`. Boxes of
-    one span follow each other; a span that overlaps an earlier one is left out.
-    """
+    From img2dataset's tars with these columns in the json, or from the published parquet with
+    pictures {key}.jpg in `images`. Boxes of one span follow each other; a span that overlaps an
+    earlier one is left out."""
     told = facts(row)
     published = "jpg" not in row and "json" not in row
-    file = files.inside(files.join(root, images), f"{told['key']}.jpg") if published else member(row, root)
+    file = (
+        files.inside(files.join(root, images), f"{told['key']}.jpg")
+        if published
+        else member(row, root)
+    )
     score = told.get("clip_similarity_vitl14", told.get("clip_similarity_vitb32"))
     text = grounded(words(told["caption"], "caption"), listed(told[spans], spans))
     return Sample(
-        str(told["key"]), name, ((ImageRef(file),),), ((Turn("assistant", MARKER + text),),), () if score is None else (float(score),)
+        str(told["key"]),
+        name,
+        ((ImageRef(file),),),
+        ((Turn("assistant", MARKER + text),),),
+        () if score is None else (float(score),),
     )
 
 
 def grounded(caption: str, spans: Iterable[Sequence[float]]) -> str:
-    """The caption with <ref> and <box> in it. Raises ValueError for a span outside of the text, or a box outside of the picture."""
+    """The caption with <ref> and <box> in it.
+
+    Raises ValueError for a span outside of the text, or a box outside of the picture.
+    """
     boxes: dict[tuple[int, int], list[str]] = {}
     for start, end, *corners in spans:
         if not 0 <= start < end <= len(caption):
@@ -84,7 +130,10 @@ def grounded(caption: str, spans: Iterable[Sequence[float]]) -> str:
     made, at = "", 0
     for start, end in sorted(boxes, key=lambda span: (span[0], -span[1])):
         if start >= at:
-            made += f"{literal(caption[at:start])}<ref>{literal(caption[start:end])}</ref>{''.join(boxes[start, end])}"
+            made += (
+                f"{literal(caption[at:start])}<ref>{literal(caption[start:end])}</ref>"
+                f"{''.join(boxes[start, end])}"
+            )
             at = end
     return made + literal(caption[at:])
 
@@ -93,11 +142,16 @@ class _Plain(pickle.Unpickler):
     """Of lists, dicts, texts and numbers: nothing is imported, so nothing can be run."""
 
     def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"the file asks for {module}.{name}, only plain values are read")
+        raise pickle.UnpicklingError(
+            f"the file asks for {module}.{name}, only plain values are read"
+        )
 
 
 def unpickle(path: str) -> list[dict]:
-    """A pickle of plain values. Raises ValueError naming the file where it is damaged, or would run code."""
+    """A pickle of plain values.
+
+    Raises ValueError naming the file where it is damaged, or would run code.
+    """
     try:
         with files.open_file(path) as file:
             return _Plain(file, encoding="utf-8").load()

@@ -16,8 +16,12 @@ from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, literal
 from evlm_jax.data.source import Source, by_row, key_of
 
 
-def document(name: str, key: str, parts: Iterable[str | ImageRef], between: str, scores: Sequence[float] = ()) -> Sample:
-    """Texts and pictures in reading order; `between` stands between two texts, in front of the pictures that are there."""
+def document(
+    name: str, key: str, parts: Iterable[str | ImageRef], between: str, scores: Sequence[float] = ()
+) -> Sample:
+    """Texts and pictures in reading order; `between` stands between two texts, in front of the
+    pictures that are there.
+    """
     said, marks, visuals = "", "", []
     for part in parts:
         if isinstance(part, ImageRef):
@@ -31,40 +35,58 @@ def document(name: str, key: str, parts: Iterable[str | ImageRef], between: str,
 
 
 def assign(similarity: np.ndarray) -> np.ndarray:
-    """The sentence of each picture, int [images], as MMC4 does: the greatest sum of similarities where no sentence has two pictures.
+    """The sentence of each picture, int [images], as MMC4 does: the greatest sum of similarities
+    where no sentence has two pictures.
 
-    Where there are more pictures than sentences, a sentence takes as many as are needed to place all.
+    Where there are more pictures than sentences, a sentence takes as many as are needed to place
+    all.
 
     Args:
       similarity: [images, sentences].
     """
-    from scipy.optimize import linear_sum_assignment  # takes a third of the import of all data code, and few need it
+    from scipy.optimize import (
+        linear_sum_assignment,
+    )  # takes a third of the import of all data code, and few need it
 
     similarity = np.asarray(similarity, np.float64)
     count, sentences = similarity.shape
-    _, columns = linear_sum_assignment(np.tile(similarity, (1, -(-count // sentences))), maximize=True)
+    _, columns = linear_sum_assignment(
+        np.tile(similarity, (1, -(-count // sentences))), maximize=True
+    )
     return columns % sentences
 
 
 def mmc4(name: str, root: str, row: dict, *, images: str = "images") -> Sample:
-    """MMC4: {"url", "text_list", "image_info": [{"image_name", "matched_text_index", "matched_sim"}], "similarity_matrix"}.
+    """MMC4: {"url", "text_list", "image_info": [{"image_name", "matched_text_index",
+    "matched_sim"}], "similarity_matrix"}.
 
-    A picture stands in front of its sentence: the published one, or where there is none the one that `assign` finds.
-    """
+    A picture stands in front of its sentence: the published one, or where there is none the one
+    that `assign` finds."""
     told, folder = facts(row), files.join(root, images)
-    texts, infos = [words(text, "text_list") for text in listed(told["text_list"], "text_list")], listed(told["image_info"], "image_info")
+    texts, infos = (
+        [words(text, "text_list") for text in listed(told["text_list"], "text_list")],
+        listed(told["image_info"], "image_info"),
+    )
     if infos and "matched_text_index" not in infos[0]:
         matrix = np.asarray(told["similarity_matrix"], np.float64)
         if matrix.shape != (len(infos), len(texts)):
-            raise ValueError(f"similarity_matrix is {matrix.shape}, there are {len(infos)} images and {len(texts)} texts")
+            raise ValueError(
+                f"similarity_matrix is {matrix.shape}, there are {len(infos)} images and"
+                f" {len(texts)} texts"
+            )
         places = assign(matrix).tolist()
         scores = [matrix[i, place] for i, place in enumerate(places)]
     else:
-        places, scores = [info["matched_text_index"] for info in infos], [info["matched_sim"] for info in infos]
+        places, scores = (
+            [info["matched_text_index"] for info in infos],
+            [info["matched_sim"] for info in infos],
+        )
     if bad := [place for place in places if int(place) != place or not 0 <= place < len(texts)]:
         raise ValueError(f"matched_text_index {bad[0]} of {len(texts)} texts")
     order = sorted(range(len(infos)), key=lambda i: places[i])
-    pictures = [ImageRef(within(row, folder, info["image_name"], alone=len(infos) == 1)) for info in infos]
+    pictures = [
+        ImageRef(within(row, folder, info["image_name"], alone=len(infos) == 1)) for info in infos
+    ]
     parts: list[str | ImageRef] = []
     for at, text in enumerate(texts):
         parts += [pictures[i] for i in order if places[i] == at]
@@ -73,11 +95,12 @@ def mmc4(name: str, root: str, row: dict, *, images: str = "images") -> Sample:
 
 
 def obelics(name: str, path: str, *, images: str = "images") -> Source:
-    """OBELICS, parquet: "images" (URLs) and "texts", lists of one length with None where the other has something.
+    """OBELICS, parquet: "images" (URLs) and "texts", lists of one length with None where the other
+    has something.
 
     Args:
-      images: their folder, beside the file if relative: img2dataset's tars with their parquet tables, or files named by the sha256
-        of their URL in hexadecimal.
+      images: their folder, beside the file if relative: img2dataset's tars with their parquet
+        tables, or files named by the sha256 of their URL in hexadecimal.
     """
     folder = files.join(files.parent(find(path)[0]), images)
     return by_row(partial(_obelics, downloads=_downloads(folder), folder=folder))(name, path)
@@ -92,7 +115,9 @@ def _obelics(name: str, root: str, row: dict, downloads: dict[str, str], folder:
             raise ValueError("exactly one of an image and a text must stand at each place")
         digest = hashlib.sha256((words(url, "images") if text is None else "").encode()).hexdigest()
         parts.append(
-            words(text, "texts") if url is None else ImageRef(downloads.get(url) or downloads.get(digest) or files.join(folder, digest))
+            words(text, "texts")
+            if url is None
+            else ImageRef(downloads.get(url) or downloads.get(digest) or files.join(folder, digest))
         )
     key = hashlib.sha256(repr((row["images"], row["texts"])).encode()).hexdigest()[:16]
     return document(name, key, parts, "\n\n")
@@ -101,7 +126,11 @@ def _obelics(name: str, root: str, row: dict, downloads: dict[str, str], folder:
 def _downloads(folder: str) -> dict[str, str]:
     """{URL, or stem of the file: reference} of pictures that were downloaded."""
     found = files.find(folder, (".tar", *(f".{kind}" for kind in IMAGES)))
-    references = {os.path.splitext(os.path.basename(file))[0]: file for file in found if not file.endswith(".tar")}
+    references = {
+        os.path.splitext(os.path.basename(file))[0]: file
+        for file in found
+        if not file.endswith(".tar")
+    }
     for tar in (file for file in found if file.endswith(".tar")):
         table = read_columns(tar.removesuffix(".tar") + ".parquet", ("url", "key"))
         urls = dict(zip(table["key"], table["url"]))

@@ -1,4 +1,6 @@
-"""Questions about pictures, from the published files of each set: they differ in their fields alone."""
+"""Questions about pictures, from the published files of each set: they differ in their fields
+alone.
+"""
 
 import os
 import re
@@ -32,17 +34,23 @@ class Fields:
 
 
 def open_set(fields: Fields, name: str, path: str, **options: str) -> Source:
-    """One sample a picture with all its questions; an entry without a picture is a sample of its own.
+    """One sample a picture with all its questions; an entry without a picture is a sample of its
+    own.
 
     Raises ValueError naming the file and the number of an entry that lacks a field.
     """
-    folder = files.join(files.parent(path) if path.endswith(".json") else path, options.get("images", fields.images))
+    folder = files.join(
+        files.parent(path) if path.endswith(".json") else path, options.get("images", fields.images)
+    )
     rows: dict[str | int, list[tuple[str, str]]] = {}
 
     def take(numbered: tuple[int, dict]) -> list:
         number, entry = numbered
         image = fields.image(entry)
-        asked = literal(words(fields.question(entry), "question")), literal(words(fields.answer(entry), "answer"))
+        asked = (
+            literal(words(fields.question(entry), "question")),
+            literal(words(fields.answer(entry), "answer")),
+        )
         rows.setdefault(number if image is None else words(image, "image"), []).append(asked)
         return [number]
 
@@ -56,7 +64,12 @@ def open_set(fields: Fields, name: str, path: str, **options: str) -> Source:
         image, asked = row
         seen = isinstance(image, str)
         visuals = ((ImageRef(files.inside(folder, image)),),) if seen else ()
-        return Sample(str(image), name, visuals, tuple(question(MARKER * seen + text, answer) for text, answer in asked))
+        return Sample(
+            str(image),
+            name,
+            visuals,
+            tuple(question(MARKER * seen + text, answer) for text, answer in asked),
+        )
 
     return Source(name, [*rows.items(), *bad], sample, dialogs=lambda row: len(row[1]), where=path)
 
@@ -68,7 +81,10 @@ def most_common(answers: Iterable[str]) -> str:
 
 def choices(asked: str, options: Iterable[str]) -> str:
     """A question with lettered options."""
-    lettered = (f"{LETTERS[i]}. {words(option, 'an option')}" for i, option in enumerate(listed(options, "options")))
+    lettered = (
+        f"{LETTERS[i]}. {words(option, 'an option')}"
+        for i, option in enumerate(listed(options, "options"))
+    )
     return "\n".join([words(asked, "question"), *lettered, CHOOSE])
 
 
@@ -77,28 +93,45 @@ def _vqa(path: str, options: dict[str, str]) -> Iterable[dict]:
     asked = load(path)
     beside = re.sub(r"OpenEnded_(mscoco_\w+)_questions", r"\1_annotations", os.path.basename(path))
     answers = {
-        a["question_id"]: a["answers"] for a in load(files.join(files.parent(path), options.get("annotations", beside)))["annotations"]
+        a["question_id"]: a["answers"]
+        for a in load(files.join(files.parent(path), options.get("annotations", beside)))[
+            "annotations"
+        ]
     }
-    known = lambda q: {"answers": answers[q["question_id"]]} if q.get("question_id") in answers else {}
-    return ({"split": asked["data_subtype"], **known(q), **q} if isinstance(q, dict) else q for q in asked["questions"])
+    known = lambda q: (
+        {"answers": answers[q["question_id"]]} if q.get("question_id") in answers else {}
+    )
+    return (
+        {"split": asked["data_subtype"], **known(q), **q} if isinstance(q, dict) else q
+        for q in asked["questions"]
+    )
 
 
 def _ai2d(path: str, options: dict[str, str]) -> Iterable[dict]:
-    """questions/N.png.json of each diagram. "train" is what ai2d_test_ids.csv does not name; split=all needs no such file."""
+    """questions/N.png.json of each diagram. "train" is what ai2d_test_ids.csv does not name;
+    split=all needs no such file.
+    """
     split, held_out = options.get("split", "train"), set()
     if split != "all":
         with files.open_file(files.join(path, "ai2d_test_ids.csv")) as table:
             held_out = set(text.decode(table.read()).split())
     for file in files.find(files.join(path, "questions"), (".json",)):
         facts = load(file)
-        if split != "all" and (facts["imageName"].removesuffix(".png") in held_out) != (split == "test"):
+        if split != "all" and (facts["imageName"].removesuffix(".png") in held_out) != (
+            split == "test"
+        ):
             continue
-        yield from ({"image": facts["imageName"], "text": asked, **entry} for asked, entry in facts["questions"].items())
+        yield from (
+            {"image": facts["imageName"], "text": asked, **entry}
+            for asked, entry in facts["questions"].items()
+        )
 
 
 def _science(path: str, options: dict[str, str]) -> Iterable[dict]:
     split = options.get("split", "train")
-    return ({"id": number, **entry} for number, entry in load(path).items() if entry["split"] == split)
+    return (
+        {"id": number, **entry} for number, entry in load(path).items() if entry["split"] == split
+    )
 
 
 def _science_question(entry: dict) -> str:

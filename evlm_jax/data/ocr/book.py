@@ -1,4 +1,6 @@
-"""Synthetic pages as a source of samples: made when they are asked for, of any source's texts and pictures."""
+"""Synthetic pages as a source of samples: made when they are asked for, of any source's texts and
+pictures.
+"""
 
 import io
 import unicodedata
@@ -18,14 +20,30 @@ from evlm_jax.data.samples import MARKER, ImageRef, Sample, literal
 from evlm_jax.data.source import Source
 
 LONG = 300  # characters: of a longer text a part is taken
-UNSEEN, VARIANTS = ("Cc", "Cf", "Cs"), "\ufe0e\ufe0f"  # kinds of characters that leave no ink; "as text" and "as emoji"
+UNSEEN, VARIANTS = (
+    (
+        "Cc",
+        "Cf",
+        "Cs",
+    ),
+    "\ufe0e\ufe0f",
+)  # kinds of characters that leave no ink; "as text" and "as emoji"
 EMPTY = 100  # samples in a row without text, before it is an error
 
 
 class Book(Source):
-    """Pages by number. The picture of one is `page://NUMBER::NAME OF THE BOOK`; it is drawn when that is read (`picture`)."""
+    """Pages by number. The picture of one is `page://NUMBER::NAME OF THE BOOK`; it is drawn when
+    that is read (`picture`).
+    """
 
-    def __init__(self, name: str, pages: int, sample: Callable[[int], Sample], picture: Callable[[int], bytes], made_of: Sequence):
+    def __init__(
+        self,
+        name: str,
+        pages: int,
+        sample: Callable[[int], Sample],
+        picture: Callable[[int], bytes],
+        made_of: Sequence,
+    ):
         super().__init__(name, range(pages), sample, dialogs=lambda number: DIALOGS)
         self.picture, self._made_of = picture, made_of
 
@@ -52,7 +70,8 @@ def open_book(
     """Pages written with the texts of other sources.
 
     Args:
-      path: names of the sources of text, with commas; what would be mistaken (`,` `?` `&`) as in URLs (`%2C` `%3F` `%26`).
+      path: names of the sources of text, with commas; what would be mistaken (`,` `?` `&`) as in
+        URLs (`%2C` `%3F` `%26`).
       pages: how many; nothing is stored, so they may be millions.
       size: longer side of the picture in pixels.
       characters: most on a page.
@@ -61,49 +80,100 @@ def open_book(
       fonts: files that are used besides the shipped ones, with commas.
       layouts: kinds of pages, with commas.
     Raises:
-      ValueError: an option out of range, no font for the language, a source without text or pictures.
+      ValueError: an option out of range, no font for the language, a source without text or
+        pictures.
     """
     numbers = {
-        option: _number(option, value) for option, value in (("pages", pages), ("seed", seed), ("size", size), ("characters", characters))
+        option: _number(option, value)
+        for option, value in (
+            ("pages", pages),
+            ("seed", seed),
+            ("size", size),
+            ("characters", characters),
+        )
     }
     if role not in ("assistant", "user"):
         raise ValueError(f"data source {name!r}: role must be assistant or user, not {role!r}")
     kinds = layouts.split(",")
     if unknown := [kind for kind in kinds if kind not in LAYOUTS]:
-        raise ValueError(f"data source {name!r}: layouts has {unknown[0]!r}; there are {', '.join(LAYOUTS)}")
+        raise ValueError(
+            f"data source {name!r}: layouts has {unknown[0]!r}; there are {', '.join(LAYOUTS)}"
+        )
     if not path:
-        raise ValueError(f"data source {name!r}: name the sources of its text, as in ocr-{language}:emoji-{language}")
+        raise ValueError(
+            f"data source {name!r}: name the sources of its text, as in"
+            f" ocr-{language}:emoji-{language}"
+        )
     written = [open_source(unquote(part)) for part in path.split(",")]
     texts, backgrounds = partial(supply, written, role), open_source(pictures) if pictures else ()
-    given = dict(seed=seed, size=size, characters=characters, role=role, pictures=pictures, fonts=fonts, pages=pages, layouts=layouts)
+    given = dict(
+        seed=seed,
+        size=size,
+        characters=characters,
+        role=role,
+        pictures=pictures,
+        fonts=fonts,
+        pages=pages,
+        layouts=layouts,
+    )
     whole = f"ocr-{language}:{path}?{urlencode(given)}"  # all that a picture depends on
     usable = faces(language, fonts)
 
     def page(number: int) -> Page:
-        return compose((numbers["seed"], number), numbers["size"], language, usable, texts, numbers["characters"], bool(pictures), kinds)
+        return compose(
+            (numbers["seed"], number),
+            numbers["size"],
+            language,
+            usable,
+            texts,
+            numbers["characters"],
+            bool(pictures),
+            kinds,
+        )
 
     def sample(number: int) -> Sample:
         made = page(number)
         words = [word for line in made.sheet.lines for word in line.words]
-        placed = lambda parts: list(zip([part.text for part in parts], made.place([part.box for part in parts])))
-        asked = dialogs(language, placed(made.sheet.lines), placed(words), np.random.default_rng((numbers["seed"], number, 2)))
+        placed = lambda parts: list(
+            zip([part.text for part in parts], made.place([part.box for part in parts]))
+        )
+        asked = dialogs(
+            language,
+            placed(made.sheet.lines),
+            placed(words),
+            np.random.default_rng((numbers["seed"], number, 2)),
+        )
         return Sample(str(number), name, ((ImageRef(f"page://{number}::{whole}"),),), asked)
 
     def picture(number: int) -> bytes:
-        drawn, quality = draw(page(number), (numbers["seed"], number), partial(_background, backgrounds))
+        drawn, quality = draw(
+            page(number), (numbers["seed"], number), partial(_background, backgrounds)
+        )
         file = io.BytesIO()
         drawn.save(file, "JPEG", quality=quality)
         return file.getvalue()
 
-    return Book(name, numbers["pages"], sample, picture, [*written, *([backgrounds] if pictures else [])])
+    return Book(
+        name, numbers["pages"], sample, picture, [*written, *([backgrounds] if pictures else [])]
+    )
 
 
-def supply(sources: Sequence[Sequence[Sample]], role: str, rng: np.random.Generator) -> Iterator[str]:
-    """Endless texts: turns of this role of samples drawn by chance, each source as often. Raises ValueError where a hundred have none."""
+def supply(
+    sources: Sequence[Sequence[Sample]], role: str, rng: np.random.Generator
+) -> Iterator[str]:
+    """Endless texts: turns of this role of samples drawn by chance, each source as often.
+
+    Raises ValueError where a hundred have none.
+    """
     empty = 0
     while empty < EMPTY:
         source = sources[rng.integers(len(sources))]
-        said = [turn.text for dialog in source[int(rng.integers(len(source)))].dialogs for turn in dialog if turn.role == role]
+        said = [
+            turn.text
+            for dialog in source[int(rng.integers(len(source)))].dialogs
+            for turn in dialog
+            if turn.role == role
+        ]
         text = plain(said[rng.integers(len(said))]) if said else ""
         if len(text) > LONG:
             start = int(rng.integers(len(text) - LONG))
@@ -112,12 +182,19 @@ def supply(sources: Sequence[Sequence[Sample]], role: str, rng: np.random.Genera
         empty = 0 if text else empty + 1
         if text:
             yield text
-    raise ValueError(f"{EMPTY} samples in a row have no text of the {role}: set ?role= to the other one, or name other sources")
+    raise ValueError(
+        f"{EMPTY} samples in a row have no text of the {role}: set ?role= to the other one, or name"
+        " other sources"
+    )
 
 
 def plain(text: str) -> str:
     """One line without marks that nobody sees, as it can be drawn and read."""
-    seen = "".join(c for c in text.replace(MARKER, " ") if c.isspace() or not (unicodedata.category(c) in UNSEEN or c in VARIANTS))
+    seen = "".join(
+        c
+        for c in text.replace(MARKER, " ")
+        if c.isspace() or not (unicodedata.category(c) in UNSEEN or c in VARIANTS)
+    )
     return literal(" ".join(seen.split()))
 
 
@@ -131,5 +208,8 @@ def _background(sources: Sequence[Sample], rng: np.random.Generator) -> Image.Im
 
 def _number(option: str, value: str) -> int:
     if not value.isdecimal() or (option != "seed" and int(value) < 1):
-        raise ValueError(f"option {option} must be a whole number{'' if option == 'seed' else ' above 0'}, not {value!r}")
+        raise ValueError(
+            f"option {option} must be a whole number{'' if option == 'seed' else ' above 0'}, not"
+            f" {value!r}"
+        )
     return int(value)

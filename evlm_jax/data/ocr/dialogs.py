@@ -10,18 +10,27 @@ from evlm_jax.data.samples import MARKER, Turn, question
 
 DIALOGS = 4
 ASKED = {  # by language: all text, what is written at, where something stands, how many lines
-    "en": (READ, "What is written at {}?", 'Where is "{}" written?', "How many lines of text are there?"),
+    "en": (
+        READ,
+        "What is written at {}?",
+        'Where is "{}" written?',
+        "How many lines of text are there?",
+    ),
     "zh": ("读出图中的文字。", "{}处写着什么？", "“{}”写在哪里？", "一共有多少行文字？"),
 }
 Placed = tuple[str, Sequence[float]]  # text, and its box as shares of width and height
 
 
-def dialogs(language: str, lines: Sequence[Placed], words: Sequence[Placed], rng: np.random.Generator) -> tuple[tuple[Turn, Turn], ...]:
-    """The transcription, a line by its box, the box of something that stands there once, the number of lines.
+def dialogs(
+    language: str, lines: Sequence[Placed], words: Sequence[Placed], rng: np.random.Generator
+) -> tuple[tuple[Turn, Turn], ...]:
+    """The transcription, a line by its box, the box of something that stands there once, the number
+    of lines.
 
     Args:
       lines: in reading order.
-      words: one that stands there once is asked for; where there is none, a line, and where each is there twice, the last by its box.
+      words: one that stands there once is asked for; where there is none, a line, and where each is
+        there twice, the last by its box.
     """
     read, at, where, count = (MARKER + text for text in ASKED[language])
     by_box = lambda line: question(at.format(box(line[1])), line[0])
@@ -38,4 +47,8 @@ def dialogs(language: str, lines: Sequence[Placed], words: Sequence[Placed], rng
 
 def _once(placed: Sequence[Placed], whole: str) -> list[Placed]:
     """Those that the whole text has once, with a letter in it and more than one character."""
-    return [(text, place) for text, place in placed if len(text) > 1 and any(map(str.isalpha, text)) and whole.count(text) == 1]
+    return [
+        (text, place)
+        for text, place in placed
+        if len(text) > 1 and any(map(str.isalpha, text)) and whole.count(text) == 1
+    ]

@@ -1,4 +1,6 @@
-"""Fonts of synthetic pages: the shipped ones by language, and files that a user names; their characters, and the ink of a word."""
+"""Fonts of synthetic pages: the shipped ones by language, and files that a user names; their
+characters, and the ink of a word.
+"""
 
 import functools
 import os
@@ -12,17 +14,26 @@ from PIL import ImageFont
 from evlm_jax import assets
 
 LATIN = (  # of those in matplotlib, the ones for text
-    *(f"DejaVu{kind}.ttf" for kind in ("Sans", "Sans-Bold", "Sans-Oblique", "SansMono", "SansMono-Bold")),
+    *(
+        f"DejaVu{kind}.ttf"
+        for kind in ("Sans", "Sans-Bold", "Sans-Oblique", "SansMono", "SansMono-Bold")
+    ),
     *(f"DejaVu{kind}.ttf" for kind in ("Serif", "Serif-Bold", "Serif-Italic", "Serif-BoldItalic")),
     *(f"STIX{kind}.ttf" for kind in ("General", "GeneralBol", "GeneralItalic", "GeneralBolIta")),
 )
-CJK, SIMPLIFIED, WEIGHTS = "noto-cjk", 2, ("Light", "Regular", "Medium", "Bold")  # asset, number in the collection, its styles
+CJK, SIMPLIFIED, WEIGHTS = (
+    "noto-cjk",
+    2,
+    ("Light", "Regular", "Medium", "Bold"),
+)  # asset, number in the collection, its styles
 TRIED = 100  # texts in a row that no font can write, before it is an error
 
 
 @dataclass(frozen=True)
 class Face:
-    """A font: a file, its number in a collection, the style of a variable font (empty for others)."""
+    """A font: a file, its number in a collection, the style of a variable font (empty for
+    others).
+    """
 
     path: str
     index: int = 0
@@ -30,7 +41,8 @@ class Face:
 
 
 def faces(language: str, files: str = "") -> tuple[Face, ...]:
-    """The shipped fonts of a language, and the files of a comma-separated list. A collection (.ttc) brings each of its fonts.
+    """The shipped fonts of a language, and the files of a comma-separated list. A collection (.ttc)
+    brings each of its fonts.
 
     Raises:
       ValueError: there is none, or a file is no font.
@@ -42,7 +54,10 @@ def faces(language: str, files: str = "") -> tuple[Face, ...]:
     if assets.available(CJK):
         named = [*(Face(str(assets.path(CJK)), SIMPLIFIED, weight) for weight in WEIGHTS), *named]
     if not named:
-        raise ValueError(f"there is no font for Chinese pages: run `evlm fetch {CJK}`, or name font files with ?fonts=FILE,FILE")
+        raise ValueError(
+            f"there is no font for Chinese pages: run `evlm fetch {CJK}`, or name font files with"
+            " ?fonts=FILE,FILE"
+        )
     return tuple(named)
 
 
@@ -55,7 +70,9 @@ def _of_file(path: str) -> list[Face]:
             font(face, 16)
         return found
     except Exception as error:  # damaged fonts make the readers raise errors of any kind
-        raise ValueError(f"?fonts={path}: cannot read the font: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"?fonts={path}: cannot read the font: {type(error).__name__}: {error}"
+        ) from error
 
 
 @functools.cache
@@ -72,20 +89,33 @@ def able(faces: Sequence[Face], text: str) -> tuple[Face, ...]:
 
 
 def writable(faces: Sequence[Face], texts: Iterable[str]) -> tuple[str, tuple[Face, ...]]:
-    """The first text that some font can write, and those fonts. Raises ValueError where a hundred cannot be written."""
+    """The first text that some font can write, and those fonts.
+
+    Raises ValueError where a hundred cannot be written.
+    """
     for tried, text in enumerate(texts):
         if found := able(faces, text):
             return text, found
         if tried == TRIED:
-            lacking = "".join(sorted(set("".join(text.split())).difference(*map(characters, faces)))) or text
-            raise ValueError(f"no font has the characters {lacking!r}, nor those of {TRIED} texts before: name font files with ?fonts=FILE")
+            lacking = (
+                "".join(sorted(set("".join(text.split())).difference(*map(characters, faces))))
+                or text
+            )
+            raise ValueError(
+                f"no font has the characters {lacking!r}, nor those of {TRIED} texts before: name"
+                " font files with ?fonts=FILE"
+            )
     raise ValueError("there is no text")
 
 
 @functools.lru_cache(64)
 def font(face: Face, px: int) -> ImageFont.FreeTypeFont:
-    """Laid out glyph by glyph, without shaping: the same on every machine, whatever Pillow was built with."""
-    opened = ImageFont.truetype(face.path, px, index=face.index, layout_engine=ImageFont.Layout.BASIC)
+    """Laid out glyph by glyph, without shaping: the same on every machine, whatever Pillow was
+    built with.
+    """
+    opened = ImageFont.truetype(
+        face.path, px, index=face.index, layout_engine=ImageFont.Layout.BASIC
+    )
     if face.style:
         opened.set_variation_by_name(face.style)
     return opened
@@ -98,7 +128,10 @@ def width(face: Face, px: int, text: str) -> int:
 
 @functools.lru_cache(1 << 14)
 def ink(face: Face, px: int, word: str) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of what is black, relative to the pen on the base line. Raises ValueError where nothing is."""
+    """Left, top, right and bottom of what is black, relative to the pen on the base line.
+
+    Raises ValueError where nothing is.
+    """
     mask, (left, top) = font(face, px).getmask2(word, mode="L", anchor="ls")
     box = mask.getbbox()
     if box is None:

@@ -1,4 +1,5 @@
-"""Where the words of a synthetic page stand: drawn by chance, in reading order, on a flat sheet. Nothing is drawn here.
+"""Where the words of a synthetic page stand: drawn by chance, in reading order, on a flat sheet.
+Nothing is drawn here.
 
     article                     list                 table               dense            sign
     HEADING                     Heading              ┌────┬────┬────┐    ·············
@@ -18,7 +19,9 @@ import numpy as np
 
 from evlm_jax.data.ocr.fonts import Face, able, ink, width, writable
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom are the first pixels outside
+Box = tuple[
+    int, int, int, int
+]  # left, top, right, bottom; right and bottom are the first pixels outside
 CJK = re.compile(r"[\u3000-\u303f\u3040-\u30ff\u3400-\u9fff\uff00-\uffef]")
 NEVER_FIRST = frozenset("，。！？、；：）》」』”’…,.!?;:)]}%")  # in a line
 SCALE = {"en": 1.0, "zh": 1.25}  # Chinese characters need more pixels
@@ -103,8 +106,8 @@ class Sheet:
 def wrap(text: str, face: Face, px: int, room: int) -> list[list[str]]:
     """Lines of words that are at most `room` wide, but for a single character that is wider.
 
-    Words are broken where they are Chinese, or alone wider than a line; a line does not begin with a closing mark if that can be helped.
-    """
+    Words are broken where they are Chinese, or alone wider than a line; a line does not begin with
+    a closing mark if that can be helped."""
     lines, line, used, space = [], [], 0, width(face, px, " ")
     for word in text.split():
         while word:
@@ -113,7 +116,9 @@ def wrap(text: str, face: Face, px: int, room: int) -> list[list[str]]:
             if width(face, px, word) <= left:
                 head = len(word)
             elif CJK.search(word) or width(face, px, word) > room:
-                head = bisect.bisect_right(range(1, len(word)), left, key=lambda n: width(face, px, word[:n]))
+                head = bisect.bisect_right(
+                    range(1, len(word)), left, key=lambda n: width(face, px, word[:n])
+                )
                 while head > 1 and word[head] in NEVER_FIRST:
                     head -= 1
             head = head or int(not line)  # an empty line takes a character at least
@@ -137,9 +142,21 @@ def row(words: list[str], face: Face, px: int, x: int, y: int) -> Line:
 
 
 def write(
-    sheet: Sheet, text: str, face: Face, px: int, x: int, y: int, room: int, bottom: int, spacing: float, middle: bool = False
+    sheet: Sheet,
+    text: str,
+    face: Face,
+    px: int,
+    x: int,
+    y: int,
+    room: int,
+    bottom: int,
+    spacing: float,
+    middle: bool = False,
 ) -> int:
-    """Writes lines from the top `y` on until `bottom`; where the next may begin. What finds no place is not written."""
+    """Writes lines from the top `y` on until `bottom`; where the next may begin.
+
+    What finds no place is not written.
+    """
     step = round(px * spacing)
     for words in wrap(text, face, px, room):
         if y + step > bottom or not sheet.characters:
@@ -153,11 +170,20 @@ def write(
     return y
 
 
-def article(sheet: Sheet, low: int = 11, high: int = 17, most_columns: int = 3, tight: bool = False) -> None:
-    """Maybe a heading, then columns of paragraphs. `low` and `high`: font sizes; `tight`: as much text as there is room for."""
+def article(
+    sheet: Sheet, low: int = 11, high: int = 17, most_columns: int = 3, tight: bool = False
+) -> None:
+    """Maybe a heading, then columns of paragraphs.
+
+    `low` and `high`: font sizes; `tight`: as much text as there is room for.
+    """
     rng, (w, h) = sheet.rng, sheet.size
     margin = max(4, round((0.02 if tight else rng.uniform(0.04, 0.1)) * min(w, h)))
-    px, spacing, top = sheet.px(low, high), rng.uniform(1.15, 1.3) if tight else rng.uniform(1.2, 1.6), margin
+    px, spacing, top = (
+        sheet.px(low, high),
+        rng.uniform(1.15, 1.3) if tight else rng.uniform(1.2, 1.6),
+        margin,
+    )
     columns = int(rng.integers(1, max(1, min(most_columns, w // (px * 14))) + 1))
     _, found = sheet.text()
     usual = sheet.choose(found)
@@ -178,11 +204,27 @@ def heading(sheet: Sheet, x: int, y: int, px: int) -> int:
     w, h = sheet.size
     text, found = sheet.text()
     size = round(px * sheet.rng.uniform(1.3, 2.0))
-    return write(sheet, text, sheet.choose(found), size, x, y, w - 2 * x, h // 3, 1.25, bool(sheet.rng.random() < 0.5)) + px // 2
+    return (
+        write(
+            sheet,
+            text,
+            sheet.choose(found),
+            size,
+            x,
+            y,
+            w - 2 * x,
+            h // 3,
+            1.25,
+            bool(sheet.rng.random() < 0.5),
+        )
+        + px // 2
+    )
 
 
 def paragraph(sheet: Sheet, letters: int) -> tuple[str, tuple[Face, ...]]:
-    """Texts after each other, a full stop behind each, until there are so many letters; the fonts that have all of it."""
+    """Texts after each other, a full stop behind each, until there are so many letters; the fonts
+    that have all of it.
+    """
     stop, gap = ("。", "") if sheet.language == "zh" else (".", " ")
     made, found = "", sheet.faces
     while len(made) < letters / SCALE[sheet.language]:
@@ -204,13 +246,30 @@ def items(sheet: Sheet) -> None:
     """A heading and a list, numbered or with dashes."""
     rng, (w, h) = sheet.rng, sheet.size
     margin, px = max(4, round(rng.uniform(0.04, 0.1) * min(w, h))), sheet.px(12, 18)
-    y, numbered, spacing = heading(sheet, margin, margin, px), rng.random() < 0.5, rng.uniform(1.2, 1.6)
+    y, numbered, spacing = (
+        heading(sheet, margin, margin, px),
+        rng.random() < 0.5,
+        rng.uniform(1.2, 1.6),
+    )
     number, usual = 1, sheet.choose(sheet.text()[1])
     while y + px * spacing <= h - margin and sheet.characters:
         text, _ = sheet.text()
         item = f"{f'{number}.' if numbered else '-'} {text}"
         if found := able(sheet.faces, item):
-            y = write(sheet, item, sheet.choose(found, usual), px, margin, y, w - 2 * margin, h - margin, spacing) + px // 3
+            y = (
+                write(
+                    sheet,
+                    item,
+                    sheet.choose(found, usual),
+                    px,
+                    margin,
+                    y,
+                    w - 2 * margin,
+                    h - margin,
+                    spacing,
+                )
+                + px // 3
+            )
             number += 1
         else:
             return
@@ -221,7 +280,10 @@ def table(sheet: Sheet) -> None:
     rng, (w, h) = sheet.rng, sheet.size
     margin, px = max(4, round(rng.uniform(0.04, 0.1) * min(w, h))), sheet.px(11, 15)
     y = heading(sheet, margin, margin, px) if rng.random() < 0.5 else margin
-    high, columns = round(px * rng.uniform(1.7, 2.4)), int(rng.integers(2, max(2, min(5, w // (px * 7))) + 1))
+    high, columns = (
+        round(px * rng.uniform(1.7, 2.4)),
+        int(rng.integers(2, max(2, min(5, w // (px * 7))) + 1)),
+    )
     wide, top = (w - 2 * margin) // columns, y
     most, usual = int(rng.integers(3, 13)), sheet.choose(sheet.text()[1])
     while (y - top) // high < most and y + high <= h - margin and sheet.characters:
@@ -230,34 +292,68 @@ def table(sheet: Sheet) -> None:
             text, found = sheet.text()
             face = sheet.choose(found, usual)
             words = wrap(text, face, px, wide - px)[0]  # what fits
-            cells += row(words, face, px, margin + column * wide + px // 2, y + (high + round(0.7 * px)) // 2).words
+            cells += row(
+                words, face, px, margin + column * wide + px // 2, y + (high + round(0.7 * px)) // 2
+            ).words
         if not sheet.add(Line(tuple(cells))):
             break
         y += high
     rows = (y - top) // high
-    sheet.rules += [(margin, top + i * high, margin + columns * wide + 1, top + i * high + 1) for i in range(rows + 1)]
-    sheet.rules += [(margin + i * wide, top, margin + i * wide + 1, top + rows * high + 1) for i in range(columns + 1)]
+    sheet.rules += [
+        (margin, top + i * high, margin + columns * wide + 1, top + i * high + 1)
+        for i in range(rows + 1)
+    ]
+    sheet.rules += [
+        (margin + i * wide, top, margin + i * wide + 1, top + rows * high + 1)
+        for i in range(columns + 1)
+    ]
 
 
 def sign(sheet: Sheet) -> None:
     """A few large words."""
     rng, (w, h) = sheet.rng, sheet.size
-    margin, px = max(4, w // 20), min(sheet.px(22, 44), h // 3)  # of a third, so that the first line has room
+    margin, px = (
+        max(4, w // 20),
+        min(sheet.px(22, 44), h // 3),
+    )  # of a third, so that the first line has room
     y = round(h * rng.uniform(0.05, 0.3))
     for _ in range(rng.integers(1, 4)):
         text, found = sheet.text()
-        y = write(sheet, text, sheet.choose(found), px, margin, y, w - 2 * margin, h - margin, 1.25, middle=True)
+        y = write(
+            sheet,
+            text,
+            sheet.choose(found),
+            px,
+            margin,
+            y,
+            w - 2 * margin,
+            h - margin,
+            1.25,
+            middle=True,
+        )
         px = max(12, round(px * rng.uniform(0.6, 1.0)))
 
 
-LAYOUTS = {"article": (article, 0.35), "list": (items, 0.2), "table": (table, 0.15), "dense": (dense, 0.15), "sign": (sign, 0.15)}
+LAYOUTS = {
+    "article": (article, 0.35),
+    "list": (items, 0.2),
+    "table": (table, 0.15),
+    "dense": (dense, 0.15),
+    "sign": (sign, 0.15),
+}
 
 
 def lay_out(sheet: Sheet, names: Sequence[str]) -> Sheet:
-    """Fills it by one of these LAYOUTS, each as often as stands there. Raises ValueError where no line found a place."""
+    """Fills it by one of these LAYOUTS, each as often as stands there.
+
+    Raises ValueError where no line found a place.
+    """
     made, often = zip(*(LAYOUTS[name] for name in names))
     make = made[sheet.rng.choice(len(made), p=np.array(often) / sum(often))]
     make(sheet)
     if not sheet.lines:
-        raise ValueError(f"a sheet of {sheet.size[0]} x {sheet.size[1]} pixels has no room for a line: make ?size= larger")
+        raise ValueError(
+            f"a sheet of {sheet.size[0]} x {sheet.size[1]} pixels has no room for a line: make"
+            " ?size= larger"
+        )
     return sheet

@@ -1,4 +1,7 @@
-"""A synthetic page: its flat sheet, how the sheet lies in the picture, and the picture itself. A function of (seed, number)."""
+"""A synthetic page: its flat sheet, how the sheet lies in the picture, and the picture itself.
+
+A function of (seed, number).
+"""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +23,8 @@ class Page:
     Args:
       size: width and height of the picture.
       sheet: its words and lines, flat.
-      quad: where the sheet's corners (left top, right top, right bottom, left bottom) lie in the picture, float [4, 2].
+      quad: where the sheet's corners (left top, right top, right bottom, left bottom) lie in the
+        picture, float [4, 2].
       lies: on a background; otherwise the sheet is the whole picture.
     """
 
@@ -35,7 +39,9 @@ class Page:
         return homography(self.sheet.size, self.quad)
 
     def place(self, boxes: Sequence[Box]) -> np.ndarray:
-        """The upright boxes in the picture around boxes on the sheet: float [n, 4], as shares of width and height."""
+        """The upright boxes in the picture around boxes on the sheet: float [n, 4], as shares of
+        width and height.
+        """
         corners = np.array(boxes)[:, [(0, 1), (2, 1), (2, 3), (0, 3)]]
         placed = project(self.matrix, corners.reshape(-1, 2)).reshape(-1, 4, 2) / self.size
         return np.concatenate([placed.min(1), placed.max(1)], 1)
@@ -75,7 +81,9 @@ def compose(
 
 
 def homography(size: tuple[int, int], quad: np.ndarray) -> np.ndarray:
-    """float [3, 3] that maps the corners of a sheet of this size to the corners of a quadrilateral [4, 2]."""
+    """float [3, 3] that maps the corners of a sheet of this size to the corners of a quadrilateral
+    [4, 2].
+    """
     w, h = size
     rows, values = [], []
     for (x, y), (u, v) in zip(((0, 0), (w, 0), (w, h), (0, h)), quad):
@@ -90,7 +98,9 @@ def project(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
     return np.stack([u / w, v / w], 1)
 
 
-def draw(page: Page, seed: tuple[int, ...], background: Callable[[np.random.Generator], Image.Image]) -> tuple[Image.Image, int]:
+def draw(
+    page: Page, seed: tuple[int, ...], background: Callable[[np.random.Generator], Image.Image]
+) -> tuple[Image.Image, int]:
     """The picture, RGB, and the quality at which it is to be saved as JPEG.
 
     Args:
@@ -108,7 +118,10 @@ def draw(page: Page, seed: tuple[int, ...], background: Callable[[np.random.Gene
 
 def colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Of the paper and of the ink: light and dark, sometimes the other way round."""
-    light, dark = rng.uniform(200, 255) + rng.uniform(-20, 10, 3), rng.uniform(0, 70) + rng.uniform(-20, 40, 3)
+    light, dark = (
+        rng.uniform(200, 255) + rng.uniform(-20, 10, 3),
+        rng.uniform(0, 70) + rng.uniform(-20, 40, 3),
+    )
     pair = light.clip(0, 255), dark.clip(0, 255)
     return pair if rng.random() < 0.85 else pair[::-1]
 
@@ -127,13 +140,20 @@ def write_words(image: Image.Image, sheet: Sheet, colour: np.ndarray) -> None:
         pen.rectangle((left, top, right - 1, bottom - 1), fill=fill)
     for line in sheet.lines:
         for word in line.words:
-            pen.text((word.x, word.y), word.text, fill=fill, font=font(word.face, word.px), anchor="ls")
+            pen.text(
+                (word.x, word.y), word.text, fill=fill, font=font(word.face, word.px), anchor="ls"
+            )
 
 
 def onto(background: Image.Image, sheet: Image.Image, page: Page) -> Image.Image:
     """The sheet as it lies on a picture, which is stretched to the page's size."""
     back = np.linalg.inv(page.matrix)
-    warp = lambda image: image.transform(page.size, Image.Transform.PERSPECTIVE, (back / back[2, 2]).ravel()[:8], Image.Resampling.BICUBIC)
+    warp = lambda image: image.transform(
+        page.size,
+        Image.Transform.PERSPECTIVE,
+        (back / back[2, 2]).ravel()[:8],
+        Image.Resampling.BICUBIC,
+    )
     picture = background.resize(page.size, Image.Resampling.BICUBIC)
     picture.paste(warp(sheet), mask=warp(Image.new("L", sheet.size, 255)))
     return picture
@@ -143,7 +163,9 @@ def worn(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """A shadow across, and the noise of a camera."""
     w, h = image.size
     angle, depth = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.35)
-    across = np.linspace(-0.5, 0.5, w) * np.cos(angle) + np.linspace(-0.5, 0.5, h)[:, None] * np.sin(angle)
+    across = np.linspace(-0.5, 0.5, w) * np.cos(angle) + np.linspace(-0.5, 0.5, h)[
+        :, None
+    ] * np.sin(angle)
     light = (1 - depth * (across + 0.5).clip(0, 1)).astype(np.float32)
     return _picture(np.asarray(image) * light[..., None] + _noise(rng, 8, (h, w, 3)))
 

@@ -1,10 +1,13 @@
-"""Real pages: a detector has said where text is, what it is and how sure it is; rules say which pages are worth training on.
+"""Real pages: a detector has said where text is, what it is and how sure it is; rules say which
+pages are worth training on.
 
 A row, of any container:
 
-    {"image": "a.jpg", "width": 800, "height": 600, "boxes": [{"box": [x1, y1, x2, y2], "text": "Exit", "confidence": 0.97}, ...]}
+    {"image": "a.jpg", "width": 800, "height": 600, "boxes": [{"box": [x1, y1, x2, y2], "text":
+    "Exit", "confidence": 0.97}, ...]}
 
-in pixels and reading order; a box may also be four corners [[x, y], ...], and what has no confidence is sure. Rules, in the order in which
+in pixels and reading order; a box may also be four corners [[x, y], ...], and what has no
+confidence is sure. Rules, in the order in which
 they are asked:
 
     page_characters                         too little text that is legible
@@ -71,7 +74,13 @@ def scan(name: str, root: str, row: dict) -> Scan:
     """Of a row. Raises KeyError for a field that lacks, ValueError for a box that is none."""
     told = facts(row)
     (file,) = files_of(row, root, "image") or members(row)
-    return Scan(key_of(row), name, file, (int(told["width"]), int(told["height"])), tuple(_found(entry) for entry in told["boxes"]))
+    return Scan(
+        key_of(row),
+        name,
+        file,
+        (int(told["width"]), int(told["height"])),
+        tuple(_found(entry) for entry in told["boxes"]),
+    )
 
 
 def _found(entry: dict) -> Found:
@@ -82,24 +91,36 @@ def _found(entry: dict) -> Found:
     corners = tuple((float(x), float(y)) for x, y in box)
     if len(corners) != 4:
         raise ValueError(f"a box must be x1, y1, x2, y2 or four corners, not {entry['box']}")
-    return Found(" ".join(words(entry["text"], "text").split()), corners, float(entry.get("confidence", 1)))
+    return Found(
+        " ".join(words(entry["text"], "text").split()), corners, float(entry.get("confidence", 1))
+    )
 
 
 def open_scans(path: str, images: str = "") -> Chain:
-    """The pages of all container files of a path, for `build`. Pictures are in the folder `images` beside each file."""
+    """The pages of all container files of a path, for `build`.
+
+    Pictures are in the folder `images` beside each file.
+    """
     return _open(path, path, images, lambda page: page)
 
 
 def detected(name: str, path: str, *, images: str = "", language: str = "en") -> Chain:
-    """The same pages as samples: the questions of synthetic pages, asked of what was found. `language`: of the questions, en or zh."""
+    """The same pages as samples: the questions of synthetic pages, asked of what was found.
+
+    `language`: of the questions, en or zh.
+    """
     if language not in ASKED:
-        raise ValueError(f"data source {name!r}: language must be one of {', '.join(ASKED)}, not {language!r}")
+        raise ValueError(
+            f"data source {name!r}: language must be one of {', '.join(ASKED)}, not {language!r}"
+        )
 
     def sample(page: Scan) -> Sample:
         if not page.found:
             raise ValueError("there is no text in `boxes`")
         lines = [(literal(found.text), found.box(page.size)) for found in page.found]
-        asked = dialogs(language, lines, lines, np.random.default_rng(zlib.crc32(page.key.encode())))
+        asked = dialogs(
+            language, lines, lines, np.random.default_rng(zlib.crc32(page.key.encode()))
+        )
         return Sample(page.key, name, ((ImageRef(page.file),),), asked)
 
     return _open(name, path, images, sample)
@@ -129,27 +150,36 @@ class Pages(Cleaner):
         return picture_rule((ImageRef(page.file),), self.cfg.clean)
 
     def note(self, page: Scan, rule: str) -> Scan | None:
-        """Enters a judgement in the receipt; the page, or None if it is dropped, also for what came before."""
+        """Enters a judgement in the receipt; the page, or None if it is dropped, also for what came
+        before.
+        """
         legible, faint = self.split(page)
         if not rule and self._twins.seen("\n".join(found.text for found in legible)):
             rule = "page_similarity"
         name = f"{page.source}/{page.key}"
         self.receipt.add("page", rule, name)
         for found in page.found:
-            self.receipt.add("box", "of a dropped page" if rule else "page_confidence" if found in faint else "", name)
+            self.receipt.add(
+                "box",
+                "of a dropped page" if rule else "page_confidence" if found in faint else "",
+                name,
+            )
         return None if rule else page
 
     def split(self, page: Scan) -> tuple[list[Found], list[Found]]:
         """What is legible, what is not."""
         sure = lambda found: bool(found.text) and found.confidence >= self.cfg.clean.page_confidence
-        return [found for found in page.found if sure(found)], [found for found in page.found if not sure(found)]
+        return [found for found in page.found if sure(found)], [
+            found for found in page.found if not sure(found)
+        ]
 
 
 def build(source: Chain, out: str | Path, cfg: EVLMConfig, workers: int | None = None) -> Receipt:
-    """Writes the pages that are kept to `out`/pages.jsonl, which `detected:` reads, and what was painted over to `out`/NUMBER.png.
+    """Writes the pages that are kept to `out`/pages.jsonl, which `detected:` reads, and what was
+    painted over to `out`/NUMBER.png.
 
-    A picture with nothing to paint over stays where it is, with a link to it in `out`. The file appears when all is done.
-    """
+    A picture with nothing to paint over stays where it is, with a link to it in `out`. The file
+    appears when all is done."""
     out, cleaner = local(out, "the folder of cleaned pages"), Pages(cfg)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "pages.jsonl.part", "w", encoding="utf-8") as lines:
@@ -159,16 +189,29 @@ def build(source: Chain, out: str | Path, cfg: EVLMConfig, workers: int | None =
             if not faint:
                 file = _keep(page.file, out, number)
             else:
-                paint_over(image.decode(page.file), [found.shares(page.size) for found in faint]).save(out / file)
-            boxes = [{"box": found.corners, "text": found.text, "confidence": found.confidence} for found in legible]
-            row = {"id": page.key, "image": file, "width": page.size[0], "height": page.size[1], "boxes": boxes}
+                paint_over(
+                    image.decode(page.file), [found.shares(page.size) for found in faint]
+                ).save(out / file)
+            boxes = [
+                {"box": found.corners, "text": found.text, "confidence": found.confidence}
+                for found in legible
+            ]
+            row = {
+                "id": page.key,
+                "image": file,
+                "width": page.size[0],
+                "height": page.size[1],
+                "boxes": boxes,
+            }
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(lines.name, out / "pages.jsonl")
     return cleaner.receipt
 
 
 def _keep(path: str, out: Path, number: int) -> str:
-    """The name in `out` of a picture that stays as it is: a link to a file on this disk, a copy of what lies elsewhere."""
+    """The name in `out` of a picture that stays as it is: a link to a file on this disk, a copy of
+    what lies elsewhere.
+    """
     link = out / f"{number}{os.path.splitext(path)[1] or '.jpg'}"
     link.unlink(missing_ok=True)
     if isinstance(path, files.Ref) or files.remote(path):
@@ -180,16 +223,21 @@ def _keep(path: str, out: Path, number: int) -> str:
 
 
 def paint_over(picture: Image.Image, quads: Sequence[np.ndarray]) -> Image.Image:
-    """The picture without what stands in these quadrilaterals [4, 2], shares of width and height: filled in from around them (Telea)."""
+    """The picture without what stands in these quadrilaterals [4, 2], shares of width and height:
+    filled in from around them (Telea).
+    """
     try:
         import cv2
     except ImportError as error:
         raise ImportError(
-            'illegible boxes are painted over by OpenCV: pip install -e ".[clean]", or set clean.page_confidence to 0'
+            'illegible boxes are painted over by OpenCV: pip install -e ".[clean]", or set'
+            " clean.page_confidence to 0"
         ) from error
     mask = Image.new("L", picture.size, 0)
     pen = ImageDraw.Draw(mask)
     for quad in quads:
         pen.polygon([tuple(corner) for corner in quad * picture.size], fill=255)
     mask = mask.filter(ImageFilter.MaxFilter(2 * MARGIN + 1))
-    return Image.fromarray(cv2.inpaint(np.asarray(picture), np.asarray(mask), RADIUS, cv2.INPAINT_TELEA))
+    return Image.fromarray(
+        cv2.inpaint(np.asarray(picture), np.asarray(mask), RADIUS, cv2.INPAINT_TELEA)
+    )

@@ -5,14 +5,19 @@ import hashlib
 import numpy as np
 
 SHINGLE = 5  # characters that are compared as one
-BANDS, ROWS = 20, 5  # of 100 hashes: a pair of similarity 0.8 meets in some band with 0.9996, one of 0.6 with 0.80
+BANDS, ROWS = (
+    20,
+    5,
+)  # of 100 hashes: a pair of similarity 0.8 meets in some band with 0.9996, one of 0.6 with 0.80
 
 
 class Twins:
-    """Remembers texts, about 3 kB each. Similarity is the share of common shingles among those of both, estimated with an error of 0.04.
+    """Remembers texts, about 3 kB each. Similarity is the share of common shingles among those of
+    both, estimated with an error of 0.04.
 
     Args:
-      similarity: from which on a text is a twin; near 1 only what differs in nothing but case, spaces and marks, above 1 nothing.
+      similarity: from which on a text is a twin; near 1 only what differs in nothing but case,
+        spaces and marks, above 1 nothing.
     """
 
     def __init__(self, similarity: float):
@@ -37,7 +42,11 @@ class Twins:
     def _signature(self, text: str) -> np.ndarray:
         """uint32 [100]: the least of each hash over all shingles."""
         hashed = np.array(
-            [int.from_bytes(hashlib.blake2b(s.encode(), digest_size=4).digest(), "little") for s in shingles(text)], np.uint64
+            [
+                int.from_bytes(hashlib.blake2b(s.encode(), digest_size=4).digest(), "little")
+                for s in shingles(text)
+            ],
+            np.uint64,
         )
         return ((self._factors * hashed + self._shifts) >> np.uint64(32)).min(1).astype(np.uint32)
 

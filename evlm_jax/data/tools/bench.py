@@ -1,4 +1,6 @@
-"""`evlm data bench`: how fast a configuration's data are read, packed and decoded, and how full its rows are."""
+"""`evlm data bench`: how fast a configuration's data are read, packed and decoded, and how full its
+rows are.
+"""
 
 import math
 import time
@@ -21,7 +23,9 @@ PADDING = 0.1  # of the image slots: more is worth another data.slots
 
 
 def rows_of(documents: Sequence[Document], data: DataConfig) -> list[list[Document]]:
-    """Rows of a finite stream, in whole pools, but those of the last window, which is not filled up again."""
+    """Rows of a finite stream, in whole pools, but those of the last window, which is not filled up
+    again.
+    """
     packer, rows = Packer(documents, data), []
     while packer.next < len(documents):
         rows += [[document for _, document in row] for row in pool([packer] * data.pool, data)]
@@ -35,7 +39,9 @@ def natural_images(rows: Sequence[Sequence[Document]], data: DataConfig) -> floa
 
 
 def line(name: str, documents: Sequence[Document], data: DataConfig) -> str:
-    """A line of the table: fill of each budget, rows a second of one core, documents and images a row."""
+    """A line of the table: fill of each budget, rows a second of one core, documents and images a
+    row.
+    """
     return timed(name, lambda: rows_of(documents, data), data)
 
 
@@ -46,41 +52,76 @@ def timed(name: str, pack: Callable[[], list[list[Document]]], data: DataConfig)
     rate = len(rows) / (time.process_time() - begin)
     full = fill(rows, data)
     shares = "".join(f"{100 * full[budget]:9.1f}" for budget in Budget._fields)
-    return f"{name:24}{shares}{sum(map(len, rows)) / len(rows):12.1f}{natural_images(rows, data):10.1f}{rate:10.0f}"
+    return (
+        f"{name:24}{shares}{sum(map(len, rows)) / len(rows):12.1f}"
+        f"{natural_images(rows, data):10.1f}{rate:10.0f}"
+    )
 
 
 def head(title: str) -> str:
     """Names of the columns of `line`."""
-    return f"{title:24}" + "".join(f"{name + ' %':>9}" for name in Budget._fields) + f"{'docs/row':>12}{'images*':>10}{'rows/s':>10}"
+    return (
+        f"{title:24}"
+        + "".join(f"{name + ' %':>9}" for name in Budget._fields)
+        + f"{'docs/row':>12}{'images*':>10}{'rows/s':>10}"
+    )
 
 
-def pools_of(rows: Sequence[Sequence[Document]], data: DataConfig) -> list[Sequence[Sequence[Document]]]:
+def pools_of(
+    rows: Sequence[Sequence[Document]], data: DataConfig
+) -> list[Sequence[Sequence[Document]]]:
     """The rows of each pool."""
     return [rows[first : first + data.pool] for first in range(0, len(rows), data.pool)]
 
 
-FOOT = "images*: of a row if all its positions were used. Image slots that are not used are padding that the ViT computes."
+FOOT = (
+    "images*: of a row if all its positions were used. Image slots that are not used are padding"
+    " that the ViT computes."
+)
 
 
 def report(documents: Sequence[Document], data: DataConfig) -> list[str]:
-    """The table of a stream: as configured, by window, and what to do about padding in the image slots."""
-    lines = [head("window"), *(line(str(window), documents, replace(data, window=window)) for window in sorted({*WINDOWS, data.window}))]
+    """The table of a stream: as configured, by window, and what to do about padding in the image
+    slots.
+    """
+    lines = [
+        head("window"),
+        *(
+            line(str(window), documents, replace(data, window=window))
+            for window in sorted({*WINDOWS, data.window})
+        ),
+    ]
     rows = rows_of(documents, data)
     padding, natural = 1 - fill(rows, data)["images"], natural_images(rows, data)
-    lines.append(f"data.slots = {data.slots}, of {data.pool} rows: {100 * padding:.1f}% of the ViT's images are padding")
+    lines.append(
+        f"data.slots = {data.slots}, of {data.pool} rows: {100 * padding:.1f}% of the ViT's images"
+        " are padding"
+    )
     if padding > PADDING and natural:
         most = max(len(document.refs) for document in documents)
         for rows in sorted({data.pool, POOL}):
             slots = max(math.ceil(natural * rows), most)
             if slots < data.slots * rows / data.pool:
                 pairs = max(slots, data.pairs * rows // data.pool)
-                fewer = replace(data, pool=rows, slots=slots, images=slots if rows == 1 else min(data.images, slots), pairs=pairs)
-                lines.append(line(f"data.pool = {rows} slots = {slots}", documents, fewer) + "   less padding")
+                fewer = replace(
+                    data,
+                    pool=rows,
+                    slots=slots,
+                    images=slots if rows == 1 else min(data.images, slots),
+                    pairs=pairs,
+                )
+                lines.append(
+                    line(f"data.pool = {rows} slots = {slots}", documents, fewer)
+                    + "   less padding"
+                )
     return [*lines, FOOT]
 
 
 def bench(cfg: EVLMConfig, tokenizer, count: int) -> str:
-    """The report of `count` documents of each task of `cfg`, read as lane 0 of one would read them. Speeds are of processor time."""
+    """The report of `count` documents of each task of `cfg`, read as lane 0 of one would read them.
+
+    Speeds are of processor time.
+    """
     lines = []
     for task in tasks([open_source(name) for name in cfg.data.sources], tokenizer, cfg):
         lines.append(f"task {task.name}" if task.name else "all sources")
@@ -88,8 +129,13 @@ def bench(cfg: EVLMConfig, tokenizer, count: int) -> str:
         lines.append(rate("documents/s read and tokenised"))
         rows = rows_of(documents, cfg.data)
         if not rows:
-            raise ValueError(f"{count} documents fill no row beyond the window of {cfg.data.window}: give a greater --documents")
-        _, rate = _tried(lambda rows: assemble(rows, cfg), pools_of(rows, cfg.data)[:64], cfg.data.pool)
+            raise ValueError(
+                f"{count} documents fill no row beyond the window of {cfg.data.window}: give a"
+                " greater --documents"
+            )
+        _, rate = _tried(
+            lambda rows: assemble(rows, cfg), pools_of(rows, cfg.data)[:64], cfg.data.pool
+        )
         lines.append(rate("rows/s assembled"))
         refs = list(islice((ref for row in rows for document in row for ref in document.refs), 128))
         if refs:
@@ -100,7 +146,9 @@ def bench(cfg: EVLMConfig, tokenizer, count: int) -> str:
 
 
 def _tried(work: Callable, items: Iterable, size: int = 1) -> tuple[list, Callable[[str], str]]:
-    """What `work` makes of each, and a line about its speed: how many a second, each of `size`, and what could not be done."""
+    """What `work` makes of each, and a line about its speed: how many a second, each of `size`, and
+    what could not be done.
+    """
     made, failed, begin = [], Counter(), time.process_time()
     for item in items:
         try:
@@ -110,5 +158,9 @@ def _tried(work: Callable, items: Iterable, size: int = 1) -> tuple[list, Callab
         except image.ImageError:
             failed["unreadable image"] += 1
     rate = (len(made) + failed.total()) * size / (time.process_time() - begin)
-    lost = "; left out: " + ", ".join(f"{cause} {count}" for cause, count in failed.items()) if failed else ""
+    lost = (
+        "; left out: " + ", ".join(f"{cause} {count}" for cause, count in failed.items())
+        if failed
+        else ""
+    )
     return made, lambda unit: f"{rate:10.0f} {unit}{lost}"

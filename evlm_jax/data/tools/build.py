@@ -1,8 +1,9 @@
-"""`evlm data build`: a source, cleaned and with smaller pictures, as shards that are read fast: `built:FOLDER` in `data.sources`.
+"""`evlm data build`: a source, cleaned and with smaller pictures, as shards that are read fast:
+`built:FOLDER` in `data.sources`.
 
-A shard is made of so many neighbouring samples of the source, by one process. Its receipt is renamed to its name last of all, so after a
-kill shards without one are made again, and the others stay. Shards do not depend on the number of processes.
-"""
+A shard is made of so many neighbouring samples of the source, by one process. Its receipt is
+renamed to its name last of all, so after a kill shards without one are made again, and the others
+stay. Shards do not depend on the number of processes."""
 
 import functools
 import io
@@ -58,7 +59,9 @@ class Outcome:
     written: int = 0
     rows: int = 0  # a sample is several where data.dialogs splits it
     dropped: Counter = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)  # cause -> the first sample that it dropped
+    examples: dict[str, str] = field(
+        default_factory=dict
+    )  # cause -> the first sample that it dropped
     rules: Receipt = field(default_factory=Receipt)
 
     def drop(self, cause: str, message: str) -> None:
@@ -68,14 +71,21 @@ class Outcome:
 
     def add(self, other: "Outcome") -> None:
         """Samples that come after these."""
-        self.seen, self.written, self.rows = self.seen + other.seen, self.written + other.written, self.rows + other.rows
+        self.seen, self.written, self.rows = (
+            self.seen + other.seen,
+            self.written + other.written,
+            self.rows + other.rows,
+        )
         self.dropped.update(other.dropped)
         self.examples = other.examples | self.examples
         self.rules.update(other.rules)
 
     def __str__(self) -> str:
         lines = [f"sample: {self.seen} seen, {self.written} written in {self.rows} rows"]
-        lines += [f"  {cause}: {count} dropped, the first {self.examples[cause]}" for cause, count in self.dropped.most_common()]
+        lines += [
+            f"  {cause}: {count} dropped, the first {self.examples[cause]}"
+            for cause, count in self.dropped.most_common()
+        ]
         return "\n".join([*lines, *filter(None, [str(self.rules)])])
 
 
@@ -93,17 +103,21 @@ class Block(Sequence[Sample]):
 
 
 def build(job: Job, workers: int) -> Outcome:
-    """Builds what is not there yet, in so many processes; the receipt of all shards, which is also in receipt.json and receipt.txt.
+    """Builds what is not there yet, in so many processes; the receipt of all shards, which is also
+    in receipt.json and receipt.txt.
 
     Raises:
-      ValueError: the folder holds something else, or the source has changed; OSError: a process was killed.
+      ValueError: the folder holds something else, or the source has changed; OSError: a process was
+        killed.
     """
     out, source = local(job.out, "--out of a build"), open_source(job.source)
     out.mkdir(parents=True, exist_ok=True)
     _same_job(job, source.state(), out)
     shards = range(-(-len(source) // job.size))
     todo = [shard for shard in shards if not _receipt(job, shard).exists()]
-    with tqdm(total=len(shards), initial=len(shards) - len(todo), desc=job.source, unit="shard") as bar:
+    with tqdm(
+        total=len(shards), initial=len(shards) - len(todo), desc=job.source, unit="shard"
+    ) as bar:
         for _ in _run(functools.partial(build_shard, job), todo, workers):
             bar.update()
     _same_job(job, open_source(job.source).state(), out)  # it may have changed while it was read
@@ -125,7 +139,9 @@ def _run(work: Callable[[int], None], todo: Sequence[int], workers: int) -> Iter
         with ProcessPoolExecutor(workers, context) as pool:
             yield from pool.map(work, todo)
     except BrokenProcessPool as error:
-        raise OSError("a process was killed (out of memory?): start again, finished shards stay") from error
+        raise OSError(
+            "a process was killed (out of memory?): start again, finished shards stay"
+        ) from error
 
 
 def build_shard(job: Job, shard: int) -> None:
@@ -146,7 +162,9 @@ def _rows(job: Job, block: Block, outcome: Outcome) -> Iterator[dict]:
     """Rows of what is left of the samples; what becomes of each goes to `outcome`."""
     for sample in _kept(job, block, outcome):
         try:
-            pictures = [picture for visual in sample.visuals for picture in _pictures(visual, job.side)]
+            pictures = [
+                picture for visual in sample.visuals for picture in _pictures(visual, job.side)
+            ]
         except image.ImageError as error:
             outcome.drop("unreadable image", f"{sample.source}/{sample.key}: {error}")
             continue
@@ -158,7 +176,10 @@ def _rows(job: Job, block: Block, outcome: Outcome) -> Iterator[dict]:
 
 
 def _kept(job: Job, block: Block, outcome: Outcome) -> Iterator[Sample]:
-    """Samples by the rules. Those of which nothing is left, and rows that are no samples, go to `outcome`."""
+    """Samples by the rules.
+
+    Those of which nothing is left, and rows that are no samples, go to `outcome`.
+    """
     if job.rules == "none":
         for number in range(len(block)):
             try:
@@ -174,18 +195,28 @@ def _kept(job: Job, block: Block, outcome: Outcome) -> Iterator[Sample]:
     for cause, count in (("bad row", bad), ("cleaned away", len(block) - kept - bad)):
         if count:
             outcome.dropped[cause] += count
-            outcome.examples[cause] = outcome.rules.examples["bad row"] if cause == "bad row" else "is told by the rules below"
+            outcome.examples[cause] = (
+                outcome.rules.examples["bad row"]
+                if cause == "bad row"
+                else "is told by the rules below"
+            )
 
 
 def _pictures(visual: Sequence[ImageRef], side: int) -> Iterator[tuple[str, bytes]]:
-    """Suffix and bytes of each frame. A small picture in a common format stays as it is; others become JPEG."""
+    """Suffix and bytes of each frame.
+
+    A small picture in a common format stays as it is; others become JPEG.
+    """
     for ref, picture in zip(visual, image.decode_all(visual)):
         shorter = min(picture.size)
         if ref.frame is None and shorter <= side:
             with open_ref(ref.path) as file:
                 content = file.read()
             suffix = ""
-            with suppress(Exception), Image.open(io.BytesIO(content), formats=image.FORMATS) as opened:  # one that was mended becomes JPEG
+            with (
+                suppress(Exception),
+                Image.open(io.BytesIO(content), formats=image.FORMATS) as opened,
+            ):  # one that was mended becomes JPEG
                 suffix = SUFFIXES.get(opened.format)
             if suffix:
                 yield suffix, content
@@ -202,7 +233,11 @@ def _write_tar(path: Path, rows: Sequence[dict], shard: int) -> None:
     with tarfile.open(path, "w") as tar:
         for number, row in enumerate(rows):
             for name, value in row.items():
-                content = value if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False).encode()
+                content = (
+                    value
+                    if isinstance(value, bytes)
+                    else json.dumps(value, ensure_ascii=False).encode()
+                )
                 member = tarfile.TarInfo(f"{shard:05d}{number:06d}.{name}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
@@ -222,14 +257,22 @@ def _source(name: str) -> Sequence[Sample]:
 
 
 def _same_job(job: Job, state: str, out: Path) -> None:
-    """Raises ValueError if the folder holds shards of another job, or of files that have changed since."""
-    facts = job._asdict() | {"cfg": {"clean": to_dict(job.cfg)["clean"], "dialogs": job.cfg.data.dialogs}, "state of the source": state}
+    """Raises ValueError if the folder holds shards of another job, or of files that have changed
+    since.
+    """
+    facts = job._asdict() | {
+        "cfg": {"clean": to_dict(job.cfg)["clean"], "dialogs": job.cfg.data.dialogs},
+        "state of the source": state,
+    }
     facts = json.loads(json.dumps({name: value for name, value in facts.items() if name != "out"}))
     if (out / "build.json").exists():
         before = json.loads((out / "build.json").read_text("utf-8"))
         before = {"state of the source": state} | before  # builds of former versions do not tell it
         if other := [name for name in facts if before.get(name) != facts[name]]:
-            raise ValueError(f"{out} was begun with another {', '.join(other)} (build.json): give a new --out, or delete it")
+            raise ValueError(
+                f"{out} was begun with another {', '.join(other)} (build.json): give a new --out,"
+                " or delete it"
+            )
     _write(out / "build.json", _json(facts, indent=1))
 
 
@@ -242,7 +285,10 @@ def _read(path: Path) -> Outcome:
     rules = facts.pop("rules")
     counters = {name: Counter(rules[name]) for name in ("seen", "kept")}
     dropped = {unit: Counter(causes) for unit, causes in rules["dropped"].items()}
-    return Outcome(**facts | {"dropped": Counter(facts["dropped"])}, rules=Receipt(**rules | counters | {"dropped": dropped}))
+    return Outcome(
+        **facts | {"dropped": Counter(facts["dropped"])},
+        rules=Receipt(**rules | counters | {"dropped": dropped}),
+    )
 
 
 def _json(value, indent: int | None = None) -> bytes:

@@ -11,26 +11,59 @@ CONFIG_HELP = "FILE.py[:arg]; fields are overridden with --config.section.field=
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of all actions."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="inspect|stats|bench|build")
+    actions = parser.add_subparsers(
+        dest="action", required=True, metavar="inspect|stats|bench|build"
+    )
     add = lambda name, text: actions.add_parser(name, help=text, description=text)
-    look = add("inspect", "a page that shows rows as the model will see them: pictures, tokens, what is learned, masks")
+    look = add(
+        "inspect",
+        "a page that shows rows as the model will see them: pictures, tokens, what is learned,"
+        " masks",
+    )
     look.add_argument("--out", default="inspect.html", help="the page, with everything inside it")
-    look.add_argument("--rows", type=argument(Positive), default=4, help="rows of the first step that are shown")
+    look.add_argument(
+        "--rows", type=argument(Positive), default=4, help="rows of the first step that are shown"
+    )
     look.add_argument("--picture", help="PNG to write of these rows, without masks")
     count = add("stats", "lengths, pictures and drops of each source")
-    count.add_argument("--samples", type=argument(Count), default=1000, help="of each source, drawn at random; 0: all")
-    speed = add("bench", "how full rows are, by packing window, and how fast data are read, packed and decoded")
-    speed.add_argument("--documents", type=argument(Positive), default=4000, help="of each task")
-    make = add("build", "write a source as shards that are read fast, cleaned and with smaller pictures")
-    make.add_argument("--source", help="as in data.sources; where left out, the only one of the configuration")
-    make.add_argument("--out", required=True, help="folder; a build that was killed in it goes on")
-    make.add_argument("--rules", choices=("captions", "documents", "none"), default="none", help="of config.clean")
-    make.add_argument("--format", choices=("tar", "array_record"), default="tar", help="of the shards")
-    make.add_argument(
-        "--side", type=argument(Positive), help="greatest shorter side of a picture, in pixels; vit.image_size where left out"
+    count.add_argument(
+        "--samples",
+        type=argument(Count),
+        default=1000,
+        help="of each source, drawn at random; 0: all",
     )
-    make.add_argument("--shard", type=argument(Positive), default=1000, help="samples of the source that a shard is made of")
-    make.add_argument("--workers", type=argument(Positive), default=os.cpu_count(), help="processes")
+    speed = add(
+        "bench",
+        "how full rows are, by packing window, and how fast data are read, packed and decoded",
+    )
+    speed.add_argument("--documents", type=argument(Positive), default=4000, help="of each task")
+    make = add(
+        "build", "write a source as shards that are read fast, cleaned and with smaller pictures"
+    )
+    make.add_argument(
+        "--source", help="as in data.sources; where left out, the only one of the configuration"
+    )
+    make.add_argument("--out", required=True, help="folder; a build that was killed in it goes on")
+    make.add_argument(
+        "--rules", choices=("captions", "documents", "none"), default="none", help="of config.clean"
+    )
+    make.add_argument(
+        "--format", choices=("tar", "array_record"), default="tar", help="of the shards"
+    )
+    make.add_argument(
+        "--side",
+        type=argument(Positive),
+        help="greatest shorter side of a picture, in pixels; vit.image_size where left out",
+    )
+    make.add_argument(
+        "--shard",
+        type=argument(Positive),
+        default=1000,
+        help="samples of the source that a shard is made of",
+    )
+    make.add_argument(
+        "--workers", type=argument(Positive), default=os.cpu_count(), help="processes"
+    )
     for action in (look, count, speed, make):
         action.add_argument("config", help=CONFIG_HELP)
 
@@ -39,14 +72,30 @@ def run(args: argparse.Namespace, overrides: list[str], load_config: Callable) -
     """Does what the arguments say."""
     cfg = load_config(args.config, overrides)
     if not cfg.data.sources and not getattr(args, "source", None):
-        raise ValueError("config: data.sources is empty: --config.data.sources=\"('KIND:PATH',)\" --config.data.weights='(1.0,)'")
+        raise ValueError(
+            "config: data.sources is empty: --config.data.sources=\"('KIND:PATH',)\""
+            " --config.data.weights='(1.0,)'"
+        )
     if args.action == "build":
         from evlm_jax.data.tools.build import Job, build
 
         if not args.source and len(cfg.data.sources) > 1:
             raise ValueError(f"--source: give one of {', '.join(cfg.data.sources)}")
         source = args.source or cfg.data.sources[0]
-        print(build(Job(cfg, source, args.out, args.rules, args.format, args.side or cfg.vit.image_size, args.shard), args.workers))
+        print(
+            build(
+                Job(
+                    cfg,
+                    source,
+                    args.out,
+                    args.rules,
+                    args.format,
+                    args.side or cfg.vit.image_size,
+                    args.shard,
+                ),
+                args.workers,
+            )
+        )
         return
     from evlm_jax.data.tokenizer import load_tokenizer
 

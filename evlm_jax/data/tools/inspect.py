@@ -1,4 +1,6 @@
-"""`evlm data inspect`: rows as the model will see them, as one HTML page with everything inside it."""
+"""`evlm data inspect`: rows as the model will see them,
+as one HTML page with everything inside it.
+"""
 
 import base64
 import io
@@ -23,12 +25,24 @@ from evlm_jax.paths import write, writing
 
 TEMPLATE = Path(__file__).with_name("inspect.html")
 MASK = 420  # most pixels a side of a mask
-COLOURS = ("#c2410c", "#1d6fb8", "#15803d", "#7c3aed", "#b45309", "#0e7490", "#be185d", "#4d7c0f")  # of images, in turn
+COLOURS = (
+    "#c2410c",
+    "#1d6fb8",
+    "#15803d",
+    "#7c3aed",
+    "#b45309",
+    "#0e7490",
+    "#be185d",
+    "#4d7c0f",
+)  # of images, in turn
 HALF = "\ufffd"  # a token that ends within a character
 
 
-def inspect(cfg: EVLMConfig, tokenizer, out: str, rows: int, picture: str | None = None) -> epath.Path:
-    """Writes the page of the first step's first `rows` rows, and of those that share images with them; its path.
+def inspect(
+    cfg: EVLMConfig, tokenizer, out: str, rows: int, picture: str | None = None
+) -> epath.Path:
+    """Writes the page of the first step's first `rows` rows, and of those that share images with
+    them; its path.
 
     `picture`: a file for a picture of them as well (picture.py).
     """
@@ -37,9 +51,16 @@ def inspect(cfg: EVLMConfig, tokenizer, out: str, rows: int, picture: str | None
     lanes = [Lane(made, cfg, number) for number in range(min(-(-rows // cfg.data.pool), cfg.pools))]
     chosen = [row for lane in lanes for row in lane.rows()]
     batch, damaged = collate(chosen, cfg, load_pictures(chosen, cfg, None))
-    drops = [drop.message for lane in lanes for drop in lane.drops()] + [drop.message for drop in damaged]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    shown = [row(batch, b, *packed, tokenizer, cfg) for b, packed in enumerate(zip(chosen, first_slots(chosen, cfg.data)))]
+    drops = [drop.message for lane in lanes for drop in lane.drops()] + [
+        drop.message for drop in damaged
+    ]
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    shown = [
+        row(batch, b, *packed, tokenizer, cfg)
+        for b, packed in enumerate(zip(chosen, first_slots(chosen, cfg.data)))
+    ]
     page = environment.from_string(TEMPLATE.read_text("utf-8")).render(
         title=cfg.name,
         colours=COLOURS,
@@ -54,34 +75,49 @@ def inspect(cfg: EVLMConfig, tokenizer, out: str, rows: int, picture: str | None
     return path
 
 
-def row(batch: Batch, b: int, documents: Sequence[Document], slot: int, tokenizer, cfg: EVLMConfig) -> dict:
+def row(
+    batch: Batch, b: int, documents: Sequence[Document], slot: int, tokenizer, cfg: EVLMConfig
+) -> dict:
     """What the page shows of a row, whose first image slot is `slot`: fill, documents, masks."""
     needed = used([documents]).tolist()
     tokens = needed[0]
     return {
-        "fill": [(name, n, room, f"{100 * n / max(room, 1):.0f}%") for name, n, room in zip(Budget._fields, needed, Budget.of(cfg.data))],
+        "fill": [
+            (name, n, room, f"{100 * n / max(room, 1):.0f}%")
+            for name, n, room in zip(Budget._fields, needed, Budget.of(cfg.data))
+        ],
         "documents": list(_documents(batch, b, documents, slot, tokenizer)),
         "text_mask": _png(sees_text(batch, b)[:tokens, :tokens]),
         "image_mask": _png(sees_images(batch, b, cfg.data.slots)[:tokens]),
     }
 
 
-def _documents(batch: Batch, b: int, documents: Sequence[Document], slot: int, tokenizer) -> Iterator[dict]:
+def _documents(
+    batch: Batch, b: int, documents: Sequence[Document], slot: int, tokenizer
+) -> Iterator[dict]:
     """Key, pictures and tokens of each document, as they stand in the batch."""
     token, pixels = 0, batch.pixels[b * len(batch.pixels) // len(batch.tokens)]
     for document in documents:
         here = range(token, token + len(document.tokens))
-        pictures = [{"number": i, "colour": i % len(COLOURS), "data": _png(pixels[i])} for i in range(slot, slot + len(document.refs))]
-        yield {"name": f"{document.source}/{document.key}", "pictures": pictures, "tokens": spelled(batch, b, here, tokenizer)}
+        pictures = [
+            {"number": i, "colour": i % len(COLOURS), "data": _png(pixels[i])}
+            for i in range(slot, slot + len(document.refs))
+        ]
+        yield {
+            "name": f"{document.source}/{document.key}",
+            "pictures": pictures,
+            "tokens": spelled(batch, b, here, tokenizer),
+        }
         token, slot = here.stop, slot + len(document.refs)
 
 
 def spelled(batch: Batch, b: int, here: range, tokenizer) -> list[dict]:
-    """Tokens of a document: text, kind ("media", "given" or "learned"), what they see, what they predict.
+    """Tokens of a document: text, kind ("media", "given" or "learned"), what they see, what they
+    predict.
 
-    A token is learned if the one that it follows predicts it; what is predicted and not laid out stands in `ends`. Tokens that end within
-    a character, and the media tokens of an image, are shown together.
-    """
+    A token is learned if the one that it follows predicts it; what is predicted and not laid out
+    stands in `ends`. Tokens that end within a character, and the media tokens of an image, are
+    shown together."""
     targets: dict[int, list[int]] = {}
     for at, target in zip(batch.target_at[b].tolist(), batch.targets[b].tolist()):
         if target >= 0 and at in here:
@@ -90,18 +126,45 @@ def spelled(batch: Batch, b: int, here: range, tokenizer) -> list[dict]:
     path: list[int] = []
     for q in here:
         path = [k for k in path if q < batch.seen_until[b, k]]
-        ids, see = [int(batch.tokens[b, q])], (int(batch.visible_start[b, q]), int(batch.visible_stop[b, q]))
+        ids, see = (
+            [int(batch.tokens[b, q])],
+            (
+                int(batch.visible_start[b, q]),
+                int(batch.visible_stop[b, q]),
+            ),
+        )
         media = batch.media_slot[b, q] >= 0
-        kind = "media" if media else "learned" if path and ids[0] in targets.get(path[-1], ()) else "given"
+        kind = (
+            "media"
+            if media
+            else "learned"
+            if path and ids[0] in targets.get(path[-1], ())
+            else "given"
+        )
         follows = last is not None and (last["kind"], last["see"]) == (kind, see) and q - 1 in path
         joins = follows and (media or HALF in last["text"])
         if joins:
             ids, shown = last["ids"] + ids, shown[:-1]
         text = f"image {see[0]}" if media else tokenizer.decode(ids, skip_special=False)
-        predicts = [tokenizer.decode([target], skip_special=False) for target in dict.fromkeys(targets.get(q, ()))]
+        predicts = [
+            tokenizer.decode([target], skip_special=False)
+            for target in dict.fromkeys(targets.get(q, ()))
+        ]
         branch = last["branch"] if joins else bool(shown) and q - 1 not in path
-        last = {"text": text, "kind": kind, "see": see, "ids": ids, "predicts": predicts, "branch": branch}
-        last |= {"index": q, "position": int(batch.positions[b, q]), "until": int(batch.seen_until[b, q]), "colour": see[0] % len(COLOURS)}
+        last = {
+            "text": text,
+            "kind": kind,
+            "see": see,
+            "ids": ids,
+            "predicts": predicts,
+            "branch": branch,
+        }
+        last |= {
+            "index": q,
+            "position": int(batch.positions[b, q]),
+            "until": int(batch.seen_until[b, q]),
+            "colour": see[0] % len(COLOURS),
+        }
         shown.append(last)
         path.append(q)
     for token in shown:
@@ -109,7 +172,9 @@ def spelled(batch: Batch, b: int, here: range, tokenizer) -> list[dict]:
         below = slice(q + 1, token["until"])
         children = batch.tokens[b, below][batch.positions[b, below] == token["position"] + 1]
         wanted = dict.fromkeys(targets.get(q, ()))
-        token["ends"] = [name for name, target in zip(token["predicts"], wanted) if target not in children]
+        token["ends"] = [
+            name for name, target in zip(token["predicts"], wanted) if target not in children
+        ]
     return shown
 
 
@@ -120,8 +185,8 @@ def sees_text(batch: Batch, b: int) -> np.ndarray:
 
 
 def sees_images(batch: Batch, b: int, images: int) -> np.ndarray:
-    """bool [T, I]: token (down) of row b sees image of its pool (right), by the (tile, image) pairs that cross-attention computes; False
-    without it."""
+    """bool [T, I]: token (down) of row b sees image of its pool (right), by the (tile, image) pairs
+    that cross-attention computes; False without it."""
     length = batch.tokens.shape[1]
     if batch.pair_tile is None:
         return np.zeros((length, images), bool)
@@ -137,7 +202,9 @@ def _png(array: np.ndarray) -> str:
     """A `data:` address. A mask is drawn at a size that can be seen."""
     if array.dtype == bool:
         shape = [max(1, MASK // max(1, side)) for side in array.shape]
-        picture = Image.fromarray(np.where(np.kron(array, np.ones(shape, bool)), 40, 235).astype(np.uint8))
+        picture = Image.fromarray(
+            np.where(np.kron(array, np.ones(shape, bool)), 40, 235).astype(np.uint8)
+        )
         picture = picture.resize([min(MASK, side) for side in picture.size], Image.Resampling.BOX)
     else:
         picture = Image.fromarray(array)

@@ -1,4 +1,6 @@
-"""Rows of `evlm data inspect` as one picture to share: documents with their pictures and tokens, without masks."""
+"""Rows of `evlm data inspect` as one picture to share: documents with their pictures and tokens,
+without masks.
+"""
 
 import base64
 import io
@@ -46,14 +48,25 @@ def _document(sheet: Image.Image | None, document: dict, top: int, colours: Sequ
         if sheet:
             image = Image.open(io.BytesIO(base64.b64decode(picture["data"].partition(",")[2])))
             sheet.paste(image.resize((THUMB, THUMB), Image.Resampling.LANCZOS), at)
-        pen.rectangle((at[0] - 3, at[1] - 3, at[0] + THUMB + 2, at[1] + THUMB + 2), outline=colours[picture["colour"]], width=3)
+        pen.rectangle(
+            (at[0] - 3, at[1] - 3, at[0] + THUMB + 2, at[1] + THUMB + 2),
+            outline=colours[picture["colour"]],
+            width=3,
+        )
     across, down = min(2, len(document["pictures"])), (len(document["pictures"]) + 1) // 2
-    bottom = _tokens(pen, document["tokens"], x + across * (THUMB + 8) + 8 * (across > 0), y, colours)
+    bottom = _tokens(
+        pen, document["tokens"], x + across * (THUMB + 8) + 8 * (across > 0), y, colours
+    )
     return max(bottom, y + down * (THUMB + 8)) + 8
 
 
-def _tokens(pen: ImageDraw.ImageDraw, tokens: Sequence[dict], left: int, y: int, colours: Sequence[str]) -> int:
-    """Writes tokens from (left, y) on, in lines; where the last one ends. A branch begins a line, as on the page."""
+def _tokens(
+    pen: ImageDraw.ImageDraw, tokens: Sequence[dict], left: int, y: int, colours: Sequence[str]
+) -> int:
+    """Writes tokens from (left, y) on, in lines; where the last one ends.
+
+    A branch begins a line, as on the page.
+    """
     x = left
     for token in tokens:
         media, text = token["kind"] == "media", token["text"].replace("\n", "\u21b5")

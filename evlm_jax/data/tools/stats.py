@@ -33,32 +33,56 @@ def _source(name: str, cfg: EVLMConfig, tokenizer, count: int) -> str:
         made, lost = _documents(source, number, cfg, tokenizer)
         documents += made
         drops += lost
-    lines = [name, f"{len(source)} samples, {sum(source.dialog_counts())} dialogs; looked at: {len(numbers)}"]
+    lines = [
+        name,
+        f"{len(source)} samples, {sum(source.dialog_counts())} dialogs; looked at: {len(numbers)}",
+    ]
     cut = sum(document.parts > 1 for document in documents)
-    lines.append(f"{len(documents)} documents of them fit a row" + (f", {cut} are parts of longer ones" if cut else ""))
+    lines.append(
+        f"{len(documents)} documents of them fit a row"
+        + (f", {cut} are parts of longer ones" if cut else "")
+    )
     if documents:
-        lines.append(f"{'a document has':16}{'mean':>8}{'5%':>7}{'half':>7}{'95%':>7}{'most':>7}   from the least to the most")
+        lines.append(
+            f"{'a document has':16}{'mean':>8}{'5%':>7}{'half':>7}{'95%':>7}{'most':>7}   from the"
+            " least to the most"
+        )
         needs = np.array([Budget.needed(document) for document in documents])
         lines += [plot(name, values) for name, values in zip(Budget._fields, needs.T)]
         lines += _pictures(documents, drops)
     if rows := rows_of(documents, cfg.data):
-        lines.append("fill of rows: " + ", ".join(f"{budget} {100 * share:.1f}%" for budget, share in fill(rows, cfg.data).items()))
+        lines.append(
+            "fill of rows: "
+            + ", ".join(
+                f"{budget} {100 * share:.1f}%" for budget, share in fill(rows, cfg.data).items()
+            )
+        )
     first = {drop.cause: drop.message for drop in reversed(drops)}
-    lines += [f"dropped, {cause}: {n}, the first: {first[cause]}" for cause, n in Counter(drop.cause for drop in drops).most_common()]
+    lines += [
+        f"dropped, {cause}: {n}, the first: {first[cause]}"
+        for cause, n in Counter(drop.cause for drop in drops).most_common()
+    ]
     return "\n".join(lines)
 
 
-def _documents(source, number: int, cfg: EVLMConfig, tokenizer) -> tuple[list[Document], list[Drop]]:
+def _documents(
+    source, number: int, cfg: EVLMConfig, tokenizer
+) -> tuple[list[Document], list[Drop]]:
     """The documents of a sample that fit a row, and what is wrong with the others."""
     limit = cfg.data.dialogs
     try:
         sample = source[number]
     except SampleError as error:
         return [], [Drop("bad row", str(error))]
-    first = [encode_parts(part(sample, i, limit), tokenizer, cfg) for i in range(part_count(len(sample.dialogs), limit))]
+    first = [
+        encode_parts(part(sample, i, limit), tokenizer, cfg)
+        for i in range(part_count(len(sample.dialogs), limit))
+    ]
     made = [document for whole in first for document in (whole, *whole.rest)]
     drops = [unfit(document, cfg.data) for document in made]
-    return [document for document, drop in zip(made, drops) if drop is None], [drop for drop in drops if drop]
+    return [document for document, drop in zip(made, drops) if drop is None], [
+        drop for drop in drops if drop
+    ]
 
 
 def _pictures(documents: Sequence[Document], drops: list[Drop]) -> list[str]:
@@ -69,11 +93,17 @@ def _pictures(documents: Sequence[Document], drops: list[Drop]) -> list[str]:
         try:
             sides.append(image.decode_all([ref])[0].size)
         except image.ImageError as error:
-            drops.append(Drop("unreadable image", f"{error}, sample {owner[ref].source}/{owner[ref].key}"))
+            drops.append(
+                Drop("unreadable image", f"{error}, sample {owner[ref].source}/{owner[ref].key}")
+            )
     if not sides:
         return []
     width, height = np.array(sides).T
-    return [f"of {min(PICTURES, len(owner))} pictures, decoded:", plot("width", width), plot("height", height)]
+    return [
+        f"of {min(PICTURES, len(owner))} pictures, decoded:",
+        plot("width", width),
+        plot("height", height),
+    ]
 
 
 def plot(name: str, values: np.ndarray) -> str:
@@ -81,4 +111,7 @@ def plot(name: str, values: np.ndarray) -> str:
     low, half, high = np.percentile(values, (5, 50, 95))
     counts, _ = np.histogram(values, BINS)
     bars = "".join(BARS[int(np.ceil(8 * n / counts.max()))] for n in counts)
-    return f"{name:16}{values.mean():8.1f}{low:7.0f}{half:7.0f}{high:7.0f}{values.max():7.0f}   |{bars}|"
+    return (
+        f"{name:16}{values.mean():8.1f}{low:7.0f}{half:7.0f}{high:7.0f}{values.max():7.0f}  "
+        f" |{bars}|"
+    )

@@ -1,4 +1,6 @@
-"""An exported directory (`evlm convert export --format hf`) under lmms-eval, through transformers; no JAX computes here."""
+"""An exported directory (`evlm convert export --format hf`) under lmms-eval, through transformers;
+no JAX computes here.
+"""
 
 from collections.abc import Sequence
 
@@ -17,22 +19,43 @@ VIDEO = "<video>"  # the processor's mark
 
 
 class EvlmHf(Requests):
-    """`--model evlm_hf --model_args pretrained=DIR,frames=16`. Run by this package's classes, not by the directory's own code."""
+    """`--model evlm_hf --model_args pretrained=DIR,frames=16`.
 
-    def __init__(self, pretrained: str, frames: int = 16, batch_size: int | str = 1, device: str | None = None, max_batch_size=None):
+    Run by this package's classes, not by the directory's own code.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        frames: int = 16,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        max_batch_size=None,
+    ):
         """`max_batch_size` is lmms-eval's and stays unused."""
         super().__init__(frames, batch_size)
         self.place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.net = EVLMForCausalLM.from_pretrained(pretrained).to(self.place).eval()
         self.processor = EVLMProcessor.from_pretrained(pretrained)
 
-    def answer(self, questions: Sequence[Question], tokens: int, temperature: float, top_p: float) -> list[str]:
+    def answer(
+        self, questions: Sequence[Question], tokens: int, temperature: float, top_p: float
+    ) -> list[str]:
         """As `Requests.answer`."""
-        how = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+        how = (
+            {"do_sample": True, "temperature": temperature, "top_p": top_p}
+            if temperature
+            else {"do_sample": False}
+        )
         inputs = self._inputs(questions)
         with torch.inference_mode():
-            told = self.net.generate(**inputs, max_new_tokens=tokens, **how)[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self.processor.tokenizer.batch_decode(told, skip_special_tokens=True)]
+            told = self.net.generate(**inputs, max_new_tokens=tokens, **how)[
+                :, inputs["input_ids"].shape[1] :
+            ]
+        return [
+            text.strip()
+            for text in self.processor.tokenizer.batch_decode(told, skip_special_tokens=True)
+        ]
 
     def losses(self, asked: Sequence[tuple[Question, str]]) -> list[tuple[float, bool]]:
         """As `Requests.losses`, one by one."""
@@ -44,7 +67,9 @@ class EvlmHf(Requests):
             for name, more in (("input_ids", new), ("attention_mask", torch.ones_like(new))):
                 inputs[name] = torch.cat([inputs[name], more], 1)
             with torch.inference_mode():
-                log_probs = self.net(**inputs).logits[0, -new.shape[1] - 1 : -1].float().log_softmax(-1)
+                log_probs = (
+                    self.net(**inputs).logits[0, -new.shape[1] - 1 : -1].float().log_softmax(-1)
+                )
             loss = -log_probs.gather(1, new[0][:, None]).sum()
             found.append((float(loss), bool((log_probs.argmax(-1) == new[0]).all())))
         return found
@@ -55,12 +80,25 @@ class EvlmHf(Requests):
         for question in questions:
             clips = [visual[0].frame is not None for visual in question.visuals]
             first, *others = prompt_text(question, self.processor.template).split(MARKER)
-            text = first + "".join((VIDEO if clip else MARKER) + part for clip, part in zip(clips, others, strict=True))
+            text = first + "".join(
+                (VIDEO if clip else MARKER) + part for clip, part in zip(clips, others, strict=True)
+            )
             chats.append([{"role": "user", "content": text}])
-            images.append([Image.open(visual[0].path) for visual, clip in zip(question.visuals, clips) if not clip])
-            videos.append([_frames(visual) for visual, clip in zip(question.visuals, clips) if clip])
+            images.append(
+                [
+                    Image.open(visual[0].path)
+                    for visual, clip in zip(question.visuals, clips)
+                    if not clip
+                ]
+            )
+            videos.append(
+                [_frames(visual) for visual, clip in zip(question.visuals, clips) if clip]
+            )
         return self.processor(chats, images=images, videos=videos).to(self.place)
 
 
 def _frames(visual: Sequence[ImageRef]) -> list[Image.Image]:
-    return [Image.fromarray(frame) for frame in video.decode(visual[0].path, [ref.frame for ref in visual])]
+    return [
+        Image.fromarray(frame)
+        for frame in video.decode(visual[0].path, [ref.frame for ref in visual])
+    ]

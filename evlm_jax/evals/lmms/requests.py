@@ -26,7 +26,10 @@ Visuals = tuple[tuple[ImageRef, ...], ...]
 
 
 class Requests(lmms):
-    """Images are PIL images or paths, videos are paths. They stand in front of the text, or at its <image> markers."""
+    """Images are PIL images or paths, videos are paths.
+
+    They stand in front of the text, or at its <image> markers.
+    """
 
     order = staticmethod(similar)
 
@@ -36,36 +39,57 @@ class Requests(lmms):
         self.frames, self.chunk = int(frames), int(chunk)
 
     @abstractmethod
-    def answer(self, questions: Sequence[Question], tokens: int, temperature: float, top_p: float) -> list[str]:
+    def answer(
+        self, questions: Sequence[Question], tokens: int, temperature: float, top_p: float
+    ) -> list[str]:
         """Generates; temperature 0 is greedy."""
 
     @abstractmethod
     def losses(self, asked: Sequence[tuple[Question, str]]) -> list[tuple[float, bool]]:
-        """Of each answer its loss in nats, without the token that ends it, and whether greedy generation would begin with it."""
+        """Of each answer its loss in nats, without the token that ends it, and whether greedy
+        generation would begin with it.
+        """
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Answers, cut where a text of `until` begins."""
         asked = []
         for text, how, visuals, *place in (request.args for request in requests):
-            asked.append((text, how, lambda visuals=visuals, place=place: visuals(self._doc(*place))))
+            asked.append(
+                (text, how, lambda visuals=visuals, place=place: visuals(self._doc(*place)))
+            )
         return self._generate(asked)
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[tuple[str, ...]]:
-        """The answers of all rounds. From the answers so far the task makes the next round's text and images, or says that it is over."""
-        rounds = [Rounds(self._doc(*place), *rest) for *rest, place in ((*args[:4], args[4:]) for args in (r.args for r in requests))]
+        """The answers of all rounds.
+
+        From the answers so far the task makes the next round's text and images, or says that it is
+        over.
+        """
+        rounds = [
+            Rounds(self._doc(*place), *rest)
+            for *rest, place in ((*args[:4], args[4:]) for args in (r.args for r in requests))
+        ]
         while active := [each for each in rounds if not each.over]:
-            answers = self._generate([(each.text, each.how, lambda each=each: each.visuals) for each in active])
+            answers = self._generate(
+                [(each.text, each.how, lambda each=each: each.visuals) for each in active]
+            )
             for each, answer in zip(active, answers, strict=True):
                 each.said(answer)
         return [tuple(each.answers) for each in rounds]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation as the answer, whether greedy generation would begin with it)."""
+        """(log-probability of the continuation as the answer, whether greedy generation would begin
+        with it).
+        """
         found, asked = [(0.0, True)] * len(requests), {}  # as an empty continuation is
         with tempfile.TemporaryDirectory() as folder:
-            for i, (text, target, visuals, *place) in enumerate(request.args for request in requests):
+            for i, (text, target, visuals, *place) in enumerate(
+                request.args for request in requests
+            ):
                 doc = self._doc(*place)
-                if answer := (target if isinstance(target, str) else target(doc)).removeprefix(" "):  # the template has the space
+                if answer := (target if isinstance(target, str) else target(doc)).removeprefix(
+                    " "
+                ):  # the template has the space
                     seen = stored(visuals(doc), Path(folder), self.frames)
                     asked[i] = (Question(str(i), text, seen, None, str(i)), answer)
             for i, (loss, greedy) in zip(asked, self.losses(list(asked.values())), strict=True):
@@ -85,8 +109,16 @@ class Requests(lmms):
             bare = [Question(str(i), asked[i][0], (), None, f"{i:09}") for i in places]
             for chunk in chunks(bare, self):
                 with tempfile.TemporaryDirectory() as folder:  # images of one chunk at a time
-                    whole = [replace(bare[k], visuals=stored(asked[places[k]][2](), Path(folder), self.frames)) for k in chunk]
-                    for k, answer in zip(chunk, self.answer(whole, tokens, temperature, top_p), strict=True):
+                    whole = [
+                        replace(
+                            bare[k],
+                            visuals=stored(asked[places[k]][2](), Path(folder), self.frames),
+                        )
+                        for k in chunk
+                    ]
+                    for k, answer in zip(
+                        chunk, self.answer(whole, tokens, temperature, top_p), strict=True
+                    ):
                         answers[places[k]] = cut(answer, until)
                 bar.update(len(chunk))
         bar.close()
@@ -97,33 +129,54 @@ class Rounds:
     """One document's conversation with its task: `args` of a request of several rounds."""
 
     def __init__(self, doc, text: str, how: dict, visuals: Callable, following: Callable):
-        self.doc, self.text, self.how, self.visuals, self.following = doc, text, how, visuals(doc), following
+        self.doc, self.text, self.how, self.visuals, self.following = (
+            doc,
+            text,
+            how,
+            visuals(doc),
+            following,
+        )
         self.answers, self.info, self.over, self.number = [], None, False, 0
 
     def said(self, answer: str) -> None:
         """Takes an answer, and the next round from the task."""
         self.answers, self.number = [*self.answers, answer], self.number + 1
-        last = {"previous_output": self.answers, "round_idx": self.number, "previous_round_info": self.info}
+        last = {
+            "previous_output": self.answers,
+            "round_idx": self.number,
+            "previous_round_info": self.info,
+        }
         self.visuals, self.text, self.over, answers, self.info = self.following(self.doc, **last)
         self.answers = list(answers)
 
 
 def options(how: dict) -> tuple[int, float, float, tuple[str, ...]]:
-    """(most new tokens, temperature, top_p, texts that end an answer) of lmms-eval's generation options.
+    """(most new tokens, temperature, top_p, texts that end an answer) of lmms-eval's generation
+    options.
 
     Raises ValueError for beam search.
     """
     if how.get("num_beams", 1) not in (None, 1):
-        raise ValueError(f"num_beams = {how['num_beams']}: there is no beam search; set num_beams=1 with --gen_kwargs")
+        raise ValueError(
+            f"num_beams = {how['num_beams']}: there is no beam search; set num_beams=1 with"
+            " --gen_kwargs"
+        )
     temperature = float(how.get("temperature") or 0.0) if how.get("do_sample", True) else 0.0
     until = how.get("until") or ()
     ends = (until,) if isinstance(until, str) else tuple(until)
-    return int(how.get("max_new_tokens") or TOKENS), temperature, float(how.get("top_p") or 1.0), ends
+    return (
+        int(how.get("max_new_tokens") or TOKENS),
+        temperature,
+        float(how.get("top_p") or 1.0),
+        ends,
+    )
 
 
 def cut(text: str, until: Sequence[str]) -> str:
     """The text up to the first of the ends."""
-    return text[: min((at for end in until if end and (at := text.find(end)) >= 0), default=len(text))]
+    return text[
+        : min((at for end in until if end and (at := text.find(end)) >= 0), default=len(text))
+    ]
 
 
 def stored(given: Sequence, folder: Path, frames: int) -> Visuals:
@@ -135,14 +188,23 @@ def stored(given: Sequence, folder: Path, frames: int) -> Visuals:
     for visual in given or ():
         if isinstance(visual, Image.Image):
             image = eight_bits(visual).convert("RGB")
-            file = folder / f"{hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()}.png"
+            file = (
+                folder
+                / f"{hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()}.png"
+            )
             if not file.exists():
                 image.save(file, compress_level=1)
             found.append((ImageRef(str(file)),))
-        elif isinstance(visual, str | Path) and not files.remote(str(visual)):  # a data set names no host to be asked
+        elif isinstance(visual, str | Path) and not files.remote(
+            str(visual)
+        ):  # a data set names no host to be asked
             suffix = Path(visual).suffix.lower()
-            found.append((ImageRef(str(visual)),) if suffix in SUFFIXES else video.sample(visual, frames))
+            found.append(
+                (ImageRef(str(visual)),) if suffix in SUFFIXES else video.sample(visual, frames)
+            )
         else:
             told = repr(visual) if isinstance(visual, str) else type(visual).__name__
-            raise ValueError(f"a visual is {told}; images are PIL images or paths, videos are paths of this disk")
+            raise ValueError(
+                f"a visual is {told}; images are PIL images or paths, videos are paths of this disk"
+            )
     return tuple(found)

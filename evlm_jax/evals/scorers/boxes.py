@@ -1,4 +1,7 @@
-"""Boxes named in text: what stands there, and how much of it is right. Boxes are (left, top, right, bottom), 0 to 1 of the image."""
+"""Boxes named in text: what stands there, and how much of it is right.
+
+Boxes are (left, top, right, bottom), 0 to 1 of the image.
+"""
 
 import re
 from collections.abc import Sequence
@@ -12,8 +15,8 @@ GRID = 999  # Qwen-VL's
 def read_box(text: str, rule: str) -> tuple[float, float, float, float]:
     """The first box of a text, or the empty one at 0.
 
-    Rules: "lmms-eval", `[0.1, 0.2, 0.3, 0.4]`; "qwen-vl", `<box>(100,200),(300,400)</box>` on a grid of 999.
-    """
+    Rules: "lmms-eval", `[0.1, 0.2, 0.3, 0.4]`; "qwen-vl", `<box>(100,200),(300,400)</box>` on a
+      grid of 999."""
     if rule == "lmms-eval":
         found = BRACKETS.search(text)
         return tuple(map(float, found.groups())) if found else (0.0,) * 4
@@ -35,4 +38,7 @@ def iou(a: Box, b: Box) -> float:
 
 def overlaps(predictions: Sequence[str], boxes: Sequence[Box], rule: str) -> list[float]:
     """IoU of each prediction with its box; RefCOCO counts one as right from 0.5 on."""
-    return [iou(box, read_box(prediction, rule)) for prediction, box in zip(predictions, boxes, strict=True)]
+    return [
+        iou(box, read_box(prediction, rule))
+        for prediction, box in zip(predictions, boxes, strict=True)
+    ]

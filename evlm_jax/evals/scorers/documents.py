@@ -1,4 +1,6 @@
-"""Answers read off documents and charts: ANLS, and accuracy with 5% slack for numbers. N predictions and targets to N scores."""
+"""Answers read off documents and charts: ANLS, and accuracy with 5% slack for numbers. N
+predictions and targets to N scores.
+"""
 
 from collections.abc import Sequence
 
@@ -9,18 +11,22 @@ SLACK = 0.05
 def anls(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
     """Normalised Levenshtein similarity to the best of the answers, 0 below the threshold (DocVQA).
 
-    Case and spaces are folded before the distance is taken, but the lengths are of the strings as they came.
-    Raises ValueError for a question without answers.
+    Case and spaces are folded before the distance is taken, but the lengths are of the strings as
+    they came. Raises ValueError for a question without answers.
     """
     fold = lambda text: " ".join(text.strip().lower().split())
     scores = []
     for prediction, given in zip(predictions, answers, strict=True):
         if not given:
-            raise ValueError(f"prediction {len(scores)} ({prediction!r}) has no answers to compare with")
+            raise ValueError(
+                f"prediction {len(scores)} ({prediction!r}) has no answers to compare with"
+            )
         best = 0.0
         for answer in given:
             length = max(len(answer.upper()), len(prediction.upper()))
-            best = max(best, 1 - distance(fold(answer), fold(prediction)) / length if length else 1.0)
+            best = max(
+                best, 1 - distance(fold(answer), fold(prediction)) / length if length else 1.0
+            )
         scores.append(best if best >= ANLS_THRESHOLD else 0.0)
     return scores
 
@@ -38,14 +44,18 @@ def distance(a: str, b: str) -> int:
 def relaxed_accuracy(predictions: Sequence[str], answers: Sequence[str], rule: str) -> list[float]:
     """1 where the number is within 5%, or the text is equal but for case (ChartQA).
 
-    Rules: "lmms-eval", 5% of the answer; "qwen-vl", 5% of the prediction, as Qwen-VL's script calls its own function. "12%" is 0.12.
-    A number 0 on the side that is divided by is compared as text.
-    """
+    Rules: "lmms-eval", 5% of the answer; "qwen-vl", 5% of the prediction, as Qwen-VL's script calls
+      its own function. "12%" is 0.12. A number 0 on the side that is divided by is compared as
+      text."""
     scores = []
     for prediction, answer in zip(predictions, answers, strict=True):
         said, true = (prediction, answer) if rule == "lmms-eval" else (answer, prediction)
         number, base = _number(said), _number(true)
-        near = abs(number - base) / abs(base) <= SLACK if number is not None and base else said.lower() == true.lower()
+        near = (
+            abs(number - base) / abs(base) <= SLACK
+            if number is not None and base
+            else said.lower() == true.lower()
+        )
         scores.append(float(near))
     return scores
 

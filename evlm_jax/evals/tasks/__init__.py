@@ -1,7 +1,18 @@
 """Benchmarks by name."""
 
 from evlm_jax.evals.task import Task
-from evlm_jax.evals.tasks import boxes, captions, choices, classes, demo, documents, mmbench, video, vqa, yes_no
+from evlm_jax.evals.tasks import (
+    boxes,
+    captions,
+    choices,
+    classes,
+    demo,
+    documents,
+    mmbench,
+    video,
+    vqa,
+    yes_no,
+)
 
 FAMILIES = (vqa, documents, choices, mmbench, yes_no, boxes, captions, classes, video, demo)
 TASKS: dict[str, Task] = {task.name: task for family in FAMILIES for task in family.TASKS}

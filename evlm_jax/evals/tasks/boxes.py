@@ -14,8 +14,9 @@ from evlm_jax.evals.task import Question, Scores, Task, column, percent
 from evlm_jax.evals.tasks.official import Row, read_json
 
 ASK = (
-    "Bounding box coordinates are specified in the format (top-left x, top-left y, bottom-right x, bottom-right y). All values are "
-    "floating point numbers bounded between 0 and 1. Please provide the bounding box coordinate of the region this sentence describes: "
+    "Bounding box coordinates are specified in the format (top-left x, top-left y, bottom-right x,"
+    " bottom-right y). All values are floating point numbers bounded between 0 and 1. Please"
+    " provide the bounding box coordinate of the region this sentence describes: "
 )
 RIGHT = 0.5  # IoU
 
@@ -35,13 +36,32 @@ def read(data: Path, split: str, style: str, refs: str) -> list[Question]:
         if row["split"] != split:
             continue
         if row["image_id"] not in images or row["ann_id"] not in annotations:
-            raise row.error(f"image {row['image_id']} or annotation {row['ann_id']} is not in {data / 'instances.json'}")
-        image, (left, top, width, height) = images[row["image_id"]], annotations[row["ann_id"]]["bbox"]
-        box = [left / image["width"], top / image["height"], (left + width) / image["width"], (top + height) / image["height"]]
-        seen = row.image(*(data / folder / image["file_name"] for folder in ("images", "train2014")))
+            raise row.error(
+                f"image {row['image_id']} or annotation {row['ann_id']} is not in"
+                f" {data / 'instances.json'}"
+            )
+        image, (left, top, width, height) = (
+            images[row["image_id"]],
+            annotations[row["ann_id"]]["bbox"],
+        )
+        box = [
+            left / image["width"],
+            top / image["height"],
+            (left + width) / image["width"],
+            (top + height) / image["height"],
+        ]
+        seen = row.image(
+            *(data / folder / image["file_name"] for folder in ("images", "train2014"))
+        )
         for sentence in row["sentences"]:
-            text = f"<ref>{sentence['sent']}</ref><box>" if style == "qwen-vl" else ASK + sentence["sent"]
-            questions.append(Question(str(sentence["sent_id"]), text, seen, box, str(row["image_id"])))
+            text = (
+                f"<ref>{sentence['sent']}</ref><box>"
+                if style == "qwen-vl"
+                else ASK + sentence["sent"]
+            )
+            questions.append(
+                Question(str(sentence["sent_id"]), text, seen, box, str(row["image_id"]))
+            )
     if not questions:
         raise ValueError(f"{data / refs}: no row of split {split!r}")
     return questions
@@ -52,7 +72,10 @@ def score(rows: Sequence[dict]) -> Scores:
     each = {}
     for rule in ("lmms-eval", "qwen-vl"):
         overlap = boxes.overlaps(column(rows, "prediction"), column(rows, "answer"), rule)
-        each |= {f"accuracy at 0.5 ({rule})": percent([float(x >= RIGHT) for x in overlap]), f"IoU ({rule})": percent(overlap)}
+        each |= {
+            f"accuracy at 0.5 ({rule})": percent([float(x >= RIGHT) for x in overlap]),
+            f"IoU ({rule})": percent(overlap),
+        }
     return Scores(each, {})
 
 

@@ -1,7 +1,9 @@
 """ScienceQA-IMG and AI2D: the answer is the letter of an option.
 
-scienceqa-img   problems.json, pid_splits.json, images/SPLIT/PID/image.png; the questions with an image
-ai2d            questions/*.json, images/, abc_images/ (where labels are letters), ai2d_test_ids.csv for the split "test"
+scienceqa-img   problems.json, pid_splits.json, images/SPLIT/PID/image.png; the questions with an
+                image
+ai2d            questions/*.json, images/, abc_images/ (where labels are letters), ai2d_test_ids.csv
+                for the split "test"
 """
 
 from collections.abc import Sequence
@@ -19,7 +21,9 @@ def read_scienceqa(data: Path, split: str, style: str) -> list[Question]:
     questions = []
     for number in read_json(data / "pid_splits.json", split):
         if number not in problems:
-            raise ValueError(f"{data / 'pid_splits.json'}: row {number}: no such problem in problems.json")
+            raise ValueError(
+                f"{data / 'pid_splits.json'}: row {number}: no such problem in problems.json"
+            )
         row = problems[number]
         if not row["image"]:
             continue
@@ -28,21 +32,37 @@ def read_scienceqa(data: Path, split: str, style: str) -> list[Question]:
             raise row.error(f"answer {row['answer']} of {len(options)} choices")
         hint, image = row["hint"], row.image(data / "images" / split / number / row["image"])
         if style == "qwen-vl":
-            text = f"Context: {hint or 'N/A'}\nQuestion: {row['question']}\nOptions: {lettered(options)}\nAnswer:"
+            text = (
+                f"Context: {hint or 'N/A'}\nQuestion: {row['question']}\nOptions:"
+                f" {lettered(options)}\nAnswer:"
+            )
         else:
-            text = f"Context: {hint}\n" * bool(hint) + f"{row['question']}\n{lettered(options)}" + LETTER
-        questions.append(Question(number, text, image, list(options)[row["answer"]], number, {"options": options}))
+            text = (
+                f"Context: {hint}\n" * bool(hint)
+                + f"{row['question']}\n{lettered(options)}"
+                + LETTER
+            )
+        questions.append(
+            Question(
+                number, text, image, list(options)[row["answer"]], number, {"options": options}
+            )
+        )
     return questions
 
 
 def read_ai2d(data: Path, split: str, style: str) -> list[Question]:
-    """Questions are keyed by their text; those with abcLabel are about the drawing whose labels are letters."""
+    """Questions are keyed by their text; those with abcLabel are about the drawing whose labels are
+    letters.
+    """
     files, questions = sorted((data / "questions").glob("*.json")), []
     if not files:
         raise ValueError(f"ai2d: no files {data / 'questions' / '*.json'}")
     ids = data / "ai2d_test_ids.csv"
     if split == "test" and not ids.is_file():
-        raise ValueError(f"ai2d: no file {ids}; it lists the images of the test split (--split all takes every image)")
+        raise ValueError(
+            f"ai2d: no file {ids}; it lists the images of the test split (--split all takes every"
+            " image)"
+        )
     chosen = set(" ".join(text_lines(ids)).split()) if split == "test" else None
     for file in files:
         name = read_json(file, "imageName")
@@ -56,7 +76,16 @@ def read_ai2d(data: Path, split: str, style: str) -> list[Question]:
             if style == "qwen-vl":
                 text = str(row.number) + "\n".join(options.values()) + ANSWER
             image = row.image(data / ("abc_images" if row["abcLabel"] else "images") / name)
-            questions.append(Question(row["questionId"], text, image, list(options)[row["correctAnswer"]], name, {"options": options}))
+            questions.append(
+                Question(
+                    row["questionId"],
+                    text,
+                    image,
+                    list(options)[row["correctAnswer"]],
+                    name,
+                    {"options": options},
+                )
+            )
     return questions
 
 
@@ -67,17 +96,30 @@ def right(rows: Sequence[dict], rule: str) -> list[float]:
 
 def score_scienceqa(rows: Sequence[dict]) -> Scores:
     """Accuracy by both rules."""
-    return Scores({f"accuracy ({name})": percent(right(rows, rule)) for name, rule in RULES.items()}, {})
+    return Scores(
+        {f"accuracy ({name})": percent(right(rows, rule)) for name, rule in RULES.items()}, {}
+    )
 
 
 def score_ai2d(rows: Sequence[dict]) -> Scores:
     """By letter, and by the text of the option, as Qwen-VL's prompt asks for it."""
     texts = exact_match(column(rows, "prediction"), [row["options"][row["answer"]] for row in rows])
-    return Scores({"accuracy (lmms-eval)": percent(right(rows, "ai2d")), "accuracy (qwen-vl)": percent(texts)}, {})
+    return Scores(
+        {
+            "accuracy (lmms-eval)": percent(right(rows, "ai2d")),
+            "accuracy (qwen-vl)": percent(texts),
+        },
+        {},
+    )
 
 
 RULES = {"lmms-eval": "scienceqa", "llava": "scienceqa-llava"}
 TASKS = (
-    Task("scienceqa-img", read_scienceqa, score_scienceqa, ("test", "val", "minitest", "minival", "train")),
+    Task(
+        "scienceqa-img",
+        read_scienceqa,
+        score_scienceqa,
+        ("test", "val", "minitest", "minival", "train"),
+    ),
     Task("ai2d", read_ai2d, score_ai2d, ("test", "all")),
 )

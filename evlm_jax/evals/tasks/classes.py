@@ -1,11 +1,14 @@
-"""Lowest-loss classification: which class name is the likeliest answer. ImageNet, or any folder of classes.
+"""Lowest-loss classification: which class name is the likeliest answer. ImageNet, or any folder of
+classes.
 
-PATH/CLASS/*.jpg          a class's name is its folder's, "_" as space; or what LOC_synset_mapping.txt, in PATH or beside it, says behind
-                          the folder's name ("n01440764 tench, Tinca tinca": the first of them)
-PATH/ILSVRC2012_val_*     with ILSVRC2012_devkit_t12/data/, in PATH or beside it: meta.mat, ILSVRC2012_validation_ground_truth.txt
+PATH/CLASS/*.jpg       a class's name is its folder's, "_" as space; or what LOC_synset_mapping.txt,
+                       in PATH or beside it, says behind the folder's name ("n01440764 tench, Tinca
+                       tinca": the first of them)
+PATH/ILSVRC2012_val_*  with ILSVRC2012_devkit_t12/data/, in PATH or beside it: meta.mat,
+                       ILSVRC2012_validation_ground_truth.txt
 
-Classes of one name (ImageNet has two of "crane") are one candidate. The paper does not tell its prompt; ours is ASK, whatever the style.
-"""
+Classes of one name (ImageNet has two of "crane") are one candidate. The paper does not tell its
+prompt; ours is ASK, whatever the style."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -48,18 +51,29 @@ def of_folders(data: Path) -> list[tuple[str, str, Path]]:
         images = sorted(image for image in folder.iterdir() if image.suffix in SUFFIXES)
         if not images:
             raise ValueError(f"classes: {folder} has no image")
-        found += [(folder.name, names.get(folder.name, folder.name.replace("_", " ")), image) for image in images]
+        found += [
+            (folder.name, names.get(folder.name, folder.name.replace("_", " ")), image)
+            for image in images
+        ]
     return found
 
 
 def of_devkit(data: Path, images: Sequence[Path]) -> list[tuple[str, str, Path]]:
-    """(synset, its name, image) of ImageNet's validation set as it comes: image n has the class of line n."""
+    """(synset, its name, image) of ImageNet's validation set as it comes: image n has the class of
+    line n.
+    """
     kit = _near(data, DEVKIT)
     if not kit:
-        raise ValueError(f"classes: {data} holds ImageNet's images; their labels, {DEVKIT}, are neither in it nor beside it")
+        raise ValueError(
+            f"classes: {data} holds ImageNet's images; their labels, {DEVKIT}, are neither in it"
+            " nor beside it"
+        )
     from scipy.io import loadmat
 
-    synsets = {int(row["ILSVRC2012_ID"]): row for row in loadmat(kit / "meta.mat", squeeze_me=True)["synsets"]}
+    synsets = {
+        int(row["ILSVRC2012_ID"]): row
+        for row in loadmat(kit / "meta.mat", squeeze_me=True)["synsets"]
+    }
     truth = kit / "ILSVRC2012_validation_ground_truth.txt"
     labels, found = " ".join(text_lines(truth)).split(), []
     for image in images:
@@ -78,7 +92,9 @@ def _near(data: Path, name: str) -> Path | None:
 def score(rows: Sequence[dict]) -> Scores:
     """acc@1 and acc@5."""
     ranked, answers = column(rows, "ranking"), column(rows, "answer")
-    hit = lambda most: percent([float(answer in best[:most]) for best, answer in zip(ranked, answers)])
+    hit = lambda most: percent(
+        [float(answer in best[:most]) for best, answer in zip(ranked, answers)]
+    )
     return Scores({"acc@1": hit(1), "acc@5": hit(5)}, {})
 
 

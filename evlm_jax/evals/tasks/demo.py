@@ -1,4 +1,5 @@
-"""The demo's data as benchmarks: easy-vqa's official test questions and the names of unseen emoji. No --data; `evlm fetch` brings them.
+"""The demo's data as benchmarks: easy-vqa's official test questions and the names of unseen emoji.
+No --data; `evlm fetch` brings them.
 
 easy-vqa          answered freely
 easy-vqa-choice   answered by the one of the 13 answers with the lowest loss
@@ -32,7 +33,10 @@ def of_samples(samples: Iterable[Sample], captions: bool = False) -> list[Questi
     questions = []
     for sample in samples:
         for i, (asked, answer) in enumerate(sample.dialogs):
-            text, right = asked.text.removeprefix(MARKER), [answer.text] if captions else answer.text
+            text, right = (
+                asked.text.removeprefix(MARKER),
+                ([answer.text] if captions else answer.text),
+            )
             questions.append(Question(f"{sample.key}-{i}", text, sample.visuals, right, sample.key))
     return questions
 
@@ -48,11 +52,17 @@ def score_vqa(rows: Sequence[dict]) -> Scores:
     right = percent(exact_match(said, [[words(answer)] for answer in column(rows, "answer")]))
     kind = {answer: kind for kind, answers in EASY_VQA.items() for answer in answers}
     of = [kind[row["answer"]] for row in rows]
-    by_type = {f"accuracy, {name}": [value if k == name else None for value, k in zip(right, of)] for name in EASY_VQA if name in of}
+    by_type = {
+        f"accuracy, {name}": [value if k == name else None for value, k in zip(right, of)]
+        for name in EASY_VQA
+        if name in of
+    }
     return Scores({"accuracy": right} | by_type, {})
 
 
-choose = partial(Task, read=partial(read, source="easy-vqa-test"), score=score_vqa, splits=("test",), data=False)
+choose = partial(
+    Task, read=partial(read, source="easy-vqa-test"), score=score_vqa, splits=("test",), data=False
+)
 caption = partial(Task, score=score_words, splits=("test",), data=False)
 TASKS = (
     choose("easy-vqa"),

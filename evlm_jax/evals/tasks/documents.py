@@ -22,7 +22,13 @@ def read_docvqa(data: Path, split: str, style: str) -> list[Question]:
         if answers == []:
             raise row.error("0 answers, there must be at least one")
         questions.append(
-            Question(str(row["questionId"]), short(row["question"], style), row.image(data / row["image"]), answers, row["image"])
+            Question(
+                str(row["questionId"]),
+                short(row["question"], style),
+                row.image(data / row["image"]),
+                answers,
+                row["image"],
+            )
         )
     return questions
 
@@ -34,23 +40,38 @@ def read_chartqa(data: Path, split: str, style: str) -> list[Question]:
         for row in json_rows(data / split / f"{split}_{part}.json"):
             text = short(row["query"], style, "\nAnswer the question with a single word.")
             image = row.image(data / split / "png" / row["imgname"])
-            questions.append(Question(f"{part}-{row.number}", text, image, str(row["label"]), row["imgname"], {"part": part}))
+            questions.append(
+                Question(
+                    f"{part}-{row.number}",
+                    text,
+                    image,
+                    str(row["label"]),
+                    row["imgname"],
+                    {"part": part},
+                )
+            )
     return questions
 
 
 def score_docvqa(rows: Sequence[dict]) -> Scores:
     """ANLS."""
-    return Scores({"anls": percent(documents.anls(column(rows, "prediction"), column(rows, "answer")))}, {})
+    return Scores(
+        {"anls": percent(documents.anls(column(rows, "prediction"), column(rows, "answer")))}, {}
+    )
 
 
 def score_chartqa(rows: Sequence[dict]) -> Scores:
     """Relaxed accuracy of all and of each half, by both rules."""
     each, parts = {}, column(rows, "part")
     for rule in ("lmms-eval", "qwen-vl"):
-        right = percent(documents.relaxed_accuracy(column(rows, "prediction"), column(rows, "answer"), rule))
+        right = percent(
+            documents.relaxed_accuracy(column(rows, "prediction"), column(rows, "answer"), rule)
+        )
         each[f"relaxed accuracy ({rule})"] = right
         for part in PARTS:
-            each[f"{part} ({rule})"] = [value if of == part else None for value, of in zip(right, parts)]
+            each[f"{part} ({rule})"] = [
+                value if of == part else None for value, of in zip(right, parts)
+            ]
     return Scores(each, {})
 
 

@@ -39,7 +39,8 @@ class Row:
 
     def image(self, *places: Path) -> tuple[tuple[ImageRef, ...], ...]:
         """The visuals of a question about one image, at the first of the places that exists."""
-        for place in places:  # a row names no file elsewhere: the data lie in the folder of its file, or in the one above
+        # a row names no file elsewhere: the data lie in the folder of its file, or in the one above
+        for place in places:
             common = os.path.commonprefix([place.parts, self.file.parts])
             if ".." in place.parts[len(common) :] or len(common) < len(self.file.parts) - 2:
                 raise self.error(f"the image {place} is not below the data")
@@ -110,10 +111,14 @@ def tsv_rows(file: Path, columns: Iterable[str]) -> list[Row]:
         table = csv.reader(lines, delimiter="\t")
         header = next(table, [])
         if lacking := [name for name in columns if name not in header]:
-            raise ValueError(f"{file}: row 1: no column {', '.join(lacking)}; there are {', '.join(header)}")
+            raise ValueError(
+                f"{file}: row 1: no column {', '.join(lacking)}; there are {', '.join(header)}"
+            )
         rows = []
         for number, cells in enumerate(table, 2):
             if len(cells) != len(header):
-                raise ValueError(f"{file}: row {number}: {len(cells)} columns, the header has {len(header)}")
+                raise ValueError(
+                    f"{file}: row {number}: {len(cells)} columns, the header has {len(header)}"
+                )
             rows.append(Row(file, number, dict(zip(header, cells))))
     return rows

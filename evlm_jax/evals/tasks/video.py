@@ -1,10 +1,12 @@
-"""Descriptions of videos, judged by a strong model on two scores from 0 to 10, verbosity and accuracy, as the paper does.
+"""Descriptions of videos, judged by a strong model on two scores from 0 to 10, verbosity and
+accuracy, as the paper does.
 
-PATH is a .json list or a .jsonl of {"video" or "video_name", "question" (may be left out), "answer": what is to be seen}; the clips lie
-beside it, in videos/ or in Test_Videos/ (the layout of VideoDetailCaption).
+PATH is a .json list or a .jsonl of {"video" or "video_name", "question" (may be left out),
+"answer": what is to be seen}; the clips lie beside it, in videos/ or in Test_Videos/ (the layout of
+VideoDetailCaption).
 
-The paper does not print its prompt for the judge; ours is PROMPT. A judge is any function of a prompt (evals/judge.py).
-"""
+The paper does not print its prompt for the judge; ours is PROMPT. A judge is any function of a
+prompt (evals/judge.py)."""
 
 import re
 from collections.abc import Sequence
@@ -38,12 +40,23 @@ def read(data: Path, split: str, style: str) -> list[Question]:
     for row in json_lines(data) if data.suffix == ".jsonl" else json_rows(data):
         name = row["video_name"] if "video_name" in row else row["video"]
         folders = [data.parent / folder for folder in (".", "videos", "Test_Videos")]
-        ((ref,),) = row.image(*(folder / (name + suffix) for folder in folders for suffix in SUFFIXES))
+        ((ref,),) = row.image(
+            *(folder / (name + suffix) for folder in folders for suffix in SUFFIXES)
+        )
         try:
             frames = video.sample(ref.path, FRAMES)
         except video.VideoError as error:
             raise row.error(str(error)) from error
-        questions.append(Question(f"{name}-{row.number}", row.get("question", ASK), (frames,), row["answer"], name, {"frames": FRAMES}))
+        questions.append(
+            Question(
+                f"{name}-{row.number}",
+                row.get("question", ASK),
+                (frames,),
+                row["answer"],
+                name,
+                {"frames": FRAMES},
+            )
+        )
     return questions
 
 
@@ -57,8 +70,17 @@ def score(rows: Sequence[dict]) -> Scores:
     replies = [row.get("judgement") for row in rows]
     each = {name: [_read(reply, name) for reply in replies] for name in SCORES}
     whole = {"not judged": float(sum(reply is None for reply in replies))}
-    whole["unreadable replies"] = float(sum(r is not None and None in (_read(r, name) for name in SCORES) for r in replies))
-    return Scores({name: values for name, values in each.items() if any(value is not None for value in values)}, whole)
+    whole["unreadable replies"] = float(
+        sum(r is not None and None in (_read(r, name) for name in SCORES) for r in replies)
+    )
+    return Scores(
+        {
+            name: values
+            for name, values in each.items()
+            if any(value is not None for value in values)
+        },
+        whole,
+    )
 
 
 def _read(reply: str | None, name: str) -> float | None:

@@ -1,7 +1,7 @@
 """MME and POPE: questions with the answer yes or no.
 
-mme    a folder a category, with images/ and questions_answers_YN/, or with images and .txt files side by side; a line of those is
-       question TAB answer
+mme    a folder a category, with images/ and questions_answers_YN/, or with images and .txt files
+       side by side; a line of those is question TAB answer
 pope   coco_pope_{random,popular,adversarial}.json, one object a line, and val2014/
 """
 
@@ -27,11 +27,21 @@ def read_mme(data: Path, split: str, style: str) -> list[Question]:
                 answer = row["answer"].strip().lower()
                 if answer not in ("yes", "no"):
                     raise row.error(f"the answer is {row['answer']!r}, it must be Yes or No")
-                text = row["question"].strip().replace(ASKED, "") + (ANSWER if style == "qwen-vl" else SHORT)
-                image, name = row.image(*(images / (file.stem + suffix) for suffix in SUFFIXES)), f"{category}/{file.stem}"
-                questions.append(Question(f"{name}-{number}", text, image, answer, name, {"category": category}))
+                text = row["question"].strip().replace(ASKED, "") + (
+                    ANSWER if style == "qwen-vl" else SHORT
+                )
+                image, name = (
+                    row.image(*(images / (file.stem + suffix) for suffix in SUFFIXES)),
+                    f"{category}/{file.stem}",
+                )
+                questions.append(
+                    Question(f"{name}-{number}", text, image, answer, name, {"category": category})
+                )
     if not questions:
-        raise ValueError(f"mme: {data} has none of the folders {', '.join((*yes_no.PERCEPTION, *yes_no.COGNITION))}")
+        raise ValueError(
+            f"mme: {data} has none of the folders"
+            f" {', '.join((*yes_no.PERCEPTION, *yes_no.COGNITION))}"
+        )
     return questions
 
 
@@ -44,7 +54,16 @@ def read_pope(data: Path, split: str, style: str) -> list[Question]:
                 raise row.error(f"the label is {row['label']!r}, it must be yes or no")
             image = row.image(data / "val2014" / row["image"], data / "images" / row["image"])
             text = short(row["text"].strip(), style)
-            questions.append(Question(f"{part}-{row['question_id']}", text, image, row["label"], row["image"], {"part": part}))
+            questions.append(
+                Question(
+                    f"{part}-{row['question_id']}",
+                    text,
+                    image,
+                    row["label"],
+                    row["image"],
+                    {"part": part},
+                )
+            )
     return questions
 
 
@@ -52,14 +71,19 @@ def score_mme(rows: Sequence[dict]) -> Scores:
     """The two sums and the categories; the accuracy over all questions has an error."""
     predictions, answers = column(rows, "prediction"), column(rows, "answer")
     right = [float(yes_no.mme_answer(text) == answer) for text, answer in zip(predictions, answers)]
-    return Scores({"accuracy": percent(right)}, yes_no.mme(predictions, answers, column(rows, "category"), column(rows, "cluster")))
+    return Scores(
+        {"accuracy": percent(right)},
+        yes_no.mme(predictions, answers, column(rows, "category"), column(rows, "cluster")),
+    )
 
 
 def score_pope(rows: Sequence[dict]) -> Scores:
     """Five figures by both rules, of all rows and of each part."""
     each, whole, parts = {}, {}, dict.fromkeys(column(rows, "part"))
     for rule in ("lmms-eval", "llava"):
-        right = [100.0 * (yes_no.pope_answer(row["prediction"], rule) == row["answer"]) for row in rows]
+        right = [
+            100.0 * (yes_no.pope_answer(row["prediction"], rule) == row["answer"]) for row in rows
+        ]
         each[f"accuracy ({rule})"] = right
         for part in ("all", *parts) if len(parts) > 1 else parts:
             chosen = [row for row in rows if part in ("all", row["part"])]

@@ -8,6 +8,7 @@ depends on it. Without a callback the host looks at the answers every CHUNK toke
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -73,6 +74,20 @@ class Room(NamedTuple):
         """
         most = self.images * (-(-self.length // tile) + 1)
         return most if self.images <= IMAGES[-1] else min(most, _bucket(needed))
+
+    def row(self, cfg: EVLMConfig, document: text.Document) -> EVLMConfig:
+        """The config for batches whose rows have this room, of one document each, with its pictures
+        as pixels.
+        """
+        pairs = self.pairs(cfg.tile, document.pairs) if cfg.tile else 0
+        sizes = {
+            "length": self.length,
+            "targets": self.length,
+            "images": self.images,
+            "slots": self.images,
+            "pairs": max(pairs, self.images),
+        }
+        return replace(cfg, data=replace(cfg.data, pool=1, cache_features=False, **sizes))
 
 
 class Asked(NamedTuple):
@@ -180,6 +195,8 @@ class Generator:
                 " temperature"
             )
         stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+        if not all(isinstance(string, str) for string in stop_strings):
+            raise ValueError(f"stop_strings must be texts, got {stop_strings!r}")
         if "" in stop_strings:
             raise ValueError("stop_strings: an empty text ends every answer; leave it out")
         for document in prompts:

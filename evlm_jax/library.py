@@ -4,9 +4,8 @@ differentiate.
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 
 import jax
@@ -14,32 +13,29 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
-from PIL import Image
 
 from evlm_jax.batch import Batch
 from evlm_jax.checkpoint import store
 from evlm_jax.cli import load_config
-from evlm_jax.config import EVLMConfig, from_config_dict, ranges
+from evlm_jax.config import EVLMConfig, MeshConfig, from_config_dict, ranges
 from evlm_jax.convert.importer import read_export, vocabulary
 from evlm_jax.data import image, pipeline, text
-from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, literal
+from evlm_jax.data.image import Images, Picture, visuals_of
+from evlm_jax.data.samples import Sample, Turn, literal, marked
 from evlm_jax.data.stream import pieces
 from evlm_jax.data.tokenizer import Tokenizer, load_tokenizer, source_of_run
 from evlm_jax.generate import Generator, Room, encode_images
 from evlm_jax.loss import loss_sums
 from evlm_jax.models import param_names
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.parallel.mesh import Layout, jit
 from evlm_jax.report import figures
 from evlm_jax.runs import model_of
 
-Picture = str | os.PathLike | Image.Image | np.ndarray | ImageRef
-Images = (
-    Picture | Sequence[Picture | Sequence[Picture]] | None
-)  # a list in the list is a video: its frames are seen together
-BASE = (
-    Path(__file__).parents[1] / "experiments" / "base.py"
-)  # what an export does not say: sizes of rows, the optimizer
+# What an export does not say: sizes of rows, the optimizer.
+BASE = Path(__file__).parents[1] / "experiments" / "base.py"
 DTYPES = ("float32", "bfloat16")
+Devices = jax.Device | Sequence[jax.Device] | None
 
 
 def load(
@@ -47,7 +43,7 @@ def load(
     step: int | None = None,
     *,
     dtype: str | None = None,
-    device: jax.Device | None = None,
+    devices: Devices = None,
 ) -> "Model":
     """A model from a folder: of a run, of `evlm convert import`, or of
     `evlm convert export --format hf`.
@@ -57,10 +53,12 @@ def load(
       dtype: "float32" or "bfloat16", of all parameters and of what is computed. Where left out
         parameters have the dtype in which they are stored, and a run computes as it was trained, an
         export in the dtype of its weights.
-      device: that holds the model; the first where left out.
+      devices: one that holds the model, the first where left out; or several, over which its
+        parameters and the rows of a batch are spread.
     Raises:
       FileNotFoundError: there is no model in `path`, or no such step.
-      ValueError: what is there is damaged, or another kind of model.
+      ValueError: what is there is damaged, or another kind of model; several devices do not divide
+        its layers.
     """
     path = os.fspath(path)
     if step is not None or store.steps(path):
@@ -72,7 +70,7 @@ def load(
             _pixels(replace(base, data=replace(base.data, images=8, slots=8 * base.data.pool))),
             path,
         )
-    return _placed(cfg, params, dtype, device)
+    return _placed(cfg, params, dtype, devices)
 
 
 def random(
@@ -80,20 +78,19 @@ def random(
     seed: int = 0,
     *,
     dtype: str | None = None,
-    device: jax.Device | None = None,
+    devices: Devices = None,
 ) -> "Model":
     """A model with new weights, towers included, as a function of `seed`; the gates of its
     cross-attention are closed.
 
     Args:
       config: as an experiment's get_config() returns it. Its init.llm says where the vocabulary is.
-      dtype, device: as of `load`.
+      dtype, devices: as of `load`.
     """
     cfg = from_config_dict(config) if isinstance(config, ml_collections.ConfigDict) else config
     if not isinstance(cfg, EVLMConfig):
         raise ValueError(
-            f"config is a {type(config).__name__}: give what an experiment's get_config() returns,"
-            " or an EVLMConfig"
+            f"config is a {type(config).__name__}: give what an experiment's get_config() returns"
         )
     ranges.check(ranges.Seed, seed, "seed")
     state = _new(cfg, np.uint32(seed))
@@ -101,7 +98,7 @@ def random(
         cfg,
         {name: np.asarray(array) for name, array in param_names.flatten(cfg, state).items()},
         dtype,
-        device,
+        devices,
     )
 
 
@@ -118,21 +115,17 @@ def make_sample(*texts: str, images: Images = None) -> Sample:
     """
     if not texts or (len(texts) % 2 and len(texts) > 1):
         raise ValueError(
-            f"a dialog of {len(texts)} texts: give a caption, or texts of user and assistant by"
-            " turns, the assistant's last"
+            f"a dialog of {len(texts)} texts: give a caption, or user and assistant by turns"
         )
-    visuals = _visuals(images)
-    first, *others = _marked(texts, visuals)
+    visuals = visuals_of(images)
+    first, *others = marked(texts, len(visuals))
     roles = ("user", "assistant") if others else ("assistant",)
     turns = tuple(Turn(roles[i % 2], said) for i, said in enumerate((first, *others)))
     return Sample(first[:40], "library", visuals, (turns,))
 
 
 def make_batch(
-    samples: Sequence[Sample],
-    config: EVLMConfig,
-    tokenizer: Tokenizer | None = None,
-    rows: int | None = None,
+    samples: Sequence[Sample], config: EVLMConfig, tokenizer: Tokenizer | None = None, rows: int = 1
 ) -> Batch:
     """Samples in the form that the model and its loss read: tokenised, packed into rows of
     config.data, with their pictures.
@@ -144,10 +137,9 @@ def make_batch(
       samples: of `make_sample`, or evlm_jax.data.samples.Sample with several dialogs about the same
         images.
       tokenizer: `Model.tokenizer`; read from config.init.llm where left out.
-      rows: of the batch, the last of them empty if need be; as many as are needed where left out.
+      rows: the batch has a multiple of so many, the last ones empty if need be.
     Raises:
-      ValueError: a sample fits no row, has no text to learn, or there are more than `rows`; a
-        picture that cannot be read.
+      ValueError: a sample fits no row, or has no text to learn; a picture that cannot be read.
     """
     samples = [samples] if isinstance(samples, Sample) else list(samples)
     if not samples or not all(isinstance(sample, Sample) for sample in samples):
@@ -156,12 +148,9 @@ def make_batch(
     cfg, tokenizer = _pixels(config), tokenizer or load_tokenizer(config.init.llm)
     documents = [text.encode(sample, tokenizer, cfg) for sample in samples]
     made = [batch for batch, _, _ in pipeline.rows_in_order(documents, cfg, 1)]
-    if rows is not None and len(made) > ranges.check(ranges.Positive, rows, "rows"):
-        raise ValueError(
-            f"{len(samples)} samples need {len(made)} rows of data.length = {cfg.data.length}, more"
-            f" than rows = {rows}"
-        )
-    made += [pipeline.collate([[]], cfg, iter(()))[0]] * ((rows or 0) - len(made))
+    made += [pipeline.collate([[]], cfg, iter(()))[0]] * (
+        -len(made) % ranges.check(ranges.Positive, rows, "rows")
+    )
     return jax.tree.map(lambda *parts: np.concatenate(parts), *made)
 
 
@@ -173,8 +162,8 @@ class Model:
       tokenizer: of the language model: encode, decode, and ids of special tokens by name.
     """
 
-    def __init__(self, module: EVLM, tokenizer: Tokenizer):
-        self.config, self.tokenizer = module.cfg, tokenizer
+    def __init__(self, module: EVLM, tokenizer: Tokenizer, layout: Layout | None = None):
+        self.config, self.tokenizer, self._layout = module.cfg, tokenizer, layout
         self._graphdef, self._params = nnx.split(module)
 
     def __repr__(self) -> str:
@@ -192,16 +181,12 @@ class Model:
 
     @property
     def module(self) -> EVLM:
-        """The Flax module with the model's parameters."""
-        return nnx.merge(
-            self._graphdef, self.params
-        )  # a new one: what is changed in it changes nothing here
+        """A Flax module with the model's parameters. What is changed in it changes nothing here."""
+        return nnx.merge(self._graphdef, self.params)
 
     def with_params(self, params: nnx.State) -> "Model":
-        """The same model with other parameters, in the structure of `params`: after an update,
-        say.
-        """
-        return Model(nnx.merge(self._graphdef, params), self.tokenizer)
+        """The same model with other parameters, in the structure of `params`."""
+        return Model(nnx.merge(self._graphdef, params), self.tokenizer, self._layout)
 
     def generate(
         self,
@@ -242,49 +227,30 @@ class Model:
           ValueError: an option of another type or out of range; marks and images differ in number;
             a picture that cannot be read.
         """
-        if not isinstance(prompt, (str, list, tuple)):
-            raise ValueError(f"a prompt is a text or a list of texts, got {type(prompt).__name__}")
-        several = not isinstance(prompt, str)
-        prompts = list(prompt) if several else [prompt]
-        shown = images if several and images is not None else [images] * len(prompts)
-        if several and (
-            not isinstance(shown, Sequence) or isinstance(shown, str) or len(shown) != len(prompts)
-        ):
-            raise ValueError(
-                f"images of {len(prompts)} prompts: give a list with one entry for each, its"
-                " pictures or None"
-            )
-        stop = [stop] if isinstance(stop, str) else list(stop)
-        if not all(isinstance(one, str) and one for one in stop):
-            raise ValueError(f"stop must be texts of at least one letter, got {stop!r}")
-        options = {
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-        }
-        options |= {
-            "seed": seed,
-            "stop_strings": stop,
-            "num_return_sequences": answers,
-            "max_new_tokens": max_new_tokens,
-        }
-        documents = [self._prompt(said, _visuals(those)) for said, those in zip(prompts, shown)]
+        documents, several = self._documents(prompt, images), not isinstance(prompt, str)
+        ask = functools.partial(
+            self._generator.generate,
+            documents,
+            max_new_tokens,
+            temperature,
+            top_p,
+            seed,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop_strings=stop,
+            num_return_sequences=answers,
+        )
         if stream:
             if several or answers != 1:
                 raise ValueError(
-                    "stream=True gives the pieces of one answer to one prompt: ask for one, or"
-                    " leave it out"
+                    "stream=True gives pieces of one answer: ask for one, or leave it out"
                 )
-            return pieces(functools.partial(self._generator.generate, documents, **options))
-        found = [answer.text for answer in self._generator.generate(documents, **options)]
-        each = (
-            found
-            if answers == 1
-            else [found[i : i + answers] for i in range(0, len(found), answers)]
-        )
-        return each if several else each[0]
+            return pieces(ask)
+        found = [answer.text for answer in ask()]
+        if answers > 1:
+            found = [found[first : first + answers] for first in range(0, len(found), answers)]
+        return found if several else found[0]
 
     def logits(self, given: str | Sequence[int], images: Images = None) -> jax.Array:
         """float32 [T, vocab]: what follows each token of a text that stands alone, without a
@@ -295,26 +261,25 @@ class Model:
             they are.
           images: they stand at the <image> marks of the text, or come first.
         """
-        document = self._text(given, _visuals(images))
-        if not len(document.tokens):
-            raise ValueError("logits of no token: give a text of at least one letter")
-        rows, cfg = [[document]], _sized(self.config, document)
+        document = text.alone(given, visuals_of(images), self.tokenizer, self.config)
+        rows = [[document], *[[]] * (self._rows - 1)]
+        cfg = Room.of([document]).row(self.config, document)
         batch, damaged = pipeline.collate(rows, cfg, pipeline.load_pictures(rows, cfg, None))
         if damaged:
             raise image.ImageError(damaged[0].message)
-        return _logits(self._graphdef, self.params, batch)[: len(document.tokens)]
+        found = _on(self._layout, _logits)(self.module, batch)
+        return found[: len(document.tokens)]
 
     def features(self, pictures: Picture | Sequence[Picture]) -> np.ndarray:
         """The taps of the vision tower, float32: [G, S, V] of one picture, [n, G, S, V] of a list
         (vit.taps, tokens, width).
         """
         one = not isinstance(pictures, (list, tuple))
-        refs = [_ref(picture) for picture in ([pictures] if one else pictures)]
+        refs = [ref for (ref,) in visuals_of([pictures] if one else pictures)]
         if not refs:
             raise ValueError("features of no picture: give at least one")
-        taps = encode_images(
-            self.module, lambda _, pixels: _encode(self._graphdef, self.params, pixels), 1, refs
-        )
+        together = self._layout.parts("pictures") if self._layout else 1
+        taps = encode_images(self.module, _on(self._layout, EVLM.encode), together, refs)
         return taps[0] if one else taps
 
     def loss(self, samples: Batch | Sequence[Sample], params: nnx.State | None = None) -> jax.Array:
@@ -323,20 +288,12 @@ class Model:
 
         Args:
           samples: or the batch that `make_batch` makes of them, to use it several times.
-          params: to differentiate by: jax.grad(lambda params: model.loss(batch,
-            params))(model.params).
+          params: to differentiate by, in place of the model's own.
         """
-        batch = (
-            samples
-            if isinstance(samples, Batch)
-            else make_batch(samples, self.config, self.tokenizer)
-        )
-        return _loss(
-            self._graphdef,
-            max(1, len(self.config.data.sources)),
-            self.params if params is None else params,
-            batch,
-        )
+        if not isinstance(samples, Batch):
+            samples = make_batch(samples, self.config, self.tokenizer, self._rows)
+        model = self.module if params is None else nnx.merge(self._graphdef, params)
+        return _on(self._layout, _loss)(model, samples)
 
     def attention(self, prompt: str, images: Images, answer: str | None = None) -> list[dict]:
         """Where the model looks in the first image for each word of a question and its answer:
@@ -351,48 +308,46 @@ class Model:
         Raises:
           ValueError: no image, or a model whose cross-attention does not look at patches.
         """
-        if not (visuals := _visuals(images)):
+        if not (visuals := visuals_of(images)):
             raise ValueError("attention over no image: give at least one")
         if not figures.looks_at_patches(self.config):
             raise ValueError(
-                "attention over the patches of a picture cannot be shown: the model has"
-                f" {self.config.baseline}"
+                f"attention over a picture cannot be shown: the model has {self.config.baseline}"
             )
         answer = self.generate(prompt, visuals) if answer is None else answer
         sample = make_sample(prompt, literal(answer), images=visuals)
         module = self.module
-        module.cfg = _sized(self.config, text.encode(sample, self.tokenizer, self.config))
+        document = text.encode(sample, self.tokenizer, self.config)
+        module.cfg = Room.of([document]).row(self.config, document)
         return figures.word_maps(module, self.tokenizer, sample)
 
-    def _prompt(self, said: str, visuals: tuple[tuple[ImageRef, ...], ...]) -> text.Document:
-        return self._generator.prompt([Turn("user", *_marked([said], visuals))], visuals)
-
-    def _text(
-        self, given: str | Sequence[int], visuals: tuple[tuple[ImageRef, ...], ...]
-    ) -> text.Document:
-        """A document without targets."""
-        stops = list(accumulate(map(len, visuals)))
-        spans = [(stop - len(visual), stop) for stop, visual in zip(stops, visuals)]
-        cfg, about = self.config, Sample("text", "library", visuals, ())
-        if isinstance(given, str):
-            template = text.Template(cfg.data.template, self.tokenizer)
-            *parts, _ = template.dialog(
-                [Turn("assistant", *_marked([given], visuals))], spans
-            )  # without the token that ends it
-            return text.lay_out(
-                [text.whole_steps(parts, self.tokenizer, cfg.media)[0]], [()], about, cfg
+    def _documents(self, prompt: str | Sequence[str], images: Images | Sequence[Images]) -> list:
+        """Of one prompt, or of several with an entry of `images` each."""
+        if not isinstance(prompt, (str, list, tuple)):
+            raise ValueError(f"a prompt is a text or a list of texts, got {type(prompt).__name__}")
+        prompts, shown = prompt, images
+        if isinstance(prompt, str):
+            prompts, shown = [prompt], [images]
+        elif images is None:
+            shown = [None] * len(prompts)
+        if not isinstance(shown, (list, tuple)) or len(shown) != len(prompts):
+            raise ValueError(
+                f"images of {len(prompts)} prompts: give a list with one entry for each, or None"
             )
-        front = [
-            text.Media(frame, start, stop) for start, stop in spans for frame in range(start, stop)
-        ]
-        ids = [text.Token(token, False) for token in _ids(given, cfg.llm.vocab)]
-        return text.lay_out(
-            [text.steps(front + ids, self.tokenizer, cfg.media)[0]], [()], about, cfg
-        )
+        documents = []
+        for said, visuals in zip(prompts, map(visuals_of, shown)):
+            turn = Turn("user", *marked([said], len(visuals)))
+            documents.append(self._generator.prompt([turn], visuals))
+        return documents
 
     @functools.cached_property
     def _generator(self) -> Generator:
-        return Generator(self.module, self.tokenizer)
+        return Generator(self.module, self.tokenizer, layout=self._layout)
+
+    @property
+    def _rows(self) -> int:
+        """That a batch has at least."""
+        return self._layout.parts("rows") if self._layout else 1
 
 
 # ----------------------------------------------------------------------------------------- compiled
@@ -403,33 +358,27 @@ def _new(cfg: EVLMConfig, seed: jax.Array) -> nnx.State:
     return nnx.state(EVLM(cfg, nnx.Rngs(jax.random.key(seed))))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> jax.Array:
+@functools.cache
+def _on(layout: Layout | None, f: Callable) -> Callable:
+    """One of the next two, or EVLM.encode, compiled."""
+    return jit(layout, f)
+
+
+def _logits(model: EVLM, batch: Batch) -> jax.Array:
     """Of the first row, [T, vocab]."""
-    model = nnx.merge(graphdef, params)
     return model.logits(model.hidden(batch)[0])
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(graphdef: nnx.GraphDef, params: nnx.State, pixels: jax.Array) -> jax.Array:
-    return nnx.merge(graphdef, params).encode(pixels)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _loss(graphdef: nnx.GraphDef, sources: int, params: nnx.State, batch: Batch) -> jax.Array:
-    total, sums = loss_sums(nnx.merge(graphdef, params), batch, sources)
+def _loss(model: EVLM, batch: Batch) -> jax.Array:
+    total, sums = loss_sums(model, batch, max(1, len(model.cfg.data.sources)))
     return total / jnp.maximum(sums["count"].sum(), 1)
 
 
 # ----------------------------------------------------------------------------------- from arguments
 
 
-def _placed(
-    cfg: EVLMConfig, params: store.Arrays, dtype: str | None, device: jax.Device | None
-) -> Model:
-    """Parameters on a device, in a dtype; what the config says of cached taps does not count
-    here.
-    """
+def _placed(cfg: EVLMConfig, params: store.Arrays, dtype: str | None, devices: Devices) -> Model:
+    """Parameters on devices, in a dtype."""
     if dtype is not None:
         if dtype not in DTYPES:
             raise ValueError(
@@ -437,80 +386,14 @@ def _placed(
             )
         cfg = replace(cfg, train=replace(cfg.train, dtype=dtype, matmul_precision=dtype))
         params = {name: array.astype(dtype, copy=False) for name, array in params.items()}
+    devices = [devices] if isinstance(devices, jax.Device) else list(devices or ())
+    mesh = MeshConfig(1, len(devices), 1, 1, 1, 2, "sharded", "all") if len(devices) > 1 else None
     tokenizer = vocabulary(cfg, cfg.init.llm)
-    return Model(model_of(cfg, params, devices=[device] if device else ())[0], tokenizer)
+    module, layout = model_of(cfg, params, mesh, len(devices) * cfg.data.pool, devices)
+    return Model(module, tokenizer, layout)
 
 
 def _pixels(cfg: EVLMConfig) -> EVLMConfig:
     """Rows with their own image slots, whose pictures are pixels."""
     cfg = cfg.apart
     return replace(cfg, data=replace(cfg.data, cache_features=False))
-
-
-def _sized(cfg: EVLMConfig, document: text.Document) -> EVLMConfig:
-    """A row just for this document, in one of a few sizes, so that few programs are compiled."""
-    room = Room.of([document])
-    pairs = room.pairs(cfg.tile, document.pairs) if cfg.tile else room.images
-    sizes = {
-        "length": room.length,
-        "targets": room.length,
-        "images": room.images,
-        "slots": room.images,
-        "pairs": max(pairs, room.images),
-    }
-    return replace(cfg, data=replace(cfg.data, pool=1, cache_features=False, **sizes))
-
-
-def _visuals(images: Images) -> tuple[tuple[ImageRef, ...], ...]:
-    """Of an argument `images`: the frames of each visual."""
-    if images is None:
-        return ()
-    if not isinstance(images, (list, tuple)):
-        return ((_ref(images),),)
-    visuals = tuple(
-        tuple(map(_ref, one)) if isinstance(one, (list, tuple)) else (_ref(one),) for one in images
-    )
-    if () in visuals:
-        raise ValueError(
-            "images has a video without frames: give at least one picture in each list"
-        )
-    return visuals
-
-
-def _ref(picture: Picture) -> ImageRef:
-    if isinstance(picture, (str, os.PathLike)):
-        return ImageRef(os.fspath(picture))
-    return picture if isinstance(picture, ImageRef) else image.in_memory(picture)
-
-
-def _marked(texts: Sequence[str], visuals: Sequence[tuple[ImageRef, ...]]) -> list[str]:
-    """Texts with a mark for each visual.
-
-    Raises ValueError where that is not so, or something is no text.
-    """
-    for said in texts:
-        if not isinstance(said, str):
-            raise ValueError(f"a text is a str, got {type(said).__name__}")
-        said.encode()  # UnicodeEncodeError, a ValueError, says which letter is none
-    if (marks := sum(said.count(MARKER) for said in texts)) not in (0, len(visuals)):
-        raise ValueError(
-            f"the text has {marks} {MARKER} marks for {len(visuals)} images and videos: write one"
-            " for each, or none"
-        )
-    return list(texts) if marks else [MARKER * len(visuals) + texts[0], *texts[1:]]
-
-
-def _ids(given: Sequence[int], vocab: int) -> list[int]:
-    ids = np.asarray(given)
-    if (
-        ids.ndim != 1
-        or not ids.size
-        or ids.dtype.kind not in "iu"
-        or ids.min() < 0
-        or ids.max() >= vocab
-    ):
-        raise ValueError(
-            f"give a text, or a list of ids from 0 to {vocab - 1}, got {type(given).__name__} of"
-            f" shape {list(ids.shape)}"
-        )
-    return ids.tolist()

@@ -246,7 +246,7 @@ def test_the_commands(tmp_path, towers, capsys):
 
 KILLED = """
 import os, signal, sys, json
-from evlm_jax import tensors
+from evlm_jax.checkpoint import lazy_tensors as tensors
 from evlm_jax.config import from_config_dict
 from evlm_jax.convert import importer
 tensors.SHARD = 20_000

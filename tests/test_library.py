@@ -101,6 +101,10 @@ def test_all_that_is_public_has_a_docstring():
     assert (
         set(evlm_jax.__all__) <= set(dir(evlm_jax)) and (ROOT / "evlm_jax" / "py.typed").is_file()
     )
+    modules = {path.stem for path in (ROOT / "evlm_jax").iterdir()}
+    assert not modules & set(
+        evlm_jax.__all__
+    )  # importing a module would put it in place of what has its name
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         evlm_jax.lod  # noqa: B018
 
@@ -125,26 +129,31 @@ def test_the_lines_of_the_readme_run(folder, tmp_path):
 # --------------------------------------------------------------------------------------- generation
 
 
+DRAWN = [
+    "--temperature",
+    "1.2",
+    "--top-k",
+    "9",
+    "--top-p",
+    "0.9",
+    "--min-p",
+    "0.01",
+    "--seed",
+    "4",
+    "--repetition-penalty",
+    "1.3",
+]
+
+
 @pytest.mark.parametrize(
-    "words, options",
+    "prompt, numbers, words, options",
     [
-        ([], {}),
-        (["--stop", "C"], {"stop": "C"}),
+        ("hello", [], [], {}),
+        ("From <image> to <image>?", [1, 2], ["--stop", "C", "--stop", "~"], {"stop": ["C", "~"]}),
         (
-            [
-                "--temperature",
-                "1.2",
-                "--top-k",
-                "9",
-                "--top-p",
-                "0.9",
-                "--min-p",
-                "0.01",
-                "--seed",
-                "4",
-                "--repetition-penalty",
-                "1.3",
-            ],
+            "What is it?",
+            [3],
+            DRAWN,
             {
                 "temperature": 1.2,
                 "top_k": 9,
@@ -156,11 +165,8 @@ def test_the_lines_of_the_readme_run(folder, tmp_path):
         ),
     ],
 )
-@pytest.mark.parametrize(
-    "prompt, numbers", [("What is it?", [3]), ("From <image> to <image>?", [1, 2]), ("hello", [])]
-)
 def test_it_answers_as_the_command_line_does(
-    model, inside, capsys, words, options, prompt, numbers
+    model, inside, capsys, prompt, numbers, words, options
 ):
     files = [f"pictures/{number}.png" for number in numbers]
     shown = [word for file in files for word in ("--image", file)]
@@ -365,7 +371,7 @@ def test_an_export_is_the_same_model(model, folder):
 
 
 def test_a_dtype_is_of_weights_and_computing(model, folder):
-    half = evlm_jax.load(folder / "run", dtype="bfloat16", device=jax.devices()[0])
+    half = evlm_jax.load(folder / "run", dtype="bfloat16", devices=jax.devices()[0])
     assert {leaf.dtype.name for leaf in jax.tree.leaves(half.params)} == {
         "bfloat16"
     } and half.config.train.dtype == "bfloat16"
@@ -431,7 +437,7 @@ BLACK = np.zeros((4, 4, 3), np.uint8)
     [
         (
             lambda model: model.generate("<image> and", [BLACK, BLACK]),
-            "the text has 1 <image> marks for 2 images and videos: write one",
+            "the text has 1 <image> markers for 2 images and videos: write one",
         ),
         (lambda model: model.generate(5), "list of texts"),
         (lambda model: model.generate(["a", 5]), "a text is a str, got int"),
@@ -460,15 +466,15 @@ BLACK = np.zeros((4, 4, 3), np.uint8)
             lambda model: model.generate("a", temperature="hot"),
             "temperature must be a number, at least 0, got 'hot'",
         ),
-        (lambda model: model.generate("a", stop=[3]), "stop must be texts"),
+        (lambda model: model.generate("a", stop=[3]), "stop_strings must be texts"),
         (lambda model: model.generate("a", answers=2), "give a temperature"),
         (
             lambda model: model.generate(["a"], stream=True),
-            "stream=True gives the pieces of one answer",
+            "stream=True gives pieces of one answer",
         ),
         (lambda model: model.generate("\ud800"), "surrogates not allowed"),
         (lambda model: model.logits([1, 256]), "ids from 0 to 255"),
-        (lambda model: model.logits(""), "no token"),
+        (lambda model: model.logits(""), "without any token: give at least one letter"),
         (lambda model: model.logits("a", "none.png"), "none.png"),
         (lambda model: model.features([]), "give at least one"),
         (lambda model: model.attention("What?", None), "give at least one"),
@@ -483,8 +489,8 @@ BLACK = np.zeros((4, 4, 3), np.uint8)
         ),
         (lambda model: evlm_jax.make_sample("a", "b", "c"), "a dialog of 3 texts"),
         (
-            lambda model: evlm_jax.make_batch([sample()] * 30, model.config, rows=1),
-            "more than rows = 1",
+            lambda model: evlm_jax.make_batch(sample(), model.config, rows=0),
+            "rows must be at least 1, got 0",
         ),
         (lambda model: evlm_jax.load("nowhere"), "nowhere: neither a run .steps/. nor an export"),
         (lambda model: evlm_jax.load(GOLDEN / "llm"), "holds llama, not a whole EVLM"),

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     """Prints the answer as it grows, or several with their numbers. Images come first, then the
     video; in front of the prompt or at its markers."""
     from evlm_jax.data import image, video
-    from evlm_jax.data.samples import MARKER, ImageRef, Turn
+    from evlm_jax.data.samples import ImageRef, Turn, marked
     from evlm_jax.generate import Generator
     from evlm_jax.runs import load_trained
 
@@ -101,11 +101,7 @@ def run(args: argparse.Namespace) -> None:
     visuals = [(ImageRef(path),) for path in args.image]
     if args.video:
         visuals.append(video.sample(args.video, args.frames))
-    if (marks := args.prompt.count(MARKER)) not in (0, len(visuals)):
-        raise ValueError(
-            f"--prompt has {marks} {MARKER} markers for {len(visuals)} images and videos: write one"
-            " for each, or none"
-        )
+    prompt = marked([args.prompt], len(visuals))
     options = {
         name: getattr(args, name)
         for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -118,8 +114,7 @@ def run(args: argparse.Namespace) -> None:
         )
     trained = load_trained(args.checkpoint)
     generator = Generator(trained.model, trained.tokenizer)
-    front = "" if MARKER in args.prompt else MARKER * len(visuals)
-    prompt = generator.prompt([Turn("user", front + args.prompt)], visuals)
+    prompt = generator.prompt([Turn("user", *prompt)], visuals)
     if args.answers > 1:
         answers = generator.generate([prompt], args.max_new_tokens, **options)
         print(*(f"{number}. {answer.text}" for number, answer in enumerate(answers, 1)), sep="\n")

@@ -36,6 +36,9 @@ WHITE = (255, 255, 255)
 BICUBIC = ResizeAlg.convolution(FilterType.catmull_rom)  # Pillow's BICUBIC by another name
 MAKING = 3  # counts changes of how pixels are made: caches of features made otherwise are not used
 Made = TypeVar("Made")
+Picture = str | os.PathLike | Image.Image | np.ndarray | ImageRef
+# A list in the list is a video: its frames are seen together.
+Images = Picture | Sequence[Picture | Sequence[Picture]] | None
 
 
 class ImageError(ValueError):
@@ -101,6 +104,31 @@ def decode_all(
     }
     one = lambda ref: ref.picture or decode(ref.path, least)
     return [each(one(ref)) if ref.frame is None else frames[ref.path, ref.frame] for ref in refs]
+
+
+def visuals_of(images: Images) -> tuple[tuple[ImageRef, ...], ...]:
+    """The visuals of a Sample: pictures as callers have them.
+
+    Raises ImageError as `in_memory`, and for a video without frames.
+    """
+    if images is None:
+        return ()
+    if not isinstance(images, (list, tuple)):
+        images = [images]
+    visuals = tuple(
+        tuple(map(_ref, one)) if isinstance(one, (list, tuple)) else (_ref(one),) for one in images
+    )
+    if () in visuals:
+        raise ImageError(
+            "images has a video without frames: give at least one picture in each list"
+        )
+    return visuals
+
+
+def _ref(picture: Picture) -> ImageRef:
+    if isinstance(picture, (str, os.PathLike)):
+        return ImageRef(os.fspath(picture))
+    return picture if isinstance(picture, ImageRef) else in_memory(picture)
 
 
 def in_memory(picture: Image.Image | np.ndarray) -> ImageRef:

@@ -3,6 +3,7 @@
 Small and hashable; nothing is decoded here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -59,6 +60,24 @@ class Sample:
 def literal(text: str) -> str:
     """Text from the world, where `<image>` is no marker: it is spelled `< image>`."""
     return text.replace(MARKER, "< image>")
+
+
+def marked(texts: Sequence[str], visuals: int) -> list[str]:
+    """Texts of a dialog with a marker for each visual: where none has one, the visuals come first.
+
+    Raises:
+      ValueError: another number of markers, or something that is no text.
+    """
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"a text is a str, got {type(text).__name__}")
+        text.encode()  # UnicodeEncodeError, a ValueError, says which letter is none
+    if (marks := sum(text.count(MARKER) for text in texts)) not in (0, visuals):
+        raise ValueError(
+            f"the text has {marks} {MARKER} markers for {visuals} images and videos: write one for"
+            " each, or none"
+        )
+    return list(texts) if marks else [MARKER * visuals + texts[0], *texts[1:]]
 
 
 def question(text: str, answer: str) -> tuple[Turn, Turn]:

@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evlm_jax.config import EVLMConfig, MediaConfig
-from evlm_jax.data.samples import MARKER, ImageRef, Sample, SampleError, Turn
+from evlm_jax.data.samples import MARKER, ImageRef, Sample, SampleError, Turn, marked
 from evlm_jax.ops.attention_plan import pair_count
 
 SHORT = 128  # characters of a text whose tokens are kept
@@ -198,6 +198,51 @@ def prompt(
         sample, lambda spans, dialog: Template(cfg.data.template, tokenizer).prompt(dialog, spans)
     )
     return lay_out([whole_steps(pieces[0], tokenizer, cfg.media)[0]], [()], sample, cfg)
+
+
+def alone(
+    given: str | Sequence[int],
+    visuals: Sequence[tuple[ImageRef, ...]],
+    tokenizer,
+    cfg: EVLMConfig,
+    key: str = "text",
+) -> Document:
+    """The document of a text as captions are trained, without a template and without targets; or of
+    ids as they are, behind all visuals.
+
+    Raises:
+      ValueError: no token at all, markers and visuals differ in number, or an id that the model
+        does not have.
+    """
+    said = marked([given], len(visuals)) if isinstance(given, str) else []
+    sample = Sample(key, key, tuple(visuals), (tuple(Turn("assistant", text) for text in said),))
+    if isinstance(given, str):  # without the token that ends it
+        (pieces,) = _render(
+            sample, lambda spans, dialog: Template("plain", tokenizer).dialog(dialog, spans)[:-1]
+        )
+        path = whole_steps(pieces, tokenizer, cfg.media)[0]
+    else:
+        ids = np.asarray(given)
+        if (
+            ids.ndim != 1
+            or not ids.size
+            or ids.dtype.kind not in "iu"
+            or ids.min() < 0
+            or ids.max() >= cfg.llm.vocab
+        ):
+            raise ValueError(
+                f"give a text, or a list of ids from 0 to {cfg.llm.vocab - 1}, got {ids.dtype} of"
+                f" shape {list(ids.shape)}"
+            )
+        media = lambda spans, _: [Media(frame, *span) for span in spans for frame in range(*span)]
+        path = steps(
+            [*_render(sample, media)[0], *(Token(token, False) for token in ids.tolist())],
+            tokenizer,
+            cfg.media,
+        )[0]
+    if not path:
+        raise ValueError("a text without any token: give at least one letter")
+    return lay_out([path], [()], sample, cfg)
 
 
 def render(sample: Sample, tokenizer, cfg: EVLMConfig, **supervision: bool) -> list[list[Piece]]:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import evlm_jax
 from evlm_jax import cli
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, question
 from evlm_jax.evals import choice
@@ -152,3 +153,24 @@ def test_a_batch_that_devices_cannot_share_is_refused(run, capsys):
     assert (
         cli.main(words) == 1 and "6 rows cannot be split over 8 devices" in capsys.readouterr().err
     )
+
+
+def test_the_library_spreads_a_model(run):
+    """Over all devices; logits and loss are those of one."""
+    if "dense" not in run[0].name:
+        pytest.skip("one kind of model is enough")
+    one, all_of_them = (
+        evlm_jax.load(run[0], devices=devices) for devices in (jax.devices()[0], jax.devices())
+    )
+    assert any(
+        not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(all_of_them.params)
+    )
+    picture = str(sorted((run[1] / "images").iterdir())[0])
+    samples = [evlm_jax.make_sample("what is it?", "a dog", images=picture)]
+    with jax.default_matmul_precision("highest"):
+        for ask in (
+            lambda model: model.logits("a dog", picture),
+            lambda model: model.loss(samples),
+        ):
+            wanted, found = map(np.asarray, map(ask, (one, all_of_them)))
+            assert np.abs(found - wanted).max() <= 1e-3 * np.abs(wanted).max()

@@ -25,7 +25,8 @@ from evlm_jax.config.ranges import (
     Seed,
     Share,
 )
-from evlm_jax.data import image, text
+from evlm_jax.data import text
+from evlm_jax.data.features import encode_images
 from evlm_jax.data.samples import ImageRef, Turn
 from evlm_jax.data.stream import Answer, Stream
 from evlm_jax.data.tokenizer import Tokenizer
@@ -43,7 +44,6 @@ STOPS = 8  # stop tokens that have room; twice as many where there are more, and
 # tokens of a prompt, likewise, or of an answer; 16 frames of 16 media tokens and a question are 320
 LENGTHS = (64, 320, 1024)
 IMAGES = (1, 8)  # of a prompt, likewise
-PICTURES = 8  # encoded together, unless it is one
 
 
 class Room(NamedTuple):
@@ -131,9 +131,9 @@ class Generator:
             if layout is None
             else {axis: layout.parts(axis) for axis in ("rows", "pictures")}
         )
-        self.features = features or partial(
-            encode_images, model, jit(layout, EVLM.encode), self.least["pictures"]
-        )
+        encoder = jit(layout, EVLM.encode)
+        encode = lambda pixels: on_host(encoder(model, pixels))
+        self.features = features or partial(encode_images, cfg, encode, self.least["pictures"])
         self._allowed = _allowed(tokenizer, cfg)
         self._prefill = jit(layout, partial(prefill, cfg), static_argnames=("slots", "images"))
         self._decode = jit(layout, partial(decode, cfg), donate_argnames="state")
@@ -364,25 +364,6 @@ def collate(
         start,
         count,
     )
-
-
-def encode_images(
-    model: EVLM, encode: Callable, least: int, refs: Sequence[ImageRef]
-) -> np.ndarray:
-    """Taps [n, G, S, V] of images, float32, computed now by `encode`, EVLM.encode compiled; at
-    least `least` together.
-    """
-    count, side = (
-        (least if len(refs) <= least else -(-PICTURES // least) * least),
-        model.cfg.vit.image_size,
-    )
-    taps = []
-    for first in range(0, len(refs), count):
-        some = refs[first : first + count]
-        pixels = np.zeros((count, side, side, 3), np.uint8)
-        pixels[: len(some)] = image.pixels(some, model.cfg)
-        taps.append(on_host(encode(model, pixels))[: len(some)].astype(np.float32))
-    return np.concatenate(taps)
 
 
 def _allowed(tokenizer: Tokenizer, cfg: EVLMConfig) -> np.ndarray:

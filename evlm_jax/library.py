@@ -20,14 +20,16 @@ from evlm_jax.cli import load_config
 from evlm_jax.config import EVLMConfig, MeshConfig, from_config_dict, ranges
 from evlm_jax.convert.importer import read_export, vocabulary
 from evlm_jax.data import image, pipeline, text
+from evlm_jax.data.features import encode_images
 from evlm_jax.data.image import Images, Picture, visuals_of
 from evlm_jax.data.samples import Sample, Turn, literal, marked
 from evlm_jax.data.stream import pieces
 from evlm_jax.data.tokenizer import Tokenizer, load_tokenizer, source_of_run
-from evlm_jax.generate import Generator, Room, encode_images
+from evlm_jax.generate import Generator, Room
 from evlm_jax.loss import loss_sums
 from evlm_jax.models import param_names
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.parallel.distributed import on_host
 from evlm_jax.parallel.mesh import Layout, jit
 from evlm_jax.report import figures
 from evlm_jax.runs import model_of
@@ -279,7 +281,9 @@ class Model:
         if not refs:
             raise ValueError("features of no picture: give at least one")
         together = self._layout.parts("pictures") if self._layout else 1
-        taps = encode_images(self.module, _on(self._layout, EVLM.encode), together, refs)
+        model, encoder = self.module, _on(self._layout, EVLM.encode)
+        encode = lambda pixels: on_host(encoder(model, pixels))
+        taps = encode_images(self.config, encode, together, refs)
         return taps[0] if one else taps
 
     def loss(self, samples: Batch | Sequence[Sample], params: nnx.State | None = None) -> jax.Array:
@@ -332,7 +336,7 @@ class Model:
             shown = [None] * len(prompts)
         if not isinstance(shown, (list, tuple)) or len(shown) != len(prompts):
             raise ValueError(
-                f"images of {len(prompts)} prompts: give a list with one entry for each, or None"
+                f"images of {len(prompts)} prompts: give a list with one entry for each"
             )
         documents = []
         for said, visuals in zip(prompts, map(visuals_of, shown)):
@@ -381,9 +385,7 @@ def _placed(cfg: EVLMConfig, params: store.Arrays, dtype: str | None, devices: D
     """Parameters on devices, in a dtype."""
     if dtype is not None:
         if dtype not in DTYPES:
-            raise ValueError(
-                f"dtype is {dtype!r}: use one of {', '.join(DTYPES)}, or None for what is stored"
-            )
+            raise ValueError(f"dtype is {dtype!r}: use one of {', '.join(DTYPES)}, or leave it out")
         cfg = replace(cfg, train=replace(cfg.train, dtype=dtype, matmul_precision=dtype))
         params = {name: array.astype(dtype, copy=False) for name, array in params.items()}
     devices = [devices] if isinstance(devices, jax.Device) else list(devices or ())

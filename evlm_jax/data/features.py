@@ -26,6 +26,7 @@ from evlm_jax.data.samples import ImageRef
 
 # most images encoded at a time; a smaller rest is padded to a multiple of STEP: few compiled shapes
 CHUNK, STEP = 32, 8
+FEW = 8  # pictures that nothing keeps, encoded together, unless it is one
 
 
 def fingerprint(cfg: EVLMConfig, weights: Mapping[str, np.ndarray]) -> str:
@@ -164,3 +165,22 @@ def content_key(ref: ImageRef) -> str:
 def _hash(path: str, version: str) -> str:
     with rows.open_ref(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def encode_images(
+    cfg: EVLMConfig,
+    encode: Callable[[np.ndarray], np.ndarray],
+    least: int,
+    refs: Sequence[ImageRef],
+) -> np.ndarray:
+    """Taps [n, G, S, V] of images, float32, computed now by `encode`, as a FeatureStore has it; at
+    least `least` pictures together.
+    """
+    count, side = least if len(refs) <= least else -(-FEW // least) * least, cfg.vit.image_size
+    taps = []
+    for first in range(0, len(refs), count):
+        some = refs[first : first + count]
+        pixels = np.zeros((count, side, side, 3), np.uint8)
+        pixels[: len(some)] = image.pixels(some, cfg)
+        taps.append(encode(pixels)[: len(some)].astype(np.float32))
+    return np.concatenate(taps)

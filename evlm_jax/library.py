@@ -335,9 +335,7 @@ class Model:
         elif images is None:
             shown = [None] * len(prompts)
         if not isinstance(shown, (list, tuple)) or len(shown) != len(prompts):
-            raise ValueError(
-                f"images of {len(prompts)} prompts: give a list with one entry for each"
-            )
+            raise ValueError(f"images of {len(prompts)} prompts: give a list, one entry for each")
         documents = []
         for said, visuals in zip(prompts, map(visuals_of, shown)):
             turn = Turn("user", *marked([said], len(visuals)))

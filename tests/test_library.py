@@ -443,7 +443,7 @@ BLACK = np.zeros((4, 4, 3), np.uint8)
         (lambda model: model.generate(["a", 5]), "a text is a str, got int"),
         (
             lambda model: model.generate(["a", "b"], [BLACK]),
-            "images of 2 prompts: give a list with one entry for each",
+            "images of 2 prompts: give a list, one entry for each",
         ),
         (
             lambda model: model.generate("a", BLACK / 255),

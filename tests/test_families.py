@@ -224,19 +224,17 @@ def test_towers_that_are_read(tmp_path, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(LANGUAGE) - READ))
 def test_tiny_models_of_other_types_are_refused(tmp_path, name):
-    """With the weights on disk, and with Llama's name in config.json in place of their own where
-    their tensors have Llama's names.
-    """
+    """With the weights on disk."""
     from transformers import AutoModelForCausalLM
 
     from evlm_jax.convert import engine
 
     try:
-        model = AutoModelForCausalLM.from_config(
-            config_class(name)(**SIZES, num_key_value_heads=2, pad_token_id=0)
-        )
-        assert sum(parameter.numel() for parameter in model.parameters()) < 5e7
-        model.save_pretrained(tmp_path)
+        config = config_class(name)(**SIZES, num_key_value_heads=2, pad_token_id=0)
+        with torch.device("meta"):  # many name their sizes otherwise: their defaults may not fit
+            shapes = AutoModelForCausalLM.from_config(config).parameters()
+        assert sum(shape.numel() for shape in shapes) < 1e7
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     except Exception as error:  # noqa: BLE001
         pytest.skip(f"no tiny model of it: {type(error).__name__}")
     with pytest.raises(ValueError, match="which is not read|quantised"):

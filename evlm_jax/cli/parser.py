@@ -69,11 +69,13 @@ def told_once() -> None:
     """Threads of orbax and tensorstore print tracebacks of what the main thread raises as well:
     from here on they do not.
     """
-    logging.getLogger("absl").addFilter(_without_traceback)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_without_traceback)
     sys.unraisablehook = _unraisable
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
+    """Whether it is about something else than an error."""
     return not record.exc_info
 
 

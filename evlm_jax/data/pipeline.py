@@ -31,6 +31,7 @@ from evlm_jax.data.text import Document
 
 PREFETCH = 2  # batches made ahead, in a thread
 ENOUGH = 1000  # documents, before their share of drops is judged
+CHANCE = 1e-5  # that all documents so far are lost though no more than the allowed share is
 
 
 def batches(
@@ -223,14 +224,15 @@ class RowsIterator(grain.DatasetIterator):
 
     def _budget(self, used: int, drops: Sequence[Drop]) -> None:
         """Stops a run that loses more than `data.most_drops` of its documents, once a thousand were
-        seen.
+        seen, or before where all that was seen is lost and that can be no chance.
         """
         self._used += used
         self._lost.update(drop.cause for drop in drops)
         for drop in drops:
             self._examples.setdefault(drop.cause, drop.message)
         lost, share = self._lost.total(), self._cfg.data.most_drops
-        if lost + self._used >= ENOUGH and lost > share * (lost + self._used):
+        enough = lost + self._used >= ENOUGH or not self._used and share**lost < CHANCE
+        if enough and lost > share * (lost + self._used):
             causes = "".join(
                 f"\n  {cause}: {count}, the first: {self._examples[cause]}"
                 for cause, count in self._lost.most_common()

@@ -344,6 +344,17 @@ def test_too_many_drops_stop_the_run(tmp_path, monkeypatch, share, stops):
         take(iterator, 20)
 
 
+@pytest.mark.parametrize("share, kept", [(0.1, 5), (0.5, 16)])
+def test_a_run_that_has_lost_everything_stops_soon(tmp_path, share, kept):
+    rows = [row(f"r{i}", "gone.png", "<image>q", "a") for i in range(40)]
+    iterator = batches(single(tmp_path, rows, length=30, most_drops=share), TOKENIZER)
+    with pytest.raises(ValueError, match=r"(\d+) of \1 documents were left out") as error:
+        take(iterator, 40)
+    iterator.close()
+    lost = int(str(error.value).split()[0])
+    assert kept < lost <= kept + 3 and "gone.png" in str(error.value)
+
+
 def test_a_source_of_odd_rows_alone_ends_with_the_key(tmp_path):
     cfg = single(tmp_path, [row("two-of-one", "0.png", "<image><image>q", "a")])
     with pytest.raises(

@@ -28,8 +28,8 @@ import numpy as np
 from benchmarks import parser
 from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, digest, write_folder
 from evlm_jax.checkpoint.store import open_params
-from evlm_jax.cli import load_config
 from evlm_jax.config import EVLMConfig
+from evlm_jax.config.load import load_config
 from evlm_jax.convert.engine import parameter_shapes, sizes, theirs
 from evlm_jax.convert.export import describe_llm
 from evlm_jax.convert.tables import FAMILIES

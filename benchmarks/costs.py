@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks import parser
-from evlm_jax.cli import load_config
+from evlm_jax.config.load import load_config
 from evlm_jax.costs.command import published
 from evlm_jax.costs.counted import programs
 from evlm_jax.costs.crossover import FRAMES

@@ -14,8 +14,8 @@ from functools import partial
 import numpy as np
 
 from benchmarks import parser
-from evlm_jax.cli import load_config
 from evlm_jax.config import DataConfig, EVLMConfig
+from evlm_jax.config.load import load_config
 from evlm_jax.data.mixture import Task
 from evlm_jax.data.pack import assemble
 from evlm_jax.data.pipeline import Lane

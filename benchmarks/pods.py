@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks import parser
 from evlm_jax import flops
-from evlm_jax.cli import load_config
+from evlm_jax.config.load import load_config
 from evlm_jax.planning import chips
 from evlm_jax.planning.programs import phase_steps
 

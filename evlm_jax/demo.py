@@ -27,9 +27,10 @@ from evlm_jax.evals.task import Question, draw, first
 from evlm_jax.evals.tasks.demo import ANSWERS, EASY_VQA, of_samples
 from evlm_jax.evals.text_metrics import words
 from evlm_jax.generate import Generator
+from evlm_jax.launch import train_run
 from evlm_jax.paths import place
 from evlm_jax.report import page as report
-from evlm_jax.runs import Trained, feature_store, load_trained, train_run
+from evlm_jax.runs import Trained, feature_store, load_trained
 from experiments import demo as experiment
 
 # How much each form evaluates, of what it does not take as a whole; "greedy": questions answered by

@@ -16,8 +16,8 @@ from flax import nnx
 
 from evlm_jax.batch import Batch
 from evlm_jax.checkpoint import store
-from evlm_jax.cli import load_config
 from evlm_jax.config import EVLMConfig, MeshConfig, from_config_dict, ranges
+from evlm_jax.config.load import load_config
 from evlm_jax.convert.importer import read_export, vocabulary
 from evlm_jax.data import image, pipeline, text
 from evlm_jax.data.features import encode_images

@@ -1,8 +1,5 @@
-"""What the commands share: from a config to towers, features and batches; from a checkpoint to a
-model.
-"""
+"""A run's checkpoint as a model, and the cache of its taps."""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -11,19 +8,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from evlm_jax import assets, paths
+from evlm_jax import assets
 from evlm_jax.checkpoint import store
 from evlm_jax.checkpoint.initialize import put
 from evlm_jax.config import EVLMConfig, MeshConfig
-from evlm_jax.convert.context import check_length
-from evlm_jax.convert.engine import load_towers
-from evlm_jax.convert.importer import vocabulary
-from evlm_jax.convert.interpolate import resize_positions
 from evlm_jax.data.features import FeatureStore, fingerprint
-from evlm_jax.data.tokenizer import Tokenizer, keep_tokenizer, load_tokenizer, source_of_run
+from evlm_jax.data.tokenizer import Tokenizer, load_tokenizer, source_of_run
 from evlm_jax.models import param_names
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.parallel.distributed import is_first, say
 from evlm_jax.parallel.mesh import Layout, make_layout
 
 
@@ -53,92 +45,6 @@ def feature_store(cfg: EVLMConfig, params: dict[str, np.ndarray]) -> FeatureStor
         lambda pixels: encode(vit, pixels),
         cfg,
     )
-
-
-def next_stage(cfg: EVLMConfig, init: str) -> tuple[dict[str, np.ndarray], frozenset[str]]:
-    """All parameters of an earlier stage's run, positions resampled for `cfg`'s image size, and the
-    names of those it trained.
-
-    Raises ValueError where the run is dense and `cfg` has experts, or is of another kind of model.
-    """
-    params, before = store.load_params(init)
-    if before.baseline != cfg.baseline:
-        kinds = [kind or "no such change" for kind in (before.baseline, cfg.baseline)]
-        raise ValueError(
-            f"{init} has {kinds[0]}, the config {kinds[1]}: start a baseline from init.vision and"
-            " init.llm, or from its own kind"
-        )
-    if cfg.moe.copies and not before.moe.copies:
-        raise ValueError(
-            f"{init} is dense and the config has moe.copies = {cfg.moe.copies}: make experts of its"
-            " FFNs with `evlm upcycle`"
-        )
-    params["vit/pos"] = resize_positions(
-        params["vit/pos"], before.vit.grid, cfg.vit.grid, cfg.vit.interpolation
-    )
-    return params, store.trained(init)
-
-
-def train_run(
-    cfg: EVLMConfig,
-    workdir: str,
-    init: str | None = None,
-    tensorboard: bool = False,
-    profile: tuple[int, int] | None = None,
-    resume: int | None = None,
-    other_data: bool = False,
-) -> int:
-    """Trains `cfg` in `workdir`, or goes on there, from step `resume` or the newest. Returns the
-    finished updates.
-
-    A run that goes on reads its checkpoint alone; a new one the towers, or the run of an earlier
-    stage, `init`.
-
-    Raises:
-      OSError: nothing can be written in `workdir`; said before anything is read.
-      ValueError: rows are longer than what the language model was trained on, or its vocabulary
-        does not fit it.
-    """
-    from evlm_jax.data.pipeline import batches  # what only training needs takes a while to import
-    from evlm_jax.evals.monitor import monitor
-    from evlm_jax.train import train
-
-    paths.probe(workdir)
-    tokenizer, params, trained = (
-        vocabulary(cfg, source_of_run(workdir, cfg.init.llm)),
-        {},
-        frozenset(),
-    )
-    if not store.steps(workdir):
-        check_length(cfg)
-        say(f"reading {init or f'{cfg.init.vision} and {cfg.init.llm}'}")
-        params, trained = next_stage(cfg, init) if init else (load_towers(cfg), frozenset())
-    # As the checkpoint will hold it, so that a run that goes on has the same taps.
-    frozen = {name: array for name, array in params.items() if name.startswith("vit/")}
-    frozen |= {
-        name: array.astype(cfg.train.frozen_dtype, copy=False)
-        for name, array in frozen.items()
-        if name not in trained
-    }
-    features = (
-        feature_store(cfg, frozen or _saved_tower(workdir, resume))
-        if cfg.data.cache_features
-        else None
-    )
-    layout = make_layout(cfg)
-    if is_first():
-        keep_tokenizer(tokenizer, workdir)
-    follow = monitor(cfg, tokenizer, features, layout)
-    with contextlib.closing(batches(cfg, tokenizer, features, layout.own_pools(cfg.pools))) as data:
-        return train(
-            cfg, workdir, data, params, trained, follow, tensorboard, profile, resume, other_data
-        )
-
-
-def _saved_tower(workdir: str, step: int | None) -> dict[str, np.ndarray]:
-    """The vision tower of a checkpoint."""
-    tensors = store.open_params(workdir, step)[0]
-    return {name: tensor.read() for name, tensor in tensors.items() if name.startswith("vit/")}
 
 
 def features_of(trained: Trained) -> FeatureStore | None:

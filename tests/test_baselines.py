@@ -14,8 +14,9 @@ from evlm_jax.evals import tasks
 from evlm_jax.evals.answer import LowestLoss
 from evlm_jax.evals.tasks.demo import ANSWERS
 from evlm_jax.generate import Generator
+from evlm_jax.launch import train_run
 from evlm_jax.models import param_names
-from evlm_jax.runs import features_of, load_trained, train_run
+from evlm_jax.runs import features_of, load_trained
 from experiments import demo
 from tests.parity import needs_asset
 

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from evlm_jax import cli
 from evlm_jax.config import compat, from_config_dict, from_saved, to_dict, to_saved
+from evlm_jax.config.load import set_field
 from evlm_jax.config.schema import build
 from experiments import demo
 from tests.tiny import tiny_config
@@ -64,5 +64,5 @@ def test_an_additive_field_may_be_left_out():
 def test_an_override_may_name_a_field_that_the_experiment_leaves_out():
     made = demo.get_config()
     del made.train.keep
-    cli.set_field(made, "train.keep", "7")
+    set_field(made, "train.keep", "7")
     assert from_config_dict(made).train.keep == 7

@@ -16,6 +16,7 @@ import pytest
 import evlm_jax
 from evlm_jax import cli, config
 from evlm_jax.config import from_config_dict, to_dict
+from evlm_jax.config.load import load_config
 from experiments import base, demo
 
 DEMO = str(Path(demo.__file__))
@@ -197,7 +198,7 @@ def test_overrides():
         "--config.init.llm=/models/a b",
         "--config.data.isolate=False",
     ]
-    cfg = cli.load_config(f"{DEMO}:fast", overrides)
+    cfg = load_config(f"{DEMO}:fast", overrides)
     assert (cfg.optim.lr, cfg.vit.taps, cfg.init.llm, cfg.data.isolate) == (
         1e-4,
         (2, 4),

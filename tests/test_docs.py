@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
 from evlm_jax import cli
+from evlm_jax.config.load import load_config
 from evlm_jax.models import param_names
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.parallel.mesh import AXES, Layout, check_mesh, check_parameters
@@ -99,9 +100,9 @@ def test_it_is_taken(program, words, about, folder, monkeypatch):
     if getattr(args, "config", None):
         if args.run is cli._plan:
             chips = math.prod(map(int, re.findall(r"\d+", args.topology.partition(":")[2])))
-            check_mesh(search.planned(args, overrides, cli.load_config), chips)
+            check_mesh(search.planned(args, overrides, load_config), chips)
             return
-        cfg = cli.load_config(args.config, overrides)
+        cfg = load_config(args.config, overrides)
         if args.run is cli._train:
             several = "--distributed" in words or any(
                 word.startswith("--config.mesh") for word in words

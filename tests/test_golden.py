@@ -17,6 +17,7 @@ from evlm_jax import cli
 from evlm_jax.checkpoint import store
 from evlm_jax.checkpoint.lazy_tensors import read_folder
 from evlm_jax.config import from_saved
+from evlm_jax.config.load import load_config
 from evlm_jax.convert.export import export
 from evlm_jax.convert.readers import read_torch
 from evlm_jax.data.pipeline import batches
@@ -55,7 +56,7 @@ def test_parameters_moments_and_data_position_are_equal(golden):
 
 
 def test_the_next_batches_are_equal(golden):
-    cfg = cli.load_config("experiment.py")
+    cfg = load_config("experiment.py")
     assert from_saved(store.read("run").meta["config"]) == cfg
     with contextlib.closing(batches(cfg, load_tokenizer(cfg.init.llm))) as stream:
         stream.set_state(golden["data"])

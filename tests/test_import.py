@@ -22,7 +22,7 @@ from evlm_jax.cli import main
 from evlm_jax.config import to_dict
 from evlm_jax.convert import engine, export, importer
 from evlm_jax.convert.readers import open_source
-from evlm_jax.runs import next_stage
+from evlm_jax.launch import next_stage
 from tests.checkpoints import (
     dinov2_directory,
     family,

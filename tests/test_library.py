@@ -19,6 +19,7 @@ from PIL import Image
 
 import evlm_jax
 from evlm_jax import cli
+from evlm_jax.config.load import load_config
 from evlm_jax.convert.export import export
 from evlm_jax.data import image
 from evlm_jax.data.pipeline import batches
@@ -281,7 +282,7 @@ def test_logits_of_ids_are_those_of_their_text(model):
 
 def test_a_batch_is_what_training_builds(model, inside):
     """Rows of one document each, of the run's own data."""
-    cfg = cli.load_config("experiment.py", ["--config.data.window=1"])
+    cfg = load_config("experiment.py", ["--config.data.window=1"])
     rows = {
         f"{one.source}/{one.key}": one for name in cfg.data.sources for one in open_source(name)
     }

@@ -21,12 +21,12 @@ from flax import nnx
 from evlm_jax import optim
 from evlm_jax.checkpoint import store
 from evlm_jax.checkpoint.initialize import fresh
+from evlm_jax.launch import next_stage
 from evlm_jax.loss import loss_sums
 from evlm_jax.models import param_names
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.parallel.status import Stopped
-from evlm_jax.runs import next_stage
 from evlm_jax.train import Phase, gradients, train
 from tests.tiny import CROSS_ONLY, UPPER_VIT, TinyData, tiny_batch, tiny_config, tiny_towers
 

@@ -12,12 +12,13 @@ from evlm_jax import cli
 from evlm_jax.checkpoint import store
 from evlm_jax.checkpoint.lazy_tensors import Tensor, read_all
 from evlm_jax.config import MoEConfig
+from evlm_jax.config.load import load_config
 from evlm_jax.convert.upcycle import _filled, receipt, upcycle, upcycle_layer
 from evlm_jax.flops import real_tokens
+from evlm_jax.launch import next_stage
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.moe import MoE
 from evlm_jax.models.param_names import flatten, unflatten
-from evlm_jax.runs import next_stage
 from evlm_jax.train import train
 from tests.random_model import random_model
 from tests.tiny import TinyData, tiny_batch, tiny_config, tiny_towers
@@ -160,7 +161,7 @@ def test_command_line(tmp_path, capsys):
     """A dense run, upcycled, trained on; each step refuses what does not fit."""
     (tmp_path / "tiny_experiment.py").write_text(EXPERIMENT)
     spec = str(tmp_path / "tiny_experiment.py")
-    dense, cfg = cli.load_config(spec), cli.load_config(f"{spec}:moe")
+    dense, cfg = load_config(spec), load_config(f"{spec}:moe")
     train(dense, tmp_path / "dense", TinyData(dense), tiny_towers(dense))
     with pytest.raises(
         ValueError, match="is dense and the config has moe.copies = 2: .*evlm upcycle"

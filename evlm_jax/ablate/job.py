@@ -32,9 +32,10 @@ from evlm_jax.evals.answer import answerer, prompt_text
 from evlm_jax.evals.choice import answer_losses
 from evlm_jax.evals.runner import evaluate
 from evlm_jax.evals.task import Question, first
+from evlm_jax.launch import train_run
 from evlm_jax.metrics import training_lines
 from evlm_jax.parallel.mesh import make_layout
-from evlm_jax.runs import Trained, features_of, load_trained, train_run
+from evlm_jax.runs import Trained, features_of, load_trained
 from evlm_jax.train import Phase
 
 CHOICE, CAPTION = "easy-vqa-choice", "emoji"

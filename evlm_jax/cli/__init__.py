@@ -1,130 +1,24 @@
 """`evlm SUBCOMMAND`: the command line. Each subcommand imports only what it needs."""
 
 import argparse
-import ast
-import importlib.util
 import os
 import sys
-import traceback
-from collections.abc import Callable
-from importlib.machinery import SourceFileLoader
-from pathlib import Path
-from types import ModuleType
-
-import ml_collections
 
 from evlm_jax.ablate import arguments as ablate_arguments
 from evlm_jax.assets import cache_root
 from evlm_jax.cli import generate
 from evlm_jax.cli.parser import Parser, Version, told, told_once
-from evlm_jax.config import EVLMConfig, from_config_dict, schema
+from evlm_jax.config.load import load_config
 from evlm_jax.config.ranges import Count, NonNegative, Positive, argument
 from evlm_jax.costs import arguments as costs_arguments
 from evlm_jax.evals import arguments
 from evlm_jax.parallel.status import INTERRUPTED, STATUSES, Stopped
 from evlm_jax.planning import arguments as planning_arguments
 
-CONFIG_HELP = "FILE.py[:arg]; fields are overridden with --config.section.field=value"
-
-
-def load_config(spec: str, overrides: list[str] = ()) -> EVLMConfig:
-    """The config of an experiment file.
-
-    Args:
-      spec: "experiments/demo.py" or "experiments/demo.py:fast"; the part behind the colon goes to
-        `get_config`. Experiments are installed beside this package, and found there where the
-        working directory has no such file.
-      overrides: "--config.optim.lr=1e-4" and the like; values are Python literals, anything else is
-        text.
-    Raises:
-      ValueError: no such file, one that gives no config, an override that is not one, an unknown
-        field or a wrong type; named in full.
-    """
-    path, _, arg = spec.partition(":")
-    installed = Path(__file__).parents[2] / path
-    if not Path(path).is_file() and path.startswith("experiments/") and installed.is_file():
-        path = str(installed)
-    if not Path(path).is_file():
-        raise ValueError(
-            f"--config: no file {path}; give an experiment such as experiments/demo.py:fast"
-        )
-    module = _experiment(path)
-    if not callable(getattr(module, "get_config", None)):
-        raise ValueError(
-            f"--config {path}: has no function get_config; see experiments/demo.py for what an"
-            " experiment is"
-        )
-    config = _run(spec, module.get_config, *([arg] if arg else []))
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise ValueError(
-            f"--config {spec}: get_config must return an ml_collections.ConfigDict, and gave"
-            f" {type(config).__name__}"
-        )
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not key.startswith("--config.") or not equals:
-            raise ValueError(
-                f"unknown argument {override}; config fields are set as"
-                " --config.section.field=value"
-            )
-        set_field(config, key.removeprefix("--config."), text)
-    return from_config_dict(config)
-
-
-def _experiment(path: str) -> ModuleType:
-    """The module of an experiment file."""
-    spec = importlib.util.spec_from_loader(
-        f"experiment_{Path(path).stem}", SourceFileLoader(f"experiment_{Path(path).stem}", path)
-    )
-    module = importlib.util.module_from_spec(spec)
-    _run(path, spec.loader.exec_module, module)
-    return module
-
-
-def _run(spec: str, call: Callable, *values: object) -> object:
-    """`call(*values)`, which is a user's code.
-
-    Raises ValueError for whatever it raises, with the line of the user's file.
-    """
-    try:
-        return call(*values)
-    except Exception as error:
-        path = spec.partition(":")[0]
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == path
-        ]
-        line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
-        about = (
-            str(error)
-            if type(error) is ValueError
-            else f"{type(error).__name__}: {getattr(error, 'msg', error)}"
-        )
-        if spec != path and isinstance(error, (KeyError, TypeError)):
-            about += "; see the file for what may stand behind the colon"
-        raise ValueError(f"--config {spec}: {f'line {line}: ' if line else ''}{about}") from error
-
-
-def set_field(config: ml_collections.ConfigDict, key: str, text: str) -> None:
-    """Sets the field `key` ("optim.lr") from the command line.
-
-    Raises ValueError for a key that does not exist.
-    """
-    *sections, field = key.split(".")
-    if not schema.has(EVLMConfig, key):
-        raise ValueError(f"config: unknown key {key}")
-    for section in sections:
-        config = config[section]
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    with (
-        config.ignore_type(),
-        config.unlocked(),
-    ):  # from_config_dict checks types, with the field's full name
-        config[field] = value
+CONFIG_HELP = (
+    "demo, or FILE.py, with [:arg] for its get_config;"
+    " fields are overridden with --config.section.field=value"
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -250,7 +144,7 @@ def _join(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     _join(args)
-    from evlm_jax.runs import train_run
+    from evlm_jax.launch import train_run
 
     cfg = load_config(args.config, overrides)
     train_run(

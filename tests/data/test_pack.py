@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks.packing import STAGES, by_task, made_tasks, stream
 from benchmarks.packing import document as made_document
-from evlm_jax.cli import load_config
+from evlm_jax.config.load import load_config
 from evlm_jax.data.mixture import tasks
 from evlm_jax.data.pack import Budget, Packer, assemble, fill, pool, unfit, used
 from evlm_jax.data.pipeline import Lane

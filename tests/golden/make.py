@@ -134,7 +134,7 @@ def expected(cfg) -> dict:
     from evlm_jax.convert.export import export
     from evlm_jax.data.pipeline import batches
     from evlm_jax.data.tokenizer import load_tokenizer
-    from evlm_jax.runs import train_run
+    from evlm_jax.launch import train_run
 
     snapshot, found = store.read("run"), {}
     for part in ("params", "frozen", "groups"):

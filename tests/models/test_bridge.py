@@ -19,11 +19,11 @@ from evlm_jax.config import EVLMConfig, Rule
 from evlm_jax.convert import engine, export, importer
 from evlm_jax.convert.activations import look
 from evlm_jax.convert.readers import open_source
+from evlm_jax.launch import next_stage
 from evlm_jax.models import param_names
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.planning import programs
-from evlm_jax.runs import next_stage
 from evlm_jax.train import train
 from tests.checkpoints import run_directory
 from tests.models.test_evlm import hidden, repaint, row

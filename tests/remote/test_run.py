@@ -16,8 +16,8 @@ from evlm_jax.convert.engine import load_towers
 from evlm_jax.data.pipeline import batches
 from evlm_jax.data.tokenizer import load_tokenizer
 from evlm_jax.journal import read_lines
+from evlm_jax.launch import train_run
 from evlm_jax.parallel.status import Stopped
-from evlm_jax.runs import train_run
 from evlm_jax.train import train
 from tests.remote.road import make
 

@@ -1,0 +1,115 @@
+"""The config of an experiment, by name or by file, and what the command line overrides in it."""
+
+import ast
+import importlib.util
+import traceback
+from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+
+import ml_collections
+
+from evlm_jax.config import EVLMConfig, from_config_dict, schema
+
+
+def load_config(spec: str, overrides: list[str] = ()) -> EVLMConfig:
+    """The config of an experiment file.
+
+    Args:
+      spec: "demo" or "demo:fast", one of the installed experiments; "mine.py" or "mine.py:fast", a
+        file, "experiments/demo.py" also where the working directory has none. What is behind the
+        colon goes to `get_config`.
+      overrides: "--config.optim.lr=1e-4" and the like; values are Python literals, anything else is
+        text.
+    Raises:
+      ValueError: no such file, one that gives no config, an override that is not one, an unknown
+        field or a wrong type; named in full.
+    """
+    path, _, arg = spec.partition(":")
+    if path.isidentifier() and not Path(path).is_file():
+        path = f"experiments/{path}.py"
+    installed = Path(__file__).parents[2] / path
+    if not Path(path).is_file() and path.startswith("experiments/") and installed.is_file():
+        path = str(installed)
+    if not Path(path).is_file():
+        raise ValueError(
+            f"--config: no file {path}; give an experiment such as demo:fast or experiments/demo.py"
+        )
+    module = _experiment(path)
+    if not callable(getattr(module, "get_config", None)):
+        raise ValueError(
+            f"--config {path}: has no function get_config; see experiments/demo.py for what an"
+            " experiment is"
+        )
+    config = _run(spec, module.get_config, *([arg] if arg else []))
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ValueError(
+            f"--config {spec}: get_config must return an ml_collections.ConfigDict, and gave"
+            f" {type(config).__name__}"
+        )
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not key.startswith("--config.") or not equals:
+            raise ValueError(
+                f"unknown argument {override}; config fields are set as"
+                " --config.section.field=value"
+            )
+        set_field(config, key.removeprefix("--config."), text)
+    return from_config_dict(config)
+
+
+def _experiment(path: str) -> ModuleType:
+    """The module of an experiment file."""
+    spec = importlib.util.spec_from_loader(
+        f"experiment_{Path(path).stem}", SourceFileLoader(f"experiment_{Path(path).stem}", path)
+    )
+    module = importlib.util.module_from_spec(spec)
+    _run(path, spec.loader.exec_module, module)
+    return module
+
+
+def _run(spec: str, call: Callable, *values: object) -> object:
+    """`call(*values)`, which is a user's code.
+
+    Raises ValueError for whatever it raises, with the line of the user's file.
+    """
+    try:
+        return call(*values)
+    except Exception as error:
+        path = spec.partition(":")[0]
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == path
+        ]
+        line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
+        about = (
+            str(error)
+            if type(error) is ValueError
+            else f"{type(error).__name__}: {getattr(error, 'msg', error)}"
+        )
+        if spec != path and isinstance(error, (KeyError, TypeError)):
+            about += "; see the file for what may stand behind the colon"
+        raise ValueError(f"--config {spec}: {f'line {line}: ' if line else ''}{about}") from error
+
+
+def set_field(config: ml_collections.ConfigDict, key: str, text: str) -> None:
+    """Sets the field `key` ("optim.lr") from the command line.
+
+    Raises ValueError for a key that does not exist.
+    """
+    *sections, field = key.split(".")
+    if not schema.has(EVLMConfig, key):
+        raise ValueError(f"config: unknown key {key}")
+    for section in sections:
+        config = config[section]
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    with (
+        config.ignore_type(),
+        config.unlocked(),
+    ):  # from_config_dict checks types, with the field's full name
+        config[field] = value

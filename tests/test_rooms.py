@@ -1,0 +1,87 @@
+"""Data flows one way: a module imports from its own room and from those before it."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "evlm_jax"
+ROOMS = [  # in the order of docs/architecture.md; the longest name that fits a module is its room
+    "config paths assets ops parallel.status convert.torch_model",
+    "journal batch",
+    "parallel",
+    "checkpoint.lazy_tensors checkpoint.atomic_dir checkpoint.digests checkpoint.owner"
+    " convert.gguf_file",
+    "flops data",
+    "models",
+    "optim checkpoint",
+    "metrics loss watch",
+    "train",
+    "report planning",
+    "generate runs convert",
+    "evals costs",
+    "launch ablate demo library",
+    "cli",
+    "__main__",
+]
+RANK = {room: rank for rank, row in enumerate(ROOMS) for room in row.split()}
+
+
+def modules() -> dict[str, Path]:
+    """{name without the package: file}."""
+    names = {
+        path: ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        for path in PACKAGE.rglob("*.py")
+    }
+    return {
+        name.removesuffix(".__init__"): path for path, name in names.items() if name != "__init__"
+    }
+
+
+def rank(module: str) -> int:
+    """Of the longest room that it lies in."""
+    rooms = [room for room in RANK if module == room or module.startswith(f"{room}.")]
+    assert rooms, f"evlm_jax.{module}: give it a room here and in docs/architecture.md"
+    return RANK[max(rooms, key=len)]
+
+
+def imports(path: Path, known: dict[str, Path]):
+    """(line, module) of everything of the package that a file imports, also within functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and re.match(r"evlm_jax(\.|$)", node.module or ""):
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}".removeprefix("evlm_jax.")
+                inner = node.module.removeprefix("evlm_jax").removeprefix(".")
+                yield node.lineno, whole if whole in known else inner
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_no_import_runs_upward(module):
+    known = modules()
+    for line, other in imports(known[module], known):
+        assert rank(other) <= rank(module), f"{known[module]}:{line} imports evlm_jax.{other}"
+
+
+def test_kernels_know_nothing_of_the_model():
+    known = modules()
+    for module in known:
+        if module.startswith("ops."):
+            assert all(other.startswith("ops") for _, other in imports(known[module], known)), (
+                module
+            )
+
+
+def test_architecture_names_what_is_there():
+    """Every path and every `Class.method` that the page names exists."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for link in re.findall(r"\]\((\.\./[^)]+)\)", page):
+        assert (ROOT / "docs" / link).exists(), link
+    for name in re.findall(r"`([a-z_]+(?:/[a-z_]+)*(?:/|\.py))`", page):
+        assert (PACKAGE / name).exists(), name
+    for kind, method, link in re.findall(r"`([A-Z]\w+)\.(\w+)` in \[[^]]+\]\(([^)]+)\)", page):
+        source = (ROOT / "docs" / link).read_text()
+        assert f"class {kind}" in source and f"def {method}" in source, (kind, method)
+    for room in " ".join(ROOMS).split():
+        assert room in ("__main__",) or room.split(".")[0] in page, room

@@ -36,7 +36,7 @@ from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.sampling import Sampling
 from evlm_jax.ops.attention_plan import plan
 from evlm_jax.ops.grouped_attention import Plan
-from evlm_jax.parallel.distributed import on_host
+from evlm_jax.parallel.distributed import fetch_to_host
 from evlm_jax.parallel.mesh import Layout, jit
 
 ROWS = 8  # prompts answered together; fewer in a call than so many: one, or all of these rows
@@ -293,7 +293,7 @@ class Generator:
         state = self._prefill(
             self.weights, prompt, self._taps(refs, rows, room), random, how, **sizes
         )
-        new, known = on_host(state.token)[:, None], 0
+        new, known = fetch_to_host(state.token)[:, None], 0
         while True:
             known += new.shape[1]
             for stream, tokens in zip(streams, new):
@@ -302,7 +302,7 @@ class Generator:
                 return
             limit = 1 if streams[0].callback else min(CHUNK, most - known)
             state, out = self._decode(self.weights, state, how, np.int32(limit))
-            new = on_host(out)[:, :limit]
+            new = fetch_to_host(out)[:, :limit]
 
     def _taps(self, refs: list[ImageRef], rows: int, room: Room) -> np.ndarray | None:
         """[n, G, S, V] with zeros behind the last one: of few images a prompt so many that any

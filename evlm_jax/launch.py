@@ -12,7 +12,7 @@ from evlm_jax.convert.engine import load_towers
 from evlm_jax.convert.importer import vocabulary
 from evlm_jax.convert.interpolate import resize_positions
 from evlm_jax.data.tokenizer import keep_tokenizer, source_of_run
-from evlm_jax.parallel.distributed import is_first, say
+from evlm_jax.parallel.distributed import is_first, log_once
 from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.runs import feature_store
 
@@ -49,7 +49,7 @@ def train_run(
     )
     if not store.steps(workdir):
         check_length(cfg)
-        say(f"reading {init or f'{cfg.init.vision} and {cfg.init.llm}'}")
+        log_once(f"reading {init or f'{cfg.init.vision} and {cfg.init.llm}'}")
         params, trained = next_stage(cfg, init) if init else (load_towers(cfg), frozenset())
     # As the checkpoint will hold it, so that a run that goes on has the same taps.
     frozen = {name: array for name, array in params.items() if name.startswith("vit/")}

@@ -21,7 +21,7 @@ from evlm_jax.data.pack import Drop
 from evlm_jax.flops import real_tokens, seen_images, train_flops
 from evlm_jax.journal import Journal, read_lines
 from evlm_jax.models.param_names import canonical
-from evlm_jax.parallel.distributed import gather, is_first
+from evlm_jax.parallel.distributed import allgather_json, is_first
 from evlm_jax.paths import COPIES, Mirror, place
 
 SECONDS = "monitor/seconds"  # that were spent on something else than training
@@ -103,7 +103,7 @@ class Meter:
 
     def _summary(self) -> dict[str, float]:
         """Means over the targets and rates since the last line."""
-        shares = gather(self._own)  # each process has seen its own rows
+        shares = allgather_json(self._own)  # each process has seen its own rows
         seconds, sums, totals = time.monotonic() - self._since, self._sums, Counter()
         for share in shares:
             totals.update(share)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from evlm_jax import assets
 from evlm_jax.checkpoint import store
-from evlm_jax.checkpoint.initialize import put
+from evlm_jax.checkpoint.initialize import put_sharded
 from evlm_jax.config import EVLMConfig, MeshConfig
 from evlm_jax.data.features import FeatureStore, fingerprint
 from evlm_jax.data.tokenizer import Tokenizer, load_tokenizer, source_of_run
@@ -89,4 +89,4 @@ def model_of(
     layout = make_layout(
         replace(cfg, mesh=mesh, train=replace(cfg.train, batch=rows, accumulate=1)), devices
     )
-    return nnx.merge(graphdef, put(state, layout.frozen)), layout
+    return nnx.merge(graphdef, put_sharded(state, layout.frozen)), layout

@@ -17,7 +17,7 @@ from flax import nnx
 from evlm_jax import optim
 from evlm_jax.batch import Batch
 from evlm_jax.checkpoint import continuity
-from evlm_jax.checkpoint.initialize import fresh, restored
+from evlm_jax.checkpoint.initialize import initialize, restored
 from evlm_jax.checkpoint.store import Arrays, Checkpoints, Snapshot
 from evlm_jax.config import EVLMConfig, to_saved
 from evlm_jax.loss import loss_sums
@@ -26,9 +26,9 @@ from evlm_jax.models import param_names
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.norm_init import centre_norms
 from evlm_jax.parallel.agreement import agreed
-from evlm_jax.parallel.distributed import gather, on_host, say, stopping
+from evlm_jax.parallel.distributed import allgather_json, fetch_to_host, log_once, stopping
 from evlm_jax.parallel.mesh import Layout, check_parameters, make_layout
-from evlm_jax.parallel.sharding import gather_once, settle
+from evlm_jax.parallel.sharding import all_gather_params, reduce_scatter_grads
 from evlm_jax.parallel.status import Stopped
 from evlm_jax.watch import Due, Trace, Watch
 
@@ -60,16 +60,18 @@ def gradients(
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, rows)
         return (
             jax.tree.map(
-                jnp.add, total, (settle(jax.tree.map(lambda g: g.astype(jnp.float32), grads)), sums)
+                jnp.add,
+                total,
+                (reduce_scatter_grads(jax.tree.map(lambda g: g.astype(jnp.float32), grads)), sums),
             ),
             None,
         )
 
-    params = gather_once(params, cfg.train.operands)
+    params = all_gather_params(params, cfg.train.operands)
     micro_batches = jax.tree.map(
         functools.partial(_split, len(batch.tokens) // cfg.data.pool, cfg.train.accumulate), batch
     )
-    zeros = settle(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+    zeros = reduce_scatter_grads(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
     _, sums = jax.eval_shape(loss, params, jax.tree.map(lambda x: x[0], micro_batches))
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
     (grads, sums), _ = jax.lax.scan(micro_batch, (zeros, nothing), micro_batches)
@@ -193,11 +195,11 @@ class Phase:
         trainable, frozen = nnx.split_state(params, self.plan.trains, ...)
         self.frozen = jax.jit(lambda tree: tree, out_shardings=self.layout.frozen(frozen))(frozen)
         size = lambda tree: f"{sum(x.size for x in jax.tree.leaves(tree)):,} parameters"
-        say(
+        log_once(
             f"phase {self.number} from step {step}: trains {size(trainable)}, freezes"
             f" {size(self.frozen)}"
         )
-        say(
+        log_once(
             "compiling and making the first step; a minute or more, less where the compiled program"
             " was kept"
         )
@@ -297,7 +299,7 @@ def train(
             continuity.check(cfg, snapshot.meta, data, other_data)
         start = _start(cfg, snapshot, layout, data, load, params, trained)
         if start.step >= cfg.train.steps:
-            say(
+            log_once(
                 f"{workdir} is finished: it has step {start.step}, and train.steps is"
                 f" {cfg.train.steps}"
             )
@@ -349,7 +351,7 @@ def _loop(
                     whole, groups = phase.whole(state), state.groups
                 phase = Phase(cfg, optim.phase_at(cfg, step), phase.layout)
                 state = phase.enter(step, whole, groups)
-                checkpoints.freeze(param_names.flatten(cfg, on_host(phase.frozen)))
+                checkpoints.freeze(param_names.flatten(cfg, fetch_to_host(phase.frozen)))
                 trained, whole, groups = trained | phase.trained, None, None
             batch, info = next(data)
             trace.before(step + 1)
@@ -386,7 +388,7 @@ def _start(
     """From the newest checkpoint, or from `params`."""
     phase = Phase(cfg, snapshot.meta["phase"] if snapshot else 0, layout)
     if snapshot:
-        say(
+        log_once(
             "resume from step"
             f" {snapshot.meta['step']}{continuity.told(cfg, snapshot.meta['config'])}"
         )
@@ -396,7 +398,7 @@ def _start(
         return Start(
             snapshot.meta["step"], phase, whole, groups, trained, snapshot.meta.get("bad", 0)
         )
-    whole = fresh(cfg, phase.shapes, phase.place, params, trained | phase.trained)
+    whole = initialize(cfg, phase.shapes, phase.place, params, trained | phase.trained)
     if (
         cfg.init.centre_norms
         and cfg.cross_layers
@@ -408,7 +410,7 @@ def _start(
 
 def _meta(cfg: EVLMConfig, phase: Phase, data: Iterator, trained: frozenset[str], bad: int) -> dict:
     """What a checkpoint says beside its arrays."""
-    position = _merged(gather(data.get_state()))
+    position = _merged(allgather_json(data.get_state()))
     return {
         "phase": phase.number,
         "data": position,

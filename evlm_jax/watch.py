@@ -11,7 +11,7 @@ from etils import epath
 
 from evlm_jax.config import TrainConfig
 from evlm_jax.metrics import Meter
-from evlm_jax.parallel.distributed import gather
+from evlm_jax.parallel.distributed import allgather_json
 from evlm_jax.paths import Mirror
 
 IN_FLIGHT = 2  # steps dispatched before the host looks at the values of an older one
@@ -80,7 +80,7 @@ class Watch:
 
 def _samples(keys: list) -> str:
     """Of a step, on all processes."""
-    return f"Its samples: {', '.join(str(row) for rows in gather(keys) for row in rows)}"
+    return f"Its samples: {', '.join(str(row) for rows in allgather_json(keys) for row in rows)}"
 
 
 class Due:
@@ -95,7 +95,7 @@ class Due:
         """After update `step`; what is due stays due until it is done."""
         late = False
         if self._cfg.save_minutes and step % self._cfg.log_every == 0:
-            late = gather(time.monotonic() - self._since)[0] >= 60 * self._cfg.save_minutes
+            late = allgather_json(time.monotonic() - self._since)[0] >= 60 * self._cfg.save_minutes
         self._owed |= step % self._cfg.save_every == 0 or late
         return self._owed
 

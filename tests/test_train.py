@@ -20,7 +20,7 @@ from flax import nnx
 
 from evlm_jax import optim
 from evlm_jax.checkpoint import store
-from evlm_jax.checkpoint.initialize import fresh
+from evlm_jax.checkpoint.initialize import initialize
 from evlm_jax.launch import next_stage
 from evlm_jax.loss import loss_sums
 from evlm_jax.models import param_names
@@ -67,7 +67,7 @@ def whole_run(tmp_path_factory, towers, compilations):
 
 def begun(phase: Phase, towers) -> nnx.State:
     """The whole model before its first step."""
-    return fresh(CFG, phase.shapes, phase.place, towers, frozenset())
+    return initialize(CFG, phase.shapes, phase.place, towers, frozenset())
 
 
 def assert_same_bits(a: store.Snapshot, b: store.Snapshot):

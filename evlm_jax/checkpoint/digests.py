@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from evlm_jax.checkpoint.lazy_tensors import digest
-from evlm_jax.parallel.distributed import gather
+from evlm_jax.parallel.distributed import allgather_json
 
 Chunks = dict[str, list]  # name of an array: [start, shape, sha256] of each of its chunks
 
@@ -37,7 +37,7 @@ def made(meta: dict, **items: Mapping[str, jax.Array | np.ndarray]) -> dict:
     for (item, name, start, data), found in zip(chunks, sums):
         own[item].setdefault(name, []).append([start, list(data.shape), found])
     whole = {item: {name: [] for name in arrays} for item, arrays in items.items()}
-    for part in gather(own):
+    for part in allgather_json(own):
         for item, arrays in part.items():
             for name, found in arrays.items():
                 whole[item][name] += found

@@ -17,7 +17,7 @@ Place = Callable[
 ]  # a tree of parameters or moments, or of their shapes -> a tree of their shardings
 
 
-def fresh(
+def initialize(
     cfg: EVLMConfig, shapes: nnx.State, place: Place, params: Arrays, keep: frozenset[str]
 ) -> nnx.State:
     """The whole model before its first step: `params`, and new cross-attention, bridge and media
@@ -42,7 +42,7 @@ def fresh(
         for part in NEW
         if part in parts and not any(name.startswith(f"{part}/") for name in params)
     ]
-    rest = put(
+    rest = put_sharded(
         param_names.unflatten(
             cfg, values, nnx.filter_state(shapes, lambda path, _: path[0] not in missing)
         ),
@@ -62,10 +62,12 @@ def restored(
 ) -> tuple[nnx.State, optim.Groups]:
     """The whole model and the Adam states of a checkpoint, bit for bit."""
     whole = param_names.unflatten(cfg, snapshot.frozen | snapshot.params, shapes)
-    return put(whole, place), put(optim.unflatten(cfg, plan, snapshot.groups, shapes), place)
+    return put_sharded(whole, place), put_sharded(
+        optim.unflatten(cfg, plan, snapshot.groups, shapes), place
+    )
 
 
-def put(tree: Any, place: Place) -> Any:
+def put_sharded(tree: Any, place: Place) -> Any:
     """A tree of NumPy arrays on the devices; each process hands over what its own devices hold."""
     return jax.tree.map(
         lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]),

@@ -42,7 +42,7 @@ from evlm_jax.checkpoint.lazy_tensors import (
 )
 from evlm_jax.checkpoint.owner import Owner
 from evlm_jax.config import EVLMConfig, compat, from_saved, to_saved
-from evlm_jax.parallel.distributed import gather, is_first, say, wait
+from evlm_jax.parallel.distributed import allgather_json, barrier, is_first, log_once
 
 Arrays = dict[str, np.ndarray]  # by canonical name
 STEPS, FROZEN, ASIDE, MANIFEST, INCOMPLETE = (
@@ -82,9 +82,9 @@ class Checkpoints:
             paths.make(self.root / part)
             for path in paths.children(self.root / part):
                 if _half_written(path):
-                    say(f"checkpoint: removing the half-written {path}")
+                    log_once(f"checkpoint: removing the half-written {path}")
                     path.rmtree()
-        wait("checkpoint: the directory is tidy")
+        barrier("checkpoint: the directory is tidy")
         self._manager = ocp.CheckpointManager(self.root / STEPS, options=_options(self.root, keep))
         self._store = None
 
@@ -108,12 +108,12 @@ class Checkpoints:
             if is_first()
             else ()
         ):
-            say(
+            log_once(
                 f"checkpoint: going on from step {snapshot.meta['step']}, step {later} is put into"
                 f" {self.root / ASIDE}"
             )
             paths.move(self.root / STEPS / str(later), _free(self.root / ASIDE, later), COMMITTED)
-        wait("checkpoint: later steps are put aside")
+        barrier("checkpoint: later steps are put aside")
         self._manager.reload()
         return snapshot
 
@@ -127,7 +127,7 @@ class Checkpoints:
             write_store(
                 self.root, {name: Tensor.of(np.asarray(array)) for name, array in arrays.items()}
             )
-        wait("checkpoint: the frozen store is written")
+        barrier("checkpoint: the frozen store is written")
 
     def save(
         self, step: int, params: dict[str, jax.Array], groups: dict[str, jax.Array], meta: dict
@@ -314,7 +314,7 @@ def _own(root: epath.Path) -> Owner | None:
             owner = Owner(root)
         except (ValueError, OSError) as error:
             refusal = str(error)
-    if refusals := list(filter(None, gather(refusal))):
+    if refusals := list(filter(None, allgather_json(refusal))):
         raise ValueError(refusals[0])
     return owner
 

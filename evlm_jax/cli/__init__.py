@@ -139,7 +139,7 @@ def _join(args: argparse.Namespace) -> None:
     if args.distributed or args.coordinator:
         from evlm_jax.parallel import distributed  # before anything asks for devices
 
-        distributed.join(args.coordinator, args.processes, args.process)
+        distributed.initialize_distributed(args.coordinator, args.processes, args.process)
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:

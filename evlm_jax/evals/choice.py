@@ -25,7 +25,7 @@ from evlm_jax.data.pipeline import rows_in_order
 from evlm_jax.data.samples import Sample, question
 from evlm_jax.data.text import Document, score_document
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.parallel.distributed import on_host
+from evlm_jax.parallel.distributed import fetch_to_host
 from evlm_jax.parallel.mesh import Layout, jit
 
 SLACK = 1.1  # room over the average need of a row's tokens, so that length stays what closes a row
@@ -82,7 +82,7 @@ def answer_losses(
         total=sum(len(s.dialogs) for s in samples), desc="losses", unit="answer", leave=False
     )
     for batch, document, dialog in rows_in_order(documents, cfg, rows, features):
-        log_probs, best = on_host(_score(layout, graphdef, state, batch))
+        log_probs, best = fetch_to_host(_score(layout, graphdef, state, batch))
         for d in np.unique(document[document >= 0]):
             here = document == d
             np.add.at(found[d][0], dialog[here], -log_probs.astype(np.float64)[here])

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from evlm_jax.evals.judge import Judge, judges
 from evlm_jax.evals.task import Question, Task
 from evlm_jax.journal import Journal, read_lines
-from evlm_jax.parallel.distributed import is_first, wait
+from evlm_jax.parallel.distributed import barrier, is_first
 
 
 class Answerer(Protocol):
@@ -99,7 +99,7 @@ class Log:
         if path is None:
             return
         first, *lines = map(json.loads, read_lines(path) or ["null"])
-        wait("predictions are read")
+        barrier("predictions are read")
         if is_first():
             self._journal = Journal(path)
         if first is None:

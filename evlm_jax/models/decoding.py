@@ -27,7 +27,7 @@ from evlm_jax.models.sampling import Sampling, sample
 from evlm_jax.models.trunk import pick, run_layers
 from evlm_jax.ops.decode_matmul import compute_dtype, logits
 from evlm_jax.ops.grouped_attention import Plan
-from evlm_jax.parallel.sharding import local, shard
+from evlm_jax.parallel.sharding import shard, shard_map_local
 
 CHUNK = 64  # most tokens of one call of `decode`
 
@@ -259,7 +259,7 @@ def read_tokens(
         cfg, weights, x, state.position[:, None], state.theta, self_attend, cross_attend
     )
     caches, new = (None, "rows", "kv_heads"), (None, "rows", None, "kv_heads")
-    save = local(_save, (caches, caches, new, new, ("rows",)), (caches, caches))
+    save = shard_map_local(_save, (caches, caches, new, new, ("rows",)), (caches, caches))
     keys, values = save(state.self_keys, state.self_values, k, v, state.position)
     return logits(weights.head, x[:, 0], cfg.llm.vocab), state._replace(
         self_keys=keys, self_values=values

@@ -26,7 +26,7 @@ from evlm_jax.models.trunk import Passed, run_layers
 from evlm_jax.models.vit import ViT
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
 from evlm_jax.ops.matmul import product
-from evlm_jax.parallel.sharding import local, shard
+from evlm_jax.parallel.sharding import shard, shard_map_local
 
 TEXT, TEXT_KEYS, IMAGE_KEYS = (
     ("rows", None, "heads"),
@@ -39,7 +39,7 @@ def self_attention_op() -> Callable:
     """`attention` of a device's rows and heads: q [B, T, N, H], k and v [B, C, K, H], mask
     [B, T, C].
     """
-    return local(attention, (TEXT, TEXT_KEYS, TEXT_KEYS, ("rows",)), TEXT)
+    return shard_map_local(attention, (TEXT, TEXT_KEYS, TEXT_KEYS, ("rows",)), TEXT)
 
 
 def cross_attention_op(cfg: EVLMConfig) -> Callable:
@@ -47,7 +47,7 @@ def cross_attention_op(cfg: EVLMConfig) -> Callable:
     plan.
     """
     attend = functools.partial(grouped_attention, sinks=cfg.xattn.sinks)
-    return local(attend, (TEXT, IMAGE_KEYS, IMAGE_KEYS, ("rows",)), TEXT)
+    return shard_map_local(attend, (TEXT, IMAGE_KEYS, IMAGE_KEYS, ("rows",)), TEXT)
 
 
 class Media(nnx.Module):
@@ -176,9 +176,9 @@ class EVLM(nnx.Module):
         """
         patches = None
         if self.cfg.bridge.kind == "llava":
-            patches = local(bridge.write, ((None, "rows"), ("rows",), ("rows",)), ("rows",))(
-                states, batch.visible_start, batch.media_slot
-            )
+            patches = shard_map_local(
+                bridge.write, ((None, "rows"), ("rows",), ("rows",)), ("rows",)
+            )(states, batch.visible_start, batch.media_slot)
         x = self.embed(batch.tokens, batch.media_slot, patches)
         rope = rope_tables(batch.positions, self.cfg.llm.head_dim, self.cfg.llm.rope_theta)
         mask, attend = text_mask(batch.seen_until), self_attention_op()

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from evlm_jax.ops.matmul import operand_dtype, product
-from evlm_jax.parallel.sharding import weight
+from evlm_jax.parallel.sharding import gathered_weight
 
 
 def param(
@@ -47,7 +47,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = checkpoint_name(
-            product("...x,xy->...y", x, weight(self.kernel, operand_dtype(x))).astype(x.dtype),
+            product("...x,xy->...y", x, gathered_weight(self.kernel, operand_dtype(x))).astype(
+                x.dtype
+            ),
             "linear",
         )
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from evlm_jax.config import LLMConfig
 from evlm_jax.models.layers import Linear, RMSNorm, heads, param, rotate, stack
-from evlm_jax.parallel.sharding import lookup, weight
+from evlm_jax.parallel.sharding import gathered_weight, lookup
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -80,8 +80,8 @@ class LLM(nnx.Module):
     def head_matrix(self, dtype: str) -> tuple[str, jax.Array]:
         """The head, and its product with [..., D] as ops/matmul.py writes it."""
         if self.head is None:
-            return "...d,vd->...v", weight(self.embed, dtype)
-        return "...d,dv->...v", weight(self.head.kernel, dtype)
+            return "...d,vd->...v", gathered_weight(self.embed, dtype)
+        return "...d,dv->...v", gathered_weight(self.head.kernel, dtype)
 
     def words(self, tokens: jax.Array) -> jax.Array:
         """Embeddings of tokens [B, T] -> [B, T, D]."""

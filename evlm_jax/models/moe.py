@@ -20,8 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from evlm_jax.config import MoEConfig
 from evlm_jax.models.layers import ACTIVATIONS, MLP, param
+from evlm_jax.ops import expert_all_to_all
 from evlm_jax.ops.decode_matmul import Packed, pack
-from evlm_jax.ops.expert_all_to_all import bring, route, send
 from evlm_jax.ops.grouped_attention import permute
 from evlm_jax.ops.grouped_matmul import (
     Groups,
@@ -34,7 +34,7 @@ from evlm_jax.ops.grouped_matmul import (
 )
 from evlm_jax.ops.matmul import operand_dtype
 from evlm_jax.ops.platform import platform
-from evlm_jax.parallel.sharding import local, mesh_axes, weight
+from evlm_jax.parallel.sharding import gathered_weight, mesh_axes, shard_map_local
 
 TEXT, MEDIA, PADDING = 0, 1, -1  # kinds of tokens
 
@@ -102,9 +102,9 @@ class Experts(nnx.Module):
         """
         rows, kernels = (
             ("rows",),
-            [weight(linear.kernel, operand_dtype(x)) for linear in (self.fc1, self.fc2)],
+            [gathered_weight(linear.kernel, operand_dtype(x)) for linear in (self.fc1, self.fc2)],
         )
-        run = local(
+        run = shard_map_local(
             functools.partial(_experts, self.cfg),
             (rows, rows, rows, self.fc1.axes, self.fc2.axes),
             (rows, rows),
@@ -135,10 +135,11 @@ def _experts(
     gate, parts = permute(gates.T.reshape(-1), groups.choice, groups.row)[:, None], mesh_axes("mlp")
     if axis:
         way, rows = {"axis": axis[0], "ragged": platform() != "cpu"}, dispatch(x, groups, len(x))
-        there, expert = route(groups.first, axis[0], len(rows))
-        rows, gate = send(rows, there, **way), send(gate, there, **way)
+        there, expert = expert_all_to_all.route(groups.first, axis[0], len(rows))
+        rows, gate = (expert_all_to_all.dispatch(a, there, **way) for a in (rows, gate))
         own = group(expert, len(fc1), tile)
-        out = bring(_ffn(rows, dispatch(gate, own, len(rows)), fc1, fc2, own, tile), there, **way)
+        out = _ffn(rows, dispatch(gate, own, len(rows)), fc1, fc2, own, tile)
+        out = expert_all_to_all.combine(out, there, **way)
         out = combine(out, groups, len(x))
     else:
         out = _ffn(x, gate, fc1, fc2, groups, tile)

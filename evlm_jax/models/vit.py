@@ -13,7 +13,7 @@ from evlm_jax.config import ViTConfig
 from evlm_jax.models.attention import attention
 from evlm_jax.models.layers import MLP, REMAT, LayerNorm, Linear, heads, param, stack
 from evlm_jax.ops.matmul import operand_dtype, product
-from evlm_jax.parallel.sharding import shard, weight
+from evlm_jax.parallel.sharding import gathered_weight, shard
 
 
 class SelfAttention(nnx.Module):
@@ -66,7 +66,7 @@ class Patch(nnx.Module):
 
     @jax.named_scope("patch")
     def __call__(self, patches: jax.Array) -> jax.Array:
-        kernel = weight(self.kernel, operand_dtype(patches)).reshape(patches.shape[-1], -1)
+        kernel = gathered_weight(self.kernel, operand_dtype(patches)).reshape(patches.shape[-1], -1)
         x = product("...p,pv->...v", patches, kernel).astype(patches.dtype)
         return x if self.bias is None else x + self.bias[...].astype(x.dtype)
 

@@ -6,7 +6,7 @@ results come back.
 
 A sender's block has its own place in the receiver's rows, as long as all rows of a sender, so no
 choice is ever dropped. On TPU and GPU a ragged all-to-all carries the filled part alone; XLA on CPU
-has none, so there whole places travel. Both run within sharding.local, on the axis of experts; one
+has none, so there whole places travel. Both run within shard_map_local, on the axis of experts; one
 is the transpose of the other. Letters: R rows of a device, P devices of the axis."""
 
 from functools import partial
@@ -46,7 +46,7 @@ def route(first_of_expert: jax.Array, axis: str, rows: int) -> tuple[Route, jax.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def send(x: jax.Array, route: Route, axis: str, ragged: bool) -> jax.Array:
+def dispatch(x: jax.Array, route: Route, axis: str, ragged: bool) -> jax.Array:
     """Sorted rows [R, D] -> received rows [P * R, D], 0 where there is none."""
     devices, rows = len(route.received), len(x)
     if ragged:
@@ -63,7 +63,7 @@ def send(x: jax.Array, route: Route, axis: str, ragged: bool) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def bring(y: jax.Array, route: Route, axis: str, ragged: bool) -> jax.Array:
+def combine(y: jax.Array, route: Route, axis: str, ragged: bool) -> jax.Array:
     """The way back: [P * R, D] -> [R, D], 0 where no row was sent."""
     devices = len(route.received)
     rows = len(y) // devices
@@ -86,11 +86,11 @@ def bring(y: jax.Array, route: Route, axis: str, ragged: bool) -> jax.Array:
     )
 
 
-send.defvjp(
-    lambda x, route, axis, ragged: (send(x, route, axis, ragged), route),
-    lambda axis, ragged, route, g: (bring(g, route, axis, ragged), None),
+dispatch.defvjp(
+    lambda x, route, axis, ragged: (dispatch(x, route, axis, ragged), route),
+    lambda axis, ragged, route, g: (combine(g, route, axis, ragged), None),
 )
-bring.defvjp(
-    lambda y, route, axis, ragged: (bring(y, route, axis, ragged), route),
-    lambda axis, ragged, route, g: (send(g, route, axis, ragged), None),
+combine.defvjp(
+    lambda y, route, axis, ragged: (combine(y, route, axis, ragged), route),
+    lambda axis, ragged, route, g: (dispatch(g, route, axis, ragged), None),
 )

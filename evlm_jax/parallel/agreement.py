@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from evlm_jax.batch import Batch
 from evlm_jax.parallel.mesh import Layout, active_layout
-from evlm_jax.parallel.sharding import local
+from evlm_jax.parallel.sharding import shard_map_local
 
 SPREAD = 2654435761  # odd, so that a value and its place both count
 
@@ -29,7 +29,7 @@ def agreed(batch: Batch) -> tuple[Batch, jax.Array | None]:
     axes = {
         name: ("rows", "images") if name in ("pixels", "taps") else ("rows",) for name in fields
     }
-    fields, same = local(partial(_agreed, layout), (axes,), (axes, ()))(fields)
+    fields, same = shard_map_local(partial(_agreed, layout), (axes,), (axes, ()))(fields)
     return batch._replace(**fields), same
 
 

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from evlm_jax.parallel.status import INTERRUPTED, PREEMPTED
 
 
-def join(
+def initialize_distributed(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> None:
     """Makes this process one of several; what is left out comes from the environment (a TPU pod,
@@ -48,19 +48,19 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def say(text: str) -> None:
+def log_once(text: str) -> None:
     """Prints, once for all processes."""
     if is_first():
         print(text, flush=True)
 
 
-def wait(name: str) -> None:
+def barrier(name: str) -> None:
     """Until all processes are here; `name` says where, in errors."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def gather(value: Any) -> list:
+def allgather_json(value: Any) -> list:
     """The JSON-able values of all processes, in their order, on each of them."""
     if jax.process_count() == 1:
         return [value]
@@ -70,7 +70,7 @@ def gather(value: Any) -> list:
     return [json.loads(bytes(row[:size])) for row, size in zip(padded, sizes)]
 
 
-def on_host(tree: Any) -> Any:
+def fetch_to_host(tree: Any) -> Any:
     """All arrays of a tree as NumPy, on every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)

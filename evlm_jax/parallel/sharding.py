@@ -1,9 +1,10 @@
 """What models say about the arrays of a mesh, without knowing its axes; the layout that is active
 while they are traced does (mesh.py).
 
-A matrix is gathered from where it waits to where it is used by `weight`; its gradient goes back
-summed and split. Alone on one device, without a layout, every function here hands its array
-through."""
+A matrix is gathered from where it is stored to where it is used by `gathered_weight`; its gradient
+goes back summed and split. On one device, without a layout, every function here hands its array
+through.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -37,7 +38,7 @@ def lookup(table: nnx.Variable, index: jax.Array) -> jax.Array:
     return shard(table[...][index], "rows")
 
 
-def weight(param: nnx.Variable, dtype: jnp.dtype) -> jax.Array:
+def gathered_weight(param: nnx.Variable, dtype: jnp.dtype) -> jax.Array:
     """A parameter where it is used.
 
     On a mesh it is gathered in `dtype`; its gradient is summed over rows, in pieces, where it
@@ -54,7 +55,7 @@ def weight(param: nnx.Variable, dtype: jnp.dtype) -> jax.Array:
     )
 
 
-def gather_once(params: nnx.State, dtype: jnp.dtype) -> nnx.State:
+def all_gather_params(params: nnx.State, dtype: jnp.dtype) -> nnx.State:
     """Trainable parameters for a whole step: with ZeRO-2 their matrices, gathered in `dtype`; with
     ZeRO-3 as they are stored.
     """
@@ -71,7 +72,7 @@ def gather_once(params: nnx.State, dtype: jnp.dtype) -> nnx.State:
     return jax.tree.map(gather, params, is_leaf=is_param)
 
 
-def settle(grads: nnx.State) -> nnx.State:
+def reduce_scatter_grads(grads: nnx.State) -> nnx.State:
     """Gradients, in the pieces in which their parameters are stored."""
     layout = active_layout()
     return (
@@ -94,7 +95,9 @@ _place.defvjp(
 )
 
 
-def local(f: Callable, inputs: tuple[tuple[str | None, ...], ...], outputs: Any) -> Callable:
+def shard_map_local(
+    f: Callable, inputs: tuple[tuple[str | None, ...], ...], outputs: Any
+) -> Callable:
     """`f` on each device's own part.
 
     `inputs`, `outputs`: logical axes of the first dimensions of each array, or of a tree of such.
@@ -116,7 +119,7 @@ def local(f: Callable, inputs: tuple[tuple[str | None, ...], ...], outputs: Any)
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
     """Mesh axes of more than one device over which `axis` is split where it is used: for sums and
-    exchanges within `local`.
+    exchanges within `shard_map_local`.
     """
     layout = active_layout()
     return (

@@ -14,10 +14,10 @@ import pytest
 from flax import nnx
 
 from evlm_jax.checkpoint import store
-from evlm_jax.checkpoint.initialize import put
+from evlm_jax.checkpoint.initialize import put_sharded
 from evlm_jax.models import param_names
 from evlm_jax.parallel.agreement import agreed
-from evlm_jax.parallel.distributed import on_host
+from evlm_jax.parallel.distributed import fetch_to_host
 from evlm_jax.parallel.mesh import Layout, make_layout
 from evlm_jax.parallel.status import Stopped
 from evlm_jax.train import Phase, gradients, train
@@ -79,7 +79,7 @@ def found(cfg):
     phase = Phase(cfg, 0, layout)
     params = jax.tree.map(np.asarray, nnx.state(random_model(cfg, 0)))
     trainable, frozen = nnx.split_state(params, phase.plan.trains, ...)
-    trainable, frozen = put(trainable, layout.trained), put(frozen, layout.frozen)
+    trainable, frozen = put_sharded(trainable, layout.trained), put_sharded(frozen, layout.frozen)
     run = layout.jit(
         lambda p, f, b: gradients(cfg, phase.graphdef, p, f, b),
         out_shardings=(layout.trained(trainable), layout.replicated),
@@ -93,7 +93,7 @@ def found(cfg):
 @pytest.fixture(scope="module")
 def alone():
     """Gradients and sums on one device, dense and with experts."""
-    return [on_host(found(config(experts=experts))) for experts in (False, True)]
+    return [fetch_to_host(found(config(experts=experts))) for experts in (False, True)]
 
 
 @pytest.mark.parametrize("mesh, experts", GRADIENTS)
@@ -107,7 +107,7 @@ def test_gradients_equal_those_of_one_device(mesh, experts, alone):
 )
 def test_gradients_of_baselines_equal_those_of_one_device(kind, policy):
     assert_equal_to_alone(
-        config((1, 2, 2, 2), policy=policy, kind=kind), on_host(found(config(kind=kind)))
+        config((1, 2, 2, 2), policy=policy, kind=kind), fetch_to_host(found(config(kind=kind)))
     )
 
 
@@ -133,7 +133,7 @@ def assert_equal(grads, sums, expected):
     """To 2e-5 of the largest of an array: sums in another order differ by up to 1.1e-5 with jax
     0.12, by less than 1e-5 with 0.10.
     """
-    grads, wanted = nnx.to_flat_state(on_host(grads)), dict(nnx.to_flat_state(expected[0]))
+    grads, wanted = nnx.to_flat_state(fetch_to_host(grads)), dict(nnx.to_flat_state(expected[0]))
     assert {path for path, _ in grads} == wanted.keys()
     for path, leaf in grads:
         # The loss does not depend on a bias of keys: what is found there is rounding, and is
@@ -143,7 +143,7 @@ def assert_equal(grads, sums, expected):
             path
         )
     for mine, other in zip(
-        jax.tree.leaves(on_host(sums)), jax.tree.leaves(expected[1]), strict=True
+        jax.tree.leaves(fetch_to_host(sums)), jax.tree.leaves(expected[1]), strict=True
     ):
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6 * np.abs(other).max())
 
@@ -216,7 +216,7 @@ def test_state_is_sharded_before_and_after_a_step():
     layout = layout_of(cfg)
     phase = Phase(cfg, 0, layout)
     state = phase.enter(
-        0, put(jax.tree.map(np.asarray, nnx.state(random_model(cfg, 0))), phase.place), {}
+        0, put_sharded(jax.tree.map(np.asarray, nnx.state(random_model(cfg, 0))), phase.place), {}
     )
     for step in range(2):
         for tree in (state.params, state.groups[0].mu, state.groups[0].nu, phase.frozen):
@@ -276,10 +276,10 @@ def trained_on(cfg, workdir, data=lambda cfg, own: TinyData(cfg), on_step=None):
     if before := store.steps(workdir):
         saved = store.read(workdir, before[-1])
         phase = Phase(cfg, 0, layout)
-        whole = put(
+        whole = put_sharded(
             param_names.unflatten(cfg, saved.frozen | saved.params, phase.shapes), phase.place
         )
-        restored = param_names.flatten(cfg, on_host(whole))
+        restored = param_names.flatten(cfg, fetch_to_host(whole))
         assert all(
             restored[name].tobytes() == array.tobytes()
             for name, array in (saved.frozen | saved.params).items()

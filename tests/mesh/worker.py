@@ -56,7 +56,7 @@ def tell(step, model) -> None:
 if __name__ == "__main__":
     process, count, port, workdir, steps, mesh, *host = sys.argv[1:]
     if int(count) > 1:
-        distributed.join(f"localhost:{port}", int(count), int(process))
+        distributed.initialize_distributed(f"localhost:{port}", int(count), int(process))
     policy = {"zero": 3, "frozen": "sharded", "images": "rows" if host else "all"}
     cfg = config(ast.literal_eval(mesh), policy=policy, steps=int(steps))
     on_step = tell if host else lambda step, _: print("step", step, flush=True)

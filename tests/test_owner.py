@@ -16,7 +16,7 @@ from evlm_jax.checkpoint.owner import NAME, Owner
 
 HOLD = """
 import pathlib, sys, time
-from evlm_jax.owner import Owner
+from evlm_jax.checkpoint.owner import Owner
 Owner(pathlib.Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

@@ -132,7 +132,7 @@ class Generator:
             else {axis: layout.parts(axis) for axis in ("rows", "pictures")}
         )
         encoder = jit(layout, EVLM.encode)
-        encode = lambda pixels: on_host(encoder(model, pixels))
+        encode = lambda pixels: fetch_to_host(encoder(model, pixels))
         self.features = features or partial(encode_images, cfg, encode, self.least["pictures"])
         self._allowed = _allowed(tokenizer, cfg)
         self._prefill = jit(layout, partial(prefill, cfg), static_argnames=("slots", "images"))

@@ -29,7 +29,7 @@ from evlm_jax.generate import Generator, Room
 from evlm_jax.loss import loss_sums
 from evlm_jax.models import param_names
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.parallel.distributed import on_host
+from evlm_jax.parallel.distributed import fetch_to_host
 from evlm_jax.parallel.mesh import Layout, jit
 from evlm_jax.report import figures
 from evlm_jax.runs import model_of
@@ -282,7 +282,7 @@ class Model:
             raise ValueError("features of no picture: give at least one")
         together = self._layout.parts("pictures") if self._layout else 1
         model, encoder = self.module, _on(self._layout, EVLM.encode)
-        encode = lambda pixels: on_host(encoder(model, pixels))
+        encode = lambda pixels: fetch_to_host(encoder(model, pixels))
         taps = encode_images(self.config, encode, together, refs)
         return taps[0] if one else taps
 

@@ -134,6 +134,104 @@ def set_stage(config: ConfigDict, stage: str) -> ConfigDict:
     return config
 
 
+def cross_attention() -> dict:
+    """Blocks before every layer."""
+    return dict(
+        heads=8,
+        kv_heads=8,
+        head_dim=128,
+        ffn=2560,
+        every=1,
+        schedule="blocked",
+        sinks=1,
+        tile=32,
+        eps=1e-5,
+    )
+
+
+def experts() -> dict:
+    """None; what they would be."""
+    return dict(
+        copies=0,
+        slices=4,
+        top_k=4,
+        gates="renormalise",
+        capacity=0.0,
+        balance=0.01,
+        z=0.001,
+        tile=64,
+        upcycle="preserve",
+    )
+
+
+def data() -> dict:
+    """Rows of 2,048 tokens; five of them share 208 images."""
+    return dict(
+        sources=(),
+        weights=(),
+        tasks=(),
+        ends="repeat",
+        template="chatml",
+        length=2048,
+        images=64,
+        targets=2048,
+        pool=5,
+        slots=208,
+        pairs=528,
+        dialogs=0,
+        isolate=True,
+        window=256,
+        resize="squash",
+        scaled_decoding=True,
+        most_drops=0.1,
+        cache_features=False,
+        seed=0,
+    )
+
+
+def optim() -> dict:
+    """AdamW; the upper half of the ViT is trained from a quarter of the steps on."""
+    return dict(
+        lr=6e-4,
+        min_lr=3e-5,
+        warmup=2000,
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        mu_dtype="float32",
+        weight_decay=0.05,
+        no_decay=NO_DECAY,
+        clip=10.0,
+        phases=(
+            dict(start=0.0, warmup=0, rules=rules(64)),
+            dict(start=0.25, rules=rules(64, 32)),
+        ),
+    )
+
+
+def train() -> dict:
+    """Batches of 480 rows."""
+    return dict(
+        steps=125_000,
+        batch=480,
+        accumulate=1,
+        dtype="bfloat16",
+        matmul_precision="bfloat16",
+        param_dtype="float32",
+        frozen_dtype="bfloat16",
+        remat="dots",
+        loss_chunk=256,
+        save_every=1000,
+        keep=3,
+        log_every=10,
+        monitors=(),
+        monitor_every=0,
+        monitor_questions=0,
+        seed=0,
+        peak_flops=0.0,
+    )
+
+
 def get_config() -> ConfigDict:
     """Stage 1, multi-modal pre-training."""
     return ConfigDict(
@@ -141,87 +239,14 @@ def get_config() -> ConfigDict:
             name="evlm_14b",
             vit=eva02_clip_e_plus(),
             llm=qwen_14b(),
-            xattn=dict(
-                heads=8,
-                kv_heads=8,
-                head_dim=128,
-                ffn=2560,
-                every=1,
-                schedule="blocked",
-                sinks=1,
-                tile=32,
-                eps=1e-5,
-            ),
-            moe=dict(
-                copies=0,
-                slices=4,
-                top_k=4,
-                gates="renormalise",
-                capacity=0.0,
-                balance=0.01,
-                z=0.001,
-                tile=64,
-                upcycle="preserve",
-            ),
+            xattn=cross_attention(),
+            moe=experts(),
             media=dict(tokens=16, placeholder="<|extra_0|>"),
             bridge=dict(kind="routed", latents=64, depth=6, heads=8, head_dim=64, ffn=4),
-            data=dict(
-                sources=(),
-                weights=(),
-                tasks=(),
-                ends="repeat",
-                template="chatml",
-                length=2048,
-                images=64,
-                targets=2048,
-                pool=5,
-                slots=208,
-                pairs=528,
-                dialogs=0,
-                isolate=True,
-                window=256,
-                resize="squash",
-                scaled_decoding=True,
-                most_drops=0.1,
-                cache_features=False,
-                seed=0,
-            ),
+            data=data(),
             clean=clean(),
-            optim=dict(
-                lr=6e-4,
-                min_lr=3e-5,
-                warmup=2000,
-                b1=0.9,
-                b2=0.999,
-                eps=1e-8,
-                mu_dtype="float32",
-                weight_decay=0.05,
-                no_decay=NO_DECAY,
-                clip=10.0,
-                phases=(
-                    dict(start=0.0, warmup=0, rules=rules(64)),
-                    dict(start=0.25, rules=rules(64, 32)),
-                ),
-            ),
-            train=dict(
-                steps=125_000,
-                batch=480,
-                accumulate=1,
-                dtype="bfloat16",
-                matmul_precision="bfloat16",
-                param_dtype="float32",
-                frozen_dtype="bfloat16",
-                remat="dots",
-                loss_chunk=256,
-                save_every=1000,
-                keep=3,
-                log_every=10,
-                monitors=(),
-                monitor_every=0,
-                monitor_questions=0,
-                seed=0,
-                peak_flops=0.0,
-            ),
+            optim=optim(),
+            train=train(),
             mesh=dict(
                 data=1,
                 fsdp=-1,

@@ -71,6 +71,13 @@ SOURCES = {
 }
 MORE_EMOJI = SOURCES | {"easy-vqa": 0.64, "emoji-en": 0.25}
 
+RULES = (
+    dict(pattern=r"gate$", lr=15.0),
+    dict(pattern=r"^xattn/\d+/o/", lr=3.0),
+    dict(pattern=r"^(xattn|media|bridge)/", lr=1.0),
+    dict(pattern=r"^(vit|llm)/", lr=None),
+)
+
 
 def get_config(form: str = "") -> ConfigDict:
     """The demo. `form`: "" (within 30 minutes on 2 cores), "fast" (a few minutes), "full" (every
@@ -108,18 +115,7 @@ def get_config(form: str = "") -> ConfigDict:
         warmup=10,
         b2=0.95,  # a short run: the second moment must follow
         clip=1.0,
-        phases=(
-            dict(
-                start=0.0,
-                warmup=0,
-                rules=(
-                    dict(pattern=r"gate$", lr=15.0),
-                    dict(pattern=r"^xattn/\d+/o/", lr=3.0),
-                    dict(pattern=r"^(xattn|media|bridge)/", lr=1.0),
-                    dict(pattern=r"^(vit|llm)/", lr=None),
-                ),
-            ),
-        ),
+        phases=(dict(start=0.0, warmup=0, rules=RULES),),
     )
     config.train.update(
         steps=steps,

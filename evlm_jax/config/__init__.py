@@ -237,19 +237,19 @@ class EVLMConfig:
         return "" if self.cross_layers else "xattn.every = 0, no cross-attention"
 
 
+Relation = tuple[bool, str, str]  # whether it holds, the field, the mend
+
+
 def check(cfg: EVLMConfig) -> None:
     """Relations between fields. Raises ValueError naming the field and the mend."""
-    vit, llm, xattn, moe, bridge, data, train = (
-        cfg.vit,
-        cfg.llm,
-        cfg.xattn,
-        cfg.moe,
-        cfg.bridge,
-        cfg.data,
-        cfg.train,
-    )
-    patches, kind = vit.grid**2, bridge.kind
-    rules = [
+    for holds, name, mend in (*_vision(cfg), *_language(cfg), *_training(cfg)):
+        if not holds:
+            raise ValueError(f"config: {name} {mend}")
+
+
+def _vision(cfg: EVLMConfig) -> list[Relation]:
+    vit = cfg.vit
+    return [
         (
             vit.image_size % vit.patch == 0,
             "vit.image_size",
@@ -273,6 +273,14 @@ def check(cfg: EVLMConfig) -> None:
             "vit.cuts",
             f"must lie in 1..vit.depth = {vit.depth}",
         ),
+    ]
+
+
+def _language(cfg: EVLMConfig) -> list[Relation]:
+    """Of the language model, and of what connects it to the ViT."""
+    llm, xattn, moe = cfg.llm, cfg.xattn, cfg.moe
+    patches, kind = cfg.vit.grid**2, cfg.bridge.kind
+    return [
         (llm.heads % llm.kv_heads == 0, "llm.kv_heads", f"must divide llm.heads = {llm.heads}"),
         (llm.head_dim % 2 == 0, "llm.head_dim", "must be even: rotary positions turn pairs"),
         (
@@ -316,6 +324,12 @@ def check(cfg: EVLMConfig) -> None:
             "media.tokens",
             f"must be {patches}, one a patch, where bridge.kind is llava",
         ),
+    ]
+
+
+def _training(cfg: EVLMConfig) -> list[Relation]:
+    data, train = cfg.data, cfg.train
+    return [
         (
             train.batch % train.accumulate == 0,
             "train.accumulate",
@@ -342,9 +356,6 @@ def check(cfg: EVLMConfig) -> None:
             "the first must start at 0",
         ),
     ]
-    for ok, name, mend in rules:
-        if not ok:
-            raise ValueError(f"config: {name} {mend}")
 
 
 def from_config_dict(config: ml_collections.ConfigDict) -> EVLMConfig:

@@ -53,8 +53,7 @@ def run_layers(
     """x [B, T, D] through all layers, before the final norm.
 
     Args:
-      layers: the stack of llm.Block; `crosses`: the stack of xattn.Block. Their matrices may be
-        packed for decoding.
+      layers: the stack of llm.Block, `crosses` that of xattn.Block; packed for decoding, or not.
       rope: cos and sin of the tokens' positions (layers.rope_tables).
       self_attend: (number of the layer, q, k, v of these tokens) -> (attention output, anything to
         keep).
@@ -63,11 +62,8 @@ def run_layers(
       kind: [B, T] of each token for the mixtures of experts (moe.py).
       remat: what the backward pass computes again (layers.REMAT); "" where there is none.
     """
-    every, count, wrap = (
-        cfg.xattn.every,
-        cfg.llm.layers,
-        REMAT[remat] if remat else (lambda body: body),
-    )
+    every, count = cfg.xattn.every, cfg.llm.layers
+    wrap = REMAT[remat] if remat else (lambda body: body)
     even = not every or count % every == 0
 
     def layer(x, inputs):
@@ -77,12 +73,7 @@ def run_layers(
             x, kept = _block(layers, number, block)(x, rope, partial(self_attend, number))
             return shard(x, "rows"), kept
 
-        if even:
-            return run(x)
-        none = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, x)[1]
-        )
-        return jax.lax.cond(number < count, run, lambda x: (x, none), x)
+        return run(x) if even else _if_there(number < count, run, x)
 
     def group(x, inputs):
         """One cross-attention block and the layers behind it."""
@@ -106,6 +97,12 @@ def run_layers(
     return x, passed._replace(
         layers=jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:count], passed.layers)
     )
+
+
+def _if_there(there: jax.Array, run: Callable, x: jax.Array) -> tuple[jax.Array, Any]:
+    """`run(x)`, or x and zeros in place of what it would keep."""
+    none = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, x)[1])
+    return jax.lax.cond(there, run, lambda x: (x, none), x)
 
 
 def _packed(leaf: Any) -> bool:

@@ -212,13 +212,13 @@ def caption_scores(result: dict) -> dict[str, float]:
 
 def facts(cfg: EVLMConfig, trained: Trained, found: dict, clock: Clock) -> dict:
     """Headline and setup of the report."""
-    overall, x, moe = found["vqa"]["accuracy"][0], cfg.xattn, cfg.moe
+    overall = found["vqa"]["accuracy"][0]
     count = lambda *parts: sum(
         array.size for name, array in trained.params.items() if name.startswith(parts)
     )
     emoji = caption_scores(found["emoji"])
     minutes = sum(seconds for _, seconds in clock.parts) / 60
-    begin = "the dense run" if moe.copies else "nothing"
+    begin = "the dense run" if cfg.moe.copies else "nothing"
     percent, frozen = report.percent, f"{count('vit/', 'llm/') / 1e6:.0f} M frozen"
     majority = f"always “{overall['majority_answer']}” scores {percent(overall['majority'])}"
     return {
@@ -248,43 +248,47 @@ def facts(cfg: EVLMConfig, trained: Trained, found: dict, clock: Clock) -> dict:
                 "note": f"CIDEr {emoji['cider']:.2f}",
             },
         ],
-        "setup": [
-            (
-                "Vision tower",
-                f"DINOv2 ViT-S/14, frozen, {cfg.vit.image_size} px, "
-                f"taps {', '.join(map(str, cfg.vit.taps))}",
-            ),
-            ("Language model", f"SmolLM2-135M-Instruct, frozen, {cfg.llm.layers} layers"),
-            (
-                "Cross-attention",
-                f"{len(cfg.cross_layers)} gated blocks, {x.heads} heads x {x.head_dim}, "
-                f"FFN {x.ffn}",
-            ),
-            (
-                "Experts",
-                f"{moe.experts} of {x.ffn // moe.slices}, {moe.top_k} a token, and one for all"
-                if moe.copies
-                else "none",
-            ),
-            ("Media tokens", f"{cfg.media.tokens} an image"),
-            (
-                "Training",
-                f"{cfg.train.steps} steps of {cfg.train.batch} rows x {cfg.data.length} tokens, "
-                f"{cfg.train.dtype}",
-            ),
-            (
-                "Documents",
-                ", ".join(
-                    f"{name} {100 * weight:g}%"
-                    for name, weight in zip(cfg.data.sources, cfg.data.weights)
-                ),
-            ),
-            (
-                "Optimizer",
-                f"AdamW, peak rate {cfg.optim.lr:g}, gates x{cfg.optim.phases[0].rules[0].lr:g}",
-            ),
-        ],
+        "setup": _setup(cfg),
     }
+
+
+def _setup(cfg: EVLMConfig) -> list[tuple[str, str]]:
+    x, moe = cfg.xattn, cfg.moe
+    return [
+        (
+            "Vision tower",
+            f"DINOv2 ViT-S/14, frozen, {cfg.vit.image_size} px, "
+            f"taps {', '.join(map(str, cfg.vit.taps))}",
+        ),
+        ("Language model", f"SmolLM2-135M-Instruct, frozen, {cfg.llm.layers} layers"),
+        (
+            "Cross-attention",
+            f"{len(cfg.cross_layers)} gated blocks, {x.heads} heads x {x.head_dim}, FFN {x.ffn}",
+        ),
+        (
+            "Experts",
+            f"{moe.experts} of {x.ffn // moe.slices}, {moe.top_k} a token, and one for all"
+            if moe.copies
+            else "none",
+        ),
+        ("Media tokens", f"{cfg.media.tokens} an image"),
+        (
+            "Training",
+            f"{cfg.train.steps} steps of {cfg.train.batch} rows x {cfg.data.length} tokens, "
+            f"{cfg.train.dtype}",
+        ),
+        (
+            "Documents",
+            ", ".join(
+                f"{name} {100 * weight:g}%"
+                for name, weight in zip(cfg.data.sources, cfg.data.weights)
+            ),
+        ),
+        (
+            "Optimizer",
+            f"AdamW, peak rate {cfg.optim.lr:g}, gates x{cfg.optim.phases[0].rules[0].lr:g}",
+        ),
+    ]
 
 
 def provenance(trained: Trained, workdir: str) -> dict:

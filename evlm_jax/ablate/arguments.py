@@ -42,6 +42,18 @@ def add(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="runs, results.json and report.html; what is there is not done again",
     )
+    _machine(parser)
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints of finished runs")
+    parser.add_argument(
+        "--run",
+        dest="only",
+        type=_run,
+        metavar="VARIANT/SEED",
+        help="this run only, in this process",
+    )
+
+
+def _machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs",
         type=argument(Positive),
@@ -58,14 +70,6 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=_names,
         default=[],
         help="0,1,...: one run at a time on each, instead of --jobs",
-    )
-    parser.add_argument("--keep", action="store_true", help="keep the checkpoints of finished runs")
-    parser.add_argument(
-        "--run",
-        dest="only",
-        type=_run,
-        metavar="VARIANT/SEED",
-        help="this run only, in this process",
     )
 
 

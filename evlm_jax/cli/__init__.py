@@ -181,7 +181,19 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     read.add_argument(
         "--out", required=True, help="new directory; start training from it with --init"
     )
-    write = actions.add_parser("export", help="a checkpoint to PyTorch")
+    _export_arguments(actions.add_parser("export", help="a checkpoint to PyTorch"))
+    _verify_arguments(
+        actions.add_parser(
+            "verify",
+            help="whether two models compute the same, and where they part; exit status 1 if not",
+        )
+    )
+    actions.add_parser(
+        "families", help="which foreign models are read, and which are refused by name"
+    )
+
+
+def _export_arguments(write: argparse.ArgumentParser) -> None:
     write.add_argument(
         "--checkpoint", required=True, help="directory of a training run, or of an import"
     )
@@ -193,10 +205,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         help="of what is written",
     )
     write.add_argument("--out", required=True, help="new directory")
-    same = actions.add_parser(
-        "verify",
-        help="whether two models compute the same, and where they part; exit status 1 if not",
-    )
+
+
+def _verify_arguments(same: argparse.ArgumentParser) -> None:
     for side in "AB":
         same.add_argument(side, help="directory of a run or an import, or a Hugging Face directory")
     same.add_argument(
@@ -221,9 +232,6 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--folder-code",
         action="store_true",
         help="run the Python code of a Hugging Face directory; without it none runs",
-    )
-    actions.add_parser(
-        "families", help="which foreign models are read, and which are refused by name"
     )
 
 

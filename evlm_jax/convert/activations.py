@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -246,27 +247,7 @@ def run_huggingface(
       ImportError: torch or transformers is missing.
       ValueError: tensors that the model needs are missing, or some are left over.
     """
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise ImportError(
-            f"{side.path}: running it needs PyTorch: pip install torch transformers ({error})"
-        ) from error
-    how = {"trust_remote_code": not model_type, "dtype": torch.float32, "output_loading_info": True}
-    if model_type == "evlm":
-        from evlm_jax.convert.torch_model.modeling_evlm import EVLMForCausalLM as kind
-    else:
-        kind = getattr(transformers, STOCK.get(model_type, "AutoModelForCausalLM"))
-    model, loading = kind.from_pretrained(side.path, **how)
-    if wrong := sorted(
-        f"{kind.removesuffix('_keys')} {key}"
-        for kind in ("missing_keys", "unexpected_keys")
-        for key in loading[kind]
-    ):
-        raise ValueError(
-            f"{side.path}: tensors do not fit the model; export it again:\n  " + "\n  ".join(wrong)
-        )
+    model, torch = _torch_model(model_type, side.path)
     if llm_only and "xattn" in side.sections:
         for name, parameter in model.xattn.named_parameters():
             if name.endswith("_gate"):
@@ -295,6 +276,32 @@ def run_huggingface(
         return Trace(dict(seen), logits[0].numpy())
 
     return [trace(example) for example in examples]
+
+
+def _torch_model(model_type: str, path: str) -> tuple[Any, ModuleType]:
+    """The model as `run_huggingface` asks for it, with nothing missing or left over; and torch."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            f"{path}: running it needs PyTorch: pip install torch transformers ({error})"
+        ) from error
+    how = {"trust_remote_code": not model_type, "dtype": torch.float32, "output_loading_info": True}
+    if model_type == "evlm":
+        from evlm_jax.convert.torch_model.modeling_evlm import EVLMForCausalLM as kind
+    else:
+        kind = getattr(transformers, STOCK.get(model_type, "AutoModelForCausalLM"))
+    model, loading = kind.from_pretrained(path, **how)
+    if wrong := sorted(
+        f"{kind.removesuffix('_keys')} {key}"
+        for kind in ("missing_keys", "unexpected_keys")
+        for key in loading[kind]
+    ):
+        raise ValueError(
+            f"{path}: tensors do not fit the model; export it again:\n  " + "\n  ".join(wrong)
+        )
+    return model, torch
 
 
 def _hook(model, sections: dict[str, dict[str, Any]], seen: dict[str, np.ndarray]) -> None:

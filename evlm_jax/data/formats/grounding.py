@@ -63,16 +63,7 @@ def refcoco(
 
     def sample(row) -> Sample:
         picture, sentences = pictures[row[0]], row[1]
-        dialogs = []
-        for sentence, number in sentences:
-            x, y, w, h = boxes[number]
-            across, down = picture["width"], picture["height"]
-            place = box((x / across, y / down, (x + w) / across, (y + h) / down))
-            dialogs.append(
-                question(
-                    f"{MARKER}{LOCATE}{literal(sentence)}", f"<ref>{literal(sentence)}</ref>{place}"
-                )
-            )
+        dialogs = [_located(text, picture, boxes[number]) for text, number in sentences]
         return Sample(
             str(row[0]),
             name,
@@ -88,6 +79,13 @@ def refcoco(
         where=path,
         beside=[beside],
     )
+
+
+def _located(text: str, picture: dict, where: Sequence[float]):
+    """The dialog that asks for what `text` says; `where`: its [x, y, w, h] in pixels."""
+    (x, y, w, h), across, down = where, picture["width"], picture["height"]
+    place = box((x / across, y / down, (x + w) / across, (y + h) / down))
+    return question(f"{MARKER}{LOCATE}{literal(text)}", f"<ref>{literal(text)}</ref>{place}")
 
 
 def grit(

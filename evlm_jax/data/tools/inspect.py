@@ -168,14 +168,16 @@ def spelled(batch: Batch, b: int, here: range, tokenizer) -> list[dict]:
         shown.append(last)
         path.append(q)
     for token in shown:
-        q = token["index"]
-        below = slice(q + 1, token["until"])
-        children = batch.tokens[b, below][batch.positions[b, below] == token["position"] + 1]
-        wanted = dict.fromkeys(targets.get(q, ()))
-        token["ends"] = [
-            name for name, target in zip(token["predicts"], wanted) if target not in children
-        ]
+        token["ends"] = _ends(batch, b, token, targets.get(token["index"], ()))
     return shown
+
+
+def _ends(batch: Batch, b: int, token: dict, wanted: Sequence[int]) -> list[str]:
+    """What a token predicts that is not laid out behind it."""
+    below = slice(token["index"] + 1, token["until"])
+    children = batch.tokens[b, below][batch.positions[b, below] == token["position"] + 1]
+    pairs = zip(token["predicts"], dict.fromkeys(wanted))
+    return [name for name, target in pairs if target not in children]
 
 
 def sees_text(batch: Batch, b: int) -> np.ndarray:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from benchmarks import costs
 from evlm_jax import flops
+from evlm_jax.cli import main
 from evlm_jax.config import EVLMConfig
-from evlm_jax.config.load import load_config, main
+from evlm_jax.config.load import load_config
 from evlm_jax.convert.engine import parameter_shapes
 from evlm_jax.costs import cases, counted, crossover, formula, measure
 from evlm_jax.costs.cases import EVLM, FLAMINGO, LLAVA, case, counterparts

@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks import pods
 from evlm_jax import flops
-from evlm_jax.config.load import load_config, main
+from evlm_jax.cli import main
+from evlm_jax.config.load import load_config
 from evlm_jax.planning import chips, roofline, search
 from evlm_jax.planning.compiled import Costs, Operation, Transfer
 from evlm_jax.planning.plan import OTHER, cube, plan

@@ -194,6 +194,19 @@ def test_no_argument_is_a_number_without_a_range():
                 assert not {"int", "float"} & set(kinds), (path, node.lineno)
 
 
+def test_an_experiment_by_name(tmp_path, monkeypatch):
+    """Also where the working directory has no experiments; one that it has comes first."""
+    monkeypatch.chdir(tmp_path)
+    assert load_config("demo:fast") == from_config_dict(demo.get_config("fast"))
+    with pytest.raises(ValueError, match=r"no file experiments/nothing\.py; give an experiment"):
+        load_config("nothing:fast")
+    (tmp_path / "experiments").mkdir()
+    own = "from experiments.demo import get_config as ours\n\n\ndef get_config():\n"
+    own += "    config = ours()\n    config.name = 'own'\n    return config\n"
+    (tmp_path / "experiments" / "demo.py").write_text(own)
+    assert load_config("demo").name == "own"
+
+
 def test_overrides():
     overrides = [
         "--config.optim.lr=1e-4",

@@ -50,9 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     if not os.environ.get("EVLM_DEBUG"):
         told_once()
     try:
-        os.environ.setdefault(
-            "JAX_COMPILATION_CACHE_DIR", str(cache_root() / "compiled")
-        )  # JAX reads them when it is imported
+        # JAX reads them when it is imported.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_root() / "compiled"))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
         return args.run(args, overrides) or 0
     except Stopped as stopped:

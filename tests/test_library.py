@@ -53,6 +53,10 @@ def model(folder):
 
 @pytest.fixture(scope="module")
 def open_model(model):
+    return opened(model)
+
+
+def opened(model):
     """The same with open gates, so that pictures count."""
     gate = lambda path, leaf: (
         jnp.full_like(leaf, 0.1) if "gate" in jax.tree_util.keystr(path) else leaf
@@ -302,8 +306,9 @@ def test_a_batch_is_what_training_builds(model, inside):
     )
 
 
-def test_the_loss_and_its_gradient_are_those_of_the_module(open_model):
-    model = open_model
+def test_the_loss_and_its_gradient_are_those_of_the_module(model):
+    # New weights: those of the golden run are so large that roundings become a thousandth.
+    model = opened(evlm_jax.random(model.config, seed=3))
     samples = [
         sample(1),
         evlm_jax.make_sample("A dog.", images=[picture(2)]),
@@ -312,14 +317,14 @@ def test_the_loss_and_its_gradient_are_those_of_the_module(open_model):
     batch = evlm_jax.make_batch(samples, model.config, model.tokenizer)
     mean = lambda module: losses(module, batch).sum() / (batch.targets >= 0).sum()
     value, wanted = nnx.jit(nnx.value_and_grad(mean))(model.module)
-    assert model.loss(samples) == model.loss(batch) == pytest.approx(float(value), rel=1e-4)
+    assert model.loss(samples) == model.loss(batch) == pytest.approx(float(value), rel=1e-6)
     found = jax.grad(lambda params: model.loss(batch, params))(model.params)
     assert jax.tree.structure(found) == jax.tree.structure(model.params)
     for one, other in zip(
         *(map(np.asarray, jax.tree.leaves(tree)) for tree in (found, wanted)), strict=True
     ):
         assert (
-            np.abs(one - other).max() <= 1e-3 * np.abs(other).max() + 1e-5
+            np.abs(one - other).max() <= 2e-5 * np.abs(other).max() + 1e-8
             and np.isfinite(one).all()
         )
     nearer = model.with_params(
@@ -338,7 +343,7 @@ def test_features_are_the_towers_taps(model):
         found.shape == wanted.shape == (9, 3, 5, 32)
         and np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
     )
-    assert np.abs(model.features(picture(4)) - found[4]).max() <= 1e-5
+    assert np.abs(model.features(picture(4)) - found[4]).max() <= 1e-5 * np.abs(found[4]).max()
 
 
 def test_attention_has_a_map_for_each_word(model):

@@ -198,7 +198,7 @@ def training(size: Size) -> None:
         config.train.matmul_precision = precision
         cfg = from_config_dict(config)
         batch = demo_batch(cfg)
-        used = int((batch.seen_until > np.arange(cfg.data.length) + 1).sum())
+        used = int((batch.visible_until > np.arange(cfg.data.length) + 1).sum())
         if first is None:
             print(
                 f"train step of {len(batch.tokens)} x {cfg.data.length} positions: {used} used,"

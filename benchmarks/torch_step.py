@@ -98,7 +98,7 @@ class Model(nn.Module):
     def loss(self, b: Batch):
         cfg, (rows, length) = self.cfg, b.tokens.shape
         at = torch.arange(length)
-        text = ((at <= at[:, None]) & (at[:, None] < b.seen_until[:, None, :]))[:, None]
+        text = ((at <= at[:, None]) & (at[:, None] < b.visible_until[:, None, :]))[:, None]
         image = torch.arange(b.taps.shape[1]).repeat_interleave(cfg.vit.tokens)
         seen = (image >= b.visible_start[..., None]) & (image < b.visible_stop[..., None])
         cross = F.pad(seen, (0, cfg.xattn.sinks), value=True)[:, None]
@@ -116,7 +116,7 @@ class Model(nn.Module):
                 block, tap = crosses[i]
                 x = block(x, taps[tap], cross)
             x = layer(x, angle.cos(), angle.sin(), text)
-        hidden = self.ln_f(x)[torch.arange(rows)[:, None], b.target_at]
+        hidden = self.ln_f(x)[torch.arange(rows)[:, None], b.target_positions]
         return F.cross_entropy(
             F.linear(hidden, self.embed.weight).flatten(0, 1), b.targets.flatten(), ignore_index=-1
         )

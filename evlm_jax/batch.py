@@ -1,15 +1,15 @@
-"""The one struct that a train step reads. Letters: see config.py.
+"""The one struct that a train step reads. Letters: see config/__init__.py.
 
 Two pairs of integers describe every mask of the model, so no [T, T] or [T, I] mask is ever stored:
 
-Text sees text. Token k is visible to token q iff k <= q < seen_until[k]. Documents of a row are
-isolated because every token's `seen_until` ends with its document; several dialogs about one image
-share the image's media tokens as a trunk:
+Text sees text. Token k is visible to token q iff k <= q < visible_until[k]. Documents of a row are
+isolated because every token's `visible_until` ends with its document; several dialogs about one
+image share the image's media tokens as a trunk:
 
-    index        0    1    2    3    4    5    6    7    8
-    token       img  img  q1   q1   a1   q2   a2   img  cap
-    seen_until   7    7    5    5    5    7    7    9    9
-    position     0    1    2    3    4    2    3    0    1
+    index           0    1    2    3    4    5    6    7    8
+    token          img  img  q1   q1   a1   q2   a2   img  cap
+    visible_until   7    7    5    5    5    7    7    9    9
+    position        0    1    2    3    4    2    3    0    1
 
 dog.png has two questions, then another document comes: 2, 3, 4 end before 5, so the dialogs do not
 see each other, and positions go on as if each dialog stood alone.
@@ -32,19 +32,19 @@ from evlm_jax.config import EVLMConfig
 
 
 class Batch(NamedTuple):
-    """Packed rows, in C pools. Padding: seen_until = index + 1, empty visible range, media_slot -1,
-    target_at 0 with target -1.
+    """Packed rows, in C pools. Padding: visible_until = index + 1, empty visible range, media_slot
+    -1, target_positions 0 with target -1.
 
     Tiles and pairs are None where the model has no cross-attention.
     """
 
     tokens: jax.Array  # [B, T] int32; the placeholder id at media positions
     positions: jax.Array  # [B, T] int32, restart with every document
-    seen_until: jax.Array  # [B, T] int32, exclusive
+    visible_until: jax.Array  # [B, T] int32, exclusive
     media_slot: jax.Array  # [B, T] int32; -1 text, else the row of the learnable media embedding
     visible_start: jax.Array  # [B, T] int32
     visible_stop: jax.Array  # [B, T] int32, exclusive
-    target_at: jax.Array  # [B, M] int32; position whose output predicts the target
+    target_positions: jax.Array  # [B, M] int32; position whose output predicts the target
     targets: jax.Array  # [B, M] int32; -1 padding
     target_source: jax.Array  # [B, M] int32; index into data.sources, for the loss per source
     # [C, J, tile] int32; the pool's tokens, row after row, grouped by visible range; U = pool*T
@@ -74,11 +74,11 @@ class Batch(NamedTuple):
         return cls(
             tokens=text,
             positions=text,
-            seen_until=text,
+            visible_until=text,
             media_slot=text,
             visible_start=text,
             visible_stop=text,
-            target_at=target,
+            target_positions=target,
             targets=target,
             target_source=target,
             tile_tokens=ints(c, d.pairs, tile) if tile else None,

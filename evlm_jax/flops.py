@@ -118,7 +118,7 @@ Stage = tuple[Product, ...]  # products that stand side by side
 
 def real_tokens(batch: Batch) -> np.ndarray:
     """bool [B, T]: positions that are not padding."""
-    return (batch.positions > 0) | (batch.seen_until > np.arange(batch.tokens.shape[1]) + 1)
+    return (batch.positions > 0) | (batch.visible_until > np.arange(batch.tokens.shape[1]) + 1)
 
 
 def seen_images(batch: Batch) -> int:

@@ -51,12 +51,12 @@ def _cross_entropy(model: EVLM, hidden: jax.Array, batch: Batch) -> jax.Array:
         return jnp.where(targets >= 0, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
 
     if chunk >= count:
-        return of(hidden, batch.target_at, batch.targets)
+        return of(hidden, batch.target_positions, batch.targets)
     cut = lambda x, fill: (
         jnp.pad(x, ((0, 0), (0, -count % chunk)), constant_values=fill)
         .reshape(len(x), -1, chunk)
         .swapaxes(0, 1)
     )
     body = jax.checkpoint(lambda _, inputs: (None, of(hidden, *inputs)), prevent_cse=False)
-    losses = jax.lax.scan(body, None, (cut(batch.target_at, 0), cut(batch.targets, -1)))[1]
+    losses = jax.lax.scan(body, None, (cut(batch.target_positions, 0), cut(batch.targets, -1)))[1]
     return losses.swapaxes(0, 1).reshape(len(hidden), -1)[:, :count]

@@ -89,11 +89,11 @@ def text_logits(cfg: EVLMConfig, model: EVLM, tokens: np.ndarray) -> np.ndarray:
     row = {
         "tokens": tokens,
         "positions": np.arange(length),
-        "seen_until": np.full(length, length),
+        "visible_until": np.full(length, length),
         "media_slot": none - 1,
         "visible_start": none,
         "visible_stop": none,
-        "target_at": none,
+        "target_positions": none,
         "targets": none - 1,
         "target_source": none,
         **plan(none, none, cfg.xattn.tile, data.pairs),

@@ -147,8 +147,12 @@ def row(cfg, parts, pixels, answer=(), length=0):
         add(token, -1, *seen)
     arrays = {name: np.array(values, np.int32) for name, values in fields.items()}
     length = len(arrays["tokens"])
-    arrays |= {"positions": np.arange(length), "seen_until": np.full(length, length)}
-    arrays |= {"target_at": np.zeros(1), "targets": np.full(1, -1), "target_source": np.zeros(1)}
+    arrays |= {"positions": np.arange(length), "visible_until": np.full(length, length)}
+    arrays |= {
+        "target_positions": np.zeros(1),
+        "targets": np.full(1, -1),
+        "target_source": np.zeros(1),
+    }
     arrays |= plan(arrays["visible_start"], arrays["visible_stop"], cfg.xattn.tile, 32)
     batch = Batch(
         **{name: jnp.asarray(array, jnp.int32)[None] for name, array in arrays.items()},

@@ -208,13 +208,13 @@ def test_inference_is_forward_alone():
 
 
 def test_work_of_a_batch_leaves_padding_out():
-    """Counted token by token: what it attends to is what `seen_until` lets it see of its own
+    """Counted token by token: what it attends to is what `visible_until` lets it see of its own
     branch.
     """
     cfg = tiny_config()
     batch = tiny_batch(cfg, seed=0, fill=0.6)
     q, k = np.arange(cfg.data.length)[:, None], np.arange(cfg.data.length)
-    sees = (k <= q) & (q < batch.seen_until[:, None, :])
+    sees = (k <= q) & (q < batch.visible_until[:, None, :])
     real = flops.real_tokens(batch)
     visible = [range(a, b) for a, b in zip(batch.visible_start.ravel(), batch.visible_stop.ravel())]
     slots = {

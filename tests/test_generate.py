@@ -104,7 +104,7 @@ def full_forward(model, document, tokens, length=256):
     row["tokens"][read:fed] = tokens[:-1]
     for name in ("visible_start", "visible_stop"):
         row[name][read:fed] = getattr(document, name)[-1]
-    row |= {"positions": np.arange(length), "seen_until": np.full(length, length)}
+    row |= {"positions": np.arange(length), "visible_until": np.full(length, length)}
     row |= (
         plan(row["visible_start"], row["visible_stop"], cfg.tile, 64)
         if cfg.tile
@@ -116,7 +116,7 @@ def full_forward(model, document, tokens, length=256):
     none = np.zeros((1, 1), np.int32)
     arrays = {
         name: None if array is None else array[None] for name, array in row.items()
-    } | dict.fromkeys(("target_at", "targets", "target_source"), none)
+    } | dict.fromkeys(("target_positions", "targets", "target_source"), none)
     return np.asarray(
         batch_logits(model, Batch(**arrays, pixels=None, taps=images[None]))[0, read - 1 : fed]
     )

@@ -30,6 +30,10 @@ GOLDEN = sorted(
 )
 
 
+# Fields of a batch as they were called when the folders were made, and today.
+RENAMED = {"seen_until": "visible_until", "target_at": "target_positions"}
+
+
 def sha(array) -> str:
     """As in golden/make.py, which needs torch."""
     array = np.ascontiguousarray(array)
@@ -61,9 +65,9 @@ def test_the_next_batches_are_equal(golden):
     with contextlib.closing(batches(cfg, load_tokenizer(cfg.init.llm))) as stream:
         stream.set_state(golden["data"])
         made = [next(stream)[0]._asdict() for _ in golden["batches"]]
-    assert [
-        {name: sha(x) for name, x in batch.items() if x is not None} for batch in made
-    ] == golden["batches"]
+    assert [{name: sha(x) for name, x in batch.items() if x is not None} for batch in made] == [
+        {RENAMED.get(name, name): x for name, x in old.items()} for old in golden["batches"]
+    ]
 
 
 def test_it_goes_on_with_the_same_losses(golden):

@@ -263,7 +263,7 @@ def test_logits_are_those_of_the_rows_that_training_reads(open_model, texts, ima
     wanted = np.asarray(nnx.jit(lambda module: module.logits(module.hidden(batch)))(module))[0]
     found, count = (
         np.asarray(model.logits(texts[0], list(map(picture, images)))),
-        int((batch.seen_until[0] > np.arange(96) + 1).sum()) + 1,
+        int((batch.visible_until[0] > np.arange(96) + 1).sum()) + 1,
     )
     assert found.shape == (count, 256) and found.dtype == np.float32
     assert (

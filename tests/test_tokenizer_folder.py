@@ -175,7 +175,7 @@ def test_bos_stands_in_front_where_the_files_say_so(tmp_path):
         alone = text.encode(
             Sample("k", "s", (), ((Turn("assistant", "ab"),),)), tokenizer, tiny_config()
         )
-        assert (alone.tokens.tolist(), alone.target_at.tolist(), alone.targets.tolist()) == (
+        assert (alone.tokens.tolist(), alone.target_positions.tolist(), alone.targets.tolist()) == (
             [252, 64, 65],
             [0, 1, 2],
             [64, 65, 253],

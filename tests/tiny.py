@@ -156,11 +156,11 @@ def _row(cfg: EVLMConfig, rng: np.random.Generator, fill: float) -> dict:
     row = dict(
         tokens=np.zeros(length),
         positions=np.zeros(length),
-        seen_until=np.arange(length) + 1,
+        visible_until=np.arange(length) + 1,
         media_slot=np.full(length, -1),
         visible_start=np.zeros(length),
         visible_stop=np.zeros(length),
-        target_at=np.zeros(data.targets),
+        target_positions=np.zeros(data.targets),
         targets=np.full(data.targets, -1),
         target_source=np.zeros(data.targets),
     )
@@ -174,7 +174,7 @@ def _row(cfg: EVLMConfig, rng: np.random.Generator, fill: float) -> dict:
         if at + size > fill * length:
             break
         row["positions"][at : at + size] = np.arange(size)
-        row["seen_until"][at : at + size] = at + size
+        row["visible_until"][at : at + size] = at + size
         row["tokens"][at : at + size] = rng.integers(0, cfg.llm.vocab - 1, size)
         for k in range(images):
             media = slice(at + k * (n + 1) + 1, at + (k + 1) * (n + 1))
@@ -183,7 +183,7 @@ def _row(cfg: EVLMConfig, rng: np.random.Generator, fill: float) -> dict:
             row["visible_stop"][media.start : at + size] = image + k + 1
         answer = np.arange(at + size - words + 1, at + size)[: data.targets - target]
         spots = slice(target, target + len(answer))
-        row["target_at"][spots], row["targets"][spots] = answer - 1, row["tokens"][answer]
+        row["target_positions"][spots], row["targets"][spots] = answer - 1, row["tokens"][answer]
         row["target_source"][spots] = document % len(data.sources)
         at, image, target, document = at + size, image + images, target + len(answer), document + 1
     row |= (

@@ -172,7 +172,7 @@ def _loop(model: EVLM, batch: Batch) -> Iterator[tuple[str, jax.Array]]:
             yield f"vit/tap {stop}", taps[-1]
 
     mask, rope = (
-        text_mask(batch.seen_until),
+        text_mask(batch.visible_until),
         rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta),
     )
     grouping = Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
@@ -205,13 +205,13 @@ def batch_of(examples: Sequence[Example], tile: int, size: int) -> Batch:
     arrays = {name: np.full((rows, length), -(name == "media_slot"), np.int32) for name in names}
     arrays |= {
         name: np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-        for name in ("positions", "seen_until")
+        for name in ("positions", "visible_until")
     }
-    arrays["seen_until"] += 1
+    arrays["visible_until"] += 1
     pixels = np.zeros((rows, images, size, size, 3), np.uint8)
     for row, example in enumerate(examples):
         pixels[row, : len(example.pixels)] = example.pixels
-        arrays["seen_until"][row, : len(example.tokens)] = len(example.tokens)
+        arrays["visible_until"][row, : len(example.tokens)] = len(example.tokens)
         for name in names:
             arrays[name][row, : len(example.tokens)] = getattr(example, name)
     plans = [
@@ -221,7 +221,12 @@ def batch_of(examples: Sequence[Example], tile: int, size: int) -> Batch:
     arrays |= {name: np.stack([p[name] for p in plans]) for name in Plan._fields}
     none = np.zeros((rows, 1), np.int32)
     return Batch(
-        **arrays, target_at=none, targets=none - 1, target_source=none, pixels=pixels, taps=None
+        **arrays,
+        target_positions=none,
+        targets=none - 1,
+        target_source=none,
+        pixels=pixels,
+        taps=None,
     )
 
 

@@ -277,9 +277,10 @@ def assemble(rows: Sequence[Sequence[Document]], cfg: EVLMConfig) -> dict[str, n
         for name in ("tokens", "positions", "visible_start", "visible_stop")
     }
     fields |= {
-        name: np.zeros((count, data.targets), np.int32) for name in ("target_at", "target_source")
+        name: np.zeros((count, data.targets), np.int32)
+        for name in ("target_positions", "target_source")
     }
-    fields["seen_until"] = np.tile(np.arange(1, length + 1, dtype=np.int32), (count, 1))
+    fields["visible_until"] = np.tile(np.arange(1, length + 1, dtype=np.int32), (count, 1))
     fields["media_slot"] = np.full((count, length), -1, np.int32)
     fields["targets"] = np.full((count, data.targets), -1, np.int32)
     for b, (documents, image) in enumerate(zip(rows, first_slots(rows, data))):
@@ -290,16 +291,16 @@ def assemble(rows: Sequence[Sequence[Document]], cfg: EVLMConfig) -> dict[str, n
             for name in ("tokens", "media_slot"):
                 fields[name][here] = getattr(document, name)
             fields["positions"][here] = document.positions + position
-            fields["seen_until"][here] = document.seen_until + token
+            fields["visible_until"][here] = document.visible_until + token
             for name in ("visible_start", "visible_stop"):
                 fields[name][here] = getattr(document, name) + image
-            fields["target_at"][there] = document.target_at + token
+            fields["target_positions"][there] = document.target_positions + token
             fields["targets"][there] = document.targets
             fields["target_source"][there] = (
                 data.sources.index(document.source) if document.source in data.sources else 0
             )
             if not data.isolate:
-                fields["seen_until"][here][document.seen_until == n] = length
+                fields["visible_until"][here][document.visible_until == n] = length
                 position += int(document.positions[-1]) + 1
             token, image, target = token + n, image + len(document.refs), target + m
     if not cfg.tile:

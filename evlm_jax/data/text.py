@@ -15,13 +15,13 @@ first words of the questions) stands, and is computed, once; below it they branc
                      └─ what ─┬─ color? ─ red
                               └─ shape? ─ circle
 
-    index        0    1    2    3     4    5      6    7     8      9
-    token       img  is   it  red?  yes  what  color? red  shape? circle
-    position     0    1    2    3     4    1      2    3     2      3
-    seen_until  10    5    5    5     5   10      8    8    10     10
+    index           0    1    2    3     4    5      6    7     8      9
+    token          img  is   it  red?  yes  what  color? red  shape? circle
+    position        0    1    2    3     4    1      2    3     2      3
+    visible_until  10    5    5    5     5   10      8    8    10     10
 
-A token sees exactly its ancestors (k <= q < seen_until[k]) and its position is its depth, so each
-dialog is computed as if it stood alone. A node may have several targets, one for each dialog and
+A token sees exactly its ancestors (k <= q < visible_until[k]) and its position is its depth, so
+each dialog is computed as if it stood alone. A node may have several targets, one for each dialog and
 supervised token behind it. A token that only is a target (the last one, `.` above) is not laid out.
 """
 
@@ -71,11 +71,11 @@ class Document(NamedTuple):
 
     tokens: np.ndarray  # [T]
     positions: np.ndarray  # [T]
-    seen_until: np.ndarray  # [T]
+    visible_until: np.ndarray  # [T]
     media_slot: np.ndarray  # [T]
     visible_start: np.ndarray  # [T] into refs
     visible_stop: np.ndarray  # [T]
-    target_at: np.ndarray  # [M]
+    target_positions: np.ndarray  # [M]
     targets: np.ndarray  # [M]
     dialog: np.ndarray  # [M] the sample's dialog that a target belongs to
     refs: tuple[ImageRef, ...]  # one for each image slot
@@ -320,7 +320,7 @@ def lay_out(
       targets: (depth, token) of each dialog: the step at this depth of its path predicts this
         token.
     """
-    nodes, positions, seen_until, found = [], [], [], []
+    nodes, positions, visible_until, found = [], [], [], []
     branch: list[int] = []  # nodes of the current path, by depth
     previous: Sequence[Step] = ()
     for dialog in sorted(range(len(paths)), key=lambda i: paths[i]):
@@ -330,22 +330,22 @@ def lay_out(
             min(len(previous), len(path)),
         )
         for node in branch[shared:]:
-            seen_until[node] = len(nodes)
+            visible_until[node] = len(nodes)
         branch[shared:] = range(len(nodes), len(nodes) + len(path) - shared)
         nodes += path[shared:]
         positions += range(shared, len(path))
-        seen_until += [0] * (len(path) - shared)
+        visible_until += [0] * (len(path) - shared)
         found += [(branch[depth], token, dialog) for depth, token in targets[dialog]]
         previous = path
     for node in branch:
-        seen_until[node] = len(nodes)
+        visible_until[node] = len(nodes)
     tokens, media_slot, start, stop = np.array(nodes, np.int32).reshape(-1, 4).T.copy()
-    target_at, target, dialog = np.array(found, np.int32).reshape(-1, 3).T.copy()
+    target_positions, target, dialog = np.array(found, np.int32).reshape(-1, 3).T.copy()
     ints = lambda values: np.array(values, np.int32)
     pairs = pair_count(start, stop, cfg.tile)
-    place = (tokens, ints(positions), ints(seen_until), media_slot, start, stop)
+    place = (tokens, ints(positions), ints(visible_until), media_slot, start, stop)
     return Document(
-        *place, target_at, target, dialog, sample.refs, sample.key, sample.source, pairs
+        *place, target_positions, target, dialog, sample.refs, sample.key, sample.source, pairs
     )
 
 

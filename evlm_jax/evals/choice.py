@@ -144,14 +144,14 @@ def _score(
     """
     places = [
         np.unique(at[target >= 0])
-        for at, target in zip(batch.target_at, batch.targets, strict=True)
+        for at, target in zip(batch.target_positions, batch.targets, strict=True)
     ]
     width = -(-max(map(len, places)) // 32) * 32  # few compiled shapes
     positions = np.stack([np.pad(p, (0, width - len(p))) for p in places])
     slots = np.stack(
         [
             np.searchsorted(p, at).clip(0, max(0, len(p) - 1))
-            for p, at in zip(places, batch.target_at, strict=True)
+            for p, at in zip(places, batch.target_positions, strict=True)
         ]
     )
     hidden, picks = _programs(layout)

@@ -27,10 +27,10 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
-def text_mask(seen_until: jax.Array) -> jax.Array:
-    """[B, T] -> [B, T, T]: query q sees key k iff k <= q < seen_until[k].
+def text_mask(visible_until: jax.Array) -> jax.Array:
+    """[B, T] -> [B, T, T]: query q sees key k iff k <= q < visible_until[k].
 
-    Two documents of 2 and 3 tokens, seen_until = 2 2 5 5 5:
+    Two documents of 2 and 3 tokens, visible_until = 2 2 5 5 5:
 
         q\\k  0 1 2 3 4
          0   x
@@ -39,7 +39,7 @@ def text_mask(seen_until: jax.Array) -> jax.Array:
          3       x x
          4       x x x
     """
-    index = jnp.arange(seen_until.shape[1])
+    index = jnp.arange(visible_until.shape[1])
     return (index[None, None, :] <= index[None, :, None]) & (
-        index[None, :, None] < seen_until[:, None, :]
+        index[None, :, None] < visible_until[:, None, :]
     )

@@ -181,7 +181,7 @@ class EVLM(nnx.Module):
             )(states, batch.visible_start, batch.media_slot)
         x = self.embed(batch.tokens, batch.media_slot, patches)
         rope = rope_tables(batch.positions, self.cfg.llm.head_dim, self.cfg.llm.rope_theta)
-        mask, attend = text_mask(batch.seen_until), self_attention_op()
+        mask, attend = text_mask(batch.visible_until), self_attention_op()
         kind = jnp.where(
             batch.media_slot >= 0, moe.MEDIA, jnp.where(real_tokens(batch), moe.TEXT, moe.PADDING)
         )

@@ -26,7 +26,7 @@ def centre_norms(model: EVLM, batch: Batch) -> nnx.State:
     own stream."""
     states, row = model.visual_states(batch), jnp.arange(len(batch.tokens))[:, None]
     zeros, pool = jnp.zeros(batch.tokens.shape), jnp.arange(len(batch.pair_image))[:, None]
-    predicts = zeros.at[row, batch.target_at].add(batch.targets >= 0)
+    predicts = zeros.at[row, batch.target_positions].add(batch.targets >= 0)
     text = (real_tokens(batch) & (batch.media_slot < 0)).astype(jnp.float32)
     images = jnp.zeros(states.shape[1:4])  # [C, I, S']
     images = images.at[pool, batch.pair_image].max(

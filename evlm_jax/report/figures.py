@@ -126,7 +126,7 @@ def word_maps(
         range(first, model.cfg.data.length),
         asked.text.rpartition(MARKER)[2],
     )
-    said = _words(tokenizer, batch.targets[0], batch.target_at[0], answer.text)
+    said = _words(tokenizer, batch.targets[0], batch.target_positions[0], answer.text)
     maps = attention_maps(model, batch, 0, [p for _, places in read + said for p in places])[
         :, :, :, 0
     ]

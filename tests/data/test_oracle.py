@@ -88,22 +88,23 @@ def seen_in(fields, b, documents, image):
                 stop - shift,
             )
         for q in here:
-            path = np.flatnonzero(fields["seen_until"][b, : q + 1] > q).tolist()
+            path = np.flatnonzero(fields["visible_until"][b, : q + 1] > q).tolist()
             assert path[0] >= token and fields["positions"][b, q] == len(path) - 1
             paths[q] = tuple(steps[k] for k in path)
         own = [
             m
-            for m, at in enumerate(fields["target_at"][b])
+            for m, at in enumerate(fields["target_positions"][b])
             if fields["targets"][b, m] >= 0 and at in here
         ]
         targets = Counter(
-            (paths[int(fields["target_at"][b, m])], int(fields["targets"][b, m])) for m in own
+            (paths[int(fields["target_positions"][b, m])], int(fields["targets"][b, m]))
+            for m in own
         )
         found.append((set(paths.values()), len(here), targets))
         token, image = token + len(here), image + len(document.refs)
     rest = slice(token, None)
     length = fields["tokens"].shape[1]
-    assert (fields["seen_until"][b, rest] == np.arange(token, length) + 1).all() and (
+    assert (fields["visible_until"][b, rest] == np.arange(token, length) + 1).all() and (
         fields["media_slot"][b, rest] == -1
     ).all()
     assert (fields["visible_start"][b, rest] == fields["visible_stop"][b, rest]).all()

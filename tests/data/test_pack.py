@@ -47,7 +47,7 @@ def drain_pools(packer):
 def sees_text(fields, b):
     """[T, T] who sees whom."""
     k, q = np.arange(len(fields["tokens"][b]))[:, None], np.arange(len(fields["tokens"][b]))[None]
-    return ((k <= q) & (q < fields["seen_until"][b][:, None])).T
+    return ((k <= q) & (q < fields["visible_until"][b][:, None])).T
 
 
 def sees_images(fields, b, images):
@@ -83,13 +83,13 @@ def test_rows_equal_their_documents_side_by_side(made):
         for document in row:
             for q in range(len(document.tokens)):
                 for k in range(q + 1):
-                    expected_text[token + q, token + k] = q < document.seen_until[k]
+                    expected_text[token + q, token + k] = q < document.visible_until[k]
                 for i in range(document.visible_start[q], document.visible_stop[q]):
                     expected_images[token + q, image + i] = True
                 for name in ("tokens", "positions", "media_slot"):
                     assert fields[name][b, token + q] == getattr(document, name)[q]
-            for at, wanted in zip(document.target_at, document.targets, strict=True):
-                assert (fields["target_at"][b, target], fields["targets"][b, target]) == (
+            for at, wanted in zip(document.target_positions, document.targets, strict=True):
+                assert (fields["target_positions"][b, target], fields["targets"][b, target]) == (
                     token + at,
                     wanted,
                 )
@@ -199,7 +199,7 @@ def test_without_isolation_later_documents_see_the_end_of_earlier_ones():
     text, (images, _) = sees_text(fields, 0), sees_images(fields, 0, cfg.data.images)
     start, last = len(two.tokens), len(two.tokens) + len(one.tokens) - 1
     path = [
-        k for k in range(start) if two.seen_until[k] == start
+        k for k in range(start) if two.visible_until[k] == start
     ]  # the dialog that is laid out last
     assert 0 < len(path) < start
     assert np.flatnonzero(text[last]).tolist() == [*path, *range(start, last + 1)]

@@ -61,8 +61,10 @@ def assert_is_all_dialogs(doc, sample, expected):
         wanted = [i for i, step in enumerate(steps) if step[4] and i > 0]
         mine = np.flatnonzero(doc.dialog == d)
         assert len(mine) == len(wanted)
-        for at, target, i in zip(doc.target_at[mine], doc.targets[mine], wanted, strict=True):
-            path = [k for k in range(len(doc.tokens)) if k <= at < doc.seen_until[k]]
+        for at, target, i in zip(
+            doc.target_positions[mine], doc.targets[mine], wanted, strict=True
+        ):
+            path = [k for k in range(len(doc.tokens)) if k <= at < doc.visible_until[k]]
             found = list(zip(*(field[path].tolist() for field in doc[3:6]), strict=True))
             assert doc.tokens[path].tolist() == [step[0] for step in steps[:i]]
             assert found == [step[1:4] for step in steps[:i]]
@@ -107,7 +109,7 @@ def test_prompt_is_what_training_saw_before_the_answer(template, sample):
     assert [*zip(*(field.tolist() for field in (doc.tokens, *doc[3:6])), strict=True)] == [
         step[:4] for step in trained[:-answer]
     ]
-    assert (doc.seen_until == len(doc.tokens)).all() and len(doc.targets) == 0
+    assert (doc.visible_until == len(doc.tokens)).all() and len(doc.targets) == 0
 
 
 def test_document_of_the_docstring():
@@ -116,9 +118,9 @@ def test_document_of_the_docstring():
     doc = encode(Sample("k", "made", refs(1), dialogs), TOKENIZER, config(template="plain"))
     shared = [SPECIALS["<|media|>"]] * 2 + list(b"a")
     assert doc.tokens.tolist() == shared + list(b"b Answer: x") + list(b"c Answer: y")
-    assert doc.seen_until.tolist() == [25] * 3 + [14] * 11 + [25] * 11
+    assert doc.visible_until.tolist() == [25] * 3 + [14] * 11 + [25] * 11
     assert doc.positions.tolist() == [0, 1, 2, *range(3, 14), *range(3, 14)]
-    assert list(zip(doc.dialog, doc.target_at, doc.targets, strict=True)) == [
+    assert list(zip(doc.dialog, doc.target_positions, doc.targets, strict=True)) == [
         (0, 11 + 0, 32),
         (0, 12, ord("x")),
         (0, 13, 259),

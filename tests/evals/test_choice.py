@@ -114,7 +114,7 @@ def test_greedy_is_what_the_whole_forward_pass_likes_best(samples):
     for batch, document, dialog in rows_in_order(
         documents, choice.fit_budget(model.cfg, documents), 1
     ):
-        said = np.asarray(best(model, batch))[0][batch.target_at[0]] == batch.targets[0]
+        said = np.asarray(best(model, batch))[0][batch.target_positions[0]] == batch.targets[0]
         for d, number, right in zip(document[0], dialog[0], said):
             assert d < 0 or found[d][1][number] == right
     assert 0 < sum(greedy.any() for _, greedy in found) and all(

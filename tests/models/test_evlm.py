@@ -47,7 +47,7 @@ def row(cfg: EVLMConfig, documents: list[list], seed: int = 0) -> Batch:
         for name in (
             "tokens",
             "positions",
-            "seen_until",
+            "visible_until",
             "media_slot",
             "visible_start",
             "visible_stop",
@@ -75,19 +75,19 @@ def row(cfg: EVLMConfig, documents: list[list], seed: int = 0) -> Batch:
                 t["media_slot"].append(i % cfg.media.tokens if frames else -1)
                 t["tokens"].append(int(rng.integers(0, 200)))
                 t["positions"].append(len(t["tokens"]) - 1 - begin)
-                t["seen_until"].append(end)
+                t["visible_until"].append(end)
                 t["visible_start"].append(start)
                 t["visible_stop"].append(stop)
             if frames:
                 see, image = (image, image + frames), image + frames
     pad = cfg.data.length - len(t["tokens"])
     fields = {name: values + [{"media_slot": -1}.get(name, 0)] * pad for name, values in t.items()}
-    fields["seen_until"][len(t["tokens"]) :] = range(len(t["tokens"]) + 1, cfg.data.length + 1)
+    fields["visible_until"][len(t["tokens"]) :] = range(len(t["tokens"]) + 1, cfg.data.length + 1)
     fields = {name: np.array(values, np.int32) for name, values in fields.items()}
     ranges = fields["visible_start"], fields["visible_stop"]
     fields |= plan(*ranges, cfg.tile, cfg.data.pairs) if cfg.tile else dict.fromkeys(Plan._fields)
     none = np.zeros(cfg.data.targets, np.int32)
-    fields |= dict(target_at=none, targets=none - 1, target_source=none)
+    fields |= dict(target_positions=none, targets=none - 1, target_source=none)
     shape = (cfg.data.images, cfg.vit.image_size, cfg.vit.image_size, 3)
     fields |= dict(pixels=rng.integers(0, 256, shape).astype(np.uint8), taps=None)
     return Batch(**{name: None if value is None else value[None] for name, value in fields.items()})
@@ -116,7 +116,7 @@ def test_gates_at_zero_are_the_language_model_alone():
     def alone(model, batch):
         rope, mask = (
             rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta),
-            text_mask(batch.seen_until),
+            text_mask(batch.visible_until),
         )
         step = lambda x, block: block(x, rope, lambda q, k, v: (attention(q, k, v, mask), None))
         x, _ = jax.lax.scan(step, model.embed(batch.tokens, batch.media_slot), model.llm.layers)
@@ -216,7 +216,7 @@ def test_packed_equals_unpacked(kind):
     for document in documents:
         images = sum(1 if p == "i" else p[1] for p in document if not isinstance(p, int))
         one = row(cfg, [document])
-        size = int(one.seen_until[0, 0])
+        size = int(one.visible_until[0, 0])
         one.tokens[0, :size] = packed.tokens[0, at : at + size]
         one.pixels[0, :images] = packed.pixels[0, image : image + images]
         alone = np.asarray(hidden(model, one))[0, :size]
@@ -233,7 +233,7 @@ def test_schedule_and_placement_equal_a_plain_loop(schedule, every):
     taps = model.encode(batch.pixels)
     rope, mask = (
         rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta),
-        text_mask(batch.seen_until),
+        text_mask(batch.visible_until),
     )
     x, grouping = (
         model.embed(batch.tokens, batch.media_slot),

@@ -274,7 +274,7 @@ def test_padding_and_neighbours_change_nothing():
     one = jax.tree.map(lambda a: a[:1], batch)
     alone, _ = jax.jit(lambda model, batch: model.forward_with_aux(batch))(model, one)
     np.testing.assert_allclose(both[:1], alone, atol=1e-5 * np.abs(alone).max())
-    used = (batch.seen_until > np.arange(cfg.data.length) + 1) | (batch.positions > 0)
+    used = (batch.visible_until > np.arange(cfg.data.length) + 1) | (batch.positions > 0)
     media = batch.media_slot >= 0
     assert 0 < used.sum() < used.size
     np.testing.assert_array_equal(routing.tokens, np.full(4, used.sum()))

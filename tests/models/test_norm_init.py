@@ -42,7 +42,7 @@ def test_norms_centre_what_they_read(every, pool):
 
     at = (
         np.arange(2)[:, None].repeat(cfg.data.targets, 1)[batch.targets >= 0],
-        batch.target_at[batch.targets >= 0],
+        batch.target_positions[batch.targets >= 0],
     )
     text = real_tokens(batch) & (batch.media_slot < 0)
     seen = np.zeros((2 // pool, cfg.data.slots), bool)

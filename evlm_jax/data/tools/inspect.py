@@ -119,13 +119,13 @@ def spelled(batch: Batch, b: int, here: range, tokenizer) -> list[dict]:
     stands in `ends`. Tokens that end within a character, and the media tokens of an image, are
     shown together."""
     targets: dict[int, list[int]] = {}
-    for at, target in zip(batch.target_at[b].tolist(), batch.targets[b].tolist()):
+    for at, target in zip(batch.target_positions[b].tolist(), batch.targets[b].tolist()):
         if target >= 0 and at in here:
             targets.setdefault(at, []).append(target)
     shown, last = [], None
     path: list[int] = []
     for q in here:
-        path = [k for k in path if q < batch.seen_until[b, k]]
+        path = [k for k in path if q < batch.visible_until[b, k]]
         ids, see = (
             [int(batch.tokens[b, q])],
             (
@@ -162,7 +162,7 @@ def spelled(batch: Batch, b: int, here: range, tokenizer) -> list[dict]:
         last |= {
             "index": q,
             "position": int(batch.positions[b, q]),
-            "until": int(batch.seen_until[b, q]),
+            "until": int(batch.visible_until[b, q]),
             "colour": see[0] % len(COLOURS),
         }
         shown.append(last)
@@ -183,7 +183,7 @@ def _ends(batch: Batch, b: int, token: dict, wanted: Sequence[int]) -> list[str]
 def sees_text(batch: Batch, b: int) -> np.ndarray:
     """bool [T, T]: query (down) sees key (right)."""
     at = np.arange(batch.tokens.shape[1])
-    return (at[None] <= at[:, None]) & (at[:, None] < batch.seen_until[b][None])
+    return (at[None] <= at[:, None]) & (at[:, None] < batch.visible_until[b][None])
 
 
 def sees_images(batch: Batch, b: int, images: int) -> np.ndarray:

@@ -21,8 +21,9 @@ first words of the questions) stands, and is computed, once; below it they branc
     visible_until  10    5    5    5     5   10      8    8    10     10
 
 A token sees exactly its ancestors (k <= q < visible_until[k]) and its position is its depth, so
-each dialog is computed as if it stood alone. A node may have several targets, one for each dialog and
-supervised token behind it. A token that only is a target (the last one, `.` above) is not laid out.
+each dialog is computed as if it stood alone. A node may have several targets, one for each dialog
+and supervised token behind it. A token that only is a target (the last one, `.` above) is not laid
+out.
 """
 
 import functools

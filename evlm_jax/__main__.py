@@ -13,7 +13,7 @@ def main() -> int:
     command line.
 
     XLA:CPU takes the buffers of every update anew from malloc. On pages of 4 KiB their faults are a
-    tenth to a quarter of a small model's step (docs/decisions.md).
+    tenth to a quarter of a small model's step (docs/decisions.md, D-TRAIN-8).
     """
     if sys.platform == "linux" and TUNABLES not in os.environ:
         os.environ[TUNABLES] = "glibc.malloc.hugetlb=1"

@@ -19,7 +19,8 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Tiny programs run once: LLVM's optimisations, and XLA's newer way of emitting loops (the only one
-# of jax 0.12), take more than half of the tests' time. XLA's own passes stay.
+# of jax 0.12), take more than half of the tests' time (docs/decisions.md, D-TEST-1). XLA's own
+# passes stay.
 QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 if metadata.version("jax").startswith("0.10."):
     QUICK += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]

@@ -1,5 +1,5 @@
 """Every command that README and docs show is one that the program takes; what they launch fits the
-machines that they name.
+machines that they name. Decisions have ids, and those that are named exist.
 """
 
 import argparse
@@ -27,6 +27,7 @@ COMMAND = re.compile(
     r"(?:^|\s|')(evlm|python -m"
     r" (?:evlm_jax|benchmarks\.\w+))(?=\s)([^'\n;&|#]*(?:'[^'\n]*'[^'\n;&|#]*)*)"
 )
+DECISION = re.compile(r"\bD-[A-Z]+-\d+\b")
 COUNT = re.compile(r"(\d+) (?:chips|GPUs)")
 
 
@@ -138,3 +139,26 @@ def fits(cfg, devices):
     )
     shapes = nnx.state(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
     check_parameters(layout, shapes, lambda path: param_names.canonical(cfg, path)[0])
+
+
+def test_each_decision_has_an_id_of_its_own():
+    rows = [
+        line
+        for line in (ROOT / "docs" / "decisions.md").read_text("utf-8").splitlines()
+        if line.startswith("| ") and not line.startswith(("| id |", "| --- |"))
+    ]
+    ids = [line.split(" | ")[0].removeprefix("| ") for line in rows]
+    assert all(map(DECISION.fullmatch, ids)), [i for i in ids if not DECISION.fullmatch(i)]
+    assert len(set(ids)) == len(ids), sorted({name for name in ids if ids.count(name) > 1})
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    code = [
+        path
+        for folder in ("evlm_jax", "experiments", "benchmarks", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+    named = {
+        name: path for path in pages + code for name in DECISION.findall(path.read_text("utf-8"))
+    }
+    assert "D-TRAIN-8" in named and named.keys() <= set(ids), {
+        name: str(path) for name, path in named.items() if name not in ids
+    }

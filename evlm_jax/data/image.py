@@ -31,9 +31,10 @@ FORMATS = (
     "GIF",
     "BMP",
     "TIFF",
-)  # Pillow knows others, some of which start programs
+)  # Pillow knows others, some of which start programs (docs/decisions.md, D-IMAGE-5)
 WHITE = (255, 255, 255)
-BICUBIC = ResizeAlg.convolution(FilterType.catmull_rom)  # Pillow's BICUBIC by another name
+# Pillow's BICUBIC by another name (docs/decisions.md, D-IMAGE-2).
+BICUBIC = ResizeAlg.convolution(FilterType.catmull_rom)
 MAKING = 3  # counts changes of how pixels are made: caches of features made otherwise are not used
 Made = TypeVar("Made")
 Picture = str | os.PathLike | Image.Image | np.ndarray | ImageRef

@@ -4,7 +4,7 @@ An image, all its questions and all their candidates are ONE document, a token t
 media tokens and every question are computed once, a candidate of one token costs no position at
 all, only one more pick from the same logits. The loss of a candidate is the sum over its tokens;
 the token that ends the answer counts only where one candidate is the beginning of another (else it
-would be compared without being needed)."""
+would be compared without being needed: docs/decisions.md, D-EVAL-4)."""
 
 import functools
 import math

@@ -6,7 +6,7 @@ whatever the question (98% of its square in SmolLM2-135M). Queries made from it 
 words they should look for. So the norms that read the text subtract what the predicting positions
 have in common and divide by the spread of all text around it, channel by channel; the norm that
 reads the taps does so with the mean over visual tokens. From there they are trained like any
-others."""
+others (docs/decisions.md, D-MODEL-2)."""
 
 import jax
 import jax.numpy as jnp

@@ -12,8 +12,8 @@ kernels, those; else a loop over each expert's own tiles, which reads a kernel o
 tile that is not filled, picks its tokens and adds to them tile by tile, so that no array [R, D] is
 ever stored. Backward, one loop makes both gradients: a tile's tokens are picked once, its two
 products run side by side, and the gradient of a kernel is added up in place. No form multiplies all
-tokens by all experts, as XLA's own ragged_dot does on CPU. Letters: N tokens, R rows of all tiles,
-A choices, k a token."""
+tokens by all experts, as XLA's own ragged_dot does on CPU (docs/decisions.md, D-OPS-5 to D-OPS-7).
+Letters: N tokens, R rows of all tiles, A choices, k a token."""
 
 import functools
 import importlib.util

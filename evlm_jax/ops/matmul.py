@@ -2,7 +2,7 @@
 
 Unusual: a gradient of our own. JAX's would multiply a float32 cotangent by a 16-bit operand, which
 matrix units do at the speed of float32 or not at all. CPUs with AMX gain five times from bfloat16
-products of this form, and nothing from others."""
+products of this form, and nothing from others (docs/decisions.md, D-OPS-4)."""
 
 from functools import partial
 

@@ -1,5 +1,5 @@
 """Tar files in the layout of webdataset and img2dataset: neighbouring members of one key are a row;
-read by their places in the file.
+read by their places in the file (docs/decisions.md, D-DATA-3 and D-DATA-4).
 """
 
 import os

@@ -1,5 +1,6 @@
 """Every command that README and docs show is one that the program takes; what they launch fits the
-machines that they name. Decisions have ids, and those that are named exist.
+machines that they name. Decisions have ids, and those that are named exist, as do the files that
+CONTRIBUTING.md names.
 """
 
 import argparse
@@ -33,7 +34,11 @@ COUNT = re.compile(r"(\d+) (?:chips|GPUs)")
 
 def blocks(language):
     """(file, text in front of it, block) of all pages."""
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for page in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]:
         text = page.read_text("utf-8")
         for found in BLOCK.finditer(text):
             if found[1] == language:
@@ -162,3 +167,10 @@ def test_each_decision_has_an_id_of_its_own():
     assert "D-TRAIN-8" in named and named.keys() <= set(ids), {
         name: str(path) for name, path in named.items() if name not in ids
     }
+
+
+def test_contributing_names_files_that_exist():
+    prose = BLOCK.sub("", (ROOT / "CONTRIBUTING.md").read_text("utf-8"))
+    named = re.findall(r"`([\w./-]+)`", prose) + re.findall(r"\]\(([\w./-]+)\)", prose)
+    paths = {name for name in named if "/" in name or name.endswith((".py", ".md", ".txt"))}
+    assert len(paths) > 60 and not [name for name in sorted(paths) if not (ROOT / name).exists()]

@@ -414,7 +414,10 @@ def test_the_preprocessor_is_read_whole(tmp_path):
     assert engine.describe(str(tmp_path))["std"] == (1.0, 1.0, 1.0)
     for facts, message in (
         ({"rescale_factor": 1.0}, "rescale_factor"),
+        ({"rescale_factor": "1/255"}, "rescale_factor"),
         ({"image_mean": [0.5] * 3}, "image_std must be three numbers"),
+        ({"image_mean": [0.5] * 3, "image_std": ["a", 1, 1]}, "image_std must be three numbers"),
+        ({"image_mean": [float("nan")] * 3, "image_std": [1] * 3}, "image_mean must be three"),
     ):
         write(**facts)
         with pytest.raises(ValueError, match=message):

@@ -115,8 +115,11 @@ def _normalisation(path) -> dict:
     not stand there.
     """
     read = read_json(path)
-    if read.get("do_rescale", True) is not True or not math.isclose(
-        read.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6
+    factor = read.get("rescale_factor", 1 / 255)
+    if (
+        read.get("do_rescale", True) is not True
+        or not isinstance(factor, float)
+        or not math.isclose(factor, 1 / 255, rel_tol=1e-6)
     ):
         raise ValueError(
             f"{path}: do_rescale and rescale_factor must be true and 1/255: pixels are read as 0..1"
@@ -127,7 +130,11 @@ def _normalisation(path) -> dict:
         ours: read.get(theirs) for ours, theirs in (("mean", "image_mean"), ("std", "image_std"))
     }
     if wrong := [
-        name for name, value in numbers.items() if not isinstance(value, list) or len(value) != 3
+        name
+        for name, value in numbers.items()
+        if not isinstance(value, list)
+        or len(value) != 3
+        or not all(isinstance(one, int | float) and math.isfinite(one) for one in value)
     ]:
         raise ValueError(f"{path}: image_{' and image_'.join(wrong)} must be three numbers")
     return {name: tuple(map(float, value)) for name, value in numbers.items()}

@@ -14,7 +14,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from evlm_jax.data import video
-from evlm_jax.data.containers import files, rows, tar
+from evlm_jax.data.containers import files, footer, rows, tar
 from evlm_jax.data.features import content_key
 from evlm_jax.data.image import ImageError
 from evlm_jax.data.samples import ImageRef, SampleError
@@ -118,6 +118,28 @@ def test_pictures_are_not_read_with_their_rows(tmp_path, monkeypatch):
         name for name in read[0][1] if "bytes" in name or name == "jpg"
     ]
     assert shows(row["jpg"]) == 4 and read[1] == (1, ["jpg"])
+
+
+@pytest.mark.parametrize("told", [True, False, ["id", "jpg"]])
+def test_null_counts_of_a_footer_are_those_of_pyarrow(tmp_path, told):
+    table = pa.table(
+        {
+            "id": [1, None, 3, None, None],
+            "jpg": [b"a", None, b"b", b"c", b"d"],
+            "images": [[{"bytes": b"a", "path": None}], [], None, [{"bytes": None}], None],
+            "facts": pa.array([[("a", 1)], [], None, None, []], pa.map_(pa.string(), pa.int8())),
+            "flag": [True, None, False, None, True],
+        }
+    )
+    options = {"write_statistics": told, "row_group_size": 2, "write_page_index": True}
+    pq.write_table(table, tmp_path / "a.parquet", **options)
+    metadata = pq.read_metadata(tmp_path / "a.parquet")
+    stats = lambda group, i: metadata.row_group(group).column(i).statistics
+    count = lambda found: found.null_count if found is not None and found.has_null_count else None
+    with open(tmp_path / "a.parquet", "rb") as file:
+        assert footer.null_counts(file) == [
+            [count(stats(group, i)) for i in range(metadata.num_columns)] for group in range(3)
+        ]
 
 
 def test_empty_cells_and_broken_parquet(tmp_path):

@@ -15,6 +15,7 @@ from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import encode
 from tests.data.made import TOKENIZER, config
 
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # of divisions by 0 and of NaN
 TALK = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
 WHOLE = {
     "llava": {"id": "k", "image": ["a.png"], "conversations": TALK, "frames": 2},

@@ -200,9 +200,16 @@ def test_samples_of_what_was_found(tmp_path):
     "change, message",
     [
         ({"boxes": []}, "there is no text in `boxes`"),
-        ({"boxes": [{"box": [1, 2, 3], "text": "x"}]}, "a: .*"),
+        ({"boxes": [{"box": [1, 2, 3], "text": "x"}]}, "a box must be x1, y1, x2, y2 or four"),
+        ({"boxes": [{"box": None, "text": "x"}]}, "'box' must be a list, it is null"),
+        ({"boxes": [{"box": [0, 0, 9, float("nan")], "text": "x"}]}, "'box' must be a finite num"),
+        (
+            {"boxes": [{"box": AT, "text": "x", "confidence": None}]},
+            "'confidence' must be a finite number, it is 'None'",
+        ),
         ({"boxes": [{"box": [0, 0, 900, 10], "text": "x"}]}, "not within the picture"),
-        ({"width": None}, "a: TypeError"),
+        ({"width": None}, "'width' must be a finite number, it is 'None'"),
+        ({"height": 0}, "'width' and 'height' must be above 0, they are 200, 0"),
     ],
 )
 def test_wrong_rows_are_named(tmp_path, change, message):

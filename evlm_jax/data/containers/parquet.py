@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from evlm_jax.data.containers import files
+from evlm_jax.data.containers import files, footer
 
 KEPT = 4  # tables of row groups in memory
 SHAPES = 1 << 10  # columns of row groups, without their bytes
@@ -33,7 +33,7 @@ class Parquet(Sequence):
             self._schema, self._leaves, self._gaps = (
                 opened.schema_arrow,
                 _leaves(opened),
-                _gaps(opened),
+                _gaps(opened, footer.null_counts(file)),
             )
         self._ends = _ends(path, self._version)
 
@@ -184,22 +184,26 @@ def _holds_binary(kind: pa.DataType) -> bool:
     return _holds_binary(kind.value_type) if _is_list(kind) else _is_binary(kind)
 
 
-def _gaps(opened: pq.ParquetFile) -> dict[tuple[int, str], int | None]:
+def _gaps(
+    opened: pq.ParquetFile, lacking: list[list[int | None]]
+) -> dict[tuple[int, str], int | None]:
     """{(row group, column): how many binary values lack in it, an empty list counting as one, or
     None where the file does not tell}.
+
+    `lacking`: the same of each [row group][leaf column].
     """
-    found, metadata = {}, opened.metadata
+    found = {}
     tops = [field.name for field in opened.schema_arrow for _ in range(_leaf_count(field.type))]
+    if any(len(group) != len(tops) for group in lacking):
+        raise ValueError("a row group in its footer has other columns than its schema")
     for i, name in enumerate(tops):
         column = opened.schema.column(i)
         if column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY") and _holds_binary(
             opened.schema_arrow.field(name).type
         ):
-            for group in range(metadata.num_row_groups):
-                told = metadata.row_group(group).column(i).statistics
-                lacking = told.null_count if told is not None and told.has_null_count else None
-                if lacking != 0 and column.logical_type.type == "NONE":
-                    found[group, name] = None if (group, name) in found else lacking
+            for number, group in enumerate(lacking):
+                if group[i] != 0 and column.logical_type.type == "NONE":
+                    found[number, name] = None if (number, name) in found else group[i]
     return found
 
 

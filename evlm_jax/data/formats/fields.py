@@ -2,6 +2,7 @@
 out and counted.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,25 @@ def listed(value: Any, field: str) -> list:
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{field!r} must be a list, it is {_kind(value)}")
     return list(value)
+
+
+def number(value: Any, field: str) -> float:
+    """A finite number."""
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (OverflowError, TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"{field!r} must be a finite number, it is {str(value)[:40]!r}")
+    return found
+
+
+def pixels(row: dict) -> tuple[int, int]:
+    """ "width" and "height" of a picture."""
+    found = tuple(int(number(row[field], field)) for field in ("width", "height"))
+    if min(found) < 1:
+        raise ValueError(f"'width' and 'height' must be above 0, they are {found[0]}, {found[1]}")
+    return found
 
 
 def facts(row: dict) -> dict:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from evlm_jax.data.containers import files
 from evlm_jax.data.containers.lines import load
-from evlm_jax.data.formats.fields import facts, listed, member, words
+from evlm_jax.data.formats.fields import facts, listed, member, number, pixels, words
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, literal, question
 from evlm_jax.data.source import Source, taken
 
@@ -83,7 +83,7 @@ def refcoco(
 
 def _located(text: str, picture: dict, where: Sequence[float]):
     """The dialog that asks for what `text` says; `where`: its [x, y, w, h] in pixels."""
-    (x, y, w, h), across, down = where, picture["width"], picture["height"]
+    (x, y, w, h), (across, down) = (number(value, "bbox") for value in where), pixels(picture)
     place = box((x / across, y / down, (x + w) / across, (y + h) / down))
     return question(f"{MARKER}{LOCATE}{literal(text)}", f"<ref>{literal(text)}</ref>{place}")
 

@@ -31,7 +31,7 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.data import image
 from evlm_jax.data.clean import Cleaner, Receipt, clean, picture_rule
 from evlm_jax.data.containers import files, rows
-from evlm_jax.data.formats.fields import facts, files_of, members, words
+from evlm_jax.data.formats.fields import facts, files_of, listed, members, number, pixels, words
 from evlm_jax.data.ocr.dialogs import ASKED, DIALOGS, dialogs
 from evlm_jax.data.ocr.twins import Twins
 from evlm_jax.data.samples import ImageRef, Sample, literal
@@ -78,22 +78,21 @@ def scan(name: str, root: str, row: dict) -> Scan:
         key_of(row),
         name,
         file,
-        (int(told["width"]), int(told["height"])),
+        pixels(told),
         tuple(_found(entry) for entry in told["boxes"]),
     )
 
 
 def _found(entry: dict) -> Found:
-    box = entry["box"]
+    box = listed(entry["box"], "box")
     if len(box) == 4 and not isinstance(box[0], Sequence):
         x1, y1, x2, y2 = box
         box = (x1, y1), (x2, y1), (x2, y2), (x1, y2)
-    corners = tuple((float(x), float(y)) for x, y in box)
-    if len(corners) != 4:
+    if [len(corner) if isinstance(corner, Sequence) else 0 for corner in box] != [2] * 4:
         raise ValueError(f"a box must be x1, y1, x2, y2 or four corners, not {entry['box']}")
-    return Found(
-        " ".join(words(entry["text"], "text").split()), corners, float(entry.get("confidence", 1))
-    )
+    corners = tuple((number(x, "box"), number(y, "box")) for x, y in box)
+    text, sure = entry["text"], entry.get("confidence", 1)
+    return Found(" ".join(words(text, "text").split()), corners, number(sure, "confidence"))
 
 
 def open_scans(path: str, images: str = "") -> Chain:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from evlm_jax.data.formats.fields import number, pixels
 from evlm_jax.data.formats.grounding import unpickle
 from evlm_jax.evals.scorers import boxes
 from evlm_jax.evals.task import Question, Scores, Task, column, percent
@@ -40,16 +41,18 @@ def read(data: Path, split: str, style: str, refs: str) -> list[Question]:
                 f"image {row['image_id']} or annotation {row['ann_id']} is not in"
                 f" {data / 'instances.json'}"
             )
-        image, (left, top, width, height) = (
-            images[row["image_id"]],
-            annotations[row["ann_id"]]["bbox"],
-        )
-        box = [
-            left / image["width"],
-            top / image["height"],
-            (left + width) / image["width"],
-            (top + height) / image["height"],
-        ]
+        image = images[row["image_id"]]
+        try:
+            across, down = pixels(image)
+            left, top, width, height = (
+                number(value, "bbox") for value in annotations[row["ann_id"]]["bbox"]
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise row.error(
+                f"image {row['image_id']} or annotation {row['ann_id']} of"
+                f" {data / 'instances.json'} is not COCO's: {error}"
+            ) from error
+        box = [left / across, top / down, (left + width) / across, (top + height) / down]
         seen = row.image(
             *(data / folder / image["file_name"] for folder in ("images", "train2014"))
         )

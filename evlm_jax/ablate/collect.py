@@ -2,7 +2,7 @@
 the difference from another one.
 
 {"settings": {...}, "clusters": {task: [questions of each image]}, "runs": [result.json of each run,
-clusters left out]}"""
+settings and clusters left out]}"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from evlm_jax.ablate import finished
 from evlm_jax.ablate.budget import FLOPS, QUESTIONS
-from evlm_jax.ablate.job import BASE, CAPTION, CHOICE, unpack
-from evlm_jax.evals import results
+from evlm_jax.ablate.job import BASE, CAPTION, CHOICE
 from evlm_jax.evals.score import columns
 from evlm_jax.evals.statistics import crossed_interval, paired_p
 
@@ -68,23 +68,22 @@ def collect(files: Sequence[Path]) -> dict:
 
     Raises ValueError naming the file whose settings or questions are not those of the first.
     """
-    runs = [results.load(file) for file in files]
+    runs = [finished.load(file) for file in files]
     if not runs:
         raise ValueError("ablate: no run is finished")
     joined = {
         "settings": runs[0]["settings"],
-        "clusters": next(iter(runs[0]["readings"].values()))["clusters"],
+        "clusters": runs[0]["clusters"],
         "runs": runs,
     }
     for file, run in zip(files, runs):
-        clusters = [reading.pop("clusters") for reading in run["readings"].values()]
-        settings = run.pop("settings")
+        clusters, settings = run.pop("clusters"), run.pop("settings")
         if wrong := _apart(settings, joined["settings"]):
             raise ValueError(
                 f"{file}: its {', '.join(wrong)} differ from those of {files[0]}; give another"
                 " --out, or remove one of them"
             )
-        if any(found != joined["clusters"] for found in clusters):
+        if clusters != joined["clusters"]:
             raise ValueError(
                 f"{file}: its test questions are not those of {files[0]}; remove one of them"
             )
@@ -130,7 +129,8 @@ def values(found: dict, variant: str, budget: str, measure: Measure) -> dict[int
     count = sum(found["clusters"][measure.key.partition("/")[0]])
     runs = [run for run in found["runs"] if run["variant"] == variant]
     return {
-        run["seed"]: unpack(reading(run, budget)["measured"][measure.key], count) for run in runs
+        run["seed"]: finished.unpack(reading(run, budget)["measured"][measure.key], count)
+        for run in runs
     }
 
 

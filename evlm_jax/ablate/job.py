@@ -6,7 +6,6 @@ DIR/VARIANT/SEED/result.json   the whole run, once it has been read at both budg
 DIR/VARIANT/SEED/metrics.jsonl and, until then or where they are kept, the checkpoints
 """
 
-import base64
 import fcntl
 import itertools
 import math
@@ -20,6 +19,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from evlm_jax.ablate import finished
 from evlm_jax.ablate.budget import budgets
 from evlm_jax.checkpoint import store
 from evlm_jax.config import EVLMConfig, to_dict, to_saved
@@ -27,7 +27,7 @@ from evlm_jax.convert import upcycle
 from evlm_jax.convert.engine import parameter_shapes
 from evlm_jax.data.features import FeatureStore
 from evlm_jax.data.samples import Sample, question
-from evlm_jax.evals import results, score, tasks
+from evlm_jax.evals import results, tasks
 from evlm_jax.evals.answer import answerer, prompt_text
 from evlm_jax.evals.choice import answer_losses
 from evlm_jax.evals.runner import evaluate
@@ -109,7 +109,7 @@ def run(
             "settings": common,
             "budgets": {name: cut._asdict() for name, cut in cuts.items()},
         }
-        results.save(folder / "result.json", whole | {"readings": readings})
+        finished.save(folder / "result.json", whole | {"readings": readings})
         for name in () if keep else ("steps", "frozen", "start"):
             shutil.rmtree(folder / name, ignore_errors=True)
 
@@ -168,7 +168,7 @@ def read(cfg: EVLMConfig, begin: str | None, folder: Path, limit: int | None) ->
     train_run(cfg, str(folder), begin)
     memory, trained = peak_memory(), load_trained(str(folder), cfg.train.steps)
     features, weights = features_of(trained), results.weights_hash(trained.params)
-    measured, clusters, scores = {}, {}, {}
+    measured, clusters = {}, {}
     for name, most in ((CHOICE, limit), (CAPTION, None)):
         progress = folder / "evals" / f"{name}-{cfg.train.steps}.jsonl"
         result, questions = answered(
@@ -181,19 +181,17 @@ def read(cfg: EVLMConfig, begin: str | None, folder: Path, limit: int | None) ->
         }
         if name == CAPTION:
             each["loss"] = caption_losses(trained, features, questions)
-        measured |= {f"{name}/{metric}": pack(values) for metric, values in each.items()}
+        measured |= {f"{name}/{metric}": finished.pack(values) for metric, values in each.items()}
         clusters[name] = [
             len(list(group))
             for _, group in itertools.groupby(row["cluster"] for row in result["examples"])
         ]
-        scores[name] = score.scored(result)["scores"]
     lines = [
         line for line in training_lines(folder / "metrics.jsonl") if line["step"] <= cfg.train.steps
     ]
     return {
         "measured": measured,
         "clusters": clusters,
-        "scores": scores,
         "loss": float(np.mean([line["loss"] for line in lines[-LAST:]])),
         "step_seconds": float(np.median([line["step_seconds"] for line in lines])),
         "peak_bytes": memory,
@@ -243,19 +241,3 @@ def peak_memory() -> int:
         if stats
         else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     )
-
-
-def pack(values: Sequence[float]) -> str | list[float]:
-    """Values of all questions, compactly: right and wrong (100 and 0) as base64 of bits, others
-    rounded.
-    """
-    if set(values) <= {0.0, 100.0}:
-        return base64.b64encode(np.packbits(np.array(values) > 0).tobytes()).decode()
-    return [round(value, 4) for value in values]
-
-
-def unpack(packed: str | list[float], count: int) -> np.ndarray:
-    """Inverse of `pack`, float64 [count]."""
-    if isinstance(packed, str):
-        return 100.0 * np.unpackbits(np.frombuffer(base64.b64decode(packed), np.uint8), count=count)
-    return np.array(packed, np.float64)

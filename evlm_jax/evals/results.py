@@ -20,6 +20,7 @@ from evlm_jax.config import EVLMConfig, to_saved
 from evlm_jax.paths import place, write
 
 PACKAGES = ("evlm-jax", "jax", "flax", "numpy", "tokenizers", "pillow")
+LINE = 800  # characters that a part of a result takes before its entries have lines of their own
 
 
 def weights_hash(arrays: dict[str, jax.Array]) -> str:
@@ -64,13 +65,11 @@ def device() -> str:
 
 
 def save(path: os.PathLike | str, result: dict) -> epath.Path:
-    """Writes JSON, atomically.
+    """Writes JSON, atomically: small, with a line for each part that people would compare.
 
     Raises ValueError where a number is not finite (name the key and mend the score).
     """
-    return write(
-        path, json.dumps(_plain(result, ""), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
-    )
+    return write(path, _lines(_plain(result, "")) + "\n")
 
 
 def load(path: os.PathLike | str) -> dict:
@@ -82,6 +81,24 @@ def load(path: os.PathLike | str) -> dict:
     if not isinstance(result, dict):
         raise ValueError(f"{path}: not a result of `evlm eval`: it holds no JSON object")
     return result
+
+
+def _lines(value) -> str:
+    """JSON on one line; entries of an object, or of a list of objects, on lines of their own where
+    it would be longer than LINE.
+    """
+    dumped = lambda part: json.dumps(
+        part, ensure_ascii=False, separators=(",", ":"), allow_nan=False
+    )
+    text = dumped(value)
+    if len(text) <= LINE:
+        return text
+    if isinstance(value, dict):
+        entries = [f"{dumped(key)}:{_lines(entry)}" for key, entry in value.items()]
+        return "{\n" + ",\n".join(entries) + "\n}"
+    if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+        return "[\n" + ",\n".join(map(_lines, value)) + "\n]"
+    return text
 
 
 def _version(name: str) -> str:

@@ -10,9 +10,8 @@ import pytest
 from scipy import stats
 
 from benchmarks.results import page as markdown
-from evlm_jax.ablate import claims, collect, job, page
+from evlm_jax.ablate import claims, collect, finished, job, page
 from evlm_jax.ablate.budget import FLOPS, QUESTIONS
-from evlm_jax.evals import results
 from evlm_jax.report import figures
 
 SIZES, EMOJI = [5] * 40, [1] * 30
@@ -42,12 +41,12 @@ def run(variant, seed, share, questions=24_000, cheap=False):
     for number, step in enumerate(sorted({cut["step"] for cut in budgets.values()})):
         right = 100.0 * (SPREAD < 200 * min(share + 0.03 * number, 1) + seed)
         measured = {
-            "easy-vqa-choice/accuracy": job.pack(right),
-            "emoji/loss": job.pack(rng.normal(5, 1, 30)),
+            "easy-vqa-choice/accuracy": finished.pack(right),
+            "emoji/loss": finished.pack(rng.normal(5, 1, 30)),
         }
         measured |= {
-            "emoji/CIDEr (words)": job.pack(rng.random(30)),
-            "emoji/exact match (words)": job.pack([0.0, 100.0] * 15),
+            "emoji/CIDEr (words)": finished.pack(rng.random(30)),
+            "emoji/exact match (words)": finished.pack([0.0, 100.0] * 15),
         }
         facts = {
             "loss": 0.2,
@@ -84,7 +83,7 @@ def saved(tmp_path):
 
     def save(runs):
         files = [
-            results.save(tmp_path / one["variant"] / str(one["seed"]) / "result.json", one)
+            finished.save(tmp_path / one["variant"] / str(one["seed"]) / "result.json", one)
             for one in runs
         ]
         return json.loads(json.dumps(collect.collect(files)))
@@ -103,9 +102,14 @@ def every(seeds=3, **shares):
 def test_packed_values_come_back():
     rng = np.random.default_rng(0)
     right = 100.0 * (rng.random(9673) < 0.9)
-    assert len(job.pack(right)) < 1700 and np.array_equal(job.unpack(job.pack(right), 9673), right)
+    assert len(finished.pack(right)) < 1700 and np.array_equal(
+        finished.unpack(finished.pack(right), 9673), right
+    )
     losses = rng.normal(5, 1, 162)
-    np.testing.assert_allclose(job.unpack(job.pack(losses), 162), losses, atol=5.1e-5)
+    rare = losses * (rng.random(162) < 0.1)
+    for values in (losses, rare):
+        np.testing.assert_allclose(finished.unpack(finished.pack(values), 162), values, atol=5.1e-5)
+    assert len(json.dumps(finished.pack(rare))) < len(json.dumps(finished.pack(losses))) / 4
 
 
 def test_rows_by_hand(saved):

@@ -135,6 +135,8 @@ def test_save_and_load(tmp_path):
     assert back["scores"] == {"accuracy": 0.5, "curve": [0, 1, 2]} and back["text"] == "红苹果"
     assert back["provenance"]["config"]["llm"]["hidden"] == cfg.llm.hidden
     assert not list(tmp_path.rglob("*.part"))
+    lines = path.read_text("utf-8").splitlines()
+    assert len(lines) < 30 and '"text":"红苹果",' in lines  # a part each
     with pytest.raises(ValueError, match=r"scores.bad\[1\] is nan"):
         results.save(path, {"scores": {"bad": [1.0, float("nan")]}})
     assert results.load(path) == back

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from evlm_jax import assets
-from tests.parity import needs_asset
+from tests.helpers.parity import needs_asset
 
 CONTENTS = {
     "data/b.txt": b"second",

@@ -18,7 +18,7 @@ from evlm_jax.launch import train_run
 from evlm_jax.models import param_names
 from evlm_jax.runs import features_of, load_trained
 from experiments import demo
-from tests.parity import needs_asset
+from tests.helpers.parity import needs_asset
 
 CHANGES = {
     "fused": {"bridge.kind": "fused"},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity import needs_asset
+from tests.helpers.parity import needs_asset
 
 ROOT = Path(__file__).parent.parent
 HELPERS = {"peers", "torch_step"}  # of demo_speed

@@ -12,7 +12,7 @@ import pytest
 from evlm_jax.checkpoint import store as checkpoint
 from evlm_jax.checkpoint.store import Checkpoints
 from evlm_jax.config import to_dict
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 CFG = tiny_config()
 

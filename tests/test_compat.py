@@ -10,7 +10,7 @@ from evlm_jax.config import compat, from_config_dict, from_saved, to_dict, to_sa
 from evlm_jax.config.load import set_field
 from evlm_jax.config.schema import build
 from experiments import demo
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 CFG = tiny_config(xattn={"heads": 4, "kv_heads": 4})
 

@@ -15,7 +15,7 @@ from evlm_jax.planning import chips
 from evlm_jax.planning.compiled import Costs, Transfer, _meetings, costs
 from evlm_jax.planning.hlo import Instruction, Module, replica_group
 from evlm_jax.planning.live import fullest
-from tests.hand_programs import DEVICES, HIDDEN, KEPT, LAYERS, ROWS, WIDTH, build
+from tests.helpers.hand_programs import DEVICES, HIDDEN, KEPT, LAYERS, ROWS, WIDTH, build
 
 TPU = pytest.param(
     "tpu",
@@ -31,7 +31,7 @@ def texts(tmp_path_factory) -> dict:
     this one may have begun with fewer.
     """
     folder = tmp_path_factory.mktemp("programs")
-    subprocess.run([sys.executable, "-m", "tests.hand_programs", str(folder)], check=True)
+    subprocess.run([sys.executable, "-m", "tests.helpers.hand_programs", str(folder)], check=True)
     found = {
         "cpu": {
             path.stem: (path.read_text(), int(path.with_suffix(".bytes").read_text()))

@@ -12,10 +12,10 @@ from gguf import GGUFWriter
 from evlm_jax.convert.context import check_length, trained_positions
 from evlm_jax.convert.importer import import_towers
 from evlm_jax.launch import train_run
-from tests.checkpoints import dinov2_directory, llama_directory
-from tests.parity import needs_asset
-from tests.tiny import tiny_config
-from tests.vocabularies import older_folder
+from tests.helpers.checkpoints import dinov2_directory, llama_directory
+from tests.helpers.parity import needs_asset
+from tests.helpers.tiny import tiny_config
+from tests.helpers.vocabularies import older_folder
 
 CFG = tiny_config()
 

@@ -18,8 +18,8 @@ from evlm_jax.checkpoint.lazy_tensors import Source, read_all
 from evlm_jax.convert import engine, readers
 from evlm_jax.convert.interpolate import resize_positions, weights
 from evlm_jax.convert.tables import FAMILIES
-from tests.parity import needs_asset, needs_transformers
-from tests.tiny import tiny_config
+from tests.helpers.parity import needs_asset, needs_transformers
+from tests.helpers.tiny import tiny_config
 
 CFG = tiny_config()
 SHAPES = {

@@ -27,9 +27,9 @@ from evlm_jax.models.evlm import EVLM as Model
 from evlm_jax.models.sampling import Sampling
 from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.train import Phase as TrainPhase
-from tests.random_model import random_model
+from tests.helpers.random_model import random_model
+from tests.helpers.tiny import BASELINES, UPPER_VIT, tiny_config
 from tests.test_flops import _products, bridge_program
-from tests.tiny import BASELINES, UPPER_VIT, tiny_config
 
 KINDS = (EVLM, LLAVA, FLAMINGO)
 tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason='pip install -e ".[plan]"')
@@ -437,7 +437,7 @@ def test_wrong_frames_are_named(words, capsys):
 def test_the_command(tmp_path, capsys):
     experiment, out = tmp_path / "tiny.py", tmp_path / "costs.json"
     experiment.write_text(
-        "from ml_collections import ConfigDict\nfrom tests.tiny import _TINY\n\n\ndef"
+        "from ml_collections import ConfigDict\nfrom tests.helpers.tiny import _TINY\n\n\ndef"
         " get_config():\n    return ConfigDict(_TINY)\n"
     )
     assert (

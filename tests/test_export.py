@@ -19,10 +19,10 @@ from evlm_jax.models.decode_weights import Weights
 from evlm_jax.models.decoding import Prompt, read_prompts
 from evlm_jax.ops.attention_plan import plan
 from evlm_jax.ops.grouped_attention import Plan
-from tests.checkpoints import IMAGE, run_directory
-from tests.parity import needs_transformers, relative
-from tests.random_model import random_model
-from tests.tiny import tiny_config
+from tests.helpers.checkpoints import IMAGE, run_directory
+from tests.helpers.parity import needs_transformers, relative
+from tests.helpers.random_model import random_model
+from tests.helpers.tiny import tiny_config
 
 TOWERS = {
     "dinov2, tied Llama": {},

@@ -16,10 +16,10 @@ from evlm_jax.models import xattn
 from evlm_jax.models.param_names import flatten, unflatten
 from evlm_jax.ops.attention_plan import plan
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
-from tests.checkpoints import run_directory
-from tests.parity import needs_transformers, open_flamingo_helpers, relative, text_logits
-from tests.random_model import random_model
-from tests.tiny import tiny_config
+from tests.helpers.checkpoints import run_directory
+from tests.helpers.parity import needs_transformers, open_flamingo_helpers, relative, text_logits
+from tests.helpers.random_model import random_model
+from tests.helpers.tiny import tiny_config
 
 
 @needs_transformers

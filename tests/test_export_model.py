@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from evlm_jax.convert import export
-from tests.checkpoints import IMAGE, run_directory
-from tests.random_model import random_model
-from tests.tiny import tiny_config
+from tests.helpers.checkpoints import IMAGE, run_directory
+from tests.helpers.random_model import random_model
+from tests.helpers.tiny import tiny_config
 
 torch = pytest.importorskip("torch", reason="needs the extra parity")
 accelerate = pytest.importorskip("accelerate", reason="needs the extra parity")

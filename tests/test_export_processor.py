@@ -21,10 +21,10 @@ from evlm_jax.convert import export
 from evlm_jax.data import image, text
 from evlm_jax.data.samples import ImageRef, Turn
 from evlm_jax.data.tokenizer import load_tokenizer
-from tests.checkpoints import IMAGE, run_directory
-from tests.random_model import random_model
-from tests.tiny import tiny_config
-from tests.vocabularies import older_folder
+from tests.helpers.checkpoints import IMAGE, run_directory
+from tests.helpers.random_model import random_model
+from tests.helpers.tiny import tiny_config
+from tests.helpers.vocabularies import older_folder
 
 torch = pytest.importorskip("torch", reason="needs the extra parity")
 transformers = pytest.importorskip("transformers", reason="needs the extra parity")

@@ -11,7 +11,7 @@ import pytest
 from evlm_jax import cli
 from evlm_jax.convert import families
 from evlm_jax.convert.refused import LANGUAGE, VISION
-from tests.parity import config_for, encode, load, relative, text_logits
+from tests.helpers.parity import config_for, encode, load, relative, text_logits
 
 torch = pytest.importorskip("torch", reason="needs the extra parity")
 transformers = pytest.importorskip("transformers", reason="needs the extra parity")

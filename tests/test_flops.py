@@ -14,7 +14,7 @@ from jax.interpreters import partial_eval
 from evlm_jax import flops
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.engine import parameter_shapes
-from tests.tiny import BASELINES, tiny_batch, tiny_config
+from tests.helpers.tiny import BASELINES, tiny_batch, tiny_config
 
 ROWS = 3
 

@@ -15,10 +15,10 @@ from evlm_jax.checkpoint import lazy_tensors
 from evlm_jax.checkpoint.lazy_tensors import read_all
 from evlm_jax.convert import engine, families, importer
 from evlm_jax.convert.readers import open_source
-from tests.checkpoints import dinov2_directory, llama_directory
-from tests.foreign_files import KEYS, UNTIED, field, gguf_file
-from tests.parity import needs_asset
-from tests.tiny import tiny_config
+from tests.helpers.checkpoints import dinov2_directory, llama_directory
+from tests.helpers.foreign_files import KEYS, UNTIED, field, gguf_file
+from tests.helpers.parity import needs_asset
+from tests.helpers.tiny import tiny_config
 
 CFG = tiny_config()
 

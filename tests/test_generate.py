@@ -21,7 +21,7 @@ from evlm_jax.ops import decode_matmul
 from evlm_jax.ops.attention_plan import plan
 from evlm_jax.ops.grouped_attention import Plan
 from tests.data.made import SPECIALS, ByteTokenizer, refs
-from tests.tiny import BASELINES, tiny_config
+from tests.helpers.tiny import BASELINES, tiny_config
 
 
 class Letters(ByteTokenizer):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from evlm_jax.convert.readers import open_source
-from tests.foreign_files import KEYS, field, gguf_file
+from tests.helpers.foreign_files import KEYS, field, gguf_file
 
 COUNTS = [300, pytest.param(10_000, marks=pytest.mark.slow)]
 NUMBERS = (

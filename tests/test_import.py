@@ -23,15 +23,15 @@ from evlm_jax.config import to_dict
 from evlm_jax.convert import engine, export, importer
 from evlm_jax.convert.readers import open_source
 from evlm_jax.launch import next_stage
-from tests.checkpoints import (
+from tests.helpers.checkpoints import (
     dinov2_directory,
     family,
     llama_directory,
     random_tensors,
     run_directory,
 )
-from tests.random_model import random_model
-from tests.tiny import tiny_config
+from tests.helpers.random_model import random_model
+from tests.helpers.tiny import tiny_config
 
 CFG = tiny_config(
     vit={"image_size": 16, "taps": (1, 3)}

@@ -26,7 +26,7 @@ from evlm_jax.data.pipeline import batches
 from evlm_jax.data.samples import ImageRef
 from evlm_jax.data.sources import open_source
 from evlm_jax.loss import losses
-from tests.tiny import BASELINES, tiny_config
+from tests.helpers.tiny import BASELINES, tiny_config
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "format1_dense"

@@ -13,10 +13,10 @@ from flax import nnx
 
 from evlm_jax.convert import export
 from evlm_jax.models.param_names import flatten
-from tests.checkpoints import run_directory
-from tests.parity import answer_logits, needs_transformers, relative, text_logits
-from tests.random_model import random_model
-from tests.tiny import tiny_config
+from tests.helpers.checkpoints import run_directory
+from tests.helpers.parity import answer_logits, needs_transformers, relative, text_logits
+from tests.helpers.random_model import random_model
+from tests.helpers.tiny import tiny_config
 
 CONTEXT = 16
 QWEN = {"qkv_bias": True, "tied": False, "kv_heads": 4}

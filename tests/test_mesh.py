@@ -19,10 +19,10 @@ import pytest
 from evlm_jax.checkpoint import store
 from evlm_jax.parallel.mesh import RULES, check_parameters, make_layout, mesh_sizes
 from evlm_jax.train import Phase
-from tests.checkpoints import run_directory
 from tests.evals import layouts
-from tests.random_model import random_model
-from tests.tiny import tiny_config
+from tests.helpers.checkpoints import run_directory
+from tests.helpers.random_model import random_model
+from tests.helpers.tiny import tiny_config
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.mesh

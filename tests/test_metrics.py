@@ -9,7 +9,7 @@ import pytest
 from evlm_jax.data.pack import Drop
 from evlm_jax.flops import train_flops
 from evlm_jax.metrics import Meter, work
-from tests.tiny import tiny_batch, tiny_config
+from tests.helpers.tiny import tiny_batch, tiny_config
 
 TRAINED = {"xattn/0/q/kernel", "media/embedding"}
 

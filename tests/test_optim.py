@@ -13,7 +13,7 @@ from flax import nnx
 from evlm_jax import optim
 from evlm_jax.config import Rule
 from evlm_jax.models.evlm import EVLM
-from tests.tiny import CROSS_ONLY, UPPER_VIT, tiny_config
+from tests.helpers.tiny import CROSS_ONLY, UPPER_VIT, tiny_config
 
 TWO = (
     {"start": 0.0, "warmup": 0, "rules": CROSS_ONLY},

@@ -8,7 +8,7 @@ import pytest
 from evlm_jax import assets
 from evlm_jax.convert import engine
 from evlm_jax.data.tokenizer import load_tokenizer
-from tests.parity import (
+from tests.helpers.parity import (
     answer_logits,
     config_for,
     load,

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from evlm_jax import assets
-from tests.parity import config_for, encode, load, needs_asset, needs_transformers, relative
+from tests.helpers.parity import config_for, encode, load, needs_asset, needs_transformers, relative
 
 IMAGENET = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
 HALF = np.full((2, 3), 0.5)

@@ -16,7 +16,7 @@ from evlm_jax.planning.compiled import Costs, Operation, Transfer
 from evlm_jax.planning.plan import OTHER, cube, plan
 from evlm_jax.planning.programs import phase_steps
 from evlm_jax.planning.text import show
-from tests.tiny import CROSS_ONLY, UPPER_VIT, tiny_config
+from tests.helpers.tiny import CROSS_ONLY, UPPER_VIT, tiny_config
 
 tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason='pip install -e ".[plan]"')
 TWO_PHASES = {
@@ -151,7 +151,7 @@ def test_the_sweep_offers_possible_meshes_only():
 def test_the_command_on_cpu_devices(tmp_path):
     experiment = tmp_path / "tiny.py"
     experiment.write_text(
-        "from ml_collections import ConfigDict\nfrom tests.tiny import _TINY\n\n\ndef"
+        "from ml_collections import ConfigDict\nfrom tests.helpers.tiny import _TINY\n\n\ndef"
         " get_config():\n    return ConfigDict(_TINY)\n"
     )
     out = tmp_path / "plan.json"

@@ -13,7 +13,7 @@ from evlm_jax.planning import chips
 from evlm_jax.planning.compiled import COLLECTIVES
 from evlm_jax.planning.hlo import Instruction, Module
 from evlm_jax.train import Phase
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 pytestmark = [
     pytest.mark.slow,

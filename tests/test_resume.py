@@ -7,7 +7,7 @@ from evlm_jax.checkpoint import store
 from evlm_jax.checkpoint.continuity import check
 from evlm_jax.config import to_saved
 from evlm_jax.train import train
-from tests.tiny import CROSS_ONLY, UPPER_VIT, TinyData, tiny_config, tiny_towers
+from tests.helpers.tiny import CROSS_ONLY, UPPER_VIT, TinyData, tiny_config, tiny_towers
 
 
 class Placed:

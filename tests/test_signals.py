@@ -16,9 +16,9 @@ from PIL import Image
 
 from evlm_jax.checkpoint import store
 from evlm_jax.config import to_dict
-from tests.checkpoints import dinov2_directory, llama_directory
 from tests.data.made import write_jsonl
-from tests.tiny import tiny_config
+from tests.helpers.checkpoints import dinov2_directory, llama_directory
+from tests.helpers.tiny import tiny_config
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent

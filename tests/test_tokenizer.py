@@ -18,7 +18,7 @@ from evlm_jax.data.tokenizer import (
     load_tokenizer,
     source_of_run,
 )
-from tests.parity import needs_asset, needs_transformers
+from tests.helpers.parity import needs_asset, needs_transformers
 
 SMOLLM2 = "smollm2-135m-instruct"
 CHINESE_AND_CODE = "红苹果 🍎 <|im_end|>\n\n  def f(x):\n\treturn x ** 2  # 2024-11-05 \r\n"

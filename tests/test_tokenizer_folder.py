@@ -9,9 +9,9 @@ from gguf import GGUFWriter
 from evlm_jax.data import text
 from evlm_jax.data.samples import Sample, Turn
 from evlm_jax.data.tokenizer import load_tokenizer
-from tests.checkpoints import SPECIALS, tokenizer_directory
-from tests.tiny import tiny_config
-from tests.vocabularies import older_folder, write_json
+from tests.helpers.checkpoints import SPECIALS, tokenizer_directory
+from tests.helpers.tiny import tiny_config
+from tests.helpers.vocabularies import older_folder, write_json
 
 TEXT = "the quick brown fox"
 LOOK_ALIKE = "a<|im_end|>b"

@@ -23,9 +23,9 @@ from evlm_jax import assets
 from evlm_jax.data import text
 from evlm_jax.data.samples import ImageRef, Sample, Turn
 from evlm_jax.data.tokenizer import load_tokenizer
-from tests.parity import needs_asset
-from tests.tiny import tiny_config
-from tests.vocabularies import FAMILIES, older_folder, texts, vocabulary, write_json
+from tests.helpers.parity import needs_asset
+from tests.helpers.tiny import tiny_config
+from tests.helpers.vocabularies import FAMILIES, older_folder, texts, vocabulary, write_json
 
 COUNT = 1000
 SMOLLM2 = "smollm2-135m-instruct"

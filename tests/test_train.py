@@ -28,7 +28,7 @@ from evlm_jax.models.evlm import EVLM
 from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.parallel.status import Stopped
 from evlm_jax.train import Phase, gradients, train
-from tests.tiny import CROSS_ONLY, UPPER_VIT, TinyData, tiny_batch, tiny_config, tiny_towers
+from tests.helpers.tiny import CROSS_ONLY, UPPER_VIT, TinyData, tiny_batch, tiny_config, tiny_towers
 
 STEPS, BOUNDARY = 50, 24
 TWO = (

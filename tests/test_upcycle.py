@@ -20,8 +20,8 @@ from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.moe import MoE
 from evlm_jax.models.param_names import flatten, unflatten
 from evlm_jax.train import train
-from tests.random_model import random_model
-from tests.tiny import TinyData, tiny_batch, tiny_config, tiny_towers
+from tests.helpers.random_model import random_model
+from tests.helpers.tiny import TinyData, tiny_batch, tiny_config, tiny_towers
 
 WIDTH, HIDDEN = 24, 32
 PRESERVE = dict(
@@ -147,7 +147,7 @@ def test_a_whole_model_is_preserved():
 
 EXPERIMENT = """
 from ml_collections import ConfigDict
-from tests import tiny
+from tests.helpers import tiny
 
 def get_config(form="dense"):
     config = ConfigDict(tiny._TINY)

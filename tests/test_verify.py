@@ -13,10 +13,10 @@ from evlm_jax import cli
 from evlm_jax.checkpoint.lazy_tensors import Tensor, read_all, read_folder, write_folder
 from evlm_jax.convert import export, verify
 from evlm_jax.convert.activations import Trace
-from tests.checkpoints import dinov2_directory, run_directory
-from tests.parity import needs_transformers
-from tests.random_model import random_model
-from tests.tiny import tiny_config
+from tests.helpers.checkpoints import dinov2_directory, run_directory
+from tests.helpers.parity import needs_transformers
+from tests.helpers.random_model import random_model
+from tests.helpers.tiny import tiny_config
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ import pytest
 from evlm_jax.cli import COMMANDS
 from evlm_jax.config import to_dict
 from tests.evals import layouts
-from tests.parity import needs_asset
-from tests.tiny import tiny_config
+from tests.helpers.parity import needs_asset
+from tests.helpers.tiny import tiny_config
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow

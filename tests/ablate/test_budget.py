@@ -15,9 +15,9 @@ from evlm_jax.data.tokenizer import load_tokenizer
 from evlm_jax.metrics import work
 from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.train import Phase
-from tests.checkpoints import tokenizer_directory
-from tests.parity import needs_asset
-from tests.tiny import tiny_config
+from tests.helpers.checkpoints import tokenizer_directory
+from tests.helpers.parity import needs_asset
+from tests.helpers.tiny import tiny_config
 
 pytestmark = needs_asset("easy-vqa")
 

@@ -21,10 +21,10 @@ from evlm_jax.evals import results
 from evlm_jax.flops import real_tokens
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.runs import load_trained
-from tests.checkpoints import dinov2_directory, llama_directory, run_directory
-from tests.parity import needs_asset
-from tests.random_model import random_model
-from tests.tiny import tiny_batch, tiny_config
+from tests.helpers.checkpoints import dinov2_directory, llama_directory, run_directory
+from tests.helpers.parity import needs_asset
+from tests.helpers.random_model import random_model
+from tests.helpers.tiny import tiny_batch, tiny_config
 
 EXPERIMENT = """
 import json

@@ -10,7 +10,7 @@ from PIL import Image
 
 from evlm_jax.data.image import load
 from evlm_jax.data.samples import ImageRef, Sample, Turn
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 SPECIALS = {"<|im_start|>": 256, "<|im_end|>": 257, "<|media|>": 258}
 

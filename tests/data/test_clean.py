@@ -16,8 +16,8 @@ from evlm_jax.data.sources import open_source
 from experiments import base
 from tests.data.made import write_jsonl
 from tests.data.test_images import write_video
-from tests.parity import needs_asset
-from tests.tiny import tiny_config
+from tests.helpers.parity import needs_asset
+from tests.helpers.tiny import tiny_config
 
 CFG = from_config_dict(base.get_config())
 RULES = CFG.clean

@@ -14,7 +14,7 @@ from evlm_jax.data.pipeline import batches
 from evlm_jax.data.samples import Sample, Turn, question
 from evlm_jax.data.text import encode
 from tests.data.made import TOKENIZER, config, refs, write_images, write_jsonl
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 EOS = TOKENIZER.eos[0]
 

@@ -12,8 +12,8 @@ from evlm_jax import assets
 from evlm_jax.data import image
 from evlm_jax.data.image import ImageError, decode, load, pixels
 from evlm_jax.data.samples import ImageRef
-from tests.parity import needs_asset
-from tests.tiny import tiny_config
+from tests.helpers.parity import needs_asset
+from tests.helpers.tiny import tiny_config
 
 RNG = np.random.default_rng(0)
 

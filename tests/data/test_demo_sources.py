@@ -19,7 +19,7 @@ from evlm_jax.data.sources import open_source
 from evlm_jax.data.tokenizer import load_tokenizer
 from evlm_jax.evals import tasks as evals
 from experiments import demo
-from tests.parity import needs_asset
+from tests.helpers.parity import needs_asset
 
 COUNTED = {2: "Two", 3: "Three", 4: "Four"}
 SIGNS = ["signs-en", pytest.param("signs-zh", marks=needs_asset("noto-cjk"))]

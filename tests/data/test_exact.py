@@ -10,7 +10,7 @@ from evlm_jax.data.text import encode
 from evlm_jax.loss import losses
 from evlm_jax.models.evlm import EVLM
 from tests.data.made import TOKENIZER, write_images
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 
 def test_losses_of_a_packed_trie_equal_each_dialog_alone(tmp_path):

@@ -13,7 +13,7 @@ from evlm_jax.data.pipeline import batches, load_pictures
 from evlm_jax.data.samples import ImageRef, Sample, question
 from evlm_jax.data.text import encode as encode_sample
 from tests.data.made import TOKENIZER, write_images
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 CFG = tiny_config(data=dict(cache_features=True))
 SHAPE = (len(CFG.vit.taps), CFG.vit.tokens, CFG.vit.width)

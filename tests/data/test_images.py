@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from evlm_jax.data import image, video
 from evlm_jax.data.image import WHITE, ImageError, load, load_all, pixels
 from evlm_jax.data.samples import ImageRef
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 
 def saved(path, picture, **options):

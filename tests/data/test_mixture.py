@@ -12,7 +12,7 @@ from evlm_jax.data.mixture import Mixture, tasks
 from evlm_jax.data.samples import Sample, question
 from evlm_jax.data.source import Source
 from tests.data.made import TOKENIZER, refs
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (7, 3), (2_100_000_000, 900_000_000)])

@@ -13,7 +13,7 @@ from evlm_jax.data.ocr import fonts, layout
 from evlm_jax.data.ocr.dialogs import dialogs
 from evlm_jax.data.ocr.page import draw, homography, onto
 from tests.data.written import LANGUAGES, pages, words_of
-from tests.parity import needs_asset
+from tests.helpers.parity import needs_asset
 
 
 def inked(words, size):

@@ -26,7 +26,7 @@ from evlm_jax.data.text import encode
 from evlm_jax.data.tokenizer import load_tokenizer
 from tests.data.made import TOKENIZER, config, write_images
 from tests.data.written import LANGUAGES, opened, write_sources
-from tests.parity import needs_asset
+from tests.helpers.parity import needs_asset
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from evlm_jax.data.samples import Sample, SampleError, question
 from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import encode, score_document
 from tests.data.made import TOKENIZER, refs, row, write_images, write_jsonl
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 LANES = 8
 

@@ -11,7 +11,7 @@ from evlm_jax.data.samples import ImageRef, SampleError, Turn
 from evlm_jax.data.sources import open_source
 from tests.data.made import png, row, shows, write_images, write_jsonl
 from tests.data.test_images import write_video
-from tests.parity import needs_asset
+from tests.helpers.parity import needs_asset
 
 
 @needs_asset("easy-vqa")

@@ -21,7 +21,7 @@ from evlm_jax.data.tools import picture as picture_tool
 from evlm_jax.data.tools.inspect import sees_images, sees_text, spelled
 from evlm_jax.data.tools.stats import stats
 from tests.data.made import TOKENIZER, config, refs, row, write_images, write_jsonl
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 
 class Spelling:

@@ -10,7 +10,7 @@ from evlm_jax.data.ocr.layout import LAYOUTS
 from evlm_jax.data.ocr.page import Page, compose
 from evlm_jax.data.sources import open_source
 from tests.data.made import write_images
-from tests.parity import needs_asset
+from tests.helpers.parity import needs_asset
 
 ENGLISH = [
     "The quick brown fox jumps over the lazy dog",

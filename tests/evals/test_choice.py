@@ -14,8 +14,8 @@ from evlm_jax.evals.answer import LowestLoss
 from evlm_jax.evals.tasks.demo import of_samples
 from evlm_jax.loss import losses
 from tests.data.made import TOKENIZER
-from tests.random_model import random_model
-from tests.tiny import tiny_config
+from tests.helpers.random_model import random_model
+from tests.helpers.tiny import tiny_config
 
 CANDIDATES = ["yes", "no", "red", "reddish", "blue"]  # "red" begins "reddish"
 

@@ -17,10 +17,10 @@ from evlm_jax.evals.answer import prompt_text
 from evlm_jax.evals.task import Question
 from evlm_jax.generate import Generator
 from evlm_jax.runs import load_trained
-from tests.checkpoints import run_directory
 from tests.evals import layouts
-from tests.random_model import random_model
-from tests.tiny import tiny_config
+from tests.helpers.checkpoints import run_directory
+from tests.helpers.random_model import random_model
+from tests.helpers.tiny import tiny_config
 
 
 @pytest.fixture(scope="module")

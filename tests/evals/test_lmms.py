@@ -18,11 +18,11 @@ from evlm_jax.evals import results, tasks
 from evlm_jax.evals.choice import answer_losses
 from evlm_jax.generate import Generator
 from evlm_jax.runs import load_trained
-from tests.checkpoints import run_directory
 from tests.evals import layouts
 from tests.evals.test_scorers import NEED
-from tests.random_model import random_model
-from tests.tiny import tiny_config
+from tests.helpers.checkpoints import run_directory
+from tests.helpers.random_model import random_model
+from tests.helpers.tiny import tiny_config
 
 instance = pytest.importorskip("lmms_eval.api.instance", reason=NEED)
 stored = pytest.importorskip("evlm_jax.evals.lmms.requests", reason=NEED).stored

@@ -11,9 +11,9 @@ from evlm_jax.data.tokenizer import load_tokenizer
 from evlm_jax.evals import monitor, results
 from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.train import train
-from tests.checkpoints import dinov2_directory, llama_directory
 from tests.evals import layouts
-from tests.tiny import TinyData, tiny_config, tiny_towers
+from tests.helpers.checkpoints import dinov2_directory, llama_directory
+from tests.helpers.tiny import TinyData, tiny_config, tiny_towers
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from evlm_jax.evals import results
 from evlm_jax.report import figures
 from evlm_jax.report import page as report
 from tests.data.made import TOKENIZER
-from tests.random_model import random_model
-from tests.tiny import BASELINES, tiny_config
+from tests.helpers.random_model import random_model
+from tests.helpers.tiny import BASELINES, tiny_config
 
 LOAD = [0.172, 0.062, 0.016] + 12 * [0.0577] + [0.0576]
 SECTIONS = ("accuracy", "vqa", "attention", "emoji", "photos", "sources", "training", "setup")

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from evlm_jax.evals import results, statistics
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 
 def test_wilson_against_published_values():

@@ -14,8 +14,8 @@ from evlm_jax.data.samples import MARKER, ImageRef, Sample, question
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.report import figures
 from tests.data.made import TOKENIZER
-from tests.random_model import random_model
-from tests.tiny import BASELINES, tiny_batch, tiny_config
+from tests.helpers.random_model import random_model
+from tests.helpers.tiny import BASELINES, tiny_batch, tiny_config
 
 
 @pytest.mark.parametrize(

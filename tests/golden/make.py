@@ -71,8 +71,8 @@ def config(folder: Path, name: str):
     the upper ViT is trained from update 3 on.
     """
     from evlm_jax.config import Phase, Rule, to_dict
-    from tests.checkpoints import dinov2_directory, llama_directory
-    from tests.tiny import CROSS_ONLY, UPPER_VIT, tiny_config
+    from tests.helpers.checkpoints import dinov2_directory, llama_directory
+    from tests.helpers.tiny import CROSS_ONLY, UPPER_VIT, tiny_config
 
     sources = dict(
         sources=("llava:rows.jsonl", "folder:pictures"),

@@ -17,10 +17,10 @@ from evlm_jax.evals.command import mesh_of
 from evlm_jax.evals.monitor import monitor
 from evlm_jax.generate import Generator
 from evlm_jax.runs import load_trained
-from tests.checkpoints import run_directory
 from tests.evals import layouts
+from tests.helpers.checkpoints import run_directory
+from tests.helpers.random_model import random_model
 from tests.mesh.devices import config
-from tests.random_model import random_model
 
 MESHES = {
     "dense": ["", "tensor=8", "fsdp=4,tensor=2,frozen=sharded,images=rows"],

@@ -21,8 +21,8 @@ from evlm_jax.parallel.distributed import fetch_to_host
 from evlm_jax.parallel.mesh import Layout, make_layout
 from evlm_jax.parallel.status import Stopped
 from evlm_jax.train import Phase, gradients, train
-from tests.random_model import random_model
-from tests.tiny import BASELINES, UPPER_VIT, TinyData, tiny_batch, tiny_config, tiny_towers
+from tests.helpers.random_model import random_model
+from tests.helpers.tiny import BASELINES, UPPER_VIT, TinyData, tiny_batch, tiny_config, tiny_towers
 
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8), (2, 2, 2, 1), (1, 2, 2, 2)]
 POLICIES = [

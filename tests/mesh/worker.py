@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 
 from evlm_jax.parallel import distributed
+from tests.helpers.tiny import TinyData
 from tests.mesh.devices import config, trained_on
-from tests.tiny import TinyData
 
 
 class OwnRows(TinyData):

@@ -25,11 +25,11 @@ from evlm_jax.models.evlm import EVLM
 from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.planning import programs
 from evlm_jax.train import train
-from tests.checkpoints import run_directory
+from tests.helpers.checkpoints import run_directory
+from tests.helpers.parity import needs_transformers, open_flamingo_helpers, relative
+from tests.helpers.random_model import random_model
+from tests.helpers.tiny import BASELINES, TinyData, tiny_batch, tiny_config, tiny_towers
 from tests.models.test_evlm import hidden, repaint, row
-from tests.parity import needs_transformers, open_flamingo_helpers, relative
-from tests.random_model import random_model
-from tests.tiny import BASELINES, TinyData, tiny_batch, tiny_config, tiny_towers
 
 
 @pytest.mark.parity

@@ -17,8 +17,8 @@ from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.layers import rope_tables
 from evlm_jax.ops.attention_plan import plan
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
-from tests.random_model import random_model
-from tests.tiny import BASELINES, tiny_batch, tiny_config
+from tests.helpers.random_model import random_model
+from tests.helpers.tiny import BASELINES, tiny_batch, tiny_config
 
 
 def open_gates(cfg: EVLMConfig, seed: int = 0) -> EVLM:

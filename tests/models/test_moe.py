@@ -20,10 +20,10 @@ from evlm_jax.loss import loss_sums
 from evlm_jax.models import moe
 from evlm_jax.parallel.status import Stopped
 from evlm_jax.train import train
-from tests.parity import needs_transformers
-from tests.random_model import random_model
+from tests.helpers.parity import needs_transformers
+from tests.helpers.random_model import random_model
+from tests.helpers.tiny import TinyData, tiny_batch, tiny_config, tiny_towers
 from tests.test_generate import PROMPTS, cached_logits, full_forward, made
-from tests.tiny import TinyData, tiny_batch, tiny_config, tiny_towers
 
 DEFAULTS = dict(
     copies=4,

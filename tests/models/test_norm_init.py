@@ -10,8 +10,8 @@ from evlm_jax.checkpoint import store
 from evlm_jax.flops import real_tokens
 from evlm_jax.models.norm_init import FLOOR, centre_norms
 from evlm_jax.train import train
-from tests.random_model import random_model
-from tests.tiny import TinyData, tiny_batch, tiny_config, tiny_towers
+from tests.helpers.random_model import random_model
+from tests.helpers.tiny import TinyData, tiny_batch, tiny_config, tiny_towers
 
 
 def new_model(cfg):

@@ -9,8 +9,8 @@ from flax import nnx
 from evlm_jax.models import xattn
 from evlm_jax.ops.attention_plan import plan
 from evlm_jax.ops.grouped_attention import Plan, grouped_attention
-from tests.parity import open_flamingo_helpers
-from tests.tiny import tiny_config
+from tests.helpers.parity import open_flamingo_helpers
+from tests.helpers.tiny import tiny_config
 
 
 @pytest.mark.parity

@@ -12,9 +12,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from evlm_jax import paths
 from evlm_jax.config import EVLMConfig, to_dict
-from tests.checkpoints import dinov2_directory, llama_directory
 from tests.data.made import png, row, write_images, write_tar
-from tests.tiny import tiny_config
+from tests.helpers.checkpoints import dinov2_directory, llama_directory
+from tests.helpers.tiny import tiny_config
 
 ROWS = 12
 EXPERIMENT = """import json

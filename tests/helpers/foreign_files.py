@@ -7,8 +7,8 @@ import pytest
 
 from evlm_jax.checkpoint.lazy_tensors import read_all
 from evlm_jax.convert import engine
-from tests.checkpoints import family, random_tensors
-from tests.tiny import tiny_config
+from tests.helpers.checkpoints import family, random_tensors
+from tests.helpers.tiny import tiny_config
 
 UNTIED = tiny_config(llm={"tied": False})
 KEYS = {

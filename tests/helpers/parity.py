@@ -24,7 +24,7 @@ from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.param_names import unflatten
 from evlm_jax.ops.attention_plan import plan
 from evlm_jax.ops.grouped_attention import Plan
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 needs_transformers = (
     pytest.mark.parity

@@ -1,5 +1,5 @@
 """Small programs whose costs are counted by hand, for 8 devices:
-`python -m tests.hand_programs FOLDER` compiles them for CPUs.
+`python -m tests.helpers.hand_programs FOLDER` compiles them for CPUs.
 """
 
 import sys

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 
 import numpy as np
 import webdataset
@@ -141,3 +142,18 @@ def paths(sample):
 def asked(*pairs):
     """Dialogs of one question and answer, as `said` gives them."""
     return [[("user", question), ("assistant", answer)] for question, answer in pairs]
+
+
+def talk(question="<image>q", answer="a"):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def pack(path, members):
+    """A tar of members {name: content}."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            content = content if isinstance(content, bytes) else content.encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path

@@ -1,0 +1,188 @@
+"""What EVLM's towers are not is refused by the config that says it."""
+
+import json
+
+import pytest
+
+from evlm_jax.convert import engine, families
+from evlm_jax.convert.readers import open_source
+from tests.helpers.checkpoints import dinov2_directory, llama_directory
+from tests.helpers.tiny import tiny_config
+
+CFG = tiny_config()
+
+NOT_LLAMA = {  # of config.json: what the error names
+    "rope_scaling, the old key": (
+        {"rope_scaling": {"type": "linear", "factor": 8.0}},
+        "type 'linear'",
+    ),
+    "rope_scaling": (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        "rope_type 'llama3'",
+    ),
+    "rope_parameters": (
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+        "rope_type 'yarn'",
+    ),
+    "a factor alone": ({"rope_parameters": {"rope_type": "default", "factor": 4.0}}, "factor 4.0"),
+    "two bases": ({"rope_parameters": {"rope_theta": 5e5}}, "rope_theta 10000.0 and 500000.0"),
+    "layers of two kinds": (
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+        "full_attention",
+    ),
+    "no object": ({"rope_scaling": "yarn"}, "is no object"),
+    "partial rotary positions": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    "bias of the MLP": ({"mlp_bias": True}, "mlp_bias True"),
+    "bias of the attention": ({"attention_bias": True}, "attention_bias True"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    "window": ({"sliding_window": 4096}, "sliding_window 4096"),
+    "window of Qwen2": (
+        {"model_type": "qwen2", "use_sliding_window": True},
+        "use_sliding_window True",
+    ),
+    "layer types": (
+        {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
+        "layer_types",
+    ),
+    "Mistral's default window": (
+        {"model_type": "mistral"},
+        r"sliding_window 4096 \(transformers' default\)",
+    ),
+    "multipliers": (
+        {"logits_scaling": 8.0, "residual_multiplier": 0.2},
+        "logits_scaling 8.0, residual_multiplier 0.2",
+    ),
+    "layers without positions": ({"no_rope_layers": [1, 1, 1, 0]}, "no_rope_layers"),
+    "norms of q and k": ({"use_qk_norm": True}, "use_qk_norm True"),
+    "no causal mask": ({"is_causal": False}, "is_causal False"),
+    "interleaved positions": ({"rope_interleaved": True}, "rope_interleaved True"),
+    "other layers": ({"per_layer_config": {"0": {"hidden_act": "relu"}}}, "per_layer_config"),
+    "weights of another file": (
+        {"transformers_weights": "other.safetensors"},
+        "transformers_weights",
+    ),
+    "code from elsewhere": (
+        {"attn_implementation": "someone/kernels"},
+        "attn_implementation 'someone/kernels'",
+    ),
+    "a wrong type": ({"num_attention_heads": "4"}, "num_attention_heads '4'"),
+    "GPTQ": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised \(gptq\)"),
+    "Gemma 2": ({"model_type": "gemma2"}, "model_type 'gemma2', which is not read"),
+    "Granite": ({"model_type": "granite"}, "model_type 'granite', which is not read"),
+    "SmolLM3": ({"model_type": "smollm3"}, "model_type 'smollm3', which is not read"),
+    "an odd type": ({"model_type": ["llama"]}, "which is not read"),
+    "no type": ({"model_type": None}, "lacks model_type"),
+    "another family's type": ({"model_type": "qwen"}, "names of its tensors are llama's"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_LLAMA)
+def test_what_is_no_llama_is_refused_by_its_config(tmp_path, case):
+    changes, message = NOT_LLAMA[case]
+    llama_directory(tmp_path, CFG, **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        engine.describe(str(tmp_path))
+    assert len(str(error.value).splitlines()) == 1
+
+
+INERT = {
+    "old keys": {
+        "pretraining_tp": 2,
+        "torch_dtype": "bfloat16",
+        "_name_or_path": "x",
+        "bos_token_id": 1,
+        "architectures": ["LlamaForCausalLM"],
+    },
+    "nothing said": {
+        "rope_scaling": None,
+        "attention_bias": False,
+        "partial_rotary_factor": 1.0,
+        "quantization_config": None,
+    },
+    "both keys": {
+        "rope_theta": 1e4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "code beside it": {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}},
+    "Mistral": {"model_type": "mistral", "sliding_window": None},
+    "heads left out": {"num_key_value_heads": 2, "head_dim": None},
+}
+
+
+@pytest.mark.parametrize("case", INERT)
+def test_what_changes_nothing_is_read(tmp_path, case):
+    llama_directory(tmp_path, CFG, **INERT[case])
+    engine.open_tower(CFG, open_source(tmp_path), "llm")
+
+
+def test_defaults_are_those_of_the_family(tmp_path):
+    """Qwen2 has 32 key heads where config.json leaves them out, Mistral 8,
+    Llama as many as heads.
+    """
+    for name, heads in (("llama", 4), ("qwen2", 32), ("mistral", 8)):
+        config = {"model_type": name, "num_attention_heads": 4, "sliding_window": None}
+        assert (families.fields_of(tmp_path, config)["num_key_value_heads"] or 4) == heads
+
+
+def test_heads_that_were_cut_off_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="pruned_heads"):
+        families.fields_of(
+            tmp_path, {"model_type": "clip_vision_model", "pruned_heads": {"0": [1]}}
+        )
+
+
+NOT_DINOV2 = {
+    "SwiGLU": ({"use_swiglu_ffn": True}, "use_swiglu_ffn True"),
+    "no bias": ({"qkv_bias": False}, "qkv_bias False"),
+    "activation": ({"hidden_act": "relu"}, "hidden_act 'relu'; EVLM's ViT has gelu"),
+    "another depth": (
+        {"num_hidden_layers": 12},
+        "num_hidden_layers is 12 in config.json and 4 in the tensors",
+    ),
+    "DINOv3": ({"model_type": "dinov3_vit"}, "'dinov3_vit', which is not read"),
+    "an unknown field": ({"rope_theta": 100.0}, "rope_theta 100.0"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_DINOV2)
+def test_what_is_no_dinov2_is_refused_by_its_config(tmp_path, case):
+    changes, message = NOT_DINOV2[case]
+    dinov2_directory(tmp_path, CFG)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=message):
+        engine.describe(str(tmp_path))
+
+
+def test_the_kernel_of_positions_is_a_fact_of_the_family(tmp_path):
+    cfg = tiny_config(vit={"registers": 2, "image_size": 16})
+    dinov2_directory(tmp_path, cfg)
+    assert engine.describe(str(tmp_path))["interpolation"] == "antialias"
+    with pytest.raises(
+        ValueError, match="vit.interpolation is bicubic, the checkpoint has antialias"
+    ):
+        engine.open_tower(cfg, open_source(tmp_path), "vit")
+
+
+def test_a_dinov2_of_another_width_needs_its_config(tmp_path):
+    dinov2_directory(tmp_path, CFG)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="width 32 needs its config.json"):
+        engine.describe(str(tmp_path))
+
+
+def test_the_preprocessor_is_read_whole(tmp_path):
+    dinov2_directory(tmp_path, CFG)
+    write = lambda **facts: (tmp_path / "preprocessor_config.json").write_text(json.dumps(facts))
+    write(do_normalize=False)
+    assert engine.describe(str(tmp_path))["std"] == (1.0, 1.0, 1.0)
+    for facts, message in (
+        ({"rescale_factor": 1.0}, "rescale_factor"),
+        ({"rescale_factor": "1/255"}, "rescale_factor"),
+        ({"image_mean": [0.5] * 3}, "image_std must be three numbers"),
+        ({"image_mean": [0.5] * 3, "image_std": ["a", 1, 1]}, "image_std must be three numbers"),
+        ({"image_mean": [float("nan")] * 3, "image_std": [1] * 3}, "image_mean must be three"),
+    ):
+        write(**facts)
+        with pytest.raises(ValueError, match=message):
+            engine.describe(str(tmp_path))

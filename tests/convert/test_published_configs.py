@@ -1,0 +1,229 @@
+"""Config files of published models, as their authors wrote them."""
+
+import pytest
+
+from evlm_jax.convert import families
+
+PUBLISHED = {  # fields as the projects' own config.json files have them: what is read of them
+    "SmolLM2 135M": (
+        {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 1,
+        }
+        | {
+            "hidden_act": "silu",
+            "hidden_size": 576,
+            "initializer_range": 0.04,
+            "intermediate_size": 1536,
+            "is_llama_config": True,
+        }
+        | {
+            "max_position_embeddings": 8192,
+            "mlp_bias": False,
+            "num_attention_heads": 9,
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 3,
+        }
+        | {
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_interleaved": False,
+            "rope_scaling": None,
+            "rope_theta": 100000,
+        }
+        | {
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+        },
+        {"rope_theta": 1e5, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    ),
+    "Qwen2.5 7B": (
+        {
+            "model_type": "qwen2",
+            "attention_dropout": 0.0,
+            "bos_token_id": 151643,
+            "hidden_act": "silu",
+            "hidden_size": 3584,
+        }
+        | {
+            "intermediate_size": 18944,
+            "max_position_embeddings": 131072,
+            "max_window_layers": 28,
+            "num_attention_heads": 28,
+        }
+        | {
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0,
+            "sliding_window": 131072,
+        }
+        | {
+            "tie_word_embeddings": False,
+            "use_mrope": False,
+            "use_sliding_window": False,
+            "vocab_size": 152064,
+        },
+        {"rope_theta": 1e6, "num_key_value_heads": 4, "intermediate_size": 18944},
+    ),
+    "Mistral 7B v0.3": (
+        {
+            "model_type": "mistral",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        }
+        | {
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "vocab_size": 32768,
+            "use_cache": True,
+        },
+        {"rope_theta": 1e6, "vocab_size": 32768, "num_hidden_layers": 32},
+    ),
+    "Qwen 14B Chat": (
+        {
+            "model_type": "qwen",
+            "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig"},
+            "attn_dropout_prob": 0.0,
+            "bf16": False,
+        }
+        | {
+            "emb_dropout_prob": 0.0,
+            "fp16": False,
+            "fp32": False,
+            "hidden_size": 5120,
+            "initializer_range": 0.02,
+            "kv_channels": 128,
+        }
+        | {
+            "intermediate_size": 27392,
+            "layer_norm_epsilon": 1e-06,
+            "max_position_embeddings": 8192,
+            "no_bias": True,
+            "onnx_safe": None,
+        }
+        | {
+            "num_attention_heads": 40,
+            "num_hidden_layers": 40,
+            "rotary_emb_base": 10000,
+            "rotary_pct": 1.0,
+            "scale_attn_weights": True,
+        }
+        | {
+            "seq_length": 2048,
+            "tie_word_embeddings": False,
+            "tokenizer_class": "QWenTokenizer",
+            "use_dynamic_ntk": True,
+        }
+        | {
+            "use_flash_attn": "auto",
+            "use_logn_attn": True,
+            "vocab_size": 152064,
+            "use_cache_quantization": False,
+        },
+        {"kv_channels": 128, "seq_length": 2048, "use_logn_attn": True},
+    ),
+    "SigLIP so400m": (
+        {
+            "model_type": "siglip",
+            "architectures": ["SiglipModel"],
+            "initializer_factor": 1.0,
+            "text_config": {"hidden_size": 1152},
+        }
+        | {
+            "vision_config": {
+                "hidden_size": 1152,
+                "image_size": 384,
+                "intermediate_size": 4304,
+                "model_type": "siglip_vision_model",
+            }
+        },
+        {
+            "num_hidden_layers": 12,
+            "patch_size": 16,
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_eps": 1e-6,
+            "image_size": 384,
+        },
+    ),
+    "CLIP L": (
+        {
+            "model_type": "clip",
+            "logit_scale_init_value": 2.6592,
+            "text_config": {},
+            "vision_config": {"hidden_size": 512},
+        }
+        | {
+            "vision_config_dict": {
+                "hidden_size": 1024,
+                "patch_size": 14,
+                "projection_dim": 768,
+                "dropout": 0.0,
+                "pruned_heads": {},
+            }
+        },
+        {"hidden_size": 1024, "patch_size": 14, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    ),
+    "a vision model in full": (
+        {
+            "model_type": "clip_vision_model",
+            "add_cross_attention": False,
+            "architectures": None,
+            "bad_words_ids": None,
+            "num_beams": 1,
+        }
+        | {
+            "chunk_size_feed_forward": 0,
+            "is_decoder": False,
+            "max_length": 20,
+            "pruned_heads": {},
+            "temperature": 1.0,
+            "top_k": 50,
+        }
+        | {
+            "tie_encoder_decoder": False,
+            "tie_word_embeddings": True,
+            "torchscript": False,
+            "use_bfloat16": False,
+            "id2label": {"0": "a"},
+        },
+        {"hidden_size": 768, "patch_size": 32},
+    ),
+    "DINOv2 with registers": (
+        {
+            "model_type": "dinov2_with_registers",
+            "apply_layernorm": True,
+            "attention_probs_dropout_prob": 0.0,
+            "drop_path_rate": 0.0,
+        }
+        | {
+            "image_size": 518,
+            "interpolate_antialias": True,
+            "interpolate_offset": 0.0,
+            "layerscale_value": 1.0,
+            "patch_size": 14,
+        }
+        | {
+            "out_features": ["stage12"],
+            "out_indices": [12],
+            "qkv_bias": True,
+            "stage_names": ["stem"],
+            "use_swiglu_ffn": False,
+        },
+        {"num_register_tokens": 4, "image_size": 518, "num_attention_heads": 12},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read(tmp_path, name):
+    config, facts = PUBLISHED[name]
+    assert families.kind_of(tmp_path, config)
+    assert facts.items() <= families.fields_of(tmp_path, config).items()

@@ -20,7 +20,6 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.data.pack import Drop
 from evlm_jax.flops import real_tokens, seen_images, train_flops
 from evlm_jax.journal import Journal, read_lines
-from evlm_jax.models.param_names import canonical
 from evlm_jax.parallel.distributed import allgather_json, is_first
 from evlm_jax.paths import COPIES, Mirror, place
 
@@ -81,7 +80,7 @@ class Meter:
         self._bar.update()
         noted = self._notes.pop(step, {})
         if step % self._cfg.train.log_every == 0 or step == self._cfg.train.steps:
-            now = {"lr": values["lr"]} | _gates(self._cfg, values["gates"])
+            now = {"lr": values["lr"]} | _gates(self._cfg, values.get("gates", {}))
             if good:
                 now |= {"grad_norm": values["grad_norm"]} | _routing(
                     self._cfg, values.get("routing")
@@ -205,11 +204,11 @@ def _sums(cfg: EVLMConfig, values: dict) -> dict[str, float]:
 
 
 def _gates(cfg: EVLMConfig, gates: dict) -> dict[str, float]:
-    """{in-memory path: tanh of the gates of all layers} -> {canonical name: one value}."""
+    """{name of a gate: its opening in all blocks [X]} -> {name of one: its opening}."""
     return {
-        name: gate
-        for path, layers in gates.items()
-        for name, gate in zip(canonical(cfg, path.split("/")), layers, strict=True)
+        f"xattn/{layer}/{name}": opening
+        for name, openings in gates.items()
+        for layer, opening in zip(cfg.cross_layers, openings, strict=True)
     }
 
 

@@ -113,15 +113,10 @@ def train_step(
         "lr": optim.schedule(cfg, state.step),
         "source_loss": sums["loss"],
     }
-    gates = {
-        path: jnp.tanh(gate[...])
-        for path, gate in nnx.to_flat_state(params)
-        if str(path[-1]).endswith("gate")
-    }
-    report |= {
-        "source_count": sums["count"],
-        "gates": {"/".join(map(str, path)): gate for path, gate in gates.items()},
-    }
+    report["source_count"] = sums["count"]
+    if cfg.cross_layers:
+        gates = nnx.merge(graphdef, params, frozen).xattn.gates()
+        report["gates"] = {name: gate.opening() for name, gate in gates.items()}
     report |= {} if same is None else {"same": same}
     if "routing" in sums:
         report["routing"] = sums["routing"]._asdict()

@@ -276,7 +276,7 @@ def logits(graphdef, state, batch: Batch) -> jax.Array:
 def test_a_failed_export_leaves_nothing(tmp_path, form):
     cfg = tiny_config()
     model = random_model(cfg, seed=0)
-    model.xattn.attn_gate[...] = model.xattn.attn_gate[...].at[2].set(jnp.nan)
+    model.xattn.attn_gate.scalar[...] = model.xattn.attn_gate.scalar[...].at[2].set(jnp.nan)
     run_directory(tmp_path / "run", cfg, model)
     with pytest.raises(ValueError, match="attn_gate holds NaN"):
         export.export(str(tmp_path / "run"), str(tmp_path / "out"), form)

@@ -39,9 +39,9 @@ def test_llm_is_a_stock_model(tmp_path, llm, request):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert type(theirs).__name__ in request.node.name and not hasattr(theirs.config, "auto_map")
     tokens = np.random.default_rng(0).integers(0, cfg.llm.vocab, 40)
-    model.xattn.attn_gate[...], model.xattn.ffn_gate[...] = (
-        0 * model.xattn.attn_gate[...],
-        0 * model.xattn.ffn_gate[...],
+    model.xattn.attn_gate.scalar[...], model.xattn.ffn_gate.scalar[...] = (
+        0 * model.xattn.attn_gate.scalar[...],
+        0 * model.xattn.ffn_gate.scalar[...],
     )
     with torch.no_grad():
         reference = theirs(torch.tensor(tokens)[None]).logits[0].numpy()

@@ -17,7 +17,7 @@ TRAINED = {"xattn/0/q/kernel", "media/embedding"}
 def report(cfg, loss, count):
     """A report of train_step, on the host."""
     gates = {
-        f"xattn/{kind}": np.arange(cfg.llm.layers) / 10 + shift
+        kind: np.arange(cfg.llm.layers) / 10 + shift
         for kind, shift in (("attn_gate", 0.0), ("ffn_gate", 0.5))
     }
     sums = {"source_loss": np.array(loss, np.float32), "source_count": np.array(count, np.float32)}

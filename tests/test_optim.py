@@ -149,7 +149,7 @@ def test_clip_decay_and_multiplier():
     expect = lambda p, lr, decay: p - rate * lr * (direction + decay * p)
     for got, before, lr, decay in (
         (new.xattn.q.kernel, params.xattn.q.kernel, 1.0, 0.5),
-        (new.xattn.attn_gate, params.xattn.attn_gate, 1.0, 0.0),
+        (new.xattn.attn_gate.scalar, params.xattn.attn_gate.scalar, 1.0, 0.0),
         (new.vit.stacks[2].mlp.fc1.kernel, params.vit.stacks[2].mlp.fc1.kernel, 0.5, 0.5),
         (new.vit.stacks[2].norm1.scale, params.vit.stacks[2].norm1.scale, 0.5, 0.0),
     ):

@@ -231,8 +231,8 @@ def test_micro_batches_equal_one_batch():
     batch = jax.tree.map(lambda *rows: np.concatenate(rows), *sparse)
     assert len(set((batch.targets >= 0).sum(1))) >= 3
     model = jax.jit(lambda: EVLM(cfgs[0], nnx.Rngs(0)))()
-    for gate in (model.xattn.attn_gate, model.xattn.ffn_gate):
-        gate[...] += 0.5
+    for gate in model.xattn.gates().values():
+        gate.scalar[...] += 0.5
     graphdef, params, frozen = nnx.split(model, lambda path, _: path[0] in ("xattn", "media"), ...)
     run = lambda cfg: jax.jit(lambda p, f, b: gradients(cfg, graphdef, p, f, b))(
         params, frozen, batch

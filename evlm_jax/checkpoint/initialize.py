@@ -10,7 +10,8 @@ from evlm_jax import optim
 from evlm_jax.checkpoint.store import Arrays, Snapshot
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models import param_names
-from evlm_jax.models.initializers import NEW, media_embedding
+from evlm_jax.models.evlm import PARTS, TOWERS
+from evlm_jax.models.initializers import media_embedding
 
 Place = Callable[
     [Any], Any
@@ -37,23 +38,16 @@ def initialize(
     parts = {path[0] for path, _ in nnx.to_flat_state(shapes)}
     if "media" in parts and "media/embedding" not in params and "llm/embed" in params:
         values["media/embedding"] = media_embedding(cfg, params["llm/embed"])
-    missing = [
-        part
-        for part in NEW
-        if part in parts and not any(name.startswith(f"{part}/") for name in params)
-    ]
-    rest = put_sharded(
-        param_names.unflatten(
-            cfg, values, nnx.filter_state(shapes, lambda path, _: path[0] not in missing)
-        ),
-        place,
-    )
-    if not missing:
+    begin = parts - {*TOWERS} - {name.partition("/")[0] for name in values}
+    given = nnx.filter_state(shapes, lambda path, _: path[0] not in begin)
+    rest = put_sharded(param_names.unflatten(cfg, values, given), place)
+    if not begin:
         return rest
-    begin = lambda part: [
-        ((part, *path), leaf) for path, leaf in nnx.to_flat_state(nnx.state(NEW[part](cfg)))
-    ]
-    new = lambda: nnx.from_flat_state([leaf for part in missing for leaf in begin(part)])
+
+    def new() -> nnx.State:
+        made = {part: PARTS[part](cfg, nnx.Rngs(cfg.train.seed)) for part in sorted(begin)}
+        return nnx.state(nnx.Dict(made))
+
     return nnx.merge_state(rest, jax.jit(new, out_shardings=place(jax.eval_shape(new)))())
 
 

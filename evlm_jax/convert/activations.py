@@ -116,9 +116,8 @@ def run_checkpoint(side: Side, examples: Sequence[Example], llm_only: bool) -> l
     model = load_trained(side.path).model
     exact = {"dtype": "float32", "matmul_precision": "float32"}
     model.cfg = replace(model.cfg, train=replace(model.cfg.train, **exact))
-    if llm_only:  # a closed gate makes a block the identity, bit for bit
-        for gate in (model.xattn.attn_gate, model.xattn.ffn_gate):
-            gate[...] = jnp.zeros_like(gate[...])
+    for gate in model.xattn.gates().values() if llm_only else ():
+        gate.close()
     batch = batch_of(examples, model.cfg.xattn.tile, model.cfg.vit.image_size)
     with jax.default_matmul_precision("highest"):
         logits = np.asarray(_logits(model, batch))

@@ -59,6 +59,24 @@ class Media(nnx.Module):
         )
 
 
+def _cross_attention(cfg: EVLMConfig, rngs: nnx.Rngs) -> xattn.Block | None:
+    """The stack of all blocks."""
+    count = len(cfg.cross_layers)
+    return stack(lambda r: xattn.Block(cfg, r), count, rngs) if count else None
+
+
+# Of the model, in the order in which they take random numbers; None where `cfg` has none.
+PARTS: dict[str, Callable[[EVLMConfig, nnx.Rngs], nnx.Module | None]] = {
+    "vit": lambda cfg, rngs: ViT(cfg.vit, rngs, cfg.train.remat),
+    "llm": lambda cfg, rngs: LLM(cfg.llm, rngs),
+    "xattn": _cross_attention,
+    # Where a bridge is "llava", patches stand in their place.
+    "media": lambda cfg, rngs: Media(cfg, rngs) if cfg.bridge.kind != "llava" else None,
+    "bridge": bridge.make,
+}
+TOWERS = ("vit", "llm")  # come from checkpoints, the other parts may begin as they declare
+
+
 def _precisely(method: Callable) -> Callable:
     """The method under train.matmul_precision."""
 
@@ -76,18 +94,9 @@ class EVLM(nnx.Module):
     """
 
     def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
-        self.vit = ViT(cfg.vit, rngs, cfg.train.remat)
-        self.llm = LLM(cfg.llm, rngs)
-        self.xattn = (
-            stack(lambda r: xattn.Block(cfg, r), len(cfg.cross_layers), rngs)
-            if cfg.cross_layers
-            else None
-        )
-        self.media = (
-            Media(cfg, rngs) if cfg.bridge.kind != "llava" else None
-        )  # there patches stand in their place
-        self.bridge = bridge.make(cfg, rngs)
         self.cfg = cfg
+        for name, make in PARTS.items():
+            setattr(self, name, make(cfg, rngs))
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -1,6 +1,5 @@
-"""How new parameters begin: the cross-attention, a baseline's bridge, the media embeddings.
-
-Everything else comes from checkpoints.
+"""How new parameters begin where that is more than what each declares (layers.param): a layer of
+cross-attention at a time, media embeddings by the words of the language model.
 """
 
 import functools
@@ -11,30 +10,21 @@ from flax import nnx
 
 from evlm_jax.checkpoint.lazy_tensors import Tensor
 from evlm_jax.config import EVLMConfig
-from evlm_jax.models import bridge, xattn
-from evlm_jax.models.layers import stack
+from evlm_jax.models import param_names, xattn
 
 ROWS = 8192  # of the word embeddings, in float64 at a time
 
 
-def cross_attention(cfg: EVLMConfig) -> xattn.Block:
-    """The stack of all blocks, by train.seed."""
-    return stack(
-        lambda rngs: xattn.Block(cfg, rngs), len(cfg.cross_layers), nnx.Rngs(cfg.train.seed)
-    )
-
-
-NEW = {"xattn": cross_attention, "bridge": lambda cfg: bridge.make(cfg, nnx.Rngs(cfg.train.seed))}
-
-
 def cross_attention_tensors(cfg: EVLMConfig) -> dict[str, Tensor]:
-    """The same parameters by canonical name, made a layer at a time."""
+    """What a run's cross-attention begins with, by train.seed and canonical name, made a layer at a
+    time.
+    """
     count = len(cfg.cross_layers)
 
     def block(number):
         rngs = jax.tree.map(lambda keys: keys[number], nnx.Rngs(cfg.train.seed).split(count))
         return {
-            "/".join(map(str, path)): leaf[...]
+            param_names.tail(path): leaf[...]
             for path, leaf in nnx.to_flat_state(nnx.state(xattn.Block(cfg, rngs)))
         }
 

@@ -5,7 +5,7 @@ In memory layers are stacked; rules, checkpoints and conversion speak canonical 
 the only bridge."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -27,16 +27,16 @@ def canonical(cfg: EVLMConfig, path: tuple) -> tuple[str, ...]:
     match tuple(map(str, path)):
         case ("vit", "stacks", index, *rest):
             first, last = stack_bounds(cfg.vit)[int(index)]
-            return tuple(f"vit/blocks/{i}/{_tail(rest)}" for i in range(first, last))
+            return tuple(f"vit/blocks/{i}/{tail(rest)}" for i in range(first, last))
         case ("llm", "layers", *rest):
-            return tuple(f"llm/layers/{i}/{_tail(rest)}" for i in range(cfg.llm.layers))
+            return tuple(f"llm/layers/{i}/{tail(rest)}" for i in range(cfg.llm.layers))
         case ("xattn", *rest):
-            return tuple(f"xattn/{i}/{_tail(rest)}" for i in cfg.cross_layers)
+            return tuple(f"xattn/{i}/{tail(rest)}" for i in cfg.cross_layers)
         case ("bridge", "layers" | "norms" as stack, *rest):
             count = cfg.bridge.depth if stack == "layers" else len(cfg.vit.taps)
-            return tuple(f"bridge/{stack}/{i}/{_tail(rest)}" for i in range(count))
+            return tuple(f"bridge/{stack}/{i}/{tail(rest)}" for i in range(count))
         case rest:
-            return (_tail(rest),)
+            return (tail(rest),)
 
 
 def is_stacked(path: tuple) -> bool:
@@ -55,7 +55,7 @@ def absent(cfg: EVLMConfig) -> tuple[str, ...]:
         else nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: Block(cfg, nnx.Rngs(0)))))
     )
     media = ("media/embedding",) if cfg.bridge.kind == "llava" else ()
-    return (*(f"xattn/0/{_tail(map(str, path))}" for path, _ in block), *media)
+    return (*(f"xattn/0/{tail(path)}" for path, _ in block), *media)
 
 
 def flatten(cfg: EVLMConfig, state: nnx.State) -> dict[str, jax.Array]:
@@ -116,5 +116,8 @@ def _leaf(variable):
     return jax.tree.leaves(variable)[0]
 
 
-def _tail(parts) -> str:
-    return "/".join(parts)
+def tail(path: Iterable[str | int]) -> str:
+    """The name of a leaf within its layer. A gate that is one number has the name of its place
+    alone.
+    """
+    return "/".join(map(str, path)).removesuffix("/scalar")

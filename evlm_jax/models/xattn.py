@@ -1,22 +1,22 @@
 """Gated cross-attention block, placed before an LLM layer (paper section 2; Flamingo, arXiv
 2204.14198).
 
-    x += tanh(attn_gate) * CrossAttention(LN(x), LN(tap))
-    x += tanh(ffn_gate) * FFN(LN(x))          the FFN is dense, or a mixture of experts (moe.py)
+    x += attn_gate * CrossAttention(LN(x), LN(tap))
+    x += ffn_gate * FFN(LN(x))                the FFN is dense, or a mixture of experts (moe.py)
 
-Gates start at 0: the block is the identity, bit for bit. Nothing has a bias but the norms: the zero
-sink (grouped_attention) stands for keys and values that are projections of zero vectors, which are
-zero only without biases."""
+Gates (gate.py) start closed: the block is the identity, bit for bit. Nothing has a bias but the
+norms: the zero sink (grouped_attention) stands for keys and values that are projections of zero
+vectors, which are zero only without biases."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from evlm_jax.config import EVLMConfig
-from evlm_jax.models.layers import MLP, LayerNorm, Linear, heads, param
+from evlm_jax.models.gate import Gate
+from evlm_jax.models.layers import MLP, LayerNorm, Linear, heads
 from evlm_jax.models.moe import MoE, Routing
 
 Attend = Callable[[jax.Array], tuple[jax.Array, Any]]
@@ -32,21 +32,20 @@ class Block(nnx.Module):
             *(heads * cfg.xattn.head_dim for heads in (cfg.xattn.heads, cfg.xattn.kv_heads)),
         )
         self.norm = LayerNorm(d, cfg.xattn.eps, rngs)
-        self.kv_norm = LayerNorm(
-            v, cfg.xattn.eps, rngs
-        )  # taps are raw residual streams whose scale grows with depth
+        # Taps are raw residual streams, whose scale grows with depth.
+        self.kv_norm = LayerNorm(v, cfg.xattn.eps, rngs)
         self.q = Linear((d, n), ("embed", "heads"), rngs)
         self.k = Linear((v, k), ("whole", "image_heads"), rngs)
         self.v = Linear((v, k), ("whole", "image_heads"), rngs)
         self.o = Linear((n, d), ("heads", "embed"), rngs)
-        self.attn_gate = param(rngs, (), ())
+        self.attn_gate = Gate(rngs)
         self.ffn_norm = LayerNorm(d, cfg.xattn.eps, rngs)
         self.ffn = (
             MoE(d, cfg.xattn.ffn, cfg.moe, rngs)
             if cfg.moe.copies
             else MLP(d, cfg.xattn.ffn, "gelu", False, rngs)
         )
-        self.ffn_gate = param(rngs, (), ())
+        self.ffn_gate = Gate(rngs)
         self.head_dim = cfg.xattn.head_dim
 
     @jax.named_scope("keys_values")
@@ -69,14 +68,14 @@ class Block(nnx.Module):
           kind: [B, T] as in moe.py.
         """
         out, kept = attend(heads(self.q(self.norm(x)), self.head_dim))
-        x = x + _gate(self.attn_gate, x) * self.o(out.reshape(*x.shape[:-1], -1))
+        x = x + self.attn_gate(x) * self.o(out.reshape(*x.shape[:-1], -1))
         y, routing = (
             self.ffn(self.ffn_norm(x), kind)
             if isinstance(self.ffn, MoE)
             else (self.ffn(self.ffn_norm(x)), None)
         )
-        return x + _gate(self.ffn_gate, x) * y, kept, routing
+        return x + self.ffn_gate(x) * y, kept, routing
 
-
-def _gate(gate: nnx.Param, x: jax.Array) -> jax.Array:
-    return jnp.tanh(gate[...].astype(jnp.float32)).astype(x.dtype)
+    def gates(self) -> dict[str, Gate]:
+        """By the name under which a run reports them."""
+        return {"attn_gate": self.attn_gate, "ffn_gate": self.ffn_gate}

@@ -26,8 +26,8 @@ def open_gates(cfg: EVLMConfig, seed: int = 0) -> EVLM:
     model = random_model(cfg, seed)
     if not cfg.cross_layers:
         return model
-    model.xattn.attn_gate[...] = jnp.full(model.xattn.attn_gate.shape, 0.8)
-    model.xattn.ffn_gate[...] = jnp.full(model.xattn.ffn_gate.shape, -0.6)
+    model.xattn.attn_gate.scalar[...] = jnp.full(model.xattn.attn_gate.scalar.shape, 0.8)
+    model.xattn.ffn_gate.scalar[...] = jnp.full(model.xattn.ffn_gate.scalar.shape, -0.6)
     return model
 
 
@@ -110,7 +110,9 @@ def changed(cfg: EVLMConfig, batch: Batch, image: int) -> np.ndarray:
 def test_gates_at_zero_are_the_language_model_alone():
     cfg = tiny_config()
     model, batch = random_model(cfg, 0), jax.tree.map(jnp.asarray, tiny_batch(cfg, 0))
-    model.xattn.attn_gate[...] = model.xattn.ffn_gate[...] = jnp.zeros(len(cfg.cross_layers))
+    model.xattn.attn_gate.scalar[...] = model.xattn.ffn_gate.scalar[...] = jnp.zeros(
+        len(cfg.cross_layers)
+    )
 
     @jax.jit
     def alone(model, batch):

@@ -17,8 +17,8 @@ from tests.helpers.tiny import TinyData, tiny_batch, tiny_config, tiny_towers
 def new_model(cfg):
     """Random towers under new cross-attention: closed gates, norms of scale 1 and bias 0."""
     model = random_model(cfg, seed=0)
-    for gate in (model.xattn.attn_gate, model.xattn.ffn_gate):
-        gate[...] = jnp.zeros(gate.shape)
+    for gate in model.xattn.gates().values():
+        gate.close()
     for norm in (model.xattn.norm, model.xattn.ffn_norm, model.xattn.kv_norm):
         norm.scale[...], norm.bias[...] = jnp.ones(norm.scale.shape), jnp.zeros(norm.bias.shape)
     return model

@@ -46,7 +46,7 @@ def test_block_equals_open_flamingo():
     )
     for mine, norm in ((ours.norm, theirs.attn.norm), (ours.ffn_norm, theirs.ff[0])):
         mine.scale[...], mine.bias[...] = array(norm.weight), array(norm.bias)
-    ours.attn_gate[...], ours.ffn_gate[...] = jnp.float32(0.7), jnp.float32(-0.4)
+    ours.attn_gate.scalar[...], ours.ffn_gate.scalar[...] = jnp.float32(0.7), jnp.float32(-0.4)
 
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, words, hidden)).astype(np.float32)

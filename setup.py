@@ -95,6 +95,13 @@ setup(
             "tenacity>=9.2",
             "zstandard>=0.25",
         ],
+        # The site; themes and plugins follow the major versions of mkdocs.
+        "docs": [
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.7,<10",
+            "mkdocstrings[python]>=1.0,<2",
+            "ruff>=0.14",  # breaks the lines of signatures
+        ],
         "cloud": CLOUD,
         "clean": CLEAN,
         "tpu": ["jax[tpu]"],

@@ -1,4 +1,4 @@
-"""The one struct that a train step reads. Letters: see config/__init__.py.
+"""The one struct that a train step reads. Letters: see `config/__init__.py`.
 
 Two pairs of integers describe every mask of the model, so no [T, T] or [T, I] mask is ever stored:
 

@@ -87,7 +87,8 @@ def random(
 
     Args:
       config: as an experiment's get_config() returns it. Its init.llm says where the vocabulary is.
-      dtype, devices: as of `load`.
+      dtype: as of `load`.
+      devices: as of `load`.
     """
     cfg = from_config_dict(config) if isinstance(config, ml_collections.ConfigDict) else config
     if not isinstance(cfg, EVLMConfig):
@@ -110,7 +111,7 @@ def make_sample(*texts: str, images: Images = None) -> Sample:
     Args:
       texts: what user and assistant say, by turns, the assistant last; a single text is a caption,
         which the assistant says alone.
-      images: one or several; they stand at the <image> marks of the texts, or where there is none
+      images: one or several; they stand at the `<image>` marks of the texts, or where there is none
         in front of the first text.
     Raises:
       ValueError: marks and images differ in number, or the user has the last word.
@@ -261,7 +262,7 @@ class Model:
         Args:
           given: text, in front of which the vocabulary's BOS is put where it has one; or ids, as
             they are.
-          images: they stand at the <image> marks of the text, or come first.
+          images: they stand at the `<image>` marks of the text, or come first.
         """
         document = text.alone(given, visuals_of(images), self.tokenizer, self.config)
         rows = [[document], *[[]] * (self._rows - 1)]
@@ -303,9 +304,9 @@ class Model:
         """Where the model looks in the first image for each word of a question and its answer:
         [{"word", "grid", "predicted"}].
 
-        grid: weights over the patches [g, g], the mean over layers and heads. Words of the question
-          are looked up where they are read, words of the answer where they are predicted.
-          evlm_jax.report.figures.overlay paints them over a picture.
+        A grid has weights over the patches [g, g], the mean over layers and heads. Words of the
+        question are looked up where they are read, words of the answer where they are predicted.
+        evlm_jax.report.figures.overlay paints a grid over a picture.
 
         Args:
           answer: the model's own where left out.

@@ -178,11 +178,11 @@ def update(
     params: nnx.State,
     grads: nnx.State,
     groups: Groups,
-):
+) -> tuple[nnx.State, Groups, jax.Array]:
     """One AdamW update of the trainable parameters.
 
-    params -= schedule(step) * multiplier * group warm-up * (adam(clipped gradient) + weight decay *
-    params)
+        params -= schedule(step) * multiplier * group warm-up
+                  * (adam(clipped gradient) + weight decay * params)
 
     Args:
       grads: float32 gradients of `params`; they are clipped here, by their global norm.

@@ -45,7 +45,7 @@ class TrainState(NamedTuple):
 
 def gradients(
     cfg: EVLMConfig, graphdef: nnx.GraphDef, params: nnx.State, frozen: nnx.State, batch: Batch
-):
+) -> tuple[nnx.State, dict]:
     """Gradient of the mean loss over all targets of the batch, from sums over the micro-batches;
     float32, in the pieces that are stored.
 

@@ -6,10 +6,14 @@ CONTRIBUTING.md names.
 import argparse
 import importlib
 import math
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from flax import nnx
@@ -174,3 +178,33 @@ def test_contributing_names_files_that_exist():
     named = re.findall(r"`([\w./-]+)`", prose) + re.findall(r"\]\(([\w./-]+)\)", prose)
     paths = {name for name in named if "/" in name or name.endswith((".py", ".md", ".txt"))}
     assert len(paths) > 60 and not [name for name in sorted(paths) if not (ROOT / name).exists()]
+
+
+def test_the_site_builds_and_is_whole(tmp_path):
+    """Without a warning; every link leads somewhere, and nothing is fetched from elsewhere."""
+    for name in ("mkdocs", "material", "mkdocstrings_handlers"):
+        pytest.importorskip(name, reason='needs the extra docs: pip install -e ".[docs]"')
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0 and not built.stdout + built.stderr, built.stdout + built.stderr
+    pages = {path: path.read_text("utf-8") for path in tmp_path.rglob("*.html")}
+    assert len(pages) > 25 and sum(path.stat().st_size for path in tmp_path.rglob("*")) < 10e6
+    for path, text in pages.items():
+        if path.name in ("404.html", "mixture.html") or path.parent.name == "results":
+            continue  # one for any place, and pages that are copied
+        fetched = re.findall(r"<(?:script|img|iframe)[^>]* src=\"?([^\" >]+)", text)
+        fetched += re.findall(r"<link[^>]* href=\"?([^\" >]+)", text)
+        assert not [target for target in fetched if re.match(r"(\w+:)?//", target)], path
+        for target in fetched + re.findall(r"<a [^>]*href=\"?([^\" >]+)", text):
+            place, _, anchor = target.partition("#")
+            if re.match(r"\w+:", target) or not place:
+                continue
+            other = (path.parent / place).resolve()
+            assert other.exists(), (path.name, target)
+            if anchor and other.suffix == ".html":
+                assert re.search(rf"id=\"?{re.escape(unquote(anchor))}[\" >]", pages[other]), target

@@ -7,11 +7,12 @@ and the default is what the code did before. Saved configs carry the number of t
 format: `from_saved` reads every former one (compat.py).
 
 Letters used for shapes everywhere in this package:
-  B batch rows     T text positions   I image slots of a pool  S visual tokens of one image
-  D LLM hidden     V visual width     N query heads            K key/value heads
-  H head dim       F FFN hidden       L layers                 G tap groups
-  E experts        C pools of rows    J tiles of a pool        M supervised targets
-  P (tile, image) pairs
+
+    B batch rows     T text positions   I image slots of a pool  S visual tokens of one image
+    D LLM hidden     V visual width     N query heads            K key/value heads
+    H head dim       F FFN hidden       L layers                 G tap groups
+    E experts        C pools of rows    J tiles of a pool        M supervised targets
+    P (tile, image) pairs
 """
 
 import dataclasses

@@ -10,8 +10,9 @@ from evlm_jax.config.ranges import Count, NonNegative, Positive, PositiveFloat, 
 class ViTConfig:
     """A ViT by choices, not by family.
 
-    DINOv2: pre, all, gelu, layer_scale. EVA02-CLIP-E: res_post, qv, gelu. CLIP: pre, all,
-      quick_gelu, embed_norm."""
+    DINOv2 is pre, all, gelu, layer_scale; EVA02-CLIP-E is res_post, qv, gelu; CLIP is pre, all,
+    quick_gelu, embed_norm.
+    """
 
     depth: Positive
     width: Positive

@@ -69,7 +69,8 @@ def read_export(cfg: EVLMConfig, model: str) -> tuple[dict[str, np.ndarray], EVL
     vocabulary is, and that it is computed in the dtype of its weights.
 
     Raises:
-      FileNotFoundError: there is no export. ValueError: it is another model, or damaged.
+      FileNotFoundError: there is no export.
+      ValueError: it is another model, or damaged.
     """
     where = place(model)
     if not (where / "config.json").exists():

@@ -53,14 +53,14 @@ def verify(
     """Prints a line a prompt and a verdict; True where logits and all intermediates agree.
 
     Args:
-      images: files, seen by every prompt, at its <image> markers or in front; without images and
+      images: files, seen by every prompt, at its `<image>` markers or in front; without images and
         prompts, the built-in ones are taken.
       tolerance: of the logits' largest difference, by the largest logit; of intermediates as
         `relative`.
-      folder_code: as of traces.look.
+      folder_code: as of activations.look.
     Raises:
-      FileNotFoundError, ValueError: as traces.look; or the two differ in a field or a vocabulary,
-        which is named.
+      FileNotFoundError: there is no model.
+      ValueError: as activations.look; or the two differ in a field or a vocabulary, which is named.
     """
     sides = look(a, folder_code), look(b, folder_code)
     check_alike(*sides)
@@ -199,9 +199,9 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
     """Largest difference at a position [..., D] by its own largest magnitude, at the worst
     position; NaN where there is one.
 
-    Not by the magnitude of the whole array: language models have single positions a hundred times
-      as large as all others, behind which what a wrong layer changes elsewhere would show some
-      layers later only."""
+    The magnitude of the whole array would not do: language models have single positions a hundred
+    times as large as all others, behind which what a wrong layer changes elsewhere would show some
+    layers later only."""
     scale = np.maximum(abs(a).max(-1), abs(b).max(-1))
     return float((abs(a - b).max(-1) / np.maximum(scale, np.finfo(np.float32).tiny)).max())
 

@@ -41,19 +41,17 @@ def batches(
     lanes: Sequence[int] | None = None,
 ) -> grain.DatasetIterator[tuple[Batch, dict]]:
     """An endless iterator of (Batch of numpy arrays, info) with `get_state()` and
-    `set_state(state)`, both about what was consumed.
+    `set_state(state)`, both about what was consumed. `close()` stops its thread.
 
-    `close()` stops its thread.
+    The info of a batch has "keys" (the samples of each row), "fill" (used share of each budget),
+    "drops" (list of Drop since the last batch), "cut" (parts of longer documents among them).
 
-    info: "keys" (the samples of each row), "fill" (used share of each budget), "drops" (list of
-      Drop since the last batch), "cut" (parts of longer documents among them).
-    State: {"lanes": {lane number: [{"next", "pending"} of each task]}, "of": number of all lanes,
-      "sources": {name: identity}}, JSON-able; the states of several processes are merged by merging
-      "lanes", and any number of processes restores from that. From a state of another number of
-      lanes (train.batch or data.pool was another) each task goes on behind as many documents as
-      were used, dealt to the lanes in
-    turn: the number is exact, but those that waited in windows may be left out and those that a
-      lane was ahead by may come again.
+    A state is {"lanes": {lane number: [{"next", "pending"} of each task]}, "of": number of all
+    lanes, "sources": {name: identity}}, JSON-able; the states of several processes are merged by
+    merging "lanes", and any number of processes restores from that. From a state of another number
+    of lanes (train.batch or data.pool was another) each task goes on behind as many documents as
+    were used, dealt to the lanes in turn: the number is exact, but those that waited in windows may
+    be left out and those that a lane was ahead by may come again.
 
     Args:
       features: where the taps come from if `data.cache_features`; what it lacks is computed when a

@@ -40,8 +40,9 @@ def open_source(name: str) -> Sequence[Sample]:
     """The source of this name: random access, and `dialog_counts()`.
 
     Raises:
-      ValueError: an unknown kind or option, or nothing in it; FileNotFoundError; AssetError if the
-        demo's files were not fetched.
+      ValueError: an unknown kind or option, or nothing in it.
+      FileNotFoundError: no such file.
+      AssetError: the demo's files were not fetched.
     """
     kind, colon, place = name.partition(":")
     if colon and kind in FORMATS:

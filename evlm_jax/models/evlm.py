@@ -100,7 +100,7 @@ class EVLM(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of all activations."""
+        """The dtype of all activations."""
         return jnp.dtype(self.cfg.train.dtype)
 
     @_precisely
@@ -127,7 +127,7 @@ class EVLM(nnx.Module):
         )
 
     def hidden(self, batch: Batch) -> jax.Array:
-        """[B, T, D] after the final norm."""
+        """The language model's output after its final norm, [B, T, D]."""
         return self.forward_with_aux(batch)[0]
 
     def forward_with_aux(self, batch: Batch) -> tuple[jax.Array, moe.Routing | None]:
@@ -138,7 +138,7 @@ class EVLM(nnx.Module):
         return hidden, passed.routing
 
     def taps(self, batch: Batch) -> jax.Array:
-        """[G, C, I, S, V], from pixels or as they are given."""
+        """The batch's taps [G, C, I, S, V], from pixels or as they are given."""
         taps = self.encode(batch.pixels) if batch.taps is None else batch.taps.astype(self.dtype)
         return shard(jnp.moveaxis(shard(taps, "rows", "images"), 2, 0), None, "rows", "images")
 
@@ -237,5 +237,5 @@ class EVLM(nnx.Module):
         return logits
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> float32 [..., vocab]."""
+        """Logits of `hidden`: [..., D] -> float32 [..., vocab]."""
         return self.readout()(hidden)

@@ -45,8 +45,8 @@ class Packed:
 
 
 def compute_dtype(dtype: str) -> jnp.dtype:
-    """Of activations beside weights of `dtype`: on CPUs everything but a product is slower in 16
-    bits, so there it is float32.
+    """The dtype of activations beside weights of `dtype`: on CPUs everything but a product is
+    slower in 16 bits, so there it is float32.
     """
     return jnp.dtype(jnp.float32 if platform() == "cpu" else dtype)
 

@@ -8,10 +8,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from evlm_jax.checkpoint.lazy_tensors import Source, read_json
 from evlm_jax.config import LLMConfig, MediaConfig, MoEConfig, ViTConfig, XAttnConfig
+from evlm_jax.convert.describe_gguf import describe_gguf
 from evlm_jax.convert.families import EVA, EVA_INERT, EVA_READ, fields_of, settled
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -46,8 +45,8 @@ def describe_source(source: Source, family: str, prefix: str) -> dict:
         "llama": _llama,
         "llama-gguf": _gguf,
         "qwen": _qwen,
+        "evlm": _evlm,
     }
-    facts |= {"evlm": _evlm}
     return facts[family.removesuffix("-transformers5")](source, prefix)
 
 
@@ -89,14 +88,8 @@ def _vision(source: Source, shape: tuple[int, ...], defaults: dict, **fields) ->
     """Fields that the patch kernel's shape tells, and the normalisation of
     preprocessor_config.json.
     """
-    processor, choices = (
-        source.path / "preprocessor_config.json",
-        {
-            "embed_norm": False,
-            "registers": 0,
-            "class_token": True,
-        },
-    )
+    processor = source.path / "preprocessor_config.json"
+    choices = {"embed_norm": False, "registers": 0, "class_token": True}
     if source.path.is_dir() and processor.is_file():
         defaults = _normalisation(processor)
     return {
@@ -318,106 +311,8 @@ def _llama(source: Source, prefix: str) -> dict:
     }
 
 
-GGUF_READ = {  # key behind "llama.": llama.cpp's default, where it has one
-    name: None
-    for name in (
-        "embedding_length block_count feed_forward_length attention.head_count"
-        " attention.layer_norm_rms_epsilon"
-    ).split()
-}
-GGUF_READ |= {
-    "attention.head_count_kv": 0,
-    "attention.key_length": 0,
-    "attention.value_length": 0,
-    "rope.dimension_count": 0,
-}
-GGUF_READ |= {"rope.freq_base": 10000.0, "vocab_size": 0}
-GGUF_FIXED = {  # values with which llama.cpp computes what EVLM's decoder does
-    "rope.scaling.type": {"none", "linear"},
-    "rope.scaling.factor": {0, 1},
-    "rope.scale_linear": {0, 1},
-    "rope.scaling.attn_factor": {0, 1},
-    "expert_count": {0},
-    "expert_used_count": {0},
-    "attention.sliding_window": {0},
-    "attention.causal": {True},
-    "tensor_data_layout": {"Meta AI original pth"},
-    "use_parallel_residual": {False},
-}
-GGUF_INERT = {"context_length", "rope.scaling.original_context_length", "rope.scaling.finetuned"}
-
-
 def _gguf(source: Source, prefix: str) -> dict:
-    """llama.cpp's architecture "llama".
-
-    Keys of other namespaces (general, tokenizer) say nothing about the function.
-    """
-    config = {
-        key.removeprefix("llama."): value
-        for key, value in source.metadata.items()
-        if key.startswith("llama.")
-    }
-    if lacks := [
-        f"llama.{key}"
-        for key, default in GGUF_READ.items()
-        if default is None and key not in config
-    ]:
-        raise ValueError(
-            f"{source.path}: the GGUF file lacks {', '.join(lacks)}; convert the model again"
-        )
-    values = {key: config.get(key, default) for key, default in GGUF_READ.items()}
-    uniform = lambda value: (
-        len(value) and (value == value[0]).all() if isinstance(value, np.ndarray) else True
-    )
-    values = {
-        key: value[0].item() if isinstance(value, np.ndarray) and uniform(value) else value
-        for key, value in values.items()
-    }
-    wrong = [
-        key
-        for key, allowed in GGUF_FIXED.items()
-        if key in config and not (np.isscalar(config[key]) and config[key] in allowed)
-    ]
-    wrong += [key for key in config if key not in GGUF_READ.keys() | GGUF_FIXED.keys() | GGUF_INERT]
-    wrong += [key for key, value in values.items() if type(value) not in (int, float) or value < 0]
-    if wrong:
-        said = ", ".join(f"llama.{key} {config[key]!r}" for key in sorted(wrong))
-        raise ValueError(
-            f"{source.path}: the GGUF file asks for {said}, which is not understood or not EVLM's"
-        )
-    heads, hidden = values["attention.head_count"], values["embedding_length"]
-    vocab, head_dim = (
-        _shapes(source, prefix)("token_embd.weight", 2)[0],
-        values["attention.key_length"] or hidden // max(heads, 1),
-    )
-    same = {
-        "attention.value_length": head_dim,
-        "rope.dimension_count": head_dim,
-        "vocab_size": vocab,
-    }
-    if wrong := [
-        f"llama.{key} is {values[key]}, not {ours}"
-        for key, ours in same.items()
-        if values[key] not in (0, ours)
-    ]:
-        raise ValueError(f"{source.path}: {', '.join(wrong)}, which EVLM's decoder does not have")
-    return {
-        "vocab": vocab,
-        "hidden": hidden,
-        "layers": values["block_count"],
-        "heads": heads,
-        "kv_heads": values["attention.head_count_kv"] or heads,
-        "head_dim": head_dim,
-        "mlp": values["feed_forward_length"],
-        "rope_theta": float(values["rope.freq_base"]),
-        "eps": float(
-            str(np.float32(values["attention.layer_norm_rms_epsilon"]))
-        ),  # stored as float32
-        "qkv_bias": False,
-        "tied": "output.weight" not in source.tensors,
-        "dynamic_ntk": 0,
-        "logn": 0,
-    }
+    return describe_gguf(source, _shapes(source, prefix))
 
 
 def _qwen(source: Source, prefix: str) -> dict:

@@ -22,8 +22,9 @@ from evlm_jax.convert.describe import describe_source
 from evlm_jax.convert.families import kind_of
 from evlm_jax.convert.inert import check_dropped
 from evlm_jax.convert.interpolate import resize_positions
+from evlm_jax.convert.naming import Family, Row
 from evlm_jax.convert.readers import open_source
-from evlm_jax.convert.tables import FAMILIES, Family, Row
+from evlm_jax.convert.tables import FAMILIES
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.param_names import canonical, is_stacked
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from evlm_jax.checkpoint.lazy_tensors import Source
-from evlm_jax.convert.tables import Family
+from evlm_jax.convert.naming import Family
 
 
 def _ones(array, embedding, facts) -> bool:

@@ -8,10 +8,7 @@ import functools
 import http.server
 import json
 import pickle
-import struct
 import threading
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +21,6 @@ from evlm_jax.data.tokenizer import load_tokenizer
 from tests.helpers.checkpoints import IMAGE, run_directory
 from tests.helpers.random_model import random_model
 from tests.helpers.tiny import tiny_config
-from tests.helpers.vocabularies import older_folder
 
 torch = pytest.importorskip("torch", reason="needs the extra parity")
 transformers = pytest.importorskip("transformers", reason="needs the extra parity")
@@ -92,6 +88,21 @@ def user(*parts):
     ]
 
 
+def in_parts(chat, pictures):
+    """The messages of `chat`, the content of each a list of texts and pictures."""
+    files, parts = iter(pictures), []
+    for role, content in chat:
+        pieces = content.split("<image>")
+        said = [{"type": "text", "text": pieces[0]}]
+        for piece in pieces[1:]:
+            said += [
+                {"type": "image", "path": next(files), "image": None},
+                {"type": "text", "text": piece},
+            ]
+        parts.append({"role": role, "content": said})
+    return parts
+
+
 @pytest.mark.parametrize("chat", CHATS)
 def test_tokens_are_those_of_training(exported, processor, pictures, chat):
     """Of a prompt, in three forms of a message; of a dialog with its supervised tokens; the
@@ -118,16 +129,7 @@ def test_tokens_are_those_of_training(exported, processor, pictures, chat):
     assert (difference < 1.001).all() and (
         difference > 0.001
     ).sum() <= 0.015 * difference.size  # rounding
-    files, parts = iter(pictures), []
-    for role, content in chat:
-        pieces = content.split("<image>")
-        said = [{"type": "text", "text": pieces[0]}]
-        for piece in pieces[1:]:
-            said += [
-                {"type": "image", "path": next(files), "image": None},
-                {"type": "text", "text": piece},
-            ]
-        parts.append({"role": role, "content": said})
+    parts = in_parts(chat, pictures)
     assert same(processor.apply_chat_template(copy.deepcopy(parts), **ASKED), inputs)
     told = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert told == processor.apply_chat_template(parts, add_generation_prompt=True)
@@ -161,105 +163,6 @@ def test_tokens_are_those_of_training(exported, processor, pictures, chat):
         )
     begun = processor.apply_chat_template(longer, continue_final_message=True)
     assert begun.endswith("So it is.") and processor.apply_chat_template(longer).startswith(begun)
-
-
-@pytest.mark.parametrize("family", ["llama2", "mistral", "gpt2-prefix"])
-@pytest.mark.parametrize("template", ["chatml", "plain"])
-def test_processor_begins_and_joins_texts_as_training_does(tmp_path, family, template):
-    """A BOS in front, and the space that a vocabulary puts in front of a text in front of the first
-    one alone.
-    """
-    cfg = tiny_config(data={"template": template})
-    cfg = run_directory(tmp_path / "run", cfg, random_model(cfg, seed=0))
-    older_folder(Path(cfg.init.llm), family)
-    export.export(str(tmp_path / "run"), str(tmp_path / "out"), "hf")
-    processor, tokenizer = (
-        transformers.AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True),
-        load_tokenizer(cfg.init.llm),
-    )
-    chat = [("user", "What is it?"), ("assistant", "red dog"), ("user", " two  spaces <s></s>")]
-    document = text.prompt([Turn(*turn) for turn in chat], (), tokenizer, cfg)
-    processor.tokenizer(["cut"], truncation=True, max_length=1)  # its state is another's
-    inputs = processor([{"role": role, "content": content} for role, content in chat])
-    assert inputs["input_ids"][0].tolist() == document.tokens.tolist()
-    assert processor("red dog")["input_ids"][0].tolist() == [
-        *tokenizer.bos,
-        *tokenizer.encode("red dog"),
-    ]
-    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert exported("red dog").input_ids == [*tokenizer.bos, *tokenizer.encode("red dog")]
-    messages = [{"role": "user", "content": "red"}]
-    front = exported.apply_chat_template(messages, return_dict=False)[: len(tokenizer.bos)]
-    assert front == list(tokenizer.bos)
-    told = processor.apply_chat_template(messages, add_generation_prompt=True)
-    assert told == exported.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True
-    )
-    assert torch.equal(processor(told)["input_ids"], processor(messages)["input_ids"])
-    for start in tokenizer.bos:
-        with pytest.raises(ValueError, match="no special token: give the chat"):
-            processor(exported.convert_ids_to_tokens(start) + "red")
-    again = load_tokenizer(tmp_path / "out")
-    assert (again.bos, again.eos, again.specials) == (
-        tokenizer.bos,
-        tokenizer.eos,
-        tokenizer.specials,
-    )
-
-
-def two_bits():
-    """A PNG of 2 bits a value, whose value 1 is transparent."""
-    part = lambda kind, body: (
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    )
-    rows = zlib.compress(b"".join(b"\0" + bytes([0b00011011] * 15) for _ in range(40)))
-    head = part(b"IHDR", struct.pack(">IIBBBBB", 60, 40, 2, 0, 0, 0, 0))
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + head
-        + part(b"tRNS", b"\0\1")
-        + part(b"IDAT", rows)
-        + part(b"IEND", b"")
-    )
-
-
-@pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
-def test_pictures_of_every_kind_are_those_of_training(tmp_path, resize):
-    from evlm_jax.convert.torch_model.pictures_evlm import read_picture, square
-
-    rng = np.random.default_rng(0)
-    colour = Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8))
-    clear = colour.convert("RGBA")
-    clear.putalpha(Image.fromarray(rng.integers(0, 256, (40, 60), np.uint8)))
-    ramp = (np.linspace(0, 65535, 60)[None] * np.ones((40, 1))).astype(np.uint16)
-    turned = Image.Exif()
-    turned[0x112] = 6
-    for mode in ("L", "1", "LA", "P", "RGBA"):
-        colour.convert(mode).save(tmp_path / f"{mode}.png")
-    Image.fromarray(ramp).save(tmp_path / "grey16.png")
-    Image.fromarray(ramp).save(tmp_path / "grey16.tif")
-    colour.convert("P").save(tmp_path / "clear_colour.png", transparency=3)
-    Image.fromarray(ramp).save(tmp_path / "clear_grey16.png", transparency=0)
-    (tmp_path / "clear_grey2.png").write_bytes(two_bits())
-    colour.save(tmp_path / "clear_rgb.png", transparency=colour.getpixel((0, 0)))
-    clear.save(tmp_path / "clear.png")
-    clear.save(tmp_path / "clear.webp", lossless=True)
-    colour.save(tmp_path / "turned.jpg", exif=turned, quality=95)
-    colour.convert("CMYK").save(tmp_path / "cmyk.jpg")
-    colour.save(tmp_path / "animal.gif", save_all=True, append_images=[colour.rotate(180)])
-    for file in sorted(tmp_path.iterdir()):
-        ours = image.load(ImageRef(str(file)), 16, resize, (124, 116, 104)).astype(float)
-        for picture in (file, Image.open(file)):
-            theirs = np.asarray(square(read_picture(picture), 16, resize, (124, 116, 104)), float)
-            assert np.abs(theirs - ours).max() <= 1, file.name
-        assert 20 < ours.mean() < 235, file.name  # neither black nor white
-    Image.fromarray(np.float32(ramp / 65535)).save(tmp_path / "fractions.tif")
-    for read in (
-        lambda: image.decode(str(tmp_path / "fractions.tif")),
-        lambda: read_picture(tmp_path / "fractions.tif"),
-    ):
-        with pytest.raises(ValueError, match="fractions.tif: .*mode F"):
-            read()
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -1,9 +1,6 @@
-"""Generation: caches against the full forward, batches against single prompts, sampling against
-NumPy, streaming.
-"""
+"""Generation: caches against the full forward, batches against single prompts, where it ends."""
 
 from functools import cache, partial
-from random import Random
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +10,9 @@ from flax import nnx
 
 from evlm_jax.batch import Batch
 from evlm_jax.data.samples import ImageRef, Turn
-from evlm_jax.data.stream import Stream
 from evlm_jax.generate import Generator, Room, collate
-from evlm_jax.models import decoding, sampling
+from evlm_jax.models import decoding
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.ops import decode_matmul
 from evlm_jax.ops.attention_plan import plan
 from evlm_jax.ops.grouped_attention import Plan
 from tests.data.made import SPECIALS, ByteTokenizer, refs
@@ -255,47 +250,6 @@ def test_callback_gets_the_pieces_in_order():
     assert sorted(i for i, _ in pieces[:5]) == list(range(5))  # the answers grow together
 
 
-def test_streaming_holds_back_half_a_character():
-    pieces = []
-    stream = Stream(ByteTokenizer(), (259,), callback=lambda _, piece: pieces.append(piece))
-    for byte in "aé😀b".encode():
-        stream.push(np.array([byte]))
-    assert pieces == ["a", "é", "😀", "b"]
-
-
-@pytest.mark.parametrize("top_p", [0.2, 0.7, 1.0])
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_top_p_against_numpy(top_p, temperature):
-    """Frequencies of many draws are those of the renormalised nucleus."""
-    logits = np.random.default_rng(0).normal(0, 2, 20).astype(np.float32)
-    draws = 20000
-    keys = jax.random.split(jax.random.key(1), draws)
-    tokens = sampling.sample(
-        jnp.tile(logits, (draws, 1)),
-        keys,
-        sampling.Sampling(jnp.float32(temperature), jnp.float32(top_p), None),
-    )
-    found = np.bincount(np.asarray(tokens), minlength=20) / draws
-
-    wanted = np.exp(logits / temperature - (logits / temperature).max())
-    wanted /= wanted.sum()
-    order = np.argsort(-wanted)
-    inside = order[: np.searchsorted(np.cumsum(wanted[order]), top_p) + 1]
-    nucleus = np.zeros(20)
-    nucleus[inside] = wanted[inside] / wanted[inside].sum()
-    assert set(np.flatnonzero(found)) <= set(inside)
-    assert np.abs(found - nucleus).max() < 4 * np.sqrt(0.25 / draws)
-
-
-def test_temperature_zero_is_the_argmax():
-    logits = jax.random.normal(jax.random.key(0), (5, 30))
-    keys = jax.random.split(jax.random.key(1), 5)
-    assert (
-        sampling.sample(logits, keys, sampling.Sampling(jnp.float32(0), jnp.float32(0.5), None))
-        == logits.argmax(-1)
-    ).all()
-
-
 @pytest.mark.parametrize(
     "changes", [{}, {"dynamic_ntk": 16}, {"baseline": "llava"}, {"baseline": "flamingo"}]
 )
@@ -402,55 +356,6 @@ def test_stop_strings_end_an_answer_and_are_cut_off():
         )[0]
         assert answer.text == free.text[:at] and answer.tokens == free.tokens[: at + 3]
     assert "".join(pieces) == free.text[:at]
-
-
-def test_streaming_never_shows_a_part_of_a_stop_string():
-    """However bytes, which are tokens here, come; what was shown is the answer, without white space
-    in front.
-    """
-    rng = Random(0)
-    letters = lambda low, high: "".join(rng.choices(" ab\né", k=rng.randint(low, high)))
-    for _ in range(2000):
-        whole, stops, pieces = letters(0, 9), [letters(1, 3) for _ in range(rng.randint(0, 2))], []
-        read = next(
-            (whole[:n] for n in range(len(whole)) if any(stop in whole[:n] for stop in stops)),
-            whole,
-        )
-        wanted = read[
-            : min([at for stop in stops if (at := read.find(stop)) >= 0], default=len(read))
-        ].lstrip()
-        stream = Stream(
-            ByteTokenizer(),
-            (259,),
-            stops,
-            callback=lambda _, piece, pieces=pieces: pieces.append(piece),
-        )
-        left = list(whole.encode())
-        while left:
-            count = rng.randint(1, 4)
-            stream.push(np.array(left[:count]))
-            left = left[count:]
-            assert wanted.startswith("".join(pieces)), (whole, stops)
-        assert stream.answer().text == wanted == "".join(pieces), (whole, stops)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 40])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_packed_products(rows, dtype):
-    """Every form of the product is the plain one with weights of that dtype; with several rows,
-    rows of that dtype too.
-    """
-    kernel = jax.random.normal(jax.random.key(0), (3, 24, 40))
-    x = jax.random.normal(jax.random.key(1), (rows, 24))
-    rounded = lambda x, is_rounded=True: x.astype(dtype).astype(jnp.float32) if is_rounded else x
-    wanted = rounded(x, rows > 1) @ rounded(kernel[1])
-    found = decode_matmul.Packed(decode_matmul.pack(kernel, dtype), None, 1)(x)
-    assert jnp.abs(found - wanted).max() <= 1e-5 * jnp.abs(wanted).max()
-    head = decode_matmul.pack_head(
-        jnp.concatenate([kernel[1]] * 210, 1), dtype
-    )  # several pieces, the last one padded
-    found = decode_matmul.logits(head, x, 8400)
-    assert jnp.abs(found - jnp.tile(wanted, (1, 210))).max() <= 1e-5 * jnp.abs(wanted).max()
 
 
 def test_refuses_what_it_cannot_answer():

@@ -1,5 +1,5 @@
 """Writes reference_scores.json: what scripts that are in no package say about the predictions of
-test_scorers.py.
+predicted.py.
 
 python -m tests.evals.reference_scores VQA LLAVA QWEN     # clones of GT-Vision-Lab/VQA,
                                                            # haotian-liu/LLaVA, QwenLM/Qwen-VL
@@ -21,21 +21,21 @@ from types import SimpleNamespace
 
 import torch
 
-from tests.evals import test_scorers
+from tests.evals import predicted
 
 
 def main(vqa: Path, llava: Path, qwen: Path) -> None:
     """All four."""
-    said = test_scorers.predictions()
+    said = predicted.predictions()
     found = {
         "source": "; ".join(
             f"{url}, {path}" for url, path in map(_source, (vqa, llava, qwen), SCRIPTS)
         ),
         "predictions": said,
-        "vqa": vqa_per_mille(vqa, said, test_scorers.ten_answers(said)),
+        "vqa": vqa_per_mille(vqa, said, predicted.ten_answers(said)),
         "pope": pope(llava, said),
         "scienceqa": scienceqa(llava, said),
-        "boxes": boxes(qwen, *test_scorers.grid_boxes(said)),
+        "boxes": boxes(qwen, *predicted.grid_boxes(said)),
     }
     Path(__file__).with_suffix(".json").write_text(
         json.dumps(found, ensure_ascii=False, indent=0), "utf-8"

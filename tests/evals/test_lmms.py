@@ -19,7 +19,7 @@ from evlm_jax.evals.choice import answer_losses
 from evlm_jax.generate import Generator
 from evlm_jax.runs import load_trained
 from tests.evals import layouts
-from tests.evals.test_scorers import NEED
+from tests.evals.predicted import NEED
 from tests.helpers.checkpoints import run_directory
 from tests.helpers.random_model import random_model
 from tests.helpers.tiny import tiny_config

@@ -8,7 +8,7 @@ import yaml
 from evlm_jax.evals import tasks
 from evlm_jax.evals.tasks.mmbench import CN_LETTER
 from tests.evals import layouts
-from tests.evals.test_scorers import NEED
+from tests.evals.predicted import NEED
 
 MC = {
     "hint": "Look.",

@@ -2,7 +2,6 @@
 awkward ones included.
 """
 
-import importlib
 import json
 import random
 from pathlib import Path
@@ -10,63 +9,9 @@ from pathlib import Path
 import pytest
 
 from evlm_jax.evals.scorers import boxes, choices, documents, vqa, yes_no
-from evlm_jax.evals.tasks import mmbench
-
-NEED = "needs lmms-eval: pip install -e '.[lmms]' and pip install --no-deps lmms-eval==0.7.3"
-COUNT = 600
-AWKWARD = [
-    "", " ", "Yes.", "yes", "No, it is not.", "not", "12%", "12.0", "0", "0.0", "-3", "1,000",
-    "1,,000", "$5.00", "nan", "inf", "五", "红色的猫", "红苹果。", "a cat", "The  Cat\n", "it's",
-    "its", "dont", "Couldn'tve", "somebody'd", "ow's'at", "ten", "None", "a.b.c.", "...", "?",
-    "U.S.A.", "yes/no", "t-shirt", "\"red\" ", "(B)", "B", "b", "B.", "B. dog", "A: cat",
-    "The answer is B.", "The answer is C", "D)", "A B", "A big dog runs", "答案是B", "y", "N.",
-    "yesterday", "nothing", "[0.1, 0.2, 0.5, 0.75]", "[0, 0, 1, 1] [1, 1, 2, 2]",
-    "[0.5,0.5,0.2,0.1]", "(10,20),(500,600)", "ß", "straße", "I choose A, not B", "C: is it", "E",
-    "e.", " A.", "option B) or C)", "A, B, C", "naïve café!", "3 dogs, 2 cats", "one o'clock",
-]  # fmt: skip
-WORDS = (
-    "yes no a the two 2 red cat cats dog 5 5.0 12% it's its dont left, right. unanswerable".split()
-)
-OPTIONS = {"A": "cat", "B": "dog", "C": "red cat", "D": "it"}
-
-
-def lmms(module):
-    """A module of lmms-eval's tasks."""
-    pytest.importorskip("lmms_eval", reason=NEED)
-    return importlib.import_module(f"lmms_eval.{module}")
-
-
-def predictions():
-    """COUNT predictions: all awkward ones, alone and joined, and short texts of common words."""
-    rng = random.Random(0)
-    made = AWKWARD + [
-        f"{a}{rng.choice([' ', ', ', '. ', '-'])}{b}"
-        for a, b in zip(rng.sample(AWKWARD, len(AWKWARD)), AWKWARD)
-    ]
-    return made + [
-        " ".join(rng.choices(WORDS + AWKWARD, k=rng.randint(1, 4)))
-        for _ in range(COUNT - len(made))
-    ]
-
-
-def ten_answers(said):
-    """Ten answers a prediction, some of them equal to it, some of them all the same."""
-    rng = random.Random(1)
-    bare = lambda text: text.replace(",", "").replace("?", "").replace("'s", " 's").upper()
-    drawn = [
-        rng.choices([text, bare(text), *rng.choices(said, k=2), *WORDS[:2]], k=10) for text in said
-    ]
-    return [[group[0]] * 10 if i % 7 == 0 else group for i, group in enumerate(drawn)]
-
-
-@pytest.fixture(scope="module")
-def said():
-    return predictions()
-
-
-@pytest.fixture(scope="module")
-def answers(said):
-    return ten_answers(said)
+from tests.evals.predicted import COUNT, OPTIONS, grid_boxes, lmms
+from tests.evals.predicted import answers as answers
+from tests.evals.predicted import said as said
 
 
 def test_vqa_accuracy(said, answers):
@@ -207,123 +152,6 @@ def test_mme(said):
         yes_no.mme(["yes"], ["yes"], ["existence"], [7])
 
 
-def test_scienceqa_letters(said):
-    theirs = lmms("tasks.scienceqa.utils").sqa_process_results
-    for text in said:
-        for i, name in enumerate("ABCDE"):
-            expected = theirs({"choices": list("vwxyz"), "answer": i}, [text])["exact_match"]
-            assert float(choices.letter(text, OPTIONS, "scienceqa") == name) == expected, text
-
-
-def test_ai2d_letters(said):
-    theirs = lmms("tasks.ai2d.utils").MultiChoiceRegexFilter(
-        regex_pattern=r"([A-Z])\.", group_select=0
-    )
-    match = lmms("api.metrics").exact_match_hf_evaluate
-    for text, filtered in zip(said, theirs.apply([[text] for text in said], [{}] * COUNT)):
-        for name in "ABCD":
-            expected = match([filtered], [name], ignore_case=True, ignore_punctuation=True)[
-                "exact_match"
-            ]
-            assert float(choices.letter(text, OPTIONS, "ai2d") == name) == expected, text
-
-
-def test_mmbench_letters(said):
-    theirs = lmms("tasks.mmbench.mmbench_evals").MMBench_Evaluator()
-    extract = lmms("tasks._task_utils.mcq_extract").extract_mcq_answer
-    found = [theirs.can_infer(text, dict(OPTIONS)) or "" for text in said]
-    assert [choices.letter(text, OPTIONS, "mmbench") for text in said] == found
-    assert [choices.guess(text, "ABCD") for text in said] == [
-        extract(text, list("ABCD")) for text in said
-    ]
-    assert 0.1 < sum(map(bool, found)) / COUNT < 0.9
-
-
-def test_circular_eval(said):
-    pandas = pytest.importorskip("pandas", reason=NEED)
-    theirs = lmms("tasks.mmbench.mmbench_evals").MMBench_Evaluator()
-    rng, rows = random.Random(4), []
-    for i, text in enumerate(said):
-        for turn in range(rng.randint(1, 3)):
-            truth = rng.choice("ABCD")
-            prediction = rng.choice(
-                [text, truth, truth, truth, f"{truth}. {OPTIONS[truth]}", OPTIONS[truth]]
-            )
-            rows.append(
-                {
-                    "index": i + turn * choices.ROTATION,
-                    "answer": truth,
-                    "prediction": prediction,
-                    "category": "x",
-                }
-                | OPTIONS
-            )
-    rng.shuffle(rows)
-    overall, *_ = theirs.eval_result(rows, "static")
-    right = [
-        choices.letter(row["prediction"], OPTIONS, "mmbench-static") == row["answer"]
-        for row in rows
-    ]
-    hits = [
-        hit for hit in choices.circular(right, [row["index"] for row in rows]) if hit is not None
-    ]
-    assert (
-        len(hits) == COUNT
-        and sum(hits) / COUNT == pytest.approx(overall, abs=1e-12)
-        and 0.2 < overall < 0.8
-    )
-    assert pandas.DataFrame(rows)["index"].is_unique
-    with pytest.raises(ValueError, match="question 5 has rotations but no first round"):
-        choices.circular([True], [5 + choices.ROTATION])
-
-
-def test_circular_eval_with_a_judge(said):
-    """Both ask the same judge, who always names an option."""
-    theirs, rng, rows = (
-        lmms("tasks.mmbench.mmbench_evals").MMBench_Evaluator(),
-        random.Random(7),
-        [],
-    )
-    for i, text in enumerate(said):
-        for turn in range(rng.randint(1, 2)):
-            row = {
-                "index": i + turn * choices.ROTATION,
-                "answer": rng.choice("ABCD"),
-                "prediction": text,
-                "category": "x",
-                "question": "?",
-            }
-            rows.append(
-                row
-                | {
-                    "reply": rng.choice(
-                        [f"{row['answer']}.", row["answer"], f"({rng.choice('ABCD')})"]
-                    )
-                }
-            )
-    table = [row | OPTIONS for row in rows]
-    theirs.extract_answer_from_item = lambda item: (
-        theirs.can_infer(item["reply"], dict(OPTIONS)),
-        item["reply"],
-    )
-    overall, *_ = theirs.eval_result(table, "openai")
-    ours = [row | {"options": OPTIONS} for row in rows]
-    waiting = mmbench.score(ours)
-    assert (
-        "circular (judge)" not in waiting.each
-        and waiting.whole["not judged"] == sum(bool(mmbench.judge(row)) for row in ours) > 100
-    )
-    judged = mmbench.score(
-        [row | ({"judgement": row["reply"]} if mmbench.judge(row) else {}) for row in ours]
-    )
-    hits = [hit for hit in judged.each["circular (judge)"] if hit is not None]
-    assert (
-        sum(hits) / COUNT == pytest.approx(100 * overall, abs=1e-9)
-        and 0.1 < overall < 0.9
-        and judged.whole["not judged"] == 0
-    )
-
-
 def test_boxes(said):
     theirs = lmms("tasks.refcoco.utils_rec")
     rng = random.Random(5)
@@ -353,32 +181,6 @@ def test_boxes(said):
         == (0, 0, 0, 0)
     )
     assert boxes.iou((0, 0, 0, 0), (0, 0, 0, 0)) == 0
-
-
-def grid_boxes(said):
-    """Predictions in Qwen-VL's form, good ones, bad ones and `said`, and true boxes from 0 to 1."""
-    rng, predictions, truth = random.Random(8), [], []
-    for text in said:
-        left, top = rng.randint(0, 500), rng.randint(0, 500)
-        box = [left, top, left + rng.randint(50, 400), top + rng.randint(50, 400)]
-        near = [x + round(rng.gauss(0, 40)) for x in box]
-        good = "<ref>it</ref><box>({},{}),({},{})</box>".format(*near)
-        predictions.append(
-            rng.choice(
-                [
-                    good,
-                    good,
-                    good,
-                    text,
-                    good[:-9],
-                    good.replace(",", ", "),
-                    good + good,
-                    "({},{})".format(*near),
-                ]
-            )
-        )
-        truth.append([x / 1000 for x in box])
-    return predictions, truth
 
 
 @pytest.fixture(scope="module")

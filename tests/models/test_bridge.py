@@ -1,24 +1,19 @@
-"""The baselines: open_flamingo's resampler, transformers' Llava, NumPy; what each sees, trains and
-refuses.
-"""
+"""The baselines: a fused tap against NumPy; what each sees, trains and refuses."""
 
 import json
 import shutil
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from evlm_jax import optim
 from evlm_jax.checkpoint import store
-from evlm_jax.checkpoint.lazy_tensors import read_all
 from evlm_jax.config import EVLMConfig, Rule
 from evlm_jax.convert import engine, export, importer
 from evlm_jax.convert.activations import look
-from evlm_jax.convert.readers import open_source
 from evlm_jax.launch import next_stage
 from evlm_jax.models import param_names
 from evlm_jax.models.evlm import EVLM
@@ -26,179 +21,10 @@ from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.planning import programs
 from evlm_jax.train import train
 from tests.helpers.checkpoints import run_directory
-from tests.helpers.parity import needs_transformers, open_flamingo_helpers, relative
+from tests.helpers.parity import relative
 from tests.helpers.random_model import random_model
 from tests.helpers.tiny import BASELINES, TinyData, tiny_batch, tiny_config, tiny_towers
 from tests.models.test_evlm import hidden, repaint, row
-
-
-@pytest.mark.parity
-def test_resampler_equals_open_flamingo():
-    """Outputs, and gradients of every parameter and of the picture."""
-    import torch
-
-    helpers = open_flamingo_helpers()
-    cfg = tiny_config(**BASELINES["flamingo"])
-    b, v = cfg.bridge, cfg.vit.width
-    sizes = {
-        "depth": b.depth,
-        "dim_head": b.head_dim,
-        "heads": b.heads,
-        "num_latents": b.latents,
-        "ff_mult": b.ffn,
-    }
-    torch.manual_seed(0)
-    theirs = helpers.PerceiverResampler(dim=v, **sizes)
-    with torch.no_grad():
-        for module in theirs.modules():
-            if isinstance(module, torch.nn.LayerNorm):
-                module.weight.normal_(1, 0.2)
-                module.bias.normal_(0, 0.2)
-
-    def ours_of(value):
-        """{canonical name: `value` of their parameter, laid out as ours}."""
-        array, out = (
-            lambda p: value(p).detach().numpy(),
-            {"latents": value(theirs.latents).detach().numpy()},
-        )
-        norm = lambda name, module: {
-            f"{name}/scale": array(module.weight),
-            f"{name}/bias": array(module.bias),
-        }
-        out |= norm("norm", theirs.norm)
-        for i, (attention, ffn) in enumerate(theirs.layers):
-            k, v = np.split(array(attention.to_kv.weight), 2)
-            kernels = {
-                "q": array(attention.to_q.weight),
-                "k": k,
-                "v": v,
-                "o": array(attention.to_out.weight),
-            }
-            kernels |= {"ffn/fc1": array(ffn[1].weight), "ffn/fc2": array(ffn[3].weight)}
-            out |= {f"layers/{i}/{name}/kernel": kernel.T for name, kernel in kernels.items()}
-            for name, module in (
-                ("norm_media", attention.norm_media),
-                ("norm_latents", attention.norm_latents),
-                ("ffn_norm", ffn[0]),
-            ):
-                out |= norm(f"layers/{i}/{name}", module)
-        return {f"bridge/{name}": a for name, a in out.items()}
-
-    rng = np.random.default_rng(0)
-    taps = rng.standard_normal((2, 1, 3, 5, v)).astype(
-        np.float32
-    )  # two taps, of which the last is read
-    weight = rng.standard_normal((1, 3, b.latents, v)).astype(np.float32)
-    picture = torch.tensor(taps[-1][:, :, None], requires_grad=True)
-    expected = theirs(picture)
-    (expected * torch.tensor(weight)).sum().backward()
-
-    model = nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0)))
-    graphdef, state = nnx.split(model.bridge)
-    whole = nnx.from_flat_state(
-        [(("bridge", *path), leaf) for path, leaf in nnx.to_flat_state(state)]
-    )
-    params = param_names.unflatten(cfg, ours_of(lambda p: p), whole)
-    run = lambda params, taps: nnx.merge(graphdef, params["bridge"])(taps)
-    with jax.default_matmul_precision("highest"):
-        got, pull = jax.vjp(run, params, jnp.asarray(taps))
-        grads, of_taps = pull(jnp.asarray(weight)[None])
-    assert relative(np.asarray(got[0]), expected.detach().numpy()) <= 1e-5
-    assert relative(np.asarray(of_taps[-1]), picture.grad[:, :, 0].numpy()) <= 1e-5 and not np.any(
-        of_taps[0]
-    )
-    wanted, found = ours_of(lambda p: p.grad), param_names.flatten(cfg, grads)
-    assert wanted.keys() == found.keys()
-    assert {
-        name: error
-        for name, a in wanted.items()
-        if (error := relative(np.asarray(found[name]), a)) > 1e-5
-    } == {}
-
-
-@needs_transformers
-def test_llava_equals_transformers(tmp_path):
-    """The whole model with two pictures: logits, and gradients of the projector.
-
-    Their feature layer -2 is our tap depth - 1.
-    """
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    sizes = {"num_attention_heads": 2, "intermediate_size": 48, "num_hidden_layers": 3}
-    vision = transformers.CLIPVisionConfig(hidden_size=32, image_size=8, patch_size=4, **sizes)
-    text = transformers.LlamaConfig(
-        vocab_size=256, hidden_size=64, num_key_value_heads=1, tie_word_embeddings=False, **sizes
-    )
-    config = transformers.LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=255,
-        vision_feature_layer=-2,
-        tie_word_embeddings=False,
-    )
-    theirs = transformers.LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.normal_(0, 0.15)
-    alone = transformers.LlamaForCausalLM(text)
-    alone.model.load_state_dict(theirs.model.language_model.state_dict())
-    alone.lm_head.load_state_dict(theirs.lm_head.state_dict())
-    alone.save_pretrained(tmp_path / "llm")
-    theirs.model.vision_tower.save_pretrained(tmp_path / "vit")
-
-    found = {tower: engine.describe(str(tmp_path / tower)) for tower in ("vit", "llm")}
-    cfg = tiny_config(
-        **BASELINES["llava"]
-        | {
-            "vit": found["vit"] | {"image_size": 8, "taps": (1, 2)},
-            "llm": found["llm"],
-        }
-    )
-    arrays = {}
-    for tower in found:
-        arrays |= read_all(engine.open_tower(cfg, open_source(tmp_path / tower), tower).tensors)
-    projector = theirs.model.multi_modal_projector
-
-    def ours_of(value):
-        layers = {"fc1": projector.linear_1, "fc2": projector.linear_2}
-        kernels = {
-            f"bridge/{name}/kernel": value(layer.weight).detach().numpy().T
-            for name, layer in layers.items()
-        }
-        return kernels | {
-            f"bridge/{name}/bias": value(layer.bias).detach().numpy()
-            for name, layer in layers.items()
-        }
-
-    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
-    state = param_names.unflatten(cfg, arrays | ours_of(lambda p: p), shapes)
-    batch, length = row(cfg, [[3, "i", 4, "i", 5]]), 3 + 4 + 4 + 4 + 5
-    tokens = np.where(batch.media_slot >= 0, 255, batch.tokens)[:, :length]
-    pixels = (batch.pixels[0, :2] / 255 - np.array(cfg.vit.mean)) / np.array(cfg.vit.std)
-    expected = theirs(
-        input_ids=torch.tensor(tokens, dtype=torch.long),
-        pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32),
-    ).logits[0]
-    weight = np.random.default_rng(0).standard_normal(expected.shape).astype(np.float32)
-    (expected * torch.tensor(weight)).sum().backward()
-
-    def logits(trained, frozen, batch):
-        model = nnx.merge(graphdef, trained, frozen)
-        return model.logits(model.hidden(batch))[0, :length]
-
-    trained, frozen = nnx.split_state(state, lambda path, _: path[0] == "bridge", ...)
-    with jax.default_matmul_precision("highest"):
-        got, pull = jax.vjp(lambda trained: jax.jit(logits)(trained, frozen, batch), trained)
-        (grads,) = pull(jnp.asarray(weight))
-    assert relative(np.asarray(got), expected.detach().numpy()) <= 1e-5
-    wanted, found = ours_of(lambda p: p.grad), param_names.flatten(cfg, grads)
-    assert {
-        name: error
-        for name, a in wanted.items()
-        if (error := relative(np.asarray(found[name]), a)) > 1e-5
-    } == {}
 
 
 def test_fused_equals_numpy_whatever_the_order_of_taps():

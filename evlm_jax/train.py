@@ -98,7 +98,7 @@ def train_step(
     state: TrainState,
     frozen: nnx.State,
     batch: Batch,
-):
+) -> tuple[TrainState, dict]:
     """One update. Returns the new state and what is reported of the step."""
     batch, same = agreed(batch)
     grads, sums = gradients(cfg, graphdef, state.params, frozen, batch)

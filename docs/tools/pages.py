@@ -40,9 +40,10 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
         if re.match(r"\w+:|#", target):
             return f"[{text}]({target})"
         path, mark, anchor = target.partition("#")
-        place = places.get(posixpath.normpath(posixpath.join(here, path)))
-        if place is None:
-            return text
+        path = posixpath.normpath(posixpath.join(here, path))
+        if (place := places.get(path)) is None:  # mkdocs warns of what is nowhere
+            exists = Path(config.config_file_path).parent.joinpath(path).exists()
+            return text if exists else found[0]
         return f"[{text}]({posixpath.relpath(place, back or '.')}{mark}{anchor})"
 
     return "".join(

@@ -25,7 +25,7 @@ class Plan(NamedTuple):
 
 @jax.custom_vjp
 def permute(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
-    """x [A, ...] -> x[index] [C, ...], 0 where index is out of range.
+    """x [A, ...] -> `x[index]` [C, ...], 0 where index is out of range.
 
     `inverse` makes the gradient a gather as well.
     """

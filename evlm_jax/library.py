@@ -32,7 +32,7 @@ from evlm_jax.models.evlm import EVLM
 from evlm_jax.parallel.distributed import fetch_to_host
 from evlm_jax.parallel.mesh import Layout, jit
 from evlm_jax.report import figures
-from evlm_jax.runs import model_of
+from evlm_jax.runs import model_of, save_model
 
 # What an export does not say: sizes of rows, the optimizer.
 BASE = Path(__file__).parents[1] / "experiments" / "base.py"
@@ -68,10 +68,8 @@ def load(
         cfg = replace(cfg, init=replace(cfg.init, llm=source_of_run(path, cfg.init.llm)))
     else:
         base = load_config(str(BASE))
-        params, cfg = read_export(
-            _pixels(replace(base, data=replace(base.data, images=8, slots=8 * base.data.pool))),
-            path,
-        )
+        data = replace(base.data, images=8, slots=8 * base.data.pool)
+        params, cfg = read_export(_pixels(replace(base, data=data)), path)
     return _placed(cfg, params, dtype, devices)
 
 
@@ -96,13 +94,8 @@ def random(
             f"config is a {type(config).__name__}: give what an experiment's get_config() returns"
         )
     ranges.check(ranges.Seed, seed, "seed")
-    state = _new(cfg, np.uint32(seed))
-    return _placed(
-        cfg,
-        {name: np.asarray(array) for name, array in param_names.flatten(cfg, state).items()},
-        dtype,
-        devices,
-    )
+    params = jax.device_get(param_names.flatten(cfg, _new(cfg, np.uint32(seed))))
+    return _placed(cfg, params, dtype, devices)
 
 
 def make_sample(*texts: str, images: Images = None) -> Sample:
@@ -151,9 +144,8 @@ def make_batch(
     cfg, tokenizer = _pixels(config), tokenizer or load_tokenizer(config.init.llm)
     documents = [text.encode(sample, tokenizer, cfg) for sample in samples]
     made = [batch for batch, _, _ in pipeline.rows_in_order(documents, cfg, 1)]
-    made += [pipeline.collate([[]], cfg, iter(()))[0]] * (
-        -len(made) % ranges.check(ranges.Positive, rows, "rows")
-    )
+    lacking = -len(made) % ranges.check(ranges.Positive, rows, "rows")
+    made += [pipeline.collate([[]], cfg, iter(()))[0]] * lacking
     return jax.tree.map(lambda *parts: np.concatenate(parts), *made)
 
 
@@ -190,6 +182,15 @@ class Model:
     def with_params(self, params: nnx.State) -> "Model":
         """The same model with other parameters, in the structure of `params`."""
         return Model(nnx.merge(self._graphdef, params), self.tokenizer, self._layout)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes a folder that `load` reads and every command of `evlm` takes for a run: to export
+        it, to evaluate it, or to train on from it (`evlm train --init`).
+
+        Raises FileExistsError where `folder` is there already.
+        """
+        params = jax.device_get(param_names.flatten(self.config, self.params))
+        save_model(self.config, params, self.tokenizer, os.fspath(folder))
 
     def generate(
         self,
@@ -246,9 +247,7 @@ class Model:
         )
         if stream:
             if several or answers != 1:
-                raise ValueError(
-                    "stream=True gives pieces of one answer: ask for one, or leave it out"
-                )
+                raise ValueError("stream=True gives pieces of one answer: ask for one only")
             return pieces(ask)
         found = [answer.text for answer in ask()]
         if answers > 1:

@@ -1,5 +1,6 @@
-"""A run's checkpoint as a model, and the cache of its taps."""
+"""A run's checkpoint as a model, a model as a checkpoint, and the cache of its taps."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -10,10 +11,12 @@ from flax import nnx
 
 from evlm_jax import assets
 from evlm_jax.checkpoint import store
+from evlm_jax.checkpoint.atomic_dir import whole
 from evlm_jax.checkpoint.initialize import put_sharded
+from evlm_jax.checkpoint.lazy_tensors import Tensor
 from evlm_jax.config import EVLMConfig, MeshConfig
 from evlm_jax.data.features import FeatureStore, fingerprint
-from evlm_jax.data.tokenizer import Tokenizer, load_tokenizer, source_of_run
+from evlm_jax.data.tokenizer import Tokenizer, keep_tokenizer, load_tokenizer, source_of_run
 from evlm_jax.models import param_names
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.parallel.mesh import Layout, make_layout
@@ -90,3 +93,18 @@ def model_of(
         replace(cfg, mesh=mesh, train=replace(cfg.train, batch=rows, accumulate=1)), devices
     )
     return nnx.merge(graphdef, put_sharded(state, layout.frozen)), layout
+
+
+def save_model(
+    cfg: EVLMConfig, params: dict[str, np.ndarray], tokenizer: Tokenizer, out: str
+) -> None:
+    """Writes step 0 of a run with these parameters, by canonical name. All count as trained, so
+    what begins there keeps their dtype.
+
+    Raises FileExistsError where `out` is there already.
+    """
+    with whole(out, {"saved": time.time_ns()}) as folder:  # takes up nothing of an earlier attempt
+        tensors = {name: Tensor.of(array) for name, array in params.items()}
+        stored = store.write_store(folder, tensors)
+        keep_tokenizer(tokenizer, folder)
+        store.write_imported(folder, cfg, stored, {}, trained=tensors)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -387,6 +388,24 @@ def test_a_dtype_is_of_weights_and_computing(model, folder):
         / np.abs(wanted).max()
     )
     assert 0 < apart < 0.05
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_what_is_saved_is_the_same_model(folder, tmp_path, dtype):
+    given = evlm_jax.load(folder / "run", dtype=dtype)
+    given.save(tmp_path / "saved")
+    found = evlm_jax.load(tmp_path / "saved")
+    same = jax.tree.map(
+        lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), given.params, found.params
+    )
+    assert all(jax.tree.leaves(same))
+    assert found.config == replace(given.config, init=found.config.init)
+    assert found.config.init.llm == str(tmp_path / "saved" / "tokenizer")
+    export(str(tmp_path / "saved"), str(tmp_path / "export"), "hf")
+    exported = jax.tree.leaves(evlm_jax.load(tmp_path / "export").params)
+    assert all(map(np.array_equal, exported, jax.tree.leaves(given.params)))
+    with pytest.raises(FileExistsError, match="saved exists; give a new directory"):
+        found.save(tmp_path / "saved")
 
 
 def test_new_weights_are_a_function_of_the_seed(folder):

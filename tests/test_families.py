@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from evlm_jax import cli
-from evlm_jax.convert import families
+from evlm_jax.convert import config_json, families
 from evlm_jax.convert.refused import LANGUAGE, VISION
 from tests.helpers.parity import config_for, encode, load, relative, text_logits
 
@@ -77,7 +77,7 @@ def test_every_other_type_is_refused_by_its_config(tmp_path):
             config = {"model_type": name}
         built += len(config) > 1
         with pytest.raises(ValueError, match="which is not read|quantised"):
-            families.kind_of(tmp_path, config)
+            config_json.kind_of(tmp_path, config)
     assert built > 300
 
 
@@ -88,7 +88,7 @@ def test_defaults_and_fields_are_those_of_transformers(tmp_path, name):
     """
     if name in families.WHOLE:
         config = written(name)
-        assert families.fields_of(tmp_path, config) == families.fields_of(
+        assert config_json.fields_of(tmp_path, config) == config_json.fields_of(
             tmp_path, {"model_type": name, "vision_config": {}}
         )
         return
@@ -97,8 +97,8 @@ def test_defaults_and_fields_are_those_of_transformers(tmp_path, name):
         assert config[field] == default
     plain = {"sliding_window": None} if name == "mistral" else {}
     whole, bare = (
-        families.fields_of(tmp_path, config | plain),
-        families.fields_of(tmp_path, {"model_type": name} | plain),
+        config_json.fields_of(tmp_path, config | plain),
+        config_json.fields_of(tmp_path, {"model_type": name} | plain),
     )
     heads = lambda found: (
         found
@@ -121,7 +121,7 @@ def test_a_field_with_another_value_is_seen(tmp_path, name):
     wrap = lambda fields: (
         {"model_type": name, "vision_config": fields} if name in families.WHOLE else fields
     )
-    before = families.fields_of(tmp_path, wrap(config))
+    before = config_json.fields_of(tmp_path, wrap(config))
     for field in sorted(
         config.keys() - families.INERT - families.UNUSED.get(name, set()) - {"vision_use_head"}
     ):
@@ -134,7 +134,7 @@ def test_a_field_with_another_value_is_seen(tmp_path, name):
             else ["sliding_attention"]
         )
         try:
-            after = families.fields_of(tmp_path, wrap(config | {field: other}))
+            after = config_json.fields_of(tmp_path, wrap(config | {field: other}))
         except ValueError as error:
             assert field in str(error) or "rotary" in str(error) or "layer_types" in str(error)
         else:

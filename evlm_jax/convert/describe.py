@@ -10,8 +10,9 @@ from typing import Any
 
 from evlm_jax.checkpoint.lazy_tensors import Source, read_json
 from evlm_jax.config import LLMConfig, MediaConfig, MoEConfig, ViTConfig, XAttnConfig
+from evlm_jax.convert.config_json import fields_of, settled
 from evlm_jax.convert.describe_gguf import describe_gguf
-from evlm_jax.convert.families import EVA, EVA_INERT, EVA_READ, fields_of, settled
+from evlm_jax.convert.families import EVA, EVA_INERT, EVA_READ
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -54,7 +55,7 @@ def describe_source(source: Source, family: str, prefix: str) -> dict:
 
 
 def _fields(source: Source) -> dict[str, Any]:
-    """As families.fields_of.
+    """As config_json.fields_of.
 
     Raises ValueError where there is no config.json: names and shapes do not tell enough.
     """

@@ -18,8 +18,8 @@ from flax import nnx
 from evlm_jax import assets
 from evlm_jax.checkpoint.lazy_tensors import FLOATS, Source, Tensor, Tensors, read_all
 from evlm_jax.config import EVLMConfig
+from evlm_jax.convert.config_json import kind_of
 from evlm_jax.convert.describe import describe_source
-from evlm_jax.convert.families import kind_of
 from evlm_jax.convert.inert import check_dropped
 from evlm_jax.convert.interpolate import resize_positions
 from evlm_jax.convert.naming import Family, Row

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from evlm_jax.convert import engine, families
+from evlm_jax.convert import config_json, engine
 from evlm_jax.convert.readers import open_source
 from tests.helpers.checkpoints import dinov2_directory, llama_directory
 from tests.helpers.tiny import tiny_config
@@ -121,12 +121,12 @@ def test_defaults_are_those_of_the_family(tmp_path):
     """
     for name, heads in (("llama", 4), ("qwen2", 32), ("mistral", 8)):
         config = {"model_type": name, "num_attention_heads": 4, "sliding_window": None}
-        assert (families.fields_of(tmp_path, config)["num_key_value_heads"] or 4) == heads
+        assert (config_json.fields_of(tmp_path, config)["num_key_value_heads"] or 4) == heads
 
 
 def test_heads_that_were_cut_off_are_refused(tmp_path):
     with pytest.raises(ValueError, match="pruned_heads"):
-        families.fields_of(
+        config_json.fields_of(
             tmp_path, {"model_type": "clip_vision_model", "pruned_heads": {"0": [1]}}
         )
 

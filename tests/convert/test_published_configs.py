@@ -2,7 +2,7 @@
 
 import pytest
 
-from evlm_jax.convert import families
+from evlm_jax.convert import config_json
 
 PUBLISHED = {  # fields as the projects' own config.json files have them: what is read of them
     "SmolLM2 135M": (
@@ -225,5 +225,5 @@ PUBLISHED = {  # fields as the projects' own config.json files have them: what i
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_are_read(tmp_path, name):
     config, facts = PUBLISHED[name]
-    assert families.kind_of(tmp_path, config)
-    assert facts.items() <= families.fields_of(tmp_path, config).items()
+    assert config_json.kind_of(tmp_path, config)
+    assert facts.items() <= config_json.fields_of(tmp_path, config).items()

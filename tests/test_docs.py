@@ -151,14 +151,17 @@ def fits(cfg, devices):
 
 
 def test_each_decision_has_an_id_of_its_own():
+    page = (ROOT / "docs" / "decisions.md").read_text("utf-8")
     rows = [
         line
-        for line in (ROOT / "docs" / "decisions.md").read_text("utf-8").splitlines()
+        for line in page.splitlines()
         if line.startswith("| ") and not line.startswith(("| id |", "| --- |"))
     ]
     ids = [line.split(" | ")[0].removeprefix("| ") for line in rows]
     assert all(map(DECISION.fullmatch, ids)), [i for i in ids if not DECISION.fullmatch(i)]
     assert len(set(ids)) == len(ids), sorted({name for name in ids if ids.count(name) > 1})
+    evidence = re.findall(r"\b(?:tests|benchmarks)/[\w/]+(?:\.py)?", page)
+    assert len(evidence) > 40 and not [name for name in evidence if not (ROOT / name).exists()]
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     code = [
         path

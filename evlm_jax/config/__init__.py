@@ -50,7 +50,7 @@ class Rule:
     """First match wins. `lr` multiplies the schedule; None freezes."""
 
     pattern: str  # regular expression, searched in the canonical parameter name
-    lr: NonNegative | None
+    lr: NonNegative | None  # of the schedule's rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,37 +60,37 @@ class Phase:
     A run that may become longer needs the latter.
     """
 
-    start: Fraction = 0.0
-    step: Count | None = None
+    start: Fraction = 0.0  # fraction of train.steps
+    step: Count | None = None  # the last update without the phase
     # Extra linear warm-up, in steps, of the parameters that become trainable in this phase. None:
     # optim.warmup in a later phase, where a fresh Adam would move what is pretrained at the full
     # rate; 0 in the first, which the schedule warms up.
     warmup: Count | None = None
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule, ...]  # each parameter needs one that matches
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW, linear warm-up, cosine to `min_lr`, clip by global norm (paper table 6)."""
 
-    lr: PositiveFloat
-    min_lr: NonNegative
-    warmup: Count
-    b1: Fraction
-    b2: Fraction
-    eps: PositiveFloat
+    lr: PositiveFloat  # peak of the schedule
+    min_lr: NonNegative  # at the last update
+    warmup: Count  # updates
+    b1: Fraction  # decay of Adam's first moments
+    b2: Fraction  # decay of the second ones
+    eps: PositiveFloat  # Adam's
     mu_dtype: Float  # first moments; second ones need the mantissa of param_dtype
-    weight_decay: NonNegative
+    weight_decay: NonNegative  # decoupled, times the rate
     no_decay: tuple[str, ...]  # patterns of canonical names without weight decay
-    clip: PositiveFloat
-    phases: tuple[Phase, ...]
+    clip: PositiveFloat  # largest global norm of the gradients
+    phases: tuple[Phase, ...]  # in order; the first begins the run
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The loop."""
 
-    steps: Positive
+    steps: Positive  # updates of the whole run
     batch: Positive  # rows of an optimizer step, over all devices
     accumulate: Positive  # micro-batches of a step; divides `batch`
     dtype: Float  # compute
@@ -104,15 +104,15 @@ class TrainConfig:
     # targets of a row whose logits exist together, computed again in the backward pass; 0: all,
     # kept
     loss_chunk: Count
-    save_every: Positive
-    keep: Positive
-    log_every: Positive
+    save_every: Positive  # updates
+    keep: Positive  # newest checkpoints that stay
+    log_every: Positive  # updates
     monitors: tuple[
         str, ...
     ]  # eval tasks that are followed (evals/monitor.py): TASK, or TASK:PATH of its official files
     monitor_every: Count  # updates between two looks; there is one at the end as well
     monitor_questions: Count  # the first of each task, as `evlm eval --limit` takes them; 0: all
-    seed: Seed
+    seed: Seed  # of new parameters
     peak_flops: NonNegative  # of one device, for MFU; 0 leaves MFU out
     save_minutes: NonNegative = (
         30.0  # a save is also due when so much time has gone since the last; 0: never for that
@@ -154,8 +154,8 @@ class InitConfig:
     start.
     """
 
-    vision: str
-    llm: str
+    vision: str  # vision tower
+    llm: str  # language model, with its tokenizer
     # the cross-attention's norms, where it has any, from the first batch (models/norm_init.py);
     # False: scale 1, bias 0
     centre_norms: bool
@@ -167,7 +167,7 @@ class InitConfig:
 class EVLMConfig:
     """Everything that decides a run."""
 
-    name: str
+    name: str  # what reports call it
     vit: ViTConfig
     llm: LLMConfig
     xattn: XAttnConfig

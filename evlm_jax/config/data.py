@@ -40,12 +40,12 @@ class DataConfig:
     )
     isolate: bool  # documents of a row do not see each other
     window: Positive  # samples the packer may choose from
-    resize: Literal["squash", "crop", "pad"]
+    resize: Literal["squash", "crop", "pad"]  # to a square: stretched, its middle, or with bars
     # JPEGs at 1/2, 1/4 or 1/8 of their size where that does, and a fast resize (data/image.py)
     scaled_decoding: bool
     most_drops: Share  # share of the documents that may be left out before the run stops
     cache_features: bool  # compute the frozen tower's taps once and keep them on disk
-    seed: Seed
+    seed: Seed  # of shuffles and draws
 
     def __post_init__(self):
         most = self.pool * self.images

@@ -14,22 +14,22 @@ class ViTConfig:
     quick_gelu, embed_norm.
     """
 
-    depth: Positive
-    width: Positive
-    heads: Positive
-    mlp: Positive
-    patch: Positive
+    depth: Positive  # blocks
+    width: Positive  # V
+    heads: Positive  # divide width
+    mlp: Positive  # hidden width of a block's MLP
+    patch: Positive  # side in pixels
     image_size: Positive  # pixels of the square input; S = (image_size / patch)**2 + prefix tokens
     pretrained_size: Positive  # pixels the stored position table was trained at
     norm: Literal["pre", "res_post"]  # x + f(norm(x)) or x + norm(f(x))
     bias: Literal["all", "qv"]  # "qv": no bias on the keys
     activation: Literal["gelu", "gelu_tanh", "quick_gelu"]  # "gelu" is by erf
-    layer_scale: bool
-    class_token: bool
+    layer_scale: bool  # a factor a channel behind attention and MLP
+    class_token: bool  # in front of the patches, with a position
     registers: Count  # tokens after the class token, without position
-    patch_bias: bool
+    patch_bias: bool  # of the patch embedding
     embed_norm: bool  # CLIP's ln_pre
-    eps: PositiveFloat
+    eps: PositiveFloat  # of the norms
     taps: tuple[Positive, ...]  # 1-based block numbers whose outputs are returned, ascending
     cuts: tuple[
         Positive, ...
@@ -62,16 +62,16 @@ class LLMConfig:
     Mistral without a window, Qwen 1.0, Qwen2.
     """
 
-    vocab: Positive
-    hidden: Positive
-    layers: Positive
-    heads: Positive
-    kv_heads: Positive
-    head_dim: Positive
-    mlp: Positive
-    rope_theta: PositiveFloat
-    eps: PositiveFloat
-    qkv_bias: bool
+    vocab: Positive  # rows of the embedding
+    hidden: Positive  # D
+    layers: Positive  # L
+    heads: Positive  # N
+    kv_heads: Positive  # K; divides heads
+    head_dim: Positive  # H
+    mlp: Positive  # hidden width of a layer's MLP
+    rope_theta: PositiveFloat  # base of the rotary positions
+    eps: PositiveFloat  # of the norms
+    qkv_bias: bool  # of queries, keys and values
     tied: bool  # the output head is the embedding
     # tokens of a prompt beyond which its rotary base grows in generation (models/long_context.py);
     # 0: never
@@ -83,7 +83,7 @@ class LLMConfig:
 class XAttnConfig:
     """Gated cross-attention before the LLM layers (paper section 2)."""
 
-    heads: Positive
+    heads: Positive  # queries
     # keys and values, each shared by heads / kv_heads queries; the paper has as many as heads
     kv_heads: Positive
     head_dim: Positive  # r_c = heads * head_dim / hidden
@@ -94,7 +94,7 @@ class XAttnConfig:
     ]  # tap i serves neighbouring layers, or layer l gets tap l mod G
     sinks: Count  # zero keys padded to the visual sequence
     tile: Positive  # tokens of one attention tile; all tokens of a tile see the same images
-    eps: PositiveFloat
+    eps: PositiveFloat  # of the norms
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,6 @@ class BridgeConfig:
     ]  # taps by layer; all taps in one; latents of the last; its patches as text
     latents: Positive  # of an image; this and what follows is of the resampler of "flamingo"
     depth: Positive  # layers
-    heads: Positive
-    head_dim: Positive
+    heads: Positive  # of its attention
+    head_dim: Positive  # width of one
     ffn: Positive  # hidden width of its FFNs, in widths of the ViT

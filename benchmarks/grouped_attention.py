@@ -2,8 +2,8 @@
 `python -m benchmarks.grouped_attention`.
 
 64 images of 257 visual tokens beside 2048 text tokens, each of which sees one image; 8 heads of
-128, float32 (performance.md). A loop
-over the images in PyTorch is the bar: it does the needed work only, one image at a time.
+128, float32 (performance.md). A loop over the images in PyTorch is the bar: it does the needed work
+only, one image at a time.
 """
 
 import importlib.util

@@ -2,13 +2,11 @@
 three fields each.
 
 `get_config(variant)`; `evlm ablate --variants base,tap-8,cyclic` trains and compares them
-(docs/ablations.md). A new variant is a line of
-VARIANTS: the field's full name and its value.
+(docs/ablations.md). A new variant is a line of VARIANTS: the field's full name and its value.
 
 The base is the demo's model and data, all of it written down here, so that no change of the demo
-moves what was measured. After the
-warm-up the rate is constant: a run has no end of its own, and may be read wherever a budget is
-reached."""
+moves what was measured. After the warm-up the rate is constant: a run has no end of its own, and
+may be read wherever a budget is reached."""
 
 from ml_collections import ConfigDict
 

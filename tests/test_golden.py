@@ -1,5 +1,5 @@
-"""Golden run folders (tests/golden): what earlier code saved loads,
-goes on and is exported as that code would have done.
+"""Golden run folders (tests/golden): what earlier code saved loads, goes on and is exported as that
+code would have done.
 """
 
 import contextlib

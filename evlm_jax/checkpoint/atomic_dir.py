@@ -17,7 +17,7 @@ def whole(out: str, plan: dict) -> Iterator[epath.Path]:
     itself, unfinished while PLAN is in it.
 
     A kill or an interrupt leaves it: the next writing of the same `plan` finds what is there. After
-      an error it is removed.
+    an error it is removed.
 
     Args:
       plan: what decides the content, for JSON.

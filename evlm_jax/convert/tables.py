@@ -312,8 +312,8 @@ def _evlm() -> Family:
 
 def _openflamingo() -> Family:
     """The trained part as open_flamingo keeps it, its language model being Llama or Qwen2.
-    `norm_media` and `media_tokens` are EVLM's
-    own: open_flamingo's perceiver ends with the norm, and it has no media tokens."""
+    `norm_media` and `media_tokens` are EVLM's own: open_flamingo's perceiver ends with the norm,
+    and it has no media tokens."""
     foreign, path = "lang_encoder.model.layers.{}.gated_cross_attn_layer", "xattn/{}"
     rows = (
         *norm(f"{foreign}.attn.norm", f"{path}/norm"),

@@ -7,7 +7,8 @@ a conversation. It is cut in front of a picture, so that text stays behind the p
     img A text | img B  img C text text | img D text  3 parts; neighbouring pictures stay together
 
 A text that is longer than a row by itself is cut at the end of a line, else of a word, else
-anywhere: nothing is lost. The end token stands in the last part alone.
+anywhere: nothing is lost. The end token stands in the last part alone. Why so: docs/decisions.md,
+D-ROW-5 and D-ROW-6.
 """
 
 import bisect

@@ -1,7 +1,8 @@
 """Documents into rows of static size: on costs, over a window, before any image is decoded; never
 splitting a document.
 
-Rows are packed a pool at a time: `data.pool` neighbouring rows share image slots and pairs.
+Rows are packed a pool at a time: `data.pool` neighbouring rows share image slots and pairs
+(docs/decisions.md, D-ROW-7 to D-ROW-12).
 """
 
 from collections import Counter

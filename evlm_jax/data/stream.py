@@ -16,8 +16,8 @@ class Answer(NamedTuple):
     """What was generated.
 
     text: without white space in front (templates that end in a colon let the answer begin with a
-      space), up to a stop string.
-    tokens: without the stop token, but with those that complete a stop string.
+    space), up to a stop string. tokens: without the stop token, but with those that complete a stop
+    string.
     """
 
     text: str

@@ -43,7 +43,7 @@ class Tokenizer:
     """Ids of texts and special tokens.
 
     `bos`: ids in front of every document, mostly none. `eos`: ids that end an answer, the
-      vocabulary's own end token first.
+    vocabulary's own end token first.
 
     Raises ValueError if no end token is known.
     """

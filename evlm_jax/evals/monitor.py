@@ -33,7 +33,7 @@ def monitor(
     no look is due. None without monitors.
 
     `layout`: of the mesh that trains; its devices share the questions. Raises ValueError for an
-      unknown task and for files that do not fit."""
+    unknown task and for files that do not fit."""
     if not cfg.train.monitors:
         return None
     followed, parts = [], layout.parts("rows")

@@ -18,7 +18,7 @@ def scored(result: dict) -> dict:
     only a server knows the answers.
 
     error: standard error, clustered by image or video; None for what is no mean, and for a single
-      cluster. Raises ValueError where several judges have judged.
+    cluster. Raises ValueError where several judges have judged.
     """
     rows, scores = result["examples"], []
     judges(rows)

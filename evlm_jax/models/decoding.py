@@ -49,8 +49,8 @@ class DecodeState(NamedTuple):
     """All that changes while answers grow.
 
     C: slots of the text. X: cross-attention blocks. Z: R * S' keys of the images that can still be
-      seen, then zero keys: the sinks, here worth being stored, or one for those who see nothing
-      else."""
+    seen, then zero keys: the sinks, here worth being stored, or one for those who see nothing
+    else."""
 
     token: jax.Array  # [B] int32, chosen but not yet read
     position: jax.Array  # [B] int32, its position

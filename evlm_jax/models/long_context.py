@@ -8,7 +8,7 @@ llm.dynamic_ntk), logn attention (c = llm.logn).
 
 An answer that grows beyond c keeps the base of its prompt. Qwen scales queries only while there are
 more than c keys, which there are for every query that would change. Source: modeling_qwen.py of
-Qwen-14B-Chat."""
+Qwen-14B-Chat. Why in generation only: docs/decisions.md, D-GEN-4."""
 
 import math
 

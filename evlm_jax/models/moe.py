@@ -6,8 +6,8 @@ token, a world expert sees all.
     gates = softmax(x @ router) over all E, the k largest; "renormalise" divides them by their sum
 
 Unusual: the router is float32 whatever the rest is. A gate multiplies the hidden layer instead of
-the output, which is the same and narrower, so no output of an expert is kept for the backward pass.
-Padding is not routed, and counts in no statistic."""
+the output, which is the same and narrower, so no output of an expert is kept for the backward pass
+(docs/decisions.md, D-MODEL-3). Padding is not routed, and counts in no statistic."""
 
 import dataclasses
 import functools

@@ -2,10 +2,9 @@
 collectives, live memory.
 
 Read from the optimised HLO, with the body of a loop counted as often as it runs (XLA's own
-cost_analysis counts it once). Bytes are an
-estimate: what each top-level operation reads and writes in HBM; a slice of a stack counts by
-itself, an update in place by what it writes, a copy into the core's memory once. A conditional
-counts its dearest branch."""
+cost_analysis counts it once). Bytes are an estimate: what each top-level operation reads and writes
+in HBM; a slice of a stack counts by itself, an update in place by what it writes, a copy into the
+core's memory once. A conditional counts its dearest branch. Why: docs/decisions.md, D-PLAN-3."""
 
 import functools
 import json

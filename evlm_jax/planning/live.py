@@ -2,8 +2,7 @@
 its optimised HLO.
 
 Arguments are left out; what a loop carries counts where it was made. XLA's buffer assignment packs
-a little better or worse, and its
-own figure is the one to report: this tells who the consumers are.
+a little better or worse, and its own figure is the one to report: this tells who the consumers are.
 """
 
 from typing import NamedTuple

@@ -7,8 +7,7 @@ A row, of any container:
     "Exit", "confidence": 0.97}, ...]}
 
 in pixels and reading order; a box may also be four corners [[x, y], ...], and what has no
-confidence is sure. Rules, in the order in which
-they are asked:
+confidence is sure. Rules, in the order in which they are asked:
 
     page_characters                         too little text that is legible
     damaged, single colour, aspect, side    of the picture, as for captions

@@ -16,7 +16,7 @@ def read_box(text: str, rule: str) -> tuple[float, float, float, float]:
     """The first box of a text, or the empty one at 0.
 
     Rules: "lmms-eval", `[0.1, 0.2, 0.3, 0.4]`; "qwen-vl", `<box>(100,200),(300,400)</box>` on a
-      grid of 999."""
+    grid of 999."""
     if rule == "lmms-eval":
         found = BRACKETS.search(text)
         return tuple(map(float, found.groups())) if found else (0.0,) * 4

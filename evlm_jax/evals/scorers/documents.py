@@ -45,8 +45,8 @@ def relaxed_accuracy(predictions: Sequence[str], answers: Sequence[str], rule: s
     """1 where the number is within 5%, or the text is equal but for case (ChartQA).
 
     Rules: "lmms-eval", 5% of the answer; "qwen-vl", 5% of the prediction, as Qwen-VL's script calls
-      its own function. "12%" is 0.12. A number 0 on the side that is divided by is compared as
-      text."""
+    its own function. "12%" is 0.12. A number 0 on the side that is divided by is compared as
+    text."""
     scores = []
     for prediction, answer in zip(predictions, answers, strict=True):
         said, true = (prediction, answer) if rule == "lmms-eval" else (answer, prediction)

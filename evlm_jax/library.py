@@ -31,7 +31,7 @@ from evlm_jax.models import param_names
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.parallel.distributed import fetch_to_host
 from evlm_jax.parallel.mesh import Layout, jit
-from evlm_jax.report import figures
+from evlm_jax.report import attention_maps
 from evlm_jax.runs import model_of, save_model
 
 # What an export does not say: sizes of rows, the optimizer.
@@ -314,7 +314,7 @@ class Model:
         """
         if not (visuals := visuals_of(images)):
             raise ValueError("attention over no image: give at least one")
-        if not figures.looks_at_patches(self.config):
+        if not attention_maps.looks_at_patches(self.config):
             raise ValueError(
                 f"attention over a picture cannot be shown: the model has {self.config.baseline}"
             )
@@ -323,7 +323,7 @@ class Model:
         module = self.module
         document = text.encode(sample, self.tokenizer, self.config)
         module.cfg = Room.of([document]).row(self.config, document)
-        return figures.word_maps(module, self.tokenizer, sample)
+        return attention_maps.word_maps(module, self.tokenizer, sample)
 
     def _documents(self, prompt: str | Sequence[str], images: Images | Sequence[Images]) -> list:
         """Of one prompt, or of several with an entry of `images` each."""

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evlm_jax.planning import chips
-from evlm_jax.planning.compiled import Costs, Transfer, _meetings, costs
+from evlm_jax.planning.compiled import Costs, Transfer, costs
 from evlm_jax.planning.hlo import Instruction, Module, replica_group
 from evlm_jax.planning.live import fullest
+from evlm_jax.planning.products import meetings
 from tests.helpers.hand_programs import DEVICES, HIDDEN, KEPT, LAYERS, ROWS, WIDTH, build
 
 TPU = pytest.param(
@@ -100,7 +101,7 @@ def test_padding_of_a_convolution_is_not_counted(program):
 def test_meetings_of_dilated_convolutions(inputs, kernel, outputs, low, stride, base, dilation):
     at = [out * stride + tap * dilation - low for out in range(outputs) for tap in range(kernel)]
     meet = sum(a % base == 0 and 0 <= a // base < inputs for a in at)
-    assert _meetings(inputs, kernel, outputs, low, stride, base, dilation) == meet
+    assert meetings(inputs, kernel, outputs, low, stride, base, dilation) == meet
 
 
 def test_a_loop_of_unknown_length_is_named_or_told(program):

@@ -6,8 +6,6 @@ cost_analysis counts it once). Bytes are an estimate: what each top-level operat
 in HBM; a slice of a stack counts by itself, an update in place by what it writes, a copy into the
 core's memory once. A conditional counts its dearest branch. Why: docs/decisions.md, D-PLAN-3."""
 
-import functools
-import json
 import math
 import re
 from collections import Counter
@@ -15,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from evlm_jax.planning import products
 from evlm_jax.planning.hlo import Computation, Instruction, Module, replica_group
 
 COLLECTIVES = set(
@@ -160,7 +159,8 @@ class _Counting:
             total.notes.update(inner.notes)
             flops = inner.flops
         elif opcode in ("dot", "convolution"):
-            flops = (_dot if opcode == "dot" else _convolution)(computation, instruction)
+            count = products.dot if opcode == "dot" else products.convolution
+            flops = count(computation, instruction)
             total.products[instruction.op_name] += flops
         elif opcode == "custom-call":
             flops = _custom_call(total, instruction)
@@ -320,92 +320,12 @@ def _in_hbm(computation: Computation, name: str) -> bool:
     return any(leaf.hbm for leaf in computation.by_name[name].leaves)
 
 
-def _dims(computation: Computation, instruction: Instruction, operand: int) -> tuple[int, ...]:
-    return computation.by_name[instruction.operands[operand]].leaves[0].dims
-
-
-def _dot(computation: Computation, instruction: Instruction) -> float:
-    contracted = re.findall(r"\d+", instruction.attribute("lhs_contracting_dims"))
-    left = _dims(computation, instruction, 0)
-    return 2.0 * math.prod(instruction.leaves[0].dims) * math.prod(left[int(i)] for i in contracted)
-
-
-def _convolution(computation: Computation, instruction: Instruction) -> float:
-    """2 per multiply-add that meets no padding and no hole: libtpu writes batched dots as
-    convolutions over dilated operands.
-    """
-    left, kernel, out = re.match(
-        r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels")
-    ).groups()
-    sizes = {
-        "l": _dims(computation, instruction, 0),
-        "k": _dims(computation, instruction, 1),
-        "o": instruction.leaves[0].dims,
-    }
-    size = lambda which, labels, label: sizes[which][labels.index(label)]
-    window = dict(part.split("=") for part in instruction.attribute("window").strip("{}").split())
-    reach = 1
-    for d in range(len(left) - 2):
-        label = str(d)
-        field_of = lambda key, default, d=d: window[key].split("x")[d] if key in window else default
-        low = int(field_of("pad", "0_0").split("_")[0])
-        stride, base, dilation = (
-            int(field_of(key, "1")) for key in ("stride", "lhs_dilate", "rhs_dilate")
-        )
-        reach *= _meetings(
-            size("l", left, label),
-            size("k", kernel, label),
-            size("o", out, label),
-            low,
-            stride,
-            base,
-            dilation,
-        )
-    groups = int(instruction.attribute("batch_group_count") or 1)
-    return (
-        2.0 * reach * size("o", out, "f") * size("k", kernel, "i") * size("l", left, "b") / groups
-    )
-
-
-@functools.cache
-def _meetings(
-    inputs: int, kernel: int, outputs: int, low: int, stride: int, base: int, dilation: int
-) -> int:
-    """Pairs (output, tap of the kernel) of one spatial dimension that meet an element of the input.
-
-    They are those where at = output * stride + tap * dilation - low is a multiple of `base` in
-    [0, (inputs - 1) * base]."""
-    total, common = 0, math.gcd(stride, base)
-    every = base // common  # outputs from one that meets to the next
-    for tap in range(kernel):
-        shift = low - tap * dilation
-        if shift % common == 0:
-            first = max(0, -(-shift // stride))
-            last = min(outputs - 1, (shift + (inputs - 1) * base) // stride)
-            meets = shift // common * pow(stride // common, -1, every) % every
-            total += (
-                max(0, (last - meets) // every - (first - 1 - meets) // every)
-                if last >= first
-                else 0
-            )
-    return total
-
-
 def _custom_call(total: Costs, instruction: Instruction) -> float:
-    """FLOPs that a kernel itself tells; targets that tell none are noted."""
+    """FLOPs that its kernel reports; targets that report none are noted."""
+    if (flops := products.reported_flops(instruction)) is not None:
+        total.products[instruction.op_name] += flops
+        return flops
     target = instruction.attribute("custom_call_target").strip('"')
-    config = re.search(r"backend_config=(\{.*\})", instruction.rest)
-    try:
-        estimate = (
-            json.loads(config[1]).get("custom_call_config", {}).get("cost_estimate", {})
-            if config
-            else {}
-        )
-    except json.JSONDecodeError:
-        estimate = {}
-    if "flops" in estimate:
-        total.products[instruction.op_name] += float(estimate["flops"])
-        return float(estimate["flops"])
     if target not in _NO_PRODUCTS:
         total.notes[f"custom call, counted without FLOPs: {target}"] += 1
     return 0.0

@@ -46,7 +46,7 @@ from evlm_jax.journal import read_lines
 from evlm_jax.metrics import SECONDS, training_lines
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.paths import write
-from evlm_jax.report import figures
+from evlm_jax.report import attention_maps, figures
 
 SECTIONS = (
     "title tagline headline setup time losses monitors accuracy vqa caption_scores emoji photos"
@@ -193,14 +193,14 @@ def attention_section(
 
     Empty, and the page says so, where no cross-attention looks at patches.
     """
-    if not figures.looks_at_patches(model.cfg):
+    if not attention_maps.looks_at_patches(model.cfg):
         return []
     rows = []
     for sample in samples:
         seen = Image.fromarray(load(sample.refs[0], PICTURE, model.cfg.data.resize))
         words = [
             word | {"grid": word["grid"].tolist()}
-            for word in figures.word_maps(model, tokenizer, sample, features)
+            for word in attention_maps.word_maps(model, tokenizer, sample, features)
         ]
         rows.append({"image": figures.data_uri(seen, kind="JPEG"), "words": words})
     return rows

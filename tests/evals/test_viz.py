@@ -12,7 +12,7 @@ from PIL import Image
 from evlm_jax.batch import Batch
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, question
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.report import figures
+from evlm_jax.report import attention_maps, figures
 from tests.data.made import TOKENIZER
 from tests.helpers.random_model import random_model
 from tests.helpers.tiny import BASELINES, tiny_batch, tiny_config
@@ -30,7 +30,7 @@ def test_trace_is_the_model(every, sinks, kind, shared):
     expected = jax.jit(EVLM.hidden)(model, batch)
     for row in range(len(batch.tokens)):
         one = Batch(*(None if field is None else field[row : row + 1] for field in batch))
-        hidden, weights = figures.trace(model, one, jnp.arange(5))
+        hidden, weights = attention_maps.trace(model, one, jnp.arange(5))
         np.testing.assert_allclose(hidden[0], expected[row], atol=2e-5)
         assert len(weights) == len(cfg.cross_layers)
 
@@ -40,7 +40,7 @@ def test_attention_maps_stay_in_the_visible_range(pool):
     cfg = tiny_config(data=dict(pool=pool, pairs=12 * pool))
     batch, row = tiny_batch(cfg, 2), 1
     positions = list(range(cfg.data.length))
-    maps = figures.attention_maps(random_model(cfg, 0), batch, row, positions)
+    maps = attention_maps.attention_maps(random_model(cfg, 0), batch, row, positions)
     assert maps.shape == (
         len(cfg.cross_layers),
         cfg.xattn.heads,
@@ -61,7 +61,7 @@ def test_attention_maps_stay_in_the_visible_range(pool):
 def test_what_has_no_map_over_patches_says_so(kind):
     cfg = tiny_config(**BASELINES[kind])
     with pytest.raises(ValueError, match=f"cannot be shown: the model has {cfg.baseline}"):
-        figures.attention_maps(random_model(cfg, 0), tiny_batch(cfg, 2), 0, [0])
+        attention_maps.attention_maps(random_model(cfg, 0), tiny_batch(cfg, 2), 0, [0])
 
 
 @pytest.mark.parametrize("template", ["plain", "chatml"])
@@ -77,7 +77,7 @@ def test_word_maps(template, tmp_path):
         ((ImageRef(str(tmp_path / "a.png")),),),
         (question(MARKER + "is it red?", "oh yes"),),
     )
-    rows = figures.word_maps(random_model(cfg, 0), TOKENIZER, sample)
+    rows = attention_maps.word_maps(random_model(cfg, 0), TOKENIZER, sample)
     assert [(row["word"], row["predicted"]) for row in rows] == [
         ("is", False),
         ("it", False),
@@ -93,14 +93,14 @@ def test_heat_and_overlay_put_the_glow_where_the_weight_is():
     weights = np.zeros((3, 2, 17))
     weights[..., 0] = 5.0  # the class token is no place in the image
     weights[..., 1 + 4 * 3 + 0] = 1.0  # last row, first column
-    grid = figures.heat(weights, prefix_tokens=1)
+    grid = attention_maps.heat(weights, prefix_tokens=1)
     assert grid.shape == (4, 4) and grid[3, 0] == 1.0 and grid.sum() == 1.0
     picture = np.asarray(
         figures.overlay(Image.new("RGB", (64, 64), "white"), grid, 80), np.int32
     ).sum(-1)
     assert picture[70, 10] > 1.5 * picture[10, 70]
     with pytest.raises(ValueError, match="no square grid"):
-        figures.heat(weights, prefix_tokens=0)
+        attention_maps.heat(weights, prefix_tokens=0)
 
 
 def test_data_uri_round_trip():

@@ -26,7 +26,8 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks import parser
-from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, digest, write_folder
+from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, digest
+from evlm_jax.checkpoint.safetensors_file import write_folder
 from evlm_jax.checkpoint.store import open_params
 from evlm_jax.config import EVLMConfig
 from evlm_jax.config.load import load_config

@@ -360,7 +360,7 @@ def test_saved_weights(folder, model, batch, tmp_path):
     """
     from safetensors.torch import load_file, save_file
 
-    from evlm_jax.checkpoint.lazy_tensors import read_folder
+    from evlm_jax.checkpoint.safetensors_file import read_folder
 
     model.save_pretrained(tmp_path / "again", max_shard_size="100KB")
     names = set(load_file(folder / "model.safetensors"))

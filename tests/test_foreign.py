@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from evlm_jax import assets
-from evlm_jax.checkpoint import lazy_tensors
+from evlm_jax.checkpoint import safetensors_file
 from evlm_jax.checkpoint.lazy_tensors import read_all
 from evlm_jax.convert import engine, importer
 from evlm_jax.convert.readers import open_source
@@ -25,7 +25,7 @@ CFG = tiny_config()
 
 
 def test_a_single_file_wins_over_a_stale_index(tmp_path, monkeypatch):
-    monkeypatch.setattr(lazy_tensors, "SHARD", 20_000)
+    monkeypatch.setattr(safetensors_file, "SHARD", 20_000)
     llama_directory(tmp_path, CFG)
     monkeypatch.undo()
     whole = {name: 2 * tensor.read() for name, tensor in open_source(tmp_path).tensors.items()}
@@ -37,7 +37,7 @@ def test_a_single_file_wins_over_a_stale_index(tmp_path, monkeypatch):
 
 
 def test_an_index_tells_all_of_its_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(lazy_tensors, "SHARD", 20_000)
+    monkeypatch.setattr(safetensors_file, "SHARD", 20_000)
     llama_directory(tmp_path, CFG)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     del index["weight_map"]["model.layers.0.input_layernorm.weight"]

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 
 from evlm_jax import cli
 from evlm_jax.checkpoint import store
-from evlm_jax.checkpoint.lazy_tensors import read_folder
+from evlm_jax.checkpoint.safetensors_file import read_folder
 from evlm_jax.config import from_saved
 from evlm_jax.config.load import load_config
 from evlm_jax.convert.export import export

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from evlm_jax.checkpoint import lazy_tensors
+from evlm_jax.checkpoint import lazy_tensors, safetensors_file
 from evlm_jax.checkpoint import store as checkpoint
-from evlm_jax.checkpoint.lazy_tensors import Tensor, read_all, write_folder
+from evlm_jax.checkpoint.lazy_tensors import Tensor, read_all
+from evlm_jax.checkpoint.safetensors_file import write_folder
 from evlm_jax.cli import main
 from evlm_jax.config import to_dict
 from evlm_jax.convert import engine, export, importer
@@ -191,7 +192,7 @@ def test_bad_input_leaves_nothing(tmp_path, towers, how):
 
 
 def test_a_missing_shard_leaves_nothing(tmp_path, towers, monkeypatch):
-    monkeypatch.setattr(lazy_tensors, "SHARD", 20_000)
+    monkeypatch.setattr(safetensors_file, "SHARD", 20_000)
     llama_directory(tmp_path / "sharded", CFG)
     lost = sorted((tmp_path / "sharded").glob("model-*"))[1]
     lost.unlink()
@@ -246,7 +247,7 @@ def test_the_commands(tmp_path, towers, capsys):
 
 KILLED = """
 import os, signal, sys, json
-from evlm_jax.checkpoint import lazy_tensors as tensors
+from evlm_jax.checkpoint import safetensors_file as tensors
 from evlm_jax.config import from_config_dict
 from evlm_jax.convert import importer
 tensors.SHARD = 20_000
@@ -273,12 +274,12 @@ def test_a_kill_leaves_what_the_next_import_goes_on_with(tmp_path, towers, monke
     (aside,) = (tmp_path / "out.incomplete/frozen").iterdir()
     before = {path.name: path.stat().st_mtime_ns for path in aside.glob("*.safetensors")}
     assert before
-    monkeypatch.setattr(lazy_tensors, "SHARD", 20_000)
+    monkeypatch.setattr(safetensors_file, "SHARD", 20_000)
     kept = []
     monkeypatch.setattr(
-        lazy_tensors,
+        safetensors_file,
         "write_tensor",
-        lambda file, name, *rest, write=lazy_tensors.write_tensor: (
+        lambda file, name, *rest, write=safetensors_file.write_tensor: (
             kept.append(name) or write(file, name, *rest)
         ),
     )

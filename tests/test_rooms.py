@@ -12,8 +12,8 @@ ROOMS = [  # in the order of docs/architecture.md; the longest name that fits a 
     "config paths assets ops parallel.status convert.torch_model",
     "journal batch",
     "parallel",
-    "checkpoint.lazy_tensors checkpoint.atomic_dir checkpoint.digests checkpoint.owner"
-    " convert.gguf_file",
+    "checkpoint.lazy_tensors checkpoint.safetensors_file checkpoint.atomic_dir checkpoint.digests"
+    " checkpoint.owner convert.gguf_file",
     "flops data",
     "models",
     "optim checkpoint",

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from evlm_jax import cli
-from evlm_jax.checkpoint.lazy_tensors import Tensor, read_all, read_folder, write_folder
+from evlm_jax.checkpoint.lazy_tensors import Tensor, read_all
+from evlm_jax.checkpoint.safetensors_file import read_folder, write_folder
 from evlm_jax.convert import export, verify
 from evlm_jax.convert.activations import Trace
 from tests.helpers.checkpoints import dinov2_directory, run_directory

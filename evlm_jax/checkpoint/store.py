@@ -32,15 +32,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from evlm_jax import paths
 from evlm_jax.checkpoint import digests
-from evlm_jax.checkpoint.lazy_tensors import (
-    Tensor,
-    Tensors,
-    digest,
-    read_all,
-    read_folder,
-    write_folder,
-)
+from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, digest, read_all
 from evlm_jax.checkpoint.owner import Owner
+from evlm_jax.checkpoint.safetensors_file import read_folder, write_folder
 from evlm_jax.config import EVLMConfig, compat, from_saved, to_saved
 from evlm_jax.parallel.distributed import allgather_json, barrier, is_first, log_once
 

@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 
 from evlm_jax import assets
-from evlm_jax.checkpoint.lazy_tensors import FLOATS, Source, Tensor, Tensors, read_all
+from evlm_jax.checkpoint.lazy_tensors import Source, Tensor, Tensors, read_all
+from evlm_jax.checkpoint.safetensors_file import FLOATS
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.config_json import kind_of
 from evlm_jax.convert.describe import describe_source

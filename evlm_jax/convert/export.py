@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from evlm_jax.checkpoint import store
 from evlm_jax.checkpoint.atomic_dir import whole
-from evlm_jax.checkpoint.lazy_tensors import Tensors, write_folder
+from evlm_jax.checkpoint.lazy_tensors import Tensors
+from evlm_jax.checkpoint.safetensors_file import write_folder
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.engine import sizes, theirs
 from evlm_jax.convert.tables import FAMILIES

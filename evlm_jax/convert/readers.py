@@ -9,15 +9,8 @@ import ml_dtypes
 import numpy as np
 
 from evlm_jax.checkpoint.atomic_dir import check
-from evlm_jax.checkpoint.lazy_tensors import (
-    NAME,
-    Source,
-    Tensor,
-    content,
-    read_folder,
-    read_json,
-    read_safetensors,
-)
+from evlm_jax.checkpoint.lazy_tensors import Source, Tensor, content, read_json
+from evlm_jax.checkpoint.safetensors_file import NAME, read_folder, read_safetensors
 from evlm_jax.convert.gguf_file import read_gguf
 from evlm_jax.convert.onnx_file import read_onnx
 from evlm_jax.paths import here

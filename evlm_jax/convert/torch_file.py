@@ -7,7 +7,8 @@ from contextlib import closing
 
 from etils import epath
 
-from evlm_jax.checkpoint.lazy_tensors import Tensors, write_tensor
+from evlm_jax.checkpoint.lazy_tensors import Tensors
+from evlm_jax.checkpoint.safetensors_file import write_tensor
 from evlm_jax.paths import Mirror
 
 

@@ -1,4 +1,4 @@
-"""FLOPs of one instruction of an optimised program: dots, convolutions, kernels that report them."""
+"""FLOPs of one instruction of an optimised program: dots, convolutions, kernels with a figure."""
 
 import functools
 import json

@@ -11,7 +11,8 @@ import numpy as np
 import tokenizers
 from flax import nnx
 
-from evlm_jax.checkpoint.lazy_tensors import Tensor, write_folder
+from evlm_jax.checkpoint.lazy_tensors import Tensor
+from evlm_jax.checkpoint.safetensors_file import write_folder
 from evlm_jax.checkpoint.store import Checkpoints
 from evlm_jax.config import EVLMConfig, to_dict
 from evlm_jax.convert import engine

@@ -1,0 +1,313 @@
+"""safetensors files and folders of them, read and written one tensor at a time.
+
+Files are sharded as Hugging Face has them; a shard appears under its name when it is complete, with
+the hashes of its tensors beside it, so that a writing that was cut off goes on with the first shard
+that is missing."""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from evlm_jax import paths
+from evlm_jax.checkpoint.lazy_tensors import (
+    Tensor,
+    Tensors,
+    begin_digest,
+    blocks,
+    content,
+    read_json,
+)
+
+SHARD = 2**30  # bytes of one file; a tensor is never cut
+TYPES = {
+    "F64": "f8",
+    "F32": "f4",
+    "F16": "f2",
+    "BF16": ml_dtypes.bfloat16,
+    "I64": "i8",
+    "I32": "i4",
+    "U8": "u1",
+    "BOOL": "?",
+}
+FLOATS = {np.dtype(TYPES[name]): name for name in ("F32", "F16", "BF16")}  # what is written
+INFINITY = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}  # its bits; those of NaN are larger
+# bytes of a header, its entries and their axes, at most: a hostile one takes no more memory
+HEADER, TENSORS, AXES = 25_000_000, 2**17, 32
+NAME, INDEX, HASHES = "model.safetensors", "model.safetensors.index.json", ".hashes.json"
+
+
+def read_safetensors(path: epath.Path) -> dict[str, Tensor]:
+    """One file: 8 bytes of header length, a JSON header, then the bytes of one tensor behind the
+    other.
+
+    Raises:
+      ValueError: whatever the safetensors library refuses: cut short or too long, tensors that
+        overlap, leave gaps, stand twice, or are not as long as shape and dtype say; a dtype of no
+        use; another kind of file, which is named.
+    """
+    path = paths.place(path)
+    size = paths.size(path)
+    with path.open("rb") as file:
+        begin = file.read(32)
+        length = int.from_bytes(begin[:8], "little")
+        if len(begin) < 8 or length > size - 8 or begin[8:9] != b"{":
+            what = content(begin)
+            raise ValueError(
+                f"{path} is {what}"
+                if what
+                else f"{path}: not a complete safetensors file; copy it again"
+            )
+        if length > HEADER:
+            raise ValueError(f"{path}: its header is {length} bytes long; read are up to {HEADER}")
+        file.seek(8)
+        text = file.read(length)
+    try:
+        header = _header_of(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged header, copy it again: {error}") from error
+    tensors, stop = {}, 0
+    header.pop("__metadata__", None)
+    found = [(name, *_facts(path, name, facts)) for name, facts in header.items()]
+    for name, dtype, shape, start, end in sorted(found, key=lambda one: one[3:]):
+        if start != stop or end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(
+                f"{path}: {name} lies at {start}..{end}, where {math.prod(shape) * dtype.itemsize}"
+                f" bytes behind {stop} must be"
+            )
+        stop = end
+        tensors[name] = Tensor(
+            shape, dtype, partial(_read_array, path, dtype, shape, 8 + length + start)
+        )
+    if 8 + length + stop != size:
+        raise ValueError(
+            f"{path}: has {size} bytes, but its tensors end at byte {8 + length + stop}; copy it"
+            " again"
+        )
+    return {name: tensors[name] for name in header}
+
+
+def _header_of(text: bytes) -> dict[str, Any]:
+    """Raises ValueError for what is no JSON to the letter, a name that stands twice, metadata that
+    are no texts, and too many entries.
+    """
+    seen = 0
+    if minus := re.search(rb"[\[,:]\s*-0\s*[,\]}]", text):
+        _refuse(minus[0].decode())  # which Python reads as 0
+
+    def entries(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal seen
+        seen += 1
+        if max(seen, len(pairs)) > TENSORS or len(found := dict(pairs)) < len(pairs):
+            raise ValueError(f"a name stands twice, or there are more than {TENSORS} entries")
+        return found
+
+    header = json.loads(
+        text.decode(), object_pairs_hook=entries, parse_constant=_refuse, parse_float=_refuse
+    )
+    about = header.get("__metadata__") or {}
+    if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
+        raise ValueError("__metadata__ must hold texts")
+    "".join([*header, *about, *about.values()]).encode()  # half of a surrogate pair is no text
+    return header
+
+
+def _refuse(text: str) -> None:
+    raise ValueError(f"{text} is no whole number")
+
+
+def _facts(path: epath.Path, name: str, facts: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """Dtype, shape, start and end of an entry of the header.
+
+    Raises ValueError naming the tensor.
+    """
+    whole = lambda value: (
+        isinstance(value, list)
+        and len(value) <= AXES
+        and all(type(n) is int and 0 <= n < 2**63 for n in value)
+    )
+    known = isinstance(facts, dict) and facts.keys() == {"dtype", "shape", "data_offsets"}
+    if (
+        not known
+        or not whole(facts["shape"])
+        or not whole(facts["data_offsets"])
+        or len(facts["data_offsets"]) != 2
+    ):
+        raise ValueError(
+            f"{path}: {name} must have dtype, shape and data_offsets, in whole numbers; copy the"
+            " file again"
+        )
+    if not isinstance(facts["dtype"], str) or facts["dtype"] not in TYPES:
+        kind = (
+            " (quantised weights)"
+            if str(facts["dtype"]).startswith(("F8", "F6", "F4", "I8", "U16", "U32"))
+            else ""
+        )
+        raise ValueError(
+            f"{path}: {name} has dtype {facts['dtype']}{kind}; read are {', '.join(TYPES)}"
+        )
+    return np.dtype(TYPES[facts["dtype"]]), tuple(facts["shape"]), *facts["data_offsets"]
+
+
+def _read_array(
+    path: epath.Path, dtype: np.dtype, shape: tuple[int, ...], start: int
+) -> np.ndarray:
+    with path.open("rb") as file:
+        file.seek(start)
+        return np.frombuffer(file.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
+
+
+def read_folder(
+    folder: epath.Path, name: str = NAME, read: Callable = read_safetensors
+) -> dict[str, Tensor] | None:
+    """The tensors of `folder/name`, or where there is no such file of the shards of its index; None
+    where neither is there.
+
+    A file beside an index wins, as it does in transformers.
+
+    Raises:
+      FileNotFoundError: a shard that the index names is missing.
+      ValueError: a tensor of the index is not in its shard, or a shard holds others; the index
+        names a file outside the folder.
+    """
+    index = folder / f"{name}.index.json"
+    if (folder / name).exists():
+        return read(folder / name)
+    if not index.exists():
+        return None
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(
+        isinstance(shard, str) and Path(shard).name == shard for shard in shard_of.values()
+    ):
+        raise ValueError(f"{index}: its weight_map must hold names of files beside it")
+    if missing := sorted({shard for shard in shard_of.values() if not (folder / shard).exists()}):
+        raise FileNotFoundError(
+            f"{folder}: {index.name} names shards that are not there: {', '.join(missing)}; copy"
+            " them again"
+        )
+    shards = {shard: read(folder / shard) for shard in sorted(set(shard_of.values()))}
+    if lost := sorted(name for name, shard in shard_of.items() if name not in shards[shard]):
+        raise ValueError(f"{folder}: not in the shard that {index.name} names: {', '.join(lost)}")
+    if more := [
+        f"{name} in {shard}"
+        for shard, held in shards.items()
+        for name in held
+        if shard_of.get(name) != shard
+    ]:
+        raise ValueError(
+            f"{folder}: {index.name} does not name {', '.join(more[:3])} and knows of other files:"
+            " copy the model again"
+        )
+    return {name: shards[shard][name] for name, shard in shard_of.items()}
+
+
+def write_folder(
+    folder: epath.Path, tensors: Tensors, written: Callable[[int], None] = lambda _: None
+) -> dict[str, str]:
+    """model.safetensors, or numbered shards and model.safetensors.index.json; shards that are there
+    already are kept.
+
+    Args:
+      written: called with the bytes of each piece that is on disk.
+    Returns:
+      {name: hash of the tensor, as `digest`}
+    Raises:
+      ValueError: names a tensor that is no float, is not what its promise says, or holds NaN or
+        infinity.
+    """
+    shards = [[]]
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{name} is {tensor.dtype}; weights are {', '.join(map(str, FLOATS))}")
+        if shards[-1] and sum(tensors[name].size for name in shards[-1]) + tensor.size > SHARD:
+            shards.append([])
+        shards[-1].append(name)
+    files = (
+        [NAME]
+        if len(shards) == 1
+        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    )
+    hashes = {}
+    for file, names in zip(files, shards, strict=True):
+        hashes |= _write_shard(folder / file, {name: tensors[name] for name in names}, written)
+    if len(shards) > 1:
+        weight_map = {
+            name: file for file, names in zip(files, shards, strict=True) for name in names
+        }
+        size = sum(tensor.size for tensor in tensors.values())
+        paths.write(
+            folder / INDEX,
+            json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2),
+        )
+    for file in files:
+        (folder / (file + HASHES)).unlink()
+    return hashes
+
+
+def _write_shard(
+    path: epath.Path, tensors: Tensors, written: Callable[[int], None]
+) -> dict[str, str]:
+    """One file and its hashes, unless they are there."""
+    done = path.with_name(path.name + HASHES)
+    if (
+        path.exists()
+        and done.exists()
+        and tensors.keys() == (hashes := json.loads(done.read_text())).keys()
+    ):
+        written(sum(tensor.size for tensor in tensors.values()))
+        return hashes
+    hashes = {}
+    tensors = dict(
+        sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    )  # so each begins at a multiple of its item size
+    with paths.writing(path) as file:
+        file.write(_header(tensors))
+        for name, tensor in tensors.items():
+            hashes[name] = write_tensor(file, name, tensor, written)
+        done.write_text(json.dumps(hashes))
+    return hashes
+
+
+def _header(tensors: Tensors) -> bytes:
+    facts, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        offsets = [offset, offset + tensor.size]
+        facts[name] = {
+            "dtype": FLOATS[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
+        offset = offsets[1]
+    text = json.dumps(facts).encode()
+    text += b" " * (-len(text) % 8)  # the data begins aligned
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_tensor(file: IO[bytes], name: str, tensor: Tensor, written: Callable[[int], None]) -> str:
+    """Its bytes, little-endian and in C order, to an open file; returns its hash.
+
+    Raises ValueError as `write_folder`.
+    """
+    array, content = tensor.read(), begin_digest(tensor.dtype, tensor.shape)
+    if array.shape != tensor.shape or array.dtype != tensor.dtype:
+        raise ValueError(
+            f"{name} is {array.dtype} {array.shape}, expected {tensor.dtype} {tensor.shape}"
+        )
+    infinity = INFINITY[FLOATS[array.dtype]]
+    for bits in blocks(array):
+        if bits.size and (bits << 1 >> 1).max() >= infinity:  # without the sign
+            raise ValueError(
+                f"{name} holds NaN or infinity; mend the checkpoint that it comes from"
+            )
+        content.update(bits)
+        file.write(bits)
+        written(bits.nbytes)
+    return content.hexdigest()

@@ -23,6 +23,7 @@ from PIL import Image
 
 from benchmarks import parser
 from evlm_jax import assets
+from evlm_jax.asset_pictures import PHOTOS
 from evlm_jax.config import EVLMConfig, from_config_dict
 from evlm_jax.data.image import load
 from evlm_jax.data.pipeline import batches
@@ -39,7 +40,7 @@ CORES = os.cpu_count() or 1
 def write_tars(folder: Path, shards: int, images: int) -> None:
     """The photographs again and again, each time cut out a little differently."""
     rng, photos = np.random.default_rng(0), []
-    for name in assets.PHOTOS:
+    for name in PHOTOS:
         with Image.open(assets.path("photos") / name) as photo:
             photos.append(photo.convert("RGB").resize((720, 540), Image.Resampling.LANCZOS))
     for shard in range(shards):

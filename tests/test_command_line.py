@@ -127,6 +127,15 @@ WRONG = {
         "--video",
         "none.mp4",
     ],
+    "--frames 4 is of a video: give --video": [
+        "generate",
+        "--checkpoint",
+        "c",
+        "--prompt",
+        "p",
+        "--frames",
+        "4",
+    ],
     "2 <image> markers for 0 images": [
         "generate",
         "--checkpoint",

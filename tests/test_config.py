@@ -69,6 +69,12 @@ def broken(section: str, **fields):
             broken("llm", logn=1),
             "llm.logn must be the trained context in tokens, at least 2, or 0 for never",
         ),
+        (broken("train", steps=10**30), "train.steps must be at least 1 and at most 2147483647, g"),
+        (broken("optim", no_decay=("(",)), r"optim.no_decay\[0\] is '\(', which is no regular exp"),
+        (
+            broken("optim", phases=({"rules": ({"pattern": "[", "lr": 1.0},)},)),
+            r"optim.phases\[0\].rules\[0\].pattern is '\[', which is no regular expression",
+        ),
         (broken("llm", dynamic_ntk=-1), "llm.dynamic_ntk must be at least 0, got -1"),
         (
             broken("train", dtype="float16"),
@@ -170,6 +176,11 @@ def test_every_field_is_read():
         (
             [*GENERATE, "--seed", str(2**70)],
             "--seed: must be a whole number, at least 0 and at most 4294967295",
+        ),
+        ([*GENERATE, "--image", ""], "--image: is empty, where a file must be named"),
+        (
+            [*GENERATE, "--max-new-tokens", "9" * 20],
+            "--max-new-tokens: must be a whole number, at least 1 and at most 2147483647, got",
         ),
         ([*EVAL, "--limit", "-1"], "--limit: must be a whole number, at least 1, got '-1'"),
         ([*EVAL, "--batch", "0"], "--batch: must be a whole number, at least 1, got '0'"),

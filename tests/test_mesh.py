@@ -67,7 +67,7 @@ def test_on_eight_devices(part, which, capsys):
         ({"data": 3}, r"mesh .*'data': 3.* is 3 devices, there are 8"),
         ({"data": -1, "fsdp": -1}, "one of data and fsdp may be -1"),
         ({"data": 1, "fsdp": 0}, "axes are positive"),
-        ({"data": -1, "tensor": 3}, "their product must be that"),
+        ({"data": -1, "tensor": 3}, "is 3 devices, there are 8: 3 must divide that"),
         ({"data": 4, "tensor": 2, "slices": 3}, "mesh.slices = 3 must divide mesh.data = 4"),
         ({"data": 8, "slices": 0}, "mesh.slices must be at least 1, got 0"),
         (

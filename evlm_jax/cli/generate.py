@@ -23,10 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_text,
         help="question; images stand in front of it, or at <image> markers",
     )
-    parser.add_argument("--image", action="append", default=[], help="may be given several times")
-    parser.add_argument("--video", help="a clip whose frames are seen together")
     parser.add_argument(
-        "--frames", default="16", help="of the video: a number, evenly spread, or a rate, as 2fps"
+        "--image", action="append", default=[], type=_path, help="may be given several times"
+    )
+    parser.add_argument("--video", type=_path, help="a clip whose frames are seen together")
+    parser.add_argument(
+        "--frames",
+        help="of the video: a number, evenly spread, or a rate, as 2fps; 16 where left out",
     )
     parser.add_argument(
         "--max-new-tokens", type=argument(Positive), default=64, help="most tokens of an answer"
@@ -82,6 +85,12 @@ def _text(text: str) -> str:
     return text
 
 
+def _path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty, where a file must be named")
+    return text
+
+
 def _stop(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("an empty text ends every answer; leave it out")
@@ -92,15 +101,18 @@ def run(args: argparse.Namespace) -> None:
     """Prints the answer as it grows, or several with their numbers. Images come first, then the
     video; in front of the prompt or at its markers."""
     from evlm_jax.data import image, video
+    from evlm_jax.data.formats import captions
     from evlm_jax.data.samples import ImageRef, Turn, marked
     from evlm_jax.generate import Generator
     from evlm_jax.runs import load_trained
 
+    if args.frames and not args.video:
+        raise ValueError(f"--frames {args.frames} is of a video: give --video, or leave it out")
     for path in args.image:
         image.decode(path)  # what is wrong with it is said before a model is loaded
     visuals = [(ImageRef(path),) for path in args.image]
     if args.video:
-        visuals.append(video.sample(args.video, args.frames))
+        visuals.append(video.sample(args.video, args.frames or captions.FRAMES))
     prompt = marked([args.prompt], len(visuals))
     options = {
         name: getattr(args, name)

@@ -66,10 +66,10 @@ def told(error: Exception) -> str:
 
 
 def told_once() -> None:
-    """Threads of orbax and tensorstore print tracebacks of what the main thread raises as well:
-    from here on they do not.
+    """Threads of orbax and tensorstore, and clients of stores, print tracebacks of what the main
+    thread raises as well: from here on they do not.
     """
-    for name in ("absl", "asyncio"):
+    for name in ("absl", "asyncio", "gcsfs"):
         logging.getLogger(name).addFilter(_without_traceback)
     sys.unraisablehook = _unraisable
 

@@ -40,7 +40,7 @@ from evlm_jax.config.ranges import (
     Range,
     Seed,
 )
-from evlm_jax.config.schema import build
+from evlm_jax.config.schema import Pattern, build
 
 Float = Literal["float32", "bfloat16"]
 
@@ -49,7 +49,7 @@ Float = Literal["float32", "bfloat16"]
 class Rule:
     """First match wins. `lr` multiplies the schedule; None freezes."""
 
-    pattern: str  # regular expression, searched in the canonical parameter name
+    pattern: Pattern  # regular expression, searched in the canonical parameter name
     lr: NonNegative | None  # of the schedule's rate
 
 
@@ -81,7 +81,7 @@ class OptimConfig:
     eps: PositiveFloat  # Adam's
     mu_dtype: Float  # first moments; second ones need the mantissa of param_dtype
     weight_decay: NonNegative  # decoupled, times the rate
-    no_decay: tuple[str, ...]  # patterns of canonical names without weight decay
+    no_decay: tuple[Pattern, ...]  # patterns of canonical names without weight decay
     clip: PositiveFloat  # largest global norm of the gradients
     phases: tuple[Phase, ...]  # in order; the first begins the run
 

@@ -1,6 +1,5 @@
 """The sections `data` and `clean` of the configuration (config.py)."""
 
-import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -14,6 +13,7 @@ from evlm_jax.config.ranges import (
     Seed,
     Share,
 )
+from evlm_jax.config.schema import Pattern
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class CleanConfig:
     duplicates: (
         PositiveShare  # share of words that came before in the text, from which on it is dropped
     )
-    links: tuple[str, ...]  # patterns of addresses and file names
+    links: tuple[Pattern, ...]  # patterns of addresses and file names
     words: Count  # least number of words
-    dates: tuple[str, ...]  # patterns of dates
+    dates: tuple[Pattern, ...]  # patterns of dates
     simplify: bool  # traditional Chinese to simplified, by OpenCC
     similarity: Share  # least relevance of a picture to its caption; 0: any
 
@@ -107,9 +107,6 @@ class CleanConfig:
     # share of common text with an earlier page, from which on it is a duplicate; above 1: none is
     page_similarity: PositiveFloat
 
-    def __post_init__(self):
-        refuse("clean", _patterns(self))
-
 
 def refuse(section: str, rules: list[tuple[bool, str, str]]) -> None:
     """Raises ValueError naming the field and the mend, of the first rule (holds, field, mend) that
@@ -118,16 +115,3 @@ def refuse(section: str, rules: list[tuple[bool, str, str]]) -> None:
     for ok, name, mend in rules:
         if not ok:
             raise ValueError(f"config: {section}.{name} {mend}")
-
-
-def _patterns(clean: CleanConfig) -> list[tuple[bool, str, str]]:
-    rules = []
-    for name in ("links", "dates"):
-        for pattern in getattr(clean, name):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                rules.append(
-                    (False, name, f"has {pattern!r}, which is no regular expression: {error}")
-                )
-    return rules

@@ -29,16 +29,19 @@ class Range:
         )
 
     def __str__(self) -> str:
+        return self.about(None)
+
+    def about(self, number: float | None) -> str:
+        """For an error about `number`: only who went beyond the largest integer is told of it."""
         low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-        return (
-            low
-            if self.high == math.inf
-            else f"{low} and {'below' if self.below else 'at most'} {self.high:.15g}"
-        )
+        if self.high == math.inf or (self.high == LARGEST and (number or 0) <= LARGEST):
+            return low
+        return f"{low} and {'below' if self.below else 'at most'} {self.high:.15g}"
 
 
-Positive = Annotated[int, Range(1)]
-Count = Annotated[int, Range(0)]
+LARGEST = 2**31 - 1  # of integers on a device
+Positive = Annotated[int, Range(1, LARGEST)]
+Count = Annotated[int, Range(0, LARGEST)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # JAX takes no more bits without a word
 PositiveFloat = Annotated[float, Range(0, above=True)]
 NonNegative = Annotated[float, Range(0)]
@@ -61,7 +64,7 @@ def check(kind: type, number: float, name: str) -> float:
             f" {number!r}"
         )
     if number not in span:
-        raise ValueError(f"{name} must be {span}, got {number!r}")
+        raise ValueError(f"{name} must be {span.about(number)}, got {number!r}")
     return number
 
 
@@ -76,7 +79,8 @@ def argument(kind: type) -> Callable[[str], float]:
             number = None
         if number is None or number not in span:
             raise argparse.ArgumentTypeError(
-                f"must be {'a whole number' if plain is int else 'a number'}, {span}, got {text!r}"
+                f"must be {'a whole number' if plain is int else 'a number'},"
+                f" {span.about(number)}, got {text!r}"
             )
         return number
 

@@ -4,10 +4,13 @@ nothing of another type.
 
 import dataclasses
 import math
+import re
 import types
 import typing
 
 from evlm_jax.config import ranges
+
+Pattern = typing.NewType("Pattern", str)  # a regular expression
 
 
 def build(kind, value, prefix: str):
@@ -49,6 +52,14 @@ def build(kind, value, prefix: str):
         if args[-1] is not Ellipsis and len(args) != len(value):
             raise ValueError(f"config: {prefix} needs {len(args)} values, got {len(value)}")
         return tuple(build(args[0], v, f"{prefix}[{i}]") for i, v in enumerate(value))
+    if kind is Pattern:
+        try:
+            re.compile(build(str, value, prefix))
+        except re.error as error:
+            raise ValueError(
+                f"config: {prefix} is {value!r}, which is no regular expression: {error}"
+            ) from error
+        return value
     if typing.get_origin(kind) is typing.Annotated:
         return ranges.check(
             kind, build(typing.get_args(kind)[0], value, prefix), f"config: {prefix}"

@@ -147,10 +147,14 @@ class Subset(Sequence[Sample]):
     """
 
     def __init__(self, name: str, source: Source | Chain, file: str):
-        with files.open_file(file) as opened:
-            self._numbers = np.load(opened)
+        try:
+            with files.open_file(file) as opened:
+                self._numbers = np.load(opened)
+        except (EOFError, OSError, ValueError) as error:
+            raise ValueError(f"data source {name!r}: {file!r} is no .npy file: {error}") from error
         if (
-            self._numbers.dtype.kind not in "iu"
+            not isinstance(self._numbers, np.ndarray)
+            or self._numbers.dtype.kind not in "iu"
             or self._numbers.ndim != 1
             or ((self._numbers < 0) | (self._numbers >= len(source))).any()
         ):
@@ -248,7 +252,7 @@ def check(sample: Sample) -> Sample:
 
 def key_of(row) -> str:
     """How a row calls itself; "?" if it does not, or could not be read."""
-    if row is None:
+    if row is None or isinstance(row, list):
         return "?"
     named = (
         next((row[field] for field in KEYS if row.get(field) is not None), "?")

@@ -25,6 +25,7 @@ from urllib.parse import parse_qsl
 import numpy as np
 
 from evlm_jax import assets
+from evlm_jax.data import video
 from evlm_jax.data.formats import built, captions, chat, grounding, interleaved, plain, vqa
 from evlm_jax.data.ocr import book, scans
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, question
@@ -47,13 +48,20 @@ def open_source(name: str) -> Sequence[Sample]:
     kind, colon, place = name.partition(":")
     if colon and kind in FORMATS:
         path, _, query = place.partition("?")
-        options = dict(parse_qsl(query, keep_blank_values=True))
+        if not path:
+            raise ValueError(f"config: data.sources: {name!r} has no path; give {kind}:PATH")
+        pairs = parse_qsl(query, keep_blank_values=True)
+        options = dict(pairs)
+        if len(options) != len(pairs):
+            raise ValueError(f"config: data.sources: {name!r} has an option twice")
         if unknown := [option for option in options if option not in options_of(kind)]:
             known = ", ".join(options_of(kind))
             raise ValueError(
                 f"config: data.sources: {name!r} has the unknown option {unknown[0]!r}; {kind} has"
                 f" {known}"
             )
+        if "frames" in options:
+            _check_frames(name, options["frames"])
         keep = options.pop("keep", None)
         try:
             source = FORMATS[kind](name, path, **options)
@@ -73,6 +81,14 @@ def open_source(name: str) -> Sequence[Sample]:
     if not len(source):
         raise ValueError(f"data source {name!r} has no samples")
     return source
+
+
+def _check_frames(name: str, frames: str) -> None:
+    """Before a first video is met."""
+    try:
+        video.spread(frames, 1.0)
+    except ValueError as error:
+        raise ValueError(f"config: data.sources: {name!r}: {error}") from error
 
 
 def read(number: str, name: str, *_) -> bytes:

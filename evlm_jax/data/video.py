@@ -42,19 +42,26 @@ def sample(path: str, frames: int | str | Sequence[float]) -> tuple[ImageRef, ..
                 f"{path}: seconds of frames must not be negative, they are {list(frames)}"
             )
     else:
-        seconds = _spread(str(frames), duration(path))
+        length = duration(path)
+        try:
+            seconds = spread(str(frames), length)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     if not 1 <= len(seconds) <= MOST_FRAMES:
         raise ValueError(f"{path}: a video has 1 to {MOST_FRAMES} frames, not {len(seconds)}")
     return tuple(ImageRef(str(path), second) for second in seconds)
 
 
-def _spread(frames: str, length: float) -> list[float]:
+def spread(frames: str, length: float) -> list[float]:
+    """Seconds of the frames of a video of `length` seconds. Raises ValueError, as `sample`."""
     number, rate = frames.removesuffix("fps"), frames.endswith("fps")
     if not re.fullmatch(r"\d+(\.\d+)?" if rate else r"\d+", number) or not float(number):
         raise ValueError(f"frames={frames}: write a number of frames, as 16, or a rate, as 2fps")
     if rate and (count := max(1, math.ceil(length * float(number)))) <= MOST_FRAMES:
         return [i / float(number) for i in range(count)]
     count = MOST_FRAMES if rate else int(number)
+    if count > MOST_FRAMES:
+        raise ValueError(f"a video has 1 to {MOST_FRAMES} frames, not {count}")
     return [(i + 0.5) * length / count for i in range(count)]
 
 

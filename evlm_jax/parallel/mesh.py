@@ -261,13 +261,10 @@ def mesh_sizes(mesh: MeshConfig, devices: int) -> dict[str, int]:
     if len(free) > 1 or min(size for axis, size in sizes.items() if axis not in free) < 1:
         raise ValueError(f"config: mesh {sizes}: axes are positive; one of data and fsdp may be -1")
     rest = math.prod(size for axis, size in sizes.items() if axis not in free)
-    sizes |= dict.fromkeys(free, devices // rest)
-    if math.prod(sizes.values()) != devices:
-        raise ValueError(
-            f"config: mesh {sizes} is {math.prod(sizes.values())} devices, there are {devices}:"
-            " their product must be that"
-        )
-    return sizes
+    if devices % rest or (not free and rest != devices):
+        mend = f"{rest} must divide that" if free else "their product must be that"
+        raise ValueError(f"config: mesh {sizes} is {rest} devices, there are {devices}: {mend}")
+    return sizes | dict.fromkeys(free, devices // rest)
 
 
 def _check(cfg: EVLMConfig, sizes: dict[str, int]) -> None:

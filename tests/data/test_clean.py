@@ -291,7 +291,7 @@ def test_bad_thresholds_are_named():
         ("side", -1),
         ("links", ("(",)),
     ):
-        with pytest.raises(ValueError, match=f"config: clean.{field} "):
+        with pytest.raises(ValueError, match=rf"config: clean.{field}\b"):
             tiny_config(clean={field: value})
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -124,12 +125,59 @@ def test_jsonl_is_read_by_row_whatever_the_spacing(tmp_path):
             "r9: ValueError: 'value' must be a text, it is null",
         ),
         ({"id": "r9", "video": "none.mp4", "conversations": []}, "r9: VideoError: .*none.mp4"),
+        ([1, 2], r"/\?: ValueError: a row must be an object with fields, it is list"),
+        (None, "a row must be an object with fields, it is null"),
+        (row("r9", None, "<img>a.png</img>q", "a"), "as Qwen-VL's: read it as qwen-vl:"),
     ],
 )
 def test_bad_rows_name_themselves(tmp_path, bad, message):
     source = open_source(write_jsonl(tmp_path / "rows.jsonl", [bad]))
     with pytest.raises(SampleError, match=message):
         source[0]
+
+
+def test_a_picture_in_a_field_of_another_format_is_not_dropped(tmp_path):
+    source = write_jsonl(tmp_path / "rows.jsonl", [row("r9", "a.png", "<image>q", "a")])
+    with pytest.raises(SampleError, match="r9: .*stand in 'image', as LLaVA's: read it as llava:"):
+        open_source(source.replace("llava:", "qwen-vl:"))[0]
+
+
+def test_a_field_that_stands_twice_has_no_value(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"id": "a", "x": {"y": 1, "y": 2}}\n')
+    with pytest.raises(SampleError, match="the field 'y' stands twice in one object"):
+        open_source(f"llava:{tmp_path / 'rows.jsonl'}")[0]
+
+
+@pytest.mark.parametrize("name", ["a::b.jsonl", "a b#%20ü.jsonl", "a[b]*.jsonl", "~a.jsonl"])
+def test_any_name_of_a_file_is_read(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in::side").mkdir()
+    write_jsonl(tmp_path / "in::side" / name, [row("r9", None, "q", "a")])
+    for path in (f"in::side/{name}", "in::side", f"{tmp_path}/in::side"):
+        assert open_source(f"llava:{path}")[0].key == "r9"
+    monkeypatch.chdir("in::side")
+    assert open_source(f"llava:{name}")[0].key == "r9"
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("llava:", "'llava:' has no path; give llava:PATH"),
+        ("folder:?frames=4", "has no path; give folder:PATH"),
+        ("llava:zz://a/b.jsonl", "zz://a/b.jsonl: Protocol not known: zz; a path is local, gs://"),
+        ("llava:rows.jsonl?frames=2&frames=3", "has an option twice"),
+        ("llava:rows.jsonl?frames=some", "frames=some: write a number of frames, as 16, or a rate"),
+        (f"llava:rows.jsonl?frames={10**20}", "a video has 1 to 1024 frames, not 1000000"),
+        ("llava:rows.jsonl?keep=rows.jsonl", "'rows.jsonl' is no .npy file"),
+        ("llava:rows.jsonl?keep=a.npz", "must hold whole numbers from 0 to 0"),
+    ],
+)
+def test_names_of_sources_are_checked(tmp_path, name, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "rows.jsonl", [row("r9", None, "q", "a")])
+    np.savez("a.npz", a=np.arange(1))
+    with pytest.raises(ValueError, match=message):
+        open_source(name)
 
 
 def test_broken_json_names_file_and_row(tmp_path):

@@ -40,14 +40,27 @@ def open_file(path: str) -> BinaryIO:
         ):  # of a folder `open` tells
             raise OSError(errno.EINVAL, "not a regular file", path)
         return open(path, "rb")
-    system, inner = fsspec.core.url_to_fs(path)
+    system, inner = _system(path)
     return system.open(inner, "rb")
+
+
+def _system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Of a path, and how it is called there. A local one is never taken for fsspec's chain of
+    several (a::b). Raises ValueError for a scheme that is not known, or whose client lacks."""
+    if not remote(path):
+        return fsspec.filesystem("file"), os.path.abspath(path)
+    try:
+        return fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"{path}: {error}; a path is local, gs://, s3://, or what fsspec opens"
+        ) from error
 
 
 def read_range(path: str, start: int, size: int) -> bytes:
     """`size` bytes from `start` on. Raises OSError, and ValueError where the file ends before."""
     if remote(path):
-        system, inner = fsspec.core.url_to_fs(path)
+        system, inner = _system(path)
         content = system.cat_file(inner, start, start + size)
     else:
         # every system call lets other threads take the lock: one, those of a file object are seven
@@ -98,7 +111,8 @@ def find(path: str, suffixes: Iterable[str]) -> list[str]:
 
     Hidden files and folders are passed over, also those that other systems leave beside a file
     (._a.jpg). Raises FileNotFoundError."""
-    system, inner = fsspec.core.url_to_fs(path)
+    path = path if remote(path) else os.path.expanduser(path)
+    system, inner = _system(path)
     if system.isfile(inner):
         return [path]
     folder = system.isdir(inner)

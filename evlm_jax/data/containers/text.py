@@ -32,10 +32,24 @@ def decode(content: bytes) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
+def _fields(pairs: list[tuple]) -> dict:
+    """Of an object. A field that stands there twice has no value that could be trusted."""
+    if len(found := dict(pairs)) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(
+            f"the field {next(name for name in found if names.count(name) > 1)!r} stands twice in"
+            " one object"
+        )
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_fields)
+
+
 def parse(content: bytes):
     """The value of JSON. Raises ValueError."""
     try:
-        return json.loads(decode(content))
+        return DECODER.decode(decode(content))
     except RecursionError as error:
         raise ValueError("the JSON is nested too deeply") from error
 

@@ -29,7 +29,10 @@ def llava(name: str, root: str, row: dict, *, images: str = "", frames: str = FR
     stills = [(ImageRef(file),) for file in pictures]
     shown = frames if told.get("frames") is None else told["frames"]
     moving = [video.sample(file, shown) for file in films]
-    visuals, said = marked(turns(told), stills, moving)
+    said = turns(told)
+    if not stills and not moving and any(INLINE.search(text) for _, text in said):
+        raise ValueError("its pictures stand in <img></img>, as Qwen-VL's: read it as qwen-vl:")
+    visuals, said = marked(said, stills, moving)
     return Sample(
         key_of(row), name, tuple(visuals), (tuple(Turn(role, text) for role, text in said),)
     )
@@ -39,10 +42,10 @@ def qwen_vl(name: str, root: str, row: dict, *, images: str = "") -> Sample:
     """Qwen-VL: {"id", "conversations": [{"from", "value"}]} with `<img>path</img>` in the text;
     <ref> and <box> stay as they are.
     """
-    folder, said = (
-        files.join(root, images),
-        [(role, literal(text)) for role, text in turns(facts(row))],
-    )
+    folder, told = files.join(root, images), facts(row)
+    if other := next((field for field in ("image", "images", "video") if told.get(field)), None):
+        raise ValueError(f"its pictures stand in {other!r}, as LLaVA's: read it as llava:")
+    said = [(role, literal(text)) for role, text in turns(told)]
     named = [path.strip() for _, text in said for path in INLINE.findall(text)]
     visuals = tuple((ImageRef(within(row, folder, path, alone=len(named) == 1)),) for path in named)
     return Sample(

@@ -56,6 +56,8 @@ def pixels(row: dict) -> tuple[int, int]:
 
 def facts(row: dict) -> dict:
     """The fields of a row; where it is a member of a tar, with those of its json."""
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be an object with fields, it is {_kind(row)}")
     inner = row.get("json")
     if inner is None:
         return row

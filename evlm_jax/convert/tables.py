@@ -307,7 +307,7 @@ def _evlm() -> Family:
         row("media_tokens", "media/embedding"),
         Row("media_tokens.weight", ("media/embedding",), written=False),
     )
-    return Family("evlm", "evlm", "xattn.0.attn_gate", rows)
+    return Family("evlm", "evlm", "xattn.0.to_q.weight", rows)
 
 
 def _openflamingo() -> Family:

@@ -26,7 +26,7 @@ class Weights(NamedTuple):
     def of(cls, model: EVLM, dtype: str) -> "Weights":
         """Of a model, with matrices of `dtype`."""
         llm = model.llm
-        head = llm.embed[...].T if llm.head is None else llm.head.kernel[...]
+        head = llm.embed[...].T if llm.head is None else llm.head.matrix()
         layers, crosses = _pack(llm.layers, dtype), _pack(model.xattn, dtype)
         media = None if model.media is None else model.media.embedding[...]
         return cls(
@@ -50,6 +50,6 @@ def _pack(stack: nnx.Module, dtype: str) -> nnx.Module:
             return PackedExperts.of(leaf, dtype)
         if not isinstance(leaf, Linear):
             return leaf
-        return Packed(pack(leaf.kernel[...], dtype), None if leaf.bias is None else leaf.bias[...])
+        return Packed(pack(leaf.matrix(), dtype), None if leaf.bias is None else leaf.bias[...])
 
     return jax.tree.map(convert, stack, is_leaf=lambda leaf: isinstance(leaf, (Linear, Experts)))

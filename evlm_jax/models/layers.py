@@ -37,7 +37,9 @@ def param(
 
 
 class Linear(nnx.Module):
-    """x [..., in] -> [..., out]."""
+    """x [..., in] -> [..., out]. The one place where a matrix of the model becomes the operand of a
+    product: what adapts or quantises matrices changes this class.
+    """
 
     def __init__(
         self, shape: tuple[int, int], axes: tuple[str, str], rngs: nnx.Rngs, bias: bool = False
@@ -53,6 +55,10 @@ class Linear(nnx.Module):
             "linear",
         )
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    def matrix(self) -> jax.Array:
+        """[in, out], or [layers, in, out] of a stack: what a product with x is by."""
+        return self.kernel[...]
 
 
 class LayerNorm(nnx.Module):

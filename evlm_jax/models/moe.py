@@ -234,7 +234,7 @@ class PackedExperts:
     @classmethod
     def of(cls, experts: Experts, dtype: str) -> "PackedExperts":
         """Of a stack [L, E, ...], with matrices of `dtype`."""
-        flat = lambda linear: linear.kernel[...].reshape(-1, *linear.kernel.shape[2:])
+        flat = lambda linear: linear.matrix().reshape(-1, *linear.kernel.shape[2:])
         return cls(
             *(Packed(pack(flat(linear), dtype), None) for linear in (experts.fc1, experts.fc2)),
             experts.cfg,

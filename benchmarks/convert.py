@@ -2,11 +2,11 @@
 [--peer]`.
 
 Writes towers of the paper's sizes with random bits (EVA02-CLIP-E+ in the EVA repository's names,
-Qwen 1.0), then runs the commands as a
-user would: import, export, import of the export. Prints seconds, MB/s, peak resident memory and the
-ratio to a plain copy of the same bytes on the same disk; checks every tensor's hash. DIR needs
-three times the bytes printed first. With --peer: a language model of about 2.5 GB through our
-import and export beside transformers' from_pretrained and save_pretrained, by turns."""
+Qwen 1.0), then runs the commands as a user would: import, export, import of the export. Prints
+seconds, MB/s, peak resident memory and the ratio to a plain copy of the same bytes on the same
+disk; checks every tensor's hash. DIR needs three times the bytes printed first. With --peer: a
+language model of about 2.5 GB through our import and export beside transformers' from_pretrained
+and save_pretrained, by turns."""
 
 import argparse
 import base64
@@ -169,9 +169,9 @@ def measured(*command: str) -> tuple[float, float]:
     return float(seconds) + time.monotonic() - since, int(kilobytes) / 2**20
 
 
-def evlm(*arguments: str) -> tuple[float, float]:
+def evlm(*arguments: str | Path) -> tuple[float, float]:
     """A command of ours."""
-    return measured(sys.executable, "-m", "evlm_jax", "convert", *arguments)
+    return measured(sys.executable, "-m", "evlm_jax", "convert", *map(str, arguments))
 
 
 def report(what: str, seconds: float, count: int, memory: float, plain: float) -> None:
@@ -184,24 +184,38 @@ def report(what: str, seconds: float, count: int, memory: float, plain: float) -
 
 
 SMOKE = (
-    "vit.depth=2",
-    "vit.width=224",
-    "vit.heads=2",
-    "vit.mlp=256",
-    "vit.taps=(2,)",
-    "vit.cuts=()",
-    "llm.hidden=64",
-    "llm.layers=2",
-)
-SMOKE += (
-    "llm.heads=4",
-    "llm.kv_heads=4",
-    "llm.head_dim=16",
-    "llm.mlp=96",
-    "xattn.heads=2",
-    "xattn.kv_heads=2",
-    "xattn.ffn=64",
-)
+    "vit.depth=2 vit.width=224 vit.heads=2 vit.mlp=256 vit.taps=(2,) vit.cuts=() llm.hidden=64"
+    " llm.layers=2 llm.heads=4 llm.kv_heads=4 llm.head_dim=16 llm.mlp=96 xattn.heads=2"
+    " xattn.kv_heads=2 xattn.ffn=64"
+).split()
+
+
+def write_towers(cfg: EVLMConfig, vision: Path, llm: Path) -> int:
+    """Both towers as others write them; returns their bytes."""
+    total = write_source(vision, cfg, "vit", "eva02", "visual.", eva_config(cfg))
+    total += write_source(llm, cfg, "llm", "qwen", "", qwen_config(cfg))
+    write_tiktoken(llm)
+    stacked = max(
+        np.prod(shape) * 2 * cfg.llm.layers
+        for name, shape in parameter_shapes(cfg).items()
+        if "layers/0" in name
+    )
+    print(
+        f"towers: {total / 1e9:.1f} GB, {total / 2e9:.2f} B parameters, largest stacked leaf"
+        f" {stacked / 2**30:.2f} GiB",
+        flush=True,
+    )
+    return total
+
+
+def compare(cfg: EVLMConfig, imported: Path) -> None:
+    """Says how many tensors have the bits of their source."""
+    params, _ = open_params(str(imported))
+    expected = random_tower(cfg, "vit") | random_tower(cfg, "llm")
+    same = sum(
+        digest(tensor.read()) == digest(params[name].read()) for name, tensor in expected.items()
+    )
+    print(f"imported: {same} of {len(expected)} tensors have the bits of their source", flush=True)
 
 
 def large(args: argparse.Namespace) -> None:
@@ -216,59 +230,22 @@ def large(args: argparse.Namespace) -> None:
     vision, llm, first, out, again = (
         root / name for name in ("vision", "llm", "imported", "exported", "again")
     )
-    total = write_source(vision, cfg, "vit", "eva02", "visual.", eva_config(cfg))
-    total += write_source(llm, cfg, "llm", "qwen", "", qwen_config(cfg))
-    write_tiktoken(llm)
-    stacked = max(
-        np.prod(shape) * 2 * cfg.llm.layers
-        for name, shape in parameter_shapes(cfg).items()
-        if "layers/0" in name
-    )
-    print(
-        f"towers: {total / 1e9:.1f} GB, {total / 2e9:.2f} B parameters, largest stacked leaf"
-        f" {stacked / 2**30:.2f} GiB",
-        flush=True,
-    )
+    total = write_towers(cfg, vision, llm)
     plain = copy([vision, llm], root / "copy")
     report("plain copy", plain, total, 0, plain)
-    seconds, memory = evlm(
-        "import",
-        "--config",
-        spec,
-        "--vision",
-        str(vision),
-        "--llm",
-        str(llm),
-        "--out",
-        str(first),
-        *layers,
-    )
+    towers = ("--vision", vision, "--llm", llm)
+    seconds, memory = evlm("import", "--config", spec, *towers, "--out", first, *layers)
     whole = size(first)
     report("import", seconds, whole, memory, plain * whole / total)
-    imported, _ = open_params(str(first))
-    expected = random_tower(cfg, "vit") | random_tower(cfg, "llm")
-    wrong = [
-        name
-        for name, tensor in expected.items()
-        if digest(tensor.read()) != digest(imported[name].read())
-    ]
-    print(
-        f"imported: {len(expected) - len(wrong)} of {len(expected)} tensors have the bits of their"
-        " source",
-        flush=True,
-    )
+    compare(cfg, first)
     shutil.rmtree(vision)
     for path in llm.glob("*.safetensors*"):  # the tokenizer is read again
         path.unlink()
     before = manifest(first)
-    seconds, memory = evlm(
-        "export", "--checkpoint", str(first), "--out", str(out), "--format", "hf"
-    )
+    seconds, memory = evlm("export", "--checkpoint", first, "--out", out, "--format", "hf")
     report("export", seconds, whole, memory, plain * whole / total)
     shutil.rmtree(first)
-    seconds, memory = evlm(
-        "import", "--config", spec, "--model", str(out), "--out", str(again), *layers
-    )
+    seconds, memory = evlm("import", "--config", spec, "--model", out, "--out", again, *layers)
     report("import of the export", seconds, whole, memory, plain * whole / total)
     after = manifest(again)
     print(
@@ -278,19 +255,28 @@ def large(args: argparse.Namespace) -> None:
     shutil.rmtree(out), shutil.rmtree(again)
 
 
-QWEN_1B = {
-    "hidden": 1536,
-    "layers": 28,
-    "heads": 12,
-    "kv_heads": 2,
-    "head_dim": 128,
-    "mlp": 8960,
-}  # Qwen2.5-1.5B
+QWEN_1B = dict(hidden=1536, layers=28, heads=12, kv_heads=2, head_dim=128, mlp=8960)  # 2.5-1.5B
 TRANSFORMERS = """
 import sys, torch, transformers
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 model.save_pretrained(sys.argv[2])
 """
+
+
+def clip_config(cfg: EVLMConfig) -> dict:
+    """config.json of CLIP's vision tower."""
+    vit = cfg.vit
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": vit.width,
+        "num_hidden_layers": 1,
+        "num_attention_heads": vit.heads,
+        "intermediate_size": vit.mlp,
+        "image_size": vit.image_size,
+        "patch_size": vit.patch,
+        "layer_norm_eps": vit.eps,
+        "hidden_act": vit.activation,
+    }
 
 
 def peer(args: argparse.Namespace) -> None:
@@ -310,54 +296,25 @@ def peer(args: argparse.Namespace) -> None:
     ]
     cfg, root = load_config(spec, changes), Path(args.dir)
     vision, llm = root / "vision", root / "llm"
-    vit = {
-        "model_type": "clip_vision_model",
-        "hidden_size": cfg.vit.width,
-        "num_hidden_layers": 1,
-        "num_attention_heads": cfg.vit.heads,
-    }
-    vit |= {
-        "intermediate_size": cfg.vit.mlp,
-        "image_size": cfg.vit.image_size,
-        "patch_size": cfg.vit.patch,
-    }
-    vit |= {"layer_norm_eps": cfg.vit.eps, "hidden_act": cfg.vit.activation}
-    write_source(vision, cfg, "vit", "clip", "", vit)
+    write_source(vision, cfg, "vit", "clip", "", clip_config(cfg))
     stock = describe_llm(cfg, SimpleNamespace(eos=(256,), bos=(), ids=range(256)), "bfloat16")[
         "config.json"
     ]
     count = write_source(llm, cfg, "llm", "llama", "", stock)
     write_tiktoken(llm)
     seconds = {"import": [], "export": [], "transformers": []}
+    towers = ("--vision", vision, "--llm", llm)
+    place, out = root / "imported", root / "exported"
+    run = {
+        "import": lambda: evlm("import", "--config", spec, *towers, "--out", place, *changes),
+        "export": lambda: evlm("export", "--checkpoint", place, "--out", out, "--format", "llm"),
+        "transformers": lambda: measured(
+            sys.executable, "-c", TRANSFORMERS, str(llm), str(root / "saved")
+        ),
+    }
     for turn in range(3):
         for folder in ("imported", "exported", "saved"):
             shutil.rmtree(root / folder, ignore_errors=True)
-        run = {
-            "import": lambda: evlm(
-                "import",
-                "--config",
-                spec,
-                "--vision",
-                str(vision),
-                "--llm",
-                str(llm),
-                "--out",
-                str(root / "imported"),
-                *changes,
-            ),
-            "export": lambda: evlm(
-                "export",
-                "--checkpoint",
-                str(root / "imported"),
-                "--out",
-                str(root / "exported"),
-                "--format",
-                "llm",
-            ),
-            "transformers": lambda: measured(
-                sys.executable, "-c", TRANSFORMERS, str(llm), str(root / "saved")
-            ),
-        }
         for name, command in run.items():
             taken, memory = command()
             seconds[name].append(taken)

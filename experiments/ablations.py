@@ -113,6 +113,14 @@ def _base() -> ConfigDict:
         upcycle="preserve",
     )
     config.media.update(tokens=4, placeholder="<repo_name>")
+    _trained(config)
+    config.mesh.update(data=-1, fsdp=1, frozen="replicated")
+    config.init.update(vision="dinov2-small", llm="smollm2-135m-instruct", centre_norms=True)
+    return config
+
+
+def _trained(config: ConfigDict) -> None:
+    """On which data, and by which rates."""
     config.data.update(
         sources=SOURCES,
         weights=(0.85, 0.15),
@@ -152,6 +160,3 @@ def _base() -> ConfigDict:
         log_every=5,
         peak_flops=195e9,
     )
-    config.mesh.update(data=-1, fsdp=1, frozen="replicated")
-    config.init.update(vision="dinov2-small", llm="smollm2-135m-instruct", centre_norms=True)
-    return config

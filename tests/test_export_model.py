@@ -186,9 +186,7 @@ def test_a_new_image_behind_a_kept_cache(model, batch):
         far(out.logits, model(input_ids=ids, attention_mask=mask, **everything).logits[:, past:])
         <= 1e-5
     )
-    third = torch.tensor(
-        [RUN + words(2), RUN + words(2)]
-    )  # a row has 2 images, the other by now too
+    third = torch.tensor([RUN + words(2)] * 2)  # a row has 2 images, the other by now too
     last, more = torch.cat([mask, torch.ones(2, 4, dtype=torch.long)], 1), pixels(2, 1, seed=2)
     mine = model(
         input_ids=third, attention_mask=last, pixel_values=more, past_key_values=cache_of(out)

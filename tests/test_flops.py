@@ -29,19 +29,24 @@ def config(**sections) -> EVLMConfig:
     return tiny_config(**sections)
 
 
-def program(cfg: EVLMConfig, p: dict, pixels: jax.Array, chosen: jax.Array) -> jax.Array:
-    """A number that depends on every product of the model: pixels [B * I, g * g, 3 * patch**2],
-    chosen [B * T, k] experts.
-    """
-    part = jax.named_scope
-    t, d, n = ROWS * cfg.data.length, cfg.llm.hidden, cfg.llm.heads
-    norm = lambda x, scale=1.0: scale * x / jnp.sqrt(1e-6 + jnp.square(x).mean(-1, keepdims=True))
-    split = lambda x, rows, heads: x.reshape(rows, -1, heads, x.shape[-1] // heads)
+part = jax.named_scope
 
-    def attend(q, k, v, mask=0.0):
-        weights = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q, k) + mask)
-        return jnp.einsum("bnts,bsnh->btnh", weights, v).reshape(-1, q.shape[2] * q.shape[3])
 
+def norm(x, scale=1.0):
+    return scale * x / jnp.sqrt(1e-6 + jnp.square(x).mean(-1, keepdims=True))
+
+
+def split(x, rows, heads):
+    return x.reshape(rows, -1, heads, x.shape[-1] // heads)
+
+
+def attend(q, k, v, mask=0.0):
+    weights = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q, k) + mask)
+    return jnp.einsum("bnts,bsnh->btnh", weights, v).reshape(-1, q.shape[2] * q.shape[3])
+
+
+def taps_of(cfg: EVLMConfig, p: dict, pixels: jax.Array) -> list[jax.Array]:
+    """The ViT's part of `program`."""
     with part(flops.FROZEN_VIT):
         x = pixels @ p["vit/patch/kernel"].reshape(-1, cfg.vit.width)
     x = jnp.concatenate([jnp.ones_like(x[:, :1]), x], 1)
@@ -57,42 +62,52 @@ def program(cfg: EVLMConfig, p: dict, pixels: jax.Array, chosen: jax.Array) -> j
             x = x + (attend(q, k, v) @ block("attn/o")).reshape(x.shape)
             x = x + jnp.tanh(norm(x) @ block("mlp/fc1")) @ block("mlp/fc2")
         taps += [x] if i + 1 in cfg.vit.taps else []
+    return taps
 
+
+def cross_layer(cfg: EVLMConfig, p: dict, i: int, x, tap, chosen) -> jax.Array:
+    """The part of `program` before its decoder layer `i`."""
+    cross = lambda name: p[f"xattn/{i}/{name}/kernel"]
+    with part(flops.CROSS):
+        q = norm(x) @ cross("q")
+    with part(flops.KEYS):
+        tap = norm(tap, p[f"xattn/{i}/kv_norm/scale"])
+        k, v = tap @ cross("k"), tap @ cross("v")
+    with part(flops.CROSS_SCORES):  # images = rows * I groups of neighbouring tokens
+        images, x_heads, shared = len(tap), cfg.xattn.heads, cfg.xattn.heads // cfg.xattn.kv_heads
+        q, k, v = (
+            split(q, images, x_heads),
+            *(split(y, images, cfg.xattn.kv_heads).repeat(shared, 2) for y in (k, v)),
+        )
+        out = attend(q, k, v)
+    with part(flops.CROSS):
+        x = x + out @ cross("o")
+    if cfg.moe.copies:
+        with part(flops.ROUTER):
+            gates = jnp.take_along_axis(jax.nn.softmax(norm(x) @ cross("ffn/router")), chosen, 1)
+        with part(flops.ROUTED):
+            hidden = (
+                jnp.tanh(jnp.einsum("td,tkdf->tkf", norm(x), cross("ffn/experts/fc1")[chosen]))
+                * gates[..., None]
+            )
+            routed = jnp.einsum("tkf,tkfd->tkd", hidden, cross("ffn/experts/fc2")[chosen]).sum(1)
+        with part(flops.WORLD):
+            x = x + routed + jnp.tanh(norm(x) @ cross("ffn/world/fc1")) @ cross("ffn/world/fc2")
+    else:
+        with part(flops.FFN):
+            x = x + jnp.tanh(norm(x) @ cross("ffn/fc1")) @ cross("ffn/fc2")
+    return x
+
+
+def program(cfg: EVLMConfig, p: dict, pixels: jax.Array, chosen: jax.Array) -> jax.Array:
+    """A number that depends on every product of the model: pixels [B * I, g * g, 3 * patch**2],
+    chosen [B * T, k] experts.
+    """
+    t, d, n = ROWS * cfg.data.length, cfg.llm.hidden, cfg.llm.heads
+    taps = taps_of(cfg, p, pixels)
     x = jnp.tile(p["media/embedding"].mean(0), (t, 1)) + jnp.sin(jnp.arange(t * d)).reshape(t, d)
     for i in range(2):
-        cross = lambda name, i=i: p[f"xattn/{i}/{name}/kernel"]
-        with part(flops.CROSS):
-            q = norm(x) @ cross("q")
-        with part(flops.KEYS):
-            tap = norm(taps[cfg.tap_of_cross_layer[i]], p[f"xattn/{i}/kv_norm/scale"])
-            k, v = tap @ cross("k"), tap @ cross("v")
-        with part(flops.CROSS_SCORES):  # images = rows * I groups of neighbouring tokens
-            x_heads, shared = cfg.xattn.heads, cfg.xattn.heads // cfg.xattn.kv_heads
-            q, k, v = (
-                split(q, images, x_heads),
-                *(split(y, images, cfg.xattn.kv_heads).repeat(shared, 2) for y in (k, v)),
-            )
-            out = attend(q, k, v)
-        with part(flops.CROSS):
-            x = x + out @ cross("o")
-        if cfg.moe.copies:
-            with part(flops.ROUTER):
-                gates = jnp.take_along_axis(
-                    jax.nn.softmax(norm(x) @ cross("ffn/router")), chosen, 1
-                )
-            with part(flops.ROUTED):
-                hidden = (
-                    jnp.tanh(jnp.einsum("td,tkdf->tkf", norm(x), cross("ffn/experts/fc1")[chosen]))
-                    * gates[..., None]
-                )
-                routed = jnp.einsum("tkf,tkfd->tkd", hidden, cross("ffn/experts/fc2")[chosen]).sum(
-                    1
-                )
-            with part(flops.WORLD):
-                x = x + routed + jnp.tanh(norm(x) @ cross("ffn/world/fc1")) @ cross("ffn/world/fc2")
-        else:
-            with part(flops.FFN):
-                x = x + jnp.tanh(norm(x) @ cross("ffn/fc1")) @ cross("ffn/fc2")
+        x = cross_layer(cfg, p, i, x, taps[cfg.tap_of_cross_layer[i]], chosen)
         layer = lambda name, i=i: p[f"llm/layers/{i}/{name}/kernel"]
         with part(flops.LLM):
             q, k, v = (norm(x) @ layer(f"attn/{c}") for c in "qkv")
@@ -238,7 +253,6 @@ def test_work_of_a_batch_leaves_padding_out():
 def bridge_program(cfg: EVLMConfig, p: dict, tap: list[jax.Array]) -> jax.Array:
     """A number that depends on every product of a bridge: `tap` [images, S, V] of each."""
     b, v = cfg.bridge, cfg.vit.width
-    norm = lambda x, scale=1.0: scale * x / jnp.sqrt(1e-6 + jnp.square(x).mean(-1, keepdims=True))
     with jax.named_scope(flops.BRIDGE):
         if b.kind == "fused":
             kernels = jnp.split(p["bridge/proj/kernel"], len(tap))

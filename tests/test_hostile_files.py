@@ -62,19 +62,8 @@ def safetensors_file(header: str | bytes, data: bytes, length: int | None = None
     return struct.pack("<Q", len(header) if length is None else length) + header + data
 
 
-def spoilt_safetensors(rng: np.random.Generator) -> bytes:
-    """Three tensors, of which the header's text or the file's bytes were changed in one to three
-    places.
-    """
-    entries = {
-        "__metadata__": {"format": "pt"},
-        "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
-    }
-    entries |= {
-        "b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},
-        "c": {"dtype": "U8", "shape": [], "data_offsets": [32, 33]},
-    }
-    data = bytes(range(33))
+def spoil_entries(entries: dict, rng: np.random.Generator) -> None:
+    """Changes none to two facts of the tensors of a header."""
     for _ in range(rng.integers(0, 3)):
         name = str(rng.choice(["a", "b", "c"]))
         if name not in entries or not isinstance(entries[name].get("data_offsets"), list):
@@ -96,6 +85,22 @@ def spoilt_safetensors(rng: np.random.Generator) -> bytes:
             entries[name]["extra"] = [1]
         else:
             entries["d"] = dict(entries[name])
+
+
+def spoilt_safetensors(rng: np.random.Generator) -> bytes:
+    """Three tensors, of which the header's text or the file's bytes were changed in one to three
+    places.
+    """
+    entries = {
+        "__metadata__": {"format": "pt"},
+        "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+    }
+    entries |= {
+        "b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},
+        "c": {"dtype": "U8", "shape": [], "data_offsets": [32, 33]},
+    }
+    data = bytes(range(33))
+    spoil_entries(entries, rng)
     text = json.dumps(entries)
     how = rng.integers(0, 12)
     if how == 0:  # a number becomes something else

@@ -6,7 +6,6 @@ import pytest
 import evlm_jax
 from tests.test_library import GOLDEN, sample
 
-
 BLACK = np.zeros((4, 4, 3), np.uint8)
 
 

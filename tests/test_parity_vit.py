@@ -37,13 +37,8 @@ def hidden_states(model, pixels: np.ndarray, constants: np.ndarray, **options) -
         ]
 
 
-@needs_transformers
-@needs_asset("dinov2-small")
-@needs_asset("photos")
-def test_dinov2_taps_on_a_photograph():
-    """The oracle takes the weights out of the ONNX file by itself and interpolates the 37x37
-    positions by torch.
-    """
+def dinov2_of_onnx():
+    """transformers' DINOv2 with the weights that the ONNX file's graph names."""
     import onnx
     import torch
     from transformers import Dinov2Config, Dinov2Model
@@ -89,6 +84,17 @@ def test_dinov2_taps_on_a_photograph():
         loaded[name] = torch.tensor(np.ascontiguousarray(array))
     missing, unexpected = theirs.load_state_dict(loaded, strict=False)
     assert set(missing) <= {"embeddings.mask_token"} and not unexpected
+    return theirs
+
+
+@needs_transformers
+@needs_asset("dinov2-small")
+@needs_asset("photos")
+def test_dinov2_taps_on_a_photograph():
+    """The oracle takes the weights out of the ONNX file by itself and interpolates the 37x37
+    positions by torch.
+    """
+    theirs = dinov2_of_onnx()
     pixels = np.asarray(
         Image.open(assets.path("photos") / "chelsea.png").convert("RGB").resize((224, 224))
     )

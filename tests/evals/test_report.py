@@ -22,6 +22,28 @@ LOAD = [0.172, 0.062, 0.016] + 12 * [0.0577] + [0.0576]
 SECTIONS = ("accuracy", "vqa", "attention", "emoji", "photos", "sources", "training", "setup")
 
 
+def write_metrics(file, cfg, copies):
+    """What a run of three updates notes: losses, gates, experts' loads, monitors."""
+    lines = [
+        {"step": s, "loss": 2.5 / s, "loss/vqa": 2 / s, "loss/caption": 3 / s} for s in (1, 2, 3)
+    ]
+    lines[-1] |= {
+        f"xattn/{layer}/{kind}_gate": 0.1 * layer
+        for layer in cfg.cross_layers
+        for kind in ("attn", "ffn")
+    }
+    if copies:
+        lines[-1] |= {
+            f"xattn/{layer}/ffn/{name}": LOAD
+            for layer in cfg.cross_layers
+            for name in ("load", "load_text", "load_media")
+        }
+        lines[-1] |= {f"xattn/{layer}/ffn/entropy": 2.0 + 0.1 * layer for layer in cfg.cross_layers}
+        lines[-1] |= {f"xattn/{layer}/ffn/dropped": 300.0 for layer in cfg.cross_layers}
+    notes = [{"step": s, "monitor/pope/accuracy": 50.0 + s, "monitor/seconds": 2.0} for s in (2, 4)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines + copies // 4 * notes))
+
+
 @pytest.fixture(params=["dense", "experts"])
 def saved(tmp_path, request):
     """Results as the demo saves them, made from small results of the evaluators; of a dense run,
@@ -48,26 +70,7 @@ def saved(tmp_path, request):
         "majority": 0.37,
         "majority_answer": "yes",
     }
-    lines = [
-        {"step": s, "loss": 2.5 / s, "loss/vqa": 2 / s, "loss/caption": 3 / s} for s in (1, 2, 3)
-    ]
-    lines[-1] |= {
-        f"xattn/{layer}/{kind}_gate": 0.1 * layer
-        for layer in cfg.cross_layers
-        for kind in ("attn", "ffn")
-    }
-    if copies:
-        lines[-1] |= {
-            f"xattn/{layer}/ffn/{name}": LOAD
-            for layer in cfg.cross_layers
-            for name in ("load", "load_text", "load_media")
-        }
-        lines[-1] |= {f"xattn/{layer}/ffn/entropy": 2.0 + 0.1 * layer for layer in cfg.cross_layers}
-        lines[-1] |= {f"xattn/{layer}/ffn/dropped": 300.0 for layer in cfg.cross_layers}
-    notes = [{"step": s, "monitor/pope/accuracy": 50.0 + s, "monitor/seconds": 2.0} for s in (2, 4)]
-    (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in lines + copies // 4 * notes)
-    )
+    write_metrics(tmp_path / "metrics.jsonl", cfg, copies)
     captions = report.caption_section(examples, refs, 3, 64)
     image = figures.data_uri(Image.open(tmp_path / "0.png"))
     words = [

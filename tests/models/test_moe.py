@@ -80,20 +80,11 @@ def inputs(rows=3, length=11):
     return x, weight
 
 
-@needs_transformers
-@pytest.mark.parametrize(
-    "gates, k", [("renormalise", 4), ("renormalise", 16), ("softmax", 1), ("softmax", 6)]
-)
-def test_equals_transformers_block(gates, k):
-    """Qwen2Moe's sparse block with the same weights.
-
-    Its experts are gated: with an input that is always 1, a gate is made 1.
-    """
+def transformers_block(ours, gates, k):
+    """Qwen2Moe's sparse block with the weights of `ours`."""
     import torch
     from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen
 
-    ours, (x, weight) = block(config(gates=gates, top_k=k)), inputs()
-    x[..., -1] = 1
     settings = dict(
         hidden_size=WIDTH,
         moe_intermediate_size=HIDDEN // 4,
@@ -123,6 +114,25 @@ def test_equals_transformers_block(gates, k):
         ):
             linear.weight.copy_(values)
         shared.down_proj.weight.copy_(transposed(ours.world.fc2.kernel))
+    return theirs
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    "gates, k", [("renormalise", 4), ("renormalise", 16), ("softmax", 1), ("softmax", 6)]
+)
+def test_equals_transformers_block(gates, k):
+    """Qwen2Moe's sparse block with the same weights.
+
+    Its experts are gated: with an input that is always 1, a gate is made 1.
+    """
+    import torch
+    from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen
+
+    ours, (x, weight) = block(config(gates=gates, top_k=k)), inputs()
+    x[..., -1] = 1
+    theirs = transformers_block(ours, gates, k)
+    shared = theirs.shared_expert
     tensor = torch.tensor(x, requires_grad=True)
     expected = theirs(tensor)
     (expected * torch.tensor(weight)).sum().backward()

@@ -58,25 +58,10 @@ def done(process: subprocess.Popen) -> str:
     return out
 
 
-def test_the_whole_road(evlm, bucket, store, tmp_path):
-    root, torch = f"{bucket}/road", importlib.util.find_spec("torch")
-    sizes = {
-        "data": {"length": 96, "images": 2, "targets": 32, "pairs": 24},
-        "train": {"steps": STEPS, "save_every": EVERY},
-    }
-    file = experiment(tmp_path / "mine.py", make(root, tmp_path / "scratch", **sizes))
-    done(evlm("convert", "import", "--config", file, "--out", f"{root}/towers"))
-
-    train = (
-        "train",
-        "--config",
-        file,
-        "--init",
-        f"{root}/towers",
-        "--workdir",
-        f"{root}/run",
-        "--tensorboard",
-    )
+def train_and_kill(evlm, file, root, store):
+    """Training that is killed behind its first save, and goes on."""
+    places = ("--init", f"{root}/towers", "--workdir", f"{root}/run")
+    train = ("train", "--config", file, *places, "--tensorboard")
     killed = evlm(*train)
     deadline = time.monotonic() + 600
     while not checkpoint.steps(f"{root}/run"):
@@ -93,84 +78,54 @@ def test_the_whole_road(evlm, bucket, store, tmp_path):
     }
     assert len(read_lines(f"{root}/run/metrics.jsonl")) == STEPS
 
-    out, data = f"{root}/evals/gqa.json", layouts.write("gqa", tmp_path / "gqa")
-    asked = (
-        "eval",
-        "--checkpoint",
-        f"{root}/run",
-        "--task",
-        "gqa",
-        "--data",
-        str(data),
-        "--out",
-        out,
-    )
-    done(evlm(*asked))
+
+def evaluate(evlm, root, data):
+    """Asked again and scored again, the run gives what it gave."""
+    out = f"{root}/evals/gqa.json"
+    asked = ("--checkpoint", f"{root}/run", "--task", "gqa", "--data", str(data), "--out", out)
+    done(evlm("eval", *asked))
     scores, lines = results.load(out)["scores"], read_lines(out.replace(".json", ".jsonl"))
-    done(evlm(*asked))
+    done(evlm("eval", *asked))
     done(evlm("score", out))
     assert (
         results.load(out)["scores"] == scores
         and read_lines(out.replace(".json", ".jsonl")) == lines
     )
 
+
+def export_and_import(evlm, file, root, store):
+    """Every form; the whole model comes back bit for bit."""
+    torch = importlib.util.find_spec("torch")
     for form in ("hf", "llm", *["torch"] * bool(torch)):
-        done(
-            evlm(
-                "convert",
-                "export",
-                "--checkpoint",
-                f"{root}/run",
-                "--format",
-                form,
-                "--out",
-                f"{root}/out/{form}",
-            )
-        )
+        words = ("--checkpoint", f"{root}/run", "--format", form, "--out", f"{root}/out/{form}")
+        done(evlm("convert", "export", *words))
         assert not store.exists(f"{root}/out/{form}/plan.json")
     assert bool(torch) == store.exists(f"{root}/out/torch/evlm.pt")
-    done(
-        evlm(
-            "convert",
-            "import",
-            "--config",
-            file,
-            "--model",
-            f"{root}/out/hf",
-            "--out",
-            f"{root}/back",
-        )
-    )
+    words = ("--config", file, "--model", f"{root}/out/hf", "--out", f"{root}/back")
+    done(evlm("convert", "import", *words))
     mine, back = (checkpoint.load_params(f"{root}/{name}")[0] for name in ("run", "back"))
     assert mine.keys() == back.keys() and all(
         np.array_equal(array, back[name]) for name, array in mine.items()
     )
 
-    done(
-        evlm(
-            "upcycle",
-            "--checkpoint",
-            f"{root}/run",
-            "--config",
-            file,
-            "--config.moe.copies=2",
-            "--out",
-            f"{root}/moe",
-        )
-    )
-    more = ("--config.moe.copies=2", "--config.data.cache_features=True", "--config.train.steps=2")
-    done(
-        evlm(
-            "train",
-            "--config",
-            file,
-            *more,
-            "--init",
-            f"{root}/moe",
-            "--workdir",
-            f"{root}/moe-run",
-        )
-    )
+
+def test_the_whole_road(evlm, bucket, store, tmp_path):
+    root = f"{bucket}/road"
+    sizes = {
+        "data": {"length": 96, "images": 2, "targets": 32, "pairs": 24},
+        "train": {"steps": STEPS, "save_every": EVERY},
+    }
+    file = experiment(tmp_path / "mine.py", make(root, tmp_path / "scratch", **sizes))
+    done(evlm("convert", "import", "--config", file, "--out", f"{root}/towers"))
+    train_and_kill(evlm, file, root, store)
+    evaluate(evlm, root, layouts.write("gqa", tmp_path / "gqa"))
+    export_and_import(evlm, file, root, store)
+
+    experts = ("--config", file, "--config.moe.copies=2")
+    done(evlm("upcycle", "--checkpoint", f"{root}/run", *experts, "--out", f"{root}/moe"))
+    more = ("--config.data.cache_features=True", "--config.train.steps=2")
+    places = ("--init", f"{root}/moe", "--workdir", f"{root}/moe-run")
+    done(evlm("train", *experts, *more, *places))
     assert checkpoint.steps(f"{root}/moe-run") == [2]
     assert list((tmp_path / "cache/features").rglob("taps.bin"))
     assert list((tmp_path / "here").iterdir()) == []

@@ -225,8 +225,7 @@ class Model:
           stop: texts that end an answer and are no part of it.
           seed: of the draws; that of answer j to prompt i depends on (seed, i, j).
           answers: to each prompt; above 1, each prompt gets a list of them.
-          stream: return an iterator over pieces of the one answer to one prompt, each as soon as it
-            is known.
+          stream: return an iterator over pieces of the one answer to one prompt, as they come.
         Raises:
           ValueError: an option of another type or out of range; marks and images differ in number;
             a picture that cannot be read.

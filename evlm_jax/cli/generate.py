@@ -41,6 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_stop,
         help="text that ends the answer; may be given several times",
     )
+    _add_sampling(parser)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature",
         type=argument(NonNegative),

@@ -21,24 +21,7 @@ def build(kind, value, prefix: str):
         the message has the full names.
     """
     if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ValueError(
-                f"config: {prefix or 'root'} must be a section with keys, got {value!r}"
-            )
-        hints = typing.get_type_hints(kind, include_extras=True)
-        join = lambda key: f"{prefix}.{key}" if prefix else key
-        if unknown := [join(k) for k in value if k not in hints]:
-            raise ValueError(
-                f"config: unknown key {', '.join(unknown)}; {kind.__name__} has {', '.join(hints)}"
-            )
-        needed = [
-            f.name
-            for f in dataclasses.fields(kind)
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        ]
-        if missing := [join(k) for k in needed if k not in value]:
-            raise ValueError(f"config: missing key {', '.join(missing)}")
-        return kind(**{k: build(hints[k], value[k], join(k)) for k in hints if k in value})
+        return _section(kind, value, prefix)
     if typing.get_origin(kind) is typing.Literal:
         if value not in (allowed := typing.get_args(kind)) or isinstance(value, bool):
             raise ValueError(
@@ -74,6 +57,25 @@ def build(kind, value, prefix: str):
     if kind is float and not math.isfinite(value):
         raise ValueError(f"config: {prefix} must be finite, got {value!r}")
     return value
+
+
+def _section(kind, value, prefix: str):
+    if not isinstance(value, dict):
+        raise ValueError(f"config: {prefix or 'root'} must be a section with keys, got {value!r}")
+    hints = typing.get_type_hints(kind, include_extras=True)
+    join = lambda key: f"{prefix}.{key}" if prefix else key
+    if unknown := [join(k) for k in value if k not in hints]:
+        raise ValueError(
+            f"config: unknown key {', '.join(unknown)}; {kind.__name__} has {', '.join(hints)}"
+        )
+    needed = [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing := [join(k) for k in needed if k not in value]:
+        raise ValueError(f"config: missing key {', '.join(missing)}")
+    return kind(**{k: build(hints[k], value[k], join(k)) for k in hints if k in value})
 
 
 def has(kind, key: str) -> bool:

@@ -28,9 +28,9 @@ from evlm_jax.data.tokenizer import load_tokenizer
 from evlm_jax.models import decoding
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.param_names import unflatten
-from evlm_jax.ops.grouped_attention import Plan
+from evlm_jax.ops.grouped_attention import AttentionPlan
 from evlm_jax.parallel.mesh import make_layout
-from evlm_jax.train import Phase
+from evlm_jax.train import TrainPhase
 from experiments import demo
 
 
@@ -75,7 +75,7 @@ def our_run(model: EVLM, dtype: str, images: int) -> Run:
             tiles, -1
         )
         each = lambda a: np.tile(a, (rows,) + (1,) * a.ndim).astype(np.int32)
-        plan = Plan(
+        plan = AttentionPlan(
             each(order),
             each(index),
             each(np.arange(tiles) if images else np.full(tiles, tiles)),
@@ -222,7 +222,7 @@ def training(size: Size) -> None:
 def our_step(cfg: EVLMConfig, batch: Batch) -> Callable[[], None]:
     """A function that does one optimizer step on the batch."""
     layout = make_layout(cfg)
-    phase = Phase(cfg, 0, layout)
+    phase = TrainPhase(cfg, 0, layout)
     state, on_device = (
         phase.enter(0, nnx.state(load(cfg)), {}),
         layout.put_pools(batch, range(cfg.pools), cfg.pools),

@@ -15,16 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import parser
-from evlm_jax.ops.attention_plan import pair_count, plan
-from evlm_jax.ops.grouped_attention import Plan, grouped_attention
+from evlm_jax.ops.attention_plan import attention_plan, pair_count
+from evlm_jax.ops.grouped_attention import AttentionPlan, grouped_attention
 
 REPEATS = 3  # of which the fastest counts
 
 
 def ours(tile: int, start: np.ndarray, sinks: int):
     """The form of ops/, with the plan that the packer would make."""
-    made = plan(start, start + 1, tile, pair_count(start, start + 1, tile))
-    arrays = Plan(*(made[name][None] for name in Plan._fields))
+    made = attention_plan(start, start + 1, tile, pair_count(start, start + 1, tile))
+    arrays = AttentionPlan(*(made[name][None] for name in AttentionPlan._fields))
     return lambda q, k, v: grouped_attention(q, k, v, arrays, sinks)
 
 

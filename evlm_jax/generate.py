@@ -34,8 +34,8 @@ from evlm_jax.models.decode_weights import Weights
 from evlm_jax.models.decoding import CHUNK, Prompt, decode, prefill
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.sampling import Sampling
-from evlm_jax.ops.attention_plan import plan
-from evlm_jax.ops.grouped_attention import Plan
+from evlm_jax.ops.attention_plan import attention_plan
+from evlm_jax.ops.grouped_attention import AttentionPlan
 from evlm_jax.parallel.distributed import fetch_to_host
 from evlm_jax.parallel.mesh import Layout, jit
 
@@ -351,9 +351,12 @@ def collate(
     if tile:
         pairs = room.pairs(tile, max(d.pairs for d in prompts))
         plans = [
-            plan(a, b, tile, pairs) for a, b in zip(arrays["visible_start"], arrays["visible_stop"])
+            attention_plan(a, b, tile, pairs)
+            for a, b in zip(arrays["visible_start"], arrays["visible_stop"])
         ]
-        grouped = Plan(*(np.stack([p[name] for p in plans]) for name in Plan._fields))
+        grouped = AttentionPlan(
+            *(np.stack([p[name] for p in plans]) for name in AttentionPlan._fields)
+        )
     return Prompt(
         arrays["tokens"],
         arrays["media_slot"],

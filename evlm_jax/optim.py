@@ -76,7 +76,7 @@ def phase_at(cfg: EVLMConfig, step: int) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class OptimizerPlan:
     """What one phase trains, by in-memory path. Only trainable paths are listed."""
 
     rates: dict[Path, float]  # multiplier of the schedule
@@ -89,7 +89,7 @@ class Plan:
         return path in self.rates
 
 
-def plan(cfg: EVLMConfig, phase: int, params: nnx.State) -> Plan:
+def optimizer_plan(cfg: EVLMConfig, phase: int, params: nnx.State) -> OptimizerPlan:
     """Resolves the rules of `phase`, and of the phases before it, over the (abstract) parameters of
     the whole model.
 
@@ -112,7 +112,9 @@ def plan(cfg: EVLMConfig, phase: int, params: nnx.State) -> Plan:
         )
     )
     decay = {path: cfg.optim.weight_decay * decays(path) for path in rates}
-    return Plan(rates, group, decay, {g: _warmup(cfg, g) for g in sorted(set(group.values()))})
+    return OptimizerPlan(
+        rates, group, decay, {g: _warmup(cfg, g) for g in sorted(set(group.values()))}
+    )
 
 
 def _warmup(cfg: EVLMConfig, phase: int) -> int:
@@ -156,7 +158,7 @@ def schedule(cfg: EVLMConfig, step: jax.Array) -> jax.Array:
     return jnp.where(done < optim.warmup, optim.lr * done / max(optim.warmup, 1), cosine)
 
 
-def begin(cfg: EVLMConfig, plan: Plan, trainable: nnx.State, groups: Groups) -> Groups:
+def begin(cfg: EVLMConfig, plan: OptimizerPlan, trainable: nnx.State, groups: Groups) -> Groups:
     """Adam states at the start of a phase: new for the newly trainable, without what is frozen
     again, the others as they are.
     """
@@ -173,7 +175,7 @@ def begin(cfg: EVLMConfig, plan: Plan, trainable: nnx.State, groups: Groups) -> 
 
 def update(
     cfg: EVLMConfig,
-    plan: Plan,
+    plan: OptimizerPlan,
     step: jax.Array,
     params: nnx.State,
     grads: nnx.State,
@@ -223,7 +225,7 @@ def flatten(cfg: EVLMConfig, groups: Groups) -> dict[str, jax.Array]:
 
 
 def unflatten(
-    cfg: EVLMConfig, plan: Plan, arrays: dict[str, np.ndarray], params: nnx.State
+    cfg: EVLMConfig, plan: OptimizerPlan, arrays: dict[str, np.ndarray], params: nnx.State
 ) -> Groups:
     """Inverse of `flatten`; `params` are those of the whole model, or their shapes."""
 
@@ -242,7 +244,7 @@ def unflatten(
     }
 
 
-def members(plan: Plan, group: int, tree: nnx.State) -> nnx.State:
+def members(plan: OptimizerPlan, group: int, tree: nnx.State) -> nnx.State:
     """The part of `tree` that belongs to `group`."""
     return nnx.filter_state(tree, lambda path, _: plan.group.get(path) == group)
 

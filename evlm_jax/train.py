@@ -94,7 +94,7 @@ def _split(pools: int, k: int, x: jax.Array) -> jax.Array:
 def train_step(
     cfg: EVLMConfig,
     graphdef: nnx.GraphDef,
-    plan: optim.Plan,
+    plan: optim.OptimizerPlan,
     state: TrainState,
     frozen: nnx.State,
     batch: Batch,
@@ -126,7 +126,7 @@ def train_step(
 # ---------------------------------------------------------------------------------------- the phase
 
 
-class Phase:
+class TrainPhase:
     """From one change of the trainable set to the next: its plan, where its arrays lie, the frozen
     parameters, one compiled step.
     """
@@ -135,7 +135,7 @@ class Phase:
         self.cfg, self.number, self.layout = cfg, number, layout
         self.graphdef, self.shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
         check_parameters(layout, self.shapes, lambda path: param_names.canonical(cfg, path)[0])
-        self.plan = optim.plan(cfg, number, self.shapes)
+        self.plan = optim.optimizer_plan(cfg, number, self.shapes)
         self.trained = {
             name for path in self.plan.rates for name in param_names.canonical(cfg, path)
         }
@@ -236,7 +236,7 @@ class Start(NamedTuple):
     """Where the loop begins."""
 
     step: int
-    phase: Phase
+    phase: TrainPhase
     params: nnx.State  # of the whole model
     groups: optim.Groups
     trained: frozenset[str]
@@ -344,7 +344,7 @@ def _loop(
                 if state is not None:
                     watch.look()
                     whole, groups = phase.whole(state), state.groups
-                phase = Phase(cfg, optim.phase_at(cfg, step), phase.layout)
+                phase = TrainPhase(cfg, optim.phase_at(cfg, step), phase.layout)
                 state = phase.enter(step, whole, groups)
                 checkpoints.freeze(param_names.flatten(cfg, fetch_to_host(phase.frozen)))
                 trained, whole, groups = trained | phase.trained, None, None
@@ -381,7 +381,7 @@ def _start(
     trained: frozenset,
 ) -> Start:
     """From the newest checkpoint, or from `params`."""
-    phase = Phase(cfg, snapshot.meta["phase"] if snapshot else 0, layout)
+    phase = TrainPhase(cfg, snapshot.meta["phase"] if snapshot else 0, layout)
     if snapshot:
         log_once(
             "resume from step"
@@ -403,7 +403,9 @@ def _start(
     return Start(0, phase, whole, {}, trained, 0)
 
 
-def _meta(cfg: EVLMConfig, phase: Phase, data: Iterator, trained: frozenset[str], bad: int) -> dict:
+def _meta(
+    cfg: EVLMConfig, phase: TrainPhase, data: Iterator, trained: frozenset[str], bad: int
+) -> dict:
     """What a checkpoint says beside its arrays."""
     position = _merged(allgather_json(data.get_state()))
     return {

@@ -219,14 +219,14 @@ def test_blocks_above_the_highest_tap_are_dropped():
     }
     arrays = engine.open_tower(cfg, source, "vit").tensors
     assert {name.split("/")[2] for name in arrays if "blocks" in name} == set("01234")
-    _, dropped = engine.plan(source, *engine.recognise(source), shapes)
+    _, dropped = engine.conversion_plan(source, *engine.recognise(source), shapes)
     assert (
         "backbone.layernorm.weight" in dropped
         and "backbone.encoder.layer.5.norm1.weight" in dropped
     )
-    assert len(dropped) + len(engine.plan(source, *engine.recognise(source), shapes)[0]) == len(
-        source.tensors
-    )
+    assert len(dropped) + len(
+        engine.conversion_plan(source, *engine.recognise(source), shapes)[0]
+    ) == len(source.tensors)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

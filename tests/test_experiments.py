@@ -64,7 +64,7 @@ def test_parameters_of_the_experts():
         config("evlm_14b", "sft").train,
         config("evlm_14b", "sft").optim,
     )
-    plan = optim.plan(cfg, 0, nnx.state(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0)))))
+    plan = optim.optimizer_plan(cfg, 0, nnx.state(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0)))))
     assert sizes.keys() <= _names(cfg, plan)
 
 
@@ -74,7 +74,9 @@ def test_what_a_stage_trains(name, stage):
     cfg = config(name, stage)
     assert cfg.vit.image_size == (224 if stage == "pretrain" else 448)
     shapes = nnx.state(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
-    *_, last = plans = [optim.plan(cfg, phase, shapes) for phase in range(len(cfg.optim.phases))]
+    *_, last = plans = [
+        optim.optimizer_plan(cfg, phase, shapes) for phase in range(len(cfg.optim.phases))
+    ]
     blocks = {
         int(name.split("/")[2]) for name in _names(cfg, last) if name.startswith("vit/blocks/")
     }

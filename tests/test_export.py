@@ -17,8 +17,8 @@ from evlm_jax.batch import Batch
 from evlm_jax.convert import export
 from evlm_jax.models.decode_weights import Weights
 from evlm_jax.models.decoding import Prompt, read_prompts
-from evlm_jax.ops.attention_plan import plan
-from evlm_jax.ops.grouped_attention import Plan
+from evlm_jax.ops.attention_plan import attention_plan
+from evlm_jax.ops.grouped_attention import AttentionPlan
 from tests.helpers.checkpoints import IMAGE, run_directory
 from tests.helpers.parity import needs_transformers, relative
 from tests.helpers.random_model import random_model
@@ -153,7 +153,7 @@ def row(cfg, parts, pixels, answer=(), length=0):
         "targets": np.full(1, -1),
         "target_source": np.zeros(1),
     }
-    arrays |= plan(arrays["visible_start"], arrays["visible_stop"], cfg.xattn.tile, 32)
+    arrays |= attention_plan(arrays["visible_start"], arrays["visible_stop"], cfg.xattn.tile, 32)
     batch = Batch(
         **{name: jnp.asarray(array, jnp.int32)[None] for name, array in arrays.items()},
         pixels=pixels[None],
@@ -245,7 +245,7 @@ def logits(graphdef, state, batch: Batch) -> jax.Array:
     if not model.cfg.llm.dynamic_ntk:
         return model.logits(model.hidden(batch))
     length = jnp.array(batch.tokens.shape[1:])
-    grouped = Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
+    grouped = AttentionPlan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
     first, last = batch.visible_start[:, -1], batch.visible_stop[:, -1]
     prompt = Prompt(
         batch.tokens,

@@ -14,8 +14,8 @@ from evlm_jax.checkpoint import store
 from evlm_jax.convert import export
 from evlm_jax.models import xattn
 from evlm_jax.models.param_names import flatten, unflatten
-from evlm_jax.ops.attention_plan import plan
-from evlm_jax.ops.grouped_attention import Plan, grouped_attention
+from evlm_jax.ops.attention_plan import attention_plan
+from evlm_jax.ops.grouped_attention import AttentionPlan, grouped_attention
 from tests.helpers.checkpoints import run_directory
 from tests.helpers.parity import needs_transformers, open_flamingo_helpers, relative, text_logits
 from tests.helpers.random_model import random_model
@@ -86,10 +86,10 @@ def test_openflamingo(tmp_path):
         expected = theirs(torch.tensor(x), media, media_locations=torch.tensor(marks)).numpy()
     ours: xattn.Block = jax.tree.map(lambda a: a[1], model.xattn)
     stop = marks[0].cumsum().astype(np.int32)
-    grouping = Plan(
+    grouping = AttentionPlan(
         **{
             name: jnp.array(p)[None]
-            for name, p in plan(np.maximum(stop - 1, 0), stop, cfg.xattn.tile, 12).items()
+            for name, p in attention_plan(np.maximum(stop - 1, 0), stop, cfg.xattn.tile, 12).items()
         }
     )
     with jax.default_matmul_precision("highest"):

@@ -13,8 +13,8 @@ from evlm_jax.data.samples import ImageRef, Turn
 from evlm_jax.generate import Generator, Room, collate
 from evlm_jax.models import decoding
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.ops.attention_plan import plan
-from evlm_jax.ops.grouped_attention import Plan
+from evlm_jax.ops.attention_plan import attention_plan
+from evlm_jax.ops.grouped_attention import AttentionPlan
 from tests.data.made import SPECIALS, ByteTokenizer, refs
 from tests.helpers.tiny import BASELINES, tiny_config
 
@@ -101,9 +101,9 @@ def full_forward(model, document, tokens, length=256):
         row[name][read:fed] = getattr(document, name)[-1]
     row |= {"positions": np.arange(length), "visible_until": np.full(length, length)}
     row |= (
-        plan(row["visible_start"], row["visible_stop"], cfg.tile, 64)
+        attention_plan(row["visible_start"], row["visible_stop"], cfg.tile, 64)
         if cfg.tile
-        else dict.fromkeys(Plan._fields)
+        else dict.fromkeys(AttentionPlan._fields)
     )
     images = np.zeros((slots, len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width), np.float32)
     if document.refs:

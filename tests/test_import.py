@@ -79,7 +79,7 @@ def test_every_family_there_and_back(tmp_path, name, dtype):
     write_folder(tmp_path, engine.theirs(found, before, sizes))
     source = open_source(tmp_path)
     assert engine.recognise(source) == (found, "")
-    steps, dropped = engine.plan(
+    steps, dropped = engine.conversion_plan(
         source, found, "", {name: tensor.shape for name, tensor in before.items()}
     )
     after = engine.ours(source, steps, sizes)

@@ -18,7 +18,7 @@ import pytest
 
 from evlm_jax.checkpoint import store
 from evlm_jax.parallel.mesh import RULES, check_parameters, make_layout, mesh_sizes
-from evlm_jax.train import Phase
+from evlm_jax.train import TrainPhase
 from tests.evals import layouts
 from tests.helpers.checkpoints import run_directory
 from tests.helpers.random_model import random_model
@@ -235,7 +235,7 @@ def test_another_number_of_processes_and_another_mesh(tmp_path):
 
 def test_a_parameter_that_no_rule_covers_is_named(monkeypatch):
     cfg = tiny_config()
-    phase = Phase(cfg, 0, make_layout(cfg))
+    phase = TrainPhase(cfg, 0, make_layout(cfg))
     monkeypatch.delitem(RULES, "heads")
     with pytest.raises(
         ValueError,

@@ -51,9 +51,13 @@ def test_layers_of_a_stack_must_agree():
     )
     split = tiny_config(optim={"phases": phases})
     with pytest.raises(ValueError, match=r"vit/blocks/0/.*vit/blocks/1/.*add 1 to vit\.cuts"):
-        optim.plan(split, 0, shapes(split))
+        optim.optimizer_plan(split, 0, shapes(split))
     mended = tiny_config(optim={"phases": phases}, vit={"cuts": (1,)})
-    trained = {path[2] for path in optim.plan(mended, 0, shapes(mended)).rates if path[0] == "vit"}
+    trained = {
+        path[2]
+        for path in optim.optimizer_plan(mended, 0, shapes(mended)).rates
+        if path[0] == "vit"
+    }
     assert trained == {1, 2, 3}  # the stacks of block 1, of block 2, and of block 3
 
 
@@ -75,7 +79,7 @@ def test_what_becomes_trainable_in_mid_run_warms_up():
     }
     for given, steps in (((), 3), ((("warmup", 0),), 0), ((("warmup", 7),), 7)):
         cfg = tiny_config(optim=phases(*given), train={"steps": 12})
-        assert optim.plan(cfg, 1, shapes(cfg)).warmup == {0: 0, 1: steps}
+        assert optim.optimizer_plan(cfg, 1, shapes(cfg)).warmup == {0: 0, 1: steps}
 
 
 def test_schedule_warms_up_and_ends_at_the_minimum():
@@ -106,7 +110,7 @@ def test_update_equals_optax_adamw():
     three steps long.
     """
     cfg = tiny_config(optim={"no_decay": (), "clip": 1e9})
-    plan = optim.plan(cfg, 0, shapes(cfg))
+    plan = optim.optimizer_plan(cfg, 0, shapes(cfg))
     params = trainable(cfg, plan)
     theirs, groups = params, begin(cfg, plan, params, {})
     tx = optax.adamw(
@@ -137,7 +141,7 @@ def test_clip_decay_and_multiplier():
             "b1": 0.0,
         }
     )
-    plan = optim.plan(cfg, 0, shapes(cfg))
+    plan = optim.optimizer_plan(cfg, 0, shapes(cfg))
     params = trainable(cfg, plan)
     grads = jax.tree.map(lambda p: jnp.full_like(p, 3.0), params)
     new, groups, norm = update(cfg, plan, jnp.int32(1), params, grads, begin(cfg, plan, params, {}))
@@ -169,7 +173,7 @@ def test_groups_begin_go_on_and_end():
     cfg = tiny_config(optim={"phases": phases, "warmup": 0, "weight_decay": 0.0})
     groups, seen = {}, []
     for phase in range(4):
-        plan = optim.plan(cfg, phase, shapes(cfg))
+        plan = optim.optimizer_plan(cfg, phase, shapes(cfg))
         params = trainable(cfg, plan)
         groups = begin(cfg, plan, params, groups)
         new, groups, _ = update(
@@ -185,9 +189,11 @@ def test_groups_begin_go_on_and_end():
 
 def test_groups_survive_the_way_to_disk():
     cfg = tiny_config(optim={"phases": TWO})
-    plan = optim.plan(cfg, 1, shapes(cfg))
+    plan = optim.optimizer_plan(cfg, 1, shapes(cfg))
     params = trainable(cfg, plan)
-    groups = begin(cfg, plan, params, begin(cfg, optim.plan(cfg, 0, shapes(cfg)), params, {}))
+    groups = begin(
+        cfg, plan, params, begin(cfg, optim.optimizer_plan(cfg, 0, shapes(cfg)), params, {})
+    )
     _, groups, _ = update(cfg, plan, jnp.int32(0), params, params, groups)
     arrays = {name: np.asarray(array) for name, array in optim.flatten(cfg, groups).items()}
     assert {"0/count", "0/mu/xattn/3/q/kernel", "1/nu/vit/blocks/3/attn/q/kernel"} <= set(arrays)

@@ -12,7 +12,7 @@ from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.planning import chips
 from evlm_jax.planning.compiled import COLLECTIVES
 from evlm_jax.planning.hlo import Instruction, Module
-from evlm_jax.train import Phase
+from evlm_jax.train import TrainPhase
 from tests.helpers.tiny import tiny_config
 
 pytestmark = [
@@ -58,7 +58,7 @@ def program(zero: int, frozen: str, mesh: tuple, experts: bool = False) -> Modul
     )
     devices, _ = chips.devices("v5e:2x4")
     with chips.uncached(devices):
-        return Module(Phase(cfg, 0, make_layout(cfg, devices)).lower().compile().as_text())
+        return Module(TrainPhase(cfg, 0, make_layout(cfg, devices)).lower().compile().as_text())
 
 
 def collectives(module: Module) -> list[tuple[str, str, Instruction]]:

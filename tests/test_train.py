@@ -27,7 +27,7 @@ from evlm_jax.models import param_names
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.parallel.status import Stopped
-from evlm_jax.train import Phase, gradients, train
+from evlm_jax.train import TrainPhase, gradients, train
 from tests.helpers.tiny import CROSS_ONLY, UPPER_VIT, TinyData, tiny_batch, tiny_config, tiny_towers
 
 STEPS, BOUNDARY = 50, 24
@@ -65,7 +65,7 @@ def whole_run(tmp_path_factory, towers, compilations):
     return workdir
 
 
-def begun(phase: Phase, towers) -> nnx.State:
+def begun(phase: TrainPhase, towers) -> nnx.State:
     """The whole model before its first step."""
     return initialize(CFG, phase.shapes, phase.place, towers, frozenset())
 
@@ -94,7 +94,7 @@ def test_what_trains_moves_and_learns(whole_run, towers):
     """Batches are random words: what can be learned of them is themselves."""
     first, last = store.read(whole_run, 12), store.read(whole_run, STEPS)
     assert all(first.params[name].tobytes() != last.params[name].tobytes() for name in first.params)
-    phase, data = Phase(CFG, 0, make_layout(CFG)), TinyData(CFG)
+    phase, data = TrainPhase(CFG, 0, make_layout(CFG)), TinyData(CFG)
     batches = [next(data)[0] for _ in range(STEPS)]
 
     @jax.jit
@@ -112,7 +112,7 @@ def test_what_trains_moves_and_learns(whole_run, towers):
 
 
 def test_media_embeddings_begin_among_the_words(towers):
-    phase = Phase(CFG, 0, make_layout(CFG))
+    phase = TrainPhase(CFG, 0, make_layout(CFG))
     new = param_names.flatten(CFG, begun(phase, towers))
     words, media = towers["llm/embed"], np.asarray(new["media/embedding"])
     assert np.abs(media - words.mean(0)).max() < 5 * words.std(0).max()
@@ -307,7 +307,7 @@ def test_cached_taps_need_a_frozen_tower():
     with pytest.raises(
         ValueError, match=r"phases\[1\] trains the vision tower.*cache_features=False"
     ):
-        Phase(
+        TrainPhase(
             tiny_config(optim={"phases": TWO}, data={"cache_features": True}), 1, make_layout(CFG)
         )
 

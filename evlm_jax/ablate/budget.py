@@ -19,7 +19,7 @@ from evlm_jax.data.sources import open_source
 from evlm_jax.data.tokenizer import load_tokenizer
 from evlm_jax.flops import train_flops
 from evlm_jax.parallel.mesh import make_layout
-from evlm_jax.train import Phase
+from evlm_jax.train import TrainPhase
 
 QUESTIONS, FLOPS = "questions", "flops"  # the two budgets, by name
 
@@ -40,7 +40,7 @@ def course(cfg: EVLMConfig) -> Iterator[Cut]:
         [open_source(name) for name in cfg.data.sources], load_tokenizer(cfg.init.llm), cfg
     )
     lanes = [Lane(made, cfg, number) for number in range(cfg.pools)]
-    trained = Phase(cfg, 0, make_layout(cfg)).trained
+    trained = TrainPhase(cfg, 0, make_layout(cfg)).trained
     questions, flops = 0, 0.0
     for step in itertools.count(1):
         rows = [row for lane in lanes for row in lane.rows()]

@@ -45,7 +45,7 @@ class Difference(NamedTuple):
     seeds: int
 
 
-class Row(NamedTuple):
+class ResultRow(NamedTuple):
     """A variant at a budget; means over its seeds."""
 
     variant: str
@@ -146,7 +146,7 @@ def difference(
     return Difference(float(apart.mean()), low, high, paired_p(apart.mean(1)), len(common))
 
 
-def rows(found: dict, budget: str) -> list[Row]:
+def rows(found: dict, budget: str) -> list[ResultRow]:
     """A row a variant, the base first."""
     return [
         _row(found, variant, budget)
@@ -154,7 +154,7 @@ def rows(found: dict, budget: str) -> list[Row]:
     ]
 
 
-def _row(found: dict, variant: str, budget: str) -> Row:
+def _row(found: dict, variant: str, budget: str) -> ResultRow:
     runs = [run for run in found["runs"] if run["variant"] == variant]
     at = lambda name: float(np.mean([run["budgets"][budget][name] for run in runs]))
     mean = lambda name, of=np.mean: float(of([reading(run, budget)[name] for run in runs]))
@@ -174,7 +174,7 @@ def _row(found: dict, variant: str, budget: str) -> Row:
         mean("peak_bytes", np.max),
         mean("loss"),
     )
-    return Row(variant, runs[0]["changes"], runs[0]["trained"], *facts, means, against)
+    return ResultRow(variant, runs[0]["changes"], runs[0]["trained"], *facts, means, against)
 
 
 HEADER = "variant,trained,steps,questions,FLOPs,s/step,peak,loss".split(",")
@@ -185,7 +185,7 @@ def header() -> list[str]:
     return HEADER + [name for measure in MEASURES for name in (measure.name, "less base", "p")]
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: ResultRow) -> list[str]:
     """A row as text, for every table."""
     facts = [
         row.variant,
@@ -198,7 +198,7 @@ def cells(row: Row) -> list[str]:
     return facts + [text for measure in MEASURES for text in _measured(row, measure)]
 
 
-def _measured(row: Row, measure: Measure) -> tuple[str, str, str]:
+def _measured(row: ResultRow, measure: Measure) -> tuple[str, str, str]:
     means, apart = row.means[measure.key], row.against[measure.key]
     spread = f" ± {np.std(means, ddof=1):.2f}" if len(means) > 1 else ""
     return (

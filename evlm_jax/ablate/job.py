@@ -36,7 +36,7 @@ from evlm_jax.launch import train_run
 from evlm_jax.metrics import training_lines
 from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.runs import Trained, features_of, load_trained
-from evlm_jax.train import Phase
+from evlm_jax.train import TrainPhase
 
 CHOICE, CAPTION = "easy-vqa-choice", "emoji"
 ROWS = {CHOICE: 4, CAPTION: 32}  # of an evaluation's batch
@@ -159,7 +159,7 @@ def changes(base: EVLMConfig, cfg: EVLMConfig) -> dict:
 
 def trained_parameters(cfg: EVLMConfig) -> int:
     """How many numbers train."""
-    trained = Phase(cfg, 0, make_layout(cfg)).trained
+    trained = TrainPhase(cfg, 0, make_layout(cfg)).trained
     return sum(math.prod(shape) for name, shape in parameter_shapes(cfg).items() if name in trained)
 
 

@@ -17,7 +17,7 @@ from evlm_jax.ablate.collect import (
     HEADER,
     MEASURES,
     Measure,
-    Row,
+    ResultRow,
     cells,
     header,
     interval,
@@ -97,7 +97,7 @@ def described(changes: dict) -> str:
     return ", ".join(f"{key} = {short(value)}" for key, value in changes.items()) or "the base"
 
 
-def _effects(made: dict[str, list[Row]], measure: Measure) -> Markup:
+def _effects(made: dict[str, list[ResultRow]], measure: Measure) -> Markup:
     """Every variant less the base at every budget, as one plot."""
     base = {
         budget: np.mean(next(row.means[measure.key] for row in made[budget] if row.variant == BASE))
@@ -119,7 +119,7 @@ def _effects(made: dict[str, list[Row]], measure: Measure) -> Markup:
     )
 
 
-def _section(made: list[Row], title: str) -> dict:
+def _section(made: list[ResultRow], title: str) -> dict:
     """A budget's tables: what was measured, and what it took."""
     names, lines, count = header(), [cells(row) for row in made], len(HEADER)
     measured = [names[0], *names[count:]], [[line[0], *line[count:]] for line in lines]

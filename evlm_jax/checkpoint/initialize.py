@@ -52,7 +52,7 @@ def initialize(
 
 
 def restored(
-    cfg: EVLMConfig, shapes: nnx.State, place: Place, plan: optim.Plan, snapshot: Snapshot
+    cfg: EVLMConfig, shapes: nnx.State, place: Place, plan: optim.OptimizerPlan, snapshot: Snapshot
 ) -> tuple[nnx.State, optim.Groups]:
     """The whole model and the Adam states of a checkpoint, bit for bit."""
     whole = param_names.unflatten(cfg, snapshot.frozen | snapshot.params, shapes)

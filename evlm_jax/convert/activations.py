@@ -25,8 +25,8 @@ from evlm_jax.models.attention import attention, text_mask
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.layers import rope_tables
 from evlm_jax.models.vit import stack_bounds
-from evlm_jax.ops.attention_plan import pair_count, plan
-from evlm_jax.ops.grouped_attention import Plan, grouped_attention
+from evlm_jax.ops.attention_plan import attention_plan, pair_count
+from evlm_jax.ops.grouped_attention import AttentionPlan, grouped_attention
 from evlm_jax.paths import local
 from evlm_jax.runs import load_trained
 
@@ -174,7 +174,7 @@ def _loop(model: EVLM, batch: Batch) -> Iterator[tuple[str, jax.Array]]:
         text_mask(batch.visible_until),
         rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta),
     )
-    grouping = Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
+    grouping = AttentionPlan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
     x = model.embed(batch.tokens, batch.media_slot)
     yield "embed", x
     for i in range(cfg.llm.layers):
@@ -214,10 +214,10 @@ def batch_of(examples: Sequence[Example], tile: int, size: int) -> Batch:
         for name in names:
             arrays[name][row, : len(example.tokens)] = getattr(example, name)
     plans = [
-        plan(*ranges, tile, pairs)
+        attention_plan(*ranges, tile, pairs)
         for ranges in zip(arrays["visible_start"], arrays["visible_stop"])
     ]
-    arrays |= {name: np.stack([p[name] for p in plans]) for name in Plan._fields}
+    arrays |= {name: np.stack([p[name] for p in plans]) for name in AttentionPlan._fields}
     none = np.zeros((rows, 1), np.int32)
     return Batch(
         **arrays,

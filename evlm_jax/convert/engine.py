@@ -23,7 +23,7 @@ from evlm_jax.convert.config_json import kind_of
 from evlm_jax.convert.describe import describe_source
 from evlm_jax.convert.inert import check_dropped
 from evlm_jax.convert.interpolate import resize_positions
-from evlm_jax.convert.naming import Family, Row
+from evlm_jax.convert.naming import Family, NameRow
 from evlm_jax.convert.readers import open_source
 from evlm_jax.convert.tables import FAMILIES
 from evlm_jax.models.evlm import EVLM
@@ -33,11 +33,11 @@ log = logging.getLogger(__name__)
 Shapes = dict[str, tuple[int, ...]]
 
 
-class Step(NamedTuple):
+class ConversionStep(NamedTuple):
     """One foreign tensor and the canonical names it fills."""
 
     foreign: str
-    row: Row
+    row: NameRow
     names: tuple[str, ...]
 
 
@@ -99,7 +99,7 @@ def open_tower(cfg: EVLMConfig, source: Source, tower: str) -> Tower:
         for name, shape in parameter_shapes(cfg).items()
         if tower == "evlm" or name.startswith(f"{tower}/")
     }
-    steps, dropped = plan(source, family, prefix, expected)
+    steps, dropped = conversion_plan(source, family, prefix, expected)
     check_dropped(source, family, prefix, dropped, facts)
     log.info(
         "%s: %s, %d tensors read, %d dropped on purpose: %s",
@@ -235,9 +235,9 @@ def _wrappers(source: Source) -> Iterator[str]:
         )
 
 
-def plan(
+def conversion_plan(
     source: Source, family: Family, prefix: str, expected: Shapes
-) -> tuple[list[Step], list[str]]:
+) -> tuple[list[ConversionStep], list[str]]:
     """Steps that fill every expected name exactly once, and the tensors dropped on purpose. Reads
     nothing.
 
@@ -258,7 +258,7 @@ def plan(
         )
         outside = family.drop_outside and not foreign.startswith(prefix)
         if row and not outside and expected.keys() >= set(names):
-            steps.append(Step(foreign, row, names))
+            steps.append(ConversionStep(foreign, row, names))
         elif above or outside or any(re.fullmatch(pattern, short) for pattern in family.drop):
             dropped.append(foreign)
         else:
@@ -280,8 +280,10 @@ def plan(
     return steps, dropped
 
 
-def ours(source: Source, steps: Sequence[Step], lengths: dict[str, int]) -> dict[str, Tensor]:
-    """The canonical tensors of `plan`'s steps.
+def ours(
+    source: Source, steps: Sequence[ConversionStep], lengths: dict[str, int]
+) -> dict[str, Tensor]:
+    """The canonical tensors of `conversion_plan`'s steps.
 
     Raises ValueError naming a tensor that its pattern does not fit.
     """
@@ -313,14 +315,14 @@ def ours(source: Source, steps: Sequence[Step], lengths: dict[str, int]) -> dict
     return tensors
 
 
-def unplan(family: Family, names: Iterable[str]) -> list[Step]:
+def unplan(family: Family, names: Iterable[str]) -> list[ConversionStep]:
     """The inverse of `plan`: steps that use every canonical name exactly once.
 
     Raises ValueError listing those without a place.
     """
     names = set(names)
     found = (
-        Step(foreign, row, filled)
+        ConversionStep(foreign, row, filled)
         for name in sorted(names)
         for row in family.rows
         for foreign, filled in [row.unmatch(name) or ("", ())]
@@ -337,7 +339,7 @@ def theirs(family: Family, tensors: Tensors, lengths: dict[str, int]) -> dict[st
     Raises ValueError as `unplan`.
     """
 
-    def made(step: Step, arrays: list[np.ndarray]) -> np.ndarray:
+    def made(step: ConversionStep, arrays: list[np.ndarray]) -> np.ndarray:
         if not step.row.pattern:
             return arrays[0]
         foreign, canonical = step.row.pattern.split(" -> ")
@@ -358,7 +360,7 @@ def theirs(family: Family, tensors: Tensors, lengths: dict[str, int]) -> dict[st
     return out
 
 
-def _rearrange(step: Step, array: np.ndarray, lengths: dict[str, int]) -> np.ndarray:
+def _rearrange(step: ConversionStep, array: np.ndarray, lengths: dict[str, int]) -> np.ndarray:
     """A foreign array in our layout; with a leading axis over the names of a fused one."""
     return (
         einops.rearrange(array, step.row.pattern, **_lengths(step, lengths))
@@ -367,7 +369,7 @@ def _rearrange(step: Step, array: np.ndarray, lengths: dict[str, int]) -> np.nda
     )
 
 
-def _lengths(step: Step, lengths: dict[str, int]) -> dict[str, int]:
+def _lengths(step: ConversionStep, lengths: dict[str, int]) -> dict[str, int]:
     """Those of `lengths` whose axis stands in the pattern, and `n` of a fused tensor."""
     named = lengths | {"n": len(step.names)}
     return {

@@ -14,7 +14,7 @@ UNUSED = ""  # a part of the model that no tap depends on: dropped whatever its 
 
 
 @dataclass(frozen=True)
-class Row:
+class NameRow:
     """One foreign tensor (of every block, with {})."""
 
     foreign: str
@@ -49,7 +49,7 @@ class Family:
     name: str
     tower: str  # "vit" | "llm" | "evlm": all of it
     signature: str
-    rows: tuple[Row, ...]
+    rows: tuple[NameRow, ...]
     prefixes: tuple[str, ...] = ("",)
     drop: Mapping[str, str] = field(
         default_factory=dict
@@ -57,11 +57,11 @@ class Family:
     drop_outside: bool = False  # other parts of a larger model, without the prefix, are dropped too
 
 
-def row(foreign: str, path: str, pattern: str = "") -> Row:
-    return Row(foreign, (path,), pattern)
+def row(foreign: str, path: str, pattern: str = "") -> NameRow:
+    return NameRow(foreign, (path,), pattern)
 
 
-def linear(foreign: str, path: str, bias: bool = True) -> tuple[Row, ...]:
+def linear(foreign: str, path: str, bias: bool = True) -> tuple[NameRow, ...]:
     rows = (
         row(f"{foreign}.weight", f"{path}/kernel", LINEAR),
         row(f"{foreign}.bias", f"{path}/bias"),
@@ -69,11 +69,11 @@ def linear(foreign: str, path: str, bias: bool = True) -> tuple[Row, ...]:
     return rows if bias else rows[:1]
 
 
-def norm(foreign: str, path: str) -> tuple[Row, ...]:
+def norm(foreign: str, path: str) -> tuple[NameRow, ...]:
     return row(f"{foreign}.weight", f"{path}/scale"), row(f"{foreign}.bias", f"{path}/bias")
 
 
-def patch(foreign: str) -> tuple[Row, ...]:
+def patch(foreign: str) -> tuple[NameRow, ...]:
     return row(f"{foreign}.weight", "vit/patch/kernel", "v c h w -> h w c v"), row(
         f"{foreign}.bias", "vit/patch/bias"
     )

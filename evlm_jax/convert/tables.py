@@ -1,6 +1,6 @@
 """The only place where foreign parameter names stand: one table a family, used both ways."""
 
-from evlm_jax.convert.naming import LINEAR, UNUSED, Family, Row, linear, norm, patch, row
+from evlm_jax.convert.naming import LINEAR, UNUSED, Family, NameRow, linear, norm, patch, row
 
 GATED = ("gate", "up", "down")  # the three matrices of a gated MLP
 
@@ -42,7 +42,7 @@ def _dinov2(name: str, qkv: dict[str, str], out: str) -> Family:
     )
 
 
-def _huggingface_encoder() -> tuple[Row, ...]:
+def _huggingface_encoder() -> tuple[NameRow, ...]:
     """The blocks of Hugging Face's CLIP and SigLIP."""
     foreign, path = "encoder.layers.{}", "vit/blocks/{}"
     return (
@@ -114,7 +114,7 @@ def _eva() -> Family:
         row("cls_token", "vit/cls", "1 1 v -> v"),
         row("pos_embed", "vit/pos", "1 s v -> s v"),
         *patch("patch_embed.proj"),
-        Row(
+        NameRow(
             f"{foreign}.attn.qkv.weight",
             tuple(f"{path}/attn/{x}/kernel" for x in "qkv"),
             "(n o) i -> n i o",
@@ -217,12 +217,12 @@ def _qwen() -> Family:
     }
     rows = (
         row("transformer.wte.weight", "llm/embed"),
-        Row(
+        NameRow(
             f"{foreign}.attn.c_attn.weight",
             tuple(f"{path}/attn/{x}/kernel" for x in "qkv"),
             "(n o) i -> n i o",
         ),
-        Row(
+        NameRow(
             f"{foreign}.attn.c_attn.bias",
             tuple(f"{path}/attn/{x}/bias" for x in "qkv"),
             "(n o) -> n o",
@@ -245,12 +245,12 @@ def _qwen() -> Family:
     return Family("qwen", "llm", "transformer.h.0.attn.c_attn.weight", rows, drop=drop)
 
 
-def _evlm_vit() -> tuple[Row, ...]:
+def _evlm_vit() -> tuple[NameRow, ...]:
     block, path = "vit.blocks.{}", "vit/blocks/{}"
     places = ("cls", "registers", "pos")
     return (
         *(row(f"vit.{name}", f"vit/{name}") for name in places),
-        *(Row(f"vit.places.{name}", (f"vit/{name}",), written=False) for name in places),
+        *(NameRow(f"vit.places.{name}", (f"vit/{name}",), written=False) for name in places),
         *patch("vit.patch"),
         *norm("vit.embed_norm", "vit/embed_norm"),
         *(one for x in "qkvo" for one in linear(f"{block}.attn.{x}", f"{path}/attn/{x}")),
@@ -260,7 +260,7 @@ def _evlm_vit() -> tuple[Row, ...]:
     )
 
 
-def _evlm_llm() -> tuple[Row, ...]:
+def _evlm_llm() -> tuple[NameRow, ...]:
     layer, path = "llm.layers.{}", "llm/layers/{}"
     mlp = [linear(f"{layer}.mlp.{x}", f"{path}/mlp/{x}", bias=False) for x in GATED]
     return (
@@ -273,7 +273,7 @@ def _evlm_llm() -> tuple[Row, ...]:
     )
 
 
-def _evlm_xattn() -> tuple[Row, ...]:
+def _evlm_xattn() -> tuple[NameRow, ...]:
     block, path = "xattn.{}", "xattn/{}"
     parts = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "o"}
     parts |= {"fc1": "ffn/fc1", "fc2": "ffn/fc2", "moe.router": "ffn/router"}
@@ -305,7 +305,7 @@ def _evlm() -> Family:
         *_evlm_llm(),
         *_evlm_xattn(),
         row("media_tokens", "media/embedding"),
-        Row("media_tokens.weight", ("media/embedding",), written=False),
+        NameRow("media_tokens.weight", ("media/embedding",), written=False),
     )
     return Family("evlm", "evlm", "xattn.0.to_q.weight", rows)
 
@@ -319,7 +319,7 @@ def _openflamingo() -> Family:
         *norm(f"{foreign}.attn.norm", f"{path}/norm"),
         *norm(f"{foreign}.attn.norm_media", f"{path}/kv_norm"),
         *linear(f"{foreign}.attn.to_q", f"{path}/q", bias=False),
-        Row(
+        NameRow(
             f"{foreign}.attn.to_kv.weight",
             tuple(f"{path}/{x}/kernel" for x in "kv"),
             "(n o) i -> n i o",

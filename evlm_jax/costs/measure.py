@@ -20,8 +20,8 @@ from evlm_jax.evals.results import device
 from evlm_jax.models.decoding import Prompt, Weights, decode, prefill
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.sampling import Sampling
-from evlm_jax.ops.attention_plan import plan
-from evlm_jax.ops.grouped_attention import Plan
+from evlm_jax.ops.attention_plan import attention_plan
+from evlm_jax.ops.grouped_attention import AttentionPlan
 from evlm_jax.parallel.mesh import make_layout
 
 NEW = 32  # tokens of an answer
@@ -100,7 +100,9 @@ def prompt(cfg: EVLMConfig) -> Prompt:
     start = np.concatenate([np.arange(frames).repeat(media), np.zeros(text, int)])
     stop = np.concatenate([np.arange(frames).repeat(media) + 1, np.full(text, frames)])
     grouped = (
-        Plan(**{k: v[None] for k, v in plan(start, stop, cfg.tile, cfg.data.pairs).items()})
+        AttentionPlan(
+            **{k: v[None] for k, v in attention_plan(start, stop, cfg.tile, cfg.data.pairs).items()}
+        )
         if cfg.tile
         else None
     )

@@ -14,8 +14,8 @@ import numpy as np
 from evlm_jax.config import DataConfig, EVLMConfig
 from evlm_jax.data.samples import SampleError
 from evlm_jax.data.text import Document
-from evlm_jax.ops.attention_plan import plan
-from evlm_jax.ops.grouped_attention import Plan
+from evlm_jax.ops.attention_plan import attention_plan
+from evlm_jax.ops.grouped_attention import AttentionPlan
 
 MOST_DROPS = 1000  # in a row, without one document that fits: the configuration must be wrong
 
@@ -305,12 +305,12 @@ def assemble(rows: Sequence[Sequence[Document]], cfg: EVLMConfig) -> dict[str, n
                 position += int(document.positions[-1]) + 1
             token, image, target = token + n, image + len(document.refs), target + m
     if not cfg.tile:
-        return fields | dict.fromkeys(Plan._fields)
+        return fields | dict.fromkeys(AttentionPlan._fields)
     seen = np.stack([fields["visible_start"], fields["visible_stop"]]).reshape(
         2, -1, data.pool * length
     )
-    plans = [plan(start, stop, cfg.tile, data.pairs) for start, stop in zip(*seen)]
-    return fields | {name: np.stack([p[name] for p in plans]) for name in Plan._fields}
+    plans = [attention_plan(start, stop, cfg.tile, data.pairs) for start, stop in zip(*seen)]
+    return fields | {name: np.stack([p[name] for p in plans]) for name in AttentionPlan._fields}
 
 
 def fill(rows: Sequence[Sequence[Document]], data: DataConfig) -> dict[str, float]:

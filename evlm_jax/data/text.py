@@ -270,12 +270,12 @@ def document(
     return lay_out(paths, targets, sample, cfg)
 
 
-Step = tuple[int, int, int, int]  # token, media slot, visible start, visible stop
+PathStep = tuple[int, int, int, int]  # token, media slot, visible start, visible stop
 
 
 def whole_steps(
     pieces: Sequence[Piece], tokenizer, media: MediaConfig
-) -> tuple[list[Step], list[bool]]:
+) -> tuple[list[PathStep], list[bool]]:
     """`steps` of a whole document, behind what the vocabulary begins every text with."""
     laid, supervised = steps(pieces, tokenizer, media)
     return [(token, -1, 0, 0) for token in tokenizer.bos] + laid, [False] * len(
@@ -283,7 +283,9 @@ def whole_steps(
     ) + supervised
 
 
-def steps(pieces: Sequence[Piece], tokenizer, media: MediaConfig) -> tuple[list[Step], list[bool]]:
+def steps(
+    pieces: Sequence[Piece], tokenizer, media: MediaConfig
+) -> tuple[list[PathStep], list[bool]]:
     """Tokens with what they see, and which of them are supervised."""
     laid, supervised, behind = [], [], "nothing"
     see = (0, 0)  # text before any image sees none
@@ -306,7 +308,7 @@ def steps(pieces: Sequence[Piece], tokenizer, media: MediaConfig) -> tuple[list[
 
 
 def lay_out(
-    paths: Sequence[Sequence[Step]],
+    paths: Sequence[Sequence[PathStep]],
     targets: Sequence[Sequence[tuple[int, int]]],
     sample: Sample,
     cfg: EVLMConfig,
@@ -323,7 +325,7 @@ def lay_out(
     """
     nodes, positions, visible_until, found = [], [], [], []
     branch: list[int] = []  # nodes of the current path, by depth
-    previous: Sequence[Step] = ()
+    previous: Sequence[PathStep] = ()
     for dialog in sorted(range(len(paths)), key=lambda i: paths[i]):
         path = paths[dialog]
         shared = next(

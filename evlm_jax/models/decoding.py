@@ -26,7 +26,7 @@ from evlm_jax.models.long_context import rope_base, sharpen
 from evlm_jax.models.sampling import Sampling, sample
 from evlm_jax.models.trunk import pick, run_layers
 from evlm_jax.ops.decode_matmul import compute_dtype, logits
-from evlm_jax.ops.grouped_attention import Plan
+from evlm_jax.ops.grouped_attention import AttentionPlan
 from evlm_jax.parallel.sharding import shard, shard_map_local
 
 CHUNK = 64  # most tokens of one call of `decode`
@@ -39,7 +39,7 @@ class Prompt(NamedTuple):
     media_slot: jax.Array  # [B, T]
     length: jax.Array  # [B]; 0 in a row that is padding
     image_slot: jax.Array  # [B, T] of what a media token stands for
-    plan: Plan | None  # None without cross-attention
+    plan: AttentionPlan | None  # None without cross-attention
     image: jax.Array  # [B, I] row of `taps` that fills each image slot
     visible_start: jax.Array  # [B] first image slot that the last token sees
     visible: jax.Array  # [B] how many it sees

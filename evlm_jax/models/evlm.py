@@ -24,7 +24,7 @@ from evlm_jax.models.layers import param, rope_tables, stack
 from evlm_jax.models.llm import LLM
 from evlm_jax.models.trunk import Passed, run_layers
 from evlm_jax.models.vit import ViT
-from evlm_jax.ops.grouped_attention import Plan, grouped_attention
+from evlm_jax.ops.grouped_attention import AttentionPlan, grouped_attention
 from evlm_jax.ops.matmul import product
 from evlm_jax.parallel.sharding import shard, shard_map_local
 
@@ -161,7 +161,7 @@ class EVLM(nnx.Module):
         the batch's plan.
         """
         plan, attend = (
-            Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image),
+            AttentionPlan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image),
             cross_attention_op(self.cfg),
         )
         return lambda q, k, v: (attend(q, k, v, plan), None)

@@ -42,7 +42,7 @@ def pair_count(visible_start: np.ndarray, visible_stop: np.ndarray, tile: int) -
     )
 
 
-def plan(
+def attention_plan(
     visible_start: np.ndarray, visible_stop: np.ndarray, tile: int, pairs: int
 ) -> dict[str, np.ndarray]:
     """The grouping of one pool, its rows one after the other, int32, as the fields of Batch of the

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from evlm_jax.ops.matmul import product
 
 
-class Plan(NamedTuple):
+class AttentionPlan(NamedTuple):
     """The plan's fields of Batch; shapes and padding as documented there."""
 
     tile_tokens: jax.Array
@@ -40,19 +40,19 @@ permute.defvjp(
 
 @jax.named_scope("scores")
 def grouped_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, plan: Plan, sinks: int
+    q: jax.Array, k: jax.Array, v: jax.Array, plan: AttentionPlan, sinks: int
 ) -> jax.Array:
     """q [B, T, N, H], k and v [C, I, S, K, H] -> [B, T, N, H]; softmax and merge in float32.
 
     B / C neighbouring rows are a pool.
     """
     pools = q.reshape(len(k), -1, *q.shape[2:])
-    return jax.vmap(lambda q, k, v, *plan: _pool(q, k, v, Plan(*plan), sinks))(
+    return jax.vmap(lambda q, k, v, *plan: _pool(q, k, v, AttentionPlan(*plan), sinks))(
         pools, k, v, *map(jnp.asarray, plan)
     ).reshape(q.shape)
 
 
-def _pool(q: jax.Array, k: jax.Array, v: jax.Array, plan: Plan, sinks: int) -> jax.Array:
+def _pool(q: jax.Array, k: jax.Array, v: jax.Array, plan: AttentionPlan, sinks: int) -> jax.Array:
     (n, h), (tiles, tile), kv = q.shape[1:], plan.tile_tokens.shape, k.shape[2]
     grouped = permute(q, plan.tile_tokens.reshape(-1), plan.token_tile).reshape(
         tiles, tile, kv, n // kv, h

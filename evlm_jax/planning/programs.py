@@ -17,11 +17,11 @@ from evlm_jax.loss import losses
 from evlm_jax.models.decode_weights import Weights
 from evlm_jax.models.decoding import DecodeState, Prompt, prefill, read_tokens
 from evlm_jax.models.sampling import Sampling
-from evlm_jax.ops.grouped_attention import Plan
+from evlm_jax.ops.grouped_attention import AttentionPlan
 from evlm_jax.optim import starts
 from evlm_jax.parallel.mesh import Layout
 from evlm_jax.planning import chips
-from evlm_jax.train import Phase
+from evlm_jax.train import TrainPhase
 
 WHATS = ("train", "eval", "prefill", "decode", "encode")
 STOPS = 8  # stop tokens of a generation
@@ -76,10 +76,10 @@ def build(
         "decode": _decode,
         "encode": _encode,
     }[what]
-    return make(Phase(cfg if what == "train" else cfg.apart, phase, layout), video)
+    return make(TrainPhase(cfg if what == "train" else cfg.apart, phase, layout), video)
 
 
-def _work(of: Phase, video: bool) -> Work:
+def _work(of: TrainPhase, video: bool) -> Work:
     return (Work.video if video else Work.full)(of.cfg, of.cfg.train.batch)
 
 
@@ -89,7 +89,7 @@ def phase_steps(cfg: EVLMConfig, phase: int) -> int:
     return first[phase + 1] - first[phase]
 
 
-def _train(of: Phase, video: bool) -> Program:
+def _train(of: TrainPhase, video: bool) -> Program:
     shapes, batch = of.spec(), Batch.spec(of.cfg)
     state, batch = _put(shapes, of.layout.trained(shapes)), _put(batch, of.layout.batch(batch))
     frozen = _frozen(of)
@@ -104,7 +104,7 @@ def _train(of: Phase, video: bool) -> Program:
     )
 
 
-def _eval(of: Phase, video: bool) -> Program:
+def _eval(of: TrainPhase, video: bool) -> Program:
     batch = Batch.spec(of.cfg)
     params, batch = _parameters(of), _put(batch, of.layout.batch(batch))
     run = of.layout.jit(lambda params, batch: losses(nnx.merge(of.graphdef, params), batch))
@@ -112,7 +112,7 @@ def _eval(of: Phase, video: bool) -> Program:
     return Program(run.lower(params, batch), arguments, _work(of, video), set())
 
 
-def _prefill(of: Phase, video: bool) -> Program:
+def _prefill(of: TrainPhase, video: bool) -> Program:
     cfg, layout, rows, t, i = (
         of.cfg,
         of.layout,
@@ -122,7 +122,11 @@ def _prefill(of: Phase, video: bool) -> Program:
     )
     ints = lambda *shape: jax.ShapeDtypeStruct((rows, *shape), jnp.int32, sharding=layout.rows)
     pairs = cfg.data.pairs
-    plan = Plan(ints(pairs, cfg.tile), ints(t), ints(pairs), ints(pairs)) if cfg.tile else None
+    plan = (
+        AttentionPlan(ints(pairs, cfg.tile), ints(t), ints(pairs), ints(pairs))
+        if cfg.tile
+        else None
+    )
     prompt = Prompt(ints(t), ints(t), ints(), ints(t), plan, ints(i), ints(), ints())
     taps = jax.ShapeDtypeStruct(
         (rows * i, len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width),
@@ -147,7 +151,7 @@ def _prefill(of: Phase, video: bool) -> Program:
     )
 
 
-def _decode(of: Phase, video: bool) -> Program:
+def _decode(of: TrainPhase, video: bool) -> Program:
     cfg, layout, rows, t = of.cfg, of.layout, of.cfg.train.batch, of.cfg.data.length
     seen = cfg.data.images if video else 1
     with layout.active():
@@ -178,7 +182,7 @@ def _decode(of: Phase, video: bool) -> Program:
     )
 
 
-def _encode(of: Phase, video: bool) -> Program:
+def _encode(of: TrainPhase, video: bool) -> Program:
     cfg, rows = of.cfg, of.cfg.train.batch
     shape = (rows, cfg.data.images, cfg.vit.image_size, cfg.vit.image_size, 3)
     pixels = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=of.layout.sharding(("rows", "images")))
@@ -195,17 +199,17 @@ def _encode(of: Phase, video: bool) -> Program:
     )
 
 
-def _frozen(of: Phase) -> nnx.State:
+def _frozen(of: TrainPhase) -> nnx.State:
     frozen = _cast(nnx.split_state(of.shapes, of.plan.trains, ...)[1], of.cfg.train.frozen_dtype)
     return _put(frozen, of.layout.frozen(frozen))
 
 
-def _parameters(of: Phase) -> nnx.State:
+def _parameters(of: TrainPhase) -> nnx.State:
     trainable = _cast(nnx.split_state(of.shapes, of.plan.trains, ...)[0], of.cfg.train.param_dtype)
     return nnx.merge_state(_put(trainable, of.layout.trained(trainable)), _frozen(of))
 
 
-def _weights(of: Phase) -> Weights:
+def _weights(of: TrainPhase) -> Weights:
     """Laid out for decoding; each array lies where XLA itself takes it from the parameters'
     places.
     """

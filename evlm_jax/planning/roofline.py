@@ -16,7 +16,7 @@ from evlm_jax.planning.compiled import Costs, Transfer
 HOST = 8  # GPUs that NVLink joins
 
 
-class Step(NamedTuple):
+class StepSeconds(NamedTuple):
     """Seconds of a step, and of what it is made of."""
 
     products: float  # of operations that the matrix units hold up
@@ -37,7 +37,7 @@ class Step(NamedTuple):
         return max(parts, key=parts.get)
 
 
-def step(chip: Chip, costs: Costs, devices: list[jax.Device]) -> Step:
+def step(chip: Chip, costs: Costs, devices: list[jax.Device]) -> StepSeconds:
     """Of one device of `chip` that runs a program of these costs."""
     flops, bandwidth = chip.flops / chip.cores, chip.bandwidth / chip.cores
     seconds = Counter()
@@ -49,7 +49,7 @@ def step(chip: Chip, costs: Costs, devices: list[jax.Device]) -> Step:
         network, rate = link(chip, devices, transfer.group)
         seconds[network] += count * wire(transfer) / rate
     bound = max(costs.flops / flops, costs.bytes / bandwidth, seconds["ici"], seconds["dcn"])
-    return Step(seconds["products"], seconds["hbm"], seconds["ici"], seconds["dcn"], bound)
+    return StepSeconds(seconds["products"], seconds["hbm"], seconds["ici"], seconds["dcn"], bound)
 
 
 def wire(transfer: Transfer) -> float:

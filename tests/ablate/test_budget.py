@@ -14,7 +14,7 @@ from evlm_jax.data.pipeline import batches
 from evlm_jax.data.tokenizer import load_tokenizer
 from evlm_jax.metrics import work
 from evlm_jax.parallel.mesh import make_layout
-from evlm_jax.train import Phase
+from evlm_jax.train import TrainPhase
 from tests.helpers.checkpoints import tokenizer_directory
 from tests.helpers.parity import needs_asset
 from tests.helpers.tiny import tiny_config
@@ -50,7 +50,7 @@ def test_the_course_is_that_of_training(cfg, tmp_path):
     features = FeatureStore(tmp_path / "features", zeros, cfg) if cfg.data.cache_features else None
     data, trained = (
         batches(cfg, load_tokenizer(cfg.init.llm), features),
-        Phase(cfg, 0, make_layout(cfg)).trained,
+        TrainPhase(cfg, 0, make_layout(cfg)).trained,
     )
     questions, flops = 0, 0.0
     for step, cut in zip(range(1, 7), course(cfg)):

@@ -23,7 +23,7 @@ def test_changes_at_most_three_fields_and_builds(variant):
     assert changed.keys() == ablations.VARIANTS[variant].keys() and len(changed) <= 3
     assert bool(changed) == (variant != "base")
     shapes = nnx.state(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
-    assert optim.plan(cfg, 0, shapes).rates
+    assert optim.optimizer_plan(cfg, 0, shapes).rates
     batch = Batch.spec(cfg)
     assert (batch.taps is None) == (not cfg.data.cache_features)
 

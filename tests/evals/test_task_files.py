@@ -281,6 +281,6 @@ def test_files_of_tasks_as_other_systems_write_them(tmp_path):
 def test_a_row_of_a_task_names_no_file_elsewhere(tmp_path, name):
     data = tmp_path / "deep/data"
     (data / "images").mkdir(parents=True)
-    row = official.Row(data / "rows.json", 1, {"image": name})
+    row = official.Entry(data / "rows.json", 1, {"image": name})
     with pytest.raises(ValueError, match="rows.json: row 1: the image .* is not below the data"):
         row.image(data / "images" / row["image"])

@@ -22,8 +22,8 @@ from evlm_jax.convert.readers import open_source
 from evlm_jax.models import decoding
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.param_names import unflatten
-from evlm_jax.ops.attention_plan import plan
-from evlm_jax.ops.grouped_attention import Plan
+from evlm_jax.ops.attention_plan import attention_plan
+from evlm_jax.ops.grouped_attention import AttentionPlan
 from tests.helpers.tiny import tiny_config
 
 needs_transformers = (
@@ -96,7 +96,7 @@ def text_logits(cfg: EVLMConfig, model: EVLM, tokens: np.ndarray) -> np.ndarray:
         "target_positions": none,
         "targets": none - 1,
         "target_source": none,
-        **plan(none, none, cfg.xattn.tile, data.pairs),
+        **attention_plan(none, none, cfg.xattn.tile, data.pairs),
     }
     pixels = np.zeros((1, data.images, cfg.vit.image_size, cfg.vit.image_size, 3), np.uint8)
     batch = Batch(
@@ -118,8 +118,11 @@ def answer_logits(
     answers = np.zeros((rows, 0), np.int32) if answers is None else answers
     tokens = np.stack([np.pad(prompt, (0, length - len(prompt))) for prompt in prompts])
     none = np.zeros((rows, length), np.int32)
-    grouped = Plan(
-        *(np.stack([array] * rows) for array in plan(none[0], none[0], cfg.xattn.tile, 1).values())
+    grouped = AttentionPlan(
+        *(
+            np.stack([array] * rows)
+            for array in attention_plan(none[0], none[0], cfg.xattn.tile, 1).values()
+        )
     )
     prompt = decoding.Prompt(
         tokens,

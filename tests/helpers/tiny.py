@@ -14,8 +14,8 @@ from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig, from_config_dict
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.param_names import flatten
-from evlm_jax.ops.attention_plan import plan
-from evlm_jax.ops.grouped_attention import Plan
+from evlm_jax.ops.attention_plan import attention_plan
+from evlm_jax.ops.grouped_attention import AttentionPlan
 
 CROSS_ONLY = (
     {"pattern": "^(xattn|media|bridge)/", "lr": 1.0},
@@ -146,7 +146,7 @@ def pooled(cfg: EVLMConfig, batch: Batch) -> Batch:
             fields[name][first : first + data.pool].ravel()
             for name in ("visible_start", "visible_stop")
         )
-        plans.append(plan(*seen, cfg.xattn.tile, data.pairs))
+        plans.append(attention_plan(*seen, cfg.xattn.tile, data.pairs))
     return Batch(**fields | {name: np.stack([p[name] for p in plans]) for name in plans[0]})
 
 
@@ -187,9 +187,9 @@ def _row(cfg: EVLMConfig, rng: np.random.Generator, fill: float) -> dict:
         row["target_source"][spots] = document % len(data.sources)
         at, image, target, document = at + size, image + images, target + len(answer), document + 1
     row |= (
-        plan(row["visible_start"], row["visible_stop"], cfg.tile, data.pairs)
+        attention_plan(row["visible_start"], row["visible_stop"], cfg.tile, data.pairs)
         if cfg.tile
-        else dict.fromkeys(Plan._fields)
+        else dict.fromkeys(AttentionPlan._fields)
     )
     pixels = rng.integers(0, 256, (data.images, vit.image_size, vit.image_size, 3)).astype(np.uint8)
     taps = rng.standard_normal((data.images, len(vit.taps), vit.tokens, vit.width)).astype(

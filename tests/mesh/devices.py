@@ -20,7 +20,7 @@ from evlm_jax.parallel.agreement import agreed
 from evlm_jax.parallel.distributed import fetch_to_host
 from evlm_jax.parallel.mesh import Layout, make_layout
 from evlm_jax.parallel.status import Stopped
-from evlm_jax.train import Phase, gradients, train
+from evlm_jax.train import TrainPhase, gradients, train
 from tests.helpers.random_model import random_model
 from tests.helpers.tiny import BASELINES, UPPER_VIT, TinyData, tiny_batch, tiny_config, tiny_towers
 
@@ -76,7 +76,7 @@ def layout_of(cfg) -> Layout:
 def found(cfg):
     """(gradients and sums of a random model on a batch, with arrays as they lie on the mesh)."""
     layout = layout_of(cfg)
-    phase = Phase(cfg, 0, layout)
+    phase = TrainPhase(cfg, 0, layout)
     params = jax.tree.map(np.asarray, nnx.state(random_model(cfg, 0)))
     trainable, frozen = nnx.split_state(params, phase.plan.trains, ...)
     trainable, frozen = put_sharded(trainable, layout.trained), put_sharded(frozen, layout.frozen)
@@ -214,7 +214,7 @@ def test_holders_of_the_same_rows_agree_on_what_is_left_out(images, monkeypatch)
 def test_state_is_sharded_before_and_after_a_step():
     cfg = config((1, 2, 2, 2), experts=True)
     layout = layout_of(cfg)
-    phase = Phase(cfg, 0, layout)
+    phase = TrainPhase(cfg, 0, layout)
     state = phase.enter(
         0, put_sharded(jax.tree.map(np.asarray, nnx.state(random_model(cfg, 0))), phase.place), {}
     )
@@ -275,7 +275,7 @@ def trained_on(cfg, workdir, data=lambda cfg, own: TinyData(cfg), on_step=None):
     layout = layout_of(cfg)
     if before := store.steps(workdir):
         saved = store.read(workdir, before[-1])
-        phase = Phase(cfg, 0, layout)
+        phase = TrainPhase(cfg, 0, layout)
         whole = put_sharded(
             param_names.unflatten(cfg, saved.frozen | saved.params, phase.shapes), phase.place
         )

@@ -142,7 +142,7 @@ def test_one_list_of_rules_serves_all_kinds():
         cfg = tiny_config(
             **sections | {"optim": {"phases": (dict(start=0.0, warmup=0, rules=rules + frozen),)}}
         )
-        trained = {path[0] for path in optim.plan(cfg, 0, shapes_of(cfg)).rates}
+        trained = {path[0] for path in optim.optimizer_plan(cfg, 0, shapes_of(cfg)).rates}
         assert trained == {path[0] for path, _ in nnx.to_flat_state(shapes_of(cfg))} - {
             "vit",
             "llm",
@@ -153,7 +153,7 @@ def test_one_list_of_rules_serves_all_kinds():
                 cfg, optim=replace(cfg.optim, phases=(replace(cfg.optim.phases[0], rules=idle),))
             )
             with pytest.raises(ValueError, match="no parameter is decided by"):
-                optim.plan(other, 0, shapes_of(other))
+                optim.optimizer_plan(other, 0, shapes_of(other))
 
 
 @pytest.mark.parametrize(

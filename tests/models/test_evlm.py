@@ -15,8 +15,8 @@ from evlm_jax.loss import loss_sums, losses
 from evlm_jax.models.attention import attention, text_mask
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.layers import rope_tables
-from evlm_jax.ops.attention_plan import plan
-from evlm_jax.ops.grouped_attention import Plan, grouped_attention
+from evlm_jax.ops.attention_plan import attention_plan
+from evlm_jax.ops.grouped_attention import AttentionPlan, grouped_attention
 from tests.helpers.random_model import random_model
 from tests.helpers.tiny import BASELINES, tiny_batch, tiny_config
 
@@ -85,7 +85,11 @@ def row(cfg: EVLMConfig, documents: list[list], seed: int = 0) -> Batch:
     fields["visible_until"][len(t["tokens"]) :] = range(len(t["tokens"]) + 1, cfg.data.length + 1)
     fields = {name: np.array(values, np.int32) for name, values in fields.items()}
     ranges = fields["visible_start"], fields["visible_stop"]
-    fields |= plan(*ranges, cfg.tile, cfg.data.pairs) if cfg.tile else dict.fromkeys(Plan._fields)
+    fields |= (
+        attention_plan(*ranges, cfg.tile, cfg.data.pairs)
+        if cfg.tile
+        else dict.fromkeys(AttentionPlan._fields)
+    )
     none = np.zeros(cfg.data.targets, np.int32)
     fields |= dict(target_positions=none, targets=none - 1, target_source=none)
     shape = (cfg.data.images, cfg.vit.image_size, cfg.vit.image_size, 3)
@@ -188,7 +192,9 @@ def test_one_block_sees_the_visible_range_only():
         taps = model.encode(batch.pixels)
         cross = jax.tree.map(lambda a: a[0], model.xattn)
         k, v = cross.keys_values(taps[:, :, 0])
-        grouping = Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
+        grouping = AttentionPlan(
+            batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image
+        )
         attend = lambda q: (grouped_attention(q, k, v, grouping, cfg.xattn.sinks), None)
         return cross(model.embed(batch.tokens, batch.media_slot), attend)[0]
 
@@ -239,7 +245,7 @@ def test_schedule_and_placement_equal_a_plain_loop(schedule, every):
     )
     x, grouping = (
         model.embed(batch.tokens, batch.media_slot),
-        Plan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image),
+        AttentionPlan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image),
     )
     layers, used = -(-cfg.llm.layers // every), []
     for layer in range(cfg.llm.layers):

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from evlm_jax.models import xattn
-from evlm_jax.ops.attention_plan import plan
-from evlm_jax.ops.grouped_attention import Plan, grouped_attention
+from evlm_jax.ops.attention_plan import attention_plan
+from evlm_jax.ops.grouped_attention import AttentionPlan, grouped_attention
 from tests.helpers.parity import open_flamingo_helpers
 from tests.helpers.tiny import tiny_config
 
@@ -62,10 +62,10 @@ def test_block_equals_open_flamingo():
         expected = theirs(torch.tensor(x), media, media_locations=torch.tensor(marks)).numpy()
 
     stop = marks[0].cumsum().astype(np.int32)
-    grouping = Plan(
+    grouping = AttentionPlan(
         **{
             name: jnp.array(p)[None]
-            for name, p in plan(np.maximum(stop - 1, 0), stop, cfg.xattn.tile, 12).items()
+            for name, p in attention_plan(np.maximum(stop - 1, 0), stop, cfg.xattn.tile, 12).items()
         }
     )
     with jax.default_matmul_precision("highest"):

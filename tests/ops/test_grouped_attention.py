@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evlm_jax.ops.attention_plan import pair_count, plan
-from evlm_jax.ops.grouped_attention import Plan, grouped_attention
+from evlm_jax.ops.attention_plan import attention_plan, pair_count
+from evlm_jax.ops.grouped_attention import AttentionPlan, grouped_attention
 
 T, IMAGES, S, N, KV, H, TILE, PAIRS = 14, 5, 7, 4, 2, 8, 4, 40
 
@@ -59,8 +59,8 @@ def ranges(seed: int):
 def test_equals_dense_oracle_forward_and_gradient(sinks, seed):
     q, k, v = arrays(seed)
     start, stop = ranges(seed)
-    grouping = Plan(
-        **{name: jnp.array(x)[None] for name, x in plan(start, stop, TILE, PAIRS).items()}
+    grouping = AttentionPlan(
+        **{name: jnp.array(x)[None] for name, x in attention_plan(start, stop, TILE, PAIRS).items()}
     )
     weight = jnp.array(np.random.default_rng(9).standard_normal((T, N, H)), jnp.float32)
 
@@ -86,8 +86,8 @@ def test_equals_dense_oracle_forward_and_gradient(sinks, seed):
 def test_other_images_change_no_bit():
     q, k, v = arrays(2)
     start, stop = ranges(2)
-    grouping = Plan(
-        **{name: jnp.array(x)[None] for name, x in plan(start, stop, TILE, PAIRS).items()}
+    grouping = AttentionPlan(
+        **{name: jnp.array(x)[None] for name, x in attention_plan(start, stop, TILE, PAIRS).items()}
     )
     run = jax.jit(lambda k, v: grouped_attention(q[None], k[None], v[None], grouping, 1)[0])
     before = run(k, v)
@@ -107,7 +107,7 @@ def test_plan_puts_every_seeing_token_in_one_tile_of_its_range(spans, tile):
     start = np.array([a for a, _ in spans])
     stop = np.array([a + n for a, n in spans])
     need = pair_count(start, stop, tile)
-    grouping = plan(start, stop, tile, max(need, 1))
+    grouping = attention_plan(start, stop, tile, max(need, 1))
     flat = grouping["tile_tokens"].reshape(-1)
     for token in range(len(spans)):
         places = np.flatnonzero(flat == token)
@@ -121,4 +121,4 @@ def test_plan_puts_every_seeing_token_in_one_tile_of_its_range(spans, tile):
     assert (np.diff(grouping["pair_tile"]) >= 0).all()
     if need:
         with pytest.raises(ValueError, match="data.pairs"):
-            plan(start, stop, tile, need - 1)
+            attention_plan(start, stop, tile, need - 1)

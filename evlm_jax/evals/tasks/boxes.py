@@ -12,7 +12,7 @@ from evlm_jax.data.formats.fields import number, pixels
 from evlm_jax.data.formats.grounding import unpickle
 from evlm_jax.evals.scorers import boxes
 from evlm_jax.evals.task import Question, Scores, Task, column, percent
-from evlm_jax.evals.tasks.official import Row, read_json
+from evlm_jax.evals.tasks.official import Entry, read_json
 
 ASK = (
     "Bounding box coordinates are specified in the format (top-left x, top-left y, bottom-right x,"
@@ -22,11 +22,11 @@ ASK = (
 RIGHT = 0.5  # IoU
 
 
-def read_refs(file: Path) -> list[Row]:
+def read_refs(file: Path) -> list[Entry]:
     """The entries of a refs(...).p file."""
     if not file.is_file():
         raise ValueError(f"no file {file}")
-    return [Row(file, number, ref) for number, ref in enumerate(unpickle(str(file)), 1)]
+    return [Entry(file, number, ref) for number, ref in enumerate(unpickle(str(file)), 1)]
 
 
 def read(data: Path, split: str, style: str, refs: str) -> list[Question]:

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from evlm_jax.evals.scorers.captions import coco_tokens, has_java, meteor
 from evlm_jax.evals.task import Question, Scores, Task, column, percent
-from evlm_jax.evals.tasks.official import Row, json_rows
+from evlm_jax.evals.tasks.official import Entry, json_rows
 from evlm_jax.evals.text_metrics import bleu, cider, exact_match, rouge_l, words
 
 ASK = {"qwen-vl": "Describe the image in English:"}
 DEFAULT = "Provide a one-sentence caption for the provided image."
 
 
-def ask(row: Row, key: str, captions: list[str], style: str, *places: Path) -> Question:
+def ask(row: Entry, key: str, captions: list[str], style: str, *places: Path) -> Question:
     """The question about one image."""
     if not captions:
         raise row.error("0 captions, there must be at least one")

@@ -16,7 +16,7 @@ from evlm_jax.data.samples import ImageRef
 from evlm_jax.evals.scorers.choices import LETTERS, ROTATION, circular, letter
 from evlm_jax.evals.task import ANSWER, LETTER, Question, Scores, Task, column, lettered, percent
 from evlm_jax.evals.tasks.choices import right
-from evlm_jax.evals.tasks.official import Row, tsv_rows
+from evlm_jax.evals.tasks.official import Entry, tsv_rows
 
 CN_LETTER = {
     "lmms-eval": "\n请直接使用所提供的选项字母作为答案回答。",
@@ -74,7 +74,7 @@ def read(data: Path, split: str, style: str, suffix: dict[str, str]) -> list[Que
     return questions
 
 
-def _stored(row: Row, cell: str) -> Path:
+def _stored(row: Entry, cell: str) -> Path:
     """The image in a cell as a file of the cache, named by its content."""
     try:
         content = base64.b64decode(cell, validate=True)

@@ -13,7 +13,7 @@ from evlm_jax.data.samples import ImageRef
 SUFFIXES = (".jpg", ".jpeg", ".png", ".JPEG", ".JPG", ".webp", ".gif", ".bmp")
 
 
-class Row:
+class Entry:
     """An entry of a file. A field that is not there raises ValueError."""
 
     def __init__(self, file: Path, number: int | str, data: Mapping):
@@ -72,23 +72,23 @@ def read_json(file: Path, *keys: str):
     return content
 
 
-def json_rows(file: Path, *keys: str) -> list[Row]:
+def json_rows(file: Path, *keys: str) -> list[Entry]:
     """The entries of a list, numbered from 1, or of an object, by key."""
     content = read_json(file, *keys)
     if not isinstance(content, Mapping | list):
         raise ValueError(f"{file}: there must be a list or an object, not {type(content).__name__}")
     entries = content.items() if isinstance(content, Mapping) else enumerate(content, 1)
-    return [Row(file, number, data) for number, data in entries]
+    return [Entry(file, number, data) for number, data in entries]
 
 
-def json_lines(file: Path) -> list[Row]:
+def json_lines(file: Path) -> list[Entry]:
     """One entry a line."""
     if not file.is_file():
         raise ValueError(f"no file {file}")
     rows = []
     for number, line in enumerate(text_lines(file), 1):
         try:
-            rows.append(Row(file, number, json.loads(line)))
+            rows.append(Entry(file, number, json.loads(line)))
         except json.JSONDecodeError as error:
             raise ValueError(f"{file}: row {number}: not JSON: {error}") from error
     return rows
@@ -102,7 +102,7 @@ def text_lines(file: Path) -> list[str]:
         raise ValueError(f"{file}: {error}") from error
 
 
-def tsv_rows(file: Path, columns: Iterable[str]) -> list[Row]:
+def tsv_rows(file: Path, columns: Iterable[str]) -> list[Entry]:
     """A table with a header that has at least these columns."""
     if not file.is_file():
         raise ValueError(f"no file {file}; give the .tsv itself")
@@ -120,5 +120,5 @@ def tsv_rows(file: Path, columns: Iterable[str]) -> list[Row]:
                 raise ValueError(
                     f"{file}: row {number}: {len(cells)} columns, the header has {len(header)}"
                 )
-            rows.append(Row(file, number, dict(zip(header, cells))))
+            rows.append(Entry(file, number, dict(zip(header, cells))))
     return rows

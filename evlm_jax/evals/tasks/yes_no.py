@@ -10,7 +10,7 @@ from pathlib import Path
 
 from evlm_jax.evals.scorers import yes_no
 from evlm_jax.evals.task import ANSWER, SHORT, Question, Scores, Task, column, percent, short
-from evlm_jax.evals.tasks.official import SUFFIXES, Row, json_lines, text_lines
+from evlm_jax.evals.tasks.official import SUFFIXES, Entry, json_lines, text_lines
 
 ASKED = " Please answer yes or no."  # how MME's questions end; the prompts replace it
 
@@ -23,7 +23,7 @@ def read_mme(data: Path, split: str, style: str) -> list[Question]:
         images = data / category / "images" if nested.is_dir() else data / category
         for file in sorted((nested if nested.is_dir() else images).glob("*.txt")):
             for number, line in enumerate(text_lines(file), 1):
-                row = Row(file, number, dict(zip(("question", "answer"), line.split("\t"))))
+                row = Entry(file, number, dict(zip(("question", "answer"), line.split("\t"))))
                 answer = row["answer"].strip().lower()
                 if answer not in ("yes", "no"):
                     raise row.error(f"the answer is {row['answer']!r}, it must be Yes or No")

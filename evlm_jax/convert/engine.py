@@ -1,6 +1,6 @@
 """Foreign checkpoints <-> canonical tensors, by the tables of tables.py.
 
-Two steps: `plan` (and `unplan`, its inverse) decides from names, shapes and dtypes alone what
+Two steps: `conversion_plan` (and `unplan`, its inverse) decides from names, shapes and dtypes alone what
 becomes what and refuses everything that does not fit, with every name. Only then are tensors read,
 one at a time, when the `Tensor` that needs them is."""
 
@@ -316,7 +316,7 @@ def ours(
 
 
 def unplan(family: Family, names: Iterable[str]) -> list[ConversionStep]:
-    """The inverse of `plan`: steps that use every canonical name exactly once.
+    """The inverse of `conversion_plan`: steps that use every canonical name exactly once.
 
     Raises ValueError listing those without a place.
     """

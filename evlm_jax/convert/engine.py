@@ -1,8 +1,8 @@
 """Foreign checkpoints <-> canonical tensors, by the tables of tables.py.
 
-Two steps: `conversion_plan` (and `unplan`, its inverse) decides from names, shapes and dtypes alone what
-becomes what and refuses everything that does not fit, with every name. Only then are tensors read,
-one at a time, when the `Tensor` that needs them is."""
+Two steps: `conversion_plan` (and `unplan`, its inverse) decides from names, shapes and dtypes alone
+what becomes what and refuses everything that does not fit, with every name. Only then are tensors
+read, one at a time, when the `Tensor` that needs them is."""
 
 import functools
 import logging

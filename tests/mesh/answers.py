@@ -1,5 +1,5 @@
-"""Generation and losses on eight devices, and `evlm eval` there; tests/test_mesh.py starts it in a
-process that has them.
+"""Generation and losses on eight devices, and `evlm eval` there; tests/parallel/test_mesh.py starts
+it in a process that has them.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What runs on eight devices; tests/test_mesh.py starts it in a process that has them.
+"""What runs on eight devices; tests/parallel/test_mesh.py starts it in a process that has them.
 
 Everything is compared with one device.
 """

@@ -305,11 +305,11 @@ def read(path: Path) -> str:
 
 def complaints(folder: Path, count: int) -> list[str]:
     code = (
-        "from pathlib import Path; from tests import test_hostile_files as t;"
+        "from pathlib import Path; from tests.convert import test_hostile_files as t;"
         f" t.child(Path({str(folder)!r}), {count})"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

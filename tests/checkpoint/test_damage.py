@@ -10,7 +10,7 @@ import pytest
 
 from evlm_jax.checkpoint import store
 from evlm_jax.checkpoint.store import Checkpoints
-from tests.test_checkpoint import arrays, run, same
+from tests.checkpoint.test_checkpoint import arrays, run, same
 
 FROZEN = arrays(0, "vit/cls", "llm/layers/0/mlp/up/kernel")
 FLIPS = 100

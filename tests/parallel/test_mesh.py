@@ -24,7 +24,7 @@ from tests.helpers.checkpoints import run_directory
 from tests.helpers.random_model import random_model
 from tests.helpers.tiny import tiny_config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.mesh
 
 

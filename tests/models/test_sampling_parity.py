@@ -19,7 +19,7 @@ from evlm_jax.generate import Generator  # noqa: E402
 from evlm_jax.models import sampling  # noqa: E402
 from evlm_jax.runs import load_trained  # noqa: E402
 
-GOLDEN = Path(__file__).parent / "golden" / "format0_dense"
+GOLDEN = Path(__file__).parents[1] / "golden" / "format0_dense"
 OPTIONS = {
     "temperature": (0.3, 1.7),
     "top_k": (0, 1, 7, 500),

@@ -149,23 +149,11 @@ def read_prompts(
       (logits [B, vocab] behind each prompt, the state without a token)
     """
     rows, length = prompt.tokens.shape
-    dtype = compute_dtype(cfg.train.dtype)
-    views = (
-        None
-        if taps is None
-        else view(cfg, weights, jnp.moveaxis(shard(taps.astype(dtype), "pictures"), 1, 0))
-    )
+    views = None
+    if taps is not None:
+        taps = shard(taps.astype(compute_dtype(cfg.train.dtype)), "pictures")
+        views = view(cfg, weights, jnp.moveaxis(taps, 1, 0))
     cross = project(cfg, weights, views, prompt.image) if cfg.cross_layers else None
-    if weights.media is None:
-        media = write(views[:, prompt.image], prompt.image_slot, prompt.media_slot)
-    else:
-        media = weights.media[jnp.maximum(prompt.media_slot, 0)].astype(dtype)
-    x = shard(
-        jnp.where(
-            prompt.media_slot[..., None] >= 0, media, weights.embed[prompt.tokens].astype(dtype)
-        ),
-        "rows",
-    )
     index = jnp.arange(length)
     mask = jnp.broadcast_to(index <= index[:, None], (rows, length, length))
 
@@ -181,16 +169,13 @@ def read_prompts(
 
     theta = rope_base(cfg.llm, prompt.length)
     x, (keys, values) = _decoder(
-        cfg, weights, x, jnp.broadcast_to(index, (rows, length)), theta, self_attend, cross_attend
-    )
-    text = [
-        jnp.pad(a.swapaxes(2, 3), ((0, 0),) * 3 + ((0, slots - length), (0, 0)))
-        for a in (keys, values)
-    ]  # [L, B, K, C, H]
-    caches = (
-        text[0].swapaxes(3, 4),
-        text[1],
-        *(_keep(cfg, prompt, cross, images) if cross else (None, None)),
+        cfg,
+        weights,
+        _embed(cfg, weights, prompt, views),
+        jnp.broadcast_to(index, (rows, length)),
+        theta,
+        self_attend,
+        cross_attend,
     )
     last = x[jnp.arange(rows), prompt.length - 1]
     state = DecodeState(
@@ -200,9 +185,28 @@ def read_prompts(
         random,
         prompt.visible,
         theta,
-        *caches,
+        *_slots(keys, values, slots),
+        *(_keep(cfg, prompt, cross, images) if cross else (None, None)),
     )
     return logits(weights.head, last, cfg.llm.vocab), state
+
+
+def _embed(cfg: EVLMConfig, weights: Weights, prompt: Prompt, views: jax.Array | None) -> jax.Array:
+    """[B, T, D], what the first layer reads: words, and media tokens where images stand."""
+    dtype = compute_dtype(cfg.train.dtype)
+    if weights.media is None:
+        media = write(views[:, prompt.image], prompt.image_slot, prompt.media_slot)
+    else:
+        media = weights.media[jnp.maximum(prompt.media_slot, 0)].astype(dtype)
+    words = weights.embed[prompt.tokens].astype(dtype)
+    return shard(jnp.where(prompt.media_slot[..., None] >= 0, media, words), "rows")
+
+
+def _slots(keys: jax.Array, values: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of self-attention as DecodeState has them, with room for `slots` tokens."""
+    keys, values = (a.swapaxes(2, 3) for a in (keys, values))
+    room = ((0, 0),) * 3 + ((0, slots - keys.shape[3]), (0, 0))  # [L, B, K, C, H]
+    return jnp.pad(keys, room).swapaxes(3, 4), jnp.pad(values, room)
 
 
 def _keep(

@@ -67,34 +67,10 @@ def plan(
     layout = make_layout(cfg, devices)
     begin = time.monotonic()
     program = programs.build(cfg, layout, what, phase, video)
-    report = {
-        "config": cfg.name,
-        "topology": topology,
-        "chip": chip and chip._asdict(),
-        "devices": len(devices),
-        "mesh": (
-            dict(layout.mesh.shape)
-            | {
-                "slices": cfg.mesh.slices,
-                "zero": cfg.mesh.zero,
-                "frozen": cfg.mesh.frozen,
-            }
-        ),
-        "policies": {
-            "remat": cfg.train.remat,
-            "accumulate": cfg.train.accumulate,
-            "images": cfg.mesh.images,
-        },
-        "what": what,
-        "phase": phase,
-        "rows": cfg.train.batch,
-        "arguments": {name: share._asdict() for name, share in program.arguments.items()},
-        "needed": {
-            part: cost._asdict()
-            for part, cost in flops.needed(cfg, program.trained, program.work).items()
-        },
-        "lower_seconds": time.monotonic() - begin,
-    }
+    report = {"config": cfg.name, "topology": topology, "chip": chip and chip._asdict()}
+    report |= {"devices": len(devices), **_asked(cfg, layout), "what": what, "phase": phase}
+    report |= _before_compiling(cfg, program)
+    report["lower_seconds"] = time.monotonic() - begin
     begin = time.monotonic()
     try:
         with chips.uncached(devices):
@@ -112,6 +88,29 @@ def plan(
         report |= _read(cfg, layout, chip, program, executable, price)
     report["ram_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return report
+
+
+def _asked(cfg: EVLMConfig, layout: Layout) -> dict:
+    """How the config has the model split, and what is kept or computed again."""
+    mesh = {"slices": cfg.mesh.slices, "zero": cfg.mesh.zero, "frozen": cfg.mesh.frozen}
+    return {
+        "mesh": dict(layout.mesh.shape) | mesh,
+        "policies": {
+            "remat": cfg.train.remat,
+            "accumulate": cfg.train.accumulate,
+            "images": cfg.mesh.images,
+        },
+    }
+
+
+def _before_compiling(cfg: EVLMConfig, program: programs.Program) -> dict:
+    """Of the program as it was traced: what it is given, and the FLOPs that it needs."""
+    needed = flops.needed(cfg, program.trained, program.work)
+    return {
+        "rows": cfg.train.batch,
+        "arguments": {name: share._asdict() for name, share in program.arguments.items()},
+        "needed": {part: cost._asdict() for part, cost in needed.items()},
+    }
 
 
 def _read(

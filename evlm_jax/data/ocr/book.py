@@ -5,6 +5,7 @@ pictures.
 import io
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from urllib.parse import unquote, urlencode
 
@@ -20,14 +21,8 @@ from evlm_jax.data.samples import MARKER, ImageRef, Sample, literal
 from evlm_jax.data.source import Source
 
 LONG = 300  # characters: of a longer text a part is taken
-UNSEEN, VARIANTS = (
-    (
-        "Cc",
-        "Cf",
-        "Cs",
-    ),
-    "\ufe0e\ufe0f",
-)  # kinds of characters that leave no ink; "as text" and "as emoji"
+UNSEEN = ("Cc", "Cf", "Cs")  # kinds of characters that leave no ink
+VARIANTS = "\ufe0e\ufe0f"  # "as text" and "as emoji"
 EMPTY = 100  # samples in a row without text, before it is an error
 
 
@@ -50,6 +45,61 @@ class Book(Source):
     def state(self) -> str:
         """Of the sources of its texts and pictures."""
         return " ".join([super().state(), *(source.state() for source in self._made_of)])
+
+
+@dataclass(frozen=True)
+class _Pages:
+    """The pages of a book, each a function of its number."""
+
+    name: str
+    whole: str  # the book's name with all its options
+    language: str
+    fonts: Sequence
+    texts: Sequence[Sequence[Sample]]
+    role: str
+    backgrounds: Sequence[Sample] | None  # None: pages without pictures
+    kinds: Sequence[str]
+    seed: int
+    size: int
+    characters: int
+
+    def page(self, number: int) -> Page:
+        return compose(
+            (self.seed, number),
+            self.size,
+            self.language,
+            self.fonts,
+            partial(supply, self.texts, self.role),
+            self.characters,
+            self.backgrounds is not None,
+            self.kinds,
+        )
+
+    def sample(self, number: int) -> Sample:
+        """A reference to the picture, and what is asked about it."""
+        made = self.page(number)
+
+        def placed(parts: Sequence) -> list:
+            return list(
+                zip([part.text for part in parts], made.place([part.box for part in parts]))
+            )
+
+        lines = made.sheet.lines
+        words = [word for line in lines for word in line.words]
+        rng = np.random.default_rng((self.seed, number, 2))
+        asked = dialogs(self.language, placed(lines), placed(words), rng)
+        return Sample(
+            str(number), self.name, ((ImageRef(f"page://{number}::{self.whole}"),),), asked
+        )
+
+    def picture(self, number: int) -> bytes:
+        """A JPEG."""
+        drawn, quality = draw(
+            self.page(number), (self.seed, number), partial(_background, self.backgrounds)
+        )
+        file = io.BytesIO()
+        drawn.save(file, "JPEG", quality=quality)
+        return file.getvalue()
 
 
 def open_book(
@@ -83,18 +133,12 @@ def open_book(
       ValueError: an option out of range, no font for the language, a source without text or
         pictures.
     """
-    numbers = {
-        option: _number(option, value)
-        for option, value in (
-            ("pages", pages),
-            ("seed", seed),
-            ("size", size),
-            ("characters", characters),
-        )
-    }
+    given = dict(seed=seed, size=size, characters=characters, role=role)
+    given |= dict(pictures=pictures, fonts=fonts, pages=pages, layouts=layouts)
+    kinds = layouts.split(",")
+    numbers = {key: _number(key, given[key]) for key in ("pages", "seed", "size", "characters")}
     if role not in ("assistant", "user"):
         raise ValueError(f"data source {name!r}: role must be assistant or user, not {role!r}")
-    kinds = layouts.split(",")
     if unknown := [kind for kind in kinds if kind not in LAYOUTS]:
         raise ValueError(
             f"data source {name!r}: layouts has {unknown[0]!r}; there are {', '.join(LAYOUTS)}"
@@ -104,58 +148,15 @@ def open_book(
             f"data source {name!r}: name the sources of its text, as in"
             f" ocr-{language}:emoji-{language}"
         )
-    written = [open_source(unquote(part)) for part in path.split(",")]
-    texts, backgrounds = partial(supply, written, role), open_source(pictures) if pictures else ()
-    given = dict(
-        seed=seed,
-        size=size,
-        characters=characters,
-        role=role,
-        pictures=pictures,
-        fonts=fonts,
-        pages=pages,
-        layouts=layouts,
-    )
+    texts = [open_source(unquote(part)) for part in path.split(",")]
+    backgrounds = open_source(pictures) if pictures else None
     whole = f"ocr-{language}:{path}?{urlencode(given)}"  # all that a picture depends on
-    usable = faces(language, fonts)
-
-    def page(number: int) -> Page:
-        return compose(
-            (numbers["seed"], number),
-            numbers["size"],
-            language,
-            usable,
-            texts,
-            numbers["characters"],
-            bool(pictures),
-            kinds,
-        )
-
-    def sample(number: int) -> Sample:
-        made = page(number)
-        words = [word for line in made.sheet.lines for word in line.words]
-        placed = lambda parts: list(
-            zip([part.text for part in parts], made.place([part.box for part in parts]))
-        )
-        asked = dialogs(
-            language,
-            placed(made.sheet.lines),
-            placed(words),
-            np.random.default_rng((numbers["seed"], number, 2)),
-        )
-        return Sample(str(number), name, ((ImageRef(f"page://{number}::{whole}"),),), asked)
-
-    def picture(number: int) -> bytes:
-        drawn, quality = draw(
-            page(number), (numbers["seed"], number), partial(_background, backgrounds)
-        )
-        file = io.BytesIO()
-        drawn.save(file, "JPEG", quality=quality)
-        return file.getvalue()
-
-    return Book(
-        name, numbers["pages"], sample, picture, [*written, *([backgrounds] if pictures else [])]
+    count = numbers.pop("pages")
+    made = _Pages(
+        name, whole, language, faces(language, fonts), texts, role, backgrounds, kinds, **numbers
     )
+    made_of = texts if backgrounds is None else [*texts, backgrounds]
+    return Book(name, count, made.sample, made.picture, made_of)
 
 
 def supply(

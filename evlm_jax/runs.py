@@ -12,6 +12,7 @@ from flax import nnx
 from evlm_jax import assets
 from evlm_jax.checkpoint import store
 from evlm_jax.checkpoint.atomic_dir import whole
+from evlm_jax.checkpoint.frozen_store import write_store
 from evlm_jax.checkpoint.initialize import put_sharded
 from evlm_jax.checkpoint.lazy_tensors import Tensor
 from evlm_jax.config import EVLMConfig, MeshConfig
@@ -105,6 +106,6 @@ def save_model(
     """
     with whole(out, {"saved": time.time_ns()}) as folder:  # takes up nothing of an earlier attempt
         tensors = {name: Tensor.of(array) for name, array in params.items()}
-        stored = store.write_store(folder, tensors)
+        stored = write_store(folder, tensors)
         keep_tokenizer(tokenizer, folder)
         store.write_imported(folder, cfg, stored, {}, trained=tensors)

@@ -10,17 +10,14 @@
                            step that names it
     DIR/owner.json         who trains there (owner.py)
 
-The hash is of the content. A store is written again only where it does not hold what a phase
-freezes: a phase that unfreezes more rests on the store of the phase before, and its own trained
-values lie over it. Saves are asynchronous and atomic: written aside and renamed; in a bucket a mark
-comes last and goes first. A store is deleted only when no step names it any more. A model that was
-imported or upcycled is a store and a step 0 without trained parameters beside it."""
+The hash is of the content (frozen_store.py). A store is written again only where it does not hold
+what a phase freezes: a phase that unfreezes more rests on the store of the phase before, and its
+own trained values lie over it. Saves are asynchronous and atomic: written aside and renamed; in a
+bucket a mark comes last and goes first. A store is deleted only when no step names it any more. A
+model that was imported or upcycled is a store and a step 0 without trained parameters beside it."""
 
 import contextlib
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -28,25 +25,30 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from evlm_jax import paths
 from evlm_jax.checkpoint import digests
-from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, digest, read_all
+from evlm_jax.checkpoint.frozen_store import manifest_of, read_store, store_name, write_store
+from evlm_jax.checkpoint.lazy_tensors import Tensor, digest, read_all
 from evlm_jax.checkpoint.owner import Owner
-from evlm_jax.checkpoint.safetensors_file import read_folder, write_folder
+from evlm_jax.checkpoint.run_layout import (
+    ASIDE,
+    COMMITTED,
+    FROZEN,
+    MANIFEST,
+    STEPS,
+    atomicity,
+    finished,
+    free_name,
+    half_written,
+    read_object,
+)
+from evlm_jax.checkpoint.step_arrays import check_names, nest, read_arrays
 from evlm_jax.config import EVLMConfig, compat, from_saved, to_saved
 from evlm_jax.parallel.distributed import allgather_json, barrier, is_first, log_once
 
 Arrays = dict[str, np.ndarray]  # by canonical name
-STEPS, FROZEN, ASIDE, MANIFEST, INCOMPLETE = (
-    "steps",
-    "frozen",
-    "aside",
-    "manifest.json",
-    ".incomplete",
-)
-COMMITTED = "commit_success.txt"  # orbax writes it into a step when all else is there
 ITEMS = ("params", "groups")
 
 
@@ -75,7 +77,7 @@ class Checkpoints:
         for part in (STEPS, FROZEN) if is_first() else ():
             paths.make(self.root / part)
             for path in paths.children(self.root / part):
-                if _half_written(path):
+                if half_written(path):
                     log_once(f"checkpoint: removing the half-written {path}")
                     path.rmtree()
         barrier("checkpoint: the directory is tidy")
@@ -106,7 +108,9 @@ class Checkpoints:
                 f"checkpoint: going on from step {snapshot.meta['step']}, step {later} is put into"
                 f" {self.root / ASIDE}"
             )
-            paths.move(self.root / STEPS / str(later), _free(self.root / ASIDE, later), COMMITTED)
+            paths.move(
+                self.root / STEPS / str(later), free_name(self.root / ASIDE, later), COMMITTED
+            )
         barrier("checkpoint: later steps are put aside")
         self._manager.reload()
         return snapshot
@@ -114,10 +118,10 @@ class Checkpoints:
     def freeze(self, arrays: Arrays) -> None:
         """Makes sure that a store holds `arrays`; the steps saved from now on rest on it."""
         manifest = {name: digest(np.asarray(array)) for name, array in arrays.items()}
-        if self._store and manifest.items() <= _manifest(self.root, self._store).items():
+        if self._store and manifest.items() <= manifest_of(self.root, self._store).items():
             return
-        self._store = _hash(manifest)
-        if is_first() and not _finished(self.root / FROZEN / self._store):
+        self._store = store_name(manifest)
+        if is_first() and not finished(self.root / FROZEN / self._store):
             write_store(
                 self.root, {name: Tensor.of(np.asarray(array)) for name, array in arrays.items()}
             )
@@ -133,8 +137,8 @@ class Checkpoints:
         """
         meta = meta | {"format": compat.FORMAT, "step": step, "store": self._store}
         items = ocp.args.Composite(
-            params=ocp.args.PyTreeSave(_nest(params)),
-            groups=ocp.args.PyTreeSave(_nest(groups)),
+            params=ocp.args.PyTreeSave(nest(params)),
+            groups=ocp.args.PyTreeSave(nest(groups)),
             meta=ocp.args.JsonSave(meta),
             digests=ocp.args.JsonSave(digests.made(meta, params=params, groups=groups)),
         )
@@ -195,32 +199,6 @@ class Checkpoints:
             paths.remove(path, MANIFEST)
 
 
-def write_store(
-    root: epath.Path, tensors: Tensors, written: Callable[[int], None] = lambda _: None
-) -> str:
-    """Writes a frozen store tensor by tensor; one that was cut off under the same root goes on.
-    Returns its hash.
-
-    Args:
-      written: called with the bytes of each piece that is on disk.
-    """
-    aside = root / FROZEN / f"new{INCOMPLETE}"
-    paths.make(aside)
-    manifest = write_folder(aside, tensors, written)
-    store = root / FROZEN / _hash(manifest)
-    if _finished(store):  # a writer that was cut off behind this line has left it
-        aside.rmtree()
-    elif paths.remote(root):  # object by object, inside the store; with the manifest it is finished
-        for path in paths.children(aside):
-            paths.copy(path, store / path.name)
-        paths.write(store / MANIFEST, json.dumps(manifest, indent=0))
-        aside.rmtree()
-    else:
-        paths.write(aside / MANIFEST, json.dumps(manifest, indent=0))
-        aside.rename(store)
-    return store.name
-
-
 def write_imported(
     root: epath.Path, cfg: EVLMConfig, store: str, origin: dict, trained: Iterable[str] = ()
 ) -> None:
@@ -241,7 +219,7 @@ def write_imported(
         "digests": ocp.args.JsonSave(digests.made(meta, params={}, groups={})),
     }
     with ocp.Checkpointer(
-        ocp.CompositeCheckpointHandler(), atomicity_options=_atomicity(root)
+        ocp.CompositeCheckpointHandler(), atomicity_options=atomicity(root)
     ) as writer:
         writer.save(root / STEPS / "0", args=ocp.args.Composite(**items))
 
@@ -255,7 +233,7 @@ def identity(workdir: str, step: int | None) -> list:
 def steps(workdir: str) -> list[int]:
     """Finalised steps, ascending."""
     found = paths.children(paths.place(workdir) / STEPS)
-    return sorted(int(path.name) for path in found if path.name.isdigit() and _finished(path))
+    return sorted(int(path.name) for path in found if path.name.isdigit() and finished(path))
 
 
 def read(workdir: str, step: int | None = None) -> Snapshot:
@@ -268,8 +246,8 @@ def read(workdir: str, step: int | None = None) -> Snapshot:
     """
     path, meta, sums = _find(workdir, step)
     with _blamed(path):
-        params, groups = (_arrays(path / item, None, sums and sums[item]) for item in ITEMS)
-    return Snapshot(params, read_all(_frozen(path.parent.parent, meta["store"])), groups, meta)
+        params, groups = (read_arrays(path / item, None, sums and sums[item]) for item in ITEMS)
+    return Snapshot(params, read_all(read_store(path.parent.parent, meta["store"])), groups, meta)
 
 
 def open_params(workdir: str, step: int | None = None) -> tuple[dict[str, Tensor], EVLMConfig]:
@@ -277,7 +255,7 @@ def open_params(workdir: str, step: int | None = None) -> tuple[dict[str, Tensor
     config. Raises as `read` does.
     """
     path, meta, sums = _find(workdir, step)
-    return _frozen(path.parent.parent, meta["store"]) | _trained(
+    return read_store(path.parent.parent, meta["store"]) | _trained(
         path / "params", sums and sums["params"]
     ), from_saved(meta["config"])
 
@@ -286,8 +264,8 @@ def load_params(workdir: str, step: int | None = None) -> tuple[Arrays, EVLMConf
     """`open_params`, in memory; what was trained is restored at once."""
     path, meta, sums = _find(workdir, step)
     with _blamed(path):
-        arrays = _arrays(path / "params", None, sums and sums["params"])
-    tensors = _frozen(path.parent.parent, meta["store"])
+        arrays = read_arrays(path / "params", None, sums and sums["params"])
+    tensors = read_store(path.parent.parent, meta["store"])
     frozen = read_all({name: tensor for name, tensor in tensors.items() if name not in arrays})
     return {
         name: arrays[name] if name in arrays else frozen[name] for name in tensors | arrays
@@ -324,10 +302,10 @@ def _find(workdir: str, step: int | None) -> tuple[epath.Path, dict, dict | None
         )
     path = root / STEPS / str(found[-1] if step is None else step)
     with _blamed(path):
-        meta = _json(path / "meta" / "metadata")
+        meta = read_object(path / "meta" / "metadata")
         if compat.check(meta.get("format", 0), str(path)) == 0 and not (path / "digests").exists():
             return path, meta, None
-        sums = _json(path / "digests" / "metadata")
+        sums = read_object(path / "digests" / "metadata")
         if digests.of_json(meta) != sums["meta"]:
             raise ValueError("meta/metadata is not what was saved there (its digest differs)")
     return path, meta, sums
@@ -351,114 +329,21 @@ def _blamed(path: epath.Path) -> Iterator[None]:
         ) from error
 
 
-def _free(folder: epath.Path, step: int) -> epath.Path:
-    """A name in `folder` that is not taken."""
-    names = (f"{step}" if count == 0 else f"{step}.{count}" for count in range(1000))
-    return next(folder / name for name in names if not (folder / name).exists())
-
-
-def _frozen(root: epath.Path, store: str) -> dict[str, Tensor]:
-    path = root / FROZEN / store
-    if not _finished(path):
-        present = ", ".join(p.name for p in paths.children(root / FROZEN)) or "none"
-        raise ValueError(
-            f"the checkpoint needs the frozen store {store}, {root / FROZEN} has {present}: copy"
-            f" {store} there"
-        )
-    manifest = _manifest(root, store)
-    if (found := _hash(manifest)) != store:
-        raise ValueError(
-            f"the checkpoint needs the frozen store {store}, the content of {path} has hash"
-            f" {found}: copy the original there"
-        )
-
-    try:
-        tensors = read_folder(path) or {}
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"{path} cannot be read: {str(error).splitlines()[0]}: copy the original store there"
-        ) from error
-    if lost := sorted(manifest.keys() - tensors.keys()):
-        raise ValueError(
-            f"{path}: {len(lost)} tensors are not there, first of them {', '.join(lost[:3])}: copy"
-            " the original store there"
-        )
-
-    def checked(name: str) -> np.ndarray:
-        if digest(array := tensors[name].read()) != manifest[name]:
-            raise ValueError(
-                f"{path}: {name} is not what was written there (its hash differs): copy the"
-                " original store there"
-            )
-        return array
-
-    return {name: tensors[name]._replace(read=partial(checked, name)) for name in manifest}
-
-
 def _options(root: epath.Path, keep: int) -> ocp.CheckpointManagerOptions:
     """On a disk what keep-n drops is renamed first, so that deleting is atomic too; in a bucket
     `_tidy` deletes, the mark first.
     """
     if not paths.remote(root):
         return ocp.CheckpointManagerOptions(max_to_keep=keep, todelete_subdir="deleted")
-    return ocp.CheckpointManagerOptions(atomicity_options=_atomicity(root))
-
-
-def _atomicity(root: epath.Path) -> ocp.options.AtomicityOptions | None:
-    """A bucket renames object by object."""
-    return (
-        ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
-        if paths.remote(root)
-        else None
-    )
-
-
-def _finished(path: epath.Path) -> bool:
-    """Whether a step or a store is there and whole: its last file is, or a step has its name on a
-    disk.
-    """
-    if path.parent.name == FROZEN:
-        return (path / MANIFEST).exists()
-    return (path / COMMITTED).exists() if paths.remote(path) else path.exists()
-
-
-def _half_written(path: epath.Path) -> bool:
-    """Whether something below steps/ or frozen/ is what a kill has left."""
-    ours = path.name.isdigit() or path.parent.name == FROZEN
-    return (
-        ".orbax-checkpoint-tmp" in path.name
-        or path.name.endswith(INCOMPLETE)
-        or ours
-        and not _finished(path)
-    )
-
-
-def _json(file: epath.Path) -> dict:
-    """Raises ValueError naming the file where it holds no JSON object."""
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is no JSON object")
-    return found
+    return ocp.CheckpointManagerOptions(atomicity_options=atomicity(root))
 
 
 def _store(path: epath.Path) -> str | None:
     """The store that a step names; None where that cannot be read."""
     try:
-        return _json(path / "meta" / "metadata")["store"]
+        return read_object(path / "meta" / "metadata")["store"]
     except (ValueError, KeyError, OSError):
         return None
-
-
-def _manifest(root: epath.Path, store: str) -> dict[str, str]:
-    """{name: hash of its tensor} of a frozen store."""
-    return _json(root / FROZEN / store / MANIFEST)
-
-
-def _hash(manifest: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _trained(path: epath.Path, sums: digests.Chunks | None) -> dict[str, Tensor]:
@@ -470,51 +355,13 @@ def _trained(path: epath.Path, sums: digests.Chunks | None) -> dict[str, Tensor]
         return {}
     with _blamed(path.parent):
         saved = flatten_dict(ocp.PyTreeCheckpointHandler().metadata(path).tree, sep="/")
-        _same_names(path, saved, sums)
+        check_names(path, saved, sums)
 
     def one(name: str) -> np.ndarray:
         with _blamed(path.parent):
-            return _arrays(path, {name: saved[name]}, sums and {name: sums[name]})[name]
+            return read_arrays(path, {name: saved[name]}, sums and {name: sums[name]})[name]
 
     return {
         name: Tensor(tuple(about.shape), np.dtype(about.dtype), partial(one, name))
         for name, about in saved.items()
     }
-
-
-def _arrays(path: epath.Path, saved: dict | None, sums: digests.Chunks | None) -> Arrays:
-    """What orbax saved at `path`, or of that the names in `saved`, as NumPy, held against its
-    digests where there are any.
-    """
-    if not path.exists():
-        _same_names(path, {}, sums)
-        return {}
-    handler = ocp.PyTreeCheckpointHandler()
-    tree = handler.metadata(path).tree if saved is None else _nest(saved)
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    part = {"item": tree, "partial_restore": True} if saved else {}
-    arrays = flatten_dict(
-        handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy, **part)), sep="/"
-    )
-    if sums is not None:
-        _same_names(path, arrays, sums)
-        with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-            list(
-                pool.map(
-                    lambda name: digests.check(f"{path.name}/{name}", arrays[name], sums[name]),
-                    arrays,
-                )
-            )
-    return arrays
-
-
-def _same_names(path: epath.Path, found: dict, sums: digests.Chunks | None) -> None:
-    """Raises ValueError where an item holds other arrays than were saved."""
-    if sums is not None and (wrong := sorted(found.keys() ^ sums.keys())):
-        raise ValueError(
-            f"{path.name} has other arrays than were saved there, first of them {wrong[0]}"
-        )
-
-
-def _nest(arrays: dict) -> dict:
-    return unflatten_dict(arrays, sep="/")

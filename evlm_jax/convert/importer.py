@@ -13,6 +13,7 @@ from tqdm import tqdm
 from evlm_jax import assets
 from evlm_jax.checkpoint import store as checkpoint
 from evlm_jax.checkpoint.atomic_dir import whole
+from evlm_jax.checkpoint.frozen_store import write_store
 from evlm_jax.checkpoint.lazy_tensors import Source, Tensor, read_all, read_json
 from evlm_jax.config import EVLMConfig, from_config_dict, to_dict
 from evlm_jax.convert.context import check_length
@@ -172,7 +173,7 @@ def _write(
             unit_scale=True,
             desc=folder.stem,
         ) as bar:
-            store = checkpoint.write_store(folder, tensors, bar.update)
+            store = write_store(folder, tensors, bar.update)
         keep_tokenizer(load_tokenizer(cfg.init.llm), folder)
         checkpoint.write_imported(folder, cfg, store, origin, trained)
 

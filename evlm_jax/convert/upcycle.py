@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from evlm_jax.checkpoint import store as checkpoint
 from evlm_jax.checkpoint.atomic_dir import whole
+from evlm_jax.checkpoint.frozen_store import write_store
 from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, read_all
 from evlm_jax.checkpoint.store import Arrays
 from evlm_jax.config import EVLMConfig, MoEConfig
@@ -216,7 +217,7 @@ def upcycle_run(source: str, cfg: EVLMConfig, out: str) -> None:
             unit_scale=True,
             desc=folder.stem,
         ) as bar:
-            store = checkpoint.write_store(folder, made, bar.update)
+            store = write_store(folder, made, bar.update)
         if own := source_of_run(source, ""):  # runs of former versions kept none
             keep_tokenizer(load_tokenizer(own), folder)
         checkpoint.write_imported(folder, after, store, {"upcycled": source}, trained)

@@ -1,0 +1,92 @@
+"""Frozen stores: parameters that no step changes, in safetensors files under the hash of their
+content."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from etils import epath
+
+from evlm_jax import paths
+from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, digest
+from evlm_jax.checkpoint.run_layout import FROZEN, INCOMPLETE, MANIFEST, finished, read_object
+from evlm_jax.checkpoint.safetensors_file import read_folder, write_folder
+
+
+def write_store(
+    root: epath.Path, tensors: Tensors, written: Callable[[int], None] = lambda _: None
+) -> str:
+    """Writes a frozen store tensor by tensor; one that was cut off under the same root goes on.
+    Returns its hash.
+
+    Args:
+      written: called with the bytes of each piece that is on disk.
+    """
+    aside = root / FROZEN / f"new{INCOMPLETE}"
+    paths.make(aside)
+    manifest = write_folder(aside, tensors, written)
+    store = root / FROZEN / store_name(manifest)
+    if finished(store):  # a writer that was cut off behind this line has left it
+        aside.rmtree()
+    elif paths.remote(root):  # object by object, inside the store; with the manifest it is finished
+        for path in paths.children(aside):
+            paths.copy(path, store / path.name)
+        paths.write(store / MANIFEST, json.dumps(manifest, indent=0))
+        aside.rmtree()
+    else:
+        paths.write(aside / MANIFEST, json.dumps(manifest, indent=0))
+        aside.rename(store)
+    return store.name
+
+
+def read_store(root: epath.Path, store: str) -> dict[str, Tensor]:
+    """Its tensors, each held against the manifest when it is read.
+
+    Raises ValueError where the store is missing, another one or damaged, with the mend.
+    """
+    path = root / FROZEN / store
+    if not finished(path):
+        present = ", ".join(p.name for p in paths.children(root / FROZEN)) or "none"
+        raise ValueError(
+            f"the checkpoint needs the frozen store {store}, {root / FROZEN} has {present}: copy"
+            f" {store} there"
+        )
+    manifest = manifest_of(root, store)
+    if (found := store_name(manifest)) != store:
+        raise ValueError(
+            f"the checkpoint needs the frozen store {store}, the content of {path} has hash"
+            f" {found}: copy the original there"
+        )
+    try:
+        tensors = read_folder(path) or {}
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read: {str(error).splitlines()[0]}: copy the original store there"
+        ) from error
+    if lost := sorted(manifest.keys() - tensors.keys()):
+        raise ValueError(
+            f"{path}: {len(lost)} tensors are not there, first of them {', '.join(lost[:3])}: copy"
+            " the original store there"
+        )
+
+    def checked(name: str) -> np.ndarray:
+        if digest(array := tensors[name].read()) != manifest[name]:
+            raise ValueError(
+                f"{path}: {name} is not what was written there (its hash differs): copy the"
+                " original store there"
+            )
+        return array
+
+    return {name: tensors[name]._replace(read=partial(checked, name)) for name in manifest}
+
+
+def manifest_of(root: epath.Path, store: str) -> dict[str, str]:
+    """{name: hash of its tensor} of a frozen store."""
+    return read_object(root / FROZEN / store / MANIFEST)
+
+
+def store_name(manifest: dict[str, str]) -> str:
+    """The hash of its content."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]

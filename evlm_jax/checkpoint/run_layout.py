@@ -1,0 +1,52 @@
+"""The names in a run's directory (store.py draws it), and which of its parts are whole."""
+
+import json
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from evlm_jax import paths
+
+STEPS, FROZEN, ASIDE = "steps", "frozen", "aside"
+MANIFEST, INCOMPLETE = "manifest.json", ".incomplete"
+COMMITTED = "commit_success.txt"  # orbax writes it into a step when all else is there
+
+
+def free_name(folder: epath.Path, step: int) -> epath.Path:
+    """A name in `folder` that is not taken."""
+    names = (f"{step}" if count == 0 else f"{step}.{count}" for count in range(1000))
+    return next(folder / name for name in names if not (folder / name).exists())
+
+
+def atomicity(root: epath.Path) -> ocp.options.AtomicityOptions | None:
+    """A bucket renames object by object."""
+    if not paths.remote(root):
+        return None
+    return ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
+
+
+def finished(path: epath.Path) -> bool:
+    """Whether a step or a store is there and whole: its last file is, or a step has its name on a
+    disk.
+    """
+    if path.parent.name == FROZEN:
+        return (path / MANIFEST).exists()
+    return (path / COMMITTED).exists() if paths.remote(path) else path.exists()
+
+
+def half_written(path: epath.Path) -> bool:
+    """Whether something below steps/ or frozen/ is what a kill has left."""
+    if ".orbax-checkpoint-tmp" in path.name or path.name.endswith(INCOMPLETE):
+        return True
+    return (path.name.isdigit() or path.parent.name == FROZEN) and not finished(path)
+
+
+def read_object(file: epath.Path) -> dict:
+    """A JSON object. Raises ValueError naming the file where it holds no JSON object."""
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is no JSON object")
+    return found

@@ -58,10 +58,8 @@ class Room(NamedTuple):
     @classmethod
     def of(cls, prompts: Sequence[text.Document]) -> "Room":
         """For all of these."""
-        length, images = (
-            _rung(max(len(d.tokens) for d in prompts), LENGTHS),
-            _rung(max(len(d.refs) for d in prompts), IMAGES),
-        )
+        length = _rung(max(len(d.tokens) for d in prompts), LENGTHS)
+        images = _rung(max(len(d.refs) for d in prompts), IMAGES)
         return cls(
             max(length, LENGTHS[1]) if images > IMAGES[0] else length,
             max(images, IMAGES[1]) if length >= LENGTHS[2] else images,
@@ -186,52 +184,22 @@ class Generator:
         """
         ranges.check(Seed, seed, "seed")
         ranges.check(Positive, max_new_tokens, "max_new_tokens")
-        if (
-            ranges.check(Positive, num_return_sequences, "num_return_sequences") > 1
-            and not temperature
-        ):
+        ranges.check(Positive, num_return_sequences, "num_return_sequences")
+        if num_return_sequences > 1 and not temperature:
             raise ValueError(
                 "num_return_sequences: at temperature 0 all answers are the same; give a"
                 " temperature"
             )
-        stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
-        if not all(isinstance(string, str) for string in stop_strings):
-            raise ValueError(f"stop_strings must be texts, got {stop_strings!r}")
-        if "" in stop_strings:
-            raise ValueError("stop_strings: an empty text ends every answer; leave it out")
-        for document in prompts:
-            if not np.array_equal(document.positions, np.arange(len(document.tokens))) or not len(
-                document.tokens
-            ):
-                raise ValueError(
-                    f"prompt {document.key}: not one unbranched text; make it with Generator.prompt"
-                )
-        stop = tuple(self.tokenizer.eos if stop is None else stop)
-        how = self._sampling(stop, temperature, top_p, top_k, min_p, repetition_penalty)
+        strings = _strings(stop_strings)
         asked = [
-            Asked(prompts[i], i, j)
-            for i in range(len(prompts))
+            Asked(prompt, i, j)
+            for i, prompt in enumerate(map(_path, prompts))
             for j in range(num_return_sequences)
         ]
-        streams = [
-            Stream(self.tokenizer, stop, stop_strings, index, callback)
-            for index in range(len(asked))
-        ]
-        order = sorted(
-            range(len(asked)),
-            key=lambda k: (Room.of([asked[k].prompt]), len(asked[k].prompt.tokens)),
-        )
-        rows = self._rows(len(order))
-        for first in range(0, len(order), rows):
-            chosen = order[first : first + rows]
-            self._answer(
-                [asked[k] for k in chosen],
-                [streams[k] for k in chosen],
-                seed,
-                how,
-                max_new_tokens,
-                rows,
-            )
+        stop = tuple(self.tokenizer.eos if stop is None else stop)
+        how = self._sampling(stop, temperature, top_p, top_k, min_p, repetition_penalty)
+        streams = [Stream(self.tokenizer, stop, strings, k, callback) for k in range(len(asked))]
+        self._answer_all(asked, streams, seed, how, max_new_tokens)
         return [stream.answer() for stream in streams]
 
     def _sampling(
@@ -262,6 +230,19 @@ class Generator:
             penalty,
         )
 
+    def _answer_all(
+        self, asked: list[Asked], streams: list[Stream], seed: int, how: Sampling, most: int
+    ) -> None:
+        """In batches of similar length, into their streams."""
+        size = lambda k: (Room.of([asked[k].prompt]), len(asked[k].prompt.tokens))
+        order = sorted(range(len(asked)), key=size)
+        rows = self._rows(len(order))
+        for first in range(0, len(order), rows):
+            chosen = order[first : first + rows]
+            self._answer(
+                [asked[k] for k in chosen], [streams[k] for k in chosen], seed, how, most, rows
+            )
+
     def _rows(self, count: int) -> int:
         """Of the batches of so many answers."""
         rows, most = self.least["rows"], -(-self.rows // self.least["rows"]) * self.least["rows"]
@@ -271,7 +252,7 @@ class Generator:
 
     def _answer(
         self,
-        asked: list["Asked"],
+        asked: list[Asked],
         streams: list[Stream],
         seed: int,
         how: Sampling,
@@ -280,10 +261,8 @@ class Generator:
     ) -> None:
         """One batch, into its streams."""
         prompts = [one.prompt for one in asked]
-        refs, room = (
-            list(dict.fromkeys(ref for document in prompts for ref in document.refs)),
-            Room.of(prompts),
-        )
+        refs = list(dict.fromkeys(ref for document in prompts for ref in document.refs))
+        room = Room.of(prompts)
         prompt = collate(prompts, refs, self.cfg.tile, rows, room)
         places = np.array(
             [(one.number, one.answer) for one in asked] + [(0, 0)] * (rows - len(asked)), np.uint32
@@ -320,6 +299,26 @@ class Generator:
         return taps
 
 
+def _path(document: text.Document) -> text.Document:
+    """The document. Raises ValueError for one that is no single path, which cannot go on."""
+    count = len(document.tokens)
+    if not count or not np.array_equal(document.positions, np.arange(count)):
+        raise ValueError(
+            f"prompt {document.key}: not one unbranched text; make it with Generator.prompt"
+        )
+    return document
+
+
+def _strings(stop_strings: str | Sequence[str]) -> tuple[str, ...]:
+    """Raises ValueError for what is no text, or an empty one."""
+    strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+    if not all(isinstance(string, str) for string in strings):
+        raise ValueError(f"stop_strings must be texts, got {strings!r}")
+    if "" in strings:
+        raise ValueError("stop_strings: an empty text ends every answer; leave it out")
+    return strings
+
+
 def collate(
     prompts: Sequence[text.Document], refs: Sequence[ImageRef], tile: int, rows: int, room: Room
 ) -> Prompt:
@@ -342,10 +341,8 @@ def collate(
         lengths[row] = len(document.tokens)
         for name, array in arrays.items():
             array[row, : lengths[row]] = getattr(document, name)
-        start[row], count[row] = (
-            document.visible_start[-1],
-            document.visible_stop[-1] - document.visible_start[-1],
-        )
+        start[row] = document.visible_start[-1]
+        count[row] = document.visible_stop[-1] - start[row]
         image_number[row, : len(document.refs)] = [number[ref] for ref in document.refs]
     grouped = None
     if tile:

@@ -31,7 +31,7 @@ from evlm_jax.checkpoint.safetensors_file import write_folder
 from evlm_jax.checkpoint.store import open_params
 from evlm_jax.config import EVLMConfig
 from evlm_jax.config.load import load_config
-from evlm_jax.convert.engine import parameter_shapes, sizes, theirs
+from evlm_jax.convert.engine import parameter_shapes, sizes, to_foreign
 from evlm_jax.convert.export import describe_llm
 from evlm_jax.convert.tables import FAMILIES
 
@@ -75,7 +75,7 @@ def write_source(
 ) -> int:
     """A foreign directory; returns its bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    foreign = theirs(
+    foreign = to_foreign(
         next(f for f in FAMILIES if f.name == family), random_tower(cfg, tower), sizes(cfg, tower)
     )
     write_folder(folder, {prefix + name: tensor for name, tensor in foreign.items()})

@@ -153,7 +153,7 @@ def needed(cfg: EVLMConfig, trained: Collection[str], work: Work) -> dict[str, C
 
     reached = []  # for each tap, whether its gradient is needed
     passes = any(name.startswith(("vit/cls", "vit/registers", "vit/pos")) for name in trained)
-    for number, stage in enumerate(_vision(cfg, work) if cfg.sees else ()):
+    for number, stage in enumerate(_vision(cfg, work) if cfg.uses_images else ()):
         passes = any([count(product, passes) for product in stage])
         reached += [passes] if number in [STAGES * block for block in cfg.vit.taps] else []
     if cfg.bridge.kind != "routed":

@@ -197,9 +197,9 @@ class Generator:
             for j in range(num_return_sequences)
         ]
         stop = tuple(self.tokenizer.eos if stop is None else stop)
-        how = self._sampling(stop, temperature, top_p, top_k, min_p, repetition_penalty)
+        sampling = self._sampling(stop, temperature, top_p, top_k, min_p, repetition_penalty)
         streams = [Stream(self.tokenizer, stop, strings, k, callback) for k in range(len(asked))]
-        self._answer_all(asked, streams, seed, how, max_new_tokens)
+        self._answer_all(asked, streams, seed, sampling, max_new_tokens)
         return [stream.answer() for stream in streams]
 
     def _sampling(
@@ -231,7 +231,7 @@ class Generator:
         )
 
     def _answer_all(
-        self, asked: list[Asked], streams: list[Stream], seed: int, how: Sampling, most: int
+        self, asked: list[Asked], streams: list[Stream], seed: int, sampling: Sampling, most: int
     ) -> None:
         """In batches of similar length, into their streams."""
         size = lambda k: (Room.of([asked[k].prompt]), len(asked[k].prompt.tokens))
@@ -240,7 +240,7 @@ class Generator:
         for first in range(0, len(order), rows):
             chosen = order[first : first + rows]
             self._answer(
-                [asked[k] for k in chosen], [streams[k] for k in chosen], seed, how, most, rows
+                [asked[k] for k in chosen], [streams[k] for k in chosen], seed, sampling, most, rows
             )
 
     def _rows(self, count: int) -> int:
@@ -255,7 +255,7 @@ class Generator:
         asked: list[Asked],
         streams: list[Stream],
         seed: int,
-        how: Sampling,
+        sampling: Sampling,
         most: int,
         rows: int,
     ) -> None:
@@ -270,7 +270,7 @@ class Generator:
         random = _keys(np.uint32(seed), places)
         sizes = {"slots": room.length + _rung(most, LENGTHS), "images": room.images}
         state = self._prefill(
-            self.weights, prompt, self._taps(refs, rows, room), random, how, **sizes
+            self.weights, prompt, self._taps(refs, rows, room), random, sampling, **sizes
         )
         new, known = fetch_to_host(state.token)[:, None], 0
         while True:
@@ -280,14 +280,14 @@ class Generator:
             if known >= most or all(stream.ended for stream in streams):
                 return
             limit = 1 if streams[0].callback else min(CHUNK, most - known)
-            state, out = self._decode(self.weights, state, how, np.int32(limit))
+            state, out = self._decode(self.weights, state, sampling, np.int32(limit))
             new = fetch_to_host(out)[:, :limit]
 
     def _taps(self, refs: list[ImageRef], rows: int, room: Room) -> np.ndarray | None:
         """[n, G, S, V] with zeros behind the last one: of few images a prompt so many that any
         batch fits, else as many as there are, up to a power of two. None where the model sees no
         image."""
-        if not self.cfg.sees:
+        if not self.cfg.uses_images:
             return None
         vit, count = self.cfg.vit, rows * room.images if room.images <= IMAGES[-1] else len(refs)
         taps = np.zeros(

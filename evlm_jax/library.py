@@ -394,5 +394,5 @@ def _placed(cfg: EVLMConfig, params: store.Arrays, dtype: str | None, devices: D
 
 def _pixels(cfg: EVLMConfig) -> EVLMConfig:
     """Rows with their own image slots, whose pictures are pixels."""
-    cfg = cfg.apart
+    cfg = cfg.ungrouped
     return replace(cfg, data=replace(cfg.data, cache_features=False))

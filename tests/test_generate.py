@@ -178,7 +178,7 @@ def test_caches_equal_the_full_forward(changes):
         )
         without = full_forward(model, other, tokens[row].tolist())
         assert (np.abs(found[row] - without).max() > 1e-2) == (
-            bool(document.refs) and model.cfg.sees
+            bool(document.refs) and model.cfg.uses_images
         )  # images count
 
 

@@ -190,7 +190,7 @@ class EVLMConfig:
         return self.train.batch // self.data.pool
 
     @property
-    def apart(self) -> "EVLMConfig":
+    def ungrouped(self) -> "EVLMConfig":
         """For evaluation and generation: where rows share image slots, every row has its own
         instead, and pairs for all its text.
         """
@@ -226,7 +226,7 @@ class EVLMConfig:
         return self.xattn.tile if self.cross_layers else 0
 
     @property
-    def sees(self) -> bool:
+    def uses_images(self) -> bool:
         """Whether anything of an image reaches the language model."""
         return bool(self.cross_layers) or self.bridge.kind == "llava"
 

@@ -1,8 +1,8 @@
 """Foreign checkpoints <-> canonical tensors, by the tables of tables.py.
 
-Two steps: `conversion_plan` (and `unplan`, its inverse) decides from names, shapes and dtypes alone
-what becomes what and refuses everything that does not fit, with every name. Only then are tensors
-read, one at a time, when the `Tensor` that needs them is."""
+Two steps: `conversion_plan` (and `foreign_plan`, its inverse) decides from names, shapes and dtypes
+alone what becomes what and refuses everything that does not fit, with every name. Only then are
+tensors read, one at a time, when the `Tensor` that needs them is."""
 
 import functools
 import logging
@@ -109,7 +109,7 @@ def open_tower(cfg: EVLMConfig, source: Source, tower: str) -> Tower:
         len(dropped),
         ", ".join(dropped),
     )
-    tensors = ours(source, steps, sizes(cfg, tower))
+    tensors = to_canonical(source, steps, sizes(cfg, tower))
     if tower == "vit":
         tensors["vit/pos"] = _resized(cfg, tensors["vit/pos"])
     if wrong := [
@@ -280,7 +280,7 @@ def conversion_plan(
     return steps, dropped
 
 
-def ours(
+def to_canonical(
     source: Source, steps: Sequence[ConversionStep], lengths: dict[str, int]
 ) -> dict[str, Tensor]:
     """The canonical tensors of `conversion_plan`'s steps.
@@ -315,7 +315,7 @@ def ours(
     return tensors
 
 
-def unplan(family: Family, names: Iterable[str]) -> list[ConversionStep]:
+def foreign_plan(family: Family, names: Iterable[str]) -> list[ConversionStep]:
     """The inverse of `conversion_plan`: steps that use every canonical name exactly once.
 
     Raises ValueError listing those without a place.
@@ -333,10 +333,10 @@ def unplan(family: Family, names: Iterable[str]) -> list[ConversionStep]:
     return steps
 
 
-def theirs(family: Family, tensors: Tensors, lengths: dict[str, int]) -> dict[str, Tensor]:
+def to_foreign(family: Family, tensors: Tensors, lengths: dict[str, int]) -> dict[str, Tensor]:
     """The inverse of `ours`: all of `tensors` in the names and layouts of a family.
 
-    Raises ValueError as `unplan`.
+    Raises ValueError as `foreign_plan`.
     """
 
     def made(step: ConversionStep, arrays: list[np.ndarray]) -> np.ndarray:
@@ -347,7 +347,7 @@ def theirs(family: Family, tensors: Tensors, lengths: dict[str, int]) -> dict[st
         return einops.rearrange(fused, f"{canonical} -> {foreign}", **_lengths(step, lengths))
 
     out = {}
-    for step in unplan(family, tensors):
+    for step in foreign_plan(family, tensors):
         parts = [tensors[name] for name in step.names]
         shape = made(
             step, [np.broadcast_to(np.zeros((), part.dtype), part.shape) for part in parts]

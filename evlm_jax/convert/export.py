@@ -21,7 +21,7 @@ from evlm_jax.checkpoint.atomic_dir import whole
 from evlm_jax.checkpoint.lazy_tensors import Tensors
 from evlm_jax.checkpoint.safetensors_file import write_folder
 from evlm_jax.config import EVLMConfig
-from evlm_jax.convert.engine import sizes, theirs
+from evlm_jax.convert.engine import sizes, to_foreign
 from evlm_jax.convert.tables import FAMILIES
 from evlm_jax.convert.torch_file import write_torch
 from evlm_jax.data.tokenizer import Tokenizer, load_tokenizer, source_of_run
@@ -140,7 +140,7 @@ def in_names_of(family: str, tensors: Tensors, cfg: EVLMConfig) -> Tensors:
     Raises ValueError naming those without a place.
     """
     found = next(f for f in FAMILIES if f.name == family)
-    return theirs(found, tensors, sizes(cfg, found.tower))
+    return to_foreign(found, tensors, sizes(cfg, found.tower))
 
 
 def common_dtype(tensors: Tensors) -> str:

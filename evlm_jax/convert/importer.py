@@ -128,7 +128,7 @@ def vocabulary(cfg: EVLMConfig, where: str) -> Tokenizer:
             f"{where}: the tokenizer has {tokenizer.vocab_size} ids, llm.vocab is {cfg.llm.vocab}:"
             f" {mend}"
         )
-    if cfg.sees and tokenizer.id(cfg.media.placeholder) in tokenizer.encode(UNASSIGNED):
+    if cfg.uses_images and tokenizer.id(cfg.media.placeholder) in tokenizer.encode(UNASSIGNED):
         mend = "choose a spare token of the vocabulary"
         raise ValueError(
             f"config: media.placeholder {cfg.media.placeholder!r} is what unknown characters"

@@ -277,7 +277,7 @@ def rows_in_order(
     Raises:
       ValueError: a document that fits no row; ImageError: an image that cannot be read.
     """
-    cfg = cfg.apart
+    cfg = cfg.ungrouped
     if misfits := [drop for document in documents if (drop := unfit(document, cfg.data))]:
         raise ValueError(
             f"{len(misfits)} documents do not fit a row; the first: {misfits[0].message}: shorten"

@@ -93,7 +93,7 @@ def prefill(
     prompt: Prompt,
     taps: jax.Array | None,
     random: jax.Array,
-    how: Sampling,
+    sampling: Sampling,
     slots: int,
     images: int,
 ):
@@ -102,12 +102,14 @@ def prefill(
     Arguments as in `read_prompts`.
     """
     logits, state = read_prompts(cfg, weights, prompt, taps, random, slots, images)
-    if how.repetition_penalty is not None:
+    if sampling.repetition_penalty is not None:
         state = state._replace(seen=_seen(prompt, cfg.llm.vocab))
-    return _choose(logits, state, how)
+    return _choose(logits, state, sampling)
 
 
-def decode(cfg: EVLMConfig, weights: Weights, state: DecodeState, how: Sampling, limit: jax.Array):
+def decode(
+    cfg: EVLMConfig, weights: Weights, state: DecodeState, sampling: Sampling, limit: jax.Array
+):
     """Up to `limit` <= CHUNK further tokens of every answer; ends early when all are done.
 
     Returns:
@@ -121,7 +123,7 @@ def decode(cfg: EVLMConfig, weights: Weights, state: DecodeState, how: Sampling,
     def step(carry):
         i, state, out = carry
         ended = state.done
-        state = _choose(*read_tokens(cfg, weights, state), how)
+        state = _choose(*read_tokens(cfg, weights, state), sampling)
         return i + 1, state, out.at[:, i].set(jnp.where(ended, -1, state.token))
 
     empty = jnp.full((len(state.token), CHUNK), -1, jnp.int32)
@@ -317,16 +319,16 @@ def project(
     return jax.tree.map(lambda a: a[:, image], jax.lax.map(each, jnp.arange(len(cfg.cross_layers))))
 
 
-def _choose(logits: jax.Array, state: DecodeState, how: Sampling) -> DecodeState:
+def _choose(logits: jax.Array, state: DecodeState, sampling: Sampling) -> DecodeState:
     """The next token of each row from its logits [B, vocab]; a row that is done keeps its token."""
     keys = jax.vmap(jax.random.fold_in)(state.random, state.position)
-    token = jnp.where(state.done, state.token, sample(logits, keys, how, state.seen))
+    token = jnp.where(state.done, state.token, sample(logits, keys, sampling, state.seen))
     if state.seen is not None:
         state = state._replace(seen=state.seen.at[jnp.arange(len(token)), token].set(True))
     return state._replace(
         token=token,
         position=state.position + ~state.done,
-        done=state.done | jnp.isin(token, how.stop),
+        done=state.done | jnp.isin(token, sampling.stop),
     )
 
 

@@ -146,7 +146,7 @@ class EVLM(nnx.Module):
         """What the language model sees of images, [G', C, I, S', V or D] as bridge.py has it; None
         where it sees nothing.
         """
-        return self.bridged(self.taps(batch)) if self.cfg.sees else None
+        return self.bridged(self.taps(batch)) if self.cfg.uses_images else None
 
     @_precisely
     def bridged(self, taps: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ class Sampling(NamedTuple):
 
 
 def sample(
-    logits: jax.Array, random: jax.Array, how: Sampling, seen: jax.Array | None = None
+    logits: jax.Array, random: jax.Array, sampling: Sampling, seen: jax.Array | None = None
 ) -> jax.Array:
     """One token of each row of logits [B, vocab]: the best where temperature is 0, else drawn from
     `warped`.
@@ -33,39 +33,41 @@ def sample(
       seen: [B, vocab] bool, the tokens of the prompt and of the answer so far, where there is a
         repetition penalty.
     """
-    logits = processed(logits, how, seen)
-    draw = lambda row, key: jax.random.categorical(key, warped(row, how))
+    logits = processed(logits, sampling, seen)
+    draw = lambda row, key: jax.random.categorical(key, warped(row, sampling))
     return jax.lax.cond(
-        how.temperature > 0, lambda: jax.vmap(draw)(logits, random), lambda: jnp.argmax(logits, -1)
+        sampling.temperature > 0,
+        lambda: jax.vmap(draw)(logits, random),
+        lambda: jnp.argmax(logits, -1),
     ).astype(jnp.int32)
 
 
-def processed(logits: jax.Array, how: Sampling, seen: jax.Array | None) -> jax.Array:
+def processed(logits: jax.Array, sampling: Sampling, seen: jax.Array | None) -> jax.Array:
     """Logits [B, vocab] with the repetition penalty (arXiv 1909.05858), and -inf where a token is
     not allowed.
     """
-    if how.repetition_penalty is not None:
-        penalty = how.repetition_penalty
+    if sampling.repetition_penalty is not None:
+        penalty = sampling.repetition_penalty
         logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
-    return logits if how.allowed is None else jnp.where(how.allowed, logits, -jnp.inf)
+    return logits if sampling.allowed is None else jnp.where(sampling.allowed, logits, -jnp.inf)
 
 
-def warped(row: jax.Array, how: Sampling) -> jax.Array:
+def warped(row: jax.Array, sampling: Sampling) -> jax.Array:
     """Logits [vocab] over the temperature; -inf outside of the `top_k` best, then outside of the
     smallest set of best ones that have probability `top_p` (nucleus sampling, arXiv 1904.09751),
     then below `min_p` times the best one's probability (arXiv 2407.01082).
     """
-    scaled = row / how.temperature
+    scaled = row / sampling.temperature
     best = jnp.sort(scaled, descending=True)
-    top_k = jnp.where(how.top_k > 0, jnp.minimum(how.top_k, len(best)), len(best))
+    top_k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, len(best)), len(best))
     floor = best[top_k - 1]
     best = jnp.where(best >= floor, best, -jnp.inf)
     probability = jax.nn.softmax(best)
-    inside = (jnp.cumsum(probability) - probability < how.top_p) | (
-        how.top_p >= 1
+    inside = (jnp.cumsum(probability) - probability < sampling.top_p) | (
+        sampling.top_p >= 1
     )  # the mass in front of a token
     floor = jnp.maximum(floor, jnp.min(jnp.where(inside, best, jnp.inf)))
-    floor = jnp.maximum(floor, best[0] + jnp.log(how.min_p))
+    floor = jnp.maximum(floor, best[0] + jnp.log(sampling.min_p))
     return jnp.where(
         scaled >= jnp.minimum(floor, best[0]), scaled, -jnp.inf
     )  # the best one is always inside

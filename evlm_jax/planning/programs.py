@@ -76,7 +76,7 @@ def build(
         "decode": _decode,
         "encode": _encode,
     }[what]
-    return make(TrainPhase(cfg if what == "train" else cfg.apart, phase, layout), video)
+    return make(TrainPhase(cfg if what == "train" else cfg.ungrouped, phase, layout), video)
 
 
 def _work(of: TrainPhase, video: bool) -> Work:
@@ -133,13 +133,13 @@ def _prefill(of: TrainPhase, video: bool) -> Program:
         jnp.dtype(cfg.train.dtype),
         sharding=layout.rows,
     )
-    taps = taps if cfg.sees else None
+    taps = taps if cfg.uses_images else None
     weights, key = _weights(of), jax.eval_shape(jax.random.key, 0).dtype
     random = jax.ShapeDtypeStruct((rows,), key, sharding=layout.rows)
     sizes = {"slots": t, "images": i if video else 1}
     run = layout.jit(
-        lambda weights, prompt, taps, random, how: prefill(
-            cfg, weights, prompt, taps, random, how, **sizes
+        lambda weights, prompt, taps, random, sampling: prefill(
+            cfg, weights, prompt, taps, random, sampling, **sizes
         )
     )
     work = _work(of, video)._replace(encoded=0, targets=rows)

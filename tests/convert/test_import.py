@@ -76,15 +76,15 @@ def test_every_family_there_and_back(tmp_path, name, dtype):
     """Ours -> theirs on disk -> ours -> theirs, byte for byte."""
     found, cfg = family(name), tiny_config(**CHOICES.get(name, {}))
     before, sizes = random_tensors(cfg, found.tower, dtype), engine.sizes(cfg, found.tower)
-    write_folder(tmp_path, engine.theirs(found, before, sizes))
+    write_folder(tmp_path, engine.to_foreign(found, before, sizes))
     source = open_source(tmp_path)
     assert engine.recognise(source) == (found, "")
     steps, dropped = engine.conversion_plan(
         source, found, "", {name: tensor.shape for name, tensor in before.items()}
     )
-    after = engine.ours(source, steps, sizes)
+    after = engine.to_canonical(source, steps, sizes)
     assert not dropped and same(read_all(before), read_all(after))
-    assert same(read_all(source.tensors), read_all(engine.theirs(found, after, sizes)))
+    assert same(read_all(source.tensors), read_all(engine.to_foreign(found, after, sizes)))
 
 
 def test_towers_become_a_checkpoint(tmp_path, towers, capsys):

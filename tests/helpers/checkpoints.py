@@ -96,7 +96,7 @@ def dinov2_directory(folder: Path, cfg: EVLMConfig, dtype: str = "float32") -> P
         cfg, vit=replace(cfg.vit, taps=(cfg.vit.depth,), image_size=cfg.vit.pretrained_size)
     )
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = engine.theirs(family("dinov2"), random_tensors(whole, "vit", dtype), {})
+    tensors = engine.to_foreign(family("dinov2"), random_tensors(whole, "vit", dtype), {})
     write_folder(
         folder, tensors | {"layernorm.weight": Tensor.of(np.ones(cfg.vit.width, np.float32))}
     )
@@ -124,7 +124,9 @@ def llama_directory(folder: Path, cfg: EVLMConfig, dtype: str = "float32", **cha
     tokenizer_directory(folder)
     write_folder(
         folder,
-        engine.theirs(family("llama"), random_tensors(cfg, "llm", dtype), engine.sizes(cfg, "llm")),
+        engine.to_foreign(
+            family("llama"), random_tensors(cfg, "llm", dtype), engine.sizes(cfg, "llm")
+        ),
     )
     llm = cfg.llm
     config = {

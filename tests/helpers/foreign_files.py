@@ -45,7 +45,9 @@ def gguf_file(path: Path, keys: dict, cfg=UNTIED, more: dict | None = None) -> P
                 key if key.startswith(("general.", "split.", "tokenizer.")) else f"llama.{key}",
                 value,
             )
-    made = engine.theirs(family("llama-gguf"), random_tensors(cfg, "llm"), engine.sizes(cfg, "llm"))
+    made = engine.to_foreign(
+        family("llama-gguf"), random_tensors(cfg, "llm"), engine.sizes(cfg, "llm")
+    )
     for name, array in (read_all(made) | (more or {})).items():
         writer.add_tensor(name, np.ascontiguousarray(array))
     for write in (

@@ -111,7 +111,7 @@ def tiny_batch(cfg: EVLMConfig, seed: int, rows: int | None = None, fill: float 
       fill: share of the positions (and so of the targets) that rows may use; the rest is padding.
     """
     rng = np.random.default_rng(seed)
-    made = [_row(cfg.apart, rng, fill) for _ in range(rows or cfg.train.batch)]
+    made = [_row(cfg.ungrouped, rng, fill) for _ in range(rows or cfg.train.batch)]
     batch = Batch(
         *(
             None if made[0][name] is None else np.stack([row[name] for row in made])

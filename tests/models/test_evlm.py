@@ -174,7 +174,7 @@ def test_rows_in_pools_equal_rows_alone():
     cfg = tiny_config(vit=dict(depth=2, taps=(2,)), data=data, train=dict(batch=4))
     model = open_gates(cfg)
     sums = jax.jit(jax.value_and_grad(lambda model, batch: loss_sums(model, batch, 2)[0]))
-    (shared, theirs), (alone, ours) = (sums(model, tiny_batch(c, 3)) for c in (cfg, cfg.apart))
+    (shared, theirs), (alone, ours) = (sums(model, tiny_batch(c, 3)) for c in (cfg, cfg.ungrouped))
     np.testing.assert_allclose(shared, alone, rtol=1e-5)
     for mine, other in zip(jax.tree.leaves(theirs), jax.tree.leaves(ours), strict=True):
         np.testing.assert_allclose(mine, other, atol=1e-5 * np.abs(other).max() + 1e-9)

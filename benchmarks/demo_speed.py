@@ -30,7 +30,7 @@ from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.param_names import unflatten
 from evlm_jax.ops.grouped_attention import AttentionPlan
 from evlm_jax.parallel.mesh import make_layout
-from evlm_jax.train import TrainPhase
+from evlm_jax.phase import TrainPhase
 from experiments import demo
 
 

@@ -18,7 +18,7 @@ ROOMS = [  # in the order of docs/architecture.md; the longest name that fits a 
     "models",
     "optim checkpoint",
     "metrics loss watch",
-    "train",
+    "phase train",
     "report planning",
     "generate runs convert",
     "evals costs",
@@ -28,14 +28,8 @@ ROOMS = [  # in the order of docs/architecture.md; the longest name that fits a 
 ]
 MOST_LINES, MOST_OF_FUNCTION = 400, 60
 LONGER = """
-evlm_jax/checkpoint/store.py
 evlm_jax/convert/torch_model/modeling_evlm.py
 evlm_jax/convert/torch_model/processing_evlm.py
-evlm_jax/data/ocr/book.py
-evlm_jax/generate.py
-evlm_jax/models/decoding.py
-evlm_jax/planning/plan.py
-evlm_jax/train.py
 """.split()  # files that are to be shortened yet: none is added
 RANK = {room: rank for rank, row in enumerate(ROOMS) for room in row.split()}
 

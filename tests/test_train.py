@@ -27,7 +27,8 @@ from evlm_jax.models import param_names
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.parallel.status import Stopped
-from evlm_jax.train import TrainPhase, gradients, train
+from evlm_jax.phase import TrainPhase, gradients
+from evlm_jax.train import train
 from tests.helpers.tiny import CROSS_ONLY, UPPER_VIT, TinyData, tiny_batch, tiny_config, tiny_towers
 
 STEPS, BOUNDARY = 50, 24

@@ -19,7 +19,7 @@ from evlm_jax.data.sources import open_source
 from evlm_jax.data.tokenizer import load_tokenizer
 from evlm_jax.flops import train_flops
 from evlm_jax.parallel.mesh import make_layout
-from evlm_jax.train import TrainPhase
+from evlm_jax.phase import TrainPhase
 
 QUESTIONS, FLOPS = "questions", "flops"  # the two budgets, by name
 

@@ -35,8 +35,8 @@ from evlm_jax.evals.task import Question, first
 from evlm_jax.launch import train_run
 from evlm_jax.metrics import training_lines
 from evlm_jax.parallel.mesh import make_layout
+from evlm_jax.phase import TrainPhase
 from evlm_jax.runs import Trained, features_of, load_trained
-from evlm_jax.train import TrainPhase
 
 CHOICE, CAPTION = "easy-vqa-choice", "emoji"
 ROWS = {CHOICE: 4, CAPTION: 32}  # of an evaluation's batch

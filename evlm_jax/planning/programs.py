@@ -20,8 +20,8 @@ from evlm_jax.models.sampling import Sampling
 from evlm_jax.ops.grouped_attention import AttentionPlan
 from evlm_jax.optim import starts
 from evlm_jax.parallel.mesh import Layout
+from evlm_jax.phase import TrainPhase
 from evlm_jax.planning import chips
-from evlm_jax.train import TrainPhase
 
 WHATS = ("train", "eval", "prefill", "decode", "encode")
 STOPS = 8  # stop tokens of a generation

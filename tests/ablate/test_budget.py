@@ -14,7 +14,7 @@ from evlm_jax.data.pipeline import batches
 from evlm_jax.data.tokenizer import load_tokenizer
 from evlm_jax.metrics import work
 from evlm_jax.parallel.mesh import make_layout
-from evlm_jax.train import TrainPhase
+from evlm_jax.phase import TrainPhase
 from tests.helpers.checkpoints import tokenizer_directory
 from tests.helpers.parity import needs_asset
 from tests.helpers.tiny import tiny_config

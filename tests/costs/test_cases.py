@@ -13,7 +13,7 @@ from evlm_jax.convert.engine import parameter_shapes
 from evlm_jax.costs import cases, crossover, measure
 from evlm_jax.costs.cases import EVLM, LLAVA, case, counterparts
 from evlm_jax.parallel.mesh import make_layout
-from evlm_jax.train import TrainPhase
+from evlm_jax.phase import TrainPhase
 from tests.costs.test_costs import TINY, of
 from tests.helpers.tiny import BASELINES, UPPER_VIT, tiny_config
 

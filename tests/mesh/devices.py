@@ -20,7 +20,8 @@ from evlm_jax.parallel.agreement import agreed
 from evlm_jax.parallel.distributed import fetch_to_host
 from evlm_jax.parallel.mesh import Layout, make_layout
 from evlm_jax.parallel.status import Stopped
-from evlm_jax.train import TrainPhase, gradients, train
+from evlm_jax.phase import TrainPhase, gradients
+from evlm_jax.train import train
 from tests.helpers.random_model import random_model
 from tests.helpers.tiny import BASELINES, UPPER_VIT, TinyData, tiny_batch, tiny_config, tiny_towers
 

@@ -18,7 +18,7 @@ import pytest
 
 from evlm_jax.checkpoint import store
 from evlm_jax.parallel.mesh import RULES, check_parameters, make_layout, mesh_sizes
-from evlm_jax.train import TrainPhase
+from evlm_jax.phase import TrainPhase
 from tests.evals import layouts
 from tests.helpers.checkpoints import run_directory
 from tests.helpers.random_model import random_model

@@ -9,10 +9,10 @@ import importlib.util
 import pytest
 
 from evlm_jax.parallel.mesh import make_layout
+from evlm_jax.phase import TrainPhase
 from evlm_jax.planning import chips
 from evlm_jax.planning.compiled import COLLECTIVES
 from evlm_jax.planning.hlo import Instruction, Module
-from evlm_jax.train import TrainPhase
 from tests.helpers.tiny import tiny_config
 
 pytestmark = [

@@ -1,0 +1,213 @@
+"""One update, and the phase of training in which it is compiled.
+
+Unusual: gradients exist for the trainable State only, frozen parameters are plain arguments of the
+step. An update whose loss or gradient is not finite changes nothing."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from evlm_jax import optim
+from evlm_jax.batch import Batch
+from evlm_jax.config import EVLMConfig
+from evlm_jax.loss import loss_sums
+from evlm_jax.models import param_names
+from evlm_jax.models.evlm import EVLM
+from evlm_jax.parallel.agreement import agreed
+from evlm_jax.parallel.distributed import log_once
+from evlm_jax.parallel.mesh import Layout, check_parameters
+from evlm_jax.parallel.sharding import all_gather_params, reduce_scatter_grads
+
+
+class TrainState(NamedTuple):
+    """All that a step changes."""
+
+    step: jax.Array  # int32, finished updates
+    params: nnx.State  # trainable
+    groups: optim.Groups
+
+
+def gradients(
+    cfg: EVLMConfig, graphdef: nnx.GraphDef, params: nnx.State, frozen: nnx.State, batch: Batch
+) -> tuple[nnx.State, dict]:
+    """Gradient of the mean loss over all targets of the batch, from sums over the micro-batches;
+    float32, in the pieces that are stored.
+
+    Returns:
+      (gradients like `params`, sums over the batch as in loss.loss_sums)
+    """
+
+    def loss(params, rows):
+        return loss_sums(nnx.merge(graphdef, params, frozen), rows, len(cfg.data.sources))
+
+    def micro_batch(total, rows):
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, rows)
+        return (
+            jax.tree.map(
+                jnp.add,
+                total,
+                (reduce_scatter_grads(jax.tree.map(lambda g: g.astype(jnp.float32), grads)), sums),
+            ),
+            None,
+        )
+
+    params = all_gather_params(params, cfg.train.operands)
+    micro_batches = jax.tree.map(
+        functools.partial(_split, len(batch.tokens) // cfg.data.pool, cfg.train.accumulate), batch
+    )
+    zeros = reduce_scatter_grads(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+    _, sums = jax.eval_shape(loss, params, jax.tree.map(lambda x: x[0], micro_batches))
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+    (grads, sums), _ = jax.lax.scan(micro_batch, (zeros, nothing), micro_batches)
+    count = jnp.maximum(sums["count"].sum(), 1)
+    return jax.tree.map(lambda g: g / count, grads), sums
+
+
+def _split(pools: int, k: int, x: jax.Array) -> jax.Array:
+    """[B or C, ...] -> k micro-batches.
+
+    Pool c goes to number c % k, so that every device has its share of each.
+    """
+    return (
+        x.reshape(pools // k, k, len(x) // pools, *x.shape[1:])
+        .swapaxes(0, 1)
+        .reshape(k, len(x) // k, *x.shape[1:])
+    )
+
+
+def train_step(
+    cfg: EVLMConfig,
+    graphdef: nnx.GraphDef,
+    plan: optim.OptimizerPlan,
+    state: TrainState,
+    frozen: nnx.State,
+    batch: Batch,
+) -> tuple[TrainState, dict]:
+    """One update. Returns the new state and what is reported of the step."""
+    batch, same = agreed(batch)
+    grads, sums = gradients(cfg, graphdef, state.params, frozen, batch)
+    params, groups, norm = optim.update(cfg, plan, state.step, state.params, grads, state.groups)
+    good = jnp.isfinite(sums["loss"].sum()) & jnp.isfinite(norm)
+    params, groups = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old), (params, groups), (state.params, state.groups)
+    )
+    report = {
+        "good": good,
+        "grad_norm": norm,
+        "lr": optim.schedule(cfg, state.step),
+        "source_loss": sums["loss"],
+    }
+    report["source_count"] = sums["count"]
+    if cfg.cross_layers:
+        gates = nnx.merge(graphdef, params, frozen).xattn.gates()
+        report["gates"] = {name: gate.opening() for name, gate in gates.items()}
+    report |= {} if same is None else {"same": same}
+    if "routing" in sums:
+        report["routing"] = sums["routing"]._asdict()
+    return TrainState(state.step + 1, params, groups), report
+
+
+class TrainPhase:
+    """From one change of the trainable set to the next: its plan, where its arrays lie, the frozen
+    parameters, one compiled step.
+    """
+
+    def __init__(self, cfg: EVLMConfig, number: int, layout: Layout):
+        self.cfg, self.number, self.layout = cfg, number, layout
+        self.graphdef, self.shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
+        check_parameters(layout, self.shapes, lambda path: param_names.canonical(cfg, path)[0])
+        self.plan = optim.optimizer_plan(cfg, number, self.shapes)
+        self.trained = {
+            name for path in self.plan.rates for name in param_names.canonical(cfg, path)
+        }
+        if cfg.data.cache_features and any(path[0] == "vit" for path in self.plan.rates):
+            raise ValueError(
+                f"optim.phases[{number}] trains the vision tower, cached taps would not follow: set"
+                " data.cache_features=False"
+            )
+
+        def step(state, frozen, batch):
+            return train_step(cfg, self.graphdef, self.plan, state, frozen, batch)
+
+        shardings = layout.trained(self.spec())
+        self._begin = jax.jit(self.begin, out_shardings=shardings)
+        self._step = layout.jit(
+            step, donate_argnums=0, out_shardings=(shardings, layout.replicated)
+        )
+        self.on_disk = jax.jit(
+            lambda state: (param_names.flatten(cfg, state.params), optim.flatten(cfg, state.groups))
+        )
+
+    def begin(self, step: int, trainable: nnx.State, groups: optim.Groups) -> TrainState:
+        """The state at the first step of the phase.
+
+        Parameters are promoted to their dtype; all is copied, for a step overwrites it.
+        """
+        own = lambda tree, dtype: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), tree)
+        trainable = own(trainable, self.cfg.train.param_dtype)
+        return TrainState(
+            jnp.int32(step),
+            trainable,
+            optim.begin(self.cfg, self.plan, trainable, own(groups, None)),
+        )
+
+    def spec(self) -> TrainState:
+        """Shapes and dtypes of the state."""
+        return jax.eval_shape(
+            self.begin, 0, nnx.split_state(self.shapes, self.plan.trains, ...)[0], {}
+        )
+
+    def place(self, tree) -> Any:
+        """Shardings of parameters of the whole model or of a part, or of moments."""
+        if not isinstance(tree, nnx.State):
+            return self.layout.trained(tree)
+        trainable, frozen = nnx.split_state(tree, self.plan.trains, ...)
+        return nnx.merge_state(self.layout.trained(trainable), self.layout.frozen(frozen))
+
+    def enter(self, step: int, params: nnx.State, groups: optim.Groups) -> TrainState:
+        """Splits the parameters of the whole model and begins;
+        they may lie as in the phase before.
+        """
+        trainable, frozen = nnx.split_state(params, self.plan.trains, ...)
+        self.frozen = jax.jit(lambda tree: tree, out_shardings=self.layout.frozen(frozen))(frozen)
+        size = lambda tree: f"{sum(x.size for x in jax.tree.leaves(tree)):,} parameters"
+        log_once(
+            f"phase {self.number} from step {step}: trains {size(trainable)}, freezes"
+            f" {size(self.frozen)}"
+        )
+        log_once(
+            "compiling and making the first step; a minute or more, less where the compiled program"
+            " was kept"
+        )
+        return self._begin(step, trainable, groups)
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step for the devices of the layout, which need not be there; `compile()` it to read
+        memory, FLOPs and collectives.
+        """
+        frozen = nnx.split_state(self.shapes, self.plan.trains, ...)[1]
+        frozen = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, self.cfg.train.frozen_dtype), frozen
+        )
+        inputs, layout = (self.spec(), frozen, Batch.spec(self.cfg)), self.layout
+        shardings = layout.trained(inputs[0]), layout.frozen(frozen), layout.batch(inputs[2])
+        return self._step.lower(
+            *jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), inputs, shardings
+            )
+        )
+
+    def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+        """One step; `state` is donated."""
+        return self._step(state, self.frozen, batch)
+
+    def whole(self, state: TrainState) -> nnx.State:
+        """The parameters of the whole model."""
+        return nnx.merge_state(state.params, self.frozen)
+
+    def model(self, state: TrainState) -> EVLM:
+        """The model, on the same arrays."""
+        return nnx.merge(self.graphdef, state.params, self.frozen)

@@ -1,5 +1,4 @@
-"""What is trained, at which rate, and the update: AdamW with one Adam state per trainable group
-(paper.md section 3).
+"""What is trained, at which rate, and the update: AdamW with one Adam state per trainable group.
 
 Rules name parameters by their canonical name, one list per phase. A parameter belongs to the group
 of the phase in which it became trainable. Each group has its own Adam state, its count included:

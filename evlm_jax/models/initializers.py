@@ -43,7 +43,7 @@ def cross_attention_tensors(cfg: EVLMConfig) -> dict[str, Tensor]:
 
 def media_embedding(cfg: EVLMConfig, words: np.ndarray) -> np.ndarray:
     """float32 [media tokens, D]: the mean of the word embeddings [vocab, D] plus noise at their
-    scale (paper.md section 1).
+    scale.
     """
     mean, square = np.zeros((2, words.shape[1]))
     for first in range(0, len(words), ROWS):

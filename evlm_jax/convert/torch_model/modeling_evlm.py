@@ -4,7 +4,6 @@ Keys and values of the images are projected once.
 """
 
 import re
-from typing import NamedTuple
 
 import torch
 from transformers import (
@@ -18,57 +17,13 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.utils import can_return_tuple
 
 from .configuration_evlm import EVLMConfig
+from .images_evlm import Images
 from .plain_evlm import NAMES, EVLMParts, count_images, visible_ranges
 
 CACHE = (
     "cache" if "cache" in CausalLMOutputWithCrossAttentions.__annotations__ else "past_key_values"
 )  # from 5.24 on, and before
-
-
-class Images(NamedTuple):
-    """What a cache holds of the images, and where the text behind it stands.
-
-    All beams of a row have the same.
-    """
-
-    keys_values: list  # of every cross-attention block, [B, K, I * S + sinks, H]
-    groups: torch.Tensor  # [B, I]; the images of a row are numbered as its tokens show them
-    theta: float | torch.Tensor  # the prompts' rotary base, a number or [B, 1, 1, 1]
-    media: torch.Tensor  # [B, 1], media tokens that were read
-    until: int = 0  # length of the cache behind the last of them
-
-    def read(self, media, past):
-        """With the media tokens of [B, T] that stand behind `past` tokens."""
-        until = past + int(media.any(0).nonzero().max()) + 1 if media.any() else self.until
-        return self._replace(media=self.media + media.sum(1, keepdim=True), until=until)
-
-    def append(self, keys_values, groups, media_tokens, size, count):
-        """With new images of `size` keys behind those that each row has; rows with fewer than
-        `count` are padded.
-        """
-        old, new = self.groups.shape[1], groups.shape[1]
-        held, place = -(-self.media // media_tokens), torch.arange(count, device=groups.device)
-        order = torch.where(place < held, place, old + place - held).clamp(
-            max=old + new - 1
-        )  # [B, I]
-        if old:
-            groups = groups - groups.amin() + self.groups.amax() + 1
-        groups = torch.cat([self.groups, groups], 1).gather(1, order)
-
-        def join(a, b):
-            sinks = b.shape[2] - size * new
-            a, b = (x[:, :, : n * size].unflatten(2, (n, size)) for x, n in ((a, old), (b, new)))
-            at = order.to(a.device)[:, None, :, None, None].expand(
-                -1, a.shape[1], -1, size, a.shape[-1]
-            )
-            return torch.nn.functional.pad(
-                torch.cat([a, b], 2).gather(2, at).flatten(2, 3), (0, 0, 0, sinks)
-            )
-
-        joined = [
-            tuple(map(join, *pairs)) for pairs in zip(self.keys_values, keys_values, strict=True)
-        ]
-        return self._replace(keys_values=joined, groups=groups)
+KEPT = ("hidden_states", "attentions", "cross_attentions")  # of each layer
 
 
 class NeverMedia(LogitsProcessor):
@@ -200,60 +155,56 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
-        wants_weights = (
-            self.config.output_attentions if output_attentions is None else output_attentions
-        )
-        wants_states = (
-            self.config.output_hidden_states
-            if output_hidden_states is None
-            else output_hidden_states
-        )
-        sdpa = self.config._attn_implementation == "sdpa"
-        if wants_weights and sdpa:
+        names = self._kept(output_attentions, output_hidden_states)
+        kept = {name: [] for name in KEPT} if names else None
+        words = self.llm.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        media = self._media(input_ids, inputs_embeds)
+        cache = self._cache(past_key_values if cache is None else cache, use_cache)
+        x = self._hidden(words, media, cache, pixel_values, image_groups, attention_mask, kept)
+        logits, loss = self._predict(x, labels, logits_to_keep, num_items_in_batch)
+        kept = {name: tuple(kept[name]) for name in names}
+        return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, **{CACHE: cache}, **kept)
+
+    def _kept(self, attentions, states):
+        """Names of what is returned of each layer.
+
+        Raises ValueError for weights that are not written out.
+        """
+        attentions = self.config.output_attentions if attentions is None else attentions
+        states = self.config.output_hidden_states if states is None else states
+        if attentions and self.config._attn_implementation == "sdpa":
             raise ValueError(
                 "output_attentions needs weights that are written out: load with"
                 ' attn_implementation="eager"'
             )
-        words = self.llm.embed(input_ids) if inputs_embeds is None else inputs_embeds
-        media = self._media(input_ids, inputs_embeds)
-        cache = self._cache(past_key_values if cache is None else cache, use_cache)
+        return KEPT[:1] * bool(states) + KEPT[1:] * bool(attentions)
+
+    def _hidden(self, words, media, cache, pixel_values, groups, attention_mask, kept):
+        """[B, T, D], what the head reads; the cache learns of the images."""
+        sdpa = self.config._attn_implementation == "sdpa"
         past, attention_mask = self._mask(cache, attention_mask, media)
-        images = self._images(cache, past, pixel_values, image_groups, attention_mask, media, sdpa)
+        images = self._images(cache, past, pixel_values, groups, attention_mask, media, sdpa)
         visible = visible_ranges(media, self.config.media["tokens"], images.groups, images.media)
         rope = self._rope(attention_mask, media.shape[1], images.theta)
-        names = ("hidden_states",) * bool(wants_states) + ("attentions", "cross_attentions") * bool(
-            wants_weights
-        )
-        kept = (
-            {name: [] for name in ("hidden_states", "attentions", "cross_attentions")}
-            if names
-            else None
-        )
-        x = self._embed(words, media, images.media)
+        x, count = self._embed(words, media, images.media), images.groups.shape[1]
         x = self._decode(
-            x,
-            attention_mask,
-            rope,
-            visible,
-            images.keys_values,
-            images.groups.shape[1],
-            cache,
-            sdpa,
-            kept,
+            x, attention_mask, rope, visible, images.keys_values, count, cache, sdpa, kept
         )
         if cache is not None:
             cache.images = images.read(media, past)
+        return x
+
+    def _predict(self, x, labels, logits_to_keep, num_items_in_batch):
+        """(logits, the loss where there are labels)."""
         whole = isinstance(logits_to_keep, int)
         if labels is not None and not (whole and logits_to_keep == 0):
             raise ValueError("labels need all logits: leave logits_to_keep out")
         logits = self.llm.head(x[:, slice(-logits_to_keep, None) if whole else logits_to_keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch
-            )
-        kept = {name: tuple(kept[name]) for name in names}
-        return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, **{CACHE: cache}, **kept)
+        if labels is None:
+            return logits, None
+        return logits, self.loss_function(
+            logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch
+        )
 
     def _media(self, input_ids, inputs_embeds):
         """[B, T], which tokens are media tokens."""

@@ -47,19 +47,11 @@ class EVLMProcessor(ProcessorMixin):
     ):
         super().__init__(tokenizer, **kwargs)
         self.chat_template = self.chat_template or tokenizer.chat_template
-        self.image_size, self.mean, self.std, self.resize = (
-            image_size,
-            tuple(mean),
-            tuple(std),
-            resize,
-        )
+        self.image_size, self.resize = image_size, resize
+        self.mean, self.std = tuple(mean), tuple(std)
         self.media_tokens, self.image_token_id = media_tokens, image_token_id
-        self.template, self.turn_start, self.turn_end, self.text_start = (
-            template,
-            turn_start,
-            turn_end,
-            list(text_start),
-        )
+        self.template, self.text_start = template, list(text_start)
+        self.turn_start, self.turn_end = turn_start, turn_end
         # A copy: what the tokenizer is told elsewhere (truncation, padding) does not change what is
         # spelled here.
         self.spell = Speller(Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str()))
@@ -241,13 +233,8 @@ class EVLMProcessor(ProcessorMixin):
 
     def _row(self, pieces, queues):
         """Ids, which of them an assistant says, frames and group numbers of one prompt."""
-        ids, told, frames, numbers, behind = (
-            list(self.text_start),
-            [0] * len(self.text_start),
-            [],
-            [],
-            "nothing",
-        )
+        ids, told = list(self.text_start), [0] * len(self.text_start)
+        frames, numbers, behind = [], [], "nothing"
         for number, (what, said) in enumerate(pieces):
             if isinstance(what, Visual):
                 visual, depth = _nested(
@@ -300,22 +287,7 @@ class EVLMProcessor(ProcessorMixin):
           return_assistant_tokens_mask: also assistant_masks [B, T], 1 where training learns the
             token.
         """
-        if return_tensors not in ("pt", "np", None) or padding_side not in ("left", "right"):
-            raise ValueError(
-                'return_tensors is "pt", "np" or None, padding_side "left" or "right"; not'
-                f" {return_tensors}, {padding_side}"
-            )
-        if truncation not in (True, False, None, "longest_first", "only_first", "do_not_truncate"):
-            raise ValueError(f"truncation is True or False, not {truncation!r}")
-        if padding not in (True, False, None, "longest", "max_length", "do_not_pad"):
-            raise ValueError(f'padding is True, "longest", "max_length" or False, not {padding!r}')
-        cut = truncation not in (False, None, "do_not_truncate")
-        if (max_length is None) == (cut or padding == "max_length"):
-            raise ValueError(
-                'max_length goes with truncation=True or padding="max_length", and they with'
-                " max_length"
-            )
-        if cut:
+        if _is_cut(padding, padding_side, truncation, max_length, return_tensors):
             rows = [(*self._cut(ids, told, max_length), *pictures) for ids, told, *pictures in rows]
         length = max(len(row[0]) for row in rows)
         if padding == "max_length" and length > max_length:
@@ -341,18 +313,18 @@ class EVLMProcessor(ProcessorMixin):
                 "prompts of several lengths make no tensor: leave padding=False out, or give"
                 " return_tensors=None"
             )
+        return BatchFeature(data | self._pictures(rows), tensor_type=return_tensors)
+
+    def _pictures(self, rows):
+        """pixel_values and image_groups, padded behind the images of each row."""
         count = max(len(row[2]) for row in rows)
         pixels = torch.zeros((len(rows), count, 3, self.image_size, self.image_size))
         groups = -1 - torch.arange(count).repeat(len(rows), 1)
         for row, (_, _, frames, numbers) in enumerate(rows):
             if frames:
-                pixels[row, : len(frames)], groups[row, : len(frames)] = (
-                    torch.stack(frames),
-                    torch.tensor(numbers),
-                )
-        return BatchFeature(
-            data | {"pixel_values": pixels, "image_groups": groups}, tensor_type=return_tensors
-        )
+                pixels[row, : len(frames)] = torch.stack(frames)
+                groups[row, : len(frames)] = torch.tensor(numbers)
+        return {"pixel_values": pixels, "image_groups": groups}
 
     def _cut(self, ids, told, max_length):
         if self.image_token_id in ids[max_length:]:
@@ -361,6 +333,25 @@ class EVLMProcessor(ProcessorMixin):
                 " or fewer images"
             )
         return ids[:max_length], told[:max_length]
+
+
+def _is_cut(padding, padding_side, truncation, max_length, return_tensors):
+    """Whether prompts are cut. Raises ValueError for options of `_batch` that do not exist."""
+    if return_tensors not in ("pt", "np", None) or padding_side not in ("left", "right"):
+        raise ValueError(
+            'return_tensors is "pt", "np" or None, padding_side "left" or "right"; not'
+            f" {return_tensors}, {padding_side}"
+        )
+    if truncation not in (True, False, None, "longest_first", "only_first", "do_not_truncate"):
+        raise ValueError(f"truncation is True or False, not {truncation!r}")
+    if padding not in (True, False, None, "longest", "max_length", "do_not_pad"):
+        raise ValueError(f'padding is True, "longest", "max_length" or False, not {padding!r}')
+    cut = truncation not in (False, None, "do_not_truncate")
+    if (max_length is None) == (cut or padding == "max_length"):
+        raise ValueError(
+            'max_length goes with truncation=True or padding="max_length", and they with max_length'
+        )
+    return cut
 
 
 def _nested(value):

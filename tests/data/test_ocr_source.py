@@ -188,7 +188,7 @@ def test_wrong_options(folder):
     }.items():
         with pytest.raises(ValueError, match=message):
             opened(folder, "en", options)
-    with pytest.raises(ValueError, match="name the sources of its text, as in ocr-en:emoji-en"):
+    with pytest.raises(ValueError, match="has no path; give ocr-en:PATH"):
         open_source("ocr-en:?pictures=")
     with pytest.raises(SampleError, match="no text of the user"):
         opened(folder, "en", "role=user")[0]

@@ -143,11 +143,6 @@ def open_book(
         raise ValueError(
             f"data source {name!r}: layouts has {unknown[0]!r}; there are {', '.join(LAYOUTS)}"
         )
-    if not path:
-        raise ValueError(
-            f"data source {name!r}: name the sources of its text, as in"
-            f" ocr-{language}:emoji-{language}"
-        )
     texts = [open_source(unquote(part)) for part in path.split(",")]
     backgrounds = open_source(pictures) if pictures else None
     whole = f"ocr-{language}:{path}?{urlencode(given)}"  # all that a picture depends on

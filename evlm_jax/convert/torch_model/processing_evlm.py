@@ -289,13 +289,7 @@ class EVLMProcessor(ProcessorMixin):
         """
         if _is_cut(padding, padding_side, truncation, max_length, return_tensors):
             rows = [(*self._cut(ids, told, max_length), *pictures) for ids, told, *pictures in rows]
-        length = max(len(row[0]) for row in rows)
-        if padding == "max_length" and length > max_length:
-            raise ValueError(
-                f"a prompt has {length} tokens, max_length is {max_length}: give more, or"
-                " truncation=True"
-            )
-        length = max_length if padding == "max_length" else length
+        length = _length(rows, padding, max_length)
         length += -length % (pad_to_multiple_of or 1)
 
         def pad(values, filler):
@@ -352,6 +346,19 @@ def _is_cut(padding, padding_side, truncation, max_length, return_tensors):
             'max_length goes with truncation=True or padding="max_length", and they with max_length'
         )
     return cut
+
+
+def _length(rows, padding, max_length):
+    """Tokens of a padded row."""
+    length = max(len(row[0]) for row in rows)
+    if padding != "max_length":
+        return length
+    if length > max_length:
+        raise ValueError(
+            f"a prompt has {length} tokens, max_length is {max_length}: give more, or"
+            " truncation=True"
+        )
+    return max_length
 
 
 def _nested(value):

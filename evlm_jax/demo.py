@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from os import PathLike
+from pathlib import Path
 
 import numpy as np
 
@@ -61,6 +62,16 @@ class Clock:
         self.parts.append((name, time.monotonic() - since))
 
 
+def fast_products(cpuinfo: str = "/proc/cpuinfo") -> str:
+    """The dtype of products' operands with which a step is fastest on this CPU: on 2 cores with
+    bfloat16 products (AMX, AVX-512 BF16) 2.4 s instead of 4.5, on 2 without them 12.0 instead of
+    8.6. Where Linux does not say what the CPU has, bfloat16.
+    """
+    file = Path(cpuinfo)
+    flags = file.read_text("utf-8").split() if file.is_file() else ["amx_bf16"]
+    return "bfloat16" if {"amx_bf16", "avx512_bf16", "bf16"} & set(flags) else "float32"
+
+
 def run(form: str, workdir: str, dense: str | None = None) -> PathLike:
     """The whole demo; returns the page. `form`: as experiments/demo.py has them; "moe" makes its
     experts of the run `dense`.
@@ -69,7 +80,9 @@ def run(form: str, workdir: str, dense: str | None = None) -> PathLike:
       ValueError, FileNotFoundError: `dense` is no dense run of this model.
       Stopped: a signal came while training; what was trained is saved.
     """
-    cfg, clock, out = from_config_dict(experiment.get_config(form)), Clock(), place(workdir)
+    config, clock, out = experiment.get_config(form), Clock(), place(workdir)
+    config.train.matmul_precision = fast_products()
+    cfg = from_config_dict(config)
     if dense:
         trained_names(dense)  # is there, before anything is fetched
     with clock.part("fetch weights and data"):

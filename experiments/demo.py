@@ -6,8 +6,6 @@ photographs, and videos.
 `get_config("moe")` is the stage behind any of them, with experts that `evlm upcycle` made of its
 FFNs."""
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
 from experiments import base
@@ -81,16 +79,6 @@ RULES = (
 )
 
 
-def fast_products(cpuinfo: str = "/proc/cpuinfo") -> str:
-    """The dtype of products' operands with which a step is fastest on this CPU: on 2 cores with
-    bfloat16 products (AMX, AVX-512 BF16) 2.4 s instead of 4.5, on 2 without them 12.0 instead of
-    8.6. Where Linux does not say what the CPU has, bfloat16.
-    """
-    file = Path(cpuinfo)
-    flags = file.read_text("utf-8").split() if file.is_file() else ["amx_bf16"]
-    return "bfloat16" if {"amx_bf16", "avx512_bf16", "bf16"} & set(flags) else "float32"
-
-
 def get_config(form: str = "") -> ConfigDict:
     """The demo. `form`: "" (within 30 minutes on 2 cores), "fast" (a few minutes), "full" (every
     question, several times), "moe".
@@ -134,7 +122,7 @@ def get_config(form: str = "") -> ConfigDict:
         batch=4,
         dtype="float32",
         frozen_dtype="float32",
-        matmul_precision=fast_products(),
+        matmul_precision="bfloat16",  # `evlm demo` takes what this CPU is fast at
         remat="full",
         loss_chunk=0,
         save_every=100,

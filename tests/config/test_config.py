@@ -205,22 +205,6 @@ def test_no_argument_is_a_number_without_a_range():
                 assert not {"int", "float"} & set(kinds), (path, node.lineno)
 
 
-@pytest.mark.parametrize(
-    "flags, wanted",
-    [
-        ("flags : fpu avx2 avx512f", "float32"),
-        ("flags : fpu avx512_bf16", "bfloat16"),
-        ("flags : amx_bf16 amx_tile", "bfloat16"),
-        ("Features : fp asimd bf16", "bfloat16"),
-    ],
-)
-def test_the_demo_multiplies_in_what_the_cpu_is_fast_at(tmp_path, flags, wanted):
-    file = tmp_path / "cpuinfo"
-    file.write_text(f"processor : 0\n{flags}\n")
-    assert demo.fast_products(str(file)) == wanted
-    assert demo.fast_products(str(tmp_path / "none")) == "bfloat16"
-
-
 def test_an_experiment_by_name(tmp_path, monkeypatch):
     """Also where the working directory has no experiments; one that it has comes first."""
     monkeypatch.chdir(tmp_path)

@@ -17,6 +17,7 @@ from evlm_jax.data.pipeline import Lane
 from evlm_jax.data.samples import ImageRef, Turn
 from evlm_jax.data.sources import open_source
 from evlm_jax.data.tokenizer import load_tokenizer
+from evlm_jax.demo import fast_products
 from evlm_jax.evals import tasks as evals
 from experiments import demo
 from tests.helpers.parity import needs_asset
@@ -152,3 +153,19 @@ def test_photographs_are_asked_for_what_they_are():
     assert {question.text for question in evals.find("photos").questions(None, None)} == {
         "Describe this image."
     }
+
+
+@pytest.mark.parametrize(
+    "flags, wanted",
+    [
+        ("flags : fpu avx2 avx512f", "float32"),
+        ("flags : fpu avx512_bf16", "bfloat16"),
+        ("flags : amx_bf16 amx_tile", "bfloat16"),
+        ("Features : fp asimd bf16", "bfloat16"),
+    ],
+)
+def test_the_demo_multiplies_in_what_the_cpu_is_fast_at(tmp_path, flags, wanted):
+    file = tmp_path / "cpuinfo"
+    file.write_text(f"processor : 0\n{flags}\n")
+    assert fast_products(str(file)) == wanted
+    assert fast_products(str(tmp_path / "none")) == "bfloat16"

@@ -17,9 +17,10 @@ import numpy as np
 
 from evlm_jax.config import EVLMConfig, ranges
 from evlm_jax.config.ranges import (
+    Answers,
     Count,
+    NewTokens,
     NonNegative,
-    Positive,
     PositiveFloat,
     PositiveShare,
     Seed,
@@ -183,8 +184,8 @@ class Generator:
             range.
         """
         ranges.check(Seed, seed, "seed")
-        ranges.check(Positive, max_new_tokens, "max_new_tokens")
-        ranges.check(Positive, num_return_sequences, "num_return_sequences")
+        ranges.check(NewTokens, max_new_tokens, "max_new_tokens")
+        ranges.check(Answers, num_return_sequences, "num_return_sequences")
         if num_return_sequences > 1 and not temperature:
             raise ValueError(
                 "num_return_sequences: at temperature 0 all answers are the same; give a"

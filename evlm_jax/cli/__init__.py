@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     JAX_COMPILATION_CACHE_DIR says."""
     parser = make_parser()
     args, overrides = parser.parse_known_args(argv)
+    if behind := _empty(sys.argv[1:] if argv is None else argv):
+        parser.error(f"an empty argument behind {behind}: give a value, or leave it out")
     if overrides and not hasattr(args, "config"):
         parser.error(f"unknown arguments: {' '.join(overrides)}")
     if not os.environ.get("EVLM_DEBUG"):
@@ -68,6 +70,19 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("evlm: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _empty(words: list[str]) -> str | None:
+    """What stands in front of an argument that is empty; a prompt may be. An empty path would be
+    the working directory.
+    """
+    for before, word in zip(["evlm", *words], words):
+        option, equals, _ = word.partition("=")
+        if word == "" and before != "--prompt":
+            return before
+        if equals and word == f"{option}=" and option[:2] == "--" and "." not in option:
+            return None if option == "--prompt" else option
+    return None
 
 
 # -------------------------------------------------------------------------------------- subcommands

@@ -3,9 +3,10 @@
 import argparse
 
 from evlm_jax.config.ranges import (
+    Answers,
     Count,
+    NewTokens,
     NonNegative,
-    Positive,
     PositiveFloat,
     PositiveShare,
     Seed,
@@ -23,16 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_text,
         help="question; images stand in front of it, or at <image> markers",
     )
-    parser.add_argument(
-        "--image", action="append", default=[], type=_path, help="may be given several times"
-    )
-    parser.add_argument("--video", type=_path, help="a clip whose frames are seen together")
+    parser.add_argument("--image", action="append", default=[], help="may be given several times")
+    parser.add_argument("--video", help="a clip whose frames are seen together")
     parser.add_argument(
         "--frames",
         help="of the video: a number, evenly spread, or a rate, as 2fps; 16 where left out",
     )
     parser.add_argument(
-        "--max-new-tokens", type=argument(Positive), default=64, help="most tokens of an answer"
+        "--max-new-tokens", type=argument(NewTokens), default=64, help="most tokens of an answer"
     )
     parser.add_argument(
         "--stop",
@@ -76,7 +75,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         help="above 1: against tokens that were there",
     )
     parser.add_argument(
-        "--answers", type=argument(Positive), default=1, help="how many; several need a temperature"
+        "--answers", type=argument(Answers), default=1, help="how many; several need a temperature"
     )
     parser.add_argument("--seed", type=argument(Seed), default=0, help="of the draws")
 
@@ -86,12 +85,6 @@ def _text(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise argparse.ArgumentTypeError(f"is not UTF-8: {error}") from error
-    return text
-
-
-def _path(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("is empty, where a file must be named")
     return text
 
 

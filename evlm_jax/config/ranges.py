@@ -20,6 +20,7 @@ class Range:
     high: float = math.inf
     above: bool = False  # `low` itself is outside
     below: bool = False  # `high` itself is outside
+    far: bool = False  # `high` is beyond what is usual: only who went beyond it is told of it
 
     def __contains__(self, number: float) -> bool:
         if isinstance(number, float) and not math.isfinite(number):
@@ -32,16 +33,18 @@ class Range:
         return self.about(None)
 
     def about(self, number: float | None) -> str:
-        """For an error about `number`: only who went beyond the largest integer is told of it."""
+        """For an error about `number`."""
         low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-        if self.high == math.inf or (self.high == LARGEST and (number or 0) <= LARGEST):
+        if self.high == math.inf or (self.far and (number or 0) <= self.high):
             return low
         return f"{low} and {'below' if self.below else 'at most'} {self.high:.15g}"
 
 
 LARGEST = 2**31 - 1  # of integers on a device
-Positive = Annotated[int, Range(1, LARGEST)]
-Count = Annotated[int, Range(0, LARGEST)]
+Positive = Annotated[int, Range(1, LARGEST, far=True)]
+Count = Annotated[int, Range(0, LARGEST, far=True)]
+NewTokens = Annotated[int, Range(1, 2**20, far=True)]  # each has room in memory beforehand
+Answers = Annotated[int, Range(1, 2**16, far=True)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # JAX takes no more bits without a word
 PositiveFloat = Annotated[float, Range(0, above=True)]
 NonNegative = Annotated[float, Range(0)]

@@ -1,9 +1,9 @@
 """How many positions a language model was trained on, by its own files."""
 
-import json
 from pathlib import Path
 
 from evlm_jax import assets
+from evlm_jax.checkpoint.lazy_tensors import read_json
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.gguf_file import read_gguf
 
@@ -25,7 +25,7 @@ def trained_positions(where: str | Path) -> tuple[int, str] | None:
         ]
     else:
         file = path / "config.json" if path.is_dir() else path.with_name("config.json")
-        facts, fields = json.loads(file.read_text("utf-8-sig")) if file.is_file() else {}, FIELDS
+        facts, fields = read_json(file) if file.is_file() else {}, FIELDS
         if facts.get("use_sliding_window") is False:
             fields = FIELDS[:-1]
     found = [

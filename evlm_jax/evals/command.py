@@ -85,7 +85,7 @@ def mesh_of(text: str) -> MeshConfig | None:
 
 def run_score(args: argparse.Namespace) -> None:
     """Scores again, offline; compares where asked."""
-    result = results.load(args.results)
+    result = results.load_answers(args.results)
     task = tasks.find(result["task"])
     if args.judge:
         judge, rows = open_judge(args.judge, args.judge_model), result["examples"]
@@ -94,5 +94,7 @@ def run_score(args: argparse.Namespace) -> None:
     result = score.scored(result)
     print(score.table(result))
     if args.against:
-        print(f"\n{score.comparison_table(score.compare(results.load(args.against), result))}")
+        print(
+            f"\n{score.comparison_table(score.compare(results.load_answers(args.against), result))}"
+        )
     results.save(args.results, result)

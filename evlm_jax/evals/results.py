@@ -20,6 +20,7 @@ from evlm_jax.config import EVLMConfig, to_saved
 from evlm_jax.paths import place, write
 
 PACKAGES = ("evlm-jax", "jax", "flax", "numpy", "tokenizers", "pillow")
+TEXTS = ("id", "cluster", "prediction")  # of an example
 LINE = 800  # characters that a part of a result takes before its entries have lines of their own
 
 
@@ -76,10 +77,25 @@ def load(path: os.PathLike | str) -> dict:
     """Reads what `save` wrote. Raises ValueError where the file is something else."""
     try:
         result = json.loads(place(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{path}: not a result of `evlm eval`: {error}") from error
     if not isinstance(result, dict):
         raise ValueError(f"{path}: not a result of `evlm eval`: it holds no JSON object")
+    return result
+
+
+def load_answers(path: os.PathLike | str) -> dict:
+    """A result with its answers. Raises ValueError where the file is something else."""
+    result = load(path)
+    rows = result.get("examples")
+    if not isinstance(result.get("task"), str) or not isinstance(rows, list):
+        raise ValueError(f"{path}: not a result of `evlm eval`: it has no 'task' and 'examples'")
+    for number, row in enumerate(rows, 1):
+        told = row if isinstance(row, dict) else {}
+        if wrong := [name for name in TEXTS if not isinstance(told.get(name), str)]:
+            raise ValueError(f"{path}: example {number}: {wrong[0]!r} must be a text")
+        if "answer" not in told:
+            raise ValueError(f"{path}: example {number} has no 'answer'")
     return result
 
 

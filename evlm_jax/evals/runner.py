@@ -87,6 +87,21 @@ def chunks(questions: Sequence[Question], answer: Answerer) -> list[list[int]]:
     return [order[i : i + answer.chunk] for i in range(0, len(order), answer.chunk)]
 
 
+def _entries(path: PathLike) -> list[dict]:
+    """The lines of predictions that are there. Raises ValueError where they are something else."""
+    try:
+        found = [json.loads(line) for line in read_lines(path)]
+    except (RecursionError, ValueError) as error:
+        text = f"{path}: no predictions: {error}; remove it, or give another --out"
+        raise ValueError(text) from error
+    for number, line in enumerate(found, 1):
+        if not isinstance(line, dict) or (number > 1 and not isinstance(line.get("id"), str)):
+            raise ValueError(
+                f"{path}: line {number} is no prediction; remove the file, or give another --out"
+            )
+    return found
+
+
 class Log:
     """Known entries of rows by id, and a journal where new ones go.
 
@@ -98,7 +113,7 @@ class Log:
         self._journal = None
         if path is None:
             return
-        first, *lines = map(json.loads, read_lines(path) or ["null"])
+        first, *lines = _entries(path) or [None]
         barrier("predictions are read")
         if is_first():
             self._journal = Journal(path)

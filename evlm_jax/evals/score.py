@@ -23,7 +23,13 @@ def scored(result: dict) -> dict:
     rows, scores = result["examples"], []
     judges(rows)
     if rows and all(row["answer"] is not None for row in rows):
-        each, whole = find(result["task"]).score(rows)
+        try:
+            each, whole = find(result["task"]).score(rows)
+        except (AttributeError, IndexError, KeyError, TypeError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"{result['task']}: the answers are not of the form that it scores:"
+                f" {type(error).__name__}: {error}"
+            ) from error
         for metric, values in each.items():
             kept = [
                 (value, row["cluster"])

@@ -83,7 +83,14 @@ class Task:
                 raise ValueError(
                     f"{self.name}: unknown {name} {value!r}; use one of {', '.join(known)}"
                 )
-        questions = self.read(local(data or ".", "--data of a benchmark"), split, style)
+        where = local(data or ".", "--data of a benchmark")
+        try:
+            questions = self.read(where, split, style)
+        except (AttributeError, IndexError, KeyError, TypeError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"{self.name}: {where}: a field is not as in the official files:"
+                f" {type(error).__name__}: {error}"
+            ) from error
         if twice := [
             name
             for name, times in Counter(question.id for question in questions).items()

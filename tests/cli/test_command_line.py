@@ -318,6 +318,17 @@ def test_programs_that_were_compiled_are_kept_by_every_command(tmp_path):
 def test_a_damaged_result_is_named(tmp_path, capsys):
     (tmp_path / "half.json").write_text(json.dumps({"task": "gqa"})[:-3])
     (tmp_path / "other.json").write_text("[1]")
-    for name in ("half.json", "other.json"):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "none.json").write_text(json.dumps({"task": "gqa", "examples": None}))
+    for name in ("half.json", "other.json", "deep.json", "none.json"):
         status, line = says(["score", str(tmp_path / name)], capsys)
         assert status == 1 and f"{tmp_path / name}: not a result of `evlm eval`" in line
+    row = {"id": "0", "cluster": "0", "prompt": "q", "answer": "a", "prediction": "a"}
+    for change, message in (
+        ({"prediction": None}, "example 1: 'prediction' must be a text"),
+        ({"answer": 5}, "gqa: the answers are not of the form that it scores: "),
+    ):
+        result = {"task": "gqa", "examples": [row | change]}
+        (tmp_path / "row.json").write_text(json.dumps(result))
+        status, line = says(["score", str(tmp_path / "row.json")], capsys)
+        assert status == 1 and message in line

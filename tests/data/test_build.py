@@ -211,6 +211,11 @@ def test_a_build_over_a_source_that_changed_is_refused(source, tmp_path):
     write_json(tmp_path / "out/build.json", facts)
     write_json(tmp_path / "rows.json", rows)
     build(job(source, tmp_path / "out"), workers=1)
+    for name in ("receipts/00000.txt", "build.json"):
+        for content in ("[]", "", '{"rules": 5}' if "receipts" in name else "5"):
+            (tmp_path / "out" / name).write_text(content)
+            with pytest.raises(ValueError, match=f"out/{name}: not what a build wrote"):
+                build(job(source, tmp_path / "out"), workers=1)
 
 
 def test_the_state_of_a_source(tmp_path):

@@ -143,6 +143,15 @@ def test_log_is_readable(tmp_path):
     assert lines[0] == {"id": "0", "prompt": "is it 0?", "prediction": "Yes. 是 0"}
 
 
+@pytest.mark.parametrize("line", ["[]", "5", "half", '{"prediction": "x"}'])
+def test_a_log_of_something_else_is_named(tmp_path, line):
+    evaluate(TASK, ask(2), Answers(), ABOUT, tmp_path / "r.jsonl")
+    head, *_ = (tmp_path / "r.jsonl").read_text("utf-8").splitlines()
+    (tmp_path / "r.jsonl").write_text(f"{head}\n{line}\n")
+    with pytest.raises(ValueError, match=r"r.jsonl: (line 2 is )?no prediction"):
+        evaluate(TASK, ask(2), Answers(), ABOUT, tmp_path / "r.jsonl")
+
+
 def test_draw_is_seeded_and_without_repeats():
     drawn = draw(ask(100), 30, seed=1)
     assert drawn == draw(ask(100), 30, seed=1) != draw(ask(100), 30, seed=2)

@@ -36,6 +36,7 @@ from evlm_jax.paths import local
 
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # pictures that may stay as they are
 QUALITY = 95
+AGAIN = "remove the folder and build it again"
 CLEANERS = {"captions": Captions, "documents": Documents}
 
 
@@ -266,7 +267,7 @@ def _same_job(job: Job, state: str, out: Path) -> None:
     }
     facts = json.loads(json.dumps({name: value for name, value in facts.items() if name != "out"}))
     if (out / "build.json").exists():
-        before = json.loads((out / "build.json").read_text("utf-8"))
+        before = _json_of(out / "build.json")
         before = {"state of the source": state} | before  # builds of former versions do not tell it
         if other := [name for name in facts if before.get(name) != facts[name]]:
             raise ValueError(
@@ -281,14 +282,28 @@ def _receipt(job: Job, shard: int) -> Path:
 
 
 def _read(path: Path) -> Outcome:
-    facts = json.loads(path.read_text("utf-8"))
-    rules = facts.pop("rules")
-    counters = {name: Counter(rules[name]) for name in ("seen", "kept")}
-    dropped = {unit: Counter(causes) for unit, causes in rules["dropped"].items()}
-    return Outcome(
-        **facts | {"dropped": Counter(facts["dropped"])},
-        rules=Receipt(**rules | counters | {"dropped": dropped}),
-    )
+    facts = _json_of(path)
+    try:
+        rules = facts.pop("rules")
+        counters = {name: Counter(rules[name]) for name in ("seen", "kept")}
+        dropped = {unit: Counter(causes) for unit, causes in rules["dropped"].items()}
+        return Outcome(
+            **facts | {"dropped": Counter(facts["dropped"])},
+            rules=Receipt(**rules | counters | {"dropped": dropped}),
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not what a build wrote: {error}; {AGAIN}") from error
+
+
+def _json_of(path: Path) -> dict:
+    """Raises ValueError naming the file."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path}: not what a build wrote: {error}; {AGAIN}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not what a build wrote; {AGAIN}")
+    return found
 
 
 def _json(value, indent: int | None = None) -> bytes:

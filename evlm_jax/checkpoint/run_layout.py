@@ -45,7 +45,7 @@ def read_object(file: epath.Path) -> dict:
     """A JSON object. Raises ValueError naming the file where it holds no JSON object."""
     try:
         found = json.loads(file.read_text())
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} is no JSON object")

@@ -120,9 +120,16 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         raise no_file(path if path.is_dir() else path.parent, places)
     read = {".gguf": _from_gguf, ".tiktoken": _from_tiktoken}.get(file.suffix, read_folder)
     try:
-        return Tokenizer(*read(file))
-    except ValueError as error:
-        raise ValueError(f"tokenizer: {file}: {error}") from error
+        tokenizer = Tokenizer(*read(file))
+        tokenizer.encode("a")  # a rule that names what is not there shows itself here
+        return tokenizer
+    except OSError:
+        raise
+    except BaseException as error:  # of any kind; a panic of the library's Rust is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        kind = "" if isinstance(error, ValueError) else f"it is damaged: {type(error).__name__}: "
+        raise ValueError(f"tokenizer: {file}: {kind}{error}") from error
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:

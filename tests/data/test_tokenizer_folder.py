@@ -244,6 +244,22 @@ REFUSED = {
         {},
         "not a tokenizer that tokenizers .* reads",
     ),
+    "a BOS that is not there": (  # a panic of the library's Rust, which is no Exception
+        {"post_processor": template("<|im_start|>", "$A") | {"special_tokens": {}}},
+        {},
+        "it is damaged: PanicException: no entry found for key",
+    ),
+    "charsmap cut": (
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {},
+        "",
+    ),
+    "an added token without text": (
+        {"added_tokens": [{"id": 255}]},
+        {},
+        "it is damaged: KeyError: 'content'",
+    ),
+    "nested": ({}, {"tokenizer": "[" * 100_000}, "it is damaged: RecursionError"),
     "config is a list": ({}, {"tokenizer_config": []}, "tokenizer_config.json holds a list"),
     "cut off": ({}, {"tokenizer": '{"model": '}, "tokenizer.json is not JSON"),
 }

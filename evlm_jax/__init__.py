@@ -1,20 +1,20 @@
 """EVLM (arXiv 2407.14177) in JAX: gated cross-attention from hierarchical ViT features into a
 frozen language model.
 
-    import evlm_jax
+    import evlm_jax, jax
 
-    # a run, an import, or an export for transformers
-    model = evlm_jax.load("runs/demo")
-    # an answer; lists of prompts give lists of answers
-    model.generate("What shape is this?", images=["cat.jpg"])
-    # [T, vocab]
-    model.logits("Some text")
-    # what the language model sees of it, [G, S, V]
-    model.features("cat.jpg")
+    model = evlm_jax.load("runs/demo")  # a run, an import, or an export for transformers
+    model.generate("What shape is this?", images=["cat.jpg"])  # lists of prompts: lists of answers
+    model.logits("Some text")  # [tokens, vocabulary]
+    model.features("cat.jpg")  # the taps, of which cross-attention reads: [taps, ViT tokens, width]
 
     sample = evlm_jax.make_sample("What is it?", "A cat.", images=["cat.jpg"])
     batch = evlm_jax.make_batch([sample], model.config)
     jax.grad(lambda params: model.loss(batch, params))(model.params)
+
+Also: `random` makes a model of a config, with new weights; `Model.attention` says where it looks
+for each word; `with_params` gives the same model with other parameters, `save` writes a run for
+every command, and `generate(.., stream=True)` gives pieces of the answer as they come.
 
 Pictures are paths, Pillow images or uint8 arrays [height, width, 3]. Prompts are plain text; each
 `<image>` in it is where the next picture stands, and without any the pictures come first. Errors

@@ -1,5 +1,5 @@
 """Floating-point operations that a step needs, counted from the config (2 per multiply-add).
-Letters: see config.py.
+Letters: see config/__init__.py.
 
 Needed, not executed: 2ND forward, +2ND where a gradient passes to the input of a product, +2ND only
 where its weights train. So a frozen ViT costs 2ND, a frozen LLM under trained cross-attention 4ND,

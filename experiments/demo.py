@@ -80,8 +80,8 @@ RULES = (
 
 
 def get_config(form: str = "") -> ConfigDict:
-    """The demo. `form`: "" (within 30 minutes on 2 cores), "fast" (a few minutes), "full" (every
-    question, several times), "moe".
+    """The demo. `form`: "" (20 minutes on 2 cores with bfloat16 products), "fast" (a few minutes),
+    "full" (every question, several times), "moe".
     """
     steps, sources = {
         "": (420, SOURCES),

@@ -59,7 +59,7 @@ def imports(path: Path, known: dict[str, Path]):
 
 
 @pytest.mark.parametrize("module", sorted(modules()))
-def test_no_import_runs_upward(module):
+def test_no_import_is_from_a_later_room(module):
     known = modules()
     for line, other in imports(known[module], known):
         assert rank(other) <= rank(module), f"{known[module]}:{line} imports evlm_jax.{other}"

@@ -16,7 +16,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         default="experiments/ablations.py",
-        help="FILE.py whose get_config takes a variant; fields as elsewhere",
+        help=(
+            "FILE.py, or an experiment's name, without :arg: its get_config takes a variant; fields"
+            " are overridden with --config.section.field=value"
+        ),
     )
     parser.add_argument("--seeds", type=argument(Positive), default=3, help="runs of a variant")
     parser.add_argument(

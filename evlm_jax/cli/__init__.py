@@ -8,17 +8,12 @@ from evlm_jax.ablate import arguments as ablate_arguments
 from evlm_jax.assets import cache_root
 from evlm_jax.cli import generate
 from evlm_jax.cli.parser import Parser, Version, told, told_once
-from evlm_jax.config.load import load_config
+from evlm_jax.config.load import CONFIG_HELP, load_config
 from evlm_jax.config.ranges import Count, NonNegative, Positive, argument
 from evlm_jax.costs import arguments as costs_arguments
 from evlm_jax.evals import arguments
 from evlm_jax.parallel.status import INTERRUPTED, STATUSES, Stopped
 from evlm_jax.planning import arguments as planning_arguments
-
-CONFIG_HELP = (
-    "demo, or FILE.py, with [:arg] for its get_config;"
-    " fields are overridden with --config.section.field=value"
-)
 
 
 def make_parser() -> argparse.ArgumentParser:

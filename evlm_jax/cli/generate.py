@@ -17,7 +17,9 @@ from evlm_jax.config.ranges import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All of them; the options of sampling do what transformers' of the same names do."""
-    parser.add_argument("--checkpoint", required=True, help="directory of a training run")
+    parser.add_argument(
+        "--checkpoint", required=True, help="directory of a training run, or of an import"
+    )
     parser.add_argument(
         "--prompt",
         required=True,

@@ -1,4 +1,4 @@
-"""The sections `data` and `clean` of the configuration (config.py)."""
+"""The sections `data` and `clean` of the configuration (config/__init__.py)."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

@@ -12,6 +12,11 @@ import ml_collections
 
 from evlm_jax.config import EVLMConfig, from_config_dict, schema
 
+CONFIG_HELP = (
+    "FILE.py[:arg], or an experiment's name, as demo:fast; fields are overridden with"
+    " --config.section.field=value"
+)
+
 
 def load_config(spec: str, overrides: list[str] = ()) -> EVLMConfig:
     """The config of an experiment file.

@@ -1,4 +1,4 @@
-"""The sections of the configuration (config.py) that say what the model is."""
+"""The sections of the configuration (config/__init__.py) that say what the model is."""
 
 from dataclasses import dataclass
 from typing import Literal

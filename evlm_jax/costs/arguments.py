@@ -2,16 +2,13 @@
 
 import argparse
 
+from evlm_jax.config.load import CONFIG_HELP
 from evlm_jax.config.ranges import Count, Positive, argument
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """All of them."""
-    parser.add_argument(
-        "--config",
-        required=True,
-        help="FILE.py[:arg]; fields are overridden with --config.section.field=value",
-    )
+    parser.add_argument("--config", required=True, help=CONFIG_HELP)
     parser.add_argument(
         "--frames",
         default="1,4,16,64,256,1024",

@@ -20,7 +20,10 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data",
-        help="where its official files are; the top of evlm_jax/evals/tasks/FAMILY.py says which",
+        help=(
+            "where its official files are; docs/evaluation.md says which, as does the top of"
+            " evlm_jax/evals/tasks/FAMILY.py"
+        ),
     )
     parser.add_argument("--split", help="the usual one where left out")
     parser.add_argument("--prompt", choices=STYLES, default=STYLES[0], help="whose prompts")

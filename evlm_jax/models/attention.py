@@ -1,4 +1,4 @@
-"""Self-attention of the language model and the ViT. Letters: see config.py."""
+"""Self-attention of the language model and the ViT. Letters: see config/__init__.py."""
 
 import jax
 import jax.numpy as jnp

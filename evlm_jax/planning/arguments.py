@@ -2,16 +2,13 @@
 
 import argparse
 
+from evlm_jax.config.load import CONFIG_HELP
 from evlm_jax.config.ranges import Count, NonNegative, Positive, argument
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """All of them."""
-    parser.add_argument(
-        "--config",
-        required=True,
-        help="FILE.py[:arg]; fields are overridden with --config.section.field=value",
-    )
+    parser.add_argument("--config", required=True, help=CONFIG_HELP)
     parser.add_argument(
         "--topology", required=True, help="v5p:4x4x4, v6e:16x16, cpu:8 and the like"
     )

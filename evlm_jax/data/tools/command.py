@@ -4,9 +4,8 @@ import argparse
 import os
 from collections.abc import Callable
 
+from evlm_jax.config.load import CONFIG_HELP
 from evlm_jax.config.ranges import Count, Positive, argument
-
-CONFIG_HELP = "FILE.py[:arg]; fields are overridden with --config.section.field=value"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,115 @@
+"""`evlm convert`: its arguments, and what it does."""
+
+import argparse
+
+from evlm_jax.config.load import CONFIG_HELP, load_config
+from evlm_jax.config.ranges import Count, NonNegative, argument
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of its four actions."""
+    actions = parser.add_subparsers(
+        dest="action", required=True, metavar="import|export|verify|families"
+    )
+    read = actions.add_parser(
+        "import", help="foreign towers, or an export of ours, to a checkpoint"
+    )
+    read.add_argument("--config", required=True, help=CONFIG_HELP)
+    read.add_argument(
+        "--vision", help="vision tower: an asset, a directory or a file; init.vision where left out"
+    )
+    read.add_argument("--llm", help="language model, likewise; init.llm where left out")
+    read.add_argument(
+        "--model",
+        help="instead of the two: a directory that `evlm convert export --format hf` wrote",
+    )
+    read.add_argument(
+        "--out", required=True, help="new directory; start training from it with --init"
+    )
+    _export_arguments(actions.add_parser("export", help="a checkpoint to PyTorch"))
+    _verify_arguments(
+        actions.add_parser(
+            "verify",
+            help="whether two models compute the same, and where they part; exit status 1 if not",
+        )
+    )
+    actions.add_parser(
+        "families", help="which foreign models are read, and which are refused by name"
+    )
+
+
+def _export_arguments(write: argparse.ArgumentParser) -> None:
+    write.add_argument(
+        "--checkpoint", required=True, help="directory of a training run, or of an import"
+    )
+    write.add_argument("--step", type=argument(Count), help="the newest where left out")
+    write.add_argument(
+        "--format",
+        choices=("hf", "torch", "openflamingo", "llm"),
+        default="hf",
+        help="of what is written",
+    )
+    write.add_argument("--out", required=True, help="new directory")
+
+
+def _verify_arguments(same: argparse.ArgumentParser) -> None:
+    for side in "AB":
+        same.add_argument(side, help="directory of a run or an import, or a Hugging Face directory")
+    same.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        help="seen by every prompt; with --prompt, in place of the built-in ones",
+    )
+    same.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        help="images stand in front of it, or at <image> markers",
+    )
+    same.add_argument(
+        "--tolerance",
+        type=argument(NonNegative),
+        default=1e-3,
+        help="of differences, relative to magnitudes",
+    )
+    same.add_argument(
+        "--folder-code",
+        action="store_true",
+        help="run the Python code of a Hugging Face directory; without it none runs",
+    )
+
+
+def run(args: argparse.Namespace, overrides: list[str]) -> int | None:
+    """Does the action; returns the exit status."""
+    if args.action == "export":
+        from evlm_jax.convert import export
+
+        return export.export(args.checkpoint, args.out, args.format, args.step)
+    if args.action == "verify":
+        from evlm_jax.convert.verify import verify
+
+        return (
+            0
+            if verify(args.A, args.B, args.image, args.prompt, args.tolerance, args.folder_code)
+            else 1
+        )
+    if args.action == "families":
+        from evlm_jax.convert import families
+
+        return print(families.listing(), end="")
+    from evlm_jax.convert import importer
+
+    towers = {"vision": args.vision, "llm": args.llm}
+    cfg = load_config(
+        args.config,
+        [
+            *(f"--config.init.{tower}={where}" for tower, where in towers.items() if where),
+            *overrides,
+        ],
+    )
+    return (
+        importer.import_export(cfg, args.model, args.out)
+        if args.model
+        else importer.import_towers(cfg, args.out)
+    )

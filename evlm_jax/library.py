@@ -1,6 +1,4 @@
-"""What `import evlm_jax` offers (its docstring has examples): a model to ask, look into and
-differentiate.
-"""
+"""What `import evlm_jax` offers, which has examples: a model to ask, look into, differentiate."""
 
 import functools
 import os
@@ -62,7 +60,9 @@ def load(
       ValueError: what is there is damaged, or another kind of model; several devices do not divide
         its layers.
     """
-    path = os.fspath(path)
+    if not isinstance(path, (str, os.PathLike)) or not (path := os.fspath(path)):
+        raise ValueError(f"path is {path!r}: give the folder of a run, an import or an export")
+    step = step if step is None else ranges.check(ranges.Count, step, "step")
     if step is not None or store.steps(path):
         params, cfg = store.load_params(path, step)
         cfg = replace(cfg, init=replace(cfg.init, llm=source_of_run(path, cfg.init.llm)))
@@ -385,7 +385,9 @@ def _placed(cfg: EVLMConfig, params: store.Arrays, dtype: str | None, devices: D
             raise ValueError(f"dtype is {dtype!r}: use one of {', '.join(DTYPES)}, or leave it out")
         cfg = replace(cfg, train=replace(cfg.train, dtype=dtype, matmul_precision=dtype))
         params = {name: array.astype(dtype, copy=False) for name, array in params.items()}
-    devices = [devices] if isinstance(devices, jax.Device) else list(devices or ())
+    devices = [devices] if isinstance(devices, jax.Device) else devices or []
+    if not isinstance(devices, Sequence) or not all(isinstance(d, jax.Device) for d in devices):
+        raise ValueError(f"devices are some of jax.devices(), got {devices!r}")
     mesh = MeshConfig(1, len(devices), 1, 1, 1, 2, "sharded", "all") if len(devices) > 1 else None
     tokenizer = vocabulary(cfg, cfg.init.llm)
     module, layout = model_of(cfg, params, mesh, len(devices) * cfg.data.pool, devices)

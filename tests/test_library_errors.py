@@ -77,6 +77,13 @@ def model():
         (lambda model: evlm_jax.load("nowhere"), "nowhere: neither a run .steps/. nor an export"),
         (lambda model: evlm_jax.load(GOLDEN / "llm"), "holds llama, not a whole EVLM"),
         (lambda model: evlm_jax.load(GOLDEN / "run", 99), "no checkpoint of step 99"),
+        (lambda model: evlm_jax.load(5), "path is 5: give the folder of a run, an import or an"),
+        (lambda model: evlm_jax.load(""), "path is '': give the folder of a run, an import or an"),
+        (lambda model: evlm_jax.load(GOLDEN / "run", "6"), "step must be a whole number, at lea"),
+        (
+            lambda model: evlm_jax.load(GOLDEN / "run", devices="cpu"),
+            "devices are some of jax.devices.., got 'cpu'",
+        ),
         (
             lambda model: evlm_jax.load(GOLDEN / "run", dtype="float16"),
             "dtype is 'float16': use one of float32, bfloat16",

@@ -107,10 +107,15 @@ def count_all() -> None:
     """Fills the file, program by program; TPU programs of prefill and training, which take minutes
     each, come last.
     """
-    rank = lambda name: next(
-        i for i, (what, kind) in enumerate(ORDER) if what in name and name.endswith(kind)
-    )
-    frames = lambda name: int(name.split(", ")[-2].split()[0])
+
+    def rank(name):
+        return next(
+            i for i, (what, kind) in enumerate(ORDER) if what in name and name.endswith(kind)
+        )
+
+    def frames(name):
+        return int(name.split(", ")[-2].split()[0])
+
     wanted = []
     for number, (experiment, _) in enumerate(CONFIGS.values()):
         for name, f in programs(load_config(experiment), list(FRAMES), TEXT, CHIP):
@@ -158,7 +163,9 @@ def page(found: dict[str, dict]) -> str:
 
 
 def _markdown(table: Table) -> list[str]:
-    cells = lambda row: f"| {' | '.join(row)} |"
+    def cells(row):
+        return f"| {' | '.join(row)} |"
+
     return [
         f"### {table.title}\n",
         f"{table.says}\n",

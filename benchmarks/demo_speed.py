@@ -68,13 +68,19 @@ def our_run(model: EVLM, dtype: str, images: int) -> Run:
 
     def run(tokens, new):
         rows, length = tokens.shape
-        full = lambda *shape, value=0: np.full(shape, value, np.int32)
+
+        def full(*shape, value=0):
+            return np.full(shape, value, np.int32)
+
         tiles = -(-length // cfg.xattn.tile)
         index = np.arange(length)
         order = np.pad(index, (0, tiles * cfg.xattn.tile - length), constant_values=length).reshape(
             tiles, -1
         )
-        each = lambda a: np.tile(a, (rows,) + (1,) * a.ndim).astype(np.int32)
+
+        def each(a):
+            return np.tile(a, (rows,) + (1,) * a.ndim).astype(np.int32)
+
         plan = AttentionPlan(
             each(order),
             each(index),

@@ -33,9 +33,12 @@ def row(run: Path) -> list[str]:
     lines = training_lines(run / "metrics.jsonl")
     losses = [np.mean([line["loss"] for line in some]) for some in (lines[:3], lines[-3:])]
     cells = [run.name, str(lines[-1]["step"]), *(f"{loss:.3f}" for loss in losses)]
-    of = lambda name: np.array(
-        [[line[key] for key in line if key.endswith(f"/ffn/{name}")] for line in lines]
-    )
+
+    def of(name):
+        return np.array(
+            [[line[key] for key in line if key.endswith(f"/ffn/{name}")] for line in lines]
+        )
+
     load = of("load")  # [lines, X, E]
     if not load.size:
         return cells + ["-"] * (len(COLUMNS) - len(cells))

@@ -209,7 +209,10 @@ def smallest(run: str, kind: str, ask: Callable[[list[str]], dict | None]) -> di
 def page() -> str:
     """docs/pods.md."""
     reports = known()
-    ask = lambda words: reports.get(" ".join(words))
+
+    def ask(words):
+        return reports.get(" ".join(words))
+
     small = [(run, smallest(run, kind, ask), kind) for run, kind in itertools.product(RUNS, SLICES)]
     large = [
         (run, ask(pod(run, topology, *how)), f"{topology}, remat {how[-1]}")
@@ -228,7 +231,10 @@ COLUMNS = (
 
 def _table(plans: list[tuple[str, dict | None, str]]) -> list[str]:
     """A row a plan, and below what is not planned yet."""
-    cells = lambda row: "| " + " | ".join([*row, *[""] * (len(COLUMNS) - len(row))]) + " |"
+
+    def cells(row):
+        return "| " + " | ".join([*row, *[""] * (len(COLUMNS) - len(row))]) + " |"
+
     rows = [_row(run, report) for run, report, _ in plans if report]
     table = [
         cells([column.replace("_", " ") for column in COLUMNS]),
@@ -272,11 +278,14 @@ def _row(run: str, report: dict) -> tuple[str, ...]:
 def _ratios(plans: list[tuple[str, dict | None, str]]) -> list[str]:
     """Executed by needed FLOPs, part by part."""
     plans = [(run, report) for run, report, _ in plans if report and report["fits"]]
-    ratio = lambda report, part: (
-        sum(report["executed"].get(part, {}).values())
-        * report["devices"]
-        / sum(report["needed"][part].values())
-    )
+
+    def ratio(report, part):
+        return (
+            sum(report["executed"].get(part, {}).values())
+            * report["devices"]
+            / sum(report["needed"][part].values())
+        )
+
     lines = [
         "| part | " + " | ".join(f"{run}, {report['topology']}" for run, report in plans) + " |",
         "|" + " --- |" * (len(plans) + 1),

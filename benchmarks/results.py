@@ -79,7 +79,9 @@ def page(found: dict) -> str:
 
 
 def _table(names: list[str], lines) -> str:
-    row = lambda line: "| " + " | ".join(line) + " |"
+    def row(line):
+        return "| " + " | ".join(line) + " |"
+
     return "\n".join([row(names), "|" + " --- |" * len(names), *map(row, lines)])
 
 

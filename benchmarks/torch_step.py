@@ -36,7 +36,9 @@ class Cross(nn.Module):
         self.head_dim, self.sinks = cfg.xattn.head_dim, cfg.xattn.sinks
 
     def forward(self, x, tap, mask):
-        split = lambda a: a.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        def split(a):
+            return a.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
         kv = self.kv_norm(tap)
         k, v = (F.pad(project(kv), (0, 0, 0, self.sinks)) for project in (self.k, self.v))
         out = F.scaled_dot_product_attention(
@@ -63,11 +65,15 @@ class Layer(nn.Module):
         self.head_dim = llm.head_dim
 
     def forward(self, x, cos, sin, mask):
-        split = lambda a: a.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        rotate = lambda a: (
-            a * cos
-            + torch.cat([-a[..., self.head_dim // 2 :], a[..., : self.head_dim // 2]], -1) * sin
-        )
+        def split(a):
+            return a.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+        def rotate(a):
+            return (
+                a * cos
+                + torch.cat([-a[..., self.head_dim // 2 :], a[..., : self.head_dim // 2]], -1) * sin
+            )
+
         h = self.ln1(x)
         q, k, v = rotate(split(self.q(h))), rotate(split(self.k(h))), split(self.v(h))
         x = x + self.o(
@@ -127,11 +133,14 @@ def make_step(cfg: EVLMConfig, batch: Batch):
     train.matmul_precision "bfloat16" is autocast.
     """
     model = Model(cfg)
-    as_torch = lambda a: (
-        None
-        if a is None
-        else torch.tensor(a.astype("float32" if a.dtype.itemsize == 2 else a.dtype))
-    )
+
+    def as_torch(a):
+        return (
+            None
+            if a is None
+            else torch.tensor(a.astype("float32" if a.dtype.itemsize == 2 else a.dtype))
+        )
+
     tensors = Batch(*map(as_torch, batch))._replace(targets=torch.tensor(batch.targets).long())
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=cfg.optim.lr

@@ -57,7 +57,10 @@ def draw_emoji(raw: Path, out: Path, progress: bool) -> None:
     font = ImageFont.truetype(
         raw / "font/glyf_colr0.ttf", EMOJI_FONT_SIZE, layout_engine=ImageFont.Layout.BASIC
     )
-    clean = lambda text: text.strip(":").replace("_", " ")
+
+    def clean(text):
+        return text.strip(":").replace("_", " ")
+
     names = {}
     for character, e in tqdm(keep.items(), desc="drawing emoji", disable=not progress):
         code = f"{ord(character):04X}"

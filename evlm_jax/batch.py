@@ -65,7 +65,10 @@ class Batch(NamedTuple):
         d, vit, tile = cfg.data, cfg.vit, cfg.tile
         b = rows or cfg.train.batch
         c = b // d.pool
-        ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+
+        def ints(*shape):
+            return jax.ShapeDtypeStruct(shape, jnp.int32)
+
         text, target, pairs = ints(b, d.length), ints(b, d.targets), ints(c, d.pairs)
         pixels = jax.ShapeDtypeStruct((c, d.slots, vit.image_size, vit.image_size, 3), jnp.uint8)
         taps = jax.ShapeDtypeStruct(

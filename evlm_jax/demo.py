@@ -226,9 +226,10 @@ def caption_scores(result: dict) -> dict[str, float]:
 def facts(cfg: EVLMConfig, trained: Trained, found: dict, clock: Clock) -> dict:
     """Headline and setup of the report."""
     overall = found["vqa"]["accuracy"][0]
-    count = lambda *parts: sum(
-        array.size for name, array in trained.params.items() if name.startswith(parts)
-    )
+
+    def count(*parts):
+        return sum(array.size for name, array in trained.params.items() if name.startswith(parts))
+
     emoji = caption_scores(found["emoji"])
     minutes = sum(seconds for _, seconds in clock.parts) / 60
     begin = "the dense run" if cfg.moe.copies else "nothing"

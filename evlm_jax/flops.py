@@ -169,9 +169,10 @@ def needed(cfg: EVLMConfig, trained: Collection[str], work: Work) -> dict[str, C
         and passes
     )
     for stage in _text(cfg, work):
-        below = lambda product, passes=passes: (
-            reached[_tap(cfg, product.name)] if product.part == KEYS else passes
-        )
+
+        def below(product, passes=passes):
+            return reached[_tap(cfg, product.name)] if product.part == KEYS else passes
+
         passes = any([count(product, below(product)) for product in stage])
     return {part: Cost(*map(float, cost)) for part, cost in costs.items() if cost.any()}
 
@@ -199,7 +200,10 @@ STAGES = 5  # of a block of the ViT
 def _vision(cfg: EVLMConfig, work: Work) -> Iterator[Stage]:
     """From the pixels to the highest tap: the patches, then STAGES of each block."""
     vit, tokens = cfg.vit, work.encoded * cfg.vit.tokens
-    one = lambda name, size, rows=tokens: Product(FROZEN_VIT, name, 2.0 * rows * size)
+
+    def one(name, size, rows=tokens):
+        return Product(FROZEN_VIT, name, 2.0 * rows * size)
+
     yield (one("vit/patch", vit.patch**2 * 3 * vit.width, work.encoded * vit.grid**2),)
     for block in range(max(vit.taps)):
         name = f"vit/blocks/{block}"
@@ -215,10 +219,13 @@ def _bridge(cfg: EVLMConfig, work: Work) -> Iterator[tuple[tuple[Product, int | 
     where it reads the stage before.
     """
     vit, b, v = cfg.vit, cfg.bridge, cfg.vit.width
-    one = lambda name, size, tokens, tap=None: (
-        Product(BRIDGE, name and f"bridge/{name}", 2.0 * work.images * tokens * size),
-        tap,
-    )
+
+    def one(name, size, tokens, tap=None):
+        return (
+            Product(BRIDGE, name and f"bridge/{name}", 2.0 * work.images * tokens * size),
+            tap,
+        )
+
     if b.kind == "fused":
         yield tuple(one("proj", v * v, vit.tokens, tap) for tap in range(len(vit.taps)))
     elif b.kind == "llava":
@@ -239,7 +246,10 @@ def _bridge(cfg: EVLMConfig, work: Work) -> Iterator[tuple[tuple[Product, int | 
 def _text(cfg: EVLMConfig, work: Work) -> Iterator[Stage]:
     """From the embeddings to the logits."""
     llm, d = cfg.llm, cfg.llm.hidden
-    one = lambda part, name, size, rows=work.tokens: Product(part, name, 2.0 * rows * size)
+
+    def one(part, name, size, rows=work.tokens):
+        return Product(part, name, 2.0 * rows * size)
+
     for layer in range(llm.layers):
         if layer in cfg.cross_layers:
             yield from _cross(cfg, work, layer)
@@ -257,9 +267,10 @@ def _cross(cfg: EVLMConfig, work: Work, layer: int) -> Iterator[Stage]:
     """The cross-attention block in front of an LLM layer."""
     x, moe, d, s = cfg.xattn, cfg.moe, cfg.llm.hidden, cfg.view_tokens
     name, width, shared = f"xattn/{layer}", x.heads * x.head_dim, x.kv_heads * x.head_dim
-    one = lambda part, leaf, size, rows=work.tokens: Product(
-        part, leaf and f"{name}/{leaf}", 2.0 * rows * size
-    )
+
+    def one(part, leaf, size, rows=work.tokens):
+        return Product(part, leaf and f"{name}/{leaf}", 2.0 * rows * size)
+
     keys = (one(KEYS, leaf, cfg.vit.width * shared, work.images * s) for leaf in "kv")
     yield (one(CROSS, "q", d * width), *keys)
     yield (one(CROSS_SCORES, "", 2 * width * s, work.visible),)
@@ -268,10 +279,13 @@ def _cross(cfg: EVLMConfig, work: Work, layer: int) -> Iterator[Stage]:
         yield from ((one(FFN, f"ffn/{fc}", d * x.ffn),) for fc in ("fc1", "fc2"))
         return
     routed, router = d * x.ffn // moe.slices * moe.top_k, one(ROUTER, "ffn/router", d * moe.experts)
-    ffn = lambda fc: (
-        one(ROUTED, f"ffn/experts/{fc}", routed),
-        one(WORLD, f"ffn/world/{fc}", d * x.ffn),
-    )
+
+    def ffn(fc):
+        return (
+            one(ROUTED, f"ffn/experts/{fc}", routed),
+            one(WORLD, f"ffn/world/{fc}", d * x.ffn),
+        )
+
     yield (router, *ffn("fc1"))
     yield ffn("fc2")
 

@@ -131,8 +131,9 @@ class Generator:
             else {axis: layout.parts(axis) for axis in ("rows", "pictures")}
         )
         encoder = jit(layout, EVLM.encode)
-        encode = lambda pixels: fetch_to_host(encoder(model, pixels))
-        self.features = features or partial(encode_images, cfg, encode, self.least["pictures"])
+        self.features = features or partial(
+            encode_images, cfg, lambda p: fetch_to_host(encoder(model, p)), self.least["pictures"]
+        )
         self._allowed = _allowed(tokenizer, cfg)
         self._prefill = jit(layout, partial(prefill, cfg), static_argnames=("slots", "images"))
         self._decode = jit(layout, partial(decode, cfg), donate_argnames="state")
@@ -235,8 +236,8 @@ class Generator:
         self, asked: list[Asked], streams: list[Stream], seed: int, sampling: Sampling, most: int
     ) -> None:
         """In batches of similar length, into their streams."""
-        size = lambda k: (Room.of([asked[k].prompt]), len(asked[k].prompt.tokens))
-        order = sorted(range(len(asked)), key=size)
+        sizes = [(Room.of([one.prompt]), len(one.prompt.tokens)) for one in asked]
+        order = sorted(range(len(asked)), key=sizes.__getitem__)
         rows = self._rows(len(order))
         for first in range(0, len(order), rows):
             chosen = order[first : first + rows]

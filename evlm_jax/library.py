@@ -280,9 +280,8 @@ class Model:
         if not refs:
             raise ValueError("features of no picture: give at least one")
         together = self._layout.parts("pictures") if self._layout else 1
-        model, encoder = self.module, _on(self._layout, EVLM.encode)
-        encode = lambda pixels: fetch_to_host(encoder(model, pixels))
-        taps = encode_images(self.config, encode, together, refs)
+        encode = functools.partial(_on(self._layout, EVLM.encode), self.module)
+        taps = encode_images(self.config, lambda p: fetch_to_host(encode(p)), together, refs)
         return taps[0] if one else taps
 
     def loss(self, samples: Batch | Sequence[Sample], params: nnx.State | None = None) -> jax.Array:

@@ -25,7 +25,10 @@ def loss_sums(model: EVLM, batch: Batch, sources: int) -> tuple[jax.Array, dict]
     hidden, routing = model.forward_with_aux(batch)
     loss = _cross_entropy(model, hidden, batch)
     source = jnp.where(batch.targets >= 0, batch.target_source, sources)
-    by_source = lambda x: jax.ops.segment_sum(x.reshape(-1), source.reshape(-1), sources)
+
+    def by_source(x):
+        return jax.ops.segment_sum(x.reshape(-1), source.reshape(-1), sources)
+
     sums = {"loss": by_source(loss), "count": by_source(jnp.ones_like(loss))}
     if routing is None:
         return loss.sum(), sums
@@ -52,11 +55,14 @@ def _cross_entropy(model: EVLM, hidden: jax.Array, batch: Batch) -> jax.Array:
 
     if chunk >= count:
         return of(hidden, batch.target_positions, batch.targets)
-    cut = lambda x, fill: (
-        jnp.pad(x, ((0, 0), (0, -count % chunk)), constant_values=fill)
-        .reshape(len(x), -1, chunk)
-        .swapaxes(0, 1)
-    )
+
+    def cut(x, fill):
+        return (
+            jnp.pad(x, ((0, 0), (0, -count % chunk)), constant_values=fill)
+            .reshape(len(x), -1, chunk)
+            .swapaxes(0, 1)
+        )
+
     body = jax.checkpoint(lambda _, inputs: (None, of(hidden, *inputs)), prevent_cse=False)
     losses = jax.lax.scan(body, None, (cut(batch.target_positions, 0), cut(batch.targets, -1)))[1]
     return losses.swapaxes(0, 1).reshape(len(hidden), -1)[:, :count]

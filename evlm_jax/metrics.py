@@ -37,7 +37,10 @@ class Meter:
           ImportError: `tensorboard` is asked for and tensorboardX is not installed.
         """
         self._cfg, self._devices = cfg, devices
-        finished = lambda line: json.loads(line)["step"] <= step
+
+        def finished(line):
+            return json.loads(line)["step"] <= step
+
         self._journal = Journal(place(workdir) / "metrics.jsonl", finished) if is_first() else None
         self._files = Mirror(place(workdir) / "tensorboard") if tensorboard and is_first() else None
         self._board = _board(self._files.here, step) if self._files else None

@@ -36,9 +36,10 @@ def resolve(
       ValueError: names that no rule matches; rules that decide no name.
     """
     out, decided = {}, set()
-    decides = lambda name: next(
-        (i for i, rule in enumerate(rules) if re.search(rule.pattern, name)), None
-    )
+
+    def decides(name):
+        return next((i for i, rule in enumerate(rules) if re.search(rule.pattern, name)), None)
+
     for name in parameters:
         if (number := decides(name)) is None:
             raise ValueError(
@@ -104,12 +105,13 @@ def optimizer_plan(cfg: EVLMConfig, phase: int, params: nnx.State) -> OptimizerP
         )
         for path in rates
     }
-    decays = lambda path: (
-        not any(
+
+    def decays(path):
+        return not any(
             re.search(pattern, param_names.canonical(cfg, path)[0])
             for pattern in cfg.optim.no_decay
         )
-    )
+
     decay = {path: cfg.optim.weight_decay * decays(path) for path in rates}
     return OptimizerPlan(
         rates, group, decay, {g: _warmup(cfg, g) for g in sorted(set(group.values()))}
@@ -161,7 +163,10 @@ def begin(cfg: EVLMConfig, plan: OptimizerPlan, trainable: nnx.State, groups: Gr
     """Adam states at the start of a phase: new for the newly trainable, without what is frozen
     again, the others as they are.
     """
-    exact = lambda moments: jax.tree.map(lambda x: x.astype(cfg.train.param_dtype), moments)
+
+    def exact(moments):
+        return jax.tree.map(lambda x: x.astype(cfg.train.param_dtype), moments)
+
     old = {
         g: a._replace(mu=members(plan, g, a.mu), nu=exact(members(plan, g, a.nu)))
         for g, a in groups.items()
@@ -198,7 +203,10 @@ def update(
         mine = members(plan, g, params)
         direction, new_groups[g] = _adam(cfg).update(members(plan, g, clipped), adam)
         rate = schedule(cfg, step) * jnp.minimum(1.0, (adam.count + 1) / max(plan.warmup[g], 1))
-        move = lambda p, d, lr, decay, rate=rate: (p - rate * lr * (d + decay * p)).astype(p.dtype)
+
+        def move(p, d, lr, decay, rate=rate):
+            return (p - rate * lr * (d + decay * p)).astype(p.dtype)
+
         moved.append(
             jax.tree.map(
                 move, mine, direction, _spread(plan.rates, mine), _spread(plan.decay, mine)

@@ -146,7 +146,10 @@ class TrainPhase:
 
         Parameters are promoted to their dtype; all is copied, for a step overwrites it.
         """
-        own = lambda tree, dtype: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), tree)
+
+        def own(tree, dtype):
+            return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), tree)
+
         trainable = own(trainable, self.cfg.train.param_dtype)
         return TrainState(
             jnp.int32(step),
@@ -173,7 +176,10 @@ class TrainPhase:
         """
         trainable, frozen = nnx.split_state(params, self.plan.trains, ...)
         self.frozen = jax.jit(lambda tree: tree, out_shardings=self.layout.frozen(frozen))(frozen)
-        size = lambda tree: f"{sum(x.size for x in jax.tree.leaves(tree)):,} parameters"
+
+        def size(tree):
+            return f"{sum(x.size for x in jax.tree.leaves(tree)):,} parameters"
+
         log_once(
             f"phase {self.number} from step {step}: trains {size(trainable)}, freezes"
             f" {size(self.frozen)}"

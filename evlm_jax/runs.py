@@ -35,7 +35,10 @@ class Trained(NamedTuple):
 def feature_store(cfg: EVLMConfig, params: dict[str, np.ndarray]) -> FeatureStore:
     """The disk cache of the frozen tower's taps, in the assets' cache."""
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
-    is_vit = lambda path, _: path[0] == "vit"
+
+    def is_vit(path, _):
+        return path[0] == "vit"
+
     tower = {name: array for name, array in params.items() if name.startswith("vit/")}
     vit = jax.device_put(param_names.unflatten(cfg, tower, nnx.filter_state(shapes, is_vit)))
     rest = nnx.filter_state(

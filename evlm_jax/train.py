@@ -226,7 +226,8 @@ def _peek(data: Iterator) -> Batch:
 
 def _merged(states: list[dict]) -> dict:
     """Positions in the data of all processes as one: what is a dict in them is joined."""
-    join = lambda values: (
-        functools.reduce(dict.__or__, values) if isinstance(values[0], dict) else values[0]
-    )
+
+    def join(values):
+        return functools.reduce(dict.__or__, values) if isinstance(values[0], dict) else values[0]
+
     return {key: join([state[key] for state in states]) for key in states[0]}

@@ -32,9 +32,10 @@ BAD = {
 def test_bad_updates_change_nothing_and_those_behind_go_on(tmp_path, capsys):
     cfg = tiny_config(**BAD)
     states = {0: None}
-    keep = lambda step, model: states.update(
-        {step: [np.array(a) for a in jax.tree.leaves(nnx.state(model()))]}
-    )
+
+    def keep(step, model):
+        return states.update({step: [np.array(a) for a in jax.tree.leaves(nnx.state(model()))]})
+
     assert train(cfg, tmp_path, spoiled(cfg, {5, 8}), tiny_towers(cfg), on_step=keep) == 12
     changed = {
         step

@@ -52,7 +52,10 @@ def taps_of(cfg: EVLMConfig, p: dict, pixels: jax.Array) -> list[jax.Array]:
     x = jnp.concatenate([jnp.ones_like(x[:, :1]), x], 1)
     images, taps = len(x), []
     for i in range(max(cfg.vit.taps)):
-        block = lambda name, i=i: p[f"vit/blocks/{i}/{name}/kernel"]
+
+        def block(name, i=i):
+            return p[f"vit/blocks/{i}/{name}/kernel"]
+
         with part(
             flops.TRAINED_VIT
             if i >= 2 and "vit/blocks/2/attn/q/kernel" in p["trained"]
@@ -67,7 +70,10 @@ def taps_of(cfg: EVLMConfig, p: dict, pixels: jax.Array) -> list[jax.Array]:
 
 def cross_layer(cfg: EVLMConfig, p: dict, i: int, x, tap, chosen) -> jax.Array:
     """The part of `program` before its decoder layer `i`."""
-    cross = lambda name: p[f"xattn/{i}/{name}/kernel"]
+
+    def cross(name):
+        return p[f"xattn/{i}/{name}/kernel"]
+
     with part(flops.CROSS):
         q = norm(x) @ cross("q")
     with part(flops.KEYS):
@@ -108,7 +114,10 @@ def program(cfg: EVLMConfig, p: dict, pixels: jax.Array, chosen: jax.Array) -> j
     x = jnp.tile(p["media/embedding"].mean(0), (t, 1)) + jnp.sin(jnp.arange(t * d)).reshape(t, d)
     for i in range(2):
         x = cross_layer(cfg, p, i, x, taps[cfg.tap_of_cross_layer[i]], chosen)
-        layer = lambda name, i=i: p[f"llm/layers/{i}/{name}/kernel"]
+
+        def layer(name, i=i):
+            return p[f"llm/layers/{i}/{name}/kernel"]
+
         with part(flops.LLM):
             q, k, v = (norm(x) @ layer(f"attn/{c}") for c in "qkv")
         with part(flops.LLM_SCORES):
@@ -264,8 +273,13 @@ def bridge_program(cfg: EVLMConfig, p: dict, tap: list[jax.Array]) -> jax.Array:
             ).sum()
         x = jnp.tile(p["bridge/latents"], (len(tap[-1]), 1, 1))
         for i in range(b.depth):
-            kernel = lambda name, i=i: p[f"bridge/layers/{i}/{name}/kernel"]
-            split = lambda y: y.reshape(*y.shape[:2], b.heads, b.head_dim)
+
+            def kernel(name, i=i):
+                return p[f"bridge/layers/{i}/{name}/kernel"]
+
+            def split(y):
+                return y.reshape(*y.shape[:2], b.heads, b.head_dim)
+
             q = split(norm(x) @ kernel("q"))
             k, v = (
                 split(jnp.concatenate([norm(tap[-1]) @ kernel(c), norm(x) @ kernel(c)], 1))

@@ -39,9 +39,10 @@ def made(section="llm", baseline="", **fields):
     cfg = tiny_config(**changes | {section: changes.get(section, {}) | fields})
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
     rng = np.random.default_rng(0)
-    random = lambda path, leaf: jnp.asarray(
-        rng.normal("scale" in str(path), 0.15, leaf.shape), jnp.float32
-    )
+
+    def random(path, leaf):
+        return jnp.asarray(rng.normal("scale" in str(path), 0.15, leaf.shape), jnp.float32)
+
     model = nnx.merge(graphdef, jax.tree.map_with_path(random, shapes))
     return model, Generator(model, Letters(), features=lambda refs: taps(cfg, refs))
 
@@ -49,7 +50,10 @@ def made(section="llm", baseline="", **fields):
 def taps(cfg, refs):
     """[n, G, S, V], a function of the reference."""
     shape = (len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width)
-    seed = lambda ref: [int(ref.path.split(".")[0]), int(10 * (ref.frame or 0))]
+
+    def seed(ref):
+        return [int(ref.path.split(".")[0]), int(10 * (ref.frame or 0))]
+
     return np.stack(
         [np.random.default_rng(seed(ref)).standard_normal(shape, np.float32) for ref in refs]
     )
@@ -225,7 +229,10 @@ def test_generation_stops_at_a_stop_token():
         answer.tokens for answer in generator.generate(documents, 70, stop=())
     ]  # more than one call of decode
     last = free[1][40]
-    cut = lambda tokens: tokens[: tokens.index(last)] if last in tokens else tokens
+
+    def cut(tokens):
+        return tokens[: tokens.index(last)] if last in tokens else tokens
+
     assert {len(tokens) for tokens in free} == {70} and len(cut(free[1])) < 70
     assert [answer.tokens for answer in generator.generate(documents, 70, stop=(last,))] == [
         cut(tokens) for tokens in free
@@ -265,7 +272,10 @@ def test_state_spec_is_what_prefill_makes(changes):
     _, state = jax.eval_shape(
         lambda: decoding.read_prompts(cfg, generator.weights, prompt, images, random, 64, 2)
     )
-    form = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+
+    def form(tree):
+        return jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+
     assert form(state) == form(decoding.DecodeState.spec(cfg, 2, 64, 2))
 
 

@@ -55,9 +55,10 @@ def open_model(model):
 
 def opened(model):
     """The same with open gates, so that pictures count."""
-    gate = lambda path, leaf: (
-        jnp.full_like(leaf, 0.1) if "gate" in jax.tree_util.keystr(path) else leaf
-    )
+
+    def gate(path, leaf):
+        return jnp.full_like(leaf, 0.1) if "gate" in jax.tree_util.keystr(path) else leaf
+
     return model.with_params(jax.tree.map_with_path(gate, model.params))
 
 
@@ -253,7 +254,10 @@ def test_the_loss_and_its_gradient_are_those_of_the_module(model):
         evlm_jax.make_sample("no picture", "none"),
     ]
     batch = evlm_jax.make_batch(samples, model.config, model.tokenizer)
-    mean = lambda module: losses(module, batch).sum() / (batch.targets >= 0).sum()
+
+    def mean(module):
+        return losses(module, batch).sum() / (batch.targets >= 0).sum()
+
     value, wanted = nnx.jit(nnx.value_and_grad(mean))(model.module)
     assert model.loss(samples) == model.loss(batch) == pytest.approx(float(value), rel=1e-6)
     found = jax.grad(lambda params: model.loss(batch, params))(model.params)
@@ -348,7 +352,10 @@ def test_what_is_saved_is_the_same_model(folder, tmp_path, dtype):
 def test_new_weights_are_a_function_of_the_seed(folder):
     cfg = tiny_config(init={"llm": str(folder / "llm")}, **BASELINES["flamingo"])
     one, same, other = (evlm_jax.random(cfg, seed) for seed in (1, 1, 2))
-    weight = lambda model: np.asarray(model.module.llm.embed[...])
+
+    def weight(model):
+        return np.asarray(model.module.llm.embed[...])
+
     assert np.array_equal(weight(one), weight(same)) and not np.allclose(weight(one), weight(other))
     with pytest.raises(ValueError, match="the model has bridge.kind = flamingo"):
         one.attention("What?", picture(1))

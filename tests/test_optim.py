@@ -73,10 +73,13 @@ def test_what_becomes_trainable_in_mid_run_warms_up():
     """By default as long as the run did; the first phase needs none, and a number that is given
     counts.
     """
-    phases = lambda *later: {
-        "phases": ({"rules": CROSS_ONLY}, {"start": 0.25, "rules": UPPER_VIT} | dict(later)),
-        "warmup": 3,
-    }
+
+    def phases(*later):
+        return {
+            "phases": ({"rules": CROSS_ONLY}, {"start": 0.25, "rules": UPPER_VIT} | dict(later)),
+            "warmup": 3,
+        }
+
     for given, steps in (((), 3), ((("warmup", 0),), 0), ((("warmup", 7),), 7)):
         cfg = tiny_config(optim=phases(*given), train={"steps": 12})
         assert optim.optimizer_plan(cfg, 1, shapes(cfg)).warmup == {0: 0, 1: steps}
@@ -150,7 +153,10 @@ def test_clip_decay_and_multiplier():
         groups[0].mu.xattn.q.kernel[...], clipped, rtol=1e-5
     )  # b1 = 0: the gradient itself
     rate, direction = float(optim.schedule(cfg, 1)), clipped / (clipped + cfg.optim.eps)
-    expect = lambda p, lr, decay: p - rate * lr * (direction + decay * p)
+
+    def expect(p, lr, decay):
+        return p - rate * lr * (direction + decay * p)
+
     for got, before, lr, decay in (
         (new.xattn.q.kernel, params.xattn.q.kernel, 1.0, 0.5),
         (new.xattn.attn_gate.scalar, params.xattn.attn_gate.scalar, 1.0, 0.0),

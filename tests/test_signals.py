@@ -36,10 +36,13 @@ def experiment(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("experiment")
     Image.new("RGB", (20, 20), (200, 30, 60)).save(folder / "a.png")
-    turns = lambda i: [
-        {"from": "human", "value": "<image>q" + "?" * (i % 5)},
-        {"from": "gpt", "value": "red" * (1 + i % 2)},
-    ]
+
+    def turns(i):
+        return [
+            {"from": "human", "value": "<image>q" + "?" * (i % 5)},
+            {"from": "gpt", "value": "red" * (1 + i % 2)},
+        ]
+
     rows = write_jsonl(
         folder / "rows.jsonl",
         [{"id": f"r{i}", "image": "a.png", "conversations": turns(i)} for i in range(40)],

@@ -56,9 +56,10 @@ def compilations():
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory, towers, compilations):
     """The directory of a run over two phases that nothing interrupts."""
-    listen = lambda event, _, **about: (
-        event.endswith("backend_compile_duration") and compilations.append(about["fun_name"])
-    )
+
+    def listen(event, _, **about):
+        return event.endswith("backend_compile_duration") and compilations.append(about["fun_name"])
+
     jax.monitoring.register_event_duration_secs_listener(listen)
     workdir = tmp_path_factory.mktemp("whole")
     assert train(CFG, workdir, TinyData(CFG), towers) == STEPS
@@ -168,9 +169,10 @@ def test_resumed_run_has_the_bits_of_the_whole_run(whole_run, tmp_path, cut, cap
     assert train(CFG, tmp_path, TinyData(CFG), {}) == STEPS
     assert f"resume from step {cut}" in capsys.readouterr().out
     assert_same_bits(store.read(tmp_path), store.read(whole_run))
-    lines = lambda workdir: [
-        json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()
-    ]
+
+    def lines(workdir):
+        return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
     assert [line["step"] for line in lines(tmp_path)] == [line["step"] for line in lines(whole_run)]
     assert lines(tmp_path)[-1]["loss"] == lines(whole_run)[-1]["loss"]
 
@@ -235,9 +237,10 @@ def test_micro_batches_equal_one_batch():
     for gate in model.xattn.gates().values():
         gate.scalar[...] += 0.5
     graphdef, params, frozen = nnx.split(model, lambda path, _: path[0] in ("xattn", "media"), ...)
-    run = lambda cfg: jax.jit(lambda p, f, b: gradients(cfg, graphdef, p, f, b))(
-        params, frozen, batch
-    )
+
+    def run(cfg):
+        return jax.jit(lambda p, f, b: gradients(cfg, graphdef, p, f, b))(params, frozen, batch)
+
     (one, sums), (many, split) = map(run, cfgs)
     np.testing.assert_array_equal(sums["count"], split["count"])
     difference = jax.tree.map(lambda a, b: a - b, one, many)

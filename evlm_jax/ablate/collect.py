@@ -156,8 +156,13 @@ def rows(found: dict, budget: str) -> list[ResultRow]:
 
 def _row(found: dict, variant: str, budget: str) -> ResultRow:
     runs = [run for run in found["runs"] if run["variant"] == variant]
-    at = lambda name: float(np.mean([run["budgets"][budget][name] for run in runs]))
-    mean = lambda name, of=np.mean: float(of([reading(run, budget)[name] for run in runs]))
+
+    def at(name):
+        return float(np.mean([run["budgets"][budget][name] for run in runs]))
+
+    def mean(name, of=np.mean):
+        return float(of([reading(run, budget)[name] for run in runs]))
+
     means = {
         m.key: [float(v.mean()) for v in values(found, variant, budget, m).values()]
         for m in MEASURES

@@ -23,7 +23,10 @@ def main(
     before anything begins.
     """
     args.out = local(args.out, "--out of an ablation")
-    load = lambda variant: load_config(f"{args.config}:{variant}", overrides)
+
+    def load(variant):
+        return load_config(f"{args.config}:{variant}", overrides)
+
     if args.only:
         variant, _, seed = args.only.partition("/")
         job.run(load, variant, int(seed), args.questions, args.test, args.init, args.out, args.keep)

@@ -89,11 +89,14 @@ def judgement_cells(judged: Judgement) -> list[str]:
 
 def described(changes: dict) -> str:
     """A variant's fields as text; of long values that they changed."""
-    short = lambda value: (
-        "other rules"
-        if isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value)
-        else value
-    )
+
+    def short(value):
+        return (
+            "other rules"
+            if isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value)
+            else value
+        )
+
     return ", ".join(f"{key} = {short(value)}" for key, value in changes.items()) or "the base"
 
 

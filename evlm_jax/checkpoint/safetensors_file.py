@@ -129,11 +129,14 @@ def _facts(path: epath.Path, name: str, facts: Any) -> tuple[np.dtype, tuple[int
 
     Raises ValueError naming the tensor.
     """
-    whole = lambda value: (
-        isinstance(value, list)
-        and len(value) <= AXES
-        and all(type(n) is int and 0 <= n < 2**63 for n in value)
-    )
+
+    def whole(value):
+        return (
+            isinstance(value, list)
+            and len(value) <= AXES
+            and all(type(n) is int and 0 <= n < 2**63 for n in value)
+        )
+
     known = isinstance(facts, dict) and facts.keys() == {"dtype", "shape", "data_offsets"}
     if (
         not known

@@ -63,7 +63,10 @@ def _section(kind, value, prefix: str):
     if not isinstance(value, dict):
         raise ValueError(f"config: {prefix or 'root'} must be a section with keys, got {value!r}")
     hints = typing.get_type_hints(kind, include_extras=True)
-    join = lambda key: f"{prefix}.{key}" if prefix else key
+
+    def join(key):
+        return f"{prefix}.{key}" if prefix else key
+
     if unknown := [join(k) for k in value if k not in hints]:
         raise ValueError(
             f"config: unknown key {', '.join(unknown)}; {kind.__name__} has {', '.join(hints)}"

@@ -160,7 +160,10 @@ def _cross(sinks, block, x, tap, grouping):
 def _loop(model: EVLM, batch: Batch) -> Iterator[tuple[str, jax.Array]]:
     """(name, [B, I, S, V] or [B, T, D]) of every step."""
     cfg, vit = model.cfg, model.vit
-    layer = lambda stack, i: jax.tree.map(lambda a: a[i], stack)
+
+    def layer(stack, i):
+        return jax.tree.map(lambda a: a[i], stack)
+
     x = (batch.pixels / 255.0 - jnp.array(cfg.vit.mean)) / jnp.array(cfg.vit.std)
     x, taps = vit.embed(x.reshape(-1, *x.shape[2:])), []
     for (first, stop), blocks in zip(stack_bounds(cfg.vit), vit.stacks, strict=True):

@@ -177,7 +177,10 @@ def _theta(path: Path, config: dict) -> float:
             f"{path}: config.json has a rope_scaling or rope_parameters that is no object:"
             f" {parts[1:]}"
         )
-    scaled = lambda key, value: f"{key} {value!r}"
+
+    def scaled(key, value):
+        return f"{key} {value!r}"
+
     wrong = [
         scaled(key, value)
         for part in parts

@@ -338,7 +338,10 @@ def _qwen(source: Source, prefix: str) -> dict:
 
 def _evlm(source: Source, prefix: str) -> dict:
     """An export of ours says it in our own words; by section of EVLMConfig."""
-    fixed = lambda value: tuple(value) if isinstance(value, list) else value
+
+    def fixed(value):
+        return tuple(value) if isinstance(value, list) else value
+
     sections = {name: source.metadata.get(name) for name in EVLM}
     if wrong := [name for name, section in sections.items() if not isinstance(section, dict)]:
         raise ValueError(

@@ -305,7 +305,10 @@ def to_canonical(
                 f" {step.row.pattern!r}"
             ) from error
         if len(step.names) == 1:
-            read = lambda step=step, foreign=foreign: _rearrange(step, foreign.read(), lengths)
+
+            def read(step=step, foreign=foreign):
+                return _rearrange(step, foreign.read(), lengths)
+
             tensors[step.names[0]] = Tensor(shape, foreign.dtype, read)
             continue
         for i, name in enumerate(step.names):

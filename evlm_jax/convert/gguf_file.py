@@ -132,7 +132,10 @@ def _read(path: Path, cursor: Cursor) -> Source:
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {alignment!r}, no power of two")
-    padded = lambda length: -(-length // alignment) * alignment
+
+    def padded(length):
+        return -(-length // alignment) * alignment
+
     base, stop, tensors = padded(cursor.position), 0, {}
     for name, (shape, kind, offset) in infos.items():
         block, size = GGML_QUANT_SIZES[kind]

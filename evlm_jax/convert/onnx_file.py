@@ -198,9 +198,10 @@ def read_onnx(path: Path) -> Source:
         raise ValueError(
             f"{path}: no ONNX file that can be read, fetch it again: {error}"
         ) from error
-    array = lambda c: np.fromfile(path, c.dtype, math.prod(c.shape), offset=c.start).reshape(
-        c.shape
-    )
+
+    def array(c):
+        return np.fromfile(path, c.dtype, math.prod(c.shape), offset=c.start).reshape(c.shape)
+
     plain = {name: c for name, c in constants.items() if not name.startswith("onnx::")}
     tensors = {name: Tensor(c.shape, c.dtype, lambda c=c: array(c)) for name, c in plain.items()}
     for source, node in products:

@@ -75,10 +75,13 @@ def upcycle_layer(layer: Arrays, moe: MoEConfig, rng: np.random.Generator) -> Ar
         )
     elif moe.upcycle == "preserve_zero":
         routed = 0.0
-    scaled = lambda array, factor: (array.astype(np.float32) * np.float32(factor)).astype(
-        array.dtype
-    )
-    of_copies = lambda slices: np.concatenate([slices] * moe.copies)
+
+    def scaled(array, factor):
+        return (array.astype(np.float32) * np.float32(factor)).astype(array.dtype)
+
+    def of_copies(slices):
+        return np.concatenate([slices] * moe.copies)
+
     return {name: array for name, array in layer.items() if name not in (FC1, FC2)} | {
         "ffn/router/kernel": router.astype(np.float32),
         "ffn/experts/fc1/kernel": of_copies(fc1.reshape(width, moe.slices, -1).transpose(1, 0, 2)),

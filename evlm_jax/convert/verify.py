@@ -182,9 +182,10 @@ def _example(side: Side, text: str, visuals: Visuals) -> Example:
     )
     laid, _ = whole_steps(template.prompt([Turn("user", text)], spans), side.tokenizer, media)
     size = side.sections["vit"]["image_size"] if "vit" in side.sections else 1
-    load = lambda what: (
-        _picture(what, size) if isinstance(what, str) else image.load(what, size, "squash")
-    )
+
+    def load(what):
+        return _picture(what, size) if isinstance(what, str) else image.load(what, size, "squash")
+
     pixels = np.array([load(what) for visual in visuals for what in visual], np.uint8).reshape(
         -1, size, size, 3
     )

@@ -87,7 +87,10 @@ def _pairs(media: int, frames: int, text: int, tile: int) -> int:
     """
     if not tile:
         return frames
-    tiles = lambda tokens: math.ceil(tokens / tile)
+
+    def tiles(tokens):
+        return math.ceil(tokens / tile)
+
     return (
         frames * (tiles(media) + tiles(text)) if frames > 1 else tiles(media + text)
     )  # one frame is seen by all alike
@@ -99,7 +102,10 @@ def cache(cfg: EVLMConfig) -> Cache:
         DecodeState.spec(cfg, 1, cfg.data.length, cfg.data.images),
         jnp.dtype(cfg.train.dtype).itemsize,
     )
-    held = lambda *arrays: sum(math.prod(a.shape) * size for a in arrays if a is not None)
+
+    def held(*arrays):
+        return sum(math.prod(a.shape) * size for a in arrays if a is not None)
+
     return Cache(held(spec.self_keys, spec.self_values), held(spec.cross_keys, spec.cross_values))
 
 

@@ -26,7 +26,10 @@ def counted_flops(cfg: EVLMConfig, what: str, frames: int, text: int) -> dict:
     second time}.
     """
     report = _plan(case(cfg, frames, text, ROWS), COMPILER, what)
-    parts = lambda costs: {part: sum(cost.values()) / ROWS for part, cost in costs.items()}
+
+    def parts(costs):
+        return {part: sum(cost.values()) / ROWS for part, cost in costs.items()}
+
     again = sum(cost["again"] for cost in report["executed"].values()) / ROWS
     return {
         "needed": parts(report["needed"]),

@@ -25,7 +25,10 @@ Intervals = list[tuple[int, int]]  # first and last, both inside
 
 def below(difference: Callable[[int], float], low: int, top: int) -> Intervals:
     """Where in low..top a difference, at most quadratic, is negative."""
-    negative = lambda n: difference(n) < 0
+
+    def negative(n):
+        return difference(n) < 0
+
     edges = sorted({low, top, *(n for n in _vertex(difference, low, top) if low < n < top)})
     starts = [low]
     for a, b in zip(edges, edges[1:]):  # monotone in between
@@ -87,7 +90,10 @@ def by_heads(cfg: EVLMConfig, frames: int, text: int) -> list[dict]:
     """Ratios if the language model had another number of key and value heads, for every number that
     divides its heads.
     """
-    with_heads = lambda n: replace(cfg, llm=replace(cfg.llm, kv_heads=n))
+
+    def with_heads(n):
+        return replace(cfg, llm=replace(cfg.llm, kv_heads=n))
+
     return [
         {"kv_heads": n}
         | {measure: ratio(with_heads(n), measure, frames, text) for measure in MEASURES}
@@ -103,7 +109,10 @@ def by_block(cfg: EVLMConfig, frames: int, text: int) -> dict:
     """What makes EVLM's cache the smaller one, each alone: key heads of cross-attention, distance
     of its blocks; None: nothing does.
     """
-    smaller = lambda changed: ratio(changed, "KV bytes", frames, text) < 1
+
+    def smaller(changed):
+        return ratio(changed, "KV bytes", frames, text) < 1
+
     heads = (n for n in reversed(_divisors(cfg.xattn.heads)) if n <= cfg.xattn.kv_heads)
     every = range(cfg.xattn.every, cfg.llm.layers + 1)
     return {

@@ -106,7 +106,10 @@ def prompt(cfg: EVLMConfig) -> Prompt:
         if cfg.tile
         else None
     )
-    row = lambda values: np.asarray(values, np.int32)[None]
+
+    def row(values):
+        return np.asarray(values, np.int32)[None]
+
     words = np.random.default_rng(0).integers(0, cfg.llm.vocab, length)
     return Prompt(
         row(words),

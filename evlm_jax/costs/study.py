@@ -35,9 +35,12 @@ def study(
       ValueError: `cfg` is a baseline.
     """
     models = counterparts(cfg)
-    each = lambda f: {
-        kind: {n: f(case(model, n, text)) for n in frames} for kind, model in models.items()
-    }
+
+    def each(f):
+        return {
+            kind: {n: f(case(model, n, text)) for n in frames} for kind, model in models.items()
+        }
+
     found = {
         "config": cfg.name,
         "text": text,

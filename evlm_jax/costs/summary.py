@@ -15,7 +15,10 @@ def summary(study: dict) -> list[str]:
 
 def _at(study: dict, n: str) -> str:
     needs = {kind: study["needs"][kind][n] for kind in (EVLM, LLAVA)}
-    times = lambda value: f"1/{value(LLAVA) / value(EVLM):.1f}"
+
+    def times(value):
+        return f"1/{value(LLAVA) / value(EVLM):.1f}"
+
     size, done = (
         lambda kind: sum(needs[kind]["cache"].values()),
         lambda kind: executed(study, kind, "prefill", n),

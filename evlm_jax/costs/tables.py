@@ -31,16 +31,23 @@ def tables(study: dict) -> list[Table]:
 
 def cache(study: dict) -> Table:
     """KV-cache bytes."""
-    size = lambda kind, n, part: study["needs"][kind][n]["cache"][part]
-    total = lambda kind, n: size(kind, n, "own") + size(kind, n, "cross")
-    row = lambda n: (
-        *_first(study, n),
-        *(mib(size(EVLM, n, part)) for part in ("own", "cross")),
-        mib(total(LLAVA, n)),
-        *(mib(size(FLAMINGO, n, part)) for part in ("own", "cross")),
-        f"{total(EVLM, n) / total(LLAVA, n):.4f}",
-        f"{total(FLAMINGO, n) / total(LLAVA, n):.4f}",
-    )
+
+    def size(kind, n, part):
+        return study["needs"][kind][n]["cache"][part]
+
+    def total(kind, n):
+        return size(kind, n, "own") + size(kind, n, "cross")
+
+    def row(n):
+        return (
+            *_first(study, n),
+            *(mib(size(EVLM, n, part)) for part in ("own", "cross")),
+            mib(total(LLAVA, n)),
+            *(mib(size(FLAMINGO, n, part)) for part in ("own", "cross")),
+            f"{total(EVLM, n) / total(LLAVA, n):.4f}",
+            f"{total(FLAMINGO, n) / total(LLAVA, n):.4f}",
+        )
+
     head = (
         "evlm: self",
         "cross",
@@ -55,17 +62,24 @@ def cache(study: dict) -> Table:
 
 def prefill(study: dict) -> Table:
     """FLOPs of prefill, with the media tokens' own attention and the ViT apart."""
-    own = lambda n: study["needs"][EVLM][n]["media scores"]
-    done = lambda kind, n: executed(study, kind, "prefill", n)
-    row = lambda n: (
-        *_first(study, n),
-        *(tera(study["needs"][kind][n]["prefill"]) for kind in KINDS),
-        *(tera(done(kind, n)) for kind in KINDS),
-        f"1/{done(LLAVA, n) / done(EVLM, n):.1f}",
-        f"{tera(own(n))} ({own(n) / study['needs'][EVLM][n]['prefill']:.1%})",
-        tera(vision(study, n)),
-        f"1/{(done(LLAVA, n) + vision(study, n)) / (done(EVLM, n) + vision(study, n)):.1f}",
-    )
+
+    def own(n):
+        return study["needs"][EVLM][n]["media scores"]
+
+    def done(kind, n):
+        return executed(study, kind, "prefill", n)
+
+    def row(n):
+        return (
+            *_first(study, n),
+            *(tera(study["needs"][kind][n]["prefill"]) for kind in KINDS),
+            *(tera(done(kind, n)) for kind in KINDS),
+            f"1/{done(LLAVA, n) / done(EVLM, n):.1f}",
+            f"{tera(own(n))} ({own(n) / study['needs'][EVLM][n]['prefill']:.1%})",
+            tera(vision(study, n)),
+            f"1/{(done(LLAVA, n) + vision(study, n)) / (done(EVLM, n) + vision(study, n)):.1f}",
+        )
+
     head = *(f"needed: {kind}" for kind in KINDS), *(f"compiled: {kind}" for kind in KINDS)
     says = (
         "Behind the ViT: bridge, keys and values of images, cross-attention, language model, head "
@@ -91,14 +105,21 @@ def prefill(study: dict) -> Table:
 
 def train(study: dict) -> Table:
     """FLOPs of a train step."""
-    needed = lambda kind, n: _sum(study["programs"][f"{kind}, train, {n} frames, FLOPs"]["needed"])
-    done = lambda kind, n: executed(study, kind, "train", n)
-    row = lambda n: (
-        *_first(study, n),
-        *(tera(needed(kind, n)) for kind in KINDS),
-        *(tera(done(kind, n)) for kind in KINDS),
-        f"1/{done(LLAVA, n) / done(EVLM, n):.1f}",
-    )
+
+    def needed(kind, n):
+        return _sum(study["programs"][f"{kind}, train, {n} frames, FLOPs"]["needed"])
+
+    def done(kind, n):
+        return executed(study, kind, "train", n)
+
+    def row(n):
+        return (
+            *_first(study, n),
+            *(tera(needed(kind, n)) for kind in KINDS),
+            *(tera(done(kind, n)) for kind in KINDS),
+            f"1/{done(LLAVA, n) / done(EVLM, n):.1f}",
+        )
+
     head = (
         *(f"needed: {kind}" for kind in KINDS),
         *(f"compiled: {kind}" for kind in KINDS),
@@ -114,17 +135,20 @@ def train(study: dict) -> Table:
 def decode(study: dict) -> Table:
     """FLOPs and bytes of one token of an answer."""
     needs, chip = study["needs"], study["chip"]
-    row = lambda n: (
-        *_first(study, n),
-        *(f"{executed(study, kind, 'decode', n) / 1e9:,.1f}" for kind in KINDS),
-        *(gib(needs[kind][n]["decode bytes"]) for kind in KINDS),
-        f"{needs[EVLM][n]['decode bytes'] / needs[LLAVA][n]['decode bytes']:.3f}",
-        *(
-            (*(_bytes(study, kind, "decode", n) for kind in KINDS), _by_llava(study, n))
-            if chip
-            else ()
-        ),
-    )
+
+    def row(n):
+        return (
+            *_first(study, n),
+            *(f"{executed(study, kind, 'decode', n) / 1e9:,.1f}" for kind in KINDS),
+            *(gib(needs[kind][n]["decode bytes"]) for kind in KINDS),
+            f"{needs[EVLM][n]['decode bytes'] / needs[LLAVA][n]['decode bytes']:.3f}",
+            *(
+                (*(_bytes(study, kind, "decode", n) for kind in KINDS), _by_llava(study, n))
+                if chip
+                else ()
+            ),
+        )
+
     head = (
         *(f"GFLOP: {kind}" for kind in KINDS),
         *(f"GiB: {kind}" for kind in KINDS),
@@ -146,10 +170,13 @@ def decode(study: dict) -> Table:
 
 def memory(study: dict) -> Table:
     """Bytes of prefill and train step on one chip."""
-    row = lambda n: (
-        *_first(study, n),
-        *(_bytes(study, kind, what, n) for what in ("prefill", "train") for kind in KINDS),
-    )
+
+    def row(n):
+        return (
+            *_first(study, n),
+            *(_bytes(study, kind, what, n) for what in ("prefill", "train") for kind in KINDS),
+        )
+
     head = (*FIRST, *(f"{what}: {kind}" for what in ("prefill", "train") for kind in KINDS))
     says = (
         f"Of the program for one {study['chip']} chip, an estimate; -: the compiler refuses it, "
@@ -245,15 +272,18 @@ def bars(study: dict) -> Table:
 def measured(study: dict) -> Table:
     """Seconds on this machine."""
     found = study["measured"]
-    row = lambda n, m: (
-        n,
-        *(f"{m[kind]['prefill']:.3f}" for kind in KINDS),
-        f"{m[EVLM]['prefill'] / m[LLAVA]['prefill']:.3f}",
-        f"{m[FLAMINGO]['prefill'] / m[LLAVA]['prefill']:.3f}",
-        *(f"{1000 * m[kind]['decode']:.2f}" for kind in KINDS),
-        f"{m[EVLM]['decode'] / m[LLAVA]['decode']:.3f}",
-        f"{m['encode']:.3f}",
-    )
+
+    def row(n, m):
+        return (
+            n,
+            *(f"{m[kind]['prefill']:.3f}" for kind in KINDS),
+            f"{m[EVLM]['prefill'] / m[LLAVA]['prefill']:.3f}",
+            f"{m[FLAMINGO]['prefill'] / m[LLAVA]['prefill']:.3f}",
+            *(f"{1000 * m[kind]['decode']:.2f}" for kind in KINDS),
+            f"{m[EVLM]['decode'] / m[LLAVA]['decode']:.3f}",
+            f"{m['encode']:.3f}",
+        )
+
     head = "frames", *(f"prefill, s: {kind}" for kind in KINDS), "evlm / llava", "flamingo / llava"
     head += *(f"ms a token: {kind}" for kind in KINDS), "evlm / llava", "ViT, s"
     says = (
@@ -281,15 +311,18 @@ def vision(study: dict, n: str) -> float:
 def intervals(found: list[list[int]]) -> str:
     """In words."""
     ends = {MOST_FRAMES, MOST_TEXT}
-    say = lambda a, b: (
-        "all"
-        if a == 1 and b in ends
-        else f"{a:,} and more"
-        if b in ends
-        else f"up to {b:,}"
-        if a == 1
-        else f"{a:,} to {b:,}"
-    )
+
+    def say(a, b):
+        return (
+            "all"
+            if a == 1 and b in ends
+            else f"{a:,} and more"
+            if b in ends
+            else f"up to {b:,}"
+            if a == 1
+            else f"{a:,} to {b:,}"
+        )
+
     return ", ".join(say(*pair) for pair in found) or "none"
 
 

@@ -198,9 +198,10 @@ class Documents(Cleaner):
             replace(turn, text=re.sub(re.escape(MARKER), lambda _: next(marks), turn.text))
             for turn in turns
         )
-        keep = lambda values: tuple(
-            value for value, picture in zip(values, pictures) if not picture
-        )
+
+        def keep(values):
+            return tuple(value for value, picture in zip(values, pictures) if not picture)
+
         return replace(
             sample, visuals=keep(sample.visuals), scores=keep(sample.scores), dialogs=(shorter,)
         )

@@ -103,7 +103,10 @@ def decode_all(
         for path, seconds in times.items()
         for second, frame in zip(seconds, _frames(path, seconds, each))
     }
-    one = lambda ref: ref.picture or decode(ref.path, least)
+
+    def one(ref):
+        return ref.picture or decode(ref.path, least)
+
     return [each(one(ref)) if ref.frame is None else frames[ref.path, ref.frame] for ref in refs]
 
 

@@ -136,10 +136,13 @@ def redealt(state: dict, lanes: int) -> dict:
         sum(map(partial(used_of, of=of), tasks))
         for tasks in zip(*state["lanes"].values(), strict=True)
     ]
-    begin = lambda used, lane: {
-        "next": lane + lanes * (used // lanes + (lane < used % lanes)),
-        "pending": [],
-    }
+
+    def begin(used, lane):
+        return {
+            "next": lane + lanes * (used // lanes + (lane < used % lanes)),
+            "pending": [],
+        }
+
     return {
         "lanes": {str(lane): [begin(used, lane) for used in taken] for lane in range(lanes)},
         "of": lanes,

@@ -235,7 +235,10 @@ def alone(
                 f"give a text, or a list of ids from 0 to {cfg.llm.vocab - 1}, got {ids.dtype} of"
                 f" shape {list(ids.shape)}"
             )
-        media = lambda spans, _: [Media(frame, *span) for span in spans for frame in range(*span)]
+
+        def media(spans, _):
+            return [Media(frame, *span) for span in spans for frame in range(*span)]
+
         path = steps(
             [*_render(sample, media)[0], *(Token(token, False) for token in ids.tolist())],
             tokenizer,
@@ -344,7 +347,10 @@ def lay_out(
         visible_until[node] = len(nodes)
     tokens, media_slot, start, stop = np.array(nodes, np.int32).reshape(-1, 4).T.copy()
     target_positions, target, dialog = np.array(found, np.int32).reshape(-1, 3).T.copy()
-    ints = lambda values: np.array(values, np.int32)
+
+    def ints(values):
+        return np.array(values, np.int32)
+
     pairs = pair_count(start, stop, cfg.tile)
     place = (tokens, ints(positions), ints(visible_until), media_slot, start, stop)
     return Document(

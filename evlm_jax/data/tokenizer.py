@@ -209,7 +209,10 @@ def _from_tiktoken(file: Path) -> tuple[tokenizers.Tokenizer, list[int]]:
     except ValueError as error:
         raise ValueError(f"not a tiktoken file: {error}") from error
     letters = _byte_letters()
-    spell = lambda token: "".join(letters[byte] for byte in token)
+
+    def spell(token):
+        return "".join(letters[byte] for byte in token)
+
     merges = [
         tuple(map(spell, _last_pair(token, ranks)))
         for token in sorted(ranks, key=ranks.get)

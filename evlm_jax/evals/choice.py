@@ -45,9 +45,12 @@ def candidate_losses(
     answer of every dialog's question.
     """
     end = needs_end(tokenizer, candidates, model.cfg)
-    options = lambda sample: tuple(
-        question(dialog[0].text, answer) for dialog in sample.dialogs for answer in candidates
-    )
+
+    def options(sample):
+        return tuple(
+            question(dialog[0].text, answer) for dialog in sample.dialogs for answer in candidates
+        )
+
     asked = [replace(sample, dialogs=options(sample)) for sample in samples]
     return [
         loss.reshape(-1, len(candidates))

@@ -103,9 +103,10 @@ def _lines(value) -> str:
     """JSON on one line; entries of an object, or of a list of objects, on lines of their own where
     it would be longer than LINE.
     """
-    dumped = lambda part: json.dumps(
-        part, ensure_ascii=False, separators=(",", ":"), allow_nan=False
-    )
+
+    def dumped(part):
+        return json.dumps(part, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
     text = dumped(value)
     if len(text) <= LINE:
         return text

@@ -70,7 +70,10 @@ class DecodeState(NamedTuple):
     def spec(cls, cfg: EVLMConfig, rows: int, slots: int, images: int) -> "DecodeState":
         """Shapes and dtypes, for planning and ahead-of-time compilation."""
         dtype, k, h = compute_dtype(cfg.train.dtype), cfg.llm.kv_heads, cfg.llm.head_dim
-        row = lambda dtype: jax.ShapeDtypeStruct((rows,), dtype)
+
+        def row(dtype):
+            return jax.ShapeDtypeStruct((rows,), dtype)
+
         text, cross = (cfg.llm.layers, rows, k), (len(cfg.cross_layers), rows, cfg.xattn.kv_heads)
         seen = images * cfg.view_tokens + max(cfg.xattn.sinks, 1)
         sizes = (
@@ -249,7 +252,10 @@ def read_tokens(
 
     def cached(keys, values, layer):
         """Keys and values as `attention` takes them, [B, slots, heads, H]."""
-        one = lambda a: jax.lax.dynamic_index_in_dim(a, layer, 0, False)
+
+        def one(a):
+            return jax.lax.dynamic_index_in_dim(a, layer, 0, False)
+
         return one(keys).transpose(0, 3, 1, 2), one(values).transpose(0, 2, 1, 3)
 
     def self_attend(layer, q, k, v):
@@ -315,7 +321,10 @@ def project(
     [X, B, I, S', K, H].
     """
     number = jnp.array(cfg.tap_of_cross_layer)
-    each = lambda i: pick(weights.crosses, i).keys_values(views[number[i]])
+
+    def each(i):
+        return pick(weights.crosses, i).keys_values(views[number[i]])
+
     return jax.tree.map(lambda a: a[:, image], jax.lax.map(each, jnp.arange(len(cfg.cross_layers))))
 
 

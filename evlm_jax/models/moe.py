@@ -234,7 +234,10 @@ class PackedExperts:
     @classmethod
     def of(cls, experts: Experts, dtype: str) -> "PackedExperts":
         """Of a stack [L, E, ...], with matrices of `dtype`."""
-        flat = lambda linear: linear.matrix().reshape(-1, *linear.kernel.shape[2:])
+
+        def flat(linear):
+            return linear.matrix().reshape(-1, *linear.kernel.shape[2:])
+
         return cls(
             *(Packed(pack(flat(linear), dtype), None) for linear in (experts.fc1, experts.fc2)),
             experts.cfg,
@@ -250,8 +253,13 @@ class PackedExperts:
             self.layer * self.cfg.experts + jnp.arange(self.cfg.experts),
         )
         groups = group(chosen.T.reshape(-1), self.cfg.experts, tile)
-        one = lambda linear: lambda rows, number: dataclasses.replace(linear, layer=number)(rows)
-        product = lambda rows, linear: map_tiles(one(linear), rows, matrix, groups.first, tile)
+
+        def one(linear):
+            return lambda rows, number: dataclasses.replace(linear, layer=number)(rows)
+
+        def product(rows, linear):
+            return map_tiles(one(linear), rows, matrix, groups.first, tile)
+
         gate = permute(gates.T.reshape(-1), groups.choice, groups.row)[:, None]
         hidden = _gated(product(dispatch(x, groups, len(x)), self.fc1), gate)
         return combine(product(hidden, self.fc2), groups, len(x)), jnp.zeros(())

@@ -55,7 +55,10 @@ def _moments(
     """Weighted mean of x [..., C] and root mean square of its distance from there: two [C],
     float32.
     """
-    mean = lambda a, w: (a * w[..., None]).reshape(-1, a.shape[-1]).sum(0) / jnp.maximum(w.sum(), 1)
+
+    def mean(a, w):
+        return (a * w[..., None]).reshape(-1, a.shape[-1]).sum(0) / jnp.maximum(w.sum(), 1)
+
     x = x.astype(jnp.float32)
     centre = mean(x, centre_weight)
     return centre, jnp.sqrt(mean(jnp.square(x - centre), spread_weight) + FLOOR)

@@ -34,7 +34,10 @@ def sample(
         repetition penalty.
     """
     logits = processed(logits, sampling, seen)
-    draw = lambda row, key: jax.random.categorical(key, warped(row, sampling))
+
+    def draw(row, key):
+        return jax.random.categorical(key, warped(row, sampling))
+
     return jax.lax.cond(
         sampling.temperature > 0,
         lambda: jax.vmap(draw)(logits, random),

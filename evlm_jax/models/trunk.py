@@ -88,7 +88,7 @@ def run_layers(
         x, new = jax.lax.scan(wrap(layer), x, (_scanned(layers), jnp.arange(count)))
         return x, Passed(new)
     groups = len(cfg.cross_layers)
-    split = lambda a: a.reshape(groups, every, *a.shape[1:])
+    split = partial(_split, groups)
     # Where `every` does not divide the layers, they are read by number, where they lie: a part of
     # their stack would be a copy of it.
     behind = jax.tree.map(split, _scanned(layers)) if even else None
@@ -97,6 +97,11 @@ def run_layers(
     return x, passed._replace(
         layers=jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:count], passed.layers)
     )
+
+
+def _split(groups: int, a: jax.Array) -> jax.Array:
+    """[L, ...] -> [groups, L / groups, ...]."""
+    return a.reshape(groups, -1, *a.shape[1:])
 
 
 def _if_there(there: jax.Array, run: Callable, x: jax.Array) -> tuple[jax.Array, Any]:

@@ -122,7 +122,10 @@ class ViT(nnx.Module):
             .reshape(b, g * g, p * p * 3)
         )
         x, pos = self.patch(patches), self.pos[...].astype(pixels.dtype)
-        repeat = lambda tokens: jnp.broadcast_to(tokens.astype(x.dtype), (b, *tokens.shape))
+
+        def repeat(tokens):
+            return jnp.broadcast_to(tokens.astype(x.dtype), (b, *tokens.shape))
+
         parts = [x + pos[-g * g :]]
         if self.registers is not None:
             parts.insert(0, repeat(self.registers[...]))

@@ -131,9 +131,10 @@ def _dispatch(
     if ragged := _tokamax(platform()):
         rows = dispatch(x.astype(dtype), groups, len(x))
         return ragged(rows, kernels.astype(dtype), groups.sizes(tile)).astype(x.dtype)
-    apply = lambda token, kernel: product("nd,df->nf", _take(x, token), kernel, dtype).astype(
-        x.dtype
-    )
+
+    def apply(token, kernel):
+        return product("nd,df->nf", _take(x, token), kernel, dtype).astype(x.dtype)
+
     return map_tiles(apply, groups.token(len(x)), kernels, groups.first, tile)
 
 
@@ -326,9 +327,10 @@ def _steps(
     for stride in STRIDES:
         if stride * tile <= total:
             count = (end - begin) // stride
-            body = lambda i, carry, begin=begin, stride=stride: step(
-                (begin + i * stride) * tile, stride * tile, carry
-            )
+
+            def body(i, carry, begin=begin, stride=stride):
+                return step((begin + i * stride) * tile, stride * tile, carry)
+
             carry = jax.lax.fori_loop(0, count, body, carry)
             begin = begin + count * stride
     return carry

@@ -178,9 +178,9 @@ class Layout:
         return self._tree(tree, stored=self.cfg.frozen == "sharded")
 
     def _tree(self, tree: Any, stored: bool) -> Any:
-        place = lambda node: (
-            node.replace(self.place(node, stored)) if is_param(node) else self.replicated
-        )
+        def place(node):
+            return node.replace(self.place(node, stored)) if is_param(node) else self.replicated
+
         return jax.tree.map(place, tree, is_leaf=is_param)
 
     def own_pools(self, count: int) -> list[int]:

@@ -105,13 +105,16 @@ def shard_map_local(
     layout = active_layout()
     if layout is None:
         return f
-    specs = lambda tree: jax.tree.map(
-        layout.spec,
-        tree,
-        is_leaf=lambda node: (
-            isinstance(node, tuple) and all(isinstance(a, str | None) for a in node)
-        ),
-    )
+
+    def specs(tree):
+        return jax.tree.map(
+            layout.spec,
+            tree,
+            is_leaf=lambda node: (
+                isinstance(node, tuple) and all(isinstance(a, str | None) for a in node)
+            ),
+        )
+
     return jax.shard_map(
         f, mesh=layout.mesh, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=False
     )

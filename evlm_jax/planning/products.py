@@ -30,12 +30,18 @@ def convolution(computation: Computation, instruction: Instruction) -> float:
         "k": _dims(computation, instruction, 1),
         "o": instruction.leaves[0].dims,
     }
-    size = lambda which, labels, label: sizes[which][labels.index(label)]
+
+    def size(which, labels, label):
+        return sizes[which][labels.index(label)]
+
     window = dict(part.split("=") for part in instruction.attribute("window").strip("{}").split())
     reach = 1
     for d in range(len(left) - 2):
         label = str(d)
-        field_of = lambda key, default, d=d: window[key].split("x")[d] if key in window else default
+
+        def field_of(key, default, d=d):
+            return window[key].split("x")[d] if key in window else default
+
         low = int(field_of("pad", "0_0").split("_")[0])
         stride, base, dilation = (
             int(field_of(key, "1")) for key in ("stride", "lhs_dilate", "rhs_dilate")

@@ -120,7 +120,10 @@ def _prefill(of: TrainPhase, video: bool) -> Program:
         of.cfg.data.length,
         of.cfg.data.images,
     )
-    ints = lambda *shape: jax.ShapeDtypeStruct((rows, *shape), jnp.int32, sharding=layout.rows)
+
+    def ints(*shape):
+        return jax.ShapeDtypeStruct((rows, *shape), jnp.int32, sharding=layout.rows)
+
     pairs = cfg.data.pairs
     plan = (
         AttentionPlan(ints(pairs, cfg.tile), ints(t), ints(pairs), ints(pairs))
@@ -224,7 +227,9 @@ def _weights(of: TrainPhase) -> Weights:
 
 
 def _sampling(layout: Layout) -> Sampling:
-    one = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.replicated)
+    def one(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.replicated)
+
     return Sampling(
         *[one(jnp.float32)] * 2, one(jnp.int32, STOPS), one(jnp.int32), one(jnp.float32)
     )
@@ -244,5 +249,8 @@ def _put(tree: Any, shardings: Any) -> Any:
 
 def _share(tree: Any) -> Share:
     leaves = jax.tree.leaves(tree)
-    size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+    def size(x):
+        return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
     return Share(sum(math.prod(x.shape) for x in leaves), sum(map(size, leaves)))

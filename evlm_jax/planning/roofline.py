@@ -69,7 +69,10 @@ def link(chip: Chip, devices: list[jax.Device], group: tuple[int, ...]) -> tuple
     Raises ValueError where a group leaves its slice and the chip's rate there is not published.
     """
     members = [devices[i] for i in group]
-    apart = lambda key: len({key(device) for device in members}) > 1
+
+    def apart(key):
+        return len({key(device) for device in members}) > 1
+
     if devices[0].platform != "tpu":
         leaves, axes = apart(lambda device: device.id // HOST), 1
     else:

@@ -78,12 +78,13 @@ def _changes(
 ) -> Iterator[tuple[str, Callable[[EVLMConfig], EVLMConfig]]]:
     """What `cfg` can give up for memory, the cheapest first."""
     train, mesh, sizes = cfg.train, cfg.mesh, mesh_sizes(cfg.mesh, devices)
-    set_train = lambda **fields: (
-        lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, **fields))
-    )
-    set_mesh = lambda **fields: (
-        lambda c: dataclasses.replace(c, mesh=dataclasses.replace(c.mesh, **fields))
-    )
+
+    def set_train(**fields):
+        return lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, **fields))
+
+    def set_mesh(**fields):
+        return lambda c: dataclasses.replace(c, mesh=dataclasses.replace(c.mesh, **fields))
+
     for remat in REMATS[REMATS.index(train.remat) + 1 :]:
         yield f"train.remat={remat}", set_train(remat=remat)
     rows = math.prod(sizes[axis] for axis in ROWS)
@@ -127,7 +128,10 @@ def sweep(cfg: EVLMConfig, topology: str, what: str, phase: int) -> list[dict]:
 def meshes(cfg: EVLMConfig, topology: str) -> Iterator[EVLMConfig]:
     """`cfg` on every mesh of powers of two that its sizes allow, one copy of everything a slice."""
     devices, _ = chips.devices(topology, cfg.mesh.slices)
-    powers = lambda most: [2**i for i in range(most.bit_length()) if 2**i <= most]
+
+    def powers(most):
+        return [2**i for i in range(most.bit_length()) if 2**i <= most]
+
     for tensor in powers(len(devices)):
         for expert in powers(cfg.moe.experts or 1):
             mesh = dataclasses.replace(

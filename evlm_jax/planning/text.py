@@ -66,7 +66,10 @@ def _parts(report: dict, devices: int) -> list[tuple]:
         values = need, sum(done.values()), done.get("again", 0.0)
         totals = [a + b for a, b in zip(totals, values)]
         rows.append((part, *values))
-    tera = lambda x: f"{x / 1e12:,.1f}"
+
+    def tera(x):
+        return f"{x / 1e12:,.1f}"
+
     return [
         (part, tera(n), tera(d), tera(again), f"{d / n:.2f}" if n else "")
         for part, n, d, again in [*rows, ("all", *totals)]

@@ -31,7 +31,10 @@ def attention_maps(model: EVLM, batch: Batch, row: int, positions: Sequence[int]
             "attention over the patches of a picture cannot be shown: the model has"
             f" {model.cfg.baseline}"
         )
-    own = lambda a: a[row * len(a) // len(batch.tokens)]  # of the row, or of its pool
+
+    def own(a):
+        return a[row * len(a) // len(batch.tokens)]  # of the row, or of its pool
+
     one = jax.tree.map(lambda a: jnp.asarray(own(a))[None], batch)
     return np.asarray(trace(model, one, jnp.asarray(positions))[1])
 

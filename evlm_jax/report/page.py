@@ -102,10 +102,13 @@ def training_sections(metrics: PathLike | str, cfg: EVLMConfig) -> dict:
             f"report: {metrics} is empty or not there; train.log_every = {cfg.train.log_every} may"
             " be more than the steps of the run"
         )
-    curve = lambda key, name: {
-        "step": [line["step"] for line in lines if key in line],
-        name: [line[key] for line in lines if key in line],
-    }
+
+    def curve(key, name):
+        return {
+            "step": [line["step"] for line in lines if key in line],
+            name: [line[key] for line in lines if key in line],
+        }
+
     losses = {source: curve(f"loss/{source}", "loss") for source in cfg.data.sources}
     losses = {
         source: points for source, points in losses.items() if points["step"]
@@ -115,7 +118,10 @@ def training_sections(metrics: PathLike | str, cfg: EVLMConfig) -> dict:
     )
     monitors = {key.removeprefix("monitor/"): curve(key, "score") for key in followed}
     last = training_lines(metrics)[-1]
-    gate = lambda kind: [last[f"xattn/{layer}/{kind}_gate"] for layer in cfg.cross_layers]
+
+    def gate(kind):
+        return [last[f"xattn/{layer}/{kind}_gate"] for layer in cfg.cross_layers]
+
     gates = (
         {"layers": list(cfg.cross_layers), "attn": gate("attn"), "ffn": gate("ffn")}
         if cfg.cross_layers
@@ -133,7 +139,10 @@ def experts_section(line: dict, cfg: EVLMConfig) -> dict | None:
     """`experts` from one line of metrics.jsonl; None where the FFNs are dense."""
     if not cfg.moe.copies:
         return None
-    of = lambda name: [line[f"xattn/{layer}/ffn/{name}"] for layer in cfg.cross_layers]
+
+    def of(name):
+        return [line[f"xattn/{layer}/ffn/{name}"] for layer in cfg.cross_layers]
+
     load = {"all": of("load"), "text": of("load_text"), "media": of("load_media")}
     return {
         "layers": list(cfg.cross_layers),
@@ -166,7 +175,10 @@ def vqa_section(
     for example in examples:
         by_image.setdefault(example["image"], []).append(example)
     chosen = rng.sample(sorted(by_image), min(pictures, len(by_image)))
-    pick = lambda asked: rng.sample(asked, min(questions, len(asked)))
+
+    def pick(asked):
+        return rng.sample(asked, min(questions, len(asked)))
+
     return [{"image": _picture(refs[key], 192), "questions": pick(by_image[key])} for key in chosen]
 
 
@@ -241,9 +253,10 @@ def _picture(ref: ImageRef, size: int) -> str:
 def strip(row: dict) -> dict:
     """An entry of `attention` with the drawn picture of each word instead of its grid."""
     image = figures.from_data_uri(row["image"])
-    draw = lambda word: figures.data_uri(
-        figures.overlay(image, np.asarray(word["grid"])), kind="JPEG"
-    )
+
+    def draw(word):
+        return figures.data_uri(figures.overlay(image, np.asarray(word["grid"])), kind="JPEG")
+
     return row | {"words": [word | {"picture": draw(word)} for word in row["words"]]}
 
 

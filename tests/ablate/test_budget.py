@@ -46,7 +46,10 @@ def test_the_course_is_that_of_training(cfg, tmp_path):
         str(row[2])
         for row in json.loads((assets.path("easy-vqa") / "train" / "questions.json").read_text())
     )
-    zeros = lambda pixels: np.zeros((len(pixels), len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width))
+
+    def zeros(pixels):
+        return np.zeros((len(pixels), len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width))
+
     features = FeatureStore(tmp_path / "features", zeros, cfg) if cfg.data.cache_features else None
     data, trained = (
         batches(cfg, load_tokenizer(cfg.init.llm), features),

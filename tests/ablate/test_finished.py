@@ -16,20 +16,25 @@ SIZES, NAMES = [3, 1, 5, 2, 4], [1] * 12
 def run():
     """A finished run as `evlm ablate` has it in memory, its clusters still in the readings."""
     rng = np.random.default_rng(0)
-    reading = lambda: {
-        "measured": {
-            "easy-vqa-choice/accuracy": finished.pack(100.0 * (rng.random(15) < 0.5)),
-            "emoji/loss": finished.pack(rng.normal(5, 1, 12)),
-            "emoji/CIDEr (words)": finished.pack(7.0 * (np.arange(12) == 4)),
-        },
-        "clusters": {"easy-vqa-choice": SIZES, "emoji": NAMES},
-        "loss": 0.5,
-        "step_seconds": 2.0,
-        "peak_bytes": 2**30,
-        "weights_sha256": "0" * 64,
-        "device": "1 x cpu, 2 CPU cores",
-    }
-    cut = lambda step: {"step": step, "questions": 9 * step, "flops": 1e9 * step}
+
+    def reading():
+        return {
+            "measured": {
+                "easy-vqa-choice/accuracy": finished.pack(100.0 * (rng.random(15) < 0.5)),
+                "emoji/loss": finished.pack(rng.normal(5, 1, 12)),
+                "emoji/CIDEr (words)": finished.pack(7.0 * (np.arange(12) == 4)),
+            },
+            "clusters": {"easy-vqa-choice": SIZES, "emoji": NAMES},
+            "loss": 0.5,
+            "step_seconds": 2.0,
+            "peak_bytes": 2**30,
+            "weights_sha256": "0" * 64,
+            "device": "1 x cpu, 2 CPU cores",
+        }
+
+    def cut(step):
+        return {"step": step, "questions": 9 * step, "flops": 1e9 * step}
+
     return {
         "variant": "base",
         "seed": 0,

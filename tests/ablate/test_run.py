@@ -111,7 +111,10 @@ def test_experts_are_made_of_the_run_that_all_start_from(tmp_path):
     run_directory(tmp_path / "dense", dense, model)
     assert job.start(dense, None, tmp_path) is None and job.start(dense, init, tmp_path) == init
     batch = tiny_batch(dense, 0)
-    hidden = lambda model: np.asarray(EVLM.hidden(model, batch))[real_tokens(batch)]
+
+    def hidden(model):
+        return np.asarray(EVLM.hidden(model, batch))[real_tokens(batch)]
+
     expected, found = hidden(model), {}
     for name, cfg in experts.items():
         begin = job.start(cfg, init, tmp_path / name)
@@ -191,8 +194,13 @@ def test_a_killed_ablation_goes_on(command, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[2]))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert cli.main([*command, "--out", str(whole)]) == 0
-    trains = lambda: max(steps(cut / "base" / "0"), default=0) >= 10
-    answers = lambda: len(list((cut / "wide" / "0" / "evals").glob("*.jsonl"))) >= 2
+
+    def trains():
+        return max(steps(cut / "base" / "0"), default=0) >= 10
+
+    def answers():
+        return len(list((cut / "wide" / "0" / "evals").glob("*.jsonl"))) >= 2
+
     for reached in (trains, answers):
         process = subprocess.Popen(
             [sys.executable, "-m", "evlm_jax", *command, "--out", str(cut)], start_new_session=True

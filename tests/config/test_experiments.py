@@ -33,7 +33,10 @@ def config(name: str, stage: str = "pretrain"):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_counts(name):
     sizes = {path: math.prod(shape) for path, shape in parameter_shapes(config(name)).items()}
-    count = lambda *parts: sum(size for path, size in sizes.items() if path.startswith(parts))
+
+    def count(*parts):
+        return sum(size for path, size in sizes.items() if path.startswith(parts))
+
     assert {part: count(part) for part in PUBLISHED[name]} == PUBLISHED[name]
     if name == "evlm_14b":  # the norms' 1 M more would round to 1.62
         assert (

@@ -15,9 +15,12 @@ pytest.importorskip("torch", reason="needs the extra parity")
 
 def two_bits():
     """A PNG of 2 bits a value, whose value 1 is transparent."""
-    part = lambda kind, body: (
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    )
+
+    def part(kind, body):
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
     rows = zlib.compress(b"".join(b"\0" + bytes([0b00011011] * 15) for _ in range(40)))
     head = part(b"IHDR", struct.pack(">IIBBBBB", 60, 40, 2, 0, 0, 0, 0))
     return (

@@ -100,14 +100,14 @@ def test_defaults_and_fields_are_those_of_transformers(tmp_path, name):
         config_json.fields_of(tmp_path, config | plain),
         config_json.fields_of(tmp_path, {"model_type": name} | plain),
     )
-    heads = lambda found: (
-        found
-        | {
+
+    def heads(found):
+        return found | {
             "head_dim": 128,
             "num_key_value_heads": found.get("num_key_value_heads") or 32,
             "layer_types": None,
         }
-    )
+
     assert heads(whole) == heads(bare)
 
 
@@ -118,9 +118,10 @@ def test_a_field_with_another_value_is_seen(tmp_path, name):
     config = (
         written(name).get("vision_config") if name in families.WHOLE else written(name)
     ) | plain
-    wrap = lambda fields: (
-        {"model_type": name, "vision_config": fields} if name in families.WHOLE else fields
-    )
+
+    def wrap(fields):
+        return {"model_type": name, "vision_config": fields} if name in families.WHOLE else fields
+
     before = config_json.fields_of(tmp_path, wrap(config))
     for field in sorted(
         config.keys() - families.INERT - families.UNUSED.get(name, set()) - {"vision_use_head"}

@@ -299,9 +299,10 @@ def test_frequency_factors_of_a_gguf_are_looked_at(tmp_path):
 
 def test_onnx_weights_are_read_where_they_lie(tmp_path):
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
-    tensor = lambda name, *more: field(
-        5, field(1, 2) + field(1, 3) + field(2, 1) + field(8, name) + b"".join(more)
-    )
+
+    def tensor(name, *more):
+        return field(5, field(1, 2) + field(1, 3) + field(2, 1) + field(8, name) + b"".join(more))
+
     raw, packed = (
         tensor(b"a.bias", field(9, values.tobytes())),
         tensor(b"onnx::7", field(4, struct.pack("<6f", *values.ravel()))),

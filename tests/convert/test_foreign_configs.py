@@ -173,7 +173,10 @@ def test_a_dinov2_of_another_width_needs_its_config(tmp_path):
 
 def test_the_preprocessor_is_read_whole(tmp_path):
     dinov2_directory(tmp_path, CFG)
-    write = lambda **facts: (tmp_path / "preprocessor_config.json").write_text(json.dumps(facts))
+
+    def write(**facts):
+        return (tmp_path / "preprocessor_config.json").write_text(json.dumps(facts))
+
     write(do_normalize=False)
     assert engine.describe(str(tmp_path))["std"] == (1.0, 1.0, 1.0)
     for facts, message in (

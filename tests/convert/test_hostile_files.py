@@ -172,9 +172,10 @@ LIMIT = 64 * 2**20  # and four times the file
 def onnx_bytes() -> bytes:
     """Weights in both forms, a product, and what is passed over."""
     values = np.arange(6, dtype=np.float32)
-    tensor = lambda name, *more: field(
-        5, field(1, 2) + field(1, 3) + field(2, 1) + field(8, name) + b"".join(more)
-    )
+
+    def tensor(name, *more):
+        return field(5, field(1, 2) + field(1, 3) + field(2, 1) + field(8, name) + b"".join(more))
+
     raw, packed = (
         tensor(b"a.bias", field(9, values.tobytes())),
         tensor(b"onnx::7", field(4, values.tobytes())),
@@ -216,8 +217,13 @@ def spoilt(rng: np.random.Generator, raw: bytes, header: int) -> bytes:
 def hostile() -> dict[str, bytes]:
     """Files made to take memory or time, of some megabytes."""
     key = struct.pack("<Q", 1)
-    gguf = lambda pairs, body: b"GGUF" + struct.pack("<IQQ", 3, 0, pairs) + body
-    array = lambda kind, count, body: key + b"a" + struct.pack("<IIQ", 9, kind, count) + body
+
+    def gguf(pairs, body):
+        return b"GGUF" + struct.pack("<IQQ", 3, 0, pairs) + body
+
+    def array(kind, count, body):
+        return key + b"a" + struct.pack("<IIQ", 9, kind, count) + body
+
     n = 400_000
     empty = "{" + ",".join(f'"{i}":{{}}' for i in range(n)) + "}"
     small = (

@@ -158,10 +158,13 @@ def qwen1_directory(folder) -> tuple[dict, object]:
     randomise(theirs, 0.1)  # sharp attention over 2048 keys magnifies rounding
     state, renamed = theirs.state_dict(), {}
     for i in range(3):
-        layer = lambda name, i=i: state[f"model.layers.{i}.{name}"]
-        fused = lambda kind, layer=layer: torch.cat(
-            [layer(f"self_attn.{x}_proj.{kind}") for x in "qkv"]
-        )
+
+        def layer(name, i=i):
+            return state[f"model.layers.{i}.{name}"]
+
+        def fused(kind, layer=layer):
+            return torch.cat([layer(f"self_attn.{x}_proj.{kind}") for x in "qkv"])
+
         renamed |= {
             f"transformer.h.{i}.attn.c_attn.{kind}": fused(kind) for kind in ("weight", "bias")
         }

@@ -52,7 +52,10 @@ EXACT = [
 def layer(seed=0):
     """The arrays of one dense block, as far as its FFN goes."""
     rng = np.random.default_rng(seed)
-    normal = lambda *shape: (rng.standard_normal(shape) * shape[0] ** -0.5).astype(np.float32)
+
+    def normal(*shape):
+        return (rng.standard_normal(shape) * shape[0] ** -0.5).astype(np.float32)
+
     norm = {"ffn_norm/scale": 1 + normal(WIDTH), "ffn_norm/bias": normal(WIDTH)}
     return {
         "ffn/fc1/kernel": normal(WIDTH, HIDDEN),
@@ -116,9 +119,12 @@ def test_everything_learns_within_two_steps(policy):
 
     moved, first = step(model)
     _, second = step(moved)
-    size = lambda g: np.abs(np.asarray(g)).max(
-        tuple(range(1, g.ndim)) if g.ndim == 3 else None
-    )  # of each expert
+
+    def size(g):
+        return np.abs(np.asarray(g)).max(
+            tuple(range(1, g.ndim)) if g.ndim == 3 else None
+        )  # of each expert
+
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         assert (np.maximum(size(a), size(b)) > 0).all()
     if policy == "preserve":

@@ -74,7 +74,9 @@ def force(negative: list[bool]) -> list[tuple[int, int]]:
 @given(*(st.integers(-(10**k), 10**k) for k in (3, 5, 6)), st.integers(2, 200))
 @settings(max_examples=300, deadline=None)
 def test_changes_of_sign_are_all_found(a, b, c, top):
-    difference = lambda n: float(a * n**2 + b * n + c)
+    def difference(n):
+        return float(a * n**2 + b * n + c)
+
     assert crossover.below(difference, 1, top) == force(
         [difference(n) < 0 for n in range(1, top + 1)]
     )
@@ -89,15 +91,18 @@ def test_crossovers_are_those_of_brute_force(measure_, kv_heads, monkeypatch):
         llm, vit = TINY["llm"] | {"kv_heads": kv_heads}, TINY["vit"] | {"image_size": image}
         cfg = tiny_config(llm=llm, vit=vit, media={"tokens": media})
         models = counterparts(cfg)
-        less = lambda frames, text, models=models: (
-            np.subtract(
-                *(
-                    cases.MEASURES[measure_](case(models[kind], frames, text))
-                    for kind in (EVLM, LLAVA)
+
+        def less(frames, text, models=models):
+            return (
+                np.subtract(
+                    *(
+                        cases.MEASURES[measure_](case(models[kind], frames, text))
+                        for kind in (EVLM, LLAVA)
+                    )
                 )
+                < 0
             )
-            < 0
-        )
+
         assert crossover.cheaper_frames(cfg, measure_, 9) == force(
             [less(n, 9) for n in range(1, 41)]
         )
@@ -123,9 +128,13 @@ def test_the_papers_dimensions():
 @pytest.mark.parametrize("experiment", ["demo", "evlm_7b"])
 def test_what_makes_a_cache_smaller_where_heads_are_shared(experiment):
     cfg = load_config(f"experiments/{experiment}.py")
-    smaller = lambda **fields: (
-        crossover.ratio(replace(cfg, xattn=replace(cfg.xattn, **fields)), "KV bytes", 256, 64) < 1
-    )
+
+    def smaller(**fields):
+        return (
+            crossover.ratio(replace(cfg, xattn=replace(cfg.xattn, **fields)), "KV bytes", 256, 64)
+            < 1
+        )
+
     assert not smaller()
     found = crossover.by_block(cfg, 256, 64)
     above = [

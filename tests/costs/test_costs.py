@@ -69,10 +69,13 @@ def test_the_formula_is_what_we_count_of_a_layer_of_its_kind():
         media={"tokens": media},
     )
     tokens, seen, r_c, r_f = media + text, cfg.vit.tokens, 48 / hidden, 32 / hidden
-    count = lambda cfg, tokens: sum(
-        cost.forward
-        for cost in flops.needed(cfg, (), Work(tokens, tokens**2, 1, 0, tokens, 0)).values()
-    )
+
+    def count(cfg, tokens):
+        return sum(
+            cost.forward
+            for cost in flops.needed(cfg, (), Work(tokens, tokens**2, 1, 0, tokens, 0)).values()
+        )
+
     assert count(cfg, tokens) == pytest.approx(
         formula.cross_attention(seen, text, hidden, 40, r_c, r_f, media), rel=1e-12
     )
@@ -84,21 +87,22 @@ def test_the_formula_is_what_we_count_of_a_layer_of_its_kind():
 # -------------------------------------------------------------------------------------------- needs
 
 
+def norm(x):
+    return x / jnp.sqrt(1e-6 + jnp.square(x).mean(-1, keepdims=True))
+
+
 def program(cfg: EVLMConfig, p: dict, taps: list[jax.Array]) -> jax.Array:
     """The prefill of a case, every product by hand: no mask, each token multiplied with what it
     sees alone. taps: [F, S, V] each.
     """
-    part, frames, media, length = (
-        jax.named_scope,
-        cfg.data.images,
-        cfg.media.tokens,
-        cfg.data.length,
-    )
-    norm = lambda x: x / jnp.sqrt(1e-6 + jnp.square(x).mean(-1, keepdims=True))
+    part, frames = jax.named_scope, cfg.data.images
+    media, length = cfg.media.tokens, cfg.data.length
     seen = jnp.ones(()) if cfg.bridge.kind == "routed" else bridge_program(cfg, p, taps)
 
     def attend(q, k, v, heads):
-        split = lambda x, n: x.reshape(len(x), n, -1)
+        def split(x, n):
+            return x.reshape(len(x), n, -1)
+
         q, group = split(q, heads), q.shape[1] // (k.shape[1])
         k, v = (split(x, heads // group).repeat(group, 1) for x in (k, v))
         weights = jax.nn.softmax(jnp.einsum("tnh,snh->nts", q, k))
@@ -107,16 +111,17 @@ def program(cfg: EVLMConfig, p: dict, taps: list[jax.Array]) -> jax.Array:
     x = jnp.sin(seen + jnp.arange(length * cfg.llm.hidden, dtype=jnp.float32)).reshape(length, -1)
     for i in range(cfg.llm.layers):
         if cfg.cross_layers:
-            cross = lambda name, i=i: p[f"xattn/{i}/{name}/kernel"]
+            parts = (*"qkvo", "ffn/fc1", "ffn/fc2")
+            cross = {name: p[f"xattn/{i}/{name}/kernel"] for name in parts}
             view = (
                 taps[cfg.tap_of_cross_layer[i]]
                 if cfg.bridge.kind == "routed"
                 else seen * taps[0][:, : cfg.bridge.latents]
             )
             with part(flops.CROSS):
-                q = norm(x) @ cross("q")
+                q = norm(x) @ cross["q"]
             with part(flops.KEYS):
-                k, v = norm(view) @ cross("k"), norm(view) @ cross("v")
+                k, v = norm(view) @ cross["k"], norm(view) @ cross["v"]
             with part(flops.CROSS_SCORES):
                 out = [
                     attend(q[f * media : (f + 1) * media], k[f], v[f], cfg.xattn.heads)
@@ -125,10 +130,13 @@ def program(cfg: EVLMConfig, p: dict, taps: list[jax.Array]) -> jax.Array:
                 every = (y.reshape(-1, y.shape[-1]) for y in (k, v))
                 out = jnp.concatenate([*out, attend(q[frames * media :], *every, cfg.xattn.heads)])
             with part(flops.CROSS):
-                x = x + out @ cross("o")
+                x = x + out @ cross["o"]
             with part(flops.FFN):
-                x = x + jnp.tanh(norm(x) @ cross("ffn/fc1")) @ cross("ffn/fc2")
-        layer = lambda name, i=i: p[f"llm/layers/{i}/{name}/kernel"]
+                x = x + jnp.tanh(norm(x) @ cross["ffn/fc1"]) @ cross["ffn/fc2"]
+
+        def layer(name, i=i):
+            return p[f"llm/layers/{i}/{name}/kernel"]
+
         with part(flops.LLM):
             q, k, v = (norm(x) @ layer(f"attn/{c}") for c in "qkv")
         with part(flops.LLM_SCORES):
@@ -262,7 +270,10 @@ def test_parts_of_the_needs():
 def test_the_cache_is_that_of_an_answer(kind, frames):
     cfg = of(kind, frames)
     state = jax.eval_shape(lambda: answer(cfg, random_model(cfg, 0)))
-    size = lambda *arrays: sum(a.size * a.dtype.itemsize for a in arrays if a is not None)
+
+    def size(*arrays):
+        return sum(a.size * a.dtype.itemsize for a in arrays if a is not None)
+
     assert cases.cache(cfg) == (
         size(state.self_keys, state.self_values),
         size(state.cross_keys, state.cross_values),

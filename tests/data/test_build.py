@@ -252,12 +252,18 @@ def test_a_killed_build_goes_on(tmp_path):
         )
         (tmp_path / "large" / f"{i}.txt").write_text(f"picture {i}")
     source, killed = f"folder:{tmp_path / 'large'}", tmp_path / "killed"
-    made = lambda out: job(source, out, side=500, size=1)
+
+    def made(out):
+        return job(source, out, side=500, size=1)
+
     script = (
         f"from tests.data.test_build import *\nbuild(job({source!r}, {str(killed)!r}, side=500,"
         " size=1), workers=2)"
     )
-    finished = lambda: len(list((killed / "receipts").glob("*.txt")))
+
+    def finished():
+        return len(list((killed / "receipts").glob("*.txt")))
+
     counts = []
     for pause in (0, 0.01, 0.02, 0.03, 0.04, 0.05):
         before, until = finished(), time.monotonic() + 60

@@ -112,7 +112,9 @@ def saved(path, picture, cut=None, **options):
 
 
 def test_rules_of_pictures(tmp_path):
-    rule = lambda ref, **fields: picture_rule((ref,), dataclasses.replace(RULES, **fields))
+    def rule(ref, **fields):
+        return picture_rule((ref,), dataclasses.replace(RULES, **fields))
+
     good = saved(tmp_path / "good.jpg", noise(190, 64))
     assert rule(good) == ""
     assert (
@@ -303,9 +305,10 @@ def test_receipt_over_real_pictures_and_junk(tmp_path):
     """
     emoji = list(open_source("emoji-en"))[:150]
     shapes = list(open_source("easy-vqa"))[:100]
-    rename = lambda sample, text: dataclasses.replace(
-        sample, dialogs=((Turn("assistant", "<image>" + text),),)
-    )
+
+    def rename(sample, text):
+        return dataclasses.replace(sample, dialogs=((Turn("assistant", "<image>" + text),),))
+
     good = [rename(s, f"an emoji that shows {s.dialogs[0][1].text}") for s in emoji] + [
         rename(s, "a shape of one colour") for s in shapes
     ]

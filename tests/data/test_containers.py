@@ -45,7 +45,10 @@ def write_parquet(path):
     of 3.
     """
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    picture = lambda i: {"bytes": png(i), "path": f"{i}.png"}
+
+    def picture(i):
+        return {"bytes": png(i), "path": f"{i}.png"}
+
     columns = {
         "key": pa.array([f"k{i}" for i in range(8)]),
         "jpg": pa.array([png(i) for i in range(8)], pa.binary()),
@@ -134,8 +137,13 @@ def test_null_counts_of_a_footer_are_those_of_pyarrow(tmp_path, told):
     options = {"write_statistics": told, "row_group_size": 2, "write_page_index": True}
     pq.write_table(table, tmp_path / "a.parquet", **options)
     metadata = pq.read_metadata(tmp_path / "a.parquet")
-    stats = lambda group, i: metadata.row_group(group).column(i).statistics
-    count = lambda found: found.null_count if found is not None and found.has_null_count else None
+
+    def stats(group, i):
+        return metadata.row_group(group).column(i).statistics
+
+    def count(found):
+        return found.null_count if found is not None and found.has_null_count else None
+
     with open(tmp_path / "a.parquet", "rb") as file:
         assert footer.null_counts(file) == [
             [count(stats(group, i)) for i in range(metadata.num_columns)] for group in range(3)
@@ -215,11 +223,14 @@ def test_remote_containers_read_the_same(tmp_path, store, monkeypatch):
     writer.close()
     for name in ("a.tar", "a.parquet", "a.jsonl", "a.array_record"):
         local, far = rows.open_rows(str(tmp_path / name)), rows.open_rows(store(tmp_path / name))
-        there = lambda value: json.loads(
-            json.dumps(value)
-            .replace("memory:///store", str(tmp_path))
-            .replace("memory://store", str(tmp_path))
-        )
+
+        def there(value):
+            return json.loads(
+                json.dumps(value)
+                .replace("memory:///store", str(tmp_path))
+                .replace("memory://store", str(tmp_path))
+            )
+
         assert len(far) > 1 and [there(row) for row in far] == list(local)
     far = rows.open_rows("memory:///store/a.tar")
     assert [shows(row["png"]) for row in far] == [0, 1, 2, 3, 4]

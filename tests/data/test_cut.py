@@ -123,10 +123,12 @@ def test_parts_of_the_docstring():
 
 
 def test_a_text_longer_than_a_row_is_cut_at_lines_then_words_then_anywhere():
-    cut = lambda text, length=20: [
-        bytes(t for t in said(part) if t < 256).decode()
-        for part in parts(encode_parts(page(text), TOKENIZER, small(length=length)))
-    ]
+    def cut(text, length=20):
+        return [
+            bytes(t for t in said(part) if t < 256).decode()
+            for part in parts(encode_parts(page(text), TOKENIZER, small(length=length)))
+        ]
+
     assert cut("one two\nthree four\nfive six seven") == ["one two\nthree four\n", "five six seven"]
     assert cut("one two three four five six") == ["one two three four ", "five six"]
     assert cut("x" * 45) == ["x" * 20, "x" * 20, "x" * 5]

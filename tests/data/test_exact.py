@@ -17,7 +17,10 @@ def test_losses_of_a_packed_trie_equal_each_dialog_alone(tmp_path):
     data = dict(sources=("made",), weights=(1.0,), length=192, targets=96, images=6, pairs=60)
     cfg = tiny_config(llm=dict(vocab=320), data=data)
     write_images(tmp_path, 6, size=11)
-    image = lambda *numbers: tuple(ImageRef(str(tmp_path / f"{i}.png")) for i in numbers)
+
+    def image(*numbers):
+        return tuple(ImageRef(str(tmp_path / f"{i}.png")) for i in numbers)
+
     samples = [
         Sample(
             "a",

@@ -341,7 +341,9 @@ def test_one_reader_of_text(tmp_path):
 
 
 def test_rows_of_every_kind_as_members_of_a_tar(tmp_path):
-    llava = lambda **more: json.dumps({"id": "a", "conversations": talk()} | more)
+    def llava(**more):
+        return json.dumps({"id": "a", "conversations": talk()} | more)
+
     two = json.dumps({"image": ["x/k.1.png", "x/k.0.png"], "conversations": talk("<image><image>")})
     members = [
         ("a.png", png(3)),

@@ -117,17 +117,19 @@ def test_coco_captions_are_those_of_pycocotools(tmp_path):
 
 
 def test_karpathy_splits(tmp_path):
-    image = lambda n, split: {
-        "filepath": "val2014",
-        "filename": f"{n}.jpg",
-        "imgid": n,
-        "cocoid": 100 + n,
-        "split": split,
-        "sentences": [
-            {"raw": f"A {n}.", "tokens": ["a", str(n)]},
-            {"raw": f"B {n}.", "tokens": []},
-        ],
-    }
+    def image(n, split):
+        return {
+            "filepath": "val2014",
+            "filename": f"{n}.jpg",
+            "imgid": n,
+            "cocoid": 100 + n,
+            "split": split,
+            "sentences": [
+                {"raw": f"A {n}.", "tokens": ["a", str(n)]},
+                {"raw": f"B {n}.", "tokens": []},
+            ],
+        }
+
     kinds = ["train", "restval", "val", "test"]
     file = write_json(
         tmp_path / "dataset_coco.json",
@@ -188,7 +190,9 @@ def test_qwen_vl(tmp_path):
 
 
 def test_synthdog_folder_and_parquet(tmp_path):
-    truth = lambda i: json.dumps({"gt_parse": {"text_sequence": f"page {i} ü"}})
+    def truth(i):
+        return json.dumps({"gt_parse": {"text_sequence": f"page {i} ü"}})
+
     write_images(tmp_path / "train", 2)
     lines = [json.dumps({"file_name": f"{i}.png", "ground_truth": truth(i)}) for i in range(2)]
     (tmp_path / "train/metadata.jsonl").write_text("\n".join(lines))

@@ -49,19 +49,23 @@ def write_records(path):
 
 
 def write_lines(path):
-    turns = lambda i: [{"from": "human", "value": f"<image>{i}?"}, {"from": "gpt", "value": "ü"}]
+    def turns(i):
+        return [{"from": "human", "value": f"<image>{i}?"}, {"from": "gpt", "value": "ü"}]
+
     rows = [{"id": f"k{i}", "image": f"{i}.png", "conversations": turns(i)} for i in range(6)]
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
     return "llava"
 
 
 def write_json(path):
-    entry = lambda i: {
-        "questionId": i,
-        "question": f"q{i}?",
-        "image": f"documents/{i}.png",
-        "answers": ["a", "b"],
-    }
+    def entry(i):
+        return {
+            "questionId": i,
+            "question": f"q{i}?",
+            "image": f"documents/{i}.png",
+            "answers": ["a", "b"],
+        }
+
     path.write_text(json.dumps({"data": [entry(i) for i in range(6)]}), "utf-8")
     return "docvqa"
 

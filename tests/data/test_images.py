@@ -72,7 +72,10 @@ def test_resizings(tmp_path):
     """A picture twice as wide as high, of four vertical stripes."""
     stripes = np.repeat(np.array([10, 60, 120, 180], np.uint8), 8)
     ref = saved(tmp_path / "a.png", Image.fromarray(np.tile(stripes, (16, 1))))
-    middle = lambda how: load(ref, 16, how)[8, :, 0]
+
+    def middle(how):
+        return load(ref, 16, how)[8, :, 0]
+
     assert middle("squash")[[1, 6, 9, 14]].tolist() == pytest.approx([10, 60, 120, 180], abs=1)
     assert middle("crop")[[1, 6, 9, 14]].tolist() == [60, 60, 120, 120]
     padded = load(ref, 16, "pad", fill=(1, 2, 3))

@@ -172,9 +172,12 @@ def test_the_box_of_a_word_is_where_it_stands():
     found = 0
     for number, page in enumerate(pages("en", 10)):
         boxes = {word.text: box(page.place([word.box])[0]) for word in words_of(page)}
-        placed = lambda parts, page=page: list(
-            zip([part.text for part in parts], page.place([part.box for part in parts]))
-        )
+
+        def placed(parts, page=page):
+            return list(
+                zip([part.text for part in parts], page.place([part.box for part in parts]))
+            )
+
         asked, answer = dialogs(
             "en", placed(page.sheet.lines), placed(words_of(page)), np.random.default_rng(number)
         )[2]

@@ -318,12 +318,14 @@ def test_ten_pictures_are_spread_over_a_batch(tmp_path):
 
 
 def test_data_that_are_longer_than_the_window_keep_their_order(tmp_path, monkeypatch):
-    keys = lambda lanes: [
-        [document.key for document in rows]
-        for _ in range(40)
-        for lane in lanes
-        for rows in lane.rows()
-    ]
+    def keys(lanes):
+        return [
+            [document.key for document in rows]
+            for _ in range(40)
+            for lane in lanes
+            for rows in lane.rows()
+        ]
+
     found = keys(stream_of(tmp_path, 4000, window=32))
     monkeypatch.setattr(Packer, "_spread", lambda *_: None)
     assert keys(stream_of(tmp_path, 4000, window=32)) == found

@@ -67,7 +67,10 @@ AT, BELOW = (10, 10, 150, 30), (10, 60, 150, 80)
 
 def test_every_rule_and_a_receipt_that_sums(tmp_path):
     pytest.importorskip("cv2")
-    write = lambda *args, **more: write_page(tmp_path, *args, **more)
+
+    def write(*args, **more):
+        return write_page(tmp_path, *args, **more)
+
     rows = [
         write("good", (AT, TEXT, 0.99)),
         write("little", (AT, "only nineteen chars", 0.99)),  # 17 that are no space

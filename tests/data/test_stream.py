@@ -21,7 +21,10 @@ def test_streaming_never_shows_a_part_of_a_stop_string():
     in front.
     """
     rng = Random(0)
-    letters = lambda low, high: "".join(rng.choices(" ab\né", k=rng.randint(low, high)))
+
+    def letters(low, high):
+        return "".join(rng.choices(" ab\né", k=rng.randint(low, high)))
+
     for _ in range(2000):
         whole, stops, pieces = letters(0, 9), [letters(1, 3) for _ in range(rng.randint(0, 2))], []
         read = next(

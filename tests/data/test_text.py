@@ -236,7 +236,10 @@ def test_users_cannot_write_special_tokens(smollm):
         smollm,
         smollm_config(),
     )
-    count = lambda name: int((doc.tokens == smollm.id(name)).sum())
+
+    def count(name):
+        return int((doc.tokens == smollm.id(name)).sum())
+
     assert (count("<|im_start|>"), count("<|im_end|>"), count("<repo_name>")) == (
         2,
         1,

@@ -64,7 +64,10 @@ def test_frames_are_those_of_the_whole_decoding(tmp_path, suffix, codec, options
 
 def test_by_number_by_rate_and_by_seconds(tmp_path):
     path = write_video(tmp_path / "v.mp4", seconds=4, fps=5)
-    times = lambda frames: [ref.frame for ref in video.sample(path, frames)]
+
+    def times(frames):
+        return [ref.frame for ref in video.sample(path, frames)]
+
     assert times(2) == times("2") == [1.0, 3.0]
     assert times("2fps") == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5] and times("0.1fps") == [0.0]
     assert times([3, 0.5, 0.5]) == [3.0, 0.5, 0.5]

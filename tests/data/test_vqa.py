@@ -11,9 +11,13 @@ def coco_vqa(tmp_path, prefix):
         {"image_id": i, "question": f"q{n}?", "question_id": 10 * i + n}
         for n, i in enumerate((5, 7, 5))
     ]
-    say = lambda *texts: [
-        {"answer": text, "answer_confidence": "yes", "answer_id": n} for n, text in enumerate(texts)
-    ]
+
+    def say(*texts):
+        return [
+            {"answer": text, "answer_confidence": "yes", "answer_id": n}
+            for n, text in enumerate(texts)
+        ]
+
     answers = [
         {
             "question_id": q["question_id"],

@@ -122,7 +122,9 @@ def chartqa(folder):
 
 
 def scienceqa(folder):
-    image = lambda i: "image.png" if i % 2 else None
+    def image(i):
+        return "image.png" if i % 2 else None
+
     row = {"question": "Which?", "choices": ["cat", "dog"], "answer": 1}
     save(
         folder / "problems.json",
@@ -152,7 +154,9 @@ def ai2d(folder):
 
 
 def mmbench(folder):
-    cell = lambda i: base64.b64encode(picture(folder / f"{i}.jpg", i).read_bytes()).decode()
+    def cell(i):
+        return base64.b64encode(picture(folder / f"{i}.jpg", i).read_bytes()).decode()
+
     header = "index question hint A B C D answer category l2-category image split".split()
     lines = [header]
     for i in range(3):

@@ -45,7 +45,10 @@ def predictions():
 def ten_answers(said):
     """Ten answers a prediction, some of them equal to it, some of them all the same."""
     rng = random.Random(1)
-    bare = lambda text: text.replace(",", "").replace("?", "").replace("'s", " 's").upper()
+
+    def bare(text):
+        return text.replace(",", "").replace("?", "").replace("'s", " 's").upper()
+
     drawn = [
         rng.choices([text, bare(text), *rng.choices(said, k=2), *WORDS[:2]], k=10) for text in said
     ]

@@ -57,12 +57,18 @@ def vqa_per_mille(clone: Path, said: list[str], answers: list[list[str]]) -> lis
     script = (clone / "PythonEvaluationTools/vqaEvaluation/vqaEval.py").read_text("utf-8")
     scope = {}
     exec(re.sub(r'print (".*")', r"print(\1)", script), scope)
-    row = lambda given: [{"answer": answer, "answer_id": i} for i, answer in enumerate(given)]
+
+    def row(given):
+        return [{"answer": answer, "answer_id": i} for i, answer in enumerate(given)]
+
     truth = {
         i: {"question_type": "", "answer_type": "", "answers": row(given)}
         for i, given in enumerate(answers)
     }
-    holder = lambda entries: SimpleNamespace(qa=entries, getQuesIds=lambda: list(entries))
+
+    def holder(entries):
+        return SimpleNamespace(qa=entries, getQuesIds=lambda: list(entries))
+
     evaluation = scope["VQAEval"](
         holder(truth), holder({i: {"answer": text} for i, text in enumerate(said)}), n=6
     )
@@ -86,7 +92,10 @@ def pope(clone: Path, said: list[str]) -> dict:
     figures = re.findall(
         r"(Accuracy|Precision|Recall|F1 score|Yes ratio): (\S+)", printed.getvalue()
     )
-    letters = lambda texts: "".join(text[0] for text in texts)
+
+    def letters(texts):
+        return "".join(text[0] for text in texts)
+
     taken = letters(answer["text"] for answer in answers)
     return {
         "answers": taken,
@@ -131,7 +140,10 @@ def boxes(clone: Path, said: list[str], truth: list[list[float]]) -> str:
     scoring = textwrap.dedent(
         script[script.index("    PATTERN =") : script.index('        print(f"Evaluating')]
     )
-    pixels = lambda box: [side * size for side, size in zip(box, (640, 480, 640, 480))]
+
+    def pixels(box):
+        return [side * size for side, size in zip(box, (640, 480, 640, 480))]
+
     bits, area = (
         [],
         lambda box: (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]),

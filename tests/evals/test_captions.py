@@ -50,9 +50,11 @@ def test_scores_are_pycocoevalcap_s():
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    tokenize = lambda groups: PTBTokenizer().tokenize(
-        {i: [{"caption": text} for text in g] for i, g in enumerate(groups)}
-    )
+    def tokenize(groups):
+        return PTBTokenizer().tokenize(
+            {i: [{"caption": text} for text in g] for i, g in enumerate(groups)}
+        )
+
     said, given = noisy(600)
     res, gts = tokenize([[text] for text in said]), tokenize(given)
     scores = score([{"prediction": text, "answer": right} for text, right in zip(said, given)])

@@ -159,9 +159,10 @@ def test_multi_round(ours, model, seen):
         [ask("generate_until_multi_round", "first?", how, look, following, i) for i in numbers]
     )
     for i, answers in zip(numbers, found, strict=True):
-        say = lambda text, seen: ours([(MARKER * len(seen) + text, seen)], max_new_tokens=5)[
-            0
-        ].strip()
+
+        def say(text, seen):
+            return ours([(MARKER * len(seen) + text, seen)], max_new_tokens=5)[0].strip()
+
         expected = [say("first?", visuals[i])]
         for _ in docs[i]:
             expected.append(say(f"then, after {expected[-1]}?", visuals[i][:1]))

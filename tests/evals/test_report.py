@@ -54,13 +54,16 @@ def saved(tmp_path, request):
     refs = {str(i): ImageRef(str(tmp_path / f"{i}.png")) for i in range(3)}
     for ref in refs.values():
         Image.fromarray(rng.integers(0, 255, (80, 80, 3), np.uint8)).save(ref.path)
-    example = lambda i, guess: {
-        "image": str(i),
-        "question": "is it <b>?",
-        "answer": "yes",
-        "prediction": guess,
-        "correct": guess == "yes",
-    }
+
+    def example(i, guess):
+        return {
+            "image": str(i),
+            "question": "is it <b>?",
+            "answer": "yes",
+            "prediction": guess,
+            "correct": guess == "yes",
+        }
+
     examples = [example(0, "yes"), example(1, "no"), example(2, "")]
     row = {
         "type": "all",

@@ -18,7 +18,10 @@ ABOUT = {"weights_sha256": "ab", "size": (2, 3)}
 
 def ask(count=10):
     """Questions about five images; the answers are yes and no in turn."""
-    picture = lambda i: ((ImageRef(f"{i % 5}.png"),),)
+
+    def picture(i):
+        return ((ImageRef(f"{i % 5}.png"),),)
+
     return [
         Question(str(i), f"is it {i}?", picture(i), ["yes", "no"][i % 2], str(i % 5))
         for i in range(count)

@@ -70,7 +70,10 @@ def test_anls(said, answers):
 def test_anls_equals_the_package_anls():
     oracle = pytest.importorskip("anls", reason="needs anls: pip install -e '.[lmms]'")
     rng = random.Random(0)
-    word = lambda: "".join(rng.choices("abcdé中", k=rng.randint(1, 8)))
+
+    def word():
+        return "".join(rng.choices("abcdé中", k=rng.randint(1, 8)))
+
     for _ in range(COUNT):
         text, group = word(), [word() for _ in range(rng.randint(1, 3))]
         ours = documents.anls([text], [group])[0]
@@ -82,7 +85,10 @@ def test_anls_equals_the_package_anls():
 def test_relaxed_accuracy(said):
     theirs = lmms("tasks.chartqa.utils").relaxed_correctness
     rng = random.Random(2)
-    number = lambda: rng.choice(["100", "104", "96%", "0.95", "1", "5%", "0.05", "0", "-3", "-3.1"])
+
+    def number():
+        return rng.choice(["100", "104", "96%", "0.95", "1", "5%", "0.05", "0", "-3", "-3.1"])
+
     pairs = [(text, rng.choice([text, text.upper(), number()])) for text in said] + [
         (number(), number()) for _ in range(COUNT)
     ]
@@ -155,8 +161,13 @@ def test_mme(said):
 def test_boxes(said):
     theirs = lmms("tasks.refcoco.utils_rec")
     rng = random.Random(5)
-    draw = lambda: [round(rng.random(), 2) for _ in range(4)]
-    shaken = lambda box: [round(x + rng.gauss(0, 0.05), 3) for x in box]
+
+    def draw():
+        return [round(rng.random(), 2) for _ in range(4)]
+
+    def shaken(box):
+        return [round(x + rng.gauss(0, 0.05), 3) for x in box]
+
     truth = [sorted(draw()[:2]) + sorted(draw()[:2]) for _ in range(COUNT)]
     truth = [[a, c, b + 0.1, d + 0.1] for a, b, c, d in truth]
     predictions = [
@@ -225,7 +236,9 @@ def test_llava_pope(said, reference):
 
 
 def test_llava_scienceqa(said, reference):
-    inside = lambda letter: letter if letter and letter in "ABCD" else "-"
+    def inside(letter):
+        return letter if letter and letter in "ABCD" else "-"
+
     assert (
         "".join(inside(choices.letter(text, OPTIONS, "scienceqa-llava")) for text in said)
         == reference["scienceqa"]

@@ -130,9 +130,14 @@ def test_bleu_equals_sacrebleu(language):
     said = [[token for token in tokens if rng.random() < 0.9] or ["a"] for tokens in references]
     said, references = ([joint.join(tokens) for tokens in group] for group in (said, references))
     if language == "zh":
-        tokens = lambda text: tm.words(text)
+
+        def tokens(text):
+            return tm.words(text)
     else:
-        tokens = lambda text: text.split()
+
+        def tokens(text):
+            return text.split()
+
     ours = tm.bleu([tokens(text) for text in said], [[tokens(text)] for text in references])
     cut = {"tokenize": "zh"} if language == "zh" else {"tokenize": "none"}
     theirs = oracle.corpus_bleu(said, [references], smooth_method="none", **cut)

@@ -19,9 +19,10 @@ KEPT = 16384  # rows; so many that a TPU keeps them in HBM
 def build(devices: list) -> dict[str, jax.stages.Lowered]:
     """{name: lowered program}."""
     mesh = Mesh(np.array(devices).reshape(4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-    put = lambda spec, *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(
-        shape, dtype, sharding=NamedSharding(mesh, spec)
-    )
+
+    def put(spec, *shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
     rows, whole = P(("a", "b")), P()
     programs = {
         "layers": (

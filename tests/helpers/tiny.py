@@ -202,7 +202,10 @@ def _row(cfg: EVLMConfig, rng: np.random.Generator, fill: float) -> dict:
 
 def tiny_towers(cfg: EVLMConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Random towers by canonical name, in place of `convert.engine.load_towers`."""
-    keep = lambda path, _: path[0] in ("vit", "llm")
+
+    def keep(path, _):
+        return path[0] in ("vit", "llm")
+
     towers = jax.jit(lambda: nnx.filter_state(nnx.state(EVLM(cfg, nnx.Rngs(seed))), keep))()
     return {name: np.asarray(array) for name, array in flatten(cfg, towers).items()}
 

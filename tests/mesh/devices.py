@@ -198,7 +198,10 @@ def test_holders_of_the_same_rows_agree_on_what_is_left_out(images, monkeypatch)
         batch.pixels[0], batch.targets[0] = 0, -1
 
     batch, same = run(held(lose))
-    copies = lambda x: [np.asarray(piece.data) for piece in x.addressable_shards]
+
+    def copies(x):
+        return [np.asarray(piece.data) for piece in x.addressable_shards]
+
     assert bool(same) and all(
         (piece[0] == -1).all() and (piece[1:] >= 0).any() for piece in copies(batch.targets)
     )
@@ -228,9 +231,10 @@ def test_state_is_sharded_before_and_after_a_step():
 
 def test_a_step_compiles_once(tmp_path):
     cfg, compiled, seen = config((1, 2, 2, 2), experts=True), [], []
-    listen = lambda event, _, **about: (
-        event.endswith("backend_compile_duration") and compiled.append(about["fun_name"])
-    )
+
+    def listen(event, _, **about):
+        return event.endswith("backend_compile_duration") and compiled.append(about["fun_name"])
+
     jax.monitoring.register_event_duration_secs_listener(listen)
     assert (
         train(
@@ -255,7 +259,10 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, experts):
     for name, meshes in runs.items():
         for number, mesh in enumerate(meshes):
             last = 6 if number == len(meshes) - 1 else 2 * (number + 1)
-            stop = lambda step, _, last=last: step == last and os.kill(os.getpid(), signal.SIGTERM)
+
+            def stop(step, _, last=last):
+                return step == last and os.kill(os.getpid(), signal.SIGTERM)
+
             trained_on(
                 config(mesh, experts, POLICIES[number % 2], steps=6), tmp_path / name, on_step=stop
             )

@@ -88,7 +88,10 @@ def test_trains_saves_and_goes_on(kind, tmp_path):
     }
     cfg = tiny_config(**sections)
     towers, one = tiny_towers(cfg), tiny_batch(cfg, 0)
-    data = lambda: TinyData(cfg, change=lambda index, batch: one)
+
+    def data():
+        return TinyData(cfg, change=lambda index, batch: one)
+
     train(cfg, tmp_path / "a", data(), towers)
 
     lines = [

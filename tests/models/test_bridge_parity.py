@@ -18,11 +18,16 @@ from tests.models.test_evlm import row
 
 def resampler_as_ours(theirs, value):
     """{canonical name: `value` of a parameter of open_flamingo's resampler, laid out as ours}."""
-    array = lambda p: value(p).detach().numpy()
-    norm = lambda name, module: {
-        f"{name}/scale": array(module.weight),
-        f"{name}/bias": array(module.bias),
-    }
+
+    def array(p):
+        return value(p).detach().numpy()
+
+    def norm(name, module):
+        return {
+            f"{name}/scale": array(module.weight),
+            f"{name}/bias": array(module.bias),
+        }
+
     out = {"latents": array(theirs.latents)} | norm("norm", theirs.norm)
     for i, (attention, ffn) in enumerate(theirs.layers):
         k, v = np.split(array(attention.to_kv.weight), 2)
@@ -128,7 +133,10 @@ def test_resampler_equals_open_flamingo():
         [(("bridge", *path), leaf) for path, leaf in nnx.to_flat_state(state)]
     )
     params = param_names.unflatten(cfg, resampler_as_ours(theirs, lambda p: p), whole)
-    run = lambda params, taps: nnx.merge(graphdef, params["bridge"])(taps)
+
+    def run(params, taps):
+        return nnx.merge(graphdef, params["bridge"])(taps)
+
     with jax.default_matmul_precision("highest"):
         got, pull = jax.vjp(run, params, jnp.asarray(taps))
         grads, of_taps = pull(jnp.asarray(weight)[None])

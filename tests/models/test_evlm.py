@@ -124,7 +124,10 @@ def test_gates_at_zero_are_the_language_model_alone():
             rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta),
             text_mask(batch.visible_until),
         )
-        step = lambda x, block: block(x, rope, lambda q, k, v: (attention(q, k, v, mask), None))
+
+        def step(x, block):
+            return block(x, rope, lambda q, k, v: (attention(q, k, v, mask), None))
+
         x, _ = jax.lax.scan(step, model.embed(batch.tokens, batch.media_slot), model.llm.layers)
         return model.llm.ln_f(x)
 
@@ -195,7 +198,10 @@ def test_one_block_sees_the_visible_range_only():
         grouping = AttentionPlan(
             batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image
         )
-        attend = lambda q: (grouped_attention(q, k, v, grouping, cfg.xattn.sinks), None)
+
+        def attend(q):
+            return (grouped_attention(q, k, v, grouping, cfg.xattn.sinks), None)
+
         return cross(model.embed(batch.tokens, batch.media_slot), attend)[0]
 
     model = open_gates(cfg)
@@ -272,7 +278,10 @@ def test_rematerialisation_changes_no_gradient(remat):
     def gradient(remat):
         model = open_gates(tiny_config(train=dict(remat=remat)))
         graphdef, state = nnx.split(model)
-        loss = lambda state, batch: losses(nnx.merge(graphdef, state), batch).sum()
+
+        def loss(state, batch):
+            return losses(nnx.merge(graphdef, state), batch).sum()
+
         return jax.tree.leaves(jax.jit(jax.grad(loss))(state, batch))
 
     plain = gradient("none")
@@ -310,7 +319,10 @@ def test_no_part_of_the_stack_is_cut_out(every):
     cfg = tiny_config(llm=dict(layers=8 - every), xattn=dict(every=every))
     graphdef, params = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
     trained, frozen = nnx.split_state(params, lambda path, _: path[0] == "xattn", ...)
-    loss = lambda trained, frozen, batch: nnx.merge(graphdef, trained, frozen).hidden(batch).sum()
+
+    def loss(trained, frozen, batch):
+        return nnx.merge(graphdef, trained, frozen).hidden(batch).sum()
+
     program = jax.make_jaxpr(jax.grad(loss))(trained, frozen, tiny_batch(cfg, 0))
     stacks = {leaf.shape for leaf in jax.tree.leaves(params.llm.layers)}
     found = [

@@ -39,13 +39,18 @@ def made(**fields):
 
 def oracle(cfg, params, tokens, length, dynamic_ntk, logn):
     """Logits [T, vocab] in float64 of a text whose first `length` tokens are the prompt."""
-    get = lambda name: params[f"llm/{name}"].astype(np.float64)
-    linear = lambda x, name: (
-        x @ get(f"{name}/kernel") + (get(f"{name}/bias") if f"llm/{name}/bias" in params else 0)
-    )
-    norm = lambda x, name: (
-        x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.eps) * get(f"{name}/scale")
-    )
+
+    def get(name):
+        return params[f"llm/{name}"].astype(np.float64)
+
+    def linear(x, name):
+        return x @ get(f"{name}/kernel") + (
+            get(f"{name}/bias") if f"llm/{name}/bias" in params else 0
+        )
+
+    def norm(x, name):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.eps) * get(f"{name}/scale")
+
     half = cfg.head_dim // 2
     alpha = max(2 ** math.ceil(math.log2(length / CONTEXT) + 1) - 1, 1) if dynamic_ntk else 1
     base = cfg.rope_theta * alpha ** (cfg.head_dim / (cfg.head_dim - 2))

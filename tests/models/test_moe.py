@@ -48,9 +48,10 @@ def block(cfg: MoEConfig) -> moe.MoE:
     """Random weights; a router whose choices are uneven."""
     rng = np.random.default_rng(0)
     shapes = nnx.eval_shape(lambda: moe.MoE(WIDTH, HIDDEN, cfg, nnx.Rngs(0)))
-    fill = lambda leaf: jnp.asarray(
-        rng.standard_normal(leaf.shape) * leaf.shape[-2] ** -0.5, jnp.float32
-    )
+
+    def fill(leaf):
+        return jnp.asarray(rng.standard_normal(leaf.shape) * leaf.shape[-2] ** -0.5, jnp.float32)
+
     model = jax.tree.map(fill, shapes)
     model.router.kernel[...] = 2 * model.router.kernel[...]
     return model
@@ -98,8 +99,13 @@ def transformers_block(ours, gates, k):
         experts_implementation="eager",
     )
     theirs = qwen.Qwen2MoeSparseMoeBlock(qwen.Qwen2MoeConfig(**settings))
-    transposed = lambda kernel: torch.tensor(np.asarray(kernel[...])).mT.contiguous()
-    one = lambda hidden: torch.eye(WIDTH)[-1].expand(hidden, WIDTH)
+
+    def transposed(kernel):
+        return torch.tensor(np.asarray(kernel[...])).mT.contiguous()
+
+    def one(hidden):
+        return torch.eye(WIDTH)[-1].expand(hidden, WIDTH)
+
     shared = theirs.shared_expert
     with torch.no_grad():
         theirs.gate.weight.copy_(transposed(ours.router.kernel))
@@ -145,7 +151,10 @@ def test_equals_transformers_block(gates, k):
     close(
         of_x[..., :-1], tensor.grad.numpy()[..., :-1]
     )  # the last input also carries the gates that we do not have
-    back = lambda gradient: gradient.mT.numpy()
+
+    def back(gradient):
+        return gradient.mT.numpy()
+
     close(of_model.router.kernel[...], back(theirs.gate.weight.grad))
     close(
         of_model.experts.fc1.kernel[...], back(theirs.experts.gate_up_proj.grad[:, : HIDDEN // 4])
@@ -198,7 +207,10 @@ def every_expert(model: moe.MoE, x: jax.Array, chosen: np.ndarray, kept: np.ndar
     gates = jnp.where(chosen, jax.nn.softmax(x @ model.router.kernel[...]), 0)
     if model.cfg.gates == "renormalise":
         gates = gates / jnp.where(chosen.any(-1), gates.sum(-1), 1)[:, None]
-    gelu = lambda a: jax.nn.gelu(a, approximate=False)
+
+    def gelu(a):
+        return jax.nn.gelu(a, approximate=False)
+
     hidden = gelu(jnp.einsum("nd,edf->nef", x, model.experts.fc1.kernel[...]))
     routed = jnp.einsum("ne,nef,efd->nd", gates * kept, hidden, model.experts.fc2.kernel[...])
     return gelu(x @ model.world.fc1.kernel[...]) @ model.world.fc2.kernel[...] + routed
@@ -255,7 +267,10 @@ def gradients(remat: str):
     """Of the loss with its auxiliary part, with respect to the FFNs of all blocks."""
     cfg = tiny_config(moe=EXPERTS, train={"remat": remat})
     graphdef, state = nnx.split(random_model(cfg, 0))
-    loss = lambda state: loss_sums(nnx.merge(graphdef, state), tiny_batch(cfg, 1), 2)[0]
+
+    def loss(state):
+        return loss_sums(nnx.merge(graphdef, state), tiny_batch(cfg, 1), 2)[0]
+
     return nnx.to_pure_dict(jax.jit(jax.grad(loss))(state))["xattn"]["ffn"]
 
 
@@ -318,7 +333,10 @@ def test_training_is_told_of_and_resumes_with_the_same_bits(tmp_path):
     cfg = tiny_config(moe=EXPERTS | {"capacity": 1.0}, **RUN)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(cfg, whole, TinyData(cfg), tiny_towers(cfg))
-    stop = lambda step, _: step == 2 and os.kill(os.getpid(), signal.SIGTERM)
+
+    def stop(step, _):
+        return step == 2 and os.kill(os.getpid(), signal.SIGTERM)
+
     with pytest.raises(Stopped, match="at step 2"):
         train(cfg, cut, TinyData(cfg), tiny_towers(cfg), on_step=stop)
     assert train(cfg, cut, TinyData(cfg), {}) == STEPS
@@ -340,7 +358,10 @@ def test_training_is_told_of_and_resumes_with_the_same_bits(tmp_path):
 
     line = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
     for layer in cfg.cross_layers:
-        told = lambda name, layer=layer: line[f"xattn/{layer}/ffn/{name}"]
+
+        def told(name, layer=layer):
+            return line[f"xattn/{layer}/ffn/{name}"]
+
         for name in ("load", "load_text", "load_media"):
             assert len(told(name)) == 4 and abs(sum(told(name)) - 1) < 1e-6
         assert 0 < told("entropy") <= math.log(4) + 1e-6 and told("balance") > 0 and told("z") > 0

@@ -29,7 +29,10 @@ def inputs(model, batch):
     """What each block reads after its norms: text [X, B, T, D] twice, visual tokens
     [X, C, I, S, V].
     """
-    observe = lambda block, tap, x: (block.norm(x), block.ffn_norm(x), block.kv_norm(tap))
+
+    def observe(block, tap, x):
+        return (block.norm(x), block.ffn_norm(x), block.kv_norm(tap))
+
     return model.forward_with_observer(batch, model.visual_states(batch), observe)[1].observed
 
 
@@ -52,7 +55,10 @@ def test_norms_centre_what_they_read(every, pool):
     for old, new in list(zip(map(np.asarray, before), map(np.asarray, inputs(model, batch)))):
         around, spots = (text, at) if old.ndim == 4 else (seen, seen)
         for x, y in zip(old, new):  # a block each
-            pick = lambda a, where: a[where].reshape(-1, a.shape[-1])
+
+            def pick(a, where):
+                return a[where].reshape(-1, a.shape[-1])
+
             centre = pick(x, spots).mean(0)
             spread = np.sqrt(np.square(pick(x, around) - centre).mean(0) + FLOOR)
             np.testing.assert_allclose(y, (x - centre) / spread, atol=1e-4)

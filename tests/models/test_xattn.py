@@ -13,6 +13,10 @@ from tests.helpers.parity import open_flamingo_helpers
 from tests.helpers.tiny import tiny_config
 
 
+def array(x):
+    return jnp.array(x.detach().numpy())
+
+
 @pytest.mark.parity
 def test_block_equals_open_flamingo():
     import torch
@@ -33,7 +37,6 @@ def test_block_equals_open_flamingo():
             norm.weight.normal_(1, 0.2)
             norm.bias.normal_(0, 0.2)
     ours = xattn.Block(cfg, nnx.Rngs(0))
-    array = lambda x: jnp.array(x.detach().numpy())
     k, v = theirs.attn.to_kv.weight.chunk(2)
     ours.q.kernel[...], ours.o.kernel[...] = (
         array(theirs.attn.to_q.weight).T,

@@ -15,7 +15,10 @@ def test_packed_products(rows, dtype):
     """
     kernel = jax.random.normal(jax.random.key(0), (3, 24, 40))
     x = jax.random.normal(jax.random.key(1), (rows, 24))
-    rounded = lambda x, is_rounded=True: x.astype(dtype).astype(jnp.float32) if is_rounded else x
+
+    def rounded(x, is_rounded=True):
+        return x.astype(dtype).astype(jnp.float32) if is_rounded else x
+
     wanted = rounded(x, rows > 1) @ rounded(kernel[1])
     found = decode_matmul.Packed(decode_matmul.pack(kernel, dtype), None, 1)(x)
     assert jnp.abs(found - wanted).max() <= 1e-5 * jnp.abs(wanted).max()

@@ -71,9 +71,10 @@ def test_equals_dense_oracle_forward_and_gradient(sinks, seed):
         oracle = jax.jit(lambda q, k, v: dense(q, k, v, start, stop, sinks))
         expected, got = oracle(q, k, v), ours(q, k, v)
         np.testing.assert_allclose(got, expected, atol=1e-5 * float(jnp.abs(expected).max()))
-        gradient = lambda f: jax.jit(
-            jax.grad(lambda *a: (f(*a) * weight).sum(), argnums=(0, 1, 2))
-        )(q, k, v)
+
+        def gradient(f):
+            return jax.jit(jax.grad(lambda *a: (f(*a) * weight).sum(), argnums=(0, 1, 2)))(q, k, v)
+
         for mine, theirs in zip(gradient(ours), gradient(oracle), strict=True):
             np.testing.assert_allclose(mine, theirs, atol=1e-5 * float(jnp.abs(theirs).max()))
     blind = start >= stop

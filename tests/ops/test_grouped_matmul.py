@@ -185,7 +185,10 @@ def test_gradient_of_a_kernel_is_summed_in_float32(way):
     """Under "bfloat16" operands are rounded, sums and the gradient of a float32 kernel are not."""
     x, kernels, weight = operands(21)
     expert = np.zeros(42, np.int32)
-    rounded = lambda a: np.asarray(jnp.asarray(a).astype(jnp.bfloat16).astype(jnp.float32))
+
+    def rounded(a):
+        return np.asarray(jnp.asarray(a).astype(jnp.bfloat16).astype(jnp.float32))
+
     groups = ops.group(expert, EXPERTS, TILE)
 
     def loss(kernels):

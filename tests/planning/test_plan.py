@@ -218,9 +218,12 @@ def test_one_chip(kind, count):
 @tpu
 def test_links_of_a_torus():
     devices, chip = chips.devices("v5p:2x2x2")
-    along = lambda axis: tuple(
-        i for i, d in enumerate(devices) if all(d.coords[a] == 0 for a in range(3) if a != axis)
-    )
+
+    def along(axis):
+        return tuple(
+            i for i, d in enumerate(devices) if all(d.coords[a] == 0 for a in range(3) if a != axis)
+        )
+
     assert roofline.link(chip, devices, along(2)) == ("ici", 200e9)
     assert roofline.link(chip, devices, tuple(range(8))) == ("ici", 600e9)
     two, _ = chips.devices("v5p:2x2x1", slices=2)

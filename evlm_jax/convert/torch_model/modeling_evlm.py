@@ -346,7 +346,10 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
         at = (had[:, None] + torch.arange(new, device=had.device)).clamp(
             max=pixel_values.shape[1] - 1
         )
-        cut = lambda a: a[torch.arange(len(a), device=a.device)[:, None], at.to(a.device)]
+
+        def cut(a):
+            return a[torch.arange(len(a), device=a.device)[:, None], at.to(a.device)]
+
         place = torch.arange(new, device=had.device)
         groups = (
             None

@@ -170,9 +170,16 @@ class EVLMProcessor(ProcessorMixin):
             **how,
         )
         name = self.tokenizer.convert_ids_to_tokens
-        spell = lambda what: (
-            what if isinstance(what, str) else what.mark if isinstance(what, Visual) else name(what)
-        )
+
+        def spell(what):
+            return (
+                what
+                if isinstance(what, str)
+                else what.mark
+                if isinstance(what, Visual)
+                else name(what)
+            )
+
         return rendered(
             "".join([*map(name, self.text_start), *(spell(piece.what) for piece in pieces)]), pieces
         )
@@ -209,9 +216,10 @@ class EVLMProcessor(ProcessorMixin):
         Raises:
           ValueError: more or fewer of them than marks.
         """
-        open_marks = lambda what: (
-            isinstance(what, Visual) and what.mark == mark and what.source is None
-        )
+
+        def open_marks(what):
+            return isinstance(what, Visual) and what.mark == mark and what.source is None
+
         wanted = [sum(open_marks(piece.what) for piece in pieces) for pieces in prompts]
         given, depth = _nested(given)
         depth -= (mark == VIDEO) * (depth > 0)
@@ -264,7 +272,10 @@ class EVLMProcessor(ProcessorMixin):
             .reshape(*image.size, 3)
             .permute(2, 0, 1)
         )
-        channel = lambda values: torch.tensor(values)[:, None, None]
+
+        def channel(values):
+            return torch.tensor(values)[:, None, None]
+
         return (pixels / 255 - channel(self.mean)) / channel(self.std)
 
     def _batch(

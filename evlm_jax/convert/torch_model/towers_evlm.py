@@ -97,7 +97,9 @@ class VisionBlock(nn.Module):
         self.pre = cfg.norm == "pre"
 
     def forward(self, x, sdpa=False):
-        attention = lambda y: self.attn(y, sdpa)
+        def attention(y):
+            return self.attn(y, sdpa)
+
         for f, norm, scale in (
             (attention, self.norm1, self.scale1),
             (self.mlp, self.norm2, self.scale2),

@@ -119,7 +119,10 @@ def find(path: str, suffixes: Iterable[str]) -> list[str]:
     found = system.find(inner) if folder else system.glob(inner)
     if not found and not folder:
         raise FileNotFoundError(f"{path}: no such file, folder or pattern of files")
-    hidden = lambda file: "/." in (file[len(inner) :] if folder else f"/{posixpath.basename(file)}")
+
+    def hidden(file):
+        return "/." in (file[len(inner) :] if folder else f"/{posixpath.basename(file)}")
+
     kept = sorted(
         file for file in found if file.lower().endswith(tuple(suffixes)) and not hidden(file)
     )

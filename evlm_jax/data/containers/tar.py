@@ -148,7 +148,10 @@ def headers(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
 
 def _header(block: bytes, at: int) -> tuple[bytes, bytes, int]:
     """Kind, name and size. Raises ValueError for what is no header."""
-    field = lambda start, stop: block[start:stop].partition(b"\0")[0]
+
+    def field(start, stop):
+        return block[start:stop].partition(b"\0")[0]
+
     try:
         whole, told = sum(block) - sum(block[148:156]) + 256, int(field(148, 156) or b"0", 8)
         size = (

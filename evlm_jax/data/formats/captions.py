@@ -30,7 +30,10 @@ def captioned(
     visual = video.sample(file, frames) if moving else (ImageRef(file),)
     if moving and prompt == DESCRIBE:
         prompt = DESCRIBE_VIDEO
-    alone = lambda text: (Turn("assistant", MARKER + text),)
+
+    def alone(text):
+        return (Turn("assistant", MARKER + text),)
+
     dialogs = tuple(
         question(MARKER + prompt, text) if prompt else alone(text)
         for text in map(literal, captions)
@@ -116,7 +119,10 @@ def karpathy(
 
 def _captions(name: str, path: str, rows: list[tuple], folder: str, prompt: str) -> Source:
     """Rows are (key, file, captions)."""
-    sample = lambda row: captioned(name, str(row[0]), files.inside(folder, row[1]), row[2], prompt)
+
+    def sample(row):
+        return captioned(name, str(row[0]), files.inside(folder, row[1]), row[2], prompt)
+
     return Source(name, rows, sample, dialogs=lambda row: len(row[2]), where=path)
 
 
@@ -124,7 +130,10 @@ def folder(name: str, path: str, *, prompt: str = DESCRIBE, frames: str = FRAMES
     """Images and videos anywhere below a folder, each with its caption in a .txt beside it."""
     path = path if files.remote(path) else os.path.abspath(path)
     kinds = tuple(f".{kind}" for kind in (*IMAGES, *VIDEOS))
-    stem = lambda file: os.path.splitext(file)[0]
+
+    def stem(file):
+        return os.path.splitext(file)[0]
+
     found = files.find(path, (*kinds, ".txt"))
     texts = {stem(file): file for file in found if file.lower().endswith(".txt")}
     rows = [file for file in found if file.lower().endswith(kinds)]

@@ -98,9 +98,10 @@ def _vqa(path: str, options: dict[str, str]) -> Iterable[dict]:
             "annotations"
         ]
     }
-    known = lambda q: (
-        {"answers": answers[q["question_id"]]} if q.get("question_id") in answers else {}
-    )
+
+    def known(q):
+        return {"answers": answers[q["question_id"]]} if q.get("question_id") in answers else {}
+
     return (
         {"split": asked["data_subtype"], **known(q), **q} if isinstance(q, dict) else q
         for q in asked["questions"]

@@ -33,7 +33,10 @@ def dialogs(
         there twice, the last by its box.
     """
     read, at, where, count = (MARKER + text for text in ASKED[language])
-    by_box = lambda line: question(at.format(box(line[1])), line[0])
+
+    def by_box(line):
+        return question(at.format(box(line[1])), line[0])
+
     whole = "\n".join(text for text, _ in lines)
     once = _once(words, whole) or _once(lines, whole)
     if once:

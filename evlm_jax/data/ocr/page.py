@@ -148,12 +148,15 @@ def write_words(image: Image.Image, sheet: Sheet, colour: np.ndarray) -> None:
 def onto(background: Image.Image, sheet: Image.Image, page: Page) -> Image.Image:
     """The sheet as it lies on a picture, which is stretched to the page's size."""
     back = np.linalg.inv(page.matrix)
-    warp = lambda image: image.transform(
-        page.size,
-        Image.Transform.PERSPECTIVE,
-        (back / back[2, 2]).ravel()[:8],
-        Image.Resampling.BICUBIC,
-    )
+
+    def warp(image):
+        return image.transform(
+            page.size,
+            Image.Transform.PERSPECTIVE,
+            (back / back[2, 2]).ravel()[:8],
+            Image.Resampling.BICUBIC,
+        )
+
     picture = background.resize(page.size, Image.Resampling.BICUBIC)
     picture.paste(warp(sheet), mask=warp(Image.new("L", sheet.size, 255)))
     return picture

@@ -128,7 +128,10 @@ def _open(name: str, path: str, images: str, make: Callable[[Scan], Scan | Sampl
     parts = []
     for file in rows.find(path):
         root = files.join(files.parent(file), images)
-        mapper = lambda row, root=root: make(scan(name, root, row))
+
+        def mapper(row, root=root):
+            return make(scan(name, root, row))
+
         parts.append(Source(name, rows.open_rows(file), mapper, lambda row: DIALOGS, where=file))
     return Chain(name, parts)
 
@@ -166,7 +169,10 @@ class Pages(Cleaner):
 
     def split(self, page: Scan) -> tuple[list[Found], list[Found]]:
         """What is legible, what is not."""
-        sure = lambda found: bool(found.text) and found.confidence >= self.cfg.clean.page_confidence
+
+        def sure(found):
+            return bool(found.text) and found.confidence >= self.cfg.clean.page_confidence
+
         return [found for found in page.found if sure(found)], [
             found for found in page.found if not sure(found)
         ]

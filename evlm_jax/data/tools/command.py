@@ -13,7 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(
         dest="action", required=True, metavar="inspect|stats|bench|build"
     )
-    add = lambda name, text: actions.add_parser(name, help=text, description=text)
+
+    def add(name, text):
+        return actions.add_parser(name, help=text, description=text)
+
     look = add(
         "inspect",
         "a page that shows rows as the model will see them: pictures, tokens, what is learned,"

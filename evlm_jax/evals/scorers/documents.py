@@ -14,7 +14,10 @@ def anls(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[f
     Case and spaces are folded before the distance is taken, but the lengths are of the strings as
     they came. Raises ValueError for a question without answers.
     """
-    fold = lambda text: " ".join(text.strip().lower().split())
+
+    def fold(text):
+        return " ".join(text.strip().lower().split())
+
     scores = []
     for prediction, given in zip(predictions, answers, strict=True):
         if not given:

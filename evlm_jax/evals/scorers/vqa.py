@@ -90,7 +90,10 @@ def exact_match(predictions: Sequence[str], answers: Sequence[str]) -> list[floa
     """1 where both are equal in lower case and without ASCII punctuation (lmms-eval's exact_match
     with both options).
     """
-    bare = lambda text: text.lower().translate(_NO_PUNCTUATION)
+
+    def bare(text):
+        return text.lower().translate(_NO_PUNCTUATION)
+
     return [
         float(bare(prediction) == bare(answer))
         for prediction, answer in zip(predictions, answers, strict=True)

@@ -36,9 +36,15 @@ def pope(predictions: Sequence[str], labels: Sequence[str], rule: str) -> dict[s
         (pope_answer(prediction, rule), label)
         for prediction, label in zip(predictions, labels, strict=True)
     ]
-    count = lambda said, label: sum(pair == (said, label) for pair in pairs)
+
+    def count(said, label):
+        return sum(pair == (said, label) for pair in pairs)
+
     right, wrong, missed = count("yes", "yes"), count("yes", "no"), count("no", "yes")
-    share = lambda part, whole: part / whole if whole else 0.0
+
+    def share(part, whole):
+        return part / whole if whole else 0.0
+
     precision, recall = share(right, right + wrong), share(right, right + missed)
     yes = sum((label if rule == "lmms-eval" else said) == "yes" for said, label in pairs)
     return {

@@ -31,7 +31,10 @@ def read_refs(file: Path) -> list[Entry]:
 
 def read(data: Path, split: str, style: str, refs: str) -> list[Question]:
     """A question for each sentence. Its answer is the box, from 0 to 1 of the image."""
-    entry = lambda kind: {item["id"]: item for item in read_json(data / "instances.json", kind)}
+
+    def entry(kind):
+        return {item["id"]: item for item in read_json(data / "instances.json", kind)}
+
     images, annotations, questions = entry("images"), entry("annotations"), []
     for row in read_refs(data / refs):
         if row["split"] != split:

@@ -53,7 +53,10 @@ def read_coco_style(file: Path, style: str, *folders: Path) -> list[Question]:
     for row in json_rows(file, "annotations"):
         captions.setdefault(row["image_id"], []).append(row["caption"])
     rows = json_rows(file, "images")
-    places = lambda row: (folder / row["file_name"] for folder in folders)
+
+    def places(row):
+        return (folder / row["file_name"] for folder in folders)
+
     return [
         ask(row, row["file_name"], captions.get(row["id"], []), style, *places(row)) for row in rows
     ]

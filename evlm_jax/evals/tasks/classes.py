@@ -92,9 +92,10 @@ def _near(data: Path, name: str) -> Path | None:
 def score(rows: Sequence[dict]) -> Scores:
     """acc@1 and acc@5."""
     ranked, answers = column(rows, "ranking"), column(rows, "answer")
-    hit = lambda most: percent(
-        [float(answer in best[:most]) for best, answer in zip(ranked, answers)]
-    )
+
+    def hit(most):
+        return percent([float(answer in best[:most]) for best, answer in zip(ranked, answers)])
+
     return Scores({"acc@1": hit(1), "acc@5": hit(5)}, {})
 
 

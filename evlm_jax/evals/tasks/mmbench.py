@@ -40,7 +40,10 @@ def read(data: Path, split: str, style: str, suffix: dict[str, str]) -> list[Que
         [],
     )
     cells = {row["index"]: row["image"] for row in rows}
-    seen = lambda cell: cells.get(cell, cell)  # a cell may name the row that has the image
+
+    def seen(cell):
+        return cells.get(cell, cell)  # a cell may name the row that has the image
+
     for row in rows:
         if row["split"] != split:
             continue
@@ -108,10 +111,12 @@ def score(rows: Sequence[dict]) -> Scores:
         each[f"circular ({name})"] = percent(circular(right(rows, rule), indices))
     waiting = sum(bool(judge(row)) and "judgement" not in row for row in rows)
     if not waiting:
-        read = lambda row: (
-            letter(row["prediction"], row["options"], "mmbench")
-            or letter(row["judgement"], row["options"], "mmbench")
-        )
+
+        def read(row):
+            return letter(row["prediction"], row["options"], "mmbench") or letter(
+                row["judgement"], row["options"], "mmbench"
+            )
+
         each["circular (judge)"] = percent(
             circular([read(row) == row["answer"] for row in rows], indices)
         )

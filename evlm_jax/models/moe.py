@@ -236,7 +236,7 @@ class PackedExperts:
         """Of a stack [L, E, ...], with matrices of `dtype`."""
 
         def flat(linear):
-            return linear.matrix().reshape(-1, *linear.kernel.shape[2:])
+            return linear.kernel[...].reshape(-1, *linear.kernel.shape[2:])
 
         return cls(
             *(Packed(pack(flat(linear), dtype), None) for linear in (experts.fc1, experts.fc2)),

@@ -173,7 +173,7 @@ def test_broken_videos_are_bad_rows(tmp_path):
         load_all(source[1].refs, 8, "squash")
     with pytest.raises(RowError, match="broken: VideoError: .*broken.mp4: cannot decode"):
         source[2]
-    with pytest.raises(RowError, match="good: ValueError: frames=fast: write a number"):
+    with pytest.raises(RowError, match="good: ValueError: .*good.mp4: frames=fast: write a number"):
         source[3]
     with pytest.raises(VideoError, match="there is no video stream|cannot decode"):
         video.sample(tmp_path / "rows.jsonl", 4)

@@ -96,8 +96,7 @@ def test_the_command_takes_all_devices(run, tmp_path):
             str(run[1]),
             "--out",
             str(out),
-            "--mesh",
-            mesh,
+            *(["--mesh", mesh] if mesh else []),
         ]
         assert cli.main(words) == 0
         results.append(json.loads(out.read_text())["examples"])

@@ -250,7 +250,7 @@ def test_a_step_compiles_once(tmp_path):
     assert compiled.count("jit(step)") == 1 and seen == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("experts", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_goes_on_on_another_mesh(tmp_path, experts):
     """Bit-equal parameters when nothing is trained in between, and the same losses as an
     uninterrupted run, within rounding.

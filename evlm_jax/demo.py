@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from evlm_jax import assets
@@ -81,7 +82,8 @@ def run(form: str, workdir: str, dense: str | None = None) -> PathLike:
       Stopped: a signal came while training; what was trained is saved.
     """
     config, clock, out = experiment.get_config(form), Clock(), place(workdir)
-    config.train.matmul_precision = fast_products()
+    if jax.default_backend() == "cpu":
+        config.train.matmul_precision = fast_products()
     cfg = from_config_dict(config)
     if dense:
         trained_names(dense)  # is there, before anything is fetched

@@ -58,10 +58,12 @@ class Family:
 
 
 def row(foreign: str, path: str, pattern: str = "") -> NameRow:
+    """A foreign tensor that becomes one of ours."""
     return NameRow(foreign, (path,), pattern)
 
 
 def linear(foreign: str, path: str, bias: bool = True) -> tuple[NameRow, ...]:
+    """A linear layer of PyTorch, whose kernel is the transpose of ours."""
     rows = (
         row(f"{foreign}.weight", f"{path}/kernel", LINEAR),
         row(f"{foreign}.bias", f"{path}/bias"),
@@ -70,10 +72,12 @@ def linear(foreign: str, path: str, bias: bool = True) -> tuple[NameRow, ...]:
 
 
 def norm(foreign: str, path: str) -> tuple[NameRow, ...]:
+    """A norm with scale and bias."""
     return row(f"{foreign}.weight", f"{path}/scale"), row(f"{foreign}.bias", f"{path}/bias")
 
 
 def patch(foreign: str) -> tuple[NameRow, ...]:
+    """The convolution that makes patch embeddings."""
     return row(f"{foreign}.weight", "vit/patch/kernel", "v c h w -> h w c v"), row(
         f"{foreign}.bias", "vit/patch/bias"
     )

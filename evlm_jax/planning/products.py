@@ -13,6 +13,7 @@ def _dims(computation: Computation, instruction: Instruction, operand: int) -> t
 
 
 def dot(computation: Computation, instruction: Instruction) -> float:
+    """2 per multiply-add of a dot, batched or not."""
     contracted = re.findall(r"\d+", instruction.attribute("lhs_contracting_dims"))
     left = _dims(computation, instruction, 0)
     return 2.0 * math.prod(instruction.leaves[0].dims) * math.prod(left[int(i)] for i in contracted)

@@ -58,8 +58,8 @@ class ViTConfig:
 
 @dataclass(frozen=True)
 class LLMConfig:
-    """A pre-norm decoder with RMSNorm, rotary positions and a gated SiLU MLP: Llama, SmolLM2,
-    Mistral without a window, Qwen 1.0, Qwen2.
+    """A pre-norm decoder with RMSNorm, rotary positions and a gated SiLU MLP, by choices, not by
+    family: Llama, SmolLM2, Mistral without a window, Qwen 1.0, Qwen2, Qwen3.
     """
 
     vocab: Positive  # rows of the embedding
@@ -77,6 +77,8 @@ class LLMConfig:
     # 0: never
     dynamic_ntk: Count
     logn: Count  # tokens beyond which queries are scaled up in generation; 0: never
+    # an RMSNorm over the queries and keys of each head (Qwen3), or over those of all heads (OLMo 2)
+    qk_norm: Literal["none", "head", "all"] = "none"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from evlm_jax.checkpoint import store
 from evlm_jax.convert.describe import describe_source
 from evlm_jax.convert.engine import recognise
 from evlm_jax.convert.readers import open_source
+from evlm_jax.convert.stock import CLASSES
 from evlm_jax.data.tokenizer import Tokenizer, load_tokenizer, source_of_run
 from evlm_jax.models.attention import attention, text_mask
 from evlm_jax.models.evlm import EVLM
@@ -97,8 +98,8 @@ def look(where: str, folder_code: bool = False) -> Side:
     family, prefix = recognise(source)
     if family.name not in ("evlm", "llama"):
         raise ValueError(
-            f"{where} holds {family.name}: compared are EVLM and language models of Llama's and"
-            " Qwen2's kind"
+            f"{where} holds {family.name}: compared are EVLM and language models that transformers"
+            " has"
         )
     found = describe_source(source, family.name, prefix)
     run = partial(run_huggingface, "" if folder_code else source.metadata["model_type"])
@@ -235,13 +236,6 @@ def batch_of(examples: Sequence[Example], tile: int, size: int) -> Batch:
 # ------------------------------------------------------------------------------------- Hugging Face
 
 
-STOCK = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-}  # of transformers
-
-
 def run_huggingface(
     model_type: str, side: Side, examples: Sequence[Example], llm_only: bool
 ) -> list[Trace]:
@@ -249,7 +243,8 @@ def run_huggingface(
     does not run.
 
     Args:
-      model_type: of STOCK, or "evlm"; empty: the class that the directory's own code defines.
+      model_type: of stock.CLASSES, or "evlm"; empty: the class that the directory's own code
+        defines.
     Raises:
       ImportError: torch or transformers is missing.
       ValueError: tensors that the model needs are missing, or some are left over.
@@ -298,7 +293,7 @@ def _torch_model(model_type: str, path: str) -> tuple[Any, ModuleType]:
     if model_type == "evlm":
         from evlm_jax.convert.torch_model.modeling_evlm import EVLMForCausalLM as kind
     else:
-        kind = getattr(transformers, STOCK.get(model_type, "AutoModelForCausalLM"))
+        kind = getattr(transformers, CLASSES.get(model_type, "AutoModelForCausalLM"))
     model, loading = kind.from_pretrained(path, **how)
     if wrong := sorted(
         f"{kind.removesuffix('_keys')} {key}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from evlm_jax.checkpoint.lazy_tensors import Source, read_json
 from evlm_jax.config import LLMConfig, MediaConfig, MoEConfig, ViTConfig, XAttnConfig
+from evlm_jax.config.schema import build
 from evlm_jax.convert.config_json import fields_of, settled
 from evlm_jax.convert.describe_gguf import describe_gguf
 from evlm_jax.convert.families import EVA, EVA_INERT, EVA_READ
@@ -38,7 +39,7 @@ def describe_source(source: Source, family: str, prefix: str) -> dict:
       ValueError: config.json is missing where it is needed, or describes something EVLM's towers do
         not cover.
     """
-    facts = {
+    describe = {
         "dinov2": _dinov2,
         "clip": _encoder,
         "siglip": _encoder,
@@ -48,7 +49,8 @@ def describe_source(source: Source, family: str, prefix: str) -> dict:
         "qwen": _qwen,
         "evlm": _evlm,
     }
-    return facts[family.removesuffix("-transformers5")](source, prefix)
+    found = describe[family.removesuffix("-transformers5")](source, prefix)
+    return dataclasses.asdict(build(LLMConfig, found, "llm")) if "rope_theta" in found else found
 
 
 # ------------------------------------------------------------------------------------------- vision
@@ -292,8 +294,8 @@ def _eva(source: Source, prefix: str) -> dict:
 
 
 def _llama(source: Source, prefix: str) -> dict:
-    """Llama, SmolLM2, Mistral without a window, Qwen2."""
-    config = _fields(source)
+    """Llama, SmolLM2, Mistral without a window, Qwen2, Qwen3."""
+    config, kind = _fields(source), source.metadata["model_type"]
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     return {
         "vocab": config["vocab_size"],
@@ -305,7 +307,8 @@ def _llama(source: Source, prefix: str) -> dict:
         "mlp": config["intermediate_size"],
         "rope_theta": config["rope_theta"],
         "eps": float(config["rms_norm_eps"]),
-        "qkv_bias": source.metadata["model_type"] == "qwen2",
+        "qkv_bias": kind == "qwen2",
+        "qk_norm": "head" if kind == "qwen3" else "none",
         "tied": config["tie_word_embeddings"],
         "dynamic_ntk": 0,
         "logn": 0,
@@ -338,10 +341,6 @@ def _qwen(source: Source, prefix: str) -> dict:
 
 def _evlm(source: Source, prefix: str) -> dict:
     """An export of ours says it in our own words; by section of EVLMConfig."""
-
-    def fixed(value):
-        return tuple(value) if isinstance(value, list) else value
-
     sections = {name: source.metadata.get(name) for name in EVLM}
     if wrong := [name for name, section in sections.items() if not isinstance(section, dict)]:
         raise ValueError(
@@ -360,6 +359,6 @@ def _evlm(source: Source, prefix: str) -> dict:
             f"{source.path}: config.json has {', '.join(wrong)}, which this version does not know"
         )
     return {
-        name: {key: fixed(value) for key, value in section.items()}
+        name: dataclasses.asdict(build(EVLM[name], section, name))
         for name, section in sections.items()
     }

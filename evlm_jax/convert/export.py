@@ -5,7 +5,7 @@ hf            a directory for transformers, with the PyTorch model of convert/to
               remote code
 torch         evlm.pt, one state dict, beside the same model without transformers
 openflamingo  openflamingo.pt, the trained part in open_flamingo's names
-llm           the language model alone, as LlamaForCausalLM or Qwen2ForCausalLM
+llm           the language model alone, as a class of transformers (convert/stock.py)
 """
 
 import json
@@ -22,6 +22,7 @@ from evlm_jax.checkpoint.lazy_tensors import Tensors
 from evlm_jax.checkpoint.safetensors_file import write_folder
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.engine import sizes, to_foreign
+from evlm_jax.convert.stock import stock_config
 from evlm_jax.convert.tables import FAMILIES
 from evlm_jax.convert.torch_file import write_torch
 from evlm_jax.data.tokenizer import Tokenizer, load_tokenizer, source_of_run
@@ -209,33 +210,13 @@ def describe_model(cfg: EVLMConfig, tokenizer: Tokenizer, dtype: str) -> dict[st
 
 def describe_llm(cfg: EVLMConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, dict]:
     """config.json and generation_config.json of a stock language model."""
-    llm = cfg.llm
-    kind = ("Qwen2ForCausalLM", "qwen2") if llm.qkv_bias else ("LlamaForCausalLM", "llama")
-    model = {
-        "architectures": [kind[0]],
-        "model_type": kind[1],
+    model = stock_config(cfg.llm) | {
         "dtype": dtype,
-        "vocab_size": llm.vocab,
-        "hidden_size": llm.hidden,
+        "bos_token_id": next(iter(tokenizer.bos), None),
+        "eos_token_id": list(tokenizer.eos),
+        "pad_token_id": tokenizer.eos[0],
     }
-    model |= {
-        "num_hidden_layers": llm.layers,
-        "num_attention_heads": llm.heads,
-        "num_key_value_heads": llm.kv_heads,
-    }
-    model |= {
-        "head_dim": llm.head_dim,
-        "intermediate_size": llm.mlp,
-        "rms_norm_eps": llm.eps,
-        "hidden_act": "silu",
-    }
-    model |= {
-        "rope_theta": llm.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": llm.rope_theta},
-    }
-    model |= {"tie_word_embeddings": llm.tied, "bos_token_id": next(iter(tokenizer.bos), None)}
-    model |= {"eos_token_id": list(tokenizer.eos), "pad_token_id": tokenizer.eos[0]}
-    return {"config.json": model, "generation_config.json": _generation(tokenizer, llm.vocab)}
+    return {"config.json": model, "generation_config.json": _generation(tokenizer, cfg.llm.vocab)}
 
 
 def _generation(tokenizer: Tokenizer, rows: int) -> dict:

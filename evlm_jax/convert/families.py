@@ -137,6 +137,14 @@ KINDS = {
         True,
         "no window, no scaled or partial rotary positions, silu",
     ),
+    "qwen3": Kind(
+        "llama",
+        "llm",
+        QWEN2 | {"head_dim": 128},
+        SILU | {"use_sliding_window": (False, {False}), "attention_bias": (False, {False})},
+        True,
+        "no window, no scaled or partial rotary positions, no biases, silu",
+    ),
     "qwen": Kind(
         "qwen",
         "llm",
@@ -160,9 +168,9 @@ WHOLE = {
     "clip": "clip_vision_model",
     "siglip": "siglip_vision_model",
 }  # their vision_config is read, the rest is no part of it
-UNUSED = {
-    "qwen2": {"sliding_window", "max_window_layers"}
-}  # of no meaning where use_sliding_window is False
+UNUSED = dict.fromkeys(
+    ("qwen2", "qwen3"), {"sliding_window", "max_window_layers"}
+)  # of no meaning where use_sliding_window is False
 ROTARY = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 EVA = {  # `vision_cfg` of open_clip and of the EVA repository; the values of EVA02-CLIP-E
     "postnorm": (False, {True}),

@@ -140,7 +140,9 @@ def _eva() -> Family:
 
 
 def _llama() -> Family:
-    """Llama, SmolLM2 and Qwen2 in Hugging Face names; the q, k and v biases are Qwen2's."""
+    """Llama, SmolLM2, Qwen2 and Qwen3 in Hugging Face names; the q, k and v biases are Qwen2's, the
+    q and k norms Qwen3's.
+    """
     foreign, path = "model.layers.{}", "llm/layers/{}"
     attention = [
         one for x in "qkv" for one in linear(f"{foreign}.self_attn.{x}_proj", f"{path}/attn/{x}")
@@ -154,6 +156,7 @@ def _llama() -> Family:
         row("model.embed_tokens.weight", "llm/embed"),
         *attention,
         *linear(f"{foreign}.self_attn.o_proj", f"{path}/attn/o", bias=False),
+        *(row(f"{foreign}.self_attn.{x}_norm.weight", f"{path}/attn/{x}_norm/scale") for x in "qk"),
         *mlp,
         row(f"{foreign}.input_layernorm.weight", f"{path}/ln1/scale"),
         row(f"{foreign}.post_attention_layernorm.weight", f"{path}/ln2/scale"),
@@ -267,6 +270,7 @@ def _evlm_llm() -> tuple[NameRow, ...]:
         row("llm.embed.weight", "llm/embed"),
         *(one for x in "qkvo" for one in linear(f"{layer}.attn.{x}", f"{path}/attn/{x}")),
         *(one for rows in mlp for one in rows),
+        *(row(f"{layer}.attn.{x}_norm.weight", f"{path}/attn/{x}_norm/scale") for x in "qk"),
         *(row(f"{layer}.ln{i}.weight", f"{path}/ln{i}/scale") for i in "12"),
         row("llm.ln_f.weight", "llm/ln_f/scale"),
         *linear("llm.head", "llm/head", bias=False),

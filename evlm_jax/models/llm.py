@@ -1,4 +1,4 @@
-"""The language model: Llama, SmolLM2, Qwen 1.0 and Qwen2 by config.
+"""The language model: Llama, SmolLM2, Qwen 1.0, Qwen2 and Qwen3 by config.
 
 A block does not know how its keys are found: the caller passes `attend`, which is masked attention
 over the row in training and attention over a cache in generation. What else `attend` returns, the
@@ -26,12 +26,21 @@ class SelfAttention(nnx.Module):
         self.k = Linear((d, k), ("embed", "kv_heads"), rngs, cfg.qkv_bias)
         self.v = Linear((d, k), ("embed", "kv_heads"), rngs, cfg.qkv_bias)
         self.o = Linear((n, d), ("heads", "embed"), rngs)
-        self.head_dim = cfg.head_dim
+        self.head_dim, self.qk_norm = cfg.head_dim, cfg.qk_norm
+        widths = {"none": None, "head": (cfg.head_dim, cfg.head_dim), "all": (n, k)}[cfg.qk_norm]
+        self.q_norm, self.k_norm = (
+            (RMSNorm(width, cfg.eps, rngs) for width in widths) if widths else (None, None)
+        )
 
     def __call__(
         self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend
     ) -> tuple[jax.Array, Any]:
-        q, k, v = (heads(project(x), self.head_dim) for project in (self.q, self.k, self.v))
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.qk_norm == "all":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (heads(a, self.head_dim) for a in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
         out, kept = attend(rotate(q, rope), rotate(k, rope), v)
         return self.o(out.reshape(*x.shape[:-1], -1)), kept
 

@@ -63,7 +63,14 @@ TOWERS = {
     },
     "eva, Qwen 1.0 beyond its context": {
         "vit": {"norm": "res_post", "bias": "qv", "layer_scale": False},
-        "llm": {"qkv_bias": True, "tied": False, "kv_heads": 4, "dynamic_ntk": 16, "logn": 16},
+        "llm": {
+            "qkv_bias": True,
+            "tied": False,
+            "kv_heads": 4,
+            "dynamic_ntk": 16,
+            "logn": 16,
+            "qk_norm": "all",
+        },
     },
 }
 # A number of words, or the frames of a visual.

@@ -44,7 +44,10 @@ def run(capsys, *arguments) -> tuple[int, list[str]]:
 @needs_transformers
 @pytest.mark.parametrize(
     "towers",
-    [{}, {"vit": {"registers": 2, "class_token": False}, "llm": {"qkv_bias": True, "tied": False}}],
+    [
+        {},
+        {"vit": {"registers": 2, "class_token": False}, "llm": {"qk_norm": "head", "tied": False}},
+    ],
 )
 def test_a_run_and_its_export(tmp_path, capsys, towers):
     cfg = tiny_config(**towers)

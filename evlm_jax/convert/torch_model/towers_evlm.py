@@ -13,11 +13,14 @@ ACTIVATIONS = {
 }
 
 
+FORMER = {"qk_norm": "none"}  # what the exports compute that were made before there was a field
+
+
 class Config:
     """A section of the configuration, its fields as attributes."""
 
     def __init__(self, fields: dict):
-        self.__dict__.update(fields)
+        self.__dict__.update(FORMER | fields)
 
 
 def call(module, *args):
@@ -182,7 +185,9 @@ class SelfAttention(nn.Module):
         self.q = nn.Linear(cfg.hidden, n, bias=cfg.qkv_bias)
         self.k, self.v = (nn.Linear(cfg.hidden, k, bias=cfg.qkv_bias) for _ in range(2))
         self.o = nn.Linear(n, cfg.hidden, bias=False)
-        self.head_dim = cfg.head_dim
+        self.head_dim, self.qk_norm = cfg.head_dim, cfg.qk_norm
+        widths = {"none": (), "head": (cfg.head_dim,) * 2, "all": (n, k)}[cfg.qk_norm]
+        self.q_norm, self.k_norm = [RMSNorm(width, cfg.eps) for width in widths] or (None, None)
 
     def forward(self, x, rope, mask, cache, layer, sdpa):
         cos, sin, scale = rope
@@ -191,7 +196,12 @@ class SelfAttention(nn.Module):
             low, high = a.float().chunk(2, -1)
             return torch.cat([low * cos - high * sin, high * cos + low * sin], -1).to(a.dtype)
 
-        q, k, v = (split_heads(project(x), self.head_dim) for project in (self.q, self.k, self.v))
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.qk_norm == "all":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (split_heads(a, self.head_dim) for a in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q), rotate(k)
         if scale is not None:
             q = (q * scale).to(q.dtype)

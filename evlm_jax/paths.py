@@ -22,6 +22,7 @@ from typing import IO
 import fsspec
 from etils import epath
 
+from evlm_jax import stores
 from evlm_jax.assets import cache_root
 
 CLIENTS = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> what fsspec opens it by
@@ -33,11 +34,13 @@ COPIES = 60.0  # seconds between the copies of a mirror
 os.environ.setdefault(
     "EPATH_USE_TF", "false"
 )  # where TensorFlow is installed, epath would ask it: one client for all
-for _protocol in (
-    "gcs",
-    "s3",
-):  # tensorstore and other hosts write as well: a listing that was kept would not show it
-    fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
+# Tensorstore and other hosts write as well: a listing that was kept would not show it. And epath
+# finalizes what it writes: with the same options all share one client, which looks for credentials.
+for _protocol, _options in (
+    ("gcs", {"use_listings_cache": False, "finalize_on_close": True}),
+    ("s3", {"use_listings_cache": False}),
+):
+    fsspec.config.conf[_protocol] = _options | fsspec.config.conf.get(_protocol, {})
 
 
 def remote(path: str | os.PathLike) -> bool:
@@ -51,6 +54,7 @@ def place(path: str | os.PathLike) -> epath.Path:
     Raises:
       ValueError: another scheme than gs:// and s3://.
       ImportError: its client is not installed.
+      OSError: its store does not answer (stores.ask).
     """
     text = os.fspath(path)
     if not remote(text):
@@ -63,6 +67,7 @@ def place(path: str | os.PathLike) -> epath.Path:
         )
     if importlib.util.find_spec(client) is None:
         raise ImportError(f'{text} needs {client}: pip install "evlm-jax[cloud]"')
+    stores.ask(text)
     return epath.Path(text)
 
 
@@ -218,23 +223,22 @@ def probe(folder: str | os.PathLike) -> None:
         finally:
             (where / name).unlink(missing_ok=True)
         if remote(where):
-            import tensorstore
-
-            store = tensorstore.KvStore.open(f"{where}/").result()
-            store.write(name, bytes(1)).result()
-            store.write(name, None).result()
+            stores.within(stores.PATIENCE, _probe_tensorstore, where, name)
     except Exception as error:  # clients of stores raise errors of any kind
-        missing = remote(where) and isinstance(error, FileNotFoundError)
-        text = (
-            "no such bucket"
-            if missing
-            else " ".join(f"{getattr(error, 'strerror', None) or error}".split())
-            or type(error).__name__
-        )
+        text = " ".join(f"{getattr(error, 'strerror', None) or error}".split())
+        text = text or type(error).__name__
         raise OSError(
             f"{where}: cannot write there: {text}; give a place that this machine may write to and"
             " that has room"
         ) from error
+
+
+def _probe_tensorstore(folder: epath.Path, name: str) -> None:
+    import tensorstore
+
+    store = tensorstore.KvStore.open(f"{folder}/").result()
+    store.write(name, bytes(1)).result()
+    store.write(name, None).result()
 
 
 class Mirror:

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "evlm_jax"
 ROOMS = [  # in the order of docs/architecture.md; the longest name that fits a module is its room
-    "config paths assets asset_packages asset_pictures qt_resources ops parallel.status"
+    "config paths stores assets asset_packages asset_pictures qt_resources ops parallel.status"
     " convert.torch_model",
     "journal batch",
     "parallel",

@@ -71,6 +71,8 @@ def told_once() -> None:
     """
     for name in ("absl", "asyncio", "gcsfs"):
         logging.getLogger(name).addFilter(_without_traceback)
+    for name in ("gcsfs", "google.auth"):  # warn of what they try one after the other
+        logging.getLogger(name).setLevel(logging.ERROR)
     sys.unraisablehook = _unraisable
 
 

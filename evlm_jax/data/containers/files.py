@@ -15,7 +15,7 @@ from typing import BinaryIO
 import fsspec
 import numpy as np
 
-from evlm_jax import paths
+from evlm_jax import paths, stores
 from evlm_jax.assets import cache_root
 from evlm_jax.paths import remote
 
@@ -50,6 +50,7 @@ def _system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if not remote(path):
         return fsspec.filesystem("file"), os.path.abspath(path)
     try:
+        stores.ask(path)
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
         raise ValueError(

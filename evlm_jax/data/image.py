@@ -11,7 +11,7 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 from cykooz_resizer import CropBox, FilterType, ResizeAlg, ResizeOptions, Resizer
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from simplejpeg import decode_jpeg
 
 from evlm_jax.config import EVLMConfig
@@ -203,6 +203,10 @@ def _read(path: str, least: int) -> Image.Image:
                 return _decoded(io.BytesIO(mended), least)
             if other := foreign(content):
                 raise other from error
+            if isinstance(error, UnidentifiedImageError):  # says no more than an address in memory
+                raise ValueError(
+                    f"it is none of {', '.join(FORMATS)}: it begins with {content[:8]!r}"
+                ) from error
             raise  # not `from` itself: who follows causes would go round for ever
 
 

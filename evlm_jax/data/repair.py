@@ -2,6 +2,7 @@
 none.
 """
 
+import codecs
 import struct
 
 from simplejpeg import decode_jpeg
@@ -13,13 +14,17 @@ TELLING = (
     b"iCCP",
 )  # parts of a PNG that say something about its pixels, and change none
 PNG, JPEG, END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
-OTHERS = {
-    b"ftypavif": "AVIF",
-    b"ftypheic": "HEIC",
-    b"ftypheix": "HEIC",
-    b"ftypmif1": "HEIF",
-    b"jP  ": "JPEG 2000",
-    b"JXL ": "JPEG XL",
+BRANDS = {b"avi": "AVIF", b"hei": "HEIC", b"hev": "HEIC", b"mif": "HEIF", b"msf": "HEIF"}
+BEGINS = {
+    b"<": "HTML, XML or SVG",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"\xff\x0a": "JPEG XL",
+    b"%PDF": "PDF",
+    b"PK\3\4": "a zip file",
+    b"\x1f\x8b": "a gzip file",
+    b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file)",
 }
 
 
@@ -40,14 +45,13 @@ def mend(content: bytes) -> bytes | None:
 
 def foreign(content: bytes) -> ValueError | None:
     """What a file is that is no picture of ours."""
-    kind = next((name for mark, name in OTHERS.items() if mark in content[4:12]), None)
-    if kind is None and content.lstrip()[:1] == b"<":
-        kind = "HTML, XML or SVG"
-    return (
-        ValueError(f"it is {kind or 'an empty file'}, which is not read")
-        if kind or not content
-        else None
-    )
+    if content[4:8] == b"ftyp":
+        kind = BRANDS.get(content[8:11], "a video")
+    else:
+        start = content.removeprefix(codecs.BOM_UTF8).lstrip()
+        kinds = (kind for mark, kind in BEGINS.items() if start.startswith(mark))
+        kind = next(kinds, None) if content else "an empty file"
+    return ValueError(f"it is {kind}, which is not read") if kind else None
 
 
 def _without_telling(content: bytes) -> bytes | None:

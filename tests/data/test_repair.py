@@ -172,17 +172,19 @@ def test_a_jpeg_without_its_end_mark(tmp_path, least):
 
 
 FOREIGN = {
-    "AVIF": b"\0\0\0\x1cftypavif",
-    "JPEG 2000": b"\0\0\0\x0cjP  \r\n",
-    "HTML, XML or SVG": b"\n<html>404</html>",
-    "an empty file": b"",
+    b"\0\0\0\x1cftypavis": "it is AVIF, which is not read",
+    b"\0\0\0\x18ftyphevc": "it is HEIC, which is not read",
+    b"\0\0\0\x18ftypisom": "it is a video, which is not read",
+    b"\0\0\0\x0cjP  \r\n": "it is JPEG 2000, which is not read",
+    b"\xef\xbb\xbf\n<svg/>": "it is HTML, XML or SVG, which is not read",
+    b"version https://git-lfs.github.com/spec/v1": "it is a pointer of Git LFS .git lfs pull",
+    b"": "it is an empty file, which is not read",
+    b'{"error": 404}': "it is none of JPEG, PNG, .*: it begins with b'{\"error\"'",
 }
 
 
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_other_files_are_called_by_their_names(tmp_path, kind):
-    (tmp_path / "a.jpg").write_bytes(FOREIGN[kind])
-    with pytest.raises(
-        ImageError, match=f"a.jpg: cannot decode the image: it is {kind}, which is not read"
-    ):
+@pytest.mark.parametrize("content", FOREIGN)
+def test_other_files_are_called_by_their_names(tmp_path, content):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(ImageError, match=f"a.jpg: cannot decode the image: {FOREIGN[content]}"):
         decode(str(tmp_path / "a.jpg"))

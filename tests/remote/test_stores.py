@@ -73,5 +73,3 @@ def test_a_store_that_wants_credentials(at, monkeypatch):
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "none.json")
     with pytest.raises(OSError, match="GOOGLE_APPLICATION_CREDENTIALS=none.json: no such file"):
         paths.place("gs://c/run")
-
-

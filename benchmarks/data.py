@@ -71,7 +71,12 @@ def config(folder: Path, size: int, scaled: bool) -> EVLMConfig:
         cache_features=False,
     )
     chosen.data.update(
-        data, length=16 * BATCH, images=BATCH, targets=16 * BATCH, slots=BATCH, pairs=4 * BATCH
+        data,
+        length=16 * BATCH,
+        images=BATCH,
+        targets=16 * BATCH,
+        slots=BATCH,
+        block_pairs=4 * BATCH,
     )
     chosen.train.batch = 1
     return from_config_dict(chosen)

@@ -72,11 +72,11 @@ def our_run(model: EVLM, dtype: str, images: int) -> Run:
         def full(*shape, value=0):
             return np.full(shape, value, np.int32)
 
-        tiles = -(-length // cfg.xattn.tile)
+        blocks = -(-length // cfg.xattn.query_block)
         index = np.arange(length)
-        order = np.pad(index, (0, tiles * cfg.xattn.tile - length), constant_values=length).reshape(
-            tiles, -1
-        )
+        order = np.pad(
+            index, (0, blocks * cfg.xattn.query_block - length), constant_values=length
+        ).reshape(blocks, -1)
 
         def each(a):
             return np.tile(a, (rows,) + (1,) * a.ndim).astype(np.int32)
@@ -84,8 +84,8 @@ def our_run(model: EVLM, dtype: str, images: int) -> Run:
         plan = AttentionPlan(
             each(order),
             each(index),
-            each(np.arange(tiles) if images else np.full(tiles, tiles)),
-            full(rows, tiles),
+            each(np.arange(blocks) if images else np.full(blocks, blocks)),
+            full(rows, blocks),
         )
         prompt = decoding.Prompt(
             tokens=tokens,
@@ -181,8 +181,10 @@ def demo_batch(cfg: EVLMConfig) -> Batch:
             encode(Sample(f"{row}/{i}", "", ((ImageRef(f"{i}.png"),),), dialogs), tokenizer, cfg)
             for i in range(cfg.data.images)
         ]
-        size = np.cumsum([(len(d.tokens), len(d.targets), d.pairs) for d in documents], axis=0)
-        fits = (size <= (cfg.data.length, cfg.data.targets, cfg.data.pairs)).all(1)
+        size = np.cumsum(
+            [(len(d.tokens), len(d.targets), d.block_pairs) for d in documents], axis=0
+        )
+        fits = (size <= (cfg.data.length, cfg.data.targets, cfg.data.block_pairs)).all(1)
         rows.append([document for document, fit in zip(documents, fits) if fit])
     fields = assemble(rows, cfg)
     shape = Batch.spec(cfg).taps.shape
@@ -231,7 +233,7 @@ def our_step(cfg: EVLMConfig, batch: Batch) -> Callable[[], None]:
     phase = TrainPhase(cfg, 0, layout)
     state, on_device = (
         phase.enter(0, nnx.state(load(cfg)), {}),
-        layout.put_pools(batch, range(cfg.pools), cfg.pools),
+        layout.put_groups(batch, range(cfg.image_groups), cfg.image_groups),
     )
 
     def step() -> None:

@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import parser
-from evlm_jax.ops.attention_plan import attention_plan, pair_count
+from evlm_jax.ops.attention_plan import attention_plan, block_pair_count
 from evlm_jax.ops.grouped_attention import AttentionPlan, grouped_attention
 
 REPEATS = 3  # of which the fastest counts
 
 
-def ours(tile: int, start: np.ndarray, sinks: int):
+def ours(block: int, start: np.ndarray, sinks: int):
     """The form of ops/, with the plan that the packer would make."""
-    made = attention_plan(start, start + 1, tile, pair_count(start, start + 1, tile))
+    made = attention_plan(start, start + 1, block, block_pair_count(start, start + 1, block))
     arrays = AttentionPlan(*(made[name][None] for name in AttentionPlan._fields))
     return lambda q, k, v: grouped_attention(q, k, v, arrays, sinks)
 
@@ -126,7 +126,8 @@ def main() -> None:
     if importlib.util.find_spec("torch") and not args.smoke:
         forms |= {"torch, loop over images": (measure_torch, torch_loop(start, sinks))}
     forms |= {
-        f"grouped, tile {tile}": (measure_jax, ours(tile, start, sinks)) for tile in (16, 32, 64)
+        f"grouped, query block {block}": (measure_jax, ours(block, start, sinks))
+        for block in (16, 32, 64)
     }
     forms |= {"dense with mask": (measure_jax, dense(start, sinks))}
     bar = None

@@ -30,7 +30,7 @@ SIZES = {
 ROUNDS = {"demo": 60, "paper": 5, "smoke": 1}
 
 
-def mixture(width: int, hidden: int, tile: int) -> moe.MoE:
+def mixture(width: int, hidden: int, block: int) -> moe.MoE:
     """Random, with the paper's numbers of experts."""
     cfg = MoEConfig(
         copies=4,
@@ -40,7 +40,7 @@ def mixture(width: int, hidden: int, tile: int) -> moe.MoE:
         capacity=0.0,
         balance=0.01,
         z=0.001,
-        tile=tile,
+        expert_block=block,
         upcycle="preserve",
     )
     return jax.jit(lambda: moe.MoE(width, hidden, cfg, nnx.Rngs(0)))()
@@ -89,7 +89,7 @@ def main() -> None:
     """Measures and prints."""
     asked = parser(__doc__)
     asked.add_argument("--sizes", nargs="+", choices=SIZES, default=["demo", "paper"])
-    asked.add_argument("--tile", type=int, default=64)
+    asked.add_argument("--block", type=int, default=64)
     asked.add_argument("--rounds", type=int, help="instead of the size's own")
     asked.add_argument(
         "--no-naive",
@@ -99,7 +99,7 @@ def main() -> None:
     args = asked.parse_args()
     for size in ["smoke"] if args.smoke else args.sizes:
         tokens, width, hidden = SIZES[size]
-        model = mixture(width, hidden, args.tile)
+        model = mixture(width, hidden, args.block)
         even = jax.random.normal(jax.random.key(0), (1, tokens, width))
         inputs = {
             "balanced": even,
@@ -108,8 +108,8 @@ def main() -> None:
         dense = jax.jit(lambda w=width, h=2 * hidden: MLP(w, h, "gelu", False, nnx.Rngs(0)))()
         sides = {"dense": (compiled(lambda model, x: model(x), dense, even), dense, even)}
         print(
-            f"{size}: {tokens} tokens, hidden {width}, experts of {hidden // 4}, tiles of"
-            f" {args.tile}",
+            f"{size}: {tokens} tokens, hidden {width}, experts of {hidden // 4}, blocks of"
+            f" {args.block}",
             flush=True,
         )
         for form, layer in {"experts": lambda model, x: model(x)[0], "ragged_dot": ragged}.items():

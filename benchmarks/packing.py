@@ -20,10 +20,10 @@ from evlm_jax.data.mixture import Task
 from evlm_jax.data.pack import assemble
 from evlm_jax.data.pipeline import Lane
 from evlm_jax.data.text import Document
-from evlm_jax.data.tools.bench import FOOT, WINDOWS, head, line, pools_of, rows_of, timed
-from evlm_jax.ops.attention_plan import pair_count
+from evlm_jax.data.tools.bench import FOOT, WINDOWS, head, image_groups_of, line, rows_of, timed
+from evlm_jax.ops.attention_plan import block_pair_count
 
-MEDIA, TILE = 16, 32
+MEDIA, BLOCK = 16, 32
 
 
 def _log(median: float, spread: float, most: int):
@@ -52,7 +52,7 @@ STAGES = {  # shares of samples (paper, section 3)
     "sft": {"instructions": 815, "pages to read": 270, "questions": 1200},
 }
 
-BUDGETS = {  # data.images, data.pool, data.slots
+BUDGETS = {  # data.images, data.image_group, data.slots
     "pretrain": ((64, 1, 64), (42, 1, 42), (64, 2, 84), (64, 5, 200), (64, 5, 208)),
     "continual": ((64, 1, 64), (12, 1, 12), (24, 2, 24), (48, 5, 52), (48, 5, 56)),
     "sft": ((64, 1, 64), (12, 1, 12), (13, 1, 13), (26, 2, 26)),
@@ -79,7 +79,7 @@ def document(tokens: int, images: int) -> Document:
         (None,) * images,
         "k",
         "made",
-        pair_count(start, stop, TILE),
+        block_pair_count(start, stop, BLOCK),
     )
 
 
@@ -112,7 +112,10 @@ def made_tasks(shares: dict[str, float], count: int) -> list[Task]:
 
 def by_task(made: list[Task], count: int, cfg: EVLMConfig) -> list[list[Document]]:
     """Rows of `count` documents or more, each row of one kind."""
-    lane, rows = Lane(made, replace(cfg, train=replace(cfg.train, batch=cfg.data.pool)), 0), []
+    lane, rows = (
+        Lane(made, replace(cfg, train=replace(cfg.train, batch=cfg.data.image_group)), 0),
+        [],
+    )
     while sum(map(len, rows)) < count:
         rows += lane.rows()
     return rows
@@ -122,15 +125,19 @@ def assembled(documents: list[Document], cfg: EVLMConfig) -> float:
     """Rows a second, packed and assembled."""
     begin = time.process_time()
     rows = rows_of(documents, cfg.data)
-    for pool in pools_of(rows, cfg.data):
-        assemble(pool, cfg)
+    for group in image_groups_of(rows, cfg.data):
+        assemble(group, cfg)
     return len(rows) / (time.process_time() - begin)
 
 
-def with_slots(data: DataConfig, images: int, pool: int, slots: int) -> DataConfig:
+def with_slots(data: DataConfig, images: int, group: int, slots: int) -> DataConfig:
     """Other image slots, and pairs for any text without videos."""
     return replace(
-        data, images=images, pool=pool, slots=slots, pairs=-(-data.length // TILE) * pool + slots
+        data,
+        images=images,
+        image_group=group,
+        slots=slots,
+        block_pairs=-(-data.length // BLOCK) * group + slots,
     )
 
 
@@ -163,7 +170,7 @@ def main() -> None:
                 )
             )
     for stage, budgets in BUDGETS.items():
-        print("\n" + head(f"{stage}, images/pool/slots"))
+        print("\n" + head(f"{stage}, images/image_group/slots"))
         documents, made = stream(STAGES[stage], count), made_tasks(STAGES[stage], count)
         for budget in budgets:
             cfg = replace(configs[stage], data=with_slots(configs[stage].data, *budget))

@@ -88,8 +88,8 @@ share no image slots: each has 64 at
 """
 LARGE = """## Pods of realistic size
 
-ZeRO-2, as the paper has it. Five rows a device share 208 image slots (`data.pool=5`); otherwise \
-slots are as above.
+ZeRO-2, as the paper has it. Five rows a device share 208 image slots (`data.image_group=5`); \
+otherwise slots are as above.
 """
 PARTS = """## Executed by needed FLOPs, part by part
 
@@ -97,8 +97,8 @@ Full rematerialisation makes a trained part 4/3, a frozen one with a gradient th
 where the outputs of linear layers are kept
 (`dots`) both are 1. Scores of the language model are computed for all pairs and masked: twice \
 what causal attention needs. Scores of the
-cross-attention are computed for all (tile, image) pairs that a batch has room for, filled or not. \
-Keys and values have a product more for
+cross-attention are computed for all (query block, image) pairs that a batch has room for, filled \
+or not. Keys and values have a product more for
 the gradient of the norm in front of them.
 """
 LIMIT = 3600  # seconds of a plan, on a machine that is shared
@@ -132,11 +132,16 @@ def arguments(
         "--no-mend",
     ]
     words += [f"--config.train.accumulate={cfg.train.batch // (across * rows)}"]
-    if rows == 1 or rows % cfg.data.pool:
+    if rows == 1 or rows % cfg.data.image_group:
         images, pairs = OWN[stage]
         words += [
             f"--config.data.{name}={n}"
-            for name, n in (("pool", 1), ("images", images), ("slots", images), ("pairs", pairs))
+            for name, n in (
+                ("image_group", 1),
+                ("images", images),
+                ("slots", images),
+                ("block_pairs", pairs),
+            )
         ]
     return words
 

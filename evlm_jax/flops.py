@@ -71,10 +71,10 @@ class Work(NamedTuple):
 
     @classmethod
     def full(cls, cfg: EVLMConfig, rows: int) -> Self:
-        """Of `rows` rows without padding: each one document of T tokens, all I images of a pool
+        """Of `rows` rows without padding: each one document of T tokens, all I images of a group
         seen, one image a token, M targets.
         """
-        t, images = cfg.data.length, rows // cfg.data.pool * cfg.data.slots
+        t, images = cfg.data.length, rows // cfg.data.image_group * cfg.data.slots
         encoded = 0 if cfg.data.cache_features else images
         return cls(
             rows * t, rows * t * (t + 1) / 2, images, encoded, rows * t, rows * cfg.data.targets

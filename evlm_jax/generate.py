@@ -66,27 +66,27 @@ class Room(NamedTuple):
             max(images, IMAGES[1]) if length >= LENGTHS[2] else images,
         )
 
-    def pairs(self, tile: int, needed: int) -> int:
-        """(tile, image) pairs of a prompt.
+    def block_pairs(self, block: int, needed: int) -> int:
+        """(query block, image) pairs of a prompt.
 
         Of few images so many that any prompt fits; of many what is `needed`, up to a power of two.
         """
-        most = self.images * (-(-self.length // tile) + 1)
+        most = self.images * (-(-self.length // block) + 1)
         return most if self.images <= IMAGES[-1] else min(most, _bucket(needed))
 
     def row(self, cfg: EVLMConfig, document: text.Document) -> EVLMConfig:
         """The config for batches whose rows have this room, of one document each, with its pictures
         as pixels.
         """
-        pairs = self.pairs(cfg.tile, document.pairs) if cfg.tile else 0
+        pairs = self.block_pairs(cfg.query_block, document.block_pairs) if cfg.query_block else 0
         sizes = {
             "length": self.length,
             "targets": self.length,
             "images": self.images,
             "slots": self.images,
-            "pairs": max(pairs, self.images),
+            "block_pairs": max(pairs, self.images),
         }
-        return replace(cfg, data=replace(cfg.data, pool=1, cache_features=False, **sizes))
+        return replace(cfg, data=replace(cfg.data, image_group=1, cache_features=False, **sizes))
 
 
 class Asked(NamedTuple):
@@ -265,7 +265,7 @@ class Generator:
         prompts = [one.prompt for one in asked]
         refs = list(dict.fromkeys(ref for document in prompts for ref in document.refs))
         room = Room.of(prompts)
-        prompt = collate(prompts, refs, self.cfg.tile, rows, room)
+        prompt = collate(prompts, refs, self.cfg.query_block, rows, room)
         places = np.array(
             [(one.number, one.answer) for one in asked] + [(0, 0)] * (rows - len(asked)), np.uint32
         )
@@ -322,13 +322,13 @@ def _strings(stop_strings: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def collate(
-    prompts: Sequence[text.Document], refs: Sequence[ImageRef], tile: int, rows: int, room: Room
+    prompts: Sequence[text.Document], refs: Sequence[ImageRef], block: int, rows: int, room: Room
 ) -> Prompt:
     """Prompts as padded arrays.
 
     Args:
       refs: all images, as they will stand in `taps`.
-      tile: of cross-attention; 0: without a plan.
+      block: tokens of a query block; 0: without cross-attention.
       rows: at least as many as prompts.
     """
     arrays = {
@@ -347,10 +347,10 @@ def collate(
         count[row] = document.visible_stop[-1] - start[row]
         image_number[row, : len(document.refs)] = [number[ref] for ref in document.refs]
     grouped = None
-    if tile:
-        pairs = room.pairs(tile, max(d.pairs for d in prompts))
+    if block:
+        pairs = room.block_pairs(block, max(d.block_pairs for d in prompts))
         plans = [
-            attention_plan(a, b, tile, pairs)
+            attention_plan(a, b, block, pairs)
             for a, b in zip(arrays["visible_start"], arrays["visible_stop"])
         ]
         grouped = AttentionPlan(

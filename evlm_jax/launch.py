@@ -67,7 +67,9 @@ def train_run(
     if is_first():
         keep_tokenizer(tokenizer, workdir)
     follow = monitor(cfg, tokenizer, features, layout)
-    with contextlib.closing(batches(cfg, tokenizer, features, layout.own_pools(cfg.pools))) as data:
+    with contextlib.closing(
+        batches(cfg, tokenizer, features, layout.own_groups(cfg.image_groups))
+    ) as data:
         return train(
             cfg, workdir, data, params, trained, follow, tensorboard, profile, resume, other_data
         )

@@ -68,7 +68,7 @@ def load(
         cfg = replace(cfg, init=replace(cfg.init, llm=source_of_run(path, cfg.init.llm)))
     else:
         base = load_config(str(BASE))
-        data = replace(base.data, images=8, slots=8 * base.data.pool)
+        data = replace(base.data, images=8, slots=8 * base.data.image_group)
         params, cfg = read_export(_pixels(replace(base, data=data)), path)
     return _placed(cfg, params, dtype, devices)
 
@@ -389,7 +389,7 @@ def _placed(cfg: EVLMConfig, params: store.Arrays, dtype: str | None, devices: D
         raise ValueError(f"devices are some of jax.devices(), got {devices!r}")
     mesh = MeshConfig(1, len(devices), 1, 1, 1, 2, "sharded", "all") if len(devices) > 1 else None
     tokenizer = vocabulary(cfg, cfg.init.llm)
-    module, layout = model_of(cfg, params, mesh, len(devices) * cfg.data.pool, devices)
+    module, layout = model_of(cfg, params, mesh, len(devices) * cfg.data.image_group, devices)
     return Model(module, tokenizer, layout)
 
 

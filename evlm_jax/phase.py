@@ -56,7 +56,8 @@ def gradients(
 
     params = all_gather_params(params, cfg.train.operands)
     micro_batches = jax.tree.map(
-        functools.partial(_split, len(batch.tokens) // cfg.data.pool, cfg.train.accumulate), batch
+        functools.partial(_split, len(batch.tokens) // cfg.data.image_group, cfg.train.accumulate),
+        batch,
     )
     zeros = reduce_scatter_grads(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
     _, sums = jax.eval_shape(loss, params, jax.tree.map(lambda x: x[0], micro_batches))
@@ -66,13 +67,13 @@ def gradients(
     return jax.tree.map(lambda g: g / count, grads), sums
 
 
-def _split(pools: int, k: int, x: jax.Array) -> jax.Array:
+def _split(groups: int, k: int, x: jax.Array) -> jax.Array:
     """[B or C, ...] -> k micro-batches.
 
     Pool c goes to number c % k, so that every device has its share of each.
     """
     return (
-        x.reshape(pools // k, k, len(x) // pools, *x.shape[1:])
+        x.reshape(groups // k, k, len(x) // groups, *x.shape[1:])
         .swapaxes(0, 1)
         .reshape(k, len(x) // k, *x.shape[1:])
     )

@@ -77,7 +77,9 @@ def train(
     """
     _check_dtype(cfg)
     layout = make_layout(cfg)
-    load = functools.partial(layout.put_pools, own=layout.own_pools(cfg.pools), count=cfg.pools)
+    load = functools.partial(
+        layout.put_groups, own=layout.own_groups(cfg.image_groups), count=cfg.image_groups
+    )
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, cfg.train.keep)))
         snapshot = checkpoints.resume(resume)

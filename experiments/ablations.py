@@ -98,7 +98,7 @@ def _base() -> ConfigDict:
         every=1,
         schedule="blocked",
         sinks=1,
-        tile=32,
+        query_block=32,
         eps=1e-5,
     )
     config.moe.update(
@@ -109,7 +109,7 @@ def _base() -> ConfigDict:
         capacity=0.0,
         balance=0.01,
         z=0.001,
-        tile=64,
+        expert_block=64,
         upcycle="preserve",
     )
     config.media.update(tokens=4, placeholder="<repo_name>")
@@ -128,9 +128,9 @@ def _trained(config: ConfigDict) -> None:
         length=256,
         images=8,
         targets=80,
-        pool=1,
+        image_group=1,
         slots=8,
-        pairs=16,
+        block_pairs=16,
         window=64,
         isolate=True,
         resize="squash",

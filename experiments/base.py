@@ -4,6 +4,8 @@ changes a few fields of.
 
 from ml_collections import ConfigDict
 
+from evlm_jax.config.compat import link_former_names
+
 NO_DECAY = (r"gate$", r"norm", r"bias$", r"^media/", r"/ln\d/", r"/scale\d?$")
 
 
@@ -111,11 +113,11 @@ def set_stage(config: ConfigDict, stage: str) -> ConfigDict:
         "continual": (1e-4, 5e-5, 50_000, 2000, 160, half),
         "sft": (5e-5, 1e-6, 12_000, 500, 16, depth - quarter),
     }
-    # The paper's steps and samples make about 12 samples a row; pairs: T / tile of each row, and
-    # the slots.
+    # The paper's steps and samples make about 12 samples a row; block pairs: T / query_block of
+    # each row, and the slots.
     budgets = {
-        "continual": dict(images=48, pool=5, slots=52, pairs=372),
-        "sft": dict(images=13, pool=1, slots=13, pairs=77),
+        "continual": dict(images=48, image_group=5, slots=52, block_pairs=372),
+        "sft": dict(images=13, image_group=1, slots=13, block_pairs=77),
     }
     config.name = f"{config.name}_{stage}"
     if stage != "pretrain":
@@ -144,7 +146,7 @@ def cross_attention() -> dict:
         every=1,
         schedule="blocked",
         sinks=1,
-        tile=32,
+        query_block=32,
         eps=1e-5,
     )
 
@@ -159,7 +161,7 @@ def experts() -> dict:
         capacity=0.0,
         balance=0.01,
         z=0.001,
-        tile=64,
+        expert_block=64,
         upcycle="preserve",
     )
 
@@ -175,9 +177,9 @@ def data() -> dict:
         length=2048,
         images=64,
         targets=2048,
-        pool=5,
+        image_group=5,
         slots=208,
-        pairs=528,
+        block_pairs=528,
         dialogs=0,
         isolate=True,
         window=256,
@@ -234,7 +236,7 @@ def train() -> dict:
 
 def get_config() -> ConfigDict:
     """Stage 1, multi-modal pre-training."""
-    return ConfigDict(
+    config = ConfigDict(
         dict(
             name="evlm_14b",
             vit=eva02_clip_e_plus(),
@@ -260,3 +262,4 @@ def get_config() -> ConfigDict:
             init=dict(vision="", llm="", centre_norms=False),
         )
     )
+    return link_former_names(config)

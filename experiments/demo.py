@@ -102,9 +102,9 @@ def get_config(form: str = "") -> ConfigDict:
         length=256,
         images=8,
         targets=80,
-        pool=1,
+        image_group=1,
         slots=8,
-        pairs=16,
+        block_pairs=16,
         window=64,
         cache_features=True,
     )

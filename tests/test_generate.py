@@ -105,8 +105,8 @@ def full_forward(model, document, tokens, length=256):
         row[name][read:fed] = getattr(document, name)[-1]
     row |= {"positions": np.arange(length), "visible_until": np.full(length, length)}
     row |= (
-        attention_plan(row["visible_start"], row["visible_stop"], cfg.tile, 64)
-        if cfg.tile
+        attention_plan(row["visible_start"], row["visible_stop"], cfg.query_block, 64)
+        if cfg.query_block
         else dict.fromkeys(AttentionPlan._fields)
     )
     images = np.zeros((slots, len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width), np.float32)
@@ -137,7 +137,7 @@ def cached_logits(generator, documents, tokens, room=None, rows=8):
     )
     refs = list(dict.fromkeys(ref for document in documents for ref in document.refs))
     room = room or Room.of(documents)
-    prompt = collate(documents, refs, cfg.tile, rows, room)
+    prompt = collate(documents, refs, cfg.query_block, rows, room)
     random = jax.random.split(jax.random.key(0), rows)
     first, state = state_of(
         generator.weights,
@@ -265,7 +265,7 @@ def test_state_spec_is_what_prefill_makes(changes):
     cfg, document = generator.cfg, generator.prompt(*PROMPTS[1])
     room = Room(64, 2)
     prompt, images = (
-        collate([document] * 2, document.refs, cfg.tile, 2, room),
+        collate([document] * 2, document.refs, cfg.query_block, 2, room),
         generator._taps(document.refs, 2, room),
     )
     random = jax.random.split(jax.random.key(0), 2)

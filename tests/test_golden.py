@@ -31,7 +31,13 @@ GOLDEN = sorted(
 
 
 # Fields of a batch as they were called when the folders were made, and today.
-RENAMED = {"seen_until": "visible_until", "target_at": "target_positions"}
+RENAMED = {
+    "seen_until": "visible_until",
+    "target_at": "target_positions",
+    "tile_tokens": "block_tokens",
+    "token_tile": "token_place",
+    "pair_tile": "pair_block",
+}
 
 
 def sha(array) -> str:

@@ -113,7 +113,7 @@ def place(tmp_path_factory):
         "length": 600,
         "images": 3,
         "targets": 200,
-        "pairs": 90,
+        "block_pairs": 90,
     }
     init = {"vision": "vision", "llm": "llm", "centre_norms": True}
     cfg = tiny_config(init=init, data=data | {"cache_features": True}, optim={"min_lr": 1e-3})

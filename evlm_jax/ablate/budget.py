@@ -39,7 +39,7 @@ def course(cfg: EVLMConfig) -> Iterator[Cut]:
     made = tasks(
         [open_source(name) for name in cfg.data.sources], load_tokenizer(cfg.init.llm), cfg
     )
-    lanes = [Lane(made, cfg, number) for number in range(cfg.pools)]
+    lanes = [Lane(made, cfg, number) for number in range(cfg.image_groups)]
     trained = TrainPhase(cfg, 0, make_layout(cfg)).trained
     questions, flops = 0, 0.0
     for step in itertools.count(1):

@@ -13,6 +13,7 @@ import numpy as np
 from evlm_jax.ablate import finished
 from evlm_jax.ablate.budget import FLOPS, QUESTIONS
 from evlm_jax.ablate.job import BASE, CAPTION, CHOICE
+from evlm_jax.config import compat
 from evlm_jax.evals.score import columns
 from evlm_jax.evals.statistics import crossed_interval, paired_p
 
@@ -95,7 +96,7 @@ def _apart(one: dict, other: dict) -> list[str]:
     what the code did before.
     """
     wrong = [name for name in one | other if name != "base" and one.get(name) != other.get(name)]
-    a, b = (_fields(settings["base"]) for settings in (one, other))
+    a, b = (_fields(compat.renamed(settings["base"])) for settings in (one, other))
     return wrong + ["base"] * any(
         a[name] != b[name] for name in (a.keys() & b.keys()) - {"/format"}
     )

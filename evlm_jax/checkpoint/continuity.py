@@ -22,12 +22,12 @@ ORDER = (
             "length",
             "images",
             "targets",
-            "pool",
+            "image_group",
             "slots",
         )
     ),
-    *(f"data.{name}" for name in ("pairs", "dialogs", "isolate", "window", "seed")),
-    *("train.batch", "media.tokens", "xattn.tile"),
+    *(f"data.{name}" for name in ("block_pairs", "dialogs", "isolate", "window", "seed")),
+    *("train.batch", "media.tokens", "xattn.query_block"),
 )
 FLAG = "--allow-data-change"
 

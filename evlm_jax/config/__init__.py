@@ -8,11 +8,11 @@ format: `from_saved` reads every former one (compat.py).
 
 Letters used for shapes everywhere in this package:
 
-    B batch rows     T text positions   I image slots of a pool  S visual tokens of one image
-    D LLM hidden     V visual width     N query heads            K key/value heads
-    H head dim       F FFN hidden       L layers                 G tap groups
-    E experts        C pools of rows    J tiles of a pool        M supervised targets
-    P (tile, image) pairs
+    B batch rows     T text positions   I image slots of a group  S visual tokens of one image
+    D LLM hidden     V visual width     N query heads             K key/value heads
+    H head dim       F FFN hidden       L layers                  G tap groups
+    E experts        C image groups     J query blocks of a group M supervised targets
+    P block pairs, (query block, image), of a group
 """
 
 import dataclasses
@@ -185,21 +185,22 @@ class EVLMConfig:
         check(self)
 
     @property
-    def pools(self) -> int:
-        """Pools of a batch."""
-        return self.train.batch // self.data.pool
+    def image_groups(self) -> int:
+        """Image groups of a batch."""
+        return self.train.batch // self.data.image_group
 
     @property
     def ungrouped(self) -> "EVLMConfig":
         """For evaluation and generation: where rows share image slots, every row has its own
-        instead, and pairs for all its text.
+        instead, and block pairs for all its text.
         """
         data = self.data
-        if data.pool == 1:
+        if data.image_group == 1:
             return self
-        pairs = min(data.pairs, -(-data.length // self.xattn.tile) + data.images)
+        pairs = min(data.block_pairs, -(-data.length // self.xattn.query_block) + data.images)
         return dataclasses.replace(
-            self, data=dataclasses.replace(data, pool=1, slots=data.images, pairs=pairs)
+            self,
+            data=dataclasses.replace(data, image_group=1, slots=data.images, block_pairs=pairs),
         )
 
     @property
@@ -221,9 +222,9 @@ class EVLMConfig:
         return self.bridge.latents if self.bridge.kind == "flamingo" else self.vit.tokens
 
     @property
-    def tile(self) -> int:
-        """Tokens of a tile of cross-attention; 0 where there is none."""
-        return self.xattn.tile if self.cross_layers else 0
+    def query_block(self) -> int:
+        """Tokens of a query block of cross-attention; 0 where there is none."""
+        return self.xattn.query_block if self.cross_layers else 0
 
     @property
     def uses_images(self) -> bool:
@@ -337,8 +338,8 @@ def _training(cfg: EVLMConfig) -> list[Relation]:
             f"must divide train.batch = {train.batch}",
         ),
         (
-            train.batch % (train.accumulate * data.pool) == 0,
-            "data.pool",
+            train.batch % (train.accumulate * data.image_group) == 0,
+            "data.image_group",
             "must divide the rows of train.batch / train.accumulate",
         ),
         (

@@ -11,6 +11,8 @@ A field that is merely added needs no row: its default is what the code did befo
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ml_collections import ConfigDict
+
 FORMAT = 1
 
 
@@ -23,7 +25,12 @@ class Former(NamedTuple):
 
 
 FORMER = (Former(0, "xattn.kv_heads", lambda saved: saved["xattn"]["heads"]),)
-RENAMED: dict[str, str] = {}  # "section.old": "section.new", in saved configs and in experiments
+RENAMED = {  # "section.old": "section.new", in saved configs, experiments and overrides
+    "data.pool": "data.image_group",
+    "data.pairs": "data.block_pairs",
+    "xattn.tile": "xattn.query_block",
+    "moe.tile": "moe.expert_block",
+}
 
 
 def check(number: Any, what: str) -> int:
@@ -58,16 +65,33 @@ def upgraded(saved: dict) -> dict:
 def renamed(config: dict) -> dict:
     """`config` with former names of fields replaced.
 
-    Raises ValueError where old and new name stand side by side.
+    Raises ValueError where old and new name are given with different values.
     """
     config = dict(config)
     for old, new in RENAMED.items():
         (section, _, name), (to, _, field) = old.partition("."), new.partition(".")
         if not isinstance(config.get(section), dict) or name not in config[section]:
             continue
-        if field in config.get(to, {}):
-            raise ValueError(f"config: {old} is called {new} now, and both are given: remove {old}")
         value = config[section][name]
+        if config.get(to, {}).get(field, value) != value:
+            raise ValueError(f"config: {old} is called {new} now, and both are given: remove {old}")
         config[section] = {k: v for k, v in config[section].items() if k != name}
         config[to] = config.get(to, {}) | {field: value}
+    return config
+
+
+def link_former_names(config: ConfigDict) -> ConfigDict:
+    """`config` itself, with each renamed field under both names as one reference: an experiment
+    that was written for a former version reads and sets it as it did.
+    """
+    with config.unlocked():
+        for names in RENAMED.items():
+            (of_old, old), (of_new, new) = (name.split(".") for name in names)
+            former, current = config.get(of_old), config.get(of_new)
+            if not (isinstance(former, ConfigDict) and isinstance(current, ConfigDict)):
+                continue
+            if new in current and old not in former:
+                former[old] = current.get_ref(new)
+            elif old in former and new not in current:
+                current[new] = former.get_ref(old)
     return config

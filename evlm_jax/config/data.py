@@ -32,9 +32,9 @@ class DataConfig:
     length: Positive  # T, text positions of a row
     images: Count  # most images of a row
     targets: Positive  # M, supervised positions of a row
-    pool: Positive  # neighbouring rows that share image slots and pairs
-    slots: Count  # I, image slots of a pool
-    pairs: Count  # P, (tile, image) pairs of a pool
+    image_group: Positive  # neighbouring rows that share image slots and block pairs
+    slots: Count  # I, image slots of an image group
+    block_pairs: Count  # P, (query block, image) pairs of an image group
     dialogs: (
         Count  # at most this many dialogs about the same image share a document (0: all of them)
     )
@@ -48,7 +48,7 @@ class DataConfig:
     seed: Seed  # of shuffles and draws
 
     def __post_init__(self):
-        most = self.pool * self.images
+        most = self.image_group * self.images
         rules = [
             (
                 len(self.sources) == len(self.weights),
@@ -63,9 +63,13 @@ class DataConfig:
             (
                 self.images <= self.slots <= most,
                 "slots",
-                f"must lie in data.images..data.pool * data.images = {self.images}..{most}",
+                f"must lie in data.images..data.image_group * data.images = {self.images}..{most}",
             ),
-            (self.pairs >= self.slots, "pairs", f"must be at least data.slots = {self.slots}"),
+            (
+                self.block_pairs >= self.slots,
+                "block_pairs",
+                f"must be at least data.slots = {self.slots}",
+            ),
         ]
         refuse("data", rules)
 

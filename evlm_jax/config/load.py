@@ -10,7 +10,7 @@ from types import ModuleType
 
 import ml_collections
 
-from evlm_jax.config import EVLMConfig, from_config_dict, schema
+from evlm_jax.config import EVLMConfig, compat, from_config_dict, schema
 
 CONFIG_HELP = (
     "FILE.py[:arg], or an experiment's name, as demo:fast; fields are overridden with"
@@ -53,6 +53,7 @@ def load_config(spec: str, overrides: list[str] = ()) -> EVLMConfig:
             f"--config {spec}: get_config must return an ml_collections.ConfigDict, and gave"
             f" {type(config).__name__}"
         )
+    compat.link_former_names(config)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not key.startswith("--config.") or not equals:
@@ -100,10 +101,11 @@ def _run(spec: str, call: Callable, *values: object) -> object:
 
 
 def set_field(config: ml_collections.ConfigDict, key: str, text: str) -> None:
-    """Sets the field `key` ("optim.lr") from the command line.
+    """Sets the field `key` ("optim.lr", or a former name of one) from the command line.
 
     Raises ValueError for a key that does not exist.
     """
+    key = compat.RENAMED.get(key, key)
     *sections, field = key.split(".")
     if not schema.has(EVLMConfig, key):
         raise ValueError(f"config: unknown key {key}")

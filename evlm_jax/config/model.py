@@ -95,7 +95,7 @@ class XAttnConfig:
         "blocked", "cyclic"
     ]  # tap i serves neighbouring layers, or layer l gets tap l mod G
     sinks: Count  # zero keys padded to the visual sequence
-    tile: Positive  # tokens of one attention tile; all tokens of a tile see the same images
+    query_block: Positive  # tokens of a query block; all of them see the same images
     eps: PositiveFloat  # of the norms
 
 
@@ -117,7 +117,7 @@ class MoEConfig:
     capacity: NonNegative
     balance: NonNegative  # coefficient of the load-balance loss, a layer
     z: NonNegative  # coefficient of the router's z-loss, a layer
-    tile: Positive  # rows of a tile; all rows of a tile have the same expert
+    expert_block: Positive  # rows that are multiplied together; all of them have one expert
     upcycle: Literal[
         "preserve", "preserve_zero", "paper"
     ]  # how a dense FFN becomes experts (upcycle.py)

@@ -26,7 +26,7 @@ from evlm_jax.models.attention import attention, text_mask
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.layers import rope_tables
 from evlm_jax.models.vit import stack_bounds
-from evlm_jax.ops.attention_plan import attention_plan, pair_count
+from evlm_jax.ops.attention_plan import attention_plan, block_pair_count
 from evlm_jax.ops.grouped_attention import AttentionPlan, grouped_attention
 from evlm_jax.paths import local
 from evlm_jax.runs import load_trained
@@ -119,7 +119,7 @@ def run_checkpoint(side: Side, examples: Sequence[Example], llm_only: bool) -> l
     model.cfg = replace(model.cfg, train=replace(model.cfg.train, **exact))
     for gate in model.xattn.gates().values() if llm_only else ():
         gate.close()
-    batch = batch_of(examples, model.cfg.xattn.tile, model.cfg.vit.image_size)
+    batch = batch_of(examples, model.cfg.xattn.query_block, model.cfg.vit.image_size)
     with jax.default_matmul_precision("highest"):
         logits = np.asarray(_logits(model, batch))
         seen = {name: np.asarray(a) for name, a in _loop(model, batch)}
@@ -178,7 +178,9 @@ def _loop(model: EVLM, batch: Batch) -> Iterator[tuple[str, jax.Array]]:
         text_mask(batch.visible_until),
         rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta),
     )
-    grouping = AttentionPlan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
+    grouping = AttentionPlan(
+        batch.block_tokens, batch.token_place, batch.pair_block, batch.pair_image
+    )
     x = model.embed(batch.tokens, batch.media_slot)
     yield "embed", x
     for i in range(cfg.llm.layers):
@@ -197,12 +199,16 @@ def _loop(model: EVLM, batch: Batch) -> Iterator[tuple[str, jax.Array]]:
     yield "llm/ln_f", model.llm.ln_f(x)
 
 
-def batch_of(examples: Sequence[Example], tile: int, size: int) -> Batch:
+def batch_of(examples: Sequence[Example], query_block: int, size: int) -> Batch:
     """One example a row, padded to the largest; at least one image."""
     rows, length = len(examples), max(len(example.tokens) for example in examples)
     images = max(1, *(len(example.pixels) for example in examples))
     pairs = max(
-        1, *(pair_count(example.visible_start, example.visible_stop, tile) for example in examples)
+        1,
+        *(
+            block_pair_count(example.visible_start, example.visible_stop, query_block)
+            for example in examples
+        ),
     )
     names = ("tokens", "media_slot", "visible_start", "visible_stop")
     arrays = {name: np.full((rows, length), -(name == "media_slot"), np.int32) for name in names}
@@ -218,7 +224,7 @@ def batch_of(examples: Sequence[Example], tile: int, size: int) -> Batch:
         for name in names:
             arrays[name][row, : len(example.tokens)] = getattr(example, name)
     plans = [
-        attention_plan(*ranges, tile, pairs)
+        attention_plan(*ranges, query_block, pairs)
         for ranges in zip(arrays["visible_start"], arrays["visible_stop"])
     ]
     arrays |= {name: np.stack([p[name] for p in plans]) for name in AttentionPlan._fields}

@@ -24,7 +24,7 @@ HISTORY = (
     "vit.cuts",
     "vit.pretrained_size",
     "vit.interpolation",
-    "xattn.tile",
+    "xattn.query_block",
 )  # change no output
 QUESTION = "Describe what you see."  # about images that are given without a prompt
 

@@ -68,8 +68,8 @@ def case(cfg: EVLMConfig, frames: int, text: int, rows: int = 1) -> EVLMConfig:
         "length": frames * media + text,
         "images": frames,
         "slots": frames,
-        "pool": 1,
-        "pairs": _pairs(media, frames, text, cfg.tile),
+        "image_group": 1,
+        "block_pairs": _block_pairs(media, frames, text, cfg.query_block),
         "targets": text,
     }
     return replace(
@@ -81,18 +81,18 @@ def case(cfg: EVLMConfig, frames: int, text: int, rows: int = 1) -> EVLMConfig:
     )
 
 
-def _pairs(media: int, frames: int, text: int, tile: int) -> int:
-    """Pairs (tile, image) as ops/attention_plan.py has them; without cross-attention as many as
+def _block_pairs(media: int, frames: int, text: int, query_block: int) -> int:
+    """Block pairs as ops/attention_plan.py has them; without cross-attention as many as
     frames, the least there can be.
     """
-    if not tile:
+    if not query_block:
         return frames
 
-    def tiles(tokens):
-        return math.ceil(tokens / tile)
+    def blocks(tokens):
+        return math.ceil(tokens / query_block)
 
     return (
-        frames * (tiles(media) + tiles(text)) if frames > 1 else tiles(media + text)
+        frames * (blocks(media) + blocks(text)) if frames > 1 else blocks(media + text)
     )  # one frame is seen by all alike
 
 

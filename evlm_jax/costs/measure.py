@@ -101,9 +101,14 @@ def prompt(cfg: EVLMConfig) -> Prompt:
     stop = np.concatenate([np.arange(frames).repeat(media) + 1, np.full(text, frames)])
     grouped = (
         AttentionPlan(
-            **{k: v[None] for k, v in attention_plan(start, stop, cfg.tile, cfg.data.pairs).items()}
+            **{
+                k: v[None]
+                for k, v in attention_plan(
+                    start, stop, cfg.query_block, cfg.data.block_pairs
+                ).items()
+            }
         )
-        if cfg.tile
+        if cfg.query_block
         else None
     )
 

@@ -23,7 +23,7 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.data.pack import Budget, unfit
 from evlm_jax.data.samples import Sample
 from evlm_jax.data.text import Document, Media, Piece, Text, document, render, steps
-from evlm_jax.ops.attention_plan import pair_count
+from evlm_jax.ops.attention_plan import block_pair_count
 
 ENDS = (r"\n+", r"\s+", "(?<=.)")  # where a text may be cut, best first
 LONGEST = 8  # characters a token that are looked at
@@ -111,9 +111,11 @@ def _room(pictures: Sequence[Media], tokenizer, cfg: EVLMConfig) -> int:
     """Tokens of text that fit a row behind these pictures."""
     data, seen = cfg.data, pictures[-1].stop - pictures[-1].start if pictures else 0
     room = min(_budget(tokenizer, cfg).tokens - len(pictures) * cfg.media.tokens, data.targets)
-    if seen and cfg.tile:
-        tiles = (data.pairs - len(pictures) * -(-cfg.media.tokens // cfg.tile)) // seen
-        room = min(room, tiles * cfg.tile)
+    if seen and cfg.query_block:
+        blocks = (
+            data.block_pairs - len(pictures) * -(-cfg.media.tokens // cfg.query_block)
+        ) // seen
+        room = min(room, blocks * cfg.query_block)
     return room if len(pictures) <= data.images else 0
 
 
@@ -122,7 +124,9 @@ def _cost(unit: Sequence[Piece], tokenizer, cfg: EVLMConfig) -> Budget:
     laid, supervised = steps(unit, tokenizer, cfg.media)
     start, stop = np.array([step[2:] for step in laid], np.int32).reshape(-1, 2).T
     images = sum(isinstance(piece, Media) for piece in unit)
-    return Budget(len(laid), images, sum(supervised), pair_count(start, stop, cfg.tile))
+    return Budget(
+        len(laid), images, sum(supervised), block_pair_count(start, stop, cfg.query_block)
+    )
 
 
 def _split(text: str, room: int, count) -> tuple[str, str]:

@@ -48,7 +48,7 @@ def tasks(sources: Sequence[Sequence[Sample]], tokenizer, cfg: EVLMConfig) -> li
         own = [i for i, task in enumerate(names) if task == name]
         weights = [data.weights[i] for i in own]
         mixed = grain.MapDataset.select_from_datasets(
-            [documents[i] for i in own], Mixture(weights, cfg.pools)
+            [documents[i] for i in own], Mixture(weights, cfg.image_groups)
         )
         made.append(Task(name, sum(weights) / sum(data.weights), mixed))
     return made

@@ -1,8 +1,8 @@
 """Documents into rows of static size: on costs, over a window, before any image is decoded; never
 splitting a document.
 
-Rows are packed a pool at a time: `data.pool` neighbouring rows share image slots and pairs
-(docs/decisions.md, D-ROW-7 to D-ROW-12).
+Rows are packed an image group at a time: `data.image_group` neighbouring rows share image slots and
+block pairs (docs/decisions.md, D-ROW-7 to D-ROW-12).
 """
 
 from collections import Counter
@@ -26,17 +26,19 @@ class Budget(NamedTuple):
     tokens: int
     images: int
     targets: int
-    pairs: int
+    block_pairs: int
 
     @classmethod
     def of(cls, data: DataConfig) -> "Budget":
-        """Of the first row of a pool: what a document may need at most."""
-        return cls(data.length, data.images, data.targets, data.pairs)
+        """Of the first row of an image group: what a document may need at most."""
+        return cls(data.length, data.images, data.targets, data.block_pairs)
 
     @classmethod
     def needed(cls, document: Document) -> "Budget":
         """By a document."""
-        return cls(len(document.tokens), len(document.refs), len(document.targets), document.pairs)
+        return cls(
+            len(document.tokens), len(document.refs), len(document.targets), document.block_pairs
+        )
 
 
 class Drop(NamedTuple):
@@ -51,8 +53,8 @@ def unfit(document: Document, data: DataConfig) -> Drop | None:
     name = f"sample {document.source}/{document.key}"
     if not len(document.targets):
         return Drop("nothing supervised", f"nothing supervised: {name}")
-    causes = ("too long", "too many images", "too many targets", "too many pairs")
-    fields = ("length", "images", "targets", "pairs")
+    causes = ("too long", "too many images", "too many targets", "too many block pairs")
+    fields = ("length", "images", "targets", "block_pairs")
     for cause, field, unit, need, room in zip(
         causes, fields, Budget._fields, Budget.needed(document), Budget.of(data)
     ):
@@ -65,12 +67,12 @@ def unfit(document: Document, data: DataConfig) -> Drop | None:
 class Packer:
     """Rows from every `step`-th document of a stream, beginning at `start`.
 
-    A row begins with the oldest document of the window that fits; the first of a pool takes any, so
-    none waits forever. Then the one is added that leaves tokens and images most even, as shares of
-    what the row aims at: all tokens, and its images (`pool`). The window is filled up again, until
-    none fits. So rows use up both, and none is crowded with the pictures that others lack. Where
-    the data are shorter than the window (`_spread`), a document that its pool has already waits
-    while another one fits.
+    A row begins with the oldest document of the window that fits; the first of an image group takes
+    any, so none waits forever. Then the one is added that leaves tokens and images most even, as
+    shares of what the row aims at: all tokens, and its images (`pack_image_group`). The window is
+    filled up again, until none fits. So rows use up both, and none is crowded with the pictures
+    that others lack. Where the data are shorter than the window (`_spread`), a document that its
+    group has already waits while another one fits.
 
     Which documents make a row depends on the stream alone, so a position is `next` and the indices
     (and parts, of documents that were cut) in the window.
@@ -85,8 +87,8 @@ class Packer:
             int
         ] = []  # of each pending document, the same number as of one that is equal
         self._counts: Counter[int] = Counter()  # of these numbers
-        self._used: Counter[int] = Counter()  # of those in the pool
-        self._again = False  # whether the window has one that the pool has
+        self._used: Counter[int] = Counter()  # of those in the group
+        self._again = False  # whether the window has one that the group has
 
     @property
     def taken(self) -> int:
@@ -125,7 +127,7 @@ class Packer:
         Args:
           room: what the row has.
           images: how many of its images the row aims at.
-          seen: how often each document is in the pool already; grows.
+          seen: how often each document is in the group already; grows.
         """
         chosen, room = [], np.array(room)
         self._refill()
@@ -176,7 +178,7 @@ class Packer:
         return document, *document.rest
 
     def _spread(self, fits: np.ndarray) -> None:
-        """Where documents come again in the window or the pool, keeps of those that fit the least
+        """Where documents come again in the window or the group, keeps of those that fit the least
         often used ones, and of these the ones in front of the first that comes again: in one epoch
         no two lanes have the same document.
         """
@@ -192,7 +194,7 @@ class Packer:
                 fits[again:] = False
 
     def _use(self, place: int) -> None:
-        """Takes a document's number out of the window's, into the pool's."""
+        """Takes a document's number out of the window's, into the group's."""
         same = self._same.pop(place)
         self._used[same] += 1
         self._counts[same] -= 1
@@ -236,13 +238,16 @@ def used_of(state: dict, of: int) -> int:
     return state["next"] // of - len({index for index, _ in state["pending"]})
 
 
-def pool(packers: Sequence[Packer], data: DataConfig) -> list[list[tuple[int, Document]]]:
-    """The rows of a pool, one of each packer in turn; all are empty where the streams have ended.
+def pack_image_group(
+    packers: Sequence[Packer], data: DataConfig
+) -> list[list[tuple[int, Document]]]:
+    """The rows of an image group, one of each packer in turn; all are empty where the streams have
+    ended.
 
     Each aims at the images that its packer wants, or at as large a share of the slots that are left
     as that is of what this row and the later ones want. So where slots are scarce all rows have a
     little less, instead of the last one next to none."""
-    slots, pairs, rows, seen = data.slots, data.pairs, [], Counter()
+    slots, pairs, rows, seen = data.slots, data.block_pairs, [], Counter()
     for number, packer in enumerate(packers):
         wanted = [other.wanted() for other in packers[number:]]
         aim = min(wanted[0], wanted[0] * slots / max(sum(wanted), 1))
@@ -252,22 +257,22 @@ def pool(packers: Sequence[Packer], data: DataConfig) -> list[list[tuple[int, Do
         needed = [Budget.needed(document) for _, document in row]
         slots, pairs = (
             slots - sum(need.images for need in needed),
-            pairs - sum(need.pairs for need in needed),
+            pairs - sum(need.block_pairs for need in needed),
         )
         rows.append(row)
     return rows
 
 
 def first_slots(rows: Sequence[Sequence[Document]], data: DataConfig) -> list[int]:
-    """Of each row, the first of its pool's image slots that is its own."""
+    """Of each row, the first of its group's image slots that is its own."""
     counts = np.array([sum(len(document.refs) for document in row) for row in rows]).reshape(
-        -1, data.pool
+        -1, data.image_group
     )
     return (counts.cumsum(1) - counts).ravel().tolist()
 
 
 def assemble(rows: Sequence[Sequence[Document]], cfg: EVLMConfig) -> dict[str, np.ndarray]:
-    """All fields of Batch but the pictures, int32, for whole pools of rows of documents that fit.
+    """All fields of Batch but the pictures, int32, of documents that fit, in rows of whole groups.
 
     Offsets are added, padding is as Batch says. `isolate=False`: what a document's end can see
     stays visible to the end of the row, and positions go on. target_source is the index into
@@ -304,21 +309,28 @@ def assemble(rows: Sequence[Sequence[Document]], cfg: EVLMConfig) -> dict[str, n
                 fields["visible_until"][here][document.visible_until == n] = length
                 position += int(document.positions[-1]) + 1
             token, image, target = token + n, image + len(document.refs), target + m
-    if not cfg.tile:
+    if not cfg.query_block:
         return fields | dict.fromkeys(AttentionPlan._fields)
     seen = np.stack([fields["visible_start"], fields["visible_stop"]]).reshape(
-        2, -1, data.pool * length
+        2, -1, data.image_group * length
     )
-    plans = [attention_plan(start, stop, cfg.tile, data.pairs) for start, stop in zip(*seen)]
+    plans = [
+        attention_plan(start, stop, cfg.query_block, data.block_pairs) for start, stop in zip(*seen)
+    ]
     return fields | {name: np.stack([p[name] for p in plans]) for name in AttentionPlan._fields}
 
 
 def fill(rows: Sequence[Sequence[Document]], data: DataConfig) -> dict[str, float]:
-    """Used share of each budget, over all rows of whole pools; of images that is the share of the
+    """Used share of each budget, over all rows of whole groups; of images that is the share of the
     slots.
     """
     room = len(rows) * np.array(
-        [data.length, data.slots / data.pool, data.targets, data.pairs / data.pool]
+        [
+            data.length,
+            data.slots / data.image_group,
+            data.targets,
+            data.block_pairs / data.image_group,
+        ]
     )
     return dict(zip(Budget._fields, (used(rows) / np.maximum(room, 1)).tolist()))
 

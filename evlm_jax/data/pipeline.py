@@ -1,10 +1,10 @@
 """Batches: documents packed in lanes, with pictures; the saved position makes every run repeatable.
 
-The unit of determinism is a lane: pool j of every batch, `data.pool` rows, comes from lane j of as
-many as a batch has pools, whatever number of processes shares the lanes. Lane j reads the documents
-n * lanes + j, n = 0, 1, ... of each task's endless stream (data/mixture.py), with the parts that a
-long one is cut into, so its position is a number and the few indices that wait in its packing
-window, for each task."""
+The unit of determinism is a lane: image group j of every batch, `data.image_group` rows, comes from
+lane j of as many as a batch has groups, whatever number of processes shares the lanes. Lane j reads
+the documents n * lanes + j, n = 0, 1, ... of each task's endless stream (data/mixture.py), with the
+parts that a long one is cut into, so its position is a number and the few indices that wait in its
+packing window, for each task."""
 
 import atexit
 import functools
@@ -25,7 +25,16 @@ from evlm_jax.data import image
 from evlm_jax.data.features import FeatureStore
 from evlm_jax.data.identity import identity
 from evlm_jax.data.mixture import Task, tasks
-from evlm_jax.data.pack import Drop, Packer, assemble, fill, first_slots, pool, unfit, used_of
+from evlm_jax.data.pack import (
+    Drop,
+    Packer,
+    assemble,
+    fill,
+    first_slots,
+    pack_image_group,
+    unfit,
+    used_of,
+)
 from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import Document
 
@@ -49,15 +58,15 @@ def batches(
     A state is {"lanes": {lane number: [{"next", "pending"} of each task]}, "of": number of all
     lanes, "sources": {name: identity}}, JSON-able; the states of several processes are merged by
     merging "lanes", and any number of processes restores from that. From a state of another number
-    of lanes (train.batch or data.pool was another) each task goes on behind as many documents as
-    were used, dealt to the lanes in turn: the number is exact, but those that waited in windows may
-    be left out and those that a lane was ahead by may come again.
+    of lanes (train.batch or data.image_group was another) each task goes on behind as many
+    documents as were used, dealt to the lanes in turn: the number is exact, but those that waited
+    in windows may be left out and those that a lane was ahead by may come again.
 
     Args:
       features: where the taps come from if `data.cache_features`; what it lacks is computed when a
         batch needs it.
-      lanes: numbers of the pools that this process makes, ascending (mesh.Layout.own_pools); all
-        where left out.
+      lanes: numbers of the image groups that this process makes, ascending
+        (mesh.Layout.own_groups); all where left out.
     """
     if cfg.data.cache_features != (features is not None):
         raise ValueError(
@@ -68,35 +77,37 @@ def batches(
     told = {name: identity(source) for name, source in zip(cfg.data.sources, sources)}
     return Prefetch(
         RowsIterator(
-            tasks(sources, tokenizer, cfg), cfg, lanes or range(cfg.pools), features, told
+            tasks(sources, tokenizer, cfg), cfg, lanes or range(cfg.image_groups), features, told
         ),
         PREFETCH,
     )
 
 
 class Lane:
-    """Rows of one lane, a pool at a time, each row of one task.
+    """Rows of one lane, an image group at a time, each row of one task.
 
     Whose turn it is, is drawn, so that lanes differ; by how far each task is behind its weight, so
-    that shares of documents stay exact: a task is at most a window and a pool ahead. For a pool of
-    p rows p * p times all its tasks are drawn, and those are taken whose images come nearest to the
-    pool's slots."""
+    that shares of documents stay exact: a task is at most a window and a group ahead. For a group
+    of p rows p * p times all its tasks are drawn, and those are taken whose images come nearest to
+    the group's slots."""
 
     def __init__(self, made: Sequence[Task], cfg: EVLMConfig, number: int):
-        self._packers = [Packer(task.documents, cfg.data, number, cfg.pools) for task in made]
+        self._packers = [
+            Packer(task.documents, cfg.data, number, cfg.image_groups) for task in made
+        ]
         self._weights = np.array([task.weight for task in made])
         self._data, self._seed = cfg.data, (cfg.data.seed, number)
 
     def rows(self) -> list[list[Document]]:
-        """The documents of the next pool's rows."""
-        taken, rows = np.array([packer.taken for packer in self._packers]), self._data.pool
+        """The documents of the next image group's rows."""
+        taken, rows = np.array([packer.taken for packer in self._packers]), self._data.image_group
         due = np.maximum(self._weights * (taken.sum() + self._data.window) - taken, 0)
         drawn = np.random.default_rng((*self._seed, int(taken.sum()))).choice(
             len(due), (rows**2, rows), p=due / due.sum()
         )
         wanted = np.array([packer.wanted() for packer in self._packers])
         nearest = drawn[np.abs(wanted[drawn].sum(1) - self._data.slots).argmin()]
-        packed = pool([self._packers[task] for task in nearest], self._data)
+        packed = pack_image_group([self._packers[task] for task in nearest], self._data)
         return [[document for _, document in row] for row in packed]
 
     def drops(self) -> list[Drop]:
@@ -249,15 +260,15 @@ class RowsIterator(grain.DatasetIterator):
 
     def _positions(self) -> dict:
         lanes = {str(number): lane.state for number, lane in self._lanes.items()}
-        return {"lanes": lanes, "of": self._cfg.pools, "sources": self._sources}
+        return {"lanes": lanes, "of": self._cfg.image_groups, "sources": self._sources}
 
     def set_state(self, state: dict) -> None:
         """Takes this process's lanes from a state.
 
         Raises ValueError where it lacks one, or is of other tasks.
         """
-        if state["of"] != self._cfg.pools:
-            state = redealt(state, self._cfg.pools)
+        if state["of"] != self._cfg.image_groups:
+            state = redealt(state, self._cfg.image_groups)
         if missing := [number for number in self._lanes if str(number) not in state["lanes"]]:
             raise ValueError(
                 f"the saved data position has no lanes {missing}: merge the positions of all"
@@ -289,7 +300,7 @@ def rows_in_order(
     if features is not None:
         features.fill(ref for document in documents for ref in document.refs)
     packer, packed = Packer(documents, cfg.data), []
-    while row := pool([packer], cfg.data)[0]:
+    while row := pack_image_group([packer], cfg.data)[0]:
         packed.append(row)
     for first in range(0, len(packed), rows):
         chunk = packed[first : first + rows] + [[]] * max(0, first + rows - len(packed))
@@ -311,7 +322,8 @@ def collate(
     cfg: EVLMConfig,
     loaded: Iterator[np.ndarray | image.ImageError],
 ) -> tuple[Batch, list[Drop]]:
-    """Whole pools of rows of documents as a Batch, with the pictures of each document, in order.
+    """Rows of documents, of whole image groups, as a Batch, with the pictures of each document, in
+    order.
 
     A document with an unreadable image keeps its place, but no targets, and is reported.
     """
@@ -331,7 +343,7 @@ def collate(
                 )
                 document = document._replace(targets=np.full_like(document.targets, -1))
             else:
-                pictures[b // cfg.data.pool, slot : slot + len(picture)] = picture
+                pictures[b // cfg.data.image_group, slot : slot + len(picture)] = picture
             slot += len(document.refs)
             kept[-1].append(document)
     other = {"pixels": None, "taps": None} | {name: pictures}

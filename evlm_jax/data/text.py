@@ -35,7 +35,7 @@ import numpy as np
 
 from evlm_jax.config import EVLMConfig, MediaConfig
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, SampleError, Turn, marked
-from evlm_jax.ops.attention_plan import pair_count
+from evlm_jax.ops.attention_plan import block_pair_count
 
 SHORT = 128  # characters of a text whose tokens are kept
 
@@ -82,7 +82,7 @@ class Document(NamedTuple):
     refs: tuple[ImageRef, ...]  # one for each image slot
     key: str
     source: str
-    pairs: int  # (tile, image) pairs of its cross-attention
+    block_pairs: int  # (query block, image) pairs of its cross-attention
     parts: int = 1  # that its sample was cut into (data/cut.py)
     rest: tuple["Document", ...] = ()  # the other parts, where it is the first
 
@@ -351,7 +351,7 @@ def lay_out(
     def ints(values):
         return np.array(values, np.int32)
 
-    pairs = pair_count(start, stop, cfg.tile)
+    pairs = block_pair_count(start, stop, cfg.query_block)
     place = (tokens, ints(positions), ints(visible_until), media_slot, start, stop)
     return Document(
         *place, target_positions, target, dialog, sample.refs, sample.key, sample.source, pairs

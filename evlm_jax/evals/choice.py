@@ -132,9 +132,9 @@ def fit_budget(cfg: EVLMConfig, documents: Sequence[Document], parts: int = 1) -
         length=length,
         images=images,
         targets=targets,
-        pool=1,
+        image_group=1,
         slots=images,
-        pairs=max(pairs, images),
+        block_pairs=max(pairs, images),
     )
     return replace(cfg, data=replace(cfg.data, **budgets))
 

@@ -115,10 +115,11 @@ def write(views: jax.Array, image: jax.Array, patch: jax.Array) -> jax.Array:
     """What stands at media positions: views [1, C, I, P, D], image slot and number of the patch
     [B, T] -> [B, T, D].
 
-    B / C neighbouring rows are a pool. At other positions it is something that nobody reads.
+    B / C neighbouring rows are an image group. At other positions it is something that nobody
+    reads.
     """
-    _, pools, _, patches, width = views.shape
-    index = (image * patches + jnp.maximum(patch, 0)).reshape(pools, -1, 1)
-    return jnp.take_along_axis(views.reshape(pools, -1, width), index, axis=1).reshape(
+    _, groups, _, patches, width = views.shape
+    index = (image * patches + jnp.maximum(patch, 0)).reshape(groups, -1, 1)
+    return jnp.take_along_axis(views.reshape(groups, -1, width), index, axis=1).reshape(
         *image.shape, width
     )

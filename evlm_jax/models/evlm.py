@@ -43,8 +43,8 @@ def self_attention_op() -> Callable:
 
 
 def cross_attention_op(cfg: EVLMConfig) -> Callable:
-    """`grouped_attention` of a device's pools and heads: q [B, T, N, H], k and v [C, I, S', K, H],
-    plan.
+    """`grouped_attention` of a device's image groups and heads: q [B, T, N, H], k and v
+    [C, I, S', K, H], plan.
     """
     attend = functools.partial(grouped_attention, sinks=cfg.xattn.sinks)
     return shard_map_local(attend, (TEXT, IMAGE_KEYS, IMAGE_KEYS, ("rows",)), TEXT)
@@ -161,7 +161,9 @@ class EVLM(nnx.Module):
         the batch's plan.
         """
         plan, attend = (
-            AttentionPlan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image),
+            AttentionPlan(
+                batch.block_tokens, batch.token_place, batch.pair_block, batch.pair_image
+            ),
             cross_attention_op(self.cfg),
         )
         return lambda q, k, v: (attend(q, k, v, plan), None)

@@ -30,7 +30,7 @@ from evlm_jax.ops.grouped_matmul import (
     dispatch,
     dispatch_matmul,
     group,
-    map_tiles,
+    map_blocks,
 )
 from evlm_jax.ops.matmul import operand_dtype
 from evlm_jax.ops.platform import platform
@@ -130,37 +130,37 @@ def _experts(
         if cfg.capacity
         else None
     )
-    tile, axis = tile_rows(chosen.size, cfg), mesh_axes("expert")
-    groups = group(chosen.T.reshape(-1), cfg.experts, 1 if axis else tile, limit)
+    block, axis = block_rows(chosen.size, cfg), mesh_axes("expert")
+    groups = group(chosen.T.reshape(-1), cfg.experts, 1 if axis else block, limit)
     gate, parts = permute(gates.T.reshape(-1), groups.choice, groups.row)[:, None], mesh_axes("mlp")
     if axis:
         way, rows = {"axis": axis[0], "ragged": platform() != "cpu"}, dispatch(x, groups, len(x))
         there, expert = expert_all_to_all.route(groups.first, axis[0], len(rows))
         rows, gate = (expert_all_to_all.dispatch(a, there, **way) for a in (rows, gate))
-        own = group(expert, len(fc1), tile)
-        out = _ffn(rows, dispatch(gate, own, len(rows)), fc1, fc2, own, tile)
+        own = group(expert, len(fc1), block)
+        out = _ffn(rows, dispatch(gate, own, len(rows)), fc1, fc2, own, block)
         out = expert_all_to_all.combine(out, there, **way)
         out = combine(out, groups, len(x))
     else:
-        out = _ffn(x, gate, fc1, fc2, groups, tile)
+        out = _ffn(x, gate, fc1, fc2, groups, block)
     return jax.lax.psum(out, parts) if parts else out, (
         tokens * k - (groups.row < len(groups.choice)).sum()
     )[None]
 
 
-def tile_rows(choices: int, cfg: MoEConfig) -> int:
-    """Rows of a tile: no more than an expert's share of the choices."""
-    return max(1, min(cfg.tile, choices // cfg.experts))
+def block_rows(choices: int, cfg: MoEConfig) -> int:
+    """Rows of a block: no more than an expert's share of the choices."""
+    return max(1, min(cfg.expert_block, choices // cfg.experts))
 
 
 def _ffn(
-    x: jax.Array, gate: jax.Array, fc1: jax.Array, fc2: jax.Array, groups: Groups, tile: int
+    x: jax.Array, gate: jax.Array, fc1: jax.Array, fc2: jax.Array, groups: Groups, block: int
 ) -> jax.Array:
     """x [N, D], gate [R, 1] -> [N, D]: for each token, the sum over its rows of fc2(gate *
     gelu(fc1(x))).
     """
-    hidden = checkpoint_name(dispatch_matmul(x, fc1, groups, tile), "linear")
-    return combine_matmul(_gated(hidden, gate), fc2, groups, len(x), tile)
+    hidden = checkpoint_name(dispatch_matmul(x, fc1, groups, block), "linear")
+    return combine_matmul(_gated(hidden, gate), fc2, groups, len(x), block)
 
 
 def _gated(hidden: jax.Array, gate: jax.Array) -> jax.Array:
@@ -248,17 +248,17 @@ class PackedExperts:
         self, x: jax.Array, gates: jax.Array, chosen: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Of the matrices, those of chosen experts are read."""
-        tile, matrix = (
-            tile_rows(chosen.size, self.cfg),
+        block, matrix = (
+            block_rows(chosen.size, self.cfg),
             self.layer * self.cfg.experts + jnp.arange(self.cfg.experts),
         )
-        groups = group(chosen.T.reshape(-1), self.cfg.experts, tile)
+        groups = group(chosen.T.reshape(-1), self.cfg.experts, block)
 
         def one(linear):
             return lambda rows, number: dataclasses.replace(linear, layer=number)(rows)
 
         def product(rows, linear):
-            return map_tiles(one(linear), rows, matrix, groups.first, tile)
+            return map_blocks(one(linear), rows, matrix, groups.first, block)
 
         gate = permute(gates.T.reshape(-1), groups.choice, groups.row)[:, None]
         hidden = _gated(product(dispatch(x, groups, len(x)), self.fc1), gate)

@@ -25,12 +25,12 @@ def centre_norms(model: EVLM, batch: Batch) -> nnx.State:
     They must be new (scale 1, bias 0), and the gates 0: then the blocks read the language model's
     own stream."""
     states, row = model.visual_states(batch), jnp.arange(len(batch.tokens))[:, None]
-    zeros, pool = jnp.zeros(batch.tokens.shape), jnp.arange(len(batch.pair_image))[:, None]
+    zeros, group = jnp.zeros(batch.tokens.shape), jnp.arange(len(batch.pair_image))[:, None]
     predicts = zeros.at[row, batch.target_positions].add(batch.targets >= 0)
     text = (real_tokens(batch) & (batch.media_slot < 0)).astype(jnp.float32)
     images = jnp.zeros(states.shape[1:4])  # [C, I, S']
-    images = images.at[pool, batch.pair_image].max(
-        (batch.pair_tile < batch.tile_tokens.shape[1])[..., None].astype(jnp.float32)
+    images = images.at[group, batch.pair_image].max(
+        (batch.pair_block < batch.block_tokens.shape[1])[..., None].astype(jnp.float32)
     )
 
     def observe(block, state, x):

@@ -1,16 +1,16 @@
-"""Which (tile, image) pairs a pool's cross-attention has to compute: made once per batch on the
-host, used by every layer.
+"""Which (query block, image) pairs an image group's cross-attention has to compute: made once per
+batch on the host, used by every layer.
 
-Tokens that see the same images are put together into tiles of `tile` tokens; a tile and one image
-it sees are a pair, the unit of work. With 64 images in sight of a row each token sees one of them,
-so pairs cost 1/64 of the masked form.
+Tokens that see the same images are put together into query blocks of `block` tokens; a block and
+one image it sees are a block pair, the unit of work. With 64 images in sight of a row each token
+sees one of them, so block pairs cost 1/64 of the masked form.
 
-    tile = 2
+    block = 2
     visible range   [0,1) [0,1) [0,1) [1,2) [1,2) [2,4) none
-    tiles           (0 1) (2 -) (3 4) (5 -)
-    pairs           (0,img0) (1,img0) (2,img1) (3,img2) (3,img3)
+    query blocks    (0 1) (2 -) (3 4) (5 -)
+    block pairs     (0,img0) (1,img0) (2,img1) (3,img2) (3,img3)
 
-The last token is in no tile: its output is 0. A video's tile meets all its frames.
+The last token is in no block: its output is 0. The block of a video's text meets all its frames.
 """
 
 import numpy as np
@@ -31,51 +31,51 @@ def ranges(
     return [(key >> 32, key & 0xFFFFFFFF, np.concatenate(spans[key])) for key in sorted(spans)]
 
 
-def pair_count(visible_start: np.ndarray, visible_stop: np.ndarray, tile: int) -> int:
-    """Pairs that these tokens need: the packer's cost.
+def block_pair_count(visible_start: np.ndarray, visible_stop: np.ndarray, block: int) -> int:
+    """Block pairs that these tokens need: the packer's cost.
 
-    `tile` 0: there is no cross-attention, and they need none.
+    `block` 0: there is no cross-attention, and they need none.
     """
-    return tile and sum(
-        -(-len(tokens) // tile) * (stop - start)
+    return block and sum(
+        -(-len(tokens) // block) * (stop - start)
         for start, stop, tokens in ranges(visible_start, visible_stop)
     )
 
 
 def attention_plan(
-    visible_start: np.ndarray, visible_stop: np.ndarray, tile: int, pairs: int
+    visible_start: np.ndarray, visible_stop: np.ndarray, block: int, pairs: int
 ) -> dict[str, np.ndarray]:
-    """The grouping of one pool, its rows one after the other, int32, as the fields of Batch of the
-    same names.
+    """The plan of one image group, its rows one after the other, int32, as the fields of Batch of
+    the same names.
 
     Returns:
-      tile_tokens [P, tile] (U padding), token_tile [U] (P * tile where in no tile), pair_tile [P]
-      (P padding), pair_image [P].
+      block_tokens [P, block] (U padding), token_place [U] (P * block where in no block),
+      pair_block [P] (P padding), pair_image [P].
     Raises:
-      ValueError: the pool needs more than `pairs` pairs.
+      ValueError: the group needs more than `pairs` block pairs.
     """
     length = len(visible_start)
-    tile_tokens = np.full((pairs, tile), length, np.int32)
-    token_tile = np.full(length, pairs * tile, np.int32)
-    pair_tile, pair_image, tiles = [], [], 0
-    needed = pair_count(visible_start, visible_stop, tile)
+    block_tokens = np.full((pairs, block), length, np.int32)
+    token_place = np.full(length, pairs * block, np.int32)
+    pair_block, pair_image, blocks = [], [], 0
+    needed = block_pair_count(visible_start, visible_stop, block)
     if needed > pairs:
         raise ValueError(
-            f"a pool needs {needed} (tile, image) pairs, the budget is {pairs}: raise data.pairs or"
-            " pack fewer images"
+            f"an image group needs {needed} (query block, image) pairs, the budget is {pairs}:"
+            " raise data.block_pairs or pack fewer images"
         )
     for start, stop, tokens in ranges(visible_start, visible_stop):
-        for first in range(0, len(tokens), tile):
-            members = tokens[first : first + tile]
-            tile_tokens[tiles, : len(members)] = members
-            token_tile[members] = tiles * tile + np.arange(len(members))
-            pair_tile += [tiles] * (stop - start)
+        for first in range(0, len(tokens), block):
+            members = tokens[first : first + block]
+            block_tokens[blocks, : len(members)] = members
+            token_place[members] = blocks * block + np.arange(len(members))
+            pair_block += [blocks] * (stop - start)
             pair_image += range(start, stop)
-            tiles += 1
-    pad = pairs - len(pair_tile)
+            blocks += 1
+    pad = pairs - len(pair_block)
     return {
-        "tile_tokens": tile_tokens,
-        "token_tile": token_tile,
-        "pair_tile": np.array(pair_tile + [pairs] * pad, np.int32),
+        "block_tokens": block_tokens,
+        "token_place": token_place,
+        "pair_block": np.array(pair_block + [pairs] * pad, np.int32),
         "pair_image": np.array(pair_image + [0] * pad, np.int32),
     }

@@ -1,9 +1,9 @@
-"""Cross-attention over images by (tile, image) pairs, with the zero sink. The plan comes from
-ops/attention_plan.py.
+"""Cross-attention over images by (query block, image) pairs, with the zero sink. The plan comes
+from ops/attention_plan.py.
 
-Every pair is a plain attention of `tile` tokens over one image, without a mask. Pairs of one tile
-(frames of a video) are merged by log-sum-exp. n zero keys add n to the softmax denominator and
-nothing to the numerator, so the sink is one factor sigmoid(lse - log n) after the merge, and no
+Every pair is a plain attention of a block's tokens over one image, without a mask. Pairs of one
+block (frames of a video) are merged by log-sum-exp. n zero keys add n to the softmax denominator
+and nothing to the numerator, so the sink is one factor sigmoid(lse - log n) after the merge, and no
 zero is ever stored. A token that sees no image gets exactly 0."""
 
 from typing import NamedTuple
@@ -17,9 +17,9 @@ from evlm_jax.ops.matmul import product
 class AttentionPlan(NamedTuple):
     """The plan's fields of Batch; shapes and padding as documented there."""
 
-    tile_tokens: jax.Array
-    token_tile: jax.Array
-    pair_tile: jax.Array
+    block_tokens: jax.Array
+    token_place: jax.Array
+    pair_block: jax.Array
     pair_image: jax.Array
 
 
@@ -44,21 +44,23 @@ def grouped_attention(
 ) -> jax.Array:
     """q [B, T, N, H], k and v [C, I, S, K, H] -> [B, T, N, H]; softmax and merge in float32.
 
-    B / C neighbouring rows are a pool.
+    B / C neighbouring rows are an image group.
     """
-    pools = q.reshape(len(k), -1, *q.shape[2:])
-    return jax.vmap(lambda q, k, v, *plan: _pool(q, k, v, AttentionPlan(*plan), sinks))(
-        pools, k, v, *map(jnp.asarray, plan)
+    groups = q.reshape(len(k), -1, *q.shape[2:])
+    return jax.vmap(lambda q, k, v, *plan: _group_attention(q, k, v, AttentionPlan(*plan), sinks))(
+        groups, k, v, *map(jnp.asarray, plan)
     ).reshape(q.shape)
 
 
-def _pool(q: jax.Array, k: jax.Array, v: jax.Array, plan: AttentionPlan, sinks: int) -> jax.Array:
-    (n, h), (tiles, tile), kv = q.shape[1:], plan.tile_tokens.shape, k.shape[2]
-    grouped = permute(q, plan.tile_tokens.reshape(-1), plan.token_tile).reshape(
-        tiles, tile, kv, n // kv, h
+def _group_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, plan: AttentionPlan, sinks: int
+) -> jax.Array:
+    (n, h), (blocks, block), kv = q.shape[1:], plan.block_tokens.shape, k.shape[2]
+    grouped = permute(q, plan.block_tokens.reshape(-1), plan.token_place).reshape(
+        blocks, block, kv, n // kv, h
     )
     owner = jnp.minimum(
-        plan.pair_tile, tiles - 1
+        plan.pair_block, blocks - 1
     )  # padding pairs compute something that nobody reads
     scores = product("ptkgh,pskh->pkgts", grouped[owner], k[plan.pair_image]) * h**-0.5
     top = jax.lax.stop_gradient(scores.max(-1))
@@ -66,18 +68,18 @@ def _pool(q: jax.Array, k: jax.Array, v: jax.Array, plan: AttentionPlan, sinks: 
     total = weights.sum(-1)
     out = product("pkgts,pskh->pkgth", weights.astype(v.dtype), v[plan.pair_image])
 
-    # Merge the pairs of a tile: rescale all to the tile's largest score, then add. The sink joins
+    # Merge the pairs of a block: rescale all to the block's largest score, then add. The sink joins
     # here, as `sinks` logits of 0.
     def merge(x):
-        return jax.ops.segment_sum(x, plan.pair_tile, tiles, indices_are_sorted=True)
+        return jax.ops.segment_sum(x, plan.pair_block, blocks, indices_are_sorted=True)
 
-    tile_top = jax.ops.segment_max(top, plan.pair_tile, tiles, indices_are_sorted=True)
-    tile_top = (
-        jnp.maximum(tile_top, 0.0) if sinks else jnp.where(jnp.isfinite(tile_top), tile_top, 0.0)
+    block_top = jax.ops.segment_max(top, plan.pair_block, blocks, indices_are_sorted=True)
+    block_top = (
+        jnp.maximum(block_top, 0.0) if sinks else jnp.where(jnp.isfinite(block_top), block_top, 0.0)
     )
-    padding = (plan.pair_tile == tiles)[:, None, None, None]
-    scale = jnp.where(padding, 0.0, jnp.exp(top - tile_top[owner]))
-    denominator = merge(total * scale) + (sinks * jnp.exp(-tile_top) if sinks else 0.0)
+    padding = (plan.pair_block == blocks)[:, None, None, None]
+    scale = jnp.where(padding, 0.0, jnp.exp(top - block_top[owner]))
+    denominator = merge(total * scale) + (sinks * jnp.exp(-block_top) if sinks else 0.0)
     merged = merge(out * scale[..., None]) / jnp.where(denominator > 0, denominator, 1.0)[..., None]
-    merged = merged.transpose(0, 3, 1, 2, 4).reshape(tiles * tile, n, h).astype(q.dtype)
-    return permute(merged, plan.token_tile, plan.tile_tokens.reshape(-1))
+    merged = merged.transpose(0, 3, 1, 2, 4).reshape(blocks * block, n, h).astype(q.dtype)
+    return permute(merged, plan.token_place, plan.block_tokens.reshape(-1))

@@ -1,19 +1,19 @@
-"""Products of tokens with the kernels of the experts they chose: rows sorted by expert into tiles,
-one expert a tile.
+"""Products of tokens with the kernels of the experts they chose: rows sorted by expert into blocks,
+one expert a block.
 
-    choices   token    0 0 1 1 2 2 3 3     top 2 of 3 experts, tile = 2; token 3 is padding: it
+    choices   token    0 0 1 1 2 2 3 3     top 2 of 3 experts, block = 2; token 3 is padding: it
               expert   0 2 0 1 2 0 - -     chooses nobody
     rows               0 1 | 2 . | 1 . | 0 2 | . .
-    first              0 = expert 0, 2 = expert 1, 3 = expert 2, 4 = the end; the number of tiles is
-                       static
+    first              0 = expert 0, 2 = expert 1, 3 = expert 2, 4 = the end; the number of blocks
+                       is static
 
 Unusual: two forms, chosen once and said. Where tokamax is installed and the backend has its
-kernels, those; else a loop over each expert's own tiles, which reads a kernel once, computes no
-tile that is not filled, picks its tokens and adds to them tile by tile, so that no array [R, D] is
-ever stored. Backward, one loop makes both gradients: a tile's tokens are picked once, its two
+kernels, those; else a loop over each expert's own blocks, which reads a kernel once, computes no
+block that is not filled, picks its tokens and adds to them block by block, so that no array [R, D]
+is ever stored. Backward, one loop makes both gradients: a block's tokens are picked once, its two
 products run side by side, and the gradient of a kernel is added up in place. No form multiplies all
 tokens by all experts, as XLA's own ragged_dot does on CPU (docs/decisions.md, D-OPS-5 to D-OPS-7).
-Letters: N tokens, R rows of all tiles, A choices, k a token."""
+Letters: N tokens, R rows of all blocks, A choices, k a token."""
 
 import functools
 import importlib.util
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from evlm_jax.ops.matmul import operand_dtype, product
 from evlm_jax.ops.platform import platform
 
-STRIDES = (16, 8, 4, 2, 1)  # tiles that are multiplied together where an expert has so many
+STRIDES = (16, 8, 4, 2, 1)  # blocks that are multiplied together where an expert has so many
 
 
 class Groups(NamedTuple):
@@ -37,18 +37,18 @@ class Groups(NamedTuple):
 
     choice: jax.Array  # [R] int32, A in a row without one
     row: jax.Array  # [A] int32, R for a choice that has none
-    first: jax.Array  # [E + 1] int32, first tile of each expert, and the end of the last one
+    first: jax.Array  # [E + 1] int32, first block of each expert, and the end of the last one
 
     def token(self, tokens: int) -> jax.Array:
         """[R] int32, `tokens` in a row without one."""
         return jnp.where(self.choice < len(self.row), self.choice % tokens, tokens)
 
-    def sizes(self, tile: int) -> jax.Array:
-        """Rows of each expert [E] int32, filled tiles counted whole."""
-        return (self.first[1:] - self.first[:-1]) * tile
+    def sizes(self, block: int) -> jax.Array:
+        """Rows of each expert [E] int32, filled blocks counted whole."""
+        return (self.first[1:] - self.first[:-1]) * block
 
 
-def group(expert: jax.Array, experts: int, tile: int, limit: jax.Array | None = None) -> Groups:
+def group(expert: jax.Array, experts: int, block: int, limit: jax.Array | None = None) -> Groups:
     """The rows of choices: expert [A] int32, `experts` for a choice that gets no row; `limit`: the
     most choices an expert takes.
 
@@ -56,7 +56,7 @@ def group(expert: jax.Array, experts: int, tile: int, limit: jax.Array | None = 
     """
     count = jnp.zeros(experts + 1, jnp.int32).at[expert].add(1)
     taken = count[:-1] if limit is None else jnp.minimum(count[:-1], limit)
-    first = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(-(-taken // tile))])
+    first = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(-(-taken // block))])
     order = jnp.sort(expert * len(expert) + jnp.arange(len(expert))) % len(
         expert
     )  # a stable argsort, at a quarter of its time on CPU
@@ -64,9 +64,9 @@ def group(expert: jax.Array, experts: int, tile: int, limit: jax.Array | None = 
         expert[order],
         jnp.arange(len(expert)) - (jnp.cumsum(count) - count)[expert[order]],
     )
-    rows = (len(expert) + experts * (tile - 1)) // tile * tile
+    rows = (len(expert) + experts * (block - 1)) // block * block
     in_row = jnp.where(
-        rank < jnp.append(taken, 0)[sorted_expert], first[sorted_expert] * tile + rank, rows
+        rank < jnp.append(taken, 0)[sorted_expert], first[sorted_expert] * block + rank, rows
     )
     row = jnp.zeros(len(expert), jnp.int32).at[order].set(in_row, unique_indices=True)
     choice = jnp.full(rows, len(expert), jnp.int32).at[in_row].set(order, mode="drop")
@@ -103,48 +103,48 @@ def _take(x: jax.Array, at: jax.Array) -> jax.Array:
     return jnp.take(x, at, axis=0, mode="fill", fill_value=0)
 
 
-def dispatch_matmul(x: jax.Array, kernels: jax.Array, groups: Groups, tile: int) -> jax.Array:
+def dispatch_matmul(x: jax.Array, kernels: jax.Array, groups: Groups, block: int) -> jax.Array:
     """The token of each row times the kernel of its expert: x [N, D], kernels [E, D, F] -> [R, F]
     in the dtype of x, sums in float32.
 
     Operands are rounded as in ops/matmul.py. Rows without a choice are undefined. The gradient of
     the kernels has their dtype and is summed in float32, expert by expert.
     """
-    return _dispatch(x, kernels, groups, tile, operand_dtype(x))
+    return _dispatch(x, kernels, groups, block, operand_dtype(x))
 
 
 def combine_matmul(
-    y: jax.Array, kernels: jax.Array, groups: Groups, tokens: int, tile: int
+    y: jax.Array, kernels: jax.Array, groups: Groups, tokens: int, block: int
 ) -> jax.Array:
     """Each row times the kernel of its expert, summed over a token's choices: y [R, F], kernels
     [E, F, D] -> [tokens, D] in the dtype of y.
 
     With transposed kernels it is the transpose of `dispatch_matmul`; all else as there.
     """
-    return _combine(y, kernels, groups, tokens, tile, operand_dtype(y))
+    return _combine(y, kernels, groups, tokens, block, operand_dtype(y))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _dispatch(
-    x: jax.Array, kernels: jax.Array, groups: Groups, tile: int, dtype: jnp.dtype
+    x: jax.Array, kernels: jax.Array, groups: Groups, block: int, dtype: jnp.dtype
 ) -> jax.Array:
     if ragged := _tokamax(platform()):
         rows = dispatch(x.astype(dtype), groups, len(x))
-        return ragged(rows, kernels.astype(dtype), groups.sizes(tile)).astype(x.dtype)
+        return ragged(rows, kernels.astype(dtype), groups.sizes(block)).astype(x.dtype)
 
     def apply(token, kernel):
         return product("nd,df->nf", _take(x, token), kernel, dtype).astype(x.dtype)
 
-    return map_tiles(apply, groups.token(len(x)), kernels, groups.first, tile)
+    return map_blocks(apply, groups.token(len(x)), kernels, groups.first, block)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _combine(
-    y: jax.Array, kernels: jax.Array, groups: Groups, tokens: int, tile: int, dtype: jnp.dtype
+    y: jax.Array, kernels: jax.Array, groups: Groups, tokens: int, block: int, dtype: jnp.dtype
 ) -> jax.Array:
     if ragged := _tokamax(platform()):
         return combine(
-            ragged(y.astype(dtype), kernels.astype(dtype), groups.sizes(tile)), groups, tokens
+            ragged(y.astype(dtype), kernels.astype(dtype), groups.sizes(block)), groups, tokens
         ).astype(y.dtype)
     token = groups.token(tokens)
 
@@ -152,25 +152,25 @@ def _combine(
         here, mine = _rows(at, rows, token, y)
         return out.at[here].add(product("nf,fd->nd", mine, kernel, dtype), mode="drop")
 
-    return _tiles(
+    return _over_blocks(
         step,
         jnp.zeros((tokens, kernels.shape[2]), jnp.float32),
         kernels,
         groups.first,
-        tile,
+        block,
         len(y),
     ).astype(y.dtype)
 
 
 def _dispatch_backward(
-    tile: int, dtype: jnp.dtype, saved: tuple, g: jax.Array
+    block: int, dtype: jnp.dtype, saved: tuple, g: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     x, kernels, groups = saved
     if ragged := _tokamax(platform()):
         rows, g, sizes = (
             dispatch(x.astype(dtype), groups, len(x)),
             g.astype(dtype),
-            groups.sizes(tile),
+            groups.sizes(block),
         )
         of_x = combine(ragged(g, kernels.swapaxes(1, 2).astype(dtype), sizes), groups, len(x))
         return of_x.astype(x.dtype), ragged(rows, g, sizes).astype(kernels.dtype), None
@@ -187,18 +187,18 @@ def _dispatch_backward(
         return of_x, of_kernels.at[number].add(product("nf,nd->fd", mine, _take(x, here), dtype))
 
     zeros = jnp.zeros(x.shape, jnp.float32), jnp.zeros(kernels.swapaxes(1, 2).shape, jnp.float32)
-    of_x, of_kernels = _tiles(
-        step, zeros, (jnp.arange(len(kernels)), kernels), groups.first, tile, len(g)
+    of_x, of_kernels = _over_blocks(
+        step, zeros, (jnp.arange(len(kernels)), kernels), groups.first, block, len(g)
     )
     return of_x.astype(x.dtype), of_kernels.swapaxes(1, 2).astype(kernels.dtype), None
 
 
 def _combine_backward(
-    tokens: int, tile: int, dtype: jnp.dtype, saved: tuple, g: jax.Array
+    tokens: int, block: int, dtype: jnp.dtype, saved: tuple, g: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     y, kernels, groups = saved
     if ragged := _tokamax(platform()):
-        rows, sizes = dispatch(g.astype(dtype), groups, tokens), groups.sizes(tile)
+        rows, sizes = dispatch(g.astype(dtype), groups, tokens), groups.sizes(block)
         of_y = ragged(rows, kernels.swapaxes(1, 2).astype(dtype), sizes)
         return (
             of_y.astype(y.dtype),
@@ -220,8 +220,8 @@ def _combine_backward(
         return of_y, of_kernels.at[number].add(product("nf,nd->fd", mine, picked, dtype))
 
     zeros = jnp.zeros_like(y), jnp.zeros(kernels.shape, jnp.float32)
-    of_y, of_kernels = _tiles(
-        step, zeros, (jnp.arange(len(kernels)), kernels), groups.first, tile, len(y)
+    of_y, of_kernels = _over_blocks(
+        step, zeros, (jnp.arange(len(kernels)), kernels), groups.first, block, len(y)
     )
     return of_y, of_kernels.astype(kernels.dtype), None
 
@@ -257,7 +257,7 @@ def _tokamax(backend: str) -> Callable | None:
     kinds = {"gpu": ("mosaic", "triton"), "tpu": ("mosaic",)}.get(backend)
     if kinds is None or importlib.util.find_spec("tokamax") is None:
         print(
-            "experts: products tile by tile"
+            "experts: products block by block"
             + ("; pip install tokamax for kernels of this backend" if kinds else ""),
             flush=True,
         )
@@ -277,40 +277,40 @@ def _tokamax(backend: str) -> Callable | None:
     return ragged
 
 
-def map_tiles(
+def map_blocks(
     apply: Callable[[jax.Array, Any], jax.Array],
     x: jax.Array,
     experts: Any,
     first: jax.Array,
-    tile: int,
+    block: int,
 ) -> jax.Array:
-    """`apply(rows [n, ...], its expert's part of `experts`) -> [n, F]` over the filled tiles of x
+    """`apply(rows [n, ...], its expert's part of `experts`) -> [n, F]` over the filled blocks of x
     [R, ...] -> [R, F]; 0 elsewhere.
     """
-    like = jax.eval_shape(apply, x[:tile], jax.tree.map(lambda a: a[0], experts))
+    like = jax.eval_shape(apply, x[:block], jax.tree.map(lambda a: a[0], experts))
 
     def step(at, rows, mine, out):
         return jax.lax.dynamic_update_slice_in_dim(
             out, apply(jax.lax.dynamic_slice_in_dim(x, at, rows), mine), at, 0
         )
 
-    return _tiles(
-        step, jnp.zeros((len(x), like.shape[1]), like.dtype), experts, first, tile, len(x)
+    return _over_blocks(
+        step, jnp.zeros((len(x), like.shape[1]), like.dtype), experts, first, block, len(x)
     )
 
 
-def _tiles(
-    step: Callable, carry: Any, experts: Any, first: jax.Array, tile: int, total: int
+def _over_blocks(
+    step: Callable, carry: Any, experts: Any, first: jax.Array, block: int, total: int
 ) -> Any:
     """`step(first row, number of rows, its expert's part of `experts`, carry) -> carry` over all
-    filled tiles.
+    filled blocks.
     """
 
     def expert(carry, inputs):
         mine, begin, end = inputs
         return (
             _steps(
-                lambda at, rows, carry: step(at, rows, mine, carry), begin, end, tile, total, carry
+                lambda at, rows, carry: step(at, rows, mine, carry), begin, end, block, total, carry
             ),
             None,
         )
@@ -319,17 +319,17 @@ def _tiles(
 
 
 def _steps(
-    step: Callable, begin: jax.Array, end: jax.Array, tile: int, total: int, carry: Any
+    step: Callable, begin: jax.Array, end: jax.Array, block: int, total: int, carry: Any
 ) -> Any:
-    """`step(first row, number of rows, carry) -> carry` over the tiles begin <= i < end, many at
+    """`step(first row, number of rows, carry) -> carry` over the blocks begin <= i < end, many at
     once as long as there are many.
     """
     for stride in STRIDES:
-        if stride * tile <= total:
+        if stride * block <= total:
             count = (end - begin) // stride
 
             def body(i, carry, begin=begin, stride=stride):
-                return step((begin + i * stride) * tile, stride * tile, carry)
+                return step((begin + i * stride) * block, stride * block, carry)
 
             carry = jax.lax.fori_loop(0, count, body, carry)
             begin = begin + count * stride

@@ -60,8 +60,8 @@ RULES = {
     "rows": Rule(ROWS),
     "copies": Rule(("data",)),  # rows, where another dimension is in pieces
     "pieces": Rule(PIECES),
-    "images": Rule(("tensor",)),  # of a pool
-    "pictures": Rule((*ROWS, "tensor")),  # images of all pools
+    "images": Rule(("tensor",)),  # of an image group
+    "pictures": Rule((*ROWS, "tensor")),  # images of all image groups
 }
 BY_ROWS = {
     "vision": Rule(stored=PIECES),
@@ -156,8 +156,8 @@ class Layout:
         return self.sharding(("rows",))
 
     def batch(self, batch: Batch) -> Batch:
-        """Shardings of a Batch, or of its shapes: rows and pools over their axes, pictures of a
-        pool over those of images.
+        """Shardings of a Batch, or of its shapes: rows and groups over their axes, pictures of a
+        group over those of images.
         """
         pictures = self.sharding(("rows", "images"))
         return Batch(
@@ -183,21 +183,21 @@ class Layout:
 
         return jax.tree.map(place, tree, is_leaf=is_param)
 
-    def own_pools(self, count: int) -> list[int]:
-        """Numbers of the pools, of a batch of `count`, that devices of this process hold,
+    def own_groups(self, count: int) -> list[int]:
+        """Numbers of the image groups, of a batch of `count`, that devices of this process hold,
         ascending.
         """
         held = self.rows.addressable_devices_indices_map((count,)).values()
-        return sorted({pool for (pools,) in held for pool in range(*pools.indices(count))})
+        return sorted({group for (groups,) in held for group in range(*groups.indices(count))})
 
-    def put_pools(self, batch: Batch, own: list[int], count: int) -> Batch:
-        """The pools `own` of a batch of `count`, NumPy arrays on this process, as arrays on all
-        devices.
+    def put_groups(self, batch: Batch, own: list[int], count: int) -> Batch:
+        """The image groups `own` of a batch of `count`, NumPy arrays on this process, as arrays on
+        all devices.
         """
-        place = {pool: i for i, pool in enumerate(own)}
+        place = {group: i for i, group in enumerate(own)}
 
         def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-            size = len(x) // len(own)  # of a pool
+            size = len(x) // len(own)  # of an image group
 
             def piece(index: tuple[slice, ...]) -> np.ndarray:
                 first, stop, _ = index[0].indices(count * size)
@@ -285,10 +285,11 @@ def _check(cfg: EVLMConfig, sizes: dict[str, int]) -> None:
             "(mesh.data * fsdp * expert): use a multiple, or give devices to mesh.tensor",
         ),
         (
-            micro % (rows * cfg.data.pool) == 0,
+            micro % (rows * cfg.data.image_group) == 0,
             f"{micro // rows} rows of a device and micro-batch (train.batch / train.accumulate "
-            f"over mesh.data * fsdp * expert = {rows}) are no whole pools of "
-            f"data.pool = {cfg.data.pool}: use a multiple, or data.pool = 1 with "
+            f"over mesh.data * fsdp * expert = {rows}) are no whole image groups of "
+            f"data.image_group = {cfg.data.image_group}: use a multiple, or data.image_group = 1 "
+            "with "
             "data.slots = data.images",
         ),
         (

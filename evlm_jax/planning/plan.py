@@ -14,7 +14,7 @@ import jax
 
 from evlm_jax import flops
 from evlm_jax.config import EVLMConfig
-from evlm_jax.models.moe import tile_rows
+from evlm_jax.models.moe import block_rows
 from evlm_jax.parallel.mesh import Layout, make_layout
 from evlm_jax.paths import write
 from evlm_jax.planning import chips, compiled, live, programs, roofline
@@ -197,8 +197,8 @@ def _part(op_name: str, lowest: int) -> str:
 def _trips(
     cfg: EVLMConfig, layout: Layout, program: programs.Program, op_name: str, trips: list[float]
 ) -> list[float] | None:
-    """Of the loops over an expert's tiles: as many as a balanced load needs, in the largest strides
-    first.
+    """Of the loops over an expert's blocks: as many as a balanced load needs, in the largest
+    strides first.
 
     There is a loop for each stride, with one product forward and two backward; where a device has
     one expert, those of several matrices stand together. Of decoding on CPUs some have no products,
@@ -213,7 +213,7 @@ def _trips(
         * cfg.moe.top_k
     )
     row = 2 * cfg.llm.hidden * hidden / mesh["tensor"]
-    products = max(1, round(min(trips) / (tile_rows(int(choices), cfg.moe) * row)))
+    products = max(1, round(min(trips) / (block_rows(int(choices), cfg.moe) * row)))
     rest = products * row * choices * mesh["expert"] / cfg.moe.experts
     counts, strides = {}, sorted(set(trips), reverse=True)
     for trip in strides:

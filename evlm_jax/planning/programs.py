@@ -124,10 +124,10 @@ def _prefill(of: TrainPhase, video: bool) -> Program:
     def ints(*shape):
         return jax.ShapeDtypeStruct((rows, *shape), jnp.int32, sharding=layout.rows)
 
-    pairs = cfg.data.pairs
+    pairs = cfg.data.block_pairs
     plan = (
-        AttentionPlan(ints(pairs, cfg.tile), ints(t), ints(pairs), ints(pairs))
-        if cfg.tile
+        AttentionPlan(ints(pairs, cfg.query_block), ints(t), ints(pairs), ints(pairs))
+        if cfg.query_block
         else None
     )
     prompt = Prompt(ints(t), ints(t), ints(), ints(t), plan, ints(i), ints(), ints())

@@ -88,8 +88,8 @@ def _changes(
     for remat in REMATS[REMATS.index(train.remat) + 1 :]:
         yield f"train.remat={remat}", set_train(remat=remat)
     rows = math.prod(sizes[axis] for axis in ROWS)
-    for count in range(train.accumulate + 1, cfg.pools // rows + 1):
-        if cfg.pools % (rows * count) == 0 and count >= 2 * train.accumulate:
+    for count in range(train.accumulate + 1, cfg.image_groups // rows + 1):
+        if cfg.image_groups % (rows * count) == 0 and count >= 2 * train.accumulate:
             yield f"train.accumulate={count}", set_train(accumulate=count)
             break
     if mesh.frozen == "replicated":

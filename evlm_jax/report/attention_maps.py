@@ -18,7 +18,7 @@ from evlm_jax.models.evlm import EVLM
 def attention_maps(model: EVLM, batch: Batch, row: int, positions: Sequence[int]) -> np.ndarray:
     """Cross-attention of chosen text positions of one row, float32 [X, N, len(positions), I, S].
 
-    X cross-attention layers, N heads, I image slots of the row's pool, S visual tokens (prefix
+    X cross-attention layers, N heads, I image slots of the row's group, S visual tokens (prefix
     tokens first, then patches row by row). Weights over all images sum to 1 less the share of the
     zero sink; images that a position does not see have 0. A word that is read is looked up at its
     own position, a word that is predicted at the position before it.
@@ -33,7 +33,7 @@ def attention_maps(model: EVLM, batch: Batch, row: int, positions: Sequence[int]
         )
 
     def own(a):
-        return a[row * len(a) // len(batch.tokens)]  # of the row, or of its pool
+        return a[row * len(a) // len(batch.tokens)]  # of the row, or of its image group
 
     one = jax.tree.map(lambda a: jnp.asarray(own(a))[None], batch)
     return np.asarray(trace(model, one, jnp.asarray(positions))[1])

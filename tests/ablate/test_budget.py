@@ -32,7 +32,7 @@ def cfg(request, tmp_path):
         length=600,
         images=3,
         targets=200,
-        pairs=90,
+        block_pairs=90,
     )
     init = dict(vision="", llm=str(tokenizer_directory(tmp_path / "tokenizer")))
     return tiny_config(

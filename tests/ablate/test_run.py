@@ -65,7 +65,7 @@ def command(tmp_path_factory):
         length=600,
         images=3,
         targets=200,
-        pairs=90,
+        block_pairs=90,
         cache_features=True,
     )
     cfg = tiny_config(

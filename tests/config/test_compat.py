@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from evlm_jax.config import compat, from_config_dict, from_saved, to_dict, to_saved
-from evlm_jax.config.load import set_field
+from evlm_jax.config.load import load_config, set_field
 from evlm_jax.config.schema import build
 from experiments import demo
 from tests.helpers.tiny import tiny_config
@@ -43,7 +43,62 @@ def test_a_renamed_key_loads_in_saved_configs_and_in_experiments(monkeypatch):
     old["llm"]["blocks"], old["data"]["width"] = old["llm"].pop("layers"), old["llm"].pop("hidden")
     assert from_saved(old) == from_config_dict(old) == CFG
     with pytest.raises(ValueError, match="llm.blocks is called llm.layers now, and both are given"):
-        from_config_dict(old | {"llm": old["llm"] | {"layers": 4}})
+        from_config_dict(old | {"llm": old["llm"] | {"layers": 5}})
+
+
+def former(config: dict) -> dict:
+    """`config` with today's former names in place of the new ones."""
+    for old, new in compat.RENAMED.items():
+        (section, name), (_, field) = old.split("."), new.split(".")
+        config[section][name] = config[section].pop(field)
+    return config
+
+
+def test_a_saved_config_with_former_names_means_the_same():
+    assert from_saved({"format": 1} | former(to_dict(CFG))) == CFG
+
+
+EXPERIMENT = """
+from experiments import demo
+
+def get_config():
+    config = demo.get_config("fast")
+    config.train.batch = 4
+    config.data.pool = 2
+    config.data.slots = config.data.pool * config.data.images
+    config.data.update(pairs=40)
+    config.xattn.tile //= 2
+    config.moe.tile = config.xattn.tile
+    config.lock()
+    return config
+"""
+
+
+def test_an_experiment_sets_and_reads_former_names(tmp_path):
+    (tmp_path / "mine.py").write_text(EXPERIMENT)
+    (tmp_path / "new.py").write_text(
+        EXPERIMENT.replace("data.pool", "data.image_group")
+        .replace("pairs=", "block_pairs=")
+        .replace("xattn.tile", "xattn.query_block")
+        .replace("moe.tile", "moe.expert_block")
+    )
+    cfg = load_config(str(tmp_path / "mine.py"))
+    assert cfg == load_config(str(tmp_path / "new.py"))
+    assert (cfg.data.image_group, cfg.data.slots, cfg.data.block_pairs) == (2, 16, 40)
+    assert (cfg.xattn.query_block, cfg.moe.expert_block) == (16, 16)
+
+
+@pytest.mark.parametrize("names", [dict, former], ids=["new", "former"])
+@pytest.mark.parametrize("chosen", [compat.RENAMED.values(), compat.RENAMED], ids=["new", "former"])
+def test_an_override_by_either_name_wins_over_a_file_with_either(tmp_path, names, chosen):
+    (tmp_path / "mine.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        f"def get_config():\n    return ConfigDict({names(to_dict(CFG))!r})\n"
+    )
+    overrides = [f"--config.{name}={n}" for name, n in zip(chosen, (2, 16, 4, 2), strict=True)]
+    cfg = load_config(str(tmp_path / "mine.py"), overrides)
+    assert (cfg.data.image_group, cfg.data.block_pairs) == (2, 16)
+    assert (cfg.xattn.query_block, cfg.moe.expert_block) == (4, 2)
 
 
 def test_an_additive_field_may_be_left_out():

@@ -160,7 +160,9 @@ def row(cfg, parts, pixels, answer=(), length=0):
         "targets": np.full(1, -1),
         "target_source": np.zeros(1),
     }
-    arrays |= attention_plan(arrays["visible_start"], arrays["visible_stop"], cfg.xattn.tile, 32)
+    arrays |= attention_plan(
+        arrays["visible_start"], arrays["visible_stop"], cfg.xattn.query_block, 32
+    )
     batch = Batch(
         **{name: jnp.asarray(array, jnp.int32)[None] for name, array in arrays.items()},
         pixels=pixels[None],
@@ -252,7 +254,9 @@ def logits(graphdef, state, batch: Batch) -> jax.Array:
     if not model.cfg.llm.dynamic_ntk:
         return model.logits(model.hidden(batch))
     length = jnp.array(batch.tokens.shape[1:])
-    grouped = AttentionPlan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image)
+    grouped = AttentionPlan(
+        batch.block_tokens, batch.token_place, batch.pair_block, batch.pair_image
+    )
     first, last = batch.visible_start[:, -1], batch.visible_stop[:, -1]
     prompt = Prompt(
         batch.tokens,

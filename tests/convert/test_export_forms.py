@@ -89,7 +89,9 @@ def test_openflamingo(tmp_path):
     grouping = AttentionPlan(
         **{
             name: jnp.array(p)[None]
-            for name, p in attention_plan(np.maximum(stop - 1, 0), stop, cfg.xattn.tile, 12).items()
+            for name, p in attention_plan(
+                np.maximum(stop - 1, 0), stop, cfg.xattn.query_block, 12
+            ).items()
         }
     )
     with jax.default_matmul_precision("highest"):

@@ -130,9 +130,9 @@ def test_an_export_comes_back_bit_for_bit(tmp_path, copies):
     export.export(str(tmp_path / "back"), str(tmp_path / "again"), "hf")
     for path in (tmp_path / "hf").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
-    with pytest.raises(ValueError, match=r"xattn.tile is 4, the checkpoint has 8"):
+    with pytest.raises(ValueError, match=r"xattn.query_block is 4, the checkpoint has 8"):
         importer.import_export(
-            replace(cfg, xattn=replace(cfg.xattn, tile=4)),
+            replace(cfg, xattn=replace(cfg.xattn, query_block=4)),
             str(tmp_path / "hf"),
             str(tmp_path / "other"),
         )

@@ -32,7 +32,7 @@ PRESERVE = dict(
     capacity=0.0,
     balance=0.01,
     z=0.001,
-    tile=64,
+    expert_block=64,
     upcycle="preserve",
 )
 OTHERS = [

@@ -20,11 +20,11 @@ from tests.helpers.tiny import BASELINES, UPPER_VIT, tiny_config
 
 @pytest.mark.parametrize("frames", [1, 2, 5])
 def test_a_case_has_the_pairs_that_its_prompt_needs(frames):
-    for media, text, tile in ((2, 11, 8), (9, 16, 8), (16, 5, 32)):
-        cfg = of(EVLM, frames, text, media={"tokens": media}, xattn={"tile": tile})
+    for media, text, query_block in ((2, 11, 8), (9, 16, 8), (16, 5, 32)):
+        cfg = of(EVLM, frames, text, media={"tokens": media}, xattn={"query_block": query_block})
         shown = measure.prompt(cfg)  # fails where there are fewer
-        assert (shown.plan.pair_tile < cfg.data.pairs).all(), "none is left over"
-        assert (np.bincount(shown.plan.pair_image[0]) == cfg.data.pairs // frames).all()
+        assert (shown.plan.pair_block < cfg.data.block_pairs).all(), "none is left over"
+        assert (np.bincount(shown.plan.pair_image[0]) == cfg.data.block_pairs // frames).all()
 
 
 def test_counterparts_are_the_baselines_and_change_three_fields():

@@ -170,15 +170,15 @@ def test_a_prefill_needs_what_an_unrolled_program_multiplies(kind):
 
 @pytest.mark.parametrize("kind", [EVLM, LLAVA, pytest.param(FLAMINGO, marks=pytest.mark.slow)])
 def test_compiled_programs_do_what_is_needed_and_known_extras(kind):
-    """Masked pairs of self-attention, whole tiles of cross-attention; a step of decoding nothing
-    more.
+    """Masked pairs of self-attention, whole query blocks of cross-attention; a step of decoding
+    nothing more.
     """
     frames, text, model = 3, 11, counterparts(tiny_config(**TINY))[kind]
     cfg = case(model, frames, text)
     work = Work.video(cfg, 1)
     found = counted.counted_flops(model, "prefill", frames, text)
     extra = {flops.LLM_SCORES: cfg.data.length**2 / work.attended}
-    extra |= {flops.CROSS_SCORES: cfg.data.pairs * cfg.xattn.tile / work.visible}
+    extra |= {flops.CROSS_SCORES: cfg.data.block_pairs * cfg.xattn.query_block / work.visible}
     ratios = {
         part: found["executed"].get(part, 0) / count for part, count in found["needed"].items()
     }

@@ -37,11 +37,12 @@ TOKENIZER = ByteTokenizer()
 
 
 def config(**data):
-    """The tiny config, one pool, wide enough for bytes."""
+    """The tiny config, one image group, wide enough for bytes."""
     data = (
-        dict(length=256, targets=128, images=8, pairs=64, weights=(1.0,), sources=("made",)) | data
+        dict(length=256, targets=128, images=8, block_pairs=64, weights=(1.0,), sources=("made",))
+        | data
     )
-    return tiny_config(data=data, train=dict(batch=data.get("pool", 1)))
+    return tiny_config(data=data, train=dict(batch=data.get("image_group", 1)))
 
 
 def refs(*frames):

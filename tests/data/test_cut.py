@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evlm_jax.data.cut import encode_parts
-from evlm_jax.data.pack import Packer, pool, unfit
+from evlm_jax.data.pack import Packer, pack_image_group, unfit
 from evlm_jax.data.pipeline import batches
 from evlm_jax.data.samples import Sample, Turn, question
 from evlm_jax.data.text import encode
@@ -20,7 +20,7 @@ EOS = TOKENIZER.eos[0]
 
 
 def small(**data):
-    return config(**dict(length=40, targets=34, images=4, pairs=20) | data)
+    return config(**dict(length=40, targets=34, images=4, block_pairs=20) | data)
 
 
 def page(text, *frames):
@@ -65,7 +65,7 @@ def test_parts_hold_the_whole_document(template, sample):
     whole = encode(
         sample,
         TOKENIZER,
-        small(length=9999, targets=9999, images=99, pairs=9999, template=template),
+        small(length=9999, targets=9999, images=99, block_pairs=9999, template=template),
     )
     if not len(whole.targets):
         return
@@ -82,7 +82,7 @@ def test_parts_hold_the_whole_document(template, sample):
 @settings(max_examples=300, deadline=None)
 @given(sample=pages())
 def test_a_document_that_fits_is_not_touched(sample):
-    cfg = small(length=2000, targets=2000, images=40, pairs=400)
+    cfg = small(length=2000, targets=2000, images=40, block_pairs=400)
     document, plain = encode_parts(sample, TOKENIZER, cfg), encode(sample, TOKENIZER, cfg)
     assert (
         document.rest == ()
@@ -142,13 +142,13 @@ def test_a_text_longer_than_a_row_is_cut_at_lines_then_words_then_anywhere():
 
 
 def test_the_pair_budget_limits_text_behind_a_video():
-    """Three frames are seen by every tile of 8: pairs for 3 media tiles and 5 of text."""
+    """Three frames are seen by every query block of 8: pairs for 3 media blocks and 5 of text."""
     made = parts(
         encode_parts(
-            page("<image>" + "a" * 60, 3), TOKENIZER, small(length=100, targets=99, pairs=18)
+            page("<image>" + "a" * 60, 3), TOKENIZER, small(length=100, targets=99, block_pairs=18)
         )
     )
-    assert [part.pairs for part in made] == [18, 0] and [
+    assert [part.block_pairs for part in made] == [18, 0] and [
         bytes(said(part)).count(b"a") for part in made[:1]
     ] == [40]
 
@@ -160,13 +160,13 @@ def test_conversations_are_not_cut():
 
 
 def test_too_many_neighbouring_pictures_are_dropped_by_name_and_the_rest_is_kept():
-    cfg = small(images=2, pairs=8)
+    cfg = small(images=2, block_pairs=8)
     document = encode_parts(
         page("<image>abc" + "<image>" * 4 + "xyz<image>def", *[1] * 6), TOKENIZER, cfg
     )
     packer = Packer([document], cfg.data)
     rows = []
-    while row := pool([packer], cfg.data)[0]:
+    while row := pack_image_group([packer], cfg.data)[0]:
         rows += [found.key for _, found in row]
     assert rows == ["page[1/3]", "page[3/3]"]
     assert [drop.message for drop in packer.drops] == [
@@ -188,14 +188,14 @@ def test_a_restored_packer_goes_on_within_a_document(made, window, after):
 
     def drain(packer):
         rows = []
-        while row := pool([packer], cfg.data)[0]:
+        while row := pack_image_group([packer], cfg.data)[0]:
             rows.append(
                 [(index, document.key, document.tokens.tolist()) for index, document in row]
             )
         return rows
 
     packer, other = Packer(documents, cfg.data), Packer(documents, cfg.data)
-    before = [pool([packer], cfg.data)[0] for _ in range(after)]
+    before = [pack_image_group([packer], cfg.data)[0] for _ in range(after)]
     other.restore(json.loads(json.dumps(packer.state)))
     rest = drain(packer)
     assert rest == drain(other)
@@ -219,7 +219,7 @@ def test_batches_count_the_parts(tmp_path):
     row = {"url": "page", "text_list": ["a" * 30] * 5, "image_info": info}
     source = write_jsonl(tmp_path / "docs.jsonl", [row]).replace("llava:", "mmc4:")
     data = dict(
-        sources=(source,), weights=(1.0,), length=80, targets=80, images=4, pairs=40, window=4
+        sources=(source,), weights=(1.0,), length=80, targets=80, images=4, block_pairs=40, window=4
     )
     iterator = batches(tiny_config(data=data, train=dict(batch=1)), TOKENIZER)
     keys, cut = [], 0

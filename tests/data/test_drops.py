@@ -15,7 +15,9 @@ from tests.helpers.tiny import tiny_config
 def single(tmp_path, rows, **data):
     """A config with one jsonl source and one lane."""
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
-    defaults = dict(sources=(source,), weights=(1.0,), length=120, targets=60, pairs=40, window=3)
+    defaults = dict(
+        sources=(source,), weights=(1.0,), length=120, targets=60, block_pairs=40, window=3
+    )
     return tiny_config(data=defaults | data, train=dict(batch=1))
 
 

@@ -163,7 +163,7 @@ def test_threads_draw_the_same(folder):
 
 def test_pages_in_batches(folder):
     name = f"ocr-en:text:{folder}/en.jsonl?pictures=folder:{folder}/pictures&characters=200"
-    cfg = config(sources=(name,), length=2048, targets=2048, pairs=512, window=2)
+    cfg = config(sources=(name,), length=2048, targets=2048, block_pairs=512, window=2)
     iterator, other = batches(cfg, TOKENIZER), batches(cfg, TOKENIZER)
     batch, info = next(iterator)
     keys = [key.removeprefix(f"{name}/") for row in info["keys"] for key in row]

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evlm_jax.data.cut import encode_parts
-from evlm_jax.data.pack import Packer, assemble, pool
+from evlm_jax.data.pack import Packer, assemble, pack_image_group
 from evlm_jax.data.samples import Sample, Turn
 from tests.data.made import SPECIALS, TOKENIZER, config, refs, samples
 
@@ -71,7 +71,7 @@ def expected(dialogs):
 
 
 def seen_in(fields, b, documents, image):
-    """Of each document of row b, whose images begin in slot `image` of its pool: its paths, the
+    """Of each document of row b, whose images begin in slot `image` of its group: its paths, the
     number of its tokens, and its targets by path; image numbers are its own, and it sees no
     other's."""
     token, found = 0, []
@@ -112,9 +112,9 @@ def seen_in(fields, b, documents, image):
     return found
 
 
-def check_grouping(fields, b, rows, tile):
-    """Each token of pool b is in one tile with others that see the same; each tile has one pair for
-    each image that it sees.
+def check_grouping(fields, b, rows, block):
+    """Each token of group b is in one block with others that see the same; each block has one pair
+    for each image that it sees.
     """
     start, stop = (
         np.concatenate(fields[name][rows * b : rows * (b + 1)])
@@ -124,21 +124,21 @@ def check_grouping(fields, b, rows, tile):
     for q in range(length):
         if stop[q] > start[q]:
             sees.setdefault((int(start[q]), int(stop[q])), []).append(q)
-    tiles = fields["tile_tokens"][b]
-    place = {int(q): at for at, q in enumerate(tiles.ravel()) if q < length}
+    blocks = fields["block_tokens"][b]
+    place = {int(q): at for at, q in enumerate(blocks.ravel()) if q < length}
     for q in range(length):
-        assert fields["token_tile"][b, q] == place.get(q, tiles.size)
+        assert fields["token_place"][b, q] == place.get(q, blocks.size)
     wanted = Counter()
     for (start, stop), tokens in sees.items():
-        used = {place[q] // tile for q in tokens}
-        assert len(used) == -(-len(tokens) // tile) and {
-            int(q) for t in used for q in tiles[t] if q < length
+        used = {place[q] // block for q in tokens}
+        assert len(used) == -(-len(tokens) // block) and {
+            int(q) for t in used for q in blocks[t] if q < length
         } == set(tokens)
         wanted.update((t, image) for t in used for image in range(start, stop))
     pairs = list(
-        zip(fields["pair_tile"][b].tolist(), fields["pair_image"][b].tolist(), strict=True)
+        zip(fields["pair_block"][b].tolist(), fields["pair_image"][b].tolist(), strict=True)
     )
-    assert Counter(pair for pair in pairs if pair[0] < len(tiles)) == wanted and pairs == sorted(
+    assert Counter(pair for pair in pairs if pair[0] < len(blocks)) == wanted and pairs == sorted(
         pairs, key=lambda pair: pair[0]
     )
     assert set(place) == {q for tokens in sees.values() for q in tokens}
@@ -147,8 +147,8 @@ def check_grouping(fields, b, rows, tile):
 def check(made, cfg):
     """Packs the samples and compares every row; the number of rows."""
     documents = [encode_parts(sample, TOKENIZER, cfg) for sample in made]
-    packer, rows, size = Packer(documents, cfg.data), [], cfg.data.pool
-    while any(packed := pool([packer] * size, cfg.data)):
+    packer, rows, size = Packer(documents, cfg.data), [], cfg.data.image_group
+    while any(packed := pack_image_group([packer] * size, cfg.data)):
         rows += packed
     fields = assemble([[document for _, document in row] for row in rows] or [[]] * size, cfg)
     parts, images = {}, [sum(len(document.refs) for _, document in row) for row in rows]
@@ -156,7 +156,7 @@ def check(made, cfg):
     for b, row in enumerate(rows):
         first = b // size * size
         if b == first:
-            check_grouping(fields, b // size, size, cfg.xattn.tile)
+            check_grouping(fields, b // size, size, cfg.xattn.query_block)
             assert sum(images[b : b + size]) <= cfg.data.slots
         found = seen_in(fields, b, [d for _, d in row], sum(images[first:b]))
         for (index, document), (paths, tokens, targets) in zip(row, found, strict=True):
@@ -220,38 +220,38 @@ rows = given(
     template=st.sampled_from(["chatml", "plain"]),
     shared=st.sampled_from([(1, 8), (2, 8), (2, 11), (3, 20)]),
 )
-ROWS = dict(length=96, images=8, targets=80, pairs=40, window=3)
+ROWS = dict(length=96, images=8, targets=80, block_pairs=40, window=3)
 short_rows = given(
     made=st.lists(webpages(most_images=8), min_size=1, max_size=3),
     shared=st.sampled_from([(1, 3), (2, 4), (3, 3)]),
 )
-SHORT = dict(length=30, images=3, targets=30, pairs=12, window=3)  # most documents are cut
+SHORT = dict(length=30, images=3, targets=30, block_pairs=12, window=3)  # most documents are cut
 
 
 @settings(max_examples=500, deadline=None)
 @rows
 def test_rows_equal_the_slow_implementation(made, template, shared):
-    check(made, config(**ROWS, template=template, pool=shared[0], slots=shared[1]))
+    check(made, config(**ROWS, template=template, image_group=shared[0], slots=shared[1]))
 
 
 @settings(max_examples=200, deadline=None)
 @short_rows
 def test_long_documents_equal_the_slow_implementation(made, shared):
-    check(made, config(**SHORT, pool=shared[0], slots=shared[1]))
+    check(made, config(**SHORT, image_group=shared[0], slots=shared[1]))
 
 
 @pytest.mark.slow
 @settings(max_examples=5000, deadline=None)
 @rows
 def test_thousands_of_rows(made, template, shared):
-    check(made, config(**ROWS, template=template, pool=shared[0], slots=shared[1]))
+    check(made, config(**ROWS, template=template, image_group=shared[0], slots=shared[1]))
 
 
 @pytest.mark.slow
 @settings(max_examples=3000, deadline=None)
 @short_rows
 def test_thousands_of_long_documents(made, shared):
-    check(made, config(**SHORT, pool=shared[0], slots=shared[1]))
+    check(made, config(**SHORT, image_group=shared[0], slots=shared[1]))
 
 
 @settings(max_examples=30, deadline=None)
@@ -277,7 +277,13 @@ def test_rows_of_64_images(count, where, more, size):
         check(
             [page, video, more],
             config(
-                length=320, images=64, targets=100, pool=size, slots=64 * size, pairs=1000, window=3
+                length=320,
+                images=64,
+                targets=100,
+                image_group=size,
+                slots=64 * size,
+                block_pairs=1000,
+                window=3,
             ),
         )
         >= 2

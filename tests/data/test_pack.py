@@ -14,7 +14,7 @@ from benchmarks.packing import STAGES, by_task, made_tasks, stream
 from benchmarks.packing import document as made_document
 from evlm_jax.config.load import load_config
 from evlm_jax.data.mixture import tasks
-from evlm_jax.data.pack import Budget, Packer, assemble, fill, pool, unfit, used
+from evlm_jax.data.pack import Budget, Packer, assemble, fill, pack_image_group, unfit, used
 from evlm_jax.data.pipeline import Lane
 from evlm_jax.data.samples import Sample, Turn, question
 from evlm_jax.data.sources import open_source
@@ -33,15 +33,15 @@ def encoded(made, cfg=CFG):
 
 def drain(packer):
     """All rows until the stream ends."""
-    return [row for rows in drain_pools(packer) for row in rows]
+    return [row for rows in drain_groups(packer) for row in rows]
 
 
-def drain_pools(packer):
-    """The rows of each pool until the stream ends."""
-    pools = []
-    while any(rows := pool([packer] * packer.data.pool, packer.data)):
-        pools.append(rows)
-    return pools
+def drain_groups(packer):
+    """The rows of each image group until the stream ends."""
+    groups = []
+    while any(rows := pack_image_group([packer] * packer.data.image_group, packer.data)):
+        groups.append(rows)
+    return groups
 
 
 def sees_text(fields, b):
@@ -51,16 +51,16 @@ def sees_text(fields, b):
 
 
 def sees_images(fields, b, images):
-    """[T, I] by the visible ranges, and the same by the (tile, image) pairs."""
+    """[T, I] by the visible ranges, and the same by the (query block, image) pairs."""
     slots = np.arange(images)
     by_range = (fields["visible_start"][b][:, None] <= slots) & (
         slots < fields["visible_stop"][b][:, None]
     )
     by_pairs = np.zeros_like(by_range)
-    pairs = len(fields["pair_tile"][b])
-    for tile, image in zip(fields["pair_tile"][b], fields["pair_image"][b], strict=True):
-        if tile < pairs:
-            for token in fields["tile_tokens"][b][tile]:
+    pairs = len(fields["pair_block"][b])
+    for block, image in zip(fields["pair_block"][b], fields["pair_image"][b], strict=True):
+        if block < pairs:
+            for token in fields["block_tokens"][b][block]:
                 if token < len(by_range):
                     by_pairs[token, image] = True
     return by_range, by_pairs
@@ -111,16 +111,22 @@ def test_rows_equal_their_documents_side_by_side(made):
 )
 def test_packer_uses_each_document_once_within_budget(made, window, step, size):
     cfg = config(
-        length=90, images=4, targets=30, pool=size, slots=4 + size // 2, pairs=12, window=window
+        length=90,
+        images=4,
+        targets=30,
+        image_group=size,
+        slots=4 + size // 2,
+        block_pairs=12,
+        window=window,
     )
     documents = encoded(made, cfg)
     packers = [Packer(documents, cfg.data, start, step) for start in range(step)]
-    pools = [rows for packer in packers for rows in drain_pools(packer)]
-    times = Counter(index for rows in pools for row in rows for index, _ in row)
+    groups = [rows for packer in packers for rows in drain_groups(packer)]
+    times = Counter(index for rows in groups for row in rows for index, _ in row)
     assert set(times.values()) <= {1}
     assert {i for i, d in enumerate(documents) if not unfit(d, cfg.data)} == set(times)
     assert sum(len(packer.drops) for packer in packers) == len(documents) - len(times)
-    for rows in pools:
+    for rows in groups:
         laid = [[document for _, document in row] for row in rows]
         assert all((used([row]) <= Budget.of(cfg.data)).all() for row in laid)
         assert used(laid)[1] <= cfg.data.slots
@@ -137,11 +143,13 @@ def test_packer_uses_each_document_once_within_budget(made, window, step, size):
     size=st.integers(1, 3),
 )
 def test_restored_packer_goes_on_equally(made, window, after, size):
-    cfg = config(length=90, images=4, targets=30, pool=size, slots=4 + size // 2, window=window)
+    cfg = config(
+        length=90, images=4, targets=30, image_group=size, slots=4 + size // 2, window=window
+    )
     documents = encoded(made, cfg)
     packer, other = Packer(documents, cfg.data), Packer(documents, cfg.data)
     for _ in range(after):
-        pool([packer] * size, cfg.data)
+        pack_image_group([packer] * size, cfg.data)
     other.restore(json.loads(json.dumps(packer.state)))
     assert [[i for i, _ in row] for row in drain(packer)] == [
         [i for i, _ in row] for row in drain(other)
@@ -160,7 +168,7 @@ def long_sample(texts=1, images=0, size=10):
         (long_sample(size=300), "too long", "619 tokens > data.length 256"),
         (long_sample(images=9), "too many images", "9 images > data.images 8"),
         (long_sample(texts=12, size=1), "too many targets", "24 targets > data.targets 20"),
-        (long_sample(images=2), "too many pairs", "6 pairs > data.pairs 5"),
+        (long_sample(images=2), "too many block pairs", "6 block_pairs > data.block_pairs 5"),
         (
             Sample("7", "made", (), ((Turn("user", "x"),),)),
             "nothing supervised",
@@ -171,11 +179,11 @@ def long_sample(texts=1, images=0, size=10):
 def test_what_cannot_fit_is_dropped_by_name(sample, cause, figures):
     budgets = {
         "too many targets": dict(targets=20, length=1024),
-        "too many pairs": dict(pairs=5, images=2),
+        "too many block pairs": dict(block_pairs=5, images=2),
     }
     data = config(**budgets.get(cause, {})).data
     packer = Packer([encode(sample, TOKENIZER, CFG)], data)
-    assert pool([packer], data) == [[]]
+    assert pack_image_group([packer], data) == [[]]
     (drop,) = packer.drops
     assert drop.cause == cause and "sample made/7" in drop.message
     assert re.search(figures, drop.message), drop.message
@@ -184,7 +192,7 @@ def test_what_cannot_fit_is_dropped_by_name(sample, cause, figures):
 def test_nothing_ever_fits_is_an_error():
     documents = [encode(long_sample(size=300), TOKENIZER, CFG)] * 1000
     with pytest.raises(ValueError, match="1000 documents in a row cannot be used.*data.length 256"):
-        pool([Packer(documents, CFG.data)], CFG.data)
+        pack_image_group([Packer(documents, CFG.data)], CFG.data)
 
 
 def test_without_isolation_later_documents_see_the_end_of_earlier_ones():
@@ -210,7 +218,7 @@ def test_without_isolation_later_documents_see_the_end_of_earlier_ones():
 @pytest.mark.parametrize("kind", ["captions", "instructions", "web pages", "plain text"])
 def test_fill_of_a_2048_row(kind):
     """At least 97% of the text positions with a window of 64."""
-    data = config(length=2048, images=64, targets=2048, pairs=128, window=64).data
+    data = config(length=2048, images=64, targets=2048, block_pairs=128, window=64).data
     assert fill(rows_of(stream({kind: 1}, 3000), data), data)["tokens"] >= 0.97
 
 
@@ -218,18 +226,20 @@ def test_fill_of_a_2048_row(kind):
     "kind, images", [("captions", 44), ("instructions", 10), ("web pages", 26)]
 )
 def test_few_image_slots_are_padding_where_their_number_suits_the_data(kind, images):
-    data = config(length=2048, images=images, targets=2048, pairs=64 + images, window=256).data
+    data = config(
+        length=2048, images=images, targets=2048, block_pairs=64 + images, window=256
+    ).data
     full = fill(rows_of(stream({kind: 1}, 5000), data), data)
     assert full["images"] >= 0.9 and full["tokens"] >= 0.94
 
 
-def test_no_row_of_a_pool_is_starved_of_images():
+def test_no_row_of_a_group_is_starved_of_images():
     """Slots for 40 images a row, where the captions have 42.
 
     If every row took what it wants, 18 were left for the last one of five.
     """
     data = config(
-        length=2048, images=64, targets=2048, pool=5, slots=200, pairs=520, window=256
+        length=2048, images=64, targets=2048, image_group=5, slots=200, block_pairs=520, window=256
     ).data
     rows = rows_of(stream({"captions": 1}, 8000), data)
     tokens, images = np.array([used([row])[:2] for row in rows]).reshape(-1, 5, 2).mean(0).T
@@ -242,9 +252,11 @@ def test_no_row_of_a_pool_is_starved_of_images():
 
 
 def test_a_row_may_have_more_than_its_share():
-    """Pages of 30 pictures among captions: slots are a pool's, so a row has up to data.images."""
+    """Pages of 30 pictures among captions: slots are a group's, so a row has up to data.images."""
     documents = [made_document(400, 30), *[made_document(90, 1)] * 16] * 40
-    data = config(length=1000, images=40, targets=1000, pool=4, slots=72, pairs=200, window=64).data
+    data = config(
+        length=1000, images=40, targets=1000, image_group=4, slots=72, block_pairs=200, window=64
+    ).data
     rows = rows_of(documents, data)
     counts = [used([row])[1] for row in rows]
     assert max(counts) > 72 / 4 + 10 and max(counts) <= 40 and fill(rows, data)["images"] > 0.8
@@ -296,7 +308,7 @@ def stream_of(tmp_path, count, lanes=4, **data):
         targets=300,
         images=8,
         slots=8,
-        pairs=1000,
+        block_pairs=1000,
         **data,
     )
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch=lanes))

@@ -30,11 +30,11 @@ LANES = 8
 @pytest.fixture(
     scope="module",
     params=[((), 1), (("chat", "captions"), 1), (("chat", "captions"), 2)],
-    ids=["mixed", "tasks", "pools"],
+    ids=["mixed", "tasks", "groups"],
 )
 def cfg(request, tmp_path_factory):
     """Two sources of different length and kind, eight lanes; rows of both together, or of one each,
-    alone or two a pool.
+    alone or two an image group.
     """
     folder = tmp_path_factory.mktemp("data")
     write_images(folder / "pictures", 23)
@@ -50,7 +50,7 @@ def cfg(request, tmp_path_factory):
         for i in range(31)
     ]
     sources = (write_jsonl(folder / "rows.jsonl", rows), f"folder:{folder / 'pictures'}")
-    names, pool = request.param
+    names, group = request.param
     data = dict(
         sources=sources,
         weights=(0.75, 0.25),
@@ -58,12 +58,13 @@ def cfg(request, tmp_path_factory):
         length=200,
         targets=150,
         images=6,
-        pairs=60 * pool,
+        block_pairs=60 * group,
         window=5,
         seed=3,
     )
     return tiny_config(
-        data=data | dict(pool=pool, slots={1: 6, 2: 8}[pool]), train=dict(batch=LANES * pool)
+        data=data | dict(image_group=group, slots={1: 6, 2: 8}[group]),
+        train=dict(batch=LANES * group),
     )
 
 
@@ -88,11 +89,11 @@ def test_batch_has_the_promised_shapes(cfg):
             spec.shape,
             spec.dtype,
         ), name
-    assert len(info["keys"]) == LANES * cfg.data.pool and set(info["fill"]) == {
+    assert len(info["keys"]) == LANES * cfg.data.image_group and set(info["fill"]) == {
         "tokens",
         "images",
         "targets",
-        "pairs",
+        "block_pairs",
     }
     assert set(batch.target_source[batch.targets >= 0]) == {0, 1}
 
@@ -102,13 +103,15 @@ def test_pictures_stand_in_their_slots(cfg):
     batch, info = take(batches(cfg, TOKENIZER), 1)[0]
     checked = slot = 0
     for b, keys in enumerate(info["keys"]):
-        slot = 0 if b % cfg.data.pool == 0 else slot
+        slot = 0 if b % cfg.data.image_group == 0 else slot
         for name in keys:
             key = name.split("/")[-1]
             number = int(key[1:]) % 23 if key.startswith("r") else int(key.removesuffix(".png"))
             if key.startswith("r") and int(key[1:]) % 3 == 0:
                 continue  # text only
-            assert (batch.pixels[b // cfg.data.pool, slot] == (number, 255 - number, 7)).all()
+            assert (
+                batch.pixels[b // cfg.data.image_group, slot] == (number, 255 - number, 7)
+            ).all()
             slot, checked = slot + 1, checked + 1
     assert checked > 4
 
@@ -205,7 +208,7 @@ def test_another_batch_goes_on_behind_as_many_documents(cfg, wider):
         iterator.set_state(state)
         begun = iterator.get_state()
         assert (
-            begun["of"] == other.pools == len(begun["lanes"])
+            begun["of"] == other.image_groups == len(begun["lanes"])
             and used(begun) == used(state)
             and min(used(state)) > 0
         )
@@ -251,16 +254,16 @@ def test_what_waited_and_fits_no_more_is_left_out(cfg):
 
 
 def test_rows_hold_one_task_and_documents_their_weights(cfg):
-    """Shares of documents are exact to a packing window and a pool, in each lane."""
+    """Shares of documents are exact to a packing window and an image group, in each lane."""
     iterator, kinds = batches(cfg, TOKENIZER), [[] for _ in range(LANES)]
     for _, info in take(iterator, 60):
         for b, keys in enumerate(info["keys"]):
-            kinds[b // cfg.data.pool].append([key.startswith("folder") for key in keys])
+            kinds[b // cfg.data.image_group].append([key.startswith("folder") for key in keys])
     mixed = sum(len(set(row)) > 1 for lane in kinds for row in lane)
     assert (mixed == 0) == bool(cfg.data.tasks)
     for lane in kinds:
         flat = sum(lane, [])
-        slack = cfg.data.window + cfg.data.pool * max(map(len, lane))
+        slack = cfg.data.window + cfg.data.image_group * max(map(len, lane))
         assert abs(sum(flat) - 0.25 * len(flat)) <= slack, (sum(flat), len(flat))
     if cfg.data.tasks:
         assert (

@@ -142,8 +142,8 @@ def test_visible_ranges():
     assert ranges[:10] == [(0, 0), (0, 1), (0, 1), (0, 1), *media]
     assert set(ranges[10:]) == {(1, 4)}
     assert (
-        doc.pairs == 1 + 1 + 1 + 1 + 2 * 3
-    )  # tile 8: image 0 with its text, three frames, 11 tokens of text over three frames
+        doc.block_pairs == 1 + 1 + 1 + 1 + 2 * 3
+    )  # query block 8: image 0 with its text, three frames, 11 tokens of text over three frames
 
 
 def test_text_between_frames_sees_all_frames_of_its_video():

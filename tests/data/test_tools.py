@@ -56,9 +56,9 @@ def cfg(request, tmp_path):
         length=200,
         targets=150,
         images=6,
-        pool=request.param,
+        image_group=request.param,
         slots=6,
-        pairs=60,
+        block_pairs=60,
     )
     return tiny_config(data=data, train=dict(batch=2))
 
@@ -110,7 +110,7 @@ def test_masks_are_those_of_the_documents():
         0
     ].tolist() == [2, 3]
     assert not images[first + second :].any()
-    shared = config(pool=2, slots=8)
+    shared = config(image_group=2, slots=8)
     batch = Batch(**assemble([documents[:1], documents[1:]], shared), pixels=None, taps=None)
     rows = [sees_images(batch, b, 8) for b in range(2)]
     assert rows[0][first - 1].nonzero()[0].tolist() == [1] and rows[1][second - 1].nonzero()[
@@ -216,7 +216,9 @@ def test_bench_names_rates_fill_and_padding(cfg, tmp_path, monkeypatch, capsys):
     assert re.search(r"documents/s read and tokenised; left out: bad row [12]\n", text)
     assert re.search(r"images/s decoded and resized to 8; left out: unreadable image \d+\n", text)
     (padding,) = re.findall(
-        rf"data.slots = 6, of {cfg.data.pool} rows: ([\d.]+)% of the ViT's images are padding", text
+        rf"data.slots = 6, of {cfg.data.image_group} rows: ([\d.]+)% of the ViT's images are"
+        " padding",
+        text,
     )
     (row,) = re.findall(r"^8 +[\d.]+ +([\d.]+)", text, re.MULTILINE)
     assert float(padding) + float(row) == pytest.approx(100, abs=0.11)

@@ -49,7 +49,7 @@ def samples(tmp_path_factory):
 def model():
     cfg = tiny_config(
         llm=dict(vocab=TOKENIZER.vocab_size),
-        data=dict(template="plain", length=96, images=2, targets=32, pairs=24),
+        data=dict(template="plain", length=96, images=2, targets=32, block_pairs=24),
     )
     return random_model(cfg, 0)
 
@@ -100,7 +100,8 @@ def test_answers_are_the_candidates_of_lowest_loss(samples, model):
 
 def test_greedy_is_what_the_whole_forward_pass_likes_best(samples):
     cfg = tiny_config(
-        llm=dict(vocab=TOKENIZER.vocab_size), data=dict(length=96, images=2, targets=32, pairs=24)
+        llm=dict(vocab=TOKENIZER.vocab_size),
+        data=dict(length=96, images=2, targets=32, block_pairs=24),
     )
     model = random_model(cfg, 5)  # it likes to say "z"
     letters = [chr(i) for i in range(32, 127)]

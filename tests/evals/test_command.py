@@ -27,7 +27,7 @@ from tests.helpers.tiny import tiny_config
 def run(tmp_path_factory):
     """A run's directory."""
     folder = tmp_path_factory.mktemp("run")
-    cfg = tiny_config(data=dict(length=96, images=2, targets=32, pairs=24))  # noqa: C408
+    cfg = tiny_config(data=dict(length=96, images=2, targets=32, block_pairs=24))  # noqa: C408
     run_directory(folder, cfg, random_model(cfg, 0))
     return folder
 

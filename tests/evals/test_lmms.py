@@ -32,7 +32,7 @@ stored = pytest.importorskip("evlm_jax.evals.lmms.requests", reason=NEED).stored
 def run(tmp_path_factory):
     """A run's directory."""
     folder = tmp_path_factory.mktemp("run")
-    cfg = tiny_config(data=dict(length=96, images=4, targets=32, pairs=24))  # noqa: C408
+    cfg = tiny_config(data=dict(length=96, images=4, targets=32, block_pairs=24))  # noqa: C408
     run_directory(folder, cfg, random_model(cfg, 0))
     return folder
 

@@ -26,7 +26,7 @@ def cfg(tmp_path_factory):
         llm=str(llama_directory(folder / "llm", plain)),
         centre_norms=False,
     )
-    data = dict(length=96, images=2, targets=32, pairs=24)
+    data = dict(length=96, images=2, targets=32, block_pairs=24)
     followed = dict(
         monitors=(f"classes:{layouts.write('classes', folder / 'classes')}",),
         monitor_every=3,

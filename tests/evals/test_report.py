@@ -226,7 +226,7 @@ def test_empty_metrics_are_refused(tmp_path):
 def test_attention_section_and_banner(tmp_path):
     cfg = tiny_config(
         llm=dict(vocab=TOKENIZER.vocab_size),
-        data=dict(template="plain", length=96, targets=32, pairs=24),
+        data=dict(template="plain", length=96, targets=32, block_pairs=24),
     )
     Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
     sample = Sample(

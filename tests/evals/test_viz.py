@@ -35,9 +35,9 @@ def test_trace_is_the_model(every, sinks, kind, shared):
         assert len(weights) == len(cfg.cross_layers)
 
 
-@pytest.mark.parametrize("pool", [1, 2])
-def test_attention_maps_stay_in_the_visible_range(pool):
-    cfg = tiny_config(data=dict(pool=pool, pairs=12 * pool))
+@pytest.mark.parametrize("group", [1, 2])
+def test_attention_maps_stay_in_the_visible_range(group):
+    cfg = tiny_config(data=dict(image_group=group, block_pairs=12 * group))
     batch, row = tiny_batch(cfg, 2), 1
     positions = list(range(cfg.data.length))
     maps = attention_maps.attention_maps(random_model(cfg, 0), batch, row, positions)
@@ -67,8 +67,8 @@ def test_what_has_no_map_over_patches_says_so(kind):
 @pytest.mark.parametrize("template", ["plain", "chatml"])
 def test_word_maps(template, tmp_path):
     data = dict(
-        template=template, length=96, targets=32, pool=2, slots=5, pairs=24
-    )  # one row alone, whatever the pools of training
+        template=template, length=96, targets=32, image_group=2, slots=5, block_pairs=24
+    )  # one row alone, whatever the image groups of training
     cfg = tiny_config(llm=dict(vocab=TOKENIZER.vocab_size), data=data)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     sample = Sample(

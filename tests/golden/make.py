@@ -80,7 +80,7 @@ def config(folder: Path, name: str):
         window=4,
         length=96,
         targets=48,
-        pairs=24,
+        block_pairs=24,
     )
     form = FORMS[name]
     train = dict(steps=12, save_every=3, keep=1) | form.get("train", {})

@@ -96,7 +96,7 @@ def text_logits(cfg: EVLMConfig, model: EVLM, tokens: np.ndarray) -> np.ndarray:
         "target_positions": none,
         "targets": none - 1,
         "target_source": none,
-        **attention_plan(none, none, cfg.xattn.tile, data.pairs),
+        **attention_plan(none, none, cfg.xattn.query_block, data.block_pairs),
     }
     pixels = np.zeros((1, data.images, cfg.vit.image_size, cfg.vit.image_size, 3), np.uint8)
     batch = Batch(
@@ -121,7 +121,7 @@ def answer_logits(
     grouped = AttentionPlan(
         *(
             np.stack([array] * rows)
-            for array in attention_plan(none[0], none[0], cfg.xattn.tile, 1).values()
+            for array in attention_plan(none[0], none[0], cfg.xattn.query_block, 1).values()
         )
     )
     prompt = decoding.Prompt(

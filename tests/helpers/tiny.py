@@ -39,20 +39,20 @@ _TINY = dict(
         eps=1e-5, qkv_bias=False, tied=True, dynamic_ntk=0, logn=0,
     ),
     xattn=dict(
-        heads=2, kv_heads=2, head_dim=16, ffn=32, every=1, schedule="blocked", sinks=1, tile=8,
-        eps=1e-5,
+        heads=2, kv_heads=2, head_dim=16, ffn=32, every=1, schedule="blocked", sinks=1,
+        query_block=8, eps=1e-5,
     ),
     moe=dict(
         copies=0, slices=2, top_k=2, gates="renormalise", capacity=0.0, balance=0.01, z=0.001,
-        tile=8, upcycle="preserve",
+        expert_block=8, upcycle="preserve",
     ),
     media=dict(tokens=2, placeholder="<|media|>"),
     bridge=dict(kind="routed", latents=3, depth=2, heads=2, head_dim=16, ffn=2),
     data=dict(
         sources=("vqa", "caption"), weights=(1.0, 1.0), tasks=(), ends="repeat", template="chatml",
-        length=48, images=4, targets=24, pool=1, slots=4, pairs=12, dialogs=0, isolate=True,
-        window=8, resize="squash", scaled_decoding=False, most_drops=1.0, cache_features=False,
-        seed=0,
+        length=48, images=4, targets=24, image_group=1, slots=4, block_pairs=12, dialogs=0,
+        isolate=True, window=8, resize="squash", scaled_decoding=False, most_drops=1.0,
+        cache_features=False, seed=0,
     ),
     clean=dict(
         letters=0.2, digits=7, duplicates=0.5, links=("https?:", r"\.(com|png)"), words=3,
@@ -98,13 +98,13 @@ def tiny_config(**overrides) -> EVLMConfig:
         else:
             config[section] = values
     if "slots" not in overrides.get("data", {}):
-        config.data.slots = config.data.pool * config.data.images
+        config.data.slots = config.data.image_group * config.data.images
     return from_config_dict(config)
 
 
 def tiny_batch(cfg: EVLMConfig, seed: int, rows: int | None = None, fill: float = 1.0) -> Batch:
     """Random but valid packed rows as numpy, a function of `seed`: several documents a row, with 0
-    to 2 images each. Pools do not change the documents.
+    to 2 images each. Image groups do not change the documents.
 
     Args:
       rows: of the batch; train.batch where left out.
@@ -118,35 +118,37 @@ def tiny_batch(cfg: EVLMConfig, seed: int, rows: int | None = None, fill: float 
             for name in Batch._fields
         )
     )
-    return batch if cfg.data.pool == 1 else pooled(cfg, batch)
+    return batch if cfg.data.image_group == 1 else in_groups(cfg, batch)
 
 
-def pooled(cfg: EVLMConfig, batch: Batch) -> Batch:
-    """Rows that have image slots of their own, in pools: used slots stand one behind another."""
+def in_groups(cfg: EVLMConfig, batch: Batch) -> Batch:
+    """Rows that have image slots of their own, in image groups: used slots stand one behind
+    another.
+    """
     data, spec = cfg.data, Batch.spec(cfg, len(batch.tokens))
     fields = {
         name: None if array is None else array.copy() for name, array in batch._asdict().items()
     }
     kind = "taps" if batch.pixels is None else "pixels"
     fields[kind], plans = np.zeros(getattr(spec, kind).shape, getattr(batch, kind).dtype), []
-    for first in range(0, len(batch.tokens), data.pool):
+    for first in range(0, len(batch.tokens), data.image_group):
         slot = 0
-        for row in range(first, first + data.pool):
+        for row in range(first, first + data.image_group):
             images, sees = (
                 batch.visible_stop[row].max(),
                 batch.visible_stop[row] > batch.visible_start[row],
             )
-            fields[kind][first // data.pool, slot : slot + images] = getattr(batch, kind)[
+            fields[kind][first // data.image_group, slot : slot + images] = getattr(batch, kind)[
                 row, :images
             ]
             for name in ("visible_start", "visible_stop"):
                 fields[name][row, sees] += slot
             slot += images
         seen = (
-            fields[name][first : first + data.pool].ravel()
+            fields[name][first : first + data.image_group].ravel()
             for name in ("visible_start", "visible_stop")
         )
-        plans.append(attention_plan(*seen, cfg.xattn.tile, data.pairs))
+        plans.append(attention_plan(*seen, cfg.xattn.query_block, data.block_pairs))
     return Batch(**fields | {name: np.stack([p[name] for p in plans]) for name in plans[0]})
 
 
@@ -187,8 +189,8 @@ def _row(cfg: EVLMConfig, rng: np.random.Generator, fill: float) -> dict:
         row["target_source"][spots] = document % len(data.sources)
         at, image, target, document = at + size, image + images, target + len(answer), document + 1
     row |= (
-        attention_plan(row["visible_start"], row["visible_stop"], cfg.tile, data.pairs)
-        if cfg.tile
+        attention_plan(row["visible_start"], row["visible_stop"], cfg.query_block, data.block_pairs)
+        if cfg.query_block
         else dict.fromkeys(AttentionPlan._fields)
     )
     pixels = rng.integers(0, 256, (data.images, vit.image_size, vit.image_size, 3)).astype(np.uint8)

@@ -41,7 +41,7 @@ GRADIENTS = [
 ]
 
 
-def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], kind="", pool=1, **train):
+def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], kind="", image_group=1, **train):
     """Sizes that eight devices divide; the upper half of the ViT trains too.
 
     `kind`: of a baseline.
@@ -59,9 +59,9 @@ def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], kind="", pool=1
             "images": 8,
             "length": 64,
             "targets": 32,
-            "pool": pool,
-            "slots": 8 * pool,
-            "pairs": 24 * pool,
+            "image_group": image_group,
+            "slots": 8 * image_group,
+            "block_pairs": 24 * image_group,
         },
         optim={"phases": ({"start": 0.0, "warmup": 0, "rules": UPPER_VIT},), "lr": 1e-2},
         train={"batch": 8, "remat": "dots", "loss_chunk": 12, "save_every": 2, "steps": 4} | train,
@@ -87,7 +87,9 @@ def found(cfg):
     )
     with jax.default_matmul_precision("highest"):
         return run(
-            trainable, frozen, layout.put_pools(tiny_batch(cfg, 0), range(cfg.pools), cfg.pools)
+            trainable,
+            frozen,
+            layout.put_groups(tiny_batch(cfg, 0), range(cfg.image_groups), cfg.image_groups),
         )
 
 
@@ -120,12 +122,12 @@ def assert_equal_to_alone(cfg, alone):
 
 
 @pytest.mark.parametrize("mesh, accumulate", [((1, 2, 2, 2), 1), ((2, 1, 1, 2), 2)])
-def test_rows_in_pools_give_the_gradients_of_rows_alone(mesh, accumulate, alone):
-    """The same documents: pools on a mesh against rows with image slots of their own on one
+def test_rows_in_groups_give_the_gradients_of_rows_alone(mesh, accumulate, alone):
+    """The same documents: image groups on a mesh against rows with image slots of their own on one
     device.
     """
     assert_equal(
-        *found(config(mesh, policy=POLICIES[accumulate - 1], pool=2, accumulate=accumulate)),
+        *found(config(mesh, policy=POLICIES[accumulate - 1], image_group=2, accumulate=accumulate)),
         alone[False],
     )
 
@@ -225,7 +227,7 @@ def test_state_is_sharded_before_and_after_a_step():
     for step in range(2):
         for tree in (state.params, state.groups[0].mu, state.groups[0].nu, phase.frozen):
             assert_sharded(cfg, tree)
-        state, report = phase.update(state, layout.put_pools(tiny_batch(cfg, step), range(8), 8))
+        state, report = phase.update(state, layout.put_groups(tiny_batch(cfg, step), range(8), 8))
     assert report["good"] and state.step == 2
 
 
@@ -298,7 +300,7 @@ def trained_on(cfg, workdir, data=lambda cfg, own: TinyData(cfg), on_step=None):
             train(
                 cfg,
                 workdir,
-                data(cfg, layout.own_pools(cfg.pools)),
+                data(cfg, layout.own_groups(cfg.image_groups)),
                 tiny_towers(cfg),
                 on_step=on_step,
             )

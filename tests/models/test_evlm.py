@@ -86,8 +86,8 @@ def row(cfg: EVLMConfig, documents: list[list], seed: int = 0) -> Batch:
     fields = {name: np.array(values, np.int32) for name, values in fields.items()}
     ranges = fields["visible_start"], fields["visible_stop"]
     fields |= (
-        attention_plan(*ranges, cfg.tile, cfg.data.pairs)
-        if cfg.tile
+        attention_plan(*ranges, cfg.query_block, cfg.data.block_pairs)
+        if cfg.query_block
         else dict.fromkeys(AttentionPlan._fields)
     )
     none = np.zeros(cfg.data.targets, np.int32)
@@ -156,8 +156,8 @@ def test_images_reach_only_their_document_and_what_follows_them(kind):
     )
 
 
-def test_a_row_does_not_see_the_images_of_its_pool():
-    cfg = tiny_config(data=dict(pool=2, images=6, slots=9, pairs=24))
+def test_a_row_does_not_see_the_images_of_its_group():
+    cfg = tiny_config(data=dict(image_group=2, images=6, slots=9, block_pairs=24))
     batch = tiny_batch(cfg, 6)
     first = int(batch.visible_stop[0].max())
     assert 0 < first < batch.visible_stop[1].max()
@@ -169,11 +169,11 @@ def test_a_row_does_not_see_the_images_of_its_pool():
         assert touched.any() == (image < batch.visible_stop.max())
 
 
-def test_rows_in_pools_equal_rows_alone():
+def test_rows_in_groups_equal_rows_alone():
     """Loss and gradients of the same documents, of given taps; tests/mesh/devices.py does it from
     pixels on.
     """
-    data = dict(pool=2, images=6, slots=9, pairs=24, cache_features=True)
+    data = dict(image_group=2, images=6, slots=9, block_pairs=24, cache_features=True)
     cfg = tiny_config(vit=dict(depth=2, taps=(2,)), data=data, train=dict(batch=4))
     model = open_gates(cfg)
     sums = jax.jit(jax.value_and_grad(lambda model, batch: loss_sums(model, batch, 2)[0]))
@@ -196,7 +196,7 @@ def test_one_block_sees_the_visible_range_only():
         cross = jax.tree.map(lambda a: a[0], model.xattn)
         k, v = cross.keys_values(taps[:, :, 0])
         grouping = AttentionPlan(
-            batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image
+            batch.block_tokens, batch.token_place, batch.pair_block, batch.pair_image
         )
 
         def attend(q):
@@ -251,7 +251,7 @@ def test_schedule_and_placement_equal_a_plain_loop(schedule, every):
     )
     x, grouping = (
         model.embed(batch.tokens, batch.media_slot),
-        AttentionPlan(batch.tile_tokens, batch.token_tile, batch.pair_tile, batch.pair_image),
+        AttentionPlan(batch.block_tokens, batch.token_place, batch.pair_block, batch.pair_image),
     )
     layers, used = -(-cfg.llm.layers // every), []
     for layer in range(cfg.llm.layers):

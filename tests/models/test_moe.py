@@ -33,7 +33,7 @@ DEFAULTS = dict(
     capacity=0.0,
     balance=0.01,
     z=0.001,
-    tile=8,
+    expert_block=8,
     upcycle="preserve",
 )
 WIDTH, HIDDEN = 24, 32

@@ -36,9 +36,11 @@ def inputs(model, batch):
     return model.forward_with_observer(batch, model.visual_states(batch), observe)[1].observed
 
 
-@pytest.mark.parametrize("every, pool", [(1, 1), (3, 2)])
-def test_norms_centre_what_they_read(every, pool):
-    cfg = tiny_config(xattn={"every": every}, data={"pool": pool, "pairs": 12 * pool})
+@pytest.mark.parametrize("every, group", [(1, 1), (3, 2)])
+def test_norms_centre_what_they_read(every, group):
+    cfg = tiny_config(
+        xattn={"every": every}, data={"image_group": group, "block_pairs": 12 * group}
+    )
     batch, model = tiny_batch(cfg, seed=0, rows=2, fill=0.5), new_model(cfg)
     before = inputs(model, batch)
     nnx.update(model, jax.jit(centre_norms)(model, batch))
@@ -48,9 +50,9 @@ def test_norms_centre_what_they_read(every, pool):
         batch.target_positions[batch.targets >= 0],
     )
     text = real_tokens(batch) & (batch.media_slot < 0)
-    seen = np.zeros((2 // pool, cfg.data.slots), bool)
+    seen = np.zeros((2 // group, cfg.data.slots), bool)
     for b, (start, stop) in enumerate(zip(batch.visible_start, batch.visible_stop)):
-        seen[b // pool, [i for first, last in zip(start, stop) for i in range(first, last)]] = True
+        seen[b // group, [i for first, last in zip(start, stop) for i in range(first, last)]] = True
     assert not text.all() and not seen.all()
     for old, new in list(zip(map(np.asarray, before), map(np.asarray, inputs(model, batch)))):
         around, spots = (text, at) if old.ndim == 4 else (seen, seen)

@@ -65,12 +65,8 @@ def test_block_equals_open_flamingo():
         expected = theirs(torch.tensor(x), media, media_locations=torch.tensor(marks)).numpy()
 
     stop = marks[0].cumsum().astype(np.int32)
-    grouping = AttentionPlan(
-        **{
-            name: jnp.array(p)[None]
-            for name, p in attention_plan(np.maximum(stop - 1, 0), stop, cfg.xattn.tile, 12).items()
-        }
-    )
+    plan = attention_plan(np.maximum(stop - 1, 0), stop, cfg.xattn.query_block, 12)
+    grouping = AttentionPlan(**{name: jnp.array(p)[None] for name, p in plan.items()})
     with jax.default_matmul_precision("highest"):
         keys, values = ours.keys_values(jnp.array(tap))
         got, *_ = ours(

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evlm_jax.ops.attention_plan import attention_plan, pair_count
+from evlm_jax.ops.attention_plan import attention_plan, block_pair_count
 from evlm_jax.ops.grouped_attention import AttentionPlan, grouped_attention
 
-T, IMAGES, S, N, KV, H, TILE, PAIRS = 14, 5, 7, 4, 2, 8, 4, 40
+T, IMAGES, S, N, KV, H, QUERY_BLOCK, PAIRS = 14, 5, 7, 4, 2, 8, 4, 40
 
 
 def dense(q, k, v, start, stop, sinks):
@@ -60,7 +60,10 @@ def test_equals_dense_oracle_forward_and_gradient(sinks, seed):
     q, k, v = arrays(seed)
     start, stop = ranges(seed)
     grouping = AttentionPlan(
-        **{name: jnp.array(x)[None] for name, x in attention_plan(start, stop, TILE, PAIRS).items()}
+        **{
+            name: jnp.array(x)[None]
+            for name, x in attention_plan(start, stop, QUERY_BLOCK, PAIRS).items()
+        }
     )
     weight = jnp.array(np.random.default_rng(9).standard_normal((T, N, H)), jnp.float32)
 
@@ -88,7 +91,10 @@ def test_other_images_change_no_bit():
     q, k, v = arrays(2)
     start, stop = ranges(2)
     grouping = AttentionPlan(
-        **{name: jnp.array(x)[None] for name, x in attention_plan(start, stop, TILE, PAIRS).items()}
+        **{
+            name: jnp.array(x)[None]
+            for name, x in attention_plan(start, stop, QUERY_BLOCK, PAIRS).items()
+        }
     )
     run = jax.jit(lambda k, v: grouped_attention(q[None], k[None], v[None], grouping, 1)[0])
     before = run(k, v)
@@ -104,22 +110,22 @@ def test_other_images_change_no_bit():
     st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), min_size=1, max_size=40),
     st.integers(1, 8),
 )
-def test_plan_puts_every_seeing_token_in_one_tile_of_its_range(spans, tile):
+def test_plan_puts_every_seeing_token_in_one_block_of_its_range(spans, query_block):
     start = np.array([a for a, _ in spans])
     stop = np.array([a + n for a, n in spans])
-    need = pair_count(start, stop, tile)
-    grouping = attention_plan(start, stop, tile, max(need, 1))
-    flat = grouping["tile_tokens"].reshape(-1)
+    need = block_pair_count(start, stop, query_block)
+    grouping = attention_plan(start, stop, query_block, max(need, 1))
+    flat = grouping["block_tokens"].reshape(-1)
     for token in range(len(spans)):
         places = np.flatnonzero(flat == token)
         assert len(places) == (stop[token] > start[token])
         if len(places):
-            assert grouping["token_tile"][token] == places[0]
-            images = grouping["pair_image"][grouping["pair_tile"] == places[0] // tile]
+            assert grouping["token_place"][token] == places[0]
+            images = grouping["pair_image"][grouping["pair_block"] == places[0] // query_block]
             assert images.tolist() == list(range(start[token], stop[token]))
         else:
-            assert grouping["token_tile"][token] == len(flat)
-    assert (np.diff(grouping["pair_tile"]) >= 0).all()
+            assert grouping["token_place"][token] == len(flat)
+    assert (np.diff(grouping["pair_block"]) >= 0).all()
     if need:
-        with pytest.raises(ValueError, match="data.pairs"):
-            attention_plan(start, stop, tile, need - 1)
+        with pytest.raises(ValueError, match="data.block_pairs"):
+            attention_plan(start, stop, query_block, need - 1)

@@ -1,4 +1,4 @@
-"""Tiles by expert against a loop over tokens, for every load: empty experts, all tokens on one,
+"""Blocks by expert against a loop over tokens, for every load: empty experts, all tokens on one,
 padding, a limit.
 """
 
@@ -21,28 +21,28 @@ def close(ours, theirs):
     np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(np.abs(theirs).max(), 1e-30))
 
 
-TILE = 4
+BLOCK = 4
 
 
-def there(x, kernels, groups, tile):
+def there(x, kernels, groups, block):
     """Sum over its choices of each token times their kernels [tokens, F], multiplied on the way
     into rows.
     """
-    return ops.combine(ops.dispatch_matmul(x, kernels, groups, tile), groups, len(x))
+    return ops.combine(ops.dispatch_matmul(x, kernels, groups, block), groups, len(x))
 
 
-def back(x, kernels, groups, tile):
+def back(x, kernels, groups, block):
     """The same, multiplied on the way back."""
-    return ops.combine_matmul(ops.dispatch(x, groups, len(x)), kernels, groups, len(x), tile)
+    return ops.combine_matmul(ops.dispatch(x, groups, len(x)), kernels, groups, len(x), block)
 
 
 @jax.jit
 def ours(x, kernels, expert, weight):
     """The sums of both ways, and the gradients of their products with `weight`."""
-    groups = ops.group(expert, len(kernels), TILE)
+    groups = ops.group(expert, len(kernels), BLOCK)
 
     def loss(x, kernels, way):
-        out = way(x, kernels, groups, TILE)
+        out = way(x, kernels, groups, BLOCK)
         return (out * weight).sum(), out
 
     found = [
@@ -100,14 +100,14 @@ def test_skewed_loads(load):
     check(ours(x, kernels, expert, weight), loop(x, kernels, expert, weight))
 
 
-@pytest.mark.parametrize("tile", [1, 3, 8])
-def test_many_tiles_at_once(tile):
+@pytest.mark.parametrize("block", [1, 3, 8])
+def test_many_blocks_at_once(block):
     """Enough rows of one expert for every stride, and a rest."""
     x, kernels, weight = operands(200)
     expert = np.where(np.arange(200) < 170, 2, np.arange(200) % EXPERTS).astype(np.int32)
-    groups = ops.group(expert, EXPERTS, tile)
+    groups = ops.group(expert, EXPERTS, block)
     for way in (there, back):
-        close(way(x, jnp.asarray(kernels), groups, tile), loop(x, kernels, expert, weight)[0])
+        close(way(x, jnp.asarray(kernels), groups, block), loop(x, kernels, expert, weight)[0])
 
 
 def test_rows_of_the_drawing():
@@ -115,7 +115,7 @@ def test_rows_of_the_drawing():
     expert = np.array(
         [0, 0, 2, 3, 2, 1, 0, 3], np.int32
     )  # first choices of the tokens, then second ones
-    groups = ops.group(expert, experts=3, tile=2)
+    groups = ops.group(expert, experts=3, block=2)
     np.testing.assert_array_equal(groups.first, [0, 2, 3, 4])
     tokens = np.where(groups.choice < 8, groups.choice % 4, -1)
     np.testing.assert_array_equal(tokens, [0, 1, 2, -1, 1, -1, 2, 0, -1, -1])
@@ -123,25 +123,25 @@ def test_rows_of_the_drawing():
 
 def test_over_the_limit_first_choices_stay():
     expert = np.array([0, 0, 0, 1, 1, 0], np.int32)  # three tokens: first choices, then second ones
-    groups = ops.group(expert, experts=2, tile=2, limit=2)
+    groups = ops.group(expert, experts=2, block=2, limit=2)
     rows = len(groups.choice)
     assert (np.asarray(groups.row) == rows).tolist() == [False, False, True, False, False, True]
 
 
-def test_no_wide_row_is_stored_and_no_kernel_copied_for_each_tile():
+def test_no_wide_row_is_stored_and_no_kernel_copied_for_each_block():
     """Temporaries of both passes are less than the rows of all choices [R, D]; the gradient of a
-    kernel is held once, not once a tile.
+    kernel is held once, not once a block.
     """
-    tokens, width, hidden, k, tile = 512, 256, 16, 4, 4
+    tokens, width, hidden, k, block = 512, 256, 16, 4, 4
     x, fc1, fc2 = (
         jnp.zeros(shape)
         for shape in ((tokens, width), (EXPERTS, width, hidden), (EXPERTS, hidden, width))
     )
 
     def loss(x, fc1, fc2, expert):
-        groups = ops.group(expert, EXPERTS, tile)
+        groups = ops.group(expert, EXPERTS, block)
         return ops.combine_matmul(
-            jnp.square(ops.dispatch_matmul(x, fc1, groups, tile)), fc2, groups, tokens, tile
+            jnp.square(ops.dispatch_matmul(x, fc1, groups, block)), fc2, groups, tokens, block
         ).sum()
 
     compiled = (
@@ -149,8 +149,8 @@ def test_no_wide_row_is_stored_and_no_kernel_copied_for_each_tile():
         .lower(x, fc1, fc2, jnp.zeros(k * tokens, jnp.int32))
         .compile()
     )
-    rows, tiles = k * tokens * x[0].nbytes, k * tokens // tile * fc1[0].nbytes
-    assert compiled.memory_analysis().temp_size_in_bytes < rows < tiles
+    rows, blocks = k * tokens * x[0].nbytes, k * tokens // block * fc1[0].nbytes
+    assert compiled.memory_analysis().temp_size_in_bytes < rows < blocks
 
 
 def test_kernel_form(monkeypatch):
@@ -189,11 +189,11 @@ def test_gradient_of_a_kernel_is_summed_in_float32(way):
     def rounded(a):
         return np.asarray(jnp.asarray(a).astype(jnp.bfloat16).astype(jnp.float32))
 
-    groups = ops.group(expert, EXPERTS, TILE)
+    groups = ops.group(expert, EXPERTS, BLOCK)
 
     def loss(kernels):
         with jax.default_matmul_precision("bfloat16"):
-            return (way(x, kernels, groups, TILE) * weight).sum()
+            return (way(x, kernels, groups, BLOCK) * weight).sum()
 
     close(
         jax.grad(loss)(jnp.asarray(kernels)), loop(rounded(x), kernels, expert, rounded(weight))[2]

@@ -89,24 +89,27 @@ def test_a_wrong_mesh_is_refused_before_any_compilation(mesh, message):
         make_layout(tiny_config(mesh=mesh), jax.devices() * 8)
 
 
-def test_rows_of_a_device_must_be_whole_pools():
-    cfg = tiny_config(data={"pool": 2}, train={"batch": 12, "accumulate": 2}, mesh={"data": 2})
+def test_rows_of_a_device_must_be_whole_groups():
+    cfg = tiny_config(
+        data={"image_group": 2}, train={"batch": 12, "accumulate": 2}, mesh={"data": 2}
+    )
     with pytest.raises(
         ValueError,
         match=(
-            r"3 rows of a device and micro-batch .* are no whole pools of data.pool = 2: .*or"
-            r" data.pool = 1"
+            r"3 rows of a device and micro-batch .* are no whole image groups of"
+            r" data.image_group = 2: .*or data.image_group = 1"
         ),
     ):
         make_layout(cfg, jax.devices() * 2)
     with pytest.raises(
-        ValueError, match="data.pool must divide the rows of train.batch / train.accumulate"
+        ValueError, match="data.image_group must divide the rows of train.batch / train.accumulate"
     ):
-        tiny_config(data={"pool": 2}, train={"batch": 12, "accumulate": 4})
+        tiny_config(data={"image_group": 2}, train={"batch": 12, "accumulate": 4})
     with pytest.raises(
-        ValueError, match=r"data.slots must lie in data.images..data.pool \* data.images = 4..8"
+        ValueError,
+        match=r"data.slots must lie in data.images..data.image_group \* data.images = 4..8",
     ):
-        tiny_config(data={"pool": 2, "slots": 9}, train={"batch": 2})
+        tiny_config(data={"image_group": 2, "slots": 9}, train={"batch": 2})
 
 
 def test_experts_and_images_must_divide():
@@ -250,7 +253,7 @@ def test_a_parameter_that_no_rule_covers_is_named(monkeypatch):
 def test_processes_answer_as_one_does(tmp_path):
     """`evlm eval` on two processes of two devices each: what one process of one device finds."""
     run, data = tmp_path / "run", layouts.write("gqa", tmp_path / "gqa")
-    cfg = tiny_config(data={"length": 96, "images": 2, "targets": 32, "pairs": 24})
+    cfg = tiny_config(data={"length": 96, "images": 2, "targets": 32, "block_pairs": 24})
     run_directory(run, cfg, random_model(cfg, 0))
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -44,8 +44,8 @@ def program(zero: int, frozen: str, mesh: tuple, experts: bool = False) -> Modul
             "mlp": 2048,
         },
         xattn={"heads": 4, "head_dim": 128, "ffn": 1024},
-        moe={"copies": 4 if experts else 0, "slices": 4, "top_k": 4, "tile": 64},
-        data={"length": 256, "images": 8, "targets": 128, "pairs": 32},
+        moe={"copies": 4 if experts else 0, "slices": 4, "top_k": 4, "expert_block": 64},
+        data={"length": 256, "images": 8, "targets": 128, "block_pairs": 32},
         optim={"phases": ({"start": 0.0, "warmup": 0, "rules": RULES},)},
         train=dict.fromkeys(("dtype", "matmul_precision", "frozen_dtype"), "bfloat16")
         | {

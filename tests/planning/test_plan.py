@@ -51,11 +51,11 @@ def ratios(report: dict) -> dict[str, float]:
 def test_a_step_executes_what_is_needed_and_known_extras(phase, remat):
     cfg = config(train={"batch": 2, "remat": remat})
     report = plan(cfg, "cpu:1", phase=phase)
-    t, pairs = cfg.data.length, cfg.data.pairs * cfg.xattn.tile
+    t, pairs = cfg.data.length, cfg.data.block_pairs * cfg.xattn.query_block
     known = {
         flops.LLM_SCORES: 2 * t / (t + 1),
         flops.CROSS_SCORES: pairs / t,
-    }  # masked halves; tiles that may be empty
+    }  # masked halves; query blocks that may be empty
     # The norm's gradient is a product more; of a trained ViT, taps 2 of 3 need a gradient, in 2 of
     # 4 layers, and all get one.
     known[flops.KEYS] = 3 / 2 if phase == 0 else 3 / (2 + 2 / 4)
@@ -276,13 +276,13 @@ def test_the_pods_page_plans_what_can_be(run):
             cfg = planned(words)
             assert (
                 cfg.train.batch == cfg.train.accumulate * cfg.mesh.fsdp * cfg.mesh.expert
-                and cfg.data.pool == 1
+                and cfg.data.image_group == 1
             )
     assert pods.arguments(run, "v5e:16x16", tensor=1) is None  # more chips than rows
     for entry in pods.PODS:
         cfg = planned(pods.pod(*entry))
         assert (
-            cfg.pools % (cfg.train.accumulate * cfg.mesh.fsdp * cfg.mesh.expert)
+            cfg.image_groups % (cfg.train.accumulate * cfg.mesh.fsdp * cfg.mesh.expert)
             == 0
             == cfg.data.slots % cfg.mesh.tensor
         )

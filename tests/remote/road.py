@@ -40,7 +40,7 @@ def make(root: str, scratch: Path, **sections) -> EVLMConfig:
         "window": 4,
         "length": 96,
         "targets": 48,
-        "pairs": 24,
+        "block_pairs": 24,
     } | sections.pop("data", {})
     cfg = tiny_config(
         data=data,

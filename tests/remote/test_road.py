@@ -112,7 +112,7 @@ def export_and_import(evlm, file, root, store):
 def test_the_whole_road(evlm, bucket, store, tmp_path):
     root = f"{bucket}/road"
     sizes = {
-        "data": {"length": 96, "images": 2, "targets": 32, "pairs": 24},
+        "data": {"length": 96, "images": 2, "targets": 32, "block_pairs": 24},
         "train": {"steps": STEPS, "save_every": EVERY},
     }
     file = experiment(tmp_path / "mine.py", make(root, tmp_path / "scratch", **sizes))

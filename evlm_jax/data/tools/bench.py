@@ -12,23 +12,26 @@ from itertools import islice
 from evlm_jax.config import DataConfig, EVLMConfig
 from evlm_jax.data import image
 from evlm_jax.data.mixture import tasks
-from evlm_jax.data.pack import Budget, Packer, assemble, fill, pool, used
+from evlm_jax.data.pack import Budget, Packer, assemble, fill, pack_image_group, used
 from evlm_jax.data.samples import SampleError
 from evlm_jax.data.sources import open_source
 from evlm_jax.data.text import Document
 
 WINDOWS = (1, 4, 16, 64, 256)
-POOL = 5  # rows that are tried
+GROUP = 5  # rows that are tried
 PADDING = 0.1  # of the image slots: more is worth another data.slots
 
 
 def rows_of(documents: Sequence[Document], data: DataConfig) -> list[list[Document]]:
-    """Rows of a finite stream, in whole pools, but those of the last window, which is not filled up
-    again.
+    """Rows of a finite stream, in whole image groups, but those of the last window, which is not
+    filled up again.
     """
     packer, rows = Packer(documents, data), []
     while packer.next < len(documents):
-        rows += [[document for _, document in row] for row in pool([packer] * data.pool, data)]
+        rows += [
+            [document for _, document in row]
+            for row in pack_image_group([packer] * data.image_group, data)
+        ]
     return rows
 
 
@@ -51,7 +54,7 @@ def timed(name: str, pack: Callable[[], list[list[Document]]], data: DataConfig)
     rows = pack()
     rate = len(rows) / (time.process_time() - begin)
     full = fill(rows, data)
-    shares = "".join(f"{100 * full[budget]:9.1f}" for budget in Budget._fields)
+    shares = "".join(f"{100 * full[budget]:{len(budget) + 4}.1f}" for budget in Budget._fields)
     return (
         f"{name:24}{shares}{sum(map(len, rows)) / len(rows):12.1f}"
         f"{natural_images(rows, data):10.1f}{rate:10.0f}"
@@ -62,16 +65,18 @@ def head(title: str) -> str:
     """Names of the columns of `line`."""
     return (
         f"{title:24}"
-        + "".join(f"{name + ' %':>9}" for name in Budget._fields)
+        + "".join(f"{name + ' %':>{len(name) + 4}}" for name in Budget._fields)
         + f"{'docs/row':>12}{'images*':>10}{'rows/s':>10}"
     )
 
 
-def pools_of(
+def image_groups_of(
     rows: Sequence[Sequence[Document]], data: DataConfig
 ) -> list[Sequence[Sequence[Document]]]:
-    """The rows of each pool."""
-    return [rows[first : first + data.pool] for first in range(0, len(rows), data.pool)]
+    """The rows of each image group."""
+    return [
+        rows[first : first + data.image_group] for first in range(0, len(rows), data.image_group)
+    ]
 
 
 FOOT = (
@@ -94,24 +99,24 @@ def report(documents: Sequence[Document], data: DataConfig) -> list[str]:
     rows = rows_of(documents, data)
     padding, natural = 1 - fill(rows, data)["images"], natural_images(rows, data)
     lines.append(
-        f"data.slots = {data.slots}, of {data.pool} rows: {100 * padding:.1f}% of the ViT's images"
-        " are padding"
+        f"data.slots = {data.slots}, of {data.image_group} rows: {100 * padding:.1f}% of the ViT's"
+        " images are padding"
     )
     if padding > PADDING and natural:
         most = max(len(document.refs) for document in documents)
-        for rows in sorted({data.pool, POOL}):
+        for rows in sorted({data.image_group, GROUP}):
             slots = max(math.ceil(natural * rows), most)
-            if slots < data.slots * rows / data.pool:
-                pairs = max(slots, data.pairs * rows // data.pool)
+            if slots < data.slots * rows / data.image_group:
+                pairs = max(slots, data.block_pairs * rows // data.image_group)
                 fewer = replace(
                     data,
-                    pool=rows,
+                    image_group=rows,
                     slots=slots,
                     images=slots if rows == 1 else min(data.images, slots),
-                    pairs=pairs,
+                    block_pairs=pairs,
                 )
                 lines.append(
-                    line(f"data.pool = {rows} slots = {slots}", documents, fewer)
+                    line(f"data.image_group = {rows} slots = {slots}", documents, fewer)
                     + "   less padding"
                 )
     return [*lines, FOOT]
@@ -134,7 +139,9 @@ def bench(cfg: EVLMConfig, tokenizer, count: int) -> str:
                 " greater --documents"
             )
         _, rate = _tried(
-            lambda rows: assemble(rows, cfg), pools_of(rows, cfg.data)[:64], cfg.data.pool
+            lambda rows: assemble(rows, cfg),
+            image_groups_of(rows, cfg.data)[:64],
+            cfg.data.image_group,
         )
         lines.append(rate("rows/s assembled"))
         refs = list(islice((ref for row in rows for document in row for ref in document.refs), 128))

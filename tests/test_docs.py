@@ -95,6 +95,7 @@ def test_there_are_commands():
         "flops",
         "data",
         "demo",
+        "chat",
     } <= set(words)
     assert any(param.values[0].startswith("python -m benchmarks") for param in COMMANDS)
 

@@ -6,7 +6,7 @@ import sys
 
 from evlm_jax.ablate import arguments as ablate_arguments
 from evlm_jax.assets import cache_root
-from evlm_jax.cli import convert, generate
+from evlm_jax.cli import chat, convert, generate
 from evlm_jax.cli.parser import Parser, Version, told, told_once
 from evlm_jax.config.load import CONFIG_HELP, load_config
 from evlm_jax.config.ranges import Count, Positive, argument
@@ -182,6 +182,10 @@ def _generate(args: argparse.Namespace, _overrides: list[str]) -> None:
     generate.run(args)
 
 
+def _chat(args: argparse.Namespace, _overrides: list[str]) -> None:
+    chat.run(args)
+
+
 def _upcycle_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="directory of a dense run")
     parser.add_argument("--config", required=True, help=f"of the stage with experts: {CONFIG_HELP}")
@@ -288,6 +292,7 @@ COMMANDS = {
         _ablate,
         "train variants of an experiment with several seeds, and compare them",
     ),
+    "chat": (chat.add_arguments, _chat, "a local page to ask a model about pictures and videos"),
     "convert": (convert.add_arguments, convert.run, "checkpoints from and to PyTorch"),
     "data": (_data_arguments, _data, "look at training data, measure and prepare them"),
     "demo": (_demo_arguments, _demo, "fetch, train, evaluate and report on real weights and data"),

@@ -42,10 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_stop,
         help="text that ends the answer; may be given several times",
     )
-    _add_sampling(parser)
+    parser.add_argument(
+        "--answers", type=argument(Answers), default=1, help="how many; several need a temperature"
+    )
+    add_sampling(parser)
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How tokens are drawn, one by one."""
     parser.add_argument(
         "--temperature",
         type=argument(NonNegative),
@@ -76,10 +80,13 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="above 1: against tokens that were there",
     )
-    parser.add_argument(
-        "--answers", type=argument(Answers), default=1, help="how many; several need a temperature"
-    )
     parser.add_argument("--seed", type=argument(Seed), default=0, help="of the draws")
+
+
+def sampling(args: argparse.Namespace) -> dict:
+    """What `add_sampling` read, as options of Generator.generate."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return {name: getattr(args, name) for name in names}
 
 
 def _text(text: str) -> str:
@@ -113,11 +120,10 @@ def run(args: argparse.Namespace) -> None:
     if args.video:
         visuals.append(video.sample(args.video, args.frames or captions.FRAMES))
     prompt = marked([args.prompt], len(visuals))
-    options = {
-        name: getattr(args, name)
-        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    options = sampling(args) | {
+        "num_return_sequences": args.answers,
+        "stop_strings": args.stop,
     }
-    options |= {"num_return_sequences": args.answers, "stop_strings": args.stop}
     if args.answers > 1 and not args.temperature:
         raise ValueError(
             f"--answers {args.answers}: at temperature 0 all answers are the same; give a"

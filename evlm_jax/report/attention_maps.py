@@ -99,13 +99,13 @@ def word_maps(
         sample.dialogs[0],
         int(np.flatnonzero(batch.media_slot[0] >= 0)[-1]) + 1,
     )
-    read = _words(
+    read = placed_words(
         tokenizer,
         batch.tokens[0, first:],
         range(first, model.cfg.data.length),
         asked.text.rpartition(MARKER)[2],
     )
-    said = _words(tokenizer, batch.targets[0], batch.target_positions[0], answer.text)
+    said = placed_words(tokenizer, batch.targets[0], batch.target_positions[0], answer.text)
     maps = attention_maps(model, batch, 0, [p for _, places in read + said for p in places])[
         :, :, :, 0
     ]
@@ -117,10 +117,12 @@ def word_maps(
     return rows
 
 
-def _words(
+def placed_words(
     tokenizer, tokens: np.ndarray, places: Sequence[int], text: str
 ) -> list[tuple[str, list[int]]]:
-    """The words of `text`, which `tokens` begin with, and the places of the tokens of each."""
+    """The words of `text`, which `tokens` begin with, and the places of the tokens of each: where
+    these are read, or of targets where they are predicted.
+    """
     places_of, seen, spelled = [[] for _ in text.split()], [], ""
     for token, place in zip(tokens, places, strict=True):
         if len(spelled.strip()) >= len(text.strip()):

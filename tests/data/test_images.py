@@ -2,6 +2,7 @@
 
 import av
 import numpy as np
+import PIL
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,6 +97,8 @@ PILLOWS = {
 )
 def test_resizing_is_pillows_but_for_rounding(tmp_path, resize, width, height):
     """Noise is the worst there is: every intermediate value may be cut off at 0 and 255."""
+    if int(PIL.__version__.split(".")[0]) < 13 and height > width:
+        pytest.skip("Pillow 12 resizes tall pictures across first; ours are as 13 makes them")
     noise = Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
     )

@@ -1,0 +1,100 @@
+"""Conversations, against the library's single prompts and the generator called by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evlm_jax.chat.conversation import Chat, Message
+from evlm_jax.data.samples import ImageRef, Turn
+from evlm_jax.generate import Generator
+from evlm_jax.library import Model
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "format1_dense"
+
+
+@pytest.fixture(scope="module")
+def chat(trained):
+    return Chat(trained, "4", 6)
+
+
+def picture(number):
+    return str(GOLDEN / "pictures" / f"{number}.png")
+
+
+def test_turns_are_answered_by_the_template(trained, chat):
+    first = [Message("user", "What is it?", (picture(1), picture(2)))]
+    *grown, answer = chat.answer(first)
+    assert grown and all(answer.startswith(part) for part in grown)
+    assert answer == Model(trained.model, trained.tokenizer).generate(
+        "What is it?", [picture(1), picture(2)], 6
+    )
+    second = Message("user", "From <image>?", (picture(3),))
+    *_, said = chat.answer([*first, Message("assistant", answer), second])
+    generator = Generator(trained.model, trained.tokenizer)
+    turns = [
+        Turn("user", "<image><image>What is it?"),
+        Turn("assistant", answer),
+        Turn("user", "From <image>?"),
+    ]
+    prompt = generator.prompt(turns, [(ImageRef(picture(n)),) for n in (1, 2, 3)])
+    assert said == generator.generate([prompt], 6)[0].text
+
+
+def test_a_picture_is_encoded_once(chat, monkeypatch):
+    asked, encode = [], chat._taps._encode
+    monkeypatch.setattr(chat._taps, "_encode", lambda refs: asked.extend(refs) or encode(refs))
+    talk = [Message("user", "What is it?", (picture(4),))]
+    *_, answer = chat.answer(talk)
+    more = [*talk, Message("assistant", answer), Message("user", "And this?", (picture(5),))]
+    *_, again = chat.answer(more)
+    chat.looks([*more, Message("assistant", again)], 0)
+    assert [ref.path for ref in asked] == [picture(4), picture(5)]
+
+
+def test_a_word_looks_where_the_library_says(trained, chat):
+    model = Model(trained.model, trained.tokenizer)
+    words = model.attention("What is it?", [picture(1)], answer="A cat.")[3:]
+    assert [word["word"] for word in words] == chat.words("A cat.")
+    talk = [Message("user", "What is it?", (picture(1),)), Message("assistant", "A cat.")]
+    for number, word in enumerate(words):
+        (look,) = chat.looks(talk, number)
+        # A batch holds kept taps as bfloat16.
+        assert np.abs(look.grid - word["grid"]).max() < 5e-4 and look.picture.size == (320, 320)
+        assert 0 < look.grid.sum() < look.share <= 1  # the class token is no patch
+
+
+def test_a_word_of_the_second_turn_sees_its_own_picture(chat):
+    talk = [
+        Message("user", "What is it?", (picture(1),)),
+        Message("assistant", "A cat."),
+        Message("user", "And these?", (picture(2),)),
+        Message("assistant", "Two dogs."),
+    ]
+    (look,) = chat.looks(talk, 1)
+    assert 0 < look.share <= 1
+    assert chat.looks([Message("user", "Hello"), Message("assistant", "Hello.")], 0) == []
+
+
+def test_what_cannot_be_answered_is_one_line(chat, tmp_path):
+    odd, film = tmp_path / "odd.png", tmp_path / "film.mp4"
+    odd.write_bytes(b"no picture")
+    film.write_bytes(b"no video")
+    for message, what in (
+        (Message("user", "What?", (str(odd),)), "odd.png: cannot decode"),
+        (Message("user", "What?", (str(film),)), "film.mp4"),
+        (Message("user", "<image> and <image>?", (picture(1),)), "2 <image> markers for 1 images"),
+        (Message("user", "a " * 2000), "tokens, 1024 are the most"),
+        (Message("user", "What?", (picture(1),) * 17), "17 pictures and frames, 16 are the most"),
+        (Message("user", " "), "an empty message"),
+    ):
+        with pytest.raises(ValueError, match=what) as found:
+            list(chat.answer([message]))
+        assert "\n" not in str(found.value)
+    assert list(chat.answer([Message("user", "What?", (picture(1),))]))
+
+
+def test_gates_are_the_models(trained, chat):
+    gates = chat.gates()
+    assert gates["layers"] == list(trained.model.cfg.cross_layers)
+    assert np.allclose(gates["attn"], np.tanh(0.5)) and len(gates["ffn"]) == len(gates["layers"])

@@ -15,6 +15,8 @@ def main() -> int:
     XLA:CPU takes the buffers of every update anew from malloc. On pages of 4 KiB their faults are a
     tenth to a quarter of a small model's step (docs/decisions.md, D-TRAIN-8).
     """
+    if not sys.stderr.isatty():  # a log: progress every 20 seconds, not ten times a second
+        os.environ.setdefault("TQDM_MININTERVAL", "20")
     if sys.platform == "linux" and TUNABLES not in os.environ:
         os.environ[TUNABLES] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

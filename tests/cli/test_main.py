@@ -30,3 +30,22 @@ def test_the_command_runs_on_large_pages_with_all_its_arguments(tmp_path, own, f
         done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True)
         assert done.returncode == 1
         assert done.stderr.strip() == f"evlm: --config {words[2]}: line 4: tunables {found}"
+
+
+BAR = (
+    "import tqdm\n\ndef get_config(arg=None):\n    for _ in tqdm.tqdm(range(9), miniters=1): pass\n"
+    '    raise ValueError("done")\n'
+)
+
+
+@pytest.mark.parametrize("interval, drawn", [(None, 2), ("0", 11)])
+def test_a_log_gets_a_line_of_progress_now_and_then(tmp_path, interval, drawn):
+    (tmp_path / "bar.py").write_text(BAR)
+    environment = {name: value for name, value in os.environ.items() if "TQDM" not in name} | (
+        {"TQDM_MININTERVAL": interval} if interval else {}
+    )
+    words = ["train", "--config", str(tmp_path / "bar.py"), "--workdir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-m", "evlm_jax", *words], env=environment, capture_output=True
+    )
+    assert done.stderr.count(b"\r") == drawn

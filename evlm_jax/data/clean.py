@@ -136,8 +136,9 @@ class Captions(Cleaner):
                 f"{sample.source}/{sample.key}",
             )
             self.receipt.simplified += not isinstance(verdict, str) and verdict != dialog
-        kept = tuple(verdict for verdict in found if not isinstance(verdict, str))
-        return replace(sample, dialogs=kept) if kept else None
+        kept = {i: verdict for i, verdict in enumerate(found) if not isinstance(verdict, str)}
+        labels = tuple(sample.labels[i] for i in kept) if sample.labels else ()
+        return replace(sample, dialogs=tuple(kept.values()), labels=labels) if kept else None
 
     def _simplified(self, dialog: tuple[Turn, ...]) -> tuple[Turn, ...]:
         return (

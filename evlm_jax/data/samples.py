@@ -50,6 +50,7 @@ class Sample:
     visuals: tuple[tuple[ImageRef, ...], ...]
     dialogs: tuple[tuple[Turn, ...], ...]
     scores: tuple[float, ...] = ()  # relevance of each visual to its text, where the data tell it
+    labels: tuple[str, ...] = ()  # what kind of question each dialog is, where the source tells
 
     @property
     def refs(self) -> tuple[ImageRef, ...]:
@@ -106,4 +107,9 @@ def part(sample: Sample, index: int, limit: int, seed: tuple[int, ...] | None = 
         if seed is None
         else np.random.default_rng(seed).permutation(len(sample.dialogs))
     )
-    return replace(sample, dialogs=tuple(sample.dialogs[i] for i in np.sort(order[index::count])))
+    chosen = np.sort(order[index::count])
+    return replace(
+        sample,
+        dialogs=tuple(sample.dialogs[i] for i in chosen),
+        labels=tuple(sample.labels[i] for i in chosen) if sample.labels else (),
+    )

@@ -238,6 +238,8 @@ def check(sample: Sample) -> Sample:
                 turn.text.encode()  # half of a surrogate pair is no character
         if (found := sum(turn.text.count(MARKER) for turn in dialog)) != len(sample.visuals):
             raise ValueError(f"{found} {MARKER} markers for {len(sample.visuals)} images or videos")
+    if sample.labels and len(sample.labels) != len(sample.dialogs):
+        raise ValueError(f"{len(sample.labels)} labels for {len(sample.dialogs)} dialogs")
     if not isinstance(sample.key, str) or not all(
         isinstance(score, int | float) for score in sample.scores
     ):

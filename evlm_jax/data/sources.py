@@ -11,6 +11,10 @@ photos  photos-test                a few real photographs with captions; every t
 clips                              three real videos with captions, four frames each
 albums                             documents of two to four of the photographs, each in front of its
                                    caption
+scenes-en  scenes-zh               6,000 scenes of pasted drawings on photographs, with questions of
+                                   five families; as scenes-en-validation, -test, -known (drawings
+                                   of train, the rest of test) and -style (a hand that train has
+                                   not) 1,000 others
 signs-en  signs-zh                 pages with a few large words, legible at 112 pixels: ocr-en: and
                                    ocr-zh: of the emoji's names
 """
@@ -29,6 +33,7 @@ from evlm_jax.data import video
 from evlm_jax.data.formats import built, captions, chat, grounding, interleaved, plain, vqa
 from evlm_jax.data.ocr import book, scans
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, question
+from evlm_jax.data.scenes.source import SceneSource, open_scenes
 from evlm_jax.data.source import Source, Subset, by_row
 
 NAME = {"en": "Name this emoji.", "zh": "说出这个表情的名字。"}
@@ -92,12 +97,12 @@ def _check_frames(name: str, frames: str) -> None:
 
 
 def read(number: str, name: str, *_) -> bytes:
-    """The picture of a page: what `page://NUMBER::NAME` refers to."""
-    return _book(name).picture(int(number))
+    """The picture of a page or a scene: what `page://NUMBER::NAME` refers to."""
+    return _drawing(name).picture(int(number))
 
 
 @functools.lru_cache(16)
-def _book(name: str) -> book.Book:
+def _drawing(name: str) -> book.Book | SceneSource:
     return open_source(name)
 
 
@@ -203,6 +208,16 @@ BUILT_IN: dict[str, Callable[[str], Source]] = {
     "photos-test": partial(photos, test=True),
     "clips": clips,
     "albums": albums,
+    **{
+        f"scenes-{language}{suffix}": partial(
+            open_scenes, path="assets", language=language, split=split, scenes=scenes
+        )
+        for language in ("en", "zh")
+        for suffix, split, scenes in (
+            ("", "train", "6000"),
+            *((f"-{split}", split, "1000") for split in ("validation", "test", "known", "style")),
+        )
+    },
     "signs-en": lambda name: book.open_book(
         "en", open_source, name, "emoji-en", size="160", characters="24", **SIGNS
     ),
@@ -240,5 +255,6 @@ FORMATS: dict[str, Callable[..., Sequence[Sample]]] = {
     "detected": scans.detected,
     "ocr-en": partial(book.open_book, "en", open_source),
     "ocr-zh": partial(book.open_book, "zh", open_source),
+    "scenes": open_scenes,
     **{kind: partial(vqa.open_set, fields) for kind, fields in vqa.SETS.items()},
 }

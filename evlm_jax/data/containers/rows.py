@@ -6,6 +6,7 @@ A reference is the path or URL of a file, or a place in a container:
     parquet://ROW/COLUMN/...::FILE      a cell
     record://ROW/FIELD::FILE            a field of a record of an ArrayRecord file
     page://NUMBER::SOURCE               a page of a source that draws them (data/ocr)
+    scene://NUMBER::SOURCE              a scene likewise (data/scenes)
 """
 
 import importlib
@@ -34,7 +35,9 @@ READERS = {
     "parquet": "containers.parquet",
     "record": "containers.records",
     "page": "sources",
+    "scene": "sources",
 }
+DRAWN = ("page", "scene")
 
 
 def find(path: str) -> list[str]:
@@ -86,7 +89,7 @@ def open_ref(ref: str, most: int = MOST_BYTES) -> BinaryIO:
 def version(ref: str) -> str:
     """Another one when the file behind a reference changes; what is drawn stays. Raises OSError."""
     kind, _, path = _split(ref)
-    return "" if kind == "page" else files.version(path)
+    return "" if kind in DRAWN else files.version(path)
 
 
 def _split(ref: str) -> tuple[str, str, str]:

@@ -1,7 +1,7 @@
 """Rows that `evlm data build` writes: all of a sample, with its pictures inside.
 
 A row is {"json": {"key", "visuals": fields of the frames of each, "dialogs": [[[role, text], ...],
-...], "scores"}, "0.jpg": picture,
+...], "scores", "labels"}, "0.jpg": picture,
 ...}: in a tar a member each, in an ArrayRecord file a msgpack map.
 """
 
@@ -20,6 +20,7 @@ def row_of(sample: Sample, pictures: Sequence[tuple[str, bytes]]) -> dict:
         "visuals": [[next(names) for _ in visual] for visual in sample.visuals],
         "dialogs": [[[turn.role, turn.text] for turn in dialog] for dialog in sample.dialogs],
         "scores": [float(score) for score in sample.scores],
+        "labels": list(sample.labels),
     }
     return {"json": facts} | {field: content for field, (_, content) in zip(fields, pictures)}
 
@@ -31,7 +32,8 @@ def built(name: str, root: str, row: dict) -> Sample:
         tuple(ImageRef(_held(row, field)) for field in visual) for visual in facts["visuals"]
     )
     dialogs = tuple(tuple(Turn(role, text) for role, text in dialog) for dialog in facts["dialogs"])
-    return Sample(facts["key"], name, visuals, dialogs, tuple(facts["scores"]))
+    labels = tuple(facts.get("labels", ()))  # shards of before have none
+    return Sample(facts["key"], name, visuals, dialogs, tuple(facts["scores"]), labels)
 
 
 def _held(row: dict, field: str) -> Ref:

@@ -1,0 +1,119 @@
+"""A scene as a picture. Cut-outs and grounds are kept in memory at the size that scenes need."""
+
+import functools
+import io
+
+from PIL import Image, ImageDraw
+
+from evlm_jax.data.ocr.fonts import font, ink
+from evlm_jax.data.scenes.compose import COLOURS, Scene, Thing, stroke
+from evlm_jax.data.scenes.material import Drawing
+
+LONGEST = 0.5  # of a cut-out over the side of the picture
+ROOM = 1.35  # side of the part of a ground that windows are taken of, over that of the picture
+FINE = 4  # a disc is drawn so many times as large, and made small
+
+
+def shape(drawing: Drawing) -> tuple[int, int]:
+    """Width and height of a cut-out."""
+    return _opened(drawing.path).size
+
+
+@functools.cache
+def _opened(path: str) -> Image.Image:
+    """RGBA without an empty border. Raises ValueError for one that is nothing but border."""
+    with Image.open(path) as image:
+        image = image.convert("RGBA")
+    box = image.getchannel("A").getbbox()
+    if box is None:
+        raise ValueError(f"{path}: the cut-out is empty")
+    return image.crop(box)
+
+
+@functools.cache
+def _cut_out(path: str, most: int, mirrored: bool) -> Image.Image:
+    """At the largest size that a scene shows it in, or its own."""
+    image = _opened(path).copy()
+    image.thumbnail((most, most), Image.Resampling.LANCZOS)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
+
+
+@functools.cache
+def _ground(path: str, side: int, mirrored: bool) -> Image.Image:
+    """The square in the middle of a photograph."""
+    with Image.open(path) as image:
+        image = image.convert("RGB")
+    width, height = image.size
+    square = min(width, height)
+    left, top = (width - square) // 2, (height - square) // 2
+    box = (left, top, left + square, top + square)
+    image = image.resize((side, side), Image.Resampling.LANCZOS, box)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
+
+
+def draw(scene: Scene) -> Image.Image:
+    """RGB."""
+    size = scene.size
+    room = round(ROOM * size)
+    left, top = (round(share * (room - size)) for share in scene.window)
+    image = _ground(scene.ground, room, scene.mirrored).crop((left, top, left + size, top + size))
+    for thing in scene.objects:
+        place_object(image, thing)
+    _place_disc(image, scene.disc)
+    for text in scene.texts:
+        _write(image, text)
+    return image
+
+
+def place_object(image: Image.Image, thing: Thing) -> None:
+    """Pastes a cut-out into its box."""
+    left, top, right, bottom = thing.box
+    most = round(LONGEST * max(image.size))
+    cut = _cut_out(thing.drawing.path, most, thing.mirrored)
+    cut = cut.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+    image.paste(cut, (left, top), cut)
+
+
+@functools.cache
+def _disc(wide: int) -> tuple[Image.Image, Image.Image]:
+    """How far a disc with and one without its border cover their pixels."""
+    masks = []
+    for border in (0, FINE):
+        mask = Image.new("L", (FINE * wide, FINE * wide))
+        ImageDraw.Draw(mask).ellipse(
+            (border, border, FINE * wide - 1 - border, FINE * wide - 1 - border), 255
+        )
+        masks.append(mask.resize((wide, wide), Image.Resampling.BOX))
+    return tuple(masks)
+
+
+def _place_disc(image: Image.Image, disc: Thing) -> None:
+    """With a border of the contrary brightness, so that a white one is seen on snow."""
+    colour = COLOURS[disc.what]
+    whole, inner = _disc(disc.box[2] - disc.box[0])
+    image.paste((0, 0, 0) if sum(colour) > 250 else (255, 255, 255), disc.box[:2], whole)
+    image.paste(colour, disc.box[:2], inner)
+
+
+def _write(image: Image.Image, text: Thing) -> None:
+    """In capitals, with a border."""
+    edge, letters = stroke(max(image.size)), text.what.upper()
+    left, top, _, _ = ink(text.face, text.px, letters)
+    at = (text.box[0] + edge - left, text.box[1] + edge - top)
+    fill, border = ("white", "black") if text.light else ("black", "white")
+    ImageDraw.Draw(image).text(
+        at,
+        letters,
+        fill,
+        font(text.face, text.px),
+        anchor="ls",
+        stroke_width=edge,
+        stroke_fill=border,
+    )
+
+
+def encoded(scene: Scene) -> bytes:
+    """As a file without loss, the fastest to write."""
+    file = io.BytesIO()
+    draw(scene).save(file, "BMP")
+    return file.getvalue()

@@ -1,0 +1,151 @@
+"""Scenes as a source of samples: made when they are asked for, a function of seed, split and
+number.
+"""
+
+import functools
+import random
+from dataclasses import dataclass
+from urllib.parse import urlencode
+
+from evlm_jax.data.samples import ImageRef, Sample
+from evlm_jax.data.scenes.compose import Scene, compose
+from evlm_jax.data.scenes.dialogs import ASKED, FAMILIES, LANGUAGES, Speaker
+from evlm_jax.data.scenes.draw import encoded, shape
+from evlm_jax.data.scenes.material import (
+    SPLITS,
+    UNSEEN_WORDS,
+    WORDS,
+    Material,
+    of_folder,
+    shipped,
+)
+from evlm_jax.data.source import Source
+
+SHIPPED = "assets"  # instead of a folder
+VOCABULARY = {"known": WORDS, "unseen": UNSEEN_WORDS}
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Scenes by number. Their pictures are `scene://NUMBER::PICTURES`, whatever is asked."""
+
+    name: str
+    pictures: str  # all that a picture depends on, as `open_scenes` takes it
+    material: Material
+    speaker: Speaker
+    asked: tuple[str, ...]
+    seed: str
+    size: int
+
+    def scene(self, number: int) -> Scene:
+        """The truth."""
+        words = self.speaker.words
+        return compose(self.material, words, self.seed, number, self.size, shape)
+
+    def sample(self, number: int) -> Sample:
+        """A reference to the picture, and what is asked about it."""
+        made = self.speaker.dialogs(
+            self.scene(number), self.asked, random.Random(f"words {self.seed} {number}")
+        )
+        labels, dialogs = zip(*made)
+        reference = ImageRef(f"scene://{number}::{self.pictures}")
+        return Sample(str(number), self.name, ((reference,),), dialogs, labels=labels)
+
+
+class SceneSource(Source):
+    """The samples of scenes."""
+
+    def __init__(self, scenes: Scenes, count: int):
+        super().__init__(scenes.name, range(count), scenes.sample)
+        self.scenes = scenes
+
+    @functools.cached_property
+    def _counts(self) -> list[int]:
+        return [len(self.scenes.sample(number).dialogs) for number in self.rows]
+
+    def dialog_counts(self) -> list[int]:
+        """Dialogs of every sample: all scenes are composed, and none drawn."""
+        return list(self._counts)
+
+    def picture(self, number: int) -> bytes:
+        """The file of a scene's picture."""
+        return encoded(self.scenes.scene(number))
+
+    def state(self) -> str:
+        """Of all files that scenes are made of."""
+        material = self.scenes.material
+        files = [drawing.path for some in material.drawings.values() for drawing in some]
+        self._beside = (*files, *material.grounds)
+        return super().state()
+
+
+def open_scenes(
+    name: str,
+    path: str,
+    *,
+    scenes: str = "6000",
+    split: str = "train",
+    language: str = "en",
+    ask: str = ",".join(FAMILIES),
+    words: str = "known",
+    size: str = "112",
+    seed: str = "0",
+) -> SceneSource:
+    """Scenes of a folder of one's own (material.py), or of the shipped pictures where the path is
+    `assets`.
+
+    Args:
+      scenes: how many.
+      split: of SPLITS.
+      language: en or zh.
+      ask: families of questions, and `caption` and `box`, with commas.
+      words: `known`, the twenty of all splits, or `unseen`, twenty others.
+      size: pixels a side.
+      seed: another one has other scenes of the same split.
+    Raises:
+      ValueError: an option out of range, or too few pictures.
+    """
+    for option, value, known in (
+        ("split", split, SPLITS),
+        ("language", language, LANGUAGES),
+        ("words", words, VOCABULARY),
+        *(("ask", family, ASKED) for family in ask.split(",")),
+    ):
+        if value not in known:
+            raise ValueError(
+                f"data source {name!r}: {option} has {value!r}; there are {', '.join(known)}"
+            )
+    count, side = _number(name, "scenes", scenes, 1), _number(name, "size", size, 56)
+    _number(name, "seed", seed, 0)
+    material = _material(path, split)
+    if nameless := [n for n, known in material.names.items() if language == "zh" and not known.zh]:
+        raise ValueError(
+            f"data source {name!r}: {path}/names.json has no zh of {nameless[0]!r}: give it, or"
+            " language=en"
+        )
+    speaker = Speaker(language, material, VOCABULARY[words], plain=split not in ("train", "all"))
+    shown = dict(split=split, words=words, size=size, seed=seed)
+    made = Scenes(
+        name,
+        f"scenes:{path}?{urlencode(shown)}",
+        material,
+        speaker,
+        tuple(ask.split(",")),
+        f"{split} {words} {seed}",
+        side,
+    )
+    return SceneSource(made, count)
+
+
+@functools.cache
+def _material(path: str, split: str) -> Material:
+    return shipped(split) if path == SHIPPED else of_folder(path, split)
+
+
+def _number(name: str, option: str, value: str, least: int) -> int:
+    if not value.isdecimal() or int(value) < least:
+        raise ValueError(
+            f"data source {name!r}: option {option} must be a whole number of at least {least}, not"
+            f" {value!r}"
+        )
+    return int(value)

@@ -3,7 +3,7 @@ fetched from elsewhere, by page or server.
 """
 
 import html
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -77,30 +77,7 @@ def make(chat: Chat, about: str) -> gradio.Blocks:
         )
         with gradio.Row():
             with gradio.Column(scale=3):
-                chatbot = gradio.Chatbot(
-                    label="Conversation",
-                    render_markdown=False,
-                    height=480,
-                    buttons=[],
-                )
-                _show_literally(chatbot)
-                gradio.ChatInterface(
-                    reply,
-                    multimodal=True,
-                    chatbot=chatbot,
-                    textbox=gradio.MultimodalTextbox(
-                        placeholder="Ask; the clip adds pictures or a video",
-                        file_count="multiple",
-                        file_types=FILES,
-                        max_plain_text_length=MOST_TEXT,
-                        stop_btn=True,
-                    ),
-                    additional_outputs=[words, looked],
-                    analytics_enabled=False,
-                    api_visibility="private",
-                    flagging_mode="never",
-                    fill_height=False,
-                )
+                chatbot = _interface(reply, [words, looked])
             with gradio.Column(scale=2):
                 words.render()
                 looked.render()
@@ -112,6 +89,30 @@ def make(chat: Chat, about: str) -> gradio.Blocks:
         words.select(look, chatbot, looked, api_visibility="private")
         gradio.on([chatbot.clear, chatbot.undo], lambda: ([], []), None, [words, looked])
     return page
+
+
+def _interface(reply: Callable, outputs: list) -> gradio.Chatbot:
+    """Conversation and question. `reply` fills the `outputs` as well."""
+    chatbot = gradio.Chatbot(label="Conversation", render_markdown=False, height=480, buttons=[])
+    _show_literally(chatbot)
+    gradio.ChatInterface(
+        reply,
+        multimodal=True,
+        chatbot=chatbot,
+        textbox=gradio.MultimodalTextbox(
+            placeholder="Ask; the clip adds pictures or a video",
+            file_count="multiple",
+            file_types=FILES,
+            max_plain_text_length=MOST_TEXT,
+            stop_btn=True,
+        ),
+        additional_outputs=outputs,
+        analytics_enabled=False,
+        api_visibility="private",
+        flagging_mode="never",
+        fill_height=False,
+    )
+    return chatbot
 
 
 def serve(page: gradio.Blocks, host: str, port: int) -> str:

@@ -85,9 +85,7 @@ def members(group: str) -> list[str]:
 
 
 def licences() -> str:
-    """A line for each asset: its name, its group, the packages that it is taken out of and their
-    licences.
-    """
+    """A line for each asset: its name, its group, its packages and their licences."""
     return "\n".join(
         f"{name:22} {asset.group or '-':7} {' '.join(p.requirement for p in asset.packages)}:"
         f" {asset.licence}"

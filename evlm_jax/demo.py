@@ -49,14 +49,14 @@ TAUGHT = 3  # samples in the report of each source that was trained on
 
 
 class Clock:
-    """Seconds by part of the demo, for the report."""
+    """Seconds spent in each part of the demo, for the report."""
 
     def __init__(self):
         self.parts: list[tuple[str, float]] = []
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Times one part and says that it begins."""
+        """Prints that a part begins and times it."""
         print(f"\n== {name}", flush=True)
         since = time.monotonic()
         yield
@@ -133,7 +133,7 @@ def upcycled(dense: str, cfg: EVLMConfig, out: PathLike) -> str:
 
 
 def questions(sizes: dict[str, int]) -> dict[str, list[Question]]:
-    """What is asked, by the name of its result."""
+    """The questions of the demo by the name of their result."""
     every = {name: tasks.find(task).questions(None, None) for name, task in TASKS.items()}
     vqa = first(every["vqa"], sizes.get("vqa"))
     return every | {
@@ -317,7 +317,7 @@ def provenance(trained: Trained, workdir: str) -> dict:
 
 
 def print_table(found: dict, clock: Clock, page: PathLike) -> None:
-    """What the page says, on the terminal."""
+    """Prints the figures of the page."""
     greedy = {row["type"]: row["accuracy"] for row in found["greedy"]["accuracy"]}
     print(
         f"\n{'easy-vqa test':<14}{'questions':>10}{'lowest loss':>13}{'greedy':>9}{'majority':>10}"

@@ -47,7 +47,7 @@ PARTS = (
 
 
 class Work(NamedTuple):
-    """What a step has to look at, summed over its rows."""
+    """What a step processes, summed over its rows."""
 
     tokens: float  # text positions that are not padding
     attended: float  # (query, key) pairs of self-attention
@@ -58,7 +58,7 @@ class Work(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch) -> Self:
-        """Of a batch of NumPy arrays, padding left out."""
+        """The work of a batch of NumPy arrays, without padding."""
         real, images = real_tokens(batch), seen_images(batch)
         return cls(
             tokens=real.sum(),
@@ -71,8 +71,8 @@ class Work(NamedTuple):
 
     @classmethod
     def full(cls, cfg: EVLMConfig, rows: int) -> Self:
-        """Of `rows` rows without padding: each one document of T tokens, all I images of a group
-        seen, one image a token, M targets.
+        """The work of `rows` rows without padding: each one document of T tokens, all I images of a
+        group seen, one image a token, M targets.
         """
         t, images = cfg.data.length, rows // cfg.data.image_group * cfg.data.slots
         encoded = 0 if cfg.data.cache_features else images
@@ -82,8 +82,8 @@ class Work(NamedTuple):
 
     @classmethod
     def video(cls, cfg: EVLMConfig, rows: int) -> Self:
-        """As `full`, but a row is one video of I frames and then text, which sees them all; media
-        tokens see their own frame.
+        """As `full`, but a row is one video of I frames followed by text, which sees them all;
+        media tokens see their own frame.
         """
         media = cfg.data.images * cfg.media.tokens
         return cls.full(cfg, rows)._replace(

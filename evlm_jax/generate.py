@@ -58,7 +58,7 @@ class Room(NamedTuple):
 
     @classmethod
     def of(cls, prompts: Sequence[text.Document]) -> "Room":
-        """For all of these."""
+        """The smallest room for all of these prompts."""
         length = _rung(max(len(d.tokens) for d in prompts), LENGTHS)
         images = _rung(max(len(d.refs) for d in prompts), IMAGES)
         return cls(
@@ -98,17 +98,16 @@ class Asked(NamedTuple):
 
 
 class Generator:
-    """A model ready to answer.
+    """Generates answers with a model.
 
     Args:
       model: its config decides the dtype of activations.
-      dtype: of the matrices, "float32" | "bfloat16"; where left out train.matmul_precision, in
-        which they were trained.
-      features: refs -> taps [n, G, S, V], e.g. FeatureStore.get; where left out, images are loaded
-        and encoded here.
+      dtype: of the matrices, "float32" | "bfloat16"; by default train.matmul_precision, in which
+        they were trained.
+      features: refs -> taps [n, G, S, V], e.g. FeatureStore.get; by default images are loaded and
+        encoded here.
       rows: most prompts answered together.
-      layout: of the mesh that holds `model`; its rows are shared among the devices. None: one
-        device.
+      layout: of the mesh of `model`; rows are split among its devices. None: one device.
     """
 
     def __init__(
@@ -327,7 +326,7 @@ def collate(
     """Prompts as padded arrays.
 
     Args:
-      refs: all images, as they will stand in `taps`.
+      refs: all images, in the order of `taps`.
       block: tokens of a query block; 0: without cross-attention.
       rows: at least as many as prompts.
     """

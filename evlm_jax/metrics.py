@@ -130,7 +130,7 @@ class Meter:
         }
 
     def dropped(self, drops: list[Drop]) -> None:
-        """Tells of samples that were left out: the first of each cause in words, all of them by
+        """Reports samples that were left out: the first of each cause in words, all of them by
         number on the bar.
         """
         for drop in drops:
@@ -141,7 +141,7 @@ class Meter:
                 )
 
     def tell(self, text: str) -> None:
-        """A line above the bar."""
+        """Prints a line above the progress bar."""
         if is_first():
             self._bar.write(text)
 
@@ -166,13 +166,13 @@ class Meter:
 
 
 def training_lines(path: str | os.PathLike) -> list[dict]:
-    """The lines of a metrics.jsonl that tell of updates, without those that hold notes alone."""
+    """The lines of a metrics.jsonl about updates, without those that have notes alone."""
     return [line for line in map(json.loads, read_lines(path)) if "loss" in line]
 
 
 def work(cfg: EVLMConfig, batch: Batch, info: dict, trained: Collection[str]) -> dict[str, float]:
-    """What a batch of NumPy arrays holds, padding left out: text tokens, images that are looked at,
-    FLOPs needed, and `info` of it.
+    """Counts of a batch of NumPy arrays, without padding: text tokens, images, FLOPs needed, and
+    those of `info`.
 
     `trained`: canonical names of the parameters that train.
     """

@@ -49,7 +49,7 @@ def remote(path: str | os.PathLike) -> bool:
 
 
 def place(path: str | os.PathLike) -> epath.Path:
-    """A path as users write it: a local one absolute, a remote one as it stands.
+    """A path that a user has given: a local one made absolute, a remote one unchanged.
 
     Raises:
       ValueError: another scheme than gs:// and s3://.
@@ -72,7 +72,7 @@ def place(path: str | os.PathLike) -> epath.Path:
 
 
 def local(path: str | os.PathLike, what: str) -> Path:
-    """A path that must be local. Raises ValueError that says `what` it is of."""
+    """A path that must be local. Raises ValueError, in which `what` names the argument."""
     if remote(path):
         raise ValueError(
             f"{os.fspath(path)}: {what} is local only: give a local path, and copy (gcloud storage"
@@ -82,7 +82,7 @@ def local(path: str | os.PathLike, what: str) -> Path:
 
 
 def children(folder: epath.Path) -> list[epath.Path]:
-    """What lies in a folder, by name; nothing where there is none."""
+    """Entries of a folder, by name; empty where it does not exist."""
     return (
         sorted(path for path in folder.iterdir() if path.name and path != folder)
         if folder.is_dir()
@@ -91,8 +91,8 @@ def children(folder: epath.Path) -> list[epath.Path]:
 
 
 def version(path: str | os.PathLike) -> str:
-    """Another one when a file changes: of size and time for a local one, of what the store tells
-    for a remote one. Raises OSError.
+    """A string that changes when a file does: of size and time for a local one, of the store's
+    metadata for a remote one. Raises OSError.
     """
     if remote(path):
         system, inner = fsspec.core.url_to_fs(os.fspath(path))
@@ -110,10 +110,10 @@ def size(path: epath.Path) -> int:
 
 
 def here(path: str | os.PathLike, name: str | None = None) -> Path:
-    """A file on a local disk, for readers that know no other: a remote one is copied to the cache,
+    """A local copy of a file, for readers of local files: a remote one is copied to the cache,
     again when it changes.
 
-    `name`: of its folder there; of the file's version where left out.
+    `name`: of its folder in the cache; by default of the file's version.
     """
     if not remote(path):
         return Path(path)
@@ -132,7 +132,7 @@ def here(path: str | os.PathLike, name: str | None = None) -> Path:
 
 
 def with_neighbours(path: os.PathLike) -> Path:
-    """As `here`, of a folder or a file among others that say more of it: all small ones are copied,
+    """As `here`, for a folder, or a file that needs others beside it: all small ones are copied,
     into one folder.
     """
     if not remote(path):
@@ -150,9 +150,9 @@ def with_neighbours(path: os.PathLike) -> Path:
 
 
 def make(folder: epath.Path) -> None:
-    """A folder, where there are such things.
+    """Makes a folder, where the file system has folders.
 
-    (A client that is asked for one of a store may make the bucket.)
+    (A client that is told to make one in a store may make the bucket.)
     """
     if not remote(folder):
         os.makedirs(folder, exist_ok=True)

@@ -112,8 +112,8 @@ def train_step(
 
 
 class TrainPhase:
-    """From one change of the trainable set to the next: its plan, where its arrays lie, the frozen
-    parameters, one compiled step.
+    """A span of updates with one set of trained parameters: its plan, the shardings of its arrays,
+    the frozen parameters, one compiled step.
     """
 
     def __init__(self, cfg: EVLMConfig, number: int, layout: Layout):
@@ -172,8 +172,8 @@ class TrainPhase:
         return nnx.merge_state(self.layout.trained(trainable), self.layout.frozen(frozen))
 
     def enter(self, step: int, params: nnx.State, groups: optim.Groups) -> TrainState:
-        """Splits the parameters of the whole model and begins;
-        they may lie as in the phase before.
+        """Splits the parameters of the whole model and begins; they may be sharded as in the phase
+        before.
         """
         trainable, frozen = nnx.split_state(params, self.plan.trains, ...)
         self.frozen = jax.jit(lambda tree: tree, out_shardings=self.layout.frozen(frozen))(frozen)

@@ -31,10 +31,10 @@ _answered: set[str] = set()
 
 
 def ask(path: str) -> None:
-    """Sees that the store of a remote path answers.
+    """Checks that the store of a remote path answers.
 
     Raises:
-      OSError: it does not; the line says whether network, credentials or bucket lack.
+      OSError: it does not; the line names the cause: network, credentials or bucket.
     """
     bucket = "/".join(path.split("/", 3)[:3])
     if bucket in _answered:
@@ -58,8 +58,8 @@ def ask(path: str) -> None:
 
 
 def within(seconds: float, function: Callable[..., Result], *args) -> Result:
-    """What a function returns or raises; it goes on in a thread that nobody waits for where it
-    takes longer. Raises TimeoutError then.
+    """Result of a function, or its exception. Raises TimeoutError after `seconds`; the function
+    then continues in a thread whose result is dropped.
     """
     future = concurrent.futures.Future()
 

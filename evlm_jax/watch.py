@@ -18,8 +18,8 @@ IN_FLIGHT = 2  # steps dispatched before the host looks at the values of an olde
 
 
 class Watch:
-    """Hands the values of steps to the meter, oldest first, and counts those whose loss or gradient
-    was not finite.
+    """Passes the values of steps to the meter, oldest first, and counts those whose loss or
+    gradient is not finite.
     """
 
     def __init__(self, meter: Meter, most: int, bad: int):
@@ -100,7 +100,7 @@ class Due:
         return self._owed
 
     def done(self) -> None:
-        """Of a save."""
+        """Records that a save was made."""
         self._owed, self._since = False, time.monotonic()
 
 

@@ -39,8 +39,8 @@ def changed(cfg: EVLMConfig, saved: dict) -> dict[str, tuple]:
 
 
 def told(cfg: EVLMConfig, saved: dict) -> str:
-    """Says where the config is not that of the checkpoint: such a run goes on, but has not the bits
-    of either config.
+    """Returns a clause for the log about every field that differs from the checkpoint's config;
+    empty where none does. Such a run continues, but is bit-identical to neither config.
     """
     return "".join(
         f"; {key} was {old}, is {new}" for key, (old, new) in changed(cfg, saved).items()

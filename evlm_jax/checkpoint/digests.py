@@ -24,7 +24,7 @@ Chunks = dict[str, list]  # name of an array: [start, shape, sha256] of each of 
 
 
 def made(meta: dict, **items: Mapping[str, jax.Array | np.ndarray]) -> dict:
-    """Digests of a step; every process hashes what its own devices hold."""
+    """Returns the digests of a step. Every process hashes the shards of its own devices."""
     chunks = [
         (item, name, *chunk)
         for item, arrays in items.items()

@@ -42,7 +42,7 @@ def write_store(
 
 
 def read_store(root: epath.Path, store: str) -> dict[str, Tensor]:
-    """Its tensors, each held against the manifest when it is read.
+    """Returns the tensors of a store, lazily; each is compared with the manifest when it is read.
 
     Raises ValueError where the store is missing, another one or damaged, with the mend.
     """

@@ -21,13 +21,13 @@ Place = Callable[
 def initialize(
     cfg: EVLMConfig, shapes: nnx.State, place: Place, params: Arrays, keep: frozenset[str]
 ) -> nnx.State:
-    """The whole model before its first step: `params`, and new cross-attention, bridge and media
-    embeddings where they have none.
+    """Returns the whole model before its first step: `params`, and new cross-attention, bridge and
+    media embeddings where `params` has none.
 
     Args:
       shapes: of the whole model.
-      keep: names that keep their dtype: what is trained, or was in an earlier stage. Frozen towers
-        take train.frozen_dtype.
+      keep: names whose dtype is kept: what is trained, or was in an earlier stage. Frozen towers
+        are cast to train.frozen_dtype.
     Raises:
       ValueError: listing missing, unexpected and wrongly shaped parameters.
     """
@@ -62,7 +62,9 @@ def restored(
 
 
 def put_sharded(tree: Any, place: Place) -> Any:
-    """A tree of NumPy arrays on the devices; each process hands over what its own devices hold."""
+    """Copies a tree of NumPy arrays to the devices; each process supplies the shards of its own
+    devices.
+    """
     return jax.tree.map(
         lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]),
         tree,

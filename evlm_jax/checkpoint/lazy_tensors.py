@@ -19,7 +19,7 @@ BLOCK = 2**26  # bytes of one tensor that are copied, checked, hashed and writte
 
 
 class Tensor(NamedTuple):
-    """`read()` gives the array; nothing is kept."""
+    """A tensor of a file. `read()` returns the array and caches nothing."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -27,12 +27,12 @@ class Tensor(NamedTuple):
 
     @classmethod
     def of(cls, array: np.ndarray) -> "Tensor":
-        """An array that is there already."""
+        """A tensor whose array is in memory already."""
         return cls(array.shape, array.dtype, lambda: array)
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -48,7 +48,7 @@ class Source(NamedTuple):
 
 
 def read_all(tensors: Tensors) -> dict[str, np.ndarray]:
-    """All of them, in memory."""
+    """All tensors as arrays in memory."""
     return {name: tensor.read() for name, tensor in tensors.items()}
 
 
@@ -85,7 +85,7 @@ CONTENTS = {  # how files begin that people have under another's name
 
 
 def content(begin: bytes) -> str:
-    """What a file is by its first bytes, in words; empty where nothing says it."""
+    """Kind of a file by its first bytes, in words; empty where it is not recognised."""
     if not begin:
         return "empty: copy it again"
     return next((what for magic, what in CONTENTS.items() if begin.startswith(magic)), "")

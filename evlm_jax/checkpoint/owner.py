@@ -25,7 +25,7 @@ BEAT, SILENCE = (
 
 
 class Owner:
-    """Holds the directory until `close`."""
+    """A lock on a run directory, from construction until `close`."""
 
     def __init__(self, root: epath.Path, beat: float = BEAT, silence: float = SILENCE):
         """Takes `root` over. Raises ValueError naming the process that trains there."""
@@ -44,12 +44,12 @@ class Owner:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises ValueError where another process has taken the directory over meanwhile."""
+        """Raises ValueError where another process has locked the directory meanwhile."""
         if self._lost:
             self._check()
 
     def close(self) -> None:
-        """Lets go of the directory."""
+        """Releases the lock."""
         self._done.set()
         self._thread.join()
         found = read(self._file)
@@ -86,7 +86,7 @@ class Owner:
 
 
 def read(file: epath.Path) -> dict | None:
-    """Who holds a directory; None where nobody does, or nobody who wrote a whole file."""
+    """The owner of a directory; None where there is none, or its file is incomplete."""
     try:
         found = json.loads(file.read_text())
     except (FileNotFoundError, ValueError):

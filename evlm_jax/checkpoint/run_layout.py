@@ -13,7 +13,7 @@ COMMITTED = "commit_success.txt"  # orbax writes it into a step when all else is
 
 
 def free_name(folder: epath.Path, step: int) -> epath.Path:
-    """A name in `folder` that is not taken."""
+    """An unused name in `folder`."""
     names = (f"{step}" if count == 0 else f"{step}.{count}" for count in range(1000))
     return next(folder / name for name in names if not (folder / name).exists())
 
@@ -42,7 +42,7 @@ def half_written(path: epath.Path) -> bool:
 
 
 def read_object(file: epath.Path) -> dict:
-    """A JSON object. Raises ValueError naming the file where it holds no JSON object."""
+    """Reads a JSON object. Raises ValueError naming the file where it is not one."""
     try:
         found = json.loads(file.read_text())
     except (RecursionError, ValueError) as error:

@@ -46,13 +46,13 @@ NAME, INDEX, HASHES = "model.safetensors", "model.safetensors.index.json", ".has
 
 
 def read_safetensors(path: epath.Path) -> dict[str, Tensor]:
-    """One file: 8 bytes of header length, a JSON header, then the bytes of one tensor behind the
-    other.
+    """Reads one file: 8 bytes of header length, a JSON header, then the bytes of the tensors in
+    order.
 
     Raises:
-      ValueError: whatever the safetensors library refuses: cut short or too long, tensors that
-        overlap, leave gaps, stand twice, or are not as long as shape and dtype say; a dtype of no
-        use; another kind of file, which is named.
+      ValueError: whatever the safetensors library refuses: a truncated file, trailing bytes,
+        tensors that overlap, leave gaps, are listed twice or have another size than their shape and
+        dtype; a dtype that is not supported; another kind of file, which is named.
     """
     path = paths.place(path)
     size = paths.size(path)
@@ -171,15 +171,15 @@ def _read_array(
 def read_folder(
     folder: epath.Path, name: str = NAME, read: Callable = read_safetensors
 ) -> dict[str, Tensor] | None:
-    """The tensors of `folder/name`, or where there is no such file of the shards of its index; None
-    where neither is there.
+    """The tensors of `folder/name`, or of the shards of its index where there is no such file; None
+    where neither exists.
 
     A file beside an index wins, as it does in transformers.
 
     Raises:
       FileNotFoundError: a shard that the index names is missing.
-      ValueError: a tensor of the index is not in its shard, or a shard holds others; the index
-        names a file outside the folder.
+      ValueError: a tensor of the index is not in its shard, or a shard has others; the index names
+        a file outside the folder.
     """
     index = folder / f"{name}.index.json"
     if (folder / name).exists():
@@ -215,16 +215,16 @@ def read_folder(
 def write_folder(
     folder: epath.Path, tensors: Tensors, written: Callable[[int], None] = lambda _: None
 ) -> dict[str, str]:
-    """model.safetensors, or numbered shards and model.safetensors.index.json; shards that are there
-    already are kept.
+    """Writes model.safetensors, or numbered shards and model.safetensors.index.json; shards that
+    exist already are kept.
 
     Args:
-      written: called with the bytes of each piece that is on disk.
+      written: called with the number of bytes of each piece that was written.
     Returns:
       {name: hash of the tensor, as `digest`}
     Raises:
-      ValueError: names a tensor that is no float, is not what its promise says, or holds NaN or
-        infinity.
+      ValueError: names a tensor that is not floating-point, has another shape or dtype than
+        declared, or contains NaN or infinity.
     """
     shards = [[]]
     for name, tensor in tensors.items():
@@ -295,7 +295,7 @@ def _header(tensors: Tensors) -> bytes:
 
 
 def write_tensor(file: IO[bytes], name: str, tensor: Tensor, written: Callable[[int], None]) -> str:
-    """Its bytes, little-endian and in C order, to an open file; returns its hash.
+    """Writes a tensor's bytes, little-endian and in C order, to an open file and returns its hash.
 
     Raises ValueError as `write_folder`.
     """

@@ -14,8 +14,8 @@ from evlm_jax.checkpoint import digests
 def read_arrays(
     path: epath.Path, saved: dict | None, sums: digests.Chunks | None
 ) -> dict[str, np.ndarray]:
-    """What orbax saved at `path`, or of that the names in `saved`, as NumPy, held against its
-    digests where there are any.
+    """NumPy arrays that orbax saved at `path`, or those of them named in `saved`, compared with
+    their digests where there are any.
     """
     if not path.exists():
         check_names(path, {}, sums)
@@ -40,7 +40,7 @@ def read_arrays(
 
 
 def check_names(path: epath.Path, found: dict, sums: digests.Chunks | None) -> None:
-    """Raises ValueError where an item holds other arrays than were saved."""
+    """Raises ValueError where an item has other arrays than were saved."""
     if sums is not None and (wrong := sorted(found.keys() ^ sums.keys())):
         raise ValueError(
             f"{path.name} has other arrays than were saved there, first of them {wrong[0]}"
@@ -48,5 +48,5 @@ def check_names(path: epath.Path, found: dict, sums: digests.Chunks | None) -> N
 
 
 def nest(arrays: dict) -> dict:
-    """By the parts of their names, as orbax takes them."""
+    """Nested dicts by the parts of the names, the form that orbax expects."""
     return unflatten_dict(arrays, sep="/")

@@ -116,7 +116,9 @@ class Checkpoints:
         return snapshot
 
     def freeze(self, arrays: Arrays) -> None:
-        """Makes sure that a store holds `arrays`; the steps saved from now on rest on it."""
+        """Writes a store of `arrays` unless there is one; steps that are saved from now on refer to
+        it.
+        """
         manifest = {name: digest(np.asarray(array)) for name, array in arrays.items()}
         if self._store and manifest.items() <= manifest_of(self.root, self._store).items():
             return
@@ -130,10 +132,10 @@ class Checkpoints:
     def save(
         self, step: int, params: dict[str, jax.Array], groups: dict[str, jax.Array], meta: dict
     ) -> None:
-        """Starts saving, after a save still under way has ended; returns when the arrays have left
-        the devices.
+        """Begins to save, after the save before has ended; returns when the arrays have been copied
+        from the devices.
 
-        Raises ValueError where another process has taken the directory over.
+        Raises ValueError where another process has locked the directory.
         """
         meta = meta | {"format": compat.FORMAT, "step": step, "store": self._store}
         items = ocp.args.Composite(
@@ -152,12 +154,12 @@ class Checkpoints:
             )
 
     def check(self) -> None:
-        """Without waiting: raises OSError where the save that was under way has failed."""
+        """Raises OSError where the save in progress has failed. Does not block."""
         if not self._manager.is_saving_in_progress():
             self._finished()
 
     def close(self) -> None:
-        """Waits for the save under way, and lets go of the directory."""
+        """Blocks until the save in progress has ended, and releases the directory."""
         try:
             self._tidy()
             self._manager.close()
@@ -202,8 +204,11 @@ class Checkpoints:
 def write_imported(
     root: epath.Path, cfg: EVLMConfig, store: str, origin: dict, trained: Iterable[str] = ()
 ) -> None:
-    """Step 0 of a model that rests on `store` alone; `origin` says where it comes from, `trained`
-    what had been trained there.
+    """Writes step 0 of a model whose parameters are all in `store`.
+
+    Args:
+      origin: where the model comes from.
+      trained: names that had been trained there.
     """
     meta = {
         "format": compat.FORMAT,
@@ -225,7 +230,7 @@ def write_imported(
 
 
 def identity(workdir: str, step: int | None) -> list:
-    """What tells a step of a run from any other: place, number, time."""
+    """[place, number, time] of a step, which distinguishes it from any other."""
     path = _find(workdir, step)[0]
     return [str(path), paths.version(path / "meta" / "metadata")]
 
@@ -237,7 +242,8 @@ def steps(workdir: str) -> list[int]:
 
 
 def read(workdir: str, step: int | None = None) -> Snapshot:
-    """A finalised step, the newest where `step` is None; all of it is held against its digests.
+    """Reads a finalised step, the newest where `step` is None, and compares all of it with its
+    digests.
 
     Raises:
       FileNotFoundError: no such step.

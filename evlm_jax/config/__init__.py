@@ -191,8 +191,8 @@ class EVLMConfig:
 
     @property
     def ungrouped(self) -> "EVLMConfig":
-        """For evaluation and generation: where rows share image slots, every row has its own
-        instead, and block pairs for all its text.
+        """The config of evaluation and generation: where rows share image slots, every row has its
+        own instead, and block pairs for all its text.
         """
         data = self.data
         if data.image_group == 1:
@@ -233,7 +233,7 @@ class EVLMConfig:
 
     @property
     def baseline(self) -> str:
-        """In words, what makes this another model than EVLM; empty for EVLM itself."""
+        """What distinguishes this model from EVLM, in words; empty for EVLM itself."""
         if self.bridge.kind != "routed":
             return f"bridge.kind = {self.bridge.kind}"
         return "" if self.cross_layers else "xattn.every = 0, no cross-attention"

@@ -34,9 +34,9 @@ RENAMED = {  # "section.old": "section.new", in saved configs, experiments and o
 
 
 def check(number: Any, what: str) -> int:
-    """The number of a format.
+    """Returns the number of a format.
 
-    Raises ValueError for one that this version does not know; `what` says whose it is.
+    Raises ValueError for one that this version does not read; `what` names the file in the error.
     """
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= FORMAT:
         raise ValueError(
@@ -47,9 +47,9 @@ def check(number: Any, what: str) -> int:
 
 
 def upgraded(saved: dict) -> dict:
-    """A saved config as today's, without its number.
+    """A saved config in today's form, without its number.
 
-    Raises ValueError for a format that this version does not know.
+    Raises ValueError for a format that this version does not read.
     """
     number, config = (
         check(saved.get("format", 0), "the saved config"),

@@ -113,8 +113,8 @@ class CleanConfig:
 
 
 def refuse(section: str, rules: list[tuple[bool, str, str]]) -> None:
-    """Raises ValueError naming the field and the mend, of the first rule (holds, field, mend) that
-    does not hold.
+    """Raises ValueError for the first rule (condition, field, mend) whose condition is false,
+    naming the field and the mend.
     """
     for ok, name, mend in rules:
         if not ok:

@@ -23,12 +23,12 @@ def load_config(spec: str, overrides: list[str] = ()) -> EVLMConfig:
 
     Args:
       spec: "demo" or "demo:fast", one of the installed experiments; "mine.py" or "mine.py:fast", a
-        file, "experiments/demo.py" also where the working directory has none. What is behind the
-        colon goes to `get_config`.
+        file, "experiments/demo.py" also where the working directory has none. What follows the
+        colon is the argument of `get_config`.
       overrides: "--config.optim.lr=1e-4" and the like; values are Python literals, anything else is
         text.
     Raises:
-      ValueError: no such file, one that gives no config, an override that is not one, an unknown
+      ValueError: no such file, one that returns no config, an override of another form, an unknown
         field or a wrong type; named in full.
     """
     path, _, arg = spec.partition(":")

@@ -130,7 +130,7 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class MediaConfig:
-    """Learnable embeddings that stand for an image in the text stream."""
+    """Learnable embeddings that represent an image in the text stream."""
 
     # 16 in the paper; the number of patches where bridge.kind is "llava", which writes them here
     # instead

@@ -14,7 +14,7 @@ from typing import Annotated, get_args
 
 @dataclass(frozen=True)
 class Range:
-    """From `low` to `high`, each end included unless it is open."""
+    """Numbers from `low` to `high`, each end included unless it is open."""
 
     low: float
     high: float = math.inf
@@ -33,7 +33,7 @@ class Range:
         return self.about(None)
 
     def about(self, number: float | None) -> str:
-        """For an error about `number`."""
+        """The range in words, for an error about `number`."""
         low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
         if self.high == math.inf or (self.far and (number or 0) <= self.high):
             return low
@@ -54,9 +54,9 @@ Fraction = Annotated[float, Range(0, 1, below=True)]
 
 
 def check(kind: type, number: float, name: str) -> float:
-    """`number`, which is of `kind` and lies in its range.
+    """Returns `number`, which is of `kind`.
 
-    Raises ValueError with `name` where it does not.
+    Raises ValueError with `name` where it is outside the range of `kind`.
     """
     plain, span = get_args(kind)
     if isinstance(number, bool) or not isinstance(
@@ -72,7 +72,7 @@ def check(kind: type, number: float, name: str) -> float:
 
 
 def argument(kind: type) -> Callable[[str], float]:
-    """What argparse takes as `type`: reads a number of `kind`."""
+    """A `type` of argparse that reads a number of `kind`."""
     plain, span = get_args(kind)
 
     def read(text: str) -> float:

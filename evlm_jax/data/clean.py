@@ -87,9 +87,9 @@ class Receipt:
 
 @dataclass
 class Cleaner:
-    """What both kinds have; thresholds are `cfg.clean`.
+    """What cleaners of captions and of documents share; thresholds are `cfg.clean`.
 
-    `scorer` is asked where the data do not tell the relevance.
+    `scorer` computes relevance where the data have none.
     """
 
     cfg: EVLMConfig
@@ -270,8 +270,8 @@ def picture_rule(visual: Sequence[ImageRef], cfg: CleanConfig) -> str:
 
 
 def relevance(sample: Sample, least: float, scorer: Scorer | None) -> Sequence[float] | None:
-    """Of each visual, if the data tell it or nothing is asked; None if the scorer must tell. Raises
-    ValueError if there is none.
+    """Relevance of each visual where the data have it or `least` is 0; None where the scorer must
+    compute it. Raises ValueError if there is no scorer.
     """
     if not least:
         return [np.inf] * len(sample.visuals)

@@ -30,11 +30,12 @@ LONGEST = 8  # characters a token that are looked at
 
 
 def encode_parts(sample: Sample, tokenizer, cfg: EVLMConfig) -> Document:
-    """As `text.encode`; where the sample is a document that fits no row, its first part, with the
+    """`text.encode`; where the sample is a document that fits no row, its first part, with the
     others in `rest`.
 
-    What fits no row even so (more neighbouring pictures than a row has) is left as it is, for the
-    packer to drop by name."""
+    What fits no row even so (more neighbouring pictures than a row has) stays as it is, for the
+    packer to drop by name.
+    """
     dialogs = render(sample, tokenizer, cfg)
     whole = document(dialogs, sample, tokenizer, cfg)
     alone = [turn.role for dialog in sample.dialogs for turn in dialog] == ["assistant"]

@@ -43,12 +43,12 @@ def fingerprint(cfg: EVLMConfig, weights: Mapping[str, np.ndarray]) -> str:
 
 
 class FeatureStore:
-    """Features by image.
+    """Disk cache of taps, one record an image.
 
     Args:
       path: the folder, usually `cache / "features" / fingerprint(cfg, weights)`.
       encode: uint8 [n, h, w, 3] -> [n, G, S, V], e.g. `jax.jit(model.encode)`.
-      cfg: gives the record's shape and the preprocessing.
+      cfg: decides the shape of records and the preprocessing.
     """
 
     def __init__(

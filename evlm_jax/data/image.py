@@ -79,8 +79,8 @@ def load_all(
 
 
 def pixels(refs: Sequence[ImageRef], cfg: EVLMConfig) -> np.ndarray:
-    """`load_all` as the configuration says; padding has the tower's mean colour, which is 0 after
-    normalisation.
+    """`load_all` with the size and resizing of `cfg`; padding has the tower's mean colour, which is
+    0 after normalisation.
     """
     fill = tuple(round(255 * channel) for channel in cfg.vit.mean)
     return load_all(refs, cfg.vit.image_size, cfg.data.resize, fill, cfg.data.scaled_decoding)
@@ -91,8 +91,8 @@ def decode_all(
     least: int = 0,
     each: Callable[[Image.Image], Made] = lambda image: image,
 ) -> list[Made]:
-    """As `decode`, and `each` of it at once, so that large pictures do not pile up; frames of one
-    video are decoded in one pass.
+    """`decode` of every reference, each result passed to `each` at once, so that large pictures do
+    not accumulate; frames of one video are decoded in one pass.
     """
     times: dict[str, list[float]] = {}
     for ref in refs:
@@ -229,8 +229,8 @@ def bicubic(
     """An RGB picture, or its part in `box` (left, top, width, height), at `size` (width, height):
     Pillow's pixels but for rounding.
 
-    What lies between two passes is cut off at 0 and 255, so their order counts: across, then down,
-    unless the height falls by more than twice what the width does.
+    Values between the two passes are clipped to 0..255, so the order of passes matters: across,
+    then down, unless the height shrinks by more than twice as much as the width.
     """
     width, height = image.size
     left, top, wide, high = box or (0, 0, width, height)

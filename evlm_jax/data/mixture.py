@@ -55,8 +55,8 @@ def tasks(sources: Sequence[Sequence[Sample]], tokenizer, cfg: EVLMConfig) -> li
 
 
 class Documents(grain.MapDataset):
-    """A source's documents: each sample, split as `data.dialogs` says; dialogs are dealt to the
-    parts anew in each epoch.
+    """Documents of a source: each sample, split by `data.dialogs`; dialogs are dealt to the parts
+    anew in each epoch.
     """
 
     def __init__(self, source, tokenizer, cfg: EVLMConfig):
@@ -79,9 +79,10 @@ class Documents(grain.MapDataset):
 
 
 class Shuffle(grain.MapDataset):
-    """Another order in each epoch, by a table.
+    """A different order in each epoch, by a table.
 
-    Grain's own needs none, but walks through 2**16 numbers: milliseconds for a short source.
+    Grain's own shuffle needs no table, but walks through 2**16 numbers: milliseconds for a short
+    source.
     """
 
     def __init__(self, parent: grain.MapDataset, seed: int):
@@ -99,7 +100,7 @@ class Shuffle(grain.MapDataset):
 
 
 class Once(grain.MapDataset):
-    """Ends with an error: no packing window may ask for more than there is."""
+    """One epoch, then an error: no packing window may read beyond the end."""
 
     def __init__(self, parent: grain.MapDataset, name: str):
         super().__init__(parent)
@@ -118,12 +119,13 @@ class Once(grain.MapDataset):
 
 
 class Mixture(grain.transforms.DatasetSelectionMap):
-    """Stream index -> (source, index in it). Each lane sees the sources in one pattern that has
-    exactly their weights.
+    """Maps a stream index to (source, index in it). Each lane sees the sources in one pattern that
+    has exactly their weights.
 
-    Of a source with the share s of the sum of weights, the k-th turn of a lane stands at (k + 1/2)
-    / s. So after any number of turns its count is off by less than the number of sources, and
-    weights are taken as they are written, in decimals: 0.1 is a tenth."""
+    The k-th turn of a source with the share s of the sum of weights is at (k + 1/2) / s. So after
+    any number of turns its count is off by less than the number of sources. Weights are read as
+    decimals: 0.1 is a tenth.
+    """
 
     def __init__(self, weights: Sequence[float], lanes: int):
         if min(weights) <= 0:

@@ -30,12 +30,12 @@ class Budget(NamedTuple):
 
     @classmethod
     def of(cls, data: DataConfig) -> "Budget":
-        """Of the first row of an image group: what a document may need at most."""
+        """Budget of the first row of an image group: what a document may need at most."""
         return cls(data.length, data.images, data.targets, data.block_pairs)
 
     @classmethod
     def needed(cls, document: Document) -> "Budget":
-        """By a document."""
+        """What a document needs."""
         return cls(
             len(document.tokens), len(document.refs), len(document.targets), document.block_pairs
         )
@@ -49,7 +49,7 @@ class Drop(NamedTuple):
 
 
 def unfit(document: Document, data: DataConfig) -> Drop | None:
-    """Why no row can ever take the document, or None."""
+    """Why no row can ever contain the document, or None."""
     name = f"sample {document.source}/{document.key}"
     if not len(document.targets):
         return Drop("nothing supervised", f"nothing supervised: {name}")
@@ -65,14 +65,14 @@ def unfit(document: Document, data: DataConfig) -> Drop | None:
 
 
 class Packer:
-    """Rows from every `step`-th document of a stream, beginning at `start`.
+    """Packs rows from every `step`-th document of a stream, beginning at `start`.
 
-    A row begins with the oldest document of the window that fits; the first of an image group takes
-    any, so none waits forever. Then the one is added that leaves tokens and images most even, as
-    shares of what the row aims at: all tokens, and its images (`pack_image_group`). The window is
-    filled up again, until none fits. So rows use up both, and none is crowded with the pictures
-    that others lack. Where the data are shorter than the window (`_spread`), a document that its
-    group has already waits while another one fits.
+    A row begins with the oldest document of the window that fits; the first of an image group may
+    be any, so every document is used in the end. Then the one is added that leaves tokens and
+    images most even, as shares of what the row aims at: all tokens, and its images
+    (`pack_image_group`). The window is refilled, until none fits. So rows use up both, and none is
+    crowded with the pictures that others lack. Where the data are shorter than the window
+    (`_spread`), a document that its group has already is postponed while another one fits.
 
     Which documents make a row depends on the stream alone, so a position is `next` and the indices
     (and parts, of documents that were cut) in the window.
@@ -99,12 +99,12 @@ class Packer:
 
     @property
     def state(self) -> dict:
-        """JSON-able position: what `restore` takes."""
+        """JSON-able position, the argument of `restore`."""
         return {"next": self.next, "pending": [[index, part] for index, part, _ in self._pending]}
 
     def restore(self, state: dict) -> None:
-        """Goes to a position. Of what waited there, it leaves out what is there no more, or fits no
-        more: where the data are other ones.
+        """Moves to a position. Where the data are other ones, documents of the window that no
+        longer exist or fit are left out.
         """
         self.next, self.drops = state["next"], []
         self._pending, self._same, self._counts = [], [], Counter()
@@ -264,7 +264,7 @@ def pack_image_group(
 
 
 def first_slots(rows: Sequence[Sequence[Document]], data: DataConfig) -> list[int]:
-    """Of each row, the first of its group's image slots that is its own."""
+    """First image slot of each row within its image group."""
     counts = np.array([sum(len(document.refs) for document in row) for row in rows]).reshape(
         -1, data.image_group
     )
@@ -274,9 +274,10 @@ def first_slots(rows: Sequence[Sequence[Document]], data: DataConfig) -> list[in
 def assemble(rows: Sequence[Sequence[Document]], cfg: EVLMConfig) -> dict[str, np.ndarray]:
     """All fields of Batch but the pictures, int32, of documents that fit, in rows of whole groups.
 
-    Offsets are added, padding is as Batch says. `isolate=False`: what a document's end can see
-    stays visible to the end of the row, and positions go on. target_source is the index into
-    data.sources (0 for documents of other sources, as in evaluation)."""
+    Offsets are added, padding is as in Batch. `isolate=False`: what a document's end can see stays
+    visible to the end of the row, and positions continue. target_source is the index into
+    data.sources (0 for documents of other sources, as in evaluation).
+    """
     data, count, length = cfg.data, len(rows), cfg.data.length
     fields = {
         name: np.zeros((count, length), np.int32)

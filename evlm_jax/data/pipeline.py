@@ -123,7 +123,7 @@ class Lane:
         return [packer.state for packer in self._packers]
 
     def restore(self, state: Sequence[dict]) -> None:
-        """Goes to a position. Raises ValueError where it is that of another number of tasks."""
+        """Moves to a position. Raises ValueError where it is that of another number of tasks."""
         if len(state) != len(self._packers):
             raise ValueError(
                 f"the saved data position has {len(state)} tasks, data.tasks has"
@@ -161,7 +161,7 @@ def redealt(state: dict, lanes: int) -> dict:
 
 
 class Prefetch(grain.experimental.ThreadPrefetchDatasetIterator):
-    """Grain's thread, stopped before the interpreter is taken down: a thread at work then would
+    """Grain's prefetching thread, stopped before the interpreter exits: a running thread would
     abort the process.
     """
 

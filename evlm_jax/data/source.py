@@ -100,7 +100,7 @@ class Source(Sequence[Sample]):
         ]
 
     def state(self) -> str:
-        """Another one when what the rows are made of changes: files, or lists in memory.
+        """A string that changes when what the rows are made of does: files, or lists in memory.
 
         Raises OSError.
         """
@@ -137,13 +137,13 @@ class Chain(Sequence[Sample]):
         return [count for part in self.parts for count in part.dialog_counts()]
 
     def state(self) -> str:
-        """Of all files."""
+        """Combined state of all files."""
         return _digest([part.state() for part in self.parts])
 
 
 class Subset(Sequence[Sample]):
-    """The samples whose numbers stand in a .npy file: what cleaning or sampling by cluster
-    (data/sampling.py) kept.
+    """The samples whose numbers are in a .npy file, which cleaning or sampling by cluster
+    (data/sampling.py) wrote.
     """
 
     def __init__(self, name: str, source: Source | Chain, file: str):
@@ -176,7 +176,7 @@ class Subset(Sequence[Sample]):
         return [counts[number] for number in self._numbers]
 
     def state(self) -> str:
-        """Of the source and the numbers."""
+        """Combined state of the source and the numbers."""
         return _digest(self._source.state(), self._numbers.tolist())
 
 
@@ -209,9 +209,9 @@ def by_row(
 
 
 def taken(entries: Iterable, what: str, take: Callable[[Any], list]) -> tuple[list, list[Bad]]:
-    """What `take` makes of each entry of a file, and the entries at which it raises.
+    """`take` applied to each entry of a file, and the entries at which it raises.
 
-    Raises ValueError where it does at all of them.
+    Raises ValueError where it raises at all of them.
     """
     made, bad, number = [], [], 0
     for number, entry in enumerate(entries, 1):
@@ -225,7 +225,7 @@ def taken(entries: Iterable, what: str, take: Callable[[Any], list]) -> tuple[li
 
 
 def check(sample: Sample) -> Sample:
-    """The sample, if it holds what it must. Raises ValueError."""
+    """Returns the sample if it is valid. Raises ValueError."""
     if not all(sample.dialogs) or not sample.dialogs:
         raise ValueError("there are no turns")
     for dialog in sample.dialogs:

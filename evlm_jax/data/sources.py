@@ -172,7 +172,7 @@ def clips(name: str) -> Source:
 
 
 def captioned(asset: str) -> list[tuple[str, str, list[str]]]:
-    """Key, file and captions of what an asset with captions.json = {file: caption} holds."""
+    """(key, file, captions) of every picture of an asset with captions.json = {file: caption}."""
     folder = assets.path(asset)
     rows = json.loads((folder / "captions.json").read_text("utf-8"))
     return [(file, str(folder / file), [caption]) for file, caption in sorted(rows.items())]

@@ -63,7 +63,9 @@ class Stream:
             self._show()
 
     def answer(self) -> Answer:
-        """The whole answer; shows what was held back."""
+        """The whole answer; shows text that was held back because a stop string might have
+        followed.
+        """
         if self.callback and not self.ended:
             self.ended = True
             self._show()
@@ -100,13 +102,13 @@ class Stream:
 
 
 class Unwanted(Exception):
-    """Nobody asks for the rest of an answer."""
+    """The consumer of an answer has stopped iterating."""
 
 
 def pieces(generate: Callable) -> Iterator[str]:
-    """The pieces that `generate(callback=...)` calls back with.
+    """Pieces of text that `generate(callback=...)` calls back with.
 
-    It runs in a thread, which ends where nobody asks for more.
+    It runs in a thread, which ends when the iterator is closed.
     """
     queue, wanted = SimpleQueue(), True
 

@@ -260,8 +260,8 @@ def render(sample: Sample, tokenizer, cfg: EVLMConfig, **supervision: bool) -> l
 def document(
     dialogs: Sequence[Sequence[Piece]], sample: Sample, tokenizer, cfg: EVLMConfig
 ) -> Document:
-    """The trie of dialogs given as pieces (for text between the frames of a video, say); `sample`
-    gives images, key and source.
+    """The trie of dialogs given as pieces (for text between the frames of a video, say); images,
+    key and source are those of `sample`.
     """
     paths, targets = [], []
     for pieces in dialogs:

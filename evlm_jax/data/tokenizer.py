@@ -72,16 +72,16 @@ class Tokenizer:
 
     @property
     def ids(self) -> Collection[int]:
-        """All ids that stand for something; a model may have more rows, and there may be holes."""
+        """All ids with a token; a model may have more rows, and there may be gaps."""
         return self.inner.get_vocab(with_added_tokens=True).values()
 
     def encode(self, text: str, behind: str = "nothing") -> list[int]:
-        """Ids of the text, without any special token. Bytes that the vocabulary lacks (SmolLM2: of
-        no assigned character) are left out.
+        """Ids of the text, without any special token. Bytes that are not in the vocabulary
+        (SmolLM2: of unassigned characters) are left out.
 
         Args:
-          behind: what the text stands behind, "nothing", a special "token" or other "text": some
-            vocabularies put a space in front of it.
+          behind: what precedes the text, "nothing", a special "token" or other "text": some
+            vocabularies insert a space in front of it.
         """
         return self._spell(text, behind)
 
@@ -103,13 +103,13 @@ class Tokenizer:
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """From an asset name, a .gguf file, a tokenizer.json, a .tiktoken file of Qwen 1.0, or a
-    directory that holds one of the latter two.
+    """Reads a tokenizer from an asset name, a .gguf file, a tokenizer.json, a .tiktoken file of
+    Qwen 1.0, or a directory with one of the latter two.
 
     Raises:
-      FileNotFoundError: nothing there, with what was looked for.
-      ValueError: a vocabulary that is damaged, contradicts the files beside it, names no end token,
-        or is of a kind that is not read here.
+      FileNotFoundError: no such file, with what was looked for.
+      ValueError: a vocabulary that is damaged, contradicts the files beside it, has no end token,
+        or is of an unsupported kind.
     """
     path = paths.with_neighbours(assets.locate(source))
     places = (

@@ -32,11 +32,12 @@ SLOW = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 def read_folder(file: Path) -> tuple[tokenizers.Tokenizer, list[int]]:
-    """The vocabulary, in which special tokens have their flag and the post-processor puts a BOS in
-    front where one belongs; and the ids that end an answer.
+    """The vocabulary, in which special tokens have their flag and the post-processor inserts a BOS
+    where one belongs; and the ids that end an answer.
 
     Raises:
-      ValueError: a file that is not what its name says, or files that contradict each other.
+      ValueError: a file with another content than its name promises, or files that contradict each
+        other.
     """
     spec, config = read_json(file), _beside(file, "tokenizer_config.json")
     model = spec.get("model")
@@ -241,7 +242,7 @@ def in_front(inner: tokenizers.Tokenizer) -> tuple[int, ...]:
 
 
 def no_file(folder: Path, places: Iterable[Path]) -> FileNotFoundError:
-    """The error that says what was looked for, and how to make it of what a slow tokenizer left."""
+    """The error that lists the files looked for, and how to convert those of a slow tokenizer."""
     looked = ", ".join(place.name for place in places)
     if slow := [name for name in SLOW if (folder / name).is_file()]:
         call = (

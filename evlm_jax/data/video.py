@@ -66,7 +66,7 @@ def spread(frames: str, length: float) -> list[float]:
 
 
 def duration(path: str) -> float:
-    """Seconds: as the file tells, else to the end of its last picture. Raises VideoError."""
+    """Length in seconds: of the header, else to the end of the last picture. Raises VideoError."""
     with _opened(path) as (container, stream):
         return _told(container, stream) or _counted(container, stream)
 
@@ -74,14 +74,14 @@ def duration(path: str) -> float:
 def decode(
     path: str, seconds: Sequence[float], each: Callable[[np.ndarray], Made] = lambda frame: frame
 ) -> list[Made]:
-    """The frames shown at these times, upright uint8 [height, width, 3] each, in the order asked
-    for; past the end, the last.
+    """The frames shown at these times, upright uint8 [height, width, 3] each, in the given order;
+    past the end, the last.
 
     Args:
-      each: what is made of a frame as soon as it is decoded: a thousand large ones would not fit
-        into memory.
+      each: applied to a frame as soon as it is decoded: a thousand large ones would not fit into
+        memory.
     Raises:
-      VideoError: damaged, or over before nine tenths of the length that it tells.
+      VideoError: damaged, or shorter than nine tenths of the length in its header.
     """
     found: dict[float, Made] = {}
     with _opened(path) as (container, stream):

@@ -10,12 +10,12 @@ NEGATIVE = -1e30  # finite, so that a row that sees nothing gives numbers and no
 
 @jax.named_scope("scores")
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """q [B, T, N, H], k and v [B, S, K, H] with K dividing N, mask [B, T, S] -> [B, T, N, H].
-    Softmax in float32.
+    """Softmax attention, in float32: q [B, T, N, H], k and v [B, S, K, H] with K dividing N, mask
+    [B, T, S] -> [B, T, N, H].
 
-    The queries of a key head stand below each other, so that both products are plain matrix
-    products for each (B, K): on CPU half the time of an einsum that leaves the layout to the
-    compiler."""
+    Queries of one key head are stacked along T, so that both products are plain matrix products for
+    each (B, K): on CPU half the time of an einsum that leaves the layout to the compiler.
+    """
     b, t, n, h = q.shape
     kv, group = k.shape[2], n // k.shape[2]
     q = q.reshape(b, t, kv, group, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, group * t, h)

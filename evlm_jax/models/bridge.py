@@ -107,16 +107,15 @@ KINDS = {"fused": Fused, "flamingo": Resampler, "llava": Projector}
 
 
 def make(cfg: EVLMConfig, rngs: nnx.Rngs) -> nnx.Module | None:
-    """The bridge of `cfg`; None where taps are looked at as they are."""
+    """The bridge of `cfg`; None where cross-attention reads the taps themselves."""
     return None if cfg.bridge.kind == "routed" else KINDS[cfg.bridge.kind](cfg, rngs)
 
 
 def write(views: jax.Array, image: jax.Array, patch: jax.Array) -> jax.Array:
-    """What stands at media positions: views [1, C, I, P, D], image slot and number of the patch
-    [B, T] -> [B, T, D].
+    """Embeddings of media positions: views [1, C, I, P, D], image slot and patch number [B, T] ->
+    [B, T, D].
 
-    B / C neighbouring rows are an image group. At other positions it is something that nobody
-    reads.
+    B / C neighbouring rows are an image group. Values at other positions are undefined, and unused.
     """
     _, groups, _, patches, width = views.shape
     index = (image * patches + jnp.maximum(patch, 0)).reshape(groups, -1, 1)

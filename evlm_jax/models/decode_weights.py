@@ -12,7 +12,7 @@ from evlm_jax.ops.decode_matmul import Packed, pack, pack_head
 
 
 class Weights(NamedTuple):
-    """What decoding reads of a model; the layers stay stacked."""
+    """Parameters of a model in the layout of decoding; the layers stay stacked."""
 
     embed: jax.Array  # [vocab, D]
     media: jax.Array | None  # [media tokens, D]; None where patches stand in their place
@@ -24,7 +24,7 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, model: EVLM, dtype: str) -> "Weights":
-        """Of a model, with matrices of `dtype`."""
+        """The weights of `model`, its matrices in `dtype`."""
         llm = model.llm
         head = llm.embed[...].T if llm.head is None else llm.head.matrix()
         layers, crosses = _pack(llm.layers, dtype), _pack(model.xattn, dtype)

@@ -51,7 +51,7 @@ def cross_attention_op(cfg: EVLMConfig) -> Callable:
 
 
 class Media(nnx.Module):
-    """What an image is in the text stream."""
+    """Learnable embeddings that represent an image in the text stream."""
 
     def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
         self.embedding = param(

@@ -25,5 +25,5 @@ class Gate(nnx.Module):
         return jnp.tanh(self.scalar[...].astype(jnp.float32))
 
     def close(self) -> None:
-        """From now on the factor is 0, and the part of the block the identity, bit for bit."""
+        """Sets the factor to 0: that part of the block is then the identity, bit for bit."""
         self.scalar[...] = jnp.zeros_like(self.scalar[...])

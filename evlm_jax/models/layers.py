@@ -62,7 +62,7 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Over the last axis, in float32."""
+    """LayerNorm over the last axis, in float32."""
 
     def __init__(self, width: int, eps: float, rngs: nnx.Rngs):
         self.scale = param(rngs, (width,), ("norm",), value=1.0)
@@ -79,7 +79,7 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Over the last axis, in float32; cast before the scale, as Llama and Qwen do."""
+    """RMSNorm over the last axis, in float32; cast before the scale, as Llama and Qwen do."""
 
     def __init__(self, width: int, eps: float, rngs: nnx.Rngs):
         self.scale = param(rngs, (width,), ("norm",), value=1.0)
@@ -132,7 +132,7 @@ def rope_tables(
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Half-split (NeoX) rotation of x [B, T, N, H], in float32."""
+    """Rotary positions applied to x [B, T, N, H]: the half-split (NeoX) form, in float32."""
     cos, sin = rope
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)

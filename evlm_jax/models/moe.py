@@ -40,7 +40,7 @@ TEXT, MEDIA, PADDING = 0, 1, -1  # kinds of tokens
 
 
 class Routing(NamedTuple):
-    """What routing tells of a layer: float32 sums over tokens, so that micro-batches add up."""
+    """Statistics of one layer's routing: float32 sums over tokens, so that micro-batches add up."""
 
     tokens: jax.Array  # [], how many were routed
     load: (
@@ -222,9 +222,7 @@ def _statistics(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedExperts:
-    """Experts of a stack of layers, one of which is `layer`, laid out for decoding; called as
-    Experts, never with a limit.
-    """
+    """Experts of one `layer` of a stack, in the layout of decoding; called as `Experts` is."""
 
     fc1: Packed  # of the stack's layers * E matrices
     fc2: Packed
@@ -233,7 +231,7 @@ class PackedExperts:
 
     @classmethod
     def of(cls, experts: Experts, dtype: str) -> "PackedExperts":
-        """Of a stack [L, E, ...], with matrices of `dtype`."""
+        """Packs the experts of a stack [L, E, ...], with matrices of `dtype`."""
 
         def flat(linear):
             return linear.kernel[...].reshape(-1, *linear.kernel.shape[2:])

@@ -25,7 +25,7 @@ from evlm_jax.parallel.sharding import shard
 
 
 class Passed(NamedTuple):
-    """What a pass through the layers gives besides x.
+    """Outputs of a pass through the layers besides x.
 
     Leaves have a leading axis: L layers, or X cross-attention blocks.
     """
@@ -127,7 +127,7 @@ def _block(stack: nnx.Module, number: jax.Array, block: nnx.Module | None) -> nn
 
 
 def pick(stack: nnx.Module, number: jax.Array | int) -> nnx.Module:
-    """One block of a stack; what is packed reads its weights where they lie."""
+    """One block of a stack; packed weights are read in place."""
 
     def one(leaf):
         if _packed(leaf):

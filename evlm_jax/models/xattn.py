@@ -77,5 +77,5 @@ class Block(nnx.Module):
         return x + self.ffn_gate(x) * y, kept, routing
 
     def gates(self) -> dict[str, Gate]:
-        """By the name under which a run reports them."""
+        """The block's gates by the names under which a run reports them."""
         return {"attn_gate": self.attn_gate, "ffn_gate": self.ffn_gate}

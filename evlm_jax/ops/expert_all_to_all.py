@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 
 class Route(NamedTuple):
-    """Which rows go where."""
+    """Destinations of rows."""
 
     first: jax.Array  # [P + 1] where each device's block begins in the sender's rows; the end
     received: jax.Array  # [P] rows that come from each device

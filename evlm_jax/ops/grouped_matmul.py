@@ -31,8 +31,8 @@ STRIDES = (16, 8, 4, 2, 1)  # blocks that are multiplied together where an exper
 
 
 class Groups(NamedTuple):
-    """Where choices stand. Choices are numbered choice by choice, not token by token: number i of
-    token t is i * tokens + t.
+    """Assignment of choices to rows. Choices are numbered choice by choice, not token by token:
+    number i of token t is i * tokens + t.
     """
 
     choice: jax.Array  # [R] int32, A in a row without one
@@ -49,10 +49,13 @@ class Groups(NamedTuple):
 
 
 def group(expert: jax.Array, experts: int, block: int, limit: jax.Array | None = None) -> Groups:
-    """The rows of choices: expert [A] int32, `experts` for a choice that gets no row; `limit`: the
-    most choices an expert takes.
+    """Assigns rows to choices, sorted by expert.
 
-    Over the limit, first choices go before second ones and early tokens before late ones.
+    Args:
+      expert: int32 [A], the expert of each choice; `experts` for a choice that gets no row.
+      block: rows of a block; each expert's rows are filled up to whole blocks.
+      limit: most choices of an expert. Beyond it, first choices go before second ones and early
+        tokens before late ones.
     """
     count = jnp.zeros(experts + 1, jnp.int32).at[expert].add(1)
     taken = count[:-1] if limit is None else jnp.minimum(count[:-1], limit)

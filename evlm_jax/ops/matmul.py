@@ -11,18 +11,19 @@ import jax.numpy as jnp
 
 
 def product(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-    """einsum in float32. Each index of an operand stands in the other one or in the result; "..."
-    in front of `a` is any number of them.
+    """einsum in float32. Each index of an operand must occur in the other one or in the result;
+    "..." in front of `a` is any number of indices.
 
-    `b` takes the dtype of `a`. Under jax.default_matmul_precision("bfloat16") both are rounded to
-    that: XLA does so on TPUs alone. Gradients have the dtype of their operand; that of a float32
-    parameter is not rounded on its way. `dtype`: round to that instead."""
+    `b` is cast to the dtype of `a`. Under jax.default_matmul_precision("bfloat16") both are rounded
+    to that: XLA does so on TPUs alone. Gradients have the dtype of their operand; that of a float32
+    parameter is not rounded on its way. `dtype`: round to that instead.
+    """
     spec = spec.replace("...", "ABCDEF"[: a.ndim + 3 - spec.index(",")])
     return _product(spec, dtype or operand_dtype(a), a, b)
 
 
 def operand_dtype(a: jax.Array) -> jnp.dtype:
-    """What the operands of a product with `a` are rounded to."""
+    """Dtype to which the operands of a product with `a` are rounded."""
     return (
         jnp.dtype(jnp.bfloat16)
         if jax.config.jax_default_matmul_precision == "bfloat16"

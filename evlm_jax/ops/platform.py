@@ -10,15 +10,17 @@ _platform: ContextVar[str] = ContextVar("platform", default="")
 
 
 def platform() -> str:
-    """Of the devices that will run what is traced: "cpu", "gpu" or "tpu"; without a mesh, JAX's own
-    choice.
+    """Platform of the devices that will run what is traced: "cpu", "gpu" or "tpu"; without a mesh,
+    JAX's default.
     """
     return _platform.get() or jax.default_backend()
 
 
 @contextlib.contextmanager
 def compile_for(name: str) -> Iterator[None]:
-    """What is traced within is for devices of this platform, which need not be here."""
+    """Context in which programs are traced for devices of this platform, whether or not they are
+    attached.
+    """
     token = _platform.set(name)
     try:
         yield

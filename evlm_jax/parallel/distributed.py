@@ -44,7 +44,7 @@ def initialize_distributed(
 
 
 def is_first() -> bool:
-    """Whether this process speaks for all."""
+    """Whether this is the process that logs and writes shared files."""
     return jax.process_index() == 0
 
 
@@ -55,7 +55,7 @@ def log_once(text: str) -> None:
 
 
 def barrier(name: str) -> None:
-    """Until all processes are here; `name` says where, in errors."""
+    """Blocks until all processes have called it; `name` identifies the place in errors."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
@@ -79,11 +79,13 @@ def fetch_to_host(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Callable[[int], int]]:
-    """A function of the finished steps: with which status to stop here, 0 to go on. SIGTERM and
-    SIGINT (Ctrl-C) ask for it.
+    """Context that turns SIGTERM and SIGINT (Ctrl-C) into a stop between steps.
 
-    What comes to one process stops all of them at the same step. A second Ctrl-C does not wait for
-    it."""
+    Yields:
+      a function of the number of finished steps: the exit status to stop with, or 0 to continue.
+
+    A signal to one process stops all of them at the same step. A second Ctrl-C interrupts at once.
+    """
     alone, came = jax.process_count() == 1, []
 
     def note(number: int, _frame) -> None:

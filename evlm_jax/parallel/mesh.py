@@ -36,7 +36,7 @@ PIECES = ("fsdp", "expert")
 
 
 class Rule(NamedTuple):
-    """Mesh axes of a logical one."""
+    """Mesh axes of a logical axis."""
 
     used: tuple[str, ...] = ()
     stored: tuple[str, ...] = ()  # in addition
@@ -76,7 +76,7 @@ _active: ContextVar["Layout | None"] = ContextVar("layout", default=None)
 
 
 def active_layout() -> "Layout | None":
-    """Of what is being traced; None on one device."""
+    """Layout of the program that is being traced; None on one device."""
     return _active.get()
 
 
@@ -91,7 +91,7 @@ class Layout:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """For tracing and compiling what runs on this mesh."""
+        """Context for tracing and compiling what runs on this mesh."""
         token = _active.set(self)
         try:
             with compile_for(self.mesh.devices.flat[0].platform):
@@ -100,8 +100,8 @@ class Layout:
             _active.reset(token)
 
     def spec(self, axes: tuple[str | None, ...], stored: bool = False) -> P:
-        """Of an array with these logical axes; a mesh axis splits the first dimension that can take
-        it.
+        """PartitionSpec of an array with these logical axes; a mesh axis splits the first dimension
+        whose rule names it.
         """
         taken, out = set(), []
         for rule in map(self.rule, axes):
@@ -115,19 +115,19 @@ class Layout:
         return P(*out)
 
     def rule(self, axis: str | None) -> Rule:
-        """Of a logical axis; None is never split. Raises KeyError where there is no rule."""
+        """Rule of a logical axis; None is never split. Raises KeyError where there is no rule."""
         if axis is None:
             return Rule()
         return (RULES | (BY_ROWS if self.cfg.images == "rows" else {}))[axis]
 
     def sharding(self, axes: tuple[str | None, ...]) -> NamedSharding:
-        """Of an activation."""
+        """Sharding of an activation with these logical axes."""
         return NamedSharding(self.mesh, self.spec(axes))
 
     def place(self, param: nnx.Variable, stored: bool) -> NamedSharding:
-        """Of a parameter, or of a stack of them, whose layer axis in front is never split.
+        """Sharding of a parameter, or of a stack of them, whose leading layer axis is never split.
 
-        Vectors lie as they are used.
+        Vectors are stored as they are used.
         """
         axes = param.get_metadata()["axes"]
         layers = len(jax.tree.leaves(param)[0].shape) - len(axes)
@@ -136,23 +136,23 @@ class Layout:
         )
 
     def parts(self, axis: str) -> int:
-        """Into how many pieces a dimension with this logical axis is split where it is used."""
+        """Number of pieces of a dimension with this logical axis where it is used."""
         return math.prod(self.mesh.shape[name] for name in self.rule(axis).used)
 
     @property
     def rows_are_shared(self) -> bool:
-        """Whether several processes hold the same rows of a batch."""
+        """Whether several processes have the same rows of a batch."""
         grid = self.mesh.devices.reshape(-1, self.mesh.shape["tensor"])
         return any(len({device.process_index for device in devices}) > 1 for devices in grid)
 
     @property
     def replicated(self) -> NamedSharding:
-        """The same on every device."""
+        """Sharding with a copy on every device."""
         return NamedSharding(self.mesh, P())
 
     @property
     def rows(self) -> NamedSharding:
-        """Rows of a batch, whatever else an array has."""
+        """Sharding of arrays whose first axis is rows of a batch."""
         return self.sharding(("rows",))
 
     def batch(self, batch: Batch) -> Batch:
@@ -169,7 +169,7 @@ class Layout:
 
     def trained(self, tree: Any) -> Any:
         """Shardings of a tree with trainable parameters, their gradients or moments, as Variables;
-        other leaves are on every device.
+        other leaves are replicated.
         """
         return self._tree(tree, stored=True)
 
@@ -184,8 +184,8 @@ class Layout:
         return jax.tree.map(place, tree, is_leaf=is_param)
 
     def own_groups(self, count: int) -> list[int]:
-        """Numbers of the image groups, of a batch of `count`, that devices of this process hold,
-        ascending.
+        """Numbers, ascending, of the image groups that are on devices of this process, of a batch
+        of `count`.
         """
         held = self.rows.addressable_devices_indices_map((count,)).values()
         return sorted({group for (groups,) in held for group in range(*groups.indices(count))})

@@ -20,18 +20,15 @@ from evlm_jax.parallel.mesh import active_layout, is_param
 
 
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Says how an activation is split: a logical axis, or None,
-    for each of its first dimensions.
+    """Constrains the sharding of an activation: a logical axis, or None, for each of its first
+    dimensions.
     """
     layout = active_layout()
     return x if layout is None else jax.lax.with_sharding_constraint(x, layout.sharding(axes))
 
 
 def lookup(table: nnx.Variable, index: jax.Array) -> jax.Array:
-    """Rows of a table [vocab, D] for index [B, T] -> [B, T, D].
-
-    A table in pieces of D stays so; what is found changes places.
-    """
+    """Rows of a table [vocab, D] at index [B, T] -> [B, T, D]."""
     layout = active_layout()
     if layout is not None and (layout.cfg.zero == 3 or layout.cfg.frozen == "sharded"):
         return shard(shard(table[...][shard(index, "copies")], "copies", None, "pieces"), "rows")
@@ -39,10 +36,10 @@ def lookup(table: nnx.Variable, index: jax.Array) -> jax.Array:
 
 
 def gathered_weight(param: nnx.Variable, dtype: jnp.dtype) -> jax.Array:
-    """A parameter where it is used.
+    """A parameter at its use.
 
-    On a mesh it is gathered in `dtype`; its gradient is summed over rows, in pieces, where it
-    waits.
+    On a mesh it is gathered in `dtype`; its gradient is summed over rows and scattered to the
+    pieces in which the parameter is stored.
     """
     layout = active_layout()
     if layout is None:
@@ -73,7 +70,7 @@ def all_gather_params(params: nnx.State, dtype: jnp.dtype) -> nnx.State:
 
 
 def reduce_scatter_grads(grads: nnx.State) -> nnx.State:
-    """Gradients, in the pieces in which their parameters are stored."""
+    """Gradients, sharded as their parameters are stored."""
     layout = active_layout()
     return (
         grads if layout is None else jax.lax.with_sharding_constraint(grads, layout.trained(grads))
@@ -98,10 +95,7 @@ _place.defvjp(
 def shard_map_local(
     f: Callable, inputs: tuple[tuple[str | None, ...], ...], outputs: Any
 ) -> Callable:
-    """`f` on each device's own part.
-
-    `inputs`, `outputs`: logical axes of the first dimensions of each array, or of a tree of such.
-    """
+    """`f` applied to each device's shard."""
     layout = active_layout()
     if layout is None:
         return f

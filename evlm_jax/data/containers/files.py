@@ -33,7 +33,9 @@ class Ref(str):
 
 
 def open_file(path: str) -> BinaryIO:
-    """For reading. Raises OSError, also for a device or a pipe, which may have no end."""
+    """Opens a file for reading. Raises OSError, also for a device or a pipe, which may have no
+    end.
+    """
     if not remote(path):
         if not stat.S_ISREG(kind := os.stat(path).st_mode) and not stat.S_ISDIR(
             kind
@@ -96,7 +98,7 @@ def _opened(path: str) -> _Descriptor:
 
 
 def version(path: str) -> str:
-    """As paths.version. Raises OSError."""
+    """`paths.version` of a data file. Raises OSError."""
     return _remote_version(path) if remote(path) else paths.version(path)
 
 
@@ -107,11 +109,12 @@ def _remote_version(path: str) -> str:
 
 
 def find(path: str, suffixes: Iterable[str]) -> list[str]:
-    """A file; or what lies below a folder or matches a pattern and has one of the suffixes, in
+    """A file; or the files below a folder, or that match a pattern, with one of the suffixes, in
     order of name.
 
-    Hidden files and folders are passed over, also those that other systems leave beside a file
-    (._a.jpg). Raises FileNotFoundError."""
+    Hidden files and folders are skipped, also those that other systems leave beside a file
+    (._a.jpg). Raises FileNotFoundError.
+    """
     path = path if remote(path) else os.path.expanduser(path)
     system, inner = _system(path)
     if system.isfile(inner):
@@ -140,11 +143,12 @@ def join(folder: str, name: str) -> str:
 
 
 def inside(folder: str, name: str) -> str:
-    """The path of what a row names: in `folder`, or a whole path or URL that lies below it.
+    """Path of a file that a row names: in `folder`, or a whole path or URL that is below it.
     References of readers stay as they are.
 
-    Data come from elsewhere, so a name decides neither which host is asked nor which folder is
-    read. Raises ValueError."""
+    Rows are untrusted, so a name decides neither which host is contacted nor which folder is read.
+    Raises ValueError.
+    """
     if isinstance(name, Ref):
         return name
     if (

@@ -25,9 +25,9 @@ STOP, TRUE, FALSE, BYTE, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = (
 
 
 def null_counts(file: BinaryIO) -> list[list[int | None]]:
-    """[row group][leaf column]: how many values lack, None where the file does not tell.
+    """Number of nulls as [row group][leaf column], None where the file does not record it.
 
-    Of a file that pyarrow opens. Raises ValueError.
+    Reads a file that pyarrow opens. Raises ValueError.
     """
     file.seek(-8, os.SEEK_END)
     size = int.from_bytes(file.read(4), "little")

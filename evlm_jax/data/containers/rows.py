@@ -87,7 +87,9 @@ def open_ref(ref: str, most: int = MOST_BYTES) -> BinaryIO:
 
 
 def version(ref: str) -> str:
-    """Another one when the file behind a reference changes; what is drawn stays. Raises OSError."""
+    """A string that changes when the file behind a reference does; drawn pictures have a constant
+    one. Raises OSError.
+    """
     kind, _, path = _split(ref)
     return "" if kind in DRAWN else files.version(path)
 

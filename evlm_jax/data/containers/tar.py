@@ -109,9 +109,9 @@ def _members(file: BinaryIO) -> np.ndarray:
 
 def headers(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
     """(name, start, size) of every regular file in a tar: V7, ustar, pax and GNU. Python's tarfile
-    takes three times as long.
+    is three times slower.
 
-    Raises ValueError for a damaged or cut off file, and for sparse members.
+    Raises ValueError for a damaged or truncated file, and for sparse members.
     """
     end, at = file.seek(0, os.SEEK_END), 0
     extended: dict[str, bytes] = {}  # what headers of headers say about the next member

@@ -55,7 +55,7 @@ def parse(content: bytes):
 
 
 def lines(content: bytes) -> list[str]:
-    """The lines of a text file: a text may hold other marks that end a line for Unicode
+    """The lines of a text file, split at newlines alone, not at other line ends of Unicode
     (U+2028).
     """
     return decode(content).removesuffix("\n").split("\n") if content else []

@@ -96,7 +96,7 @@ def karpathy(
     "sentences": [{"raw"}]}]}.
 
     Args:
-      split: "train" takes "restval" too, as is usual.
+      split: "train" includes "restval", as is usual.
       images: the folder of `filepath`; by default the one of the file.
     """
     splits = ("train", "restval") if split == "train" else (split,)

@@ -19,7 +19,7 @@ FILM = "<video>"
 
 
 def words(value: Any, field: str) -> str:
-    """A text. What a container holds as bytes is decoded."""
+    """The value of a text field; bytes are decoded."""
     if isinstance(value, Ref):
         with rows.open_ref(value, text.MOST_BYTES) as file:
             return text.decode(file.read())
@@ -29,14 +29,14 @@ def words(value: Any, field: str) -> str:
 
 
 def listed(value: Any, field: str) -> list:
-    """A list."""
+    """The value of a list field."""
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{field!r} must be a list, it is {_kind(value)}")
     return list(value)
 
 
 def number(value: Any, field: str) -> float:
-    """A finite number."""
+    """The value of a finite numeric field."""
     try:
         found = math.nan if isinstance(value, bool) else float(value)
     except (OverflowError, TypeError, ValueError):
@@ -67,10 +67,11 @@ def facts(row: dict) -> dict:
 
 
 def files_of(row: dict, folder: str, *fields: str) -> list[str]:
-    """The pictures (or videos) that a row has in one of these fields, as paths and references.
+    """Pictures (or videos) of a row in one of these fields, as paths and references.
 
-    A field holds nothing (null, ""), bytes, a name, {"bytes", "path"} of which one may be null, or
-    a list of such."""
+    A field is empty (null, ""), bytes, a name, {"bytes", "path"} of which one may be null, or a
+    list of such.
+    """
     told = facts(row)
     named = [value for field in fields for value in _flat(told.get(field), field)]
     filled = [field for field in fields if told.get(field)]
@@ -121,7 +122,7 @@ def member(row: dict, folder: str, kinds: Sequence[str] = IMAGES) -> str:
 
 
 def has(row: dict) -> str:
-    """For errors: what is there instead."""
+    """The fields of a row, for errors about one that is missing."""
     together = " (what belongs to one key must stand together in a tar)" * ("__key__" in row)
     return f"the row has {', '.join(map(str, row))}{together}"
 

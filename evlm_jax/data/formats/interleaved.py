@@ -19,8 +19,8 @@ from evlm_jax.data.source import Source, by_row, key_of
 def document(
     name: str, key: str, parts: Iterable[str | ImageRef], between: str, scores: Sequence[float] = ()
 ) -> Sample:
-    """Texts and pictures in reading order; `between` stands between two texts, in front of the
-    pictures that are there.
+    """A sample of texts and pictures in reading order; `between` is inserted between two texts, in
+    front of pictures between them.
     """
     said, marks, visuals = "", "", []
     for part in parts:
@@ -35,10 +35,10 @@ def document(
 
 
 def assign(similarity: np.ndarray) -> np.ndarray:
-    """The sentence of each picture, int [images], as MMC4 does: the greatest sum of similarities
-    where no sentence has two pictures.
+    """Index of the sentence of each picture, int [images], as in MMC4: the greatest sum of
+    similarities where no sentence has two pictures.
 
-    Where there are more pictures than sentences, a sentence takes as many as are needed to place
+    Where there are more pictures than sentences, a sentence gets as many as are needed to place
     all.
 
     Args:
@@ -60,8 +60,9 @@ def mmc4(name: str, root: str, row: dict, *, images: str = "images") -> Sample:
     """MMC4: {"url", "text_list", "image_info": [{"image_name", "matched_text_index",
     "matched_sim"}], "similarity_matrix"}.
 
-    A picture stands in front of its sentence: the published one, or where there is none the one
-    that `assign` finds."""
+    A picture precedes its sentence: the published one, or where there is none the one that `assign`
+    finds.
+    """
     told, folder = facts(row), files.join(root, images)
     texts, infos = (
         [words(text, "text_list") for text in listed(told["text_list"], "text_list")],

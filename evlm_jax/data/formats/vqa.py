@@ -20,9 +20,9 @@ CHOOSE = "Reply with the letter of the right option."
 
 @dataclass(frozen=True)
 class Fields:
-    """How one set names things. Functions take an entry of `entries(path, options)`.
+    """Field names of one data set. Functions are called with an entry of `entries(path, options)`.
 
-    `images`: the folder of pictures, relative to the file's, unless the source says `?images=`.
+    `images`: the folder of pictures, relative to the file's, unless the source has `?images=`.
     """
 
     entries: Callable[[str, dict[str, str]], Iterable[dict]]

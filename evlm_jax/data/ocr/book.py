@@ -43,7 +43,7 @@ class Book(Source):
         self.picture, self._made_of = picture, made_of
 
     def state(self) -> str:
-        """Of the sources of its texts and pictures."""
+        """Combined state of the sources of its texts and pictures."""
         return " ".join([super().state(), *(source.state() for source in self._made_of)])
 
 
@@ -76,7 +76,7 @@ class _Pages:
         )
 
     def sample(self, number: int) -> Sample:
-        """A reference to the picture, and what is asked about it."""
+        """The sample of a page: a reference to its picture, and the dialogs about it."""
         made = self.page(number)
 
         def placed(parts: Sequence) -> list:
@@ -185,7 +185,7 @@ def supply(
 
 
 def plain(text: str) -> str:
-    """One line without marks that nobody sees, as it can be drawn and read."""
+    """`text` as one line without invisible marks, which can be drawn and read."""
     seen = "".join(
         c
         for c in text.replace(MARKER, " ")

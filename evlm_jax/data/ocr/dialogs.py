@@ -24,13 +24,13 @@ Placed = tuple[str, Sequence[float]]  # text, and its box as shares of width and
 def dialogs(
     language: str, lines: Sequence[Placed], words: Sequence[Placed], rng: np.random.Generator
 ) -> tuple[tuple[Turn, Turn], ...]:
-    """The transcription, a line by its box, the box of something that stands there once, the number
-    of lines.
+    """Dialogs about a page: the transcription, a line by its box, the box of something that occurs
+    once, the number of lines.
 
     Args:
       lines: in reading order.
-      words: one that stands there once is asked for; where there is none, a line, and where each is
-        there twice, the last by its box.
+      words: one that occurs once is chosen for the question; where there is none, a line, and where
+        each occurs twice, the last by its box.
     """
     read, at, where, count = (MARKER + text for text in ASKED[language])
 

@@ -77,13 +77,13 @@ def _of_file(path: str) -> list[Face]:
 
 @functools.cache
 def characters(face: Face) -> frozenset[str]:
-    """What it can write."""
+    """Characters for which a font has a glyph."""
     with TTFont(face.path, fontNumber=face.index, lazy=True) as opened:
         return frozenset(map(chr, opened.getBestCmap()))
 
 
 def able(faces: Sequence[Face], text: str) -> tuple[Face, ...]:
-    """Those that have every character of the text, white space aside."""
+    """Fonts with a glyph for every character of the text, white space aside."""
     wanted = frozenset("".join(text.split()))
     return tuple(face for face in faces if wanted <= characters(face))
 

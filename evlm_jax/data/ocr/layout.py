@@ -39,7 +39,7 @@ class Word:
 
     @property
     def box(self) -> Box:
-        """Of its ink."""
+        """Bounding box of its ink."""
         left, top, right, bottom = ink(self.face, self.px, self.text)
         return self.x + left, self.y + top, self.x + right, self.y + bottom
 
@@ -52,12 +52,12 @@ class Line:
 
     @property
     def text(self) -> str:
-        """As it is to be read."""
+        """The line's text as it is to be read."""
         return " ".join(word.text for word in self.words)
 
     @property
     def box(self) -> Box:
-        """Of all ink of its words."""
+        """Bounding box of the ink of all its words."""
         lefts, tops, rights, bottoms = zip(*(word.box for word in self.words))
         return min(lefts), min(tops), max(rights), max(bottoms)
 
@@ -344,9 +344,10 @@ LAYOUTS = {
 
 
 def lay_out(sheet: Sheet, names: Sequence[str]) -> Sheet:
-    """Fills it by one of these LAYOUTS, each as often as stands there.
+    """Fills `sheet` by a layout drawn from the names in LAYOUTS; a name that occurs twice is drawn
+    twice as often.
 
-    Raises ValueError where no line found a place.
+    Raises ValueError where no line fits.
     """
     made, often = zip(*(LAYOUTS[name] for name in names))
     make = made[sheet.rng.choice(len(made), p=np.array(often) / sum(often))]

@@ -18,13 +18,13 @@ LYING = 0.6  # share of pages that lie on a picture; the others fill theirs
 
 @dataclass(frozen=True)
 class Page:
-    """What is drawn, before it is.
+    """Description of a page, before it is drawn.
 
     Args:
       size: width and height of the picture.
       sheet: its words and lines, flat.
-      quad: where the sheet's corners (left top, right top, right bottom, left bottom) lie in the
-        picture, float [4, 2].
+      quad: corners of the sheet (left top, right top, right bottom, left bottom) in the picture,
+        float [4, 2].
       lies: on a background; otherwise the sheet is the whole picture.
     """
 
@@ -61,9 +61,9 @@ def compose(
 
     Args:
       size: longer side of the picture.
-      texts: from a random generator to an endless supply of texts.
-      characters: most that are written.
-      lying: whether there are pictures to lie on.
+      texts: maps a random generator to an endless iterator of texts.
+      characters: most characters of a page.
+      lying: whether there are pictures for backgrounds.
       layouts: names of those that are drawn from.
     """
     rng = np.random.default_rng((*seed, 0))
@@ -104,7 +104,7 @@ def draw(
     """The picture, RGB, and the quality at which it is to be saved as JPEG.
 
     Args:
-      background: from a random generator to a picture; asked if the page lies on one.
+      background: maps a random generator to a picture; called if the page lies on one.
     """
     rng = np.random.default_rng((*seed, 1))
     paper, black = colours(rng)
@@ -117,7 +117,7 @@ def draw(
 
 
 def colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Of the paper and of the ink: light and dark, sometimes the other way round."""
+    """Colours of the paper and of the ink: light and dark, sometimes the other way round."""
     light, dark = (
         rng.uniform(200, 255) + rng.uniform(-20, 10, 3),
         rng.uniform(0, 70) + rng.uniform(-20, 40, 3),
@@ -146,7 +146,7 @@ def write_words(image: Image.Image, sheet: Sheet, colour: np.ndarray) -> None:
 
 
 def onto(background: Image.Image, sheet: Image.Image, page: Page) -> Image.Image:
-    """The sheet as it lies on a picture, which is stretched to the page's size."""
+    """The sheet pasted on a picture, which is stretched to the page's size."""
     back = np.linalg.inv(page.matrix)
 
     def warp(image):

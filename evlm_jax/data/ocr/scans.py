@@ -42,7 +42,7 @@ MARGIN, RADIUS = 2, 3  # pixels: around an illegible box; of what its new pixels
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A text and where it stands: corners in pixels, clockwise from the left top."""
+    """A text and its corners in pixels, clockwise from the left top."""
 
     text: str
     corners: tuple[tuple[float, float], ...]
@@ -70,7 +70,7 @@ class Scan:
 
 
 def scan(name: str, root: str, row: dict) -> Scan:
-    """Of a row. Raises KeyError for a field that lacks, ValueError for a box that is none."""
+    """The scan of a row. Raises KeyError for a missing field, ValueError for an invalid box."""
     told = facts(row)
     (file,) = files_of(row, root, "image") or members(row)
     return Scan(
@@ -103,7 +103,7 @@ def open_scans(path: str, images: str = "") -> Chain:
 
 
 def detected(name: str, path: str, *, images: str = "", language: str = "en") -> Chain:
-    """The same pages as samples: the questions of synthetic pages, asked of what was found.
+    """Scanned pages as samples, with the questions of synthetic pages about the detected texts.
 
     `language`: of the questions, en or zh.
     """
@@ -227,8 +227,8 @@ def _keep(path: str, out: Path, number: int) -> str:
 
 
 def paint_over(picture: Image.Image, quads: Sequence[np.ndarray]) -> Image.Image:
-    """The picture without what stands in these quadrilaterals [4, 2], shares of width and height:
-    filled in from around them (Telea).
+    """The picture with these quadrilaterals [4, 2], shares of width and height, inpainted from
+    around them (Telea).
     """
     try:
         import cv2

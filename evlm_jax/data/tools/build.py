@@ -41,7 +41,7 @@ CLEANERS = {"captions": Captions, "documents": Documents}
 
 
 class Job(NamedTuple):
-    """What is built. All but `out` decides what shards hold."""
+    """Arguments of a build. All but `out` decide the contents of shards."""
 
     cfg: EVLMConfig
     source: str
@@ -104,12 +104,12 @@ class Block(Sequence[Sample]):
 
 
 def build(job: Job, workers: int) -> Outcome:
-    """Builds what is not there yet, in so many processes; the receipt of all shards, which is also
-    in receipt.json and receipt.txt.
+    """Builds the shards that do not exist yet, in `workers` processes; returns the receipt of all
+    shards, which is also in receipt.json and receipt.txt.
 
     Raises:
-      ValueError: the folder holds something else, or the source has changed; OSError: a process was
-        killed.
+      ValueError: the folder is of another build, or the source has changed.
+      OSError: a process was killed.
     """
     out, source = local(job.out, "--out of a build"), open_source(job.source)
     out.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from evlm_jax.config.ranges import Count, Positive, argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of all actions."""
+    """Adds the arguments of all actions."""
     actions = parser.add_subparsers(
         dest="action", required=True, metavar="inspect|stats|bench|build"
     )

@@ -118,9 +118,10 @@ def spelled(batch: Batch, b: int, here: range, tokenizer) -> list[dict]:
     """Tokens of a document: text, kind ("media", "given" or "learned"), what they see, what they
     predict.
 
-    A token is learned if the one that it follows predicts it; what is predicted and not laid out
-    stands in `ends`. Tokens that end within a character, and the media tokens of an image, are
-    shown together."""
+    A token is learned if the one that it follows predicts it; predicted tokens that are not part of
+    the row are in `ends`. Tokens that end within a character, and the media tokens of an image, are
+    shown together.
+    """
     targets: dict[int, list[int]] = {}
     for at, target in zip(batch.target_positions[b].tolist(), batch.targets[b].tolist()):
         if target >= 0 and at in here:

@@ -6,7 +6,7 @@ from evlm_jax.config.ranges import Positive, argument
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """All of them."""
+    """Adds the arguments of `evlm ablate`."""
     parser.add_argument(
         "--variants",
         required=True,

@@ -28,10 +28,7 @@ HOLDS, FAILS, UNDECIDED, UNJUDGED = "holds", "does not", "undecided", "not judge
 
 
 class Claim(NamedTuple):
-    """`better` beats the best of `than`.
-
-    Of several, the one with the best mean is chosen by the same numbers, which is in its favour.
-    """
+    """The claim that variant `better` beats the best of `than`."""
 
     text: str
     better: str
@@ -53,7 +50,7 @@ CLAIMS = (
 
 
 class Judgement(NamedTuple):
-    """Of a claim, by one measure at one budget."""
+    """Verdict on a claim, by one measure at one budget."""
 
     claim: Claim
     budget: str
@@ -87,7 +84,7 @@ def obstacles(found: dict) -> list[str]:
 
 
 def judge(found: dict) -> Iterator[Judgement]:
-    """Of every claim whose variants were run, at both budgets, by every measure."""
+    """Judges every claim whose variants were run, at both budgets, by every measure."""
     there, blocked = set(variants(found)), obstacles(found)
     for claim in CLAIMS:
         rivals = [name for name in claim.than if name in there]

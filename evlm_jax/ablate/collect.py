@@ -37,7 +37,7 @@ MEASURES = (
 
 
 class Difference(NamedTuple):
-    """Of two variants, over the seeds that both have."""
+    """Difference of two variants, over the seeds that both have."""
 
     mean: float
     low: float  # 95%, over seeds and questions
@@ -187,7 +187,7 @@ HEADER = "variant,trained,steps,questions,FLOPs,s/step,peak,loss".split(",")
 
 
 def header() -> list[str]:
-    """Of `cells`."""
+    """Names of the columns of `cells`."""
     return HEADER + [name for measure in MEASURES for name in (measure.name, "less base", "p")]
 
 

@@ -21,9 +21,7 @@ PARTS = ("variant", "seed", "changes", "trained", "settings", "budgets", "readin
 
 
 def save(file: os.PathLike | str, run: dict) -> epath.Path:
-    """Writes a run, atomically; of `run` the readings may hold the clusters, as `job.read` has
-    them.
-    """
+    """Writes a run, atomically; its readings may have clusters, as `job.read` returns them."""
     run = _clusters_once(run)
     clusters = {name: _pack_clusters(sizes) for name, sizes in run["clusters"].items()}
     return results.save(file, {"format": FORMAT} | run | {"clusters": clusters})

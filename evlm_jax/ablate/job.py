@@ -68,16 +68,16 @@ def run(
     out: Path,
     keep: bool,
 ) -> None:
-    """Trains, reads, saves result.json; what is there already stays.
+    """Trains, evaluates and saves result.json; nothing is done where that exists.
 
     Args:
       load: variant -> its config.
       questions: the budget.
-      limit: questions of the official test that are asked; None: all.
+      limit: questions of the official test that are used; None: all.
       init: the run to start from; None: the towers alone.
       keep: the checkpoints stay.
     Raises:
-      ValueError: what is there of the run began elsewhere.
+      ValueError: an unfinished run in the folder began elsewhere.
       Stopped: a signal came while training; what was trained is saved.
     """
     folder = out / variant / str(seed)

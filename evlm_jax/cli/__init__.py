@@ -17,7 +17,7 @@ from evlm_jax.planning import arguments as planning_arguments
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Of the whole command line."""
+    """The parser of the whole command line."""
     parser = Parser(
         prog="evlm",
         description=__doc__,

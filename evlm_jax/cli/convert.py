@@ -7,7 +7,7 @@ from evlm_jax.config.ranges import Count, NonNegative, argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of its four actions."""
+    """Adds the arguments of the four actions."""
     actions = parser.add_subparsers(
         dest="action", required=True, metavar="import|export|verify|families"
     )

@@ -16,7 +16,7 @@ from evlm_jax.config.ranges import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """All of them; the options of sampling do what transformers' of the same names do."""
+    """Adds all arguments; the options of sampling do what transformers' of the same names do."""
     parser.add_argument(
         "--checkpoint", required=True, help="directory of a training run, or of an import"
     )
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """How tokens are drawn, one by one."""
+    """Adds the options of sampling."""
     parser.add_argument(
         "--temperature",
         type=argument(NonNegative),

@@ -17,14 +17,14 @@ CLIENTS = (
 
 
 class Parser(argparse.ArgumentParser):
-    """Of the command and of all below it: help tells the defaults."""
+    """The command's parser and those of its actions: help shows the defaults."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=Help, **options)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Without the defaults that say nothing."""
+    """Leaves out defaults that carry no information."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         nothing = (
@@ -34,7 +34,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Version(argparse.Action):
-    """Looks it up when it is asked for."""
+    """Looks up the version only when it is printed."""
 
     def __call__(self, parser, *_) -> None:
         from importlib.metadata import version

@@ -45,10 +45,7 @@ class Example(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What a model made of one prompt.
-
-    Names, in order: vit/tap N (1-based), embed, xattn/L and llm/layers/L by turns, llm/ln_f.
-    """
+    """Intermediate values of one model for one prompt."""
 
     seen: dict[str, np.ndarray]  # [I, S, V] of a tap, else [T, D]
     logits: np.ndarray  # [T, vocab] float32
@@ -67,11 +64,11 @@ class Side(NamedTuple):
 
 
 def look(where: str, folder_code: bool = False) -> Side:
-    """What lies at `where`, read from its configuration alone.
+    """The model at `where`, described from its configuration alone.
 
     Args:
-      folder_code: a Hugging Face directory is run by the code that it holds, instead of by
-        transformers' own and this package's classes.
+      folder_code: a Hugging Face directory is run by the code in it, instead of by transformers'
+        own and this package's classes.
     Raises:
       FileNotFoundError: neither a checkpoint of ours nor a Hugging Face directory.
       ValueError: a model that has no logits, or an architecture that is not EVLM's; a baseline.

@@ -8,11 +8,11 @@ from evlm_jax.convert.families import INERT, KINDS, NEEDED, OFF, ROTARY, UNUSED,
 
 
 def kind_of(path: Path, config: dict) -> Kind | None:
-    """What config.json or a GGUF file says the model is; None where nothing says it: no
-    config.json, or one in the words of EVA.
+    """Kind of model in config.json or in a GGUF file; None where neither names one: no config.json,
+    or one with EVA's fields.
 
     Raises:
-      ValueError: a model type that is not read, or one whose weights are quantised; named.
+      ValueError: a model type that is not supported, or one whose weights are quantised; named.
     """
     if "general.architecture" in config:
         return _kind_of_gguf(path, config)
@@ -61,7 +61,8 @@ def fields_of(path: Path, config: dict) -> dict[str, Any]:
     in.
 
     Raises:
-      ValueError: naming every field that is not understood, or says what EVLM's towers are not.
+      ValueError: naming every field that is not understood, or has a value that EVLM's towers
+        cannot compute.
     """
     name, where = config["model_type"], "config.json"
     if name in WHOLE:

@@ -15,7 +15,9 @@ FIELDS = (
 
 
 def trained_positions(where: str | Path) -> tuple[int, str] | None:
-    """(positions, the file's field that says so), the least of several; None where nothing does."""
+    """(positions, the file's field with that number), the least of several; None where no field has
+    one.
+    """
     path = assets.locate(where)
     if path.suffix == ".gguf":
         facts = read_gguf(path).metadata

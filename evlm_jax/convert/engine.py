@@ -46,8 +46,8 @@ def load_towers(cfg: EVLMConfig) -> dict[str, np.ndarray]:
     llm/*, in the checkpoint's dtype.
 
     Raises:
-      ValueError: the checkpoint is of another architecture than the config says (every field), or
-        tensors do not fit (every name).
+      ValueError: the checkpoint has another architecture than the config (every field), or tensors
+        do not fit (every name).
     """
     places = {"vit": cfg.init.vision, "llm": cfg.init.llm}
     towers = [
@@ -140,7 +140,7 @@ def check_fields(cfg: EVLMConfig, source: Source, stored: dict, tower: str) -> N
 
 
 def sizes(cfg: EVLMConfig, tower: str) -> dict[str, int]:
-    """Axis lengths that the tables' patterns cannot know from shapes."""
+    """Axis lengths of the tables' patterns that cannot be derived from shapes."""
     return {"two": 2} | (
         {"heads": cfg.llm.heads, "kv_heads": cfg.llm.kv_heads} if tower == "llm" else {}
     )
@@ -172,12 +172,12 @@ LARGER = (
 
 
 def recognise(source: Source) -> tuple[Family, str]:
-    """The one family, and the prefix of its names, whose signature tensor is there and which
-    config.json, if it is there, agrees with.
+    """The family, and the prefix of its names, whose signature tensor is in the source and which
+    agrees with config.json, if there is one.
 
     Raises:
-      ValueError: none or several fit; config.json says a model type that is not read, or another
-        one; the weights are quantised.
+      ValueError: none or several fit; config.json has a model type that is not supported, or
+        another one; the weights are quantised.
     """
     kind = kind_of(source.path, source.metadata)
     if name := next(filter(QUANTISED.fullmatch, source.tensors), None):

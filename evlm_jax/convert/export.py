@@ -54,10 +54,10 @@ def export(source: str, out: str, form: str, step: int | None = None) -> None:
     """Writes the newest (or given) step of a run in a form of FORMATS.
 
     Raises:
-      FileExistsError: `out` is there already.
+      FileExistsError: `out` exists.
       FileNotFoundError: no such checkpoint.
-      ValueError: a baseline in another form than "llm"; a tensor that holds NaN or infinity, or has
-        no place in that form; nothing is left behind.
+      ValueError: a baseline in another form than "llm"; a tensor that contains NaN or infinity, or
+        has no name in that form; nothing is written.
     """
     tensors, cfg = store.open_params(source, step)
     cfg = replace(cfg, init=replace(cfg.init, llm=source_of_run(source, cfg.init.llm)))
@@ -136,16 +136,16 @@ FORMATS = {
 
 
 def in_names_of(family: str, tensors: Tensors, cfg: EVLMConfig) -> Tensors:
-    """All of `tensors`, as a family of tables.py has them.
+    """All of `tensors`, in the names and layouts of a family of tables.py.
 
-    Raises ValueError naming those without a place.
+    Raises ValueError naming those that the family lacks.
     """
     found = next(f for f in FAMILIES if f.name == family)
     return to_foreign(found, tensors, sizes(cfg, found.tower))
 
 
 def common_dtype(tensors: Tensors) -> str:
-    """The one that holds all others."""
+    """The smallest dtype that represents all values of the others."""
     return np.result_type(*{tensor.dtype for tensor in tensors.values()}).name
 
 

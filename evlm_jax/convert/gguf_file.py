@@ -30,10 +30,7 @@ AXES = 4
 
 
 class Cursor:
-    """What is read from a file's bytes, one value behind the other.
-
-    Every method raises ValueError beyond the end.
-    """
+    """Reads values from a file's bytes in order."""
 
     def __init__(self, data: memoryview):
         self.data, self.position, self.strings = data, 0, 0
@@ -86,14 +83,15 @@ class Cursor:
 
 
 def read_gguf(path: Path) -> Source:
-    """GGUF versions 2 and 3, little-endian; quantised tensors are dequantised to float32 when read.
+    """Reads GGUF versions 2 and 3, little-endian; quantised tensors are dequantised to float32 when
+    read.
 
-    An own header parser, because gguf.GGUFReader makes an array object of every vocabulary entry (5
-    s instead of 0.2 s).
+    Its header parser is our own, because gguf.GGUFReader makes an array object of every vocabulary
+    entry (5 s instead of 0.2 s).
 
     Raises:
-      ValueError: no GGUF file; cut short; tensors that overlap, leave gaps, stand twice or have a
-        shape their type cannot have.
+      ValueError: no GGUF file; truncated; tensors that overlap, leave gaps, are listed twice or
+        have a shape that their type cannot have.
     """
     with open(path, "rb") as file:
         begin = file.read(32)

@@ -28,13 +28,13 @@ UNASSIGNED = "\U000c0000"  # a character that no vocabulary has
 
 
 def import_towers(cfg: EVLMConfig, out: str) -> None:
-    """A new model of `cfg`: the towers of init.vision and init.llm, cross-attention with closed
-    gates, media embeddings.
+    """Writes a new model of `cfg`: the towers of init.vision and init.llm, cross-attention with
+    closed gates, media embeddings.
 
     Raises:
-      FileExistsError: `out` is there already.
+      FileExistsError: `out` exists.
       ValueError: the config is of a baseline, a tower does not fit it (every field, every name), a
-        tensor holds NaN, or the vocabulary is larger than the embedding; nothing is left behind.
+        tensor contains NaN, or the vocabulary is larger than the embedding; nothing is written.
     """
     _check_kind(cfg)
     check_length(cfg)
@@ -50,8 +50,8 @@ def import_towers(cfg: EVLMConfig, out: str) -> None:
 
 
 def import_export(cfg: EVLMConfig, model: str, out: str) -> None:
-    """All of a model that `evlm convert export --format hf` wrote; counts as trained, so what
-    begins there keeps its bits.
+    """Writes all of a model that `evlm convert export --format hf` wrote. It counts as trained, so
+    a run that begins from it keeps its bits.
 
     Raises as `import_towers`.
     """
@@ -65,9 +65,9 @@ def import_export(cfg: EVLMConfig, model: str, out: str) -> None:
 
 
 def read_export(cfg: EVLMConfig, model: str) -> tuple[dict[str, np.ndarray], EVLMConfig]:
-    """All parameters of an export by canonical name, in memory; and `cfg` with what the export says
-    of itself: its sections of the model, how prompts and pictures are prepared, where its
-    vocabulary is, and that it is computed in the dtype of its weights.
+    """All parameters of an export by canonical name, in memory; and `cfg` with the export's values:
+    its sections of the model, how prompts and pictures are prepared, where its vocabulary is, and
+    the dtype of its weights to compute in.
 
     Raises:
       FileNotFoundError: there is no export.

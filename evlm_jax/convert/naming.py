@@ -43,7 +43,7 @@ class NameRow:
 @dataclass(frozen=True)
 class Family:
     """A naming scheme. It is recognised by `signature`, a tensor that no other family has;
-    `prefixes` may stand before every name.
+    `prefixes` may precede every name.
     """
 
     name: str

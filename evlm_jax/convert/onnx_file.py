@@ -48,7 +48,7 @@ class Constant(NamedTuple):
 
 
 class Messages:
-    """A file of protobuf messages, walked field by field; gives up behind FIELDS of them.
+    """A file of protobuf messages, read field by field, at most FIELDS of them.
 
     Methods raise ValueError.
     """

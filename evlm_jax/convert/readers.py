@@ -24,8 +24,8 @@ HOLDERS = (
 
 
 def open_source(path: Path) -> Source:
-    """By what the path is: a Hugging Face directory, or a .safetensors, .gguf, .onnx or PyTorch
-    file. Raises ValueError otherwise.
+    """Opens a Hugging Face directory, or a .safetensors, .gguf, .onnx or PyTorch file. Raises
+    ValueError for anything else.
     """
     readers = {
         ".gguf": read_gguf,
@@ -80,13 +80,13 @@ def read_directory(folder: Path) -> Source:
 
 
 def read_torch(path: Path) -> Source:
-    """PyTorch's own format; a state dict, or one under a key of HOLDERS. torch tells where each
-    tensor lies in the file.
+    """Reads PyTorch's own format: a state dict, or one under a key of HOLDERS. The place of each
+    tensor in the file is torch's.
 
     Raises:
       ImportError: torch is not installed.
-      ValueError: no state dict; damaged, or a pickle that holds more than tensors: it could run
-        code, and is not read; or of before PyTorch 1.6; another kind of file, which is named.
+      ValueError: no state dict; damaged, or a pickle with more than tensors, which could run code
+        and is not loaded; or of before PyTorch 1.6; another kind of file, which is named.
     """
     try:
         import torch

@@ -30,7 +30,7 @@ QUESTION = "Describe what you see."  # about images that are given without a pro
 
 
 class Difference(NamedTuple):
-    """Of two traces of one prompt."""
+    """Differences between two traces of one prompt."""
 
     largest: float  # of logits, absolute
     mean: float
@@ -50,13 +50,13 @@ def verify(
     tolerance: float = 1e-3,
     folder_code: bool = False,
 ) -> bool:
-    """Prints a line a prompt and a verdict; True where logits and all intermediates agree.
+    """Prints a line a prompt and a verdict; returns True where logits and all intermediates agree.
 
     Args:
       images: files, seen by every prompt, at its `<image>` markers or in front; without images and
-        prompts, the built-in ones are taken.
-      tolerance: of the logits' largest difference, by the largest logit; of intermediates as
-        `relative`.
+        prompts, the built-in ones are used.
+      tolerance: of the logits' largest difference, relative to the largest logit; of intermediates
+        as `relative`.
       folder_code: as of activations.look.
     Raises:
       FileNotFoundError: there is no model.

@@ -7,7 +7,7 @@ from evlm_jax.config.ranges import Count, Positive, argument
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """All of them."""
+    """Adds the arguments of `evlm costs`."""
     parser.add_argument("--config", required=True, help=CONFIG_HELP)
     parser.add_argument(
         "--frames",

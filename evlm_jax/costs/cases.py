@@ -97,7 +97,7 @@ def _block_pairs(media: int, frames: int, text: int, query_block: int) -> int:
 
 
 def cache(cfg: EVLMConfig) -> Cache:
-    """Of one row of a case, in train.dtype, as accelerators keep it; CPUs keep float32."""
+    """Cache of one row of a case, in train.dtype, as on accelerators; CPUs have float32."""
     spec, size = (
         DecodeState.spec(cfg, 1, cfg.data.length, cfg.data.images),
         jnp.dtype(cfg.train.dtype).itemsize,
@@ -117,9 +117,7 @@ def prefill_flops(cfg: EVLMConfig) -> float:
 
 
 def media_scores(cfg: EVLMConfig) -> float:
-    """Those FLOPs of prefill that are self-attention among media tokens, (16 F)^2 / 2 pairs in the
-    paper.
-    """
+    """FLOPs of prefill's self-attention among media tokens, (16 F)^2 / 2 pairs in the paper."""
     media = cfg.data.images * cfg.media.tokens
     return flops.needed(cfg, (), Work(0, media * (media + 1) / 2, 0, 0, 0, 0))[
         flops.LLM_SCORES
@@ -137,7 +135,7 @@ def decode_flops(cfg: EVLMConfig) -> float:
 
 
 def matrix_bytes(cfg: EVLMConfig) -> float:
-    """Of the matrices that a token of an answer reads: every element is multiplied once."""
+    """Bytes of the matrices that a token of an answer reads: every element is multiplied once."""
     return _forward(cfg, Work(1, 0, 0, 0, 0, 1)) / 2 * jnp.dtype(cfg.train.operands).itemsize
 
 
@@ -163,7 +161,7 @@ MEASURES = {
 
 
 def needs(cfg: EVLMConfig) -> dict:
-    """All of the above of a case, for JSON."""
+    """All figures above of a case, for JSON."""
     return {
         "cache": cache(cfg)._asdict(),
         "prefill": prefill_flops(cfg),

@@ -16,7 +16,9 @@ from evlm_jax.planning.text import table
 
 
 def run(args: argparse.Namespace, overrides: list[str], load_config: Callable) -> None:
-    """Counts, prints, and saves where asked. Raises ValueError for frames that are no numbers."""
+    """Counts and prints the costs, and saves them where a file is given. Raises ValueError for
+    frames that are no numbers.
+    """
     cfg = load_config(args.config, overrides)
     try:
         frames = sorted({int(n) for n in args.frames.split(",")})

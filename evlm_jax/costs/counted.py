@@ -22,8 +22,8 @@ COMPILER, ROWS = "cpu:1", 2
 
 
 def counted_flops(cfg: EVLMConfig, what: str, frames: int, text: int) -> dict:
-    """Of one row: {"needed", "executed": {part: FLOPs}, "again": FLOPs of them that are computed a
-    second time}.
+    """FLOPs of one row: {"needed", "executed": {part: FLOPs}, "again": FLOPs of them that are
+    computed a second time}.
     """
     report = _plan(case(cfg, frames, text, ROWS), COMPILER, what)
 
@@ -40,8 +40,8 @@ def counted_flops(cfg: EVLMConfig, what: str, frames: int, text: int) -> dict:
 
 
 def counted_bytes(cfg: EVLMConfig, what: str, frames: int, text: int, chip: str) -> dict:
-    """Of one row on one chip: {"fits", "bytes": through HBM, "peak": of memory}, or why it does not
-    fit.
+    """Bytes of one row on one chip: {"fits", "bytes": through HBM, "peak": of memory}, or why it
+    does not fit.
     """
     report = _plan(case(cfg, frames, text), f"{chip}:1", what)
     if not report["fits"]:

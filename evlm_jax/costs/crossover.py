@@ -126,7 +126,7 @@ def by_block(cfg: EVLMConfig, frames: int, text: int) -> dict:
 
 
 def crossovers(cfg: EVLMConfig, text: int) -> dict:
-    """All of the above, for JSON; `text` tokens where only one number is asked for."""
+    """All figures above, for JSON; `text` tokens where a figure is of one length."""
     return {
         "frames": {
             m: {t: cheaper_frames(cfg, m, t) for t in sorted({*TEXTS, text})} for m in MEASURES

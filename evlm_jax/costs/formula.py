@@ -7,7 +7,7 @@ PUBLISHED = {(256, 64): 0.24, (1024, 64): 0.077}  # {(s_i, s_t): S}
 
 
 def full_attention(images: int, text: int, hidden: int) -> float:
-    """FLOPs where `images` visual tokens stand in the text stream: 24 (s_i + s_t) h^2 + 4 (s_i +
+    """FLOPs where `images` visual tokens are in the text stream: 24 (s_i + s_t) h^2 + 4 (s_i +
     s_t)^2 h.
     """
     tokens = images + text
@@ -17,8 +17,8 @@ def full_attention(images: int, text: int, hidden: int) -> float:
 def cross_attention(
     images: int, text: int, hidden: int, vision: int, cross: float, ffn: float, media: int = 16
 ) -> float:
-    """FLOPs where `media` tokens stand there: 4 (6 + r_c + r_f) (m + s_t) h^2 + 4 (m + s_t)^2 h + 4
-    r_c s_i d h + 4 r_c (m + s_t) s_i h.
+    """FLOPs where `media` tokens are in the text stream: 4 (6 + r_c + r_f) (m + s_t) h^2 + 4 (m +
+    s_t)^2 h + 4 r_c s_i d h + 4 r_c (m + s_t) s_i h.
     """
     tokens = media + text
     stream = 4 * (6 + cross + ffn) * tokens * hidden**2 + 4 * tokens**2 * hidden
@@ -34,7 +34,7 @@ def ratio(images: int, text: int, media: int = 16) -> float:
 
 
 def rows() -> list[dict]:
-    """What the paper prints beside what its formula gives, with and without its 16 media tokens."""
+    """The paper's figures beside those of its formula, with and without its 16 media tokens."""
     keys = "images", "text", "published", "formula", "without media tokens"
     return [
         dict(zip(keys, (*sizes, said, ratio(*sizes), ratio(*sizes, media=0))))

@@ -76,7 +76,7 @@ def _model(cfg: EVLMConfig, towers: dict[str, np.ndarray]) -> EVLM:
 
 
 def runner(cfg: EVLMConfig, weights: Weights) -> Callable[[], dict[str, float]]:
-    """A function that answers a case once and says what it took."""
+    """A function that answers a case once and returns the seconds of its parts."""
     read = jax.jit(partial(prefill, cfg), static_argnames=("slots", "images"))
     go_on = jax.jit(partial(decode, cfg), donate_argnames="state")
     how = Sampling(jnp.float32(0), jnp.float32(1), jnp.full(1, -1))

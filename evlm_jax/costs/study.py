@@ -26,11 +26,11 @@ def study(
     programs: dict,
     context: int | None = None,
 ) -> dict:
-    """All but `measured`.
+    """All figures but `measured`.
 
     Args:
       programs: of counted.py.
-      context: where left out llm.dynamic_ntk or, where that is 0, data.length.
+      context: by default llm.dynamic_ntk or, where that is 0, data.length.
     Raises:
       ValueError: `cfg` is a baseline.
     """

@@ -6,8 +6,8 @@ from evlm_jax.costs.tables import executed, intervals, vision
 
 
 def summary(study: dict) -> list[str]:
-    """At the frames of the bars and at the most; and where EVLM stops being cheaper than LLaVA's
-    way.
+    """Lines about the frames of the bars and the most frames, and where EVLM is no longer cheaper
+    than LLaVA's way.
     """
     told = [n for n in study["frames"] if n in (BAR_FRAMES, study["frames"][-1])]
     return [*(_at(study, str(n)) for n in told), *_stops(study), _heads(study)]

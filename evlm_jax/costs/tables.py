@@ -309,7 +309,7 @@ def vision(study: dict, n: str) -> float:
 
 
 def intervals(found: list[list[int]]) -> str:
-    """In words."""
+    """Intervals in words."""
     ends = {MOST_FRAMES, MOST_TEXT}
 
     def say(a, b):

@@ -21,7 +21,7 @@ SIMILAR = 64
 
 
 class Generated:
-    """Generates. An answer is a row's {"prediction": the text, without space around it}."""
+    """Answers by generation. An answer is a row's {"prediction": the text, stripped}."""
 
     method = "greedy"
 
@@ -109,12 +109,12 @@ def answerer(
     rows: int = 8,
     layout: Layout | None = None,
 ) -> Answerer:
-    """Chooses among the task's candidates where it has some, else generates.
+    """Returns LowestLoss where the task has candidates, else Generated.
 
     Args:
       every: all questions of the split, which candidates are made of.
       rows: of a batch.
-      layout: of the mesh that holds the model; None: one device does.
+      layout: of the mesh of the model; None: one device.
     """
     if task.candidates:
         return LowestLoss(model, tokenizer, task.candidates(every), features, rows, layout)

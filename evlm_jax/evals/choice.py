@@ -67,13 +67,13 @@ def answer_losses(
     end: bool = True,
     layout: Layout | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The last turn of every dialog of each sample: its loss in nats, float64, and whether greedy
-    generation would say just that, bool.
+    """Loss in nats, float64, of the last turn of every dialog of each sample, and whether greedy
+    generation would produce it, bool.
 
     Args:
       rows: of a batch.
       end: count the token that ends the answer as well.
-      layout: of the mesh that holds `model`; `rows` are shared among its devices. None: one device.
+      layout: of the mesh of `model`; `rows` are split among its devices. None: one device.
     """
     documents = [score_document(sample, tokenizer, model.cfg, end=end) for sample in samples]
     cfg = fit_budget(model.cfg, documents, 1 if layout is None else layout.parts("images"))

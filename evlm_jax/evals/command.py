@@ -64,8 +64,8 @@ def run_eval(args: argparse.Namespace) -> None:
 
 
 def mesh_of(text: str) -> MeshConfig | None:
-    """`--mesh`: all devices along `data`, each with the whole model, but for what the text says;
-    None where there is one device.
+    """The mesh of `--mesh`: all devices along `data`, each with the whole model, unless `text` has
+    other fields; None where there is one device.
 
     Raises ValueError for fields and values that config.mesh does not have.
     """
@@ -84,7 +84,9 @@ def mesh_of(text: str) -> MeshConfig | None:
 
 
 def run_score(args: argparse.Namespace) -> None:
-    """Scores again, offline; compares where asked."""
+    """Scores saved answers again, without a model, and compares two results where `--against` is
+    given.
+    """
     result = results.load_answers(args.results)
     task = tasks.find(result["task"])
     if args.judge:

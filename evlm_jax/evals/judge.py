@@ -18,7 +18,7 @@ ATTEMPTS = 5
 
 
 class Judge(NamedTuple):
-    """Asked as a function: prompt -> reply."""
+    """A function from a prompt to a reply."""
 
     name: str
     ask: Callable[[str], str]
@@ -45,8 +45,8 @@ def open_judge(spec: str, model: str = "") -> Judge:
     """A judge from the command line.
 
     Args:
-      spec: "https://HOST/v1", which is asked for `model` with the key in OPENAI_API_KEY, if there
-        is one; or "module:function".
+      spec: "https://HOST/v1", an endpoint for `model`, with the key in OPENAI_API_KEY, if there is
+        one; or "module:function".
     Raises:
       ValueError: neither of them.
     """

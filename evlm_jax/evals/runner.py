@@ -19,7 +19,7 @@ from evlm_jax.parallel.distributed import barrier, is_first
 
 
 class Answerer(Protocol):
-    """What answers: evals/answer.py, or anything that is like it."""
+    """Protocol of what answers questions, as in evals/answer.py."""
 
     method: str  # for people
     tokens: int  # most new ones
@@ -40,15 +40,15 @@ def evaluate(
     progress: PathLike | None = None,
     judge: Judge | None = None,
 ) -> dict:
-    """Answers the questions; what `progress` holds is taken from there.
+    """Answers the questions; answers in `progress` are reused.
 
     Args:
-      about: what the predictions depend on, by name; it goes into the result.
+      about: what the predictions depend on, by name; it becomes part of the result.
       progress: .jsonl file (journal.py); None keeps nothing.
       judge: for tasks that have one; without it the rows stay without judgement.
     Returns:
       {"task", "method", "max_new_tokens", **about, "examples": rows}, without scores
-      (evals/score.py).
+        (evals/score.py).
     Raises:
       ValueError: `progress` is of something else, or of another judge.
     """

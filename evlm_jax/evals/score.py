@@ -14,11 +14,11 @@ from evlm_jax.evals.tasks import find
 
 
 def scored(result: dict) -> dict:
-    """The result with "scores": [{"metric", "value", "error", "count", "clusters"}]; none where
-    only a server knows the answers.
+    """The result with "scores": [{"metric", "value", "error", "count", "clusters"}]; none where the
+    answers are not public.
 
-    error: standard error, clustered by image or video; None for what is no mean, and for a single
-    cluster. Raises ValueError where several judges have judged.
+    error: standard error, clustered by image or video; None for a metric that is no mean, and for a
+    single cluster. Raises ValueError where several judges have judged.
     """
     rows, scores = result["examples"], []
     judges(rows)

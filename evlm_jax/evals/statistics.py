@@ -64,13 +64,13 @@ def crossed_interval(
     are both drawn anew, with replacement.
 
     A draw is the mean over drawn clusters, moved by how far the mean of drawn seeds is from that of
-    all. Few seeds make a plain bootstrap far too sure: of three, all equal in one of nine draws, it
-    leaves the true mean out in a quarter of all cases. So the seeds' part is stretched, by sqrt(n /
-    (n - 1)) for the deviation and by Student's quantile over the normal one for its being
+    all. Few seeds make a plain bootstrap far too narrow: of three, all equal in one of nine draws,
+    it leaves the true mean out in a quarter of all cases. So the seeds' part is stretched, by
+    sqrt(n / (n - 1)) for the deviation and by Student's quantile over the normal one for its being
     estimated. With one seed the interval is over questions alone (docs/decisions.md, D-EVAL-7).
 
     Args:
-      sizes: questions of each cluster, which stand side by side.
+      sizes: questions of each cluster, which are neighbours.
     """
     values = np.asarray(values, np.float64)
     seeds, questions = values.shape

@@ -23,7 +23,7 @@ ANSWER = " Answer:"  # how prompts of Qwen-VL's base model end
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt. Images stand in front of it, or at its `<image>` markers."""
+    """One prompt. Images precede it, or replace its `<image>` markers."""
 
     id: str  # unique in the task
     text: str

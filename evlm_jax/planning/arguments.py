@@ -7,7 +7,7 @@ from evlm_jax.config.ranges import Count, NonNegative, Positive, argument
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """All of them."""
+    """Adds the arguments of `evlm plan`."""
     parser.add_argument("--config", required=True, help=CONFIG_HELP)
     parser.add_argument(
         "--topology", required=True, help="v5p:4x4x4, v6e:16x16, cpu:8 and the like"

@@ -51,7 +51,7 @@ class Transfer(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """Of a kind of top-level operation."""
+    """Costs of a kind of top-level operation."""
 
     flops: float
     bytes: float
@@ -60,7 +60,7 @@ class Operation(NamedTuple):
 
 @dataclass
 class Costs:
-    """Of one execution; how often each thing happens."""
+    """Costs of one execution, and how often each thing happens."""
 
     products: Counter = field(default_factory=Counter)  # {op_name: FLOPs of dots and convolutions}
     operations: Counter = field(default_factory=Counter)  # {Operation: executions}
@@ -93,8 +93,8 @@ def costs(module: Module, devices: int, trips: Trips = lambda op_name, flops: No
     Args:
       devices: of the whole program.
       trips: (op_name of loops of one computation whose trip counts depend on data, FLOPs of one
-        trip of each) -> how often each runs on average; None where that is not known: such a loop
-        counts once and stands in `notes`.
+        trip of each) -> how often each runs on average; None where that is unknown: such a loop
+        counts once and is named in `notes`.
     """
     return _Counting(module, devices, trips).computation(module[module.entry])
 
@@ -104,7 +104,7 @@ class _Counting:
         self.module, self.devices, self.trips, self.known = module, devices, trips, {}
 
     def computation(self, computation: Computation) -> Costs:
-        """Of one execution."""
+        """Costs of one execution of a computation."""
         if computation.name not in self.known:
             total, open_loops = Costs(), {}
             for instruction in computation.instructions:
@@ -266,8 +266,8 @@ class _Counting:
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """How often a while loop runs: as XLA says, or from `i < limit` with a constant start, limit
-    and step; None where data decide.
+    """Trip count of a while loop: XLA's own, or from `i < limit` with a constant start, limit and
+    step; None where it depends on data.
     """
     if found := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
         return int(found[1])

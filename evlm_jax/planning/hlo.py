@@ -33,7 +33,7 @@ class Leaf:
 
     @property
     def bytes(self) -> int:
-        """Without the padding of tiles."""
+        """Size without the padding of layout tiles."""
         if self.dtype in _BITS:
             bits = _BITS[self.dtype]
         elif found := re.match(r"[a-z]+(\d+)", self.dtype):
@@ -60,7 +60,7 @@ class Instruction:
 
     @cached_property
     def leaves(self) -> tuple[Leaf, ...]:
-        """Of the result."""
+        """Arrays of the result."""
         return tuple(
             Leaf(
                 dtype,

@@ -41,7 +41,7 @@ class _Peaks:
         self.module, self.known = module, {}
 
     def of(self, computation: Computation) -> tuple[int, tuple[Buffer, ...]]:
-        """At the fullest moment of a computation; its parameters count nothing."""
+        """Peak of a computation, in bytes and buffers; its parameters count nothing."""
         if computation.name not in self.known:
             self.known[computation.name] = self._walk(computation)
         return self.known[computation.name]

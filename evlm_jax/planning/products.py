@@ -13,7 +13,7 @@ def _dims(computation: Computation, instruction: Instruction, operand: int) -> t
 
 
 def dot(computation: Computation, instruction: Instruction) -> float:
-    """2 per multiply-add of a dot, batched or not."""
+    """FLOPs of a dot, batched or not: 2 per multiply-add."""
     contracted = re.findall(r"\d+", instruction.attribute("lhs_contracting_dims"))
     left = _dims(computation, instruction, 0)
     return 2.0 * math.prod(instruction.leaves[0].dims) * math.prod(left[int(i)] for i in contracted)
@@ -87,7 +87,7 @@ def meetings(
 
 
 def reported_flops(instruction: Instruction) -> float | None:
-    """What a custom call's kernel says of itself; None where it says nothing."""
+    """FLOPs that a custom call's kernel declares; None where it declares none."""
     config = re.search(r"backend_config=(\{.*\})", instruction.rest)
     try:
         said = json.loads(config[1]) if config else {}

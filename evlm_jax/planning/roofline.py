@@ -27,18 +27,20 @@ class StepSeconds(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Operation by operation, transfers hidden behind them, or the other way round."""
+        """Seconds of the step: its operations one after the other, with transfers hidden behind
+        them, or the other way round.
+        """
         return max(self.products + self.hbm, self.ici, self.dcn, self.bound)
 
     @property
     def binds(self) -> str:
-        """What to make less of."""
+        """The resource that bounds the step."""
         parts = {"products": self.products, "HBM": self.hbm, "ICI": self.ici, "DCN": self.dcn}
         return max(parts, key=parts.get)
 
 
 def step(chip: Chip, costs: Costs, devices: list[jax.Device]) -> StepSeconds:
-    """Of one device of `chip` that runs a program of these costs."""
+    """Seconds of one device of `chip` for a program of these costs."""
     flops, bandwidth = chip.flops / chip.cores, chip.bandwidth / chip.cores
     seconds = Counter()
     for operation, count in costs.operations.items():
@@ -53,9 +55,7 @@ def step(chip: Chip, costs: Costs, devices: list[jax.Device]) -> StepSeconds:
 
 
 def wire(transfer: Transfer) -> float:
-    """Bytes that a device sends, by ring algorithms; between slices those that it hands to its
-    host.
-    """
+    """Bytes that a device sends, by ring algorithms; between slices those that its host sends."""
     n = len(transfer.group)
     if transfer.kind == "collective-permute" or "between slices" in transfer.kind:
         return transfer.bytes

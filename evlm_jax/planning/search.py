@@ -19,7 +19,7 @@ REMATS = ("none", "dots", "full")
 
 
 def planned(args: argparse.Namespace, overrides: list[str], load_config: Callable) -> EVLMConfig:
-    """The config that `evlm plan` is asked about."""
+    """The config that `evlm plan` reports on."""
     fields = [f"--config.mesh.{field.strip()}" for field in args.mesh.split(",") if field]
     fields += [
         f"--config.train.{name}={value}"

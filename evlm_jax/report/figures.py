@@ -153,7 +153,7 @@ def intervals(
     """SVG of {name: {series: (mean, low, high, values)}}: from the top, a line a name and series,
     with its values as points; 0 is marked.
 
-    Narrow, so that it can be read on a phone and stand beside others.
+    Narrow, so that it is legible on a phone and fits beside others.
     """
     series = dict(zip(dict.fromkeys(kind for row in rows.values() for kind in row), cycle(SERIES)))
     figure, axes = _figure(4.2, 1.3 + 0.34 * len(rows), grid="x")
@@ -185,7 +185,7 @@ def intervals(
 
 
 def named_points(points: dict[str, tuple[float, float]], x: str, y: str) -> str:
-    """SVG of {name: (x, y)}, each with its name beside it; names that would meet stand one above
+    """SVG of {name: (x, y)}, each with its name beside it; overlapping names are placed one above
     the other, a thin line leads to each.
     """
     figure, axes = _figure(5.2, 3.8)

@@ -203,7 +203,7 @@ def attention_section(
     """The picture as the model sees it and the attention of every word; each sample has one dialog
     of a question and an answer.
 
-    Empty, and the page says so, where no cross-attention looks at patches.
+    Empty, which the page explains, where no cross-attention reads patches.
     """
     if not attention_maps.looks_at_patches(model.cfg):
         return []

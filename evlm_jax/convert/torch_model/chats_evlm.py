@@ -13,22 +13,22 @@ SOURCES = {IMAGE: ("image", "url", "path", "base64"), VIDEO: ("video",)}  # keys
 
 
 class Visual(NamedTuple):
-    """Where an image or a video stands, and what it is if the message has it."""
+    """Position of an image or a video, and its content if the message has it."""
 
     mark: str
     source: Any = None
 
 
 class Piece(NamedTuple):
-    """A text, an id or a Visual; whether an assistant says it, which training learns."""
+    """A text, an id or a Visual; whether it is the assistant's, which training learns."""
 
     what: Any
     told: bool = False
 
 
 class Rendered(str):
-    """A chat as text that knows its pieces, for
-    `processor(text=processor.apply_chat_template(..))`; text may be put behind it.
+    """A chat as a string with its pieces, for `processor(text=processor.apply_chat_template(..))`;
+    text may be appended to it.
     """
 
     pieces = ()

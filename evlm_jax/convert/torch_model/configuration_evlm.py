@@ -7,8 +7,8 @@ from transformers import PretrainedConfig
 
 
 class EVLMConfig(PretrainedConfig):
-    """`vit`, `llm`, `xattn`, `moe` and `media` are plain dicts; `image_token_id` is the id that
-    stands for one media token.
+    """`vit`, `llm`, `xattn`, `moe` and `media` are plain dicts; `image_token_id` is the id of one
+    media token.
     """
 
     model_type = "evlm"

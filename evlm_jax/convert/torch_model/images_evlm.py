@@ -6,7 +6,7 @@ import torch
 
 
 class Images(NamedTuple):
-    """What a cache holds of the images, and where the text behind it stands.
+    """Keys and values of images in a cache, and the position in the text behind it.
 
     All beams of a row have the same.
     """
@@ -18,12 +18,12 @@ class Images(NamedTuple):
     until: int = 0  # length of the cache behind the last of them
 
     def read(self, media, past):
-        """With the media tokens of [B, T] that stand behind `past` tokens."""
+        """The cache with the media tokens of [B, T] that follow `past` tokens."""
         until = past + int(media.any(0).nonzero().max()) + 1 if media.any() else self.until
         return self._replace(media=self.media + media.sum(1, keepdim=True), until=until)
 
     def append(self, keys_values, groups, media_tokens, size, count):
-        """With new images of `size` keys behind those that each row has; rows with fewer than
+        """The cache with new images of `size` keys behind those of each row; rows with fewer than
         `count` are padded.
         """
         old, new = self.groups.shape[1], groups.shape[1]

@@ -27,7 +27,7 @@ KEPT = ("hidden_states", "attentions", "cross_attentions")  # of each layer
 
 
 class NeverMedia(LogitsProcessor):
-    """The id that stands for an image is no word."""
+    """Logits processor that excludes the id of media tokens."""
 
     def __init__(self, image_token_id):
         self.image_token_id = image_token_id
@@ -63,8 +63,8 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, key_mapping=None, **kwargs):
-        """As of every model. Raises ValueError if the model has tensors that the files lack, or the
-        files others.
+        """See PreTrainedModel. Raises ValueError if the model has tensors that the files lack, or
+        the files others.
         """
         places = {
             rf"^{re.escape(name)}(?!\.)": place for name, place in NAMES.items()
@@ -100,7 +100,7 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
         self.llm.head = value
 
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
-        """As of every model. Raises ValueError if the placeholder of images would be lost."""
+        """See PreTrainedModel. Raises ValueError if the placeholder of images would be lost."""
         if new_num_tokens is not None and new_num_tokens <= self.config.image_token_id:
             raise ValueError(
                 f"{new_num_tokens} tokens would lose image_token_id = {self.config.image_token_id}"
@@ -279,7 +279,7 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
         return Images(keys_values, groups, self._rope_base(attention_mask), before)
 
     def generate(self, inputs=None, generation_config=None, logits_processor=None, **kwargs):
-        """As of every model; the placeholder of images is never drawn."""
+        """See GenerationMixin; the placeholder of images is never drawn."""
         processors = LogitsProcessorList(
             [*(logits_processor or ()), NeverMedia(self.config.image_token_id)]
         )
@@ -301,7 +301,7 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
         output_hidden_states=None,
         cache=None,
     ):
-        """Behind a cache the new tokens and the new images alone."""
+        """See GenerationMixin; with a cache, only the new tokens and the new images are inputs."""
         past_key_values = past_key_values if cache is None else cache
         wanted = {
             "use_cache": use_cache,

@@ -36,7 +36,7 @@ class Experts(nn.Module):
 
 
 class Router(nn.Linear):
-    """In float32, whatever the weights are."""
+    """Router logits, in float32 whatever the dtype of the weights."""
 
     def forward(self, x):
         return F.linear(x.float(), self.weight.float())
@@ -151,7 +151,7 @@ def visible_ranges(media, media_tokens, groups, before=0):
       media: [B, T], which tokens are media tokens.
       groups: [B, I]; images of a row with the same number are frames of one video, padding has
         negative ones of its own.
-      before: [B, 1], the media tokens of a row that stand in front of these.
+      before: [B, 1], the number of media tokens of a row in front of these.
     """
     count = media.cumsum(1) + before
     if not groups.shape[1]:
@@ -178,7 +178,7 @@ NAMES = {f"vit.{name}": f"vit.places.{name}" for name in ("cls", "registers", "p
 
 
 class EVLMParts:
-    """The modules of EVLM and what they do, for an nn.Module with `config`; nothing here knows
+    """The modules of EVLM and their methods, for an nn.Module with `config`; independent of
     transformers.
     """
 

@@ -123,8 +123,8 @@ class EVLMProcessor(ProcessorMixin):
         videos=None,
         **kwargs,
     ):
-        """A chat, or a list of chats, whose contents are strings with marks or lists of parts; as
-        text that knows its special tokens, or with `tokenize` as ids, or with `return_dict` as the
+        """A chat, or a list of chats, whose contents are strings with marks or lists of parts; as a
+        string with its special tokens, or with `tokenize` as ids, or with `return_dict` as the
         model's inputs. Other arguments are `__call__`'s.
 
         Raises:

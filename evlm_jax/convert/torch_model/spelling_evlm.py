@@ -9,12 +9,12 @@ from tokenizers import Tokenizer, models
 
 
 class Speller:
-    """What a vocabulary makes of text alone: no special token in front, and none from text,
+    """Tokenises plain text with a vocabulary: no special token in front, and none from text,
     whatever it spells.
 
     Args:
-      inner: belongs to the speller from now on. What an earlier use left in it (truncation,
-        padding) or would draw (dropout) is taken out.
+      inner: belongs to the speller from now on. Truncation, padding and dropout of an earlier use
+        are removed.
     Raises:
       ValueError: the vocabulary treats the ends of a text in a way that pieces of one text cannot
         repeat.

@@ -163,7 +163,7 @@ class ViT(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """In float32; cast before the scale, as Llama and Qwen do."""
+    """RMSNorm in float32; cast before the scale, as Llama and Qwen do."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -224,8 +224,8 @@ class GatedMLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm decoder layer; gives x, and the weights of its attention where they are written
-    out.
+    """Pre-norm decoder layer; returns x, and the weights of its attention where they are computed
+    eagerly.
     """
 
     def __init__(self, cfg):

@@ -24,11 +24,12 @@ BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """A picture of 8 bits a value. Grey of 9 to 16 bits keeps the upper 8 of each value: v >> (bits
-    - 8).
+    """A picture with 8 bits a value. Grey of 9 to 16 bits keeps the upper 8 of each value: v >>
+    (bits - 8).
 
-    Raises ValueError for 32-bit whole numbers, fractions and LAB: no file of those says which value
-    is white."""
+    Raises ValueError for 32-bit integers, floating-point values and LAB: no file of those records
+    which value is white.
+    """
     if image.mode in MODES:
         return image
     if not image.mode.startswith("I;16"):
@@ -47,7 +48,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
 
 def transparent_as_stored(image: Image.Image) -> None:
-    """Sets the transparent value of an opened PNG on the scale of its pixels as Pillow gives them.
+    """Sets the transparent value of an opened PNG on the scale of Pillow's pixels.
 
     Raises ValueError where it has none.
     """

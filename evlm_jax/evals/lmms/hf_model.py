@@ -41,7 +41,7 @@ class EvlmHf(Requests):
     def answer(
         self, questions: Sequence[Question], tokens: int, temperature: float, top_p: float
     ) -> list[str]:
-        """As `Requests.answer`."""
+        """See `Requests.answer`."""
         how = (
             {"do_sample": True, "temperature": temperature, "top_p": top_p}
             if temperature
@@ -58,7 +58,7 @@ class EvlmHf(Requests):
         ]
 
     def losses(self, asked: Sequence[tuple[Question, str]]) -> list[tuple[float, bool]]:
-        """As `Requests.losses`, one by one."""
+        """See `Requests.losses`; questions are computed one by one."""
         found = []
         for question, answer in asked:
             said = " " * (self.processor.template == "plain") + answer

@@ -34,12 +34,12 @@ class EvlmJax(Requests):
     def answer(
         self, questions: Sequence[Question], tokens: int, temperature: float, top_p: float
     ) -> list[str]:
-        """As `Requests.answer`."""
+        """See `Requests.answer`."""
         rows = Generated(self.generator, tokens, temperature=temperature, top_p=top_p)(questions)
         return [row["prediction"] for row in rows]
 
     def losses(self, asked: Sequence[tuple[Question, str]]) -> list[tuple[float, bool]]:
-        """As `Requests.losses`."""
+        """See `Requests.losses`."""
         model, tokenizer, template = (
             self.trained.model,
             self.trained.tokenizer,

@@ -26,9 +26,9 @@ Visuals = tuple[tuple[ImageRef, ...], ...]
 
 
 class Requests(lmms):
-    """Images are PIL images or paths, videos are paths.
+    """Answers requests of lmms-eval. Images are PIL images or paths, videos are paths.
 
-    They stand in front of the text, or at its <image> markers.
+    They precede the text, or replace its <image> markers.
     """
 
     order = staticmethod(similar)
@@ -46,7 +46,7 @@ class Requests(lmms):
 
     @abstractmethod
     def losses(self, asked: Sequence[tuple[Question, str]]) -> list[tuple[float, bool]]:
-        """Of each answer its loss in nats, without the token that ends it, and whether greedy
+        """Loss of each answer in nats, without the token that ends it, and whether greedy
         generation would begin with it.
         """
 
@@ -62,8 +62,7 @@ class Requests(lmms):
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[tuple[str, ...]]:
         """The answers of all rounds.
 
-        From the answers so far the task makes the next round's text and images, or says that it is
-        over.
+        The task makes the next round's text and images from the answers so far, or ends the rounds.
         """
         rounds = [
             Rounds(self._doc(*place), *rest)
@@ -139,7 +138,7 @@ class Rounds:
         self.answers, self.info, self.over, self.number = [], None, False, 0
 
     def said(self, answer: str) -> None:
-        """Takes an answer, and the next round from the task."""
+        """Adds an answer, and requests the next round from the task."""
         self.answers, self.number = [*self.answers, answer], self.number + 1
         last = {
             "previous_output": self.answers,

@@ -11,8 +11,8 @@ SLACK = 0.05
 def anls(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
     """Normalised Levenshtein similarity to the best of the answers, 0 below the threshold (DocVQA).
 
-    Case and spaces are folded before the distance is taken, but the lengths are of the strings as
-    they came. Raises ValueError for a question without answers.
+    Distances are between strings with case and spaces folded, but lengths are of the original
+    strings. Raises ValueError for a question without answers.
     """
 
     def fold(text):

@@ -18,7 +18,7 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 
 
 def pope_answer(prediction: str, rule: str) -> str:
-    """What a prediction says: "lmms-eval" takes it whole, in lower case; "llava" says "no" where
+    """The answer in a prediction: for "lmms-eval" all of it, in lower case; for "llava" "no" where
     the first sentence has No, no or not.
     """
     if rule == "lmms-eval":

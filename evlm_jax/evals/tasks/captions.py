@@ -74,14 +74,14 @@ def read_coco(data: Path, split: str, style: str) -> list[Question]:
 
 
 def read_nocaps(data: Path, split: str, style: str) -> list[Question]:
-    """All domains."""
+    """Questions of all domains."""
     return read_coco_style(
         data / f"nocaps_{split}_4500_captions.json", style, data / "images", data / split
     )
 
 
 def read_flickr30k(data: Path, split: str, style: str) -> list[Question]:
-    """Karpathy's split."""
+    """Questions of Karpathy's split."""
     return read_karpathy(data / "dataset_flickr30k.json", split, style, data / "flickr30k-images")
 
 

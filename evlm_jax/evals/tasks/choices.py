@@ -102,7 +102,7 @@ def score_scienceqa(rows: Sequence[dict]) -> Scores:
 
 
 def score_ai2d(rows: Sequence[dict]) -> Scores:
-    """By letter, and by the text of the option, as Qwen-VL's prompt asks for it."""
+    """Accuracy by letter, and by the text of the option, as in Qwen-VL's prompt."""
     texts = exact_match(column(rows, "prediction"), [row["options"][row["answer"]] for row in rows])
     return Scores(
         {

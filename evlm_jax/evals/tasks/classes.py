@@ -24,7 +24,9 @@ NAMES, DEVKIT = "LOC_synset_mapping.txt", "ILSVRC2012_devkit_t12/data"
 
 
 def read(data: Path, split: str, style: str) -> list[Question]:
-    """The images of a class in order of name; the split "10-per-class" takes the first of them."""
+    """A question for each image, class by class, in order of name; the split "10-per-class" has the
+    first of them.
+    """
     flat = sorted(data.glob("ILSVRC2012_val_*"))
     questions, seen = [], Counter()
     for kind, name, image in of_devkit(data, flat) if flat else of_folders(data):

@@ -34,7 +34,7 @@ def read_docvqa(data: Path, split: str, style: str) -> list[Question]:
 
 
 def read_chartqa(data: Path, split: str, style: str) -> list[Question]:
-    """Both halves, told apart by row["part"]."""
+    """Questions of both halves, distinguished by row["part"]."""
     questions = []
     for part in PARTS:
         for row in json_rows(data / split / f"{split}_{part}.json"):

@@ -93,7 +93,7 @@ def _stored(row: Entry, cell: str) -> Path:
 
 
 def judge(row: dict) -> str:
-    """Asks which option an answer means that the rules cannot read."""
+    """Prompt for a judge: which option is meant by an answer that the rules cannot read."""
     options = lettered(row["options"])
     return (
         ""
@@ -103,8 +103,8 @@ def judge(row: dict) -> str:
 
 
 def score(rows: Sequence[dict]) -> Scores:
-    """CircularEval as lmms-eval's static mode has it, without guesses, and with a judge; the first
-    rounds alone, as LLaVA asks them.
+    """CircularEval as in lmms-eval's static mode, without guesses, and with a judge; the first
+    rounds alone, as in LLaVA.
     """
     each, indices = {}, column(rows, "index")
     for name, rule in (("lmms-eval", "mmbench-static"), ("strict", "mmbench")):

@@ -34,7 +34,7 @@ class Entry:
         return self.data.get(key, default)
 
     def error(self, text: str) -> ValueError:
-        """To be raised: what is wrong with this row."""
+        """A ValueError about this row."""
         return ValueError(f"{self.file}: row {self.number}: {text}")
 
     def image(self, *places: Path) -> tuple[tuple[ImageRef, ...], ...]:
@@ -58,7 +58,7 @@ class Entry:
 
 
 def read_json(file: Path, *keys: str):
-    """The content, or what stands at keys in it."""
+    """Content of a JSON file, or the value at these keys of it."""
     if not file.is_file():
         raise ValueError(f"no file {file}")
     try:

@@ -91,7 +91,7 @@ def read_textvqa(data: Path, split: str, style: str, ocr: bool) -> list[Question
 
 
 def read_gqa(data: Path, split: str, style: str) -> list[Question]:
-    """The balanced sets."""
+    """Questions of the balanced sets."""
     questions = []
     for row in json_rows(data / f"{split}_questions.json"):
         image = row.image(data / "images" / f"{row['imageId']}.jpg")

@@ -46,7 +46,7 @@ def read_mme(data: Path, split: str, style: str) -> list[Question]:
 
 
 def read_pope(data: Path, split: str, style: str) -> list[Question]:
-    """One of its three ways to draw the objects asked for, or all of them."""
+    """Questions of one of POPE's three ways to draw objects, or of all of them."""
     questions = []
     for part in ("random", "popular", "adversarial") if split == "all" else (split,):
         for row in json_lines(data / f"coco_pope_{part}.json"):

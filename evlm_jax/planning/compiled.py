@@ -38,6 +38,7 @@ _NO_PRODUCTS = set(  # targets of custom calls
     " ZeroCrop".split()
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
+_UNKNOWN = 1e15  # cycles from which on an estimate of the TPU compiler is none
 
 
 class Transfer(NamedTuple):
@@ -48,6 +49,7 @@ class Transfer(NamedTuple):
     # a device's share before a gather is not counted: the whole result of a gather, the operands of
     # all others
     bytes: int
+    hidden: bool = False  # is started, runs beside products, and is waited for later
 
 
 class Operation(NamedTuple):
@@ -56,6 +58,8 @@ class Operation(NamedTuple):
     flops: float
     bytes: float
     hidden: bool  # runs beside others: a copy that was started and is waited for later
+    cycles: float | None = None  # that the TPU compiler expects; None where it says nothing
+    op_name: str = ""
 
 
 @dataclass
@@ -74,6 +78,16 @@ class Costs:
         for name, mine in vars(self).items():
             for key, count in getattr(other, name).items():
                 mine[key] += count * times
+
+    def beside(self) -> "Costs":
+        """The same, run beside other operations."""
+        other = Costs()
+        other.add(self)
+        for name in ("operations", "transfers"):
+            setattr(other, name, Counter())
+            for key, count in getattr(self, name).items():
+                getattr(other, name)[key._replace(hidden=True)] += count
+        return other
 
     @property
     def flops(self) -> float:
@@ -145,7 +159,8 @@ class _Counting:
             branches = [self.computation(self.module[name]) for name in instruction.called(*keys)]
             return total.add(max(branches, key=lambda branch: (branch.flops, branch.bytes)))
         if opcode in _CALLS:
-            return total.add(self._called(instruction, *_CALLS[opcode]))
+            called = self._called(instruction, *_CALLS[opcode])
+            return total.add(called.beside() if opcode.endswith("-start") else called)
         if opcode == "fusion":
             inner = self._called(instruction, "calls")
             scattered = instruction.called("calls")[0].startswith("all-reduce-scatter")
@@ -171,26 +186,27 @@ class _Counting:
             total.transfers[transfer] += len(transfer.group) > 1 and not _goes_on(
                 computation, instruction
             )
-        total.operations[
-            Operation(flops, self._bytes(computation, instruction), opcode.endswith("-start"))
-        ] += 1
+        size, beside = self._bytes(computation, instruction), opcode.endswith("-start")
+        # a collective takes what its transfer takes
+        cycles = 0.0 if opcode.removesuffix("-start") in COLLECTIVES else _cycles(instruction)
+        total.operations[Operation(flops, size, beside, cycles, instruction.op_name)] += 1
 
     def _transfer(self, computation: Computation, instruction: Instruction, kind: str) -> Transfer:
         operands = sum(
             leaf.bytes for name in instruction.operands for leaf in computation.by_name[name].leaves
         )
         result = sum(leaf.bytes for leaf in instruction.leaves)
+        group, started = (
+            replica_group(instruction, self.devices),
+            instruction.opcode.endswith("-start"),
+        )
         if kind == "ragged-all-to-all":
             # one side has room for all rows of all devices; what travels is, in the mean, the other
             sent = sum(leaf.bytes for leaf in computation.by_name[instruction.operands[0]].leaves)
-            return Transfer(kind, replica_group(instruction, self.devices), min(sent, result))
-        # a started one carries its operands along
-        result -= operands if instruction.opcode.endswith("-start") else 0
-        return Transfer(
-            kind,
-            replica_group(instruction, self.devices),
-            result if kind == "all-gather" else operands,
-        )
+            return Transfer(kind, group, min(sent, result), started)
+        result -= operands if started else 0  # a started one carries its operands along
+        hidden = started or _begins(computation)
+        return Transfer(kind, group, result if kind == "all-gather" else operands, hidden)
 
     def _bytes(self, computation: Computation, instruction: Instruction) -> float:
         """Read and written in HBM."""
@@ -199,6 +215,8 @@ class _Counting:
             return own  # operands and results stand in its tuple
         if instruction.opcode == "fusion":
             inner = self.module[instruction.called("calls")[0]]
+            if _begins(inner) or _begins(inner, "Done"):
+                return 0.0  # only says that a collective begins or ends
             reads = (
                 self._read(inner, n) * _in_hbm(computation, name)
                 for n, name in enumerate(instruction.operands)
@@ -308,12 +326,22 @@ def _goes_on(computation: Computation, instruction: Instruction) -> bool:
     """libtpu writes a collective that runs beside products into each of their fusions; it begins in
     one of them alone.
     """
-    begins = any(
-        '"AsyncCollectiveStart"' in other.rest
+    return "chain_id=" in instruction.rest and not _begins(computation)
+
+
+def _begins(computation: Computation, what: str = "Start") -> bool:
+    """Whether a collective that runs beside products begins in this fusion, or is "Done"."""
+    return any(
+        f'"AsyncCollective{what}"' in other.rest
         for other in computation.instructions
         if other.opcode == "custom-call"
     )
-    return "chain_id=" in instruction.rest and not begins
+
+
+def _cycles(instruction: Instruction) -> float | None:
+    """What the TPU compiler expects an operation to take; None where it has no estimate."""
+    found = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
+    return float(found[1]) if found and float(found[1]) < _UNKNOWN else None
 
 
 def _in_hbm(computation: Computation, name: str) -> bool:

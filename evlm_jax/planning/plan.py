@@ -17,7 +17,7 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.models.moe import block_rows
 from evlm_jax.parallel.mesh import Layout, make_layout
 from evlm_jax.paths import write
-from evlm_jax.planning import chips, compiled, live, programs, roofline
+from evlm_jax.planning import chips, compiled, cycles, live, programs, roofline
 from evlm_jax.planning.hlo import Module
 
 _SCOPES = re.compile(
@@ -238,6 +238,10 @@ def _time(
         "images_per_s": program.work.images / step.seconds,
     }
     out["mfu"] = needed / (step.seconds * count * chip.flops)
+    lowest = flops.lowest_trained_block(cfg, program.trained)
+    if modelled := cycles.step(chip, costs, devices, lambda name: _part(name, lowest)):
+        out["cycles"] = modelled._asdict() | {"seconds": modelled.seconds}
+        out["cycles"]["mfu"] = needed / (modelled.seconds * count * chip.flops)
     if program.trained:
         out["steps"] = program.steps
         out["days"] = out["steps"] * step.seconds / 86400

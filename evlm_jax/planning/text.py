@@ -45,7 +45,7 @@ def _fitting(report: dict) -> list[str]:
         "",
     ]
     lines += table(
-        ("TFLOP of all devices", "needed", "executed", "of it again", "ratio"),
+        ("TFLOP of all devices", "needed", "executed", "of it again", "ratio", "s by cycles"),
         _parts(report, devices),
     ) + [""]
     rows = [
@@ -59,11 +59,12 @@ def _fitting(report: dict) -> list[str]:
 
 
 def _parts(report: dict, devices: int) -> list[tuple]:
-    rows, totals = [], [0.0] * 3
-    for part in dict.fromkeys((*report["needed"], *report["executed"])):
+    seconds = report.get("time", {}).get("cycles", {}).get("parts", {})
+    rows, totals = [], [0.0] * 4
+    for part in dict.fromkeys((*report["needed"], *report["executed"], *seconds)):
         need = sum(report["needed"].get(part, {}).values())
         done = {name: flops * devices for name, flops in report["executed"].get(part, {}).items()}
-        values = need, sum(done.values()), done.get("again", 0.0)
+        values = need, sum(done.values()), done.get("again", 0.0), seconds.get(part, 0.0)
         totals = [a + b for a, b in zip(totals, values)]
         rows.append((part, *values))
 
@@ -71,8 +72,15 @@ def _parts(report: dict, devices: int) -> list[tuple]:
         return f"{x / 1e12:,.1f}"
 
     return [
-        (part, tera(n), tera(d), tera(again), f"{d / n:.2f}" if n else "")
-        for part, n, d, again in [*rows, ("all", *totals)]
+        (
+            part,
+            tera(need),
+            tera(done),
+            tera(again),
+            f"{done / need:.2f}" if need else "",
+            f"{took:.3f}" if seconds else "",
+        )
+        for part, need, done, again, took in [*rows, ("all", *totals)]
     ]
 
 
@@ -88,6 +96,8 @@ def _time(time: dict) -> list[str]:
             f" {100 * time['mfu']:.0f}% of the peak by needed FLOPs"
         ),
     ]
+    if modelled := time.get("cycles"):
+        lines.append(_modelled(modelled))
     if "days" in time:
         price = f", {time['price']:,.0f} to pay" if "price" in time else ""
         lines.append(
@@ -95,6 +105,19 @@ def _time(time: dict) -> list[str]:
             f" chip-days{price}"
         )
     return lines
+
+
+def _modelled(modelled: dict) -> str:
+    """What the TPU compiler's own cycles say of a step."""
+    working, exposed, hidden = (
+        sum(modelled[name].values()) for name in ("parts", "exposed", "hidden")
+    )
+    return (
+        f"by the compiler's own cycles {modelled['seconds']:.3f} s, {100 * modelled['mfu']:.0f}% of"
+        f" the peak: operations {working:.3f} ({modelled['guessed']:.3f} of them by the roofline,"
+        f" for it has no estimate), transfers that nothing hides {exposed:.3f}, beside operations"
+        f" {hidden:.3f}"
+    )
 
 
 def _not_fitting(report: dict) -> list[str]:

@@ -9,8 +9,8 @@ TUNABLES = "GLIBC_TUNABLES"
 
 
 def main() -> int:
-    """Begins anew with glibc's malloc on large pages, unless its tunables are set already; then the
-    command line.
+    """Runs the command line, once more with glibc's malloc on large pages unless its tunables are
+    set already. Returns the exit status.
 
     XLA:CPU takes the buffers of every update anew from malloc. On pages of 4 KiB their faults are a
     tenth to a quarter of a small model's step (docs/decisions.md, D-TRAIN-8).

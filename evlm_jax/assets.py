@@ -48,7 +48,7 @@ class Asset:
 
     @property
     def pin(self) -> str:
-        """Part of the folder name, so that another pin is another folder."""
+        """A part of the folder's name, which differs between pins."""
         return "-".join(package.sha256[:8] for package in self.packages)
 
 
@@ -104,13 +104,13 @@ def path(name: str, cache: Path | None = None) -> Path:
 
 
 def available(name: str, cache: Path | None = None) -> bool:
-    """Whether the asset is there, complete."""
+    """Whether the asset was fetched completely."""
     return _folder(name, cache).is_dir()
 
 
 def locate(source: str | os.PathLike) -> Path:
-    """A source as users write it: the name of an asset (must be fetched), or a path (must exist),
-    also of a bucket.
+    """Path of a source that a user has given: the name of an asset (must be fetched), or a path
+    (must exist), also of a bucket.
     """
     from evlm_jax.paths import place, remote  # what they need takes long to import
 
@@ -125,7 +125,7 @@ def locate(source: str | os.PathLike) -> Path:
 
 
 def cache_root() -> Path:
-    """Where assets and features are kept: $EVLM_CACHE, or ~/.cache/evlm_jax."""
+    """Folder of assets and cached features: $EVLM_CACHE, or ~/.cache/evlm_jax."""
     if "://" in (given := os.environ.get("EVLM_CACHE", "")):
         raise AssetError(
             f"EVLM_CACHE={given}: the cache is a local folder: its files are mapped into memory"

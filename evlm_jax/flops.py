@@ -100,6 +100,7 @@ class Cost(NamedTuple):
 
     @property
     def total(self) -> float:
+        """FLOPs of forward and backward."""
         return sum(self)
 
 

@@ -245,7 +245,7 @@ class Generator:
             )
 
     def _rows(self, count: int) -> int:
-        """Of the batches of so many answers."""
+        """Rows of the batches of so many answers."""
         rows, most = self.least["rows"], -(-self.rows // self.least["rows"]) * self.least["rows"]
         while rows < min(count, most):
             rows *= ROWS

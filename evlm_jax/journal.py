@@ -18,7 +18,8 @@ SECONDS = 10.0  # between two writings of a part
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:
-    """The complete lines of a journal, without their ends; a line that a kill cut is none.
+    """The complete lines of a journal, without line ends; one that was cut off by a kill is left
+    out.
 
     Empty where there is no journal.
     """
@@ -26,8 +27,8 @@ def read_lines(path: str | os.PathLike) -> list[str]:
 
 
 class Journal:
-    """The writer of one path, behind the lines that are there: up to the first of which `keep` is
-    false, which goes with all behind it.
+    """Appends to the lines of one path. Lines from the first on for which `keep` is false are
+    removed.
     """
 
     def __init__(self, path: str | os.PathLike, keep: Callable[[str], bool] = lambda line: True):
@@ -45,7 +46,7 @@ class Journal:
                 _folder(self._path).rmtree()
 
     def append(self, lines: Sequence[str]) -> None:
-        """More lines. A store has them some seconds later, or at `flush`."""
+        """Appends lines. In a bucket they are written some seconds later, or at `flush`."""
         if not remote(self._path):
             with self._path.open("a") as file:
                 file.write("".join(line + "\n" for line in lines))
@@ -61,7 +62,7 @@ class Journal:
             self.flush()
 
     def flush(self) -> None:
-        """All lines are where they belong."""
+        """Writes all lines that are still buffered."""
         if len(self._part) > self._written:
             write(
                 _folder(self._path) / f"{self._number:06}.jsonl",

@@ -26,14 +26,14 @@ def train_run(
     resume: int | None = None,
     other_data: bool = False,
 ) -> int:
-    """Trains `cfg` in `workdir`, or goes on there, from step `resume` or the newest. Returns the
-    finished updates.
+    """Trains `cfg` in `workdir`, or continues there, from step `resume` or the newest. Returns the
+    number of finished updates.
 
-    A run that goes on reads its checkpoint alone; a new one the towers, or the run of an earlier
-    stage, `init`.
+    A run that continues reads its checkpoint alone; a new one the towers, or `init`, the run of an
+    earlier stage.
 
     Raises:
-      OSError: nothing can be written in `workdir`; said before anything is read.
+      OSError: nothing can be written in `workdir`; raised before anything is read.
       ValueError: rows are longer than what the language model was trained on, or its vocabulary
         does not fit it.
     """
@@ -77,7 +77,7 @@ def train_run(
 
 def next_stage(cfg: EVLMConfig, init: str) -> tuple[dict[str, np.ndarray], frozenset[str]]:
     """All parameters of an earlier stage's run, positions resampled for `cfg`'s image size, and the
-    names of those it trained.
+    names of those that it trained.
 
     Raises ValueError where the run is dense and `cfg` has experts, or is of another kind of model.
     """

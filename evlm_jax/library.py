@@ -324,7 +324,7 @@ class Model:
         return attention_maps.word_maps(module, self.tokenizer, sample)
 
     def _documents(self, prompt: str | Sequence[str], images: Images | Sequence[Images]) -> list:
-        """Of one prompt, or of several with an entry of `images` each."""
+        """Documents of one prompt, or of several with an entry of `images` each."""
         if not isinstance(prompt, (str, list, tuple)):
             raise ValueError(f"a prompt is a text or a list of texts, got {type(prompt).__name__}")
         prompts, shown = prompt, images
@@ -346,7 +346,7 @@ class Model:
 
     @property
     def _rows(self) -> int:
-        """That a batch has at least."""
+        """Least number of rows of a batch."""
         return self._layout.parts("rows") if self._layout else 1
 
 
@@ -365,7 +365,7 @@ def _on(layout: Layout | None, f: Callable) -> Callable:
 
 
 def _logits(model: EVLM, batch: Batch) -> jax.Array:
-    """Of the first row, [T, vocab]."""
+    """Logits of the first row, [T, vocab]."""
     return model.logits(model.hidden(batch)[0])
 
 

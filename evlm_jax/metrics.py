@@ -68,13 +68,13 @@ class Meter:
             self._files.close()
 
     def flush(self) -> None:
-        """The lines are where they belong, also in a bucket."""
+        """Writes all lines that are still buffered."""
         if self._journal:
             self._journal.flush()
 
     def add(self, step: int, batch: dict[str, float], values: dict) -> None:
-        """The values of update `step` (1-based), on the host; `batch` is what `work` counted of its
-        batch.
+        """Adds the values of update `step` (1-based), on the host; `batch` is the result of `work`
+        for its batch.
         """
         good = bool(values["good"])
         self._own.update(batch)
@@ -94,8 +94,8 @@ class Meter:
             self._write(step, noted)
 
     def note(self, step: int, values: dict[str, float] | None) -> None:
-        """Other values of update `step`, before it is added; they come into its line, or into one
-        of its own.
+        """Adds other values of update `step`, before `add`; they become part of its line, or of one
+        of their own.
 
         SECONDS among them count in no rate.
         """

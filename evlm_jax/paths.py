@@ -44,7 +44,7 @@ for _protocol, _options in (
 
 
 def remote(path: str | os.PathLike) -> bool:
-    """Whether it has a scheme, as gs://."""
+    """Whether the path has a scheme, as gs://."""
     return "://" in os.fspath(path)
 
 
@@ -102,7 +102,7 @@ def version(path: str | os.PathLike) -> str:
 
 
 def size(path: epath.Path) -> int:
-    """Bytes of a file. Raises OSError.
+    """Size of a file in bytes. Raises OSError.
 
     (epath would look up the names of a local file's owners, who need not have any.)
     """
@@ -160,7 +160,7 @@ def make(folder: epath.Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """A file that has its name when it is complete, and not after an error."""
+    """Context with a file that gets its name when it is complete, and not after an error."""
     path = place(path)
     make(path.parent)
     part = path if remote(path) else path.with_name(path.name + ".part")
@@ -175,15 +175,15 @@ def writing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 
 
 def write(path: str | os.PathLike, content: str | bytes) -> epath.Path:
-    """A whole file, in place of one that is there. Returns its place."""
+    """Writes a whole file, replacing one of that name. Returns its path."""
     with writing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
     return place(path)
 
 
 def move(source: epath.Path, target: epath.Path, mark: str) -> None:
-    """A folder to another place of the same store; there object by object, so that what is cut off
-    is whole in one of the two places.
+    """Moves a folder within a store; in a bucket object by object, so that after a kill it is
+    complete in one of the two places.
     """
     make(target.parent)
     if not remote(source):
@@ -195,20 +195,20 @@ def move(source: epath.Path, target: epath.Path, mark: str) -> None:
 
 
 def remove(folder: epath.Path, mark: str) -> None:
-    """A folder and all in it: first the file without which it counts for nothing."""
+    """Removes a folder and all in it, first the file without which it counts as incomplete."""
     if folder.is_dir():
         (folder / mark).unlink(missing_ok=True)
     folder.rmtree()
 
 
 def copy(source: epath.Path, target: epath.Path) -> None:
-    """A file to another place of the same store, which does it alone."""
+    """Copies a file within a store, on the server of a bucket."""
     system, inner = fsspec.core.url_to_fs(os.fspath(source))
     system.cp_file(inner, system._strip_protocol(os.fspath(target)))
 
 
 def probe(folder: str | os.PathLike) -> None:
-    """Writes a small file and removes it, in a store also by tensorstore, which writes the arrays.
+    """Writes a small file and removes it, in a bucket also by tensorstore, which writes the arrays.
 
     Raises OSError where that fails.
     """
@@ -252,8 +252,8 @@ class Mirror:
         self._copied, self._at = {}, time.monotonic()
 
     def copy(self, seconds: float = 0.0) -> None:
-        """Copies what has changed since the last time, unless that is less than so many seconds
-        ago.
+        """Copies files that have changed since the last call, unless that was less than so many
+        seconds ago.
         """
         if not remote(self._folder) or time.monotonic() - self._at < seconds:
             return
@@ -268,7 +268,7 @@ class Mirror:
         self._at = time.monotonic()
 
     def close(self) -> None:
-        """The last copy; the local folder is removed."""
+        """Copies for the last time and removes the local folder."""
         if remote(self._folder):
             try:
                 self.copy()

@@ -23,7 +23,7 @@ from evlm_jax.parallel.sharding import all_gather_params, reduce_scatter_grads
 
 
 class TrainState(NamedTuple):
-    """All that a step changes."""
+    """All arrays that a step updates."""
 
     step: jax.Array  # int32, finished updates
     params: nnx.State  # trainable
@@ -34,7 +34,7 @@ def gradients(
     cfg: EVLMConfig, graphdef: nnx.GraphDef, params: nnx.State, frozen: nnx.State, batch: Batch
 ) -> tuple[nnx.State, dict]:
     """Gradient of the mean loss over all targets of the batch, from sums over the micro-batches;
-    float32, in the pieces that are stored.
+    float32, sharded as parameters are stored.
 
     Returns:
       (gradients like `params`, sums over the batch as in loss.loss_sums)
@@ -87,7 +87,7 @@ def train_step(
     frozen: nnx.State,
     batch: Batch,
 ) -> tuple[TrainState, dict]:
-    """One update. Returns the new state and what is reported of the step."""
+    """One update. Returns the new state and the values that are logged."""
     batch, same = agreed(batch)
     grads, sums = gradients(cfg, graphdef, state.params, frozen, batch)
     params, groups, norm = optim.update(cfg, plan, state.step, state.params, grads, state.groups)
@@ -192,8 +192,8 @@ class TrainPhase:
         return self._begin(step, trainable, groups)
 
     def lower(self) -> jax.stages.Lowered:
-        """The step for the devices of the layout, which need not be there; `compile()` it to read
-        memory, FLOPs and collectives.
+        """The step lowered for the devices of the layout, which need not be attached; `compile()`
+        it to read memory, FLOPs and collectives.
         """
         frozen = nnx.split_state(self.shapes, self.plan.trains, ...)[1]
         frozen = jax.tree.map(

@@ -24,7 +24,7 @@ from evlm_jax.parallel.mesh import Layout, make_layout
 
 
 class Trained(NamedTuple):
-    """A model from a checkpoint, with all it needs."""
+    """A model from a checkpoint, with its config, tokenizer and parameters."""
 
     model: EVLM
     tokenizer: Tokenizer
@@ -66,11 +66,11 @@ def features_of(trained: Trained) -> FeatureStore | None:
 def load_trained(
     workdir: str, step: int | None = None, mesh: MeshConfig | None = None, rows: int = 1
 ) -> Trained:
-    """The newest (or given) checkpoint of a run, on one device, or on all of them.
+    """The model of the newest (or given) checkpoint of a run, on one device, or on all of them.
 
     Args:
       mesh: of the devices.
-      rows: that they will share.
+      rows: of batches, which the devices share.
     Raises:
       ValueError: the mesh does not fit the devices, the rows or the model.
     """
@@ -102,10 +102,10 @@ def model_of(
 def save_model(
     cfg: EVLMConfig, params: dict[str, np.ndarray], tokenizer: Tokenizer, out: str
 ) -> None:
-    """Writes step 0 of a run with these parameters, by canonical name. All count as trained, so
-    what begins there keeps their dtype.
+    """Writes step 0 of a run with these parameters, by canonical name. All count as trained, so a
+    run that begins from it keeps their dtype.
 
-    Raises FileExistsError where `out` is there already.
+    Raises FileExistsError where `out` exists.
     """
     with whole(out, {"saved": time.time_ns()}) as folder:  # takes up nothing of an earlier attempt
         tensors = {name: Tensor.of(array) for name, array in params.items()}

@@ -28,7 +28,7 @@ from evlm_jax.watch import Due, Trace, Watch
 
 
 class Start(NamedTuple):
-    """Where the loop begins."""
+    """State at the beginning of the loop."""
 
     step: int
     phase: TrainPhase
@@ -50,30 +50,30 @@ def train(
     resume: int | None = None,
     other_data: bool = False,
 ) -> int:
-    """Trains to train.steps; goes on from the newest checkpoint in `workdir` where there is one.
+    """Trains to train.steps, from the newest checkpoint in `workdir` where there is one.
 
     Args:
       data: yields (Batch of NumPy arrays, info) as data.pipeline.batches; get_state() -> JSON and
-        set_state(JSON) keep its position.
+        set_state(JSON) save and restore its position.
       params: canonical name -> array: the towers, or all parameters of an earlier stage
         (checkpoint.load_params).
       trained: those of `params` that an earlier stage trained (checkpoint.trained).
-      on_step: called with the finished updates and a function that gives the model, valid until it
-        returns; what it returns is noted.
+      on_step: called with the number of finished updates and a function that returns the model,
+        valid until `on_step` returns; its result is logged.
       tensorboard: write TensorBoard files, next to metrics.jsonl.
       profile: (first, last) update of a trace, in `workdir`/profile.
-      resume: the step to go on from, instead of the newest; later ones are put aside.
-      other_data: a run may go on with other data, or another batch, from the same number of
+      resume: the step to continue from, instead of the newest; later ones are moved aside.
+      other_data: a run may continue with other data, or another batch, from the same number of
         documents.
     Returns:
       the number of finished updates, saved.
     Raises:
-      ValueError: the config cannot be trained, or is not one with which the run can go on; names
-        the field.
+      ValueError: the config cannot be trained, or the run cannot be continued with it; names the
+        field.
       Stopped: a signal came; what was trained is saved.
       FloatingPointError: more than train.bad_updates losses or gradients were not finite; names the
         step and its samples.
-      OSError: a save failed, also one under way.
+      OSError: a save failed, also one in progress.
     """
     _check_dtype(cfg)
     layout = make_layout(cfg)

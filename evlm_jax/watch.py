@@ -29,18 +29,18 @@ class Watch:
 
     @property
     def sound(self) -> bool:
-        """Whether the parameters may be saved: of two bad updates in a row they are the cause, and
-        not a batch.
+        """Whether the parameters may be saved: not after two bad updates in a row, of which they,
+        not a batch, are the cause.
         """
         return self._row < 2
 
     def add(self, step: int, keys: list, counted: dict[str, float], report: Any) -> None:
-        """A step that was dispatched; its `report` is still on the devices."""
+        """Adds a step that was dispatched; its `report` is still on the devices."""
         self._pending.append((step, keys, counted, report))
         self.look(IN_FLIGHT)
 
     def look(self, left: int = 0) -> None:
-        """Reports steps until `left` of them have not been looked at.
+        """Reports steps, oldest first, until `left` are left.
 
         Raises:
           FloatingPointError: too many were bad.
@@ -79,13 +79,13 @@ class Watch:
 
 
 def _samples(keys: list) -> str:
-    """Of a step, on all processes."""
+    """Keys of a step's samples, on all processes."""
     return f"Its samples: {', '.join(str(row) for rows in allgather_json(keys) for row in rows)}"
 
 
 class Due:
-    """When a save is due: each `save_every` updates, and each `save_minutes` as the first process
-    finds at a line of the metrics.
+    """Decides when a save is due: each `save_every` updates, and each `save_minutes` by the clock
+    of the first process, checked when metrics are logged.
     """
 
     def __init__(self, cfg: TrainConfig):
@@ -105,21 +105,21 @@ class Due:
 
 
 class Trace:
-    """JAX's profile of the updates (first, last), in `folder`;
-    nothing where there is no such span.
+    """JAX's profile of the updates (first, last), in `folder`; nothing where there is no such
+    span.
     """
 
     def __init__(self, folder: epath.Path, span: tuple[int, int] | None):
         self._folder, self._span, self._files = folder, span, None
 
     def before(self, step: int) -> None:
-        """Begins with the first update."""
+        """Starts the trace before the first update."""
         if self._span and step == self._span[0]:
             self._files = Mirror(self._folder)
             jax.profiler.start_trace(str(self._files.here))
 
     def after(self, step: int, last: bool, state: Any) -> None:
-        """Ends with the last update of the span, or of the run."""
+        """Stops the trace after the last update of the span, or of the run."""
         if self._files and (last or step == self._span[1]):
             jax.block_until_ready(state)
             jax.profiler.stop_trace()

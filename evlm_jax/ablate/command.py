@@ -61,7 +61,7 @@ def _done(out: Path, name: str) -> bool:
 
 
 def _command(args: argparse.Namespace, overrides: list[str], name: str) -> list[str]:
-    """Of one run."""
+    """Command of one run."""
     words = [
         "--config",
         args.config,

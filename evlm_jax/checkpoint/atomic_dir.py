@@ -13,16 +13,16 @@ PLAN = "plan.json"
 
 @contextmanager
 def whole(out: str, plan: dict) -> Iterator[epath.Path]:
-    """A folder to write into: OUT.incomplete, which becomes `out` at the end. In a bucket `out`
-    itself, unfinished while PLAN is in it.
+    """Context with a folder to write into: OUT.incomplete, which is renamed to `out` at the end. In
+    a bucket it is `out` itself, incomplete while PLAN is in it.
 
-    A kill or an interrupt leaves it: the next writing of the same `plan` finds what is there. After
-    an error it is removed.
+    After a kill or an interrupt it stays, and the next writing of the same `plan` continues in it.
+    After an error it is removed.
 
     Args:
-      plan: what decides the content, for JSON.
+      plan: what decides the content, JSON-able.
     Raises:
-      FileExistsError: `out` is there already.
+      FileExistsError: `out` exists.
     """
     out = paths.place(out)
     folder = out if paths.remote(out) else out.parent / f"{out.name}.incomplete"
@@ -44,7 +44,7 @@ def whole(out: str, plan: dict) -> Iterator[epath.Path]:
 
 
 def check(folder: epath.Path) -> None:
-    """Raises ValueError for a folder in a bucket whose writing was cut off."""
+    """Raises ValueError for a folder in a bucket that is incomplete."""
     if paths.remote(folder) and (folder / PLAN).exists():
         raise ValueError(
             f"{folder} is unfinished ({PLAN} is in it): run the command that writes it again"

@@ -52,7 +52,9 @@ def of_json(value: Any) -> str:
 
 
 def check(name: str, array: np.ndarray, chunks: list) -> np.ndarray:
-    """`array`, which is all of its chunks. Raises ValueError where it is not what was saved."""
+    """Returns `array`, which is all of its chunks. Raises ValueError where it differs from what was
+    saved.
+    """
     covered = 0
     for start, shape, found in chunks:
         part = array[tuple(slice(first, first + size) for first, size in zip(start, shape))]

@@ -18,11 +18,11 @@ from evlm_jax.checkpoint.safetensors_file import read_folder, write_folder
 def write_store(
     root: epath.Path, tensors: Tensors, written: Callable[[int], None] = lambda _: None
 ) -> str:
-    """Writes a frozen store tensor by tensor; one that was cut off under the same root goes on.
-    Returns its hash.
+    """Writes a frozen store tensor by tensor and returns its hash; an incomplete one under the same
+    root is continued.
 
     Args:
-      written: called with the bytes of each piece that is on disk.
+      written: called with the number of bytes of each piece that was written.
     """
     aside = root / FROZEN / f"new{INCOMPLETE}"
     paths.make(aside)
@@ -88,5 +88,5 @@ def manifest_of(root: epath.Path, store: str) -> dict[str, str]:
 
 
 def store_name(manifest: dict[str, str]) -> str:
-    """The hash of its content."""
+    """Name of a store: the hash of its content."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]

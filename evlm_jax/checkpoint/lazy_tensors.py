@@ -40,7 +40,9 @@ Tensors = Mapping[str, Tensor]
 
 
 class Source(NamedTuple):
-    """A checkpoint: `metadata` is config.json, the GGUF key-value store, or empty."""
+    """Tensors of a checkpoint by name; `metadata` is config.json, the GGUF key-value store, or
+    empty.
+    """
 
     path: Path
     metadata: dict[str, Any]
@@ -61,7 +63,9 @@ def digest(array: np.ndarray) -> str:
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """An object in UTF-8, with or without a byte order mark. Raises ValueError naming the file."""
+    """Reads a JSON object in UTF-8, with or without a byte order mark. Raises ValueError naming the
+    file.
+    """
     path = paths.place(path)
     try:
         read = json.loads(path.read_bytes().decode("utf-8-sig"))
@@ -92,7 +96,7 @@ def content(begin: bytes) -> str:
 
 
 def begin_digest(dtype: np.dtype, shape: tuple[int, ...]):
-    """The hash of an array, to be updated with its `blocks`."""
+    """A hash object for an array, to be updated with its `blocks`."""
     return hashlib.sha256(f"{dtype} {shape} ".encode())
 
 

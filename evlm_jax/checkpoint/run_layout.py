@@ -19,15 +19,15 @@ def free_name(folder: epath.Path, step: int) -> epath.Path:
 
 
 def atomicity(root: epath.Path) -> ocp.options.AtomicityOptions | None:
-    """A bucket renames object by object."""
+    """Options of orbax for a folder: a bucket has no atomic rename."""
     if not paths.remote(root):
         return None
     return ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
 
 
 def finished(path: epath.Path) -> bool:
-    """Whether a step or a store is there and whole: its last file is, or a step has its name on a
-    disk.
+    """Whether a step or a store is complete: its last file exists, or a step has its final name on
+    a disk.
     """
     if path.parent.name == FROZEN:
         return (path / MANIFEST).exists()
@@ -35,7 +35,7 @@ def finished(path: epath.Path) -> bool:
 
 
 def half_written(path: epath.Path) -> bool:
-    """Whether something below steps/ or frozen/ is what a kill has left."""
+    """Whether something below steps/ or frozen/ is the rest of a killed save."""
     if ".orbax-checkpoint-tmp" in path.name or path.name.endswith(INCOMPLETE):
         return True
     return (path.name.isdigit() or path.parent.name == FROZEN) and not finished(path)

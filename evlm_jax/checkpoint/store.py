@@ -62,9 +62,9 @@ class Snapshot(NamedTuple):
 
 
 class Checkpoints:
-    """The writer of a run directory.
+    """Writer of a run directory.
 
-    At most one per directory; readers use `read` and `load_params`.
+    There is at most one per directory; readers use `read` and `load_params`.
     """
 
     def __init__(self, workdir: str, keep: int):
@@ -85,8 +85,8 @@ class Checkpoints:
         self._store = None
 
     def resume(self, step: int | None = None) -> Snapshot | None:
-        """The newest finalised step, None in a new directory; or a given one, and later ones are
-        put aside, into DIR/aside.
+        """The newest finalised step, None in a new directory; or the given one, where later ones
+        are moved to DIR/aside.
 
         Raises as `read` does, and ValueError for an imported model.
         """
@@ -257,7 +257,7 @@ def read(workdir: str, step: int | None = None) -> Snapshot:
 
 
 def open_params(workdir: str, step: int | None = None) -> tuple[dict[str, Tensor], EVLMConfig]:
-    """All parameters of the model, trained ones over the frozen store, read one at a time; and the
+    """All parameters of the model, of the step and of its frozen store, read lazily; and the
     config. Raises as `read` does.
     """
     path, meta, sums = _find(workdir, step)
@@ -267,7 +267,7 @@ def open_params(workdir: str, step: int | None = None) -> tuple[dict[str, Tensor
 
 
 def load_params(workdir: str, step: int | None = None) -> tuple[Arrays, EVLMConfig]:
-    """`open_params`, in memory; what was trained is restored at once."""
+    """`open_params` as arrays in memory."""
     path, meta, sums = _find(workdir, step)
     with _blamed(path):
         arrays = read_arrays(path / "params", None, sums and sums["params"])
@@ -279,7 +279,7 @@ def load_params(workdir: str, step: int | None = None) -> tuple[Arrays, EVLMConf
 
 
 def trained(workdir: str, step: int | None = None) -> frozenset[str]:
-    """Names that this run or one before it trained: the next stage keeps their bits."""
+    """Canonical names that this run or one before it trained: the next stage keeps their dtype."""
     return frozenset(_find(workdir, step)[1]["trained"])
 
 

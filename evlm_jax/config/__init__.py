@@ -279,7 +279,7 @@ def _vision(cfg: EVLMConfig) -> list[Relation]:
 
 
 def _language(cfg: EVLMConfig) -> list[Relation]:
-    """Of the language model, and of what connects it to the ViT."""
+    """Relations of the language model, and of what connects it to the ViT."""
     llm, xattn, moe = cfg.llm, cfg.xattn, cfg.moe
     patches, kind = cfg.vit.grid**2, cfg.bridge.kind
     return [

@@ -75,7 +75,9 @@ def describe_gguf(source: Source, shape: Callable[[str, int], tuple[int, ...]]) 
 
 
 def _values(source: Source) -> dict[str, int | float]:
-    """Of the keys in READ; one that is given for every layer, and is the same in all, as one."""
+    """Values of the keys in READ; one that is given for every layer, and is the same in all, as
+    one.
+    """
     config = {
         key.removeprefix("llama."): value
         for key, value in source.metadata.items()

@@ -46,6 +46,7 @@ class Cursor:
         return self.data[start : self.position]
 
     def number(self, kind: str) -> int:
+        """The next number, of a format character of `struct`."""
         return struct.unpack("<" + kind, self.skip(struct.calcsize("<" + kind)))[0]
 
     def texts(self, count: int) -> list[str]:
@@ -63,6 +64,7 @@ class Cursor:
         return found
 
     def text(self) -> str:
+        """The next text."""
         return self.texts(1)[0]
 
     def value(self) -> Any:
@@ -76,6 +78,7 @@ class Cursor:
         return self.numbers(kind, 1)[0].item()
 
     def numbers(self, kind: int, count: int) -> np.ndarray:
+        """The next `count` numbers of a GGUF type. Raises ValueError for an unknown one."""
         if kind not in SCALARS:
             raise ValueError(f"a value of type {kind} at byte {self.position}")
         dtype = np.dtype(SCALARS[kind])

@@ -30,6 +30,7 @@ class Cache(NamedTuple):
 
     @property
     def total(self) -> int:
+        """Bytes of all parts."""
         return sum(self)
 
 

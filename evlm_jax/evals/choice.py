@@ -142,7 +142,7 @@ def fit_budget(cfg: EVLMConfig, documents: Sequence[Document], parts: int = 1) -
 def _score(
     layout: Layout | None, graphdef: nnx.GraphDef, state: nnx.State, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
-    """Of every target [B, M] the log-probability, float32, and whether it is the likeliest; each
+    """Log-probability, float32, of every target [B, M], and whether it is the likeliest; each
     distinct position is computed once.
     """
     places = [

@@ -39,9 +39,9 @@ class Fused(nnx.Module):
 
 
 class ResamplerLayer(nnx.Module):
-    """Latents look at the picture and at themselves, then pass an FFN.
+    """Latents attend to the picture and to themselves, then pass an FFN.
 
-    Nothing has a bias but the norms.
+    Only the norms have a bias.
     """
 
     def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):

@@ -217,8 +217,8 @@ def _slots(keys: jax.Array, values: jax.Array, slots: int) -> tuple[jax.Array, j
 def _keep(
     cfg: EVLMConfig, prompt: Prompt, cross: tuple[jax.Array, jax.Array], images: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Of `project`'s keys and values those that the last token of each prompt sees, as DecodeState
-    has them.
+    """Those of `project`'s keys and values that the last token of each prompt sees, in the layout
+    of DecodeState.
     """
     slot = jnp.minimum(
         prompt.visible_start[:, None] + jnp.arange(images), prompt.image.shape[1] - 1

@@ -65,7 +65,7 @@ def _cross_attention(cfg: EVLMConfig, rngs: nnx.Rngs) -> xattn.Block | None:
     return stack(lambda r: xattn.Block(cfg, r), count, rngs) if count else None
 
 
-# Of the model, in the order in which they take random numbers; None where `cfg` has none.
+# Parts of the model, in the order in which they draw random numbers; None where `cfg` has none.
 PARTS: dict[str, Callable[[EVLMConfig, nnx.Rngs], nnx.Module | None]] = {
     "vit": lambda cfg, rngs: ViT(cfg.vit, rngs, cfg.train.remat),
     "llm": lambda cfg, rngs: LLM(cfg.llm, rngs),

@@ -245,7 +245,7 @@ class PackedExperts:
     def __call__(
         self, x: jax.Array, gates: jax.Array, chosen: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Of the matrices, those of chosen experts are read."""
+        """As `Experts`; of the matrices only those of chosen experts are read."""
         block, matrix = (
             block_rows(chosen.size, self.cfg),
             self.layer * self.cfg.experts + jnp.arange(self.cfg.experts),

@@ -19,8 +19,8 @@ SPREAD = 2654435761  # odd, so that a value and its place both count
 
 
 def agreed(batch: Batch) -> tuple[Batch, jax.Array | None]:
-    """The batch without the targets and pictures that some process lacks, and whether all else is
-    the same; None where none shares rows.
+    """The batch without the targets and pictures that some process could not read, and whether all
+    else is the same on all processes; None where no processes share rows.
     """
     layout = active_layout()
     if layout is None or not layout.rows_are_shared:

@@ -22,16 +22,15 @@ from evlm_jax.parallel.status import INTERRUPTED, PREEMPTED
 def initialize_distributed(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> None:
-    """Makes this process one of several; what is left out comes from the environment (a TPU pod,
-    GKE, Slurm, Open MPI).
+    """Joins this process to the others; arguments that are left out come from the environment (a
+    TPU pod, GKE, Slurm, Open MPI).
 
     Args:
       coordinator: "HOST:PORT" of process 0.
-      processes: how many there are.
+      processes: their number.
       process: number of this one, from 0.
     Raises:
-      ValueError: some of the three are given, but not all, and the environment does not say the
-        rest.
+      ValueError: some of the three are given, but not all, and the environment lacks the rest.
     """
     if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -49,7 +48,7 @@ def is_first() -> bool:
 
 
 def log_once(text: str) -> None:
-    """Prints, once for all processes."""
+    """Prints a line, on the first process alone."""
     if is_first():
         print(text, flush=True)
 
@@ -61,7 +60,7 @@ def barrier(name: str) -> None:
 
 
 def allgather_json(value: Any) -> list:
-    """The JSON-able values of all processes, in their order, on each of them."""
+    """JSON-able values of all processes, in order of process, on each of them."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -71,7 +70,7 @@ def allgather_json(value: Any) -> list:
 
 
 def fetch_to_host(tree: Any) -> Any:
-    """All arrays of a tree as NumPy, on every process."""
+    """All arrays of a tree as NumPy arrays, on every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)

@@ -42,8 +42,8 @@ class Rule(NamedTuple):
     stored: tuple[str, ...] = ()  # in addition
 
 
-# Of parameters first, then of activations. "vision*" and the last two are others where mesh.images
-# is "rows".
+# Axes of parameters first, then of activations. "vision*" and the last two are others where
+# mesh.images is "rows".
 RULES = {
     "whole": Rule(),
     "norm": Rule(),
@@ -82,8 +82,8 @@ def active_layout() -> "Layout | None":
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and the policies of config.mesh. sharding.py works by the one that is active during
-    tracing.
+    """A mesh and the policies of config.mesh. The functions of sharding.py use the layout that is
+    active during tracing.
     """
 
     mesh: Mesh
@@ -191,8 +191,8 @@ class Layout:
         return sorted({group for (groups,) in held for group in range(*groups.indices(count))})
 
     def put_groups(self, batch: Batch, own: list[int], count: int) -> Batch:
-        """The image groups `own` of a batch of `count`, NumPy arrays on this process, as arrays on
-        all devices.
+        """Copies the image groups `own` of a batch of `count`, NumPy arrays on this process, to
+        arrays on all devices.
         """
         place = {group: i for i, group in enumerate(own)}
 
@@ -248,14 +248,16 @@ def make_layout(cfg: EVLMConfig, devices: list | None = None) -> Layout:
 
 
 def check_mesh(cfg: EVLMConfig, devices: int) -> dict[str, int]:
-    """Devices of each axis, where there are so many. Raises ValueError as `make_layout`."""
+    """Number of devices of each axis, where there are so many. Raises ValueError as
+    `make_layout`.
+    """
     sizes = mesh_sizes(cfg.mesh, devices)
     _check(cfg, sizes)
     return sizes
 
 
 def mesh_sizes(mesh: MeshConfig, devices: int) -> dict[str, int]:
-    """Devices of each axis. Raises ValueError where their product is another number."""
+    """Number of devices of each axis. Raises ValueError where their product is another number."""
     sizes = dict(zip(AXES, (mesh.data, mesh.fsdp, mesh.expert, mesh.tensor)))
     free = [axis for axis in ("data", "fsdp") if sizes[axis] == -1]
     if len(free) > 1 or min(size for axis, size in sizes.items() if axis not in free) < 1:
@@ -319,7 +321,7 @@ def _check(cfg: EVLMConfig, sizes: dict[str, int]) -> None:
 
 
 def check_parameters(layout: Layout, params: nnx.State, name: Callable[[tuple], str]) -> None:
-    """Whether every parameter can be laid out.
+    """Checks that every parameter has a sharding.
 
     Raises ValueError listing those without axes or rule, and those that are indivisible.
     """

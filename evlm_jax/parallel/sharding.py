@@ -53,8 +53,8 @@ def gathered_weight(param: nnx.Variable, dtype: jnp.dtype) -> jax.Array:
 
 
 def all_gather_params(params: nnx.State, dtype: jnp.dtype) -> nnx.State:
-    """Trainable parameters for a whole step: with ZeRO-2 their matrices, gathered in `dtype`; with
-    ZeRO-3 as they are stored.
+    """Trainable parameters at the start of a step: with ZeRO-2 their matrices gathered in `dtype`;
+    with ZeRO-3 as they are stored.
     """
     layout = active_layout()
     if layout is None or layout.cfg.zero == 3:

@@ -11,7 +11,7 @@ STATUSES = (
 
 
 class Stopped(InterruptedError):
-    """A signal ended a run that can go on; `status` is what the process exits with."""
+    """A signal ended a run that can be continued; `status` is the exit status of the process."""
 
     def __init__(self, text: str, status: int):
         super().__init__(text)

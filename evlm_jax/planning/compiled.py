@@ -91,10 +91,12 @@ class Costs:
 
     @property
     def flops(self) -> float:
+        """FLOPs of all operations."""
         return sum(self.products.values())
 
     @property
     def bytes(self) -> float:
+        """Bytes of all operations."""
         return sum(operation.bytes * count for operation, count in self.operations.items())
 
 

@@ -104,7 +104,7 @@ def _asked(cfg: EVLMConfig, layout: Layout) -> dict:
 
 
 def _before_compiling(cfg: EVLMConfig, program: programs.Program) -> dict:
-    """Of the program as it was traced: what it is given, and the FLOPs that it needs."""
+    """Facts of the program as it was traced: its arguments, and the FLOPs that it needs."""
     needed = flops.needed(cfg, program.trained, program.work)
     return {
         "rows": cfg.train.batch,
@@ -197,12 +197,13 @@ def _part(op_name: str, lowest: int) -> str:
 def _trips(
     cfg: EVLMConfig, layout: Layout, program: programs.Program, op_name: str, trips: list[float]
 ) -> list[float] | None:
-    """Of the loops over an expert's blocks: as many as a balanced load needs, in the largest
+    """Trip counts of the loops over an expert's blocks: those of a balanced load, in the largest
     strides first.
 
     There is a loop for each stride, with one product forward and two backward; where a device has
-    one expert, those of several matrices stand together. Of decoding on CPUs some have no products,
-    but sums of scaled rows: how often those run is not known."""
+    one expert, those of several matrices are in one. Of decoding on CPUs some have no products, but
+    sums of scaled rows: how often those run is not known.
+    """
     if "experts" not in _SCOPES.findall(op_name) or not all(trips):
         return None
     mesh, hidden = layout.mesh.shape, cfg.xattn.ffn // cfg.moe.slices

@@ -39,6 +39,7 @@ class Router(nn.Linear):
     """Router logits, in float32 whatever the dtype of the weights."""
 
     def forward(self, x):
+        """x [N, D] -> logits [N, E]."""
         return F.linear(x.float(), self.weight.float())
 
 
@@ -56,6 +57,7 @@ class MoE(nn.Module):
         self.top_k, self.renormalise = moe.top_k, moe.gates == "renormalise"
 
     def forward(self, x):
+        """x [B, T, D] -> [B, T, D]."""
         flat = x.flatten(0, -2)
         gates, chosen = self.router(flat).softmax(-1).topk(self.top_k)
         if self.renormalise:

@@ -185,7 +185,7 @@ class EVLMProcessor(ProcessorMixin):
         )
 
     def _pieces(self, prompt):
-        """Of a prompt in any form."""
+        """Pieces of a prompt in any form."""
         if isinstance(prompt, (list, tuple)):
             prompt = self._render(prompt, add_generation_prompt=True)
         if isinstance(prompt, Rendered):

@@ -66,6 +66,7 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x):
+        """x [..., D] -> [..., D]."""
         return self.fc2(self.activation(self.fc1(x)))
 
 
@@ -79,6 +80,7 @@ class VisionAttention(nn.Module):
         self.head_dim = cfg.width // cfg.heads
 
     def forward(self, x, sdpa=False):
+        """x [n, S, V] -> [n, S, V]."""
         return self.o(
             attend(
                 *(split_heads(project(x), self.head_dim) for project in (self.q, self.k, self.v)),
@@ -100,6 +102,8 @@ class VisionBlock(nn.Module):
         self.pre = cfg.norm == "pre"
 
     def forward(self, x, sdpa=False):
+        """x [n, S, V] -> [n, S, V]."""
+
         def attention(y):
             return self.attn(y, sdpa)
 
@@ -150,6 +154,7 @@ class ViT(nn.Module):
         self.taps = cfg.taps
 
     def forward(self, pixels, run=call, sdpa=False):
+        """pixels [n, 3, h, w] -> taps [n, G, S, V]."""
         patches = self.patch(pixels.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)
         x, taps = self.embed_norm(self.places(patches)), []
         for number, block in enumerate(self.blocks, 1):
@@ -170,6 +175,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
+        """x [..., D] -> [..., D]."""
         y = x.float()
         return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(
             x.dtype
@@ -220,6 +226,7 @@ class GatedMLP(nn.Module):
         self.down = nn.Linear(cfg.mlp, cfg.hidden, bias=False)
 
     def forward(self, x):
+        """x [..., D] -> [..., D]."""
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 

@@ -47,8 +47,9 @@ def open_file(path: str) -> BinaryIO:
 
 
 def _system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Of a path, and how it is called there. A local one is never taken for fsspec's chain of
-    several (a::b). Raises ValueError for a scheme that is not known, or whose client lacks."""
+    """File system of a path, and the path within it. A local one is never read as fsspec's chain of
+    several (a::b). Raises ValueError for an unknown scheme, or one whose client is missing.
+    """
     if not remote(path):
         return fsspec.filesystem("file"), os.path.abspath(path)
     try:
@@ -79,7 +80,7 @@ def read_range(path: str, start: int, size: int) -> bytes:
 
 
 class _Descriptor:
-    """Of an open file, until nobody has it."""
+    """An open file, closed when it is no longer referenced."""
 
     def __init__(self, path: str):
         self.number = os.open(path, os.O_RDONLY)
@@ -91,8 +92,8 @@ class _Descriptor:
 
 @functools.lru_cache(OPEN)
 def _opened(path: str) -> _Descriptor:
-    """Stays open between reads; `index` forgets all, so that who opens a container sees the file as
-    it is then.
+    """A file that stays open between reads; `index` closes all, so that a container that is opened
+    anew is read as it is then.
     """
     return _Descriptor(path)
 

@@ -168,7 +168,7 @@ def _header(block: bytes, at: int) -> tuple[bytes, bytes, int]:
 
 
 def _records(content: bytes) -> dict[str, bytes]:
-    """Of a pax header: LENGTH KEY=VALUE, one a line."""
+    """Records of a pax header: LENGTH KEY=VALUE, one a line."""
     found = {}
     while content:
         digits, _, rest = content.partition(b" ")

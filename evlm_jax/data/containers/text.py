@@ -33,7 +33,7 @@ def decode(content: bytes) -> str:
 
 
 def _fields(pairs: list[tuple]) -> dict:
-    """Of an object. A field that stands there twice has no value that could be trusted."""
+    """Fields of an object. One that occurs twice has no value that could be trusted."""
     if len(found := dict(pairs)) != len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(

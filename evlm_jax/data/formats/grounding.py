@@ -137,7 +137,7 @@ def grounded(caption: str, spans: Iterable[Sequence[float]]) -> str:
 
 
 class _Plain(pickle.Unpickler):
-    """Of lists, dicts, texts and numbers: nothing is imported, so nothing can be run."""
+    """Unpickles lists, dicts, texts and numbers: nothing is imported, so nothing can be run."""
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(

@@ -123,23 +123,29 @@ def _drawn(character: str, font: ImageFont.FreeTypeFont, ground: str) -> Image.I
 def _cut_out(image: Image.Image) -> Image.Image:
     """Without an empty border, and not larger than scenes need."""
     image = image.convert("RGBA")
-    image = image.crop(image.getchannel("A").point(_covers).getbbox())
+    image = image.crop(inked(image))
     image.thumbnail((CUT_OUT, CUT_OUT), Image.Resampling.LANCZOS)
     return image
 
 
-def _covers(alpha: int) -> int:
-    """A pixel that is hardly there belongs to the border."""
-    return 255 * (alpha > 16)
+def inked(image: Image.Image) -> tuple[int, int, int, int] | None:
+    """The box of what is seen of an RGBA picture: a pixel that is hardly there belongs to the
+    border.
+    """
+    return image.getchannel("A").point([255 * (alpha > 16) for alpha in range(256)]).getbbox()
 
 
 def emoji_by_code(raw: Path, out: Path, progress: bool) -> None:
-    """Drawings of one hand under the names of `draw_emoji`: `1f408-fe0f.png` is `1F408.png`."""
+    """Square drawings of one hand under the names of `draw_emoji`: `1f408-fe0f.png` is
+    `1F408.png`.
+    """
     for file in sorted(raw.iterdir()):
         code = file.stem.removesuffix("-fe0f").upper()
         if re.fullmatch(r"[0-9A-F]{4,5}", code):
             with Image.open(file) as image:
-                _cut_out(image).save(out / f"{code}.png", compress_level=1)
+                drawing = image.convert("RGBA")
+            drawing.thumbnail((CUT_OUT, CUT_OUT), Image.Resampling.LANCZOS)
+            drawing.save(out / f"{code}.png", compress_level=1)
 
 
 def stamps(raw: Path, out: Path, progress: bool) -> None:

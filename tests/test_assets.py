@@ -221,7 +221,7 @@ def group(toy, monkeypatch):
     return cache
 
 
-@pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="dpkg-deb is not installed")
+@pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="this machine has no dpkg-deb")
 def test_a_group_of_debian_and_npm_packages_is_fetched_by_its_name_alone(group):
     assert set(assets.fetch(progress=False)) == {"toy"}
     found = assets.fetch(["toys"], progress=False)

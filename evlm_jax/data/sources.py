@@ -7,6 +7,9 @@ demo:
 
 easy-vqa  easy-vqa-test            the published splits; one sample an image with all its questions
 emoji-en  emoji-zh  emoji-en-test  drawings and their names; the splits share no code point
+emoji-hands-en  emoji-hands-zh     two other hands' drawings of the same code points
+emoji-style-en                     a third's, for evaluation
+photographs-en  photographs-zh     twenty photographs of what scenes have names for, for evaluation
 photos  photos-test                a few real photographs with captions; every third for evaluation
 clips                              three real videos with captions, four frames each
 albums                             documents of two to four of the photographs, each in front of its
@@ -33,6 +36,9 @@ from evlm_jax.data import video
 from evlm_jax.data.formats import built, captions, chat, grounding, interleaved, plain, vqa
 from evlm_jax.data.ocr import book, scans
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, question
+from evlm_jax.data.scenes.dialogs import LANGUAGES
+from evlm_jax.data.scenes.material import HANDS, NEW_HAND
+from evlm_jax.data.scenes.names import NAMES, PHOTOGRAPHS
 from evlm_jax.data.scenes.source import SceneSource, open_scenes
 from evlm_jax.data.source import Source, Subset, by_row
 
@@ -140,20 +146,36 @@ def easy_vqa(name: str, split: str) -> Source:
     return Source(name, sorted(by_image.items()), sample, dialogs=lambda row: len(row[1]))
 
 
-def emoji(name: str, language: str, split: str) -> Source:
-    """Drawings CODE.png and names.json = {code: {language: name, "split": ...}}."""
-    folder = assets.path("openmoji")
-    facts = json.loads((folder / "names.json").read_text("utf-8"))
+def emoji(name: str, language: str, split: str, hands: Sequence[str] = ("openmoji",)) -> Source:
+    """Drawings CODE.png in one hand after the other, those that it has, and OpenMoji's names.json =
+    {code: {language: name, "split": ...}}.
+    """
+    facts = json.loads((assets.path("openmoji") / "names.json").read_text("utf-8"))
     rows = [
-        (code, fact[language]) for code, fact in sorted(facts.items()) if fact["split"] == split
+        (code if len(hands) == 1 else f"{hand}/{code}", str(file), [fact[language]])
+        for hand in hands
+        for code, fact in sorted(facts.items())
+        if fact["split"] == split and (file := assets.path(hand) / f"{code}.png").is_file()
     ]
-    return Source(
-        name,
-        rows,
-        lambda row: captions.captioned(
-            name, row[0], str(folder / f"{row[0]}.png"), [row[1]], NAME[language]
-        ),
-    )
+    return Source(name, rows, lambda row: captions.captioned(name, *row, NAME[language]))
+
+
+def photographs(name: str, language: str) -> Source:
+    """GCompris's photographs of what scenes have names for."""
+    folder, asked = assets.path("gcompris") / "photos", LANGUAGES[language].name[0]
+    rows = [
+        (file, known.en if language == "en" else known.zh)
+        for known in NAMES
+        for file in PHOTOGRAPHS.get(known.en, "").split()
+    ]
+
+    def sample(row) -> Sample:
+        file, called = row
+        reference = ImageRef(str(folder / f"{file}.jpg"))
+        dialog = question(MARKER + asked, called)
+        return Sample(file, name, ((reference,),), (dialog,), labels=("name",))
+
+    return Source(name, rows, sample)
 
 
 def photos(name: str, test: bool) -> Source:
@@ -204,6 +226,11 @@ BUILT_IN: dict[str, Callable[[str], Source]] = {
     "emoji-en": partial(emoji, language="en", split="train"),
     "emoji-zh": partial(emoji, language="zh", split="train"),
     "emoji-en-test": partial(emoji, language="en", split="test"),
+    "emoji-hands-en": partial(emoji, language="en", split="train", hands=HANDS[1:]),
+    "emoji-hands-zh": partial(emoji, language="zh", split="train", hands=HANDS[1:]),
+    "emoji-style-en": partial(emoji, language="en", split="train", hands=(NEW_HAND,)),
+    "photographs-en": partial(photographs, language="en"),
+    "photographs-zh": partial(photographs, language="zh"),
     "photos": partial(photos, test=False),
     "photos-test": partial(photos, test=True),
     "clips": clips,

@@ -1,6 +1,6 @@
 """How a model answers questions: free generation, or the candidate of lowest loss."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class Generated:
 
 class LowestLoss:
     """Chooses. An answer is {"prediction": a candidate, "ranking": the best candidates, "losses":
-    theirs in nats}.
+    theirs in nats}, and of a question with candidates of its own "loss", that of the right one.
     """
 
     method, tokens, chunk = "lowest loss", 0, 512
@@ -79,25 +79,38 @@ class LowestLoss:
 
     def __call__(self, questions: Sequence[Question]) -> list[dict]:
         """The answers, in the order of the questions."""
-        about: dict[tuple, list[int]] = {}
+        groups: dict[tuple[str, ...], dict[tuple, list[int]]] = {}
         for i, asked in enumerate(questions):
+            about = groups.setdefault(asked.candidates or tuple(self.candidates), {})
             about.setdefault(asked.visuals, []).append(i)
+        rows: list[dict] = [{}] * len(questions)
+        for candidates, about in groups.items():
+            for i, loss in self._losses(questions, candidates, about):
+                best = np.argsort(loss, kind="stable")[:BEST]
+                rows[i] = {
+                    "prediction": candidates[best[0]],
+                    "ranking": [candidates[k] for k in best],
+                    "losses": [round(float(loss[k]), 4) for k in best],
+                }
+                if questions[i].candidates:
+                    right = candidates.index(questions[i].answer)
+                    rows[i]["loss"] = round(float(loss[right]), 4)
+        return rows
+
+    def _losses(
+        self,
+        questions: Sequence[Question],
+        candidates: tuple[str, ...],
+        about: dict[tuple, list[int]],
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Places of questions with these candidates, by their pictures; of each the losses."""
         template, samples = self.model.cfg.data.template, []
         for visuals, places in about.items():
             dialogs = tuple(question(prompt_text(questions[i], template), "") for i in places)
             samples.append(Sample(questions[places[0]].cluster, self.method, visuals, dialogs))
-        losses = candidate_losses(self.model, self.tokenizer, samples, self.candidates, **self.how)
-        rows: list[dict] = [{}] * len(questions)
+        losses = candidate_losses(self.model, self.tokenizer, samples, candidates, **self.how)
         for places, of_image in zip(about.values(), losses, strict=True):
-            for i, loss in zip(places, of_image, strict=True):
-                best = np.argsort(loss, kind="stable")[:BEST]
-                names = [self.candidates[k] for k in best]
-                rows[i] = {
-                    "prediction": names[0],
-                    "ranking": names,
-                    "losses": [round(float(loss[k]), 4) for k in best],
-                }
-        return rows
+            yield from zip(places, of_image, strict=True)
 
 
 def answerer(

@@ -31,6 +31,7 @@ class Question:
     answer: object  # what is right, as JSON holds it; None where only a server knows
     cluster: str  # the image or video: answers about the same one are not independent
     facts: dict = field(default_factory=dict)  # further entries of the row, for the scorer
+    candidates: tuple[str, ...] = ()  # its own closed set of answers, where the task's are not it
 
 
 class Scores(NamedTuple):

@@ -20,16 +20,19 @@ from evlm_jax import assets
 from evlm_jax.data.containers.files import Ref
 from evlm_jax.data.containers.rows import open_ref
 from evlm_jax.data.formats.built import built, row_of
+from evlm_jax.data.image import decode
 from evlm_jax.data.samples import part
 from evlm_jax.data.scenes.compose import COLOURS
 from evlm_jax.data.scenes.dialogs import FAMILIES
 from evlm_jax.data.scenes.draw import draw
 from evlm_jax.data.scenes.material import SPLITS, of_folder, place, shipped
+from evlm_jax.data.scenes.names import NAMES
 from evlm_jax.data.sources import open_source
+from evlm_jax.evals.tasks import scenes as scenes_task
 
 needs_scenes = pytest.mark.skipif(
     not all(map(assets.available, assets.members("scenes"))),
-    reason="needs the assets of `evlm fetch scenes`",
+    reason="this machine has not all assets of `evlm fetch scenes`",
 )
 PAINT = {
     "blob": (255, 0, 255),
@@ -264,6 +267,23 @@ def test_answers_cannot_be_guessed(folder):
 
 
 @needs_scenes
+def test_other_hands_and_photographs_name_what_is_known():
+    emoji, hands = open_source("emoji-en"), open_source("emoji-hands-en")
+    known = {sample.key: sample.dialogs for sample in emoji}
+    assert all(sample.dialogs == known[sample.key.rpartition("/")[2]] for sample in hands)
+    style = open_source("emoji-style-en")
+    assert {sample.key for sample in style} <= set(known)
+    assert not {sample.refs for sample in style} & {sample.refs for sample in hands}
+    names = {name.en for name in NAMES}
+    photographs = open_source("photographs-en")
+    assert {sample.dialogs[0][1].text for sample in photographs} <= names
+    assert len(photographs) == 20 == len({sample.refs for sample in photographs})
+    for sample in (hands[0], style[0], *photographs):
+        assert np.asarray(decode(sample.refs[0].path)).std() > 5
+    assert (len(hands), len(style)) == (2446, 1217)
+
+
+@needs_scenes
 def test_answers_about_shipped_scenes_cannot_be_guessed():
     guessed("assets", 2000, 2000, errors=0)
 
@@ -296,6 +316,26 @@ def test_labels_follow_their_dialogs(folder):
     row = row_of(sample, [("bmp", b"")])
     again = built("built", "", row | {"0.bmp": Ref("range://0+0/0.bmp::x")})
     assert (again.dialogs, again.labels) == (sample.dialogs, sample.labels)
+
+
+def test_questions_have_their_possible_answers_and_scores_their_families(folder):
+    asked_of = scenes_task.read(None, "test", "", f"scenes:{folder}?split={{}}&scenes=30", True)
+    assert all(q.answer in q.candidates for q in asked_of)
+    rows = [
+        {"prediction": q.answer.upper(), "answer": q.answer, "loss": 1.0} | q.facts
+        for q in asked_of
+    ]
+    for row in rows:
+        if row["label"] == "text/word":
+            row |= {"prediction": "?", "loss": 3.0}
+    each, whole = scenes_task.score(rows)
+    known = {name: np.mean([v for v in of if v is not None]) for name, of in each.items()}
+    text = [row["label"] == "text/digit" for row in rows if row["label"].startswith("text")]
+    assert known["accuracy, name"] == known["accuracy, text/digit"] == 100
+    assert known["accuracy, text/word"] == 0 and known["loss, text/word"] == 3
+    assert known["accuracy, text"] == pytest.approx(100 * np.mean(text))
+    assert whole["accuracy, mean of families"] == pytest.approx(80 + 20 * np.mean(text))
+    assert whole["loss, mean of families"] == pytest.approx((4 + known["loss, text"]) / 5)
 
 
 @pytest.mark.parametrize(

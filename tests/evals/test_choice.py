@@ -126,3 +126,22 @@ def test_greedy_is_what_the_whole_forward_pass_likes_best(samples):
 def test_candidates_of_equal_tokens_are_refused(model):
     with pytest.raises(ValueError, match="'no', 'no' are the same tokens"):
         choice.needs_end(TOKENIZER, ["yes", "no", "no"], model.cfg)
+
+
+def test_a_question_may_have_candidates_of_its_own(samples, model):
+    """Each is chosen as if its candidates were all that there are, and the loss of the right one is
+    told.
+    """
+    colours, words = ("red", "blue"), ("yes", "no")
+    asked = [
+        replace(q, candidates=colours if "what" in q.text else words) for q in of_samples(samples)
+    ]
+    found = LowestLoss(model, TOKENIZER, [])(asked)
+    for candidates in (colours, words):
+        own = [i for i, q in enumerate(asked) if q.candidates == candidates]
+        alone = LowestLoss(model, TOKENIZER, candidates)(
+            [replace(asked[i], candidates=()) for i in own]
+        )
+        for i, row in zip(own, alone, strict=True):
+            loss = row["losses"][row["ranking"].index(asked[i].answer)]
+            assert found[i] == row | {"loss": loss}

@@ -5,6 +5,7 @@ import io
 
 from PIL import Image, ImageDraw
 
+from evlm_jax.asset_pictures import inked
 from evlm_jax.data.ocr.fonts import font, ink
 from evlm_jax.data.scenes.compose import COLOURS, Scene, Thing, stroke
 from evlm_jax.data.scenes.material import Drawing
@@ -24,7 +25,7 @@ def _opened(path: str) -> Image.Image:
     """RGBA without an empty border. Raises ValueError for one that is nothing but border."""
     with Image.open(path) as image:
         image = image.convert("RGBA")
-    box = image.getchannel("A").getbbox()
+    box = inked(image)
     if box is None:
         raise ValueError(f"{path}: the cut-out is empty")
     return image.crop(box)

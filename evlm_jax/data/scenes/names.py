@@ -120,3 +120,21 @@ NAMES = (
     Name("train", "火车", "vehicle", "🚂🚆🚄", _in("vehicles/locomotive/cartoon/", "toy_train")),
     Name("guitar", "吉他", "thing", "🎸", _in(MUSIC, "guitar_classical guitar_electric guitar2")),
 )
+PHOTOGRAPHS = {  # of GCompris, which no scene shows
+    "cat": "cat kitten",
+    "dog": "dog",
+    "cow": "cow calf",
+    "pig": "pig",
+    "horse": "horse horse-2",
+    "sheep": "sheep",
+    "chicken": "chicken",
+    "duck": "duck",
+    "bear": "polar_bear",
+    "giraffe": "giraffe giraffe-2",
+    "camel": "camels",
+    "kangaroo": "kangaroo",
+    "butterfly": "butterfly",
+    "bee": "bee",
+    "owl": "owl",
+    "penguin": "penguin",
+}

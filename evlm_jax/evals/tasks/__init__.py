@@ -9,12 +9,13 @@ from evlm_jax.evals.tasks import (
     demo,
     documents,
     mmbench,
+    scenes,
     video,
     vqa,
     yes_no,
 )
 
-FAMILIES = (vqa, documents, choices, mmbench, yes_no, boxes, captions, classes, video, demo)
+FAMILIES = (vqa, documents, choices, mmbench, yes_no, boxes, captions, classes, video, demo, scenes)
 TASKS: dict[str, Task] = {task.name: task for family in FAMILIES for task in family.TASKS}
 
 

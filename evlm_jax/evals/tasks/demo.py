@@ -4,9 +4,10 @@ No --data; `evlm fetch` brings them.
 easy-vqa          answered freely
 easy-vqa-choice   answered by the one of the 13 answers with the lowest loss
 emoji, photos     captions
+emoji-style       known emoji in a hand that no other source has; `evlm fetch scenes`
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,11 +25,17 @@ EASY_VQA = {  # answer type -> answers
 ANSWERS = tuple(answer for answers in EASY_VQA.values() for answer in answers)
 
 
-def of_samples(samples: Iterable[Sample], captions: bool = False) -> list[Question]:
-    """A question for each dialog of the samples, in the words of the source.
+def of_samples(
+    samples: Iterable[Sample],
+    captions: bool = False,
+    answers: Callable[[str], Sequence[str] | None] = {}.get,
+) -> list[Question]:
+    """A question for each dialog of the samples, in the words of the source. Its label, where the
+    source has labels, is a fact of it.
 
     Args:
       captions: the answers are captions, lists of one.
+      answers: label -> all answers that there are, where one is to be chosen.
     """
     questions = []
     for sample in samples:
@@ -37,7 +44,18 @@ def of_samples(samples: Iterable[Sample], captions: bool = False) -> list[Questi
                 asked.text.removeprefix(MARKER),
                 ([answer.text] if captions else answer.text),
             )
-            questions.append(Question(f"{sample.key}-{i}", text, sample.visuals, right, sample.key))
+            label = sample.labels[i] if sample.labels else ""
+            questions.append(
+                Question(
+                    f"{sample.key}-{i}",
+                    text,
+                    sample.visuals,
+                    right,
+                    sample.key,
+                    {"label": label} if label else {},
+                    tuple(answers(label) or ()),
+                )
+            )
     return questions
 
 
@@ -68,5 +86,6 @@ TASKS = (
     choose("easy-vqa"),
     choose("easy-vqa-choice", candidates=lambda _: list(ANSWERS)),
     caption("emoji", read=partial(read, source="emoji-en-test", captions=True)),
+    caption("emoji-style", read=partial(read, source="emoji-style-en", captions=True)),
     caption("photos", read=partial(read, source="photos-test", captions=True)),
 )

@@ -1,23 +1,36 @@
-"""docs/results.md and docs/results/ablations.html from the saved runs:
-`python -m benchmarks.results`. No number is typed by hand.
+"""docs/results.md and docs/results/*.html from the saved runs: `python -m benchmarks.results`. No
+number is typed by hand.
 
 `evlm ablate --variants ... --out docs/results/ablations` makes the missing runs; git keeps their
 result.json."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import parser
-from evlm_jax.ablate.claims import FAILS, HOLDS, UNDECIDED, UNJUDGED, judge, obstacles
-from evlm_jax.ablate.collect import BUDGETS, cells, collect, header, rows, variants
-from evlm_jax.ablate.job import BASE
-from evlm_jax.ablate.page import about, described, judgement_cells, render
-
-RUNS, PAGE, HTML = (
-    Path("docs/results/ablations"),
-    Path("docs/results.md"),
-    Path("docs/results/ablations.html"),
+from evlm_jax.ablate.claims import (
+    REPORTED,
+    UNDECIDED,
+    UNJUDGED,
+    Judgement,
+    judge,
+    obstacles,
 )
+from evlm_jax.ablate.collect import BUDGETS, cells, collect, header, rows, variants
+from evlm_jax.ablate.page import (
+    about,
+    broken_controls,
+    described,
+    how_judged,
+    judgement_cells,
+    render,
+)
+from evlm_jax.ablate.study import BASE, study_of
+from evlm_jax.evals.group_sequential import EQUIVALENT, FAILS, HOLDS, OPEN
+
+PAGE = Path("docs/results.md")
+RUNS, SCENES = Path("docs/results/ablations"), Path("docs/results/scenes")  # --out of two studies
 HEAD = f"""# What holds of the paper's claims, at the size of two CPU cores
 
 Written by `python -m benchmarks.results`, with plots as \
@@ -45,37 +58,61 @@ reading at equal FLOPs is of an earlier update (column `questions`). What the va
 small, the questions synthetic: a claim that {HOLDS} here is no proof at 14 billion parameters, \
 and neither is its opposite.
 """
+SECTION = """# The preregistered study on scenes
+
+Claims, margin and stopping rule were fixed before its runs: \
+[preregistration.md](preregistration.md). Its runs are in
+[results/scenes](results/scenes), its plots in [results/scenes.html](results/scenes.html).
+
+{about}
+
+{how}
+"""
 COLUMNS = ["claim", "compared", "budget", "measure", "difference", "seeds", "verdict"]
+VERDICTS = (HOLDS, FAILS, EQUIVALENT, OPEN, UNDECIDED, UNJUDGED)
 
 
 def page(found: dict) -> str:
-    """The page of `evlm_jax.ablate.collect.collect`'s dict."""
-    settings, judged = found["settings"], list(judge(found))
-    names = ",".join(name for name in variants(found) if name != BASE)
+    """The page of `collect`'s dict, of runs that are judged by intervals."""
+    settings, names = found["settings"], [name for name in variants(found) if name != BASE]
     seeds = 1 + max(run["seed"] for run in found["runs"])
     test = "" if settings["limit"] is None else f" --test {settings['limit']}"
     command = (
-        f"evlm ablate --variants {names} --seeds {seeds} --questions {settings['questions']}{test}"
-        f" --out {RUNS}"
+        f"evlm ablate --variants {','.join(names)} --seeds {seeds} --questions"
+        f" {settings['questions']}{test} --out {RUNS}"
     )
-    parts = [HEAD.format(command=command, about=about(found)), "## Claims", ""]
+    return "\n".join([HEAD.format(command=command, about=about(found)), *_results(found)])
+
+
+def section(found: dict) -> str:
+    """The same of runs of a study with looks."""
+    how = how_judged(study_of(found["settings"]))
+    return "\n".join([SECTION.format(about=about(found), how=how), *_results(found)])
+
+
+def _results(found: dict) -> list[str]:
+    """Claims, variants at both budgets, what each changes."""
+    judged, measures = list(judge(found)), study_of(found["settings"]).measures
+    parts = ["## Claims", ""]
     if reasons := obstacles(found):
         parts += [f"**No claim is judged: {'; '.join(reasons)}.**", ""]
-    parts += [_table(COLUMNS, map(judgement_cells, judged)), ""]
-    counts = {
-        verdict: sum(j.verdict == verdict for j in judged)
-        for verdict in (HOLDS, FAILS, UNDECIDED, UNJUDGED)
-    }
-    parts += [
-        "Of these rows: "
-        + ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-        + ".",
-        "",
-    ]
+    parts += [f"**{line}**\n" for line in broken_controls(judged)]
+    decided = [j for j in judged if j.verdict != REPORTED]
+    parts += [_judged(decided), ""]
+    counts = {verdict: sum(j.verdict == verdict for j in decided) for verdict in VERDICTS}
+    said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    parts += [f"Of these rows: {said}.", ""]
+    if beside := [j for j in judged if j.verdict == REPORTED]:
+        parts += ["## By other measures", "", _judged(beside), ""]
     for budget, title in BUDGETS.items():
-        parts += [f"## At {title}", "", _table(header(), map(cells, rows(found, budget))), ""]
+        lines = (cells(row, measures) for row in rows(found, budget))
+        parts += [f"## At {title}", "", _table(header(measures), lines), ""]
     changed = [(row.variant, described(row.changes)) for row in rows(found, next(iter(BUDGETS)))]
-    return "\n".join([*parts, "## Variants", "", _table(["variant", "changes"], changed), ""])
+    return [*parts, "## Variants", "", _table(["variant", "changes"], changed), ""]
+
+
+def _judged(judged: Sequence[Judgement]) -> str:
+    return _table(COLUMNS, map(judgement_cells, judged))
 
 
 def _table(names: list[str], lines) -> str:
@@ -86,21 +123,20 @@ def _table(names: list[str], lines) -> str:
 
 
 def main() -> None:
-    """Writes both pages; a smoke says whether the saved one is what would be written."""
-    smoke = parser(__doc__).parse_args().smoke
-    found = collect(sorted(RUNS.glob("*/*/result.json")))
-    if smoke:
-        written = page(found)
-        return print(
-            f"{PAGE}:"
-            f""" {
-                "as it would be written"
-                if written == PAGE.read_text("utf-8")
-                else sys.exit("is out of date")
-            }"""
-        )
-    PAGE.write_text(page(found), "utf-8")
-    render(found, HTML)
+    """Writes the pages; a smoke says whether the saved one is what would be written."""
+    smoke, text = parser(__doc__).parse_args().smoke, []
+    for folder, write in ((RUNS, page), (SCENES, section)):
+        if files := sorted(folder.glob("*/*/result.json")):
+            found = collect(files)
+            text.append(write(found))
+            if not smoke:
+                render(found, folder.with_suffix(".html"))
+    if not smoke:
+        PAGE.write_text("\n".join(text), "utf-8")
+    elif "\n".join(text) == PAGE.read_text("utf-8"):
+        print(f"{PAGE}: as it would be written")
+    else:
+        sys.exit(f"{PAGE}: is out of date")
 
 
 if __name__ == "__main__":

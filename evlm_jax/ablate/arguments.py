@@ -21,7 +21,16 @@ def add(parser: argparse.ArgumentParser) -> None:
             " are overridden with --config.section.field=value"
         ),
     )
-    parser.add_argument("--seeds", type=argument(Positive), default=3, help="runs of a variant")
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument("--seeds", type=argument(Positive), default=3, help="runs of a variant")
+    seeds.add_argument(
+        "--sequential",
+        action="store_true",
+        help=(
+            "as many seeds as the experiment's looks ask for, one look after the other: a variant"
+            " leaves when its claims are decided"
+        ),
+    )
     parser.add_argument(
         "--questions",
         type=argument(Positive),
@@ -31,15 +40,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--test",
         type=argument(Positive),
-        help="questions of the official test that are asked; all where left out",
+        help="questions of the first task that are asked; all where left out",
     )
-    parser.add_argument(
-        "--init",
-        help=(
-            "run of an earlier stage that all start from; experts are made of its FFNs, by"
-            " moe.upcycle"
-        ),
-    )
+    _begin(parser)
     parser.add_argument(
         "--out",
         required=True,
@@ -53,6 +56,31 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=_run,
         metavar="VARIANT/SEED",
         help="this run only, in this process",
+    )
+    parser.add_argument(
+        "--list",
+        dest="listed",
+        action="store_true",
+        help="print the runs that are missing now, VARIANT/SEED a line, and make none",
+    )
+
+
+def _begin(parser: argparse.ArgumentParser) -> None:
+    begin = parser.add_mutually_exclusive_group()
+    begin.add_argument(
+        "--init",
+        help=(
+            "run of an earlier stage that all start from; experts are made of its FFNs, by"
+            " moe.upcycle"
+        ),
+    )
+    begin.add_argument(
+        "--branch-from",
+        metavar="DIR",
+        help=(
+            "earlier --out, made with --keep: those of each seed start from its base's run of that"
+            " seed, as with --init"
+        ),
     )
 
 

@@ -1,8 +1,9 @@
-"""The paper's claims, judged from finished runs: "holds", "does not" or "undecided", with interval,
-or not at all.
+"""The claims of a study, judged from finished runs.
 
-A claim says that one variant beats another. It holds where the 95% interval of the difference, over
-seeds and questions, lies above 0, and does not where it lies below. Nothing is judged unless the
+Without looks a claim "holds" where the 95% interval of the difference, over seeds and questions,
+lies above 0, "does not" where it lies below, and is "undecided" in between, by every measure. With
+looks the primary measure decides, by seeds in their order (evals/group_sequential.py): "holds",
+"does not", "equivalent" or "open"; the others are reported beside it. Nothing is judged unless the
 runs could have shown a difference: see `obstacles`."""
 
 from collections.abc import Iterator
@@ -11,42 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 from evlm_jax.ablate.budget import QUESTIONS
-from evlm_jax.ablate.collect import (
-    ACCURACY,
-    BUDGETS,
-    MEASURES,
-    Difference,
-    Measure,
-    difference,
-    values,
-    variants,
-)
-from evlm_jax.ablate.job import BASE
+from evlm_jax.ablate.collect import BUDGETS, Difference, difference, values, variants
+from evlm_jax.ablate.study import BASE, Claim, Measure, study_of
+from evlm_jax.evals.group_sequential import FAILS, HOLDS, OPEN, Decision, decide
 
-LEAST_ACCURACY, LEAST_QUESTIONS, LEAST_SEEDS = 80.0, 20_000, 2
-HOLDS, FAILS, UNDECIDED, UNJUDGED = "holds", "does not", "undecided", "not judged"
-
-
-class Claim(NamedTuple):
-    """The claim that variant `better` beats the best of `than`."""
-
-    text: str
-    better: str
-    than: tuple[str, ...]
-
-
-CLAIMS = (
-    Claim("Several taps beat the best single one", BASE, ("tap-4", "tap-8", "tap-11", "tap-last")),
-    Claim("Several taps beat the last block's", BASE, ("tap-last",)),
-    Claim("Routed taps beat fused ones", BASE, ("fused",)),
-    Claim(
-        "Neighbouring layers share a tap (blocked) beats taps in turn (cyclic)", BASE, ("cyclic",)
-    ),
-    Claim("16 media tokens beat one", "media-16", ("media-1",)),
-    Claim("Experts beat a dense FFN", "moe", (BASE,)),
-    Claim("EVLM beats llava", BASE, ("llava",)),
-    Claim("EVLM beats flamingo", BASE, ("flamingo",)),
-)
+LEAST_SEEDS = 2
+UNDECIDED, UNJUDGED, REPORTED = "undecided", "not judged", "reported"
 
 
 class Judgement(NamedTuple):
@@ -62,46 +33,83 @@ class Judgement(NamedTuple):
 
 def obstacles(found: dict) -> list[str]:
     """Why no claim may be judged from these runs; empty where they may."""
-    reasons, limit = [], found["settings"]["limit"]
+    study, limit = study_of(found["settings"]), found["settings"]["limit"]
+    primary, reasons = study.primary, []
     if limit is not None:
-        reasons.append(f"only {limit} questions of the official test were asked")
-    of_base = values(found, BASE, QUESTIONS, ACCURACY)
+        reasons.append(f"only {limit} questions of {study.tested.partition(',')[0]} were asked")
+    of_base = values(found, BASE, QUESTIONS, primary)
     reached = float(np.mean([value.mean() for value in of_base.values()])) if of_base else 0.0
-    if reached < LEAST_ACCURACY:
+    if study.enough is not None and primary.sign * (reached - study.enough) < 0:
         reasons.append(
-            f"the base reaches {reached:.1f}% of the official test, {LEAST_ACCURACY:.0f}% are"
-            " needed"
+            f"the base reaches {reached:.{primary.digits}f} ({primary.name}),"
+            f" {study.enough:g} is needed"
         )
     short = [
         run
         for run in found["runs"]
-        if max(cut["questions"] for cut in run["budgets"].values()) < LEAST_QUESTIONS
+        if max(cut["questions"] for cut in run["budgets"].values()) < study.questions
     ]
     if short:
         names = ", ".join(f"{run['variant']}/{run['seed']}" for run in short)
-        reasons.append(f"{names} saw fewer than {LEAST_QUESTIONS:,} questions")
+        reasons.append(f"{names} saw fewer than {study.questions:,} questions")
     return reasons
 
 
 def judge(found: dict) -> Iterator[Judgement]:
     """Judges every claim whose variants were run, at both budgets, by every measure."""
-    there, blocked = set(variants(found)), obstacles(found)
-    for claim in CLAIMS:
+    study, there, blocked = study_of(found["settings"]), set(variants(found)), obstacles(found)
+    for claim in study.claims:
         rivals = [name for name in claim.than if name in there]
         if claim.better not in there or not rivals:
             continue
         for budget in BUDGETS:
-            for measure in MEASURES:
+            for measure in study.measures:
                 best = max(
                     rivals, key=lambda name: measure.sign * _mean(found, name, budget, measure)
                 )
-                if apart := difference(found, claim.better, best, budget, measure):
-                    verdict = (
-                        UNJUDGED
-                        if blocked or len(rivals) < len(claim.than)
-                        else _verdict(apart, measure)
-                    )
-                    yield Judgement(claim, budget, measure, best, apart, verdict)
+                if not (apart := difference(found, claim.better, best, budget, measure)):
+                    continue
+                verdict = _verdict(apart, measure)
+                if study.looks and measure == study.primary:
+                    decision = decided(found, claim, budget)
+                    verdict, apart = decision.verdict, _at_the_look(decision, measure) or apart
+                elif study.looks:
+                    verdict = REPORTED
+                if verdict != REPORTED and (blocked or len(rivals) < len(claim.than)):
+                    verdict = UNJUDGED
+                yield Judgement(claim, budget, measure, best, apart, verdict)
+
+
+def decided(found: dict, claim: Claim, budget: str) -> Decision:
+    """How a claim of a study with looks ended: by its primary measure, seeds 0, 1, ... in their
+    order up to the first that either side lacks.
+    """
+    study = study_of(found["settings"])
+    a, b = (values(found, name, budget, study.primary) for name in (claim.better, claim.than[0]))
+    differences = []
+    while (seed := len(differences)) in a and seed in b:
+        differences.append(study.primary.sign * float(a[seed].mean() - b[seed].mean()))
+    return decide(differences, study.looks, study.margin, study.alpha)
+
+
+def wanted(found: dict) -> set[str]:
+    """Variants of a study with looks that some claim still needs: one that is not decided at each
+    budget.
+    """
+    return {
+        name
+        for claim in study_of(found["settings"]).claims
+        if any(decided(found, claim, budget).verdict == OPEN for budget in BUDGETS)
+        for name in (claim.better, *claim.than)
+    }
+
+
+def _at_the_look(decision: Decision, measure: Measure) -> Difference | None:
+    """The difference at the last look, in the measure's own unit; None before the first."""
+    if not decision.seeds:
+        return None
+    low, high = sorted((measure.sign * decision.low, measure.sign * decision.high))
+    return Difference(measure.sign * decision.mean, low, high, None, decision.seeds)
 
 
 def _mean(found: dict, variant: str, budget: str, measure: Measure) -> float:

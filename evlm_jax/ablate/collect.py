@@ -12,28 +12,12 @@ import numpy as np
 
 from evlm_jax.ablate import finished
 from evlm_jax.ablate.budget import FLOPS, QUESTIONS
-from evlm_jax.ablate.job import BASE, CAPTION, CHOICE
+from evlm_jax.ablate.study import BASE, Measure, study_of
 from evlm_jax.config import compat
 from evlm_jax.evals.score import columns
 from evlm_jax.evals.statistics import crossed_interval, paired_p
 
 BUDGETS = {QUESTIONS: "equal questions seen", FLOPS: "equal training FLOPs"}
-
-
-class Measure(NamedTuple):
-    """What is compared."""
-
-    key: str  # in "measured"
-    name: str  # for people
-    sign: int  # +1: more is better
-
-
-ACCURACY = Measure(f"{CHOICE}/accuracy", "easy-vqa test, %", 1)
-MEASURES = (
-    ACCURACY,
-    Measure(f"{CAPTION}/loss", "unseen emoji, nats a name", -1),
-    Measure(f"{CAPTION}/CIDEr (words)", "unseen emoji, CIDEr", 1),
-)
 
 
 class Difference(NamedTuple):
@@ -121,18 +105,40 @@ def variants(found: dict) -> list[str]:
 
 
 def reading(run: dict, budget: str) -> dict:
-    """What was read of a run at a budget."""
+    """What was read of a run where a budget ends."""
     return run["readings"][str(run["budgets"][budget]["step"])]
 
 
 def values(found: dict, variant: str, budget: str, measure: Measure) -> dict[int, np.ndarray]:
-    """{seed: a value for each question}."""
-    count = sum(found["clusters"][measure.key.partition("/")[0]])
-    runs = [run for run in found["runs"] if run["variant"] == variant]
+    """{seed: a value for each question}, means over the readings of the budget; of several
+    families weighted so that their mean is the mean of the families' means.
+    """
+    study = study_of(found["settings"])
     return {
-        run["seed"]: finished.unpack(reading(run, budget)["measured"][measure.key], count)
-        for run in runs
+        run["seed"]: np.mean(
+            [
+                _outcomes(found, run["readings"][str(step)]["measured"], measure)
+                for step in study.steps(run["budgets"][budget]["step"])
+            ],
+            axis=0,
+        )
+        for run in found["runs"]
+        if run["variant"] == variant
     }
+
+
+def _outcomes(found: dict, measured: dict, measure: Measure) -> np.ndarray:
+    parts = [
+        finished.unpack(measured[key], sum(found["clusters"][key.partition("/")[0]]))
+        for key in measure.keys
+    ]
+    share = sum(map(len, parts)) / len(parts)
+    return np.concatenate([part * (share / len(part)) for part in parts])
+
+
+def _clusters(found: dict, measure: Measure) -> list[int]:
+    """Sizes; of several families a picture has one in each."""
+    return [size for key in measure.keys for size in found["clusters"][key.partition("/")[0]]]
 
 
 def difference(
@@ -143,7 +149,7 @@ def difference(
     if not (common := [seed for seed in a if seed in b]):
         return None
     apart = np.stack([a[seed] - b[seed] for seed in common])
-    low, high = crossed_interval(apart, found["clusters"][measure.key.partition("/")[0]])
+    low, high = crossed_interval(apart, _clusters(found, measure))
     return Difference(float(apart.mean()), low, high, paired_p(apart.mean(1)), len(common))
 
 
@@ -157,6 +163,7 @@ def rows(found: dict, budget: str) -> list[ResultRow]:
 
 def _row(found: dict, variant: str, budget: str) -> ResultRow:
     runs = [run for run in found["runs"] if run["variant"] == variant]
+    measures = study_of(found["settings"]).measures
 
     def at(name):
         return float(np.mean([run["budgets"][budget][name] for run in runs]))
@@ -166,11 +173,11 @@ def _row(found: dict, variant: str, budget: str) -> ResultRow:
 
     means = {
         m.key: [float(v.mean()) for v in values(found, variant, budget, m).values()]
-        for m in MEASURES
+        for m in measures
     }
     against = {
         m.key: None if variant == BASE else difference(found, variant, BASE, budget, m)
-        for m in MEASURES
+        for m in measures
     }
     facts = (
         at("step"),
@@ -186,12 +193,12 @@ def _row(found: dict, variant: str, budget: str) -> ResultRow:
 HEADER = "variant,trained,steps,questions,FLOPs,s/step,peak,loss".split(",")
 
 
-def header() -> list[str]:
+def header(measures: Sequence[Measure]) -> list[str]:
     """Names of the columns of `cells`."""
-    return HEADER + [name for measure in MEASURES for name in (measure.name, "less base", "p")]
+    return HEADER + [name for measure in measures for name in (measure.name, "less base", "p")]
 
 
-def cells(row: ResultRow) -> list[str]:
+def cells(row: ResultRow, measures: Sequence[Measure]) -> list[str]:
     """A row as text, for every table."""
     facts = [
         row.variant,
@@ -201,27 +208,32 @@ def cells(row: ResultRow) -> list[str]:
         f"{row.flops:.3g}",
     ]
     facts += [f"{row.step_seconds:.2f}", f"{row.peak_bytes / 2**30:.2f} GiB", f"{row.loss:.3f}"]
-    return facts + [text for measure in MEASURES for text in _measured(row, measure)]
+    return facts + [text for measure in measures for text in _measured(row, measure)]
 
 
 def _measured(row: ResultRow, measure: Measure) -> tuple[str, str, str]:
-    means, apart = row.means[measure.key], row.against[measure.key]
-    spread = f" ± {np.std(means, ddof=1):.2f}" if len(means) > 1 else ""
+    means, apart, digits = row.means[measure.key], row.against[measure.key], measure.digits
+    spread = f" ± {np.std(means, ddof=1):.{digits}f}" if len(means) > 1 else ""
     return (
-        f"{np.mean(means):.2f}{spread}",
-        interval(apart),
+        f"{np.mean(means):.{digits}f}{spread}",
+        interval(apart, measure),
         "" if apart is None or apart.p is None else f"{apart.p:.2g}",
     )
 
 
-def interval(apart: Difference | None) -> str:
+def interval(apart: Difference | None, measure: Measure) -> str:
     """A difference as text."""
-    return "" if apart is None else f"{apart.mean:+.2f} [{apart.low:+.2f}, {apart.high:+.2f}]"
+    if apart is None:
+        return ""
+    mean, low, high = (f"{x:+.{measure.digits}f}" for x in (apart.mean, apart.low, apart.high))
+    return f"{mean} [{low}, {high}]"
 
 
 def table(found: dict) -> str:
     """All rows at both budgets, as text."""
+    measures = study_of(found["settings"]).measures
     return "\n\n".join(
-        f"{title}\n{columns([header(), *map(cells, rows(found, budget))])}"
+        f"{title}\n"
+        + columns([header(measures), *(cells(row, measures) for row in rows(found, budget))])
         for budget, title in BUDGETS.items()
     )

@@ -7,13 +7,13 @@ DIR/VARIANT/SEED/metrics.jsonl and, until then or where they are kept, the check
 """
 
 import fcntl
-import itertools
 import math
 import resource
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -21,111 +21,112 @@ from flax.traverse_util import flatten_dict
 
 from evlm_jax.ablate import finished
 from evlm_jax.ablate.budget import budgets
+from evlm_jax.ablate.measure import measure
+from evlm_jax.ablate.study import BASE, Study, saved
 from evlm_jax.checkpoint import store
 from evlm_jax.config import EVLMConfig, to_dict, to_saved
 from evlm_jax.convert import upcycle
 from evlm_jax.convert.engine import parameter_shapes
-from evlm_jax.data.features import FeatureStore
-from evlm_jax.data.samples import Sample, question
-from evlm_jax.evals import results, tasks
-from evlm_jax.evals.answer import answerer, prompt_text
-from evlm_jax.evals.choice import answer_losses
-from evlm_jax.evals.runner import evaluate
-from evlm_jax.evals.task import Question, first
+from evlm_jax.evals import results
 from evlm_jax.launch import train_run
 from evlm_jax.metrics import training_lines
 from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.phase import TrainPhase
-from evlm_jax.runs import Trained, features_of, load_trained
+from evlm_jax.runs import load_trained
 
-CHOICE, CAPTION = "easy-vqa-choice", "emoji"
-ROWS = {CHOICE: 4, CAPTION: 32}  # of an evaluation's batch
 LAST = 4  # lines of metrics.jsonl whose mean is a run's loss
-BASE = "base"
 
 
-def check(load: Callable[[str], EVLMConfig], variant: str, init: str | None) -> None:
+class Order(NamedTuple):
+    """What the runs of an ablation have in common."""
+
+    load: Callable[[str], EVLMConfig]  # variant -> its config
+    study: Study
+    out: Path
+    questions: int  # the budget
+    limit: int | None = None  # questions of the first task that are asked; None: all
+    init: str | None = None  # the run to start from; None: the towers alone
+    branch: str | None = None  # an earlier --out: each seed starts from its base's run of that seed
+    keep: bool = False  # the checkpoints stay
+
+    def begin(self, seed: int) -> str | None:
+        """The run that those of a seed start from."""
+        return f"{self.branch}/{BASE}/{seed}" if self.branch else self.init
+
+
+def check(order: Order, variant: str, init: str | None) -> None:
     """Raises ValueError where there is no such variant, where what it changes cannot count, or
     experts cannot be made of `init`.
     """
-    cfg = load(variant)
+    cfg = order.load(variant)
     if makes_experts(cfg, init):
         upcycle.check(cfg.moe)
-    elif "moe.upcycle" in changes(load(BASE), cfg):
+    elif "moe.upcycle" in changes(order.load(BASE), cfg):
         raise ValueError(
             f"{variant}: moe.upcycle counts where experts are made of a dense run's FFNs: give that"
             " run with --init"
         )
 
 
-def run(
-    load: Callable[[str], EVLMConfig],
-    variant: str,
-    seed: int,
-    questions: int,
-    limit: int | None,
-    init: str | None,
-    out: Path,
-    keep: bool,
-) -> None:
+def run(order: Order, variant: str, seed: int) -> None:
     """Trains, evaluates and saves result.json; nothing is done where that exists.
 
-    Args:
-      load: variant -> its config.
-      questions: the budget.
-      limit: questions of the official test that are used; None: all.
-      init: the run to start from; None: the towers alone.
-      keep: the checkpoints stay.
     Raises:
       ValueError: an unfinished run in the folder began elsewhere.
       Stopped: a signal came while training; what was trained is saved.
     """
-    folder = out / variant / str(seed)
+    folder = order.out / variant / str(seed)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one that was left behind may still be saving
         if (folder / "result.json").exists():
             return
-        plain, (base, cfg) = load(BASE), (seeded(load(name), seed) for name in (BASE, variant))
-        common = settings(plain, questions, limit, init)
-        _begun(folder / "begun.json", common.get("init"))
-        cuts, begin = budgets(base, cfg, questions), start(cfg, init, folder)
-        readings = {}
-        for step in sorted({cut.step for cut in cuts.values()}):
+        base, cfg = (seeded(order.load(name), seed) for name in (BASE, variant))
+        init = order.begin(seed)
+        begun = results.weights_hash(store.load_params(init)[0]) if init else None
+        _begun(folder / "begun.json", begun)
+        cuts = budgets(base, cfg, order.questions)
+        steps = {step for cut in cuts.values() for step in order.study.steps(cut.step)}
+        begin, readings = start(cfg, init, folder), {}
+        for step in sorted(steps):
             file = folder / f"{step}.json"
             if not file.exists():
-                results.save(
-                    file,
-                    read(replace(cfg, train=replace(cfg.train, steps=step)), begin, folder, limit),
-                )
+                reached = replace(cfg, train=replace(cfg.train, steps=step))
+                results.save(file, read(reached, begin, folder, order))
             readings[str(step)] = results.load(file)
         whole = {
             "variant": variant,
             "seed": seed,
-            "changes": changes(plain, load(variant)),
+            "changes": changes(order.load(BASE), order.load(variant)),
             "trained": trained_parameters(cfg),
-        }
-        whole |= {
-            "settings": common,
+            "settings": settings(order, begun),
             "budgets": {name: cut._asdict() for name, cut in cuts.items()},
         }
+        whole |= {"begun": begun} if order.branch else {}
         finished.save(folder / "result.json", whole | {"readings": readings})
-        for name in () if keep else ("steps", "frozen", "start"):
+        for name in () if order.keep else ("steps", "frozen", "start"):
             shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _begun(file: Path, init: str | None) -> None:
     if file.exists() and results.load(file)["init"] != init:
         raise ValueError(
-            f"{file}: the run that was cut off here began elsewhere; give its --init, another"
-            f" --out, or remove {file.parent}"
+            f"{file}: the run that was cut off here began elsewhere; give its --init or"
+            f" --branch-from, another --out, or remove {file.parent}"
         )
     results.save(file, {"init": init})
 
 
 def seeded(cfg: EVLMConfig, seed: int) -> EVLMConfig:
-    """The seed decides new parameters and the order of the data."""
-    return replace(cfg, data=replace(cfg.data, seed=seed), train=replace(cfg.train, seed=seed))
+    """The seed decides new parameters and the order of the data; what the experiment says is added
+    to it.
+    """
+    data, train = cfg.data, cfg.train
+    return replace(
+        cfg,
+        data=replace(data, seed=data.seed + seed),
+        train=replace(train, seed=train.seed + seed),
+    )
 
 
 def makes_experts(cfg: EVLMConfig, init: str | None) -> bool:
@@ -143,10 +144,19 @@ def start(cfg: EVLMConfig, init: str | None, folder: Path) -> str | None:
     return str(made)
 
 
-def settings(base: EVLMConfig, questions: int, limit: int | None, init: str | None) -> dict:
-    """What runs must have in common to be compared."""
-    begun = {"init": results.weights_hash(store.load_params(init)[0])} if init else {}
-    return {"questions": questions, "limit": limit, "base": to_saved(base)} | begun
+def settings(order: Order, begun: str | None) -> dict:
+    """What runs must have in common to be compared.
+
+    Args:
+      begun: hash of the weights that the run started from.
+    """
+    common = {
+        "questions": order.questions,
+        "limit": order.limit,
+        "base": to_saved(order.load(BASE)),
+    }
+    common |= {"branched": True} if order.branch else {"init": begun} if begun else {}
+    return common | saved(order.study)
 
 
 def changes(base: EVLMConfig, cfg: EVLMConfig) -> dict:
@@ -163,74 +173,21 @@ def trained_parameters(cfg: EVLMConfig) -> int:
     return sum(math.prod(shape) for name, shape in parameter_shapes(cfg).items() if name in trained)
 
 
-def read(cfg: EVLMConfig, begin: str | None, folder: Path, limit: int | None) -> dict:
+def read(cfg: EVLMConfig, begin: str | None, folder: Path, order: Order) -> dict:
     """Trains from `begin` to the end of `cfg` and reads the model there."""
     train_run(cfg, str(folder), begin)
     memory, trained = peak_memory(), load_trained(str(folder), cfg.train.steps)
-    features, weights = features_of(trained), results.weights_hash(trained.params)
-    measured, clusters = {}, {}
-    for name, most in ((CHOICE, limit), (CAPTION, None)):
-        progress = folder / "evals" / f"{name}-{cfg.train.steps}.jsonl"
-        result, questions = answered(
-            name, trained, features, most, progress, {"weights_sha256": weights}
-        )
-        each = {
-            metric: values
-            for metric, values in tasks.find(name).score(result["examples"]).each.items()
-            if None not in values
-        }
-        if name == CAPTION:
-            each["loss"] = caption_losses(trained, features, questions)
-        measured |= {f"{name}/{metric}": finished.pack(values) for metric, values in each.items()}
-        clusters[name] = [
-            len(list(group))
-            for _, group in itertools.groupby(row["cluster"] for row in result["examples"])
-        ]
+    weights = results.weights_hash(trained.params)
     lines = [
         line for line in training_lines(folder / "metrics.jsonl") if line["step"] <= cfg.train.steps
     ]
-    return {
-        "measured": measured,
-        "clusters": clusters,
+    return measure(order.study, order.limit, trained, folder, weights) | {
         "loss": float(np.mean([line["loss"] for line in lines[-LAST:]])),
         "step_seconds": float(np.median([line["step_seconds"] for line in lines])),
         "peak_bytes": memory,
         "weights_sha256": weights,
         "device": results.device(),
     }
-
-
-def answered(
-    name: str,
-    trained: Trained,
-    features: FeatureStore | None,
-    limit: int | None,
-    progress: Path,
-    about: dict,
-) -> tuple[dict, list[Question]]:
-    """A task's result as evals/runner.py makes it, and its questions."""
-    task = tasks.find(name)
-    every = task.questions(None, None)
-    questions = first(every, limit)
-    answer = answerer(task, every, trained.model, trained.tokenizer, features, ROWS[name])
-    return evaluate(task, questions, answer, about, progress), questions
-
-
-def caption_losses(
-    trained: Trained, features: FeatureStore | None, questions: Sequence[Question]
-) -> list[float]:
-    """Nats of each question's right answer, the token that ends it included."""
-    template = trained.model.cfg.data.template
-    samples = [
-        Sample(q.id, CAPTION, q.visuals, (question(prompt_text(q, template), q.answer[0]),))
-        for q in questions
-    ]
-    return [
-        float(loss.sum())
-        for loss, _ in answer_losses(
-            trained.model, trained.tokenizer, samples, features, ROWS[CHOICE]
-        )
-    ]
 
 
 def peak_memory() -> int:

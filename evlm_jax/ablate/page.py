@@ -3,6 +3,7 @@ docs/results.md shares with it.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
@@ -10,13 +11,10 @@ import numpy as np
 from markupsafe import Markup
 
 from evlm_jax.ablate.budget import QUESTIONS
-from evlm_jax.ablate.claims import HOLDS, Judgement, judge, obstacles
+from evlm_jax.ablate.claims import REPORTED, Judgement, judge, obstacles
 from evlm_jax.ablate.collect import (
-    ACCURACY,
     BUDGETS,
     HEADER,
-    MEASURES,
-    Measure,
     ResultRow,
     cells,
     header,
@@ -24,7 +22,8 @@ from evlm_jax.ablate.collect import (
     rows,
     variants,
 )
-from evlm_jax.ablate.job import BASE
+from evlm_jax.ablate.study import BASE, Measure, Study, study_of
+from evlm_jax.evals.group_sequential import FAILS, HOLDS
 from evlm_jax.report import figures
 from evlm_jax.report import page as report
 
@@ -36,20 +35,24 @@ def render(found: dict, out: Path) -> Path:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    made = {budget: rows(found, budget) for budget in BUDGETS}
-    seen = made[QUESTIONS]
+    study, made = study_of(found["settings"]), {budget: rows(found, budget) for budget in BUDGETS}
+    seen, primary, judged = made[QUESTIONS], study.primary, list(judge(found))
     points = {
-        row.variant: (row.flops / 1e15, float(np.mean(row.means[ACCURACY.key]))) for row in seen
+        row.variant: (row.flops / 1e15, float(np.mean(row.means[primary.key]))) for row in seen
     }
     page = environment.from_string(TEMPLATE.read_text("utf-8")).render(
         style=Markup(report.style()),
         about=about(found),
-        effects=[_effects(made, measure) for measure in MEASURES] if len(seen) > 1 else [],
+        effects=[_effects(made, measure) for measure in study.measures] if len(seen) > 1 else [],
         obstacles=obstacles(found),
-        claims=[judgement_cells(judgement) for judgement in judge(found)],
+        how=how_judged(study),
+        broken=broken_controls(judged),
+        claims=[judgement_cells(j) for j in judged if j.verdict != REPORTED],
+        beside=[judgement_cells(j) for j in judged if j.verdict == REPORTED],
         good=HOLDS,
-        sections=[_section(made[budget], title) for budget, title in BUDGETS.items()],
-        cost=Markup(figures.named_points(points, "training FLOPs, P (1e15)", ACCURACY.name)),
+        sections=[_section(made[budget], title, study) for budget, title in BUDGETS.items()],
+        cost=Markup(figures.named_points(points, "training FLOPs, P (1e15)", primary.name)),
+        cost_of=primary.name,
         changes=[(row.variant, described(row.changes)) for row in seen],
         base_json=json.dumps(found["settings"]["base"], ensure_ascii=False, indent=1),
     )
@@ -70,12 +73,42 @@ def about(found: dict) -> str:
     )
     budget = f"{settings['questions']:,} questions, and the FLOPs that the base needs for as many"
     begin = (
-        f"all start from the run of weights {settings['init'][:12]}; " if "init" in settings else ""
+        f"all start from the run of weights {settings['init'][:12]}; "
+        if "init" in settings
+        else "all of a seed start from one dense run; "
+        if "branched" in settings
+        else ""
     )
     return (
-        f"{many}; {begin}budgets: {budget}; {asked} of easy-vqa's official test, answered by lowest"
-        f" loss; {'; '.join(devices)}."
+        f"{many}; {begin}budgets: {budget}; {asked} of {study_of(settings).tested};"
+        f" {'; '.join(devices)}."
     )
+
+
+def how_judged(study: Study) -> str:
+    """What a verdict is, in a sentence or two."""
+    if not study.looks:
+        return (
+            "Differences are means over seeds and questions; in brackets 95% intervals of a"
+            " bootstrap over both."
+        )
+    looks = ", ".join(map(str, study.looks))
+    return (
+        f"By {study.primary.name}, looked at with {looks} seeds; in brackets the interval of the"
+        f" mean over seeds that holds at every look with {1 - study.alpha:.0%}. A row is equivalent"
+        f" where two one-sided tests of {study.alpha:.0%} place the difference within"
+        f" {study.margin:g}, open where nothing is decided; the seeds are those of the look that"
+        " decided."
+    )
+
+
+def broken_controls(judged: Sequence[Judgement]) -> list[str]:
+    """Controls that were decided, which says that the others cannot be trusted."""
+    return [
+        f"The control ({j.claim.text}, {BUDGETS[j.budget]}) ended as: {j.verdict}."
+        for j in judged
+        if j.claim.control and j.verdict in (HOLDS, FAILS)
+    ]
 
 
 def judgement_cells(judged: Judgement) -> list[str]:
@@ -84,7 +117,8 @@ def judgement_cells(judged: Judgement) -> list[str]:
     """
     compared = f"{judged.claim.better} less {judged.rival}"
     what = [judged.claim.text, compared, BUDGETS[judged.budget], judged.measure.name]
-    return [*what, interval(judged.apart), str(judged.apart.seeds), judged.verdict]
+    apart = interval(judged.apart, judged.measure)
+    return [*what, apart, str(judged.apart.seeds), judged.verdict]
 
 
 def described(changes: dict) -> str:
@@ -122,9 +156,10 @@ def _effects(made: dict[str, list[ResultRow]], measure: Measure) -> Markup:
     )
 
 
-def _section(made: list[ResultRow], title: str) -> dict:
+def _section(made: list[ResultRow], title: str, study: Study) -> dict:
     """A budget's tables: what was measured, and what it took."""
-    names, lines, count = header(), [cells(row) for row in made], len(HEADER)
+    names, count = header(study.measures), len(HEADER)
+    lines = [cells(row, study.measures) for row in made]
     measured = [names[0], *names[count:]], [[line[0], *line[count:]] for line in lines]
     return {
         "title": title,

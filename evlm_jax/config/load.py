@@ -32,22 +32,13 @@ def load_config(spec: str, overrides: list[str] = ()) -> EVLMConfig:
         field or a wrong type; named in full.
     """
     path, _, arg = spec.partition(":")
-    if path.isidentifier() and not Path(path).is_file():
-        path = f"experiments/{path}.py"
-    installed = Path(__file__).parents[2] / path
-    if not Path(path).is_file() and path.startswith("experiments/") and installed.is_file():
-        path = str(installed)
-    if not Path(path).is_file():
-        raise ValueError(
-            f"--config: no file {path}; give an experiment such as demo:fast or experiments/demo.py"
-        )
-    module = _experiment(path)
+    module = experiment(spec)
     if not callable(getattr(module, "get_config", None)):
         raise ValueError(
             f"--config {path}: has no function get_config; see experiments/demo.py for what an"
             " experiment is"
         )
-    config = _run(spec, module.get_config, *([arg] if arg else []))
+    config = guarded(spec, module.get_config, *([arg] if arg else []))
     if not isinstance(config, ml_collections.ConfigDict):
         raise ValueError(
             f"--config {spec}: get_config must return an ml_collections.ConfigDict, and gave"
@@ -65,17 +56,29 @@ def load_config(spec: str, overrides: list[str] = ()) -> EVLMConfig:
     return from_config_dict(config)
 
 
-def _experiment(path: str) -> ModuleType:
-    """The module of an experiment file."""
-    spec = importlib.util.spec_from_loader(
-        f"experiment_{Path(path).stem}", SourceFileLoader(f"experiment_{Path(path).stem}", path)
-    )
-    module = importlib.util.module_from_spec(spec)
-    _run(path, spec.loader.exec_module, module)
+def experiment(spec: str) -> ModuleType:
+    """The module of an experiment, which `spec` names as in `load_config`.
+
+    Raises ValueError where there is no such file, or it fails.
+    """
+    path = spec.partition(":")[0]
+    if path.isidentifier() and not Path(path).is_file():
+        path = f"experiments/{path}.py"
+    installed = Path(__file__).parents[2] / path
+    if not Path(path).is_file() and path.startswith("experiments/") and installed.is_file():
+        path = str(installed)
+    if not Path(path).is_file():
+        raise ValueError(
+            f"--config: no file {path}; give an experiment such as demo:fast or experiments/demo.py"
+        )
+    name = f"experiment_{Path(path).stem}"
+    found = importlib.util.spec_from_loader(name, SourceFileLoader(name, path))
+    module = importlib.util.module_from_spec(found)
+    guarded(path, found.loader.exec_module, module)
     return module
 
 
-def _run(spec: str, call: Callable, *values: object) -> object:
+def guarded(spec: str, call: Callable, *values: object) -> object:
     """`call(*values)`, which is a user's code.
 
     Raises ValueError for whatever it raises, with the line of the user's file.

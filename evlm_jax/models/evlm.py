@@ -20,7 +20,7 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.flops import real_tokens
 from evlm_jax.models import bridge, moe, xattn
 from evlm_jax.models.attention import attention, text_mask
-from evlm_jax.models.layers import param, rope_tables, stack
+from evlm_jax.models.layers import param, rope_tables
 from evlm_jax.models.llm import LLM
 from evlm_jax.models.trunk import Passed, run_layers
 from evlm_jax.models.vit import ViT
@@ -61,8 +61,9 @@ class Media(nnx.Module):
 
 def _cross_attention(cfg: EVLMConfig, rngs: nnx.Rngs) -> xattn.Block | None:
     """The stack of all blocks."""
-    count = len(cfg.cross_layers)
-    return stack(lambda r: xattn.Block(cfg, r), count, rngs) if count else None
+    if not cfg.cross_layers:
+        return None
+    return jax.vmap(lambda r: xattn.Block(cfg, r))(xattn.layer_rngs(cfg, rngs))
 
 
 # Parts of the model, in the order in which they draw random numbers; None where `cfg` has none.

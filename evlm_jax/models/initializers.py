@@ -19,10 +19,10 @@ def cross_attention_tensors(cfg: EVLMConfig) -> dict[str, Tensor]:
     """What a run's cross-attention begins with, by train.seed and canonical name, made a layer at a
     time.
     """
-    count = len(cfg.cross_layers)
 
     def block(number):
-        rngs = jax.tree.map(lambda keys: keys[number], nnx.Rngs(cfg.train.seed).split(count))
+        each = xattn.layer_rngs(cfg, nnx.Rngs(cfg.train.seed))
+        rngs = jax.tree.map(lambda keys: keys[number], each)
         return {
             param_names.tail(path): leaf[...]
             for path, leaf in nnx.to_flat_state(nnx.state(xattn.Block(cfg, rngs)))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from evlm_jax.config import EVLMConfig
@@ -79,3 +80,11 @@ class Block(nnx.Module):
     def gates(self) -> dict[str, Gate]:
         """The block's gates by the names under which a run reports them."""
         return {"attn_gate": self.attn_gate, "ffn_gate": self.ffn_gate}
+
+
+def layer_rngs(cfg: EVLMConfig, rngs: nnx.Rngs) -> nnx.Rngs:
+    """Random numbers of each block, with a leading axis, by the number of the layer that it stands
+    before: two models begin with equal blocks where both have one.
+    """
+    numbers = np.array(cfg.cross_layers)
+    return jax.tree.map(lambda keys: keys[numbers], rngs.split(cfg.llm.layers))

@@ -15,6 +15,7 @@ import pytest
 
 from evlm_jax import cli
 from evlm_jax.ablate import job
+from evlm_jax.ablate.study import EASY_VQA
 from evlm_jax.checkpoint.store import steps
 from evlm_jax.config import to_dict
 from evlm_jax.evals import results
@@ -98,7 +99,7 @@ def test_a_finished_run_is_not_repeated(tmp_path):
     def load(variant):
         raise AssertionError(variant)
 
-    job.run(load, "base", 0, 1000, None, None, tmp_path, False)
+    job.run(job.Order(load, EASY_VQA, tmp_path, 1000), "base", 0)
     assert (tmp_path / "base" / "0" / "result.json").read_text() == "{}"
 
 
@@ -135,9 +136,8 @@ def test_a_run_that_began_elsewhere_does_not_go_on(tmp_path):
         ValueError,
         match="base/0/begun.json: the run that was cut off here began elsewhere; give its --init",
     ):
-        job.run(
-            lambda _: tiny_config(), "base", 0, 1000, None, str(tmp_path / "dense"), tmp_path, False
-        )
+        init = str(tmp_path / "dense")
+        job.run(job.Order(lambda _: tiny_config(), EASY_VQA, tmp_path, 1000, init=init), "base", 0)
 
 
 def test_what_cannot_count_is_refused(tmp_path):
@@ -146,14 +146,15 @@ def test_what_cannot_count_is_refused(tmp_path):
         name: tiny_config(moe={"copies": 2} | fields) for name, fields in experts.items()
     }
     run_directory(tmp_path, load["base"], random_model(load["base"], 0))
+    order = job.Order(load.get, EASY_VQA, tmp_path, 1000)
     for variant, init in (("base", None), ("one", None), ("paper", str(tmp_path))):
-        job.check(load.get, variant, init)
+        job.check(order, variant, init)
     with pytest.raises(
         ValueError, match="paper: moe.upcycle counts where .* give that run with --init"
     ):
-        job.check(load.get, "paper", None)
+        job.check(order, "paper", None)
     with pytest.raises(ValueError, match="moe.upcycle=preserve needs moe.top_k = moe.slices"):
-        job.check(load.get, "one", str(tmp_path))
+        job.check(order, "one", str(tmp_path))
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ from experiments import demo as experiment
 # free generation as well.
 SIZES = {
     "": {"greedy": 1000},
-    "fast": {"vqa": 370, "greedy": 40, "emoji": 24},
+    "fast": {"vqa": 120, "greedy": 24, "emoji": 8},
     "full": {},
     "moe": {"greedy": 1000},
 }

@@ -85,7 +85,7 @@ def get_config(form: str = "") -> ConfigDict:
     """
     steps, sources = {
         "": (420, SOURCES),
-        "fast": (8, SOURCES),
+        "fast": (6, SOURCES),
         "full": (660, MORE_EMOJI),
         "moe": (40, SOURCES),
     }[form]

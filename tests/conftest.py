@@ -1,7 +1,8 @@
-"""Quick compilation, and one cache for all sessions and for the processes that tests start; what
-needs torch is marked; strict pictures.
+"""Quick compilation, and one cache for all sessions and for the processes that tests start; few
+collections of garbage; what needs torch is marked; strict pictures.
 """
 
+import gc
 import importlib.util
 import os
 from importlib import metadata
@@ -17,7 +18,8 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     str(assets.cache_root() / "tests" / f"jax-{metadata.version('jax')}"),
 )
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Small programs too: reading one takes half of the time of compiling it.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Tiny programs run once: LLVM's optimisations, and XLA's newer way of emitting loops (the only one
 # of jax 0.12), take more than half of the tests' time (docs/decisions.md, D-TEST-1). XLA's own
 # passes stay.
@@ -27,8 +29,33 @@ if metadata.version("jax").startswith("0.10."):
 os.environ["XLA_FLAGS"] = " ".join([*QUICK, os.environ.get("XLA_FLAGS", "")]).strip()
 
 
+# Files that take longest. They begin, so that no core waits for one of them at the end.
+LONG = {
+    f"test_{name}.py"
+    for name in (
+        "eight_devices mesh train benchmarks golden tutorials wheel parity_llm export moe generate"
+        " library pipeline run bad_updates"
+    ).split()
+}
+
+
+def pytest_configure(config):
+    """With `-n` pytest-xdist would begin with the files of most tests."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_finish():
+    """Tracing makes small objects by the million, most of which stay in JAX's caches: Python looks
+    through them seldom, and no more through what was imported.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
 def pytest_collection_modifyitems(items):
-    """Tests marked `parity` are skipped where torch or transformers is missing."""
+    """Long files first; what bears `parity` is skipped where torch or transformers is missing."""
+    items.sort(key=lambda item: item.path.name not in LONG)
     if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         skip = pytest.mark.skip(
             reason='needs torch and transformers: pip install -e ".[test,parity]"'

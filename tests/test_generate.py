@@ -126,15 +126,20 @@ def allowed(logits):
     return np.where(np.arange(260) == SPECIALS["<|media|>"], -np.inf, logits)
 
 
+@cache
+def programs(generator):
+    """(prefill, one step of decoding) of its model, which are traced once."""
+    return (
+        jax.jit(partial(decoding.read_prompts, generator.cfg), static_argnums=(4, 5)),
+        jax.jit(partial(decoding.read_tokens, generator.cfg)),
+    )
+
+
 def cached_logits(generator, documents, tokens, room=None, rows=8):
     """The same from the caches, for a batch, whatever the model would choose instead of `tokens`
     [B, n].
     """
-    cfg = generator.cfg
-    state_of, next_of = (
-        jax.jit(partial(decoding.read_prompts, cfg), static_argnums=(4, 5)),
-        jax.jit(partial(decoding.read_tokens, cfg)),
-    )
+    cfg, (state_of, next_of) = generator.cfg, programs(generator)
     refs = list(dict.fromkeys(ref for document in documents for ref in document.refs))
     room = room or Room.of(documents)
     prompt = collate(documents, refs, cfg.query_block, rows, room)
@@ -157,16 +162,28 @@ def cached_logits(generator, documents, tokens, room=None, rows=8):
     return np.stack(found, 1)[: len(documents)]
 
 
+OFTEN = {
+    "tied": {},
+    "every third, no sink": {"section": "xattn", "every": 3, "sinks": 0, "schedule": "cyclic"},
+    "biases, own head": {"qkv_bias": True, "tied": False, "kv_heads": 4},
+    "flamingo": {"baseline": "flamingo"},
+    "llava": {"baseline": "llava"},
+}
+SELDOM = {
+    "shared keys": {"section": "xattn", "heads": 4, "kv_heads": 2},
+    **{name: {"baseline": name} for name in BASELINES if name not in OFTEN},
+}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"section": "xattn", "every": 3, "sinks": 0, "schedule": "cyclic"},
-        {"section": "xattn", "heads": 4, "kv_heads": 2},
-        {"qkv_bias": True, "tied": False, "kv_heads": 4},
-        *({"baseline": name} for name in BASELINES),
+        *(pytest.param(changes, id=name) for name, changes in OFTEN.items()),
+        *(
+            pytest.param(changes, id=name, marks=pytest.mark.slow)
+            for name, changes in SELDOM.items()
+        ),
     ],
-    ids=["tied", "every third, no sink", "shared keys", "biases, own head", *BASELINES],
 )
 def test_caches_equal_the_full_forward(changes):
     """A batch of different lengths and numbers of images, texts before images, and videos."""
@@ -292,39 +309,6 @@ def test_no_answer_depends_on_the_room_of_its_batch():
         assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
-def test_a_hundred_prompts_need_eight_programs(caplog):
-    """Up to 1,024 tokens and 6 images, prefill and decode together, by JAX's own log of what it
-    compiles.
-    """
-    _, generator = made()
-    rng, documents = np.random.default_rng(0), []
-    for i in range(100):
-        images, length = int(rng.integers(0, 7)), int(1024 ** rng.random()) if i else 1024
-        visuals = refs(*[1] * images) if i % 2 else refs(images) if images else ()
-        bare = len(generator.prompt([Turn("user", "<image>" * len(visuals))], visuals).tokens)
-        documents.append(
-            generator.prompt(
-                [Turn("user", "<image>" * len(visuals) + "a" * max(1, length - bare))], visuals
-            )
-        )
-    sizes = [(len(document.tokens), len(document.refs)) for document in documents]
-    assert (
-        min(sizes)[0] < 64
-        and 1000 < max(sizes)[0] <= 1024
-        and {images for _, images in sizes} == set(range(7))
-    )
-    jax.clear_caches()  # what other tests compiled
-    with jax.log_compiles(), caplog.at_level("WARNING"):
-        answers = generator.generate(documents, 3, stop=())
-    compiled = [
-        record.message for record in caplog.records if record.message.startswith("Compiling")
-    ]
-    programs = [line for line in compiled if "prefill" in line or "decode" in line]
-    assert {len(answer.tokens) for answer in answers} == {3} and len(set(programs)) == len(programs)
-    assert 2 <= len(programs) <= 8, programs
-    assert len(compiled) <= 12, compiled  # and keys
-
-
 def test_what_stands_for_images_is_never_chosen():
     """Nor is an id that the tokenizer lacks: at a high temperature each of 264 rows of the head is
     as likely.
@@ -384,3 +368,36 @@ def test_refuses_what_it_cannot_answer():
     for message, options in wrong.items():
         with pytest.raises(ValueError, match=message):
             generator.generate([document], **options)
+
+
+def test_a_hundred_prompts_need_eight_programs(caplog):
+    """Up to 1,024 tokens and 6 images, prefill and decode together, by JAX's own log of what it
+    compiles.
+    """
+    _, generator = made()
+    rng, documents = np.random.default_rng(0), []
+    for i in range(100):
+        images, length = int(rng.integers(0, 7)), int(1024 ** rng.random()) if i else 1024
+        visuals = refs(*[1] * images) if i % 2 else refs(images) if images else ()
+        bare = len(generator.prompt([Turn("user", "<image>" * len(visuals))], visuals).tokens)
+        documents.append(
+            generator.prompt(
+                [Turn("user", "<image>" * len(visuals) + "a" * max(1, length - bare))], visuals
+            )
+        )
+    sizes = [(len(document.tokens), len(document.refs)) for document in documents]
+    assert (
+        min(sizes)[0] < 64
+        and 1000 < max(sizes)[0] <= 1024
+        and {images for _, images in sizes} == set(range(7))
+    )
+    jax.clear_caches()  # what other tests compiled
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        answers = generator.generate(documents, 3, stop=())
+    compiled = [
+        record.message for record in caplog.records if record.message.startswith("Compiling")
+    ]
+    programs = [line for line in compiled if "prefill" in line or "decode" in line]
+    assert {len(answer.tokens) for answer in answers} == {3} and len(set(programs)) == len(programs)
+    assert 2 <= len(programs) <= 8, programs
+    assert len(compiled) <= 12, compiled  # and keys

@@ -159,7 +159,14 @@ def interrupted(
     return store.read(workdir)
 
 
-@pytest.mark.parametrize("cut", [BOUNDARY - 1, BOUNDARY, BOUNDARY + 1])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        pytest.param(BOUNDARY - 1, marks=pytest.mark.slow),
+        BOUNDARY,  # a cut one step later is in test_first_update_of_the_newly_trainable_group
+        pytest.param(BOUNDARY + 1, marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_run_has_the_bits_of_the_whole_run(whole_run, tmp_path, cut, capsys):
     """k steps, SIGTERM or Ctrl-C, resume, N - k steps: just before, at and after the step where the
     upper ViT is unfrozen.
@@ -353,7 +360,7 @@ def run_and_kill(workdir, at_step: int | None, seconds: float) -> tuple[bool, li
     return process.returncode == -signal.SIGKILL, lines
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_at_random_moments(whole_run, tmp_path, kills):
     """Each run goes on from the newest finalised step and says so; the last one ends with the bits
     of the whole run.

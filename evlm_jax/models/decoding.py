@@ -11,6 +11,7 @@ range that the last token sees is kept. Caches lie as `attention` multiplies the
 while a token goes through the layers: its own keys come out at the end.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -83,11 +84,16 @@ class DecodeState(NamedTuple):
             (*cross, seen, cfg.xattn.head_dim),
         )
         caches = [jax.ShapeDtypeStruct(size, dtype) if size[0] else None for size in sizes]
-        key = jax.eval_shape(jax.random.key, 0).dtype
+        key = _key_dtype()
         theta = row(jnp.float32) if cfg.llm.dynamic_ntk else None
         return cls(
             row(jnp.int32), row(jnp.int32), row(jnp.bool), row(key), row(jnp.int32), theta, *caches
         )
+
+
+@functools.cache  # the cost study asks thousands of times
+def _key_dtype():
+    return jax.eval_shape(jax.random.key, 0).dtype
 
 
 def prefill(

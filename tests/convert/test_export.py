@@ -118,9 +118,10 @@ for folder in sys.argv[1:]:
             cached = model.generate(**inputs, **sizes)
             assert torch.equal(cached, model.generate(**inputs, use_cache=False, **sizes)), name
             assert cached.shape[1] == inputs["input_ids"].shape[1] + new
-            sizes |= {"max_new_tokens": 6, "num_beams": 3}
-            beams = model.generate(**inputs, **sizes)
-            assert torch.equal(beams, model.generate(**inputs, use_cache=False, **sizes)), name
+            if "video" in name:
+                sizes |= {"max_new_tokens": 6, "num_beams": 3}
+                beams = model.generate(**inputs, **sizes)
+                assert torch.equal(beams, model.generate(**inputs, use_cache=False, **sizes)), name
             out[f"{name}/generated"] = cached[0].numpy()
     np.savez(folder + "/outputs.npz", **out)
 """
@@ -201,7 +202,7 @@ def exported(tmp_path_factory):
             for name, (_, inputs) in rows.items()
             for part, array in inputs.items()
         }
-        np.savez(folder / "inputs.npz", new=24, **arrays)
+        np.savez(folder / "inputs.npz", new=24 if cfg.llm.dynamic_ntk else 10, **arrays)
         made[name] = model, pixels, rows, folder
     environment = os.environ | {
         "HF_HOME": str(place / "empty"),

@@ -36,16 +36,17 @@ def smollm2():
 
 
 @needs_asset(SMOLLM2)
-def test_smollm2_logits_on_a_thousand_real_tokens(smollm2):
+@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_smollm2_logits_on_real_tokens(smollm2, count):
     from pydoc_data.topics import topics
 
     import torch
 
     cfg, ours, theirs = smollm2
     tokens = np.array(
-        load_tokenizer(SMOLLM2).encode(topics["assert"] + topics["with"] + topics["class"])[:1000]
+        load_tokenizer(SMOLLM2).encode(topics["assert"] + topics["with"] + topics["class"])[:count]
     )
-    assert len(tokens) == 1000
+    assert len(tokens) == count
     mine = text_logits(cfg, ours, tokens)
     with torch.no_grad():
         reference = theirs(torch.tensor(tokens)[None]).logits[0].numpy()
@@ -60,7 +61,13 @@ def test_smollm2_logits_on_a_thousand_real_tokens(smollm2):
 @needs_asset(SMOLLM2)
 @pytest.mark.parametrize(
     "question",
-    ["What is the capital of France?", "Describe a cat in one sentence.", "Why is the sky blue?"],
+    [
+        "What is the capital of France?",
+        *(
+            pytest.param(question, marks=pytest.mark.slow)
+            for question in ("Describe a cat in one sentence.", "Why is the sky blue?")
+        ),
+    ],
 )
 def test_smollm2_greedy_continuation(smollm2, question):
     """Their 40 greedy tokens, fed to our model in one pass, are our argmax at each step: so ours

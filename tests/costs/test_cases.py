@@ -83,7 +83,7 @@ def test_changes_of_sign_are_all_found(a, b, c, top):
 
 
 @pytest.mark.parametrize("measure_", cases.MEASURES)
-@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("kv_heads", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_crossovers_are_those_of_brute_force(measure_, kv_heads, monkeypatch):
     monkeypatch.setattr(crossover, "MOST_FRAMES", 40)
     monkeypatch.setattr(crossover, "MOST_TEXT", 400)

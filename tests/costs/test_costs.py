@@ -355,8 +355,6 @@ def test_the_command(tmp_path, capsys):
     assert len(found["programs"]) == 10
 
 
-def test_the_page_is_what_the_script_writes():
-    assert costs.PAGE.read_text() == costs.page(costs.studies()), (
-        "run python -m benchmarks.costs write"
-    )
+def test_the_plots_of_the_page_are_there():
+    """That the page is what the script would write, its --smoke says (tests/test_benchmarks.py)."""
     assert all(costs.PAGE.with_name(name).exists() for name in costs.PLOTS)

@@ -57,7 +57,7 @@ def runs(sample):
 
 
 @pytest.mark.parametrize("template", ["plain", "chatml"])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(sample=pages())
 def test_parts_hold_the_whole_document(template, sample):
     cfg = small(template=template)
@@ -79,7 +79,7 @@ def test_parts_hold_the_whole_document(template, sample):
         assert [EOS in said(part) for part in made] == [False] * (len(made) - 1) + [True]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(sample=pages())
 def test_a_document_that_fits_is_not_touched(sample):
     cfg = small(length=2000, targets=2000, images=40, block_pairs=400)

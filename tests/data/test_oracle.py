@@ -228,13 +228,13 @@ short_rows = given(
 SHORT = dict(length=30, images=3, targets=30, block_pairs=12, window=3)  # most documents are cut
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @rows
 def test_rows_equal_the_slow_implementation(made, template, shared):
     check(made, config(**ROWS, template=template, image_group=shared[0], slots=shared[1]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @short_rows
 def test_long_documents_equal_the_slow_implementation(made, shared):
     check(made, config(**SHORT, image_group=shared[0], slots=shared[1]))

@@ -66,7 +66,7 @@ def sees_images(fields, b, images):
     return by_range, by_pairs
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(made=st.lists(samples(), min_size=1, max_size=8))
 def test_rows_equal_their_documents_side_by_side(made):
     documents = [d for d in encoded(made) if not unfit(d, CFG.data)]
@@ -102,7 +102,7 @@ def test_rows_equal_their_documents_side_by_side(made):
         ).all()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     made=st.lists(samples(), max_size=20),
     window=st.integers(1, 6),

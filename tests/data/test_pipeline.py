@@ -116,14 +116,15 @@ def test_pictures_stand_in_their_slots(cfg):
     assert checked > 4
 
 
-def test_resume_at_random_points_equals_the_uninterrupted_stream(cfg):
+@pytest.mark.parametrize("points", [12, pytest.param(50, marks=pytest.mark.slow)])
+def test_resume_at_random_points_equals_the_uninterrupted_stream(cfg, points):
     iterator, states, made = batches(cfg, TOKENIZER), [], []
-    for _ in range(60):
+    for _ in range(points + 10):
         states.append(json.dumps(iterator.get_state()))
         made.append(next(iterator))
     iterator.close()
     other = batches(cfg, TOKENIZER)
-    for at in random.Random(0).sample(range(57), 50):
+    for at in random.Random(0).sample(range(points + 7), points):
         other.set_state(json.loads(states[at]))
         for expected in made[at : at + 2]:
             assert_equal(next(other), expected)
@@ -135,7 +136,9 @@ def shared(processes):
     return [range(LANES * p // processes, LANES * (p + 1) // processes) for p in range(processes)]
 
 
-@pytest.mark.parametrize("processes", [2, 4, 8])
+@pytest.mark.parametrize(
+    "processes", [4, *(pytest.param(count, marks=pytest.mark.slow) for count in (2, 8))]
+)
 def test_processes_share_the_rows_of_one_stream(cfg, processes):
     whole = take(batches(cfg, TOKENIZER), 12)
     parts = [take(batches(cfg, TOKENIZER, lanes=lanes), 12) for lanes in shared(processes)]
@@ -150,7 +153,14 @@ def test_processes_share_the_rows_of_one_stream(cfg, processes):
         )
 
 
-@pytest.mark.parametrize("before, after", [(1, 8), (2, 1), (4, 2), (8, 4)])
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (1, 8),
+        (4, 2),
+        *(pytest.param(*change, marks=pytest.mark.slow) for change in ((2, 1), (8, 4))),
+    ],
+)
 def test_state_restores_on_another_number_of_processes(cfg, before, after):
     expected = take(batches(cfg, TOKENIZER), 9)[-1]
     saved = {}
@@ -256,7 +266,7 @@ def test_what_waited_and_fits_no_more_is_left_out(cfg):
 def test_rows_hold_one_task_and_documents_their_weights(cfg):
     """Shares of documents are exact to a packing window and an image group, in each lane."""
     iterator, kinds = batches(cfg, TOKENIZER), [[] for _ in range(LANES)]
-    for _, info in take(iterator, 60):
+    for _, info in take(iterator, 30):
         for b, keys in enumerate(info["keys"]):
             kinds[b // cfg.data.image_group].append([key.startswith("folder") for key in keys])
     mixed = sum(len(set(row)) > 1 for lane in kinds for row in lane)

@@ -80,7 +80,7 @@ def assert_is_all_dialogs(doc, sample, expected):
 
 
 @pytest.mark.parametrize("template", ["chatml", "plain"])
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(sample=samples())
 def test_trie_is_every_dialog_alone(template, sample):
     cfg = config(template=template)
@@ -90,7 +90,7 @@ def test_trie_is_every_dialog_alone(template, sample):
 
 
 @pytest.mark.parametrize("end", [True, False])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(sample=samples())
 def test_scoring_supervises_the_last_answer_only(end, sample):
     doc = score_document(sample, TOKENIZER, CFG, end=end)
@@ -99,7 +99,7 @@ def test_scoring_supervises_the_last_answer_only(end, sample):
 
 
 @pytest.mark.parametrize("template", ["chatml", "plain"])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(sample=samples(most_dialogs=1))
 def test_prompt_is_what_training_saw_before_the_answer(template, sample):
     cfg, turns = config(template=template), sample.dialogs[0]

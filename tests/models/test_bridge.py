@@ -73,8 +73,7 @@ def test_text_only_sees_nothing():
     "kind",
     [
         "llava",
-        "flamingo",
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fused", "text only")),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in BASELINES if kind != "llava"),
     ],
 )
 def test_trains_saves_and_goes_on(kind, tmp_path):

@@ -2,6 +2,8 @@
 matters.
 """
 
+import functools
+
 import jax
 import jax.extend.core
 import jax.numpy as jnp
@@ -238,8 +240,17 @@ def test_packed_equals_unpacked(kind):
         at, image = at + size, image + images
 
 
-@pytest.mark.parametrize("schedule", ["blocked", "cyclic"])
-@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize(
+    "schedule, every",
+    [
+        ("blocked", 1),
+        ("cyclic", 3),
+        *(
+            pytest.param(schedule, every, marks=pytest.mark.slow)
+            for schedule, every in (("cyclic", 1), ("blocked", 2), ("cyclic", 2), ("blocked", 3))
+        ),
+    ],
+)
 def test_schedule_and_placement_equal_a_plain_loop(schedule, every):
     """Layers one by one, as the paper describes them; 3 does not divide the 4 layers."""
     cfg = tiny_config(xattn=dict(schedule=schedule, every=every))
@@ -271,19 +282,19 @@ def test_schedule_and_placement_equal_a_plain_loop(schedule, every):
     np.testing.assert_allclose(hidden(model, batch), expected, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@functools.cache
+def gradient(remat: str) -> list:
+    """Of the sum of losses, with respect to every parameter."""
+    graphdef, state = nnx.split(open_gates(tiny_config(train=dict(remat=remat))))
+
+    def loss(state, batch):
+        return losses(nnx.merge(graphdef, state), batch).sum()
+
+    return jax.tree.leaves(jax.jit(jax.grad(loss))(state, tiny_batch(tiny_config(), 1)))
+
+
+@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
 def test_rematerialisation_changes_no_gradient(remat):
-    batch = tiny_batch(tiny_config(), 1)
-
-    def gradient(remat):
-        model = open_gates(tiny_config(train=dict(remat=remat)))
-        graphdef, state = nnx.split(model)
-
-        def loss(state, batch):
-            return losses(nnx.merge(graphdef, state), batch).sum()
-
-        return jax.tree.leaves(jax.jit(jax.grad(loss))(state, batch))
-
     plain = gradient("none")
     largest = max(float(jnp.abs(a).max()) for a in plain)
     for a, b in zip(plain, gradient(remat), strict=True):

@@ -218,7 +218,14 @@ def every_expert(model: moe.MoE, x: jax.Array, chosen: np.ndarray, kept: np.ndar
 
 @pytest.mark.parametrize(
     "k, gates, capacity",
-    [(k, "softmax", 0.7) if k % 2 else (k, "renormalise", 0.0) for k in range(1, 17)],
+    [
+        pytest.param(
+            k,
+            *(("softmax", 0.7) if k % 2 else ("renormalise", 0.0)),
+            marks=[] if k in (1, 4, 7, 16) else [pytest.mark.slow],
+        )
+        for k in range(1, 17)
+    ],
 )
 def test_equals_a_loop_over_tokens(gates, k, capacity):
     model, (x, weight) = block(config(gates=gates, top_k=k, capacity=capacity)), inputs()
@@ -281,7 +288,7 @@ def test_every_matrix_has_a_gradient():
         assert (np.abs(gradient).max((-1, -2)) > 0).all()
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
 def test_rematerialisation_changes_no_gradient(remat):
     for mine, other in zip(
         jax.tree.leaves(gradients(remat)), jax.tree.leaves(gradients("none")), strict=True

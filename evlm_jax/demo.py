@@ -26,7 +26,7 @@ from evlm_jax.evals.answer import Generated, LowestLoss
 from evlm_jax.evals.runner import Answerer, evaluate
 from evlm_jax.evals.statistics import accuracy_table
 from evlm_jax.evals.task import Question, draw, first
-from evlm_jax.evals.tasks.demo import ANSWERS, EASY_VQA, of_samples
+from evlm_jax.evals.tasks.demo import ANSWERS, EASY_VQA, from_samples
 from evlm_jax.evals.text_metrics import words
 from evlm_jax.generate import Generator
 from evlm_jax.launch import train_run
@@ -173,7 +173,7 @@ def taught(cfg: EVLMConfig, answer: Answerer) -> list[dict]:
     for source in map(open_source, cfg.data.sources):
         samples = [source[i] for i in range(min(TAUGHT, len(source)))]
         pairs += [
-            (sample, of_samples([sample])[0]) for sample in samples if len(sample.dialogs[0]) > 1
+            (sample, from_samples([sample])[0]) for sample in samples if len(sample.dialogs[0]) > 1
         ]
     examples = []
     for (sample, asked), said in zip(pairs, answer([asked for _, asked in pairs])):

@@ -45,20 +45,20 @@ def load(
     dtype: str | None = None,
     devices: Devices = None,
 ) -> "Model":
-    """A model from a folder: of a run, of `evlm convert import`, or of
-    `evlm convert export --format hf`.
+    """A model from a folder: of a run, of `evlm convert import`, or of `evlm convert export
+    --format hf`.
 
     Args:
-      step: of a run; the newest where left out.
-      dtype: "float32" or "bfloat16", of all parameters and of what is computed. Where left out
-        parameters have the dtype in which they are stored, and a run computes as it was trained, an
-        export in the dtype of its weights.
-      devices: one that holds the model, the first where left out; or several, over which its
-        parameters and the rows of a batch are spread.
+      step: of a run; by default the newest.
+      dtype: "float32" or "bfloat16", of all parameters and activations. By default parameters have
+        the dtype in which they are stored, and a run computes as it was trained, an export in the
+        dtype of its weights.
+      devices: one device for the whole model, by default the first; or several, over which its
+        parameters and the rows of a batch are sharded.
     Raises:
       FileNotFoundError: there is no model in `path`, or no such step.
-      ValueError: what is there is damaged, or another kind of model; several devices do not divide
-        its layers.
+      ValueError: the model is damaged, or of another kind; several devices do not divide its
+        layers.
     """
     if not isinstance(path, (str, os.PathLike)) or not (path := os.fspath(path)):
         raise ValueError(f"path is {path!r}: give the folder of a run, an import or an export")
@@ -84,7 +84,7 @@ def random(
     cross-attention are closed.
 
     Args:
-      config: as an experiment's get_config() returns it. Its init.llm says where the vocabulary is.
+      config: the result of an experiment's get_config(). Its init.llm is where the vocabulary is.
       dtype: as of `load`.
       devices: as of `load`.
     """
@@ -102,12 +102,12 @@ def make_sample(*texts: str, images: Images = None) -> Sample:
     """A dialog about images to learn from, for `make_batch` and `Model.loss`.
 
     Args:
-      texts: what user and assistant say, by turns, the assistant last; a single text is a caption,
-        which the assistant says alone.
-      images: one or several; they stand at the `<image>` marks of the texts, or where there is none
-        in front of the first text.
+      texts: turns of user and assistant, alternating, the assistant's last; a single text is a
+        caption, the assistant's alone.
+      images: one or several; they replace the `<image>` marks of the texts, or where there are none
+        precede the first text.
     Raises:
-      ValueError: marks and images differ in number, or the user has the last word.
+      ValueError: marks and images differ in number, or the user has the last turn.
     """
     if not texts or (len(texts) % 2 and len(texts) > 1):
         raise ValueError(
@@ -184,10 +184,10 @@ class Model:
         return Model(nnx.merge(self._graphdef, params), self.tokenizer, self._layout)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes a folder that `load` reads and every command of `evlm` takes for a run: to export
-        it, to evaluate it, or to train on from it (`evlm train --init`).
+        """Writes a folder that `load` reads and every command of `evlm` accepts as a run: to export
+        it, to evaluate it, or to train from it (`evlm train --init`).
 
-        Raises FileExistsError where `folder` is there already.
+        Raises FileExistsError where `folder` exists.
         """
         params = jax.device_get(param_names.flatten(self.config, self.params))
         save_model(self.config, params, self.tokenizer, os.fspath(folder))
@@ -254,13 +254,13 @@ class Model:
         return found if several else found[0]
 
     def logits(self, given: str | Sequence[int], images: Images = None) -> jax.Array:
-        """float32 [T, vocab]: what follows each token of a text that stands alone, without a
-        template, as captions are trained.
+        """Logits, float32 [T, vocab], of the token that follows each token of a text alone, without
+        a template, as captions are trained.
 
         Args:
-          given: text, in front of which the vocabulary's BOS is put where it has one; or ids, as
-            they are.
-          images: they stand at the `<image>` marks of the text, or come first.
+          given: text, to which the vocabulary's BOS is prepended where it has one; or ids,
+            unchanged.
+          images: they replace the `<image>` marks of the text, or precede it.
         """
         document = text.alone(given, visuals_of(images), self.tokenizer, self.config)
         rows = [[document], *[[]] * (self._rows - 1)]
@@ -285,11 +285,11 @@ class Model:
         return taps[0] if one else taps
 
     def loss(self, samples: Batch | Sequence[Sample], params: nnx.State | None = None) -> jax.Array:
-        """What training minimises, in nats: the mean cross-entropy of all targets, with the
-        experts' auxiliary loss where there are any.
+        """The training loss in nats: mean cross-entropy of all targets, plus the experts' auxiliary
+        loss where there are any.
 
         Args:
-          samples: or the batch that `make_batch` makes of them, to use it several times.
+          samples: or a batch that `make_batch` made of them, to use it several times.
           params: to differentiate by, in place of the model's own.
         """
         if not isinstance(samples, Batch):
@@ -298,17 +298,17 @@ class Model:
         return _on(self._layout, _loss)(model, samples)
 
     def attention(self, prompt: str, images: Images, answer: str | None = None) -> list[dict]:
-        """Where the model looks in the first image for each word of a question and its answer:
-        [{"word", "grid", "predicted"}].
+        """Cross-attention to the first image of each word of a question and its answer: [{"word",
+        "grid", "predicted"}].
 
-        A grid has weights over the patches [g, g], the mean over layers and heads. Words of the
-        question are looked up where they are read, words of the answer where they are predicted.
-        evlm_jax.report.figures.overlay paints a grid over a picture.
+        A grid has weights over the patches [g, g], the mean over layers and heads. Weights of the
+        question's words are those of the position that reads them, of the answer's words of the one
+        that predicts them. evlm_jax.report.figures.overlay paints a grid over a picture.
 
         Args:
-          answer: the model's own where left out.
+          answer: by default the model's own.
         Raises:
-          ValueError: no image, or a model whose cross-attention does not look at patches.
+          ValueError: no image, or a model whose cross-attention does not attend to patches.
         """
         if not (visuals := visuals_of(images)):
             raise ValueError("attention over no image: give at least one")

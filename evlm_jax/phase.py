@@ -211,7 +211,7 @@ class TrainPhase:
         """One step; `state` is donated."""
         return self._step(state, self.frozen, batch)
 
-    def whole(self, state: TrainState) -> nnx.State:
+    def all_params(self, state: TrainState) -> nnx.State:
         """The parameters of the whole model."""
         return nnx.merge_state(state.params, self.frozen)
 

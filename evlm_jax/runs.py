@@ -11,7 +11,7 @@ from flax import nnx
 
 from evlm_jax import assets
 from evlm_jax.checkpoint import store
-from evlm_jax.checkpoint.atomic_dir import whole
+from evlm_jax.checkpoint.atomic_dir import new_folder
 from evlm_jax.checkpoint.frozen_store import write_store
 from evlm_jax.checkpoint.initialize import put_sharded
 from evlm_jax.checkpoint.lazy_tensors import Tensor
@@ -107,7 +107,9 @@ def save_model(
 
     Raises FileExistsError where `out` exists.
     """
-    with whole(out, {"saved": time.time_ns()}) as folder:  # takes up nothing of an earlier attempt
+    with new_folder(
+        out, {"saved": time.time_ns()}
+    ) as folder:  # takes up nothing of an earlier attempt
         tensors = {name: Tensor.of(array) for name, array in params.items()}
         stored = write_store(folder, tensors)
         keep_tokenizer(tokenizer, folder)

@@ -144,7 +144,7 @@ def _loop(
             if state is None or optim.phase_at(cfg, step) != phase.number:
                 if state is not None:
                     watch.look()
-                    whole, groups = phase.whole(state), state.groups
+                    whole, groups = phase.all_params(state), state.groups
                 phase = TrainPhase(cfg, optim.phase_at(cfg, step), phase.layout)
                 state = phase.enter(step, whole, groups)
                 checkpoints.freeze(param_names.flatten(cfg, fetch_to_host(phase.frozen)))
@@ -186,7 +186,7 @@ def _start(
     if snapshot:
         log_once(
             "resume from step"
-            f" {snapshot.meta['step']}{continuity.told(cfg, snapshot.meta['config'])}"
+            f" {snapshot.meta['step']}{continuity.reported_changes(cfg, snapshot.meta['config'])}"
         )
         data.set_state(snapshot.meta["data"])
         trained = trained | set(snapshot.meta["trained"])

@@ -12,7 +12,7 @@ PLAN = "plan.json"
 
 
 @contextmanager
-def whole(out: str, plan: dict) -> Iterator[epath.Path]:
+def new_folder(out: str, plan: dict) -> Iterator[epath.Path]:
     """Context with a folder to write into: OUT.incomplete, which is renamed to `out` at the end. In
     a bucket it is `out` itself, incomplete while PLAN is in it.
 

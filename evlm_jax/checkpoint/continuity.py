@@ -38,7 +38,7 @@ def changed(cfg: EVLMConfig, saved: dict) -> dict[str, tuple]:
     return {key: (old[key], value) for key, value in new.items() if value != old[key]}
 
 
-def told(cfg: EVLMConfig, saved: dict) -> str:
+def reported_changes(cfg: EVLMConfig, saved: dict) -> str:
     """Returns a clause for the log about every field that differs from the checkpoint's config;
     empty where none does. Such a run continues, but is bit-identical to neither config.
     """

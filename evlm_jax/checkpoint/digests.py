@@ -23,7 +23,7 @@ from evlm_jax.parallel.distributed import allgather_json
 Chunks = dict[str, list]  # name of an array: [start, shape, sha256] of each of its chunks
 
 
-def made(meta: dict, **items: Mapping[str, jax.Array | np.ndarray]) -> dict:
+def step_digests(meta: dict, **items: Mapping[str, jax.Array | np.ndarray]) -> dict:
     """Returns the digests of a step. Every process hashes the shards of its own devices."""
     chunks = [
         (item, name, *chunk)
@@ -41,10 +41,10 @@ def made(meta: dict, **items: Mapping[str, jax.Array | np.ndarray]) -> dict:
         for item, arrays in part.items():
             for name, found in arrays.items():
                 whole[item][name] += found
-    return {"meta": of_json(meta)} | whole
+    return {"meta": json_digest(meta)} | whole
 
 
-def of_json(value: Any) -> str:
+def json_digest(value: Any) -> str:
     """sha256 of a JSON-able value, whatever the order of its keys."""
     return hashlib.sha256(
         json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode()

@@ -142,7 +142,7 @@ class Checkpoints:
             params=ocp.args.PyTreeSave(nest(params)),
             groups=ocp.args.PyTreeSave(nest(groups)),
             meta=ocp.args.JsonSave(meta),
-            digests=ocp.args.JsonSave(digests.made(meta, params=params, groups=groups)),
+            digests=ocp.args.JsonSave(digests.step_digests(meta, params=params, groups=groups)),
         )
         self._tidy()
         if self._owner:
@@ -221,7 +221,7 @@ def write_imported(
     meta |= {"store": store, "origin": origin}
     items = {
         "meta": ocp.args.JsonSave(meta),
-        "digests": ocp.args.JsonSave(digests.made(meta, params={}, groups={})),
+        "digests": ocp.args.JsonSave(digests.step_digests(meta, params={}, groups={})),
     }
     with ocp.Checkpointer(
         ocp.CompositeCheckpointHandler(), atomicity_options=atomicity(root)
@@ -312,7 +312,7 @@ def _find(workdir: str, step: int | None) -> tuple[epath.Path, dict, dict | None
         if compat.check(meta.get("format", 0), str(path)) == 0 and not (path / "digests").exists():
             return path, meta, None
         sums = read_object(path / "digests" / "metadata")
-        if digests.of_json(meta) != sums["meta"]:
+        if digests.json_digest(meta) != sums["meta"]:
             raise ValueError("meta/metadata is not what was saved there (its digest differs)")
     return path, meta, sums
 

@@ -7,7 +7,7 @@ import sys
 from evlm_jax.ablate import arguments as ablate_arguments
 from evlm_jax.assets import cache_root
 from evlm_jax.cli import chat, convert, generate
-from evlm_jax.cli.parser import Parser, Version, told, told_once
+from evlm_jax.cli.parser import Parser, Version, reported, reported_once
 from evlm_jax.config.load import CONFIG_HELP, load_config
 from evlm_jax.config.ranges import Count, Positive, argument
 from evlm_jax.costs import arguments as costs_arguments
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     if overrides and not hasattr(args, "config"):
         parser.error(f"unknown arguments: {' '.join(overrides)}")
     if not os.environ.get("EVLM_DEBUG"):
-        told_once()
+        reported_once()
     try:
         # JAX reads them when it is imported.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_root() / "compiled"))
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("EVLM_DEBUG"):
             raise
-        print("evlm:", told(error).encode(errors="backslashreplace").decode(), file=sys.stderr)
+        print("evlm:", reported(error).encode(errors="backslashreplace").decode(), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("evlm: interrupted", file=sys.stderr)

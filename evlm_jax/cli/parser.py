@@ -43,7 +43,7 @@ class Version(argparse.Action):
         parser.exit()
 
 
-def told(error: Exception) -> str:
+def reported(error: Exception) -> str:
     """The line about an error: what a user can mend is said by whoever raised it."""
     if isinstance(
         error, (ValueError, OSError, ImportError, FloatingPointError, AssetError)
@@ -65,7 +65,7 @@ def told(error: Exception) -> str:
     )
 
 
-def told_once() -> None:
+def reported_once() -> None:
     """Threads of orbax and tensorstore, and clients of stores, print tracebacks of what the main
     thread raises as well: from here on they do not.
     """

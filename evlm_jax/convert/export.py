@@ -17,7 +17,7 @@ from etils import epath
 from tqdm import tqdm
 
 from evlm_jax.checkpoint import store
-from evlm_jax.checkpoint.atomic_dir import whole
+from evlm_jax.checkpoint.atomic_dir import new_folder
 from evlm_jax.checkpoint.lazy_tensors import Tensors
 from evlm_jax.checkpoint.safetensors_file import write_folder
 from evlm_jax.config import EVLMConfig
@@ -66,7 +66,7 @@ def export(source: str, out: str, form: str, step: int | None = None) -> None:
             f"{source} is a baseline ({cfg.baseline}): --format {form} knows EVLM alone; use evlm"
             " eval or evlm generate"
         )
-    with whole(out, {"source": store.identity(source, step), "form": form}) as folder:
+    with new_folder(out, {"source": store.identity(source, step), "form": form}) as folder:
         FORMATS[form](folder, tensors, cfg)
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from evlm_jax import assets
 from evlm_jax.checkpoint import store as checkpoint
-from evlm_jax.checkpoint.atomic_dir import whole
+from evlm_jax.checkpoint.atomic_dir import new_folder
 from evlm_jax.checkpoint.frozen_store import write_store
 from evlm_jax.checkpoint.lazy_tensors import Source, Tensor, read_all, read_json
 from evlm_jax.config import EVLMConfig, from_config_dict, to_dict
@@ -166,7 +166,7 @@ def _write(
         "config": to_dict(cfg),
         "files": {str(p): version(p) for s in sources.values() for p in _files(s)},
     }
-    with whole(out, plan) as folder:
+    with new_folder(out, plan) as folder:
         with tqdm(
             total=sum(tensor.size for tensor in tensors.values()),
             unit="B",

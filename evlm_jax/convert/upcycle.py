@@ -26,7 +26,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from evlm_jax.checkpoint import store as checkpoint
-from evlm_jax.checkpoint.atomic_dir import whole
+from evlm_jax.checkpoint.atomic_dir import new_folder
 from evlm_jax.checkpoint.frozen_store import write_store
 from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, read_all
 from evlm_jax.checkpoint.store import Arrays
@@ -213,7 +213,7 @@ def upcycle_run(source: str, cfg: EVLMConfig, out: str) -> None:
     trained = {name for name in checkpoint.trained(source) if name in made} | {
         name for name in made if name.startswith("xattn/")
     }
-    with whole(out, plan) as folder:
+    with new_folder(out, plan) as folder:
         with tqdm(
             total=sum(tensor.size for tensor in made.values()),
             unit="B",

@@ -25,7 +25,7 @@ from evlm_jax.data.samples import part
 from evlm_jax.data.scenes.compose import COLOURS
 from evlm_jax.data.scenes.dialogs import FAMILIES
 from evlm_jax.data.scenes.draw import draw
-from evlm_jax.data.scenes.material import SPLITS, of_folder, place, shipped
+from evlm_jax.data.scenes.material import SPLITS, from_folder, place, shipped
 from evlm_jax.data.scenes.names import NAMES
 from evlm_jax.data.sources import open_source
 from evlm_jax.evals.tasks import scenes as scenes_task
@@ -200,7 +200,7 @@ def test_boxes_are_those_of_the_pixels(folder):
 
 
 def test_nothing_is_shared_between_splits(folder):
-    made = {split: of_folder(folder, split) for split in ("train", "validation", "test")}
+    made = {split: from_folder(folder, split) for split in ("train", "validation", "test")}
     for what in ("grounds", "fonts"):
         found = [set(getattr(material, what)) for material in made.values()]
         assert all(found) and not (found[0] & found[1] | found[0] & found[2] | found[1] & found[2])
@@ -208,7 +208,7 @@ def test_nothing_is_shared_between_splits(folder):
         found = [set(material.drawings[name]) for material in made.values()]
         assert [len(some) for some in found] == [3, 1, 1]
         assert len(set.union(*found)) == 5
-    known = of_folder(folder, "known")
+    known = from_folder(folder, "known")
     assert known.drawings == made["train"].drawings and known.grounds == made["test"].grounds
 
 

@@ -11,7 +11,7 @@ from evlm_jax.data.samples import MARKER, ImageRef, Sample, question
 from evlm_jax.data.text import score_document
 from evlm_jax.evals import choice
 from evlm_jax.evals.answer import LowestLoss
-from evlm_jax.evals.tasks.demo import of_samples
+from evlm_jax.evals.tasks.demo import from_samples
 from evlm_jax.loss import losses
 from tests.data.made import TOKENIZER
 from tests.helpers.random_model import random_model
@@ -79,12 +79,12 @@ def test_equals_each_candidate_alone(samples, model, candidates):
 
 def test_answers_are_the_candidates_of_lowest_loss(samples, model):
     asked = [
-        q for turn in range(4) for q in of_samples(samples) if q.id.endswith(f"-{turn}")
+        q for turn in range(4) for q in from_samples(samples) if q.id.endswith(f"-{turn}")
     ]  # no image's questions are neighbours
     answers = LowestLoss(model, TOKENIZER, CANDIDATES)(asked)
     losses = dict(
         zip(
-            (q.id for q in of_samples(samples)),
+            (q.id for q in from_samples(samples)),
             np.concatenate(choice.candidate_losses(model, TOKENIZER, samples, CANDIDATES)),
         )
     )
@@ -134,7 +134,7 @@ def test_a_question_may_have_candidates_of_its_own(samples, model):
     """
     colours, words = ("red", "blue"), ("yes", "no")
     asked = [
-        replace(q, candidates=colours if "what" in q.text else words) for q in of_samples(samples)
+        replace(q, candidates=colours if "what" in q.text else words) for q in from_samples(samples)
     ]
     found = LowestLoss(model, TOKENIZER, [])(asked)
     for candidates in (colours, words):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from evlm_jax import cli, journal, paths
-from evlm_jax.checkpoint.atomic_dir import check, whole
-from evlm_jax.cli.parser import told
+from evlm_jax.checkpoint.atomic_dir import check, new_folder
+from evlm_jax.cli.parser import reported
 
 
 @pytest.fixture(params=["local", "remote"])
@@ -125,20 +125,20 @@ def test_a_mirror_copies_what_changed(folder):
 
 def test_a_folder_is_whole_or_goes_on(folder):
     out = folder / "out"
-    with pytest.raises(KeyboardInterrupt), whole(out, {"a": 1}) as made:
+    with pytest.raises(KeyboardInterrupt), new_folder(out, {"a": 1}) as made:
         paths.write(made / "one", "1")
         raise KeyboardInterrupt
     if paths.remote(folder):
         with pytest.raises(ValueError, match="out is unfinished"):
             check(out)
-    with whole(out, {"a": 1}) as made:
+    with new_folder(out, {"a": 1}) as made:
         assert (made / "one").read_text() == "1"
         paths.write(made / "two", "2")
     check(out)
     assert [path.name for path in paths.children(out)] == ["one", "two"]
-    with pytest.raises(FileExistsError, match="give a new directory"), whole(out, {"a": 1}):
+    with pytest.raises(FileExistsError, match="give a new directory"), new_folder(out, {"a": 1}):
         pass
-    with pytest.raises(RuntimeError), whole(folder / "failed", {"a": 1}) as made:
+    with pytest.raises(RuntimeError), new_folder(folder / "failed", {"a": 1}) as made:
         paths.write(made / "one", "1")
         raise RuntimeError
     assert paths.children(folder / "failed") == [] and not (folder / "failed.incomplete").exists()
@@ -179,7 +179,7 @@ def test_full_and_read_only_disks(tmp_path, options, why):
 def test_a_bucket_s_refusal_is_one_line(bucket):
     from gcsfs.retry import HttpError
 
-    line = told(
+    line = reported(
         HttpError(
             {"code": 401, "message": "Anonymous caller does not have storage.objects.get access"}
         )

@@ -134,7 +134,7 @@ def divided(identities: Iterable[str]) -> dict[str, str]:
     }
 
 
-def of_folder(folder: str, split: str) -> Material:
+def from_folder(folder: str, split: str) -> Material:
     """Of a user's own pictures: `objects/NAME/*.png` (cut-outs with alpha), `grounds/*.jpg`, and
     where names are asked in Chinese or have odd plurals names.json = {NAME: {"zh", "plural"}}.
 

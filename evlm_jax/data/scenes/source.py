@@ -16,7 +16,7 @@ from evlm_jax.data.scenes.material import (
     UNSEEN_WORDS,
     WORDS,
     Material,
-    of_folder,
+    from_folder,
     shipped,
 )
 from evlm_jax.data.source import Source
@@ -139,7 +139,7 @@ def open_scenes(
 
 @functools.cache
 def _material(path: str, split: str) -> Material:
-    return shipped(split) if path == SHIPPED else of_folder(path, split)
+    return shipped(split) if path == SHIPPED else from_folder(path, split)
 
 
 def _number(name: str, option: str, value: str, least: int) -> int:

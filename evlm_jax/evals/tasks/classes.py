@@ -29,7 +29,7 @@ def read(data: Path, split: str, style: str) -> list[Question]:
     """
     flat = sorted(data.glob("ILSVRC2012_val_*"))
     questions, seen = [], Counter()
-    for kind, name, image in of_devkit(data, flat) if flat else of_folders(data):
+    for kind, name, image in from_devkit(data, flat) if flat else from_folders(data):
         seen[kind] += 1
         if split == "all" or seen[kind] <= FEW:
             key = f"{kind}/{image.name}"
@@ -39,7 +39,7 @@ def read(data: Path, split: str, style: str) -> list[Question]:
     return questions
 
 
-def of_folders(data: Path) -> list[tuple[str, str, Path]]:
+def from_folders(data: Path) -> list[tuple[str, str, Path]]:
     """(class, its name, image) of a folder a class."""
     file, found, names = _near(data, NAMES), [], {}
     for number, line in enumerate(text_lines(file), 1) if file else ():
@@ -60,7 +60,7 @@ def of_folders(data: Path) -> list[tuple[str, str, Path]]:
     return found
 
 
-def of_devkit(data: Path, images: Sequence[Path]) -> list[tuple[str, str, Path]]:
+def from_devkit(data: Path, images: Sequence[Path]) -> list[tuple[str, str, Path]]:
     """(synset, its name, image) of ImageNet's validation set as it comes: image n has the class of
     line n.
     """

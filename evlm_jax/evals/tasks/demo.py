@@ -25,7 +25,7 @@ EASY_VQA = {  # answer type -> answers
 ANSWERS = tuple(answer for answers in EASY_VQA.values() for answer in answers)
 
 
-def of_samples(
+def from_samples(
     samples: Iterable[Sample],
     captions: bool = False,
     answers: Callable[[str], Sequence[str] | None] = {}.get,
@@ -60,8 +60,8 @@ def of_samples(
 
 
 def read(data: Path, split: str, style: str, source: str, **how) -> list[Question]:
-    """The questions of a source; `how` as in `of_samples`."""
-    return of_samples(open_source(source), **how)
+    """The questions of a source; `how` as in `from_samples`."""
+    return from_samples(open_source(source), **how)
 
 
 def score_vqa(rows: Sequence[dict]) -> Scores:

@@ -16,7 +16,7 @@ from statistics import fmean
 
 from evlm_jax.data.sources import open_source
 from evlm_jax.evals.task import Question, Scores, Task, column, percent
-from evlm_jax.evals.tasks.demo import of_samples
+from evlm_jax.evals.tasks.demo import from_samples
 from evlm_jax.evals.text_metrics import exact_match, words
 
 SPLITS = ("test", "known", "style", "validation")
@@ -32,7 +32,7 @@ def read(data: Path, split: str, style: str, source: str, choose: bool = False) 
     """
     scenes = open_source(source.format(split))
     answers = scenes.scenes.speaker.answers if choose else {}.get
-    return of_samples(scenes, answers=answers)
+    return from_samples(scenes, answers=answers)
 
 
 def score(rows: Sequence[dict]) -> Scores:
@@ -83,7 +83,7 @@ TASKS = (
     choice("scenes-choice", read=partial(read, source="scenes-en-{}", choose=True)),
     choice("scenes-zh-choice", read=partial(read, source="scenes-zh-{}", choose=True)),
     scenes(
-        "photographs", read=lambda *_: of_samples(open_source("photographs-en")), splits=("test",)
+        "photographs", read=lambda *_: from_samples(open_source("photographs-en")), splits=("test",)
     ),
     scenes("scenes-words", read=partial(read, source=UNSEEN_WORDS)),
 )

@@ -6,7 +6,7 @@ import mimetypes
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,8 @@ from flax import nnx
 from PIL import Image
 
 from evlm_jax.data import text, video
-from evlm_jax.data.features import encode_images
+from evlm_jax.data.features import FEW, encode_images
+from evlm_jax.data.formats import captions
 from evlm_jax.data.image import in_memory, load_all
 from evlm_jax.data.pipeline import rows_in_order
 from evlm_jax.data.samples import ImageRef, Sample, Turn, literal, marked
@@ -27,12 +28,9 @@ from evlm_jax.report import attention_maps
 from evlm_jax.runs import Trained
 
 MOST_TOKENS = LENGTHS[-1]  # of a conversation
-MOST_PICTURES = 2 * IMAGES[-1]  # frames of videos are pictures
+MOST_PICTURES = 4 * IMAGES[-1]  # frames of videos are pictures
 TOGETHER = 8  # tokens of a word whose attention is computed by one program
 PICTURE = 320  # pixels a side of what attention is drawn over
-# (pictures, words) of prompts whose programs are compiled at the start; those of longer ones when
-# they come
-WARM = ((1, 1), (1, 99), (2, 1), (MOST_PICTURES, 1))
 
 
 class Message(NamedTuple):
@@ -64,8 +62,10 @@ class Taps:
         before = self._kept  # another thread may put others in its place
         missing = [ref for ref in dict.fromkeys(refs) if ref not in before]
         kept = {ref: before[ref] for ref in refs if ref in before}
-        if missing:
-            kept |= zip(missing, self._encode(missing))
+        # On a CPU to pad a few to FEW takes longer than one after another.
+        parts = [missing] if len(missing) >= FEW else [[ref] for ref in missing]
+        for part in filter(None, parts):
+            kept |= zip(part, self._encode(part))
         self._kept = kept
         return np.stack([kept[ref] for ref in refs])
 
@@ -142,14 +142,24 @@ class Chat:
         }
 
     def warm_up(self) -> Iterator[str]:
-        """Compiles what conversations need, and names each part before it begins."""
-        for pictures, words in WARM:
-            colours = [(i, 0, 0) for i in range(pictures)]
-            visuals = [(in_memory(Image.new("RGB", (8, 8), c)),) for c in colours]
-            turns = [Turn("user", *marked(["a " * words], pictures))]
-            document = self._generator.prompt(turns, visuals)
-            yield f"{pictures} pictures and {len(document.tokens)} tokens"
-            for _ in self._grown(document):
+        """Compiles what most conversations need, and names each part before it begins; what longer
+        ones need is compiled when they come.
+        """
+        frames = int(self._frames) if self._frames.isdigit() else int(captions.FRAMES)
+        for what, sizes, words in (
+            ("a picture", (1,), 1),
+            ("a picture and a long text", (1,), 99),
+            ("two pictures", (1, 1), 1),
+            ("a video", (min(frames, MOST_PICTURES),), 1),
+        ):
+            yield what
+            colours = count()
+            visuals = [
+                tuple(in_memory(Image.new("RGB", (8, 8), (next(colours), 0, 0))) for _ in range(n))
+                for n in sizes
+            ]
+            turns = [Turn("user", *marked(["a " * words], len(visuals)))]
+            for _ in self._grown(self._generator.prompt(turns, visuals)):
                 break
             if attention_maps.looks_at_patches(self.cfg):
                 self._looks([*turns, Turn("assistant", "a")], visuals, 0)

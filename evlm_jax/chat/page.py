@@ -72,9 +72,7 @@ def make(chat: Chat, about: str) -> gradio.Blocks:
             elem_classes="words",
             render=False,
         )
-        looked = gradio.Gallery(
-            label="Where the model looked", columns=2, elem_classes="looked", render=False
-        )
+        looked = gradio.Gallery(show_label=False, columns=2, elem_classes="looked", render=False)
         with gradio.Row():
             with gradio.Column(scale=3):
                 chatbot = _interface(reply, [words, looked])

@@ -32,8 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=argument(Port), default=7860, help="to listen at")
     parser.add_argument(
         "--frames",
-        default="16",
-        help="of a video: a number, evenly spread, or a rate, as 2fps",
+        help="of a video: a number, evenly spread, or a rate, as 2fps; 16 where left out",
     )
     parser.add_argument(
         "--max-new-tokens", type=argument(NewTokens), default=64, help="most tokens of an answer"
@@ -50,10 +49,12 @@ def run(args: argparse.Namespace) -> None:
       ValueError: the model cannot be loaded, or an option says nothing.
     """
     from evlm_jax.data import video
+    from evlm_jax.data.formats import captions
 
     if importlib.util.find_spec("gradio") is None:
         raise ImportError(MISSING)
-    video.spread(args.frames, 1.0)
+    frames = args.frames or captions.FRAMES
+    video.spread(frames, 1.0)
     try:
         socket.create_server((args.host, args.port)).close()
     except OSError as error:
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         from evlm_jax.runs import load_trained
 
         trained = load_trained(args.checkpoint)
-        chat = Chat(trained, args.frames, args.max_new_tokens, **generate.sampling(args))
+        chat = Chat(trained, frames, args.max_new_tokens, **generate.sampling(args))
         print("evlm chat: the first start compiles, later ones read what it kept:", flush=True)
         for part in chat.warm_up():
             print(f"  {part}", flush=True)

@@ -85,7 +85,7 @@ def test_what_cannot_be_answered_is_one_line(chat, tmp_path):
         (Message("user", "What?", (str(film),)), "film.mp4"),
         (Message("user", "<image> and <image>?", (picture(1),)), "2 <image> markers for 1 images"),
         (Message("user", "a " * 2000), "tokens, 1024 are the most"),
-        (Message("user", "What?", (picture(1),) * 17), "17 pictures and frames, 16 are the most"),
+        (Message("user", "What?", (picture(1),) * 33), "33 pictures and frames, 32 are the most"),
         (Message("user", " "), "an empty message"),
     ):
         with pytest.raises(ValueError, match=what) as found:

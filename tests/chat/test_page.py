@@ -118,7 +118,8 @@ def send(page, text, *files):
     if files:
         page.set_input_files("input[type=file]", list(files))
         page.wait_for_function(
-            "count => document.querySelectorAll('.thumbnail-item').length == count", arg=len(files)
+            "([shown, count]) => document.querySelectorAll(shown).length == count",
+            arg=[".multimodal-textbox .thumbnail-item", len(files)],
         )
     page.fill("textarea", text)
     page.click("button.submit-button")

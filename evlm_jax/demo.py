@@ -30,7 +30,7 @@ from evlm_jax.evals.tasks.demo import ANSWERS, EASY_VQA, from_samples
 from evlm_jax.evals.text_metrics import words
 from evlm_jax.generate import Generator
 from evlm_jax.launch import train_run
-from evlm_jax.paths import place
+from evlm_jax.paths import place, probe
 from evlm_jax.report import page as report
 from evlm_jax.runs import Trained, feature_store, load_trained
 from experiments import demo as experiment
@@ -87,6 +87,7 @@ def run(form: str, workdir: str, dense: str | None = None) -> PathLike:
     cfg = from_config_dict(config)
     if dense:
         trained_names(dense)  # is there, before anything is fetched
+    probe(workdir)
     with clock.part("fetch weights and data"):
         assets.fetch()
     asked = questions(SIZES[form])

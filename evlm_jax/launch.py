@@ -42,6 +42,8 @@ def train_run(
     from evlm_jax.train import train
 
     paths.probe(workdir)
+    if resume is not None:
+        store.check_step(workdir, resume)
     tokenizer, params, trained = (
         vocabulary(cfg, source_of_run(workdir, cfg.init.llm)),
         {},

@@ -233,6 +233,14 @@ def probe(folder: str | os.PathLike) -> None:
         ) from error
 
 
+def probe_above(path: str | os.PathLike) -> None:
+    """As `probe`, where a file or folder is to be made later; makes none. Raises OSError."""
+    folder = place(path).parent
+    while not remote(folder) and not folder.exists():
+        folder = folder.parent
+    probe(folder)
+
+
 def _probe_tensorstore(folder: epath.Path, name: str) -> None:
     import tensorstore
 

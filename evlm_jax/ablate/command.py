@@ -84,6 +84,8 @@ def _rounds(args: argparse.Namespace, order: job.Order) -> Sequence[int]:
 
 def _check(order: job.Order, variants: Sequence[str], seeds: int) -> None:
     """Raises ValueError where a variant or a run to start from is not there, or they do not fit."""
+    if order.init:
+        store.check_step(order.init, None)
     if order.branch:
         for seed in range(seeds):
             if not store.steps(order.begin(seed)):

@@ -17,6 +17,7 @@ bucket a mark comes last and goes first. A store is deleted only when no step na
 model that was imported or upcycled is a store and a step 0 without trained parameters beside it."""
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -50,6 +51,7 @@ from evlm_jax.parallel.distributed import allgather_json, barrier, is_first, log
 
 Arrays = dict[str, np.ndarray]  # by canonical name
 ITEMS = ("params", "groups")
+STEP = re.compile("0|[1-9][0-9]*")  # name of a step's folder
 
 
 class Snapshot(NamedTuple):
@@ -238,7 +240,18 @@ def identity(workdir: str, step: int | None) -> list:
 def steps(workdir: str) -> list[int]:
     """Finalised steps, ascending."""
     found = paths.children(paths.place(workdir) / STEPS)
-    return sorted(int(path.name) for path in found if path.name.isdigit() and finished(path))
+    return sorted(int(path.name) for path in found if STEP.fullmatch(path.name) and finished(path))
+
+
+def check_step(workdir: str, step: int | None) -> int:
+    """A finalised step, the newest for None. Raises FileNotFoundError where there is none."""
+    found = steps(workdir)
+    if not found or step not in (None, *found):
+        raise FileNotFoundError(
+            f"{paths.place(workdir)} has no checkpoint{'' if step is None else f' of step {step}'};"
+            f" finalised steps: {found or 'none'}"
+        )
+    return found[-1] if step is None else step
 
 
 def read(workdir: str, step: int | None = None) -> Snapshot:
@@ -299,14 +312,7 @@ def _own(root: epath.Path) -> Owner | None:
 
 def _find(workdir: str, step: int | None) -> tuple[epath.Path, dict, dict | None]:
     """Where a step lies, its meta, and its digests; None for one of a format that had none."""
-    root = paths.place(workdir)
-    found = steps(root)
-    if not found or (step is not None and step not in found):
-        raise FileNotFoundError(
-            f"{root} has no checkpoint{'' if step is None else f' of step {step}'}; finalised"
-            f" steps: {found or 'none'}"
-        )
-    path = root / STEPS / str(found[-1] if step is None else step)
+    path = paths.place(workdir) / STEPS / str(check_step(workdir, step))
     with _blamed(path):
         meta = read_object(path / "meta" / "metadata")
         if compat.check(meta.get("format", 0), str(path)) == 0 and not (path / "digests").exists():
@@ -314,6 +320,8 @@ def _find(workdir: str, step: int | None) -> tuple[epath.Path, dict, dict | None
         sums = read_object(path / "digests" / "metadata")
         if digests.json_digest(meta) != sums["meta"]:
             raise ValueError("meta/metadata is not what was saved there (its digest differs)")
+        if meta["step"] != int(path.name):
+            raise ValueError(f"it is step {meta['step']} under another name")
     return path, meta, sums
 
 

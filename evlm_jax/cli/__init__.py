@@ -15,6 +15,8 @@ from evlm_jax.evals import arguments
 from evlm_jax.parallel.status import INTERRUPTED, STATUSES, Stopped
 from evlm_jax.planning import arguments as planning_arguments
 
+OUTPUTS = ("out", "json", "hlo", "picture")  # arguments that name what a command writes
+
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
@@ -50,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         # JAX reads them when it is imported.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_root() / "compiled"))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        _probe_outputs(args)
         return args.run(args, overrides) or 0
     except Stopped as stopped:
         print(f"evlm: {stopped}", file=sys.stderr)
@@ -78,6 +81,18 @@ def _empty(words: list[str]) -> str | None:
         if equals and word == f"{option}=" and option[:2] == "--" and "." not in option:
             return None if option == "--prompt" else option
     return None
+
+
+def _probe_outputs(args: argparse.Namespace) -> None:
+    """What cannot be written is said before the work, not after it. Raises OSError."""
+    for name in OUTPUTS:
+        if given := getattr(args, name, None):
+            from evlm_jax import paths
+
+            try:
+                paths.probe_above(given)
+            except OSError as error:
+                raise OSError(f"--{name} {given}: {error}") from error
 
 
 # -------------------------------------------------------------------------------------- subcommands
@@ -156,6 +171,8 @@ def _span(text: str) -> tuple[int, int]:
 
 
 def _join(args: argparse.Namespace) -> None:
+    if not args.coordinator and {args.processes, args.process} != {None}:
+        raise ValueError("--processes and --process say nothing without --coordinator HOST:PORT")
     if args.distributed or args.coordinator:
         from evlm_jax.parallel import distributed  # before anything asks for devices
 

@@ -129,6 +129,10 @@ def run(args: argparse.Namespace) -> None:
             f"--answers {args.answers}: at temperature 0 all answers are the same; give a"
             " --temperature"
         )
+    if not args.temperature and (args.top_k or args.top_p < 1 or args.min_p):
+        raise ValueError(
+            "--top-k, --top-p and --min-p are of draws: give a --temperature, or leave them out"
+        )
     trained = load_trained(args.checkpoint)
     generator = Generator(trained.model, trained.tokenizer)
     prompt = generator.prompt([Turn("user", *prompt)], visuals)

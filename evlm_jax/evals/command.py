@@ -9,11 +9,11 @@ from evlm_jax.config import MeshConfig
 from evlm_jax.config.schema import build
 from evlm_jax.evals import results, score, tasks
 from evlm_jax.evals.answer import answerer
-from evlm_jax.evals.judge import open_judge
+from evlm_jax.evals.judge import Judge, open_judge
 from evlm_jax.evals.runner import evaluate, unjudged
 from evlm_jax.evals.task import first
 from evlm_jax.parallel.distributed import is_first
-from evlm_jax.paths import place
+from evlm_jax.paths import place, probe_above
 from evlm_jax.runs import features_of, load_trained
 
 MESH = {
@@ -36,8 +36,10 @@ def run_eval(args: argparse.Namespace) -> None:
             "--judge is asked by one process: leave it out here, and give it to `evlm score`"
             " afterwards"
         )
-    judge = open_judge(args.judge, args.judge_model) if args.judge else None
+    judge = _judge(args)
     split = args.split or task.splits[0]
+    out = place(args.out or place(args.checkpoint) / "evals" / f"{task.name}-{split}.json")
+    probe_above(out)
     every = task.questions(args.data, split, args.prompt)
     questions = first(every, args.limit)
     trained = load_trained(args.checkpoint, mesh=mesh_of(args.mesh), rows=args.batch)
@@ -56,11 +58,16 @@ def run_eval(args: argparse.Namespace) -> None:
         "batch": args.batch,
     }
     about |= {key: found[key] for key in ("weights_sha256", "preprocessing")}
-    out = place(args.out or place(args.checkpoint) / "evals" / f"{task.name}-{split}.json")
     result = evaluate(task, questions, answer, about, out.with_suffix(".jsonl"), judge)
     result = score.scored(result | {"provenance": found})
     if is_first():
         print(f"\n{score.table(result)}\n\n{results.save(out, result)}")
+
+
+def _judge(args: argparse.Namespace) -> Judge | None:
+    if args.judge_model and not args.judge:
+        raise ValueError(f"--judge-model {args.judge_model} is of an endpoint: give --judge")
+    return open_judge(args.judge, args.judge_model) if args.judge else None
 
 
 def mesh_of(text: str) -> MeshConfig | None:
@@ -89,8 +96,8 @@ def run_score(args: argparse.Namespace) -> None:
     """
     result = results.load_answers(args.results)
     task = tasks.find(result["task"])
-    if args.judge:
-        judge, rows = open_judge(args.judge, args.judge_model), result["examples"]
+    if judge := _judge(args):
+        rows = result["examples"]
         for i in unjudged(task, rows, judge):
             rows[i].update(judge(task.judge(rows[i])))
     result = score.scored(result)

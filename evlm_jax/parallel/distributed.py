@@ -8,6 +8,7 @@ how many there are."""
 import contextlib
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,8 +31,13 @@ def initialize_distributed(
       processes: their number.
       process: number of this one, from 0.
     Raises:
-      ValueError: some of the three are given, but not all, and the environment lacks the rest.
+      ValueError: some of the three are given, but not all, and the environment lacks the rest;
+        or they contradict one another.
     """
+    if coordinator and not re.fullmatch(r".+:[0-9]+", coordinator):
+        raise ValueError(f"--coordinator {coordinator}: give HOST:PORT, as 10.0.0.2:8476")
+    if None not in (processes, process) and process >= processes:
+        raise ValueError(f"--process {process} of --processes {processes}: they count from 0")
     if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:

@@ -142,3 +142,12 @@ def test_digests_that_are_missing_are_refused(whole, tmp_path):
     shutil.rmtree(tmp_path / "copy/steps/6/digests")
     with pytest.raises(ValueError, match="step 6 cannot be read .*digests"):
         store.read(tmp_path / "copy")
+
+
+def test_a_step_under_another_name_is_refused(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "copy")
+    (tmp_path / "copy/steps/6").rename(tmp_path / "copy/steps/7")
+    with pytest.raises(ValueError, match="step 7 cannot be read .*: it is step 6 under another"):
+        store.read(tmp_path / "copy")
+    (tmp_path / "copy/steps/7").rename(tmp_path / "copy/steps/06")
+    assert store.steps(tmp_path / "copy") == [3]

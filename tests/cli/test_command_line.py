@@ -182,6 +182,22 @@ WRONG = {
         "--cores",
         "4096",
     ],
+    "--out /proc/x: /proc: cannot write there": "data inspect demo:fast --out /proc/x".split(),
+    "--json /proc/x: /proc: cannot write there": "flops --config demo --json /proc/x".split(),
+    "nowhere has no checkpoint; finalised": "ablate --variants a --out w --init nowhere".split(),
+    "--judge-model m is of an endpoint": (
+        "eval --checkpoint c --task photos --judge-model m".split()
+    ),
+    "--top-p and --min-p are of draws": "generate --checkpoint c --prompt p --top-k 5".split(),
+    "say nothing without --coordinator": (
+        "train --config demo --workdir /proc/x --processes 2 --process 1".split()
+    ),
+    "--coordinator here: give HOST:PORT": (
+        "train --config demo --workdir /proc/x --coordinator here".split()
+    ),
+    "--process 2 of --processes 2": (
+        "train --config demo --workdir /proc/x --coordinator a:1 --processes 2 --process 2".split()
+    ),
     "none.png: cannot decode the image": [
         "generate",
         "--checkpoint",
@@ -199,6 +215,12 @@ def test_one_line_says_what_and_where(message, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     status, line = says(WRONG[message], capsys)
     assert status and message in line and "this is a bug" not in line
+
+
+def test_a_step_that_is_not_there_is_said_before_towers_are_read(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("EVLM_CACHE", str(tmp_path / "empty"))
+    words = ["train", "--config", "demo:fast", "--workdir", str(tmp_path / "w"), "--step", "5"]
+    assert "w has no checkpoint of step 5; finalised steps: none" in says(words, capsys)[1]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""Generation and losses on eight devices, and `evlm eval` there; tests/parallel/test_mesh.py starts
-it in a process that has them.
+"""Generation and losses on eight devices, and `evlm eval` there;
+tests/parallel/test_eight_devices.py starts it in a process that has them.
 """
 
 import json
@@ -23,13 +23,19 @@ from tests.helpers.random_model import random_model
 from tests.mesh.devices import config
 
 MESHES = {
-    "dense": ["", "tensor=8", "fsdp=4,tensor=2,frozen=sharded,images=rows"],
+    "dense": ["fsdp=4,tensor=2,frozen=sharded,images=rows"],
     "experts": ["data=2,fsdp=2,expert=2,frozen=sharded"],
+    "other meshes": ["", "tensor=8"],  # the command below takes the first one too
     "llava": ["fsdp=4,tensor=2,frozen=sharded"],
 }
+RUNS = [
+    "dense",
+    "experts",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("other meshes", "llava")),
+]
 
 
-@pytest.fixture(scope="module", params=MESHES)
+@pytest.fixture(scope="module", params=RUNS)
 def run(request, tmp_path_factory):
     """A run's directory, and the data of a task."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -81,58 +87,29 @@ def test_answers_are_those_of_one_device(run):
         np.testing.assert_allclose(mine, losses, rtol=1e-5, err_msg=mesh)
 
 
-@pytest.mark.parametrize("run", ["dense"], indirect=True)
-def test_the_command_takes_all_devices(run, tmp_path):
-    results = []
-    for name, mesh in (("whole", ""), ("pieces", "fsdp=4,tensor=2,frozen=sharded")):
-        out = tmp_path / f"{name}.json"
-        words = [
-            "eval",
-            "--checkpoint",
-            str(run[0]),
-            "--task",
-            "gqa",
-            "--data",
-            str(run[1]),
-            "--out",
-            str(out),
-            *(["--mesh", mesh] if mesh else []),
-        ]
-        assert cli.main(words) == 0
-        results.append(json.loads(out.read_text())["examples"])
-    assert results[0] == results[1] and all("prediction" in row for row in results[0])
+def evaluated(run, out, mesh="") -> dict:
+    """What `evlm eval` writes."""
+    words = ["--checkpoint", run[0], "--task", "gqa", "--data", run[1], "--out", out]
+    assert cli.main(["eval", *map(str, words), *(["--mesh", mesh] if mesh else [])]) == 0
+    return json.loads(out.read_text())
 
 
 @pytest.mark.parametrize("run", ["dense"], indirect=True)
-def test_monitors_find_what_the_command_finds(run, tmp_path):
-    trained = load_trained(str(run[0]), mesh=mesh_of("fsdp=4,tensor=2,frozen=sharded"), rows=8)
+def test_the_command_and_monitors_take_all_devices(run, tmp_path):
+    mesh = "fsdp=4,tensor=2,frozen=sharded"
+    whole, pieces = (
+        evaluated(run, tmp_path / name, mesh)
+        for name, mesh in (("whole.json", ""), ("pieces.json", mesh))
+    )
+    assert whole["examples"] == pieces["examples"]
+    assert all("prediction" in row for row in whole["examples"])
+
+    trained = load_trained(str(run[0]), mesh=mesh_of(mesh), rows=8)
     cfg = trained.model.cfg
-    cfg = replace(
-        cfg,
-        train=replace(cfg.train, monitors=(f"gqa:{run[1]}",), monitor_every=1, monitor_questions=0),
-    )
+    followed = {"monitors": (f"gqa:{run[1]}",), "monitor_every": 1, "monitor_questions": 0}
+    cfg = replace(cfg, train=replace(cfg.train, **followed))
     seen = monitor(cfg, trained.tokenizer, None, trained.layout)(1, lambda: trained.model)
-    out = tmp_path / "out.json"
-    assert (
-        cli.main(
-            [
-                "eval",
-                "--checkpoint",
-                str(run[0]),
-                "--task",
-                "gqa",
-                "--data",
-                str(run[1]),
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
-    wanted = {
-        f"monitor/gqa/{row['metric']}": row["value"]
-        for row in json.loads(out.read_text())["scores"]
-    }
+    wanted = {f"monitor/gqa/{row['metric']}": row["value"] for row in whole["scores"]}
     assert {name: value for name, value in seen.items() if name != "monitor/seconds"} == wanted
 
 
@@ -154,10 +131,9 @@ def test_a_batch_that_devices_cannot_share_is_refused(run, capsys):
     )
 
 
+@pytest.mark.parametrize("run", ["dense"], indirect=True)
 def test_the_library_spreads_a_model(run):
     """Over all devices; logits and loss are those of one."""
-    if "dense" not in run[0].name:
-        pytest.skip("one kind of model is enough")
     one, all_of_them = (
         evlm_jax.load(run[0], devices=devices) for devices in (jax.devices()[0], jax.devices())
     )

@@ -1,9 +1,11 @@
-"""What runs on eight devices; tests/parallel/test_mesh.py starts it in a process that has them.
+"""What runs on eight devices; tests/parallel/test_eight_devices.py starts it in a process that has
+them.
 
 Everything is compared with one device.
 """
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -31,9 +33,9 @@ POLICIES = [
     {"zero": 2, "frozen": "replicated", "images": "rows"},
 ]
 
-FAST = {
-    (mesh, i in (2, 3)) for i, mesh in enumerate(MESHES)
-}  # every mesh once, with both policies, with and without experts
+# Meshes of several axes, with both policies, which hold what each axis does; without experts the
+# tests of image groups and baselines have such meshes. One axis alone is slow.
+FAST = {((2, 2, 2, 1), True), ((1, 2, 2, 2), True)}
 GRADIENTS = [
     pytest.param(mesh, experts, marks=[] if (mesh, experts) in FAST else [pytest.mark.slow])
     for mesh in MESHES
@@ -106,7 +108,12 @@ def test_gradients_equal_those_of_one_device(mesh, experts, alone):
 
 
 @pytest.mark.parametrize(
-    "kind, policy", [("fused", POLICIES[1]), ("flamingo", POLICIES[1]), ("llava", POLICIES[0])]
+    "kind, policy",
+    [
+        ("flamingo", POLICIES[1]),
+        pytest.param("fused", POLICIES[1], marks=pytest.mark.slow),
+        pytest.param("llava", POLICIES[0], marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_of_baselines_equal_those_of_one_device(kind, policy):
     assert_equal_to_alone(
@@ -231,50 +238,63 @@ def test_state_is_sharded_before_and_after_a_step():
     assert report["good"] and state.step == 2
 
 
-def test_a_step_compiles_once(tmp_path):
-    cfg, compiled, seen = config((1, 2, 2, 2), experts=True), [], []
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A function that gives (directory, names of what XLA compiled, steps that were seen) of a run
+    on one mesh, with experts or without.
+    """
 
-    def listen(event, _, **about):
-        return event.endswith("backend_compile_duration") and compiled.append(about["fun_name"])
+    @functools.cache
+    def trained(experts):
+        workdir, compiled, seen = tmp_path_factory.mktemp("whole"), [], []
 
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    assert (
-        train(
-            cfg,
-            tmp_path,
-            TinyData(cfg),
-            tiny_towers(cfg),
-            on_step=lambda step, model: seen.append(step),
-        )
-        == 4
-    )
-    jax.monitoring.unregister_event_duration_listener(listen)
-    assert compiled.count("jit(step)") == 1 and seen == [1, 2, 3, 4]
+        def listen(event, _, **about):
+            return event.endswith("backend_compile_duration") and compiled.append(about["fun_name"])
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        cfg = config((1, 2, 2, 2), experts, steps=6)
+        trained_on(cfg, workdir, on_step=lambda step, model: seen.append(step))
+        jax.monitoring.unregister_event_duration_listener(listen)
+        return workdir, compiled, seen
+
+    return trained
 
 
-@pytest.mark.parametrize("experts", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_run_goes_on_on_another_mesh(tmp_path, experts):
+def test_a_step_compiles_once(whole_run):
+    _, compiled, seen = whole_run(True)
+    assert compiled.count("jit(step)") == 1 and seen == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "experts, meshes",
+    [
+        (True, [(8, 1, 1, 1), (1, 2, 1, 2)]),
+        *(
+            pytest.param(
+                experts,
+                [(8, 1, 1, 1), (1, 2, 1, 2), (1, 1, 1, 1)],
+                marks=pytest.mark.slow,
+            )
+            for experts in (False, True)
+        ),
+    ],
+)
+def test_a_run_goes_on_on_another_mesh(whole_run, tmp_path, experts, meshes):
     """Bit-equal parameters when nothing is trained in between, and the same losses as an
     uninterrupted run, within rounding.
     """
-    runs = {"whole": [(1, 2, 2, 2)], "moved": [(8, 1, 1, 1), (1, 2, 1, 2), (1, 1, 1, 1)]}
-    for name, meshes in runs.items():
-        for number, mesh in enumerate(meshes):
-            last = 6 if number == len(meshes) - 1 else 2 * (number + 1)
+    for number, mesh in enumerate(meshes):
+        last = 6 if number == len(meshes) - 1 else 2 * (number + 1)
 
-            def stop(step, _, last=last):
-                return step == last and os.kill(os.getpid(), signal.SIGTERM)
+        def stop(step, _, last=last):
+            return step == last and os.kill(os.getpid(), signal.SIGTERM)
 
-            trained_on(
-                config(mesh, experts, POLICIES[number % 2], steps=6), tmp_path / name, on_step=stop
-            )
-    whole, moved = (store.read(tmp_path / name) for name in runs)
+        trained_on(config(mesh, experts, POLICIES[number % 2], steps=6), tmp_path, on_step=stop)
+    runs = whole_run(experts)[0], tmp_path
+    whole, moved = map(store.read, runs)
     lines = [
-        [
-            json.loads(line)["loss"]
-            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        ]
-        for name in runs
+        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in runs
     ]
     np.testing.assert_allclose(*lines, rtol=1e-4)
     assert whole.params.keys() == moved.params.keys()

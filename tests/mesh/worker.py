@@ -58,6 +58,7 @@ if __name__ == "__main__":
     if int(count) > 1:
         distributed.initialize_distributed(f"localhost:{port}", int(count), int(process))
     policy = {"zero": 3, "frozen": "sharded", "images": "rows" if host else "all"}
-    cfg = config(ast.literal_eval(mesh), policy=policy, steps=int(steps))
+    plain = {"remat": "none", "loss_chunk": 0}  # which compiles sooner
+    cfg = config(ast.literal_eval(mesh), policy=policy, steps=int(steps), **plain)
     on_step = tell if host else lambda step, _: print("step", step, flush=True)
     trained_on(cfg, workdir, Damaged if host == [process] else OwnRows, on_step)

@@ -1,16 +1,14 @@
-"""The mesh: on eight devices (tests/mesh/devices.py), on several processes, and what is refused
-before anything is compiled.
+"""The mesh: on several processes, and what is refused before anything is compiled. Eight devices
+of one process are in test_eight_devices.py.
 """
 
 import json
 import math
-import os
 import socket
 import subprocess
 import sys
 import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,42 +21,9 @@ from tests.evals import layouts
 from tests.helpers.checkpoints import run_directory
 from tests.helpers.random_model import random_model
 from tests.helpers.tiny import tiny_config
+from tests.parallel.test_eight_devices import ROOT, devices
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.mesh
-
-
-def devices(count: int) -> dict[str, str]:
-    """Environment of a process that has so many CPU devices."""
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
-    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-
-
-@pytest.mark.parametrize(
-    "part, which",
-    [
-        ("devices", "not slow"),
-        ("answers", "not slow"),
-        pytest.param("devices", "slow", marks=pytest.mark.slow),
-    ],
-)
-def test_on_eight_devices(part, which, capsys):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        which,
-        f"tests/mesh/{part}.py",
-    ]
-    run = subprocess.run(command, env=devices(8), cwd=ROOT, capture_output=True, text=True)
-    with capsys.disabled():
-        print(f"\n{part} on eight devices: {run.stdout.strip().splitlines()[-1]}")
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
 
 
 @pytest.mark.parametrize(

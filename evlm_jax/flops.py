@@ -12,13 +12,14 @@ where nothing else lies below, because that follows from the kernel's gradient. 
 of a frozen tower's images cost 4ND (a program that asks for the norm's gradient the plain way
 executes 6ND). What is not a product (norms, softmax, optimizer) is left out."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple, Self
 
 import numpy as np
 
 from evlm_jax.batch import Batch
-from evlm_jax.config import EVLMConfig
+from evlm_jax.config import EVLMConfig, LLMConfig
 
 FROZEN_VIT, TRAINED_VIT = "vision tower, frozen", "vision tower, trained"
 BRIDGE = "bridge of a baseline"
@@ -55,9 +56,10 @@ class Work(NamedTuple):
     encoded: float  # images that go through the ViT
     visible: float  # (token, image) pairs of cross-attention
     targets: float  # positions that the head sees
+    near: Mapping[int, float] = MappingProxyType({})  # as `attended`, in layers with each window
 
     @classmethod
-    def of(cls, batch: Batch) -> Self:
+    def of(cls, cfg: EVLMConfig, batch: Batch) -> Self:
         """The work of a batch of NumPy arrays, without padding."""
         real, images = real_tokens(batch), seen_images(batch)
         return cls(
@@ -67,6 +69,7 @@ class Work(NamedTuple):
             encoded=0 if batch.pixels is None else images,
             visible=(batch.visible_stop - batch.visible_start).sum(),
             targets=(batch.targets >= 0).sum(),
+            near=near_pairs(cfg.llm, batch.positions[real]),
         )
 
     @classmethod
@@ -76,8 +79,15 @@ class Work(NamedTuple):
         """
         t, images = cfg.data.length, rows // cfg.data.image_group * cfg.data.slots
         encoded = 0 if cfg.data.cache_features else images
+        near = near_pairs(cfg.llm, np.arange(t))
         return cls(
-            rows * t, rows * t * (t + 1) / 2, images, encoded, rows * t, rows * cfg.data.targets
+            rows * t,
+            rows * t * (t + 1) / 2,
+            images,
+            encoded,
+            rows * t,
+            rows * cfg.data.targets,
+            {window: rows * pairs for window, pairs in near.items()},
         )
 
     @classmethod
@@ -115,6 +125,14 @@ class Product(NamedTuple):
 
 
 Stage = tuple[Product, ...]  # products that stand side by side
+
+
+def near_pairs(llm: LLMConfig, positions: np.ndarray) -> dict[int, float]:
+    """{window: (query, key) pairs} of queries at `positions` of their documents, for every window
+    that layers have.
+    """
+    windows = filter(None, llm.layers_of_window)
+    return {window: float(np.minimum(positions + 1, window).sum()) for window in windows}
 
 
 def real_tokens(batch: Batch) -> np.ndarray:
@@ -180,7 +198,7 @@ def needed(cfg: EVLMConfig, trained: Collection[str], work: Work) -> dict[str, C
 
 def train_flops(cfg: EVLMConfig, trained: Collection[str], batch: Batch) -> float:
     """FLOPs needed by forward and backward of a batch of NumPy arrays."""
-    return sum(cost.total for cost in needed(cfg, trained, Work.of(batch)).values())
+    return sum(cost.total for cost in needed(cfg, trained, Work.of(cfg, batch)).values())
 
 
 def lowest_trained_block(cfg: EVLMConfig, trained: Collection[str]) -> int:
@@ -257,7 +275,9 @@ def _text(cfg: EVLMConfig, work: Work) -> Iterator[Stage]:
         name = f"llm/layers/{layer}"
         sizes = {"q": llm.heads, "k": llm.kv_heads, "v": llm.kv_heads}
         yield tuple(one(LLM, f"{name}/attn/{p}", d * n * llm.head_dim) for p, n in sizes.items())
-        yield (one(LLM_SCORES, "", 2 * llm.heads * llm.head_dim, work.attended),)
+        window = llm.layer_windows[layer]
+        pairs = work.near[window] if window and work.attended else work.attended
+        yield (one(LLM_SCORES, "", 2 * llm.heads * llm.head_dim, pairs),)
         yield (one(LLM, f"{name}/attn/o", d * llm.heads * llm.head_dim),)
         yield tuple(one(LLM, f"{name}/mlp/{p}", d * llm.mlp) for p in ("gate", "up"))
         yield (one(LLM, f"{name}/mlp/down", d * llm.mlp),)

@@ -235,10 +235,11 @@ def test_work_of_a_batch_leaves_padding_out():
     """Counted token by token: what it attends to is what `visible_until` lets it see of its own
     branch.
     """
-    cfg = tiny_config()
+    cfg = tiny_config(llm={"window": (0, 5)})
     batch = tiny_batch(cfg, seed=0, fill=0.6)
     q, k = np.arange(cfg.data.length)[:, None], np.arange(cfg.data.length)
     sees = (k <= q) & (q < batch.visible_until[:, None, :])
+    near = batch.positions[:, :, None] - batch.positions[:, None, :] < 5
     real = flops.real_tokens(batch)
     visible = [range(a, b) for a, b in zip(batch.visible_start.ravel(), batch.visible_stop.ravel())]
     slots = {
@@ -254,9 +255,10 @@ def test_work_of_a_batch_leaves_padding_out():
         len(slots),
         sum(map(len, visible)),
         (batch.targets >= 0).sum(),
+        {5: (sees & near)[real].sum()},
     )
-    assert flops.Work.of(batch) == want
-    assert flops.Work.of(batch._replace(pixels=None)) == want._replace(encoded=0)
+    assert flops.Work.of(cfg, batch) == want
+    assert flops.Work.of(cfg, batch._replace(pixels=None)) == want._replace(encoded=0)
 
 
 def bridge_program(cfg: EVLMConfig, p: dict, tap: list[jax.Array]) -> jax.Array:

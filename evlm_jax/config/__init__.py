@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 
 import ml_collections
 
-from evlm_jax.config import compat
+from evlm_jax.config import compat, relations
 from evlm_jax.config.data import CleanConfig, DataConfig
 from evlm_jax.config.model import (
     BridgeConfig,
@@ -30,6 +30,12 @@ from evlm_jax.config.model import (
     MoEConfig,
     ViTConfig,
     XAttnConfig,
+)
+from evlm_jax.config.model import (
+    RopeScaling as RopeScaling,
+)
+from evlm_jax.config.model import (
+    Scales as Scales,
 )
 from evlm_jax.config.ranges import (
     Count,
@@ -239,125 +245,15 @@ class EVLMConfig:
         return "" if self.cross_layers else "xattn.every = 0, no cross-attention"
 
 
-Relation = tuple[bool, str, str]  # whether it holds, the field, the mend
-
-
 def check(cfg: EVLMConfig) -> None:
     """Relations between fields. Raises ValueError naming the field and the mend."""
-    for holds, name, mend in (*_vision(cfg), *_language(cfg), *_training(cfg)):
+    for holds, name, mend in (
+        *relations.vision(cfg),
+        *relations.language(cfg),
+        *relations.training(cfg),
+    ):
         if not holds:
             raise ValueError(f"config: {name} {mend}")
-
-
-def _vision(cfg: EVLMConfig) -> list[Relation]:
-    vit = cfg.vit
-    return [
-        (
-            vit.image_size % vit.patch == 0,
-            "vit.image_size",
-            f"must be a multiple of vit.patch = {vit.patch}",
-        ),
-        (
-            vit.pretrained_size % vit.patch == 0,
-            "vit.pretrained_size",
-            f"must be a multiple of vit.patch = {vit.patch}",
-        ),
-        (vit.width % vit.heads == 0, "vit.heads", f"must divide vit.width = {vit.width}"),
-        (len(vit.taps) > 0, "vit.taps", "needs at least one block number"),
-        (list(vit.taps) == sorted(set(vit.taps)), "vit.taps", "must ascend without repeats"),
-        (
-            all(t <= vit.depth for t in vit.taps),
-            "vit.taps",
-            f"must lie in 1..vit.depth = {vit.depth} (1-based)",
-        ),
-        (
-            all(t <= vit.depth for t in vit.cuts),
-            "vit.cuts",
-            f"must lie in 1..vit.depth = {vit.depth}",
-        ),
-    ]
-
-
-def _language(cfg: EVLMConfig) -> list[Relation]:
-    """Relations of the language model, and of what connects it to the ViT."""
-    llm, xattn, moe = cfg.llm, cfg.xattn, cfg.moe
-    patches, kind = cfg.vit.grid**2, cfg.bridge.kind
-    return [
-        (llm.heads % llm.kv_heads == 0, "llm.kv_heads", f"must divide llm.heads = {llm.heads}"),
-        (llm.head_dim % 2 == 0, "llm.head_dim", "must be even: rotary positions turn pairs"),
-        (
-            xattn.heads % xattn.kv_heads == 0,
-            "xattn.kv_heads",
-            f"must divide xattn.heads = {xattn.heads}",
-        ),
-        (
-            llm.logn != 1,
-            "llm.logn",
-            "must be the trained context in tokens, at least 2, or 0 for never",
-        ),
-        (
-            xattn.every <= llm.layers,
-            "xattn.every",
-            f"must lie in 1..llm.layers = {llm.layers}, or be 0 for no cross-attention",
-        ),
-        (
-            xattn.every == 0 or kind != "llava",
-            "xattn.every",
-            "must be 0 where bridge.kind is llava, whose images stand in the text",
-        ),
-        (
-            xattn.every > 0 or kind in ("routed", "llava"),
-            "xattn.every",
-            f"must be positive: bridge.kind {kind} feeds cross-attention",
-        ),
-        (
-            xattn.every > 0 or not moe.copies,
-            "moe.copies",
-            "must be 0 where xattn.every is 0: experts stand in cross-attention",
-        ),
-        (xattn.ffn % moe.slices == 0, "moe.slices", f"must divide xattn.ffn = {xattn.ffn}"),
-        (
-            not moe.copies or 1 <= moe.top_k <= moe.experts,
-            "moe.top_k",
-            f"must lie in 1..moe.copies * moe.slices = {moe.experts}",
-        ),
-        (
-            kind != "llava" or cfg.media.tokens == patches,
-            "media.tokens",
-            f"must be {patches}, one a patch, where bridge.kind is llava",
-        ),
-    ]
-
-
-def _training(cfg: EVLMConfig) -> list[Relation]:
-    data, train = cfg.data, cfg.train
-    return [
-        (
-            train.batch % train.accumulate == 0,
-            "train.accumulate",
-            f"must divide train.batch = {train.batch}",
-        ),
-        (
-            train.batch % (train.accumulate * data.image_group) == 0,
-            "data.image_group",
-            "must divide the rows of train.batch / train.accumulate",
-        ),
-        (
-            not train.monitors or train.monitor_every >= 1,
-            "train.monitor_every",
-            "must be positive where train.monitors has tasks",
-        ),
-        (
-            all(phase.step is None or phase.start == 0 for phase in cfg.optim.phases),
-            "optim.phases",
-            "have a start or a step, not both",
-        ),
-        (
-            cfg.optim.phases and not (cfg.optim.phases[0].start or cfg.optim.phases[0].step),
-            "optim.phases",
-            "the first must start at 0",
-        ),
-    ]
 
 
 def from_config_dict(config: ml_collections.ConfigDict) -> EVLMConfig:

@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from evlm_jax.config.ranges import Count, NonNegative, Positive, PositiveFloat, Share
+from evlm_jax.config.ranges import (
+    Count,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    PositiveShare,
+    Share,
+)
 
 
 @dataclass(frozen=True)
@@ -57,9 +64,42 @@ class ViTConfig:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies change so that a model reads more than it was trained on first
+    (models/rotary.py).
+
+    Frequencies that turn more than `fast` times in `original` tokens stay, those below `slow` are
+    divided by `factor`; "linear" divides all.
+    """
+
+    kind: Literal["linear", "yarn", "llama3"]
+    factor: PositiveFloat
+    original: Count = 0  # tokens; this and the next two are not of "linear"
+    slow: PositiveFloat = 1.0
+    fast: PositiveFloat = 32.0
+    attention: PositiveFloat = 1.0  # on cos and sin
+    truncate: bool = True  # yarn: what stays begins and ends at whole numbers of frequencies
+    layers: Literal["all", "full"] = "all"  # "full": those without a window alone
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Factors beside the weights. 1, and 0 where 0 is named, are of no effect."""
+
+    embedding: PositiveFloat = 1.0  # of words; not of media tokens
+    residual: PositiveFloat = 1.0  # of what attention and MLP add
+    query: NonNegative = 0.0  # of products of queries and keys; 0: head_dim ** -0.5
+    logits: PositiveFloat = 1.0  # logits are divided by it
+    score_cap: NonNegative = 0.0  # scores become cap * tanh(score / cap); 0: they stay
+    logit_cap: NonNegative = 0.0  # logits likewise
+
+
+@dataclass(frozen=True)
 class LLMConfig:
-    """A pre-norm decoder with RMSNorm, rotary positions and a gated SiLU MLP, by choices, not by
-    family: Llama, SmolLM2, Mistral without a window, Qwen 1.0, Qwen2, Qwen3.
+    """A decoder with RMSNorm, rotary positions and a gated MLP, by choices, not by family.
+
+    What has a default is Llama's. Where a field has a value a layer, they are taken in turn: layer
+    l has number l modulo their count.
     """
 
     vocab: Positive  # rows of the embedding
@@ -79,6 +119,46 @@ class LLMConfig:
     logn: Count  # tokens beyond which queries are scaled up in generation; 0: never
     # an RMSNorm over the queries and keys of each head (Qwen3), or over those of all heads (OLMo 2)
     qk_norm: Literal["none", "head", "all"] = "none"
+    # "pre": x + f(norm(x)); "post": x + norm(f(x)) (OLMo 2); "both": x + norm(f(norm(x))). "+1":
+    # scales are 1 + the stored ones (Gemma)
+    norms: Literal["pre", "post", "both", "pre+1", "both+1"] = "pre"
+    window: tuple[Count, ...] = (
+        0,
+    )  # a layer's last tokens that it sees, its own with them; 0: all
+    rope: tuple[NonNegative, ...] = ()  # a layer's rotary base, 0: no rotation; (): rope_theta
+    rope_scaling: RopeScaling | None = None
+    rotary_share: PositiveShare = 1.0  # of a head's dimensions, from the first on, that turn
+    scales: Scales = Scales()
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"  # of the MLP's gate
+
+    @property
+    def layer_windows(self) -> tuple[int, ...]:
+        """Of each layer; 0 sees all."""
+        return tuple(self.window[i % len(self.window)] for i in range(self.layers))
+
+    @property
+    def layers_of_window(self) -> dict[int, tuple[int, ...]]:
+        """Numbers of the layers with each window, in the order of their first layers."""
+        windows = self.layer_windows
+        return {
+            window: tuple(i for i, own in enumerate(windows) if own == window) for window in windows
+        }
+
+    @property
+    def layer_ropes(self) -> tuple[tuple[float, bool], ...]:
+        """(base, whether its frequencies are scaled) of each layer."""
+        bases = self.rope or (self.rope_theta,)
+        every = self.rope_scaling is not None and self.rope_scaling.layers == "all"
+        return tuple(
+            (base, base > 0 and (every or (self.rope_scaling is not None and not window)))
+            for i, window in enumerate(self.layer_windows)
+            for base in [bases[i % len(bases)]]
+        )
+
+    @property
+    def rotary_width(self) -> int:
+        """Dimensions of a head that turn."""
+        return int(self.head_dim * self.rotary_share)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from evlm_jax.convert.engine import recognise
 from evlm_jax.convert.readers import open_source
 from evlm_jax.convert.stock import CLASSES
 from evlm_jax.data.tokenizer import Tokenizer, load_tokenizer, source_of_run
-from evlm_jax.models.attention import attention, text_mask
+from evlm_jax.models.attention import attention, text_mask, within_window
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.models.layers import rope_tables
+from evlm_jax.models.rotary import layer_rope, rope_tables
 from evlm_jax.models.vit import stack_bounds
 from evlm_jax.ops.attention_plan import attention_plan, block_pair_count
 from evlm_jax.ops.grouped_attention import AttentionPlan, grouped_attention
@@ -93,14 +93,14 @@ def look(where: str, folder_code: bool = False) -> Side:
         )
     source = open_source(Path(where))
     family, prefix = recognise(source)
-    if family.name not in ("evlm", "llama"):
+    if family.name != "evlm" and source.metadata.get("model_type") not in CLASSES:
         raise ValueError(
             f"{where} holds {family.name}: compared are EVLM and language models that transformers"
             " has"
         )
     found = describe_source(source, family.name, prefix)
     run = partial(run_huggingface, "" if folder_code else source.metadata["model_type"])
-    if family.name == "llama":
+    if family.tower == "llm":
         return Side(where, run, {"llm": found}, load_tokenizer(where))
     found["media"]["image_token_id"] = source.metadata["image_token_id"]
     return Side(where, run, found, load_tokenizer(where))
@@ -144,9 +144,12 @@ def _vision(block, x):
     return block(x)
 
 
-@jax.jit
-def _decoder(block, x, rope, mask):
-    return block(x, rope, lambda q, k, v: (attention(q, k, v, mask), None))[0]
+@partial(jax.jit, static_argnums=0)
+def _decoder(scales, block, x, rope, mask):
+    def attend(q, k, v):
+        return attention(q, k, v, mask, scales.query, scales.score_cap), None
+
+    return block(x, rope, attend)[0]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -171,10 +174,7 @@ def _loop(model: EVLM, batch: Batch) -> Iterator[tuple[str, jax.Array]]:
             taps.append(x.reshape(*batch.pixels.shape[:2], *x.shape[1:]))
             yield f"vit/tap {stop}", taps[-1]
 
-    mask, rope = (
-        text_mask(batch.visible_until),
-        rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta),
-    )
+    mask, ropes = text_mask(batch.visible_until), rope_tables(cfg.llm, batch.positions)
     grouping = AttentionPlan(
         batch.block_tokens, batch.token_place, batch.pair_block, batch.pair_image
     )
@@ -191,7 +191,8 @@ def _loop(model: EVLM, batch: Batch) -> Iterator[tuple[str, jax.Array]]:
                 grouping,
             )
             yield f"xattn/{i}", x
-        x = _decoder(layer(model.llm.layers, i), x, rope, mask)
+        rope, seen = layer_rope(cfg.llm, ropes, i), within_window(cfg.llm, mask, batch.positions, i)
+        x = _decoder(cfg.llm.scales, layer(model.llm.layers, i), x, rope, seen)
         yield f"llm/layers/{i}", x
     yield "llm/ln_f", model.llm.ln_f(x)
 

@@ -4,7 +4,12 @@ name."""
 from pathlib import Path
 from typing import Any
 
-from evlm_jax.convert.families import INERT, KINDS, NEEDED, OFF, ROTARY, UNUSED, WHOLE, Kind
+from evlm_jax.convert.config_rope import FIELDS as ROTARY
+from evlm_jax.convert.config_rope import rotary
+from evlm_jax.convert.families import GGUF, INERT, KINDS, NEEDED, OFF, WHOLE, Kind
+
+LISTS = {"layer_types": str, "no_rope_layers": int}  # one value a layer, or null
+SOFT = ("attn_logit_softcapping", "final_logit_softcapping")  # numbers, or null
 
 
 def kind_of(path: Path, config: dict) -> Kind | None:
@@ -42,23 +47,23 @@ def kind_of(path: Path, config: dict) -> Kind | None:
 
 
 def _kind_of_gguf(path: Path, metadata: dict) -> Kind:
-    """llama.cpp's architecture "llama", which Llama, SmolLM2 and Mistral have.
+    """llama.cpp's architectures; "llama" is that of Llama, SmolLM2 and Mistral.
 
     Raises ValueError for another, a part or an adapter.
     """
-    said = {"general.architecture": "llama", "general.type": "model", "split.count": 1}
+    said = {"general.architecture": tuple(GGUF), "general.type": ("model",), "split.count": (0, 1)}
     if wrong := [
-        f"{key} {metadata[key]!r}, read is {ours!r}"
+        f"{key} {metadata[key]!r}, read is {', '.join(map(str, ours))}"
         for key, ours in said.items()
-        if metadata.get(key, ours) not in (ours, 0)
+        if metadata.get(key, ours[0]) not in ours
     ]:
         raise ValueError(f"{path}: the GGUF file has {', '.join(wrong)}")
-    return Kind("llama-gguf", "llm", {})
+    return Kind(GGUF[metadata["general.architecture"]], "llm", {})
 
 
 def fields_of(path: Path, config: dict) -> dict[str, Any]:
-    """The fields of `kind.read`, `rope_theta` too where the kind is rotary, with defaults filled
-    in.
+    """The fields of `kind.read`, and where the kind is rotary those of config_rope.rotary, with
+    defaults filled in.
 
     Raises:
       ValueError: naming every field that is not understood, or has a value that EVLM's towers
@@ -72,21 +77,15 @@ def fields_of(path: Path, config: dict) -> dict[str, Any]:
                 f"{path}: {where} says model_type {config['model_type']!r}, which is not {name}"
             )
     kind = KINDS[name]
-    silent = INERT | UNUSED.get(name, set()) | (set(ROTARY) if kind.rotary else set())
+    silent = INERT | kind.silent | set(ROTARY if kind.rotary else ())
+    silent |= {"rope_local_base_freq"} if kind.rotary and kind.rotary.near else set()
     if kind.tower == "vit":
         silent |= {"is_causal", "tie_word_embeddings"}
     off = {
         field: values for field, values in OFF.items() if field in config and field not in silent
     }
     found = settled(path, where, config, kind.read, kind.fixed | off, silent)
-    if kind.rotary:
-        found["rope_theta"] = _theta(path, config)
-    if set(found.get("layer_types") or ()) - {"full_attention", "attention"}:
-        raise ValueError(
-            f"{path}: {where} asks for layer_types {found['layer_types']}, which EVLM's decoder"
-            " does not have"
-        )
-    return found
+    return found | (rotary(path, config, kind.rotary) if kind.rotary else {})
 
 
 def settled(
@@ -147,11 +146,13 @@ def _alike(name: str, value: Any, default: Any) -> bool:
     """Whether a value is of the type of its field: names, flags, whole numbers and others;
     positive.
     """
-    if name == "layer_types":
+    if name in LISTS:
         return value is None or (
-            isinstance(value, list) and all(isinstance(one, str) for one in value)
+            isinstance(value, list) and all(type(one) is LISTS[name] for one in value)
         )
-    if default is None or name == "num_key_value_heads":
+    if name in SOFT:
+        return value is None or (type(value) in (int, float) and value > 0)
+    if default is None or name in ("num_key_value_heads", "sliding_window"):
         return value is None or (type(value) is int and value > 0)
     if default is NEEDED:
         return isinstance(value, (bool, int, float)) and (isinstance(value, bool) or value > 0)
@@ -164,52 +165,3 @@ def _vision_config(config: dict) -> dict:
     a whole.
     """
     return config.get("vision_config_dict") or config.get("vision_config") or {}
-
-
-def _theta(path: Path, config: dict) -> float:
-    """The rotary base. Raises ValueError for scaled or partial positions, and for two bases that
-    differ.
-    """
-    said = {"rope_theta": set(), "partial_rotary_factor": set(), "rope_type": set(), "type": set()}
-    parts = [{key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}]
-    parts += [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)]
-    if not all(isinstance(part, dict) for part in parts):
-        raise ValueError(
-            f"{path}: config.json has a rope_scaling or rope_parameters that is no object:"
-            f" {parts[1:]}"
-        )
-
-    def scaled(key, value):
-        return f"{key} {value!r}"
-
-    wrong = [
-        scaled(key, value)
-        for part in parts
-        for key, value in part.items()
-        if value is not None and key not in said
-    ]
-    for part in parts:
-        for key in said.keys() & part.keys():
-            said[key] |= (
-                {part[key]} if not isinstance(part[key], (list, dict)) else {repr(part[key])}
-            )
-    wrong += [
-        scaled(key, value)
-        for key in ("rope_type", "type")
-        for value in said[key]
-        if value not in (None, "default")
-    ]
-    wrong += [
-        scaled("partial_rotary_factor", value)
-        for value in said["partial_rotary_factor"]
-        if value not in (None, 1)
-    ]
-    bases = {value for value in said["rope_theta"] if value is not None} or {10000.0}
-    if len(bases) > 1 or not all(isinstance(base, (int, float)) and base > 0 for base in bases):
-        wrong.append(f"rope_theta {' and '.join(map(str, sorted(bases, key=str)))}")
-    if wrong:
-        raise ValueError(
-            f"{path}: config.json asks for rotary positions with {', '.join(wrong)}, which EVLM's"
-            " decoder does not have"
-        )
-    return float(bases.pop())

@@ -7,11 +7,8 @@ from evlm_jax.checkpoint.lazy_tensors import read_json
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.gguf_file import read_gguf
 
-FIELDS = (
-    "max_position_embeddings",
-    "seq_length",
-    "sliding_window",
-)  # of config.json; Qwen 1.0's base is trained to seq_length alone
+# of config.json; Qwen 1.0's base is trained to seq_length alone
+FIELDS = ("max_position_embeddings", "seq_length")
 
 
 def trained_positions(where: str | Path) -> tuple[int, str] | None:
@@ -21,15 +18,10 @@ def trained_positions(where: str | Path) -> tuple[int, str] | None:
     path = assets.locate(where)
     if path.suffix == ".gguf":
         facts = read_gguf(path).metadata
-        fields = [
-            f"{facts.get('general.architecture')}.{name}"
-            for name in ("context_length", "attention.sliding_window")
-        ]
+        fields = [f"{facts.get('general.architecture')}.context_length"]
     else:
         file = path / "config.json" if path.is_dir() else path.with_name("config.json")
         facts, fields = read_json(file) if file.is_file() else {}, FIELDS
-        if facts.get("use_sliding_window") is False:
-            fields = FIELDS[:-1]
     found = [
         (facts[name], name)
         for name in fields

@@ -12,6 +12,7 @@ from evlm_jax.checkpoint.lazy_tensors import Source, read_json
 from evlm_jax.config import LLMConfig, MediaConfig, MoEConfig, ViTConfig, XAttnConfig
 from evlm_jax.config.schema import build
 from evlm_jax.convert.config_json import fields_of, settled
+from evlm_jax.convert.describe_decoder import describe_decoder
 from evlm_jax.convert.describe_gguf import describe_gguf
 from evlm_jax.convert.families import EVA, EVA_INERT, EVA_READ
 
@@ -39,18 +40,15 @@ def describe_source(source: Source, family: str, prefix: str) -> dict:
       ValueError: config.json is missing where it is needed, or describes something EVLM's towers do
         not cover.
     """
-    describe = {
+    facts = {
         "dinov2": _dinov2,
         "clip": _encoder,
         "siglip": _encoder,
         "eva02": _eva,
-        "llama": _llama,
         "llama-gguf": _gguf,
-        "qwen": _qwen,
         "evlm": _evlm,
     }
-    found = describe[family.removesuffix("-transformers5")](source, prefix)
-    return dataclasses.asdict(build(LLMConfig, found, "llm")) if "rope_theta" in found else found
+    return facts.get(family.removesuffix("-transformers5"), _language)(source, prefix)
 
 
 # ------------------------------------------------------------------------------------------- vision
@@ -293,50 +291,15 @@ def _eva(source: Source, prefix: str) -> dict:
 # ---------------------------------------------------------------------------------- language models
 
 
-def _llama(source: Source, prefix: str) -> dict:
-    """Llama, SmolLM2, Mistral without a window, Qwen2, Qwen3."""
-    config, kind = _fields(source), source.metadata["model_type"]
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    return {
-        "vocab": config["vocab_size"],
-        "hidden": hidden,
-        "layers": config["num_hidden_layers"],
-        "heads": heads,
-        "kv_heads": config["num_key_value_heads"] or heads,
-        "head_dim": config["head_dim"] or hidden // heads,
-        "mlp": config["intermediate_size"],
-        "rope_theta": config["rope_theta"],
-        "eps": float(config["rms_norm_eps"]),
-        "qkv_bias": kind == "qwen2",
-        "qk_norm": "head" if kind == "qwen3" else "none",
-        "tied": config["tie_word_embeddings"],
-        "dynamic_ntk": 0,
-        "logn": 0,
-    }
+def _language(source: Source, prefix: str) -> dict:
+    _fields(source)
+    return describe_decoder(source.path, source.metadata)
 
 
 def _gguf(source: Source, prefix: str) -> dict:
-    return describe_gguf(source, _shapes(source, prefix))
-
-
-def _qwen(source: Source, prefix: str) -> dict:
-    """Qwen 1.0's `intermediate_size` counts both halves of the gated MLP."""
-    config = _fields(source)
-    return {
-        "vocab": config["vocab_size"],
-        "hidden": config["hidden_size"],
-        "layers": config["num_hidden_layers"],
-        "heads": config["num_attention_heads"],
-        "kv_heads": config["num_attention_heads"],
-        "head_dim": config["kv_channels"],
-        "mlp": config["intermediate_size"] // 2,
-        "rope_theta": float(config["rotary_emb_base"]),
-        "eps": config["layer_norm_epsilon"],
-        "qkv_bias": True,
-        "tied": config["tie_word_embeddings"],
-        "dynamic_ntk": config["seq_length"] if config["use_dynamic_ntk"] else 0,
-        "logn": config["seq_length"] if config["use_logn_attn"] else 0,
-    }
+    return dataclasses.asdict(
+        build(LLMConfig, describe_gguf(source, _shapes(source, prefix)), "llm")
+    )
 
 
 def _evlm(source: Source, prefix: str) -> dict:

@@ -1,4 +1,4 @@
-"""What a GGUF file of llama.cpp's architecture "llama" says about it, in the words of LLMConfig."""
+"""What a GGUF file of llama.cpp says about its language model, in the words of LLMConfig."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from evlm_jax.checkpoint.lazy_tensors import Source
+from evlm_jax.convert.describe_decoder import cycle
 
-READ: dict[str, Any] = {  # key behind "llama.": llama.cpp's default, where it has one
+READ: dict[str, Any] = {  # key behind "llama." or so: llama.cpp's default, where it has one
     "embedding_length": None,
     "block_count": None,
     "feed_forward_length": None,
@@ -32,6 +33,12 @@ FIXED = {  # values with which llama.cpp computes what EVLM's decoder does
     "tensor_data_layout": {"Meta AI original pth"},
     "use_parallel_residual": {False},
 }
+GEMMA3: dict[str, Any] = {  # read besides
+    "attention.sliding_window": None,
+    "rope.freq_base": 1000000.0,
+    "rope.scaling.factor": 0,
+    "final_logit_softcapping": 0.0,
+}
 INERT = {"context_length", "rope.scaling.original_context_length", "rope.scaling.finetuned"}
 
 
@@ -45,13 +52,14 @@ def describe_gguf(source: Source, shape: Callable[[str, int], tuple[int, ...]]) 
     Raises:
       ValueError: keys that are missing, not understood, or say what EVLM's decoder does not have.
     """
-    values = _values(source)
+    arch = source.metadata["general.architecture"]
+    values = _values(source, arch)
     heads, hidden = values["attention.head_count"], values["embedding_length"]
     vocab = shape("token_embd.weight", 2)[0]
     head_dim = values["attention.key_length"] or hidden // max(heads, 1)
     own = {"attention.value_length": head_dim, "rope.dimension_count": head_dim}
     if wrong := [
-        f"llama.{key} is {values[key]}, not {ours}"
+        f"{arch}.{key} is {values[key]}, not {ours}"
         for key, ours in (own | {"vocab_size": vocab}).items()
         if values[key] not in (0, ours)
     ]:
@@ -67,38 +75,79 @@ def describe_gguf(source: Source, shape: Callable[[str, int], tuple[int, ...]]) 
         "mlp": values["feed_forward_length"],
         "rope_theta": float(values["rope.freq_base"]),
         "eps": float(str(eps)),
-        "qkv_bias": False,
+        "qkv_bias": arch == "qwen2",
+        "qk_norm": "head" if arch in ("qwen3", "gemma3") else "none",
         "tied": "output.weight" not in source.tensors,
         "dynamic_ntk": 0,
         "logn": 0,
+        "rope_scaling": _scaling(source),
+    } | (_gemma3(values, head_dim) if arch == "gemma3" else {})
+
+
+def _gemma3(values: dict[str, int | float], head_dim: int) -> dict[str, Any]:
+    """What llama.cpp knows of Gemma 3 by its name: every sixth layer sees all, the others turn by a
+    base of 10,000; the largest model scales scores by another width.
+    """
+    hidden, layers = values["embedding_length"], values["block_count"]
+    windows = [0 if (i + 1) % 6 == 0 else values["attention.sliding_window"] for i in range(layers)]
+    factor = values["rope.scaling.factor"]
+    scaling = {"kind": "linear", "factor": float(factor), "layers": "full"}
+    width = hidden // values["attention.head_count"] if layers == 62 else head_dim
+    return {
+        "norms": "both+1",
+        "activation": "gelu_tanh",
+        "window": cycle(windows),
+        "rope": cycle([1e4 if window else values["rope.freq_base"] for window in windows]),
+        "rope_scaling": scaling if factor not in (0, 1) else None,
+        "scales": {
+            "embedding": hidden**0.5,
+            "query": width**-0.5,
+            "logit_cap": values["final_logit_softcapping"],
+        },
     }
 
 
-def _values(source: Source) -> dict[str, int | float]:
+def _scaling(source: Source) -> dict[str, Any] | None:
+    """RopeScaling of Llama 3.1 to 3.3; the file has nothing of it but the factors of all
+    frequencies.
+
+    Whether they are those is looked at where the tensor is dropped (inert.py).
+    """
+    if "rope_freqs.weight" not in source.tensors:
+        return None
+    factor = float(source.tensors["rope_freqs.weight"].read().max())
+    if factor == 1:
+        return None
+    return {"kind": "llama3", "factor": factor, "original": 8192, "slow": 1.0, "fast": 4.0}
+
+
+def _values(source: Source, arch: str) -> dict[str, int | float]:
     """Values of the keys in READ; one that is given for every layer, and is the same in all, as
     one.
     """
+    read = READ | (GEMMA3 if arch == "gemma3" else {})
+    fixed = {key: allowed for key, allowed in FIXED.items() if key not in read}
     config = {
-        key.removeprefix("llama."): value
+        key.removeprefix(f"{arch}."): value
         for key, value in source.metadata.items()
-        if key.startswith("llama.")
+        if key.startswith(f"{arch}.")
     }
-    lacks = [key for key, default in READ.items() if default is None and key not in config]
+    lacks = [key for key, default in read.items() if default is None and key not in config]
     if lacks:
         raise ValueError(
-            f"{source.path}: the GGUF file lacks {', '.join(f'llama.{key}' for key in lacks)};"
+            f"{source.path}: the GGUF file lacks {', '.join(f'{arch}.{key}' for key in lacks)};"
             " convert the model again"
         )
-    values = {key: _uniform(config.get(key, default)) for key, default in READ.items()}
+    values = {key: _uniform(config.get(key, default)) for key, default in read.items()}
     wrong = [
         key
-        for key, allowed in FIXED.items()
+        for key, allowed in fixed.items()
         if key in config and not (np.isscalar(config[key]) and config[key] in allowed)
     ]
-    wrong += [key for key in config if key not in READ.keys() | FIXED.keys() | INERT]
+    wrong += [key for key in config if key not in read.keys() | fixed.keys() | INERT]
     wrong += [key for key, value in values.items() if type(value) not in (int, float) or value < 0]
     if wrong:
-        said = ", ".join(f"llama.{key} {config[key]!r}" for key in sorted(wrong))
+        said = ", ".join(f"{arch}.{key} {config[key]!r}" for key in sorted(wrong))
         raise ValueError(
             f"{source.path}: the GGUF file asks for {said}, which is not understood or not EVLM's"
         )

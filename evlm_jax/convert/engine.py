@@ -4,6 +4,7 @@ Two steps: `conversion_plan` (and `foreign_plan`, its inverse) decides from name
 alone what becomes what and refuses everything that does not fit, with every name. Only then are
 tensors read, one at a time, when the `Tensor` that needs them is."""
 
+import dataclasses
 import functools
 import logging
 import re
@@ -125,8 +126,9 @@ def check_fields(cfg: EVLMConfig, source: Source, stored: dict, tower: str) -> N
     """Raises ValueError listing every field of the config that the checkpoint contradicts."""
     sections = stored if tower == "evlm" else {tower: stored}
     fields = [
-        (f"{name}.{key}", getattr(getattr(cfg, name), key), value)
+        (f"{name}.{key}", have[key], value)
         for name, said in sections.items()
+        for have in [dataclasses.asdict(getattr(cfg, name))]
         for key, value in said.items()
     ]
     if wrong := [
@@ -141,9 +143,11 @@ def check_fields(cfg: EVLMConfig, source: Source, stored: dict, tower: str) -> N
 
 def sizes(cfg: EVLMConfig, tower: str) -> dict[str, int]:
     """Axis lengths of the tables' patterns that cannot be derived from shapes."""
-    return {"two": 2} | (
-        {"heads": cfg.llm.heads, "kv_heads": cfg.llm.kv_heads} if tower == "llm" else {}
-    )
+    if tower != "llm":
+        return {"two": 2}
+    llm, keys = cfg.llm, cfg.llm.kv_heads * cfg.llm.head_dim
+    widths = {"q": llm.heads * llm.head_dim, "k": keys, "v": keys}
+    return {"two": 2, "heads": llm.heads, "kv_heads": llm.kv_heads} | widths
 
 
 def _resized(cfg: EVLMConfig, table: Tensor) -> Tensor:
@@ -186,6 +190,7 @@ def recognise(source: Source) -> tuple[Family, str]:
             " float16 or float32"
         )
     found = next(filter(None, (_fitting(source, wrapper) for wrapper in _wrappers(source))), [])
+    found = [one for one in found if kind and _is(one[0], kind.family)] or found
     if len(found) != 1:
         names = ", ".join(
             f"{family.name} (as {prefix!r})" for family, prefix in found
@@ -203,12 +208,17 @@ def recognise(source: Source) -> tuple[Family, str]:
             f" {first}{hint}"
         )
     family, prefix = found[0]
-    if kind and kind.family != family.name.removesuffix("-transformers5"):
+    if kind and not _is(family, kind.family):
         raise ValueError(
             f"{source.path} says that it holds {kind.family}, the names of its tensors are"
             f" {family.name}'s"
         )
     return family, prefix
+
+
+def _is(family: Family, name: str) -> bool:
+    """Whether a family has a name of families.py; names that changed in transformers 5 apart."""
+    return family.name.removesuffix("-transformers5") == name
 
 
 def _fitting(source: Source, wrapper: str) -> list[tuple[Family, str]]:
@@ -289,16 +299,15 @@ def to_canonical(
     """
 
     @functools.lru_cache(maxsize=1)  # the parts of a fused tensor are read one after another
-    def parts(number: int) -> np.ndarray:
-        return _rearrange(steps[number], source.tensors[steps[number].foreign].read(), lengths)
+    def parts(number: int) -> list[np.ndarray]:
+        return _parts(steps[number], source.tensors[steps[number].foreign].read(), lengths)
 
     tensors = {}
     for number, step in enumerate(steps):
         foreign = source.tensors[step.foreign]
         try:
-            shape = _rearrange(
-                step, np.broadcast_to(np.zeros((), foreign.dtype), foreign.shape), lengths
-            ).shape
+            none = np.broadcast_to(np.zeros((), foreign.dtype), foreign.shape)
+            shapes = [part.shape for part in _parts(step, none, lengths)]
         except einops.EinopsError as error:
             raise ValueError(
                 f"{source.path}: {step.foreign} has shape {foreign.shape}, which does not fit"
@@ -307,13 +316,13 @@ def to_canonical(
         if len(step.names) == 1:
 
             def read(step=step, foreign=foreign):
-                return _rearrange(step, foreign.read(), lengths)
+                return _parts(step, foreign.read(), lengths)[0]
 
-            tensors[step.names[0]] = Tensor(shape, foreign.dtype, read)
+            tensors[step.names[0]] = Tensor(shapes[0], foreign.dtype, read)
             continue
-        for i, name in enumerate(step.names):
+        for i, (name, shape) in enumerate(zip(step.names, shapes, strict=True)):
             tensors[name] = Tensor(
-                shape[1:], foreign.dtype, lambda number=number, i=i: parts(number)[i]
+                shape, foreign.dtype, lambda number=number, i=i: parts(number)[i]
             )
     return tensors
 
@@ -344,10 +353,13 @@ def to_foreign(family: Family, tensors: Tensors, lengths: dict[str, int]) -> dic
 
     def made(step: ConversionStep, arrays: list[np.ndarray]) -> np.ndarray:
         if not step.row.pattern:
-            return arrays[0]
+            return arrays[0] + arrays[0].dtype.type(step.row.less) if step.row.less else arrays[0]
         foreign, canonical = step.row.pattern.split(" -> ")
+        back = f"{canonical} -> {foreign}"
+        if step.row.sizes:
+            return np.concatenate([einops.rearrange(array, back) for array in arrays])
         fused = arrays[0] if len(arrays) == 1 else np.stack(arrays)
-        return einops.rearrange(fused, f"{canonical} -> {foreign}", **_lengths(step, lengths))
+        return einops.rearrange(fused, back, **_lengths(step, lengths))
 
     out = {}
     for step in foreign_plan(family, tensors):
@@ -363,13 +375,18 @@ def to_foreign(family: Family, tensors: Tensors, lengths: dict[str, int]) -> dic
     return out
 
 
-def _rearrange(step: ConversionStep, array: np.ndarray, lengths: dict[str, int]) -> np.ndarray:
-    """A foreign array in our layout; with a leading axis over the names of a fused one."""
-    return (
-        einops.rearrange(array, step.row.pattern, **_lengths(step, lengths))
-        if step.row.pattern
-        else array
-    )
+def _parts(step: ConversionStep, array: np.ndarray, lengths: dict[str, int]) -> list[np.ndarray]:
+    """What a foreign array holds, in our layouts."""
+    if step.row.sizes:
+        ends = np.cumsum([lengths[name] for name in step.row.sizes])
+        if array.shape[0] != ends[-1]:
+            raise einops.EinopsError(f"{array.shape[0]} rows, not {ends[-1]}")
+        return [einops.rearrange(part, step.row.pattern) for part in np.split(array, ends[:-1])]
+    if step.row.pattern:
+        array = einops.rearrange(array, step.row.pattern, **_lengths(step, lengths))
+    if step.row.less:
+        array = array - array.dtype.type(step.row.less)
+    return list(array) if len(step.names) > 1 else [array]
 
 
 def _lengths(step: ConversionStep, lengths: dict[str, int]) -> dict[str, int]:

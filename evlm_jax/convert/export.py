@@ -22,6 +22,7 @@ from evlm_jax.checkpoint.lazy_tensors import Tensors
 from evlm_jax.checkpoint.safetensors_file import write_folder
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.engine import sizes, to_foreign
+from evlm_jax.convert.families import KINDS
 from evlm_jax.convert.stock import stock_config
 from evlm_jax.convert.tables import FAMILIES
 from evlm_jax.convert.torch_file import write_torch
@@ -122,9 +123,11 @@ def export_llm(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
     """A directory that AutoModelForCausalLM loads without remote code."""
     llm = {name: tensor for name, tensor in tensors.items() if name.startswith("llm/")}
     tokenizer = load_tokenizer(cfg.init.llm)
-    write_json(folder, describe_llm(cfg, tokenizer, common_dtype(llm)))
+    about = describe_llm(cfg, tokenizer, common_dtype(llm))
+    write_json(folder, about)
     write_tokenizer(folder, tokenizer, cfg)
-    _write(write_folder, folder, in_names_of("llama", llm, cfg))
+    family = KINDS[about["config.json"]["model_type"]].family
+    _write(write_folder, folder, in_names_of(family, llm, cfg))
 
 
 FORMATS = {

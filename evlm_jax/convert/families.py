@@ -8,6 +8,7 @@ configs leave out what equals them."""
 from dataclasses import dataclass, field
 from typing import Any
 
+from evlm_jax.convert.config_rope import Rotary
 from evlm_jax.convert.refused import LANGUAGE, VISION
 
 NEEDED = object()  # in place of a default: the field must be there
@@ -27,7 +28,8 @@ INERT = frozenset(  # fields of any config.json that change no output of a whole
     " suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p"
     " torch_dtype torchscript transformers.js_config transformers_version typical_p unsloth_fixed"
     " unsloth_version use_bfloat16 use_cache _commit_hash _name_or_path"
-    " _attn_implementation_autoset chunk_size_feed_forward bf16 fp16 fp32 use_flash_attn"
+    " _sliding_window_pattern _attn_implementation_autoset cache_implementation"
+    " chunk_size_feed_forward bf16 fp16 fp32 use_flash_attn"
     " softmax_in_fp32 use_mask_token apply_layernorm reshape_hidden_states out_features out_indices"
     " stage_names vision_use_head logit_scale_init_value onnx use_cache_kernel".split()
 )
@@ -38,6 +40,7 @@ OFF = {  # fields of any config.json that must be as given, where they are there
         " qk_layernorm use_qk_norm use_mrope"
     ).split()
 }
+OFF |= dict.fromkeys(("attention_bias", "mlp_bias"), (False, {False}))
 OFF |= {"cross_attention_hidden_size": (None, {None}), "tie_last_hidden_states": (None, {None})}
 OFF |= {
     "attn_implementation": (None, {None, "eager", "sdpa", "flash_attention_2"}),
@@ -58,31 +61,66 @@ class Kind:
     tower: str  # "vit" | "llm" | "evlm"
     read: dict[str, Any]
     fixed: dict[str, tuple[Any, set]] = field(default_factory=dict)
-    rotary: bool = False  # rope_theta, rope_scaling and rope_parameters are its fields
+    rotary: Rotary | None = None  # the fields of config_rope.py are its fields, too
+    choices: dict[str, Any] = field(default_factory=dict)  # of LLMConfig, that the type alone says
     note: str = ""
+    silent: frozenset[str] = frozenset()  # fields that its configs have and its class does not read
 
 
-SILU = {"hidden_act": ("silu", {"silu", "swish"})}
 SIZES = {
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "head_dim": None,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
-LLAMA = SIZES | {
     "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
     "num_key_value_heads": None,
+    "head_dim": None,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
 }
-MISTRAL = LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8}
-QWEN2 = LLAMA | {
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "num_key_value_heads": 32,
-    "layer_types": None,
+LAYERS = {"sliding_window": 4096, "layer_types": None}
+SOME_SLIDE = LAYERS | {"use_sliding_window": False, "max_window_layers": 28}
+QWEN2 = SIZES | {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32}
+GEMMA = SIZES | {
+    "vocab_size": 256000,
+    "hidden_size": 3072,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "hidden_act": "gelu_pytorch_tanh",
 }
+GEMMA2 = {key: value for key, value in GEMMA.items() if key != "hidden_act"} | LAYERS
+GEMMA2 |= {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "final_logit_softcapping": 30.0,
+    "attn_logit_softcapping": 50.0,
+}
+GEMMA3 = {key: value for key, value in GEMMA2.items() if key != "attn_logit_softcapping"}
+GEMMA3 |= {"vocab_size": 262208, "final_logit_softcapping": None, "sliding_window_pattern": 6}
+MULTIPLIERS = dict.fromkeys(
+    (
+        "embedding_multiplier",
+        "logits_scaling",
+        "residual_multiplier",
+        "attention_multiplier",
+    ),
+    1.0,
+)
+NO_BIAS = {"attention_bias": (False, {False})}
+NO_BIASES = NO_BIAS | {"mlp_bias": (False, {False})}
+OLMO = SIZES | {"vocab_size": 50304, "rms_norm_eps": 1e-5}
+AFTER = {"qk_norm": "all", "norms": "post"}
+CAUSAL = {"use_bidirectional_attention": (None, {None, False})}
 QWEN = dict.fromkeys(
     "vocab_size hidden_size num_hidden_layers num_attention_heads kv_channels intermediate_size"
     " rotary_emb_base layer_norm_epsilon tie_word_embeddings seq_length use_dynamic_ntk"
@@ -113,37 +151,101 @@ IMAGES = {"num_channels": (3, {3})}
 ONE_BIAS = {"qkv_bias": (True, {True}), "use_swiglu_ffn": (False, {False})}
 
 KINDS = {
-    "llama": Kind(
-        "llama",
-        "llm",
-        LLAMA,
-        SILU | {"attention_bias": (False, {False}), "mlp_bias": (False, {False})},
-        True,
-        "no scaled or partial rotary positions, no biases, silu",
-    ),
+    "llama": Kind("llama", "llm", SIZES, NO_BIASES, Rotary(), note="no biases"),
     "mistral": Kind(
         "llama",
         "llm",
-        MISTRAL,
-        SILU | {"sliding_window": (4096, {None})},
-        True,
-        "sliding_window null, silu",
+        SIZES | {"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096},
+        rotary=Rotary(),
     ),
-    "qwen2": Kind(
+    "ministral": Kind(
         "llama",
         "llm",
-        QWEN2,
-        SILU | {"use_sliding_window": (False, {False})},
-        True,
-        "no window, no scaled or partial rotary positions, silu",
+        SIZES | LAYERS | {"intermediate_size": 14336, "num_key_value_heads": 8},
+        rotary=Rotary(),
     ),
+    "qwen2": Kind("llama", "llm", QWEN2 | SOME_SLIDE, {}, Rotary(), {"qkv_bias": True}),
     "qwen3": Kind(
         "llama",
         "llm",
-        QWEN2 | {"head_dim": 128},
-        SILU | {"use_sliding_window": (False, {False}), "attention_bias": (False, {False})},
-        True,
-        "no window, no scaled or partial rotary positions, no biases, silu",
+        QWEN2 | SOME_SLIDE | {"head_dim": 128},
+        NO_BIAS,
+        Rotary(),
+        {"qk_norm": "head"},
+        "no biases",
+    ),
+    "smollm3": Kind(
+        "llama",
+        "llm",
+        SIZES
+        | LAYERS
+        | {
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+        },
+        NO_BIASES,
+        Rotary(2e6),
+        note="no biases",
+        silent=frozenset({"max_window_layers"}),
+    ),
+    "olmo2": Kind("olmo2", "llm", OLMO, NO_BIAS, Rotary(), AFTER, "no biases"),
+    "olmo3": Kind("olmo2", "llm", OLMO | LAYERS, NO_BIAS, Rotary(5e5, 5e5), AFTER, "no biases"),
+    "gemma": Kind(
+        "llama",
+        "llm",
+        GEMMA,
+        NO_BIAS | CAUSAL,
+        Rotary(),
+        {"norms": "pre+1"},
+        "no biases, causal",
+        frozenset({"hidden_activation"}),
+    ),
+    "gemma2": Kind(
+        "gemma2",
+        "llm",
+        GEMMA2,
+        NO_BIAS | CAUSAL,
+        Rotary(),
+        {"norms": "both+1"},
+        "no biases, causal",
+        frozenset({"hidden_act"}),
+    ),
+    "gemma3_text": Kind(
+        "gemma2",
+        "llm",
+        GEMMA3,
+        NO_BIAS
+        | {
+            "use_bidirectional_attention": (False, {None, False}),
+            "attn_logit_softcapping": (None, {None}),
+        },
+        Rotary(1e6, 1e4),
+        {"norms": "both+1", "qk_norm": "head"},
+        "no biases, causal, no cap on scores",
+    ),
+    "granite": Kind("llama", "llm", SIZES | MULTIPLIERS, NO_BIASES, Rotary(), note="no biases"),
+    "phi3": Kind(
+        "phi3",
+        "llm",
+        SIZES
+        | {
+            "vocab_size": 32064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+        },
+        {"embd_pdrop": (0.0, {0.0})},
+        Rotary(share=True, scaled=False),
+        note="no longrope",
     ),
     "qwen": Kind(
         "qwen",
@@ -155,6 +257,7 @@ KINDS = {
             "scale_attn_weights": (True, {True}),
         }
         | {"use_cache_quantization": (False, {False})},
+        choices={"qkv_bias": True},
         note="Qwen 1.0",
     ),
     "dinov2": Kind("dinov2", "vit", DINOV2, IMAGES | ONE_BIAS, note="S, B and L (no SwiGLU)"),
@@ -164,14 +267,16 @@ KINDS = {
     "clip_vision_model": Kind("clip", "vit", CLIP, IMAGES),
     "siglip_vision_model": Kind("siglip", "vit", SIGLIP, IMAGES, note="fixed resolution"),
 }
+GGUF = {  # llama.cpp's architectures: family of tables_decoder.py
+    "llama": "llama-gguf",
+    "qwen2": "gguf",
+    "qwen3": "gguf",
+    "gemma3": "gemma3-gguf",
+}
 WHOLE = {
     "clip": "clip_vision_model",
     "siglip": "siglip_vision_model",
 }  # their vision_config is read, the rest is no part of it
-UNUSED = dict.fromkeys(
-    ("qwen2", "qwen3"), {"sliding_window", "max_window_layers"}
-)  # of no meaning where use_sliding_window is False
-ROTARY = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 EVA = {  # `vision_cfg` of open_clip and of the EVA repository; the values of EVA02-CLIP-E
     "postnorm": (False, {True}),
     "rope": (False, {False}),

@@ -10,14 +10,22 @@ from collections.abc import Sequence
 import numpy as np
 
 from evlm_jax.checkpoint.lazy_tensors import Source
+from evlm_jax.config import LLMConfig
+from evlm_jax.config.schema import build
 from evlm_jax.convert.naming import Family
+from evlm_jax.models.rotary import frequencies
 
 
-def _ones(array, embedding, facts) -> bool:
-    """holds factors of the rotary frequencies other than 1: the positions are scaled, which EVLM's
-    decoder does not have
+def _factors(array, embedding, facts) -> bool:
+    """holds factors of the rotary frequencies that are neither 1 nor those of a Llama 3.1, 3.2 or
+    3.3
     """
-    return bool((array == 1).all())
+    llm = build(LLMConfig, facts, "llm")
+    plain, scaled = (
+        np.asarray(frequencies(llm, llm.rope_theta, scaled))
+        for scaled in (False, llm.rope_scaling is not None)
+    )
+    return array.shape == plain.shape and np.allclose(array, plain / scaled, rtol=1e-4)
 
 
 def _positions(array, embedding, facts) -> bool:
@@ -51,7 +59,7 @@ def _tied(array, embedding, facts) -> bool:
 
 
 RULES = {
-    "ones": _ones,
+    "factors": _factors,
     "positions": _positions,
     "frequencies": _frequencies,
     "causal": _causal,

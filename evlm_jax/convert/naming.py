@@ -2,8 +2,8 @@
 
 A row says: foreign name with {} for the block number -> canonical path, and the einops pattern that
 turns one into the other (the inverse swaps the pattern's sides). A row with several paths is a
-fused tensor: the pattern's first axis on the right, `n`, runs over the paths. Axis lengths that a
-pattern cannot know (`heads`, `kv_heads`) come from the config."""
+fused tensor: the pattern's first axis on the right, `n`, runs over the paths, or `sizes` says how
+long each part is. Lengths that a pattern cannot know (`heads`, `kv_heads`) come from the config."""
 
 import re
 from collections.abc import Mapping
@@ -21,6 +21,10 @@ class NameRow:
     paths: tuple[str, ...]
     pattern: str = ""  # empty: as it is
     written: bool = True  # False: a name that is read alone
+    # of a fused tensor whose parts are of different lengths: the name of each part's, along the
+    # first axis; the pattern is of one part
+    sizes: tuple[str, ...] = ()
+    less: float = 0.0  # what is taken from the foreign numbers
 
     def match(self, name: str) -> tuple[str, ...] | None:
         """Canonical names that the foreign `name` fills, or None."""

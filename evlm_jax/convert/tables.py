@@ -1,8 +1,9 @@
-"""The only place where foreign parameter names stand: one table a family, used both ways."""
+"""Foreign parameter names: one table a family, used both ways. Those of language models stand in
+tables_decoder.py.
+"""
 
-from evlm_jax.convert.naming import LINEAR, UNUSED, Family, NameRow, linear, norm, patch, row
-
-GATED = ("gate", "up", "down")  # the three matrices of a gated MLP
+from evlm_jax.convert.naming import UNUSED, Family, NameRow, linear, norm, patch, row
+from evlm_jax.convert.tables_decoder import DECODERS, GATED
 
 
 def _dinov2(name: str, qkv: dict[str, str], out: str) -> Family:
@@ -139,115 +140,6 @@ def _eva() -> Family:
     )
 
 
-def _llama() -> Family:
-    """Llama, SmolLM2, Qwen2 and Qwen3 in Hugging Face names; the q, k and v biases are Qwen2's, the
-    q and k norms Qwen3's.
-    """
-    foreign, path = "model.layers.{}", "llm/layers/{}"
-    attention = [
-        one for x in "qkv" for one in linear(f"{foreign}.self_attn.{x}_proj", f"{path}/attn/{x}")
-    ]
-    mlp = [
-        one
-        for x in GATED
-        for one in linear(f"{foreign}.mlp.{x}_proj", f"{path}/mlp/{x}", bias=False)
-    ]
-    rows = (
-        row("model.embed_tokens.weight", "llm/embed"),
-        *attention,
-        *linear(f"{foreign}.self_attn.o_proj", f"{path}/attn/o", bias=False),
-        *(row(f"{foreign}.self_attn.{x}_norm.weight", f"{path}/attn/{x}_norm/scale") for x in "qk"),
-        *mlp,
-        row(f"{foreign}.input_layernorm.weight", f"{path}/ln1/scale"),
-        row(f"{foreign}.post_attention_layernorm.weight", f"{path}/ln2/scale"),
-        row("model.norm.weight", "llm/ln_f/scale"),
-        row("lm_head.weight", "llm/head/kernel", LINEAR),
-    )
-    drop = {
-        r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "frequencies",
-        r"lm_head\.weight": "tied",
-    }
-    return Family("llama", "llm", "model.layers.0.self_attn.q_proj.weight", rows, drop=drop)
-
-
-def _llama_gguf() -> Family:
-    """llama.cpp's names. It keeps the rows of q and k in pairs for interleaved rotary positions;
-    ours (and Hugging Face's) are halves.
-    """
-    foreign, path = "blk.{}", "llm/layers/{}"
-    plain = {
-        "attn_v": "attn/v",
-        "attn_output": "attn/o",
-        "ffn_gate": "mlp/gate",
-        "ffn_up": "mlp/up",
-        "ffn_down": "mlp/down",
-    }
-    rows = (
-        row("token_embd.weight", "llm/embed"),
-        row(
-            f"{foreign}.attn_q.weight",
-            f"{path}/attn/q/kernel",
-            "(heads half two) i -> i (heads two half)",
-        ),
-        row(
-            f"{foreign}.attn_k.weight",
-            f"{path}/attn/k/kernel",
-            "(kv_heads half two) i -> i (kv_heads two half)",
-        ),
-        *(
-            one
-            for module, place in plain.items()
-            for one in linear(f"{foreign}.{module}", f"{path}/{place}", bias=False)
-        ),
-        row(f"{foreign}.attn_norm.weight", f"{path}/ln1/scale"),
-        row(f"{foreign}.ffn_norm.weight", f"{path}/ln2/scale"),
-        row("output_norm.weight", "llm/ln_f/scale"),
-        row("output.weight", "llm/head/kernel", LINEAR),
-    )
-    return Family(
-        "llama-gguf", "llm", "blk.0.attn_q.weight", rows, drop={r"rope_freqs\.weight": "ones"}
-    )
-
-
-def _qwen() -> Family:
-    """Qwen 1.0. Its MLP is c_proj(w1(x) * silu(w2(x))): w2 is the gate."""
-    foreign, path = "transformer.h.{}", "llm/layers/{}"
-    plain = {
-        "attn.c_proj": "attn/o",
-        "mlp.w2": "mlp/gate",
-        "mlp.w1": "mlp/up",
-        "mlp.c_proj": "mlp/down",
-    }
-    rows = (
-        row("transformer.wte.weight", "llm/embed"),
-        NameRow(
-            f"{foreign}.attn.c_attn.weight",
-            tuple(f"{path}/attn/{x}/kernel" for x in "qkv"),
-            "(n o) i -> n i o",
-        ),
-        NameRow(
-            f"{foreign}.attn.c_attn.bias",
-            tuple(f"{path}/attn/{x}/bias" for x in "qkv"),
-            "(n o) -> n o",
-        ),
-        *(
-            one
-            for module, place in plain.items()
-            for one in linear(f"{foreign}.{module}", f"{path}/{place}", bias=False)
-        ),
-        row(f"{foreign}.ln_1.weight", f"{path}/ln1/scale"),
-        row(f"{foreign}.ln_2.weight", f"{path}/ln2/scale"),
-        row("transformer.ln_f.weight", "llm/ln_f/scale"),
-        row("lm_head.weight", "llm/head/kernel", LINEAR),
-    )
-    drop = {
-        r"transformer\.(h\.\d+\.attn\.)?rotary_emb\.inv_freq": "frequencies",
-        r"transformer\.h\.\d+\.attn\.bias": "causal",
-    }
-    drop |= {r"transformer\.h\.\d+\.attn\.masked_bias": "masked", r"lm_head\.weight": "tied"}
-    return Family("qwen", "llm", "transformer.h.0.attn.c_attn.weight", rows, drop=drop)
-
-
 def _evlm_vit() -> tuple[NameRow, ...]:
     block, path = "vit.blocks.{}", "vit/blocks/{}"
     places = ("cls", "registers", "pos")
@@ -271,7 +163,11 @@ def _evlm_llm() -> tuple[NameRow, ...]:
         *(one for x in "qkvo" for one in linear(f"{layer}.attn.{x}", f"{path}/attn/{x}")),
         *(one for rows in mlp for one in rows),
         *(row(f"{layer}.attn.{x}_norm.weight", f"{path}/attn/{x}_norm/scale") for x in "qk"),
-        *(row(f"{layer}.ln{i}.weight", f"{path}/ln{i}/scale") for i in "12"),
+        *(
+            row(f"{layer}.ln{i}{place}.weight", f"{path}/ln{i}{place}/scale")
+            for i in "12"
+            for place in ("", "_out")
+        ),
         row("llm.ln_f.weight", "llm/ln_f/scale"),
         *linear("llm.head", "llm/head", bias=False),
     )
@@ -357,9 +253,7 @@ FAMILIES = (
     _clip(),
     _siglip(),
     _eva(),
-    _llama(),
-    _llama_gguf(),
-    _qwen(),
+    *DECODERS,
     _evlm(),
     _openflamingo(),
 )

@@ -12,10 +12,11 @@ from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from evlm_jax import flops
 from evlm_jax.config import EVLMConfig, Phase, Rule
-from evlm_jax.flops import Work
+from evlm_jax.flops import Work, near_pairs
 from evlm_jax.models.decoding import DecodeState
 
 EVLM, LLAVA, FLAMINGO = "evlm", "llava", "flamingo"
@@ -107,7 +108,7 @@ def cache(cfg: EVLMConfig) -> Cache:
     def held(*arrays):
         return sum(math.prod(a.shape) * size for a in arrays if a is not None)
 
-    return Cache(held(spec.self_keys, spec.self_values), held(spec.cross_keys, spec.cross_values))
+    return Cache(held(*spec.self_keys, *spec.self_values), held(spec.cross_keys, spec.cross_values))
 
 
 def prefill_flops(cfg: EVLMConfig) -> float:
@@ -120,7 +121,8 @@ def prefill_flops(cfg: EVLMConfig) -> float:
 def media_scores(cfg: EVLMConfig) -> float:
     """FLOPs of prefill's self-attention among media tokens, (16 F)^2 / 2 pairs in the paper."""
     media = cfg.data.images * cfg.media.tokens
-    return flops.needed(cfg, (), Work(0, media * (media + 1) / 2, 0, 0, 0, 0))[
+    near = near_pairs(cfg.llm, np.arange(media))
+    return flops.needed(cfg, (), Work(0, media * (media + 1) / 2, 0, 0, 0, 0, near))[
         flops.LLM_SCORES
     ].forward
 
@@ -132,7 +134,8 @@ def encode_flops(cfg: EVLMConfig) -> float:
 
 def decode_flops(cfg: EVLMConfig) -> float:
     """Needed by one token behind a case's prompt."""
-    return _forward(cfg, Work(1, cfg.data.length, 0, 0, cfg.data.images, 1))
+    near = near_pairs(cfg.llm, np.array([cfg.data.length - 1]))
+    return _forward(cfg, Work(1, cfg.data.length, 0, 0, cfg.data.images, 1, near))
 
 
 def matrix_bytes(cfg: EVLMConfig) -> float:

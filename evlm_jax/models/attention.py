@@ -3,15 +3,23 @@
 import jax
 import jax.numpy as jnp
 
+from evlm_jax.config import LLMConfig
 from evlm_jax.ops.matmul import product
 
 NEGATIVE = -1e30  # finite, so that a row that sees nothing gives numbers and not NaN
 
 
 @jax.named_scope("scores")
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None = None,
+    scale: float = 0.0,
+    cap: float = 0.0,
+) -> jax.Array:
     """Softmax attention, in float32: q [B, T, N, H], k and v [B, S, K, H] with K dividing N, mask
-    [B, T, S] -> [B, T, N, H].
+    [B, T, S] -> [B, T, N, H]; `scale` and `cap` as query and score_cap of Scales.
 
     Queries of one key head are stacked along T, so that both products are plain matrix products for
     each (B, K): on CPU half the time of an einsum that leaves the layout to the compiler.
@@ -19,12 +27,26 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     b, t, n, h = q.shape
     kv, group = k.shape[2], n // k.shape[2]
     q = q.reshape(b, t, kv, group, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, group * t, h)
-    scores = product("bkqh,bskh->bkqs", q, k) * h**-0.5
+    scores = product("bkqh,bskh->bkqs", q, k) * (scale or h**-0.5)
+    if cap:
+        scores = cap * jnp.tanh(scores / cap)
     if mask is not None:
         scores = jnp.where(jnp.tile(mask, (1, group, 1))[:, None], scores, NEGATIVE)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = product("bkqs,bskh->bkqh", weights, v).astype(v.dtype).reshape(b, kv, group, t, h)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
+def within_window(
+    cfg: LLMConfig, mask: jax.Array, positions: jax.Array, number: jax.Array | int
+) -> jax.Array:
+    """Of a mask [B, T, T] what layer `number` sees of tokens at `positions` [B, T] of their texts,
+    which are no neighbours where dialogs branch.
+    """
+    if not any(cfg.layer_windows):
+        return mask
+    window = jnp.array([own or mask.shape[1] for own in cfg.layer_windows])[number]
+    return mask & (positions[:, :, None] - positions[:, None, :] < window)
 
 
 def text_mask(visible_until: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ the same blocks as evlm.py.
              d e f g h   the first new token of row 0 overwrites slot 3
 
 A query at position p sees the slots <= p, so padding is overwritten before anything can see it.
+Layers with a window keep the window alone (text_cache.py).
 Cross-attention keys depend on the images alone: they are projected once, and after prefill only the
 range that the last token sees is kept. Caches lie as `attention` multiplies them, and are only read
 while a token goes through the layers: its own keys come out at the end.
@@ -19,16 +20,19 @@ import jax
 import jax.numpy as jnp
 
 from evlm_jax.config import EVLMConfig
+from evlm_jax.models import text_cache
+from evlm_jax.models.attention import within_window
 from evlm_jax.models.bridge import write
 from evlm_jax.models.decode_weights import Weights
 from evlm_jax.models.evlm import cross_attention_op, self_attention_op
-from evlm_jax.models.layers import rope_tables
+from evlm_jax.models.llm import finished, scaled
 from evlm_jax.models.long_context import rope_base, sharpen
+from evlm_jax.models.rotary import rope_tables
 from evlm_jax.models.sampling import Sampling, sample
 from evlm_jax.models.trunk import pick, run_layers
 from evlm_jax.ops.decode_matmul import compute_dtype, logits
 from evlm_jax.ops.grouped_attention import AttentionPlan
-from evlm_jax.parallel.sharding import shard, shard_map_local
+from evlm_jax.parallel.sharding import shard
 
 CHUNK = 64  # most tokens of one call of `decode`
 
@@ -49,9 +53,9 @@ class Prompt(NamedTuple):
 class DecodeState(NamedTuple):
     """All that changes while answers grow.
 
-    C: slots of the text. X: cross-attention blocks. Z: R * S' keys of the images that can still be
-    seen, then zero keys: the sinks, here worth being stored, or one for those who see nothing
-    else."""
+    C: slots of the text; layers with another window have arrays of their own. X: cross-attention
+    blocks. Z: R * S' keys of the images that can still be seen, then zero keys: the sinks, here
+    worth being stored, or one for those who see nothing else."""
 
     token: jax.Array  # [B] int32, chosen but not yet read
     position: jax.Array  # [B] int32, its position
@@ -59,8 +63,8 @@ class DecodeState(NamedTuple):
     random: jax.Array  # [B] PRNG keys
     visible: jax.Array  # [B] int32, how many of the R images are seen
     theta: jax.Array | None  # [B] float32, rotary bases by dynamic NTK; None: rope_theta
-    self_keys: jax.Array  # [L, B, K, H, C]
-    self_values: jax.Array  # [L, B, K, C, H]
+    self_keys: tuple[jax.Array, ...]  # [layers, B, K, H, C]
+    self_values: tuple[jax.Array, ...]  # [layers, B, K, C, H]
     cross_keys: jax.Array | None  # [X, B, K, H, Z]; None without cross-attention
     cross_values: jax.Array | None  # [X, B, K, Z, H]
     seen: jax.Array | None = (
@@ -70,20 +74,23 @@ class DecodeState(NamedTuple):
     @classmethod
     def spec(cls, cfg: EVLMConfig, rows: int, slots: int, images: int) -> "DecodeState":
         """Shapes and dtypes, for planning and ahead-of-time compilation."""
-        dtype, k, h = compute_dtype(cfg.train.dtype), cfg.llm.kv_heads, cfg.llm.head_dim
+        dtype = compute_dtype(cfg.train.dtype)
 
         def row(dtype):
             return jax.ShapeDtypeStruct((rows,), dtype)
 
-        text, cross = (cfg.llm.layers, rows, k), (len(cfg.cross_layers), rows, cfg.xattn.kv_heads)
+        def cache(*size):
+            return jax.ShapeDtypeStruct(size, dtype) if size[0] else None
+
+        cross = (len(cfg.cross_layers), rows, cfg.xattn.kv_heads)
         seen = images * cfg.view_tokens + max(cfg.xattn.sinks, 1)
-        sizes = (
-            (*text, h, slots),
-            (*text, slots, h),
-            (*cross, cfg.xattn.head_dim, seen),
-            (*cross, seen, cfg.xattn.head_dim),
+        keys, values = text_cache.sizes(cfg.llm, rows, slots)
+        caches = (
+            tuple(cache(*size) for size in keys),
+            tuple(cache(*size) for size in values),
+            cache(*cross, cfg.xattn.head_dim, seen),
+            cache(*cross, seen, cfg.xattn.head_dim),
         )
-        caches = [jax.ShapeDtypeStruct(size, dtype) if size[0] else None for size in sizes]
         key = _key_dtype()
         theta = row(jnp.float32) if cfg.llm.dynamic_ntk else None
         return cls(
@@ -167,11 +174,13 @@ def read_prompts(
     cross = project(cfg, weights, views, prompt.image) if cfg.cross_layers else None
     index = jnp.arange(length)
     mask = jnp.broadcast_to(index <= index[:, None], (rows, length, length))
+    positions = jnp.broadcast_to(index, (rows, length))
 
-    attend, look = self_attention_op(), cross_attention_op(cfg)
+    attend = self_attention_op(cfg.llm.scales.query, cfg.llm.scales.score_cap)
+    look = cross_attention_op(cfg)
 
     def self_attend(layer, q, k, v):
-        return attend(q, k, v, mask)
+        return attend(q, k, v, within_window(cfg.llm, mask, positions, layer))
 
     def cross_attend(number, q):
         return look(
@@ -179,15 +188,8 @@ def read_prompts(
         )
 
     theta = rope_base(cfg.llm, prompt.length)
-    x, (keys, values) = _decoder(
-        cfg,
-        weights,
-        _embed(cfg, weights, prompt, views),
-        jnp.broadcast_to(index, (rows, length)),
-        theta,
-        self_attend,
-        cross_attend,
-    )
+    x = _embed(cfg, weights, prompt, views)
+    x, (keys, values) = _decoder(cfg, weights, x, positions, theta, self_attend, cross_attend)
     last = x[jnp.arange(rows), prompt.length - 1]
     state = DecodeState(
         jnp.zeros(rows, jnp.int32),
@@ -196,10 +198,21 @@ def read_prompts(
         random,
         prompt.visible,
         theta,
-        *_slots(keys, values, slots),
+        *text_cache.filled(cfg.llm, keys, values, prompt.length, slots),
         *(_keep(cfg, prompt, cross, images) if cross else (None, None)),
     )
-    return logits(weights.head, last, cfg.llm.vocab), state
+    return _logits(cfg, weights, last), state
+
+
+def _logits(cfg: EVLMConfig, weights: Weights, hidden: jax.Array) -> jax.Array:
+    """[B, D] -> [B, vocab]."""
+    return finished(cfg.llm, logits(weights.head, hidden, cfg.llm.vocab))
+
+
+def _words(cfg: EVLMConfig, weights: Weights, tokens: jax.Array) -> jax.Array:
+    """What the first layer reads of words: [..., T] -> [..., T, D]."""
+    words = weights.embed[tokens].astype(compute_dtype(cfg.train.dtype))
+    return scaled(words, cfg.llm.scales.embedding)
 
 
 def _embed(cfg: EVLMConfig, weights: Weights, prompt: Prompt, views: jax.Array | None) -> jax.Array:
@@ -209,15 +222,8 @@ def _embed(cfg: EVLMConfig, weights: Weights, prompt: Prompt, views: jax.Array |
         media = write(views[:, prompt.image], prompt.image_slot, prompt.media_slot)
     else:
         media = weights.media[jnp.maximum(prompt.media_slot, 0)].astype(dtype)
-    words = weights.embed[prompt.tokens].astype(dtype)
+    words = _words(cfg, weights, prompt.tokens)
     return shard(jnp.where(prompt.media_slot[..., None] >= 0, media, words), "rows")
-
-
-def _slots(keys: jax.Array, values: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of self-attention as DecodeState has them, with room for `slots` tokens."""
-    keys, values = (a.swapaxes(2, 3) for a in (keys, values))
-    room = ((0, 0),) * 3 + ((0, slots - keys.shape[3]), (0, 0))  # [L, B, K, C, H]
-    return jnp.pad(keys, room).swapaxes(3, 4), jnp.pad(values, room)
 
 
 def _keep(
@@ -252,54 +258,21 @@ def read_tokens(
     cfg: EVLMConfig, weights: Weights, state: DecodeState
 ) -> tuple[jax.Array, DecodeState]:
     """Reads `token` of each row: (logits [B, vocab], the state with its keys)."""
-    own = jnp.arange(state.self_values.shape[3]) == state.position[:, None]  # [B, C]
-    earlier = jnp.arange(own.shape[1]) <= state.position[:, None]
     seen, attend = _sight(cfg, state) if cfg.cross_layers else None, self_attention_op()
-
-    def cached(keys, values, layer):
-        """Keys and values as `attention` takes them, [B, slots, heads, H]."""
-
-        def one(a):
-            return jax.lax.dynamic_index_in_dim(a, layer, 0, False)
-
-        return one(keys).transpose(0, 3, 1, 2), one(values).transpose(0, 2, 1, 3)
-
-    def self_attend(layer, q, k, v):
-        keys, values = cached(state.self_keys, state.self_values, layer)
-        here = own[..., None, None]
-        return attend(q, jnp.where(here, k, keys), jnp.where(here, v, values), earlier[:, None])
+    self_attend = text_cache.attend_op(cfg.llm, state.self_keys, state.self_values, state.position)
 
     def cross_attend(number, q):
-        return attend(q, *cached(state.cross_keys, state.cross_values, number), seen[:, None])
+        held = text_cache.layer(state.cross_keys, state.cross_values, number)
+        return attend(q, *held, seen[:, None])
 
-    x = shard(weights.embed[state.token][:, None].astype(compute_dtype(cfg.train.dtype)), "rows")
+    x = shard(_words(cfg, weights, state.token[:, None]), "rows")
     x, (k, v) = _decoder(
         cfg, weights, x, state.position[:, None], state.theta, self_attend, cross_attend
     )
-    caches, new = (None, "rows", "kv_heads"), (None, "rows", None, "kv_heads")
-    save = shard_map_local(_save, (caches, caches, new, new, ("rows",)), (caches, caches))
-    keys, values = save(state.self_keys, state.self_values, k, v, state.position)
-    return logits(weights.head, x[:, 0], cfg.llm.vocab), state._replace(
-        self_keys=keys, self_values=values
+    keys, values = text_cache.saved(
+        cfg.llm, state.self_keys, state.self_values, k, v, state.position
     )
-
-
-def _save(
-    keys: jax.Array, values: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Caches [L, B, K, H, C] and [L, B, K, C, H] with the keys and values [L, B, 1, K, H] of a
-    token at `position` [B].
-    """
-    for row, slot in enumerate(
-        position
-    ):  # one small update a row is done in place, a scatter is not
-        keys = jax.lax.dynamic_update_slice(
-            keys, k[:, row : row + 1, 0, :, :, None].astype(keys.dtype), (0, row, 0, 0, slot)
-        )
-        values = jax.lax.dynamic_update_slice(
-            values, v[:, row : row + 1, 0, :, None].astype(values.dtype), (0, row, 0, slot, 0)
-        )
-    return keys, values
+    return _logits(cfg, weights, x[:, 0]), state._replace(self_keys=keys, self_values=values)
 
 
 def _sight(cfg: EVLMConfig, state: DecodeState) -> jax.Array:
@@ -364,11 +337,7 @@ def _decoder(
       self_attend: (number of the layer, q, k, v of these tokens) -> attention output.
       cross_attend: (number of the cross-attention block, q) -> attention output.
     """
-    rope = rope_tables(
-        positions,
-        cfg.llm.head_dim,
-        cfg.llm.rope_theta if theta is None else theta[:, None, None, None],
-    )
+    rope = rope_tables(cfg.llm, positions, None if theta is None else theta[:, None, None, None])
     x, passed = run_layers(
         cfg,
         weights.layers,

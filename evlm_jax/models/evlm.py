@@ -19,9 +19,10 @@ from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
 from evlm_jax.flops import real_tokens
 from evlm_jax.models import bridge, moe, xattn
-from evlm_jax.models.attention import attention, text_mask
-from evlm_jax.models.layers import param, rope_tables
-from evlm_jax.models.llm import LLM
+from evlm_jax.models.attention import attention, text_mask, within_window
+from evlm_jax.models.layers import param
+from evlm_jax.models.llm import LLM, finished, scaled
+from evlm_jax.models.rotary import rope_tables
 from evlm_jax.models.trunk import Passed, run_layers
 from evlm_jax.models.vit import ViT
 from evlm_jax.ops.grouped_attention import AttentionPlan, grouped_attention
@@ -35,11 +36,12 @@ TEXT, TEXT_KEYS, IMAGE_KEYS = (
 )
 
 
-def self_attention_op() -> Callable:
+def self_attention_op(scale: float = 0.0, cap: float = 0.0) -> Callable:
     """`attention` of a device's rows and heads: q [B, T, N, H], k and v [B, C, K, H], mask
     [B, T, C].
     """
-    return shard_map_local(attention, (TEXT, TEXT_KEYS, TEXT_KEYS, ("rows",)), TEXT)
+    attend = functools.partial(attention, scale=scale, cap=cap)
+    return shard_map_local(attend, (TEXT, TEXT_KEYS, TEXT_KEYS, ("rows",)), TEXT)
 
 
 def cross_attention_op(cfg: EVLMConfig) -> Callable:
@@ -124,7 +126,7 @@ class EVLM(nnx.Module):
         return jnp.where(
             media_slot[..., None] >= 0,
             media.astype(self.dtype),
-            self.llm.words(tokens).astype(self.dtype),
+            scaled(self.llm.words(tokens).astype(self.dtype), self.cfg.llm.scales.embedding),
         )
 
     def hidden(self, batch: Batch) -> jax.Array:
@@ -192,8 +194,9 @@ class EVLM(nnx.Module):
                 bridge.write, ((None, "rows"), ("rows",), ("rows",)), ("rows",)
             )(states, batch.visible_start, batch.media_slot)
         x = self.embed(batch.tokens, batch.media_slot, patches)
-        rope = rope_tables(batch.positions, self.cfg.llm.head_dim, self.cfg.llm.rope_theta)
-        mask, attend = text_mask(batch.visible_until), self_attention_op()
+        llm = self.cfg.llm
+        rope, mask = rope_tables(llm, batch.positions), text_mask(batch.visible_until)
+        attend = self_attention_op(llm.scales.query, llm.scales.score_cap)
         kind = jnp.where(
             batch.media_slot >= 0, moe.MEDIA, jnp.where(real_tokens(batch), moe.TEXT, moe.PADDING)
         )
@@ -215,7 +218,10 @@ class EVLM(nnx.Module):
             self.xattn,
             x,
             rope,
-            self_attend=lambda number, q, k, v: (attend(q, k, v, mask), None),
+            self_attend=lambda number, q, k, v: (
+                attend(q, k, v, within_window(llm, mask, batch.positions, number)),
+                None,
+            ),
             cross_attend=look,
             observe=lambda block, number, x: observe(block, states[tap_of[number]], x),
             kind=kind,
@@ -235,7 +241,7 @@ class EVLM(nnx.Module):
                 jax.default_matmul_precision(self.cfg.train.matmul_precision),
                 jax.named_scope("head"),
             ):
-                return product(spec, hidden, head)
+                return finished(self.cfg.llm, product(spec, hidden, head))
 
         return logits
 

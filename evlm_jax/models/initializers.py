@@ -42,8 +42,8 @@ def cross_attention_tensors(cfg: EVLMConfig) -> dict[str, Tensor]:
 
 
 def media_embedding(cfg: EVLMConfig, words: np.ndarray) -> np.ndarray:
-    """float32 [media tokens, D]: the mean of the word embeddings [vocab, D] plus noise at their
-    scale.
+    """float32 [media tokens, D]: the mean of what layers read of the words [vocab, D] plus noise at
+    their scale.
     """
     mean, square = np.zeros((2, words.shape[1]))
     for first in range(0, len(words), ROWS):
@@ -53,4 +53,5 @@ def media_embedding(cfg: EVLMConfig, words: np.ndarray) -> np.ndarray:
     noise = np.random.default_rng(cfg.train.seed).standard_normal(
         (cfg.media.tokens, words.shape[1])
     )
-    return (mean + np.sqrt(square - mean**2) * noise).astype(np.float32)
+    media = (mean + np.sqrt(square - mean**2) * noise) * cfg.llm.scales.embedding
+    return media.astype(np.float32)

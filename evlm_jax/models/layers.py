@@ -1,4 +1,4 @@
-"""The leaves of the model: linear, norms, rotary positions, and stacks of equal blocks.
+"""The leaves of the model: linear, norms, and stacks of equal blocks.
 
 Unusual: parameters keep their own dtype and every layer computes in the dtype of its input, so
 precision is decided once, where activations enter the model. Norms compute in float32. Parameters
@@ -79,19 +79,24 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """RMSNorm over the last axis, in float32; cast before the scale, as Llama and Qwen do."""
+    """RMSNorm over the last axis, in float32; cast before the scale, as Llama and Qwen do. With
+    `plus_one` by 1 + scale, cast behind it, as Gemma does.
+    """
 
-    def __init__(self, width: int, eps: float, rngs: nnx.Rngs):
-        self.scale = param(rngs, (width,), ("norm",), value=1.0)
-        self.eps = eps
+    def __init__(self, width: int, eps: float, rngs: nnx.Rngs, plus_one: bool = False):
+        self.scale = param(rngs, (width,), ("norm",), value=1.0 - plus_one)
+        self.eps, self.plus_one = eps, plus_one
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        if self.plus_one:
+            return (y * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
         return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -117,25 +122,6 @@ class MLP(nnx.Module):
     @jax.named_scope("ffn")
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
-
-
-def rope_tables(
-    positions: jax.Array, head_dim: int, theta: float | jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Rotary cos and sin, float32 [B, T, 1, H/2], of integer positions [B, T].
-
-    `theta`: the base, or [B, 1, 1, 1], one for each row.
-    """
-    inverse = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions[..., None, None].astype(jnp.float32) * inverse
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary positions applied to x [B, T, N, H]: the half-split (NeoX) form, in float32."""
-    cos, sin = rope
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
 def heads(x: jax.Array, head_dim: int) -> jax.Array:

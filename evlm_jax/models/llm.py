@@ -1,4 +1,4 @@
-"""The language model: Llama, SmolLM2, Qwen 1.0, Qwen2 and Qwen3 by config.
+"""The language model, by choices of LLMConfig.
 
 A block does not know how its keys are found: the caller passes `attend`, which is masked attention
 over the row in training and attention over a cache in generation. What else `attend` returns, the
@@ -8,13 +8,31 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from evlm_jax.config import LLMConfig
-from evlm_jax.models.layers import Linear, RMSNorm, heads, param, rotate, stack
+from evlm_jax.models.layers import ACTIVATIONS, Linear, RMSNorm, heads, param, stack
+from evlm_jax.models.rotary import Rope, rotate
 from evlm_jax.parallel.sharding import gathered_weight, lookup
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+def rms_norm(cfg: LLMConfig, width: int, rngs: nnx.Rngs) -> RMSNorm:
+    """A norm as the whole language model has it."""
+    return RMSNorm(width, cfg.eps, rngs, cfg.norms.endswith("+1"))
+
+
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """x times a factor of `Scales`."""
+    return x if factor == 1 else x * factor
+
+
+def finished(cfg: LLMConfig, logits: jax.Array) -> jax.Array:
+    """Logits from the head's products [..., vocab]."""
+    logits, cap = scaled(logits, 1 / cfg.scales.logits), cfg.scales.logit_cap
+    return cap * jnp.tanh(logits / cap) if cap else logits
 
 
 class SelfAttention(nnx.Module):
@@ -29,12 +47,10 @@ class SelfAttention(nnx.Module):
         self.head_dim, self.qk_norm = cfg.head_dim, cfg.qk_norm
         widths = {"none": None, "head": (cfg.head_dim, cfg.head_dim), "all": (n, k)}[cfg.qk_norm]
         self.q_norm, self.k_norm = (
-            (RMSNorm(width, cfg.eps, rngs) for width in widths) if widths else (None, None)
+            (rms_norm(cfg, width, rngs) for width in widths) if widths else (None, None)
         )
 
-    def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> tuple[jax.Array, Any]:
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.qk_norm == "all":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -46,33 +62,42 @@ class SelfAttention(nnx.Module):
 
 
 class GatedMLP(nnx.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x))."""
 
     def __init__(self, cfg: LLMConfig, rngs: nnx.Rngs):
         self.gate = Linear((cfg.hidden, cfg.mlp), ("embed", "mlp"), rngs)
         self.up = Linear((cfg.hidden, cfg.mlp), ("embed", "mlp"), rngs)
         self.down = Linear((cfg.mlp, cfg.hidden), ("mlp", "embed"), rngs)
+        self.activation = cfg.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
 
 
 class Block(nnx.Module):
-    """Pre-norm decoder layer: x [B, T, D] -> [B, T, D]."""
+    """Decoder layer: x [B, T, D] -> [B, T, D]; attention, then MLP, each with its norms."""
 
     def __init__(self, cfg: LLMConfig, rngs: nnx.Rngs):
-        self.ln1 = RMSNorm(cfg.hidden, cfg.eps, rngs)
+        both = cfg.norms.startswith("both")
+        self.ln1 = rms_norm(cfg, cfg.hidden, rngs)
         self.attn = SelfAttention(cfg, rngs)
-        self.ln2 = RMSNorm(cfg.hidden, cfg.eps, rngs)
+        self.ln1_out = rms_norm(cfg, cfg.hidden, rngs) if both else None
+        self.ln2 = rms_norm(cfg, cfg.hidden, rngs)
         self.mlp = GatedMLP(cfg, rngs)
+        self.ln2_out = rms_norm(cfg, cfg.hidden, rngs) if both else None
+        self.post, self.residual = cfg.norms == "post", cfg.scales.residual
 
     @jax.named_scope("llm")
-    def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend
-    ) -> tuple[jax.Array, Any]:
-        y, kept = self.attn(self.ln1(x), rope, attend)
-        x = x + y
-        return x + self.mlp(self.ln2(x)), kept
+    def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> tuple[jax.Array, Any]:
+        y, kept = self.attn(x if self.post else self.ln1(x), rope, attend)
+        x = x + self._added(y, self.ln1, self.ln1_out)
+        y = self.mlp(x if self.post else self.ln2(x))
+        return x + self._added(y, self.ln2, self.ln2_out), kept
+
+    def _added(self, y: jax.Array, norm: RMSNorm, out: RMSNorm | None) -> jax.Array:
+        """What a part's output y adds to x."""
+        behind = norm if self.post else out
+        return scaled(y if behind is None else behind(y), self.residual)
 
 
 class LLM(nnx.Module):
@@ -83,7 +108,7 @@ class LLM(nnx.Module):
     def __init__(self, cfg: LLMConfig, rngs: nnx.Rngs):
         self.embed = param(rngs, (cfg.vocab, cfg.hidden), ("vocab", "embed"), std=0.02)
         self.layers = stack(lambda r: Block(cfg, r), cfg.layers, rngs)
-        self.ln_f = RMSNorm(cfg.hidden, cfg.eps, rngs)
+        self.ln_f = rms_norm(cfg, cfg.hidden, rngs)
         self.head = None if cfg.tied else Linear((cfg.hidden, cfg.vocab), ("embed", "vocab"), rngs)
 
     def head_matrix(self, dtype: str) -> tuple[str, jax.Array]:
@@ -93,5 +118,5 @@ class LLM(nnx.Module):
         return "...d,dv->...v", gathered_weight(self.head.kernel, dtype)
 
     def words(self, tokens: jax.Array) -> jax.Array:
-        """Embeddings of tokens [B, T] -> [B, T, D]."""
+        """Embeddings of tokens [B, T] -> [B, T, D], as the table has them."""
         return lookup(self.embed, tokens)

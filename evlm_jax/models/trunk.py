@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models.layers import REMAT
 from evlm_jax.models.moe import PackedExperts, Routing
+from evlm_jax.models.rotary import Rope, layer_rope
 from evlm_jax.ops.decode_matmul import Packed
 from evlm_jax.parallel.sharding import shard
 
@@ -42,7 +43,7 @@ def run_layers(
     layers: nnx.Module,
     crosses: nnx.Module | None,
     x: jax.Array,
-    rope: tuple[jax.Array, jax.Array],
+    rope: Rope,
     *,
     self_attend: Callable[..., tuple[jax.Array, Any]],
     cross_attend: Callable[..., tuple[jax.Array, Any]],
@@ -54,7 +55,7 @@ def run_layers(
 
     Args:
       layers: the stack of llm.Block, `crosses` that of xattn.Block; packed for decoding, or not.
-      rope: cos and sin of the tokens' positions (layers.rope_tables).
+      rope: cos and sin of the tokens' positions (rotary.rope_tables).
       self_attend: (number of the layer, q, k, v of these tokens) -> (attention output, anything to
         keep).
       cross_attend: (the block, its number, q) -> (attention output, anything to keep).
@@ -70,7 +71,8 @@ def run_layers(
         block, number = inputs
 
         def run(x):
-            x, kept = _block(layers, number, block)(x, rope, partial(self_attend, number))
+            own = layer_rope(cfg.llm, rope, number)
+            x, kept = _block(layers, number, block)(x, own, partial(self_attend, number))
             return shard(x, "rows"), kept
 
         return run(x) if even else _if_there(number < count, run, x)
@@ -89,8 +91,7 @@ def run_layers(
         return x, Passed(new)
     groups = len(cfg.cross_layers)
     split = partial(_split, groups)
-    # Where `every` does not divide the layers, they are read by number, where they lie: a part of
-    # their stack would be a copy of it.
+    # Where `every` does not divide the layers, they are read by number: a part would be a copy.
     behind = jax.tree.map(split, _scanned(layers)) if even else None
     inputs = _scanned(crosses), jnp.arange(groups), behind, split(jnp.arange(groups * every))
     x, passed = jax.lax.scan(wrap(group), x, inputs)

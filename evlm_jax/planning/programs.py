@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
-from evlm_jax.flops import Work
+from evlm_jax.flops import Work, near_pairs
 from evlm_jax.loss import losses
 from evlm_jax.models.decode_weights import Weights
 from evlm_jax.models.decoding import DecodeState, Prompt, prefill, read_tokens
@@ -167,7 +168,7 @@ def _decode(of: TrainPhase, video: bool) -> Program:
         spec,
         DecodeState(
             **{
-                k: caches.get(k, layout.rows) if v is not None else None
+                k: jax.tree.map(lambda _, k=k: caches.get(k, layout.rows), v)
                 for k, v in spec._asdict().items()
             }
         ),
@@ -175,7 +176,13 @@ def _decode(of: TrainPhase, video: bool) -> Program:
     weights = _weights(of)
     run = layout.jit(lambda weights, state: read_tokens(cfg, weights, state), donate_argnums=1)
     work = Work(
-        tokens=rows, attended=rows * t, images=0, encoded=0, visible=rows * seen, targets=rows
+        tokens=rows,
+        attended=rows * t,
+        images=0,
+        encoded=0,
+        visible=rows * seen,
+        targets=rows,
+        near=near_pairs(cfg.llm, np.full(rows, t - 1)),
     )
     return Program(
         run.lower(weights, state),

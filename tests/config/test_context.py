@@ -30,7 +30,10 @@ def llm(folder, **config):
     "config, least",
     [
         ({"max_position_embeddings": 47}, (47, "max_position_embeddings")),
-        ({"max_position_embeddings": 400, "sliding_window": 32}, (32, "sliding_window")),
+        (
+            {"max_position_embeddings": 400, "sliding_window": 32},
+            (400, "max_position_embeddings"),
+        ),
         (
             {"max_position_embeddings": 400, "sliding_window": 32, "use_sliding_window": False},
             (400, "max_position_embeddings"),

@@ -2,6 +2,7 @@
 the cache, and back.
 """
 
+import copy
 import json
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from evlm_jax.checkpoint.lazy_tensors import read_all
 from evlm_jax.checkpoint.safetensors_file import read_folder, write_folder
 from evlm_jax.convert import engine
 from evlm_jax.convert.export import in_names_of
+from evlm_jax.convert.families import GGUF, KINDS
 from evlm_jax.convert.readers import open_source
 from evlm_jax.convert.stock import stock_config
+from tests.helpers.checkpoints import family
 from tests.helpers.parity import answer_logits, load, relative, text_logits
 from tests.helpers.tiny import tiny_config
 
@@ -23,7 +26,7 @@ pytestmark = pytest.mark.parity
 
 SIZES = {
     "vocab_size": 99,
-    "hidden_size": 36,
+    "hidden_size": 40,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -31,22 +34,119 @@ SIZES = {
     "pad_token_id": 0,
 }
 PROMPT, TOKENS = 23, 63  # 40 of them by the cache
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e3,
+    "factor": 5.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 3.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e3,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+}
+SLIDING, FULL = "sliding_attention", "full_attention"
 CASES = {  # "model type, what is unusual": fields of its config
-    "qwen3": {"head_dim": 10, "rope_theta": 1e6},
+    "llama, llama3": {"rope_parameters": LLAMA3, "head_dim": 10},
+    "llama, yarn, tied": {"rope_parameters": YARN, "tie_word_embeddings": True},
+    "llama, yarn, not truncated": {
+        "rope_parameters": YARN | {"truncate": False, "mscale": 0.7, "mscale_all_dim": 1.1}
+    },
+    "llama, linear, gelu": {
+        "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4},
+        "hidden_act": "gelu",
+    },
+    "mistral": {"sliding_window": 11, "head_dim": 10},
+    "mistral, wider than the prompt": {"sliding_window": 30, "num_key_value_heads": 1},
+    "ministral, some layers": {"sliding_window": 9, "layer_types": [FULL, SLIDING, SLIDING]},
+    "qwen2, upper layers slide": {
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "max_window_layers": 1,
+        "rope_parameters": YARN,
+    },
+    "qwen3": {"head_dim": 10, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "qwen3, one key head, tied": {
         "num_key_value_heads": 1,
         "head_dim": 16,
         "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "layer_types": [SLIDING, FULL, SLIDING],
+    },
+    "smollm3": {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": False},
+    "smollm3, windows": {
+        "no_rope_layer_interval": 2,
+        "use_sliding_window": True,
+        "sliding_window": 12,
+        "rope_parameters": YARN,
+    },
+    "olmo2": {"num_key_value_heads": 1, "rope_parameters": LLAMA3},
+    "olmo3": {
+        "sliding_window": 10,
+        "layer_types": [SLIDING, SLIDING, FULL],
+        "rope_parameters": {FULL: YARN, SLIDING: {"rope_type": "default", "rope_theta": 1e3}},
+    },
+    "gemma": {"head_dim": 10, "num_key_value_heads": 1},
+    "gemma2": {"head_dim": 10, "sliding_window": 13, "query_pre_attn_scalar": 17},
+    "gemma2, no caps, not tied": {
+        "head_dim": 6,
+        "layer_types": [FULL] * 3,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "tie_word_embeddings": False,
+    },
+    "gemma3_text": {
+        "head_dim": 10,
+        "sliding_window": 8,
+        "layer_types": [SLIDING, SLIDING, FULL],
+        "query_pre_attn_scalar": 20,
+        "rope_parameters": {
+            FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "gemma3_text, one key head": {
+        "head_dim": 16,
+        "num_key_value_heads": 1,
+        "sliding_window": 70,
+        "final_logit_softcapping": 5.0,
+    },
+    "granite": {
+        "embedding_multiplier": 12.0,
+        "logits_scaling": 6.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.2,
+    },
+    "phi3": {
+        "sliding_window": 14,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.8,
+        },
+    },
+    "phi3, one key head": {  # all of a head turning it would be a Llama
+        "num_key_value_heads": 1,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.6,
+        },
     },
 }
-OFTEN = ("qwen3",)  # the others are slow
+OFTEN = ("llama, llama3", "mistral", "gemma3_text")  # what others compute as well; they are slow
 
 
 def written(folder: Path, case: str, seed: int):
     """transformers' model of a case in `folder`; all its weights are random."""
     torch.manual_seed(seed)
     name = case.partition(",")[0]
-    config = transformers.AutoConfig.for_model(name, **SIZES | CASES[case])
+    config = transformers.AutoConfig.for_model(name, **SIZES | copy.deepcopy(CASES[case]))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -94,5 +194,59 @@ def test_a_family_there_and_back(tmp_path, case, seed):
 def exported(folder: Path, cfg, tower) -> None:
     """As `--format llm` writes it, without a tokenizer."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(stock_config(cfg.llm)))
-    write_folder(folder, in_names_of("llama", tower.tensors, cfg))
+    config = stock_config(cfg.llm)
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 0}))
+    write_folder(folder, in_names_of(KINDS[config["model_type"]].family, tower.tensors, cfg))
+
+
+KEYS = {  # of GGUF: fields of our config
+    "embedding_length": "hidden",
+    "block_count": "layers",
+    "feed_forward_length": "mlp",
+    "attention.head_count": "heads",
+    "attention.head_count_kv": "kv_heads",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "vocab_size": "vocab",
+}
+OF_GGUF = {
+    "qwen2": {"num_key_value_heads": 1},
+    "qwen3": {"head_dim": 10},
+    "gemma3_text": {"head_dim": 256, "num_hidden_layers": 7, "sliding_window": 9},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OF_GGUF)
+def test_gguf_is_read_as_transformers_reads_it(tmp_path, case, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setitem(CASES, case, OF_GGUF[case])
+    tokens = np.random.default_rng(0).integers(0, SIZES["vocab_size"], TOKENS)
+    reference = logits(written(tmp_path / "in", case, 0), tokens)
+    cfg = tiny_config(llm=engine.describe(str(tmp_path / "in")), xattn={"every": 0})
+    tower = engine.open_tower(cfg, open_source(tmp_path / "in"), "llm")
+    arch = case.removesuffix("_text")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", arch)
+    for key, ours in KEYS.items():
+        writer.add_uint32(f"{arch}.{key}", getattr(cfg.llm, ours))
+    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", cfg.llm.eps)
+    writer.add_float32(f"{arch}.rope.freq_base", cfg.llm.rope_theta)
+    if any(cfg.llm.window):
+        writer.add_uint32(f"{arch}.attention.sliding_window", max(cfg.llm.window))
+    made = engine.to_foreign(family(GGUF[arch]), tower.tensors, engine.sizes(cfg, "llm"))
+    for name, array in read_all(made).items():
+        writer.add_tensor(name, np.ascontiguousarray(array))
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype="float32", attn_implementation="eager"
+    )
+    assert relative(logits(theirs.eval(), tokens), reference) <= 1e-5
+    assert engine.describe(str(tmp_path / "m.gguf")) == engine.describe(str(tmp_path / "in"))
+    model = load(cfg, str(tmp_path / "m.gguf"), "llm")
+    assert relative(text_logits(cfg, model, tokens), reference) <= 1e-5

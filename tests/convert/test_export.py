@@ -50,7 +50,7 @@ TOWERS = {
         "moe": {"copies": 2, "slices": 4, "top_k": 3, "gates": "softmax"},
         "xattn": {"every": 2},
     },
-    "clip, Qwen, experts": {
+    "clip, Gemma, experts": {
         "vit": {
             "layer_scale": False,
             "patch_bias": False,
@@ -58,7 +58,24 @@ TOWERS = {
             "activation": "quick_gelu",
             "taps": (1, 3),
         },
-        "llm": {"qkv_bias": True, "tied": False},
+        "llm": {
+            "tied": False,
+            "qk_norm": "head",
+            "norms": "both+1",
+            "window": (7, 7, 0),
+            "rope": (1e4, 1e4, 0.0, 1e3),
+            "rope_scaling": {"kind": "yarn", "factor": 4.0, "original": 16},
+            "rotary_share": 0.5,
+            "scales": {
+                "embedding": 3.0,
+                "residual": 0.7,
+                "query": 0.3,
+                "logits": 2.0,
+                "score_cap": 5.0,
+                "logit_cap": 9.0,
+            },
+            "activation": "gelu_tanh",
+        },
         "moe": {"copies": 4, "slices": 4, "top_k": 4},
     },
     "eva, Qwen 1.0 beyond its context": {

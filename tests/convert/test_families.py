@@ -10,6 +10,7 @@ import pytest
 
 from evlm_jax import cli
 from evlm_jax.convert import config_json, families
+from evlm_jax.convert.describe_decoder import describe_decoder
 from evlm_jax.convert.refused import LANGUAGE, VISION
 from tests.helpers.parity import config_for, encode, load, relative, text_logits
 
@@ -95,37 +96,20 @@ def test_defaults_and_fields_are_those_of_transformers(tmp_path, name):
     config, kind = written(name), families.KINDS[name]
     for field, (default, _) in kind.fixed.items():
         assert config[field] == default
-    plain = {"sliding_window": None} if name == "mistral" else {}
-    whole, bare = (
-        config_json.fields_of(tmp_path, config | plain),
-        config_json.fields_of(tmp_path, {"model_type": name} | plain),
-    )
-
-    def heads(found):
-        return found | {
-            "head_dim": 128,
-            "num_key_value_heads": found.get("num_key_value_heads") or 32,
-            "layer_types": None,
-        }
-
-    assert heads(whole) == heads(bare)
+    said = describe_decoder if kind.tower == "llm" else config_json.fields_of
+    assert said(tmp_path, config) == said(tmp_path, {"model_type": name})
 
 
 @pytest.mark.parametrize("name", sorted(STOCK))
 def test_a_field_with_another_value_is_seen(tmp_path, name):
     """Refused, or among the facts; but for the fields that are listed as inert."""
-    plain = {"sliding_window": None} if name == "mistral" else {}
-    config = (
-        written(name).get("vision_config") if name in families.WHOLE else written(name)
-    ) | plain
+    config = written(name).get("vision_config") if name in families.WHOLE else written(name)
 
     def wrap(fields):
         return {"model_type": name, "vision_config": fields} if name in families.WHOLE else fields
 
     before = config_json.fields_of(tmp_path, wrap(config))
-    for field in sorted(
-        config.keys() - families.INERT - families.UNUSED.get(name, set()) - {"vision_use_head"}
-    ):
+    for field in sorted(config.keys() - families.INERT - {"vision_use_head"}):
         value = config[field]
         other = (
             OTHER[type(value)](value)

@@ -3,6 +3,7 @@
 import json
 import struct
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from evlm_jax import assets
 from evlm_jax.checkpoint import safetensors_file
 from evlm_jax.checkpoint.lazy_tensors import read_all
+from evlm_jax.config import RopeScaling
 from evlm_jax.convert import engine, importer
 from evlm_jax.convert.readers import open_source
 from tests.helpers.checkpoints import dinov2_directory, llama_directory
@@ -246,7 +248,7 @@ NOT_PLAIN = {
     "heads by layer": ({"attention.head_count_kv": [2, 2, 4, 2]}, "llama.attention.head_count_kv"),
     "another architecture": (
         {"general.architecture": "gemma2"},
-        "general.architecture 'gemma2', read is 'llama'",
+        "general.architecture 'gemma2', read is llama, qwen2, qwen3, gemma3",
     ),
     "an adapter": ({"general.type": "adapter"}, "general.type 'adapter'"),
     "a part": ({"split.count": 3}, "split.count 3"),
@@ -277,19 +279,42 @@ def test_gguf_without_keys_takes_the_defaults_of_llama_cpp(tmp_path):
         engine.describe(str(gguf_file(tmp_path / "m.gguf", keys, cfg)))
 
 
+LLAMA31 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
 def test_frequency_factors_of_a_gguf_are_looked_at(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs the extra parity")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     one = np.ones(8, np.float32)
     path = gguf_file(
         tmp_path / "one.gguf", KEYS | {"rope.scaling.type": "none"}, more={"rope_freqs.weight": one}
     )
     assert engine.open_tower(UNTIED, open_source(path), "llm").dropped == ["rope_freqs.weight"]
+    theirs = transformers.LlamaConfig(  # as llama.cpp's converter divides plain by scaled ones
+        head_dim=16, max_position_embeddings=131072, rope_parameters=LLAMA31
+    )
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")
+    factors = (1e4 ** -(np.arange(0, 16, 2) / 16) / scaled.numpy()).astype(np.float32)
+    path = gguf_file(tmp_path / "three.gguf", KEYS, more={"rope_freqs.weight": factors})
+    scaling = RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)
+    cfg = replace(UNTIED, llm=replace(UNTIED.llm, rope_scaling=scaling))
+    assert engine.open_tower(cfg, open_source(path), "llm").dropped == ["rope_freqs.weight"]
     path = gguf_file(
         tmp_path / "two.gguf",
         KEYS,
         more={"rope_freqs.weight": one * np.linspace(1, 8, 8, dtype=np.float32)},
     )
     with pytest.raises(
-        ValueError, match="rope_freqs.weight holds factors of the rotary frequencies other than 1"
+        ValueError,
+        match="rope_freqs.weight holds factors of the rotary frequencies that are neither",
     ):
         engine.open_tower(UNTIED, open_source(path), "llm")
 

@@ -13,16 +13,19 @@ CFG = tiny_config()
 
 NOT_LLAMA = {  # of config.json: what the error names
     "rope_scaling, the old key": (
-        {"rope_scaling": {"type": "linear", "factor": 8.0}},
-        "type 'linear'",
+        {"rope_scaling": {"type": "dynamic", "factor": 8.0}},
+        "rope_type 'dynamic'",
     ),
     "rope_scaling": (
-        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-        "rope_type 'llama3'",
+        {
+            "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+            "max_position_embeddings": 64,
+        },
+        "no low_freq_factor",
     ),
     "rope_parameters": (
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
-        "rope_type 'yarn'",
+        "original_max_position_embeddings None",
     ),
     "a factor alone": ({"rope_parameters": {"rope_type": "default", "factor": 4.0}}, "factor 4.0"),
     "two bases": ({"rope_parameters": {"rope_theta": 5e5}}, "rope_theta 10000.0 and 500000.0"),
@@ -34,19 +37,16 @@ NOT_LLAMA = {  # of config.json: what the error names
     "partial rotary positions": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     "bias of the MLP": ({"mlp_bias": True}, "mlp_bias True"),
     "bias of the attention": ({"attention_bias": True}, "attention_bias True"),
-    "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    "activation": ({"hidden_act": "relu"}, "hidden_act 'relu'"),
     "window": ({"sliding_window": 4096}, "sliding_window 4096"),
-    "window of Qwen2": (
-        {"model_type": "qwen2", "use_sliding_window": True},
-        "use_sliding_window True",
-    ),
+    "a window that is no number": ({"model_type": "mistral", "sliding_window": 0}, "window 0"),
     "layer types": (
         {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
         "layer_types",
     ),
-    "Mistral's default window": (
-        {"model_type": "mistral"},
-        r"sliding_window 4096 \(transformers' default\)",
+    "layers without positions, too few": (
+        {"model_type": "smollm3", "no_rope_layers": [1, 1, 0]},
+        "no_rope_layers",
     ),
     "multipliers": (
         {"logits_scaling": 8.0, "residual_multiplier": 0.2},
@@ -67,9 +67,9 @@ NOT_LLAMA = {  # of config.json: what the error names
     ),
     "a wrong type": ({"num_attention_heads": "4"}, "num_attention_heads '4'"),
     "GPTQ": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised \(gptq\)"),
-    "Gemma 2": ({"model_type": "gemma2"}, "model_type 'gemma2', which is not read"),
-    "Granite": ({"model_type": "granite"}, "model_type 'granite', which is not read"),
-    "SmolLM3": ({"model_type": "smollm3"}, "model_type 'smollm3', which is not read"),
+    "Gemma 2": ({"model_type": "gemma2"}, "names of its tensors are llama's"),
+    "Cohere 2": ({"model_type": "cohere2"}, "model_type 'cohere2', which is not read"),
+    "GLM 4": ({"model_type": "glm4"}, "model_type 'glm4', which is not read"),
     "an odd type": ({"model_type": ["llama"]}, "which is not read"),
     "no type": ({"model_type": None}, "lacks model_type"),
     "another family's type": ({"model_type": "qwen"}, "names of its tensors are llama's"),

@@ -46,7 +46,10 @@ def run(capsys, *arguments) -> tuple[int, list[str]]:
     "towers",
     [
         {},
-        {"vit": {"registers": 2, "class_token": False}, "llm": {"qk_norm": "head", "tied": False}},
+        {
+            "vit": {"registers": 2, "class_token": False},
+            "llm": {"qk_norm": "all", "norms": "post", "window": (9, 0), "tied": False},
+        },
     ],
 )
 def test_a_run_and_its_export(tmp_path, capsys, towers):

@@ -275,7 +275,7 @@ def test_the_cache_is_that_of_an_answer(kind, frames):
         return sum(a.size * a.dtype.itemsize for a in arrays if a is not None)
 
     assert cases.cache(cfg) == (
-        size(state.self_keys, state.self_values),
+        size(*state.self_keys, *state.self_values),
         size(state.cross_keys, state.cross_values),
     )
 
@@ -286,7 +286,7 @@ def test_the_cache_is_that_of_an_answer(kind, frames):
 def test_the_cache_is_that_of_arrays(kind):
     cfg = of(kind)
     state = jax.jit(lambda model: answer(cfg, model))(random_model(cfg, 0))
-    caches = (state.self_keys, state.self_values, state.cross_keys, state.cross_values)
+    caches = (*state.self_keys, *state.self_values, state.cross_keys, state.cross_values)
     assert cases.cache(cfg).total == sum(np.asarray(a).nbytes for a in caches if a is not None)
 
 

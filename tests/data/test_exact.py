@@ -15,7 +15,8 @@ from tests.helpers.tiny import tiny_config
 
 def test_losses_of_a_packed_trie_equal_each_dialog_alone(tmp_path):
     data = dict(sources=("made",), weights=(1.0,), length=192, targets=96, images=6, block_pairs=60)
-    cfg = tiny_config(llm=dict(vocab=320), data=data)
+    near = dict(window=(5, 0), rope=(1e4, 0.0))  # by position, whatever stands between
+    cfg = tiny_config(llm=dict(vocab=320, **near), data=data)
     write_images(tmp_path, 6, size=11)
 
     def image(*numbers):

@@ -16,7 +16,7 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.loss import loss_sums, losses
 from evlm_jax.models.attention import attention, text_mask
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.models.layers import rope_tables
+from evlm_jax.models.rotary import layer_rope, rope_tables
 from evlm_jax.ops.attention_plan import attention_plan
 from evlm_jax.ops.grouped_attention import AttentionPlan, grouped_attention
 from tests.helpers.random_model import random_model
@@ -123,7 +123,7 @@ def test_gates_at_zero_are_the_language_model_alone():
     @jax.jit
     def alone(model, batch):
         rope, mask = (
-            rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta),
+            layer_rope(cfg.llm, rope_tables(cfg.llm, batch.positions), 0),
             text_mask(batch.visible_until),
         )
 
@@ -257,7 +257,7 @@ def test_schedule_and_placement_equal_a_plain_loop(schedule, every):
     model, batch = open_gates(cfg), jax.tree.map(jnp.asarray, tiny_batch(cfg, 3))
     taps = model.encode(batch.pixels)
     rope, mask = (
-        rope_tables(batch.positions, cfg.llm.head_dim, cfg.llm.rope_theta),
+        layer_rope(cfg.llm, rope_tables(cfg.llm, batch.positions), 0),
         text_mask(batch.visible_until),
     )
     x, grouping = (

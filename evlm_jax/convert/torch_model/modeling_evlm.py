@@ -199,7 +199,7 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
         whole = isinstance(logits_to_keep, int)
         if labels is not None and not (whole and logits_to_keep == 0):
             raise ValueError("labels need all logits: leave logits_to_keep out")
-        logits = self.llm.head(x[:, slice(-logits_to_keep, None) if whole else logits_to_keep])
+        logits = self.llm.logits(x[:, slice(-logits_to_keep, None) if whole else logits_to_keep])
         if labels is None:
             return logits, None
         return logits, self.loss_function(

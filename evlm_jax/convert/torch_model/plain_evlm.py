@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .towers_evlm import LLM, MLP, Config, ViT, attend, call, split_heads
+from .towers_evlm import LLM, MLP, Config, ViT, attend, call, frequencies, split_heads
 
 
 class Experts(nn.Module):
@@ -257,22 +257,28 @@ class EVLMParts:
         ]
 
     def _rope(self, attention_mask, length, theta):
-        """cos and sin [B, 1, T, H/2] of the last `length` tokens; the factors [B, 1, T, 1] of their
-        queries by logn attention, or None.
+        """For each layer cos and sin [B, 1, T, r/2] of the last `length` tokens, and the factors
+        [B, 1, T, 1] of their queries by logn attention, or None.
         """
-        cfg = Config(self.config.llm)
+        cfg, tables = Config(self.config.llm), {}
         position = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, None, -length:, None].float()
-        inverse = theta ** (
-            -torch.arange(0, cfg.head_dim, 2, device=position.device, dtype=torch.float32)
-            / cfg.head_dim
-        )
-        angle = position * inverse
-        logn = cfg.logn and not self.training
-        return (
-            angle.cos(),
-            angle.sin(),
-            ((position + 1).log() / math.log(cfg.logn)).clamp(min=1) if logn else None,
-        )
+        logn = None
+        if cfg.logn and not self.training:
+            logn = ((position + 1).log() / math.log(cfg.logn)).clamp(min=1)
+        for layer in range(cfg.layers):
+            base, scaling = cfg.rope[layer % len(cfg.rope)] if cfg.rope else None, cfg.rope_scaling
+            scaled = scaling and (scaling["layers"] == "all" or not self._window(layer))
+            if (base, scaled) not in tables:
+                own = theta if base is None else base
+                inverse, factor = frequencies(cfg, own, scaled, position.device)
+                angle = position * inverse
+                tables[base, scaled] = angle.cos() * factor, angle.sin() * factor
+            yield *tables[base, scaled], logn
+
+    def _window(self, layer):
+        """Last tokens that a layer sees; 0: all."""
+        windows = Config(self.config.llm).window
+        return windows[layer % len(windows)]
 
     def _decode(
         self, x, attention_mask, rope, visible, images, count, cache=None, sdpa=False, kept=None
@@ -288,13 +294,15 @@ class EVLMParts:
         image = torch.arange(count, device=x.device).repeat_interleave(self._visual_tokens)
         seen = (image >= visible[0][..., None]) & (image < visible[1][..., None])
         seen = F.pad(seen, (0, self.config.xattn["sinks"]), value=True)
-        for i, layer in enumerate(self.llm.layers):
+        far = key[total - length :, None] - key
+        for i, (layer, own) in enumerate(zip(self.llm.layers, rope)):
             keep("hidden_states", x)
+            mask = text_mask & (far < self._window(i)) if self._window(i) else text_mask
             block, rest = divmod(i, self.config.xattn["every"])
             if not rest:
                 x, weights = self._run(self.xattn[str(i)], x, *images[block], seen, sdpa)
                 keep("cross_attentions", weights)
-            x, weights = self._run(layer, x, rope, text_mask[:, None], cache, i, sdpa)
+            x, weights = self._run(layer, x, own, mask[:, None], cache, i, sdpa)
             keep("attentions", weights)
         x = self.llm.ln_f(x)
         keep("hidden_states", x)
@@ -338,7 +346,7 @@ class EVLM(EVLMParts, nn.Module):
         )
         rope = self._rope(attention_mask, input_ids.shape[1], self._rope_base(attention_mask))
         x, images = self._embed(self.llm.embed(input_ids), media), self._project(pixel_values)
-        return self.llm.head(
+        return self.llm.logits(
             self._decode(x, attention_mask, rope, visible, images, pixel_values.shape[1])
         )
 

@@ -1,19 +1,38 @@
-"""The towers of EVLM in PyTorch: a ViT by choices (DINOv2, CLIP, SigLIP, EVA02-CLIP-E) and a
-decoder (Llama, Qwen).
+"""The towers of EVLM in PyTorch, by choices: a ViT (DINOv2, CLIP, SigLIP, EVA02-CLIP-E) and a
+decoder (Llama, Qwen, Gemma and others).
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 ACTIVATIONS = {
+    "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
 
-FORMER = {"qk_norm": "none"}  # what the exports compute that were made before there was a field
+FORMER = {  # what exports compute that were made before there was a field
+    "qk_norm": "none",
+    "norms": "pre",
+    "window": [0],
+    "rope": [],
+    "rope_scaling": None,
+    "rotary_share": 1.0,
+    "scales": {
+        "embedding": 1.0,
+        "residual": 1.0,
+        "query": 0.0,
+        "logits": 1.0,
+        "score_cap": 0.0,
+        "logit_cap": 0.0,
+    },
+    "activation": "silu",
+}
 
 
 class Config:
@@ -33,21 +52,25 @@ def split_heads(x, head_dim):
     return x.unflatten(-1, (-1, head_dim)).transpose(-3, -2)
 
 
-def attend(q, k, v, mask=None, sdpa=False):
+def attend(q, k, v, mask=None, sdpa=False, scale=0.0, cap=0.0):
     """q [B, N, T, H], k and v [B, K, S, H] with K dividing N, mask [B, 1, T, S] -> [B, T, N * H],
     and weights [B, N, T, S].
 
     Written out, with its softmax in float32; or by PyTorch's own operation, which keeps no weights
-    (None). Where a query sees nothing at all, both give it the mean of all values.
+    (None) and has no cap. Where a query sees nothing at all, both give it the mean of all values.
     """
     group = q.shape[1] // k.shape[1]
     k, v = (a.repeat_interleave(group, dim=1) for a in (k, v))
     if mask is not None:
         blind = ~mask.any(-1, keepdim=True)
         q, mask = q.masked_fill(blind, 0), mask | blind
-    if sdpa and k.shape[2]:
-        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2), None
-    scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
+    scale = scale or q.shape[-1] ** -0.5
+    if sdpa and k.shape[2] and not cap:
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        return out.transpose(1, 2).flatten(2), None
+    scores = (q.float() @ k.float().transpose(-1, -2)) * scale
+    if cap:
+        scores = cap * (scores / cap).tanh()
     if mask is not None:
         scores = scores.masked_fill(~mask, -1e30)
     weights = scores.softmax(-1).to(v.dtype)
@@ -168,18 +191,50 @@ class ViT(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm in float32; cast before the scale, as Llama and Qwen do."""
+    """RMSNorm in float32; cast before the scale, as Llama and Qwen do. Gemma scales by 1 + weight,
+    then casts.
+    """
 
-    def __init__(self, width, eps):
+    def __init__(self, width, cfg):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.eps, self.plus_one = cfg.eps, cfg.norms.endswith("+1")
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - self.plus_one))
 
     def forward(self, x):
         """x [..., D] -> [..., D]."""
         y = x.float()
-        return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(
-            x.dtype
-        ) * self.weight
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.plus_one:
+            return (y * (1 + self.weight.float())).to(x.dtype)
+        return y.to(x.dtype) * self.weight
+
+
+def frequencies(cfg, base, scaled, device):
+    """What the first dimensions of a head turn by a position, [r/2], and the factor on cos and sin.
+    `base` 0 turns nothing; [B, 1, 1, 1] is one for each row.
+    """
+    width = int(cfg.head_dim * cfg.rotary_share)
+    number = torch.arange(0, width, 2, device=device, dtype=torch.float32)
+    if isinstance(base, (int, float)) and not base:
+        return torch.zeros_like(number), 1.0
+    plain = base ** (-number / width)
+    if not scaled:
+        return plain, 1.0
+    s = Config(cfg.rope_scaling)
+    if s.kind == "linear":
+        return plain / s.factor, s.attention
+    if s.kind == "llama3":
+        kept = (s.original * plain / (2 * math.pi) - s.slow) / (s.fast - s.slow)
+    else:  # yarn
+        first, last = (
+            width * math.log(s.original / (turns * 2 * math.pi)) / (2 * math.log(base))
+            for turns in (s.fast, s.slow)
+        )
+        first, last = (math.floor(first), math.ceil(last)) if s.truncate else (first, last)
+        first, last = max(first, 0), min(last, width - 1)
+        kept = 1 - (number / 2 - first) / (last - first or 0.001)
+    kept = kept.clamp(0, 1)
+    return plain * kept + plain / s.factor * (1 - kept), s.attention
 
 
 class SelfAttention(nn.Module):
@@ -192,15 +247,18 @@ class SelfAttention(nn.Module):
         self.k, self.v = (nn.Linear(cfg.hidden, k, bias=cfg.qkv_bias) for _ in range(2))
         self.o = nn.Linear(n, cfg.hidden, bias=False)
         self.head_dim, self.qk_norm = cfg.head_dim, cfg.qk_norm
+        self.scale, self.cap = cfg.scales["query"], cfg.scales["score_cap"]
         widths = {"none": (), "head": (cfg.head_dim,) * 2, "all": (n, k)}[cfg.qk_norm]
-        self.q_norm, self.k_norm = [RMSNorm(width, cfg.eps) for width in widths] or (None, None)
+        self.q_norm, self.k_norm = [RMSNorm(width, cfg) for width in widths] or (None, None)
 
     def forward(self, x, rope, mask, cache, layer, sdpa):
         cos, sin, scale = rope
 
         def rotate(a):
-            low, high = a.float().chunk(2, -1)
-            return torch.cat([low * cos - high * sin, high * cos + low * sin], -1).to(a.dtype)
+            half = cos.shape[-1]
+            low, high, rest = a.float().split((half, half, a.shape[-1] - 2 * half), -1)
+            turned = [low * cos - high * sin, high * cos + low * sin, rest]
+            return torch.cat(turned, -1).to(a.dtype)
 
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.qk_norm == "all":
@@ -213,37 +271,57 @@ class SelfAttention(nn.Module):
             q = (q * scale).to(q.dtype)
         if cache is not None:
             k, v = cache.update(k, v, layer)
-        out, weights = attend(q, k, v, mask, sdpa)
+        out, weights = attend(q, k, v, mask, sdpa, self.scale, self.cap)
         return self.o(out), weights
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x))."""
 
     def __init__(self, cfg):
         super().__init__()
         self.gate, self.up = (nn.Linear(cfg.hidden, cfg.mlp, bias=False) for _ in range(2))
         self.down = nn.Linear(cfg.mlp, cfg.hidden, bias=False)
+        self.activation = ACTIVATIONS[cfg.activation]
 
     def forward(self, x):
         """x [..., D] -> [..., D]."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class Layer(nn.Module):
-    """Pre-norm decoder layer; returns x, and the weights of its attention where they are computed
-    eagerly.
+    """Decoder layer; returns x, and the weights of its attention where they are computed eagerly.
+
+    norms "pre": x + f(norm(x)); "post": x + norm(f(x)); "both": x + norm(f(norm(x))).
     """
 
     def __init__(self, cfg):
         super().__init__()
-        self.ln1, self.ln2 = (RMSNorm(cfg.hidden, cfg.eps) for _ in range(2))
+        self.place = cfg.norms.partition("+")[0]
+        self.ln1, self.ln2 = (RMSNorm(cfg.hidden, cfg) for _ in range(2))
+        if self.place == "both":
+            self.ln1_out, self.ln2_out = (RMSNorm(cfg.hidden, cfg) for _ in range(2))
         self.attn, self.mlp = SelfAttention(cfg), GatedMLP(cfg)
+        self.residual = cfg.scales["residual"]
 
     def forward(self, x, rope, mask, cache, layer, sdpa):
-        out, weights = self.attn(self.ln1(x), rope, mask, cache, layer, sdpa)
-        x = x + out
-        return x + self.mlp(self.ln2(x)), weights
+        post, both = self.place == "post", self.place == "both"
+        out, weights = self.attn(x if post else self.ln1(x), rope, mask, cache, layer, sdpa)
+        x = x + self.residual * (self.ln1(out) if post else self.ln1_out(out) if both else out)
+        out = self.mlp(x if post else self.ln2(x))
+        out = self.ln2(out) if post else self.ln2_out(out) if both else out
+        return x + self.residual * out, weights
+
+
+class Words(nn.Embedding):
+    """Embeddings of words times a factor."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg.vocab, cfg.hidden)
+        self.factor = cfg.scales["embedding"]
+
+    def forward(self, ids):
+        return super().forward(ids) * self.factor
 
 
 class LLM(nn.Module):
@@ -253,7 +331,13 @@ class LLM(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.embed = nn.Embedding(cfg.vocab, cfg.hidden)
+        self.embed = Words(cfg)
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.layers))
-        self.ln_f = RMSNorm(cfg.hidden, cfg.eps)
+        self.ln_f = RMSNorm(cfg.hidden, cfg)
         self.head = nn.Linear(cfg.hidden, cfg.vocab, bias=False)
+        self.divisor, self.cap = cfg.scales["logits"], cfg.scales["logit_cap"]
+
+    def logits(self, x):
+        """Of hidden states behind the last norm."""
+        logits = self.head(x) / self.divisor
+        return self.cap * (logits / self.cap).tanh() if self.cap else logits

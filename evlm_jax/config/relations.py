@@ -1,0 +1,149 @@
+"""Relations between fields of the configuration, each with the mend where it does not hold."""
+
+from typing import TYPE_CHECKING
+
+from evlm_jax.config.model import LLMConfig
+
+if TYPE_CHECKING:
+    from evlm_jax.config import EVLMConfig
+
+Relation = tuple[bool, str, str]  # whether it holds, the field, the mend
+
+
+def vision(cfg: "EVLMConfig") -> list[Relation]:
+    vit = cfg.vit
+    return [
+        (
+            vit.image_size % vit.patch == 0,
+            "vit.image_size",
+            f"must be a multiple of vit.patch = {vit.patch}",
+        ),
+        (
+            vit.pretrained_size % vit.patch == 0,
+            "vit.pretrained_size",
+            f"must be a multiple of vit.patch = {vit.patch}",
+        ),
+        (vit.width % vit.heads == 0, "vit.heads", f"must divide vit.width = {vit.width}"),
+        (len(vit.taps) > 0, "vit.taps", "needs at least one block number"),
+        (list(vit.taps) == sorted(set(vit.taps)), "vit.taps", "must ascend without repeats"),
+        (
+            all(t <= vit.depth for t in vit.taps),
+            "vit.taps",
+            f"must lie in 1..vit.depth = {vit.depth} (1-based)",
+        ),
+        (
+            all(t <= vit.depth for t in vit.cuts),
+            "vit.cuts",
+            f"must lie in 1..vit.depth = {vit.depth}",
+        ),
+    ]
+
+
+def language(cfg: "EVLMConfig") -> list[Relation]:
+    """Relations of the language model, and of what connects it to the ViT."""
+    llm, xattn, moe = cfg.llm, cfg.xattn, cfg.moe
+    patches, kind = cfg.vit.grid**2, cfg.bridge.kind
+    return [
+        (llm.heads % llm.kv_heads == 0, "llm.kv_heads", f"must divide llm.heads = {llm.heads}"),
+        (llm.head_dim % 2 == 0, "llm.head_dim", "must be even: rotary positions turn pairs"),
+        *layers(llm),
+        (
+            xattn.heads % xattn.kv_heads == 0,
+            "xattn.kv_heads",
+            f"must divide xattn.heads = {xattn.heads}",
+        ),
+        (
+            llm.logn != 1,
+            "llm.logn",
+            "must be the trained context in tokens, at least 2, or 0 for never",
+        ),
+        (
+            xattn.every <= llm.layers,
+            "xattn.every",
+            f"must lie in 1..llm.layers = {llm.layers}, or be 0 for no cross-attention",
+        ),
+        (
+            xattn.every == 0 or kind != "llava",
+            "xattn.every",
+            "must be 0 where bridge.kind is llava, whose images stand in the text",
+        ),
+        (
+            xattn.every > 0 or kind in ("routed", "llava"),
+            "xattn.every",
+            f"must be positive: bridge.kind {kind} feeds cross-attention",
+        ),
+        (
+            xattn.every > 0 or not moe.copies,
+            "moe.copies",
+            "must be 0 where xattn.every is 0: experts stand in cross-attention",
+        ),
+        (xattn.ffn % moe.slices == 0, "moe.slices", f"must divide xattn.ffn = {xattn.ffn}"),
+        (
+            not moe.copies or 1 <= moe.top_k <= moe.experts,
+            "moe.top_k",
+            f"must lie in 1..moe.copies * moe.slices = {moe.experts}",
+        ),
+        (
+            kind != "llava" or cfg.media.tokens == patches,
+            "media.tokens",
+            f"must be {patches}, one a patch, where bridge.kind is llava",
+        ),
+    ]
+
+
+def layers(llm: LLMConfig) -> list[Relation]:
+    """Relations of what may differ from layer to layer, and of rotary positions."""
+    scaling, most = llm.rope_scaling, f"llm.layers = {llm.layers}"
+    turned = scaling is None or scaling.kind == "linear" or scaling.original > 0
+    plain = not llm.rope and scaling is None and llm.rotary_share == 1
+    return [
+        (1 <= len(llm.window) <= llm.layers, "llm.window", f"needs 1 to {most} values"),
+        (len(llm.rope) <= llm.layers, "llm.rope", f"has at most {most} values"),
+        (
+            llm.rotary_width > 0 and llm.rotary_width % 2 == 0,
+            "llm.rotary_share",
+            f"must leave an even part of llm.head_dim = {llm.head_dim}",
+        ),
+        (turned, "llm.rope_scaling.original", "must be positive: the tokens of the first training"),
+        (
+            scaling is None or scaling.slow < scaling.fast,
+            "llm.rope_scaling.slow",
+            "must be below llm.rope_scaling.fast",
+        ),
+        (
+            plain or not llm.dynamic_ntk,
+            "llm.dynamic_ntk",
+            "must be 0 where llm.rope, llm.rope_scaling or llm.rotary_share is set",
+        ),
+    ]
+
+
+def training(cfg: "EVLMConfig") -> list[Relation]:
+    data, train = cfg.data, cfg.train
+    return [
+        (
+            train.batch % train.accumulate == 0,
+            "train.accumulate",
+            f"must divide train.batch = {train.batch}",
+        ),
+        (
+            train.batch % (train.accumulate * data.image_group) == 0,
+            "data.image_group",
+            "must divide the rows of train.batch / train.accumulate",
+        ),
+        (
+            not train.monitors or train.monitor_every >= 1,
+            "train.monitor_every",
+            "must be positive where train.monitors has tasks",
+        ),
+        (
+            all(phase.step is None or phase.start == 0 for phase in cfg.optim.phases),
+            "optim.phases",
+            "have a start or a step, not both",
+        ),
+        (
+            cfg.optim.phases and not (cfg.optim.phases[0].start or cfg.optim.phases[0].step),
+            "optim.phases",
+            "the first must start at 0",
+        ),
+    ]

@@ -1,0 +1,81 @@
+"""Rotary positions of the language model: each layer's frequencies, scaled or plain, or none.
+
+A config has few ropes: one in Llama, a near and a far one in Gemma 3, one or none in SmolLM3.
+Tables of all are made once, and every layer picks its own by number. They are scaled as in
+transformers' modeling_rope_utils.py."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from evlm_jax.config import LLMConfig
+from evlm_jax.config.model import RopeScaling
+
+Rope = tuple[jax.Array, jax.Array]  # cos and sin
+
+
+def rope_tables(cfg: LLMConfig, positions: jax.Array, theta: jax.Array | None = None) -> Rope:
+    """cos and sin, float32 [R, B, T, 1, r/2], of integer positions [B, T], for each of the R ropes
+    that layers of `cfg` have; r of a head's dimensions turn.
+
+    `theta`: [B, 1, 1, 1], a base for each row in place of rope_theta.
+    """
+    tables = []
+    for base, scaled in dict.fromkeys(cfg.layer_ropes):
+        inverse = frequencies(cfg, base if theta is None else theta, scaled)
+        angle = positions[..., None, None].astype(jnp.float32) * inverse
+        factor = cfg.rope_scaling.attention if scaled else 1.0
+        tables.append([f(angle) if factor == 1 else f(angle) * factor for f in (jnp.cos, jnp.sin)])
+    cos, sin = (jnp.stack(one) for one in zip(*tables, strict=True))
+    return cos, sin
+
+
+def layer_rope(cfg: LLMConfig, tables: Rope, number: jax.Array | int) -> Rope:
+    """Of `rope_tables` those of a layer, [B, T, 1, r/2]."""
+    kinds = list(dict.fromkeys(cfg.layer_ropes))
+    which = jnp.array([*map(kinds.index, cfg.layer_ropes)])[number] if len(kinds) > 1 else 0
+    cos, sin = (table[which] for table in tables)
+    return cos, sin
+
+
+def frequencies(cfg: LLMConfig, base: float | jax.Array, scaled: bool) -> jax.Array:
+    """What the dimensions of a head turn by a position, [r/2], or [B, 1, 1, r/2] of bases
+    [B, 1, 1, 1]. A base of 0 turns nothing.
+    """
+    width = cfg.rotary_width
+    if isinstance(base, float) and not base:
+        return jnp.zeros(width // 2)
+    inverse = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    return _scaled(cfg.rope_scaling, inverse, base, width) if scaled else inverse
+
+
+def _scaled(scaling: RopeScaling, inverse: jax.Array, base: float, width: int) -> jax.Array:
+    """Frequencies [r/2] between those of plain positions, which fast ones keep, and those of
+    positions divided by `factor`.
+    """
+    if scaling.kind == "linear":
+        return inverse / scaling.factor
+    if scaling.kind == "llama3":  # by turns within the original context
+        turns = scaling.original / (2 * math.pi) * inverse
+        kept = jnp.clip((turns - scaling.slow) / (scaling.fast - scaling.slow), 0, 1)
+    else:  # yarn: by number, between those that turn `fast` and `slow` times
+
+        def number(turns):
+            return width * math.log(scaling.original / (turns * 2 * math.pi)) / 2 / math.log(base)
+
+        first, last = number(scaling.fast), number(scaling.slow)
+        if scaling.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, width - 1)
+        span = last - first or 0.001
+        kept = 1 - jnp.clip((jnp.arange(width // 2) - first) / span, 0, 1)
+    return inverse / scaling.factor * (1 - kept) + inverse * kept
+
+
+def rotate(x: jax.Array, rope: Rope) -> jax.Array:
+    """Half-split (NeoX) rotation of the first r dimensions of x [B, T, N, H], in float32."""
+    cos, sin = rope
+    half = cos.shape[-1]
+    a, b, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)

@@ -28,7 +28,7 @@ class DataConfig:
     ends: Literal[
         "repeat", "error"
     ]  # after its last document a source starts again, shuffled anew, or stops the run
-    template: Literal["chatml", "plain"]  # chat template
+    template: Literal["chatml", "plain", "own"]  # of chats; "own": the tokenizer's
     length: Positive  # T, text positions of a row
     images: Count  # most images of a row
     targets: Positive  # M, supervised positions of a row

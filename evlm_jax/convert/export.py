@@ -184,8 +184,12 @@ def write_tokenizer(folder: epath.Path, tokenizer: Tokenizer, cfg: EVLMConfig) -
         "padding_side": "left",
     }
     text |= {"bos_token": bos[0]} if bos else {}
-    start = "{{ " + json.dumps("".join(bos), ensure_ascii=False) + " }}" if bos else ""
-    chat = start + {"chatml": CHATML, "plain": PLAIN}[cfg.data.template]
+    if cfg.data.template == "own":
+        text |= tokenizer.chat.names
+        chat = tokenizer.chat.source
+    else:
+        start = "{{ " + json.dumps("".join(bos), ensure_ascii=False) + " }}" if bos else ""
+        chat = start + {"chatml": CHATML, "plain": PLAIN}[cfg.data.template]
     text |= {"clean_up_tokenization_spaces": False, "chat_template": chat}
     write_json(folder, {"tokenizer_config.json": text})
     write(folder / "tokenizer.json", tokenizer.inner.to_str(pretty=True))

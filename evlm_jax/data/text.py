@@ -34,37 +34,11 @@ from typing import NamedTuple
 import numpy as np
 
 from evlm_jax.config import EVLMConfig, MediaConfig
-from evlm_jax.data.samples import MARKER, ImageRef, Sample, SampleError, Turn, marked
+from evlm_jax.data.samples import ImageRef, Sample, SampleError, Turn, marked
+from evlm_jax.data.template import Media, Piece, Template, Text, Token
 from evlm_jax.ops.attention_plan import block_pair_count
 
 SHORT = 128  # characters of a text whose tokens are kept
-
-
-class Text(NamedTuple):
-    """Plain text; never yields special tokens, whatever it spells."""
-
-    text: str
-    supervised: bool
-
-
-class Token(NamedTuple):
-    """A special token of the template, by id."""
-
-    id: int
-    supervised: bool
-
-
-class Media(NamedTuple):
-    """An image or a frame. It sees itself; text after it sees the frames [start, stop) of its
-    visual.
-    """
-
-    frame: int
-    start: int
-    stop: int
-
-
-Piece = Text | Token | Media
 
 
 class Document(NamedTuple):
@@ -85,83 +59,6 @@ class Document(NamedTuple):
     block_pairs: int  # (query block, image) pairs of its cross-attention
     parts: int = 1  # that its sample was cut into (data/cut.py)
     rest: tuple["Document", ...] = ()  # the other parts, where it is the first
-
-
-class Template:
-    """A chat template over a tokenizer.
-
-    chatml (Qwen, SmolLM2):
-    `<|im_start|>user\\n{text}<|im_end|>\\n<|im_start|>assistant\\n{answer}<|im_end|>`, a newline
-    between turns.
-    plain: `{text} Answer:` ` {answer}` end-of-text.
-    An assistant alone (a caption, a web document) is just its text and end-of-text, in both.
-    Supervised: what the assistant says and the token that ends it.
-    """
-
-    def __init__(self, name: str, tokenizer):
-        self._turn = {"chatml": self._chatml, "plain": self._plain}[name]
-        self.name, self.tokenizer = name, tokenizer
-
-    def dialog(
-        self,
-        turns: Sequence[Turn],
-        visuals: Sequence[tuple[int, int]],
-        answer_only: bool = False,
-        end: bool = True,
-    ) -> list[Piece]:
-        """Pieces of a dialog.
-
-        Args:
-          turns: the dialog.
-          visuals: (start, stop) frame numbers of each visual, consumed in order by the markers.
-          answer_only: supervise the last turn only.
-          end: supervise the token that ends a turn.
-        Raises:
-          SampleError: an unknown role, or other than one marker for each visual.
-        """
-        marks, pieces = iter(visuals), []
-        found = sum(turn.text.count(MARKER) for turn in turns)
-        if found != len(visuals):
-            raise SampleError(f"{found} {MARKER} markers for {len(visuals)} images or videos")
-        said = self._plain if [turn.role for turn in turns] == ["assistant"] else self._turn
-        for i, turn in enumerate(turns):
-            if turn.role not in ("user", "assistant"):
-                raise SampleError(f"unknown role {turn.role!r}; use user or assistant")
-            supervised = turn.role == "assistant" and (i == len(turns) - 1 or not answer_only)
-            pieces += said(turn, i, supervised, supervised and end, marks)
-        return pieces
-
-    def prompt(self, turns: Sequence[Turn], visuals: Sequence[tuple[int, int]]) -> list[Piece]:
-        """Pieces up to where the assistant's answer begins."""
-        pieces = self.dialog(turns, visuals)
-        if self.name == "plain":
-            return pieces
-        return [
-            *pieces,
-            Text("\n", False),
-            Token(self.tokenizer.id("<|im_start|>"), False),
-            Text("assistant\n", False),
-        ]
-
-    def _chatml(self, turn: Turn, index: int, supervised: bool, end: bool, marks) -> list[Piece]:
-        header, start, stop = (
-            turn.role + "\n",
-            self.tokenizer.id("<|im_start|>"),
-            self.tokenizer.id("<|im_end|>"),
-        )
-        if turn.role == "user":
-            said = _split(header + turn.text, False, marks)
-        else:
-            said = [Text(header, False), *_split(turn.text, supervised, marks)]
-        return [Text("\n", False)] * (index > 0) + [Token(start, False), *said, Token(stop, end)]
-
-    def _plain(self, turn: Turn, index: int, supervised: bool, end: bool, marks) -> list[Piece]:
-        if turn.role == "user":
-            return _split(turn.text + " Answer:", False, marks)
-        return [
-            *_split(" " * (index > 0) + turn.text, supervised, marks),
-            Token(self.tokenizer.eos[0], end),
-        ]
 
 
 def encode(sample: Sample, tokenizer, cfg: EVLMConfig) -> Document:
@@ -366,18 +263,6 @@ def _render(sample: Sample, pieces) -> list[list[Piece]]:
         return [pieces(spans, dialog) for dialog in sample.dialogs]
     except SampleError as error:
         raise SampleError(f"sample {sample.source}/{sample.key}: {error}") from error
-
-
-def _split(text: str, supervised: bool, marks) -> list[Piece]:
-    """Cuts text at the markers and puts the next visual, frame by frame, in place of each."""
-    first, *others = text.split(MARKER)
-    pieces: list[Piece] = [Text(first, supervised)]
-    for other in others:
-        start, stop = next(marks)
-        pieces += [Media(frame, start, stop) for frame in range(start, stop)] + [
-            Text(other, supervised)
-        ]
-    return [piece for piece in pieces if piece != Text("", supervised)]
 
 
 def _tokens(tokenizer, text: str, behind: str) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from evlm_jax import assets, paths
 from evlm_jax.convert.gguf_file import read_gguf
 from evlm_jax.convert.torch_model.spelling_evlm import Speller
+from evlm_jax.data.chat_template import ChatTemplate
 from evlm_jax.data.tokenizer_folder import MARK, in_front, no_file, put_in_front, read_folder
 
 STOP_NAMES = (
@@ -24,6 +25,8 @@ STOP_NAMES = (
     "<|eot_id|>",
     "<|end_of_text|>",
     "</s>",
+    "<end_of_turn>",
+    "<|end|>",
 )  # of the families that convert/tables.py knows
 FOLDER = "tokenizer"  # of a run
 GGUF_CONTROL, GGUF_USER = 3, 4  # token types
@@ -43,18 +46,18 @@ class Tokenizer:
     """Ids of texts and special tokens.
 
     `bos`: ids in front of every document, mostly none. `eos`: ids that end an answer, the
-    vocabulary's own end token first.
+    vocabulary's own end token first. `chat`: its own chat template, if it has one.
 
     Raises ValueError if no end token is known.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, eos: Iterable[int]):
-        self.inner, self._spell = inner, Speller(inner)
-        self.specials = {
-            token.content: i
-            for i, token in inner.get_added_tokens_decoder().items()
-            if token.special
-        }
+    def __init__(
+        self, inner: tokenizers.Tokenizer, eos: Iterable[int], chat: ChatTemplate | None = None
+    ):
+        self.inner, self._spell, self.chat = inner, Speller(inner), chat
+        added = inner.get_added_tokens_decoder()
+        self.specials = {token.content: i for i, token in added.items() if token.special}
+        self._takes = {i: (token.lstrip, token.rstrip) for i, token in added.items()}
         self.bos = in_front(inner)
         self.eos = tuple(
             dict.fromkeys(
@@ -97,6 +100,10 @@ class Tokenizer:
             )
         return self.specials[special]
 
+    def takes(self, special: int) -> tuple[bool, bool]:
+        """Whether a special token takes away the white space in front of it, and behind it."""
+        return self._takes[special]
+
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of the ids; special tokens are left out or spelled."""
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
@@ -135,7 +142,10 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Files that `load_tokenizer` reads back, whatever the tokenizer came from."""
     folder = paths.place(folder)
-    facts = {"tokenizer_config.json": {"eos_token": tokenizer.inner.id_to_token(tokenizer.eos[0])}}
+    config = {"eos_token": tokenizer.inner.id_to_token(tokenizer.eos[0])}
+    if tokenizer.chat:
+        config = tokenizer.chat.names | config | {"chat_template": tokenizer.chat.source}
+    facts = {"tokenizer_config.json": config}
     facts |= {"generation_config.json": {"eos_token_id": list(tokenizer.eos)}}
     for name, content in facts.items():
         paths.write(folder / name, json.dumps(content, ensure_ascii=False) + "\n")
@@ -158,14 +168,12 @@ def source_of_run(workdir: str | Path, source: str) -> str:
     return str(own) if (own / "tokenizer.json").exists() else source
 
 
-def _from_gguf(path: Path) -> tuple[tokenizers.Tokenizer, list[int]]:
+def _from_gguf(path: Path) -> tuple[tokenizers.Tokenizer, list[int], ChatTemplate | None]:
     """SmolLM2's rule splits digits before the byte-level split; transformers' own GGUF reader
     forgets that.
     """
-    facts = {
-        key.removeprefix("tokenizer.ggml."): value
-        for key, value in read_gguf(path).metadata.items()
-    }
+    metadata = read_gguf(path).metadata
+    facts = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     kind = facts.get("model"), facts.get("pre")
     if kind != ("gpt2", "smollm"):
         raise ValueError(
@@ -194,7 +202,11 @@ def _from_gguf(path: Path) -> tuple[tokenizers.Tokenizer, list[int]]:
             inner.add_tokens([AddedToken(token, special=special, normalized=False)])
     if facts.get("add_bos_token"):
         put_in_front(inner, tokens[facts["bos_token_id"]] if "bos_token_id" in facts else None)
-    return inner, [facts[key] for key in ("eos_token_id", "eot_token_id") if key in facts]
+    source, chat = metadata.get("tokenizer.chat_template"), None
+    if source:
+        names = {f"{key}_token": facts.get(f"{key}_token_id") for key in ("bos", "eos")}
+        chat = ChatTemplate(source, {key: tokens[i] for key, i in names.items() if i is not None})
+    return inner, [facts[key] for key in ("eos_token_id", "eot_token_id") if key in facts], chat
 
 
 def _from_tiktoken(file: Path) -> tuple[tokenizers.Tokenizer, list[int]]:

@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import processors
 
 from evlm_jax.convert.torch_model.spelling_evlm import puts_space
+from evlm_jax.data.chat_template import ChatTemplate
 
 MARK = re.compile(  # names that are no text, whatever their flag says: of chats, and spare ones
     r"<\|.+\|>|<(start|end)_of_turn>|[<\[](unused|reserved|extra)[^<>\[\]]*[>\]]"
@@ -31,9 +32,9 @@ MEND = "save it again with save_pretrained of transformers"
 SLOW = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
-def read_folder(file: Path) -> tuple[tokenizers.Tokenizer, list[int]]:
+def read_folder(file: Path) -> tuple[tokenizers.Tokenizer, list[int], ChatTemplate | None]:
     """The vocabulary, in which special tokens have their flag and the post-processor inserts a BOS
-    where one belongs; and the ids that end an answer.
+    where one belongs; the ids that end an answer; and the chat template, if there is one.
 
     Raises:
       ValueError: a file with another content than its name promises, or files that contradict each
@@ -81,7 +82,21 @@ def read_folder(file: Path) -> tuple[tokenizers.Tokenizer, list[int]]:
             f"tokenizer_config.json says add_prefix_space is {said}, the vocabulary does"
             f" {'' if is_so else 'not '}add one; {MEND}"
         )
-    return inner, eos
+    return inner, eos, _chat(file, config, names)
+
+
+def _chat(file: Path, config: dict, names: dict[str, str]) -> ChatTemplate | None:
+    """Of chat_template.jinja, or of tokenizer_config.json: one, or the default of several."""
+    place, source = file.with_name("chat_template.jinja"), config.get("chat_template")
+    if place.is_file():
+        source = place.read_text("utf-8")
+    elif isinstance(source, list):
+        source = {one.get("name"): one.get("template") for one in source}.get("default")
+    if not source:
+        return None
+    if not isinstance(source, str):
+        raise ValueError(f"chat_template is a {type(source).__name__}, not a text; {MEND}")
+    return ChatTemplate(source, names)
 
 
 def read_json(file: Path) -> dict:

@@ -7,8 +7,10 @@ import re
 from typing import Any, NamedTuple
 
 from .pictures_evlm import from_base64
+from .templates_evlm import lay_out_own
 
 IMAGE, VIDEO = "<image>", "<video>"
+VISUAL = "\U0010fffd"  # in its place in what a template is given: private, no text has it
 SOURCES = {IMAGE: ("image", "url", "path", "base64"), VIDEO: ("video",)}  # keys of a message's part
 
 
@@ -107,21 +109,15 @@ def joined(*parts):
     return found
 
 
-def lay_out(
-    messages,
-    template,
-    turn_start,
-    turn_end,
-    eos,
-    add_generation_prompt=True,
-    continue_final_message=False,
-):
+def lay_out(messages, how, add_generation_prompt=True, continue_final_message=False):
     """Pieces of a chat, as training lays it out.
 
     chatml: `<|im_start|>user\\n{text}<|im_end|>`, a newline between turns. plain: `{text} Answer:`
-      ` {answer}` end. An assistant alone (a caption) is its text and the end, in both.
+      ` {answer}` end. own: as the tokenizer's template says. An assistant alone (a caption) is its
+      text and the end, in all.
 
     Args:
+      how: the processor, which knows the template, its tokens and the tokenizer.
       add_generation_prompt: end where an answer begins.
       continue_final_message: end within the last turn, an assistant's, which goes on.
     Raises:
@@ -136,26 +132,78 @@ def lay_out(
             "continue_final_message needs an assistant's turn at the end, and no"
             " add_generation_prompt; a chat some turn"
         )
-    for i, message in enumerate(messages):
-        message = {key: value for key, value in message.items() if value is not None}
-        if message.keys() != {"role", "content"} or message["role"] not in ("user", "assistant"):
-            raise ValueError(
-                f"a message has role, user or assistant, and content: not {message.get('role')!r}"
-                f" with {sorted(message)}"
-            )
-        parts, told = parts_of(message["content"]), message["role"] == "assistant"
-        stop = [] if continue_final_message and i == len(messages) - 1 else [Piece(turn_end, told)]
-        if template == "chatml" and not alone:
-            pieces += [Piece("\n")] * (i > 0) + [Piece(turn_start)]
+    turns = [checked(message) for message in messages]
+    if how.template == "own" and not alone:
+        return by_own_template(turns, how, add_generation_prompt, continue_final_message)
+    chatml = how.template == "chatml"
+    for i, (role, parts) in enumerate(turns):
+        told, last = role == "assistant", i == len(turns) - 1
+        stop = [] if continue_final_message and last else [Piece(how.turn_end, told)]
+        if chatml and not alone:
+            pieces += [Piece("\n")] * (i > 0) + [Piece(how.turn_start)]
             pieces += [Piece("assistant\n")] if told else []
             pieces += [
                 Piece(part, told) for part in joined(*(() if told else ("user\n",)), *parts)
             ] + stop
         elif told:
-            stop = stop and [Piece(eos, True)]
+            stop = stop and [Piece(how.tokenizer.eos_token_id, True)]
             pieces += [Piece(part, True) for part in joined(" " * (i > 0), *parts)] + stop
         else:
             pieces += [Piece(part) for part in joined(*parts, " Answer:")]
-    if add_generation_prompt and template == "chatml":
-        pieces += [Piece("\n"), Piece(turn_start), Piece("assistant\n")]
+    if add_generation_prompt and chatml:
+        pieces += [Piece("\n"), Piece(how.turn_start), Piece("assistant\n")]
+    return pieces
+
+
+def checked(message):
+    """(role, parts) of a message.
+
+    Raises ValueError as lay_out.
+    """
+    message = {key: value for key, value in message.items() if value is not None}
+    if message.keys() != {"role", "content"} or message["role"] not in ("user", "assistant"):
+        raise ValueError(
+            f"a message has role, user or assistant, and content: not {message.get('role')!r}"
+            f" with {sorted(message)}"
+        )
+    return message["role"], parts_of(message["content"])
+
+
+def by_own_template(turns, how, add_generation_prompt, continue_final_message):
+    """Pieces of a chat by the tokenizer's own template, behind what every text begins with."""
+    tokenizer, visuals = how.tokenizer, []
+
+    def text(part):
+        if isinstance(part, str):
+            return part
+        visuals.append(part)
+        return VISUAL
+
+    def render(messages, answer_begins):
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=answer_begins
+        )
+
+    def takes(token):
+        added = tokenizer.added_tokens_decoder[token]
+        return added.lstrip, added.rstrip
+
+    messages = [{"role": role, "content": "".join(map(text, parts))} for role, parts in turns]
+    added = tokenizer.added_tokens_decoder.items()
+    specials = {token.content: i for i, token in added if token.special}
+    parts = lay_out_own(render, messages, specials, takes, add_generation_prompt)
+    if continue_final_message:
+        parts = parts[: 1 + max(i for i, part in enumerate(parts) if part.said)]
+    pieces, visuals = [], iter(visuals)
+    for part in parts[len(how.text_start) :]:
+        told = part.message is not None and turns[part.message][0] == "assistant"
+        split = re.split(f"({VISUAL})", part.what) if part.said else [part.what]
+        for what in split:
+            if what == VISUAL:
+                what = next(visuals)
+            last = pieces[-1] if pieces else Piece(0)
+            if isinstance(what, str) and isinstance(last.what, str) and last.told == told:
+                pieces[-1] = Piece(last.what + what, told)
+            elif what != "":
+                pieces.append(Piece(what, told))
     return pieces

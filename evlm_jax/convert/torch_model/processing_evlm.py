@@ -22,7 +22,7 @@ class EVLMProcessor(ProcessorMixin):
         colour.
       media_tokens: length of the run that stands for an image.
       image_token_id: of which the run is made.
-      template: of chats, "chatml" | "plain".
+      template: of chats, "chatml" | "plain" | "own", the tokenizer's.
       turn_start, turn_end: ids around a turn; plain has only the one that ends an answer.
       text_start: ids in front of every prompt, a BOS where the vocabulary has one.
     """
@@ -161,14 +161,7 @@ class EVLMProcessor(ProcessorMixin):
         return inputs if return_dict else inputs["input_ids"]
 
     def _render(self, messages, **how):
-        pieces = lay_out(
-            messages,
-            self.template,
-            self.turn_start,
-            self.turn_end,
-            self.tokenizer.eos_token_id,
-            **how,
-        )
+        pieces = lay_out(messages, self, **how)
         name = self.tokenizer.convert_ids_to_tokens
 
         def spell(what):

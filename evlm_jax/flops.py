@@ -269,13 +269,12 @@ def _text(cfg: EVLMConfig, work: Work) -> Iterator[Stage]:
     def one(part, name, size, rows=work.tokens):
         return Product(part, name, 2.0 * rows * size)
 
-    for layer in range(llm.layers):
+    for layer, window in enumerate(llm.layer_windows):
         if layer in cfg.cross_layers:
             yield from _cross(cfg, work, layer)
         name = f"llm/layers/{layer}"
         sizes = {"q": llm.heads, "k": llm.kv_heads, "v": llm.kv_heads}
         yield tuple(one(LLM, f"{name}/attn/{p}", d * n * llm.head_dim) for p, n in sizes.items())
-        window = llm.layer_windows[layer]
         pairs = work.near[window] if window and work.attended else work.attended
         yield (one(LLM_SCORES, "", 2 * llm.heads * llm.head_dim, pairs),)
         yield (one(LLM, f"{name}/attn/o", d * llm.heads * llm.head_dim),)

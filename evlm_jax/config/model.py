@@ -141,7 +141,8 @@ class LLMConfig:
         """Numbers of the layers with each window, in the order of their first layers."""
         windows = self.layer_windows
         return {
-            window: tuple(i for i, own in enumerate(windows) if own == window) for window in windows
+            window: tuple(i for i, own in enumerate(windows) if own == window)
+            for window in dict.fromkeys(windows)
         }
 
     @property

@@ -1,11 +1,14 @@
 """Conversations, against the library's single prompts and the generator called by hand."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from evlm_jax import cli
 from evlm_jax.chat.conversation import Chat, Message
+from evlm_jax.cli.chat import MISSING
 from evlm_jax.data.samples import ImageRef, Turn
 from evlm_jax.generate import Generator
 from evlm_jax.library import Model
@@ -98,3 +101,9 @@ def test_gates_are_the_models(trained, chat):
     gates = chat.gates()
     assert gates["layers"] == list(trained.model.cfg.cross_layers)
     assert np.allclose(gates["attn"], np.tanh(0.5)) and len(gates["ffn"]) == len(gates["layers"])
+
+
+def test_without_gradio_a_line_says_how_to_install_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert cli.main(["chat", "--checkpoint", "nowhere"]) == 1
+    assert capsys.readouterr().err == f"evlm: {MISSING}\n" and "evlm_jax[chat]" in MISSING

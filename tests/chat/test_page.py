@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from evlm_jax import cli
 from evlm_jax.chat.conversation import Chat, Message
 from evlm_jax.library import Model
 
@@ -201,6 +202,13 @@ def test_what_cannot_be_answered_is_told_in_one_line(tab, chat, tmp_path):
     message = Message("user", "What is it?", (picture(5),))
     send(page, message.text, *message.files)
     assert same(answer(page, 4), whole(chat, message))
+
+
+def test_a_taken_port_is_told(page_of, capsys):
+    port = page_of.rstrip("/").rpartition(":")[2]
+    assert cli.main(["chat", "--checkpoint", "nowhere", "--port", port]) == 1
+    told = f"evlm: cannot listen at 127.0.0.1, port {port}: Address already in use; give another"
+    assert capsys.readouterr().err.startswith(told)
 
 
 def test_the_server_asked_nobody(page_of, abroad):

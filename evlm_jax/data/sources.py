@@ -36,6 +36,7 @@ from evlm_jax.data import video
 from evlm_jax.data.formats import built, captions, chat, grounding, interleaved, plain, vqa
 from evlm_jax.data.ocr import book, scans
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, question
+from evlm_jax.data.scenes.compose import Scene
 from evlm_jax.data.scenes.dialogs import LANGUAGES
 from evlm_jax.data.scenes.material import HANDS, NEW_HAND
 from evlm_jax.data.scenes.names import NAMES, PHOTOGRAPHS
@@ -110,6 +111,13 @@ def read(number: str, name: str, *_) -> bytes:
 @functools.lru_cache(16)
 def _drawing(name: str) -> book.Book | SceneSource:
     return open_source(name)
+
+
+def scene_of(ref: ImageRef) -> Scene | None:
+    """The truth of a picture that scenes made; None for others."""
+    kind, mark, rest = ref.path.partition("://")
+    number, _, name = rest.partition("::")
+    return _drawing(name).scenes.scene(int(number)) if mark and kind == "scene" else None
 
 
 def options_of(kind: str) -> tuple[str, ...]:

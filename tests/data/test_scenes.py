@@ -21,13 +21,14 @@ from evlm_jax.data.containers.files import Ref
 from evlm_jax.data.containers.rows import open_ref
 from evlm_jax.data.formats.built import built, row_of
 from evlm_jax.data.image import decode
-from evlm_jax.data.samples import part
+from evlm_jax.data.samples import ImageRef, part
 from evlm_jax.data.scenes.compose import COLOURS
 from evlm_jax.data.scenes.dialogs import FAMILIES
 from evlm_jax.data.scenes.draw import draw
 from evlm_jax.data.scenes.material import SPLITS, from_folder, place, shipped
 from evlm_jax.data.scenes.names import NAMES
-from evlm_jax.data.sources import open_source
+from evlm_jax.data.sources import open_source, scene_of
+from evlm_jax.data.tools.inspect import _truth
 from evlm_jax.evals.tasks import scenes as scenes_task
 
 needs_scenes = pytest.mark.skipif(
@@ -336,6 +337,19 @@ def test_questions_have_their_possible_answers_and_scores_their_families(folder)
     assert known["accuracy, text"] == pytest.approx(100 * np.mean(text))
     assert whole["accuracy, mean of families"] == pytest.approx(80 + 20 * np.mean(text))
     assert whole["loss, mean of families"] == pytest.approx((4 + known["loss, text"]) / 5)
+
+
+def test_inspect_shows_the_truth_of_a_scene_and_of_no_other_picture(folder):
+    sample = open_source(f"scenes:{folder}?split=test&scenes=5")[3]
+    scene = scene_of(sample.refs[0])
+    shown = _truth(sample.refs[0])
+    assert [box for _, box in shown] == [
+        [100 * left / 112, 100 * top / 112, 100 * (right - left) / 112, 100 * (bottom - top) / 112]
+        for left, top, right, bottom in (thing.box for thing in scene.things)
+    ]
+    texts = [text for text, _ in shown]
+    assert f"object {scene.objects[0].what}" in texts and any(scene.side in t for t in texts)
+    assert _truth(ImageRef("a.png")) == _truth(ImageRef("page://3::ocr-en:emoji-en")) == []
 
 
 @pytest.mark.parametrize(

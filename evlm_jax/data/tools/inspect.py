@@ -18,7 +18,8 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.data.mixture import tasks
 from evlm_jax.data.pack import Budget, first_slots, used
 from evlm_jax.data.pipeline import Lane, collate, load_pictures
-from evlm_jax.data.sources import open_source
+from evlm_jax.data.samples import ImageRef
+from evlm_jax.data.sources import open_source, scene_of
 from evlm_jax.data.text import Document
 from evlm_jax.data.tools.picture import draw
 from evlm_jax.paths import write, writing
@@ -103,8 +104,13 @@ def _documents(
     for document in documents:
         here = range(token, token + len(document.tokens))
         pictures = [
-            {"number": i, "colour": i % len(COLOURS), "data": _png(pixels[i])}
-            for i in range(slot, slot + len(document.refs))
+            {
+                "number": slot + i,
+                "colour": (slot + i) % len(COLOURS),
+                "data": _png(pixels[slot + i]),
+                "truth": _truth(ref),
+            }
+            for i, ref in enumerate(document.refs)
         ]
         yield {
             "name": f"{document.source}/{document.key}",
@@ -112,6 +118,19 @@ def _documents(
             "tokens": spelled(batch, b, here, tokenizer),
         }
         token, slot = here.stop, slot + len(document.refs)
+
+
+def _truth(ref: ImageRef) -> list[tuple[str, list[float]]]:
+    """What is in a scene: in words, and left, top, width and height in percent of the picture."""
+    scene = scene_of(ref)
+    shown = []
+    for thing in scene.things if scene else ():
+        left, top, right, bottom = (100 * side / scene.size for side in thing.box)
+        text = f"{thing.kind} {thing.what}"
+        if thing is scene.disc:
+            text += f" ({scene.side}, {scene.reference.kind} {scene.reference.what})"
+        shown.append((text, [left, top, right - left, bottom - top]))
+    return shown
 
 
 def spelled(batch: Batch, b: int, here: range, tokenizer) -> list[dict]:

@@ -14,7 +14,7 @@ from evlm_jax.config.schema import build
 from evlm_jax.convert.config_json import fields_of, settled
 from evlm_jax.convert.describe_decoder import describe_decoder
 from evlm_jax.convert.describe_gguf import describe_gguf
-from evlm_jax.convert.families import EVA, EVA_INERT, EVA_READ
+from evlm_jax.convert.families import EVA, EVA_INERT, EVA_READ, GGUF
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -45,9 +45,8 @@ def describe_source(source: Source, family: str, prefix: str) -> dict:
         "clip": _encoder,
         "siglip": _encoder,
         "eva02": _eva,
-        "llama-gguf": _gguf,
         "evlm": _evlm,
-    }
+    } | dict.fromkeys(GGUF.values(), _gguf)
     return facts.get(family.removesuffix("-transformers5"), _language)(source, prefix)
 
 

@@ -115,7 +115,7 @@ def _scaling(source: Source) -> dict[str, Any] | None:
     """
     if "rope_freqs.weight" not in source.tensors:
         return None
-    factor = float(source.tensors["rope_freqs.weight"].read().max())
+    factor = round(float(source.tensors["rope_freqs.weight"].read().max()), 3)
     if factor == 1:
         return None
     return {"kind": "llama3", "factor": factor, "original": 8192, "slow": 1.0, "fast": 4.0}

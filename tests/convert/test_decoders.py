@@ -211,7 +211,7 @@ KEYS = {  # of GGUF: fields of our config
 }
 OF_GGUF = {
     "qwen2": {"num_key_value_heads": 1},
-    "qwen3": {"head_dim": 10},
+    "qwen3": {"head_dim": 128},  # as transformers reads every file
     "gemma3_text": {"head_dim": 256, "num_hidden_layers": 7, "sliding_window": 9},
 }
 

@@ -316,7 +316,7 @@ def test_frequency_factors_of_a_gguf_are_looked_at(tmp_path):
         ValueError,
         match="rope_freqs.weight holds factors of the rotary frequencies that are neither",
     ):
-        engine.open_tower(UNTIED, open_source(path), "llm")
+        engine.open_tower(cfg, open_source(path), "llm")
 
 
 # --------------------------------------------------------------------------------------------- ONNX

@@ -343,10 +343,11 @@ def test_inspect_shows_the_truth_of_a_scene_and_of_no_other_picture(folder):
     sample = open_source(f"scenes:{folder}?split=test&scenes=5")[3]
     scene = scene_of(sample.refs[0])
     shown = _truth(sample.refs[0])
-    assert [box for _, box in shown] == [
-        [100 * left / 112, 100 * top / 112, 100 * (right - left) / 112, 100 * (bottom - top) / 112]
+    boxes = [
+        [left, top, right - left, bottom - top]
         for left, top, right, bottom in (thing.box for thing in scene.things)
     ]
+    np.testing.assert_allclose([box for _, box in shown], np.multiply(boxes, 100 / 112))
     texts = [text for text, _ in shown]
     assert f"object {scene.objects[0].what}" in texts and any(scene.side in t for t in texts)
     assert _truth(ImageRef("a.png")) == _truth(ImageRef("page://3::ocr-en:emoji-en")) == []

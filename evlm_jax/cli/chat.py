@@ -58,9 +58,9 @@ def run(args: argparse.Namespace) -> None:
     try:
         socket.create_server((args.host, args.port)).close()
     except OSError as error:
+        why = error.strerror.partition(" (")[0]
         raise OSError(
-            f"cannot listen at {args.host}, port {args.port}: {error.strerror}; give another"
-            " --port or --host"
+            f"cannot listen at {args.host}, port {args.port}: {why}; give another --port or --host"
         ) from error
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="evlm-chat-") as uploads:

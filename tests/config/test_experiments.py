@@ -15,12 +15,15 @@ from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.param_names import canonical
 
 STAGES = ("pretrain", "continual", "sft")
-# Qwen-14B and EVA02-CLIP-E+ without norm and head: counted from the published shapes. Qwen2.5:
-# model.safetensors.index.json. CLIP-L: the 303,179,776 of CLIPVisionModel without its
-# post_layernorm (2 x 1024). Cross-attention of the 14B: the paper's 1.61 B, matrices only.
+# Qwen-14B and EVA02-CLIP-E+ without norm and head: counted from the published shapes. Qwen2.5 and
+# Qwen3: model.safetensors.index.json. CLIP-L: the 303,179,776 of CLIPVisionModel without its
+# post_layernorm (2 x 1024). SigLIP so400m: the 428,225,600 of SiglipVisionModel without its
+# post_layernorm and pooling head (15,240,656). Cross-attention of the 14B: the paper's 1.61 B,
+# matrices only.
 PUBLISHED = {
     "evlm_14b": {"vit/": 4_348_717_312, "llm/": 14_167_290_880},
     "evlm_7b": {"vit/": 303_177_728, "llm/": 7_615_616_512},
+    "evlm_8b": {"vit/": 412_984_944, "llm/": 8_190_735_360},
     "evlm_1b": {"vit/": 303_177_728, "llm/": 494_032_768},
 }
 
@@ -75,7 +78,8 @@ def test_parameters_of_the_experts():
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_a_stage_trains(name, stage):
     cfg = config(name, stage)
-    assert cfg.vit.image_size == (224 if stage == "pretrain" else 448)
+    first = config(name).vit.image_size
+    assert cfg.vit.image_size == (first if stage == "pretrain" else 2 * first)
     shapes = nnx.state(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
     *_, last = plans = [
         optim.optimizer_plan(cfg, phase, shapes) for phase in range(len(cfg.optim.phases))
@@ -83,8 +87,9 @@ def test_what_a_stage_trains(name, stage):
     blocks = {
         int(name.split("/")[2]) for name in _names(cfg, last) if name.startswith("vit/blocks/")
     }
-    first = cfg.vit.depth - cfg.vit.depth // (4 if stage == "sft" else 2)
-    assert blocks == set(range(first, cfg.vit.depth))
+    depth = cfg.vit.depth
+    first = depth - depth // 4 if stage == "sft" else depth // 2
+    assert blocks == set(range(first, depth))
     assert len(plans) == (2 if stage == "pretrain" else 1)
     assert not any(name.startswith("llm/") for name in _names(cfg, last))
     if stage == "pretrain":

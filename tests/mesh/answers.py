@@ -42,6 +42,8 @@ def run(request, tmp_path_factory):
     cfg = config(
         experts=request.param == "experts", kind="llava" if request.param == "llava" else "routed"
     )
+    if request.param == "dense":  # caches of two lengths, norms over all heads of all devices
+        cfg = replace(cfg, llm=replace(cfg.llm, window=(6, 0), qk_norm="all"))
     run_directory(folder, cfg, random_model(cfg, 0))
     return folder, layouts.write("gqa", folder / "gqa")
 

@@ -80,6 +80,9 @@ class Chat:
       frames: of a video, as of `video.sample`.
       most: tokens of an answer.
       sampling: further options of Generator.generate.
+
+    Attributes:
+      shows_looks: whether attention can be drawn over a picture.
     """
 
     def __init__(self, trained: Trained, frames: str, most: int, **sampling):
@@ -90,6 +93,7 @@ class Chat:
             most,
             sampling,
         )
+        self.shows_looks = attention_maps.looks_at_patches(self.cfg)
         encode = partial(jit(None, EVLM.encode), trained.model)
         self._taps = Taps(partial(encode_images, self.cfg, lambda p: np.asarray(encode(p)), 1))
         self._generator = Generator(trained.model, trained.tokenizer, features=self._taps.get)
@@ -122,10 +126,8 @@ class Chat:
         return self._looks(*self._said(messages), word)
 
     def words(self, answer: str) -> list[str]:
-        """Of an answer, which can be looked up; none where the model's attention cannot be drawn
-        over a picture.
-        """
-        return answer.split() if attention_maps.looks_at_patches(self.cfg) else []
+        """Of an answer, which `looks` takes; none where attention cannot be drawn."""
+        return literal(answer).split() if self.shows_looks else []
 
     def gates(self) -> dict | None:
         """What figures.gate_bars draws; None where the model has no cross-attention."""
@@ -161,7 +163,7 @@ class Chat:
             turns = [Turn("user", *marked(["a " * words], len(visuals)))]
             for _ in self._grown(self._generator.prompt(turns, visuals)):
                 break
-            if attention_maps.looks_at_patches(self.cfg):
+            if self.shows_looks:
                 self._looks([*turns, Turn("assistant", "a")], visuals, 0)
 
     def _grown(self, document: text.Document) -> Iterator[str]:

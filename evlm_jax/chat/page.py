@@ -70,9 +70,16 @@ def make(chat: Chat, about: str) -> gradio.Blocks:
             label="Click a word of the answer to see where the model looked",
             show_inline_category=False,
             elem_classes="words",
+            visible=chat.shows_looks,
             render=False,
         )
-        looked = gradio.Gallery(show_label=False, columns=2, elem_classes="looked", render=False)
+        looked = gradio.Gallery(
+            show_label=False,
+            columns=2,
+            elem_classes="looked",
+            visible=chat.shows_looks,
+            render=False,
+        )
         with gradio.Row():
             with gradio.Column(scale=3):
                 chatbot = _interface(reply, [words, looked])

@@ -1,6 +1,7 @@
 """Conversations, against the library's single prompts and the generator called by hand."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from evlm_jax.chat.conversation import Chat, Message
 from evlm_jax.cli.chat import MISSING
 from evlm_jax.data.samples import ImageRef, Turn
 from evlm_jax.generate import Generator
-from evlm_jax.library import Model
+from evlm_jax.library import Model, random
+from evlm_jax.runs import Trained
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "format1_dense"
 
@@ -101,6 +103,22 @@ def test_gates_are_the_models(trained, chat):
     gates = chat.gates()
     assert gates["layers"] == list(trained.model.cfg.cross_layers)
     assert np.allclose(gates["attn"], np.tanh(0.5)) and len(gates["ffn"]) == len(gates["layers"])
+
+
+def test_a_model_without_cross_attention_has_no_gates_and_no_words(trained, monkeypatch):
+    monkeypatch.chdir(GOLDEN)  # where its vocabulary is
+    cfg = trained.model.cfg
+    baseline = random(
+        replace(
+            cfg,
+            bridge=replace(cfg.bridge, kind="llava"),
+            xattn=replace(cfg.xattn, every=0),
+            media=replace(cfg.media, tokens=4),  # its pictures have 4 patches
+        )
+    )
+    chat = Chat(Trained(baseline.module, baseline.tokenizer, {}), "4", 6)
+    assert chat.gates() is None and chat.words("A cat.") == []
+    assert list(chat.answer([Message("user", "What is it?", (picture(1),))]))
 
 
 def test_without_gradio_a_line_says_how_to_install_it(monkeypatch, capsys):

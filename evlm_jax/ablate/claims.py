@@ -93,13 +93,15 @@ def decided(found: dict, claim: Claim, budget: str) -> Decision:
 
 
 def wanted(found: dict) -> set[str]:
-    """Variants of a study with looks that some claim still needs: one that is not decided at each
-    budget.
+    """Variants of a study with looks that a claim still needs, of those that were run: one that is
+    not decided at each budget.
     """
+    there = set(variants(found))
     return {
         name
         for claim in study_of(found["settings"]).claims
-        if any(decided(found, claim, budget).verdict == OPEN for budget in BUDGETS)
+        if there.issuperset({claim.better, *claim.than})
+        and any(decided(found, claim, budget).verdict == OPEN for budget in BUDGETS)
         for name in (claim.better, *claim.than)
     }
 

@@ -117,7 +117,7 @@ def values(found: dict, variant: str, budget: str, measure: Measure) -> dict[int
     return {
         run["seed"]: np.mean(
             [
-                _outcomes(found, run["readings"][str(step)]["measured"], measure)
+                outcomes(found, run, step, measure)
                 for step in study.steps(run["budgets"][budget]["step"])
             ],
             axis=0,
@@ -127,7 +127,9 @@ def values(found: dict, variant: str, budget: str, measure: Measure) -> dict[int
     }
 
 
-def _outcomes(found: dict, measured: dict, measure: Measure) -> np.ndarray:
+def outcomes(found: dict, run: dict, step: int, measure: Measure) -> np.ndarray:
+    """The same of one reading of a run."""
+    measured = run["readings"][str(step)]["measured"]
     parts = [
         finished.unpack(measured[key], sum(found["clusters"][key.partition("/")[0]]))
         for key in measure.keys

@@ -46,10 +46,24 @@ class DataConfig:
     most_drops: Share  # share of the documents that may be left out before the run stops
     cache_features: bool  # compute the frozen tower's taps once and keep them on disk
     seed: Seed  # of shuffles and draws
+    # Rows are packed as if they had so many positions and an image took so many, so that models
+    # whose images take more or fewer see equal documents in every update. 0: length, media.tokens.
+    pack_length: Count = 0
+    pack_media: Count = 0
+
+    @property
+    def packed(self) -> int:
+        """Positions of a row that packing fills."""
+        return self.pack_length or self.length
 
     def __post_init__(self):
         most = self.image_group * self.images
         rules = [
+            (
+                bool(self.pack_length) == bool(self.pack_media),
+                "pack_length",
+                "and data.pack_media are given together, or both are 0",
+            ),
             (
                 len(self.sources) == len(self.weights),
                 "weights",

@@ -120,7 +120,14 @@ def layers(llm: LLMConfig) -> list[Relation]:
 
 def training(cfg: "EVLMConfig") -> list[Relation]:
     data, train = cfg.data, cfg.train
+    packed = data.pack_length + data.images * max(0, cfg.media.tokens - data.pack_media)
     return [
+        (
+            not data.pack_length or data.length >= packed,
+            "data.length",
+            f"must be at least {packed}: data.pack_length, and for each of data.images what"
+            " media.tokens is more than data.pack_media",
+        ),
         (
             train.batch % train.accumulate == 0,
             "train.accumulate",

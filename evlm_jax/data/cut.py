@@ -111,7 +111,8 @@ def _budget(tokenizer, cfg: EVLMConfig) -> Budget:
 def _room(pictures: Sequence[Media], tokenizer, cfg: EVLMConfig) -> int:
     """Tokens of text that fit a row behind these pictures."""
     data, seen = cfg.data, pictures[-1].stop - pictures[-1].start if pictures else 0
-    room = min(_budget(tokenizer, cfg).tokens - len(pictures) * cfg.media.tokens, data.targets)
+    media = data.pack_media or cfg.media.tokens
+    room = min(_budget(tokenizer, cfg).tokens - len(pictures) * media, data.targets)
     if seen and cfg.query_block:
         blocks = (
             data.block_pairs - len(pictures) * -(-cfg.media.tokens // cfg.query_block)
@@ -125,9 +126,8 @@ def _cost(unit: Sequence[Piece], tokenizer, cfg: EVLMConfig) -> Budget:
     laid, supervised = steps(unit, tokenizer, cfg.media)
     start, stop = np.array([step[2:] for step in laid], np.int32).reshape(-1, 2).T
     images = sum(isinstance(piece, Media) for piece in unit)
-    return Budget(
-        len(laid), images, sum(supervised), block_pair_count(start, stop, cfg.query_block)
-    )
+    tokens = len(laid) + images * ((cfg.data.pack_media or cfg.media.tokens) - cfg.media.tokens)
+    return Budget(tokens, images, sum(supervised), block_pair_count(start, stop, cfg.query_block))
 
 
 def _split(text: str, room: int, count) -> tuple[str, str]:

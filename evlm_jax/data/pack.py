@@ -31,14 +31,15 @@ class Budget(NamedTuple):
     @classmethod
     def of(cls, data: DataConfig) -> "Budget":
         """Budget of the first row of an image group: what a document may need at most."""
-        return cls(data.length, data.images, data.targets, data.block_pairs)
+        return cls(data.packed, data.images, data.targets, data.block_pairs)
 
     @classmethod
-    def needed(cls, document: Document) -> "Budget":
-        """What a document needs."""
-        return cls(
-            len(document.tokens), len(document.refs), len(document.targets), document.block_pairs
-        )
+    def needed(cls, document: Document, data: DataConfig | None = None) -> "Budget":
+        """What a document needs; with `data` as packing counts it (data.pack_media)."""
+        tokens, media = len(document.tokens), document.media_slot
+        if data and data.pack_media:
+            tokens += data.pack_media * int((media == 0).sum()) - int((media >= 0).sum())
+        return cls(tokens, len(document.refs), len(document.targets), document.block_pairs)
 
 
 class Drop(NamedTuple):
@@ -56,7 +57,7 @@ def unfit(document: Document, data: DataConfig) -> Drop | None:
     causes = ("too long", "too many images", "too many targets", "too many block pairs")
     fields = ("length", "images", "targets", "block_pairs")
     for cause, field, unit, need, room in zip(
-        causes, fields, Budget._fields, Budget.needed(document), Budget.of(data)
+        causes, fields, Budget._fields, Budget.needed(document, data), Budget.of(data)
     ):
         if need > room:
             mend = " (data.dialogs splits it)" if document.dialog.max() > 0 else ""
@@ -119,7 +120,7 @@ class Packer:
         """Images of a row that is full and has the window's mixture."""
         self._refill()
         tokens, images = self._costs[: len(self._pending), :2].sum(0)
-        return int(min(-(-images * self.data.length // max(tokens, 1)), self.data.images))
+        return int(min(-(-images * self.data.packed // max(tokens, 1)), self.data.images))
 
     def row(self, room: Budget, images: float, seen: Counter) -> list[tuple[int, Document]]:
         """The next row's documents with their stream indices; what can never fit goes to `drops`.
@@ -132,7 +133,7 @@ class Packer:
         chosen, room = [], np.array(room)
         self._refill()
         self._used, self._again = seen, not self._counts.keys().isdisjoint(seen.keys())
-        left = np.array([self.data.length, images])
+        left = np.array([self.data.packed, images])
         scale = np.maximum(left, 1)
         while self._pending:
             costs = self._costs[: len(self._pending)]
@@ -214,7 +215,7 @@ class Packer:
             self._costs
         ):  # the parts of one document may exceed the window
             self._costs = np.concatenate([self._costs, np.zeros_like(self._costs)])
-        self._costs[len(self._pending)] = Budget.needed(document)
+        self._costs[len(self._pending)] = Budget.needed(document, self.data)
         self._same.append(
             same := hash(
                 (
@@ -252,9 +253,9 @@ def pack_image_group(
         wanted = [other.wanted() for other in packers[number:]]
         aim = min(wanted[0], wanted[0] * slots / max(sum(wanted), 1))
         row = packer.row(
-            Budget(data.length, min(data.images, slots), data.targets, pairs), aim, seen
+            Budget(data.packed, min(data.images, slots), data.targets, pairs), aim, seen
         )
-        needed = [Budget.needed(document) for _, document in row]
+        needed = [Budget.needed(document, data) for _, document in row]
         slots, pairs = (
             slots - sum(need.images for need in needed),
             pairs - sum(need.block_pairs for need in needed),

@@ -130,6 +130,8 @@ def fit_budget(cfg: EVLMConfig, documents: Sequence[Document], parts: int = 1) -
     )
     budgets = dict(
         length=length,
+        pack_length=0,
+        pack_media=0,
         images=images,
         targets=targets,
         image_group=1,

@@ -3,10 +3,14 @@ one that was not.
 """
 
 import json
+import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -183,6 +187,60 @@ def test_all_start_from_one_run(command, tmp_path, monkeypatch):
     assert (
         cli.main([*command, "--questions", "200", "--out", str(tmp_path / "on")]) == 1
     )  # its base began elsewhere
+
+
+def spelled(text, words):
+    """A script of docs/ablations.md that makes a run, with these words instead of its own."""
+    python = shlex.join([sys.executable, "-m", "evlm_jax", *words])
+    return re.sub(r"^(srun |exec )?evlm ablate .* --run", f"{python} --run", text, flags=re.M)
+
+
+@pytest.mark.slow
+@needs_asset("easy-vqa")
+@needs_asset("openmoji")
+def test_jobs_of_a_cluster_are_collected(command, tmp_path, monkeypatch, capsys):
+    """A task of the Slurm array and one of the indexed Job, side by side, as the page has them."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[2]))
+    page = (Path(cli.__file__).parents[2] / "docs" / "ablations.md").read_text("utf-8")
+    array = re.search(r"```bash\n(.*?)```", page, re.S)[1]
+    job = textwrap.dedent(re.search(r"args:\n +- \|\n(.*?\n)(?= +resources)", page, re.S)[1])
+    words = [*command, "--questions", "200", "--out", str(tmp_path / "out")]
+    assert cli.main([*words, "--list"]) == 0
+    (tmp_path / "runs.txt").write_text(listed := capsys.readouterr().out)
+    assert listed.split() == ["base/0", "wide/0"]
+    tasks = [
+        subprocess.Popen(
+            ["bash", "-c", spelled(text, words)], cwd=tmp_path, env=os.environ | number
+        )
+        for text, number in (
+            (array, {"SLURM_ARRAY_TASK_ID": "1"}),
+            (job, {"JOB_COMPLETION_INDEX": "1"}),
+        )
+    ]
+    assert [task.wait(timeout=900) for task in tasks] == [0, 0]
+    made = {name: (tmp_path / "out" / name / "result.json") for name in listed.split()}
+    before = {name: file.stat().st_mtime_ns for name, file in made.items()}
+    assert cli.main([*words, "--list"]) == 0 and capsys.readouterr().out == ""
+    assert cli.main(words) == 0
+    assert {name: file.stat().st_mtime_ns for name, file in made.items()} == before
+    found = results.load(tmp_path / "out" / "results.json")
+    assert [run["variant"] for run in found["runs"]] == ["base", "wide"]
+
+
+@pytest.mark.slow
+@needs_asset("easy-vqa")
+@needs_asset("openmoji")
+def test_each_seed_branches_from_its_dense_run(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[2]))
+    words, dense = [*command, "--questions", "200", "--seeds", "2"], str(tmp_path / "dense")
+    assert cli.main([*words, "--variants", "base", "--keep", "--out", dense]) == 0
+    branch = [*words, "--variants", "preserve", "--branch-from", dense, "--config.data.seed=7"]
+    assert cli.main([*branch, "--out", str(tmp_path / "on")]) == 0
+    runs = results.load(tmp_path / "on" / "results.json")["runs"]
+    begun = {(run["variant"], run["seed"]): run["begun"] for run in runs}
+    assert begun["base", 0] == begun["preserve", 0] != begun["base", 1] == begun["preserve", 1]
+    assert cli.main([*branch, "--seeds", "3", "--out", str(tmp_path / "more")]) == 1
+    assert "dense/base/2 has no checkpoint: make it with `evlm ablate" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The pilot's figures in docs/preregistration.md, from its saved runs: `python -m benchmarks.pilot`.
+"""The pilot's figures in docs/preregistration.md, from saved runs: `python -m benchmarks.pilot`.
 
     evlm ablate --config experiments/scenes_study.py --variants tap-2,tap-8,tap-11,tap-last \
         --seeds 4 --config.data.seed=100 --config.train.seed=100 --out docs/results/pilot

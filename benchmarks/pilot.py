@@ -36,7 +36,7 @@ def smallest(seeds: int) -> float:
         found = stats.nct.sf(limit, seeds - 1, shift) + stats.nct.cdf(-limit, seeds - 1, shift)
         return found - POWER
 
-    return float(optimize.brentq(missing, 0.01, 20))
+    return float(optimize.brentq(missing, 0.01, 3.0))
 
 
 def points_a_nat(found: dict) -> float:

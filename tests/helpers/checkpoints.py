@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
@@ -46,7 +47,8 @@ def run_directory(
 ) -> EVLMConfig:
     """What training `model` would leave in `folder` at step 3; returns its config."""
     cfg = replace(cfg, init=replace(cfg.init, llm=str(tokenizer_directory(folder / "tokenizer"))))
-    arrays = {name: np.asarray(array) for name, array in flatten(cfg, nnx.state(model)).items()}
+    state = jax.device_get(nnx.state(model))  # its layers are cut by NumPy, which compiles nothing
+    arrays = {name: np.asarray(array) for name, array in flatten(cfg, state).items()}
     trained = {
         name: array
         for name, array in arrays.items()

@@ -2,6 +2,8 @@
 most tests.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +13,18 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.models.evlm import EVLM
 
 
+@functools.cache
+def shapes(cfg: EVLMConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model without values, which is traced once for a config."""
+    return nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
+
+
 def random_model(cfg: EVLMConfig, seed: int) -> EVLM:
     """Every parameter is random, gates and biases too; matrices have deviation 1/sqrt(in), norm
     scales lie around 1.
     """
     rng = np.random.default_rng(seed)
-    model = nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0)))
-    graphdef, state = nnx.split(model)
+    graphdef, state = shapes(cfg)
 
     def fill(path, leaf):
         name = jax.tree_util.keystr(path)

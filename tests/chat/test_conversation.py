@@ -14,6 +14,7 @@ from evlm_jax.data.samples import ImageRef, Turn
 from evlm_jax.generate import Generator
 from evlm_jax.library import Model, random
 from evlm_jax.runs import Trained
+from tests.data.test_images import write_video
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "format1_dense"
 
@@ -79,6 +80,16 @@ def test_a_word_of_the_second_turn_sees_its_own_picture(chat):
     (look,) = chat.looks(talk, 1)
     assert 0 < look.share <= 1
     assert chat.looks([Message("user", "Hello"), Message("assistant", "Hello.")], 0) == []
+
+
+def test_a_word_behind_a_video_looks_at_its_frames(chat, tmp_path):
+    film = tmp_path / "film.mp4"
+    write_video(film, seconds=2, fps=8)
+    talk = [Message("user", "What is it?", (str(film),))]
+    *_, answer = chat.answer(talk)
+    looks = chat.looks([*talk, Message("assistant", answer)], 0)
+    assert len(looks) == 4 and 0 < sum(look.share for look in looks) <= 1
+    assert len({look.picture.tobytes() for look in looks}) == 4
 
 
 def test_what_cannot_be_answered_is_one_line(chat, tmp_path):

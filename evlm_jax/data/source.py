@@ -185,22 +185,26 @@ def _digest(*facts) -> str:
 
 
 def by_row(
-    mapper: Callable[..., Sample], picked: Callable[[str], Sequence[int] | None] = lambda file: None
+    mapper: Callable[..., Sample],
+    picked: Callable[[str], Sequence[int] | None] = lambda file: None,
+    counter: Callable[..., Callable[..., int] | None] = lambda **options: None,
 ) -> Callable[..., Chain]:
     """Opens every container file of a path.
 
     Args:
       mapper: `mapper(name, folder of the file, row, **options)` makes a sample of a row.
       picked: the numbers of the rows of a file that are samples; None for all.
+      counter: `counter(**options)` makes what counts the dialogs of a row; None: each has one.
     """
 
     def opened(name: str, path: str, **options: str) -> Chain:
+        counts = counter(**options)
         found = rows.find(path)
         mappers = [partial(mapper, name, files.parent(file), **options) for file in found]
         return Chain(
             name,
             [
-                Source(name, rows.open_rows(f), sample, where=f, numbers=picked(f))
+                Source(name, rows.open_rows(f), sample, counts, where=f, numbers=picked(f))
                 for f, sample in zip(found, mappers)
             ],
         )

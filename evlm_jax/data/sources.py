@@ -281,6 +281,7 @@ def downloaded(file: str) -> Sequence[int] | None:
 
 FORMATS: dict[str, Callable[..., Sequence[Sample]]] = {
     **{kind: by_row(mapper) for kind, mapper in ROW_FORMATS.items()},
+    "llava": by_row(chat.llava, counter=chat.dialog_counter),
     **{kind: by_row(ROW_FORMATS[kind], downloaded) for kind in ("img2dataset", "grit")},
     "folder": captions.folder,
     "coco-captions": captions.coco,

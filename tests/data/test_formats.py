@@ -222,6 +222,38 @@ def test_plain_text(tmp_path):
     ) and second.key == "7"
 
 
+CHAT = [("human", "<image>\nWhat?"), ("gpt", "a cat"), ("human", "How many?"), ("gpt", "two")]
+
+
+def conversation(turns) -> dict:
+    said = [{"from": role, "value": text} for role, text in turns]
+    return {"id": "r", "image": "a.png", "conversations": said}
+
+
+def test_questions_of_a_conversation_may_be_dialogs_of_their_own(tmp_path):
+    name = write_jsonl(tmp_path / "rows.jsonl", [conversation(CHAT), conversation(CHAT[:2]), 5])
+    each, whole = open_source(f"{name}?dialogs=each"), open_source(name)
+    first = (Turn("user", "<image>\nWhat?"), Turn("assistant", "a cat"))
+    second = (Turn("user", "<image>\nHow many?"), Turn("assistant", "two"))
+    assert each[0].dialogs == (first, second) and each[1].dialogs == (first,)
+    assert each.dialog_counts() == [2, 1, 1] and whole.dialog_counts() == [1, 1, 1]
+    assert whole[0].dialogs == ((*first, Turn("user", "How many?"), second[1]),)
+    assert each[0].visuals == whole[0].visuals
+
+
+def test_dialogs_of_their_own_are_questions_behind_the_pictures(tmp_path):
+    late = [("human", "What is <image>?"), *CHAT[1:]]
+    rows = [conversation(CHAT[:3]), conversation(CHAT[1:]), conversation(late)]
+    source = open_source(f"{write_jsonl(tmp_path / 'rows.jsonl', rows)}?dialogs=each")
+    for number, message in enumerate(
+        ("its turns are user, assistant, user", "its turns are assistant,", "at the beginning of")
+    ):
+        with pytest.raises(SampleError, match=message):
+            source[number]
+    with pytest.raises(ValueError, match="dialogs must be one or each, not 'all'"):
+        open_source(f"llava:{tmp_path / 'rows.jsonl'}?dialogs=all")
+
+
 BAD = {
     "a missing field": (
         "llava",
@@ -296,7 +328,9 @@ def test_bad_files_are_errors_with_their_names(tmp_path):
 
 
 def test_unknown_options_are_named():
-    with pytest.raises(ValueError, match="unknown option 'image'; llava has images, frames, keep"):
+    with pytest.raises(
+        ValueError, match="unknown option 'image'; llava has images, frames, dialogs, keep"
+    ):
         open_source("llava:/x.jsonl?image=a")
     with pytest.raises(ValueError, match="unknown option 'x'; text has keep"):
         open_source("text:/x.jsonl?x=")

@@ -229,7 +229,8 @@ def _vision(cfg: EVLMConfig, work: Work) -> Iterator[Stage]:
         yield tuple(one(f"{name}/attn/{p}", vit.width**2) for p in "qkv")
         yield (one("", 2 * vit.tokens * vit.width),)
         yield (one(f"{name}/attn/o", vit.width**2),)
-        yield (one(f"{name}/mlp/fc1", vit.width * vit.mlp),)
+        into = ("fc1", "up") if vit.gated else ("fc1",)
+        yield tuple(one(f"{name}/mlp/{matrix}", vit.width * vit.mlp) for matrix in into)
         yield (one(f"{name}/mlp/fc2", vit.width * vit.mlp),)
 
 

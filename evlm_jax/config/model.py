@@ -30,7 +30,7 @@ class ViTConfig:
     pretrained_size: Positive  # pixels the stored position table was trained at
     norm: Literal["pre", "res_post"]  # x + f(norm(x)) or x + norm(f(x))
     bias: Literal["all", "qv"]  # "qv": no bias on the keys
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu"]  # "gelu" is by erf
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]  # "gelu" is by erf
     layer_scale: bool  # a factor a channel behind attention and MLP
     class_token: bool  # in front of the patches, with a position
     registers: Count  # tokens after the class token, without position
@@ -46,6 +46,7 @@ class ViTConfig:
     ]  # position table, pretrained_size -> image_size; a = -0.75 or -0.5
     mean: tuple[Share, Share, Share]  # RGB normalisation of the tower
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+    gated: bool = False  # the MLP is fc2(activation(fc1(x)) * up(x)): DINOv2 giant
 
     @property
     def grid(self) -> int:

@@ -22,6 +22,9 @@ OPENAI = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.261
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu"} | dict.fromkeys(
     ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh"
 )
+DINOV2_OUT = [  # the last matrix of an MLP, and of a gated one by its old and new names
+    f"encoder.layer.0.mlp.{name}.weight" for name in ("fc2", "weights_out", "down_proj")
+]
 DINOV2_HEADS = {384: 6, 768: 12, 1024: 16}  # of width: S, B and L
 EVLM = {
     "vit": ViTConfig,
@@ -169,9 +172,14 @@ def _dinov2(source: Source, prefix: str) -> dict:
     (width, patch), tokens = (kernel[0], kernel[-1]), f"{prefix}embeddings.register_tokens"
     registers = shape("embeddings.register_tokens", 3)[1] if tokens in source.tensors else 0
     grid = math.isqrt(shape("embeddings.position_embeddings", 3)[1] - 1)
+    gated = source.metadata.get("use_swiglu_ffn") is True
+    out = next(
+        (name for name in DINOV2_OUT if f"{prefix}{name}" in source.tensors), DINOV2_OUT[gated]
+    )
     sizes = {
         "depth": _depth(source, rf"{re.escape(prefix)}encoder\.layer\.(\d+)\."),
-        "mlp": shape("encoder.layer.0.mlp.fc1.bias", 1)[0],
+        "mlp": shape(out, 2)[1],
+        "gated": gated,
     }
     sizes |= {"pretrained_size": grid * patch, "registers": registers}
     # as their own code resizes positions
@@ -189,12 +197,14 @@ def _dinov2(source: Source, prefix: str) -> dict:
         facts = {"heads": DINOV2_HEADS[width], "eps": 1e-6, "activation": "gelu"}
         return _vision(source, kernel, IMAGENET, **choices, **sizes, **facts)
     config = _fields(source)
+    hidden = int(config["hidden_size"] * config["mlp_ratio"])
+    hidden = (int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden  # as its own code has it
     _agree(
         source,
         hidden_size=(config["hidden_size"], width),
         patch_size=(config["patch_size"], patch),
         num_hidden_layers=(config["num_hidden_layers"], sizes["depth"]),
-        mlp_ratio=(int(config["hidden_size"] * config["mlp_ratio"]), sizes["mlp"]),
+        mlp_ratio=(hidden, sizes["mlp"]),
         image_size=(config["image_size"] // patch, grid),
         num_register_tokens=(config.get("num_register_tokens", 0), registers),
     )
@@ -206,7 +216,7 @@ def _dinov2(source: Source, prefix: str) -> dict:
         **choices,
         **sizes,
         **facts,
-        activation=_activation(source, config["hidden_act"]),
+        activation="silu" if gated else _activation(source, config["hidden_act"]),
     )
 
 

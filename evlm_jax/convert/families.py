@@ -145,10 +145,16 @@ SIGLIP = ENCODER | {
     "hidden_act": "gelu_pytorch_tanh",
     "layer_norm_eps": 1e-6,
 }
-DINOV2 = ENCODER | {"patch_size": 14, "mlp_ratio": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
+DINOV2 = ENCODER | {
+    "patch_size": 14,
+    "mlp_ratio": 4,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+    "use_swiglu_ffn": False,
+}
 REGISTERS = DINOV2 | {"patch_size": 16, "num_register_tokens": 4}
 IMAGES = {"num_channels": (3, {3})}
-ONE_BIAS = {"qkv_bias": (True, {True}), "use_swiglu_ffn": (False, {False})}
+ONE_BIAS = {"qkv_bias": (True, {True})}
 
 KINDS = {
     "llama": Kind("llama", "llm", SIZES, NO_BIASES, Rotary(), note="no biases"),
@@ -260,10 +266,8 @@ KINDS = {
         choices={"qkv_bias": True},
         note="Qwen 1.0",
     ),
-    "dinov2": Kind("dinov2", "vit", DINOV2, IMAGES | ONE_BIAS, note="S, B and L (no SwiGLU)"),
-    "dinov2_with_registers": Kind(
-        "dinov2", "vit", REGISTERS, IMAGES | ONE_BIAS, note="S, B and L (no SwiGLU)"
-    ),
+    "dinov2": Kind("dinov2", "vit", DINOV2, IMAGES | ONE_BIAS),
+    "dinov2_with_registers": Kind("dinov2", "vit", REGISTERS, IMAGES | ONE_BIAS),
     "clip_vision_model": Kind("clip", "vit", CLIP, IMAGES),
     "siglip_vision_model": Kind("siglip", "vit", SIGLIP, IMAGES, note="fixed resolution"),
 }

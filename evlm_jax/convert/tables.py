@@ -2,8 +2,29 @@
 tables_decoder.py.
 """
 
+from dataclasses import replace
+
 from evlm_jax.convert.naming import UNUSED, Family, NameRow, linear, norm, patch, row
 from evlm_jax.convert.tables_decoder import DECODERS, GATED
+
+
+def _gated(foreign: str, path: str) -> tuple[NameRow, ...]:
+    """The gated MLP of DINOv2 giant, by its old names, gate and up in one, and those of
+    transformers 5; read alone.
+    """
+    both = (f"{path}/mlp/fc1", f"{path}/mlp/up")
+    old = f"{foreign}.mlp.weights_in"
+    new = {"gate_proj": "fc1", "up_proj": "up", "down_proj": "fc2", "weights_out": "fc2"}
+    rows = (
+        NameRow(f"{old}.weight", tuple(f"{one}/kernel" for one in both), "(n o) i -> n i o"),
+        NameRow(f"{old}.bias", tuple(f"{one}/bias" for one in both), "(n o) -> n o"),
+        *(
+            one
+            for theirs, ours in new.items()
+            for one in linear(f"{foreign}.mlp.{theirs}", f"{path}/mlp/{ours}")
+        ),
+    )
+    return tuple(replace(one, written=False) for one in rows)
 
 
 def _dinov2(name: str, qkv: dict[str, str], out: str) -> Family:
@@ -27,6 +48,7 @@ def _dinov2(name: str, qkv: dict[str, str], out: str) -> Family:
         *norm(f"{foreign}.norm2", f"{path}/norm2"),
         *linear(f"{foreign}.mlp.fc1", f"{path}/mlp/fc1"),
         *linear(f"{foreign}.mlp.fc2", f"{path}/mlp/fc2"),
+        *_gated(foreign, path),
         row(f"{foreign}.layer_scale1.lambda1", f"{path}/scale1"),
         row(f"{foreign}.layer_scale2.lambda1", f"{path}/scale2"),
     )
@@ -150,7 +172,11 @@ def _evlm_vit() -> tuple[NameRow, ...]:
         *norm("vit.embed_norm", "vit/embed_norm"),
         *(one for x in "qkvo" for one in linear(f"{block}.attn.{x}", f"{path}/attn/{x}")),
         *(one for i in "12" for one in norm(f"{block}.norm{i}", f"{path}/norm{i}")),
-        *(one for i in "12" for one in linear(f"{block}.mlp.fc{i}", f"{path}/mlp/fc{i}")),
+        *(
+            one
+            for x in ("fc1", "up", "fc2")
+            for one in linear(f"{block}.mlp.{x}", f"{path}/mlp/{x}")
+        ),
         *(row(f"{block}.scale{i}", f"{path}/scale{i}") for i in "12"),
     )
 

@@ -104,7 +104,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class MLP(nnx.Module):
-    """Two matrices around an activation: x [..., D] -> [..., D]."""
+    """Two matrices around an activation, gated a third beside the first: x [..., D] -> [..., D]."""
 
     def __init__(
         self,
@@ -114,14 +114,17 @@ class MLP(nnx.Module):
         bias: bool,
         rngs: nnx.Rngs,
         axes: tuple[str, str] = ("embed", "mlp"),
+        gated: bool = False,
     ):
         self.fc1 = Linear((width, hidden), axes, rngs, bias)
+        self.up = Linear((width, hidden), axes, rngs, bias) if gated else None
         self.fc2 = Linear((hidden, width), axes[::-1], rngs, bias)
         self.activation = activation
 
     @jax.named_scope("ffn")
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+        y = ACTIVATIONS[self.activation](self.fc1(x))
+        return self.fc2(y if self.up is None else y * self.up(x))
 
 
 def heads(x: jax.Array, head_dim: int) -> jax.Array:

@@ -39,7 +39,8 @@ class Block(nnx.Module):
         self.norm1 = LayerNorm(cfg.width, cfg.eps, rngs)
         self.attn = SelfAttention(cfg, rngs)
         self.norm2 = LayerNorm(cfg.width, cfg.eps, rngs)
-        self.mlp = MLP(cfg.width, cfg.mlp, cfg.activation, True, rngs, ("whole", "vision_mlp"))
+        axes = ("whole", "vision_mlp")
+        self.mlp = MLP(cfg.width, cfg.mlp, cfg.activation, True, rngs, axes, cfg.gated)
         self.scale1 = param(rngs, (cfg.width,), ("norm",), value=1.0) if cfg.layer_scale else None
         self.scale2 = param(rngs, (cfg.width,), ("norm",), value=1.0) if cfg.layer_scale else None
         self.pre = cfg.norm == "pre"

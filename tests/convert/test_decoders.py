@@ -62,7 +62,11 @@ CASES = {  # "model type, what is unusual": fields of its config
     },
     "mistral": {"sliding_window": 11, "head_dim": 10},
     "mistral, wider than the prompt": {"sliding_window": 30, "num_key_value_heads": 1},
-    "ministral, some layers": {"sliding_window": 9, "layer_types": [FULL, SLIDING, SLIDING]},
+    "ministral, some layers": {
+        "head_dim": 10,
+        "sliding_window": 9,
+        "layer_types": [FULL, SLIDING, SLIDING],
+    },
     "qwen2, upper layers slide": {
         "use_sliding_window": True,
         "sliding_window": 7,

@@ -132,7 +132,7 @@ def test_heads_that_were_cut_off_are_refused(tmp_path):
 
 
 NOT_DINOV2 = {
-    "SwiGLU": ({"use_swiglu_ffn": True}, "use_swiglu_ffn True"),
+    "SwiGLU": ({"use_swiglu_ffn": True}, r"mlp_ratio is \d+ in config.json and \d+ in the tensors"),
     "no bias": ({"qkv_bias": False}, "qkv_bias False"),
     "activation": ({"hidden_act": "relu"}, "hidden_act 'relu'; EVLM's ViT has gelu"),
     "another depth": (

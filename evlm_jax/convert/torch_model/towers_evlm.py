@@ -17,6 +17,7 @@ ACTIVATIONS = {
 
 
 FORMER = {  # what exports compute that were made before there was a field
+    "gated": False,
     "qk_norm": "none",
     "norms": "pre",
     "window": [0],
@@ -81,16 +82,18 @@ def attend(q, k, v, mask=None, sdpa=False, scale=0.0, cap=0.0):
 
 
 class MLP(nn.Module):
-    """Two matrices around an activation."""
+    """Two matrices around an activation; gated, a third beside the first."""
 
-    def __init__(self, width, hidden, activation, bias):
+    def __init__(self, width, hidden, activation, bias, gated=False):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, hidden, bias), nn.Linear(hidden, width, bias)
+        self.up = nn.Linear(width, hidden, bias) if gated else None
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x):
         """x [..., D] -> [..., D]."""
-        return self.fc2(self.activation(self.fc1(x)))
+        y = self.activation(self.fc1(x))
+        return self.fc2(y if self.up is None else y * self.up(x))
 
 
 class VisionAttention(nn.Module):
@@ -118,7 +121,10 @@ class VisionBlock(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.norm1, self.norm2 = (nn.LayerNorm(cfg.width, cfg.eps) for _ in range(2))
-        self.attn, self.mlp = VisionAttention(cfg), MLP(cfg.width, cfg.mlp, cfg.activation, True)
+        self.attn, self.mlp = (
+            VisionAttention(cfg),
+            MLP(cfg.width, cfg.mlp, cfg.activation, True, cfg.gated),
+        )
         self.scale1, self.scale2 = (
             nn.Parameter(torch.ones(cfg.width)) if cfg.layer_scale else None for _ in range(2)
         )

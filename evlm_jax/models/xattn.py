@@ -24,7 +24,9 @@ Attend = Callable[[jax.Array], tuple[jax.Array, Any]]
 
 
 class Block(nnx.Module):
-    """x [B, T, D] and one tap [B, I, S, V] -> [B, T, D]."""
+    """A cross-attention block: x [B, T, D] -> [B, T, D]. `attend` reads the keys and values of its
+    tap.
+    """
 
     def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
         d, v, n, k = (

@@ -179,7 +179,9 @@ class MoE(nnx.Module):
 
     @jax.named_scope("moe")
     def __call__(self, x: jax.Array, kind: jax.Array | None = None) -> tuple[jax.Array, Routing]:
-        """`kind` [B, T]: TEXT, MEDIA or PADDING; all text where left out."""
+        """x [B, T, D], kind [B, T] -> [B, T, D], and the routing. `kind`: TEXT, MEDIA or PADDING;
+        by default all text.
+        """
         flat = x.reshape(-1, x.shape[-1])
         kind = jnp.full(len(flat), TEXT) if kind is None else kind.reshape(-1)
         logits = self.router(flat)

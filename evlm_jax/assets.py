@@ -116,7 +116,7 @@ def locate(source: str | os.PathLike) -> Path:
 
     if source in ASSETS:
         return path(source)
-    found = place(source) if remote(source) else Path(source)
+    found = place(source) if remote(source) else Path(source).expanduser()
     if not source or not found.exists():
         raise FileNotFoundError(
             f"{str(source)!r}: no such file or directory, nor an asset ({', '.join(ASSETS)})"
@@ -130,7 +130,13 @@ def cache_root() -> Path:
         raise AssetError(
             f"EVLM_CACHE={given}: the cache is a local folder: its files are mapped into memory"
         )
-    return Path(given or Path.home() / ".cache" / "evlm_jax")
+    try:
+        root = Path(given or "~/.cache/evlm_jax").expanduser()
+    except RuntimeError as error:  # a container's user may have none
+        raise AssetError("there is no home directory: set EVLM_CACHE to a folder") from error
+    if given and root.exists() and not root.is_dir():
+        raise AssetError(f"EVLM_CACHE={given} is no folder: give one, or leave it out")
+    return root
 
 
 def _folder(name: str, cache: Path | None) -> Path:

@@ -12,7 +12,7 @@ from evlm_jax.convert.engine import load_towers
 from evlm_jax.convert.importer import vocabulary
 from evlm_jax.convert.interpolate import resize_positions
 from evlm_jax.data.tokenizer import keep_tokenizer, source_of_run
-from evlm_jax.parallel.distributed import is_first, log_once
+from evlm_jax.parallel.distributed import check_devices, is_first, log_once
 from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.runs import feature_store
 
@@ -41,6 +41,7 @@ def train_run(
     from evlm_jax.evals.monitor import monitor
     from evlm_jax.train import train
 
+    check_devices()
     paths.probe(workdir)
     if resume is not None:
         store.check_step(workdir, resume)

@@ -58,7 +58,10 @@ def place(path: str | os.PathLike) -> epath.Path:
     """
     text = os.fspath(path)
     if not remote(text):
-        return epath.Path(os.path.abspath(text))
+        try:
+            return epath.Path(os.path.abspath(os.path.expanduser(text)))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{text}: the working directory is gone") from error
     client = CLIENTS.get(text.partition("://")[0])
     if client is None:
         raise ValueError(
@@ -82,12 +85,14 @@ def local(path: str | os.PathLike, what: str) -> Path:
 
 
 def children(folder: epath.Path) -> list[epath.Path]:
-    """Entries of a folder, by name; empty where it does not exist."""
-    return (
-        sorted(path for path in folder.iterdir() if path.name and path != folder)
-        if folder.is_dir()
-        else []
-    )
+    """Contents of a folder by name, none where it is missing. Raises PermissionError."""
+    if remote(folder):
+        found = folder.iterdir() if folder.is_dir() else ()
+        return sorted(path for path in found if path.name and path != folder)
+    try:
+        return [folder / name for name in sorted(os.listdir(folder))]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def version(path: str | os.PathLike) -> str:
@@ -167,7 +172,9 @@ def writing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     try:
         with part.open("wb") as file:
             yield file
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:  # no room, says a write alone
+            error.filename = os.fspath(path)
         part.unlink(missing_ok=True)
         raise
     if part != path:

@@ -47,7 +47,7 @@ from evlm_jax.checkpoint.run_layout import (
 )
 from evlm_jax.checkpoint.step_arrays import check_names, nest, read_arrays
 from evlm_jax.config import EVLMConfig, compat, from_saved, to_saved
-from evlm_jax.parallel.distributed import allgather_json, barrier, is_first, log_once
+from evlm_jax.parallel.distributed import allgather_json, barrier, check_devices, is_first, log_once
 
 Arrays = dict[str, np.ndarray]  # by canonical name
 ITEMS = ("params", "groups")
@@ -328,6 +328,7 @@ def _find(workdir: str, step: int | None) -> tuple[epath.Path, dict, dict | None
 @contextlib.contextmanager
 def _blamed(path: epath.Path) -> Iterator[None]:
     """Whatever goes wrong in reading a step, the error names the step and says how to go on."""
+    check_devices()  # that there is none is no fault of the step
     try:
         yield
     except Exception as error:  # of orbax, tensorstore, JSON, or ours

@@ -1,6 +1,7 @@
 """`evlm SUBCOMMAND`: the command line. Each subcommand imports only what it needs."""
 
 import argparse
+import io
 import os
 import sys
 
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"an empty argument behind {behind}: give a value, or leave it out")
     if overrides and not hasattr(args, "config"):
         parser.error(f"unknown arguments: {' '.join(overrides)}")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not know every letter
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not os.environ.get("EVLM_DEBUG"):
         reported_once()
     try:

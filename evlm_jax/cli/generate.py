@@ -1,6 +1,7 @@
 """`evlm generate`: its arguments, and what it does."""
 
 import argparse
+import os
 
 from evlm_jax.config.ranges import (
     Answers,
@@ -26,8 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_text,
         help="question; images stand in front of it, or at <image> markers",
     )
-    parser.add_argument("--image", action="append", default=[], help="may be given several times")
-    parser.add_argument("--video", help="a clip whose frames are seen together")
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        type=os.path.expanduser,
+        help="may be given several times",
+    )
+    parser.add_argument(
+        "--video", type=os.path.expanduser, help="a clip whose frames are seen together"
+    )
     parser.add_argument(
         "--frames",
         help="of the video: a number, evenly spread, or a rate, as 2fps; 16 where left out",

@@ -2,9 +2,11 @@
 
 import argparse
 import logging
+import os
 import sys
+import warnings
 
-from evlm_jax.assets import AssetError
+from evlm_jax.assets import AssetError, cache_root
 
 CLIENTS = (
     "gcsfs",
@@ -48,15 +50,19 @@ def reported(error: Exception) -> str:
     if isinstance(
         error, (ValueError, OSError, ImportError, FloatingPointError, AssetError)
     ) and str(error):
-        return str(error)
+        file = str(getattr(error, "filename", None) or "")
+        of_cache = file and file.startswith(f"{cache_root()}{os.sep}")
+        return f"{error}; EVLM_CACHE names another cache" if of_cache else str(error)
     first = next(iter(str(error).splitlines()), "")
     if type(error).__module__.partition(".")[0] in CLIENTS:
         return (
             f"a bucket did not answer as it should: {first or type(error).__name__}; see to the"
             " credentials and the network"
         )
-    if type(error).__name__ == "JaxRuntimeError" or isinstance(
-        error, MemoryError
+    if (
+        type(error).__name__ == "JaxRuntimeError"
+        or isinstance(error, MemoryError)
+        or first.startswith("Unable to initialize backend")
     ):  # out of memory, no such device, a lost host
         return f"{first or 'out of memory'} (EVLM_DEBUG=1 shows where)"
     return (
@@ -73,6 +79,9 @@ def reported_once() -> None:
         logging.getLogger(name).addFilter(_without_traceback)
     for name in ("gcsfs", "google.auth"):  # warn of what they try one after the other
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings(  # of a cache that is full or read-only: what is there is used
+        "ignore", "Error (reading|writing) persistent compilation cache"
+    )
     sys.unraisablehook = _unraisable
 
 

@@ -3,6 +3,7 @@ need.
 """
 
 import argparse
+import os
 
 from evlm_jax.config.ranges import Positive, argument
 from evlm_jax.evals.task import STYLES
@@ -20,6 +21,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data",
+        type=os.path.expanduser,
         help=(
             "where its official files are; docs/evaluation.md says which, as does the top of"
             " evlm_jax/evals/tasks/FAMILY.py"

@@ -48,6 +48,19 @@ def initialize_distributed(
         ) from error
 
 
+def check_devices() -> None:
+    """Raises ValueError where JAX has no device, or was told to compute in 64 bits."""
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:
+        said = next(iter(str(error).splitlines()), "it is not installed")
+        raise ValueError(
+            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: no device: {said}"
+        ) from error
+    if jax.config.jax_enable_x64:
+        raise ValueError("JAX_ENABLE_X64: models compute in at most 32 bits: leave it out")
+
+
 def is_first() -> bool:
     """Whether this is the process that logs and writes shared files."""
     return jax.process_index() == 0
@@ -84,7 +97,8 @@ def fetch_to_host(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Callable[[int], int]]:
-    """Context that turns SIGTERM and SIGINT (Ctrl-C) into a stop between steps.
+    """Context that turns SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a terminal that closes, unless nohup
+    has it ignored) into a stop between steps.
 
     Yields:
       a function of the number of finished steps: the exit status to stop with, or 0 to continue.
@@ -92,20 +106,24 @@ def stopping() -> Iterator[Callable[[int], int]]:
     A signal to one process stops all of them at the same step. A second Ctrl-C interrupts at once.
     """
     alone, came = jax.process_count() == 1, []
+    terminal = [number for number in (1, 2) if os.isatty(number)]
 
     def note(number: int, _frame) -> None:
         if number in came and number == signal.SIGINT:
             raise KeyboardInterrupt
         came.append(number)
+        if number == signal.SIGHUP:  # what is printed from here on would be an error
+            for stream in terminal:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         if not alone:
             os.kill(
                 os.getpid(), signal.SIGTERM
             )  # jax.distributed has its own handler, which tells the others
 
-    before = {
-        number: signal.signal(number, note)
-        for number in ((signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,))
-    }
+    numbers = [signal.SIGTERM, signal.SIGINT] if alone else [signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
     reached = (lambda step: bool(came)) if alone else multihost_utils.reached_preemption_sync_point
     try:
         yield (

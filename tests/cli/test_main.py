@@ -49,3 +49,17 @@ def test_a_log_gets_a_line_of_progress_now_and_then(tmp_path, interval, drawn):
         [sys.executable, "-m", "evlm_jax", *words], env=environment, capture_output=True
     )
     assert done.stderr.count(b"\r") == drawn
+
+
+@pytest.mark.parametrize("own", [None, "glibc.malloc.perturb=0"])
+def test_streams_that_are_closed_are_nobody_s(own):
+    environment = os.environ | ({"GLIBC_TUNABLES": own} if own else {})
+    command = f"{sys.executable} -m evlm_jax --version"
+    done = subprocess.run(
+        ["sh", "-c", f"{command} <&- 2>&-; {command} >&-; {command} nonsense <&- >&- 2>&-"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.startswith("evlm ") and done.stderr == ""
+    assert len(done.stdout.splitlines()) == 1

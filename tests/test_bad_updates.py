@@ -59,6 +59,7 @@ def test_bad_updates_change_nothing_and_those_behind_go_on(tmp_path, capsys):
     )
 
 
+@pytest.mark.ci
 def test_too_many_bad_updates_stop_the_run_and_resume_goes_past_them(tmp_path):
     cfg, towers = tiny_config(**BAD), tiny_towers(tiny_config(**BAD))
     bad = {1, 5, 6, 8}

@@ -22,10 +22,16 @@ NAMES = sorted(
     for path in (ROOT / "benchmarks").glob("*.py")
     if path.stem != "__init__" and path.stem not in HELPERS
 )
-CASES = [
-    pytest.param(name, marks=[needs_asset(asset) for asset in ASSETS.get(name, ())])
-    for name in NAMES
-]
+QUICK = {"expert_loads", "grouped_attention", "packing", "pods", "products"}
+
+
+def marks(name: str) -> list:
+    """What a benchmark needs, and `ci` where it takes more than a few seconds."""
+    needs = [needs_asset(asset) for asset in ASSETS.get(name, ())]
+    return needs if name in QUICK else [*needs, pytest.mark.ci]
+
+
+CASES = [pytest.param(name, marks=marks(name)) for name in NAMES]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -362,7 +362,10 @@ def run_and_kill(workdir, at_step: int | None, seconds: float) -> tuple[bool, li
     return process.returncode == -signal.SIGKILL, lines
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kills",
+    [pytest.param(1, marks=pytest.mark.ci), pytest.param(20, marks=pytest.mark.slow)],
+)
 def test_kill_at_random_moments(whole_run, tmp_path, kills):
     """Each run goes on from the newest finalised step and says so; the last one ends with the bits
     of the whole run.

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.parity import needs_asset
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "tutorials" / "ten_pictures.ipynb"
@@ -26,6 +28,7 @@ def test_it_is_stored_small_and_without_outputs():
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells())
 
 
+@pytest.mark.ci
 @needs_asset("smollm2-135m-instruct")
 def test_ten_pictures_are_learned_looked_at_and_exported(tmp_path):
     code = ["".join(cell["source"]) for cell in cells() if cell["cell_type"] == "code"]

@@ -19,7 +19,7 @@ from tests.helpers.parity import needs_asset
 from tests.helpers.tiny import tiny_config
 
 ROOT = Path(__file__).parent.parent
-pytestmark = [pytest.mark.slow, pytest.mark.wheel]
+pytestmark = pytest.mark.ci
 RUNS = [  # in the folder `place`; a later one may need what earlier ones left
     "fetch photos",
     "train --config experiment.py --workdir run --tensorboard",

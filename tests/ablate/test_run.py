@@ -107,6 +107,7 @@ def test_a_finished_run_is_not_repeated(tmp_path):
     assert (tmp_path / "base" / "0" / "result.json").read_text() == "{}"
 
 
+@pytest.mark.ci
 def test_experts_are_made_of_the_run_that_all_start_from(tmp_path):
     dense, experts = (
         tiny_config(),

@@ -13,6 +13,7 @@ SAYS = (
 USUAL = "glibc.malloc.hugetlb=1"
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked of glibc")
 @pytest.mark.parametrize(
     "own, found", [(None, USUAL), ("glibc.malloc.perturb=0", "glibc.malloc.perturb=0")]

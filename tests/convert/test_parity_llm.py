@@ -35,6 +35,7 @@ def smollm2():
     return cfg, load(cfg, SMOLLM2, "llm"), theirs
 
 
+@pytest.mark.ci
 @needs_asset(SMOLLM2)
 @pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.slow)])
 def test_smollm2_logits_on_real_tokens(smollm2, count):
@@ -58,6 +59,7 @@ def test_smollm2_logits_on_real_tokens(smollm2, count):
     assert (mine.argmax(-1) == reference.argmax(-1)).all()
 
 
+@pytest.mark.ci
 @needs_asset(SMOLLM2)
 @pytest.mark.parametrize(
     "question",

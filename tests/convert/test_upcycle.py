@@ -163,6 +163,7 @@ def get_config(form="dense"):
 """
 
 
+@pytest.mark.ci
 def test_command_line(tmp_path, capsys):
     """A dense run, upcycled, trained on; each step refuses what does not fit."""
     (tmp_path / "tiny_experiment.py").write_text(EXPERIMENT)

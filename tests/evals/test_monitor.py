@@ -56,6 +56,7 @@ def follow(cfg, folder, stop=None):
     return train(cfg, folder, TinyData(cfg), tiny_towers(cfg), on_step=die)
 
 
+@pytest.mark.ci
 def test_numbers_and_lines(cfg, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):

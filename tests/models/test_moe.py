@@ -336,6 +336,7 @@ RUN = dict(
 )
 
 
+@pytest.mark.ci
 def test_training_is_told_of_and_resumes_with_the_same_bits(tmp_path):
     cfg = tiny_config(moe=EXPERTS | {"capacity": 1.0}, **RUN)
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -67,6 +67,7 @@ def test_norms_centre_what_they_read(every, group):
             np.testing.assert_allclose(pick(y, spots).mean(0), 0, atol=1e-4)
 
 
+@pytest.mark.ci
 def test_a_run_starts_with_them_and_loses_no_batch(tmp_path):
     saved = {}
     for centred in (False, True):

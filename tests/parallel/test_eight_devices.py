@@ -21,7 +21,7 @@ def devices(count: int) -> dict[str, str]:
     "part, which",
     [
         ("devices", "not slow"),
-        ("answers", "not slow"),
+        pytest.param("answers", "not slow", marks=pytest.mark.ci),
         pytest.param("devices", "slow", marks=pytest.mark.slow),
         pytest.param("answers", "slow", marks=pytest.mark.slow),
     ],

@@ -21,6 +21,8 @@ from evlm_jax.parallel.status import Stopped
 from evlm_jax.train import train
 from tests.remote.road import make
 
+pytestmark = pytest.mark.ci
+
 
 @pytest.fixture(scope="module")
 def cfg(bucket, tmp_path_factory):

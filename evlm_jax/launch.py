@@ -96,9 +96,10 @@ def next_stage(cfg: EVLMConfig, init: str) -> tuple[dict[str, np.ndarray], froze
             f"{init} is dense and the config has moe.copies = {cfg.moe.copies}: make experts of its"
             " FFNs with `evlm upcycle`"
         )
-    params["vit/pos"] = resize_positions(
-        params["vit/pos"], before.vit.grid, cfg.vit.grid, cfg.vit.interpolation
-    )
+    if "vit/pos" in params:
+        params["vit/pos"] = resize_positions(
+            params["vit/pos"], before.vit.grid, cfg.vit.grid, cfg.vit.interpolation
+        )
     return params, store.trained(init)
 
 

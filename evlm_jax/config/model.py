@@ -46,6 +46,8 @@ class ViTConfig:
     ]  # position table, pretrained_size -> image_size; a = -0.75 or -0.5
     mean: tuple[Share, Share, Share]  # RGB normalisation of the tower
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+    # base of rotary positions of the patches, in place of a table; 0: the table (DINOv3 has 100)
+    rotary: NonNegative = 0.0
     gated: bool = False  # the MLP is fc2(activation(fc1(x)) * up(x)): DINOv2 giant
 
     @property

@@ -24,6 +24,11 @@ def vision(cfg: "EVLMConfig") -> list[Relation]:
             f"must be a multiple of vit.patch = {vit.patch}",
         ),
         (vit.width % vit.heads == 0, "vit.heads", f"must divide vit.width = {vit.width}"),
+        (
+            not vit.rotary or vit.width // vit.heads % 4 == 0,
+            "vit.rotary",
+            f"needs heads of a multiple of 4, vit.width / vit.heads is {vit.width // vit.heads}",
+        ),
         (len(vit.taps) > 0, "vit.taps", "needs at least one block number"),
         (list(vit.taps) == sorted(set(vit.taps)), "vit.taps", "must ascend without repeats"),
         (

@@ -84,7 +84,7 @@ def fields_of(path: Path, config: dict) -> dict[str, Any]:
     off = {
         field: values for field, values in OFF.items() if field in config and field not in silent
     }
-    found = settled(path, where, config, kind.read, kind.fixed | off, silent)
+    found = settled(path, where, config, kind.read, off | kind.fixed, silent)
     return found | (rotary(path, config, kind.rotary) if kind.rotary else {})
 
 
@@ -150,6 +150,8 @@ def _alike(name: str, value: Any, default: Any) -> bool:
         return value is None or (
             isinstance(value, list) and all(type(one) is LISTS[name] for one in value)
         )
+    if name == "num_register_tokens":
+        return type(value) is int and value >= 0
     if name in SOFT:
         return value is None or (type(value) in (int, float) and value > 0)
     if default is None or name in ("num_key_value_heads", "sliding_window"):

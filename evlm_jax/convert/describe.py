@@ -45,6 +45,7 @@ def describe_source(source: Source, family: str, prefix: str) -> dict:
     """
     facts = {
         "dinov2": _dinov2,
+        "dinov3": _dinov3,
         "clip": _encoder,
         "siglip": _encoder,
         "eva02": _eva,
@@ -217,6 +218,36 @@ def _dinov2(source: Source, prefix: str) -> dict:
         **sizes,
         **facts,
         activation="silu" if gated else _activation(source, config["hidden_act"]),
+    )
+
+
+def _dinov3(source: Source, prefix: str) -> dict:
+    """Rotary positions of patches, at any size."""
+    shape, config = _shapes(source, prefix), _fields(source)
+    kernel = shape("embeddings.patch_embeddings.weight", 4)
+    depth = _depth(source, rf"{re.escape(prefix)}layer\.(\d+)\.")
+    _agree(
+        source,
+        hidden_size=(config["hidden_size"], kernel[0]),
+        patch_size=(config["patch_size"], kernel[-1]),
+        num_hidden_layers=(config["num_hidden_layers"], depth),
+    )
+    return _vision(
+        source,
+        kernel,
+        IMAGENET,
+        depth=depth,
+        heads=config["num_attention_heads"],
+        mlp=config["intermediate_size"],
+        eps=config["layer_norm_eps"],
+        activation=_activation(source, config["hidden_act"]),
+        rotary=config["rope_theta"],
+        registers=config["num_register_tokens"],
+        pretrained_size=config["image_size"] // kernel[-1] * kernel[-1],
+        bias="qv",
+        layer_scale=True,
+        patch_bias=True,
+        interpolation="bicubic",
     )
 
 

@@ -111,7 +111,7 @@ def open_tower(cfg: EVLMConfig, source: Source, tower: str) -> Tower:
         ", ".join(dropped),
     )
     tensors = to_canonical(source, steps, sizes(cfg, tower))
-    if tower == "vit":
+    if "vit/pos" in tensors and tower == "vit":
         tensors["vit/pos"] = _resized(cfg, tensors["vit/pos"])
     if wrong := [
         f"{n} {tensors[n].shape}, the config needs {shape}"

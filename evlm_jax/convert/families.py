@@ -28,7 +28,8 @@ INERT = frozenset(  # fields of any config.json that change no output of a whole
     " suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p"
     " torch_dtype torchscript transformers.js_config transformers_version typical_p unsloth_fixed"
     " unsloth_version use_bfloat16 use_cache _commit_hash _name_or_path"
-    " _sliding_window_pattern _attn_implementation_autoset cache_implementation"
+    " pos_embed_jitter pos_embed_rescale pos_embed_shift _sliding_window_pattern"
+    " _attn_implementation_autoset cache_implementation"
     " chunk_size_feed_forward bf16 fp16 fp32 use_flash_attn"
     " softmax_in_fp32 use_mask_token apply_layernorm reshape_hidden_states out_features out_indices"
     " stage_names vision_use_head logit_scale_init_value onnx use_cache_kernel".split()
@@ -153,6 +154,18 @@ DINOV2 = ENCODER | {
     "use_swiglu_ffn": False,
 }
 REGISTERS = DINOV2 | {"patch_size": 16, "num_register_tokens": 4}
+DINOV3 = ENCODER | {
+    "hidden_size": 384,
+    "num_attention_heads": 6,
+    "intermediate_size": 1536,
+    "patch_size": 16,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "rope_theta": 100.0,
+    "num_register_tokens": 0,
+}
+DINOV3_FIXED = {"use_gated_mlp": (False, {False}), "key_bias": (False, {False})}
+DINOV3_FIXED |= dict.fromkeys(("query_bias", "value_bias", "proj_bias", "mlp_bias"), (True, {True}))
 IMAGES = {"num_channels": (3, {3})}
 ONE_BIAS = {"qkv_bias": (True, {True})}
 
@@ -268,6 +281,7 @@ KINDS = {
     ),
     "dinov2": Kind("dinov2", "vit", DINOV2, IMAGES | ONE_BIAS),
     "dinov2_with_registers": Kind("dinov2", "vit", REGISTERS, IMAGES | ONE_BIAS),
+    "dinov3_vit": Kind("dinov3", "vit", DINOV3, IMAGES | DINOV3_FIXED, note="no gated MLP"),
     "clip_vision_model": Kind("clip", "vit", CLIP, IMAGES),
     "siglip_vision_model": Kind("siglip", "vit", SIGLIP, IMAGES, note="fixed resolution"),
 }

@@ -65,6 +65,29 @@ def _dinov2(name: str, qkv: dict[str, str], out: str) -> Family:
     )
 
 
+def _dinov3() -> Family:
+    """Hugging Face's DINOv3ViTModel, whose MLP is not gated."""
+    foreign, path = "layer.{}", "vit/blocks/{}"
+    rows = (
+        row("embeddings.cls_token", "vit/cls", "1 1 v -> v"),
+        row("embeddings.register_tokens", "vit/registers", "1 r v -> r v"),
+        *patch("embeddings.patch_embeddings"),
+        *(
+            one
+            for x in "qkvo"
+            for one in linear(f"{foreign}.attention.{x}_proj", f"{path}/attn/{x}")
+        ),
+        *norm(f"{foreign}.norm1", f"{path}/norm1"),
+        *norm(f"{foreign}.norm2", f"{path}/norm2"),
+        *linear(f"{foreign}.mlp.up_proj", f"{path}/mlp/fc1"),
+        *linear(f"{foreign}.mlp.down_proj", f"{path}/mlp/fc2"),
+        row(f"{foreign}.layer_scale1.lambda1", f"{path}/scale1"),
+        row(f"{foreign}.layer_scale2.lambda1", f"{path}/scale2"),
+    )
+    drop = dict.fromkeys((r"embeddings\.mask_token", r"norm\.(weight|bias)"), UNUSED)
+    return Family("dinov3", "vit", "layer.0.attention.q_proj.weight", rows, drop=drop)
+
+
 def _huggingface_encoder() -> tuple[NameRow, ...]:
     """The blocks of Hugging Face's CLIP and SigLIP."""
     foreign, path = "encoder.layers.{}", "vit/blocks/{}"
@@ -276,6 +299,7 @@ FAMILIES = (
         "attention.output.dense",
     ),
     _dinov2("dinov2-transformers5", {x: f"attention.{x}_proj" for x in "qkv"}, "attention.o_proj"),
+    _dinov3(),
     _clip(),
     _siglip(),
     _eva(),

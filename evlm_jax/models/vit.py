@@ -5,15 +5,31 @@ biases exist, and the activation. Blocks live in a list of stacks cut at the tap
 boundaries, one scan each, so that a tap is the carry between two scans and a frozen stack costs no
 backward pass. No final norm: taps are raw residual streams."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from evlm_jax.config import ViTConfig
 from evlm_jax.models.attention import attention
 from evlm_jax.models.layers import MLP, REMAT, LayerNorm, Linear, heads, param, stack
+from evlm_jax.models.rotary import Rope, rotate
 from evlm_jax.ops.matmul import operand_dtype, product
 from evlm_jax.parallel.sharding import gathered_weight, shard
+
+
+def patch_rope(cfg: ViTConfig) -> Rope:
+    """cos and sin [1, S, 1, H/2] of the patches' centres, which lie in -1..1 down and across: as
+    DINOv3 has it, each takes half of a head's frequencies. Class token and registers do not turn.
+    """
+    width, centres = cfg.width // cfg.heads, (2 * np.arange(cfg.grid) + 1) / cfg.grid - 1
+    places = np.stack(np.meshgrid(centres, centres, indexing="ij"), -1).reshape(-1, 2, 1)
+    angle = 2 * math.pi * places / cfg.rotary ** np.arange(0, 1, 4 / width)
+    angle = np.pad(angle.reshape(len(places), -1), ((cfg.prefix_tokens, 0), (0, 0)))
+    angle = jnp.asarray(angle, jnp.float32)[None, :, None]
+    return jnp.cos(angle), jnp.sin(angle)
 
 
 class SelfAttention(nnx.Module):
@@ -25,10 +41,12 @@ class SelfAttention(nnx.Module):
         self.k = Linear(square, axes, rngs, bias=cfg.bias == "all")
         self.v = Linear(square, axes, rngs, bias=True)
         self.o = Linear(square, axes[::-1], rngs, bias=True)
-        self.head_dim = cfg.width // cfg.heads
+        self.head_dim, self.cfg = cfg.width // cfg.heads, cfg
 
     def __call__(self, x: jax.Array) -> jax.Array:
         q, k, v = (heads(project(x), self.head_dim) for project in (self.q, self.k, self.v))
+        if self.cfg.rotary:
+            q, k = (rotate(a, patch_rope(self.cfg)) for a in (q, k))
         return self.o(attention(q, k, v).reshape(x.shape))
 
 
@@ -88,7 +106,8 @@ class ViT(nnx.Module):
         self.registers = (
             param(rngs, (cfg.registers, v), ("whole", "norm"), std=0.02) if cfg.registers else None
         )
-        self.pos = param(rngs, (cfg.grid**2 + cfg.class_token, v), ("whole", "norm"), std=0.02)
+        table = (cfg.grid**2 + cfg.class_token, v)
+        self.pos = None if cfg.rotary else param(rngs, table, ("whole", "norm"), std=0.02)
         self.patch = Patch(cfg, rngs)
         self.embed_norm = LayerNorm(v, cfg.eps, rngs) if cfg.embed_norm else None
         self.stacks = nnx.List(
@@ -122,15 +141,17 @@ class ViT(nnx.Module):
             .transpose(0, 1, 3, 2, 4, 5)
             .reshape(b, g * g, p * p * 3)
         )
-        x, pos = self.patch(patches), self.pos[...].astype(pixels.dtype)
+        x = self.patch(patches)
+        pos = None if self.pos is None else self.pos[...].astype(x.dtype)
 
         def repeat(tokens):
             return jnp.broadcast_to(tokens.astype(x.dtype), (b, *tokens.shape))
 
-        parts = [x + pos[-g * g :]]
+        parts = [x if pos is None else x + pos[-g * g :]]
         if self.registers is not None:
             parts.insert(0, repeat(self.registers[...]))
         if self.cls is not None:
-            parts.insert(0, repeat(self.cls[...][None]) + pos[:1])
+            cls = repeat(self.cls[...][None])
+            parts.insert(0, cls if pos is None else cls + pos[:1])
         x = jnp.concatenate(parts, 1)
         return x if self.embed_norm is None else self.embed_norm(x)

@@ -45,7 +45,9 @@ TOWERS = {
         "vit": {"layer_scale": False, "class_token": False, "activation": "gelu_tanh"},
         "xattn": {"every": 2, "sinks": 2, "heads": 4, "kv_heads": 2},
     },
-    "dinov2 giant, with registers": {"vit": {"registers": 3, "gated": True, "activation": "silu"}},
+    "dinov2 giant, with registers": {
+        "vit": {"registers": 3, "gated": True, "activation": "silu", "rotary": 9.0}
+    },
     "dinov2, experts": {
         "moe": {"copies": 2, "slices": 4, "top_k": 3, "gates": "softmax"},
         "xattn": {"every": 2},

@@ -170,6 +170,7 @@ TOWERS = {  # config, trained size, size of the picture
     "dinov2_with_registers": ({"mlp_ratio": 2, "num_register_tokens": 3}, 28, 42),
     "clip_vision_model": ({"intermediate_size": 56, "hidden_act": "gelu"}, 28, 42),
     "siglip_vision_model": ({"intermediate_size": 56}, 28, 42),
+    "dinov3_vit": ({"intermediate_size": 56, "num_register_tokens": 3}, 28, 42),
     "dinov2, giant": ({"mlp_ratio": 3, "use_swiglu_ffn": True}, 28, 42),
     "siglip_vision_model, patches that do not fill it": ({"intermediate_size": 56}, 30, 28),
     "dinov2_with_registers, smaller": ({"mlp_ratio": 2}, 42, 28),
@@ -188,6 +189,7 @@ def test_towers_that_are_read(tmp_path, case):
         "clip_vision_model": "CLIPVision",
         "siglip_vision_model": "SiglipVision",
         "dinov2": "Dinov2",
+        "dinov3_vit": "DINOv3ViT",
     }.get(name, "Dinov2WithRegisters")
     config = config_class(name)(**ENCODER, **fields, image_size=trained)
     theirs = shaken(getattr(transformers, f"{kind}Model")(config))

@@ -139,7 +139,8 @@ NOT_DINOV2 = {
         {"num_hidden_layers": 12},
         "num_hidden_layers is 12 in config.json and 4 in the tensors",
     ),
-    "DINOv3": ({"model_type": "dinov3_vit"}, "'dinov3_vit', which is not read"),
+    "DINOv3": ({"model_type": "dinov3_vit"}, "it holds dinov3, the names of its tensors are"),
+    "AIMv2": ({"model_type": "aimv2_vision_model"}, "'aimv2_vision_model', which is not read"),
     "an unknown field": ({"rope_theta": 100.0}, "rope_theta 100.0"),
 }
 

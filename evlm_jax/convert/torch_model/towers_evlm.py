@@ -18,6 +18,7 @@ ACTIVATIONS = {
 
 FORMER = {  # what exports compute that were made before there was a field
     "gated": False,
+    "rotary": 0.0,
     "qk_norm": "none",
     "norms": "pre",
     "window": [0],
@@ -103,16 +104,31 @@ class VisionAttention(nn.Module):
         super().__init__()
         self.q, self.v, self.o = (nn.Linear(cfg.width, cfg.width) for _ in range(3))
         self.k = nn.Linear(cfg.width, cfg.width, bias=cfg.bias == "all")
-        self.head_dim = cfg.width // cfg.heads
+        self.head_dim, self.cfg = cfg.width // cfg.heads, cfg
 
     def forward(self, x, sdpa=False):
         """x [n, S, V] -> [n, S, V]."""
-        return self.o(
-            attend(
-                *(split_heads(project(x), self.head_dim) for project in (self.q, self.k, self.v)),
-                sdpa=sdpa,
-            )[0]
-        )
+        q, k, v = (split_heads(project(x), self.head_dim) for project in (self.q, self.k, self.v))
+        if self.cfg.rotary:
+            q, k = self._turned(q, k)
+        return self.o(attend(q, k, v, sdpa=sdpa)[0])
+
+    def _turned(self, *arrays):
+        """[n, N, S, H] with patches turned by their places, -1..1 down and across."""
+        cfg, grid = self.cfg, self.cfg.image_size // self.cfg.patch
+        how = {"device": arrays[0].device, "dtype": torch.float32}
+        centre = (2 * torch.arange(grid, **how) + 1) / grid - 1
+        places = torch.stack([centre.repeat_interleave(grid), centre.repeat(grid)], -1)
+        frequency = 2 * math.pi / cfg.rotary ** torch.arange(0, 1, 4 / self.head_dim, **how)
+        angle = (places[:, :, None] * frequency).flatten(1)
+        for a in arrays:
+            before, patches = a[:, :, : -(grid**2)], a[:, :, -(grid**2) :].float()
+            low, high = patches.chunk(2, -1)
+            turned = [
+                low * angle.cos() - high * angle.sin(),
+                high * angle.cos() + low * angle.sin(),
+            ]
+            yield torch.cat([before, torch.cat(turned, -1).to(a.dtype)], 2)
 
 
 class VisionBlock(nn.Module):
@@ -155,17 +171,18 @@ class Places(nn.Module):
         self.registers = (
             nn.Parameter(torch.zeros(cfg.registers, cfg.width)) if cfg.registers else None
         )
-        self.pos = nn.Parameter(torch.zeros(grid**2 + cfg.class_token, cfg.width))
+        size = (grid**2 + cfg.class_token, cfg.width)
+        self.pos = None if cfg.rotary else nn.Parameter(torch.zeros(size))
 
     def forward(self, patches):
         parts, repeat = (
-            [patches + self.pos[-patches.shape[1] :]],
+            [patches if self.pos is None else patches + self.pos[-patches.shape[1] :]],
             lambda tokens: tokens.expand(len(patches), -1, -1),
         )
         if self.registers is not None:
             parts.insert(0, repeat(self.registers))
         if self.cls is not None:
-            parts.insert(0, repeat(self.cls + self.pos[:1]))
+            parts.insert(0, repeat(self.cls[None] if self.pos is None else self.cls + self.pos[:1]))
         return torch.cat(parts, 1)
 
 

@@ -283,6 +283,7 @@ KINDS = {
     "dinov2_with_registers": Kind("dinov2", "vit", REGISTERS, IMAGES | ONE_BIAS),
     "dinov3_vit": Kind("dinov3", "vit", DINOV3, IMAGES | DINOV3_FIXED, note="no gated MLP"),
     "clip_vision_model": Kind("clip", "vit", CLIP, IMAGES),
+    "metaclip_2_vision_model": Kind("clip", "vit", CLIP, IMAGES),
     "siglip_vision_model": Kind("siglip", "vit", SIGLIP, IMAGES, note="fixed resolution"),
 }
 GGUF = {  # llama.cpp's architectures: family of tables_decoder.py
@@ -293,6 +294,7 @@ GGUF = {  # llama.cpp's architectures: family of tables_decoder.py
 }
 WHOLE = {
     "clip": "clip_vision_model",
+    "metaclip_2": "metaclip_2_vision_model",
     "siglip": "siglip_vision_model",
 }  # their vision_config is read, the rest is no part of it
 EVA = {  # `vision_cfg` of open_clip and of the EVA repository; the values of EVA02-CLIP-E

@@ -169,6 +169,7 @@ TOWERS = {  # config, trained size, size of the picture
     "dinov2": ({"mlp_ratio": 2}, 28, 42),
     "dinov2_with_registers": ({"mlp_ratio": 2, "num_register_tokens": 3}, 28, 42),
     "clip_vision_model": ({"intermediate_size": 56, "hidden_act": "gelu"}, 28, 42),
+    "metaclip_2_vision_model": ({"intermediate_size": 56}, 28, 42),
     "siglip_vision_model": ({"intermediate_size": 56}, 28, 42),
     "dinov3_vit": ({"intermediate_size": 56, "num_register_tokens": 3}, 28, 42),
     "dinov2, giant": ({"mlp_ratio": 3, "use_swiglu_ffn": True}, 28, 42),
@@ -187,6 +188,7 @@ def test_towers_that_are_read(tmp_path, case):
     name = case.partition(",")[0]
     kind = {
         "clip_vision_model": "CLIPVision",
+        "metaclip_2_vision_model": "MetaClip2Vision",
         "siglip_vision_model": "SiglipVision",
         "dinov2": "Dinov2",
         "dinov3_vit": "DINOv3ViT",

@@ -22,7 +22,9 @@ from evlm_jax.checkpoint.safetensors_file import write_folder
 from evlm_jax.cli import main
 from evlm_jax.config import to_dict
 from evlm_jax.convert import engine, export, importer
+from evlm_jax.convert.families import GGUF
 from evlm_jax.convert.readers import open_source
+from evlm_jax.convert.tables import FAMILIES
 from evlm_jax.launch import next_stage
 from tests.helpers.checkpoints import (
     dinov2_directory,
@@ -49,7 +51,11 @@ CHOICES = {  # of the tiny config, that a family needs
     "siglip": {"vit": {"layer_scale": False, "class_token": False, "activation": "gelu_tanh"}},
     "eva02": {"vit": {"layer_scale": False, "norm": "res_post", "bias": "qv"}},
     "dinov2": {"vit": {"registers": 3}},
+    "dinov3": {"vit": {"registers": 3, "rotary": 100.0, "bias": "qv"}},
     "llama": {"llm": {"qkv_bias": True, "tied": False}},
+    "olmo2": {"llm": {"qk_norm": "all", "norms": "post"}},
+    "gemma2": {"llm": {"qk_norm": "head", "norms": "both+1"}},
+    "gguf": {"llm": {"qk_norm": "head", "tied": False}},
     "qwen": {"llm": {"qkv_bias": True, "tied": False, "kv_heads": 4}},
 }
 
@@ -71,14 +77,17 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", [f.name for f in engine.FAMILIES])
+@pytest.mark.parametrize(
+    "name", [f.name for f in FAMILIES if f.name != "gemma3-gguf"]
+)  # whose norms, w + 1, are rounded
 def test_every_family_there_and_back(tmp_path, name, dtype):
     """Ours -> theirs on disk -> ours -> theirs, byte for byte."""
     found, cfg = family(name), tiny_config(**CHOICES.get(name, {}))
     before, sizes = random_tensors(cfg, found.tower, dtype), engine.sizes(cfg, found.tower)
     write_folder(tmp_path, engine.to_foreign(found, before, sizes))
     source = open_source(tmp_path)
-    assert engine.recognise(source) == (found, "")
+    if name not in GGUF.values():  # which the header tells apart
+        assert engine.recognise(source) == (found, "")
     steps, dropped = engine.conversion_plan(
         source, found, "", {name: tensor.shape for name, tensor in before.items()}
     )

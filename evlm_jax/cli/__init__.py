@@ -105,7 +105,7 @@ def _fetch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "names",
         nargs="*",
-        help="assets, or the group scenes (380 MB, of pip, npm and apt-get); the demo's where left"
+        help="assets, or the group scenes (415 MB, of pip, npm and apt-get); the demo's where left"
         " out",
     )
     parser.add_argument(

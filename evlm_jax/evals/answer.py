@@ -1,13 +1,13 @@
 """How a model answers questions: free generation, or the candidate of lowest loss."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from evlm_jax.data.features import FeatureStore
 from evlm_jax.data.samples import MARKER, Sample, Turn, question
 from evlm_jax.data.tokenizer import Tokenizer
-from evlm_jax.evals.choice import candidate_losses
+from evlm_jax.evals.choice import own_candidate_losses
 from evlm_jax.evals.runner import Answerer
 from evlm_jax.evals.task import ANSWER, Question, Task
 from evlm_jax.generate import Generator
@@ -79,38 +79,35 @@ class LowestLoss:
 
     def __call__(self, questions: Sequence[Question]) -> list[dict]:
         """The answers, in the order of the questions."""
-        groups: dict[tuple[str, ...], dict[tuple, list[int]]] = {}
+        about: dict[tuple, list[int]] = {}
         for i, asked in enumerate(questions):
-            about = groups.setdefault(asked.candidates or tuple(self.candidates), {})
             about.setdefault(asked.visuals, []).append(i)
-        rows: list[dict] = [{}] * len(questions)
-        for candidates, about in groups.items():
-            for i, loss in self._losses(questions, candidates, about):
-                best = np.argsort(loss, kind="stable")[:BEST]
-                rows[i] = {
-                    "prediction": candidates[best[0]],
-                    "ranking": [candidates[k] for k in best],
-                    "losses": [round(float(loss[k]), 4) for k in best],
-                }
-                if questions[i].candidates:
-                    right = candidates.index(questions[i].answer)
-                    rows[i]["loss"] = round(float(loss[right]), 4)
-        return rows
-
-    def _losses(
-        self,
-        questions: Sequence[Question],
-        candidates: tuple[str, ...],
-        about: dict[tuple, list[int]],
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """Places of questions with these candidates, by their pictures; of each the losses."""
         template, samples = self.model.cfg.data.template, []
         for visuals, places in about.items():
             dialogs = tuple(question(prompt_text(questions[i], template), "") for i in places)
             samples.append(Sample(questions[places[0]].cluster, self.method, visuals, dialogs))
-        losses = candidate_losses(self.model, self.tokenizer, samples, candidates, **self.how)
+        own = [
+            [questions[i].candidates or tuple(self.candidates) for i in places]
+            for places in about.values()
+        ]
+        losses = own_candidate_losses(self.model, self.tokenizer, samples, own, **self.how)
+        rows: list[dict] = [{}] * len(questions)
         for places, of_image in zip(about.values(), losses, strict=True):
-            yield from zip(places, of_image, strict=True)
+            for i, loss in zip(places, of_image, strict=True):
+                rows[i] = self._row(questions[i], loss)
+        return rows
+
+    def _row(self, asked: Question, loss: np.ndarray) -> dict:
+        candidates = asked.candidates or self.candidates
+        best = np.argsort(loss, kind="stable")[:BEST]
+        row = {
+            "prediction": candidates[best[0]],
+            "ranking": [candidates[k] for k in best],
+            "losses": [round(float(loss[k]), 4) for k in best],
+        }
+        if asked.candidates:
+            row["loss"] = round(float(loss[candidates.index(asked.answer)]), 4)
+        return row
 
 
 def answerer(

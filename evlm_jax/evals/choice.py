@@ -44,17 +44,40 @@ def candidate_losses(
     """float64 [questions, candidates] of each sample: the loss in nats of every candidate as the
     answer of every dialog's question.
     """
-    end = needs_end(tokenizer, candidates, model.cfg)
+    same = [[tuple(candidates)] * len(sample.dialogs) for sample in samples]
+    found = own_candidate_losses(model, tokenizer, samples, same, features, rows, layout)
+    return [np.stack(of_sample) for of_sample in found]
 
-    def options(sample):
-        return tuple(
-            question(dialog[0].text, answer) for dialog in sample.dialogs for answer in candidates
+
+def own_candidate_losses(
+    model: EVLM,
+    tokenizer,
+    samples: Sequence[Sample],
+    candidates: Sequence[Sequence[tuple[str, ...]]],
+    features: FeatureStore | None = None,
+    rows: int = 2,
+    layout: Layout | None = None,
+) -> list[list[np.ndarray]]:
+    """Losses as of `candidate_losses`, where every dialog of every sample has its own candidates:
+    one float64 array for each dialog.
+    """
+    sets = dict.fromkeys(own for of_sample in candidates for own in of_sample)
+    end = any([needs_end(tokenizer, own, model.cfg) for own in sets])
+    asked = [
+        replace(
+            sample,
+            dialogs=tuple(
+                question(dialog[0].text, answer)
+                for dialog, own in zip(sample.dialogs, of_sample, strict=True)
+                for answer in own
+            ),
         )
-
-    asked = [replace(sample, dialogs=options(sample)) for sample in samples]
+        for sample, of_sample in zip(samples, candidates, strict=True)
+    ]
+    losses = answer_losses(model, tokenizer, asked, features, rows, end, layout)
     return [
-        loss.reshape(-1, len(candidates))
-        for loss, _ in answer_losses(model, tokenizer, asked, features, rows, end, layout)
+        np.split(loss, np.cumsum([len(own) for own in of_sample])[:-1])
+        for (loss, _), of_sample in zip(losses, candidates, strict=True)
     ]
 
 

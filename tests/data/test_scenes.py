@@ -229,6 +229,17 @@ def test_shipped_names_have_drawings_in_every_split():
         assert all(found) and sum(map(len, found)) == len(set.union(*found))
 
 
+@needs_scenes
+def test_pip_alone_has_fewer_names_and_the_same_splits(monkeypatch):
+    there = ("cut-openmoji", "photos")
+    monkeypatch.setattr(assets, "available", lambda name, cache=None: name in there)
+    made = [shipped(split) for split in ("train", "validation", "test")]
+    assert len(made[0].names) == 9 and all(material.grounds for material in made)
+    for name in made[0].names:
+        found = [set(material.drawings[name]) for material in made]
+        assert [len(some) for some in found] == [1, 1, 1] and len(set.union(*found)) == 3
+
+
 def test_places_are_told_apart():
     assert place("room1") == place("room2") == "room"
     assert place("basketball-court1-a") == place("basketball-court1-b")

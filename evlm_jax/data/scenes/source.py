@@ -117,7 +117,7 @@ def open_scenes(
             )
     count, side = _number(name, "scenes", scenes, 1), _number(name, "size", size, 56)
     _number(name, "seed", seed, 0)
-    material = _material(path, split)
+    material = shipped(split) if path == SHIPPED else from_folder(path, split)
     if nameless := [n for n, known in material.names.items() if language == "zh" and not known.zh]:
         raise ValueError(
             f"data source {name!r}: {path}/names.json has no zh of {nameless[0]!r}: give it, or"
@@ -135,11 +135,6 @@ def open_scenes(
         side,
     )
     return SceneSource(made, count)
-
-
-@functools.cache
-def _material(path: str, split: str) -> Material:
-    return shipped(split) if path == SHIPPED else from_folder(path, split)
 
 
 def _number(name: str, option: str, value: str, least: int) -> int:

@@ -30,7 +30,8 @@ from evlm_jax.ablate.study import BASE, study_of
 from evlm_jax.evals.group_sequential import EQUIVALENT, FAILS, HOLDS, OPEN
 
 PAGE = Path("docs/results.md")
-RUNS, SCENES = Path("docs/results/ablations"), Path("docs/results/scenes")  # --out of two studies
+RUNS = Path("docs/results/ablations")
+STUDY = (Path("docs/results/scenes"), Path("docs/results/branched"))  # from the towers, from a run
 HEAD = f"""# What holds of the paper's claims, at the size of two CPU cores
 
 Written by `python -m benchmarks.results`, with plots as \
@@ -58,11 +59,11 @@ reading at equal FLOPs is of an earlier update (column `questions`). What the va
 small, the questions synthetic: a claim that {HOLDS} here is no proof at 14 billion parameters, \
 and neither is its opposite.
 """
-SECTION = """# The preregistered study on scenes
+SECTION = """# The preregistered study: {name}
 
 Claims, margin and stopping rule were fixed before its runs: \
-[preregistration.md](preregistration.md). Its runs are in
-[results/scenes](results/scenes), its plots in [results/scenes.html](results/scenes.html).
+[preregistration.md](preregistration.md). The runs are in
+[results/{name}](results/{name}), plots in [results/{name}.html](results/{name}.html).
 
 {about}
 
@@ -84,10 +85,11 @@ def page(found: dict) -> str:
     return "\n".join([HEAD.format(command=command, about=about(found)), *_results(found)])
 
 
-def section(found: dict) -> str:
-    """The same of runs of a study with looks."""
+def section(found: dict, name: str) -> str:
+    """The same of runs of a study with looks, in the folder of this name."""
     how = how_judged(study_of(found["settings"]))
-    return "\n".join([SECTION.format(about=about(found), how=how), *_results(found)])
+    head = SECTION.format(name=name, about=about(found), how=how)
+    return "\n".join([head, *_results(found)])
 
 
 def _results(found: dict) -> list[str]:
@@ -125,10 +127,10 @@ def _table(names: list[str], lines) -> str:
 def main() -> None:
     """Writes the pages; a smoke says whether the saved one is what would be written."""
     smoke, text = parser(__doc__).parse_args().smoke, []
-    for folder, write in ((RUNS, page), (SCENES, section)):
+    for folder in (RUNS, *STUDY):
         if files := sorted(folder.glob("*/*/result.json")):
             found = collect(files)
-            text.append(write(found))
+            text.append(page(found) if folder == RUNS else section(found, folder.name))
             if not smoke:
                 render(found, folder.with_suffix(".html"))
     if not smoke:

@@ -156,7 +156,7 @@ def test_a_variant_leaves_when_its_claims_are_decided(study, tmp_path, monkeypat
 
 
 def test_pages_say_how_it_ended(found, tmp_path):
-    html, text = page.render(found, tmp_path / "p.html").read_text("utf-8"), section(found)
+    html, text = page.render(found, tmp_path / "p.html").read_text("utf-8"), section(found, "made")
     for shown in ("Several beat one", "base less fused", "equivalent", "open", "within 0.05"):
         assert shown in html and shown in text
     assert "Of these rows: 2 holds, 4 equivalent, 2 open." in text and "names, %" in text
@@ -165,7 +165,9 @@ def test_pages_say_how_it_ended(found, tmp_path):
         for reading in one["readings"].values():
             if one["variant"] == "again":
                 reading["measured"]["made, count/loss"] = finished.pack([9.0] * 20)
-    assert "The control (Other seeds, equal questions seen) ended as: holds." in section(found)
+    assert "The control (Other seeds, equal questions seen) ended as: holds." in section(
+        found, "made"
+    )
 
 
 @pytest.mark.parametrize(

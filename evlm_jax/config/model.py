@@ -136,7 +136,7 @@ class LLMConfig:
 
     @property
     def layer_windows(self) -> tuple[int, ...]:
-        """Of each layer; 0 sees all."""
+        """The window of each layer; 0 sees all."""
         return tuple(self.window[i % len(self.window)] for i in range(self.layers))
 
     @property

@@ -39,7 +39,7 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class Rotary:
-    """What a family says of its positions."""
+    """What the rotary fields of a family may be."""
 
     theta: float = 10000.0  # transformers' default
     near: float | None = None  # that of layers with a window, where they have their own
@@ -48,7 +48,8 @@ class Rotary:
 
 
 class Refused(ValueError):
-    """What no such field can be, or EVLM's decoder does not have; told without the file."""
+    """A field that cannot have its value, or one that EVLM's decoder cannot compute; without the
+    name of the file."""
 
 
 def rotary(path: Path, config: dict, kind: Rotary) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def cycle(values: Sequence) -> tuple:
 
 
 def _windows(path: Path, name: str, found: dict) -> list[int]:
-    """Of each layer; 0 sees all."""
+    """The window of each layer; 0 sees all."""
     layers, window = found["num_hidden_layers"], found.get("sliding_window")
     if "layer_types" not in found:
         return [window or 0] * layers
@@ -98,7 +98,7 @@ def _slides(name: str, found: dict, layer: int) -> bool:
 
 
 def _turns(found: dict) -> list[int]:
-    """Which layers of SmolLM3 have rotary positions."""
+    """For each layer of SmolLM3, 1 where it has rotary positions, else 0."""
     every = found["no_rope_layer_interval"]
     return found["no_rope_layers"] or [
         int((i + 1) % every != 0) for i in range(found["num_hidden_layers"])

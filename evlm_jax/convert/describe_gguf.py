@@ -85,8 +85,8 @@ def describe_gguf(source: Source, shape: Callable[[str, int], tuple[int, ...]]) 
 
 
 def _gemma3(values: dict[str, int | float], head_dim: int) -> dict[str, Any]:
-    """What llama.cpp knows of Gemma 3 by its name: every sixth layer sees all, the others turn by a
-    base of 10,000; the largest model scales scores by another width.
+    """Fields that llama.cpp knows of Gemma 3 by its name: every sixth layer sees all, the others
+    have rotary positions of base 10,000; the largest model scales scores by another width.
     """
     hidden, layers = values["embedding_length"], values["block_count"]
     windows = [0 if (i + 1) % 6 == 0 else values["attention.sliding_window"] for i in range(layers)]

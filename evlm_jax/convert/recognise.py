@@ -1,4 +1,4 @@
-"""Which family of tables.py a checkpoint is of: by what its config.json says, and by its names."""
+"""The family of tables.py that a checkpoint is of, by its config.json and its names."""
 
 import re
 from collections.abc import Iterator

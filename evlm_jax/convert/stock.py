@@ -125,7 +125,7 @@ def _rope(llm: LLMConfig, by_kind: bool) -> dict[str, Any]:
 
 
 def _scales(llm: LLMConfig) -> dict[str, Any]:
-    """Of Granite, then of Gemma."""
+    """Factors as Granite has them, then as Gemma has them."""
     scales = llm.scales
     return {
         "embedding_multiplier": scales.embedding,

@@ -169,7 +169,7 @@ def _joined(pieces: Sequence[Piece]) -> list[Piece]:
 
 
 def _without_bos(pieces: list[Piece], tokenizer) -> list[Piece]:
-    """What stands behind the ids that every document begins with anyway.
+    """The pieces behind the ids that every document begins with anyway.
 
     Raises ValueError where the template begins otherwise than the vocabulary.
     """

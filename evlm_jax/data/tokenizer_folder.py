@@ -86,7 +86,7 @@ def read_folder(file: Path) -> tuple[tokenizers.Tokenizer, list[int], ChatTempla
 
 
 def _chat(file: Path, config: dict, names: dict[str, str]) -> ChatTemplate | None:
-    """Of chat_template.jinja, or of tokenizer_config.json: one, or the default of several."""
+    """The template of chat_template.jinja, or of tokenizer_config.json; the default of several."""
     place, source = file.with_name("chat_template.jinja"), config.get("chat_template")
     if place.is_file():
         source = place.read_text("utf-8")

@@ -40,8 +40,8 @@ def attention(
 def within_window(
     cfg: LLMConfig, mask: jax.Array, positions: jax.Array, number: jax.Array | int
 ) -> jax.Array:
-    """Of a mask [B, T, T] what layer `number` sees of tokens at `positions` [B, T] of their texts,
-    which are no neighbours where dialogs branch.
+    """A mask [B, T, T] within the window of layer `number`, which counts `positions` [B, T] of the
+    texts: neighbours in a row may be far apart where dialogs branch.
     """
     if not any(cfg.layer_windows):
         return mask

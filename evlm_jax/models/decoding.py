@@ -210,7 +210,7 @@ def _logits(cfg: EVLMConfig, weights: Weights, hidden: jax.Array) -> jax.Array:
 
 
 def _words(cfg: EVLMConfig, weights: Weights, tokens: jax.Array) -> jax.Array:
-    """What the first layer reads of words: [..., T] -> [..., T, D]."""
+    """Embeddings of tokens as the first layer reads them: [..., T] -> [..., T, D]."""
     words = weights.embed[tokens].astype(compute_dtype(cfg.train.dtype))
     return scaled(words, cfg.llm.scales.embedding)
 

@@ -95,7 +95,7 @@ class Block(nnx.Module):
         return x + self._added(y, self.ln2, self.ln2_out), kept
 
     def _added(self, y: jax.Array, norm: RMSNorm, out: RMSNorm | None) -> jax.Array:
-        """What a part's output y adds to x."""
+        """The change of x by a part's output y."""
         behind = norm if self.post else out
         return scaled(y if behind is None else behind(y), self.residual)
 

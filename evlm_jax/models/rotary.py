@@ -32,7 +32,7 @@ def rope_tables(cfg: LLMConfig, positions: jax.Array, theta: jax.Array | None = 
 
 
 def layer_rope(cfg: LLMConfig, tables: Rope, number: jax.Array | int) -> Rope:
-    """Of `rope_tables` those of a layer, [B, T, 1, r/2]."""
+    """The tables of one layer, [B, T, 1, r/2], out of `rope_tables`."""
     kinds = list(dict.fromkeys(cfg.layer_ropes))
     which = jnp.array([*map(kinds.index, cfg.layer_ropes)])[number] if len(kinds) > 1 else 0
     cos, sin = (table[which] for table in tables)
@@ -40,8 +40,8 @@ def layer_rope(cfg: LLMConfig, tables: Rope, number: jax.Array | int) -> Rope:
 
 
 def frequencies(cfg: LLMConfig, base: float | jax.Array, scaled: bool) -> jax.Array:
-    """What the dimensions of a head turn by a position, [r/2], or [B, 1, 1, r/2] of bases
-    [B, 1, 1, 1]. A base of 0 turns nothing.
+    """Angles by which the dimensions of a head turn at each position, [r/2]; [B, 1, 1, r/2] for
+    bases [B, 1, 1, 1]. A base of 0 turns nothing.
     """
     width = cfg.rotary_width
     if isinstance(base, float) and not base:

@@ -55,8 +55,8 @@ def lay_out_own(render, messages, specials, takes, answer_begins=False):
 
 
 def _around(render, roles, answer_begins):
-    """What the template says in front of each message and behind the last; and how many of the
-    letters in front of each belong to its answer.
+    """Texts of the template in front of each message and behind the last; and how many letters of
+    each belong to an answer.
     """
     marks = [chr(MARKS + i) for i in range(len(roles))]
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks)]

@@ -101,9 +101,12 @@ def _results(found: dict) -> list[str]:
     parts += [f"**{line}**\n" for line in broken_controls(judged)]
     decided = [j for j in judged if j.verdict != REPORTED]
     parts += [_judged(decided), ""]
-    counts = {verdict: sum(j.verdict == verdict for j in decided) for verdict in VERDICTS}
-    said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-    parts += [f"Of these rows: {said}.", ""]
+    ends = [j.verdict for j in decided if not j.claim.control]
+    said = ", ".join(f"{ends.count(name)} {name}" for name in VERDICTS if name in ends)
+    parts += [
+        f"Of these rows{'' if len(ends) == len(decided) else ' but the control'}: {said}.",
+        "",
+    ]
     if beside := [j for j in judged if j.verdict == REPORTED]:
         parts += ["## By other measures", "", _judged(beside), ""]
     for budget, title in BUDGETS.items():

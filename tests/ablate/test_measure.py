@@ -1,4 +1,4 @@
-"""Losses of right answers, all questions about a picture at once, equal each one alone; by family."""
+"""Losses of right answers by family: of all questions about a picture at once as of each alone."""
 
 import numpy as np
 import pytest

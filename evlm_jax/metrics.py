@@ -81,6 +81,7 @@ class Meter:
         self._sums.update(_sums(self._cfg, values) if good else {"bad_updates": 1.0})
         self._steps += 1
         self._bar.update()
+        self._bar.delay = 0  # there is a bar: it ends with its last numbers and a line
         noted = self._notes.pop(step, {})
         if step % self._cfg.train.log_every == 0 or step == self._cfg.train.steps:
             now = {"lr": values["lr"]} | _gates(self._cfg, values.get("gates", {}))

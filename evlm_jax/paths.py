@@ -57,6 +57,10 @@ def place(path: str | os.PathLike) -> epath.Path:
       OSError: its store does not answer (stores.ask).
     """
     text = os.fspath(path)
+    if text.startswith(("gs:/", "s3:/")) and not text.partition("://")[2].strip("/"):
+        raise ValueError(
+            f"{text} names no bucket: gs://BUCKET/.., as text (pathlib takes a slash away)"
+        )
     if not remote(text):
         try:
             return epath.Path(os.path.abspath(os.path.expanduser(text)))
@@ -246,6 +250,13 @@ def probe_above(path: str | os.PathLike) -> None:
     while not remote(folder) and not folder.exists():
         folder = folder.parent
     probe(folder)
+
+
+def probe_file(path: str | os.PathLike) -> None:
+    """As `probe_above`; raises OSError where a folder has the name."""
+    if place(path).is_dir():
+        raise OSError(f"{os.fspath(path)} is a folder: give the name of a file")
+    probe_above(path)
 
 
 def _probe_tensorstore(folder: epath.Path, name: str) -> None:

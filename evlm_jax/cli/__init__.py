@@ -16,7 +16,7 @@ from evlm_jax.evals import arguments
 from evlm_jax.parallel.status import INTERRUPTED, STATUSES, Stopped
 from evlm_jax.planning import arguments as planning_arguments
 
-OUTPUTS = ("out", "json", "hlo", "picture")  # arguments that name what a command writes
+FILES, FOLDERS = ("json", "hlo", "picture"), ("out",)  # arguments that name what is written
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -88,12 +88,12 @@ def _empty(words: list[str]) -> str | None:
 
 def _probe_outputs(args: argparse.Namespace) -> None:
     """What cannot be written is said before the work, not after it. Raises OSError."""
-    for name in OUTPUTS:
+    for name in FILES + FOLDERS:
         if given := getattr(args, name, None):
             from evlm_jax import paths
 
             try:
-                paths.probe_above(given)
+                (paths.probe_file if name in FILES else paths.probe_above)(given)
             except OSError as error:
                 raise OSError(f"--{name} {given}: {error}") from error
 

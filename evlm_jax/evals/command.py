@@ -13,7 +13,7 @@ from evlm_jax.evals.judge import Judge, open_judge
 from evlm_jax.evals.runner import evaluate, unjudged
 from evlm_jax.evals.task import first
 from evlm_jax.parallel.distributed import is_first
-from evlm_jax.paths import place, probe_above
+from evlm_jax.paths import place, probe_file
 from evlm_jax.runs import features_of, load_trained
 
 MESH = {
@@ -39,7 +39,7 @@ def run_eval(args: argparse.Namespace) -> None:
     judge = _judge(args)
     split = args.split or task.splits[0]
     out = place(args.out or place(args.checkpoint) / "evals" / f"{task.name}-{split}.json")
-    probe_above(out)
+    probe_file(out)
     every = task.questions(args.data, split, args.prompt)
     questions = first(every, args.limit)
     trained = load_trained(args.checkpoint, mesh=mesh_of(args.mesh), rows=args.batch)

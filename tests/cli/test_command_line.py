@@ -189,6 +189,10 @@ WRONG = {
         "eval --checkpoint c --task photos --judge-model m".split()
     ),
     "--top-p and --min-p are of draws": "generate --checkpoint c --prompt p --top-k 5".split(),
+    "--json docs: docs is a folder": "flops --config demo --json docs".split(),
+    "docs is a folder: give": "eval --checkpoint c --task photos --out docs".split(),
+    "gs:/b/run names no bucket": "generate --checkpoint gs:/b/run --prompt p".split(),
+    "gs:// names no bucket": "generate --checkpoint gs:// --prompt p".split(),
     "say nothing without --coordinator": (
         "train --config demo --workdir /proc/x --processes 2 --process 1".split()
     ),

@@ -22,7 +22,7 @@ from evlm_jax.data.samples import ImageRef
 from evlm_jax.data.sources import open_source, scene_of
 from evlm_jax.data.text import Document
 from evlm_jax.data.tools.picture import draw
-from evlm_jax.paths import write, writing
+from evlm_jax.paths import probe_file, write, writing
 
 TEMPLATE = Path(__file__).with_name("inspect.html")
 MASK = 420  # most pixels a side of a mask
@@ -47,6 +47,7 @@ def inspect(
 
     `picture`: a file for a picture of them as well (picture.py).
     """
+    probe_file(out)
     cfg = replace(cfg, data=replace(cfg.data, cache_features=False))  # pictures are to be seen
     made = tasks([open_source(name) for name in cfg.data.sources], tokenizer, cfg)
     lanes = [

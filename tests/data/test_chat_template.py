@@ -10,10 +10,12 @@ pytest.importorskip("transformers", reason="needs the extra parity")
 from transformers import AutoTokenizer
 
 from evlm_jax.config import MediaConfig
+from evlm_jax.convert.export import write_tokenizer
 from evlm_jax.data.samples import SampleError, Turn
 from evlm_jax.data.template import Template
 from evlm_jax.data.text import whole_steps
 from evlm_jax.data.tokenizer import load_tokenizer, save_tokenizer
+from tests.helpers.tiny import tiny_config
 from tests.helpers.vocabularies import FAMILIES, vocabulary, write_json
 
 LOOP, END = "{% for m in messages %}", "{% endfor %}"
@@ -163,6 +165,17 @@ def test_the_processor_of_an_export_lays_out_what_training_does(tmp_path, family
     whole, told = whole_steps(Template("own", ours).dialog(said, [(0, 1), (1, 2)]), ours, media)
     assert inputs["input_ids"][0].tolist() == [i for i, *_ in whole]
     assert inputs["assistant_masks"][0].tolist() == told
+
+
+def test_an_export_keeps_the_template(tmp_path):
+    theirs = AutoTokenizer.from_pretrained(folder(tmp_path / "in", "Llama 3"))
+    (tmp_path / "out").mkdir()
+    ours = load_tokenizer(tmp_path / "in")
+    write_tokenizer(tmp_path / "out", ours, tiny_config(data={"template": "own"}))
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = [{"role": "user", "content": "What is it?"}]
+    assert ids(again, messages, True) == ids(theirs, messages, True)
+    assert load_tokenizer(tmp_path / "out").chat.source == ours.chat.source
 
 
 def ids(tokenizer, messages, answer_begins=False):

@@ -67,7 +67,7 @@ def get_study() -> dict:
     control = dict(text="Base against base", better="base", than=("again",), control=True)
     return dict(
         tested="unseen scenes, by the loss of right answers",
-        tasks=(dict(name="scenes", how="losses"),),
+        tasks=(dict(name="scenes", how="losses", questions=2000),),  # of some 390 scenes
         measures=(
             dict(key="scenes/loss", name="scenes, nats", sign=-1, families=FAMILIES, digits=3),
             dict(key="scenes/greedy", name="scenes, exact, %", sign=1, families=FAMILIES),

@@ -1,6 +1,7 @@
 """Every kind of source in its official layout, field by field."""
 
 import json
+import os
 from pathlib import Path
 
 import fsspec
@@ -9,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+from PIL import Image
 from pycocotools.coco import COCO
 
-from evlm_jax.data.image import load
+from evlm_jax.data.image import decode, load
 from evlm_jax.data.samples import ImageRef, SampleError, Turn
 from evlm_jax.data.sources import FORMATS, open_source
 from tests.data.made import (
@@ -170,6 +172,17 @@ def test_a_relative_path(tmp_path, monkeypatch):
     (sample,) = open_source("folder:deep")
     monkeypatch.chdir("/")
     assert sample.key == "0.png" and shows(paths(sample)[0]) == 0
+
+
+def test_a_file_s_name_need_not_be_text(tmp_path):
+    """Its key is, for pages and shards to hold."""
+    stem = os.fsencode(tmp_path) + b"/\xff"
+    with open(stem + b".png", "wb") as picture:
+        Image.new("RGB", (2, 2)).save(picture, "png")
+    with open(stem + b".txt", "w") as caption:
+        caption.write("black")
+    (sample,) = open_source(f"folder:{tmp_path}")
+    assert sample.key == "\\udcff.png" and decode(sample.refs[0].path).size == (2, 2)
 
 
 def test_qwen_vl(tmp_path):

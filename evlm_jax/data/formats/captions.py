@@ -38,6 +38,7 @@ def captioned(
         question(MARKER + prompt, text) if prompt else alone(text)
         for text in map(literal, captions)
     )
+    key = key.encode(errors="backslashreplace").decode()  # a file's name may not be UTF-8
     return Sample(key, name, (visual,), dialogs, tuple(scores))
 
 

@@ -1,48 +1,35 @@
 """Scenes: what is said of them against what is counted on their pixels; splits by identity; answers
-that cannot be guessed; the same pixels in every process.
+that cannot be guessed.
 """
 
-import hashlib
-import io
-import multiprocessing
 import re
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from evlm_jax import assets
 from evlm_jax.data.containers.files import Ref
 from evlm_jax.data.containers.rows import open_ref
 from evlm_jax.data.formats.built import built, row_of
-from evlm_jax.data.image import decode
 from evlm_jax.data.samples import ImageRef, part
 from evlm_jax.data.scenes.compose import COLOURS
 from evlm_jax.data.scenes.dialogs import FAMILIES
 from evlm_jax.data.scenes.draw import draw
-from evlm_jax.data.scenes.material import SPLITS, from_folder, place, shipped
-from evlm_jax.data.scenes.names import NAMES
+from evlm_jax.data.scenes.material import from_folder
 from evlm_jax.data.sources import open_source, scene_of
 from evlm_jax.data.tools.inspect import _truth
 from evlm_jax.evals.tasks import scenes as scenes_task
+from tests.helpers.scenes import digest, needs_scenes
 
-needs_scenes = pytest.mark.skipif(
-    not all(map(assets.available, assets.members("scenes"))),
-    reason="this machine has not all assets of `evlm fetch scenes`",
-)
 PAINT = {
     "blob": (255, 0, 255),
     "brick": (0, 255, 255),
     "kite": (255, 0, 128),
     "pond": (0, 128, 255),
 }
-# of the pixels of a hundred scenes
-PINNED = "eeca4754df0fcb970fee9247911be9a6e369426c6e584873efad4b16d2919d7f"
 
 
 @pytest.fixture(scope="session")
@@ -213,39 +200,6 @@ def test_nothing_is_shared_between_splits(folder):
     assert known.drawings == made["train"].drawings and known.grounds == made["test"].grounds
 
 
-@needs_scenes
-def test_shipped_names_have_drawings_in_every_split():
-    made = {split: shipped(split) for split in SPLITS if split != "all"}
-    every = shipped("all")
-    assert len(every.names) == 40
-    assert min(map(len, every.drawings.values())) >= 4
-    parts = [made[split] for split in ("train", "validation", "test", "style")]
-    for name in every.names:
-        found = [set(material.drawings[name]) for material in parts]
-        assert all(found) and sum(map(len, found)) == len(set.union(*found))
-        assert len(found[0]) >= 2
-    places = [{place(Path(file).stem) for file in material.grounds} for material in parts[:3]]
-    for found in (places, [set(material.fonts) for material in parts[:3]]):
-        assert all(found) and sum(map(len, found)) == len(set.union(*found))
-
-
-@needs_scenes
-def test_pip_alone_has_fewer_names_and_the_same_splits(monkeypatch):
-    there = ("cut-openmoji", "photos")
-    monkeypatch.setattr(assets, "available", lambda name, cache=None: name in there)
-    made = [shipped(split) for split in ("train", "validation", "test")]
-    assert len(made[0].names) == 9 and all(material.grounds for material in made)
-    for name in made[0].names:
-        found = [set(material.drawings[name]) for material in made]
-        assert [len(some) for some in found] == [1, 1, 1] and len(set.union(*found)) == 3
-
-
-def test_places_are_told_apart():
-    assert place("room1") == place("room2") == "room"
-    assert place("basketball-court1-a") == place("basketball-court1-b")
-    assert place("castle") == "castle" and place("train-tracks1") == place("train-tracks2")
-
-
 def guessed(where: str, train: int, test: int, errors: float) -> None:
     """Neither the most common answer of a kind of question, nor that of its very words (as scenes
     for training have them), is right more often than chance by three points and so many standard
@@ -276,23 +230,6 @@ def guessed(where: str, train: int, test: int, errors: float) -> None:
 
 def test_answers_cannot_be_guessed(folder):
     guessed(folder, 1000, 1000, errors=2)
-
-
-@needs_scenes
-def test_other_hands_and_photographs_name_what_is_known():
-    emoji, hands = open_source("emoji-en"), open_source("emoji-hands-en")
-    known = {sample.key: sample.dialogs for sample in emoji}
-    assert all(sample.dialogs == known[sample.key.rpartition("/")[2]] for sample in hands)
-    style = open_source("emoji-style-en")
-    assert {sample.key for sample in style} <= set(known)
-    assert not {sample.refs for sample in style} & {sample.refs for sample in hands}
-    names = {name.en for name in NAMES}
-    photographs = open_source("photographs-en")
-    assert {sample.dialogs[0][1].text for sample in photographs} <= names
-    assert len(photographs) == 20 == len({sample.refs for sample in photographs})
-    for sample in (hands[0], style[0], *photographs):
-        assert np.asarray(decode(sample.refs[0].path)).std() > 5
-    assert (len(hands), len(style)) == (2446, 1217)
 
 
 @needs_scenes
@@ -395,36 +332,9 @@ def test_too_few_pictures_are_refused(folder, tmp_path):
     assert len(open_source(f"scenes:{tmp_path}?split=all&scenes=3")) == 3
 
 
-def digest(name: str, numbers: range) -> str:
-    """Of the pixels of scenes."""
-    source, found = open_source(name), hashlib.sha256()
-    for number in numbers:
-        found.update(np.asarray(Image.open(io.BytesIO(source.picture(number)))).tobytes())
-    return found.hexdigest()
-
-
-def digests(name: str, processes: int) -> list[str]:
-    """Of every tenth of a hundred scenes, made in so many processes."""
-    parts = [range(start, start + 10) for start in range(0, 100, 10)]
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(digest, [name] * len(parts), parts))
-
-
 def test_a_scene_depends_on_its_number_alone(folder):
     name = f"scenes:{folder}?split=test"
     there = [digest(name, range(i, i + 1)) for i in range(8)]
     back = [digest(name, range(i, i + 1)) for i in reversed(range(8))]
     assert there == back[::-1] and len(set(there)) == 8
     assert there[0] != digest(f"{name}&seed=1", range(1))
-
-
-@needs_scenes
-def test_a_hundred_shipped_scenes_have_the_pinned_pixels():
-    assert digest("scenes-en", range(100)) == PINNED
-
-
-@needs_scenes
-@pytest.mark.slow
-def test_every_number_of_processes_makes_the_same_scenes():
-    one, two, four = (digests("scenes-en", processes) for processes in (1, 2, 4))
-    assert one == two == four

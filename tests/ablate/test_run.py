@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 
 from evlm_jax import cli
-from evlm_jax.ablate import job
+from evlm_jax.ablate import collect, job
+from evlm_jax.ablate import command as ablate_command
+from evlm_jax.ablate.budget import Cut
 from evlm_jax.ablate.study import EASY_VQA
 from evlm_jax.checkpoint.store import steps
 from evlm_jax.config import to_dict
@@ -143,6 +145,32 @@ def test_a_run_that_began_elsewhere_does_not_go_on(tmp_path):
     ):
         init = str(tmp_path / "dense")
         job.run(job.Order(lambda _: tiny_config(), EASY_VQA, tmp_path, 1000, init=init), "base", 0)
+
+
+def test_a_seed_begins_with_its_own_dense_run(tmp_path, monkeypatch):
+    """What is trained is left out: where each run begins, and what it says of that."""
+    cfg, begun = tiny_config(), []
+    cuts = {name: Cut(8, 200, 1e9) for name in ("questions", "flops")}
+
+    def read(cfg, begin, folder, order):
+        begun.append(begin)
+        return {"measured": {}, "clusters": {}, "loss": 1.0}
+
+    monkeypatch.setattr(job, "budgets", lambda *_: cuts)
+    monkeypatch.setattr(job, "read", read)
+    for seed in range(2):
+        run_directory(tmp_path / "dense" / "base" / str(seed), cfg, random_model(cfg, seed))
+    dense = str(tmp_path / "dense")
+    order = job.Order(lambda _: cfg, EASY_VQA, tmp_path / "on", 200, branch=dense)
+    for variant, seed in (("base", 0), ("base", 1), ("same", 0)):
+        job.run(order, variant, seed)
+    assert begun == [f"{dense}/base/0", f"{dense}/base/1", f"{dense}/base/0"]
+    runs = collect.collect(sorted((tmp_path / "on").glob("*/*/result.json")))["runs"]
+    base, other, same = (run["begun"] for run in runs)
+    assert base == same != other
+    ablate_command._check(order, ["base"], 2)
+    with pytest.raises(ValueError, match="dense/base/2 has no checkpoint: make it with `evlm abl"):
+        ablate_command._check(order, ["base"], 3)
 
 
 def test_what_cannot_count_is_refused(tmp_path):

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -60,6 +61,14 @@ def of(module: Module, **options) -> Costs:
     return costs(module, DEVICES, **options)
 
 
+def moved(counted: Costs) -> Counter:
+    """Transfers, whether they hide behind products or not: the TPU's compiler starts some early."""
+    found = Counter()
+    for transfer, count in counted.transfers.items():
+        found[transfer._replace(hidden=False)] += count
+    return found
+
+
 def test_loops_count_as_often_as_they_run(program):
     counted = of(program("layers"))
     assert counted.flops == LAYERS * 6 * 2 * ROWS * WIDTH * HIDDEN / DEVICES
@@ -74,7 +83,7 @@ def test_gradients_are_summed_over_the_rows(program):
     """The first kernels are gathered for each layer, forward and backward; all gradients are
     summed, a layer at a time.
     """
-    transfers = of(program("layers")).transfers
+    transfers = moved(of(program("layers")))
     assert {transfer.group for transfer in transfers} == {tuple(range(DEVICES))}
     gathers = {t.bytes: count for t, count in transfers.items() if t.kind == "all-gather"}
     assert list(gathers.values()) == [2 * LAYERS] and gathers.keys() <= {
@@ -123,7 +132,7 @@ def test_the_dearest_branch_counts(program):
 
 def test_collectives(program):
     """Groups along a are 4 devices apart by 2, along b 2 neighbours."""
-    found = of(program("exchange")).transfers
+    found = moved(of(program("exchange")))
     size = 16 * 128 * 4
     along_a, along_b = (0, 2, 4, 6), (0, 1)
     expected = {

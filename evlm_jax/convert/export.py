@@ -30,6 +30,7 @@ from evlm_jax.data.tokenizer import Tokenizer, load_tokenizer, source_of_run
 from evlm_jax.paths import write
 
 CODE = Path(__file__).parent / "torch_model"
+FILES = {"torch": "evlm.pt", "openflamingo": "openflamingo.pt"}  # of the forms that are one file
 PLAIN_CODE = ("towers_evlm.py", "plain_evlm.py")  # needs torch alone
 CONTENT = (  # of a message: a string, or a list of parts
     "{% macro said(content) %}{% if content is string %}{{ content }}{% else %}{% for part in"
@@ -99,7 +100,7 @@ def export_torch(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
             }
         },
     )
-    _write(write_torch, folder / "evlm.pt", in_names_of("evlm", tensors, cfg))
+    _write(write_torch, folder / FILES["torch"], in_names_of("evlm", tensors, cfg))
 
 
 def export_openflamingo(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
@@ -116,7 +117,7 @@ def export_openflamingo(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -
     trained = {
         name: tensor for name, tensor in tensors.items() if name.startswith(("xattn/", "media/"))
     }
-    _write(write_torch, folder / "openflamingo.pt", in_names_of("openflamingo", trained, cfg))
+    _write(write_torch, folder / FILES["openflamingo"], in_names_of("openflamingo", trained, cfg))
 
 
 def export_llm(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evlm_jax.convert.config_rope import Rotary
-from evlm_jax.convert.refused import LANGUAGE, VISION
 
 NEEDED = object()  # in place of a default: the field must be there
 
@@ -317,29 +316,3 @@ EVA_INERT = frozenset(
     "eva_model_name drop_path_rate xattn fusedLN pt_hw_seq_len intp_freq global_average_pool"
     " patch_dropout".split()
 )
-
-
-def listing() -> str:
-    """Every model type of transformers' causal language models and vision models, with the verdict;
-    a table in Markdown.
-    """
-    rows = [(name, kind.tower, kind.note) for name, kind in KINDS.items()]
-    rows += [
-        (name, KINDS[part].tower, f"its vision_config, as {part}") for name, part in WHOLE.items()
-    ]
-    lines = ["| model_type | tower | read, if |", "| --- | --- | --- |"]
-    towers = {"llm": "language", "vit": "vision"}
-    lines += [
-        f"| {name} | {towers[tower]} | {note or 'every field is understood'} |"
-        for name, tower, note in rows
-    ]
-    read = KINDS.keys() | WHOLE.keys()
-    for title, names in (("Language models", LANGUAGE), ("Vision models", VISION)):
-        lines += [
-            "",
-            (
-                f"{title} that are refused by name:"
-                f" {', '.join(name for name in names if name not in read)}."
-            ),
-        ]
-    return "\n".join(lines) + "\n"

@@ -27,20 +27,14 @@ def open_source(path: Path) -> Source:
     """Opens a Hugging Face directory, or a .safetensors, .gguf, .onnx or PyTorch file. Raises
     ValueError for anything else.
     """
-    readers = {
-        ".gguf": read_gguf,
-        ".onnx": read_onnx,
-        ".safetensors": lambda path: Source(path, {}, read_safetensors(path)),
-    }
-    readers |= dict.fromkeys((".pt", ".pth", ".bin"), read_torch)
     if path.is_dir():
         return read_directory(path)
-    if path.suffix not in readers:
+    if path.suffix not in FILES:
         raise ValueError(
             f"{path}: cannot read {path.suffix or 'this'} files; give a Hugging Face directory or"
-            f" one of {', '.join(readers)}"
+            f" one of {', '.join(FILES)}"
         )
-    return readers[path.suffix](path if path.suffix == ".safetensors" else here(path))._replace(
+    return FILES[path.suffix](path if path.suffix == ".safetensors" else here(path))._replace(
         path=path
     )
 
@@ -161,3 +155,13 @@ def _promise(path: Path, name: str, tensor) -> Tensor:
         )
 
     return Tensor(tuple(tensor.shape), dtype, read)
+
+
+FILES = {  # how a file is read, by its suffix
+    ".gguf": read_gguf,
+    ".onnx": read_onnx,
+    ".safetensors": lambda path: Source(path, {}, read_safetensors(path)),
+    ".pt": read_torch,
+    ".pth": read_torch,
+    ".bin": read_torch,
+}

@@ -55,8 +55,7 @@ def train(
     Args:
       data: yields (Batch of NumPy arrays, info) as data.pipeline.batches; get_state() -> JSON and
         set_state(JSON) save and restore its position.
-      params: canonical name -> array: the towers, or all parameters of an earlier stage
-        (checkpoint.load_params).
+      params: by canonical name, the towers or all of an earlier stage (checkpoint.load_params).
       trained: those of `params` that an earlier stage trained (checkpoint.trained).
       on_step: called with the number of finished updates and a function that returns the model,
         valid until `on_step` returns; its result is logged.
@@ -68,8 +67,7 @@ def train(
     Returns:
       the number of finished updates, saved.
     Raises:
-      ValueError: the config cannot be trained, or the run cannot be continued with it; names the
-        field.
+      ValueError: the config cannot be trained or continued with; names the field.
       Stopped: a signal came; what was trained is saved.
       FloatingPointError: more than train.bad_updates losses or gradients were not finite; names the
         step and its samples.
@@ -81,7 +79,9 @@ def train(
         layout.put_groups, own=layout.own_groups(cfg.image_groups), count=cfg.image_groups
     )
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, cfg.train.keep)))
+        checkpoints = stack.enter_context(
+            contextlib.closing(Checkpoints(workdir, cfg.train.keep, cfg.train.keep_every))
+        )
         snapshot = checkpoints.resume(resume)
         if snapshot:
             continuity.check(cfg, snapshot.meta, data, other_data)

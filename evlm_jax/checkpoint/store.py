@@ -69,12 +69,15 @@ class Checkpoints:
     There is at most one per directory; readers use `read` and `load_params`.
     """
 
-    def __init__(self, workdir: str, keep: int):
+    def __init__(self, workdir: str, keep: int, keep_every: int = 0):
         """Opens or creates `workdir`; removes, and says, what an interrupted run left half-written.
 
+        Args:
+          keep: newest steps that stay.
+          keep_every: steps that are multiples of it stay too; 0 for none.
         Raises ValueError where another process trains there, or where it cannot be written.
         """
-        self.root, self._keep = paths.place(workdir), keep
+        self.root, self._keep, self._keep_every = paths.place(workdir), keep, keep_every
         self._owner = _own(self.root)
         for part in (STEPS, FROZEN) if is_first() else ():
             paths.make(self.root / part)
@@ -83,7 +86,7 @@ class Checkpoints:
                     log_once(f"checkpoint: removing the half-written {path}")
                     path.rmtree()
         barrier("checkpoint: the directory is tidy")
-        self._manager = ocp.CheckpointManager(self.root / STEPS, options=_options(self.root, keep))
+        self._manager = ocp.CheckpointManager(self.root / STEPS, options=self._options())
         self._store = None
 
     def resume(self, step: int | None = None) -> Snapshot | None:
@@ -178,6 +181,18 @@ class Checkpoints:
                 f"{self.root}: a save failed, the newest step that was saved is {newest}: {error}"
             ) from error
 
+    def _options(self) -> ocp.CheckpointManagerOptions:
+        """On a disk what keep-n drops is renamed first, so that deleting is atomic too; in a bucket
+        `_tidy` deletes, the mark first.
+        """
+        if paths.remote(self.root):
+            return ocp.CheckpointManagerOptions(atomicity_options=atomicity(self.root))
+        return ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep,
+            keep_period=self._keep_every or None,
+            todelete_subdir="deleted",
+        )
+
     def _tidy(self) -> None:
         """With no save under way: deletes what keep-n has put aside,
         and stores that no step names.
@@ -186,7 +201,8 @@ class Checkpoints:
         if not is_first():
             return
         for step in steps(self.root)[: -self._keep] if paths.remote(self.root) else ():
-            paths.remove(self.root / STEPS / str(step), COMMITTED)
+            if not self._keep_every or step % self._keep_every:
+                paths.remove(self.root / STEPS / str(step), COMMITTED)
         kept = [
             path
             for part in (STEPS, ASIDE)
@@ -342,15 +358,6 @@ def _blamed(path: epath.Path) -> Iterator[None]:
         raise ValueError(
             f"step {path.name} cannot be read from {path}: {what[:300]}; {mend}"
         ) from error
-
-
-def _options(root: epath.Path, keep: int) -> ocp.CheckpointManagerOptions:
-    """On a disk what keep-n drops is renamed first, so that deleting is atomic too; in a bucket
-    `_tidy` deletes, the mark first.
-    """
-    if not paths.remote(root):
-        return ocp.CheckpointManagerOptions(max_to_keep=keep, todelete_subdir="deleted")
-    return ocp.CheckpointManagerOptions(atomicity_options=atomicity(root))
 
 
 def _store(path: epath.Path) -> str | None:

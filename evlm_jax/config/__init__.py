@@ -126,6 +126,8 @@ class TrainConfig:
     bad_updates: Count = (
         10  # of a run: so many whose loss or gradient is not finite are left out, then it stops
     )
+    # checkpoints at multiples of so many updates stay, beside the newest `keep`; 0: those alone
+    keep_every: Count = 0
 
     @property
     def operands(self) -> str:

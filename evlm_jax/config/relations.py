@@ -146,6 +146,11 @@ def training(cfg: "EVLMConfig") -> list[Relation]:
             "must divide the rows of train.batch / train.accumulate",
         ),
         (
+            train.keep_every % train.save_every == 0,
+            "train.keep_every",
+            f"must be a multiple of train.save_every = {train.save_every}, or 0",
+        ),
+        (
             not train.monitors or train.monitor_every >= 1,
             "train.monitor_every",
             "must be positive where train.monitors has tasks",

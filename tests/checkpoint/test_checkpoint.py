@@ -144,6 +144,18 @@ def test_a_store_stays_while_a_step_names_it(tmp_path):
     assert not list((tmp_path / "steps/deleted").iterdir())
 
 
+def test_multiples_of_keep_every_stay(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1, keep_every=4)
+    checkpoints.freeze(arrays(0, "vit/cls"))
+    for step in range(2, 12, 2):
+        save(checkpoints, step, arrays(step, "vit/pos"))
+    checkpoints.close()
+    assert checkpoint.steps(tmp_path) == [4, 8, 10]
+    assert same(checkpoint.read(tmp_path, 4).params, arrays(4, "vit/pos"))
+    with pytest.raises(ValueError, match="train.keep_every must be a multiple of train.save_every"):
+        tiny_config(train={"save_every": 4, "keep_every": 6})
+
+
 def test_half_written_directories_are_named_and_removed(tmp_path, capsys):
     run(tmp_path, arrays(0, "vit/cls"), 1)
     half = [

@@ -252,11 +252,11 @@ def _bridge(cfg: EVLMConfig, work: Work) -> Iterator[tuple[tuple[Product, int | 
         yield (one("fc1", v * cfg.llm.hidden, vit.grid**2, -1),)
         yield (one("fc2", cfg.llm.hidden**2, vit.grid**2),)
     else:
-        inner = b.heads * b.head_dim
+        inner, seen = b.heads * b.head_dim, vit.tokens if b.prefix else vit.grid**2
         for name in (f"layers/{i}" for i in range(b.depth)):
-            pictures = (one(f"{name}/{p}", v * inner, vit.tokens, -1) for p in "kv")
+            pictures = (one(f"{name}/{p}", v * inner, seen, -1) for p in "kv")
             yield (*pictures, *(one(f"{name}/{p}", v * inner, b.latents) for p in "qkv"))
-            yield (one("", 2 * inner * (vit.tokens + b.latents), b.latents),)
+            yield (one("", 2 * inner * (seen + b.latents), b.latents),)
             yield (one(f"{name}/o", v * inner, b.latents),)
             yield from (
                 (one(f"{name}/ffn/{fc}", v * v * b.ffn, b.latents),) for fc in ("fc1", "fc2")

@@ -166,7 +166,7 @@ OFTEN = {
     "tied": {},
     "every third, no sink": {"section": "xattn", "every": 3, "sinks": 0, "schedule": "cyclic"},
     "biases, own head": {"qkv_bias": True, "tied": False, "kv_heads": 4},
-    "flamingo": {"baseline": "flamingo"},
+    "open_flamingo": {"baseline": "open_flamingo"},
     "llava": {"baseline": "llava"},
 }
 SELDOM = {

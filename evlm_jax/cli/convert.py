@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     read.add_argument("--llm", help="language model, likewise; init.llm where left out")
     read.add_argument(
         "--model",
-        help="instead of the two: a directory that `evlm convert export --format hf` wrote",
+        help="instead of the two: a directory that `evlm convert export --format hf` wrote; or"
+        " beside them: open_flamingo's checkpoint",
     )
     read.add_argument(
         "--out", required=True, help="new directory; start training from it with --init"
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int | None:
         ],
     )
     return (
-        importer.import_export(cfg, args.model, args.out)
+        importer.import_model(cfg, args.model, args.out)
         if args.model
         else importer.import_towers(cfg, args.out)
     )

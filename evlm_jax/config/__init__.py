@@ -214,7 +214,8 @@ class EVLMConfig:
     @property
     def cross_layers(self) -> tuple[int, ...]:
         """LLM layers that have a cross-attention block in front of them."""
-        return tuple(range(0, self.llm.layers, self.xattn.every)) if self.xattn.every else ()
+        first, every = self.xattn.first, self.xattn.every
+        return tuple(range(first, self.llm.layers, every)) if every else ()
 
     @property
     def tap_of_cross_layer(self) -> tuple[int, ...]:

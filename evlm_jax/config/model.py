@@ -174,13 +174,16 @@ class XAttnConfig:
     kv_heads: Positive
     head_dim: Positive  # r_c = heads * head_dim / hidden
     ffn: Positive  # r_f = ffn / hidden
-    every: Count  # a block before layers 0, every, 2 * every, ...; 0: no block at all
+    # a block before layers first, first + every, first + 2 * every, ...; 0: no block at all
+    every: Count
     schedule: Literal[
         "blocked", "cyclic"
     ]  # tap i serves neighbouring layers, or layer l gets tap l mod G
     sinks: Count  # zero keys padded to the visual sequence
     query_block: Positive  # tokens of a query block; all of them see the same images
     eps: PositiveFloat  # of the norms
+    first: Count = 0  # layers in front of the first block; open_flamingo has every - 1
+    kv_norm: bool = True  # a norm of the visual states; open_flamingo has none
 
 
 @dataclass(frozen=True)
@@ -236,3 +239,5 @@ class BridgeConfig:
     heads: Positive  # of its attention
     head_dim: Positive  # width of one
     ffn: Positive  # hidden width of its FFNs, in widths of the ViT
+    # it reads the class token and registers, too; open_flamingo's patches alone
+    prefix: bool = True

@@ -69,6 +69,11 @@ def language(cfg: "EVLMConfig") -> list[Relation]:
             f"must lie in 1..llm.layers = {llm.layers}, or be 0 for no cross-attention",
         ),
         (
+            xattn.first < max(min(xattn.every, llm.layers), 1),
+            "xattn.first",
+            f"must be below xattn.every = {xattn.every}, or 0",
+        ),
+        (
             xattn.every == 0 or kind != "llava",
             "xattn.every",
             "must be 0 where bridge.kind is llava, whose images stand in the text",

@@ -321,7 +321,8 @@ def _hook(model, sections: dict[str, dict[str, Any]], seen: dict[str, np.ndarray
         module.register_forward_hook(lambda _module, _inputs, out: keep(name, out))
 
     if "vit" in sections:
-        llm, norm, first = model.llm, model.llm.ln_f, model.xattn["0"]
+        llm, norm = model.llm, model.llm.ln_f
+        first = model.xattn["0"] if "0" in model.xattn else llm.layers[0]
         for tap in sections["vit"]["taps"]:
             after(model.vit.blocks[tap - 1], f"vit/tap {tap}")
         for layer, block in model.xattn.items():

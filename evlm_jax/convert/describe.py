@@ -13,6 +13,7 @@ from evlm_jax.config import LLMConfig, MediaConfig, MoEConfig, ViTConfig, XAttnC
 from evlm_jax.config.schema import build
 from evlm_jax.convert.config_json import fields_of, settled
 from evlm_jax.convert.describe_decoder import describe_decoder
+from evlm_jax.convert.describe_flamingo import describe_flamingo
 from evlm_jax.convert.describe_gguf import describe_gguf
 from evlm_jax.convert.families import EVA, EVA_INERT, EVA_READ, GGUF
 
@@ -26,7 +27,8 @@ DINOV2_OUT = [  # the last matrix of an MLP, and of a gated one by its old and n
     f"encoder.layer.0.mlp.{name}.weight" for name in ("fc2", "weights_out", "down_proj")
 ]
 DINOV2_HEADS = {384: 6, 768: 12, 1024: 16}  # of width: S, B and L
-ALONE = "DINOv2 S, B and L, EVA02-CLIP-E"  # of these a file tells enough without config.json
+# of these a file tells enough without config.json
+ALONE = "DINOv2 S, B and L, EVA02-CLIP-E, open_flamingo's checkpoints"
 EVLM = {
     "vit": ViTConfig,
     "llm": LLMConfig,
@@ -51,6 +53,7 @@ def describe_source(source: Source, family: str, prefix: str) -> dict:
         "siglip": _encoder,
         "eva02": _eva,
         "evlm": _evlm,
+        "openflamingo": describe_flamingo,
     } | dict.fromkeys(GGUF.values(), _gguf)
     return facts.get(family.removesuffix("-transformers5"), _language)(source, prefix)
 

@@ -31,6 +31,12 @@ from evlm_jax.models.param_names import canonical, is_stacked
 
 log = logging.getLogger(__name__)
 Shapes = dict[str, tuple[int, ...]]
+PARTS = {  # how canonical names begin, of each part of the model that a checkpoint may hold
+    "vit": ("vit/",),
+    "llm": ("llm/",),
+    "evlm": ("",),
+    "xattn": ("xattn/", "bridge/", "llm/embed"),
+}
 
 
 class ConversionStep(NamedTuple):
@@ -82,7 +88,7 @@ class Tower(NamedTuple):
 
 
 def open_tower(cfg: EVLMConfig, source: Source, tower: str) -> Tower:
-    """The part `tower` of the model: "vit" | "llm" | "evlm". Raises ValueError as load_towers.
+    """The part `tower` of the model, one of PARTS. Raises ValueError as load_towers.
 
     Reads nothing but what it drops, where that may say something.
     """
@@ -97,7 +103,7 @@ def open_tower(cfg: EVLMConfig, source: Source, tower: str) -> Tower:
     expected = {
         name: shape
         for name, shape in parameter_shapes(cfg).items()
-        if tower == "evlm" or name.startswith(f"{tower}/")
+        if name.startswith(PARTS[tower])
     }
     steps, dropped = conversion_plan(source, family, prefix, expected)
     check_dropped(source, family, prefix, dropped, facts)
@@ -123,7 +129,7 @@ def open_tower(cfg: EVLMConfig, source: Source, tower: str) -> Tower:
 
 def check_fields(cfg: EVLMConfig, source: Source, stored: dict, tower: str) -> None:
     """Raises ValueError listing every field of the config that the checkpoint contradicts."""
-    sections = stored if tower == "evlm" else {tower: stored}
+    sections = stored if tower in ("evlm", "xattn") else {tower: stored}
     fields = [
         (f"{name}.{key}", have[key], value)
         for name, said in sections.items()

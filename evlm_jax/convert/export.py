@@ -4,11 +4,13 @@ DIR --out DIR --format hf`.
 hf            a directory for transformers, with the PyTorch model of convert/torch_model as its
               remote code
 torch         evlm.pt, one state dict, beside the same model without transformers
-openflamingo  openflamingo.pt, the trained part in open_flamingo's names
+openflamingo  openflamingo.pt, the trained part in open_flamingo's names; of a model that is
+              open_flamingo's, what its own code loads
 llm           the language model alone, as a class of transformers (convert/stock.py)
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,10 +20,11 @@ from tqdm import tqdm
 
 from evlm_jax.checkpoint import store
 from evlm_jax.checkpoint.atomic_dir import new_folder
-from evlm_jax.checkpoint.lazy_tensors import Tensors
+from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors
 from evlm_jax.checkpoint.safetensors_file import write_folder
 from evlm_jax.config import EVLMConfig
-from evlm_jax.convert.engine import sizes, to_foreign
+from evlm_jax.convert.describe_flamingo import differences
+from evlm_jax.convert.engine import PARTS, sizes, to_foreign
 from evlm_jax.convert.families import KINDS
 from evlm_jax.convert.stock import stock_config
 from evlm_jax.convert.tables import FAMILIES
@@ -63,7 +66,9 @@ def export(source: str, out: str, form: str, step: int | None = None) -> None:
     """
     tensors, cfg = store.open_params(source, step)
     cfg = replace(cfg, init=replace(cfg.init, llm=source_of_run(source, cfg.init.llm)))
-    if cfg.baseline and form != "llm":
+    if form == "openflamingo" and cfg.bridge.kind == "flamingo":
+        tensors = flamingo_part(source, tensors, cfg, store.trained(source, step))
+    elif cfg.baseline and form != "llm":
         raise ValueError(
             f"{source} is a baseline ({cfg.baseline}): --format {form} knows EVLM alone; use evlm"
             " eval or evlm generate"
@@ -104,7 +109,7 @@ def export_torch(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
 
 
 def export_openflamingo(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
-    """The gated blocks and the media tokens.
+    """The gated blocks and the media tokens; or all of `flamingo_part`.
 
     Raises ValueError for shared keys, which its `to_kv` has no place for.
     """
@@ -114,10 +119,42 @@ def export_openflamingo(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -
             f"export: open_flamingo's cross-attention has keys for every head, not {shared}: use"
             " --format hf or torch"
         )
-    trained = {
-        name: tensor for name, tensor in tensors.items() if name.startswith(("xattn/", "media/"))
-    }
-    _write(write_torch, folder / FILES["openflamingo"], in_names_of("openflamingo", trained, cfg))
+    if not cfg.baseline:
+        tensors = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if name.startswith(("xattn/", "media/"))
+        }
+    _write(write_torch, folder / FILES["openflamingo"], in_names_of("openflamingo", tensors, cfg))
+
+
+def flamingo_part(
+    source: str, tensors: Tensors, cfg: EVLMConfig, trained: Collection[str]
+) -> Tensors:
+    """What open_flamingo's checkpoints hold of a model that is its own: resampler, gated blocks,
+    and words, among them the media embedding.
+
+    Raises ValueError naming fields that are not open_flamingo's, or what was trained besides.
+    """
+    if wrong := differences(cfg):
+        raise ValueError(f"{source} is not open_flamingo's model:\n  " + "\n  ".join(wrong))
+    held = PARTS["xattn"]
+    if lost := sorted(name for name in trained if not name.startswith((*held, "media/"))):
+        raise ValueError(
+            f"{source}: open_flamingo's checkpoints have no place for what was trained of the"
+            f" towers ({len(lost)} parameters, as {lost[0]})"
+        )
+    words, media = tensors["llm/embed"], tensors["media/embedding"]
+    word = load_tokenizer(cfg.init.llm).id(cfg.media.placeholder)
+    dtype = np.result_type(words.dtype, media.dtype)
+
+    def read() -> np.ndarray:
+        array = words.read().astype(dtype)
+        array[word] = media.read()[0]
+        return array
+
+    part = {name: tensor for name, tensor in tensors.items() if name.startswith(held)}
+    return part | {"llm/embed": Tensor(words.shape, dtype, read)}
 
 
 def export_llm(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:

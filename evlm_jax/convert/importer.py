@@ -1,5 +1,5 @@
-"""Foreign towers, or an export of ours -> a checkpoint that training, generation and export read,
-tensor by tensor.
+"""Foreign towers, with what connects them or without, or an export of ours -> a checkpoint that
+training, generation and export read, tensor by tensor.
 """
 
 from collections.abc import Iterable
@@ -18,6 +18,7 @@ from evlm_jax.checkpoint.lazy_tensors import Source, Tensor, read_all, read_json
 from evlm_jax.config import EVLMConfig, from_config_dict, to_dict
 from evlm_jax.convert.context import check_length
 from evlm_jax.convert.describe import describe_source
+from evlm_jax.convert.describe_flamingo import differences
 from evlm_jax.convert.engine import Tower, open_tower, recognise
 from evlm_jax.convert.readers import open_source
 from evlm_jax.data.tokenizer import Tokenizer, keep_tokenizer, load_tokenizer
@@ -39,29 +40,52 @@ def import_towers(cfg: EVLMConfig, out: str) -> None:
     _check_kind(cfg)
     check_length(cfg)
     vocabulary(cfg, cfg.init.llm)
-    sources = {
-        tower: open_source(assets.locate(where))
-        for tower, where in (("vit", cfg.init.vision), ("llm", cfg.init.llm))
-    }
-    towers = {tower: open_tower(cfg, source, tower) for tower, source in sources.items()}
+    sources, towers = _open_towers(cfg)
     words, shape = towers["llm"].tensors["llm/embed"], (cfg.media.tokens, cfg.llm.hidden)
     media = Tensor(shape, np.dtype(np.float32), lambda: media_embedding(cfg, words.read()))
     _write(cfg, out, sources, towers, cross_attention_tensors(cfg) | {"media/embedding": media})
 
 
-def import_export(cfg: EVLMConfig, model: str, out: str) -> None:
-    """Writes all of a model that `evlm convert export --format hf` wrote. It counts as trained, so
-    a run that begins from it keeps its bits.
+def _open_towers(cfg: EVLMConfig) -> tuple[dict[str, Source], dict[str, Tower]]:
+    """init.vision and init.llm by the part that they are."""
+    sources = {
+        tower: open_source(assets.locate(where))
+        for tower, where in (("vit", cfg.init.vision), ("llm", cfg.init.llm))
+    }
+    return sources, {tower: open_tower(cfg, source, tower) for tower, source in sources.items()}
+
+
+def import_model(cfg: EVLMConfig, model: str, out: str) -> None:
+    """Writes all of a model that `evlm convert export --format hf` wrote; or of open_flamingo's
+    checkpoint with the towers of init.vision and init.llm. What the checkpoint holds counts as
+    trained, so a run that begins from it keeps its bits.
 
     Raises as `import_towers`.
     """
-    _check_kind(cfg)
     model = str(place(model))
+    source = open_source(assets.locate(model))
+    if recognise(source)[0].tower == "xattn":
+        return _import_flamingo(cfg, source, out)
+    _check_kind(cfg)
     cfg = replace(cfg, init=replace(cfg.init, vision=model, llm=model))
     vocabulary(cfg, model)
-    source = open_source(assets.locate(model))
     tower = open_tower(cfg, source, "evlm")
     _write(cfg, out, {"evlm": source}, {"evlm": tower}, {}, trained=tower.tensors)
+
+
+def _import_flamingo(cfg: EVLMConfig, source: Source, out: str) -> None:
+    """The word that stands for an image is the media embedding as well."""
+    rest = open_tower(cfg, source, "xattn")
+    if wrong := differences(cfg):
+        raise ValueError(f"{source.path} does not fit the config:\n  " + "\n  ".join(wrong))
+    check_length(cfg)
+    word = vocabulary(cfg, cfg.init.llm).id(cfg.media.placeholder)
+    sources, towers = _open_towers(cfg)
+    words = rest.tensors["llm/embed"]
+    media = Tensor((1, cfg.llm.hidden), words.dtype, lambda: words.read()[word][None])
+    trained = {**rest.tensors, "media/embedding": media}
+    towers |= {"xattn": rest._replace(tensors=trained)}
+    _write(cfg, out, sources | {"xattn": source}, towers, {}, trained)
 
 
 def read_export(cfg: EVLMConfig, model: str) -> tuple[dict[str, np.ndarray], EVLMConfig]:

@@ -259,12 +259,35 @@ def _evlm() -> Family:
     return Family("evlm", "evlm", "xattn.0.to_q.weight", rows)
 
 
+def _perceiver() -> tuple[NameRow, ...]:
+    """The resampler of open_flamingo."""
+    attention, ffn, path = "perceiver.layers.{}.0", "perceiver.layers.{}.1", "bridge/layers/{}"
+    return (
+        row("perceiver.latents", "bridge/latents"),
+        *norm(f"{attention}.norm_media", f"{path}/norm_media"),
+        *norm(f"{attention}.norm_latents", f"{path}/norm_latents"),
+        *linear(f"{attention}.to_q", f"{path}/q", bias=False),
+        NameRow(
+            f"{attention}.to_kv.weight",
+            tuple(f"{path}/{x}/kernel" for x in "kv"),
+            "(n o) i -> n i o",
+        ),
+        *linear(f"{attention}.to_out", f"{path}/o", bias=False),
+        *norm(f"{ffn}.0", f"{path}/ffn_norm"),
+        *linear(f"{ffn}.1", f"{path}/ffn/fc1", bias=False),
+        *linear(f"{ffn}.3", f"{path}/ffn/fc2", bias=False),
+        *norm("perceiver.norm", "bridge/norm"),
+    )
+
+
 def _openflamingo() -> Family:
-    """The trained part as open_flamingo keeps it, its language model being Llama or Qwen2.
+    """The trained part as open_flamingo keeps it, its language model having Llama's names.
     `norm_media` and `media_tokens` are EVLM's own: open_flamingo's perceiver ends with the norm,
-    and it has no media tokens."""
+    and its media token is a word."""
     foreign, path = "lang_encoder.model.layers.{}.gated_cross_attn_layer", "xattn/{}"
     rows = (
+        *_perceiver(),
+        row("lang_encoder.model.embed_tokens.weight", "llm/embed"),
         *norm(f"{foreign}.attn.norm", f"{path}/norm"),
         *norm(f"{foreign}.attn.norm_media", f"{path}/kv_norm"),
         *linear(f"{foreign}.attn.to_q", f"{path}/q", bias=False),
@@ -281,12 +304,8 @@ def _openflamingo() -> Family:
         row(f"{foreign}.ff_gate", f"{path}/ffn_gate", "1 -> "),
         row("media_tokens", "media/embedding"),
     )
-    return Family(
-        "openflamingo",
-        "xattn",
-        "lang_encoder.model.layers.0.gated_cross_attn_layer.attn_gate",
-        rows,
-    )
+    drop = {r"lang_encoder\.lm_head\.weight": "tied"}
+    return Family("openflamingo", "xattn", "perceiver.latents", rows, drop=drop)
 
 
 FAMILIES = (

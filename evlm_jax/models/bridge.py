@@ -75,9 +75,10 @@ class Resampler(nnx.Module):
         self.layers = stack(lambda r: ResamplerLayer(cfg, r), cfg.bridge.depth, rngs)
         self.norm = LayerNorm(cfg.vit.width, cfg.xattn.eps, rngs)
         self.remat = cfg.train.remat
+        self.first = 0 if cfg.bridge.prefix else cfg.vit.prefix_tokens
 
     def __call__(self, taps: jax.Array) -> jax.Array:
-        tap = taps[-1]
+        tap = taps[-1][..., self.first :, :]
         pictures = shard(tap.reshape(-1, *tap.shape[-2:]), "pictures")
         latents = jnp.broadcast_to(
             self.latents[...].astype(tap.dtype), (len(pictures), *self.latents.shape)

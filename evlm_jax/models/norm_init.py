@@ -35,11 +35,10 @@ def centre_norms(model: EVLM, batch: Batch) -> nnx.State:
 
     def observe(block, state, x):
         of_text = _moments(block.norm(x), predicts, text)
-        return {
-            "norm": of_text,
-            "ffn_norm": of_text,
-            "kv_norm": _moments(block.kv_norm(state), images, images),
-        }
+        of_images = (
+            {"kv_norm": _moments(block.kv_norm(state), images, images)} if block.kv_norm else {}
+        )
+        return {"norm": of_text, "ffn_norm": of_text} | of_images
 
     for name, (centre, spread) in model.forward_with_observer(batch, states, observe)[
         1

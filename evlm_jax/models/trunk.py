@@ -1,5 +1,5 @@
 """The loop over the language model's layers, with a cross-attention block before every
-`xattn.every`-th of them.
+`xattn.every`-th of them, from `xattn.first` on.
 
 Training, prefill, a decode step and the attention maps run this one loop. They hand it how
 attention is computed, from a row or from a cache, and get back what each layer and block gave them.
@@ -63,7 +63,8 @@ def run_layers(
       kind: [B, T] of each token for the mixtures of experts (moe.py).
       remat: what the backward pass computes again (layers.REMAT); "" where there is none.
     """
-    every, count = cfg.xattn.every, cfg.llm.layers
+    every, first, count = cfg.xattn.every, cfg.xattn.first, cfg.llm.layers
+    blocks, groups = len(cfg.cross_layers), -(-count // every) if every else 0
     wrap = REMAT[remat] if remat else (lambda body: body)
     even = not every or count % every == 0
 
@@ -78,26 +79,46 @@ def run_layers(
         return run(x) if even else _if_there(number < count, run, x)
 
     def group(x, inputs):
-        """One cross-attention block and the layers behind it."""
-        block, number, *behind = inputs
-        block = _block(crosses, number, block)
-        observed = observe(block, number, x)
-        x, kept, routing = block(x, partial(cross_attend, block, number), kind)
-        x, new = jax.lax.scan(layer, x, tuple(behind))
-        return x, Passed(new, kept, observed, routing)
+        """`first` layers, one cross-attention block, and the layers behind it."""
+        block, number, *own = inputs
+        cross = partial(_cross, crosses, cross_attend, observe, kind, block, number)
+        x, before = jax.lax.scan(layer, x, _part(own, slice(first))) if first else (x, None)
+        x, seen = cross(x) if blocks == groups else _if_there(number < blocks, cross, x)
+        x, new = jax.lax.scan(layer, x, _part(own, slice(first, None)))
+        new = jax.tree.map(lambda *parts: jnp.concatenate(parts), before, new) if first else new
+        return x, Passed(new, *seen)
 
     if not every:
         x, new = jax.lax.scan(wrap(layer), x, (_scanned(layers), jnp.arange(count)))
         return x, Passed(new)
-    groups = len(cfg.cross_layers)
-    split = partial(_split, groups)
     # Where `every` does not divide the layers, they are read by number: a part would be a copy.
-    behind = jax.tree.map(split, _scanned(layers)) if even else None
-    inputs = _scanned(crosses), jnp.arange(groups), behind, split(jnp.arange(groups * every))
+    own = jax.tree.map(partial(_split, groups), _scanned(layers)) if even else None
+    each = _scanned(crosses) if blocks == groups else None
+    inputs = each, jnp.arange(groups), own, _split(groups, jnp.arange(groups * every))
     x, passed = jax.lax.scan(wrap(group), x, inputs)
-    return x, passed._replace(
-        layers=jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:count], passed.layers)
-    )
+    flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:count], passed.layers)
+    return x, _part(passed._replace(layers=None), slice(blocks))._replace(layers=flat)
+
+
+def _cross(
+    crosses: nnx.Module,
+    cross_attend: Callable,
+    observe: Callable,
+    kind: jax.Array | None,
+    block: nnx.Module | None,
+    number: jax.Array,
+    x: jax.Array,
+) -> tuple[jax.Array, tuple]:
+    """A block over x [B, T, D], and what of Passed it gives. Arguments as of `run_layers`."""
+    block = _block(crosses, number, block)
+    observed = observe(block, number, x)
+    x, kept, routing = block(x, partial(cross_attend, block, number), kind)
+    return x, (kept, observed, routing)
+
+
+def _part(tree: Any, part: slice) -> Any:
+    """A part of the leading axis of every leaf."""
+    return jax.tree.map(lambda a: a[part], tree)
 
 
 def _split(groups: int, a: jax.Array) -> jax.Array:

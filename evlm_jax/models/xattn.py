@@ -36,7 +36,7 @@ class Block(nnx.Module):
         )
         self.norm = LayerNorm(d, cfg.xattn.eps, rngs)
         # Taps are raw residual streams, whose scale grows with depth.
-        self.kv_norm = LayerNorm(v, cfg.xattn.eps, rngs)
+        self.kv_norm = LayerNorm(v, cfg.xattn.eps, rngs) if cfg.xattn.kv_norm else None
         self.q = Linear((d, n), ("embed", "heads"), rngs)
         self.k = Linear((v, k), ("whole", "image_heads"), rngs)
         self.v = Linear((v, k), ("whole", "image_heads"), rngs)
@@ -56,7 +56,7 @@ class Block(nnx.Module):
         """tap [..., S, V] -> keys and values [..., S, K, H]: once per image,
         cached in generation.
         """
-        normed = self.kv_norm(tap)
+        normed = tap if self.kv_norm is None else self.kv_norm(tap)
         return heads(self.k(normed), self.head_dim), heads(self.v(normed), self.head_dim)
 
     @jax.named_scope("cross")

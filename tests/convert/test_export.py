@@ -29,7 +29,7 @@ TOWERS = {
     "eva, Qwen": {
         "vit": {"norm": "res_post", "bias": "qv", "layer_scale": False},
         "llm": {"qkv_bias": True, "tied": False, "kv_heads": 4},
-        "xattn": {"schedule": "cyclic", "every": 3},
+        "xattn": {"schedule": "cyclic", "every": 3, "first": 1},
     },
     "clip, no zero key": {
         "vit": {
@@ -43,7 +43,7 @@ TOWERS = {
     },
     "siglip, shared keys": {
         "vit": {"layer_scale": False, "class_token": False, "activation": "gelu_tanh"},
-        "xattn": {"every": 2, "sinks": 2, "heads": 4, "kv_heads": 2},
+        "xattn": {"every": 2, "first": 1, "sinks": 2, "heads": 4, "kv_heads": 2, "kv_norm": False},
     },
     "dinov2 giant, with registers": {
         "vit": {"registers": 3, "gated": True, "activation": "silu", "rotary": 9.0}

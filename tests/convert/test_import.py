@@ -34,7 +34,7 @@ from tests.helpers.checkpoints import (
     run_directory,
 )
 from tests.helpers.random_model import random_model
-from tests.helpers.tiny import tiny_config
+from tests.helpers.tiny import BASELINES, tiny_config
 
 CFG = tiny_config(
     vit={"image_size": 16, "taps": (1, 3)}
@@ -57,6 +57,7 @@ CHOICES = {  # of the tiny config, that a family needs
     "gemma2": {"llm": {"qk_norm": "head", "norms": "both+1"}},
     "gguf": {"llm": {"qk_norm": "head", "tied": False}},
     "qwen": {"llm": {"qkv_bias": True, "tied": False, "kv_heads": 4}},
+    "openflamingo": BASELINES["flamingo"],
 }
 
 
@@ -128,7 +129,7 @@ def test_an_export_comes_back_bit_for_bit(tmp_path, copies):
     cfg = replace(CFG, moe=replace(CFG.moe, copies=copies))
     cfg = run_directory(tmp_path / "run", cfg, random_model(cfg, seed=0), frozen_dtype="bfloat16")
     export.export(str(tmp_path / "run"), str(tmp_path / "hf"), "hf")
-    importer.import_export(cfg, str(tmp_path / "hf"), str(tmp_path / "back"))
+    importer.import_model(cfg, str(tmp_path / "hf"), str(tmp_path / "back"))
     assert same(
         checkpoint.load_params(tmp_path / "back")[0], checkpoint.load_params(tmp_path / "run")[0]
     )
@@ -140,7 +141,7 @@ def test_an_export_comes_back_bit_for_bit(tmp_path, copies):
     for path in (tmp_path / "hf").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
     with pytest.raises(ValueError, match=r"xattn.query_block is 4, the checkpoint has 8"):
-        importer.import_export(
+        importer.import_model(
             replace(cfg, xattn=replace(cfg.xattn, query_block=4)),
             str(tmp_path / "hf"),
             str(tmp_path / "other"),

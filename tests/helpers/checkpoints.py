@@ -79,12 +79,12 @@ def family(name: str):
 def random_tensors(
     cfg: EVLMConfig, tower: str, dtype: str = "float32", seed: int = 0
 ) -> dict[str, Tensor]:
-    """Random values for one tower, or for the whole model ("evlm"), by canonical name."""
+    """Random values for a part of the model, as of engine.PARTS, by canonical name."""
     rng = np.random.default_rng(seed)
     shapes = {
         name: shape
         for name, shape in engine.parameter_shapes(cfg).items()
-        if tower == "evlm" or name.startswith(f"{tower}/")
+        if name.startswith(engine.PARTS[tower])
     }
     return {
         name: Tensor.of(np.asarray(rng.standard_normal(shape)).astype(dtype))

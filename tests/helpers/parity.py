@@ -2,10 +2,12 @@
 the model.
 """
 
+import importlib
 import importlib.util
+import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -31,21 +33,24 @@ needs_transformers = (
 )  # tests/conftest.py skips what bears it where they are missing
 
 
-def open_flamingo_helpers():
-    """The file of open_flamingo with its blocks, by its path: the package itself imports far more
-    than they need.
-    """
+def open_flamingo(module: str):
+    """A module of open_flamingo's model, without the package around it, which imports far more."""
     package = importlib.util.find_spec("open_flamingo")
     if package is None:
         pytest.skip(
             "needs open_flamingo, which pins an old torch: pip install --no-deps"
             " open_flamingo==2.0.1"
         )
-    file = Path(package.submodule_search_locations[0]) / "src" / "helpers.py"
-    spec = importlib.util.spec_from_file_location("open_flamingo_helpers", file)
-    helpers = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(helpers)
-    return helpers
+    if "open_flamingo_src" not in sys.modules:
+        alone = ModuleType("open_flamingo_src")
+        alone.__path__ = [f"{package.submodule_search_locations[0]}/src"]
+        sys.modules[alone.__name__] = alone
+    return importlib.import_module(f"open_flamingo_src.{module}")
+
+
+def open_flamingo_helpers():
+    """open_flamingo's blocks."""
+    return open_flamingo("helpers")
 
 
 def needs_asset(name: str):

@@ -80,6 +80,11 @@ _TINY = dict(
 BASELINES = {  # sections of the tiny config; its pictures have 4 patches
     "fused": dict(bridge=dict(kind="fused")),
     "flamingo": dict(bridge=dict(kind="flamingo"), media=dict(tokens=1)),
+    "open_flamingo": dict(
+        bridge=dict(kind="flamingo", prefix=False),
+        xattn=dict(every=2, first=1, kv_norm=False, sinks=0),
+        media=dict(tokens=1),
+    ),
     "llava": dict(bridge=dict(kind="llava"), xattn=dict(every=0), media=dict(tokens=4)),
     "text only": dict(xattn=dict(every=0)),
 }

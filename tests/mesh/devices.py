@@ -110,7 +110,7 @@ def test_gradients_equal_those_of_one_device(mesh, experts, alone):
 @pytest.mark.parametrize(
     "kind, policy",
     [
-        ("flamingo", POLICIES[1]),
+        ("open_flamingo", POLICIES[1]),
         pytest.param("fused", POLICIES[1], marks=pytest.mark.slow),
         pytest.param("llava", POLICIES[0], marks=pytest.mark.slow),
     ],

@@ -192,7 +192,9 @@ def test_wrong_combinations_are_named(sections, message):
 def test_conversion_knows_evlm_alone(tmp_path):
     cfg = tiny_config(**BASELINES["flamingo"])
     cfg = run_directory(tmp_path, cfg, random_model(cfg, 0))
-    for form in ("hf", "torch", "openflamingo"):
+    with pytest.raises(ValueError, match="is not open_flamingo's model:\n  xattn.heads is 2"):
+        export.export(str(tmp_path), str(tmp_path / "out"), "openflamingo")
+    for form in ("hf", "torch"):
         with pytest.raises(
             ValueError,
             match=rf"is a baseline \(bridge.kind = flamingo\): --format {form} knows EVLM alone",

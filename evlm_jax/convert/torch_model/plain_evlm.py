@@ -76,9 +76,8 @@ class CrossAttention(nn.Module):
         super().__init__()
         llm, vit, xattn = Config(cfg.llm), Config(cfg.vit), Config(cfg.xattn)
         d, n, k = llm.hidden, *(heads * xattn.head_dim for heads in (xattn.heads, xattn.kv_heads))
-        self.norm, self.kv_norm, self.ff_norm = (
-            nn.LayerNorm(width, xattn.eps) for width in (d, vit.width, d)
-        )
+        self.norm, self.ff_norm = (nn.LayerNorm(d, xattn.eps) for _ in range(2))
+        self.kv_norm = nn.LayerNorm(vit.width, xattn.eps) if xattn.kv_norm else nn.Identity()
         self.to_q, self.to_out = nn.Linear(d, n, bias=False), nn.Linear(n, d, bias=False)
         self.to_k, self.to_v = (nn.Linear(vit.width, k, bias=False) for _ in range(2))
         if cfg.moe["copies"]:
@@ -186,11 +185,10 @@ class EVLMParts:
 
     def build(self, config):
         """Makes the modules; `config` has the sections as attributes."""
-        llm, every = Config(config.llm), config.xattn["every"]
+        llm, xattn = Config(config.llm), Config(config.xattn)
         self.vit, self.llm = ViT(Config(config.vit)), LLM(llm)
-        self.xattn = nn.ModuleDict(
-            {str(layer): CrossAttention(config) for layer in range(0, llm.layers, every)}
-        )
+        layers = range(xattn.first, llm.layers, xattn.every)
+        self.xattn = nn.ModuleDict({str(layer): CrossAttention(config) for layer in layers})
         self.media_tokens = nn.Embedding(config.media["tokens"], llm.hidden)
         blocks, taps = len(self.xattn), len(config.vit["taps"])
         self.tap_of_block = [
@@ -293,12 +291,13 @@ class EVLMParts:
         text_mask = (key <= key[total - length :, None]) & attention_mask[:, None, :].bool()
         image = torch.arange(count, device=x.device).repeat_interleave(self._visual_tokens)
         seen = (image >= visible[0][..., None]) & (image < visible[1][..., None])
-        seen = F.pad(seen, (0, self.config.xattn["sinks"]), value=True)
+        xattn = Config(self.config.xattn)
+        seen = F.pad(seen, (0, xattn.sinks), value=True)
         far = key[total - length :, None] - key
         for i, (layer, own) in enumerate(zip(self.llm.layers, rope)):
             keep("hidden_states", x)
             mask = text_mask & (far < self._window(i)) if self._window(i) else text_mask
-            block, rest = divmod(i, self.config.xattn["every"])
+            block, rest = divmod(i - xattn.first, xattn.every)
             if not rest:
                 x, weights = self._run(self.xattn[str(i)], x, *images[block], seen, sdpa)
                 keep("cross_attentions", weights)

@@ -34,6 +34,8 @@ FORMER = {  # what exports compute that were made before there was a field
         "logit_cap": 0.0,
     },
     "activation": "silu",
+    "first": 0,
+    "kv_norm": True,
 }
 
 

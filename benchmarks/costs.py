@@ -28,7 +28,7 @@ from evlm_jax.costs.study import study
 from evlm_jax.costs.summary import summary
 from evlm_jax.costs.tables import KINDS, Table, executed, tables, vision
 from evlm_jax.evals.results import save
-from evlm_jax.planning.chips import GIB
+from evlm_jax.parallel.chips import GIB
 from evlm_jax.report.figures import STYLE
 
 FILE, PAGE = Path("docs/costs.json"), Path("docs/costs.md")

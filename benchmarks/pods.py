@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks import parser
 from evlm_jax import flops
 from evlm_jax.config.load import load_config
-from evlm_jax.planning import chips
+from evlm_jax.parallel.chips import GIB
 from evlm_jax.planning.programs import phase_steps
 
 FILE, PAGE = Path("docs/pods.json"), Path("docs/pods.md")
@@ -265,10 +265,7 @@ def _row(run: str, report: dict) -> tuple[str, ...]:
         run,
         report["topology"],
         " ".join(f"{axis} {mesh[axis]}" for axis in ("fsdp", "expert", "tensor") if mesh[axis] > 1),
-        (
-            f"{memory['peak'] / chips.GIB:.1f} ({allocated / chips.GIB:.1f}) of"
-            f" {chip['hbm'] / chips.GIB:.0f}"
-        ),
+        (f"{memory['peak'] / GIB:.1f} ({allocated / GIB:.1f}) of {chip['hbm'] / GIB:.0f}"),
         f"{time['seconds']:.2f}",
         time["binds"],
         f"{time['mfu']:.0%}",

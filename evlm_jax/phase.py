@@ -17,6 +17,7 @@ from evlm_jax.loss import loss_sums
 from evlm_jax.models import param_names
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.parallel.agreement import agreed
+from evlm_jax.parallel.compiler import step_options, told
 from evlm_jax.parallel.distributed import log_once
 from evlm_jax.parallel.mesh import Layout, check_parameters
 from evlm_jax.parallel.sharding import all_gather_params, reduce_scatter_grads
@@ -135,8 +136,12 @@ class TrainPhase:
 
         shardings = layout.trained(self.spec())
         self._begin = jax.jit(self.begin, out_shardings=shardings)
+        self.options = step_options(layout.mesh.devices.flat)
         self._step = layout.jit(
-            step, donate_argnums=0, out_shardings=(shardings, layout.replicated)
+            step,
+            donate_argnums=0,
+            out_shardings=(shardings, layout.replicated),
+            compiler_options=self.options,
         )
         self.on_disk = jax.jit(
             lambda state: (param_names.flatten(cfg, state.params), optim.flatten(cfg, state.groups))
@@ -185,6 +190,8 @@ class TrainPhase:
             f"phase {self.number} from step {step}: trains {size(trainable)}, freezes"
             f" {size(self.frozen)}"
         )
+        if self.options:
+            log_once(told(self.options))
         log_once(
             "compiling and making the first step; a minute or more, less where the compiled program"
             " was kept"

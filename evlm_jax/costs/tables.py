@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from evlm_jax.costs.cases import EVLM, FLAMINGO, LLAVA
 from evlm_jax.costs.crossover import BAR_FRAMES, MOST_FRAMES, MOST_TEXT
-from evlm_jax.planning.chips import GIB
+from evlm_jax.parallel.chips import GIB
 
 KINDS = EVLM, LLAVA, FLAMINGO
 MIB = 2**20

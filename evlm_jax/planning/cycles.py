@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 
-from evlm_jax.planning.chips import Chip
+from evlm_jax.parallel.chips import Chip
 from evlm_jax.planning.compiled import Costs, Operation
 from evlm_jax.planning.roofline import link, wire
 

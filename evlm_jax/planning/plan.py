@@ -15,6 +15,8 @@ import jax
 from evlm_jax import flops
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models.moe import block_rows
+from evlm_jax.parallel.chips import Chip
+from evlm_jax.parallel.compiler import uncached
 from evlm_jax.parallel.mesh import Layout, make_layout
 from evlm_jax.paths import write
 from evlm_jax.planning import chips, compiled, cycles, live, programs, roofline
@@ -73,7 +75,7 @@ def plan(
     report["lower_seconds"] = time.monotonic() - begin
     begin = time.monotonic()
     try:
-        with chips.uncached(devices):
+        with uncached(devices[0]):
             executable, report["fits"] = program.lowered.compile(), True
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -108,6 +110,7 @@ def _before_compiling(cfg: EVLMConfig, program: programs.Program) -> dict:
     needed = flops.needed(cfg, program.trained, program.work)
     return {
         "rows": cfg.train.batch,
+        "options": program.options,
         "arguments": {name: share._asdict() for name, share in program.arguments.items()},
         "needed": {part: cost._asdict() for part, cost in needed.items()},
     }
@@ -116,7 +119,7 @@ def _before_compiling(cfg: EVLMConfig, program: programs.Program) -> dict:
 def _read(
     cfg: EVLMConfig,
     layout: Layout,
-    chip: chips.Chip | None,
+    chip: Chip | None,
     program: programs.Program,
     executable,
     price: float | None,
@@ -226,7 +229,7 @@ def _trips(
 def _time(
     cfg: EVLMConfig,
     program: programs.Program,
-    chip: chips.Chip,
+    chip: Chip,
     costs: compiled.Costs,
     devices: list,
     price: float | None,

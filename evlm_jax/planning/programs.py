@@ -4,6 +4,8 @@ decoding, for shapes alone.
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +22,9 @@ from evlm_jax.models.decoding import DecodeState, Prompt, prefill, read_tokens
 from evlm_jax.models.sampling import Sampling
 from evlm_jax.ops.grouped_attention import AttentionPlan
 from evlm_jax.optim import starts
+from evlm_jax.parallel.compiler import uncached
 from evlm_jax.parallel.mesh import Layout
 from evlm_jax.phase import TrainPhase
-from evlm_jax.planning import chips
 
 WHATS = ("train", "eval", "prefill", "decode", "encode")
 STOPS = 8  # stop tokens of a generation
@@ -43,6 +45,7 @@ class Program(NamedTuple):
     work: Work  # with no row padded
     trained: set[str]  # canonical names of what trains
     steps: int = 0  # of training, in this phase
+    options: Mapping[str, bool | int] = MappingProxyType({})  # what the compiler is told
 
 
 def build(
@@ -100,9 +103,8 @@ def _train(of: TrainPhase, video: bool) -> Program:
         "optimizer": _share(state.groups),
         "batch": _share(batch),
     }
-    return Program(
-        of.lower(), arguments, _work(of, video), of.trained, phase_steps(of.cfg, of.number)
-    )
+    steps = phase_steps(of.cfg, of.number)
+    return Program(of.lower(), arguments, _work(of, video), of.trained, steps, of.options)
 
 
 def _eval(of: TrainPhase, video: bool) -> Program:
@@ -229,7 +231,7 @@ def _weights(of: TrainPhase) -> Weights:
     )
     lowered = pack.lower(params)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
-    with chips.uncached(of.layout.mesh.devices.flat):
+    with uncached(of.layout.mesh.devices.flat[0]):
         return _put(shapes, lowered.compile().output_shardings)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 
-from evlm_jax.planning.chips import Chip
+from evlm_jax.parallel.chips import Chip
 from evlm_jax.planning.compiled import Costs, Transfer
 
 HOST = 8  # GPUs that NVLink joins

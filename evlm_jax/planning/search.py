@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from evlm_jax.config import EVLMConfig
+from evlm_jax.parallel.chips import GIB
 from evlm_jax.parallel.mesh import ROWS, make_layout, mesh_sizes
 from evlm_jax.paths import write
 from evlm_jax.planning import chips
@@ -151,6 +152,6 @@ def _line(report: dict) -> str:
     if not report["fits"]:
         return f"{head}: does not fit"
     time = report.get("time")
-    return f"{head}: {report['memory']['peak'] / chips.GIB:.1f} GiB" + (
+    return f"{head}: {report['memory']['peak'] / GIB:.1f} GiB" + (
         f", {time['seconds']:.3f} s, {time['binds']} binds" if time else ""
     )

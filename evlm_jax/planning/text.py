@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-from evlm_jax.planning.chips import GIB
+from evlm_jax.parallel.chips import GIB
+from evlm_jax.parallel.compiler import told
 
 VERDICTS = {True: "fits", False: "does not fit", None: "cannot be"}
 
@@ -21,6 +22,7 @@ def show(report: dict) -> str:
             f" on {report['topology']}"
         ),
         f"mesh {mesh}; {policies}",
+        *([told(report["options"])] if report["options"] else []),
         "",
         *table(("arguments", "count", "GiB a device"), arguments),
         "",

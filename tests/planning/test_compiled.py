@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evlm_jax.parallel.compiler import uncached
 from evlm_jax.planning import chips
 from evlm_jax.planning.compiled import Costs, Transfer, costs
 from evlm_jax.planning.hlo import Instruction, Module, replica_group
@@ -42,7 +43,7 @@ def texts(tmp_path_factory) -> dict:
     }
     if importlib.util.find_spec("libtpu"):
         devices, _ = chips.devices("v5e:2x4")
-        with chips.uncached(devices):
+        with uncached(devices[0]):
             compiled = {name: lowered.compile() for name, lowered in build(devices).items()}
         found["tpu"] = {
             name: (done.as_text(), done.memory_analysis().temp_size_in_bytes)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from evlm_jax.parallel.chips import CHIPS
+from evlm_jax.parallel.compiler import uncached
 from evlm_jax.planning import chips, compiled, cycles
 from evlm_jax.planning.compiled import Costs, Operation, Transfer
 from evlm_jax.planning.hlo import Module
@@ -62,9 +64,7 @@ def test_a_pinned_program():
         ("all-reduce", False): 2 * LAYERS,
         ("all-reduce", True): 0,
     }
-    step = cycles.step(
-        chips.CHIPS["v5p"], costs, [Device(i) for i in range(DEVICES)], lambda name: "all"
-    )
+    step = cycles.step(CHIPS["v5p"], costs, [Device(i) for i in range(DEVICES)], lambda name: "all")
     assert step.parts["all"] == pytest.approx(by_hand(text) / 1.75e9, rel=1e-6)
     assert step.guessed < 1e-6
     assert step.hidden == pytest.approx({"ici": 2 * LAYERS * GATHERED})
@@ -77,7 +77,7 @@ def test_a_pinned_program():
 def test_what_has_no_estimate_and_what_hides():
     """A kernel's products at half the peak, other operations by the roofline; transfers beside
     operations count where they take longer than all of them."""
-    chip = chips.CHIPS["v5p"]
+    chip = CHIPS["v5p"]
     devices = [Device(i) for i in range(DEVICES)]
     costs = Costs()
     costs.operations.update(
@@ -96,7 +96,7 @@ def test_what_has_no_estimate_and_what_hides():
     assert step.seconds == pytest.approx(6)
     costs.transfers[Transfer("all-gather", tuple(range(8)), int(600e9 * 8 / 7), True)] = 9
     assert cycles.step(chip, costs, devices, lambda name: name).seconds == pytest.approx(10)
-    assert cycles.step(chips.CHIPS["h100"], costs, devices, lambda name: name) is None
+    assert cycles.step(CHIPS["h100"], costs, devices, lambda name: name) is None
 
 
 @needs_compiler
@@ -108,7 +108,7 @@ def test_the_clock_of_a_chip(topology):
     one = jax.ShapeDtypeStruct(
         (4096, 4096), jnp.bfloat16, sharding=SingleDeviceSharding(devices[0])
     )
-    with chips.uncached(devices):
+    with uncached(devices[0]):
         text = jax.jit(jnp.dot).lower(one, one).compile().as_text()
     taken = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text))) / chip.clock
     share = 2 * 4096**3 / (chip.flops / chip.cores) / taken

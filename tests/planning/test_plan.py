@@ -11,6 +11,7 @@ from benchmarks import pods
 from evlm_jax import flops
 from evlm_jax.cli import main
 from evlm_jax.config.load import load_config
+from evlm_jax.parallel.chips import CHIPS
 from evlm_jax.planning import chips, roofline, search
 from evlm_jax.planning.compiled import Costs, Operation, Transfer
 from evlm_jax.planning.plan import OTHER, cube, plan
@@ -138,7 +139,7 @@ def test_several_slices():
     assert (
         gradients * 0.9 < between["all-reduce between slices"] < gradients * 1.5
     )  # with embeddings, norms and the loss, in float32
-    assert report["time"]["dcn"] == pytest.approx(sum(between.values()) / chips.CHIPS["v5e"].dcn)
+    assert report["time"]["dcn"] == pytest.approx(sum(between.values()) / CHIPS["v5e"].dcn)
 
 
 @tpu
@@ -236,7 +237,7 @@ def test_seconds_of_a_step():
     """Two operations, one held up by each unit; a hidden copy; a sum over 4 of 8 GPUs."""
     devices, chip = (
         [type("Device", (), {"platform": "gpu", "id": i}) for i in range(8)],
-        chips.CHIPS["h100"],
+        CHIPS["h100"],
     )
     costs = Costs()
     costs.operations.update(

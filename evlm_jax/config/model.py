@@ -72,13 +72,14 @@ class RopeScaling:
     (models/rotary.py).
 
     Frequencies that turn more than `fast` times in `original` tokens stay, those below `slow` are
-    divided by `factor`; "linear" divides all.
+    divided by `factor`; "linear" divides all. "dynamic" makes the base of a document grow that is
+    longer than `original`.
     """
 
-    kind: Literal["linear", "yarn", "llama3"]
+    kind: Literal["linear", "dynamic", "yarn", "llama3"]
     factor: PositiveFloat
-    original: Count = 0  # tokens; this and the next two are not of "linear"
-    slow: PositiveFloat = 1.0
+    original: Count = 0  # tokens; not of "linear"
+    slow: PositiveFloat = 1.0  # this and the next are of "yarn" and "llama3"
     fast: PositiveFloat = 32.0
     attention: PositiveFloat = 1.0  # on cos and sin
     truncate: bool = True  # yarn: what stays begins and ends at whole numbers of frequencies

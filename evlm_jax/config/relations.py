@@ -115,6 +115,11 @@ def layers(llm: LLMConfig) -> list[Relation]:
             "llm.rotary_share",
             f"must leave an even part of llm.head_dim = {llm.head_dim}",
         ),
+        (
+            scaling is None or scaling.kind != "dynamic" or llm.rotary_width > 2,
+            "llm.rope_scaling.kind",
+            "can be dynamic where more than two dimensions of a head turn",
+        ),
         (turned, "llm.rope_scaling.original", "must be positive: the tokens of the first training"),
         (
             scaling is None or scaling.slow < scaling.fast,

@@ -12,6 +12,7 @@ from typing import Any
 KEYS = {  # by rope_type, what else is read
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": (
         "factor",
         "original_max_position_embeddings",
@@ -133,6 +134,10 @@ def _scaling(name: str, said: dict, config: dict) -> dict[str, Any]:
         _number(key, value)
     if name == "linear":
         return {"factor": _needed(said, "factor")}
+    if name == "dynamic":  # for which transformers reads no other length
+        original = config.get("max_position_embeddings")
+        _number("max_position_embeddings", original)
+        return {"factor": _needed(said, "factor"), "original": original}
     own, beside = (
         one.get("original_max_position_embeddings") for one in (said, config)
     )  # what stands beside wins in transformers

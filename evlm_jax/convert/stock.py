@@ -64,6 +64,7 @@ def _candidates(llm: LLMConfig) -> Iterator[dict[str, Any]]:
         fields = _fields(llm) | _layers(llm) | _scales(llm)
         fields |= _rope(llm, KINDS[name].rotary.near is not None)
         known = KINDS[name].read.keys() | {"rope_theta", "rope_parameters"}
+        known |= {"max_position_embeddings"}
         if "layer_types" in known and not fields["sliding_window"]:
             del fields["sliding_window"]  # some classes ask for one even where no layer has it
         yield {"architectures": [architecture], "model_type": name} | {
@@ -106,7 +107,7 @@ def _rope(llm: LLMConfig, by_kind: bool) -> dict[str, Any]:
         far["partial_rotary_factor"] = llm.rotary_share
     if scaling := llm.rope_scaling:
         names = {"factor": "factor"}
-        if scaling.kind != "linear":
+        if scaling.kind in ("llama3", "yarn"):
             names |= {"original": "original_max_position_embeddings"}
         if scaling.kind == "llama3":
             names |= {"slow": "low_freq_factor", "fast": "high_freq_factor"}
@@ -115,13 +116,18 @@ def _rope(llm: LLMConfig, by_kind: bool) -> dict[str, Any]:
             names |= {} if scaling.truncate else {"truncate": "truncate"}
         far |= {"rope_type": scaling.kind}
         far |= {theirs: getattr(scaling, ours) for ours, theirs in names.items()}
+    known = (
+        {"max_position_embeddings": scaling.original}
+        if scaling and scaling.kind == "dynamic"
+        else {}
+    )
     if not by_kind:
-        return {"rope_theta": llm.rope_theta, "rope_parameters": far}
+        return known | {"rope_theta": llm.rope_theta, "rope_parameters": far}
     near = [
         base for window, (base, _) in zip(llm.layer_windows, llm.layer_ropes, strict=True) if window
     ]
     near = {"rope_type": "default", "rope_theta": near[0] if near else llm.rope_theta}
-    return {"rope_parameters": {FULL[0]: far, SLIDING: near}}
+    return known | {"rope_parameters": {FULL[0]: far, SLIDING: near}}
 
 
 def _scales(llm: LLMConfig) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def read_prompts(
     cross = project(cfg, weights, views, prompt.image) if cfg.cross_layers else None
     index = jnp.arange(length)
     mask = jnp.broadcast_to(index <= index[:, None], (rows, length, length))
-    positions = jnp.broadcast_to(index, (rows, length))
+    positions = jnp.minimum(index, prompt.length[:, None] - 1)  # padding makes no text longer
 
     attend = self_attention_op(cfg.llm.scales.query, cfg.llm.scales.score_cap)
     look = cross_attention_op(cfg)

@@ -5,6 +5,7 @@ Tables of all are made once, and every layer picks its own by number. They are s
 transformers' modeling_rope_utils.py."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,10 @@ def rope_tables(cfg: LLMConfig, positions: jax.Array, theta: jax.Array | None = 
     """
     tables = []
     for base, scaled in dict.fromkeys(cfg.layer_ropes):
-        inverse = frequencies(cfg, base if theta is None else theta, scaled)
+        own = base if theta is None else theta
+        if scaled and cfg.rope_scaling.kind == "dynamic":
+            own = own * _growth(cfg, positions)
+        inverse = frequencies(cfg, own, scaled)
         angle = positions[..., None, None].astype(jnp.float32) * inverse
         factor = cfg.rope_scaling.attention if scaled else 1.0
         tables.append([f(angle) if factor == 1 else f(angle) * factor for f in (jnp.cos, jnp.sin)])
@@ -40,8 +44,8 @@ def layer_rope(cfg: LLMConfig, tables: Rope, number: jax.Array | int) -> Rope:
 
 
 def frequencies(cfg: LLMConfig, base: float | jax.Array, scaled: bool) -> jax.Array:
-    """Angles by which the dimensions of a head turn at each position, [r/2]; [B, 1, 1, r/2] for
-    bases [B, 1, 1, 1]. A base of 0 turns nothing.
+    """Angles by which the dimensions of a head turn at each position, [r/2]; [.., 1, 1, r/2] for
+    bases [.., 1, 1]. A base of 0 turns nothing.
     """
     width = cfg.rotary_width
     if isinstance(base, float) and not base:
@@ -50,10 +54,26 @@ def frequencies(cfg: LLMConfig, base: float | jax.Array, scaled: bool) -> jax.Ar
     return _scaled(cfg.rope_scaling, inverse, base, width) if scaled else inverse
 
 
+def _growth(cfg: LLMConfig, positions: jax.Array) -> jax.Array:
+    """What the base of each token is multiplied by, [B, T, 1, 1], by the length of its document,
+    which begins where positions [B, T] are 0: of a branching one by its longest dialog. D-GEN-12.
+    """
+    scaling, width = cfg.rope_scaling, cfg.rotary_width
+    document = jnp.cumsum(positions == 0, 1)
+    last = jax.vmap(partial(jax.ops.segment_max, num_segments=positions.shape[1] + 1))(
+        positions, document
+    )
+    length = jnp.take_along_axis(last, document, 1)[..., None, None] + 1
+    times = jnp.maximum(length / scaling.original, 1)
+    return (scaling.factor * times - (scaling.factor - 1)) ** (width / (width - 2))
+
+
 def _scaled(scaling: RopeScaling, inverse: jax.Array, base: float, width: int) -> jax.Array:
     """Frequencies [r/2] between those of plain positions, which fast ones keep, and those of
     positions divided by `factor`.
     """
+    if scaling.kind == "dynamic":
+        return inverse  # the base has grown instead
     if scaling.kind == "linear":
         return inverse / scaling.factor
     if scaling.kind == "llama3":  # by turns within the original context

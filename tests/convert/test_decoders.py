@@ -5,6 +5,7 @@ the cache, and back.
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from evlm_jax.checkpoint.lazy_tensors import read_all
 from evlm_jax.checkpoint.safetensors_file import read_folder, write_folder
 from evlm_jax.convert import engine
+from evlm_jax.convert.describe_decoder import describe_decoder
 from evlm_jax.convert.export import in_names_of
 from evlm_jax.convert.families import GGUF, KINDS
 from evlm_jax.convert.readers import open_source
@@ -49,6 +51,7 @@ YARN = {
     "original_max_position_embeddings": 16,
     "beta_fast": 4.0,
 }
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e3, "factor": 3.0}
 SLIDING, FULL = "sliding_attention", "full_attention"
 CASES = {  # "model type, what is unusual": fields of its config
     "llama, llama3": {"rope_parameters": LLAMA3, "head_dim": 10},
@@ -59,6 +62,17 @@ CASES = {  # "model type, what is unusual": fields of its config
     "llama, linear, gelu": {
         "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4},
         "hidden_act": "gelu",
+    },
+    "llama, dynamic": {"rope_parameters": DYNAMIC, "max_position_embeddings": 16},
+    "gemma3_text, dynamic": {
+        "head_dim": 10,
+        "sliding_window": 8,
+        "layer_types": [SLIDING, FULL, FULL],
+        "max_position_embeddings": 30,  # within the answer
+        "rope_parameters": {
+            FULL: DYNAMIC,
+            SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+        },
     },
     "mistral": {"sliding_window": 11, "head_dim": 10},
     "mistral, wider than the prompt": {"sliding_window": 30, "num_key_value_heads": 1},
@@ -143,7 +157,12 @@ CASES = {  # "model type, what is unusual": fields of its config
         },
     },
 }
-OFTEN = ("llama, llama3", "mistral", "gemma3_text")  # what others compute as well; they are slow
+OFTEN = (
+    "llama, llama3",
+    "llama, dynamic",
+    "mistral",
+    "gemma3_text",
+)  # what others compute as well; they are slow
 
 
 def written(folder: Path, case: str, seed: int):
@@ -164,6 +183,17 @@ def logits(model, tokens: np.ndarray) -> np.ndarray:
         return model(torch.tensor(tokens)[None], use_cache=False).logits[0].numpy()
 
 
+def logits_by_cache(model, prompt: np.ndarray, answer: np.ndarray) -> np.ndarray:
+    """[1 + n, vocab] behind a prompt and each token of an answer, read one at a time."""
+    logits(model, prompt[:3])  # dynamic positions keep the base of the longest text before a short
+    held, found = transformers.DynamicCache(config=model.config), []
+    with torch.no_grad():
+        for tokens in (prompt, *answer[:, None]):
+            out = model(torch.tensor(tokens)[None], past_key_values=held, use_cache=True)
+            found.append(out.logits[0, -1].numpy())
+    return np.stack(found)
+
+
 @pytest.mark.parametrize(
     "case, seed",
     [
@@ -180,9 +210,9 @@ def test_a_family_there_and_back(tmp_path, case, seed):
     model = load(cfg, str(tmp_path / "in"), "llm")
     assert relative(text_logits(cfg, model, tokens), reference) <= 1e-5
     cached = answer_logits(model, [tokens[:PROMPT], tokens[:5]], np.stack([tokens[PROMPT:]] * 2))
-    assert relative(cached[0], reference[PROMPT - 1 :]) <= 1e-5
-    other = logits(theirs, np.concatenate([tokens[:5], tokens[PROMPT:]]))[4:]
-    assert relative(cached[1], other) <= 1e-5
+    for length, ours in ((PROMPT, cached[0]), (5, cached[1])):
+        answer = logits_by_cache(theirs, tokens[:length], tokens[PROMPT:])
+        assert relative(ours, answer) <= 1e-5
     exported(tmp_path / "out", cfg, engine.open_tower(cfg, open_source(tmp_path / "in"), "llm"))
     again = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", attn_implementation="eager"
@@ -193,6 +223,25 @@ def test_a_family_there_and_back(tmp_path, case, seed):
     before, after = (read_all(read_folder(tmp_path / side)) for side in ("in", "out"))
     assert before.keys() == after.keys()
     assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+
+
+@pytest.mark.parametrize("length", [12, 40])
+def test_dynamic_positions_of_exported_code(length):
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    from evlm_jax.convert.torch_model.plain_evlm import EVLMParts
+
+    config = transformers.LlamaConfig(**SIZES | CASES["llama, dynamic"])
+    llm = describe_decoder(Path(), config.to_dict())
+    model = SimpleNamespace(
+        config=SimpleNamespace(llm=llm), training=False, _window=dict.fromkeys(range(3), 0).get
+    )
+    mask = torch.nn.functional.pad(torch.ones(2, length, dtype=torch.long), (4, 0))
+    cos, sin, _ = next(EVLMParts._rope(model, mask, length, llm["rope_theta"]))
+    theirs = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(length)[None])
+    half = theirs[0].shape[-1] // 2
+    for one, other in zip((cos, sin), theirs, strict=True):
+        np.testing.assert_allclose(one[1, 0], other[0, :, :half], atol=1e-5)
 
 
 def exported(folder: Path, cfg, tower) -> None:

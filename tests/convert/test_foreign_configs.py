@@ -14,7 +14,22 @@ CFG = tiny_config()
 NOT_LLAMA = {  # of config.json: what the error names
     "rope_scaling, the old key": (
         {"rope_scaling": {"type": "dynamic", "factor": 8.0}},
-        "rope_type 'dynamic'",
+        "max_position_embeddings None",
+    ),
+    "longrope": (
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+        "rope_type 'longrope'",
+    ),
+    "two contexts": (
+        {
+            "max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "factor": 8.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+        "original_max_position_embeddings 32",
     ),
     "rope_scaling": (
         {

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .towers_evlm import LLM, MLP, Config, ViT, attend, call, frequencies, split_heads
+from .towers_evlm import LLM, MLP, Config, ViT, attend, call, frequencies, growth, split_heads
 
 
 class Experts(nn.Module):
@@ -268,6 +268,8 @@ class EVLMParts:
             scaled = scaling and (scaling["layers"] == "all" or not self._window(layer))
             if (base, scaled) not in tables:
                 own = theta if base is None else base
+                if scaled and scaling["kind"] == "dynamic" and base != 0:
+                    own = own * growth(cfg, attention_mask.sum(1)[:, None, None, None])
                 inverse, factor = frequencies(cfg, own, scaled, position.device)
                 angle = position * inverse
                 tables[base, scaled] = angle.cos() * factor, angle.sin() * factor

@@ -246,6 +246,8 @@ def frequencies(cfg, base, scaled, device):
     if not scaled:
         return plain, 1.0
     s = Config(cfg.rope_scaling)
+    if s.kind == "dynamic":  # the base has grown instead
+        return plain, s.attention
     if s.kind == "linear":
         return plain / s.factor, s.attention
     if s.kind == "llama3":
@@ -260,6 +262,13 @@ def frequencies(cfg, base, scaled, device):
         kept = 1 - (number / 2 - first) / (last - first or 0.001)
     kept = kept.clamp(0, 1)
     return plain * kept + plain / s.factor * (1 - kept), s.attention
+
+
+def growth(cfg, length):
+    """What the rotary base is multiplied by in a text of `length` tokens, where it is dynamic."""
+    factor, width = cfg.rope_scaling["factor"], int(cfg.head_dim * cfg.rotary_share)
+    times = (length / cfg.rope_scaling["original"]).clamp(min=1)
+    return (factor * times - (factor - 1)) ** (width / (width - 2))
 
 
 class SelfAttention(nn.Module):

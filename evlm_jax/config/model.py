@@ -29,7 +29,8 @@ class ViTConfig:
     image_size: Positive  # pixels of the square input; S = (image_size / patch)**2 + prefix tokens
     pretrained_size: Positive  # pixels the stored position table was trained at
     norm: Literal["pre", "res_post"]  # x + f(norm(x)) or x + norm(f(x))
-    bias: Literal["all", "qv"]  # "qv": no bias on the keys
+    # "qv": no bias on the keys; "out": none on queries, keys and values; "none": none in blocks
+    bias: Literal["all", "qv", "out", "none"]
     activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]  # "gelu" is by erf
     layer_scale: bool  # a factor a channel behind attention and MLP
     class_token: bool  # in front of the patches, with a position
@@ -49,6 +50,10 @@ class ViTConfig:
     # base of rotary positions of the patches, in place of a table; 0: the table (DINOv3 has 100)
     rotary: NonNegative = 0.0
     gated: bool = False  # the MLP is fc2(activation(fc1(x)) * up(x)): DINOv2 giant
+    norm_kind: Literal["layer", "rms"] = "layer"  # of all norms of the tower (AIMv2 has RMSNorm)
+    patch_norm: bool = False  # a norm of the patches before their positions are added: AIMv2
+    # "all": an RMSNorm over the queries and one over the keys of all heads (InternViT)
+    qk_norm: Literal["none", "all"] = "none"
 
     @property
     def grid(self) -> int:

@@ -81,9 +81,7 @@ def fields_of(path: Path, config: dict) -> dict[str, Any]:
     silent |= {"rope_local_base_freq"} if kind.rotary and kind.rotary.near else set()
     if kind.tower == "vit":
         silent |= {"is_causal", "tie_word_embeddings"}
-    off = {
-        field: values for field, values in OFF.items() if field in config and field not in silent
-    }
+    off = {field: OFF[field] for field in OFF.keys() & config.keys() - silent - kind.read.keys()}
     found = settled(path, where, config, kind.read, off | kind.fixed, silent)
     return found | (rotary(path, config, kind.rotary) if kind.rotary else {})
 

@@ -31,7 +31,8 @@ INERT = frozenset(  # fields of any config.json that change no output of a whole
     " _attn_implementation_autoset cache_implementation"
     " chunk_size_feed_forward bf16 fp16 fp32 use_flash_attn"
     " softmax_in_fp32 use_mask_token apply_layernorm reshape_hidden_states out_features out_indices"
-    " stage_names vision_use_head logit_scale_init_value onnx use_cache_kernel".split()
+    " stage_names vision_use_head use_head use_mean_pooling projection_dropout"
+    " layer_scale_init_value logit_scale_init_value onnx use_cache_kernel".split()
 )
 OFF = {  # fields of any config.json that must be as given, where they are there
     name: (False, {False})
@@ -165,6 +166,30 @@ DINOV3 = ENCODER | {
 }
 DINOV3_FIXED = {"use_gated_mlp": (False, {False}), "key_bias": (False, {False})}
 DINOV3_FIXED |= dict.fromkeys(("query_bias", "value_bias", "proj_bias", "mlp_bias"), (True, {True}))
+AIMV2 = ENCODER | {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 8,
+    "patch_size": 14,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "qkv_bias": False,
+    "mlp_bias": False,
+}
+INTERNVIT = ENCODER | {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 448,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+    "norm_type": "layer_norm",
+    "attention_bias": False,
+    "use_qk_norm": False,
+}
 IMAGES = {"num_channels": (3, {3})}
 ONE_BIAS = {"qkv_bias": (True, {True})}
 
@@ -284,6 +309,20 @@ KINDS = {
     "clip_vision_model": Kind("clip", "vit", CLIP, IMAGES),
     "metaclip_2_vision_model": Kind("clip", "vit", CLIP, IMAGES),
     "siglip_vision_model": Kind("siglip", "vit", SIGLIP, IMAGES, note="fixed resolution"),
+    "aimv2_vision_model": Kind(
+        "aimv2",
+        "vit",
+        AIMV2,
+        IMAGES | {"is_native": (False, {False})},
+        note="positions are a table; biases everywhere or nowhere",
+    ),
+    "internvl_vision": Kind(
+        "internvit",
+        "vit",
+        INTERNVIT,
+        IMAGES | {"use_absolute_position_embeddings": (True, {True})},
+        note="norms of q and k with an eps of 1e-6",
+    ),
 }
 GGUF = {  # llama.cpp's architectures: family of tables_decoder.py
     "llama": "llama-gguf",
@@ -292,7 +331,9 @@ GGUF = {  # llama.cpp's architectures: family of tables_decoder.py
     "gemma3": "gemma3-gguf",
 }
 WHOLE = {
+    "aimv2": "aimv2_vision_model",
     "clip": "clip_vision_model",
+    "internvl": "internvl_vision",
     "metaclip_2": "metaclip_2_vision_model",
     "siglip": "siglip_vision_model",
 }  # their vision_config is read, the rest is no part of it

@@ -1,7 +1,7 @@
 """What `evlm convert families` prints: every kind of file and every model type of transformers,
 with the verdict, out of the tables that decide it. docs/conversion.md has the same."""
 
-from evlm_jax.convert.describe import ALONE
+from evlm_jax.convert.describe_vision import ALONE
 from evlm_jax.convert.export import FILES as WRITTEN_FILES
 from evlm_jax.convert.export import FORMATS
 from evlm_jax.convert.families import GGUF, KINDS, WHOLE

@@ -25,7 +25,8 @@ LANGUAGE = (
     " whisper xglm xlm xlm-roberta xlm-roberta-xl xlnet xlstm xmod youtu zamba zamba2 zaya "
 ).split()
 VISION = (
-    "aimv2_vision_model align align_vision_model altclip altclip_vision_model aya_vision beit bit"
+    "aimv2"
+    " aimv2_vision_model align align_vision_model altclip altclip_vision_model aya_vision beit bit"
     " blip blip-2 blip_2_vision_model blip_vision_model bridgetower_vision_model chinese_clip"
     " chinese_clip_vision_model clip clip_vision_model clipseg clipseg_vision_model cohere2_vision"
     " cohere_compass_vision conditional_detr convnext convnextv2 cosmos3_edge_vision cvt dab-detr"
@@ -38,7 +39,7 @@ VISION = (
     " granite_docling_vision groupvit groupvit_text_model groupvit_vision_model hgnet_v2 hiera"
     " hunyuan_vl_vision hyperclovax_vision_v2 idefics2_vision idefics3_vision idefics_vision ijepa"
     " imagegpt inkling2_vision inkling_vision instructblip_vision_model"
-    " instructblipvideo_vision_model internvl_vision janus_vision_model kimi_k25_vision"
+    " instructblipvideo_vision_model internvl internvl_vision janus_vision_model kimi_k25_vision"
     " kosmos_2_5_vision_model kosmos_2_vision_model levit lfm3_vl_vision llama4_vision_model"
     " llava_onevision lw_detr_vit metaclip_2 metaclip_2_vision_model minicpm_ocr_vision"
     " minicpmv4_6_vision minicpmv4_7_vision minimax_m3_vl_vision mlcd mlcd_vision_model"

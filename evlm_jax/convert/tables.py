@@ -151,6 +151,57 @@ def _siglip() -> Family:
     )
 
 
+def _aimv2() -> Family:
+    """Hugging Face's Aimv2VisionModel, alone or inside Aimv2Model; the pooling head is dropped."""
+    foreign, path = "encoder.layers.{}", "vit/blocks/{}"
+    names = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "o"}
+    gated = {"gate_proj": "fc1", "up_proj": "up", "down_proj": "fc2"}
+    rows = (
+        row("embeddings.position_embedding.weight", "vit/pos"),
+        *patch("embeddings.patch_embed"),
+        row("embeddings.rms_norm.weight", "vit/patch_norm/scale"),
+        *(
+            one
+            for theirs, ours in names.items()
+            for one in linear(f"{foreign}.attention.{theirs}", f"{path}/attn/{ours}")
+        ),
+        *(
+            one
+            for theirs, ours in gated.items()
+            for one in linear(f"{foreign}.ffn.{theirs}", f"{path}/mlp/{ours}")
+        ),
+        *(row(f"{foreign}.rms_norm{i}.weight", f"{path}/norm{i}/scale") for i in "12"),
+    )
+    drop = dict.fromkeys((r"rms_norm\.weight", r"head\..*"), UNUSED)
+    signature, prefixes = "embeddings.rms_norm.weight", ("", "vision_model.")
+    return Family("aimv2", "vit", signature, rows, prefixes, drop, drop_outside=True)
+
+
+def _internvit() -> Family:
+    """Hugging Face's InternVLVisionModel, alone or inside InternVLForConditionalGeneration."""
+    foreign, path = "encoder.layer.{}", "vit/blocks/{}"
+    names = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "projection_layer": "o"}
+    rows = (
+        row("embeddings.cls_token", "vit/cls", "1 1 v -> v"),
+        row("embeddings.position_embeddings", "vit/pos", "1 s v -> s v"),
+        *patch("embeddings.patch_embeddings.projection"),
+        *(
+            one
+            for theirs, ours in names.items()
+            for one in linear(f"{foreign}.attention.{theirs}", f"{path}/attn/{ours}")
+        ),
+        *(row(f"{foreign}.attention.{x}_norm.weight", f"{path}/attn/{x}_norm/scale") for x in "qk"),
+        *norm(f"{foreign}.layernorm_before", f"{path}/norm1"),
+        *norm(f"{foreign}.layernorm_after", f"{path}/norm2"),
+        *linear(f"{foreign}.mlp.fc1", f"{path}/mlp/fc1"),
+        *linear(f"{foreign}.mlp.fc2", f"{path}/mlp/fc2"),
+        *(row(f"{foreign}.lambda_{i}", f"{path}/scale{i}") for i in "12"),
+    )
+    drop = dict.fromkeys((r"embeddings\.mask_token", r"layernorm\.(weight|bias)"), UNUSED)
+    signature, prefixes = "encoder.layer.0.lambda_1", ("", "vision_tower.", "model.vision_tower.")
+    return Family("internvit", "vit", signature, rows, prefixes, drop, drop_outside=True)
+
+
 def _eva() -> Family:
     """EVA02-CLIP-E in the names of the EVA repository, of timm and of open_clip: fused qkv without
     bias, a bias for q and for v.
@@ -192,8 +243,10 @@ def _evlm_vit() -> tuple[NameRow, ...]:
         *(row(f"vit.{name}", f"vit/{name}") for name in places),
         *(NameRow(f"vit.places.{name}", (f"vit/{name}",), written=False) for name in places),
         *patch("vit.patch"),
+        *norm("vit.patch_norm", "vit/patch_norm"),
         *norm("vit.embed_norm", "vit/embed_norm"),
         *(one for x in "qkvo" for one in linear(f"{block}.attn.{x}", f"{path}/attn/{x}")),
+        *(row(f"{block}.attn.{x}_norm.weight", f"{path}/attn/{x}_norm/scale") for x in "qk"),
         *(one for i in "12" for one in norm(f"{block}.norm{i}", f"{path}/norm{i}")),
         *(
             one
@@ -321,6 +374,8 @@ FAMILIES = (
     _dinov3(),
     _clip(),
     _siglip(),
+    _aimv2(),
+    _internvit(),
     _eva(),
     *DECODERS,
     _evlm(),

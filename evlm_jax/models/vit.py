@@ -1,9 +1,9 @@
 """A ViT that returns the outputs of chosen blocks and computes nothing above the highest of them.
 
-DINOv2, EVA02-CLIP-E and CLIP are the same code by three choices: where the norms stand, which
-biases exist, and the activation. Blocks live in a list of stacks cut at the taps and at the freeze
-boundaries, one scan each, so that a tap is the carry between two scans and a frozen stack costs no
-backward pass. No final norm: taps are raw residual streams."""
+Families are the same code by choices, those of ViTConfig: which norms and where, which biases, the
+activation, positions. Blocks live in a list of stacks cut at the taps and at the freeze boundaries,
+one scan each, so that a tap is the carry between two scans and a frozen stack costs no backward
+pass. No final norm: taps are raw residual streams."""
 
 import math
 
@@ -14,7 +14,7 @@ from flax import nnx
 
 from evlm_jax.config import ViTConfig
 from evlm_jax.models.attention import attention
-from evlm_jax.models.layers import MLP, REMAT, LayerNorm, Linear, heads, param, stack
+from evlm_jax.models.layers import MLP, REMAT, LayerNorm, Linear, RMSNorm, heads, param, stack
 from evlm_jax.models.rotary import Rope, rotate
 from evlm_jax.ops.matmul import operand_dtype, product
 from evlm_jax.parallel.sharding import gathered_weight, shard
@@ -32,19 +32,30 @@ def patch_rope(cfg: ViTConfig) -> Rope:
     return jnp.cos(angle), jnp.sin(angle)
 
 
+def make_norm(cfg: ViTConfig, rngs: nnx.Rngs) -> LayerNorm | RMSNorm:
+    """A norm of the residual stream."""
+    return {"layer": LayerNorm, "rms": RMSNorm}[cfg.norm_kind](cfg.width, cfg.eps, rngs)
+
+
 class SelfAttention(nnx.Module):
     """Bidirectional attention within one image."""
 
     def __init__(self, cfg: ViTConfig, rngs: nnx.Rngs):
         square, axes = (cfg.width, cfg.width), ("vision", "vision_heads")
-        self.q = Linear(square, axes, rngs, bias=True)
+        self.q = Linear(square, axes, rngs, bias=cfg.bias in ("all", "qv"))
         self.k = Linear(square, axes, rngs, bias=cfg.bias == "all")
-        self.v = Linear(square, axes, rngs, bias=True)
-        self.o = Linear(square, axes[::-1], rngs, bias=True)
+        self.v = Linear(square, axes, rngs, bias=cfg.bias in ("all", "qv"))
+        self.o = Linear(square, axes[::-1], rngs, bias=cfg.bias != "none")
+        self.q_norm, self.k_norm = (
+            RMSNorm(cfg.width, cfg.eps, rngs) if cfg.qk_norm == "all" else None for _ in "qk"
+        )
         self.head_dim, self.cfg = cfg.width // cfg.heads, cfg
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        q, k, v = (heads(project(x), self.head_dim) for project in (self.q, self.k, self.v))
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (heads(a, self.head_dim) for a in (q, k, v))
         if self.cfg.rotary:
             q, k = (rotate(a, patch_rope(self.cfg)) for a in (q, k))
         return self.o(attention(q, k, v).reshape(x.shape))
@@ -54,11 +65,12 @@ class Block(nnx.Module):
     """One transformer block; `norm` and `layer_scale` choose its form."""
 
     def __init__(self, cfg: ViTConfig, rngs: nnx.Rngs):
-        self.norm1 = LayerNorm(cfg.width, cfg.eps, rngs)
+        self.norm1 = make_norm(cfg, rngs)
         self.attn = SelfAttention(cfg, rngs)
-        self.norm2 = LayerNorm(cfg.width, cfg.eps, rngs)
+        self.norm2 = make_norm(cfg, rngs)
         axes = ("whole", "vision_mlp")
-        self.mlp = MLP(cfg.width, cfg.mlp, cfg.activation, True, rngs, axes, cfg.gated)
+        bias = cfg.bias != "none"
+        self.mlp = MLP(cfg.width, cfg.mlp, cfg.activation, bias, rngs, axes, cfg.gated)
         self.scale1 = param(rngs, (cfg.width,), ("norm",), value=1.0) if cfg.layer_scale else None
         self.scale2 = param(rngs, (cfg.width,), ("norm",), value=1.0) if cfg.layer_scale else None
         self.pre = cfg.norm == "pre"
@@ -109,7 +121,8 @@ class ViT(nnx.Module):
         table = (cfg.grid**2 + cfg.class_token, v)
         self.pos = None if cfg.rotary else param(rngs, table, ("whole", "norm"), std=0.02)
         self.patch = Patch(cfg, rngs)
-        self.embed_norm = LayerNorm(v, cfg.eps, rngs) if cfg.embed_norm else None
+        self.patch_norm = make_norm(cfg, rngs) if cfg.patch_norm else None
+        self.embed_norm = make_norm(cfg, rngs) if cfg.embed_norm else None
         self.stacks = nnx.List(
             [
                 stack(lambda r: Block(cfg, r), stop - start, rngs)
@@ -142,6 +155,7 @@ class ViT(nnx.Module):
             .reshape(b, g * g, p * p * 3)
         )
         x = self.patch(patches)
+        x = x if self.patch_norm is None else self.patch_norm(x)
         pos = None if self.pos is None else self.pos[...].astype(x.dtype)
 
         def repeat(tokens):

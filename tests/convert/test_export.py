@@ -25,7 +25,7 @@ from tests.helpers.random_model import random_model
 from tests.helpers.tiny import tiny_config
 
 TOWERS = {
-    "dinov2, tied Llama": {},
+    "internvit, tied Llama": {"vit": {"bias": "out", "qk_norm": "all"}},
     "eva, Qwen": {
         "vit": {"norm": "res_post", "bias": "qv", "layer_scale": False},
         "llm": {"qkv_bias": True, "tied": False, "kv_heads": 4},
@@ -41,8 +41,15 @@ TOWERS = {
         },
         "xattn": {"sinks": 0},
     },
-    "siglip, shared keys": {
-        "vit": {"layer_scale": False, "class_token": False, "activation": "gelu_tanh"},
+    "aimv2, shared keys": {
+        "vit": {
+            "layer_scale": False,
+            "class_token": False,
+            "activation": "gelu_tanh",
+            "norm_kind": "rms",
+            "patch_norm": True,
+            "bias": "none",
+        },
         "xattn": {"every": 2, "first": 1, "sinks": 2, "heads": 4, "kv_heads": 2, "kv_norm": False},
     },
     "dinov2 giant, with registers": {

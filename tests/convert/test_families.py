@@ -129,11 +129,11 @@ def test_a_field_with_another_value_is_seen(tmp_path, name):
 # ------------------------------------------------------------------------------------------- parity
 
 
-def shaken(model, spread: float = 0.3):
+def shaken(model, spread: float = 0.3, seed: int = 0):
     """In evaluation mode; norm weights and biases away from their defaults, so that a forgotten one
     shows.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(spread * torch.randn(parameter.shape))
@@ -172,42 +172,83 @@ TOWERS = {  # config, trained size, size of the picture
     "metaclip_2_vision_model": ({"intermediate_size": 56}, 28, 42),
     "siglip_vision_model": ({"intermediate_size": 56}, 28, 42),
     "dinov3_vit": ({"intermediate_size": 56, "num_register_tokens": 3}, 28, 42),
+    "aimv2_vision_model": ({"intermediate_size": 50}, 28, 28),  # which resizes no positions
+    "aimv2_vision_model, biases, without a head": (
+        {"intermediate_size": 50, "qkv_bias": True, "mlp_bias": True, "hidden_act": "gelu"}
+        | {"use_head": False, "rms_norm_eps": 1e-3},
+        28,
+        28,
+    ),
+    "internvl_vision": (
+        {"intermediate_size": 56, "use_qk_norm": True, "norm_type": "rms_norm"},
+        28,
+        42,
+    ),
+    "internvl_vision, biases": (
+        {"intermediate_size": 50, "attention_bias": True, "layer_norm_eps": 1e-4}
+        | {"use_mean_pooling": False, "use_mask_token": True, "hidden_act": "gelu_pytorch_tanh"},
+        28,
+        42,
+    ),
     "dinov2, giant": ({"mlp_ratio": 3, "use_swiglu_ffn": True}, 28, 42),
     "siglip_vision_model, patches that do not fill it": ({"intermediate_size": 56}, 30, 28),
     "dinov2_with_registers, smaller": ({"mlp_ratio": 2}, 42, 28),
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", TOWERS)
-def test_towers_that_are_read(tmp_path, case):
+OFTEN = ("aimv2_vision_model", "internvl_vision")  # which test_parity_vit.py does not have
+
+
+@pytest.mark.parametrize(
+    "case, seed",
+    [
+        pytest.param(case, seed, marks=() if case in OFTEN and not seed else pytest.mark.slow)
+        for case in TOWERS
+        for seed in (0, 1)
+    ],
+)
+def test_towers_that_are_read(tmp_path, case, seed):
     """At another size than the trained one, by their own interpolation; or with patches that leave
     a rest of the picture.
     """
     fields, trained, size = TOWERS[case]
     name = case.partition(",")[0]
-    kind = {
-        "clip_vision_model": "CLIPVision",
-        "metaclip_2_vision_model": "MetaClip2Vision",
-        "siglip_vision_model": "SiglipVision",
-        "dinov2": "Dinov2",
-        "dinov3_vit": "DINOv3ViT",
-    }.get(name, "Dinov2WithRegisters")
     config = config_class(name)(**ENCODER, **fields, image_size=trained)
-    theirs = shaken(getattr(transformers, f"{kind}Model")(config))
+    theirs = shaken(transformers.AutoModel.from_config(config), seed=seed)
     theirs.save_pretrained(tmp_path)
     cfg = config_for(str(tmp_path), "vit", image_size=size, taps=(1, 3))
     assert cfg.vit.pretrained_size == trained // 7 * 7
-    pixels = np.random.default_rng(0).integers(
+    pixels = np.random.default_rng(seed).integers(
         0, 256, (max(size, trained) if trained % 7 else size,) * 2 + (3,), np.uint8
     )
     mean, std = np.array(cfg.vit.mean), np.array(cfg.vit.std)
     image = ((pixels / 255 - mean) / std).astype(np.float32).transpose(2, 0, 1)[None]
-    more = {} if kind.startswith("Dinov2") or trained % 7 else {"interpolate_pos_encoding": True}
+    asked = name.partition("_")[0] in ("clip", "metaclip", "siglip") and not trained % 7
+    more = {"interpolate_pos_encoding": True} if asked else {}
     with torch.no_grad():
         reference = theirs(torch.tensor(image), output_hidden_states=True, **more).hidden_states
     taps = encode(load(cfg, str(tmp_path), "vit"), pixels[:size, :size])
     assert relative(taps[0], reference[1][0].numpy()) <= 1e-5
+    assert relative(taps[1], reference[3][0].numpy()) <= 1e-5
+
+
+@pytest.mark.slow
+def test_the_tower_of_a_whole_internvl(tmp_path):
+    text = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 8}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "model_type": "qwen2"}
+    vision = ENCODER | TOWERS["internvl_vision"][0] | {"image_size": 28}
+    config = transformers.InternVLConfig(text_config=text, vision_config=vision, image_token_id=9)
+    theirs = shaken(transformers.InternVLForConditionalGeneration(config))
+    theirs.save_pretrained(tmp_path)
+    cfg = config_for(str(tmp_path), "vit", image_size=28, taps=(1, 3))
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28, 3), np.uint8)
+    image = (pixels / 255 - np.array(cfg.vit.mean)) / np.array(cfg.vit.std)
+    with torch.no_grad():
+        reference = theirs.model.vision_tower(
+            torch.tensor(image.astype(np.float32).transpose(2, 0, 1)[None]),
+            output_hidden_states=True,
+        ).hidden_states
+    taps = encode(load(cfg, str(tmp_path), "vit"), pixels)
     assert relative(taps[1], reference[3][0].numpy()) <= 1e-5
 
 

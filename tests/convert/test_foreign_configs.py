@@ -155,7 +155,8 @@ NOT_DINOV2 = {
         "num_hidden_layers is 12 in config.json and 4 in the tensors",
     ),
     "DINOv3": ({"model_type": "dinov3_vit"}, "it holds dinov3, the names of its tensors are"),
-    "AIMv2": ({"model_type": "aimv2_vision_model"}, "'aimv2_vision_model', which is not read"),
+    "AIMv2": ({"model_type": "aimv2_vision_model"}, "it holds aimv2, the names of its tensors are"),
+    "NaFlex": ({"model_type": "siglip2_vision_model"}, "'siglip2_vision_model', which is not read"),
     "an unknown field": ({"rope_theta": 100.0}, "rope_theta 100.0"),
 }
 

@@ -51,6 +51,16 @@ CHOICES = {  # of the tiny config, that a family needs
     "siglip": {"vit": {"layer_scale": False, "class_token": False, "activation": "gelu_tanh"}},
     "eva02": {"vit": {"layer_scale": False, "norm": "res_post", "bias": "qv"}},
     "dinov2": {"vit": {"registers": 3}},
+    "aimv2": {
+        "vit": {
+            **dict.fromkeys(("layer_scale", "class_token"), False),
+            "bias": "none",
+            "gated": True,
+            "norm_kind": "rms",
+            "patch_norm": True,
+        }
+    },
+    "internvit": {"vit": {"bias": "out", "norm_kind": "rms", "qk_norm": "all"}},
     "dinov3": {"vit": {"registers": 3, "rotary": 100.0, "bias": "qv"}},
     "llama": {"llm": {"qkv_bias": True, "tied": False}},
     "olmo2": {"llm": {"qk_norm": "all", "norms": "post"}},

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from evlm_jax import assets
+from evlm_jax.convert import engine
 from tests.helpers.parity import config_for, encode, load, needs_asset, needs_transformers, relative
 
 IMAGENET = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
@@ -300,3 +301,16 @@ def test_eva_against_a_numpy_oracle(tmp_path, prefix):
     taps = encode(load(cfg, str(tmp_path), "vit"), pixels)
     assert relative(taps[0], reference[0]) <= 1e-5
     assert relative(taps[1], reference[1]) <= 1e-5
+
+
+def test_eva_of_another_kind_is_refused(tmp_path):
+    """EVA-02 L of its own repository."""
+    from safetensors.numpy import save_file
+
+    sizes = {"depth": 1, "width": 24, "mlp": 40, "patch": 7, "grid": 2}
+    save_file(eva_checkpoint(np.random.default_rng(0), **sizes), tmp_path / "model.safetensors")
+    vision = {"image_size": 14, "layers": 1, "width": 24, "head_width": 8, "patch_size": 7}
+    vision |= dict.fromkeys(("rope", "naiveswiglu", "subln"), True)
+    (tmp_path / "config.json").write_text(json.dumps({"vision_cfg": vision}))
+    with pytest.raises(ValueError, match="naiveswiglu True.* rope True, subln True"):
+        engine.describe(str(tmp_path))

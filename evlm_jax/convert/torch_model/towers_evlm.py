@@ -1,4 +1,4 @@
-"""The towers of EVLM in PyTorch, by choices: a ViT (DINOv2, CLIP, SigLIP, EVA02-CLIP-E) and a
+"""The towers of EVLM in PyTorch, by choices: a ViT (DINOv2, CLIP, SigLIP and others) and a
 decoder (Llama, Qwen, Gemma and others).
 """
 
@@ -18,6 +18,8 @@ ACTIVATIONS = {
 
 FORMER = {  # what exports compute that were made before there was a field
     "gated": False,
+    "norm_kind": "layer",
+    "patch_norm": False,
     "rotary": 0.0,
     "qk_norm": "none",
     "norms": "pre",
@@ -100,17 +102,22 @@ class MLP(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Attention within one image; `bias` "qv" leaves the keys without."""
+    """Attention within one image; `bias` says which matrices have one."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.q, self.v, self.o = (nn.Linear(cfg.width, cfg.width) for _ in range(3))
-        self.k = nn.Linear(cfg.width, cfg.width, bias=cfg.bias == "all")
+        biased = {"all": "qkvo", "qv": "qvo", "out": "o", "none": ""}[cfg.bias]
+        for x in "qkvo":
+            self.add_module(x, nn.Linear(cfg.width, cfg.width, bias=x in biased))
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(cfg.width, cfg.eps) if cfg.qk_norm == "all" else nn.Identity() for _ in "qk"
+        )
         self.head_dim, self.cfg = cfg.width // cfg.heads, cfg
 
     def forward(self, x, sdpa=False):
         """x [n, S, V] -> [n, S, V]."""
-        q, k, v = (split_heads(project(x), self.head_dim) for project in (self.q, self.k, self.v))
+        q, k = self.q_norm(self.q(x)), self.k_norm(self.k(x))
+        q, k, v = (split_heads(a, self.head_dim) for a in (q, k, self.v(x)))
         if self.cfg.rotary:
             q, k = self._turned(q, k)
         return self.o(attend(q, k, v, sdpa=sdpa)[0])
@@ -133,15 +140,20 @@ class VisionAttention(nn.Module):
             yield torch.cat([before, torch.cat(turned, -1).to(a.dtype)], 2)
 
 
+def make_norm(cfg):
+    """A norm of the residual stream."""
+    return {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[cfg.norm_kind](cfg.width, cfg.eps)
+
+
 class VisionBlock(nn.Module):
     """norm "pre": x + f(norm(x)); "res_post": x + norm(f(x))."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.norm1, self.norm2 = (nn.LayerNorm(cfg.width, cfg.eps) for _ in range(2))
+        self.norm1, self.norm2 = make_norm(cfg), make_norm(cfg)
         self.attn, self.mlp = (
             VisionAttention(cfg),
-            MLP(cfg.width, cfg.mlp, cfg.activation, True, cfg.gated),
+            MLP(cfg.width, cfg.mlp, cfg.activation, cfg.bias != "none", cfg.gated),
         )
         self.scale1, self.scale2 = (
             nn.Parameter(torch.ones(cfg.width)) if cfg.layer_scale else None for _ in range(2)
@@ -197,14 +209,15 @@ class ViT(nn.Module):
         super().__init__()
         self.places = Places(cfg)
         self.patch = nn.Conv2d(3, cfg.width, cfg.patch, cfg.patch, bias=cfg.patch_bias)
-        self.embed_norm = nn.LayerNorm(cfg.width, cfg.eps) if cfg.embed_norm else nn.Identity()
+        self.patch_norm = make_norm(cfg) if cfg.patch_norm else nn.Identity()
+        self.embed_norm = make_norm(cfg) if cfg.embed_norm else nn.Identity()
         self.blocks = nn.ModuleList(VisionBlock(cfg) for _ in range(max(cfg.taps)))
         self.taps = cfg.taps
 
     def forward(self, pixels, run=call, sdpa=False):
         """pixels [n, 3, h, w] -> taps [n, G, S, V]."""
         patches = self.patch(pixels.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)
-        x, taps = self.embed_norm(self.places(patches)), []
+        x, taps = self.embed_norm(self.places(self.patch_norm(patches))), []
         for number, block in enumerate(self.blocks, 1):
             x = run(block, x, sdpa)
             if number in self.taps:

@@ -135,6 +135,16 @@ def near_pairs(llm: LLMConfig, positions: np.ndarray) -> dict[int, float]:
     return {window: float(np.minimum(positions + 1, window).sum()) for window in windows}
 
 
+def visible_scores(cfg: EVLMConfig, work: Work) -> dict[str, float]:
+    """{part: (query, key) pairs of all layers that see one another}, of one pass; of the language
+    model and of its cross-attention.
+    """
+    windows = cfg.llm.layer_windows
+    own = sum(work.near[w] if w and work.attended else work.attended for w in windows)
+    cross = work.visible * cfg.view_tokens * len(cfg.cross_layers)
+    return {LLM_SCORES: float(own), CROSS_SCORES: float(cross)}
+
+
 def real_tokens(batch: Batch) -> np.ndarray:
     """bool [B, T]: positions that are not padding."""
     return (batch.positions > 0) | (batch.visible_until > np.arange(batch.tokens.shape[1]) + 1)

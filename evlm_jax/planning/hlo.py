@@ -29,18 +29,43 @@ class Leaf:
 
     dtype: str
     dims: tuple[int, ...]
-    hbm: bool  # False: in a memory of the core
+    layout: str  # between the braces, as 1,0:T(8,128)(2,1); "" where there is none
+
+    @property
+    def hbm(self) -> bool:
+        """Whether it lies in HBM, and not in a memory of the core."""
+        return not re.search(r"S\([1-9]", self.layout)
 
     @property
     def bytes(self) -> int:
         """Size without the padding of layout tiles."""
+        return math.prod(self.dims) * self._bits // 8
+
+    @property
+    def padded(self) -> int:
+        """Bytes that it takes: the dimensions that change fastest in memory are whole tiles.
+
+        Of T(8,128)(2,1) the first pair pads, the second says how a tile lies. Raises ValueError for
+        tiles of another form.
+        """
+        found = re.search(r"T\(([^)]*)\)", self.layout)
+        if not found:
+            return self.bytes
+        if not re.fullmatch(r"\d+(,\d+)*", found[1]):
+            raise ValueError(f"HLO: {self} has tiles of an unknown form: {self.layout}")
+        tile = [int(size) for size in found[1].split(",")]
+        order = [int(d) for d in self.layout.partition(":")[0].split(",") if d]
+        sides = [1] * len(tile) + [self.dims[d] for d in reversed(order)]
+        whole = [math.ceil(side / size) * size for side, size in zip(sides[-len(tile) :], tile)]
+        return math.prod(sides[: -len(tile)]) * math.prod(whole) * self._bits // 8
+
+    @property
+    def _bits(self) -> int:
         if self.dtype in _BITS:
-            bits = _BITS[self.dtype]
-        elif found := re.match(r"[a-z]+(\d+)", self.dtype):
-            bits = int(found[1])
-        else:
-            raise ValueError(f"HLO: unknown element type {self.dtype}")
-        return math.prod(self.dims) * bits // 8
+            return _BITS[self.dtype]
+        if found := re.match(r"[a-z]+(\d+)", self.dtype):
+            return int(found[1])
+        raise ValueError(f"HLO: unknown element type {self.dtype}")
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.dims))}]"
@@ -62,11 +87,7 @@ class Instruction:
     def leaves(self) -> tuple[Leaf, ...]:
         """Arrays of the result."""
         return tuple(
-            Leaf(
-                dtype,
-                tuple(int(d.strip("<=")) for d in dims.split(",") if d),
-                not re.search(r"S\([1-9]", layout),
-            )
+            Leaf(dtype, tuple(int(d.strip("<=")) for d in dims.split(",") if d), layout)
             for dtype, dims, layout in _LEAF.findall(self.shape)
         )
 

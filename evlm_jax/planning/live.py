@@ -13,9 +13,10 @@ from evlm_jax.planning.hlo import Computation, Instruction, Module
 class Buffer(NamedTuple):
     """An array that is written once, or again and again in place."""
 
-    bytes: int
+    bytes: int  # with the padding of its layout
     shape: str
     op_name: str
+    logical: int  # bytes without padding
 
 
 _ALIAS = {
@@ -91,7 +92,10 @@ class _Peaks:
                     )
                     if ours:
                         made.setdefault(at, {})[count] = Buffer(
-                            leaf.bytes, str(leaf), instruction.op_name or instruction.name
+                            leaf.padded,
+                            str(leaf),
+                            instruction.op_name or instruction.name,
+                            leaf.bytes,
                         )
                         last[count] = at
                     numbers.append(count if ours else None)

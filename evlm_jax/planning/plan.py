@@ -164,6 +164,8 @@ def _read(
         "collectives": sorted(collectives, key=lambda c: -c["sent"]),
         "notes": dict(costs.notes) | ({GUESS: 1} if chip and devices[0].platform == "cpu" else {}),
         "largest": _buffers(module),
+        "scores": _scores(cfg, program, costs, len(devices)),
+        "padding": _padding(module),
     }
     return out | ({"time": _time(cfg, program, chip, costs, devices, price)} if chip else {})
 
@@ -256,12 +258,55 @@ def _time(
 
 def _buffers(module: Module) -> list[dict]:
     """What fills the memory, arguments left out; equal ones together."""
-    buffers = Counter((b.shape, _short(b.op_name), b.bytes) for b in live.fullest(module)[1])
-    largest = sorted(buffers.items(), key=lambda item: -item[0][2] * item[1])[:LARGEST]
+    buffers = Counter(b._replace(op_name=_short(b.op_name)) for b in live.fullest(module)[1])
+    largest = sorted(buffers.items(), key=lambda item: -item[0].bytes * item[1])[:LARGEST]
     return [
-        {"shape": shape, "where": where, "count": count, "bytes": count * size}
-        for (shape, where, size), count in largest
+        {
+            "shape": buffer.shape,
+            "where": buffer.op_name,
+            "count": count,
+            "bytes": count * buffer.bytes,
+            "logical": count * buffer.logical,
+        }
+        for buffer, count in largest
     ]
+
+
+def _padding(module: Module) -> dict[str, dict[str, int]]:
+    """Bytes in the chip's layouts, whose tiles pad, and without: of arguments, and of what is held
+    beside them at the fullest moment.
+    """
+    leaves = [leaf for i in module[module.entry].parameters.values() for leaf in i.leaves]
+    buffers = live.fullest(module)[1]
+    return {
+        "arguments": {
+            "bytes": sum(leaf.padded for leaf in leaves),
+            "logical": sum(leaf.bytes for leaf in leaves),
+        },
+        "the rest at the fullest moment": {
+            "bytes": sum(buffer.bytes for buffer in buffers),
+            "logical": sum(buffer.logical for buffer in buffers),
+        },
+    }
+
+
+def _scores(
+    cfg: EVLMConfig, program: programs.Program, costs: compiled.Costs, devices: int
+) -> dict[str, dict[str, float]]:
+    """{part: (query, key) pairs of all layers and devices in one pass}: visible ones, and those
+    whose scores the forward and the backward pass compute, without what is computed again.
+    """
+    need = flops.needed(cfg, program.trained, program.work)
+    done, out = executed(cfg, program.trained, costs), {}
+    for part, visible in flops.visible_scores(cfg, program.work).items():
+        if part in need and part in done:
+            passes = {"forward": need[part].forward, "backward": need[part].inputs}
+            out[part] = {"visible": visible} | {
+                name: visible * done[part][name] * devices / count
+                for name, count in passes.items()
+                if count
+            }
+    return out
 
 
 def _short(op_name: str) -> str:

@@ -44,12 +44,14 @@ def _fitting(report: dict) -> list[str]:
     lines += [
         "what fills it at the fullest moment (an estimate):",
         *_buffers(report["largest"]),
+        *_padding(report["padding"]),
         "",
     ]
     lines += table(
         ("TFLOP of all devices", "needed", "executed", "of it again", "ratio", "s by cycles"),
         _parts(report, devices),
     ) + [""]
+    lines += [*_again(report, devices), ""]
     rows = [
         (c["kind"], c["group"], f"{c['count']:,.0f}", _gib(c["bytes"]), _gib(c["sent"]))
         for c in report["collectives"]
@@ -83,6 +85,37 @@ def _parts(report: dict, devices: int) -> list[tuple]:
             f"{took:.3f}" if seconds else "",
         )
         for part, need, done, again, took in [*rows, ("all", *totals)]
+    ]
+
+
+def _again(report: dict, devices: int) -> list[str]:
+    """What a pass visits, and what is computed again, each by itself."""
+    lines = [
+        f"{part}: a pass visits "
+        + ", ".join(
+            f"{count[name] / count['visible']:.2f} ({name})"
+            for name in ("forward", "backward")
+            if name in count
+        )
+        + f" of {count['visible']:,.0f} visible positions"
+        for part, count in report["scores"].items()
+    ]
+    need = sum(sum(cost.values()) for cost in report["needed"].values())
+    passes = report["executed"].values()
+    once = devices * sum(done["forward"] + done["backward"] for done in passes)
+    again = devices * sum(done["again"] for done in passes)
+    return [
+        *lines,
+        f"executed / needed FLOPs: {once / need:.2f}, with recomputation"
+        f" {(once + again) / need:.2f}",
+    ]
+
+
+def _padding(padding: dict) -> list[str]:
+    """What the chip's tiled layouts add."""
+    return [
+        f"padded by the chip's layouts: {name} {_gib(size['logical'])} to {_gib(size['bytes'])} GiB"
+        for name, size in padding.items()
     ]
 
 

@@ -2,6 +2,7 @@
 `python -m tests.helpers.hand_programs FOLDER` compiles them for CPUs.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -110,11 +111,18 @@ def _residuals(x, w):
     )(w)
 
 
+def memory(executable: jax.stages.Compiled) -> dict[str, int]:
+    """XLA's own account: bytes of temporaries and of arguments."""
+    found = executable.memory_analysis()
+    return {
+        "temporaries": found.temp_size_in_bytes,
+        "arguments": found.argument_size_in_bytes,
+    }
+
+
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", DEVICES)
     for name, lowered in build(jax.devices()).items():
         executable = lowered.compile()
         Path(sys.argv[1], f"{name}.txt").write_text(executable.as_text())
-        Path(sys.argv[1], f"{name}.bytes").write_text(
-            str(executable.memory_analysis().temp_size_in_bytes)
-        )
+        Path(sys.argv[1], f"{name}.json").write_text(json.dumps(memory(executable)))

@@ -4,6 +4,7 @@ against counts by hand.
 
 import importlib.util
 import itertools
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -15,10 +16,10 @@ from hypothesis import strategies as st
 from evlm_jax.parallel.compiler import uncached
 from evlm_jax.planning import chips
 from evlm_jax.planning.compiled import Costs, Transfer, costs
-from evlm_jax.planning.hlo import Instruction, Module, replica_group
+from evlm_jax.planning.hlo import Instruction, Leaf, Module, replica_group
 from evlm_jax.planning.live import fullest
 from evlm_jax.planning.products import meetings
-from tests.helpers.hand_programs import DEVICES, HIDDEN, KEPT, LAYERS, ROWS, WIDTH, build
+from tests.helpers.hand_programs import DEVICES, HIDDEN, KEPT, LAYERS, ROWS, WIDTH, build, memory
 
 TPU = pytest.param(
     "tpu",
@@ -30,14 +31,14 @@ TPU = pytest.param(
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory) -> dict:
-    """{platform: {name: (text, bytes of temporaries)}}; CPU devices are in a process of their own:
-    this one may have begun with fewer.
+    """{platform: {name: (text, XLA's account of its memory)}}; CPU devices are in a process of
+    their own: this one may have begun with fewer.
     """
     folder = tmp_path_factory.mktemp("programs")
     subprocess.run([sys.executable, "-m", "tests.helpers.hand_programs", str(folder)], check=True)
     found = {
         "cpu": {
-            path.stem: (path.read_text(), int(path.with_suffix(".bytes").read_text()))
+            path.stem: (path.read_text(), json.loads(path.with_suffix(".json").read_text()))
             for path in folder.glob("*.txt")
         }
     }
@@ -45,10 +46,7 @@ def texts(tmp_path_factory) -> dict:
         devices, _ = chips.devices("v5e:2x4")
         with uncached(devices[0]):
             compiled = {name: lowered.compile() for name, lowered in build(devices).items()}
-        found["tpu"] = {
-            name: (done.as_text(), done.memory_analysis().temp_size_in_bytes)
-            for name, done in compiled.items()
-        }
+        found["tpu"] = {name: (done.as_text(), memory(done)) for name, done in compiled.items()}
     return found
 
 
@@ -154,7 +152,7 @@ def test_a_stack_is_read_and_written_slice_by_slice(program):
 
 @pytest.mark.parametrize("platform", ["cpu", TPU])
 def test_what_is_kept_for_the_backward_pass_fills_the_memory(platform, texts):
-    text, temporaries = texts[platform]["residuals"]
+    text, account = texts[platform]["residuals"]
     total, buffers = fullest(Module(text))
     # x and tanh of every layer, of which a TPU compiler may keep in bfloat16 what only products
     # read
@@ -163,7 +161,41 @@ def test_what_is_kept_for_the_backward_pass_fills_the_memory(platform, texts):
         ["f32" + kept] * 2,
         ["f32" + kept, "bf16" + kept],
     )
-    assert total == pytest.approx(temporaries, rel=0.1)
+    assert total == pytest.approx(account["temporaries"], rel=0.1)
+
+
+@pytest.mark.parametrize("platform", ["cpu", TPU])
+def test_arguments_take_what_xla_says(platform, texts):
+    """With the padding of their layouts: 3 of 9 x 3 numbers fill a tile of 8 x 128."""
+    padded = 0
+    for name, (text, account) in texts[platform].items():
+        module = Module(text)
+        leaves = [leaf for i in module[module.entry].parameters.values() for leaf in i.leaves]
+        assert sum(leaf.padded for leaf in leaves) == account["arguments"], name
+        padded += sum(leaf.padded - leaf.bytes for leaf in leaves)
+    assert bool(padded) == (platform == "tpu")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dims", "layout", "size"),
+    [
+        ("f32", (3, 9), "1,0:T(8,128)", 8 * 128 * 4),
+        ("f32", (3, 9), "0,1:T(8,128)", 16 * 128 * 4),
+        ("bf16", (5, 257, 112), "2,1,0:T(8,128)(2,1)", 5 * 264 * 128 * 2),
+        ("bf16", (5, 257, 112), "2,0,1:T(8,128)(2,1)S(1)", 257 * 8 * 128 * 2),
+        ("f32", (2, 300), "1,0:T(2,128)", 2 * 384 * 4),
+        ("s32", (), ":T(128)", 128 * 4),
+        ("f32", (3, 9), "1,0", 3 * 9 * 4),
+        ("f32", (3, 9), "", 3 * 9 * 4),
+    ],
+)
+def test_tiles_of_a_layout(dtype, dims, layout, size):
+    assert Leaf(dtype, dims, layout).padded == size
+
+
+def test_tiles_of_another_form_are_refused():
+    with pytest.raises(ValueError, match="tiles of an unknown form"):
+        _ = Leaf("f32", (3, 9), "1,0:T(8,*)").padded
 
 
 @pytest.mark.parametrize(

@@ -67,12 +67,22 @@ def test_a_step_executes_what_is_needed_and_known_extras(phase, remat):
         )  # norms in front of the lowest trained kernels as well
     assert found == pytest.approx({part: known.get(part, 1.0) for part in found}, rel=1e-6)
     assert OTHER not in report["executed"]
+    assert_scores(report, known)
     again = {
         part: passes["again"] for part, passes in report["executed"].items() if passes["again"]
     }
     trained = {flops.KEYS, flops.CROSS, flops.CROSS_SCORES, flops.FFN, flops.LLM, flops.LLM_SCORES}
     assert again.keys() == (trained if remat == "full" else set())
     assert not again or again[flops.FFN] <= report["executed"][flops.FFN]["forward"]
+
+
+def assert_scores(report, known):
+    """A pass visits all pairs of positions, and all room for block pairs; of what is visible."""
+    assert report["scores"].keys() == {flops.LLM_SCORES, flops.CROSS_SCORES}
+    for part, visited in report["scores"].items():
+        ratios = [visited[name] / visited["visible"] for name in ("forward", "backward")]
+        assert ratios == pytest.approx([known[part]] * 2)
+    assert f"{known[flops.LLM_SCORES]:.2f} (forward)" in show(report)
 
 
 @tpu

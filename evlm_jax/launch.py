@@ -2,15 +2,14 @@
 
 import contextlib
 
-import numpy as np
-
 from evlm_jax import paths
 from evlm_jax.checkpoint import store
+from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, read_all
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.context import check_length
-from evlm_jax.convert.engine import load_towers
+from evlm_jax.convert.engine import open_towers
 from evlm_jax.convert.importer import vocabulary
-from evlm_jax.convert.interpolate import resize_positions
+from evlm_jax.convert.interpolate import resized_positions
 from evlm_jax.data.tokenizer import keep_tokenizer, source_of_run
 from evlm_jax.parallel.distributed import check_devices, is_first, log_once
 from evlm_jax.parallel.mesh import make_layout
@@ -45,27 +44,16 @@ def train_run(
     paths.probe(workdir)
     if resume is not None:
         store.check_step(workdir, resume)
-    tokenizer, params, trained = (
-        vocabulary(cfg, source_of_run(workdir, cfg.init.llm)),
-        {},
-        frozenset(),
-    )
+    tokenizer = vocabulary(cfg, source_of_run(workdir, cfg.init.llm))
+    params, trained = {}, frozenset()
     if not store.steps(workdir):
         check_length(cfg)
         log_once(f"reading {init or f'{cfg.init.vision} and {cfg.init.llm}'}")
-        params, trained = next_stage(cfg, init) if init else (load_towers(cfg), frozenset())
-    # As the checkpoint will hold it, so that a run that goes on has the same taps.
-    frozen = {name: array for name, array in params.items() if name.startswith("vit/")}
-    frozen |= {
-        name: array.astype(cfg.train.frozen_dtype, copy=False)
-        for name, array in frozen.items()
-        if name not in trained
-    }
-    features = (
-        feature_store(cfg, frozen or _saved_tower(workdir, resume))
-        if cfg.data.cache_features
-        else None
-    )
+        params, trained = next_stage(cfg, init) if init else (open_towers(cfg), frozenset())
+    features = None
+    if cfg.data.cache_features:
+        begun = _tower(cfg, params, trained) if params else _saved_tower(workdir, resume)
+        features = feature_store(cfg, read_all(begun))
     layout = make_layout(cfg)
     if is_first():
         keep_tokenizer(tokenizer, workdir)
@@ -78,13 +66,13 @@ def train_run(
         )
 
 
-def next_stage(cfg: EVLMConfig, init: str) -> tuple[dict[str, np.ndarray], frozenset[str]]:
-    """All parameters of an earlier stage's run, positions resampled for `cfg`'s image size, and the
-    names of those that it trained.
+def next_stage(cfg: EVLMConfig, init: str) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """All parameters of an earlier stage's run, read lazily, positions resampled for `cfg`'s image
+    size, and the names of those that it trained.
 
     Raises ValueError where the run is dense and `cfg` has experts, or is of another kind of model.
     """
-    params, before = store.load_params(init)
+    params, before = store.open_params(init)
     if before.baseline != cfg.baseline:
         kinds = [kind or "no such change" for kind in (before.baseline, cfg.baseline)]
         raise ValueError(
@@ -97,13 +85,22 @@ def next_stage(cfg: EVLMConfig, init: str) -> tuple[dict[str, np.ndarray], froze
             " FFNs with `evlm upcycle`"
         )
     if "vit/pos" in params:
-        params["vit/pos"] = resize_positions(
+        params["vit/pos"] = resized_positions(
             params["vit/pos"], before.vit.grid, cfg.vit.grid, cfg.vit.interpolation
         )
     return params, store.trained(init)
 
 
-def _saved_tower(workdir: str, step: int | None) -> dict[str, np.ndarray]:
+def _tower(cfg: EVLMConfig, params: Tensors, trained: frozenset[str]) -> dict[str, Tensor]:
+    """The vision tower as the checkpoint will hold it, so that a run that goes on has its taps."""
+    return {
+        name: tensor if name in trained else tensor.astype(cfg.train.frozen_dtype)
+        for name, tensor in params.items()
+        if name.startswith("vit/")
+    }
+
+
+def _saved_tower(workdir: str, step: int | None) -> dict[str, Tensor]:
     """The vision tower of a checkpoint."""
     tensors = store.open_params(workdir, step)[0]
-    return {name: tensor.read() for name, tensor in tensors.items() if name.startswith("vit/")}
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("vit/")}

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from evlm_jax.checkpoint.lazy_tensors import Tensor
 from evlm_jax.config import EVLMConfig, Rule
 from evlm_jax.models import param_names
 
@@ -232,9 +233,14 @@ def flatten(cfg: EVLMConfig, groups: Groups) -> dict[str, jax.Array]:
 
 
 def unflatten(
-    cfg: EVLMConfig, plan: OptimizerPlan, arrays: dict[str, np.ndarray], params: nnx.State
+    cfg: EVLMConfig,
+    plan: OptimizerPlan,
+    arrays: dict[str, np.ndarray | Tensor],
+    params: nnx.State,
 ) -> Groups:
-    """Inverse of `flatten`; `params` are those of the whole model, or their shapes."""
+    """Inverse of `flatten`; `params` are those of the whole model, or their shapes. Moments may be
+    tensors, counts are arrays.
+    """
 
     def moment(g: int, kind: str) -> nnx.State:
         prefix = f"{g}/{kind}/"

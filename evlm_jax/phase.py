@@ -181,7 +181,7 @@ class TrainPhase:
         before.
         """
         trainable, frozen = nnx.split_state(params, self.plan.trains, ...)
-        self.frozen = jax.jit(lambda tree: tree, out_shardings=self.layout.frozen(frozen))(frozen)
+        self.frozen = _moved(frozen, self.layout.frozen(frozen))
 
         def size(tree):
             return f"{sum(x.size for x in jax.tree.leaves(tree)):,} parameters"
@@ -225,3 +225,18 @@ class TrainPhase:
     def model(self, state: TrainState) -> EVLM:
         """The model, on the same arrays."""
         return nnx.merge(self.graphdef, state.params, self.frozen)
+
+
+def _moved(tree: nnx.State, shardings: nnx.State) -> nnx.State:
+    """The arrays of a tree as they are to lie; those that lie so already are the same buffers."""
+    leaves, structure = jax.tree.flatten(tree)
+    wanted = dict(enumerate(jax.tree.leaves(shardings)))
+    away = {
+        number: leaf
+        for number, leaf in enumerate(leaves)
+        if not leaf.sharding.is_equivalent_to(wanted[number], leaf.ndim)
+    }
+    if away:
+        out = {number: wanted[number] for number in away}
+        away = jax.jit(lambda arrays: arrays, out_shardings=out)(away)
+    return jax.tree.unflatten(structure, [away.get(n, leaf) for n, leaf in enumerate(leaves)])

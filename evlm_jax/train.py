@@ -5,16 +5,18 @@ changed nothing, and those behind it go on."""
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
+import numpy as np
 from flax import nnx
 
 from evlm_jax import optim
 from evlm_jax.batch import Batch
 from evlm_jax.checkpoint import continuity
-from evlm_jax.checkpoint.initialize import initialize, restored
-from evlm_jax.checkpoint.store import Arrays, Checkpoints, Snapshot
+from evlm_jax.checkpoint.initialize import begin_with, initialize, restored
+from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, opened
+from evlm_jax.checkpoint.store import Checkpoints, Snapshot
 from evlm_jax.config import EVLMConfig, to_saved
 from evlm_jax.metrics import Meter, work
 from evlm_jax.models import param_names
@@ -27,22 +29,30 @@ from evlm_jax.phase import TrainPhase
 from evlm_jax.watch import Due, Trace, Watch
 
 
-class Start(NamedTuple):
+@dataclass
+class Start:
     """State at the beginning of the loop."""
 
     step: int
     phase: TrainPhase
-    params: nnx.State  # of the whole model
-    groups: optim.Groups
+    params: nnx.State | None  # of the whole model
+    groups: optim.Groups | None
+    origin: Tensors  # parameters by name, where their values were read
     trained: frozenset[str]
     bad: int  # updates that were not finite
+
+    def take(self) -> tuple[nnx.State, optim.Groups]:
+        """The arrays, which are not kept here any more."""
+        taken = self.params, self.groups
+        self.params = self.groups = None
+        return taken
 
 
 def train(
     cfg: EVLMConfig,
     workdir: str,
     data: Iterator,
-    params: Arrays,
+    params: Mapping[str, np.ndarray | Tensor],
     trained: frozenset[str] = frozenset(),
     on_step: Callable[[int, Callable[[], EVLM]], dict[str, float] | None] | None = None,
     tensorboard: bool = False,
@@ -55,15 +65,14 @@ def train(
     Args:
       data: yields (Batch of NumPy arrays, info) as data.pipeline.batches; get_state() -> JSON and
         set_state(JSON) save and restore its position.
-      params: by canonical name, the towers or all of an earlier stage (checkpoint.load_params).
+      params: by canonical name, the towers or all of an earlier stage; only a new run reads them.
       trained: those of `params` that an earlier stage trained (checkpoint.trained).
       on_step: called with the number of finished updates and a function that returns the model,
         valid until `on_step` returns; its result is logged.
       tensorboard: write TensorBoard files, next to metrics.jsonl.
       profile: (first, last) update of a trace, in `workdir`/profile.
       resume: the step to continue from, instead of the newest; later ones are moved aside.
-      other_data: a run may continue with other data, or another batch, from the same number of
-        documents.
+      other_data: a run may go on with other data or batches, from the same number of documents.
     Returns:
       the number of finished updates, saved.
     Raises:
@@ -84,8 +93,9 @@ def train(
         )
         snapshot = checkpoints.resume(resume)
         if snapshot:
-            continuity.check(cfg, snapshot.meta, data, other_data)
-        start = _start(cfg, snapshot, layout, data, load, params, trained)
+            start = _resumed(cfg, checkpoints, snapshot, layout, data, trained, other_data)
+        else:
+            start = _begun(cfg, layout, data, load, params, trained)
         if start.step >= cfg.train.steps:
             log_once(
                 f"{workdir} is finished: it has step {start.step}, and train.steps is"
@@ -136,8 +146,9 @@ def _loop(
 
     Returns (finished updates, the newest saved, exit status of the signal or 0).
     """
-    step, phase, whole, groups, trained, bad = start
-    watch, due = Watch(meter, cfg.train.bad_updates, bad), Due(cfg.train)
+    step, phase, origin, trained = start.step, start.phase, start.origin, start.trained
+    whole, groups = start.take()
+    watch, due = Watch(meter, cfg.train.bad_updates, start.bad), Due(cfg.train)
     saved, status, state = step, 0, None
     with stopping() as stop:
         while step < cfg.train.steps and not status:
@@ -147,7 +158,7 @@ def _loop(
                     whole, groups = phase.all_params(state), state.groups
                 phase = TrainPhase(cfg, optim.phase_at(cfg, step), phase.layout)
                 state = phase.enter(step, whole, groups)
-                checkpoints.freeze(param_names.flatten(cfg, fetch_to_host(phase.frozen)))
+                origin = checkpoints.freeze(_frozen(cfg, phase, origin))
                 trained, whole, groups = trained | phase.trained, None, None
             batch, info = next(data)
             trace.before(step + 1)
@@ -172,36 +183,63 @@ def _loop(
     return step, saved, status
 
 
-def _start(
+def _resumed(
     cfg: EVLMConfig,
-    snapshot: Snapshot | None,
+    checkpoints: Checkpoints,
+    snapshot: Snapshot,
+    layout: Layout,
+    data: Iterator,
+    trained: frozenset,
+    other_data: bool,
+) -> Start:
+    """From a checkpoint. Nothing in the directory changes before all of it has been read."""
+    meta = snapshot.meta
+    continuity.check(cfg, meta, data, other_data)
+    phase = TrainPhase(cfg, meta["phase"], layout)
+    log_once(f"resume from step {meta['step']}{continuity.reported_changes(cfg, meta['config'])}")
+    data.set_state(meta["data"])
+    whole, groups = restored(cfg, phase.shapes, phase.place, phase.plan, snapshot)
+    checkpoints.go_on(snapshot)
+    origin = {n: t for n, t in snapshot.frozen.items() if n not in snapshot.params}
+    trained |= set(meta["trained"])
+    return Start(meta["step"], phase, whole, groups, origin, trained, meta.get("bad", 0))
+
+
+def _begun(
+    cfg: EVLMConfig,
     layout: Layout,
     data: Iterator,
     load: Callable,
-    params: Arrays,
+    params: Mapping[str, np.ndarray | Tensor],
     trained: frozenset,
 ) -> Start:
-    """From the newest checkpoint, or from `params`."""
-    phase = TrainPhase(cfg, snapshot.meta["phase"] if snapshot else 0, layout)
-    if snapshot:
-        log_once(
-            "resume from step"
-            f" {snapshot.meta['step']}{continuity.reported_changes(cfg, snapshot.meta['config'])}"
-        )
-        data.set_state(snapshot.meta["data"])
-        trained = trained | set(snapshot.meta["trained"])
-        whole, groups = restored(cfg, phase.shapes, phase.place, phase.plan, snapshot)
-        return Start(
-            snapshot.meta["step"], phase, whole, groups, trained, snapshot.meta.get("bad", 0)
-        )
-    whole = initialize(cfg, phase.shapes, phase.place, params, trained | phase.trained)
+    """From `params`."""
+    phase = TrainPhase(cfg, 0, layout)
+    origin = begin_with(cfg, phase.shapes, params, trained | phase.trained)
+    whole = initialize(cfg, phase.shapes, phase.place, origin)
     if (
         cfg.init.centre_norms
         and cfg.cross_layers
         and not any(name.startswith("xattn/") for name in trained)
     ):
         whole = layout.jit(centre_norms)(nnx.merge(phase.graphdef, whole), load(_peek(data)))
-    return Start(0, phase, whole, {}, trained, 0)
+        origin = {n: t for n, t in origin.items() if not n.startswith("xattn/")}
+    return Start(0, phase, whole, {}, origin, trained, 0)
+
+
+def _frozen(cfg: EVLMConfig, phase: TrainPhase, origin: Tensors) -> dict[str, Tensor]:
+    """What a phase freezes, by name: where it was read, or from the devices what was made there."""
+    made = nnx.filter_state(
+        phase.frozen,
+        lambda path, _: not origin.keys() >= set(param_names.canonical(cfg, path)),
+    )
+    fetched = opened(param_names.flatten(cfg, fetch_to_host(made)))
+    names = [
+        name
+        for path, _ in nnx.to_flat_state(phase.frozen)
+        for name in param_names.canonical(cfg, path)
+    ]
+    return {name: fetched.get(name, origin.get(name)) for name in names}
 
 
 def _meta(

@@ -19,11 +19,12 @@ from flax import nnx
 
 from evlm_jax import optim
 from evlm_jax.checkpoint import store
-from evlm_jax.checkpoint.initialize import initialize
+from evlm_jax.checkpoint.initialize import begin_with, initialize
 from evlm_jax.launch import next_stage
 from evlm_jax.loss import loss_sums
 from evlm_jax.models import param_names
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.parallel.distributed import fetch_to_host
 from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.parallel.status import Stopped
 from evlm_jax.phase import TrainPhase, gradients
@@ -68,7 +69,8 @@ def whole_run(tmp_path_factory, towers, compilations):
 
 def begun(phase: TrainPhase, towers) -> nnx.State:
     """The whole model before its first step."""
-    return initialize(CFG, phase.shapes, phase.place, towers, frozenset())
+    tensors = begin_with(CFG, phase.shapes, towers, frozenset())
+    return initialize(CFG, phase.shapes, phase.place, tensors)
 
 
 def assert_same_bits(a: store.Snapshot, b: store.Snapshot):
@@ -166,11 +168,17 @@ def interrupted(
         pytest.param(BOUNDARY + 1, marks=pytest.mark.slow),
     ],
 )
-def test_resumed_run_has_the_bits_of_the_whole_run(whole_run, tmp_path, cut, capsys):
+def test_resumed_run_has_the_bits_of_the_whole_run(whole_run, tmp_path, cut, capsys, monkeypatch):
     """k steps, SIGTERM or Ctrl-C, resume, N - k steps: just before, at and after the step where the
-    upper ViT is unfrozen.
+    upper ViT is unfrozen. What is frozen is not fetched from the devices.
     """
-    number = signal.SIGINT if cut == BOUNDARY else signal.SIGTERM
+    number, fetched = signal.SIGINT if cut == BOUNDARY else signal.SIGTERM, []
+
+    def fetch(tree):
+        fetched.extend(jax.tree.leaves(tree))
+        return fetch_to_host(tree)
+
+    monkeypatch.setattr("evlm_jax.train.fetch_to_host", fetch)
     assert interrupted(tmp_path, whole_run, 12, cut, number).meta["step"] == cut
     assert train(CFG, tmp_path, TinyData(CFG), {}) == STEPS
     assert f"resume from step {cut}" in capsys.readouterr().out
@@ -181,6 +189,24 @@ def test_resumed_run_has_the_bits_of_the_whole_run(whole_run, tmp_path, cut, cap
 
     assert [line["step"] for line in lines(tmp_path)] == [line["step"] for line in lines(whole_run)]
     assert lines(tmp_path)[-1]["loss"] == lines(whole_run)[-1]["loss"]
+    assert not fetched and len(list((tmp_path / "frozen").iterdir())) == 1
+
+
+def test_what_a_run_freezes_again_is_in_a_store_of_its_own(tmp_path):
+    phases = (
+        {"start": 0.0, "warmup": 0, "rules": UPPER_VIT},
+        {"step": 2, "warmup": 0, "rules": CROSS_ONLY},
+    )
+    cfg = tiny_config(optim={"phases": phases}, train={"steps": 4, "save_every": 2})
+    towers = tiny_towers(cfg)
+    assert train(cfg, tmp_path, TinyData(cfg), towers) == 4
+    before, after = store.read(tmp_path, 2), store.read(tmp_path, 4)
+    upper = {name for name in towers if name.startswith(("vit/blocks/2/", "vit/blocks/3/"))}
+    assert upper <= before.params.keys() and before.frozen.keys() == towers.keys() - upper
+    assert after.frozen.keys() == towers.keys()
+    for name, array in after.frozen.items():
+        wanted = before.params if name in upper else towers
+        assert array.tobytes() == wanted[name].tobytes(), name
 
 
 def test_refreezing_stage_keeps_trained_bits(whole_run, tmp_path):
@@ -211,7 +237,7 @@ def test_next_stage_at_another_size(whole_run, tmp_path):
     before, _ = store.load_params(whole_run)
     same, names_before = next_stage(CFG, whole_run)
     assert names_before == store.trained(whole_run)
-    assert all((array == before[name]).all() for name, array in same.items())
+    assert all((tensor.read() == before[name]).all() for name, tensor in same.items())
     cfg = tiny_config(vit={"image_size": 16}, train={"steps": 1})
     params, trained = next_stage(cfg, whole_run)
     table = before["vit/pos"]
@@ -222,8 +248,9 @@ def test_next_stage_at_another_size(whole_run, tmp_path):
         .reshape(16, -1)
         .numpy()
     )
-    np.testing.assert_allclose(params["vit/pos"][1:], wanted, atol=1e-6)
-    assert (params["vit/pos"][:1] == table[:1]).all()
+    resampled = params["vit/pos"].read()
+    np.testing.assert_allclose(resampled[1:], wanted, atol=1e-6)
+    assert (resampled[:1] == table[:1]).all()
     assert train(cfg, tmp_path, TinyData(cfg, seed=1), params, trained) == 1
 
 

@@ -11,7 +11,14 @@ from etils import epath
 
 from evlm_jax import paths
 from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, digest
-from evlm_jax.checkpoint.run_layout import FROZEN, INCOMPLETE, MANIFEST, finished, read_object
+from evlm_jax.checkpoint.run_layout import (
+    CHUNKS,
+    FROZEN,
+    INCOMPLETE,
+    MANIFEST,
+    finished,
+    read_object,
+)
 from evlm_jax.checkpoint.safetensors_file import read_folder, write_folder
 
 
@@ -26,7 +33,11 @@ def write_store(
     """
     aside = root / FROZEN / f"new{INCOMPLETE}"
     paths.make(aside)
-    manifest = write_folder(aside, tensors, written)
+    hashes = write_folder(aside, tensors, written)
+    manifest = {name: found.whole for name, found in hashes.items()}
+    chunks = {name: found.chunks for name, found in hashes.items() if found.chunks}
+    if chunks:
+        paths.write(aside / CHUNKS, json.dumps(chunks))
     store = root / FROZEN / store_name(manifest)
     if finished(store):  # a writer that was cut off behind this line has left it
         aside.rmtree()
@@ -42,7 +53,8 @@ def write_store(
 
 
 def read_store(root: epath.Path, store: str) -> dict[str, Tensor]:
-    """Returns the tensors of a store, lazily; each is compared with the manifest when it is read.
+    """Returns the tensors of a store, lazily; each is compared with the manifest when it is read, a
+    chunk of a large one with its own digest.
 
     Raises ValueError where the store is missing, another one or damaged, with the mend.
     """
@@ -61,7 +73,8 @@ def read_store(root: epath.Path, store: str) -> dict[str, Tensor]:
         )
     try:
         tensors = read_folder(path) or {}
-    except (ValueError, OSError) as error:
+        chunks = _chunk_digests(path)
+    except (ValueError, OSError, TypeError) as error:
         raise ValueError(
             f"{path} cannot be read: {str(error).splitlines()[0]}: copy the original store there"
         ) from error
@@ -71,15 +84,36 @@ def read_store(root: epath.Path, store: str) -> dict[str, Tensor]:
             " the original store there"
         )
 
-    def checked(name: str) -> np.ndarray:
-        if digest(array := tensors[name].read()) != manifest[name]:
+    def checked(name: str, read: Callable[[], np.ndarray], found: str) -> np.ndarray:
+        if digest(array := read()) != found:
             raise ValueError(
                 f"{path}: {name} is not what was written there (its hash differs): copy the"
                 " original store there"
             )
         return array
 
-    return {name: tensors[name]._replace(read=partial(checked, name)) for name in manifest}
+    def opened(name: str, tensor: Tensor) -> Tensor:
+        told = chunks.get(name, {})
+        parts = tensor.chunks if {chunk[:2] for chunk in tensor.chunks} <= told.keys() else ()
+        return tensor._replace(
+            read=partial(checked, name, tensor.read, manifest[name]),
+            chunks=tuple(
+                part._replace(read=partial(checked, name, part.read, told[part[:2]]))
+                for part in parts
+            ),
+        )
+
+    return {name: opened(name, tensors[name]) for name in manifest}
+
+
+def _chunk_digests(path: epath.Path) -> dict[str, dict[tuple, str]]:
+    """{name: {(start, shape): digest}} of large tensors; former stores have none."""
+    if not (path / CHUNKS).exists():
+        return {}
+    return {
+        name: {(tuple(start), tuple(shape)): found for start, shape, found in told}
+        for name, told in read_object(path / CHUNKS).items()
+    }
 
 
 def manifest_of(root: epath.Path, store: str) -> dict[str, str]:

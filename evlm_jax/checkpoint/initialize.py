@@ -1,46 +1,60 @@
-"""Where a run starts: canonical arrays on the host become the model's State on the mesh."""
+"""Where a run starts: named tensors become the model's State on the mesh, read shard by shard."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from evlm_jax import optim
-from evlm_jax.checkpoint.store import Arrays, Snapshot
+from evlm_jax.checkpoint.by_shard import Place, put_tensors
+from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, opened
+from evlm_jax.checkpoint.store import Snapshot
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models import param_names
 from evlm_jax.models.evlm import PARTS, TOWERS
 from evlm_jax.models.initializers import media_embedding
 
-Place = Callable[
-    [Any], Any
-]  # a tree of parameters or moments, or of their shapes -> a tree of their shardings
 
-
-def initialize(
-    cfg: EVLMConfig, shapes: nnx.State, place: Place, params: Arrays, keep: frozenset[str]
-) -> nnx.State:
-    """Returns the whole model before its first step: `params`, and new cross-attention, bridge and
-    media embeddings where `params` has none.
+def begin_with(
+    cfg: EVLMConfig,
+    shapes: nnx.State,
+    params: Mapping[str, np.ndarray | Tensor],
+    keep: frozenset[str],
+) -> dict[str, Tensor]:
+    """What a run begins with, of `params`: frozen towers in train.frozen_dtype, and new media
+    embeddings where `params` has none.
 
     Args:
       shapes: of the whole model.
-      keep: names whose dtype is kept: what is trained, or was in an earlier stage. Frozen towers
-        are cast to train.frozen_dtype.
-    Raises:
-      ValueError: listing missing, unexpected and wrongly shaped parameters.
+      keep: names whose dtype is kept: what is trained, or was in an earlier stage.
     """
-    values = {
-        name: array if name in keep else array.astype(cfg.train.frozen_dtype)
-        for name, array in params.items()
+    params = opened(params)
+    tensors = {
+        name: tensor if name in keep else tensor.astype(cfg.train.frozen_dtype)
+        for name, tensor in params.items()
     }
     parts = {path[0] for path, _ in nnx.to_flat_state(shapes)}
     if "media" in parts and "media/embedding" not in params and "llm/embed" in params:
-        values["media/embedding"] = media_embedding(cfg, params["llm/embed"])
-    begin = parts - {*TOWERS} - {name.partition("/")[0] for name in values}
+        media = media_embedding(cfg, params["llm/embed"].read())
+        tensors["media/embedding"] = Tensor.of(media)
+    return tensors
+
+
+def initialize(cfg: EVLMConfig, shapes: nnx.State, place: Place, tensors: Tensors) -> nnx.State:
+    """Returns the whole model before its first step: `tensors` of `begin_with`, and new
+    cross-attention and bridge where they have none.
+
+    Args:
+      shapes: of the whole model.
+    Raises:
+      ValueError: listing missing, unexpected and wrongly shaped parameters.
+    """
+    parts = {path[0] for path, _ in nnx.to_flat_state(shapes)}
+    begin = parts - {*TOWERS} - {name.partition("/")[0] for name in tensors}
     given = nnx.filter_state(shapes, lambda path, _: path[0] not in begin)
-    rest = put_sharded(param_names.unflatten(cfg, values, given), place)
+    rest = put_tensors(param_names.unflatten(cfg, tensors, given), place)
     if not begin:
         return rest
 
@@ -54,11 +68,11 @@ def initialize(
 def restored(
     cfg: EVLMConfig, shapes: nnx.State, place: Place, plan: optim.OptimizerPlan, snapshot: Snapshot
 ) -> tuple[nnx.State, optim.Groups]:
-    """The whole model and the Adam states of a checkpoint, bit for bit."""
-    whole = param_names.unflatten(cfg, snapshot.frozen | snapshot.params, shapes)
-    return put_sharded(whole, place), put_sharded(
-        optim.unflatten(cfg, plan, snapshot.groups, shapes), place
-    )
+    """The whole model and the Adam states of an opened checkpoint, bit for bit."""
+    counts = {n: t.read() for n, t in snapshot.groups.items() if n.endswith("/count")}
+    whole = param_names.unflatten(cfg, {**snapshot.frozen, **snapshot.params}, shapes)
+    groups = optim.unflatten(cfg, plan, {**snapshot.groups, **counts}, shapes)
+    return put_tensors((whole, groups), lambda trees: tuple(map(place, trees)))
 
 
 def put_sharded(tree: Any, place: Place) -> Any:

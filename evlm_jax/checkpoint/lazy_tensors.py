@@ -1,12 +1,14 @@
 """Named tensors that are read one at a time: models of any size pass through little memory.
 
 A `Tensor` is a promise: shape, dtype, and a function that reads it. Maps of them are what
-converters hand on."""
+converters hand on, and what checkpoints are opened as."""
 
 import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,15 @@ from etils import epath
 from evlm_jax import paths
 
 BLOCK = 2**26  # bytes of one tensor that are copied, checked, hashed and written together
+ALIGNED = 64  # bytes
+
+
+class Chunk(NamedTuple):
+    """A box of a tensor that is read, and compared with its digest, by itself."""
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
 
 
 class Tensor(NamedTuple):
@@ -24,6 +35,24 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    chunks: tuple[Chunk, ...] = ()  # which cover it; () where it is read whole only
+
+    @property
+    def boxes(self) -> tuple[Chunk, ...]:
+        """What can be read by itself: its chunks, or all of it."""
+        return self.chunks or (Chunk((0,) * len(self.shape), self.shape, self.read),)
+
+    def astype(self, dtype: np.dtype) -> "Tensor":
+        """The tensor with its values in `dtype`."""
+        dtype = np.dtype(dtype)
+        if dtype == self.dtype:
+            return self
+
+        def cast(read: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
+            return lambda: read().astype(dtype)
+
+        chunks = tuple(chunk._replace(read=cast(chunk.read)) for chunk in self.chunks)
+        return Tensor(self.shape, dtype, cast(self.read), chunks)
 
     @classmethod
     def of(cls, array: np.ndarray) -> "Tensor":
@@ -39,6 +68,26 @@ class Tensor(NamedTuple):
 Tensors = Mapping[str, Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Tensors of one shape that are to be one array, `stacked` along a leading axis; or a single
+    one.
+    """
+
+    tensors: tuple[Tensor, ...]
+    stacked: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return (*((len(self.tensors),) if self.stacked else ()), *self.tensors[0].shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype that holds all of them."""
+        return np.result_type(*(tensor.dtype for tensor in self.tensors))
+
+
 class Source(NamedTuple):
     """Tensors of a checkpoint by name; `metadata` is config.json, the GGUF key-value store, or
     empty.
@@ -49,9 +98,28 @@ class Source(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def read_all(tensors: Tensors) -> dict[str, np.ndarray]:
+def read_all(tensors: Tensors, threads: int = 1) -> dict[str, np.ndarray]:
     """All tensors as arrays in memory."""
-    return {name: tensor.read() for name, tensor in tensors.items()}
+    with ThreadPoolExecutor(threads) as pool:  # reading and hashing let other threads run
+        return dict(zip(tensors, pool.map(lambda tensor: tensor.read(), tensors.values())))
+
+
+def opened(values: Mapping[str, np.ndarray | Tensor]) -> dict[str, Tensor]:
+    """Arrays as tensors that are in memory already; tensors as they are."""
+    return {
+        name: value if isinstance(value, Tensor) else Tensor.of(value)
+        for name, value in values.items()
+    }
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """New memory that begins at a multiple of ALIGNED bytes: JAX on a CPU takes it as it is, and
+    copies any other.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNED, np.uint8)
+    begin = -memory.ctypes.data % ALIGNED
+    return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
 def digest(array: np.ndarray) -> str:
@@ -103,9 +171,24 @@ def begin_digest(dtype: np.dtype, shape: tuple[int, ...]):
 def blocks(array: np.ndarray) -> Iterator[np.ndarray]:
     """The array's bits in C order, as flat unsigned integers, about BLOCK bytes at a time."""
     array = array.reshape(1) if array.ndim == 0 else array
-    rows = max(1, BLOCK // max(1, array[:1].nbytes))
+    rows = _block_rows(array.shape, array.dtype)
     for first in range(0, len(array), rows):
         yield _contiguous(array[first : first + rows]).reshape(-1).view(f"u{array.itemsize}")
+
+
+def block_boxes(
+    shape: tuple[int, ...], dtype: np.dtype
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(start, shape) of each of an array's `blocks`; none where it is one block."""
+    if not shape or shape[0] <= (rows := _block_rows(shape, dtype)):
+        return []
+    zeros = (0,) * (len(shape) - 1)
+    firsts = range(0, shape[0], rows)
+    return [((first, *zeros), (min(rows, shape[0] - first), *shape[1:])) for first in firsts]
+
+
+def _block_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return max(1, BLOCK // max(1, math.prod(shape[1:]) * dtype.itemsize))
 
 
 def _contiguous(block: np.ndarray, tile: int = 64) -> np.ndarray:

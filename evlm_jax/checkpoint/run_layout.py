@@ -8,7 +8,7 @@ from etils import epath
 from evlm_jax import paths
 
 STEPS, FROZEN, ASIDE = "steps", "frozen", "aside"
-MANIFEST, INCOMPLETE = "manifest.json", ".incomplete"
+MANIFEST, CHUNKS, INCOMPLETE = "manifest.json", "chunks.json", ".incomplete"
 COMMITTED = "commit_success.txt"  # orbax writes it into a step when all else is there
 
 

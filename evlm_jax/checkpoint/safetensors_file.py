@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -19,9 +19,11 @@ from etils import epath
 
 from evlm_jax import paths
 from evlm_jax.checkpoint.lazy_tensors import (
+    Chunk,
     Tensor,
     Tensors,
     begin_digest,
+    block_boxes,
     blocks,
     content,
     read_json,
@@ -42,7 +44,14 @@ FLOATS = {np.dtype(TYPES[name]): name for name in ("F32", "F16", "BF16")}  # wha
 INFINITY = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}  # its bits; those of NaN are larger
 # bytes of a header, its entries and their axes, at most: a hostile one takes no more memory
 HEADER, TENSORS, AXES = 25_000_000, 2**17, 32
-NAME, INDEX, HASHES = "model.safetensors", "model.safetensors.index.json", ".hashes.json"
+NAME, INDEX, HASHES = "model.safetensors", "model.safetensors.index.json", ".digests.json"
+
+
+class Hashes(NamedTuple):
+    """What a tensor is told by, as `digest`."""
+
+    whole: str
+    chunks: list  # [start, shape, hash] of each of its blocks, where it has several
 
 
 def read_safetensors(path: epath.Path) -> dict[str, Tensor]:
@@ -84,9 +93,12 @@ def read_safetensors(path: epath.Path) -> dict[str, Tensor]:
                 f" bytes behind {stop} must be"
             )
         stop = end
-        tensors[name] = Tensor(
-            shape, dtype, partial(_read_array, path, dtype, shape, 8 + length + start)
+        read = partial(_read_rows, path, dtype, shape, 8 + length + start)
+        chunks = tuple(
+            Chunk(begin, part, partial(read, begin[0], part))
+            for begin, part in block_boxes(shape, dtype)
         )
+        tensors[name] = Tensor(shape, dtype, partial(read, 0, shape), chunks)
     if 8 + length + stop != size:
         raise ValueError(
             f"{path}: has {size} bytes, but its tensors end at byte {8 + length + stop}; copy it"
@@ -160,12 +172,19 @@ def _facts(path: epath.Path, name: str, facts: Any) -> tuple[np.dtype, tuple[int
     return np.dtype(TYPES[facts["dtype"]]), tuple(facts["shape"]), *facts["data_offsets"]
 
 
-def _read_array(
-    path: epath.Path, dtype: np.dtype, shape: tuple[int, ...], start: int
+def _read_rows(
+    path: epath.Path,
+    dtype: np.dtype,
+    shape: tuple[int, ...],
+    start: int,
+    first: int,
+    part: tuple[int, ...],
 ) -> np.ndarray:
+    """The rows of `part`'s shape that begin with row `first` of the tensor at byte `start`."""
+    row = math.prod(shape[1:]) * dtype.itemsize
     with path.open("rb") as file:
-        file.seek(start)
-        return np.frombuffer(file.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
+        file.seek(start + first * row)
+        return np.frombuffer(file.read(math.prod(part) * dtype.itemsize), dtype).reshape(part)
 
 
 def read_folder(
@@ -214,14 +233,14 @@ def read_folder(
 
 def write_folder(
     folder: epath.Path, tensors: Tensors, written: Callable[[int], None] = lambda _: None
-) -> dict[str, str]:
+) -> dict[str, Hashes]:
     """Writes model.safetensors, or numbered shards and model.safetensors.index.json; shards that
     exist already are kept.
 
     Args:
       written: called with the number of bytes of each piece that was written.
     Returns:
-      {name: hash of the tensor, as `digest`}
+      {name: hashes of the tensor}
     Raises:
       ValueError: names a tensor that is not floating-point, has another shape or dtype than
         declared, or contains NaN or infinity.
@@ -257,7 +276,7 @@ def write_folder(
 
 def _write_shard(
     path: epath.Path, tensors: Tensors, written: Callable[[int], None]
-) -> dict[str, str]:
+) -> dict[str, Hashes]:
     """One file and its hashes, unless they are there."""
     done = path.with_name(path.name + HASHES)
     if (
@@ -266,7 +285,7 @@ def _write_shard(
         and tensors.keys() == (hashes := json.loads(done.read_text())).keys()
     ):
         written(sum(tensor.size for tensor in tensors.values()))
-        return hashes
+        return {name: Hashes(*found) for name, found in hashes.items()}
     hashes = {}
     tensors = dict(
         sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
@@ -294,18 +313,22 @@ def _header(tensors: Tensors) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def write_tensor(file: IO[bytes], name: str, tensor: Tensor, written: Callable[[int], None]) -> str:
-    """Writes a tensor's bytes, little-endian and in C order, to an open file and returns its hash.
+def write_tensor(
+    file: IO[bytes], name: str, tensor: Tensor, written: Callable[[int], None]
+) -> Hashes:
+    """Writes a tensor's bytes, little-endian and in C order, to an open file and returns its
+    hashes.
 
     Raises ValueError as `write_folder`.
     """
-    array, content = tensor.read(), begin_digest(tensor.dtype, tensor.shape)
+    array, content, chunks = tensor.read(), begin_digest(tensor.dtype, tensor.shape), []
     if array.shape != tensor.shape or array.dtype != tensor.dtype:
         raise ValueError(
             f"{name} is {array.dtype} {array.shape}, expected {tensor.dtype} {tensor.shape}"
         )
     infinity = INFINITY[FLOATS[array.dtype]]
-    for bits in blocks(array):
+    boxes = block_boxes(tensor.shape, tensor.dtype)
+    for number, bits in enumerate(blocks(array)):
         if bits.size and (bits << 1 >> 1).max() >= infinity:  # without the sign
             raise ValueError(
                 f"{name} holds NaN or infinity; mend the checkpoint that it comes from"
@@ -313,4 +336,9 @@ def write_tensor(file: IO[bytes], name: str, tensor: Tensor, written: Callable[[
         content.update(bits)
         file.write(bits)
         written(bits.nbytes)
-    return content.hexdigest()
+        if boxes:
+            start, part = boxes[number]
+            own = begin_digest(tensor.dtype, part)
+            own.update(bits)
+            chunks.append([list(start), list(part), own.hexdigest()])
+    return Hashes(content.hexdigest(), chunks)

@@ -12,8 +12,9 @@
 
 The hash is of the content (frozen_store.py). A store is written again only where it does not hold
 what a phase freezes: a phase that unfreezes more rests on the store of the phase before, and its
-own trained values lie over it. Saves are asynchronous and atomic: written aside and renamed; in a
-bucket a mark comes last and goes first. A store is deleted only when no step names it any more. A
+own trained values lie over it. What a store holds is known by where values were read, so nothing
+that is frozen leaves the devices. Saves are asynchronous and atomic: written aside and renamed; in
+a bucket a mark comes last and goes first. A store is deleted only when no step names it any more. A
 model that was imported or upcycled is a store and a step 0 without trained parameters beside it."""
 
 import contextlib
@@ -26,12 +27,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from flax.traverse_util import flatten_dict
 
 from evlm_jax import paths
 from evlm_jax.checkpoint import digests
-from evlm_jax.checkpoint.frozen_store import manifest_of, read_store, store_name, write_store
-from evlm_jax.checkpoint.lazy_tensors import Tensor, digest, read_all
+from evlm_jax.checkpoint.frozen_store import read_store, write_store
+from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, read_all
 from evlm_jax.checkpoint.owner import Owner
 from evlm_jax.checkpoint.run_layout import (
     ASIDE,
@@ -45,22 +45,26 @@ from evlm_jax.checkpoint.run_layout import (
     half_written,
     read_object,
 )
-from evlm_jax.checkpoint.step_arrays import check_names, nest, read_arrays
+from evlm_jax.checkpoint.step_arrays import nest, open_arrays
 from evlm_jax.config import EVLMConfig, compat, from_saved, to_saved
 from evlm_jax.parallel.distributed import allgather_json, barrier, check_devices, is_first, log_once
 
 Arrays = dict[str, np.ndarray]  # by canonical name
-ITEMS = ("params", "groups")
+THREADS = 8  # that read a whole step
 STEP = re.compile("0|[1-9][0-9]*")  # name of a step's folder
 
 
 class Snapshot(NamedTuple):
-    """One finalised step, on the host."""
+    """One finalised step: tensors that are read when they are asked for, or arrays on the host."""
 
-    params: Arrays  # trainable
-    frozen: Arrays
-    groups: Arrays  # Adam states: "0/count", "0/mu/NAME", "0/nu/NAME", "1/count", ...
+    params: Tensors | Arrays  # trainable
+    frozen: Tensors | Arrays
+    groups: Tensors | Arrays  # Adam states: "0/count", "0/mu/NAME", "0/nu/NAME", "1/count", ...
     meta: dict  # format, step, phase, data, config, trained, store
+
+    def read(self) -> "Snapshot":
+        """With all tensors as arrays; each is compared with its digest. Raises ValueError."""
+        return Snapshot(*(read_all(tensors, THREADS) for tensors in self[:-1]), self.meta)
 
 
 class Checkpoints:
@@ -87,23 +91,27 @@ class Checkpoints:
                     path.rmtree()
         barrier("checkpoint: the directory is tidy")
         self._manager = ocp.CheckpointManager(self.root / STEPS, options=self._options())
-        self._store = None
+        self._store, self._frozen = None, {}  # name and tensors of the store that steps rest on
 
     def resume(self, step: int | None = None) -> Snapshot | None:
-        """The newest finalised step, None in a new directory; or the given one, where later ones
-        are moved to DIR/aside.
+        """Opens the newest finalised step, None in a new directory; or the given one. `go_on` is
+        called when it has been read.
 
-        Raises as `read` does, and ValueError for an imported model.
+        Raises as `open_step` does, and ValueError for an imported model.
         """
         if step is None and not steps(self.root):
             return None
-        snapshot = read(self.root, step)
+        snapshot = open_step(self.root, step)
         if not snapshot.groups:
             raise ValueError(
                 f"{self.root} was imported or upcycled and is no run: give another workdir, and"
                 " this as --init"
             )
-        self._store = snapshot.meta["store"]
+        return snapshot
+
+    def go_on(self, snapshot: Snapshot) -> None:
+        """Continues from a step that `resume` opened: later ones are moved to DIR/aside."""
+        self._store, self._frozen = snapshot.meta["store"], snapshot.frozen
         for later in (
             [found for found in steps(self.root) if found > snapshot.meta["step"]]
             if is_first()
@@ -118,21 +126,16 @@ class Checkpoints:
             )
         barrier("checkpoint: later steps are put aside")
         self._manager.reload()
-        return snapshot
 
-    def freeze(self, arrays: Arrays) -> None:
-        """Writes a store of `arrays` unless there is one; steps that are saved from now on refer to
-        it.
+    def freeze(self, tensors: Tensors) -> Tensors:
+        """Writes a store of `tensors` unless all were opened from the one that steps rest on; steps
+        that are saved from now on refer to it. Returns them as they are opened from there.
         """
-        manifest = {name: digest(np.asarray(array)) for name, array in arrays.items()}
-        if self._store and manifest.items() <= manifest_of(self.root, self._store).items():
-            return
-        self._store = store_name(manifest)
-        if is_first() and not finished(self.root / FROZEN / self._store):
-            write_store(
-                self.root, {name: Tensor.of(np.asarray(array)) for name, array in arrays.items()}
-            )
-        barrier("checkpoint: the frozen store is written")
+        if not self._store or any(self._frozen.get(name) is not tensors[name] for name in tensors):
+            written = write_store(self.root, tensors) if is_first() else None
+            self._store = allgather_json(written)[0]
+            self._frozen = read_store(self.root, self._store)
+        return {name: self._frozen[name] for name in tensors}
 
     def save(
         self, step: int, params: dict[str, jax.Array], groups: dict[str, jax.Array], meta: dict
@@ -270,41 +273,38 @@ def check_step(workdir: str, step: int | None) -> int:
     return found[-1] if step is None else step
 
 
-def read(workdir: str, step: int | None = None) -> Snapshot:
-    """Reads a finalised step, the newest where `step` is None, and compares all of it with its
-    digests.
+def open_step(workdir: str, step: int | None = None) -> Snapshot:
+    """Opens a finalised step, the newest where `step` is None. What is read of it is compared with
+    its digests.
 
     Raises:
       FileNotFoundError: no such step.
       ValueError: the step is damaged, named with the file or array; or the frozen store is missing
-        or another one, with both hashes.
+        or another one, with both hashes. Reading its tensors raises likewise.
     """
     path, meta, sums = _find(workdir, step)
-    with _blamed(path):
-        params, groups = (read_arrays(path / item, None, sums and sums[item]) for item in ITEMS)
-    return Snapshot(params, read_all(read_store(path.parent.parent, meta["store"])), groups, meta)
+    params, groups = (_item(path, item, sums) for item in ("params", "groups"))
+    return Snapshot(params, read_store(path.parent.parent, meta["store"]), groups, meta)
+
+
+def read(workdir: str, step: int | None = None) -> Snapshot:
+    """`open_step` as arrays in memory."""
+    return open_step(workdir, step).read()
 
 
 def open_params(workdir: str, step: int | None = None) -> tuple[dict[str, Tensor], EVLMConfig]:
     """All parameters of the model, of the step and of its frozen store, read lazily; and the
-    config. Raises as `read` does.
+    config. Raises as `open_step` does.
     """
     path, meta, sums = _find(workdir, step)
-    return read_store(path.parent.parent, meta["store"]) | _trained(
-        path / "params", sums and sums["params"]
-    ), from_saved(meta["config"])
+    tensors = read_store(path.parent.parent, meta["store"]) | _item(path, "params", sums)
+    return tensors, from_saved(meta["config"])
 
 
 def load_params(workdir: str, step: int | None = None) -> tuple[Arrays, EVLMConfig]:
     """`open_params` as arrays in memory."""
-    path, meta, sums = _find(workdir, step)
-    with _blamed(path):
-        arrays = read_arrays(path / "params", None, sums and sums["params"])
-    tensors = read_store(path.parent.parent, meta["store"])
-    frozen = read_all({name: tensor for name, tensor in tensors.items() if name not in arrays})
-    return {
-        name: arrays[name] if name in arrays else frozen[name] for name in tensors | arrays
-    }, from_saved(meta["config"])
+    tensors, cfg = open_params(workdir, step)
+    return read_all(tensors, THREADS), cfg
 
 
 def trained(workdir: str, step: int | None = None) -> frozenset[str]:
@@ -341,6 +341,13 @@ def _find(workdir: str, step: int | None) -> tuple[epath.Path, dict, dict | None
     return path, meta, sums
 
 
+def _item(path: epath.Path, item: str, sums: dict | None) -> dict[str, Tensor]:
+    """The arrays of an item of a step."""
+    blamed = partial(_blamed, path)
+    with blamed():
+        return open_arrays(path / item, sums and sums[item], blamed)
+
+
 @contextlib.contextmanager
 def _blamed(path: epath.Path) -> Iterator[None]:
     """Whatever goes wrong in reading a step, the error names the step and says how to go on."""
@@ -366,24 +373,3 @@ def _store(path: epath.Path) -> str | None:
         return read_object(path / "meta" / "metadata")["store"]
     except (ValueError, KeyError, OSError):
         return None
-
-
-def _trained(path: epath.Path, sums: digests.Chunks | None) -> dict[str, Tensor]:
-    """What orbax saved at `path`; nothing where there is no such item.
-
-    What is read is held against its digests.
-    """
-    if not path.exists():
-        return {}
-    with _blamed(path.parent):
-        saved = flatten_dict(ocp.PyTreeCheckpointHandler().metadata(path).tree, sep="/")
-        check_names(path, saved, sums)
-
-    def one(name: str) -> np.ndarray:
-        with _blamed(path.parent):
-            return read_arrays(path, {name: saved[name]}, sums and {name: sums[name]})[name]
-
-    return {
-        name: Tensor(tuple(about.shape), np.dtype(about.dtype), partial(one, name))
-        for name, about in saved.items()
-    }

@@ -22,7 +22,7 @@ from evlm_jax.checkpoint.safetensors_file import FLOATS
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.describe import describe_source
 from evlm_jax.convert.inert import check_dropped
-from evlm_jax.convert.interpolate import resize_positions
+from evlm_jax.convert.interpolate import resized_positions
 from evlm_jax.convert.naming import Family, NameRow
 from evlm_jax.convert.readers import open_source
 from evlm_jax.convert.recognise import recognise
@@ -47,9 +47,9 @@ class ConversionStep(NamedTuple):
     names: tuple[str, ...]
 
 
-def load_towers(cfg: EVLMConfig) -> dict[str, np.ndarray]:
-    """Canonical arrays of vit/* (blocks up to the highest tap, positions at vit.image_size) and
-    llm/*, in the checkpoint's dtype.
+def open_towers(cfg: EVLMConfig) -> dict[str, Tensor]:
+    """Canonical tensors of vit/* (blocks up to the highest tap, positions at vit.image_size) and
+    llm/*, in the checkpoint's dtype, read lazily.
 
     Raises:
       ValueError: the checkpoint has another architecture than the config (every field), or tensors
@@ -59,7 +59,12 @@ def load_towers(cfg: EVLMConfig) -> dict[str, np.ndarray]:
     towers = [
         open_tower(cfg, open_source(assets.locate(where)), tower) for tower, where in places.items()
     ]
-    return read_all(towers[0].tensors | towers[1].tensors)
+    return towers[0].tensors | towers[1].tensors
+
+
+def load_towers(cfg: EVLMConfig) -> dict[str, np.ndarray]:
+    """`open_towers` as arrays in memory."""
+    return read_all(open_towers(cfg))
 
 
 def describe(where: str) -> dict:
@@ -117,7 +122,10 @@ def open_tower(cfg: EVLMConfig, source: Source, tower: str) -> Tower:
     )
     tensors = to_canonical(source, steps, sizes(cfg, tower))
     if "vit/pos" in tensors and tower == "vit":
-        tensors["vit/pos"] = _resized(cfg, tensors["vit/pos"])
+        vit, stored = cfg.vit, cfg.vit.pretrained_size // cfg.vit.patch
+        tensors["vit/pos"] = resized_positions(
+            tensors["vit/pos"], stored, vit.grid, vit.interpolation
+        )
     if wrong := [
         f"{n} {tensors[n].shape}, the config needs {shape}"
         for n, shape in expected.items()
@@ -153,17 +161,6 @@ def sizes(cfg: EVLMConfig, tower: str) -> dict[str, int]:
     llm, keys = cfg.llm, cfg.llm.kv_heads * cfg.llm.head_dim
     widths = {"q": llm.heads * llm.head_dim, "k": keys, "v": keys}
     return {"two": 2, "heads": llm.heads, "kv_heads": llm.kv_heads} | widths
-
-
-def _resized(cfg: EVLMConfig, table: Tensor) -> Tensor:
-    """The position table at vit.image_size."""
-    vit, stored = cfg.vit, cfg.vit.pretrained_size // cfg.vit.patch
-    shape = (table.shape[0] - stored**2 + vit.grid**2, table.shape[1])
-    return Tensor(
-        shape,
-        table.dtype,
-        lambda: resize_positions(table.read(), stored, vit.grid, vit.interpolation),
-    )
 
 
 def conversion_plan(

@@ -7,6 +7,8 @@ weights renormalised at the edges)."""
 
 import numpy as np
 
+from evlm_jax.checkpoint.lazy_tensors import Tensor
+
 RULES = {"bicubic": (-0.75, False), "antialias": (-0.5, True)}
 
 
@@ -58,3 +60,11 @@ def resize_positions(table: np.ndarray, grid: int, target: int, rule: str) -> np
         optimize=True,
     )
     return np.concatenate([prefix, patches.reshape(target**2, -1).astype(table.dtype)])
+
+
+def resized_positions(table: Tensor, grid: int, target: int, rule: str) -> Tensor:
+    """`resize_positions` of a table that is read when it is asked for."""
+    if grid == target:
+        return table
+    shape = (table.shape[0] - grid**2 + target**2, table.shape[1])
+    return Tensor(shape, table.dtype, lambda: resize_positions(table.read(), grid, target, rule))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from evlm_jax.checkpoint.initialize import initialize
+from evlm_jax.checkpoint.initialize import begin_with, initialize
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.engine import load_towers
 from evlm_jax.costs.cases import case, counterparts
@@ -72,7 +72,8 @@ def measure(cfg: EVLMConfig, frames: list[int], text: int) -> dict:
 def _model(cfg: EVLMConfig, towers: dict[str, np.ndarray]) -> EVLM:
     layout = make_layout(cfg)
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
-    return nnx.merge(graphdef, initialize(cfg, shapes, layout.frozen, towers, frozenset()))
+    tensors = begin_with(cfg, shapes, towers, frozenset())
+    return nnx.merge(graphdef, initialize(cfg, shapes, layout.frozen, tensors))
 
 
 def runner(cfg: EVLMConfig, weights: Weights) -> Callable[[], dict[str, float]]:

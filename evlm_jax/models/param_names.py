@@ -4,7 +4,6 @@ mesh or stage.
 In memory layers are stacked; rules, checkpoints and conversion speak canonical names. This file is
 the only bridge."""
 
-import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,11 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from evlm_jax.checkpoint.lazy_tensors import Stack, Tensor, Tensors, aligned
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models.vit import stack_bounds
 from evlm_jax.models.xattn import Block
-
-ALIGNED = 64  # bytes
 
 
 def canonical(cfg: EVLMConfig, path: tuple) -> tuple[str, ...]:
@@ -71,9 +69,11 @@ def flatten(cfg: EVLMConfig, state: nnx.State) -> dict[str, jax.Array]:
     return out
 
 
-def unflatten(cfg: EVLMConfig, arrays: dict[str, np.ndarray], like: nnx.State) -> nnx.State:
+def unflatten(
+    cfg: EVLMConfig, arrays: dict[str, np.ndarray] | Tensors, like: nnx.State
+) -> nnx.State:
     """Inverse of `flatten`: stacks `arrays` into the structure of `like` (arrays or shapes),
-    keeping their dtype.
+    keeping their dtype. Tensors become a `Stack` a leaf.
 
     Raises:
       ValueError: listing every missing, unexpected or wrongly shaped name.
@@ -87,8 +87,7 @@ def unflatten(cfg: EVLMConfig, arrays: dict[str, np.ndarray], like: nnx.State) -
         problems += [f"missing {n} {shape}" for n in missing]
         problems += [f"{n} has shape {arrays[n].shape}, the model needs {shape}" for n in wrong]
         if not missing and not wrong:
-            stack = _stack if all(isinstance(arrays[n], np.ndarray) for n in names) else jnp.stack
-            value = stack([arrays[n] for n in names]) if is_stacked(path) else arrays[names[0]]
+            value = _joined([arrays[n] for n in names], is_stacked(path))
             leaves.append((path, variable.replace(value)))
     problems += [f"unexpected {n}" for n in arrays if n not in used]
     if problems:
@@ -96,15 +95,20 @@ def unflatten(cfg: EVLMConfig, arrays: dict[str, np.ndarray], like: nnx.State) -
     return nnx.from_flat_state(leaves)
 
 
+def _joined(
+    values: Sequence[np.ndarray | jax.Array | Tensor], stacked: bool
+) -> np.ndarray | jax.Array | Stack:
+    """The value of a leaf, of those of its names."""
+    if isinstance(values[0], Tensor):
+        return Stack(tuple(values), stacked)
+    if not stacked:
+        return values[0]
+    return (_stack if all(isinstance(x, np.ndarray) for x in values) else jnp.stack)(values)
+
+
 def _stack(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Equal shapes into memory that begins at a multiple of ALIGNED bytes: JAX on a CPU takes it as
-    it is, and copies any other.
-    """
-    shape, dtype = (len(arrays), *arrays[0].shape), np.result_type(*arrays)
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + ALIGNED, np.uint8)
-    begin = -memory.ctypes.data % ALIGNED
-    stacked = memory[begin : begin + size].view(dtype).reshape(shape)
+    """Equal shapes as one array."""
+    stacked = aligned((len(arrays), *arrays[0].shape), np.result_type(*arrays))
     with (
         ThreadPoolExecutor() as pool
     ):  # memory that is touched first, and files that are mapped: copying waits for pages

@@ -9,7 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from evlm_jax.checkpoint import lazy_tensors
 from evlm_jax.checkpoint import store as checkpoint
+from evlm_jax.checkpoint.lazy_tensors import opened
 from evlm_jax.checkpoint.store import Checkpoints
 from evlm_jax.config import to_dict
 from tests.helpers.tiny import tiny_config
@@ -40,7 +42,7 @@ def save(checkpoints, step, params, trained=()):
 def run(workdir, frozen, *steps, keep=2):
     """A run directory with these steps; the trained values of step k are arrays(k, ...)."""
     checkpoints = Checkpoints(workdir, keep)
-    checkpoints.freeze(frozen)
+    checkpoints.freeze(opened(frozen))
     for step in steps:
         save(
             checkpoints,
@@ -116,13 +118,32 @@ def test_a_damaged_store_is_refused_by_name(tmp_path):
         checkpoint.open_params(tmp_path)
 
 
+def test_a_large_tensor_of_a_store_is_read_and_checked_by_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(lazy_tensors, "BLOCK", 48)  # two rows
+    table = np.arange(30, dtype=np.float32).reshape(5, 6)
+    run(tmp_path, {"vit/pos": table}, 1)
+    tensor = checkpoint.open_step(tmp_path).frozen["vit/pos"]
+    assert [chunk.start for chunk in tensor.chunks] == [(0, 0), (2, 0), (4, 0)]
+    assert (np.concatenate([chunk.read() for chunk in tensor.chunks]) == table).all()
+    (file,) = tmp_path.glob("frozen/*/model.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    for read in (tensor.chunks[-1].read, tensor.read):
+        with pytest.raises(ValueError, match="vit/pos is not what was written there"):
+            read()
+    assert (tensor.chunks[1].read() == table[2:4]).all()
+    next(tmp_path.glob("frozen/*/chunks.json")).unlink()  # as in stores of former versions
+    assert not checkpoint.open_step(tmp_path).frozen["vit/pos"].chunks
+
+
 def test_one_store_serves_the_phases_that_freeze_less(tmp_path):
     """The trained values lie over the store, which is not written again for a part of it."""
     run(tmp_path, arrays(0, "vit/cls", "vit/pos"), 1)
     (store,) = stores(tmp_path)
     checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.resume()
-    checkpoints.freeze({"vit/cls": arrays(0, "vit/cls")["vit/cls"]})
+    snapshot = checkpoints.resume()
+    checkpoints.go_on(snapshot)
+    checkpoints.freeze({"vit/cls": snapshot.frozen["vit/cls"]})
     save(checkpoints, 2, arrays(2, "vit/pos"))
     checkpoints.close()
     assert stores(tmp_path) == [store]
@@ -146,7 +167,7 @@ def test_a_store_stays_while_a_step_names_it(tmp_path):
 
 def test_multiples_of_keep_every_stay(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1, keep_every=4)
-    checkpoints.freeze(arrays(0, "vit/cls"))
+    checkpoints.freeze(opened(arrays(0, "vit/cls")))
     for step in range(2, 12, 2):
         save(checkpoints, step, arrays(step, "vit/pos"))
     checkpoints.close()

@@ -113,7 +113,7 @@ def test_a_cut_off_step_is_named_and_the_one_before_goes_on(whole, tmp_path):
         path.write_bytes(content[: len(content) * (cut % 3) // 3])
         checkpoints = Checkpoints(copy, keep=2)
         try:
-            snapshot = checkpoints.resume()
+            snapshot = checkpoints.resume().read()
             assert equal(snapshot, whole[1]), path  # a file that restoring does not need
         except ValueError as error:
             cut += 1
@@ -130,7 +130,9 @@ def test_a_cut_off_step_is_named_and_the_one_before_goes_on(whole, tmp_path):
     assert cut == 20
     path.write_bytes(content[:10])
     checkpoints = Checkpoints(copy, keep=2)
-    assert checkpoints.resume(3).meta["step"] == 3
+    snapshot = checkpoints.resume(3)
+    assert snapshot.meta["step"] == 3 and store.steps(copy) == [3, 6]
+    checkpoints.go_on(snapshot)
     checkpoints.close()
     assert store.steps(copy) == [3] and [path.name for path in (copy / "aside").iterdir()] == ["6"]
     run(copy, FROZEN, 6)

@@ -56,7 +56,11 @@ def run_directory(
     }
     checkpoints = Checkpoints(folder, keep=1)
     checkpoints.freeze(
-        {name: array.astype(frozen_dtype) for name, array in arrays.items() if name not in trained}
+        {
+            name: Tensor.of(array).astype(frozen_dtype)
+            for name, array in arrays.items()
+            if name not in trained
+        }
     )
     groups = {"0/count": jnp.int32(3)} | {
         f"0/{moment}/{name}": array for moment in ("mu", "nu") for name, array in trained.items()

@@ -7,6 +7,7 @@ Everything is compared with one device.
 import contextlib
 import functools
 import json
+import operator
 import os
 import signal
 
@@ -228,9 +229,10 @@ def test_state_is_sharded_before_and_after_a_step():
     cfg = config((1, 2, 2, 2), experts=True)
     layout = layout_of(cfg)
     phase = TrainPhase(cfg, 0, layout)
-    state = phase.enter(
-        0, put_sharded(jax.tree.map(np.asarray, nnx.state(random_model(cfg, 0))), phase.place), {}
-    )
+    whole = put_sharded(jax.tree.map(np.asarray, nnx.state(random_model(cfg, 0))), phase.place)
+    state = phase.enter(0, whole, {})
+    frozen = nnx.split_state(whole, phase.plan.trains, ...)[1]
+    assert all(map(operator.is_, jax.tree.leaves(phase.frozen), jax.tree.leaves(frozen)))
     for step in range(2):
         for tree in (state.params, state.groups[0].mu, state.groups[0].nu, phase.frozen):
             assert_sharded(cfg, tree)

@@ -192,23 +192,6 @@ def test_resumed_run_has_the_bits_of_the_whole_run(whole_run, tmp_path, cut, cap
     assert not fetched and len(list((tmp_path / "frozen").iterdir())) == 1
 
 
-def test_what_a_run_freezes_again_is_in_a_store_of_its_own(tmp_path):
-    phases = (
-        {"start": 0.0, "warmup": 0, "rules": UPPER_VIT},
-        {"step": 2, "warmup": 0, "rules": CROSS_ONLY},
-    )
-    cfg = tiny_config(optim={"phases": phases}, train={"steps": 4, "save_every": 2})
-    towers = tiny_towers(cfg)
-    assert train(cfg, tmp_path, TinyData(cfg), towers) == 4
-    before, after = store.read(tmp_path, 2), store.read(tmp_path, 4)
-    upper = {name for name in towers if name.startswith(("vit/blocks/2/", "vit/blocks/3/"))}
-    assert upper <= before.params.keys() and before.frozen.keys() == towers.keys() - upper
-    assert after.frozen.keys() == towers.keys()
-    for name, array in after.frozen.items():
-        wanted = before.params if name in upper else towers
-        assert array.tobytes() == wanted[name].tobytes(), name
-
-
 def test_refreezing_stage_keeps_trained_bits(whole_run, tmp_path):
     """Stage 3 of the paper freezes what stage 2 trained; bfloat16 towers, so that a cast would
     show.

@@ -132,3 +132,20 @@ def test_parameters_in_bfloat16_do_not_train(tmp_path):
     cfg = tiny_config(train={"param_dtype": "bfloat16"})
     with pytest.raises(ValueError, match="train.param_dtype must be float32 in training"):
         train(cfg, tmp_path, TinyData(cfg), {})
+
+
+def test_what_a_run_freezes_again_is_in_a_store_of_its_own(tmp_path):
+    phases = (
+        {"start": 0.0, "warmup": 0, "rules": UPPER_VIT},
+        {"step": 2, "warmup": 0, "rules": CROSS_ONLY},
+    )
+    cfg = tiny_config(optim={"phases": phases}, train={"steps": 4, "save_every": 2})
+    towers = tiny_towers(cfg)
+    assert train(cfg, tmp_path, TinyData(cfg), towers) == 4
+    before, after = store.read(tmp_path, 2), store.read(tmp_path, 4)
+    upper = {name for name in towers if name.startswith(("vit/blocks/2/", "vit/blocks/3/"))}
+    assert upper <= before.params.keys() and before.frozen.keys() == towers.keys() - upper
+    assert after.frozen.keys() == towers.keys()
+    for name, array in after.frozen.items():
+        wanted = before.params if name in upper else towers
+        assert array.tobytes() == wanted[name].tobytes(), name

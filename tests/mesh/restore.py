@@ -60,14 +60,15 @@ def values(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def named(cfg: EVLMConfig, phase: TrainPhase) -> tuple[dict, dict, dict]:
     """{name: (shape, dtype)} of what trains, of what is frozen and of Adam's states."""
-    trainable, frozen = nnx.split_state(phase.shapes, phase.plan.trains, ...)
-    state = jax.eval_shape(phase.begin, 3, trainable, {})
+    frozen = nnx.split_state(phase.shapes, phase.plan.trains, ...)[1]
     parts = jax.eval_shape(
-        lambda: (
+        lambda state, frozen: (
             param_names.flatten(cfg, state.params),
             param_names.flatten(cfg, frozen),
             optim.flatten(cfg, state.groups),
-        )
+        ),
+        phase.spec(),
+        frozen,
     )
     params, frozen, groups = (
         {name: (about.shape, np.dtype(about.dtype)) for name, about in part.items()}

@@ -307,7 +307,8 @@ def _cross(cfg: EVLMConfig, work: Work, layer: int) -> Iterator[Stage]:
     yield (one(CROSS_SCORES, "", 2 * width * s, work.visible),)
     yield (one(CROSS, "o", d * width),)
     if not moe.copies:
-        yield from ((one(FFN, f"ffn/{fc}", d * x.ffn),) for fc in ("fc1", "fc2"))
+        yield tuple(one(FFN, f"ffn/{fc}", d * x.ffn) for fc in ("fc1", "up")[: 1 + x.gated])
+        yield (one(FFN, "ffn/fc2", d * x.ffn),)
         return
     routed, router = d * x.ffn // moe.slices * moe.top_k, one(ROUTER, "ffn/router", d * moe.experts)
 

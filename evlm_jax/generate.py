@@ -370,8 +370,9 @@ def collate(
 def _allowed(tokenizer: Tokenizer, cfg: EVLMConfig) -> np.ndarray:
     """bool [vocab]: ids that the tokenizer has, but for what stands for images."""
     ids = set(tokenizer.ids)
-    with contextlib.suppress(ValueError):  # a model that was never shown an image may lack it
-        ids.discard(tokenizer.id(cfg.media.placeholder))
+    for name in filter(None, (cfg.media.placeholder, cfg.media.around)):
+        with contextlib.suppress(ValueError):  # a model that was never shown an image may lack it
+            ids.discard(tokenizer.id(name))
     return np.isin(np.arange(cfg.llm.vocab), list(ids))
 
 

@@ -101,7 +101,9 @@ def cross_layer(cfg: EVLMConfig, p: dict, i: int, x, tap, chosen) -> jax.Array:
             x = x + routed + jnp.tanh(norm(x) @ cross("ffn/world/fc1")) @ cross("ffn/world/fc2")
     else:
         with part(flops.FFN):
-            x = x + jnp.tanh(norm(x) @ cross("ffn/fc1")) @ cross("ffn/fc2")
+            inner = jnp.tanh(norm(x) @ cross("ffn/fc1"))
+            inner = inner * (norm(x) @ cross("ffn/up")) if cfg.xattn.gated else inner
+            x = x + inner @ cross("ffn/fc2")
     return x
 
 
@@ -198,7 +200,7 @@ def trained_names(cfg: EVLMConfig, vit_from: int | None, norms: bool = False) ->
 @pytest.mark.parametrize("copies, kv_heads", [(0, 2), (0, 1), (2, 2)])
 @pytest.mark.parametrize("vit_from", [None, 2])
 def test_needed_is_what_an_unrolled_program_executes(copies, kv_heads, vit_from):
-    cfg = config(moe={"copies": copies}, xattn={"kv_heads": kv_heads})
+    cfg = config(moe={"copies": copies}, xattn={"kv_heads": kv_heads, "gated": kv_heads == 1})
     trained = trained_names(cfg, vit_from)
     work = flops.Work.full(cfg, ROWS)
     count = {part: cost.total for part, cost in flops.needed(cfg, trained, work).items()}

@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     read.add_argument("--llm", help="language model, likewise; init.llm where left out")
     read.add_argument(
         "--model",
-        help="instead of the two: a directory that `evlm convert export --format hf` wrote; or"
-        " beside them: open_flamingo's checkpoint",
+        help="instead of the two: a directory that `evlm convert export --format hf` wrote, or of"
+        " IDEFICS; or beside them: open_flamingo's checkpoint",
     )
     read.add_argument(
         "--out", required=True, help="new directory; start training from it with --init"
@@ -47,7 +47,7 @@ def _export_arguments(write: argparse.ArgumentParser) -> None:
     write.add_argument("--step", type=argument(Count), help="the newest where left out")
     write.add_argument(
         "--format",
-        choices=("hf", "torch", "openflamingo", "llm"),
+        choices=("hf", "torch", "openflamingo", "idefics", "llm"),
         default="hf",
         help="of what is written",
     )

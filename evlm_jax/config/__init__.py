@@ -231,6 +231,11 @@ class EVLMConfig:
         return self.bridge.latents if self.bridge.kind == "flamingo" else self.vit.tokens
 
     @property
+    def resampler_eps(self) -> float:
+        """Of the resampler's norms."""
+        return self.bridge.eps or self.xattn.eps
+
+    @property
     def query_block(self) -> int:
         """Tokens of a query block of cross-attention; 0 where there is none."""
         return self.xattn.query_block if self.cross_layers else 0
@@ -245,6 +250,8 @@ class EVLMConfig:
         """What distinguishes this model from EVLM, in words; empty for EVLM itself."""
         if self.bridge.kind != "routed":
             return f"bridge.kind = {self.bridge.kind}"
+        if self.media.around:
+            return f"media.around = {self.media.around}"
         return "" if self.cross_layers else "xattn.every = 0, no cross-attention"
 
 

@@ -190,6 +190,9 @@ class XAttnConfig:
     eps: PositiveFloat  # of the norms
     first: Count = 0  # layers in front of the first block; open_flamingo has every - 1
     kv_norm: bool = True  # a norm of the visual states; open_flamingo has none
+    norm_kind: Literal["layer", "rms"] = "layer"  # of the norms of the text
+    qk_norm: Literal["none", "head"] = "none"  # an RMSNorm over the queries and keys of each head
+    gated: bool = False  # the FFN is fc2(silu(fc1(x)) * up(x)), not fc2(gelu(fc1(x)))
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,8 @@ class MediaConfig:
     # instead
     tokens: Positive
     placeholder: str  # a spare token of the vocabulary, repeated `tokens` times
+    # a token on both sides of an image, one between neighbours, as IDEFICS has it; empty: none
+    around: str = ""
 
 
 @dataclass(frozen=True)
@@ -247,3 +252,6 @@ class BridgeConfig:
     ffn: Positive  # hidden width of its FFNs, in widths of the ViT
     # it reads the class token and registers, too; open_flamingo's patches alone
     prefix: bool = True
+    eps: NonNegative = 0.0  # of its norms; 0: xattn.eps
+    activation: Literal["gelu", "relu"] = "gelu"  # of its FFNs
+    qk_norm: Literal["none", "head"] = "none"  # a LayerNorm over the queries and keys of each head

@@ -88,6 +88,11 @@ def language(cfg: "EVLMConfig") -> list[Relation]:
             "moe.copies",
             "must be 0 where xattn.every is 0: experts stand in cross-attention",
         ),
+        (
+            not moe.copies or not xattn.gated,
+            "xattn.gated",
+            "must be False where moe.copies is positive: experts are not gated",
+        ),
         (xattn.ffn % moe.slices == 0, "moe.slices", f"must divide xattn.ffn = {xattn.ffn}"),
         (
             not moe.copies or 1 <= moe.top_k <= moe.experts,
@@ -159,6 +164,11 @@ def training(cfg: "EVLMConfig") -> list[Relation]:
             train.keep_every % train.save_every == 0,
             "train.keep_every",
             f"must be a multiple of train.save_every = {train.save_every}, or 0",
+        ),
+        (
+            not cfg.init.centre_norms or cfg.xattn.norm_kind == "layer",
+            "init.centre_norms",
+            "must be False where xattn.norm_kind is rms, which has no centre",
         ),
         (
             not train.monitors or train.monitor_every >= 1,

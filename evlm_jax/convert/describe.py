@@ -7,6 +7,7 @@ import dataclasses
 from evlm_jax.checkpoint.lazy_tensors import Source
 from evlm_jax.config import LLMConfig, MediaConfig, MoEConfig, ViTConfig, XAttnConfig
 from evlm_jax.config.schema import build
+from evlm_jax.convert import idefics
 from evlm_jax.convert.describe_decoder import describe_decoder
 from evlm_jax.convert.describe_flamingo import describe_flamingo
 from evlm_jax.convert.describe_gguf import describe_gguf
@@ -30,7 +31,7 @@ def describe_source(source: Source, family: str, prefix: str) -> dict:
       ValueError: config.json is missing where it is needed, or describes something EVLM's towers do
         not cover.
     """
-    facts = TOWERS | {"evlm": _evlm, "openflamingo": describe_flamingo}
+    facts = TOWERS | {"evlm": _evlm, "openflamingo": describe_flamingo, "idefics": _idefics}
     facts |= dict.fromkeys(GGUF.values(), _gguf)
     return facts.get(family.removesuffix("-transformers5"), _language)(source, prefix)
 
@@ -44,6 +45,16 @@ def _gguf(source: Source, prefix: str) -> dict:
     return dataclasses.asdict(
         build(LLMConfig, describe_gguf(source, shapes_of(source, prefix)), "llm")
     )
+
+
+def _idefics(source: Source, prefix: str) -> dict:
+    """By section of EVLMConfig."""
+    vision, text, sections = idefics.parts(source)
+    vit = TOWERS["clip"](vision, "")
+    return sections | {
+        "vit": vit | {"taps": (vit["depth"],)},
+        "llm": describe_decoder(source.path, text),
+    }
 
 
 def _evlm(source: Source, prefix: str) -> dict:

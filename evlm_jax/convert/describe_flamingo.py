@@ -31,17 +31,10 @@ def fields(every: int, ffn: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def differences(cfg: EVLMConfig) -> list[str]:
-    """Fields of a config that are not open_flamingo's, with its values."""
-    wanted = fields(cfg.xattn.every, 4 * cfg.llm.hidden)
-    wanted["vit"] = {"taps": (*cfg.vit.taps[:-1], cfg.vit.depth)}
-    return [
-        f"{name}.{key} is {have}, open_flamingo has {value}"
-        for name, section in wanted.items()
-        for key, value in section.items()
-        for have in [getattr(getattr(cfg, name), key)]
-        if have != value
-    ]
+def fields_beside(cfg: EVLMConfig) -> dict[str, dict[str, Any]]:
+    """`fields` with the towers of `cfg`, of which the last block is read."""
+    taps = {"vit": {"taps": (*cfg.vit.taps[:-1], cfg.vit.depth)}}
+    return fields(cfg.xattn.every, 4 * cfg.llm.hidden) | taps
 
 
 def describe_flamingo(source: Source, prefix: str) -> dict[str, dict[str, Any]]:

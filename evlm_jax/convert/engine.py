@@ -36,6 +36,7 @@ PARTS = {  # how canonical names begin, of each part of the model that a checkpo
     "llm": ("llm/",),
     "evlm": ("",),
     "xattn": ("xattn/", "bridge/", "llm/embed"),
+    "whole": ("vit/", "llm/", "xattn/", "bridge/"),  # all but media embeddings
 }
 
 
@@ -121,7 +122,7 @@ def open_tower(cfg: EVLMConfig, source: Source, tower: str) -> Tower:
         ", ".join(dropped),
     )
     tensors = to_canonical(source, steps, sizes(cfg, tower))
-    if "vit/pos" in tensors and tower == "vit":
+    if "vit/pos" in tensors and tower in ("vit", "whole"):
         vit, stored = cfg.vit, cfg.vit.pretrained_size // cfg.vit.patch
         tensors["vit/pos"] = resized_positions(
             tensors["vit/pos"], stored, vit.grid, vit.interpolation
@@ -137,21 +138,22 @@ def open_tower(cfg: EVLMConfig, source: Source, tower: str) -> Tower:
 
 def check_fields(cfg: EVLMConfig, source: Source, stored: dict, tower: str) -> None:
     """Raises ValueError listing every field of the config that the checkpoint contradicts."""
-    sections = stored if tower in ("evlm", "xattn") else {tower: stored}
-    fields = [
-        (f"{name}.{key}", have[key], value)
-        for name, said in sections.items()
-        for have in [dataclasses.asdict(getattr(cfg, name))]
-        for key, value in said.items()
-    ]
-    if wrong := [
-        f"{name} is {have}, the checkpoint has {value}"
-        for name, have, value in fields
-        if have != value
-    ]:
+    sections = {tower: stored} if tower in ("vit", "llm") else stored
+    if wrong := differences(cfg, sections, "the checkpoint"):
         raise ValueError(
             f"{source.path} does not fit the config; change the config:\n  " + "\n  ".join(wrong)
         )
+
+
+def differences(cfg: EVLMConfig, sections: dict[str, dict], whose: str) -> list[str]:
+    """Every field of the config that differs from `sections`, in words."""
+    return [
+        f"{name}.{key} is {have[key]}, {whose} has {value}"
+        for name, said in sections.items()
+        for have in [dataclasses.asdict(getattr(cfg, name))]
+        for key, value in said.items()
+        if have[key] != value
+    ]
 
 
 def sizes(cfg: EVLMConfig, tower: str) -> dict[str, int]:

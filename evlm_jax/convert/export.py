@@ -6,6 +6,7 @@ hf            a directory for transformers, with the PyTorch model of convert/to
 torch         evlm.pt, one state dict, beside the same model without transformers
 openflamingo  openflamingo.pt, the trained part in open_flamingo's names; of a model that is
               open_flamingo's, what its own code loads
+idefics       a directory that transformers' IdeficsForVisionText2Text reads
 llm           the language model alone, as a class of transformers (convert/stock.py)
 """
 
@@ -20,11 +21,13 @@ from tqdm import tqdm
 
 from evlm_jax.checkpoint import store
 from evlm_jax.checkpoint.atomic_dir import new_folder
-from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors
+from evlm_jax.checkpoint.lazy_tensors import Source, Tensor, Tensors
 from evlm_jax.checkpoint.safetensors_file import write_folder
 from evlm_jax.config import EVLMConfig
-from evlm_jax.convert.describe_flamingo import differences
-from evlm_jax.convert.engine import PARTS, sizes, to_foreign
+from evlm_jax.convert import idefics
+from evlm_jax.convert.describe import describe_source
+from evlm_jax.convert.describe_flamingo import fields_beside
+from evlm_jax.convert.engine import PARTS, differences, sizes, to_foreign
 from evlm_jax.convert.families import KINDS
 from evlm_jax.convert.stock import stock_config
 from evlm_jax.convert.tables import FAMILIES
@@ -68,7 +71,7 @@ def export(source: str, out: str, form: str, step: int | None = None) -> None:
     cfg = replace(cfg, init=replace(cfg.init, llm=source_of_run(source, cfg.init.llm)))
     if form == "openflamingo" and cfg.bridge.kind == "flamingo":
         tensors = flamingo_part(source, tensors, cfg, store.trained(source, step))
-    elif cfg.baseline and form != "llm":
+    elif cfg.baseline and form not in ("llm", "idefics"):
         raise ValueError(
             f"{source} is a baseline ({cfg.baseline}): --format {form} knows EVLM alone; use evlm"
             " eval or evlm generate"
@@ -136,7 +139,7 @@ def flamingo_part(
 
     Raises ValueError naming fields that are not open_flamingo's, or what was trained besides.
     """
-    if wrong := differences(cfg):
+    if wrong := differences(cfg, fields_beside(cfg), "open_flamingo"):
         raise ValueError(f"{source} is not open_flamingo's model:\n  " + "\n  ".join(wrong))
     held = PARTS["xattn"]
     if lost := sorted(name for name in trained if not name.startswith((*held, "media/"))):
@@ -144,6 +147,12 @@ def flamingo_part(
             f"{source}: open_flamingo's checkpoints have no place for what was trained of the"
             f" towers ({len(lost)} parameters, as {lost[0]})"
         )
+    part = {name: tensor for name, tensor in tensors.items() if name.startswith(held)}
+    return part | {"llm/embed": _words(tensors, cfg)}
+
+
+def _words(tensors: Tensors, cfg: EVLMConfig) -> Tensor:
+    """The word embeddings, that of the placeholder being the media embedding."""
     words, media = tensors["llm/embed"], tensors["media/embedding"]
     word = load_tokenizer(cfg.init.llm).id(cfg.media.placeholder)
     dtype = np.result_type(words.dtype, media.dtype)
@@ -153,8 +162,29 @@ def flamingo_part(
         array[word] = media.read()[0]
         return array
 
-    part = {name: tensor for name, tensor in tensors.items() if name.startswith(held)}
-    return part | {"llm/embed": Tensor(words.shape, dtype, read)}
+    return Tensor(words.shape, dtype, read)
+
+
+def export_idefics(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
+    """The whole model, with tokenizer and normalisation.
+
+    Raises ValueError naming what IDEFICS cannot have.
+    """
+    if cfg.bridge.kind not in ("routed", "flamingo") or not cfg.cross_layers:
+        raise ValueError(f"export: IDEFICS does not have {cfg.baseline}")
+    pixels = {"image_mean": cfg.vit.mean, "image_std": cfg.vit.std}
+    pixels |= {"image_size": cfg.vit.image_size, "image_processor_type": "IdeficsImageProcessor"}
+    write_json(folder, {"preprocessor_config.json": pixels})
+    whole = {name: tensor for name, tensor in tensors.items() if not name.startswith("media/")}
+    foreign = in_names_of("idefics", whole | {"llm/embed": _words(tensors, cfg)}, cfg)
+    config, tokenizer = idefics.stock(cfg), load_tokenizer(cfg.init.llm)
+    said = describe_source(Source(folder, config, foreign), "idefics", "")
+    if wrong := differences(cfg, said, "IDEFICS"):
+        raise ValueError("export: the model is not IDEFICS's:\n  " + "\n  ".join(wrong))
+    beside = {"generation_config.json": _generation(tokenizer, cfg.llm.vocab)}
+    write_json(folder, beside | {"config.json": config | {"dtype": common_dtype(whole)}})
+    write_tokenizer(folder, tokenizer, cfg)
+    _write(write_folder, folder, idefics.written(foreign, cfg))
 
 
 def export_llm(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
@@ -172,6 +202,7 @@ FORMATS = {
     "hf": export_hf,
     "torch": export_torch,
     "openflamingo": export_openflamingo,
+    "idefics": export_idefics,
     "llm": export_llm,
 }
 

@@ -59,7 +59,7 @@ class Kind:
     """
 
     family: str  # of tables.py; transformers 5 renamed some, which is no family of its own
-    tower: str  # "vit" | "llm" | "evlm"
+    tower: str  # one of engine.PARTS
     read: dict[str, Any]
     fixed: dict[str, tuple[Any, set]] = field(default_factory=dict)
     rotary: Rotary | None = None  # the fields of config_rope.py are its fields, too
@@ -190,6 +190,25 @@ INTERNVIT = ENCODER | {
     "attention_bias": False,
     "use_qk_norm": False,
 }
+IDEFICS = {
+    "vocab_size": 32000,
+    "additional_vocab_size": 0,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "cross_layer_interval": 1,
+    "qk_layer_norms": False,
+    "use_resampler": False,
+}
+IDEFICS_INERT = frozenset(  # the last two are read in convert/idefics.py
+    "alpha_initializer alphas_initializer_range freeze_text_layers freeze_lm_head"
+    " freeze_text_module_exceptions freeze_vision_layers freeze_vision_module_exceptions"
+    " vision_config perceiver_config".split()
+)
 IMAGES = {"num_channels": (3, {3})}
 ONE_BIAS = {"qkv_bias": (True, {True})}
 
@@ -302,6 +321,15 @@ KINDS = {
         | {"use_cache_quantization": (False, {False})},
         choices={"qkv_bias": True},
         note="Qwen 1.0",
+    ),
+    "idefics": Kind(
+        "idefics",
+        "whole",
+        IDEFICS,
+        {"alpha_type": ("float", {"float"})},
+        Rotary(),
+        note="one gate a block",
+        silent=IDEFICS_INERT,
     ),
     "dinov2": Kind("dinov2", "vit", DINOV2, IMAGES | ONE_BIAS),
     "dinov2_with_registers": Kind("dinov2", "vit", REGISTERS, IMAGES | ONE_BIAS),

@@ -18,8 +18,8 @@ from evlm_jax.checkpoint.lazy_tensors import Source, Tensor, read_all, read_json
 from evlm_jax.config import EVLMConfig, from_config_dict, to_dict
 from evlm_jax.convert.context import check_length
 from evlm_jax.convert.describe import describe_source
-from evlm_jax.convert.describe_flamingo import differences
-from evlm_jax.convert.engine import Tower, open_tower, recognise
+from evlm_jax.convert.describe_flamingo import fields_beside
+from evlm_jax.convert.engine import Tower, differences, open_tower, recognise
 from evlm_jax.convert.readers import open_source
 from evlm_jax.data.tokenizer import Tokenizer, keep_tokenizer, load_tokenizer
 from evlm_jax.models.initializers import cross_attention_tensors, media_embedding
@@ -56,36 +56,43 @@ def _open_towers(cfg: EVLMConfig) -> tuple[dict[str, Source], dict[str, Tower]]:
 
 
 def import_model(cfg: EVLMConfig, model: str, out: str) -> None:
-    """Writes all of a model that `evlm convert export --format hf` wrote; or of open_flamingo's
-    checkpoint with the towers of init.vision and init.llm. What the checkpoint holds counts as
-    trained, so a run that begins from it keeps its bits.
+    """Writes all of a model that `evlm convert export --format hf` wrote, or of a published one; of
+    open_flamingo's checkpoint with the towers of init.vision and init.llm. What the checkpoint
+    holds counts as trained, so a run that begins from it keeps its bits.
 
     Raises as `import_towers`.
     """
     model = str(place(model))
     source = open_source(assets.locate(model))
-    if recognise(source)[0].tower == "xattn":
-        return _import_flamingo(cfg, source, out)
+    part = recognise(source)[0].tower
+    if part != "xattn":
+        cfg = replace(cfg, init=replace(cfg.init, vision=model, llm=model))
+    if part in ("xattn", "whole"):
+        return _import_published(cfg, source, part, out)
     _check_kind(cfg)
-    cfg = replace(cfg, init=replace(cfg.init, vision=model, llm=model))
     vocabulary(cfg, model)
     tower = open_tower(cfg, source, "evlm")
     _write(cfg, out, {"evlm": source}, {"evlm": tower}, {}, trained=tower.tensors)
 
 
-def _import_flamingo(cfg: EVLMConfig, source: Source, out: str) -> None:
-    """The word that stands for an image is the media embedding as well."""
-    rest = open_tower(cfg, source, "xattn")
-    if wrong := differences(cfg):
+def _import_published(cfg: EVLMConfig, source: Source, part: str, out: str) -> None:
+    """The word that stands for an image is the media embedding as well.
+
+    Args:
+      part: of PARTS, that the source holds.
+    """
+    found = open_tower(cfg, source, part)
+    beside = fields_beside(cfg) if part == "xattn" else {}
+    if wrong := differences(cfg, beside, "open_flamingo"):
         raise ValueError(f"{source.path} does not fit the config:\n  " + "\n  ".join(wrong))
     check_length(cfg)
     word = vocabulary(cfg, cfg.init.llm).id(cfg.media.placeholder)
-    sources, towers = _open_towers(cfg)
-    words = rest.tensors["llm/embed"]
+    sources, towers = _open_towers(cfg) if part == "xattn" else ({}, {})
+    words = found.tensors["llm/embed"]
     media = Tensor((1, cfg.llm.hidden), words.dtype, lambda: words.read()[word][None])
-    trained = {**rest.tensors, "media/embedding": media}
-    towers |= {"xattn": rest._replace(tensors=trained)}
-    _write(cfg, out, sources | {"xattn": source}, towers, {}, trained)
+    trained = {**found.tensors, "media/embedding": media}
+    towers |= {part: found._replace(tensors=trained)}
+    _write(cfg, out, sources | {part: source}, towers, {}, trained)
 
 
 def read_export(cfg: EVLMConfig, model: str) -> tuple[dict[str, np.ndarray], EVLMConfig]:

@@ -49,10 +49,12 @@ def _models() -> str:
     ]
     rows += [(name, "vit", f"its vision_config, as {part}", "") for name, part in WHOLE.items()]
     rows += [("none, with vision_cfg", "vit", "EVA02-CLIP-E", "")]
+    towers = {"llm": "language", "vit": "vision", "whole": "both"}
+    others = {"vit": "never", "whole": "never; all of it by --format {}"}
     return _table(
         ("model_type", "tower", "read, if", "written by --format llm"),
         [
-            (name, "language", said, written) if tower == "llm" else (name, "vision", said, "never")
+            (name, towers[tower], said, others.get(tower, written).format(name))
             for name, tower, said, written in rows
         ],
     )

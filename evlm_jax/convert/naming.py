@@ -51,7 +51,7 @@ class Family:
     """
 
     name: str
-    tower: str  # "vit" | "llm" | "evlm": all of it
+    tower: str  # one of engine.PARTS
     signature: str
     rows: tuple[NameRow, ...]
     prefixes: tuple[str, ...] = ("",)

@@ -1,11 +1,12 @@
 """Foreign parameter names: one table a family, used both ways. Those of language models stand in
-tables_decoder.py.
+tables_decoder.py, those of published cross-attention models in tables_published.py.
 """
 
 from dataclasses import replace
 
 from evlm_jax.convert.naming import UNUSED, Family, NameRow, linear, norm, patch, row
 from evlm_jax.convert.tables_decoder import DECODERS, GATED
+from evlm_jax.convert.tables_published import idefics, open_flamingo
 
 
 def _gated(foreign: str, path: str) -> tuple[NameRow, ...]:
@@ -278,7 +279,7 @@ def _evlm_llm() -> tuple[NameRow, ...]:
 def _evlm_xattn() -> tuple[NameRow, ...]:
     block, path = "xattn.{}", "xattn/{}"
     parts = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "o"}
-    parts |= {"fc1": "ffn/fc1", "fc2": "ffn/fc2", "moe.router": "ffn/router"}
+    parts |= {"fc1": "ffn/fc1", "up": "ffn/up", "fc2": "ffn/fc2", "moe.router": "ffn/router"}
     parts |= {f"moe.world.fc{i}": f"ffn/world/fc{i}" for i in "12"}
     norms = {"norm": "norm", "kv_norm": "kv_norm", "ff_norm": "ffn_norm"}
     experts = "ffn/experts/fc{}/kernel"
@@ -289,6 +290,7 @@ def _evlm_xattn() -> tuple[NameRow, ...]:
             for one in linear(f"{block}.{name}", f"{path}/{part}", bias=False)
         ),
         *(one for name, part in norms.items() for one in norm(f"{block}.{name}", f"{path}/{part}")),
+        *(row(f"{block}.{x}_norm.weight", f"{path}/{x}_norm/scale") for x in "qk"),
         row(f"{block}.attn_gate", f"{path}/attn_gate"),
         row(f"{block}.ff_gate", f"{path}/ffn_gate"),
         *(
@@ -312,55 +314,6 @@ def _evlm() -> Family:
     return Family("evlm", "evlm", "xattn.0.to_q.weight", rows)
 
 
-def _perceiver() -> tuple[NameRow, ...]:
-    """The resampler of open_flamingo."""
-    attention, ffn, path = "perceiver.layers.{}.0", "perceiver.layers.{}.1", "bridge/layers/{}"
-    return (
-        row("perceiver.latents", "bridge/latents"),
-        *norm(f"{attention}.norm_media", f"{path}/norm_media"),
-        *norm(f"{attention}.norm_latents", f"{path}/norm_latents"),
-        *linear(f"{attention}.to_q", f"{path}/q", bias=False),
-        NameRow(
-            f"{attention}.to_kv.weight",
-            tuple(f"{path}/{x}/kernel" for x in "kv"),
-            "(n o) i -> n i o",
-        ),
-        *linear(f"{attention}.to_out", f"{path}/o", bias=False),
-        *norm(f"{ffn}.0", f"{path}/ffn_norm"),
-        *linear(f"{ffn}.1", f"{path}/ffn/fc1", bias=False),
-        *linear(f"{ffn}.3", f"{path}/ffn/fc2", bias=False),
-        *norm("perceiver.norm", "bridge/norm"),
-    )
-
-
-def _openflamingo() -> Family:
-    """The trained part as open_flamingo keeps it, its language model having Llama's names.
-    `norm_media` and `media_tokens` are EVLM's own: open_flamingo's perceiver ends with the norm,
-    and its media token is a word."""
-    foreign, path = "lang_encoder.model.layers.{}.gated_cross_attn_layer", "xattn/{}"
-    rows = (
-        *_perceiver(),
-        row("lang_encoder.model.embed_tokens.weight", "llm/embed"),
-        *norm(f"{foreign}.attn.norm", f"{path}/norm"),
-        *norm(f"{foreign}.attn.norm_media", f"{path}/kv_norm"),
-        *linear(f"{foreign}.attn.to_q", f"{path}/q", bias=False),
-        NameRow(
-            f"{foreign}.attn.to_kv.weight",
-            tuple(f"{path}/{x}/kernel" for x in "kv"),
-            "(n o) i -> n i o",
-        ),
-        *linear(f"{foreign}.attn.to_out", f"{path}/o", bias=False),
-        row(f"{foreign}.attn_gate", f"{path}/attn_gate", "1 -> "),
-        *norm(f"{foreign}.ff.0", f"{path}/ffn_norm"),
-        *linear(f"{foreign}.ff.1", f"{path}/ffn/fc1", bias=False),
-        *linear(f"{foreign}.ff.3", f"{path}/ffn/fc2", bias=False),
-        row(f"{foreign}.ff_gate", f"{path}/ffn_gate", "1 -> "),
-        row("media_tokens", "media/embedding"),
-    )
-    drop = {r"lang_encoder\.lm_head\.weight": "tied"}
-    return Family("openflamingo", "xattn", "perceiver.latents", rows, drop=drop)
-
-
 FAMILIES = (
     _dinov2(
         "dinov2",
@@ -379,5 +332,6 @@ FAMILIES = (
     _eva(),
     *DECODERS,
     _evlm(),
-    _openflamingo(),
+    open_flamingo(),
+    idefics(_clip()),
 )

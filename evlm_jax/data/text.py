@@ -195,7 +195,11 @@ def steps(
             new = [
                 (placeholder, slot, piece.frame, piece.frame + 1) for slot in range(media.tokens)
             ]
-            see, labelled = (piece.start, piece.stop), False
+            before, see, labelled = see, (piece.start, piece.stop), False
+            if media.around:
+                side = tokenizer.id(media.around)
+                front = (side, -1, *before)
+                new = ([] if laid[-1:] == [front] else [front]) + new + [(side, -1, *see)]
         else:
             ids = (
                 (piece.id,) if isinstance(piece, Token) else _tokens(tokenizer, piece.text, behind)

@@ -45,7 +45,7 @@ class ResamplerLayer(nnx.Module):
     """
 
     def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
-        width, inner, eps = cfg.vit.width, cfg.bridge.heads * cfg.bridge.head_dim, cfg.xattn.eps
+        width, inner, eps = cfg.vit.width, cfg.bridge.heads * cfg.bridge.head_dim, cfg.resampler_eps
         self.norm_media, self.norm_latents, self.ffn_norm = (
             LayerNorm(width, eps, rngs) for _ in range(3)
         )
@@ -53,7 +53,12 @@ class ResamplerLayer(nnx.Module):
             Linear((width, inner), ("vision", "vision_heads"), rngs) for _ in range(3)
         )
         self.o = Linear((inner, width), ("vision_heads", "vision"), rngs)
-        self.ffn = MLP(width, cfg.bridge.ffn * width, "gelu", False, rngs, ("whole", "vision_mlp"))
+        self.q_norm, self.k_norm = (
+            LayerNorm(cfg.bridge.head_dim, eps, rngs) if cfg.bridge.qk_norm == "head" else None
+            for _ in range(2)
+        )
+        ffn, activation = cfg.bridge.ffn * width, cfg.bridge.activation
+        self.ffn = MLP(width, ffn, activation, False, rngs, ("whole", "vision_mlp"))
         self.head_dim = cfg.bridge.head_dim
 
     def __call__(self, latents: jax.Array, picture: jax.Array) -> jax.Array:
@@ -61,6 +66,8 @@ class ResamplerLayer(nnx.Module):
         own = self.norm_latents(latents)
         seen = jnp.concatenate([self.norm_media(picture), own], 1)
         q, k, v = (heads(x, self.head_dim) for x in (self.q(own), self.k(seen), self.v(seen)))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         latents = latents + self.o(attention(q, k, v).reshape(*own.shape[:-1], -1))
         return latents + self.ffn(self.ffn_norm(latents))
 
@@ -73,7 +80,7 @@ class Resampler(nnx.Module):
     def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
         self.latents = param(rngs, (cfg.bridge.latents, cfg.vit.width), ("whole", "norm"), std=1.0)
         self.layers = stack(lambda r: ResamplerLayer(cfg, r), cfg.bridge.depth, rngs)
-        self.norm = LayerNorm(cfg.vit.width, cfg.xattn.eps, rngs)
+        self.norm = LayerNorm(cfg.vit.width, cfg.resampler_eps, rngs)
         self.remat = cfg.train.remat
         self.first = 0 if cfg.bridge.prefix else cfg.vit.prefix_tokens
 

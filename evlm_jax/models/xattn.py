@@ -4,6 +4,8 @@
     x += attn_gate * CrossAttention(LN(x), LN(tap))
     x += ffn_gate * FFN(LN(x))                the FFN is dense, or a mixture of experts (moe.py)
 
+Published models (docs/conversion.md) have other norms, norms of queries and keys, or a gated FFN.
+
 Gates (gate.py) start closed: the block is the identity, bit for bit. Nothing has a bias but the
 norms: the zero sink (grouped_attention) stands for keys and values that are projections of zero
 vectors, which are zero only without biases."""
@@ -17,7 +19,7 @@ from flax import nnx
 
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models.gate import Gate
-from evlm_jax.models.layers import MLP, LayerNorm, Linear, heads
+from evlm_jax.models.layers import MLP, LayerNorm, Linear, RMSNorm, heads
 from evlm_jax.models.moe import MoE, Routing
 
 Attend = Callable[[jax.Array], tuple[jax.Array, Any]]
@@ -34,19 +36,33 @@ class Block(nnx.Module):
             cfg.vit.width,
             *(heads * cfg.xattn.head_dim for heads in (cfg.xattn.heads, cfg.xattn.kv_heads)),
         )
-        self.norm = LayerNorm(d, cfg.xattn.eps, rngs)
+        norm = LayerNorm if cfg.xattn.norm_kind == "layer" else RMSNorm
+        self.norm = norm(d, cfg.xattn.eps, rngs)
         # Taps are raw residual streams, whose scale grows with depth.
         self.kv_norm = LayerNorm(v, cfg.xattn.eps, rngs) if cfg.xattn.kv_norm else None
         self.q = Linear((d, n), ("embed", "heads"), rngs)
         self.k = Linear((v, k), ("whole", "image_heads"), rngs)
         self.v = Linear((v, k), ("whole", "image_heads"), rngs)
         self.o = Linear((n, d), ("heads", "embed"), rngs)
+        self.q_norm, self.k_norm = (
+            RMSNorm(cfg.xattn.head_dim, cfg.xattn.eps, rngs)
+            if cfg.xattn.qk_norm == "head"
+            else None
+            for _ in range(2)
+        )
         self.attn_gate = Gate(rngs)
-        self.ffn_norm = LayerNorm(d, cfg.xattn.eps, rngs)
+        self.ffn_norm = norm(d, cfg.xattn.eps, rngs)
         self.ffn = (
             MoE(d, cfg.xattn.ffn, cfg.moe, rngs)
             if cfg.moe.copies
-            else MLP(d, cfg.xattn.ffn, "gelu", False, rngs)
+            else MLP(
+                d,
+                cfg.xattn.ffn,
+                "silu" if cfg.xattn.gated else "gelu",
+                False,
+                rngs,
+                gated=cfg.xattn.gated,
+            )
         )
         self.ffn_gate = Gate(rngs)
         self.head_dim = cfg.xattn.head_dim
@@ -57,7 +73,9 @@ class Block(nnx.Module):
         cached in generation.
         """
         normed = tap if self.kv_norm is None else self.kv_norm(tap)
-        return heads(self.k(normed), self.head_dim), heads(self.v(normed), self.head_dim)
+        keys = heads(self.k(normed), self.head_dim)
+        keys = keys if self.k_norm is None else self.k_norm(keys)
+        return keys, heads(self.v(normed), self.head_dim)
 
     @jax.named_scope("cross")
     def __call__(
@@ -70,7 +88,8 @@ class Block(nnx.Module):
           attend: queries [B, T, N, H] -> (attention outputs of the same shape, anything).
           kind: [B, T] as in moe.py.
         """
-        out, kept = attend(heads(self.q(self.norm(x)), self.head_dim))
+        q = heads(self.q(self.norm(x)), self.head_dim)
+        out, kept = attend(q if self.q_norm is None else self.q_norm(q))
         x = x + self.attn_gate(x) * self.o(out.reshape(*x.shape[:-1], -1))
         y, routing = (
             self.ffn(self.ffn_norm(x), kind)

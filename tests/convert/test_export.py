@@ -39,7 +39,7 @@ TOWERS = {
             "activation": "quick_gelu",
             "taps": (1, 3),
         },
-        "xattn": {"sinks": 0},
+        "xattn": {"sinks": 0, "norm_kind": "rms", "qk_norm": "head", "gated": True},
     },
     "aimv2, shared keys": {
         "vit": {

@@ -58,7 +58,7 @@ def test_the_list_is_whole():
     assert set(VISION) | set(LANGUAGE) >= images | {
         *auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
     }
-    assert READ - {"qwen"} <= {*LANGUAGE, *VISION}
+    assert READ - {"qwen", "idefics"} <= {*LANGUAGE, *VISION}
 
 
 def test_the_docs_have_what_the_command_prints(capsys):
@@ -109,7 +109,8 @@ def test_a_field_with_another_value_is_seen(tmp_path, name):
         return {"model_type": name, "vision_config": fields} if name in families.WHOLE else fields
 
     before = config_json.fields_of(tmp_path, wrap(config))
-    for field in sorted(config.keys() - families.INERT - {"vision_use_head"}):
+    apart = {"vision_use_head", *(families.IDEFICS_INERT if name == "idefics" else ())}
+    for field in sorted(config.keys() - families.INERT - apart):
         value = config[field]
         other = (
             OTHER[type(value)](value)

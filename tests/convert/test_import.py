@@ -68,6 +68,12 @@ CHOICES = {  # of the tiny config, that a family needs
     "gguf": {"llm": {"qk_norm": "head", "tied": False}},
     "qwen": {"llm": {"qkv_bias": True, "tied": False, "kv_heads": 4}},
     "openflamingo": BASELINES["flamingo"],
+    "idefics": {
+        "vit": {"layer_scale": False, "patch_bias": False, "embed_norm": True},
+        "llm": {"tied": False},
+        "xattn": {"norm_kind": "rms", "qk_norm": "head", "gated": True, "kv_norm": False},
+        "bridge": {"kind": "flamingo", "qk_norm": "head"},
+    },
 }
 
 

@@ -1,46 +1,23 @@
 """open_flamingo's whole model with random weights: its checkpoint comes in, computes and answers as
 it does there, and goes out again bit for bit."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 
-from evlm_jax.batch import Batch
-from evlm_jax.checkpoint import store
 from evlm_jax.config import from_config_dict
 from evlm_jax.convert import engine, export, importer
-from evlm_jax.data import text
-from evlm_jax.data.samples import ImageRef, Sample
-from evlm_jax.generate import Generator
-from evlm_jax.models.evlm import EVLM
-from evlm_jax.models.param_names import unflatten
 from experiments import open_flamingo as published
 from tests.helpers.checkpoints import IMAGE, tokenizer_directory
-from tests.helpers.parity import open_flamingo, relative
+from tests.helpers.parity import open_flamingo
+from tests.helpers.published import compare, randomise
 from tests.helpers.tiny import tiny_config
-from tests.models.test_evlm import row
 
 torch = pytest.importorskip("torch", reason="needs the extra parity")
 pytestmark = pytest.mark.parity
-TEXTS = {  # "i" is an image, numbers are words
-    "text alone": [9],
-    "one image": ["i", 5],
-    "several images": ["i", 2, "i", "i", 4],
-    "text before an image": [3, "i", 3],
-}
-NEW = 40
-
-
-def randomise(model):
-    """Every parameter, gates too."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            scale = float("norm" in name and name.endswith("weight"))
-            p.normal_(scale, p.shape[-1] ** -0.5 if p.ndim > 1 else 0.3)
 
 
 def their_model(folder: Path, seed: int, llm: str, every: int, **sizes):
@@ -113,14 +90,7 @@ def config_for(folder: Path, every: int):
     )  # fmt: skip
 
 
-def imported(cfg, folder: Path) -> EVLM:
-    """The model of an imported checkpoint."""
-    arrays, _ = store.load_params(str(folder))
-    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
-    return nnx.merge(graphdef, jax.tree.map(jax.numpy.asarray, unflatten(cfg, arrays, shapes)))
-
-
-def their_logits(model, cfg, tokens: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+def their_logits(model, cfg, tokens, start, stop, pixels) -> np.ndarray:
     """[T, vocab] of one text and its images; one that nothing sees where it has none."""
     images = max(1, int((tokens == IMAGE).sum()))
     x = (pixels[:images] / 255 - np.array(cfg.vit.mean)) / np.array(cfg.vit.std)
@@ -128,37 +98,6 @@ def their_logits(model, cfg, tokens: np.ndarray, pixels: np.ndarray) -> np.ndarr
     ids = torch.tensor(tokens[None], dtype=torch.long)
     with torch.no_grad():
         return model(x, ids, attention_mask=torch.ones_like(ids)).logits[0].numpy()
-
-
-def rows_of(cfg) -> Batch:
-    """A row for each of TEXTS."""
-    rows = [row(cfg, [parts], seed) for seed, parts in enumerate(TEXTS.values())]
-    batch = Batch(*(None if a[0] is None else np.concatenate(a) for a in zip(*rows, strict=True)))
-    return batch._replace(tokens=np.where(batch.media_slot >= 0, IMAGE, batch.tokens))
-
-
-def lengths(batch: Batch) -> list[int]:
-    """Tokens of each row's one document."""
-    return [int(until[0]) for until in batch.visible_until]
-
-
-def answers(cfg, model: EVLM, batch: Batch) -> list[list[int]]:
-    """NEW greedy tokens behind each row, by the caches."""
-    documents = []
-    for number, (parts, length) in enumerate(zip(TEXTS.values(), lengths(batch), strict=True)):
-        refs = tuple((ImageRef(f"{number}.{i}"),) for i in range(parts.count("i")))
-        names = ("tokens", "media_slot", "visible_start", "visible_stop")
-        path = np.stack([getattr(batch, name)[number, :length] for name in names], 1).tolist()
-        sample = Sample("prompt", "prompt", refs, ())
-        documents.append(text.lay_out([[*map(tuple, path)]], [()], sample, cfg))
-
-    def features(refs):
-        places = [tuple(map(int, ref.path.split("."))) for ref in refs]
-        return np.asarray(model.encode(np.stack([batch.pixels[place] for place in places])))
-
-    tokenizer = importer.vocabulary(cfg, cfg.init.llm)
-    generator = Generator(model, tokenizer, features=features)
-    return [list(one.tokens) for one in generator.generate(documents, NEW, stop=())]
 
 
 @pytest.mark.parametrize(
@@ -177,20 +116,7 @@ def test_open_flamingo_in_and_out(tmp_path, seed, llm, every, sizes):
     torch.save({"model_state_dict": state, "epoch": 1}, tmp_path / "checkpoint.pt")
     cfg = config_for(tmp_path, every)
     importer.import_model(cfg, str(tmp_path / "checkpoint.pt"), str(tmp_path / "in"))
-    model, batch = imported(cfg, tmp_path / "in"), rows_of(cfg)
-
-    with jax.default_matmul_precision("highest"):
-        ours = np.asarray(nnx.jit(lambda model, batch: model.logits(model.hidden(batch)))(
-            model, batch
-        ))  # fmt: skip
-        found = answers(cfg, model, batch)
-    for number, length in enumerate(lengths(batch)):
-        tokens, pixels = batch.tokens[number, :length], batch.pixels[number]
-        expected = their_logits(theirs, cfg, np.concatenate([tokens, found[number]]), pixels)
-        assert relative(ours[number, :length], expected[:length]) <= 1e-5
-        allowed = sorted(set(importer.vocabulary(cfg, cfg.init.llm).ids) - {IMAGE})
-        best = expected[length - 1 : -1, allowed].argmax(-1)
-        assert [allowed[i] for i in best] == found[number]
+    compare(cfg, tmp_path / "in", partial(their_logits, theirs, cfg))
 
     export.export(str(tmp_path / "in"), str(tmp_path / "out"), "openflamingo")
     again = torch.load(tmp_path / "out/openflamingo.pt", weights_only=True)

@@ -85,6 +85,11 @@ BASELINES = {  # sections of the tiny config; its pictures have 4 patches
         xattn=dict(every=2, first=1, kv_norm=False, sinks=0),
         media=dict(tokens=1),
     ),
+    "idefics": dict(
+        bridge=dict(kind="flamingo", activation="relu", qk_norm="head", eps=1e-4),
+        xattn=dict(every=2, kv_norm=False, sinks=0, norm_kind="rms", qk_norm="head", gated=True),
+        media=dict(tokens=1),
+    ),
     "llava": dict(bridge=dict(kind="llava"), xattn=dict(every=0), media=dict(tokens=4)),
     "text only": dict(xattn=dict(every=0)),
 }

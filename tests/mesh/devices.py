@@ -112,6 +112,7 @@ def test_gradients_equal_those_of_one_device(mesh, experts, alone):
     "kind, policy",
     [
         ("open_flamingo", POLICIES[1]),
+        pytest.param("idefics", POLICIES[1], marks=pytest.mark.slow),
         pytest.param("fused", POLICIES[1], marks=pytest.mark.slow),
         pytest.param("llava", POLICIES[0], marks=pytest.mark.slow),
     ],

@@ -10,7 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .towers_evlm import LLM, MLP, Config, ViT, attend, call, frequencies, growth, split_heads
+from .towers_evlm import (
+    LLM,
+    MLP,
+    Config,
+    RMSNorm,
+    ViT,
+    attend,
+    call,
+    frequencies,
+    growth,
+    split_heads,
+)
 
 
 class Experts(nn.Module):
@@ -76,10 +87,17 @@ class CrossAttention(nn.Module):
         super().__init__()
         llm, vit, xattn = Config(cfg.llm), Config(cfg.vit), Config(cfg.xattn)
         d, n, k = llm.hidden, *(heads * xattn.head_dim for heads in (xattn.heads, xattn.kv_heads))
-        self.norm, self.ff_norm = (nn.LayerNorm(d, xattn.eps) for _ in range(2))
+        self.norm, self.ff_norm = (
+            RMSNorm(d, xattn) if xattn.norm_kind == "rms" else nn.LayerNorm(d, xattn.eps)
+            for _ in range(2)
+        )
         self.kv_norm = nn.LayerNorm(vit.width, xattn.eps) if xattn.kv_norm else nn.Identity()
         self.to_q, self.to_out = nn.Linear(d, n, bias=False), nn.Linear(n, d, bias=False)
         self.to_k, self.to_v = (nn.Linear(vit.width, k, bias=False) for _ in range(2))
+        self.q_norm, self.k_norm = (
+            RMSNorm(xattn.head_dim, xattn) if xattn.qk_norm == "head" else nn.Identity()
+            for _ in range(2)
+        )
         if cfg.moe["copies"]:
             self.moe = MoE(d, xattn.ffn, Config(cfg.moe))
         else:
@@ -88,15 +106,21 @@ class CrossAttention(nn.Module):
                 nn.Linear(xattn.ffn, d, bias=False),
                 None,
             )
+            self.up = nn.Linear(d, xattn.ffn, bias=False) if xattn.gated else None
         self.attn_gate, self.ff_gate = (nn.Parameter(torch.zeros(())) for _ in range(2))
         self.head_dim, self.sinks = xattn.head_dim, xattn.sinks
+
+    def ffn(self, x):
+        """x [B, T, D] -> [B, T, D]."""
+        y = self.fc1(x)
+        return self.fc2(F.gelu(y) if self.up is None else F.silu(y) * self.up(x))
 
     def keys_values(self, tap):
         """tap [B, I, S, V] -> two of [B, K, I * S + sinks, H]."""
         normed = self.kv_norm(tap).flatten(1, 2)
         return tuple(
-            F.pad(split_heads(project(normed), self.head_dim), (0, 0, 0, self.sinks))
-            for project in (self.to_k, self.to_v)
+            F.pad(norm(split_heads(project(normed), self.head_dim)), (0, 0, 0, self.sinks))
+            for project, norm in ((self.to_k, self.k_norm), (self.to_v, nn.Identity()))
         )
 
     def forward(self, x, keys, values, mask, sdpa):
@@ -105,13 +129,12 @@ class CrossAttention(nn.Module):
         A token that sees nothing at all gets exactly 0. Also the weights, where they are written
         out.
         """
-        out, weights = attend(
-            split_heads(self.to_q(self.norm(x)), self.head_dim), keys, values, mask[:, None], sdpa
-        )
+        q = self.q_norm(split_heads(self.to_q(self.norm(x)), self.head_dim))
+        out, weights = attend(q, keys, values, mask[:, None], sdpa)
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0)
         x = x + self.attn_gate.float().tanh().to(x.dtype) * self.to_out(out)
         y = self.ff_norm(x)
-        y = self.moe(y) if self.moe else self.fc2(F.gelu(self.fc1(y)))
+        y = self.moe(y) if self.moe else self.ffn(y)
         return x + self.ff_gate.float().tanh().to(x.dtype) * y, weights
 
 

@@ -1,0 +1,97 @@
+"""Names of published models with cross-attention, as tables.py has those of towers."""
+
+from dataclasses import replace
+
+from evlm_jax.convert.naming import Family, NameRow, linear, norm, row
+from evlm_jax.convert.tables_decoder import DECODERS
+
+
+def _perceiver() -> tuple[NameRow, ...]:
+    """The resampler of open_flamingo."""
+    attention, ffn, path = "perceiver.layers.{}.0", "perceiver.layers.{}.1", "bridge/layers/{}"
+    return (
+        row("perceiver.latents", "bridge/latents"),
+        *norm(f"{attention}.norm_media", f"{path}/norm_media"),
+        *norm(f"{attention}.norm_latents", f"{path}/norm_latents"),
+        *linear(f"{attention}.to_q", f"{path}/q", bias=False),
+        NameRow(
+            f"{attention}.to_kv.weight",
+            tuple(f"{path}/{x}/kernel" for x in "kv"),
+            "(n o) i -> n i o",
+        ),
+        *linear(f"{attention}.to_out", f"{path}/o", bias=False),
+        *norm(f"{ffn}.0", f"{path}/ffn_norm"),
+        *linear(f"{ffn}.1", f"{path}/ffn/fc1", bias=False),
+        *linear(f"{ffn}.3", f"{path}/ffn/fc2", bias=False),
+        *norm("perceiver.norm", "bridge/norm"),
+    )
+
+
+def open_flamingo() -> Family:
+    """The trained part as open_flamingo keeps it, its language model having Llama's names.
+    `norm_media` and `media_tokens` are EVLM's own: open_flamingo's perceiver ends with the norm,
+    and its media token is a word."""
+    foreign, path = "lang_encoder.model.layers.{}.gated_cross_attn_layer", "xattn/{}"
+    rows = (
+        *_perceiver(),
+        row("lang_encoder.model.embed_tokens.weight", "llm/embed"),
+        *norm(f"{foreign}.attn.norm", f"{path}/norm"),
+        *norm(f"{foreign}.attn.norm_media", f"{path}/kv_norm"),
+        *linear(f"{foreign}.attn.to_q", f"{path}/q", bias=False),
+        NameRow(
+            f"{foreign}.attn.to_kv.weight",
+            tuple(f"{path}/{x}/kernel" for x in "kv"),
+            "(n o) i -> n i o",
+        ),
+        *linear(f"{foreign}.attn.to_out", f"{path}/o", bias=False),
+        row(f"{foreign}.attn_gate", f"{path}/attn_gate", "1 -> "),
+        *norm(f"{foreign}.ff.0", f"{path}/ffn_norm"),
+        *linear(f"{foreign}.ff.1", f"{path}/ffn/fc1", bias=False),
+        *linear(f"{foreign}.ff.3", f"{path}/ffn/fc2", bias=False),
+        row(f"{foreign}.ff_gate", f"{path}/ffn_gate", "1 -> "),
+        row("media_tokens", "media/embedding"),
+    )
+    drop = {r"lang_encoder\.lm_head\.weight": "tied"}
+    return Family("openflamingo", "xattn", "perceiver.latents", rows, drop=drop)
+
+
+def idefics(clip: Family) -> Family:
+    """IDEFICS, its blocks numbered by layers (idefics.py); `clip` has its vision tower's names."""
+    block, path = "model.gated_cross_attn_layers.{}", "xattn/{}"
+    attention, ffn = (
+        "model.perceiver_resampler.blocks.{}.0",
+        "model.perceiver_resampler.blocks.{}.1",
+    )
+    ours = "bridge/layers/{}"
+    (llama,) = (family for family in DECODERS if family.name == "llama")
+    cross = {f"cross_attn.{x}_proj": x for x in "qkvo"}
+    cross |= {"mlp.gate_proj": "ffn/fc1", "mlp.up_proj": "ffn/up", "mlp.down_proj": "ffn/fc2"}
+    norms = {f"cross_attn.{x}_layer_norm": f"{x}_norm" for x in "qk"}
+    norms |= {"input_layernorm": "norm", "post_attention_layernorm": "ffn_norm"}
+    matrices = {f"{attention}.{x}_proj": x for x in "qkv"} | {f"{attention}.output_proj": "o"}
+    matrices |= {f"{ffn}.fc": "ffn/fc1", f"{ffn}.c_proj": "ffn/fc2"}
+    layers = {f"{attention}.{x}_layer_norm": f"{x}_norm" for x in "qk"} | {f"{ffn}.ln": "ffn_norm"}
+    layers |= {f"{attention}.context_layer_norm": "norm_media"}
+    layers |= {f"{attention}.latents_layer_norm": "norm_latents"}
+    rows = (
+        *(replace(one, foreign=f"model.vision_model.{one.foreign}") for one in clip.rows),
+        *llama.rows,
+        *(
+            one
+            for theirs, name in cross.items()
+            for one in linear(f"{block}.{theirs}", f"{path}/{name}", bias=False)
+        ),
+        *(row(f"{block}.{theirs}.weight", f"{path}/{x}/scale") for theirs, x in norms.items()),
+        row(f"{block}.alpha_cross_attn", f"{path}/attn_gate", "1 -> "),
+        row(f"{block}.alpha_dense", f"{path}/ffn_gate", "1 -> "),
+        row("model.perceiver_resampler.latents", "bridge/latents"),
+        *(
+            one
+            for theirs, name in matrices.items()
+            for one in linear(theirs, f"{ours}/{name}", bias=False)
+        ),
+        *(one for theirs, name in layers.items() for one in norm(theirs, f"{ours}/{name}")),
+        *norm("model.perceiver_resampler.layer_norm", "bridge/norm"),
+    )
+    drop = {rf"model\.vision_model\.{name}": rule for name, rule in clip.drop.items()} | llama.drop
+    return Family("idefics", "whole", f"{block.format(0)}.alpha_dense", rows, drop=drop)

@@ -3,7 +3,8 @@
 Values arrive on the host some steps after they were dispatched, so reporting never makes the device
 wait. Between two lines losses are averaged over targets, rates over time, used shares of the
 budgets over steps; samples that the data left out are counted by cause, updates that were not
-finite as "bad_updates"; the other values are those of the line's own step."""
+finite as "bad_updates"; FLOPs needed are means over steps; time and goodput are of the run so far
+(goodput.py); the other values are those of the line's own step."""
 
 import json
 import os
@@ -12,14 +13,18 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Self
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
+from evlm_jax import flops
 from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
 from evlm_jax.data.pack import Drop
-from evlm_jax.flops import real_tokens, seen_images, train_flops
+from evlm_jax.flops import real_tokens, seen_images
+from evlm_jax.goodput import Goodput
 from evlm_jax.journal import Journal, read_lines
+from evlm_jax.parallel.chips import peak_flops
 from evlm_jax.parallel.distributed import allgather_json, is_first
 from evlm_jax.paths import COPIES, Mirror, place
 
@@ -29,19 +34,32 @@ SECONDS = "monitor/seconds"  # that were spent on something else than training
 class Meter:
     """Collects the values of every step and writes a line each `train.log_every` steps."""
 
-    def __init__(self, cfg: EVLMConfig, workdir: str, step: int, devices: int, tensorboard: bool):
+    def __init__(
+        self,
+        cfg: EVLMConfig,
+        workdir: str,
+        step: int,
+        devices: int,
+        tensorboard: bool,
+        began: float | None = None,
+    ):
         """Continues the files of `workdir` behind `step`; later lines, of a run that was cut off,
         are dropped.
+
+        `began`: when this process began with the run (time.monotonic); now where left out.
 
         Raises:
           ImportError: `tensorboard` is asked for and tensorboardX is not installed.
         """
-        self._cfg, self._devices = cfg, devices
+        self._cfg = cfg
+        self._peak = devices * (cfg.train.peak_flops or peak_flops(jax.devices()[0]))
 
         def finished(line):
             return json.loads(line)["step"] <= step
 
         self._journal = Journal(place(workdir) / "metrics.jsonl", finished) if is_first() else None
+        former = _last_line(workdir) if is_first() else {}
+        self.goodput = Goodput(time.monotonic() if began is None else began, former)
         self._files = Mirror(place(workdir) / "tensorboard") if tensorboard and is_first() else None
         self._board = _board(self._files.here, step) if self._files else None
         bar = {
@@ -89,7 +107,7 @@ class Meter:
                 now |= {"grad_norm": values["grad_norm"]} | _routing(
                     self._cfg, values.get("routing")
                 )
-            self._write(step, self._summary() | now | noted)
+            self._write(step, self._summary() | self.goodput.line() | now | noted)
             self._reset()
         elif noted:
             self._write(step, noted)
@@ -119,8 +137,9 @@ class Meter:
         out |= {f"{name}_per_s": totals[name] / seconds for name in ("tokens", "images")} | {
             "step_seconds": seconds / self._steps
         }
-        if self._cfg.train.peak_flops:
-            out["mfu"] = totals["flops"] / (seconds * self._devices * self._cfg.train.peak_flops)
+        out |= {name: totals[name] / self._steps for name in ("flops", "flops/vision")}
+        if self._peak:
+            out["mfu"] = totals["flops"] / (seconds * self._peak)
         out |= {
             name: value / (self._steps * len(shares))
             for name, value in totals.items()
@@ -171,14 +190,23 @@ def training_lines(path: str | os.PathLike) -> list[dict]:
     return [line for line in map(json.loads, read_lines(path)) if "loss" in line]
 
 
+def _last_line(workdir: str) -> dict:
+    """The last line about updates of a run; empty where there is none."""
+    return ([{}] + training_lines(place(workdir) / "metrics.jsonl"))[-1]
+
+
 def work(cfg: EVLMConfig, batch: Batch, info: dict, trained: Collection[str]) -> dict[str, float]:
-    """Counts of a batch of NumPy arrays, without padding: text tokens, images, FLOPs needed, and
-    those of `info`.
+    """Counts of a batch of NumPy arrays, without padding: text tokens, images, FLOPs needed, of
+    them those of the vision tower, and the counts of `info`.
 
     `trained`: canonical names of the parameters that train.
     """
     counts = {"tokens": float(real_tokens(batch).sum()), "images": float(seen_images(batch))}
-    counts["flops"] = train_flops(cfg, trained, batch)
+    needed = flops.needed(cfg, trained, flops.Work.of(cfg, batch))
+    counts["flops"] = sum(cost.total for cost in needed.values())
+    counts["flops/vision"] = sum(
+        needed[part].total for part in (flops.FROZEN_VIT, flops.TRAINED_VIT) if part in needed
+    )
     counts |= {f"fill/{name}": share for name, share in info["fill"].items()} | {
         "cut": float(info["cut"])
     }

@@ -5,6 +5,7 @@ changed nothing, and those behind it go on."""
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -78,15 +79,14 @@ def train(
     Raises:
       ValueError: the config cannot be trained or continued with; names the field.
       Stopped: a signal came; what was trained is saved.
-      FloatingPointError: more than train.bad_updates losses or gradients were not finite; names the
-        step and its samples.
+      FloatingPointError: more than train.bad_updates were not finite; names the step and samples.
       OSError: a save failed, also one in progress.
     """
+    began = time.monotonic()
     _check_dtype(cfg)
     layout = make_layout(cfg)
-    load = functools.partial(
-        layout.put_groups, own=layout.own_groups(cfg.image_groups), count=cfg.image_groups
-    )
+    own = layout.own_groups(cfg.image_groups)
+    load = functools.partial(layout.put_groups, own=own, count=cfg.image_groups)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
             contextlib.closing(Checkpoints(workdir, cfg.train.keep, cfg.train.keep_every))
@@ -101,7 +101,8 @@ def train(
                 f"{workdir} is finished: it has step {start.step}, and train.steps is"
                 f" {cfg.train.steps}"
             )
-        meter = stack.enter_context(Meter(cfg, workdir, start.step, layout.mesh.size, tensorboard))
+        meter = Meter(cfg, workdir, start.step, layout.mesh.size, tensorboard, began)
+        stack.enter_context(meter)
         trace = Trace(checkpoints.root / "profile", profile)
         step, saved, status = _loop(
             cfg, start, data, load, checkpoints, meter, trace, on_step or (lambda *_: None)
@@ -149,10 +150,10 @@ def _loop(
     step, phase, origin, trained = start.step, start.phase, start.origin, start.trained
     whole, groups = start.take()
     watch, due = Watch(meter, cfg.train.bad_updates, start.bad), Due(cfg.train)
-    saved, status, state = step, 0, None
+    saved, status, state, goodput = step, 0, None, meter.goodput
     with stopping() as stop:
         while step < cfg.train.steps and not status:
-            if state is None or optim.phase_at(cfg, step) != phase.number:
+            if entered := state is None or optim.phase_at(cfg, step) != phase.number:
                 if state is not None:
                     watch.look()
                     whole, groups = phase.all_params(state), state.groups
@@ -160,13 +161,15 @@ def _loop(
                 state = phase.enter(step, whole, groups)
                 origin = checkpoints.freeze(_frozen(cfg, phase, origin))
                 trained, whole, groups = trained | phase.trained, None, None
-            batch, info = next(data)
+            with goodput.during("data"):
+                batch, info = next(data)
             trace.before(step + 1)
-            state, report = phase.update(state, load(batch))
+            state, report = goodput.update(phase.update, state, load(batch), first=entered)
             step += 1
             meter.dropped(info["drops"])
             watch.add(step, info["keys"], work(cfg, batch, info, phase.trained), report)
-            meter.note(step, on_step(step, functools.partial(phase.model, state)))
+            with goodput.during("monitor"):
+                meter.note(step, on_step(step, functools.partial(phase.model, state)))
             status = stop(step)
             last = bool(status) or step == cfg.train.steps
             trace.after(step, last, state)
@@ -175,9 +178,9 @@ def _loop(
                 watch.look()
                 meter.flush()
                 if watch.sound:
-                    checkpoints.save(
-                        step, *phase.on_disk(state), _meta(cfg, phase, data, trained, watch.bad)
-                    )
+                    with goodput.during("save"):
+                        meta = _meta(cfg, phase, data, trained, watch.bad)
+                        checkpoints.save(step, *phase.on_disk(state), meta)
                     saved = step
                     due.done()
     return step, saved, status

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
+from evlm_jax import flops
 from evlm_jax.data.pack import Drop
-from evlm_jax.flops import train_flops
 from evlm_jax.metrics import Meter, work
 from tests.helpers.tiny import tiny_batch, tiny_config
 
@@ -98,7 +98,12 @@ def test_work_leaves_padding_out():
         for i in range(a, b)
     }
     drops = [Drop("too long", "a"), Drop("unreadable image", "b"), Drop("too long", "c")]
-    counted = {"tokens": used, "images": len(seen), "flops": train_flops(cfg, TRAINED, batch)}
+    needed = flops.needed(cfg, TRAINED, flops.Work.of(cfg, batch))
+    counted = {"tokens": used, "images": len(seen)}
+    counted |= {
+        "flops": sum(cost.total for cost in needed.values()),
+        "flops/vision": needed[flops.FROZEN_VIT].total,
+    }
     counted |= {"fill/tokens": 0.5, "cut": 3, "dropped/too long": 2, "dropped/unreadable image": 1}
     assert work(cfg, batch, {"fill": {"tokens": 0.5}, "drops": drops, "cut": 3}, TRAINED) == counted
     assert 0 < used < cfg.data.length and 0 < len(seen)

@@ -18,7 +18,7 @@ ROOMS = [  # in the order of docs/architecture.md; the longest name that fits a 
     "flops data",
     "models",
     "optim checkpoint",
-    "metrics loss watch",
+    "goodput metrics loss watch",
     "phase train",
     "report planning",
     "generate runs convert",

@@ -119,7 +119,7 @@ class TrainConfig:
     monitor_every: Count  # updates between two looks; there is one at the end as well
     monitor_questions: Count  # the first of each task, as `evlm eval --limit` takes them; 0: all
     seed: Seed  # of new parameters
-    peak_flops: NonNegative  # of one device, for MFU; 0 leaves MFU out
+    peak_flops: NonNegative  # of one device, for MFU; 0: the published one, where it is known
     save_minutes: NonNegative = (
         30.0  # a save is also due when so much time has gone since the last; 0: never for that
     )

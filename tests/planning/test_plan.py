@@ -5,19 +5,24 @@ import json
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 from benchmarks import pods
 from evlm_jax import flops
 from evlm_jax.cli import main
 from evlm_jax.config.load import load_config
+from evlm_jax.metrics import work
 from evlm_jax.parallel.chips import CHIPS
+from evlm_jax.parallel.mesh import make_layout
+from evlm_jax.phase import TrainPhase
 from evlm_jax.planning import chips, roofline, search
 from evlm_jax.planning.compiled import Costs, Operation, Transfer
 from evlm_jax.planning.plan import OTHER, cube, plan
 from evlm_jax.planning.programs import phase_steps
 from evlm_jax.planning.text import show
-from tests.helpers.tiny import CROSS_ONLY, UPPER_VIT, tiny_config
+from tests.helpers.tiny import CROSS_ONLY, UPPER_VIT, tiny_batch, tiny_config
 
 tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason='pip install -e ".[plan]"')
 TWO_PHASES = {
@@ -68,6 +73,7 @@ def test_a_step_executes_what_is_needed_and_known_extras(phase, remat):
     assert found == pytest.approx({part: known.get(part, 1.0) for part in found}, rel=1e-6)
     assert OTHER not in report["executed"]
     assert_scores(report, known)
+    assert_logged(cfg, phase, report)
     again = {
         part: passes["again"] for part, passes in report["executed"].items() if passes["again"]
     }
@@ -83,6 +89,28 @@ def assert_scores(report, known):
         ratios = [visited[name] / visited["visible"] for name in ("forward", "backward")]
         assert ratios == pytest.approx([known[part]] * 2)
     assert f"{known[flops.LLM_SCORES]:.2f} (forward)" in show(report)
+
+
+def assert_logged(cfg, phase, report):
+    """A full batch's FLOPs in the log are the plan's."""
+    rows, t = cfg.train.batch, cfg.data.length
+    places = np.arange(t)
+    image = places * cfg.data.images // t
+    full = {
+        "positions": places,
+        "visible_until": np.full(t, t),
+        "visible_start": image,
+        "visible_stop": image + 1,
+        "targets": np.where(places < cfg.data.targets, 1, -1),
+    }
+    batch = tiny_batch(cfg, seed=0)
+    batch = batch._replace(**{name: np.tile(row, (rows, 1)) for name, row in full.items()})
+    trained = TrainPhase(cfg, phase, make_layout(cfg, jax.devices()[:1])).trained
+    logged = work(cfg, batch, {"fill": {}, "cut": 0, "drops": []}, trained)
+    needed = {part: sum(cost.values()) for part, cost in report["needed"].items()}
+    vision = sum(needed.get(part, 0) for part in (flops.FROZEN_VIT, flops.TRAINED_VIT))
+    assert logged["flops"] == pytest.approx(sum(needed.values()), rel=1e-9)
+    assert logged["flops/vision"] == pytest.approx(vision, rel=1e-9)
 
 
 @tpu

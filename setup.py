@@ -72,6 +72,7 @@ setup(
         "parity": [
             "accelerate>=1.10",  # with which transformers reads GGUF
             "einops-exts==0.0.4",  # of open_flamingo's block
+            "peft==0.21.2",  # adapters
             "torch==2.13.0",  # a plain `torch` brings gigabytes of CUDA
             "transformers==5.23.0",
         ],

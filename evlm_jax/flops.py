@@ -3,7 +3,8 @@ Letters: see config/__init__.py.
 
 Needed, not executed: 2ND forward, +2ND where a gradient passes to the input of a product, +2ND only
 where its weights train. So a frozen ViT costs 2ND, a frozen LLM under trained cross-attention 4ND,
-trained layers 6ND, and below the lowest trained block of the ViT there is no backward. Causal
+trained layers 6ND, a frozen matrix beside a trained adapter 4ND and
+the adapter 6ND, and below the lowest trained block of the ViT there is no backward. Causal
 attention counts half, cross-attention the images that a token sees, the head supervised positions
 only; padding counts nothing, and neither does rematerialisation.
 
@@ -12,6 +13,7 @@ where nothing else lies below, because that follows from the kernel's gradient. 
 of a frozen tower's images cost 4ND (a program that asks for the norm's gradient the plain way
 executes 6ND). What is not a product (norms, softmax, optimizer) is left out."""
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple, Self
@@ -19,7 +21,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from evlm_jax.batch import Batch
-from evlm_jax.config import EVLMConfig, LLMConfig
+from evlm_jax.config import EVLMConfig, LLMConfig, LoRAConfig
 
 FROZEN_VIT, TRAINED_VIT = "vision tower, frozen", "vision tower, trained"
 BRIDGE = "bridge of a baseline"
@@ -121,7 +123,23 @@ class Product(NamedTuple):
     # canonical name of its parameters without the last piece; "" where both operands are
     # activations
     name: str
-    flops: float  # forward
+    rows: float
+    shape: tuple[float, float]  # of the matrix that a row is multiplied by
+
+    @property
+    def flops(self) -> float:
+        """Of the forward product."""
+        return 2.0 * self.rows * self.shape[0] * self.shape[1]
+
+    def adapters(self, lora: LoRAConfig) -> tuple["Product", ...]:
+        """The two products of its adapter, the second behind the first; () where it has none."""
+        if not any(re.search(pattern, f"{self.name}/kernel") for pattern in lora.patterns):
+            return ()
+        before, behind = self.shape
+        return (
+            Product(self.part, f"{self.name}/lora_a", self.rows, (before, lora.rank)),
+            Product(self.part, f"{self.name}/lora_b", self.rows, (lora.rank, behind)),
+        )
 
 
 Stage = tuple[Product, ...]  # products that stand side by side
@@ -172,9 +190,15 @@ def needed(cfg: EVLMConfig, trained: Collection[str], work: Work) -> dict[str, C
     costs = {part: np.zeros(3) for part in PARTS}
 
     def count(product: Product, passes: bool) -> bool:
-        """Adds a product to which a gradient's way down leads only if `passes`; whether any
-        gradient reaches its output.
+        """Adds a product, and its adapter's, to which a gradient's way down leads only if `passes`;
+        whether any gradient reaches their output.
         """
+        inner = passes
+        for adapter in product.adapters(cfg.lora):
+            inner = add(adapter, inner)
+        return add(product, passes) or inner
+
+    def add(product: Product, passes: bool) -> bool:
         trains = product.name in kernels
         part = TRAINED_VIT if product.part == FROZEN_VIT and (passes or trains) else product.part
         costs[part] += np.array([1, (1 if product.name else 2) * passes, trains]) * product.flops
@@ -230,18 +254,18 @@ def _vision(cfg: EVLMConfig, work: Work) -> Iterator[Stage]:
     """From the pixels to the highest tap: the patches, then STAGES of each block."""
     vit, tokens = cfg.vit, work.encoded * cfg.vit.tokens
 
-    def one(name, size, rows=tokens):
-        return Product(FROZEN_VIT, name, 2.0 * rows * size)
+    def one(name, shape, rows=tokens):
+        return Product(FROZEN_VIT, name, rows, shape)
 
-    yield (one("vit/patch", vit.patch**2 * 3 * vit.width, work.encoded * vit.grid**2),)
+    yield (one("vit/patch", (vit.patch**2 * 3, vit.width), work.encoded * vit.grid**2),)
     for block in range(max(vit.taps)):
         name = f"vit/blocks/{block}"
-        yield tuple(one(f"{name}/attn/{p}", vit.width**2) for p in "qkv")
-        yield (one("", 2 * vit.tokens * vit.width),)
-        yield (one(f"{name}/attn/o", vit.width**2),)
+        yield tuple(one(f"{name}/attn/{p}", (vit.width, vit.width)) for p in "qkv")
+        yield (one("", (2 * vit.tokens, vit.width)),)
+        yield (one(f"{name}/attn/o", (vit.width, vit.width)),)
         into = ("fc1", "up") if vit.gated else ("fc1",)
-        yield tuple(one(f"{name}/mlp/{matrix}", vit.width * vit.mlp) for matrix in into)
-        yield (one(f"{name}/mlp/fc2", vit.width * vit.mlp),)
+        yield tuple(one(f"{name}/mlp/{matrix}", (vit.width, vit.mlp)) for matrix in into)
+        yield (one(f"{name}/mlp/fc2", (vit.mlp, vit.width)),)
 
 
 def _bridge(cfg: EVLMConfig, work: Work) -> Iterator[tuple[tuple[Product, int | None], ...]]:
@@ -250,48 +274,44 @@ def _bridge(cfg: EVLMConfig, work: Work) -> Iterator[tuple[tuple[Product, int | 
     """
     vit, b, v = cfg.vit, cfg.bridge, cfg.vit.width
 
-    def one(name, size, tokens, tap=None):
-        return (
-            Product(BRIDGE, name and f"bridge/{name}", 2.0 * work.images * tokens * size),
-            tap,
-        )
+    def one(name, shape, tokens, tap=None):
+        return Product(BRIDGE, name and f"bridge/{name}", work.images * tokens, shape), tap
 
     if b.kind == "fused":
-        yield tuple(one("proj", v * v, vit.tokens, tap) for tap in range(len(vit.taps)))
+        yield tuple(one("proj", (v, v), vit.tokens, tap) for tap in range(len(vit.taps)))
     elif b.kind == "llava":
-        yield (one("fc1", v * cfg.llm.hidden, vit.grid**2, -1),)
-        yield (one("fc2", cfg.llm.hidden**2, vit.grid**2),)
+        yield (one("fc1", (v, cfg.llm.hidden), vit.grid**2, -1),)
+        yield (one("fc2", (cfg.llm.hidden, cfg.llm.hidden), vit.grid**2),)
     else:
         inner, seen = b.heads * b.head_dim, vit.tokens if b.prefix else vit.grid**2
         for name in (f"layers/{i}" for i in range(b.depth)):
-            pictures = (one(f"{name}/{p}", v * inner, seen, -1) for p in "kv")
-            yield (*pictures, *(one(f"{name}/{p}", v * inner, b.latents) for p in "qkv"))
-            yield (one("", 2 * inner * (seen + b.latents), b.latents),)
-            yield (one(f"{name}/o", v * inner, b.latents),)
-            yield from (
-                (one(f"{name}/ffn/{fc}", v * v * b.ffn, b.latents),) for fc in ("fc1", "fc2")
-            )
+            pictures = (one(f"{name}/{p}", (v, inner), seen, -1) for p in "kv")
+            yield (*pictures, *(one(f"{name}/{p}", (v, inner), b.latents) for p in "qkv"))
+            yield (one("", (2 * inner, seen + b.latents), b.latents),)
+            yield (one(f"{name}/o", (inner, v), b.latents),)
+            yield (one(f"{name}/ffn/fc1", (v, v * b.ffn), b.latents),)
+            yield (one(f"{name}/ffn/fc2", (v * b.ffn, v), b.latents),)
 
 
 def _text(cfg: EVLMConfig, work: Work) -> Iterator[Stage]:
     """From the embeddings to the logits."""
     llm, d = cfg.llm, cfg.llm.hidden
 
-    def one(part, name, size, rows=work.tokens):
-        return Product(part, name, 2.0 * rows * size)
+    def one(part, name, shape, rows=work.tokens):
+        return Product(part, name, rows, shape)
 
     for layer, window in enumerate(llm.layer_windows):
         if layer in cfg.cross_layers:
             yield from _cross(cfg, work, layer)
         name = f"llm/layers/{layer}"
         sizes = {"q": llm.heads, "k": llm.kv_heads, "v": llm.kv_heads}
-        yield tuple(one(LLM, f"{name}/attn/{p}", d * n * llm.head_dim) for p, n in sizes.items())
+        yield tuple(one(LLM, f"{name}/attn/{p}", (d, n * llm.head_dim)) for p, n in sizes.items())
         pairs = work.near[window] if window and work.attended else work.attended
-        yield (one(LLM_SCORES, "", 2 * llm.heads * llm.head_dim, pairs),)
-        yield (one(LLM, f"{name}/attn/o", d * llm.heads * llm.head_dim),)
-        yield tuple(one(LLM, f"{name}/mlp/{p}", d * llm.mlp) for p in ("gate", "up"))
-        yield (one(LLM, f"{name}/mlp/down", d * llm.mlp),)
-    yield (one(HEAD, "llm/embed" if llm.tied else "llm/head", d * llm.vocab, work.targets),)
+        yield (one(LLM_SCORES, "", (2 * llm.heads, llm.head_dim), pairs),)
+        yield (one(LLM, f"{name}/attn/o", (llm.heads * llm.head_dim, d)),)
+        yield tuple(one(LLM, f"{name}/mlp/{p}", (d, llm.mlp)) for p in ("gate", "up"))
+        yield (one(LLM, f"{name}/mlp/down", (llm.mlp, d)),)
+    yield (one(HEAD, "llm/embed" if llm.tied else "llm/head", (d, llm.vocab), work.targets),)
 
 
 def _cross(cfg: EVLMConfig, work: Work, layer: int) -> Iterator[Stage]:
@@ -299,27 +319,24 @@ def _cross(cfg: EVLMConfig, work: Work, layer: int) -> Iterator[Stage]:
     x, moe, d, s = cfg.xattn, cfg.moe, cfg.llm.hidden, cfg.view_tokens
     name, width, shared = f"xattn/{layer}", x.heads * x.head_dim, x.kv_heads * x.head_dim
 
-    def one(part, leaf, size, rows=work.tokens):
-        return Product(part, leaf and f"{name}/{leaf}", 2.0 * rows * size)
+    def one(part, leaf, shape, rows=work.tokens):
+        return Product(part, leaf and f"{name}/{leaf}", rows, shape)
 
-    keys = (one(KEYS, leaf, cfg.vit.width * shared, work.images * s) for leaf in "kv")
-    yield (one(CROSS, "q", d * width), *keys)
-    yield (one(CROSS_SCORES, "", 2 * width * s, work.visible),)
-    yield (one(CROSS, "o", d * width),)
+    keys = (one(KEYS, leaf, (cfg.vit.width, shared), work.images * s) for leaf in "kv")
+    yield (one(CROSS, "q", (d, width)), *keys)
+    yield (one(CROSS_SCORES, "", (2 * width, s), work.visible),)
+    yield (one(CROSS, "o", (width, d)),)
     if not moe.copies:
-        yield tuple(one(FFN, f"ffn/{fc}", d * x.ffn) for fc in ("fc1", "up")[: 1 + x.gated])
-        yield (one(FFN, "ffn/fc2", d * x.ffn),)
+        yield tuple(one(FFN, f"ffn/{fc}", (d, x.ffn)) for fc in ("fc1", "up")[: 1 + x.gated])
+        yield (one(FFN, "ffn/fc2", (x.ffn, d)),)
         return
-    routed, router = d * x.ffn // moe.slices * moe.top_k, one(ROUTER, "ffn/router", d * moe.experts)
-
-    def ffn(fc):
-        return (
-            one(ROUTED, f"ffn/experts/{fc}", routed),
-            one(WORLD, f"ffn/world/{fc}", d * x.ffn),
-        )
-
-    yield (router, *ffn("fc1"))
-    yield ffn("fc2")
+    routed = x.ffn // moe.slices * moe.top_k
+    yield (
+        one(ROUTER, "ffn/router", (d, moe.experts)),
+        one(ROUTED, "ffn/experts/fc1", (d, routed)),
+        one(WORLD, "ffn/world/fc1", (d, x.ffn)),
+    )
+    yield one(ROUTED, "ffn/experts/fc2", (routed, d)), one(WORLD, "ffn/world/fc2", (x.ffn, d))
 
 
 def _tap(cfg: EVLMConfig, name: str) -> int:

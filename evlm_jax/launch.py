@@ -1,16 +1,18 @@
 """Starts a training run, or goes on with one: from its config to towers, batches and monitors."""
 
 import contextlib
+from collections.abc import Collection
 
 from evlm_jax import paths
 from evlm_jax.checkpoint import store
 from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, read_all
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.context import check_length
-from evlm_jax.convert.engine import open_towers
+from evlm_jax.convert.engine import open_towers, parameter_shapes
 from evlm_jax.convert.importer import vocabulary
 from evlm_jax.convert.interpolate import resized_positions
 from evlm_jax.data.tokenizer import keep_tokenizer, source_of_run
+from evlm_jax.models import lora
 from evlm_jax.parallel.distributed import check_devices, is_first, log_once
 from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.runs import feature_store
@@ -84,11 +86,31 @@ def next_stage(cfg: EVLMConfig, init: str) -> tuple[dict[str, Tensor], frozenset
             f"{init} is dense and the config has moe.copies = {cfg.moe.copies}: make experts of its"
             " FFNs with `evlm upcycle`"
         )
+    check_adapters(cfg, before, init, params)
     if "vit/pos" in params:
         params["vit/pos"] = resized_positions(
             params["vit/pos"], before.vit.grid, cfg.vit.grid, cfg.vit.interpolation
         )
     return params, store.trained(init)
+
+
+def check_adapters(cfg: EVLMConfig, before: EVLMConfig, init: str, params: Collection[str]) -> None:
+    """Raises ValueError where the adapters of an earlier stage, among the names `params` of its
+    run `init`, would be left out or count otherwise. Further ones begin anew.
+    """
+    held = set(filter(lora.is_adapter, params))
+    lacking = sorted(held - parameter_shapes(cfg).keys()) if held else []
+    scales = [c.lora.alpha / c.lora.rank for c in (before, cfg)]
+    if lacking or (held and scales[0] != scales[1]):
+        what = (
+            f"{lacking[0]}, for which the config has no place"
+            if lacking
+            else f"adapters of lora.alpha / lora.rank = {scales[0]:g}, the config has {scales[1]:g}"
+        )
+        raise ValueError(
+            f"{init} has {what}: give its lora.patterns = {before.lora.patterns}, or merge them"
+            " with `evlm convert merge`"
+        )
 
 
 def _tower(cfg: EVLMConfig, params: Tensors, trained: frozenset[str]) -> dict[str, Tensor]:

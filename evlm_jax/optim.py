@@ -7,7 +7,7 @@ updates would be several times the rate. A frozen parameter has no Adam state at
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import jax
@@ -19,6 +19,7 @@ from flax import nnx
 from evlm_jax.checkpoint.lazy_tensors import Tensor
 from evlm_jax.config import EVLMConfig, Rule
 from evlm_jax.models import param_names
+from evlm_jax.models.lora import is_adapter
 
 Path = tuple[str | int, ...]  # of a leaf in the model's State
 Groups = dict[int, optax.ScaleByAdamState]  # by the phase in which the group became trainable
@@ -148,6 +149,22 @@ def _by_path(cfg: EVLMConfig, phase: int, paths: list[Path]) -> dict[Path, float
                     f" {rates[name]}; {mend}"
                 )
     return {path: rates[param_names.canonical(cfg, path)[0]] for path in paths}
+
+
+def check_adapters(cfg: EVLMConfig, shapes: nnx.State, params: Container[str]) -> None:
+    """Raises ValueError where adapters of the model with these shapes begin anew, for `params` has
+    none, and no phase trains them.
+    """
+    names = [n for path, _ in nnx.to_flat_state(shapes) for n in param_names.canonical(cfg, path)]
+    idle = {name for name in names if is_adapter(name) and name not in params}
+    for phase in cfg.optim.phases if idle else ():
+        rates = resolve(phase.rules, names, param_names.absent(cfg))
+        idle -= {name for name, rate in rates.items() if rate}
+    if idle:
+        raise ValueError(
+            f"optim.phases: no rule trains {min(idle)}, which begins at 0: put one in front, as"
+            " {'pattern': '/lora_', 'lr': 1.0}"
+        )
 
 
 def schedule(cfg: EVLMConfig, step: jax.Array) -> jax.Array:

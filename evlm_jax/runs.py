@@ -1,20 +1,21 @@
 """A run's checkpoint as a model, a model as a checkpoint, and the cache of its taps."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from evlm_jax import assets
 from evlm_jax.checkpoint import store
 from evlm_jax.checkpoint.atomic_dir import new_folder
 from evlm_jax.checkpoint.frozen_store import write_store
 from evlm_jax.checkpoint.initialize import put_sharded
-from evlm_jax.checkpoint.lazy_tensors import Tensor
+from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors
 from evlm_jax.config import EVLMConfig, MeshConfig
 from evlm_jax.data.features import FeatureStore, fingerprint
 from evlm_jax.data.tokenizer import Tokenizer, keep_tokenizer, load_tokenizer, source_of_run
@@ -97,6 +98,35 @@ def model_of(
         replace(cfg, mesh=mesh, train=replace(cfg.train, batch=rows, accumulate=1)), devices
     )
     return nnx.merge(graphdef, put_sharded(state, layout.frozen)), layout
+
+
+def write_model(
+    cfg: EVLMConfig,
+    tensors: Tensors,
+    out: str,
+    plan: dict,
+    tokenizer: str,
+    origin: dict,
+    trained: Iterable[str],
+) -> None:
+    """Writes step 0 of a run, tensor by tensor, with a bar of progress.
+
+    Args:
+      plan: what decides the content, as of `new_folder`.
+      tokenizer: its folder or asset; "": none is kept.
+      origin: where the model comes from.
+      trained: names that had been trained there, whose dtype later stages keep.
+    Raises:
+      FileExistsError: `out` exists.
+      ValueError: a tensor contains NaN or infinity.
+    """
+    size = sum(tensor.size for tensor in tensors.values())
+    with new_folder(out, plan) as folder:
+        with tqdm(total=size, unit="B", unit_scale=True, desc=folder.stem) as bar:
+            stored = write_store(folder, tensors, bar.update)
+        if tokenizer:
+            keep_tokenizer(load_tokenizer(tokenizer), folder)
+        store.write_imported(folder, cfg, stored, origin, trained)
 
 
 def save_model(

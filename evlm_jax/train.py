@@ -218,6 +218,7 @@ def _begun(
 ) -> Start:
     """From `params`."""
     phase = TrainPhase(cfg, 0, layout)
+    optim.check_adapters(cfg, phase.shapes, params)
     origin = begin_with(cfg, phase.shapes, params, trained | phase.trained)
     whole = initialize(cfg, phase.shapes, phase.place, origin)
     if (

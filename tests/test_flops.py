@@ -14,6 +14,7 @@ from jax.interpreters import partial_eval
 from evlm_jax import flops
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.engine import parameter_shapes
+from evlm_jax.models.lora import is_adapter
 from tests.helpers.tiny import BASELINES, tiny_batch, tiny_config
 
 ROWS = 3
@@ -140,6 +141,23 @@ def program(cfg: EVLMConfig, p: dict, pixels: jax.Array, chosen: jax.Array) -> j
         return jax.nn.logsumexp(norm(x) @ p["llm/head/kernel"], -1).sum()
 
 
+class Adapted:
+    """What a row is multiplied by where a kernel has an adapter."""
+
+    def __init__(self, *parts: jax.Array):
+        self.parts = parts
+
+    def __rmatmul__(self, x):
+        kernel, a, b = self.parts
+        return x @ kernel + (x @ a) @ b
+
+
+def with_adapters(p: dict) -> dict:
+    places = [name.removesuffix("/lora_a") for name in p if name.endswith("/lora_a")]
+    parts = ("kernel", "lora_a", "lora_b")
+    return p | {f"{at}/kernel": Adapted(*(p[f"{at}/{part}"] for part in parts)) for at in places}
+
+
 def executed(cfg: EVLMConfig, trained: set[str]) -> Counter:
     """{part: FLOPs of products} of the program's value and gradient, dead code left out."""
     shapes = {
@@ -155,7 +173,7 @@ def executed(cfg: EVLMConfig, trained: set[str]) -> Counter:
 
     def step(train, frozen, pixels, chosen):
         return jax.value_and_grad(
-            lambda p: program(cfg, {**frozen, **p, "trained": trained}, pixels, chosen)
+            lambda p: program(cfg, with_adapters(frozen | p) | {"trained": trained}, pixels, chosen)
         )(train)
 
     frozen = {name: shape for name, shape in shapes.items() if name not in trained}
@@ -210,6 +228,24 @@ def test_needed_is_what_an_unrolled_program_executes(copies, kv_heads, vit_from)
     )  # the program multiplies all pairs, half of which are masked
     assert count == dict(executed(cfg, trained))
     assert (flops.TRAINED_VIT in count) == (vit_from is not None)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_needed_of_adapters_is_what_an_unrolled_program_executes(alone):
+    """`alone`: nothing but adapters trains, and what lies below the lowest needs no gradient."""
+    patterns = (
+        "^llm/layers/.*/(attn/[qv]|mlp/down)/",
+        "^xattn/.*/([qkvo]|fc2)/",
+        "^vit/.*/attn/o/",
+    )
+    cfg = config(lora={"patterns": patterns, "rank": 3})
+    trained = {name for name in parameter_shapes(cfg) if is_adapter(name)}
+    trained = {name for name in trained if not name.startswith("vit/")}
+    trained |= set() if alone else trained_names(cfg, None)
+    count = flops.needed(cfg, trained, flops.Work.full(cfg, ROWS))
+    count = {part: cost.total for part, cost in count.items()}
+    count[flops.LLM_SCORES] *= 2 * cfg.data.length / (cfg.data.length + 1)
+    assert count == dict(executed(cfg, trained))
 
 
 def test_a_norm_in_front_of_a_trained_kernel_is_not_counted():

@@ -12,8 +12,8 @@ from evlm_jax.checkpoint.by_shard import Place, put_tensors
 from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, opened
 from evlm_jax.checkpoint.store import Snapshot
 from evlm_jax.config import EVLMConfig
-from evlm_jax.models import param_names
-from evlm_jax.models.evlm import PARTS, TOWERS
+from evlm_jax.models import lora, param_names
+from evlm_jax.models.evlm import EVLM, PARTS, TOWERS
 from evlm_jax.models.initializers import media_embedding
 
 
@@ -44,7 +44,7 @@ def begin_with(
 
 def initialize(cfg: EVLMConfig, shapes: nnx.State, place: Place, tensors: Tensors) -> nnx.State:
     """Returns the whole model before its first step: `tensors` of `begin_with`, and new
-    cross-attention and bridge where they have none.
+    cross-attention, bridge and adapters where they have none.
 
     Args:
       shapes: of the whole model.
@@ -53,14 +53,24 @@ def initialize(cfg: EVLMConfig, shapes: nnx.State, place: Place, tensors: Tensor
     """
     parts = {path[0] for path, _ in nnx.to_flat_state(shapes)}
     begin = parts - {*TOWERS} - {name.partition("/")[0] for name in tensors}
-    given = nnx.filter_state(shapes, lambda path, _: path[0] not in begin)
+
+    def adapts(path, _):
+        return path[-1] in lora.NAMES and param_names.canonical(cfg, path)[0] not in tensors
+
+    given, adapters, _ = nnx.split_state(
+        shapes, lambda path, _: not adapts(path, _) and path[0] not in begin, adapts, ...
+    )
     rest = put_tensors(param_names.unflatten(cfg, tensors, given), place)
-    if not begin:
+    if not begin and not nnx.to_flat_state(adapters):
         return rest
 
     def new() -> nnx.State:
         made = {part: PARTS[part](cfg, nnx.Rngs(cfg.train.seed)) for part in sorted(begin)}
-        return nnx.state(nnx.Dict(made))
+        state = nnx.state(nnx.Dict(made))
+        if not nnx.to_flat_state(adapters):
+            return state
+        whole = nnx.state(EVLM(cfg, nnx.Rngs(cfg.train.seed)))
+        return nnx.merge_state(state, nnx.filter_state(whole, adapts))
 
     return nnx.merge_state(rest, jax.jit(new, out_shardings=place(jax.eval_shape(new)))())
 

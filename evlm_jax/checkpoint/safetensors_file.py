@@ -274,6 +274,12 @@ def write_folder(
     return hashes
 
 
+def write_safetensors(path: epath.Path, tensors: Tensors) -> None:
+    """Writes one file. Raises ValueError as `write_folder`."""
+    _write_shard(path, tensors, lambda _: None)
+    path.with_name(path.name + HASHES).unlink()
+
+
 def _write_shard(
     path: epath.Path, tensors: Tensors, written: Callable[[int], None]
 ) -> dict[str, Hashes]:

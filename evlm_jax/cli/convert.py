@@ -7,9 +7,9 @@ from evlm_jax.config.ranges import Count, NonNegative, argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of the four actions."""
+    """Adds the arguments of the actions."""
     actions = parser.add_subparsers(
-        dest="action", required=True, metavar="import|export|verify|families"
+        dest="action", required=True, metavar="import|export|merge|adapt|verify|families"
     )
     read = actions.add_parser(
         "import", help="foreign towers, or an export of ours, to a checkpoint"
@@ -28,6 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, help="new directory; start training from it with --init"
     )
     _export_arguments(actions.add_parser("export", help="a checkpoint to PyTorch"))
+    merge = actions.add_parser("merge", help="adapters into the matrices that they stand beside")
+    _source_arguments(merge)
+    merge.add_argument("--out", required=True, help="new directory, a model without adapters")
+    adapt = actions.add_parser(
+        "adapt", help="adapters in PEFT's format, beside a checkpoint's matrices"
+    )
+    _source_arguments(adapt)
+    adapt.add_argument(
+        "--adapter", required=True, help="directory with adapter_config.json, as PEFT writes it"
+    )
+    adapt.add_argument("--out", required=True, help="new directory, a model with these adapters")
     _verify_arguments(
         actions.add_parser(
             "verify",
@@ -40,16 +51,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _export_arguments(write: argparse.ArgumentParser) -> None:
-    write.add_argument(
+def _source_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--checkpoint", required=True, help="directory of a training run, or of an import"
     )
-    write.add_argument("--step", type=argument(Count), help="the newest where left out")
+    parser.add_argument("--step", type=argument(Count), help="the newest where left out")
+
+
+def _export_arguments(write: argparse.ArgumentParser) -> None:
+    _source_arguments(write)
     write.add_argument(
         "--format",
-        choices=("hf", "torch", "openflamingo", "idefics", "llm"),
+        choices=("hf", "torch", "openflamingo", "idefics", "llm", "peft", "peft-llm"),
         default="hf",
         help="of what is written",
+    )
+    write.add_argument(
+        "--without-adapters",
+        action="store_true",
+        help="the model without them, which `--format peft` and `peft-llm` fit, not merged",
     )
     write.add_argument("--out", required=True, help="new directory")
 
@@ -87,7 +107,16 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int | None:
     if args.action == "export":
         from evlm_jax.convert import export
 
-        return export.export(args.checkpoint, args.out, args.format, args.step)
+        adapters = not args.without_adapters
+        return export.export(args.checkpoint, args.out, args.format, args.step, adapters)
+    if args.action == "merge":
+        from evlm_jax.convert.merge import merge_run
+
+        return merge_run(args.checkpoint, args.out, args.step)
+    if args.action == "adapt":
+        from evlm_jax.convert.peft import adapt_run
+
+        return adapt_run(args.checkpoint, args.adapter, args.out, args.step)
     if args.action == "verify":
         from evlm_jax.convert.verify import verify
 

@@ -26,6 +26,7 @@ from evlm_jax.config.data import CleanConfig, DataConfig
 from evlm_jax.config.model import (
     BridgeConfig,
     LLMConfig,
+    LoRAConfig,
     MediaConfig,
     MoEConfig,
     ViTConfig,
@@ -188,6 +189,7 @@ class EVLMConfig:
     train: TrainConfig
     mesh: MeshConfig
     init: InitConfig
+    lora: LoRAConfig = LoRAConfig()
 
     def __post_init__(self):
         check(self)
@@ -210,6 +212,11 @@ class EVLMConfig:
             self,
             data=dataclasses.replace(data, image_group=1, slots=data.images, block_pairs=pairs),
         )
+
+    @property
+    def merged(self) -> "EVLMConfig":
+        """The config without adapters: of the model whose matrices hold theirs."""
+        return dataclasses.replace(self, lora=LoRAConfig())
 
     @property
     def cross_layers(self) -> tuple[int, ...]:

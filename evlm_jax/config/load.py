@@ -113,6 +113,9 @@ def set_field(config: ml_collections.ConfigDict, key: str, text: str) -> None:
     if not schema.has(EVLMConfig, key):
         raise ValueError(f"config: unknown key {key}")
     for section in sections:
+        if config.get(section) is None:  # has a default, which experiments leave out
+            with config.unlocked(), config.ignore_type():
+                config[section] = ml_collections.ConfigDict()
         config = config[section]
     try:
         value = ast.literal_eval(text)

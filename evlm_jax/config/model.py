@@ -11,6 +11,7 @@ from evlm_jax.config.ranges import (
     PositiveShare,
     Share,
 )
+from evlm_jax.config.schema import Pattern
 
 
 @dataclass(frozen=True)
@@ -255,3 +256,17 @@ class BridgeConfig:
     eps: NonNegative = 0.0  # of its norms; 0: xattn.eps
     activation: Literal["gelu", "relu"] = "gelu"  # of its FFNs
     qk_norm: Literal["none", "head"] = "none"  # a LayerNorm over the queries and keys of each head
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Adapters (LoRA, arXiv 2106.09685): beside a matrix stands the product of two small ones,
+    `lora_a` and `lora_b`, which begins at 0 (models/lora.py). What is trained is said by the rules
+    of optim.phases alone.
+    """
+
+    # regular expressions, searched in the canonical names of matrices: those that one is found in
+    # are adapted; (): none
+    patterns: tuple[Pattern, ...] = ()
+    rank: Positive = 16  # inner width of the product
+    alpha: PositiveFloat = 16.0  # the product counts alpha / rank times

@@ -108,7 +108,7 @@ def open_tower(cfg: EVLMConfig, source: Source, tower: str) -> Tower:
     check_fields(cfg, source, facts, tower)
     expected = {
         name: shape
-        for name, shape in parameter_shapes(cfg).items()
+        for name, shape in parameter_shapes(cfg.merged).items()
         if name.startswith(PARTS[tower])
     }
     steps, dropped = conversion_plan(source, family, prefix, expected)

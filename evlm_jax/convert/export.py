@@ -8,7 +8,10 @@ openflamingo  openflamingo.pt, the trained part in open_flamingo's names; of a m
               open_flamingo's, what its own code loads
 idefics       a directory that transformers' IdeficsForVisionText2Text reads
 llm           the language model alone, as a class of transformers (convert/stock.py)
-"""
+peft          adapters alone, for what `hf` writes without them (convert/peft.py)
+peft-llm      adapters alone, for what `llm` writes without them
+
+Adapters are merged into their matrices in all other forms, or left out."""
 
 import json
 from collections.abc import Collection
@@ -29,10 +32,14 @@ from evlm_jax.convert.describe import describe_source
 from evlm_jax.convert.describe_flamingo import fields_beside
 from evlm_jax.convert.engine import PARTS, differences, sizes, to_foreign
 from evlm_jax.convert.families import KINDS
+from evlm_jax.convert.merge import merged
+from evlm_jax.convert.naming import Family
+from evlm_jax.convert.peft import export_adapters
 from evlm_jax.convert.stock import stock_config
 from evlm_jax.convert.tables import FAMILIES
 from evlm_jax.convert.torch_file import write_torch
 from evlm_jax.data.tokenizer import Tokenizer, load_tokenizer, source_of_run
+from evlm_jax.models.lora import is_adapter
 from evlm_jax.paths import write
 
 CODE = Path(__file__).parent / "torch_model"
@@ -58,26 +65,51 @@ PLAIN = (
 )
 
 
-def export(source: str, out: str, form: str, step: int | None = None) -> None:
+def export(
+    source: str, out: str, form: str, step: int | None = None, adapters: bool = True
+) -> None:
     """Writes the newest (or given) step of a run in a form of FORMATS.
 
+    Args:
+      adapters: are merged into their matrices; False leaves them out.
     Raises:
       FileExistsError: `out` exists.
       FileNotFoundError: no such checkpoint.
-      ValueError: a baseline in another form than "llm"; a tensor that contains NaN or infinity, or
-        has no name in that form; nothing is written.
+      ValueError: a baseline in another form than "llm"; adapters where the form has no place for
+        them; a tensor that contains NaN or infinity, or has no name in that form; nothing is
+        written.
     """
     tensors, cfg = store.open_params(source, step)
+    if adapters:
+        tensors = _with_adapters(tensors, cfg, form)
+    elif form.startswith("peft"):
+        raise ValueError(f"export: --format {form} is adapters alone: leave out --without-adapters")
+    else:
+        tensors = {name: tensor for name, tensor in tensors.items() if not is_adapter(name)}
     cfg = replace(cfg, init=replace(cfg.init, llm=source_of_run(source, cfg.init.llm)))
     if form == "openflamingo" and cfg.bridge.kind == "flamingo":
         tensors = flamingo_part(source, tensors, cfg, store.trained(source, step))
-    elif cfg.baseline and form not in ("llm", "idefics"):
+    elif cfg.baseline and form not in ("llm", "idefics", "peft-llm"):
         raise ValueError(
             f"{source} is a baseline ({cfg.baseline}): --format {form} knows EVLM alone; use evlm"
             " eval or evlm generate"
         )
-    with new_folder(out, {"source": store.identity(source, step), "form": form}) as folder:
+    plan = {"source": store.identity(source, step), "form": form, "adapters": adapters}
+    with new_folder(out, plan) as folder:
         FORMATS[form](folder, tensors, cfg)
+
+
+def _with_adapters(tensors: Tensors, cfg: EVLMConfig, form: str) -> Tensors:
+    """The tensors that a form of FORMATS is made of."""
+    if form.startswith("peft"):
+        return tensors
+    homeless = [n for n in sorted(tensors) if is_adapter(n) and n.startswith(("vit/", "llm/"))]
+    if form == "openflamingo" and homeless:
+        raise ValueError(
+            f"export: open_flamingo's checkpoints hold no towers, and {homeless[0]} changes one:"
+            " use --format hf or torch, or leave adapters out with --without-adapters"
+        )
+    return merged(tensors, cfg)
 
 
 def export_hf(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
@@ -198,13 +230,31 @@ def export_llm(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
     _write(write_folder, folder, in_names_of(family, llm, cfg))
 
 
+def export_peft(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
+    """Adapters of any part of the model."""
+    export_adapters(folder, tensors, cfg, family_of("evlm"))
+
+
+def export_peft_llm(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
+    """Adapters of the language model, which are all that there are."""
+    family = KINDS[stock_config(cfg.llm)["model_type"]].family
+    export_adapters(folder, tensors, cfg, family_of(family))
+
+
 FORMATS = {
     "hf": export_hf,
     "torch": export_torch,
     "openflamingo": export_openflamingo,
     "idefics": export_idefics,
     "llm": export_llm,
+    "peft": export_peft,
+    "peft-llm": export_peft_llm,
 }
+
+
+def family_of(name: str) -> Family:
+    """A family of tables.py by its name."""
+    return next(family for family in FAMILIES if family.name == name)
 
 
 def in_names_of(family: str, tensors: Tensors, cfg: EVLMConfig) -> Tensors:
@@ -212,7 +262,7 @@ def in_names_of(family: str, tensors: Tensors, cfg: EVLMConfig) -> Tensors:
 
     Raises ValueError naming those that the family lacks.
     """
-    found = next(f for f in FAMILIES if f.name == family)
+    found = family_of(family)
     return to_foreign(found, tensors, sizes(cfg, found.tower))
 
 

@@ -8,12 +8,8 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from evlm_jax import assets
-from evlm_jax.checkpoint import store as checkpoint
-from evlm_jax.checkpoint.atomic_dir import new_folder
-from evlm_jax.checkpoint.frozen_store import write_store
 from evlm_jax.checkpoint.lazy_tensors import Source, Tensor, read_all, read_json
 from evlm_jax.config import EVLMConfig, from_config_dict, to_dict
 from evlm_jax.convert.context import check_length
@@ -21,9 +17,10 @@ from evlm_jax.convert.describe import describe_source
 from evlm_jax.convert.describe_flamingo import fields_beside
 from evlm_jax.convert.engine import Tower, differences, open_tower, recognise
 from evlm_jax.convert.readers import open_source
-from evlm_jax.data.tokenizer import Tokenizer, keep_tokenizer, load_tokenizer
+from evlm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from evlm_jax.models.initializers import cross_attention_tensors, media_embedding
 from evlm_jax.paths import children, place, version
+from evlm_jax.runs import write_model
 
 UNASSIGNED = "\U000c0000"  # a character that no vocabulary has
 
@@ -34,8 +31,9 @@ def import_towers(cfg: EVLMConfig, out: str) -> None:
 
     Raises:
       FileExistsError: `out` exists.
-      ValueError: the config is of a baseline, a tower does not fit it (every field, every name), a
-        tensor contains NaN, or the vocabulary is larger than the embedding; nothing is written.
+      ValueError: the config has adapters or is of a baseline, a tower does not fit it (every field,
+        every name), a tensor contains NaN, or the vocabulary is larger than the embedding; nothing
+        is written.
     """
     _check_kind(cfg)
     check_length(cfg)
@@ -176,7 +174,12 @@ def _write(
     new: dict[str, Tensor],
     trained: Iterable[str] = (),
 ) -> None:
-    """The checkpoint: one store and a step 0."""
+    """The checkpoint: one store and a step 0. Raises ValueError where the config has adapters."""
+    if cfg.lora.patterns:
+        raise ValueError(
+            "the config has adapters, which begin in training: import with"
+            " --config.lora.patterns=(), and train with --init"
+        )
     tensors = {
         name: tensor for tower in towers.values() for name, tensor in tower.tensors.items()
     } | new
@@ -197,16 +200,7 @@ def _write(
         "config": to_dict(cfg),
         "files": {str(p): version(p) for s in sources.values() for p in _files(s)},
     }
-    with new_folder(out, plan) as folder:
-        with tqdm(
-            total=sum(tensor.size for tensor in tensors.values()),
-            unit="B",
-            unit_scale=True,
-            desc=folder.stem,
-        ) as bar:
-            store = write_store(folder, tensors, bar.update)
-        keep_tokenizer(load_tokenizer(cfg.init.llm), folder)
-        checkpoint.write_imported(folder, cfg, store, origin, trained)
+    write_model(cfg, tensors, out, plan, cfg.init.llm, origin, trained)
 
 
 def _origin(cfg: EVLMConfig, tower: str, source: Source, found: Tower) -> dict:

@@ -59,7 +59,7 @@ def read_directory(folder: Path) -> Source:
         )
         raise ValueError(
             f"{folder} holds an adapter ({kind} of {base}): merge it (merge_and_unload) and save"
-            " the whole model"
+            " the whole model, or import its base and put it beside that with `evlm convert adapt`"
         )
     metadata = read_json(config) if config.is_file() else {}
     for name, read in (

@@ -26,14 +26,13 @@ from flax import nnx
 from tqdm import tqdm
 
 from evlm_jax.checkpoint import store as checkpoint
-from evlm_jax.checkpoint.atomic_dir import new_folder
-from evlm_jax.checkpoint.frozen_store import write_store
 from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, read_all
 from evlm_jax.checkpoint.store import Arrays
 from evlm_jax.config import EVLMConfig, MoEConfig
-from evlm_jax.data.tokenizer import keep_tokenizer, load_tokenizer, source_of_run
+from evlm_jax.data.tokenizer import source_of_run
 from evlm_jax.models.layers import MLP
 from evlm_jax.models.moe import MoE
+from evlm_jax.runs import write_model
 
 TOKENS = 512  # of the batch that the receipt is about
 FC1, FC2 = "ffn/fc1/kernel", "ffn/fc2/kernel"
@@ -188,11 +187,15 @@ def upcycle_run(source: str, cfg: EVLMConfig, out: str) -> None:
 
     Raises:
       FileExistsError: `out` is there already.
-      ValueError: as `upcycle`; or towers or cross-attention of `cfg` are not those of the
-        checkpoint.
+      ValueError: as `upcycle`; the run has adapters; or towers or cross-attention of `cfg` are not
+        those of the checkpoint.
     """
     check(cfg.moe)
     tensors, before = checkpoint.open_params(source)
+    if before.lora.patterns:
+        raise ValueError(
+            f"upcycle: {source} has adapters: merge them first, with `evlm convert merge`"
+        )
     if wrong := [
         name
         for name in ("llm", "xattn", "media", "bridge")
@@ -213,14 +216,5 @@ def upcycle_run(source: str, cfg: EVLMConfig, out: str) -> None:
     trained = {name for name in checkpoint.trained(source) if name in made} | {
         name for name in made if name.startswith("xattn/")
     }
-    with new_folder(out, plan) as folder:
-        with tqdm(
-            total=sum(tensor.size for tensor in made.values()),
-            unit="B",
-            unit_scale=True,
-            desc=folder.stem,
-        ) as bar:
-            store = write_store(folder, made, bar.update)
-        if own := source_of_run(source, ""):  # runs of former versions kept none
-            keep_tokenizer(load_tokenizer(own), folder)
-        checkpoint.write_imported(folder, after, store, {"upcycled": source}, trained)
+    tokenizer = source_of_run(source, "")  # runs of former versions kept none
+    write_model(after, made, out, plan, tokenizer, {"upcycled": source}, trained)

@@ -18,7 +18,7 @@ from flax import nnx
 from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
 from evlm_jax.flops import real_tokens
-from evlm_jax.models import bridge, moe, xattn
+from evlm_jax.models import bridge, lora, moe, xattn
 from evlm_jax.models.attention import attention, text_mask, within_window
 from evlm_jax.models.layers import param
 from evlm_jax.models.llm import LLM, finished, scaled
@@ -100,6 +100,7 @@ class EVLM(nnx.Module):
         self.cfg = cfg
         for name, make in PARTS.items():
             setattr(self, name, make(cfg, rngs))
+        lora.adapt(self, cfg, rngs)
 
     @property
     def dtype(self) -> jnp.dtype:

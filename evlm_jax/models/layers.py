@@ -41,24 +41,49 @@ class Linear(nnx.Module):
     product: what adapts or quantises matrices changes this class.
     """
 
+    lora_a: nnx.Param | None = None  # [in, rank]
+    lora_b: nnx.Param | None = None  # [rank, out]
+    lora_scale = 0.0
+
     def __init__(
         self, shape: tuple[int, int], axes: tuple[str, str], rngs: nnx.Rngs, bias: bool = False
     ):
         self.kernel = param(rngs, shape, axes, std=shape[0] ** -0.5)
         self.bias = param(rngs, shape[1:], axes[1:]) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = checkpoint_name(
-            product("...x,xy->...y", x, gathered_weight(self.kernel, operand_dtype(x))).astype(
-                x.dtype
-            ),
-            "linear",
+    def adapt(self, rank: int, scale: float, rngs: nnx.Rngs) -> None:
+        """Adds `scale` times a product of this rank, which begins at 0, also to each of a stack;
+        `lora_a` is drawn as PEFT draws it.
+        """
+        *layers, before, behind = self.kernel.shape
+        first, last = self.kernel.get_metadata()["axes"]
+        spread = before**-0.5
+        drawn = jax.random.uniform(
+            rngs.params(), (*layers, before, rank), minval=-spread, maxval=spread
         )
+        self.lora_a = nnx.Param(drawn, axes=(first, "whole"))
+        self.lora_b = nnx.Param(jnp.zeros((*layers, rank, behind)), axes=("whole", last))
+        self.lora_scale = scale
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = _times(x, self.kernel)
+        if self.lora_a is not None:
+            inner = checkpoint_name(_times(x, self.lora_a).astype(x.dtype), "linear")
+            y = y + self.lora_scale * _times(inner, self.lora_b)
+        y = checkpoint_name(y.astype(x.dtype), "linear")
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
     def matrix(self) -> jax.Array:
         """[in, out], or [layers, in, out] of a stack: what a product with x is by."""
-        return self.kernel[...]
+        if self.lora_a is None:
+            return self.kernel[...]
+        added = jnp.matmul(self.lora_a[...], self.lora_b[...], precision="highest")
+        return self.kernel[...] + self.lora_scale * added
+
+
+def _times(x: jax.Array, matrix: nnx.Param) -> jax.Array:
+    """x [..., in] by a parameter [in, out], in float32."""
+    return product("...x,xy->...y", x, gathered_weight(matrix, operand_dtype(x)))
 
 
 class LayerNorm(nnx.Module):

@@ -101,7 +101,7 @@ def tiny_config(**overrides) -> EVLMConfig:
     """
     config = ml_collections.ConfigDict(_TINY)
     for section, values in overrides.items():
-        if isinstance(values, dict):
+        if isinstance(values, dict) and section in config:
             for key, value in values.items():
                 setattr(config[section], key, value)
         else:

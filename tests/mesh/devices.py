@@ -44,13 +44,20 @@ GRADIENTS = [
 ]
 
 
+# Of every pair of logical axes that kernels have; those of the frozen layers train as well.
+ADAPTERS = ("^llm/.*/(q|o|gate|down)/", "^xattn/.*/[qko]/", "^vit/.*/(attn/[qo]|mlp/fc[12])/")
+
+
 def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], kind="", image_group=1, **train):
     """Sizes that eight devices divide; the upper half of the ViT trains too.
 
     `kind`: of a baseline.
     """
     axes = dict(zip(("data", "fsdp", "expert", "tensor"), mesh))
+    adapters = () if experts or kind else ADAPTERS
+    rules = ({"pattern": "^llm/.*/lora_", "lr": 1.0},) * bool(adapters) + UPPER_VIT
     return tiny_config(
+        lora={"patterns": adapters, "rank": 3},
         vit={"heads": 8, "width": 64, "mlp": 128},
         llm={"heads": 8, "kv_heads": 8, "head_dim": 8},
         xattn={"heads": 16, "kv_heads": 8, "head_dim": 8, "ffn": 64}
@@ -66,7 +73,7 @@ def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], kind="", image_
             "slots": 8 * image_group,
             "block_pairs": 24 * image_group,
         },
-        optim={"phases": ({"start": 0.0, "warmup": 0, "rules": UPPER_VIT},), "lr": 1e-2},
+        optim={"phases": ({"start": 0.0, "warmup": 0, "rules": rules},), "lr": 1e-2},
         train={"batch": 8, "remat": "dots", "loss_chunk": 12, "save_every": 2, "steps": 4} | train,
         mesh=axes | policy,
     )

@@ -23,7 +23,7 @@ ROOMS = [  # in the order of docs/architecture.md; the longest name that fits a 
     "report planning",
     "generate runs convert",
     "evals costs",
-    "launch ablate demo library chat",
+    "launch dry_run ablate demo library chat",
     "cli",
     "__main__",
 ]

@@ -97,17 +97,11 @@ class Checkpoints:
         """Opens the newest finalised step, None in a new directory; or the given one. `go_on` is
         called when it has been read.
 
-        Raises as `open_step` does, and ValueError for an imported model.
+        Raises as `open_run` does.
         """
         if step is None and not steps(self.root):
             return None
-        snapshot = open_step(self.root, step)
-        if not snapshot.groups:
-            raise ValueError(
-                f"{self.root} was imported or upcycled and is no run: give another workdir, and"
-                " this as --init"
-            )
-        return snapshot
+        return open_run(self.root, step)
 
     def go_on(self, snapshot: Snapshot) -> None:
         """Continues from a step that `resume` opened: later ones are moved to DIR/aside."""
@@ -285,6 +279,19 @@ def open_step(workdir: str, step: int | None = None) -> Snapshot:
     path, meta, sums = _find(workdir, step)
     params, groups = (_item(path, item, sums) for item in ("params", "groups"))
     return Snapshot(params, read_store(path.parent.parent, meta["store"]), groups, meta)
+
+
+def open_run(workdir: str, step: int | None = None) -> Snapshot:
+    """`open_step` of a run that can go on. Raises as that does, and ValueError for an imported
+    model.
+    """
+    snapshot = open_step(workdir, step)
+    if not snapshot.groups:
+        raise ValueError(
+            f"{paths.place(workdir)} was imported or upcycled and is no run: give another workdir,"
+            " and this as --init"
+        )
+    return snapshot
 
 
 def read(workdir: str, step: int | None = None) -> Snapshot:

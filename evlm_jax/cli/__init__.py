@@ -146,6 +146,11 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         help="a run goes on with other data or another batch, from the same number of documents",
     )
     parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check config, devices, data, weights and WORKDIR, say what would run, and stop",
+    )
+    parser.add_argument(
         "--profile", type=_span, metavar="A:B", help="trace the updates A to B into WORKDIR/profile"
     )
     _process_arguments(parser)
@@ -184,9 +189,13 @@ def _join(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     _join(args)
+    cfg = load_config(args.config, overrides)
+    if args.dry_run:
+        from evlm_jax.dry_run import dry_run
+
+        return dry_run(cfg, args.workdir, args.init, args.step, args.allow_data_change)
     from evlm_jax.launch import train_run
 
-    cfg = load_config(args.config, overrides)
     train_run(
         cfg,
         args.workdir,

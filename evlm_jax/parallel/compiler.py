@@ -76,7 +76,7 @@ def _known(device: jax.Device, options: tuple) -> Mapping[str, bool | int]:
 def told(options: Mapping[str, bool | int]) -> str:
     """One line about options, in the form that LIBTPU_INIT_ARGS takes."""
     flags = " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())
-    return f"compiler options of the step: {flags or 'none'}"
+    return f"compiler options of the step: {flags}"
 
 
 @contextlib.contextmanager

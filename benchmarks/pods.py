@@ -66,7 +66,9 @@ Written by `python -m benchmarks.pods write` from [pods.json](pods.json), which 
 benchmarks.pods plan` makes by `evlm plan`: the
 real train step of [evlm_14b.py](../experiments/evlm_14b.py) with the paper's batches (480, 160, \
 16), compiled by the TPU compiler for
-slices that are not there. Nothing here was measured on a TPU.
+slices that are not there. Nothing here was measured on a TPU. The figures are of programs without \
+the flags that
+`evlm train` and `evlm plan` now give the compiler ([tpu.md](tpu.md#flags)).
 
 A step's seconds are those of a roofline, operation by operation: products at the published peak, \
 HBM at its bandwidth, collectives hidden

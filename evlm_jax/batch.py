@@ -70,7 +70,7 @@ class Batch(NamedTuple):
             return jax.ShapeDtypeStruct(shape, jnp.int32)
 
         text, target, pairs = ints(b, d.length), ints(b, d.targets), ints(c, d.block_pairs)
-        pixels = jax.ShapeDtypeStruct((c, d.slots, vit.image_size, vit.image_size, 3), jnp.uint8)
+        pixels = jax.ShapeDtypeStruct((c, d.slots, *vit.size, 3), jnp.uint8)
         taps = jax.ShapeDtypeStruct(
             (c, d.slots, len(vit.taps), vit.tokens, vit.width), jnp.bfloat16
         )

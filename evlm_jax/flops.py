@@ -257,7 +257,7 @@ def _vision(cfg: EVLMConfig, work: Work) -> Iterator[Stage]:
     def one(name, shape, rows=tokens):
         return Product(FROZEN_VIT, name, rows, shape)
 
-    yield (one("vit/patch", (vit.patch**2 * 3, vit.width), work.encoded * vit.grid**2),)
+    yield (one("vit/patch", (vit.patch**2 * 3, vit.width), work.encoded * vit.patches),)
     for block in range(max(vit.taps)):
         name = f"vit/blocks/{block}"
         yield tuple(one(f"{name}/attn/{p}", (vit.width, vit.width)) for p in "qkv")
@@ -280,10 +280,10 @@ def _bridge(cfg: EVLMConfig, work: Work) -> Iterator[tuple[tuple[Product, int | 
     if b.kind == "fused":
         yield tuple(one("proj", (v, v), vit.tokens, tap) for tap in range(len(vit.taps)))
     elif b.kind == "llava":
-        yield (one("fc1", (v, cfg.llm.hidden), vit.grid**2, -1),)
-        yield (one("fc2", (cfg.llm.hidden, cfg.llm.hidden), vit.grid**2),)
+        yield (one("fc1", (v, cfg.llm.hidden), vit.patches, -1),)
+        yield (one("fc2", (cfg.llm.hidden, cfg.llm.hidden), vit.patches),)
     else:
-        inner, seen = b.heads * b.head_dim, vit.tokens if b.prefix else vit.grid**2
+        inner, seen = b.heads * b.head_dim, vit.tokens if b.prefix else vit.patches
         for name in (f"layers/{i}" for i in range(b.depth)):
             pictures = (one(f"{name}/{p}", (v, inner), seen, -1) for p in "kv")
             yield (*pictures, *(one(f"{name}/{p}", (v, inner), b.latents) for p in "qkv"))

@@ -164,12 +164,12 @@ def executed(cfg: EVLMConfig, trained: set[str]) -> Counter:
         name: jax.ShapeDtypeStruct(shape, jnp.float32)
         for name, shape in parameter_shapes(cfg).items()
     }
-    images, grid, chosen = (
+    images, patches, chosen = (
         ROWS * cfg.data.images,
-        cfg.vit.grid,
+        cfg.vit.patches,
         (ROWS * cfg.data.length, cfg.moe.top_k),
     )
-    pixels = jax.ShapeDtypeStruct((images, grid**2, 3 * cfg.vit.patch**2), jnp.float32)
+    pixels = jax.ShapeDtypeStruct((images, patches, 3 * cfg.vit.patch**2), jnp.float32)
 
     def step(train, frozen, pixels, chosen):
         return jax.value_and_grad(

@@ -30,7 +30,7 @@ from evlm_jax.runs import Trained
 MOST_TOKENS = LENGTHS[-1]  # of a conversation
 MOST_PICTURES = 4 * IMAGES[-1]  # frames of videos are pictures
 TOGETHER = 8  # tokens of a word whose attention is computed by one program
-PICTURE = 320  # pixels a side of what attention is drawn over
+PICTURE = 320  # pixels of the longer side of what attention is drawn over
 
 
 class Message(NamedTuple):
@@ -186,11 +186,13 @@ class Chat:
         (batch, _, _), *_ = rows_in_order([document], model.cfg, 1, self._taps)
         padded = places + places[-1:] * (-len(places) % TOGETHER)
         maps = attention_maps.attention_maps(model, batch, 0, padded)[:, :, : len(places)]
-        pictures = load_all([document.refs[i] for i in seen], PICTURE, self.cfg.data.resize)
+        height, width = (PICTURE * side // max(self.cfg.vit.size) for side in self.cfg.vit.size)
+        refs = [document.refs[i] for i in seen]
+        pictures = load_all(refs, (height, width), self.cfg.data.resize)
         return [
             Look(
                 Image.fromarray(picture),
-                attention_maps.heat(maps[..., i, :], self.cfg.vit.prefix_tokens),
+                attention_maps.heat(maps[..., i, :], self.cfg.vit),
                 float(maps[..., i, :].sum(-1).mean()),
             )
             for i, picture in zip(seen, pictures, strict=True)

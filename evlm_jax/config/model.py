@@ -27,8 +27,9 @@ class ViTConfig:
     heads: Positive  # divide width
     mlp: Positive  # hidden width of a block's MLP
     patch: Positive  # side in pixels
-    image_size: Positive  # pixels of the square input; S = (image_size / patch)**2 + prefix tokens
-    pretrained_size: Positive  # pixels the stored position table was trained at
+    # pixels of the input: the side of a square, or height and width; S = patches + prefix tokens
+    image_size: Positive | tuple[Positive, Positive]
+    pretrained_size: Positive  # side of the square that the stored position table was trained at
     norm: Literal["pre", "res_post"]  # x + f(norm(x)) or x + norm(f(x))
     # "qv": no bias on the keys; "out": none on queries, keys and values; "none": none in blocks
     bias: Literal["all", "qv", "out", "none"]
@@ -57,9 +58,21 @@ class ViTConfig:
     qk_norm: Literal["none", "all"] = "none"
 
     @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch
+    def size(self) -> tuple[int, int]:
+        """Height and width of the input, in pixels."""
+        side = self.image_size
+        return side if isinstance(side, tuple) else (side, side)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        height, width = self.size
+        return height // self.patch, width // self.patch
+
+    @property
+    def patches(self) -> int:
+        """Patches of one image."""
+        return self.grid[0] * self.grid[1]
 
     @property
     def prefix_tokens(self) -> int:
@@ -69,7 +82,7 @@ class ViTConfig:
     @property
     def tokens(self) -> int:
         """S, the visual tokens of one image."""
-        return self.grid**2 + self.prefix_tokens
+        return self.patches + self.prefix_tokens
 
 
 @dataclass(frozen=True)

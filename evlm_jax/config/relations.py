@@ -15,7 +15,7 @@ def vision(cfg: "EVLMConfig") -> list[Relation]:
     vit = cfg.vit
     return [
         (
-            vit.image_size % vit.patch == 0,
+            all(side % vit.patch == 0 for side in vit.size),
             "vit.image_size",
             f"must be a multiple of vit.patch = {vit.patch}",
         ),
@@ -48,7 +48,7 @@ def vision(cfg: "EVLMConfig") -> list[Relation]:
 def language(cfg: "EVLMConfig") -> list[Relation]:
     """Relations of the language model, and of what connects it to the ViT."""
     llm, xattn, moe = cfg.llm, cfg.xattn, cfg.moe
-    patches, kind = cfg.vit.grid**2, cfg.bridge.kind
+    patches, kind = cfg.vit.patches, cfg.bridge.kind
     return [
         (llm.heads % llm.kv_heads == 0, "llm.kv_heads", f"must divide llm.heads = {llm.heads}"),
         (llm.head_dim % 2 == 0, "llm.head_dim", "must be even: rotary positions turn pairs"),

@@ -48,8 +48,12 @@ def build(kind, value, prefix: str):
             kind, build(typing.get_args(kind)[0], value, prefix), f"config: {prefix}"
         )
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        (other,) = (option for option in typing.get_args(kind) if option is not types.NoneType)
-        return None if value is None else build(other, value, prefix)
+        options = [one for one in typing.get_args(kind) if one is not types.NoneType]
+        if value is None and len(options) < len(typing.get_args(kind)):
+            return None
+        many = isinstance(value, (tuple, list))  # which of two options it is
+        fit = [one for one in options if (typing.get_origin(one) is tuple) == many]
+        return build((fit or options)[0], value, prefix)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

@@ -116,7 +116,7 @@ def run_checkpoint(side: Side, examples: Sequence[Example], llm_only: bool) -> l
     model.cfg = replace(model.cfg, train=replace(model.cfg.train, **exact))
     for gate in model.xattn.gates().values() if llm_only else ():
         gate.close()
-    batch = batch_of(examples, model.cfg.xattn.query_block, model.cfg.vit.image_size)
+    batch = batch_of(examples, model.cfg.xattn.query_block, model.cfg.vit.size)
     with jax.default_matmul_precision("highest"):
         logits = np.asarray(_logits(model, batch))
         seen = {name: np.asarray(a) for name, a in _loop(model, batch)}
@@ -197,7 +197,7 @@ def _loop(model: EVLM, batch: Batch) -> Iterator[tuple[str, jax.Array]]:
     yield "llm/ln_f", model.llm.ln_f(x)
 
 
-def batch_of(examples: Sequence[Example], query_block: int, size: int) -> Batch:
+def batch_of(examples: Sequence[Example], query_block: int, size: tuple[int, int]) -> Batch:
     """One example a row, padded to the largest; at least one image."""
     rows, length = len(examples), max(len(example.tokens) for example in examples)
     images = max(1, *(len(example.pixels) for example in examples))
@@ -215,7 +215,7 @@ def batch_of(examples: Sequence[Example], query_block: int, size: int) -> Batch:
         for name in ("positions", "visible_until")
     }
     arrays["visible_until"] += 1
-    pixels = np.zeros((rows, images, size, size, 3), np.uint8)
+    pixels = np.zeros((rows, images, *size, 3), np.uint8)
     for row, example in enumerate(examples):
         pixels[row, : len(example.pixels)] = example.pixels
         arrays["visible_until"][row, : len(example.tokens)] = len(example.tokens)

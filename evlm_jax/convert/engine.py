@@ -123,9 +123,9 @@ def open_tower(cfg: EVLMConfig, source: Source, tower: str) -> Tower:
     )
     tensors = to_canonical(source, steps, sizes(cfg, tower))
     if "vit/pos" in tensors and tower in ("vit", "whole"):
-        vit, stored = cfg.vit, cfg.vit.pretrained_size // cfg.vit.patch
+        vit, side = cfg.vit, cfg.vit.pretrained_size // cfg.vit.patch
         tensors["vit/pos"] = resized_positions(
-            tensors["vit/pos"], stored, vit.grid, vit.interpolation
+            tensors["vit/pos"], (side, side), vit.grid, vit.interpolation
         )
     if wrong := [
         f"{n} {tensors[n].shape}, the config needs {shape}"

@@ -206,8 +206,9 @@ def _write(
 def _origin(cfg: EVLMConfig, tower: str, source: Source, found: Tower) -> dict:
     """What the checkpoint says of where a part of it comes from."""
     stored = cfg.vit.pretrained_size // cfg.vit.patch
-    resized = f"{stored}x{stored} -> {cfg.vit.grid}x{cfg.vit.grid} by {cfg.vit.interpolation}"
-    changed = tower == "vit" and stored != cfg.vit.grid
+    down, across = cfg.vit.grid
+    resized = f"{stored}x{stored} -> {down}x{across} by {cfg.vit.interpolation}"
+    changed = tower == "vit" and (stored, stored) != cfg.vit.grid
     about = {
         "path": str(source.path),
         "family": found.family,

@@ -5,6 +5,8 @@ Two cubic rules are in use for the same checkpoints. EVA and DINOv2 call torch's
 -0.75, edges clamped, no antialias); timm antialiases (a = -0.5, the kernel widened when shrinking,
 weights renormalised at the edges)."""
 
+import math
+
 import numpy as np
 
 from evlm_jax.checkpoint.lazy_tensors import Tensor
@@ -42,29 +44,34 @@ def weights(size: int, target: int, rule: str) -> np.ndarray:
     return matrix
 
 
-def resize_positions(table: np.ndarray, grid: int, target: int, rule: str) -> np.ndarray:
-    """[prefix + grid*grid, V] -> [prefix + target*target, V]; the prefix (class) row stays.
-    Computed in float64.
+Grid = tuple[int, int]  # patches down and across
+
+
+def resize_positions(table: np.ndarray, grid: Grid, target: Grid, rule: str) -> np.ndarray:
+    """[prefix + patches of `grid`, V] -> [prefix + patches of `target`, V]; the prefix (class) row
+    stays. Computed in float64.
 
     At the same size the table keeps its bits, signs of zeros included.
     """
     if grid == target:
         return table
-    prefix, patches = np.split(table, [len(table) - grid**2])
-    matrix = weights(grid, target, rule)
+    prefix, patches = np.split(table, [len(table) - math.prod(grid)])
     patches = np.einsum(
         "oi,pj,ijv->opv",
-        matrix,
-        matrix,
-        patches.reshape(grid, grid, -1).astype(np.float64),
+        *(weights(size, to, rule) for size, to in zip(grid, target, strict=True)),
+        patches.reshape(*grid, -1).astype(np.float64),
         optimize=True,
     )
-    return np.concatenate([prefix, patches.reshape(target**2, -1).astype(table.dtype)])
+    return np.concatenate([prefix, patches.reshape(-1, table.shape[1]).astype(table.dtype)])
 
 
-def resized_positions(table: Tensor, grid: int, target: int, rule: str) -> Tensor:
+def resized_positions(table: Tensor, grid: Grid, target: Grid, rule: str) -> Tensor:
     """`resize_positions` of a table that is read when it is asked for."""
     if grid == target:
         return table
-    shape = (table.shape[0] - grid**2 + target**2, table.shape[1])
-    return Tensor(shape, table.dtype, lambda: resize_positions(table.read(), grid, target, rule))
+    count = table.shape[0] - math.prod(grid) + math.prod(target)
+    return Tensor(
+        (count, table.shape[1]),
+        table.dtype,
+        lambda: resize_positions(table.read(), grid, target, rule),
+    )

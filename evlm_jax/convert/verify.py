@@ -144,9 +144,10 @@ def _built_in(text_only: bool) -> list[tuple[str, Visuals]]:
     ]
 
 
-def _picture(name: str, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]."""
-    y, x = np.mgrid[:size, :size] / size
+def _picture(name: str, height: int, width: int) -> np.ndarray:
+    """uint8 [height, width, 3]."""
+    y, x = np.mgrid[:height, :width]
+    y, x = y / height, x / width
     return (255 * np.stack(np.broadcast_arrays(*PICTURES[name](x, y)), -1)).round().astype(np.uint8)
 
 
@@ -166,7 +167,7 @@ PICTURES = {  # red, green, blue in 0..1 at (x, y) in 0..1
 
 
 def _example(side: Side, text: str, visuals: Visuals) -> Example:
-    """The prompt in the words of the side's tokenizer, pictures stretched to its tower's square.
+    """The prompt in the words of the side's tokenizer, pictures stretched to its tower's size.
 
     Raises SampleError as text.prompt.
     """
@@ -181,13 +182,13 @@ def _example(side: Side, text: str, visuals: Visuals) -> Example:
         else None
     )
     laid, _ = whole_steps(template.prompt([Turn("user", text)], spans), side.tokenizer, media)
-    size = side.sections["vit"]["image_size"] if "vit" in side.sections else 1
+    size = image.sides(side.sections["vit"]["image_size"] if "vit" in side.sections else 1)
 
     def load(what):
-        return _picture(what, size) if isinstance(what, str) else image.load(what, size, "squash")
+        return _picture(what, *size) if isinstance(what, str) else image.load(what, size, "squash")
 
     pixels = np.array([load(what) for visual in visuals for what in visual], np.uint8).reshape(
-        -1, size, size, 3
+        -1, *size, 3
     )
     groups = np.repeat(np.arange(len(visuals)), [len(visual) for visual in visuals])
     return Example(text, *np.array(laid, np.int32).T.copy(), pixels, groups)

@@ -51,7 +51,7 @@ def counterparts(cfg: EVLMConfig) -> dict[str, EVLMConfig]:
         lambda kind: replace(cfg.bridge, kind=kind),
         lambda tokens: replace(cfg.media, tokens=tokens),
     )
-    patches, none = media(cfg.vit.grid**2), replace(cfg.xattn, every=0)
+    patches, none = media(cfg.vit.patches), replace(cfg.xattn, every=0)
     return {
         EVLM: cfg,
         LLAVA: replace(

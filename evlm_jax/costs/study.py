@@ -69,6 +69,6 @@ def sizes(cfg: EVLMConfig) -> dict[str, int]:
         "their FFN (r_f h)": cfg.xattn.ffn,
         "media tokens of a frame": cfg.media.tokens,
         "latents of a frame (flamingo)": cfg.bridge.latents,
-        "patches of a frame": cfg.vit.grid**2,
+        "patches of a frame": cfg.vit.patches,
         "visual tokens of a frame": cfg.vit.tokens,
     }

@@ -115,7 +115,7 @@ class FeatureStore:
         """Encodes one chunk, writes the records, then their keys."""
         rows = -(-len(chunk) // STEP) * STEP
         pixels, good = (
-            np.zeros((rows, self.cfg.vit.image_size, self.cfg.vit.image_size, 3), np.uint8),
+            np.zeros((rows, *self.cfg.vit.size, 3), np.uint8),
             [],
         )
         try:
@@ -176,11 +176,11 @@ def encode_images(
     """Taps [n, G, S, V] of images, float32, computed now by `encode`, as a FeatureStore has it; at
     least `least` pictures together.
     """
-    count, side = least if len(refs) <= least else -(-FEW // least) * least, cfg.vit.image_size
+    count = least if len(refs) <= least else -(-FEW // least) * least
     taps = []
     for first in range(0, len(refs), count):
         some = refs[first : first + count]
-        pixels = np.zeros((count, side, side, 3), np.uint8)
+        pixels = np.zeros((count, *cfg.vit.size, 3), np.uint8)
         pixels[: len(some)] = image.pixels(some, cfg)
         taps.append(encode(pixels)[: len(some)].astype(np.float32))
     return np.concatenate(taps)

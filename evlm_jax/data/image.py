@@ -37,6 +37,7 @@ WHITE = (255, 255, 255)
 BICUBIC = ResizeAlg.convolution(FilterType.catmull_rom)
 MAKING = 3  # counts changes of how pixels are made: caches of features made otherwise are not used
 Made = TypeVar("Made")
+Size = int | tuple[int, int]  # the side of a square, or height and width
 Picture = str | os.PathLike | Image.Image | np.ndarray | ImageRef
 # A list in the list is a video: its frames are seen together.
 Images = Picture | Sequence[Picture | Sequence[Picture]] | None
@@ -47,12 +48,13 @@ class ImageError(ValueError):
 
 
 def load(
-    ref: ImageRef, size: int, resize: str, fill: tuple[int, int, int] = WHITE, scaled: bool = False
+    ref: ImageRef, size: Size, resize: str, fill: tuple[int, int, int] = WHITE, scaled: bool = False
 ) -> np.ndarray:
-    """One image or video frame as uint8 [size, size, 3].
+    """One image or video frame as uint8 [h, w, 3].
 
     Args:
-      resize: "squash" stretches; "crop" cuts the middle square; "pad" keeps everything and fills
+      size: the side of a square, or (h, w).
+      resize: "squash" stretches; "crop" cuts the middle to h : w; "pad" keeps everything and fills
         the rest with `fill`.
       scaled: decode JPEG at 1/2, 3/8, 1/4 or 1/8 where that is not smaller than `size`: faster, and
         slightly other pixels.
@@ -64,18 +66,26 @@ def load(
 
 def load_all(
     refs: Sequence[ImageRef],
-    size: int,
+    size: Size,
     resize: str,
     fill: tuple[int, int, int] = WHITE,
     scaled: bool = False,
 ) -> np.ndarray:
-    """uint8 [n, size, size, 3], read-only where there is one."""
+    """uint8 [n, h, w, 3], read-only where there is one."""
+    height, width = sides(size)
     images = decode_all(
-        refs, size if scaled else 0, lambda image: np.asarray(_fit(image, size, resize, fill))
+        refs,
+        max(height, width) if scaled else 0,
+        lambda image: np.asarray(_fit(image, (width, height), resize, fill)),
     )
     if len(images) == 1:  # as captions have: a copy less is 6% of the pipeline
         return images[0][None]
-    return np.stack(images) if refs else np.zeros((0, size, size, 3), np.uint8)
+    return np.stack(images) if refs else np.zeros((0, height, width, 3), np.uint8)
+
+
+def sides(size: Size | list[int]) -> tuple[int, int]:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def pixels(refs: Sequence[ImageRef], cfg: EVLMConfig) -> np.ndarray:
@@ -83,7 +93,7 @@ def pixels(refs: Sequence[ImageRef], cfg: EVLMConfig) -> np.ndarray:
     0 after normalisation.
     """
     fill = tuple(round(255 * channel) for channel in cfg.vit.mean)
-    return load_all(refs, cfg.vit.image_size, cfg.data.resize, fill, cfg.data.scaled_decoding)
+    return load_all(refs, cfg.vit.size, cfg.data.resize, fill, cfg.data.scaled_decoding)
 
 
 def decode_all(
@@ -279,13 +289,20 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _fit(image: Image.Image, size: int, resize: str, fill: tuple[int, int, int]) -> Image.Image:
-    """A square of `size`."""
-    square, (width, height) = (size, size), image.size
+def _fit(
+    image: Image.Image, size: tuple[int, int], resize: str, fill: tuple[int, int, int]
+) -> Image.Image:
+    """A picture of `size` (width, height)."""
+    width, height = image.size
+    wide = width * size[1] > height * size[0]  # wider for its height than `size`
     if resize == "squash":
-        return bicubic(image, square)
+        return bicubic(image, size)
     if resize == "crop":
-        side = min(image.size)
-        return bicubic(image, square, ((width - side) / 2, (height - side) / 2, side, side))
-    whole = tuple(max(1, round(side / max(image.size) * size)) for side in image.size)
-    return ImageOps.pad(bicubic(image, whole), square, color=fill)
+        cut = (size[0] / size[1] * height, height) if wide else (width, size[1] / size[0] * width)
+        return bicubic(image, size, ((width - cut[0]) / 2, (height - cut[1]) / 2, *cut))
+    whole = (
+        (size[0], max(1, round(height / width * size[0])))
+        if wide
+        else (max(1, round(width / height * size[1])), size[1])
+    )
+    return ImageOps.pad(bicubic(image, whole), size, color=fill)

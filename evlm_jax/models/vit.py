@@ -24,8 +24,9 @@ def patch_rope(cfg: ViTConfig) -> Rope:
     """cos and sin [1, S, 1, H/2] of the patches' centres, which lie in -1..1 down and across: as
     DINOv3 has it, each takes half of a head's frequencies. Class token and registers do not turn.
     """
-    width, centres = cfg.width // cfg.heads, (2 * np.arange(cfg.grid) + 1) / cfg.grid - 1
-    places = np.stack(np.meshgrid(centres, centres, indexing="ij"), -1).reshape(-1, 2, 1)
+    width = cfg.width // cfg.heads
+    centres = [(2 * np.arange(count) + 1) / count - 1 for count in cfg.grid]
+    places = np.stack(np.meshgrid(*centres, indexing="ij"), -1).reshape(-1, 2, 1)
     angle = 2 * math.pi * places / cfg.rotary ** np.arange(0, 1, 4 / width)
     angle = np.pad(angle.reshape(len(places), -1), ((cfg.prefix_tokens, 0), (0, 0)))
     angle = jnp.asarray(angle, jnp.float32)[None, :, None]
@@ -118,7 +119,7 @@ class ViT(nnx.Module):
         self.registers = (
             param(rngs, (cfg.registers, v), ("whole", "norm"), std=0.02) if cfg.registers else None
         )
-        table = (cfg.grid**2 + cfg.class_token, v)
+        table = (cfg.patches + cfg.class_token, v)
         self.pos = None if cfg.rotary else param(rngs, table, ("whole", "norm"), std=0.02)
         self.patch = Patch(cfg, rngs)
         self.patch_norm = make_norm(cfg, rngs) if cfg.patch_norm else None
@@ -148,11 +149,11 @@ class ViT(nnx.Module):
         """Patches in row-major order with positions, class token first, registers after it:
         [B, S, V].
         """
-        b, g, p = len(pixels), self.cfg.grid, self.cfg.patch
+        b, (down, across), p = len(pixels), self.cfg.grid, self.cfg.patch
         patches = (
-            pixels.reshape(b, g, p, g, p, 3)
+            pixels.reshape(b, down, p, across, p, 3)
             .transpose(0, 1, 3, 2, 4, 5)
-            .reshape(b, g * g, p * p * 3)
+            .reshape(b, down * across, p * p * 3)
         )
         x = self.patch(patches)
         x = x if self.patch_norm is None else self.patch_norm(x)
@@ -161,7 +162,7 @@ class ViT(nnx.Module):
         def repeat(tokens):
             return jnp.broadcast_to(tokens.astype(x.dtype), (b, *tokens.shape))
 
-        parts = [x if pos is None else x + pos[-g * g :]]
+        parts = [x if pos is None else x + pos[-patches.shape[1] :]]
         if self.registers is not None:
             parts.insert(0, repeat(self.registers[...]))
         if self.cls is not None:

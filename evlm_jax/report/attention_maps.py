@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evlm_jax.batch import Batch
-from evlm_jax.config import EVLMConfig
+from evlm_jax.config import EVLMConfig, ViTConfig
 from evlm_jax.data.features import FeatureStore
 from evlm_jax.data.pipeline import rows_in_order
 from evlm_jax.data.samples import MARKER, Sample
@@ -90,7 +90,7 @@ def word_maps(
     predicted; a word of several tokens gets their mean.
 
     Returns:
-      [{"word", "grid": [g, g] (see `heat`), "predicted"}]
+      [{"word", "grid": [down, across] (see `heat`), "predicted"}]
     """
     (batch, _, _), *_ = rows_in_order(
         [encode(sample, tokenizer, model.cfg)], model.cfg, 1, features
@@ -111,7 +111,7 @@ def word_maps(
     ]
     rows, at = [], 0
     for i, (word, places) in enumerate(read + said):
-        grid = heat(maps[:, :, at : at + len(places)], model.cfg.vit.prefix_tokens)
+        grid = heat(maps[:, :, at : at + len(places)], model.cfg.vit)
         rows.append({"word": word, "grid": grid, "predicted": i >= len(read)})
         at += len(places)
     return rows
@@ -136,14 +136,9 @@ def placed_words(
     return list(zip(text.split(), places_of, strict=True))
 
 
-def heat(weights: np.ndarray, prefix_tokens: int) -> np.ndarray:
+def heat(weights: np.ndarray, vit: ViTConfig) -> np.ndarray:
     """Attention [..., S] of one word on one image, averaged over all leading axes (layers, heads)
-    -> [grid, grid] over the patches.
+    -> [down, across] over the patches.
     """
-    patches = np.asarray(weights, np.float64).reshape(-1, weights.shape[-1]).mean(0)[prefix_tokens:]
-    side = int(round(len(patches) ** 0.5))
-    if side * side != len(patches):
-        raise ValueError(
-            f"{len(patches)} patches are no square grid; check prefix_tokens = {prefix_tokens}"
-        )
-    return patches.reshape(side, side)
+    every = np.asarray(weights, np.float64).reshape(-1, weights.shape[-1]).mean(0)
+    return every[vit.prefix_tokens :].reshape(vit.grid)

@@ -75,6 +75,9 @@ def broken(section: str, **fields):
             broken("optim", phases=({"rules": ({"pattern": "[", "lr": 1.0},)},)),
             r"optim.phases\[0\].rules\[0\].pattern is '\[', which is no regular expression",
         ),
+        (broken("vit", image_size=(112, 110)), "vit.image_size must be a multiple of vit.patch"),
+        (broken("vit", image_size=(112, 0)), r"vit.image_size\[1\] must be at least 1, got 0"),
+        (broken("vit", image_size=(112,)), "vit.image_size needs 2 values, got 1"),
         (broken("llm", dynamic_ntk=-1), "llm.dynamic_ntk must be at least 0, got -1"),
         (
             broken("train", dtype="float16"),

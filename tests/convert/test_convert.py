@@ -270,18 +270,21 @@ def test_no_two_rows_of_a_family_take_the_same_tensor_or_place():
 
 @needs_transformers
 @pytest.mark.parametrize("rule, antialias", [("bicubic", False), ("antialias", True)])
-@pytest.mark.parametrize("grid, target", [(37, 16), (16, 32), (16, 8), (7, 7), (2, 3), (37, 8)])
+@pytest.mark.parametrize(
+    "grid, target", [(37, 16), (16, 32), (16, 8), (7, 7), (2, 3), (37, 8), (4, (3, 6))]
+)
 def test_interpolation_equals_torch(rule, antialias, grid, target):
     import torch
 
+    target = target if isinstance(target, tuple) else (target, target)
     table = np.random.default_rng(0).standard_normal((1 + grid**2, 6)).astype(np.float32)
     planes = (
         torch.tensor(table[1:].astype(np.float64)).reshape(1, grid, grid, 6).permute(0, 3, 1, 2)
     )
     reference = torch.nn.functional.interpolate(
-        planes, (target, target), mode="bicubic", align_corners=False, antialias=antialias
+        planes, target, mode="bicubic", align_corners=False, antialias=antialias
     )
-    ours = resize_positions(table, grid, target, rule)
+    ours = resize_positions(table, (grid, grid), target, rule)
     assert (ours[0] == table[0]).all()
     assert np.abs(ours[1:] - reference[0].permute(1, 2, 0).reshape(-1, 6).numpy()).max() <= 1e-6
 

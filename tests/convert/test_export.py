@@ -49,11 +49,18 @@ TOWERS = {
             "norm_kind": "rms",
             "patch_norm": True,
             "bias": "none",
+            "image_size": (12, 8),
         },
         "xattn": {"every": 2, "first": 1, "sinks": 2, "heads": 4, "kv_heads": 2, "kv_norm": False},
     },
     "dinov2 giant, with registers": {
-        "vit": {"registers": 3, "gated": True, "activation": "silu", "rotary": 9.0}
+        "vit": {
+            "registers": 3,
+            "gated": True,
+            "activation": "silu",
+            "rotary": 9.0,
+            "image_size": (8, 12),
+        }
     },
     "dinov2, experts": {
         "moe": {"copies": 2, "slices": 4, "top_k": 3, "gates": "softmax"},
@@ -214,11 +221,7 @@ def exported(tmp_path_factory):
         model, folder = random_model(cfg, seed=0), place / str(number) / "out"
         run_directory(folder.parent / "run", cfg, model)
         export.export(str(folder.parent / "run"), str(folder), "hf")
-        pixels = (
-            np.random.default_rng(0)
-            .integers(0, 256, (3, cfg.vit.image_size, cfg.vit.image_size, 3))
-            .astype(np.uint8)
-        )
+        pixels = np.random.default_rng(0).integers(0, 256, (3, *cfg.vit.size, 3)).astype(np.uint8)
         rows = {
             name: row(cfg, parts, pixels)
             for name, parts in (LONG if cfg.llm.dynamic_ntk else ROWS).items()

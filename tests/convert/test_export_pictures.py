@@ -32,9 +32,10 @@ def two_bits():
     )
 
 
+@pytest.mark.parametrize("size", [16, (20, 12)])
 @pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
-def test_pictures_of_every_kind_are_those_of_training(tmp_path, resize):
-    from evlm_jax.convert.torch_model.pictures_evlm import read_picture, square
+def test_pictures_of_every_kind_are_those_of_training(tmp_path, resize, size):
+    from evlm_jax.convert.torch_model.pictures_evlm import fitted, read_picture
 
     rng = np.random.default_rng(0)
     colour = Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8))
@@ -57,9 +58,9 @@ def test_pictures_of_every_kind_are_those_of_training(tmp_path, resize):
     colour.convert("CMYK").save(tmp_path / "cmyk.jpg")
     colour.save(tmp_path / "animal.gif", save_all=True, append_images=[colour.rotate(180)])
     for file in sorted(tmp_path.iterdir()):
-        ours = image.load(ImageRef(str(file)), 16, resize, (124, 116, 104)).astype(float)
+        ours = image.load(ImageRef(str(file)), size, resize, (124, 116, 104)).astype(float)
         for picture in (file, Image.open(file)):
-            theirs = np.asarray(square(read_picture(picture), 16, resize, (124, 116, 104)), float)
+            theirs = np.asarray(fitted(read_picture(picture), size, resize, (124, 116, 104)), float)
             assert np.abs(theirs - ours).max() <= 1, file.name
         assert 20 < ours.mean() < 235, file.name  # neither black nor white
     Image.fromarray(np.float32(ramp / 65535)).save(tmp_path / "fractions.tif")

@@ -40,7 +40,7 @@ CHATS = {
 def exported(request, tmp_path_factory):
     """(config, the exported directory)"""
     place = tmp_path_factory.mktemp(request.param)
-    cfg = tiny_config(data={"template": request.param}, vit={"image_size": 16})
+    cfg = tiny_config(data={"template": request.param}, vit={"image_size": (16, 24)})
     cfg = run_directory(place / "run", cfg, random_model(cfg, seed=0))
     export.export(str(place / "run"), str(place / "out"), "hf")
     return cfg, place / "out"
@@ -119,8 +119,8 @@ def test_tokens_are_those_of_training(exported, processor, pictures, chat):
     inputs = processor(messages, images=[Image.open(ref.path) for ref in refs])
     assert inputs["input_ids"][0].tolist() == document.tokens.tolist()
     fill = tuple(round(255 * channel) for channel in cfg.vit.mean)
-    seen = np.array([image.load(ref, 16, cfg.data.resize, fill) for ref in refs]).reshape(
-        -1, 16, 16, 3
+    seen = np.array([image.load(ref, (16, 24), cfg.data.resize, fill) for ref in refs]).reshape(
+        -1, 16, 24, 3
     )
     difference = np.abs(
         255 * (inputs["pixel_values"][0].numpy().transpose(0, 2, 3, 1) * cfg.vit.std + cfg.vit.mean)
@@ -220,7 +220,7 @@ def test_forms_of_a_picture(processor, pictures, tmp_path):
     server.shutdown()
     assert processor(question, images=Image.open(pictures[1]).convert("LA"))[
         "pixel_values"
-    ].shape == (1, 1, 3, 16, 16)
+    ].shape == (1, 1, 3, 16, 24)
     assert processor("<image>", images=array[..., 0])["pixel_values"].std() > 0
 
 

@@ -194,10 +194,21 @@ TOWERS = {  # config, trained size, size of the picture
     "dinov2, giant": ({"mlp_ratio": 3, "use_swiglu_ffn": True}, 28, 42),
     "siglip_vision_model, patches that do not fill it": ({"intermediate_size": 56}, 30, 28),
     "dinov2_with_registers, smaller": ({"mlp_ratio": 2}, 42, 28),
+    "dinov2, tall": ({"mlp_ratio": 2}, 28, (42, 21)),
+    "dinov2_with_registers, wide": ({"mlp_ratio": 2, "num_register_tokens": 3}, 42, (28, 35)),
+    "dinov3_vit, tall": ({"intermediate_size": 56, "num_register_tokens": 3}, 28, (35, 14)),
+    "clip_vision_model, as many patches": ({"intermediate_size": 56}, 28, (56, 14)),
+    "siglip_vision_model, wide": ({"intermediate_size": 56}, 28, (21, 42)),
+    "internvl_vision, tall": ({"intermediate_size": 56}, 28, (42, 21)),
 }
 
 
-OFTEN = ("aimv2_vision_model", "internvl_vision")  # which test_parity_vit.py does not have
+OFTEN = (
+    "aimv2_vision_model",
+    "internvl_vision",
+    "dinov3_vit, tall",
+    "dinov2, tall",
+)  # which test_parity_vit.py does not have
 
 
 @pytest.mark.parametrize(
@@ -219,16 +230,18 @@ def test_towers_that_are_read(tmp_path, case, seed):
     theirs.save_pretrained(tmp_path)
     cfg = config_for(str(tmp_path), "vit", image_size=size, taps=(1, 3))
     assert cfg.vit.pretrained_size == trained // 7 * 7
+    height, width = cfg.vit.size
+    rest = trained % 7  # of which the tower makes no patch
     pixels = np.random.default_rng(seed).integers(
-        0, 256, (max(size, trained) if trained % 7 else size,) * 2 + (3,), np.uint8
+        0, 256, (height + rest, width + rest, 3), np.uint8
     )
     mean, std = np.array(cfg.vit.mean), np.array(cfg.vit.std)
     image = ((pixels / 255 - mean) / std).astype(np.float32).transpose(2, 0, 1)[None]
-    asked = name.partition("_")[0] in ("clip", "metaclip", "siglip") and not trained % 7
+    asked = name.partition("_")[0] in ("clip", "metaclip", "siglip") and not rest
     more = {"interpolate_pos_encoding": True} if asked else {}
     with torch.no_grad():
         reference = theirs(torch.tensor(image), output_hidden_states=True, **more).hidden_states
-    taps = encode(load(cfg, str(tmp_path), "vit"), pixels[:size, :size])
+    taps = encode(load(cfg, str(tmp_path), "vit"), pixels[:height, :width])
     assert relative(taps[0], reference[1][0].numpy()) <= 1e-5
     assert relative(taps[1], reference[3][0].numpy()) <= 1e-5
 

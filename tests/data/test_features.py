@@ -15,7 +15,7 @@ from evlm_jax.data.text import encode as encode_sample
 from tests.data.made import TOKENIZER, write_images
 from tests.helpers.tiny import tiny_config
 
-CFG = tiny_config(data=dict(cache_features=True))
+CFG = tiny_config(vit=dict(image_size=(8, 12)), data=dict(cache_features=True))
 SHAPE = (len(CFG.vit.taps), CFG.vit.tokens, CFG.vit.width)
 
 
@@ -27,7 +27,7 @@ class Encoder:
 
     def __call__(self, images):
         assert len(images) <= CHUNK and len(images) % STEP == 0  # few compiled shapes
-        assert images.shape[1:] == (8, 8, 3) and images.dtype == np.uint8
+        assert images.shape[1:] == (8, 12, 3) and images.dtype == np.uint8
         self.calls += 1
         self.seen += int((images.reshape(len(images), -1).max(1) > 0).sum())
         return self.of(images)
@@ -142,18 +142,20 @@ def test_a_wrong_encoder_is_named(tmp_path, refs):
 
 def test_fingerprint_tells_towers_and_preprocessing_apart():
     weights = {"vit/cls": np.arange(4.0), "llm/embed": np.ones(3)}
-    base = fingerprint(CFG, weights)
-    assert base == fingerprint(CFG, weights | {"llm/embed": np.zeros(3)})  # not the tower's
+    cfg = tiny_config()
+    base = fingerprint(cfg, weights)
+    assert base == fingerprint(cfg, weights | {"llm/embed": np.zeros(3)})  # not the tower's
     assert base == fingerprint(tiny_config(data=dict(cache_features=True, seed=9)), weights)
     others = [
-        fingerprint(CFG, weights | {"vit/cls": np.arange(4.0) + 1e-9}),
-        fingerprint(CFG, weights | {"vit/pos": np.ones(1)}),
+        fingerprint(cfg, weights | {"vit/cls": np.arange(4.0) + 1e-9}),
+        fingerprint(cfg, weights | {"vit/pos": np.ones(1)}),
+        fingerprint(CFG, weights),
     ]
     others += [
         fingerprint(tiny_config(data=dict(resize="pad")), weights),
         fingerprint(tiny_config(vit=dict(taps=(1, 3, 4))), weights),
     ]
-    assert len({base, *others}) == 5
+    assert len({base, *others}) == 6
 
 
 def test_missing_taps_of_a_batch_are_computed_together(tmp_path, refs):
@@ -174,12 +176,13 @@ def test_batches_carry_taps(tmp_path):
     for i in range(6):
         (tmp_path / "pictures" / f"{i}.txt").write_text(f"{i}")
     cfg = tiny_config(
+        vit=dict(image_size=(8, 12)),
         data=dict(
             sources=(f"folder:{tmp_path / 'pictures'}",),
             weights=(1.0,),
             length=96,
             cache_features=True,
-        )
+        ),
     )
     store = FeatureStore(tmp_path / "store", Encoder(), cfg)
     iterator = batches(cfg, TOKENIZER, store)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from evlm_jax.data import image, video
-from evlm_jax.data.image import WHITE, ImageError, load, load_all, pixels
+from evlm_jax.data.image import WHITE, ImageError, load, load_all, pixels, sides
 from evlm_jax.data.samples import ImageRef
 from tests.helpers.tiny import tiny_config
 
@@ -103,9 +103,10 @@ def test_resizing_is_pillows_but_for_rounding(tmp_path, resize, width, height):
         np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
     )
     ref = saved(tmp_path / "a.png", noise)
-    for size in (112, 224, 448):
+    for size in (112, 224, (448, 448), (224, 448), (448, 168)):
+        high, wide = sides(size)
         difference = np.abs(
-            load(ref, size, resize).astype(int) - np.asarray(PILLOWS[resize](noise, (size, size)))
+            load(ref, size, resize).astype(int) - np.asarray(PILLOWS[resize](noise, (wide, high)))
         )
         assert difference.max() <= 2 and (difference > 0).mean() < 0.015, size
 

@@ -103,7 +103,7 @@ def text_logits(cfg: EVLMConfig, model: EVLM, tokens: np.ndarray) -> np.ndarray:
         "target_source": none,
         **attention_plan(none, none, cfg.xattn.query_block, data.block_pairs),
     }
-    pixels = np.zeros((1, data.images, cfg.vit.image_size, cfg.vit.image_size, 3), np.uint8)
+    pixels = np.zeros((1, data.images, *cfg.vit.size, 3), np.uint8)
     batch = Batch(
         **{name: jnp.asarray(value, jnp.int32)[None] for name, value in row.items()},
         pixels=pixels,

@@ -99,7 +99,7 @@ def tiny_config(**overrides) -> EVLMConfig:
     """The tiny config with sections changed: `tiny_config(train=dict(steps=50),
     optim=dict(lr=1e-4))`.
     """
-    config = ml_collections.ConfigDict(_TINY)
+    config = ml_collections.ConfigDict(_TINY, type_safe=False)
     for section, values in overrides.items():
         if isinstance(values, dict) and section in config:
             for key, value in values.items():
@@ -202,7 +202,7 @@ def _row(cfg: EVLMConfig, rng: np.random.Generator, fill: float) -> dict:
         if cfg.query_block
         else dict.fromkeys(AttentionPlan._fields)
     )
-    pixels = rng.integers(0, 256, (data.images, vit.image_size, vit.image_size, 3)).astype(np.uint8)
+    pixels = rng.integers(0, 256, (data.images, *vit.size, 3)).astype(np.uint8)
     taps = rng.standard_normal((data.images, len(vit.taps), vit.tokens, vit.width)).astype(
         jnp.bfloat16
     )

@@ -82,7 +82,8 @@ def fit(sizes: list[str], shape: tuple[int, ...], letters: dict[str, int]) -> bo
 
 def test_docstrings_state_the_shapes_that_there_are():
     """Traced, not run: a forward pass with experts, a prefill, a step of decoding."""
-    cfg = tiny_config(data={"image_group": 2, "images": 3}, moe={"copies": 2})
+    data = {"image_group": 2, "images": 3}
+    cfg = tiny_config(vit={"image_size": (8, 12)}, data=data, moe={"copies": 2})
     functions, letters, wrong, checked = docstrings(), {}, set(), set()
 
     def look(frame, event, value):

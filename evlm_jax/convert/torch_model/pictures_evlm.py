@@ -120,11 +120,12 @@ def _rgb(image):
     return image.convert("RGB")
 
 
-def square(image, size, how, fill):
-    """RGB of `size` x `size`: "squash" stretches, "crop" cuts the middle square, "pad" fills the
-    rest with the colour `fill`.
+def fitted(image, size, how, fill):
+    """RGB of `size`, the side of a square or height and width: "squash" stretches, "crop" cuts the
+    middle to their ratio, "pad" fills the rest with the colour `fill`.
     """
-    sides, bicubic = (size, size), Image.Resampling.BICUBIC
+    height, width = (size, size) if isinstance(size, int) else size
+    sides, bicubic = (width, height), Image.Resampling.BICUBIC
     if how == "squash":
         return image.resize(sides, bicubic)
     if how == "crop":

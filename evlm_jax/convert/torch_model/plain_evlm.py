@@ -19,7 +19,9 @@ from .towers_evlm import (
     attend,
     call,
     frequencies,
+    grid,
     growth,
+    sides,
     split_heads,
 )
 
@@ -228,8 +230,8 @@ class EVLMParts:
         )
 
     def _no_pixels(self, ids):
-        size = self.config.vit["image_size"]
-        return torch.zeros((len(ids), 0, 3, size, size), device=ids.device)
+        size = sides(self.config.vit["image_size"])
+        return torch.zeros((len(ids), 0, 3, *size), device=ids.device)
 
     def _project(self, pixel_values, sdpa=False):
         """Keys and values of all images for every block."""
@@ -252,7 +254,8 @@ class EVLMParts:
     @property
     def _visual_tokens(self):
         cfg = Config(self.config.vit)
-        return (cfg.image_size // cfg.patch) ** 2 + cfg.class_token + cfg.registers
+        down, across = grid(cfg)
+        return down * across + cfg.class_token + cfg.registers
 
     def _embed(self, words, media, before=0):
         """Word embeddings [B, T, D], and the media embeddings at the media tokens."""

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from transformers import BatchFeature, ProcessorMixin
 
 from .chats_evlm import IMAGE, VIDEO, Piece, Rendered, Visual, lay_out, rendered, split_marks
-from .pictures_evlm import is_picture, read_picture, square
+from .pictures_evlm import fitted, is_picture, read_picture
 from .spelling_evlm import Speller
 
 
@@ -16,7 +16,7 @@ class EVLMProcessor(ProcessorMixin):
     """
     Args:
       tokenizer: of the language model.
-      image_size: pixels of the square that the vision tower takes.
+      image_size: pixels that the vision tower takes: the side of a square, or height and width.
       mean, std: of the tower, RGB.
       resize: "squash" stretches, "crop" cuts the middle square, "pad" fills the rest with the mean
         colour.
@@ -259,10 +259,10 @@ class EVLMProcessor(ProcessorMixin):
     def _pixels(self, picture):
         """[3, h, w], normalised."""
         fill = tuple(round(255 * channel) for channel in self.mean)
-        image = square(read_picture(picture), self.image_size, self.resize, fill)
+        image = fitted(read_picture(picture), self.image_size, self.resize, fill)
         pixels = (
             torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-            .reshape(*image.size, 3)
+            .reshape(image.height, image.width, 3)
             .permute(2, 0, 1)
         )
 
@@ -315,8 +315,9 @@ class EVLMProcessor(ProcessorMixin):
 
     def _pictures(self, rows):
         """pixel_values and image_groups, padded behind the images of each row."""
-        count = max(len(row[2]) for row in rows)
-        pixels = torch.zeros((len(rows), count, 3, self.image_size, self.image_size))
+        count, size = max(len(row[2]) for row in rows), self.image_size
+        size = (size, size) if isinstance(size, int) else size
+        pixels = torch.zeros((len(rows), count, 3, *size))
         groups = -1 - torch.arange(count).repeat(len(rows), 1)
         for row, (_, _, frames, numbers) in enumerate(rows):
             if frames:

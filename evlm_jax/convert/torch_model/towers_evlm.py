@@ -124,20 +124,30 @@ class VisionAttention(nn.Module):
 
     def _turned(self, *arrays):
         """[n, N, S, H] with patches turned by their places, -1..1 down and across."""
-        cfg, grid = self.cfg, self.cfg.image_size // self.cfg.patch
-        how = {"device": arrays[0].device, "dtype": torch.float32}
-        centre = (2 * torch.arange(grid, **how) + 1) / grid - 1
-        places = torch.stack([centre.repeat_interleave(grid), centre.repeat(grid)], -1)
+        cfg, how = self.cfg, {"device": arrays[0].device, "dtype": torch.float32}
+        centres = [(2 * torch.arange(count, **how) + 1) / count - 1 for count in grid(cfg)]
+        places = torch.cartesian_prod(*centres)
         frequency = 2 * math.pi / cfg.rotary ** torch.arange(0, 1, 4 / self.head_dim, **how)
         angle = (places[:, :, None] * frequency).flatten(1)
         for a in arrays:
-            before, patches = a[:, :, : -(grid**2)], a[:, :, -(grid**2) :].float()
+            before, patches = a[:, :, : -len(places)], a[:, :, -len(places) :].float()
             low, high = patches.chunk(2, -1)
             turned = [
                 low * angle.cos() - high * angle.sin(),
                 high * angle.cos() + low * angle.sin(),
             ]
             yield torch.cat([before, torch.cat(turned, -1).to(a.dtype)], 2)
+
+
+def sides(size):
+    """Height and width; a number is both."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def grid(cfg):
+    """Patches down and across."""
+    height, width = sides(cfg.image_size)
+    return height // cfg.patch, width // cfg.patch
 
 
 def make_norm(cfg):
@@ -180,12 +190,12 @@ class Places(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        grid = cfg.image_size // cfg.patch
+        down, across = grid(cfg)
         self.cls = nn.Parameter(torch.zeros(cfg.width)) if cfg.class_token else None
         self.registers = (
             nn.Parameter(torch.zeros(cfg.registers, cfg.width)) if cfg.registers else None
         )
-        size = (grid**2 + cfg.class_token, cfg.width)
+        size = (down * across + cfg.class_token, cfg.width)
         self.pos = None if cfg.rotary else nn.Parameter(torch.zeros(size))
 
     def forward(self, patches):

@@ -147,7 +147,9 @@ def bench(cfg: EVLMConfig, tokenizer, count: int) -> str:
         refs = list(islice((ref for row in rows for document in row for ref in document.refs), 128))
         if refs:
             _, rate = _tried(lambda ref: image.pixels([ref], cfg), refs)
-            lines.append(rate(f"images/s decoded and resized to {cfg.vit.image_size}"))
+            lines.append(
+                rate(f"images/s decoded and resized to {' x '.join(map(str, cfg.vit.size))}")
+            )
         lines += report(documents, cfg.data)
     return "\n".join(lines)
 

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     make.add_argument(
         "--side",
         type=argument(Positive),
-        help="greatest shorter side of a picture, in pixels; vit.image_size where left out",
+        help="greatest shorter side of a picture, in pixels; left out, that of vit.image_size",
     )
     make.add_argument(
         "--shard",
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace, overrides: list[str], load_config: Callable) -
                     args.out,
                     args.rules,
                     args.format,
-                    args.side or cfg.vit.image_size,
+                    args.side or min(cfg.vit.size),
                     args.shard,
                 ),
                 args.workers,

@@ -75,6 +75,15 @@ def linear(foreign: str, path: str, bias: bool = True) -> tuple[NameRow, ...]:
     return rows if bias else rows[:1]
 
 
+def linears(foreign: str, path: str, names: Mapping[str, str]) -> tuple[NameRow, ...]:
+    """Linear layers of one module, {their name: ours}."""
+    return tuple(
+        one
+        for theirs, ours in names.items()
+        for one in linear(f"{foreign}.{theirs}", f"{path}/{ours}")
+    )
+
+
 def norm(foreign: str, path: str) -> tuple[NameRow, ...]:
     """A norm with scale and bias."""
     return row(f"{foreign}.weight", f"{path}/scale"), row(f"{foreign}.bias", f"{path}/bias")

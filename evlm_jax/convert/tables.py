@@ -4,9 +4,13 @@ tables_decoder.py, those of published cross-attention models in tables_published
 
 from dataclasses import replace
 
-from evlm_jax.convert.naming import UNUSED, Family, NameRow, linear, norm, patch, row
+from evlm_jax.convert.naming import UNUSED, Family, NameRow, linear, linears, norm, patch, row
 from evlm_jax.convert.tables_decoder import DECODERS, GATED
 from evlm_jax.convert.tables_published import idefics, open_flamingo
+
+ATTENTION = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "o"}
+MLP = {"fc1": "fc1", "fc2": "fc2"}
+GATED_MLP = {"gate_proj": "fc1", "up_proj": "up", "down_proj": "fc2"}
 
 
 def _gated(foreign: str, path: str) -> tuple[NameRow, ...]:
@@ -15,15 +19,10 @@ def _gated(foreign: str, path: str) -> tuple[NameRow, ...]:
     """
     both = (f"{path}/mlp/fc1", f"{path}/mlp/up")
     old = f"{foreign}.mlp.weights_in"
-    new = {"gate_proj": "fc1", "up_proj": "up", "down_proj": "fc2", "weights_out": "fc2"}
     rows = (
         NameRow(f"{old}.weight", tuple(f"{one}/kernel" for one in both), "(n o) i -> n i o"),
         NameRow(f"{old}.bias", tuple(f"{one}/bias" for one in both), "(n o) -> n o"),
-        *(
-            one
-            for theirs, ours in new.items()
-            for one in linear(f"{foreign}.mlp.{theirs}", f"{path}/mlp/{ours}")
-        ),
+        *linears(f"{foreign}.mlp", f"{path}/mlp", GATED_MLP | {"weights_out": "fc2"}),
     )
     return tuple(replace(one, written=False) for one in rows)
 
@@ -73,15 +72,10 @@ def _dinov3() -> Family:
         row("embeddings.cls_token", "vit/cls", "1 1 v -> v"),
         row("embeddings.register_tokens", "vit/registers", "1 r v -> r v"),
         *patch("embeddings.patch_embeddings"),
-        *(
-            one
-            for x in "qkvo"
-            for one in linear(f"{foreign}.attention.{x}_proj", f"{path}/attn/{x}")
-        ),
+        *linears(f"{foreign}.attention", f"{path}/attn", {f"{x}_proj": x for x in "qkvo"}),
         *norm(f"{foreign}.norm1", f"{path}/norm1"),
         *norm(f"{foreign}.norm2", f"{path}/norm2"),
-        *linear(f"{foreign}.mlp.up_proj", f"{path}/mlp/fc1"),
-        *linear(f"{foreign}.mlp.down_proj", f"{path}/mlp/fc2"),
+        *linears(f"{foreign}.mlp", f"{path}/mlp", {"up_proj": "fc1", "down_proj": "fc2"}),
         row(f"{foreign}.layer_scale1.lambda1", f"{path}/scale1"),
         row(f"{foreign}.layer_scale2.lambda1", f"{path}/scale2"),
     )
@@ -93,16 +87,10 @@ def _huggingface_encoder() -> tuple[NameRow, ...]:
     """The blocks of Hugging Face's CLIP and SigLIP."""
     foreign, path = "encoder.layers.{}", "vit/blocks/{}"
     return (
-        *(
-            one
-            for x in "qkv"
-            for one in linear(f"{foreign}.self_attn.{x}_proj", f"{path}/attn/{x}")
-        ),
-        *linear(f"{foreign}.self_attn.out_proj", f"{path}/attn/o"),
+        *linears(f"{foreign}.self_attn", f"{path}/attn", ATTENTION),
         *norm(f"{foreign}.layer_norm1", f"{path}/norm1"),
         *norm(f"{foreign}.layer_norm2", f"{path}/norm2"),
-        *linear(f"{foreign}.mlp.fc1", f"{path}/mlp/fc1"),
-        *linear(f"{foreign}.mlp.fc2", f"{path}/mlp/fc2"),
+        *linears(f"{foreign}.mlp", f"{path}/mlp", MLP),
     )
 
 
@@ -155,22 +143,12 @@ def _siglip() -> Family:
 def _aimv2() -> Family:
     """Hugging Face's Aimv2VisionModel, alone or inside Aimv2Model; the pooling head is dropped."""
     foreign, path = "encoder.layers.{}", "vit/blocks/{}"
-    names = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "o"}
-    gated = {"gate_proj": "fc1", "up_proj": "up", "down_proj": "fc2"}
     rows = (
         row("embeddings.position_embedding.weight", "vit/pos"),
         *patch("embeddings.patch_embed"),
         row("embeddings.rms_norm.weight", "vit/patch_norm/scale"),
-        *(
-            one
-            for theirs, ours in names.items()
-            for one in linear(f"{foreign}.attention.{theirs}", f"{path}/attn/{ours}")
-        ),
-        *(
-            one
-            for theirs, ours in gated.items()
-            for one in linear(f"{foreign}.ffn.{theirs}", f"{path}/mlp/{ours}")
-        ),
+        *linears(f"{foreign}.attention", f"{path}/attn", ATTENTION),
+        *linears(f"{foreign}.ffn", f"{path}/mlp", GATED_MLP),
         *(row(f"{foreign}.rms_norm{i}.weight", f"{path}/norm{i}/scale") for i in "12"),
     )
     drop = dict.fromkeys((r"rms_norm\.weight", r"head\..*"), UNUSED)
@@ -186,16 +164,11 @@ def _internvit() -> Family:
         row("embeddings.cls_token", "vit/cls", "1 1 v -> v"),
         row("embeddings.position_embeddings", "vit/pos", "1 s v -> s v"),
         *patch("embeddings.patch_embeddings.projection"),
-        *(
-            one
-            for theirs, ours in names.items()
-            for one in linear(f"{foreign}.attention.{theirs}", f"{path}/attn/{ours}")
-        ),
+        *linears(f"{foreign}.attention", f"{path}/attn", names),
         *(row(f"{foreign}.attention.{x}_norm.weight", f"{path}/attn/{x}_norm/scale") for x in "qk"),
         *norm(f"{foreign}.layernorm_before", f"{path}/norm1"),
         *norm(f"{foreign}.layernorm_after", f"{path}/norm2"),
-        *linear(f"{foreign}.mlp.fc1", f"{path}/mlp/fc1"),
-        *linear(f"{foreign}.mlp.fc2", f"{path}/mlp/fc2"),
+        *linears(f"{foreign}.mlp", f"{path}/mlp", MLP),
         *(row(f"{foreign}.lambda_{i}", f"{path}/scale{i}") for i in "12"),
     )
     drop = dict.fromkeys((r"embeddings\.mask_token", r"layernorm\.(weight|bias)"), UNUSED)

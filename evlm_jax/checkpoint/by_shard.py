@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from evlm_jax.checkpoint.lazy_tensors import Chunk, Stack, Tensor, aligned
 from evlm_jax.parallel.distributed import allgather_json
 
-AHEAD = 2**27  # bytes that a process reads ahead; a larger chunk is read by itself
+AHEAD = 2**26  # bytes that a process reads ahead; a larger chunk is read by itself
 ROUND = 2**25  # bytes of a round, of all processes together
 THREADS = 8  # that read
 
@@ -125,6 +125,10 @@ class Piece(NamedTuple):
         size = (self.stop - self.first) * (self.part.size // self.part.rows)
         return slice(self.begin, self.begin + size)
 
+    def put(self, block: np.ndarray) -> None:
+        """Copies it from a block to where it goes."""
+        self.part.put(self.first, self.stop, block[self.bytes].view(self.part.dtype))
+
 
 def put_tensors(tree: Any, place: Place) -> Any:
     """Reads a tree of `Stack`s, or of NumPy arrays, onto the devices.
@@ -210,10 +214,10 @@ def _exchange(
         for sender, told in enumerate(rounds):
             for piece in _pieces(told, number):
                 if me in piece.part.leaf.holders(piece.part.box):
-                    sent = blocks[sender, piece.bytes].view(piece.part.dtype)
-                    piece.part.put(piece.first, piece.stop, sent)
+                    piece.put(blocks[sender])
                     if piece.stop == piece.part.rows:
                         arrived(piece.part)
+        del blocks  # before the next ones come
     mine.close()
     return failed
 

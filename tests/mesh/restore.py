@@ -7,6 +7,7 @@ model's layers; bytes are counted where arrays are read, memory by the kernel.""
 import ast
 import hashlib
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -165,8 +166,11 @@ def refused(cfg: EVLMConfig, phase: TrainPhase, workdir: str) -> str:
     """What this process says of a frozen store whose last bit is another."""
     if distributed.is_first():
         (file,) = Path(workdir).glob("frozen/*/model.safetensors")
-        held = file.read_bytes()
-        file.write_bytes(held[:-1] + bytes([held[-1] ^ 1]))
+        with file.open("r+b") as held:
+            held.seek(-1, os.SEEK_END)
+            last = held.read(1)[0]
+            held.seek(-1, os.SEEK_END)
+            held.write(bytes([last ^ 1]))
     distributed.barrier("damaged")
     try:
         restored(cfg, phase.shapes, phase.place, phase.plan, open_step(workdir))

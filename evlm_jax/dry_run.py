@@ -63,7 +63,7 @@ def dry_run(
             data.set_state(meta["data"])
         _tell_data(cfg, data)
     _tell_phases(cfg, layout, meta["step"] if meta else 0)
-    log_once(f"dry run: all is well; no step was made, nothing is left in {workdir}")
+    log_once("dry run: all is well; no step was made")
 
 
 def _look_up(cfg: EVLMConfig, init: str | None) -> None:

@@ -107,7 +107,7 @@ def test_the_lines_of_a_run_that_goes_on(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     for before, after in pairwise(lines):
         passed = after["time"] - before["time"]
-        assert after["run_seconds"] - before["run_seconds"] == pytest.approx(passed, abs=0.1)
+        assert after["run_seconds"] - before["run_seconds"] == pytest.approx(passed, abs=0.5)
         assert all(after[f"lost/{cause}"] >= before[f"lost/{cause}"] for cause in CAUSES)
     last, then = lines[-1], lines[3]
     assert last["lost/data"] > 2 * 0.3 and last["lost/compile"] > then["lost/compile"] > 0

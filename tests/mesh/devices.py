@@ -57,7 +57,7 @@ def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], kind="", image_
     adapters = () if experts or kind else ADAPTERS
     rules = ({"pattern": "^llm/.*/lora_", "lr": 1.0},) * bool(adapters) + UPPER_VIT
     return tiny_config(
-        lora={"patterns": adapters, "rank": 3},
+        lora={"patterns": adapters, "rank": 3, "alpha": 0.6},  # more would amplify rounding
         vit={"heads": 8, "width": 64, "mlp": 128},
         llm={"heads": 8, "kv_heads": 8, "head_dim": 8},
         xattn={"heads": 16, "kv_heads": 8, "head_dim": 8, "ffn": 64}

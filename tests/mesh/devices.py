@@ -157,7 +157,9 @@ def assert_equal(grads, sums, expected):
     for path, leaf in grads:
         # The loss does not depend on a bias of keys: what is found there is rounding, and is
         # measured by the bias of queries.
-        measure = wanted[(*path[:-2], "q", "bias")] if path[-2:] == ("k", "bias") else wanted[path]
+        *above, module, name = path
+        other = {"k": "q", "k_norm": "q_norm"}.get(module, module) if name == "bias" else module
+        measure = wanted[(*above, other, name)]
         assert np.abs(leaf[...] - wanted[path][...]).max() <= 2e-5 * np.abs(measure[...]).max(), (
             path
         )

@@ -257,10 +257,10 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(args: argparse.Namespace, _overrides: list[str]) -> None:
-    from evlm_jax import demo
+    from evlm_jax.demo import command
 
     form = "moe" if args.moe else args.form
-    demo.run(form, args.workdir or "-".join(filter(None, ["runs/demo", form])), args.moe)
+    command.run(form, args.workdir or "-".join(filter(None, ["runs/demo", form])), args.moe)
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:

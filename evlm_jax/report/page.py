@@ -9,10 +9,13 @@ again without the model:
     time             [[part, seconds]]
     losses           {source: {step: [...], loss: [...]}}
     monitors         {task and metric: {step: [...], score: [...]}}; empty where none was followed
+    scenes           [{kind, count, held out, known, style, guessed, majority, chance}], shares; the
+                     last row is the mean of the families
+    examples         {title: as vqa}
     accuracy         [{type, count, accuracy, error, majority, majority_answer, greedy}]; greedy may
                      be None
     vqa              [{image, questions: [{question, answer, prediction, correct}]}]
-    caption_scores   {count, exact_match, rouge_l, cider}
+    caption_scores   {title: {count, exact_match, rouge_l, cider}}
     emoji, photos    [{image, answer, prediction, correct}]
     sources          [{source, image, question, answer, prediction, correct}]
     attention        [{image, words: [{word, grid, predicted}]}]; grid: [g][g] weights over the
@@ -49,8 +52,8 @@ from evlm_jax.paths import write
 from evlm_jax.report import attention_maps, figures
 
 SECTIONS = (
-    "title tagline headline setup time losses monitors accuracy vqa caption_scores emoji photos"
-    " sources attention gates experts provenance"
+    "title tagline headline setup time losses monitors scenes examples accuracy vqa"
+    " caption_scores emoji photos sources attention gates experts provenance"
 ).split()
 PICTURE = 320  # pixels a side of the pictures that attention is drawn over
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"

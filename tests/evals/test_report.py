@@ -18,8 +18,24 @@ from tests.data.made import TOKENIZER
 from tests.helpers.random_model import random_model
 from tests.helpers.tiny import BASELINES, tiny_config
 
+SCENES = ("kind", "count", "chance", "majority", "guessed", "held out", "known", "style")
+CAPTIONS = {"count": 3, "exact_match": 1 / 3, "rouge_l": 0.5, "cider": 1.25}
+FAMILIES = (
+    ("name", 166, 0.025, 0.0617, None, 0.4417, 0.9051, 0.5118),
+    ("mean", 800, 0.1, 0.2, 0.15, 0.6, 0.7, 0.65),
+)
 LOAD = [0.172, 0.062, 0.016] + 12 * [0.0577] + [0.0576]
-SECTIONS = ("accuracy", "vqa", "attention", "emoji", "photos", "sources", "training", "setup")
+SECTIONS = (
+    "scenes",
+    "examples",
+    "accuracy",
+    "attention",
+    "emoji",
+    "photos",
+    "sources",
+    "training",
+    "setup",
+)
 
 
 def write_metrics(file, cfg, copies):
@@ -95,7 +111,9 @@ def saved(tmp_path, request):
         sources=report.sources_section(
             [e | {"source": "rare <words>"} for e in examples], list(refs.values())
         ),
-        caption_scores={"count": 3, "exact_match": 1 / 3, "rouge_l": 0.5, "cider": 1.25},
+        caption_scores={"unseen": CAPTIONS},
+        scenes=[dict(zip(SCENES, row)) for row in FAMILIES],
+        examples={"drawings <held> out": report.vqa_section(examples, refs, pictures=1)},
         attention=[{"image": image, "words": words}],
         provenance=results.provenance(cfg, "0" * 64),
     )
@@ -139,6 +157,8 @@ def test_renders_every_section_from_the_saved_results(saved, tmp_path):
         "It <sees>",
         "is it <b>?",
         "rare <words>: is it <b>?",
+        "drawings <held> out",
+        *("44.2%", "90.5%", "51.2%", "6.2%"),  # of names
         "(nothing)",
         "0" * 64,
     ):
@@ -171,8 +191,8 @@ def test_renders_every_section_from_the_saved_results(saved, tmp_path):
         assert (shown in page.text) == (experts is not None)
     pictures = [a for a in page.addresses if a.startswith("data:image/")]
     assert (
-        len(pictures) == 2 + 3 + 3 + 3 + 2 * 3
-    )  # vqa, emoji, photos, sources, and the only attention strip above and in its section
+        len(pictures) == 1 + 2 + 3 + 3 + 3 + 2 * 3
+    )  # examples, vqa, emoji, photos, sources, the only attention strip above and in its section
     assert all(figures.from_data_uri(a).size >= (64, 64) for a in pictures)
     assert not [a for a in page.addresses if not a.startswith(("data:", "#"))] and not re.search(
         r"url\((?!#)|@import|<script", text

@@ -30,8 +30,8 @@ def from_samples(
     captions: bool = False,
     answers: Callable[[str], Sequence[str] | None] = {}.get,
 ) -> list[Question]:
-    """A question for each dialog of the samples, in the words of the source. Its label, where the
-    source has labels, is a fact of it.
+    """A question for each dialog of the samples that asks one, as captions do not, in the words of
+    the source. Its label, where the source has labels, is a fact of it.
 
     Args:
       captions: the answers are captions, lists of one.
@@ -39,7 +39,10 @@ def from_samples(
     """
     questions = []
     for sample in samples:
-        for i, (asked, answer) in enumerate(sample.dialogs):
+        for i, dialog in enumerate(sample.dialogs):
+            if len(dialog) != 2:
+                continue
+            asked, answer = dialog
             text, right = (
                 asked.text.removeprefix(MARKER),
                 ([answer.text] if captions else answer.text),

@@ -84,7 +84,7 @@ def test_an_experiment_sets_and_reads_former_names(tmp_path):
     )
     cfg = load_config(str(tmp_path / "mine.py"))
     assert cfg == load_config(str(tmp_path / "new.py"))
-    assert (cfg.data.image_group, cfg.data.slots, cfg.data.block_pairs) == (2, 16, 40)
+    assert (cfg.data.image_group, cfg.data.slots, cfg.data.block_pairs) == (2, 12, 40)
     assert (cfg.xattn.query_block, cfg.moe.expert_block) == (16, 16)
 
 

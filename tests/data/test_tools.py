@@ -214,7 +214,9 @@ def test_bench_names_rates_fill_and_padding(cfg, tmp_path, monkeypatch, capsys):
     )
     text = capsys.readouterr().out
     assert re.search(r"documents/s read and tokenised; left out: bad row [12]\n", text)
-    assert re.search(r"images/s decoded and resized to 8; left out: unreadable image \d+\n", text)
+    assert re.search(
+        r"images/s decoded and resized to 8 x 8; left out: unreadable image \d+\n", text
+    )
     (padding,) = re.findall(
         rf"data.slots = 6, of {cfg.data.image_group} rows: ([\d.]+)% of the ViT's images are"
         " padding",

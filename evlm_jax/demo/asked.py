@@ -54,10 +54,9 @@ SIZES = {
         "vqa": 1000,
     },
     "fast": {
-        **dict.fromkeys((*SCENES, "chinese", "words"), 16),
+        **dict.fromkeys((*SCENES, "chinese", "words", "greedy"), 6),
+        **dict.fromkeys(("emoji", "emoji style", "photographs"), 6),
         "vqa": 100,
-        "greedy": 16,
-        **dict.fromkeys(("emoji", "emoji style"), 8),
     },
     "full": {"greedy": 1000},
 }

@@ -5,34 +5,7 @@ come in.
 
 from ml_collections import ConfigDict
 
-from experiments import base
-
-
-def clip_l() -> dict:
-    """CLIP ViT-L/14, whose last block's patches are read."""
-    return dict(
-        depth=24,
-        width=1024,
-        heads=16,
-        mlp=4096,
-        patch=14,
-        image_size=224,
-        pretrained_size=224,
-        norm="pre",
-        bias="all",
-        activation="quick_gelu",
-        layer_scale=False,
-        class_token=True,
-        registers=0,
-        patch_bias=False,
-        embed_norm=True,
-        eps=1e-5,
-        taps=(24,),
-        cuts=(),
-        interpolation="bicubic",
-        mean=(0.48145466, 0.4578275, 0.40821073),
-        std=(0.26862954, 0.26130258, 0.27577711),
-    )
+from experiments import base, evlm_7b
 
 
 def llama_7b() -> dict:
@@ -58,7 +31,8 @@ def get_config() -> ConfigDict:
     """`data.sources`, `init.vision` and `init.llm` are yours to fill."""
     config = base.get_config()
     config.name = "open_flamingo_9b"
-    config.vit, config.llm = clip_l(), llama_7b()
+    config.vit, config.llm = evlm_7b.clip_large(), llama_7b()
+    config.vit.update(taps=(24,), cuts=())  # the last block's patches are read
     config.xattn.update(
         heads=8, kv_heads=8, head_dim=64, ffn=16384, every=4, first=3, sinks=0, kv_norm=False
     )

@@ -43,27 +43,28 @@ from evlm_jax.parallel.mesh import Layout, jit
 ROWS = 8  # prompts answered together; fewer in a call than so many: one, or all of these rows
 STOPS = 8  # stop tokens that have room; twice as many where there are more, and so on
 # tokens of a prompt, likewise, or of an answer; 16 frames of 16 media tokens and a question are 320
-LENGTHS = (64, 320, 1024)
+LENGTHS = (24, 64, 320, 1024)
 IMAGES = (1, 8)  # of a prompt, likewise
 
 
 class Room(NamedTuple):
     """Sizes of a batch of prompts.
 
-    Up to 1,024 tokens and 8 images there are four, each with more room than the one before.
+    Of a call, up to 1,024 tokens and 8 images, there are four at most, each with more room than the
+    one before. The smallest is for calls of several batches alone, of which all prompts fit.
     """
 
     length: int
     images: int
 
     @classmethod
-    def of(cls, prompts: Sequence[text.Document]) -> "Room":
-        """The smallest room for all of these prompts."""
-        length = _rung(max(len(d.tokens) for d in prompts), LENGTHS)
+    def of(cls, prompts: Sequence[text.Document], least: int = LENGTHS[1]) -> "Room":
+        """The smallest room of at least so many tokens for all of these prompts."""
+        length = _rung(max(least, *(len(d.tokens) for d in prompts)), LENGTHS)
         images = _rung(max(len(d.refs) for d in prompts), IMAGES)
         return cls(
-            max(length, LENGTHS[1]) if images > IMAGES[0] else length,
-            max(images, IMAGES[1]) if length >= LENGTHS[2] else images,
+            max(length, LENGTHS[-2]) if images > IMAGES[0] else length,
+            max(images, IMAGES[1]) if length >= LENGTHS[-1] else images,
         )
 
     def block_pairs(self, block: int, needed: int) -> int:
@@ -235,13 +236,23 @@ class Generator:
         self, asked: list[Asked], streams: list[Stream], seed: int, sampling: Sampling, most: int
     ) -> None:
         """In batches of similar length, into their streams."""
-        sizes = [(Room.of([one.prompt]), len(one.prompt.tokens)) for one in asked]
-        order = sorted(range(len(asked)), key=sizes.__getitem__)
+        lengths = [len(one.prompt.tokens) for one in asked]
+        short = len(asked) > self.rows and max(lengths) <= LENGTHS[0]
+        least = LENGTHS[0 if short else 1]
+        rooms = [Room.of([one.prompt], least) for one in asked]
+        order = sorted(range(len(asked)), key=list(zip(rooms, lengths)).__getitem__)
         rows = self._rows(len(order))
         for first in range(0, len(order), rows):
             chosen = order[first : first + rows]
+            room = Room.of([asked[k].prompt for k in chosen], least)
             self._answer(
-                [asked[k] for k in chosen], [streams[k] for k in chosen], seed, sampling, most, rows
+                [asked[k] for k in chosen],
+                [streams[k] for k in chosen],
+                seed,
+                sampling,
+                most,
+                rows,
+                room,
             )
 
     def _rows(self, count: int) -> int:
@@ -259,17 +270,17 @@ class Generator:
         sampling: Sampling,
         most: int,
         rows: int,
+        room: Room,
     ) -> None:
         """One batch, into its streams."""
         prompts = [one.prompt for one in asked]
         refs = list(dict.fromkeys(ref for document in prompts for ref in document.refs))
-        room = Room.of(prompts)
         prompt = collate(prompts, refs, self.cfg.query_block, rows, room)
         places = np.array(
             [(one.number, one.answer) for one in asked] + [(0, 0)] * (rows - len(asked)), np.uint32
         )
         random = _keys(np.uint32(seed), places)
-        sizes = {"slots": room.length + _rung(most, LENGTHS), "images": room.images}
+        sizes = {"slots": room.length + _rung(most, LENGTHS[1:]), "images": room.images}
         state = self._prefill(
             self.weights, prompt, self._taps(refs, rows, room), random, sampling, **sizes
         )

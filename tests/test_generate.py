@@ -236,6 +236,22 @@ def test_more_prompts_than_rows_keep_their_order():
     assert generator.generate([]) == []
 
 
+def test_many_short_prompts_have_rows_without_much_padding(monkeypatch):
+    """And answers as in the rows of few prompts, which take the sizes that any call has."""
+    _, generator = made()
+    lengths, prefill = [], generator._prefill
+
+    def spy(weights, prompt, *rest, **sizes):
+        lengths.append(prompt.tokens.shape[1])
+        return prefill(weights, prompt, *rest, **sizes)
+
+    monkeypatch.setattr(generator, "_prefill", spy)
+    documents = [generator.prompt([Turn("user", "no"[: i % 3])]) for i in range(9)]
+    assert generator.generate(documents, 12)[:3] == generator.generate(documents[:3], 12)
+    generator.generate([*documents, generator.prompt(*PROMPTS[4])], 12)
+    assert (max(lengths[:2]), lengths[2], min(lengths[3:])) == (24, 64, 64)
+
+
 def test_generation_stops_at_a_stop_token():
     _, generator = made()
     documents = [generator.prompt(*prompt) for prompt in PROMPTS]

@@ -332,10 +332,9 @@ def write_tensor(
         raise ValueError(
             f"{name} is {array.dtype} {array.shape}, expected {tensor.dtype} {tensor.shape}"
         )
-    infinity = INFINITY[FLOATS[array.dtype]]
     boxes = block_boxes(tensor.shape, tensor.dtype)
     for number, bits in enumerate(blocks(array)):
-        if bits.size and (bits << 1 >> 1).max() >= infinity:  # without the sign
+        if not_finite(bits, array.dtype):
             raise ValueError(
                 f"{name} holds NaN or infinity; mend the checkpoint that it comes from"
             )
@@ -348,3 +347,27 @@ def write_tensor(
             own.update(bits)
             chunks.append([list(start), list(part), own.hexdigest()])
     return Hashes(content.hexdigest(), chunks)
+
+
+def not_finite(bits: np.ndarray, dtype: np.dtype) -> int:
+    """How many numbers of one of an array's `blocks` are NaN or infinity."""
+    infinity = INFINITY[FLOATS[dtype]]
+    unsigned = bits & bits.dtype.type(2 ** (8 * bits.itemsize - 1) - 1)
+    return int((unsigned >= infinity).sum()) if unsigned.max(initial=0) >= infinity else 0
+
+
+def finite(path: epath.Path, name: str, tensor: Tensor) -> Tensor:
+    """A tensor of a foreign file, read whole. Its `read` raises ValueError where it holds NaN or
+    infinity: no weight does, and what they do to an answer is not seen.
+    """
+
+    def read() -> np.ndarray:
+        array = tensor.read()
+        if count := sum(not_finite(bits, array.dtype) for bits in blocks(array)):
+            raise ValueError(
+                f"{path}: {name} holds NaN or infinity, {count} of its {array.size} numbers: copy"
+                " or save it again"
+            )
+        return array
+
+    return Tensor(tensor.shape, tensor.dtype, read)

@@ -18,7 +18,7 @@ from flax import nnx
 
 from evlm_jax import assets
 from evlm_jax.checkpoint.lazy_tensors import Source, Tensor, Tensors, read_all
-from evlm_jax.checkpoint.safetensors_file import FLOATS
+from evlm_jax.checkpoint.safetensors_file import FLOATS, finite
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.describe import describe_source
 from evlm_jax.convert.inert import check_dropped
@@ -215,16 +215,17 @@ def to_canonical(
 ) -> dict[str, Tensor]:
     """The canonical tensors of `conversion_plan`'s steps.
 
-    Raises ValueError naming a tensor that its pattern does not fit.
+    Raises ValueError naming a tensor that its pattern does not fit; when one is read, that it holds
+    NaN or infinity.
     """
+    read_from = [finite(source.path, step.foreign, source.tensors[step.foreign]) for step in steps]
 
     @functools.lru_cache(maxsize=1)  # the parts of a fused tensor are read one after another
     def parts(number: int) -> list[np.ndarray]:
-        return _parts(steps[number], source.tensors[steps[number].foreign].read(), lengths)
+        return _parts(steps[number], read_from[number].read(), lengths)
 
     tensors = {}
-    for number, step in enumerate(steps):
-        foreign = source.tensors[step.foreign]
+    for number, (step, foreign) in enumerate(zip(steps, read_from)):
         try:
             none = np.broadcast_to(np.zeros((), foreign.dtype), foreign.shape)
             shapes = [part.shape for part in _parts(step, none, lengths)]

@@ -19,7 +19,7 @@ from etils import epath
 
 from evlm_jax.checkpoint import store
 from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, read_json
-from evlm_jax.checkpoint.safetensors_file import read_safetensors, write_safetensors
+from evlm_jax.checkpoint.safetensors_file import finite, read_safetensors, write_safetensors
 from evlm_jax.config import EVLMConfig, LoRAConfig
 from evlm_jax.convert.engine import parameter_shapes
 from evlm_jax.convert.naming import LINEAR, Family
@@ -181,7 +181,9 @@ def to_canonical(path: epath.Path, kernels: Collection[str]) -> dict[str, Tensor
         places = {name: _place(family, name, kernels) for name in tensors}
         lost.append([name for name, ours in places.items() if ours is None])
         if not lost[-1]:
-            return {ours: transposed(tensors[name]) for name, ours in places.items()}
+            return {
+                ours: transposed(finite(path, name, tensors[name])) for name, ours in places.items()
+            }
     raise ValueError(
         f"{path}: the model has no projection of its own beside which these stand:\n  "
         + "\n  ".join(min(lost, key=len))

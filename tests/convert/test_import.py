@@ -189,7 +189,7 @@ def damage(towers, how: str):
         "wrong dtype": ({norm: np.ones(64, np.int32)}, f"{norm} is int32"),
         "NaN": (
             {up: np.where(np.arange(64) == 9, np.nan, held[up]).astype(ml_dtypes.bfloat16)},
-            "llm/layers/2/mlp/up/kernel holds NaN",
+            f"{up} holds NaN or infinity, {len(held[up])} of its {held[up].size} numbers",
         ),
     }
     change, message = changed[how]

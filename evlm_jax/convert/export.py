@@ -76,8 +76,8 @@ def export(
       FileExistsError: `out` exists.
       FileNotFoundError: no such checkpoint.
       ValueError: a baseline in another form than "llm"; adapters where the form has no place for
-        them; a tensor that contains NaN or infinity, or has no name in that form; nothing is
-        written.
+        them, or what was trained besides; a tensor that contains NaN or infinity, or has no name in
+        that form; nothing is written.
     """
     tensors, cfg = store.open_params(source, step)
     if adapters:
@@ -87,13 +87,14 @@ def export(
     else:
         tensors = {name: tensor for name, tensor in tensors.items() if not is_adapter(name)}
     cfg = replace(cfg, init=replace(cfg.init, llm=source_of_run(source, cfg.init.llm)))
-    if form == "openflamingo" and cfg.bridge.kind == "flamingo":
-        tensors = flamingo_part(source, tensors, cfg, store.trained(source, step))
-    elif cfg.baseline and form not in ("llm", "idefics", "peft-llm"):
+    known = ("llm", "idefics", "peft-llm", *["openflamingo"] * (cfg.bridge.kind == "flamingo"))
+    if cfg.baseline and form not in known:
         raise ValueError(
             f"{source} is a baseline ({cfg.baseline}): --format {form} knows EVLM alone; use evlm"
             " eval or evlm generate"
         )
+    if form == "openflamingo":
+        tensors = flamingo_part(source, tensors, cfg, store.trained(source, step))
     plan = {"source": store.identity(source, step), "form": form, "adapters": adapters}
     with new_folder(out, plan) as folder:
         FORMATS[form](folder, tensors, cfg)
@@ -144,7 +145,7 @@ def export_torch(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
 
 
 def export_openflamingo(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
-    """The gated blocks and the media tokens; or all of `flamingo_part`.
+    """The file of `flamingo_part`.
 
     Raises ValueError for shared keys, which its `to_kv` has no place for.
     """
@@ -154,33 +155,30 @@ def export_openflamingo(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -
             f"export: open_flamingo's cross-attention has keys for every head, not {shared}: use"
             " --format hf or torch"
         )
-    if not cfg.baseline:
-        tensors = {
-            name: tensor
-            for name, tensor in tensors.items()
-            if name.startswith(("xattn/", "media/"))
-        }
     _write(write_torch, folder / FILES["openflamingo"], in_names_of("openflamingo", tensors, cfg))
 
 
 def flamingo_part(
     source: str, tensors: Tensors, cfg: EVLMConfig, trained: Collection[str]
 ) -> Tensors:
-    """What open_flamingo's checkpoints hold of a model that is its own: resampler, gated blocks,
-    and words, among them the media embedding.
+    """What open_flamingo's checkpoints hold: gated blocks and media tokens; of a model that is its
+    own also the resampler, and words, among them the media embedding.
 
-    Raises ValueError naming fields that are not open_flamingo's, or what was trained besides.
+    Raises ValueError naming fields that are not open_flamingo's, or what was trained besides:
+    beside the towers as they were, it would be lost.
     """
-    if wrong := differences(cfg, fields_beside(cfg), "open_flamingo"):
+    own = cfg.bridge.kind == "flamingo"
+    if own and (wrong := differences(cfg, fields_beside(cfg), "open_flamingo")):
         raise ValueError(f"{source} is not open_flamingo's model:\n  " + "\n  ".join(wrong))
-    held = PARTS["xattn"]
-    if lost := sorted(name for name in trained if not name.startswith((*held, "media/"))):
+    held = PARTS["xattn"] if own else ("xattn/", "media/")
+    part = {name: tensor for name, tensor in tensors.items() if name.startswith(held)}
+    besides = (n for n in trained - part.keys() if not n.startswith("media/") and not is_adapter(n))
+    if lost := sorted(besides):
         raise ValueError(
             f"{source}: open_flamingo's checkpoints have no place for what was trained of the"
-            f" towers ({len(lost)} parameters, as {lost[0]})"
+            f" towers ({len(lost)} parameters, as {lost[0]}): use --format hf or torch"
         )
-    part = {name: tensor for name, tensor in tensors.items() if name.startswith(held)}
-    return part | {"llm/embed": _words(tensors, cfg)}
+    return part | ({"llm/embed": _words(tensors, cfg)} if own else {})
 
 
 def _words(tensors: Tensors, cfg: EVLMConfig) -> Tensor:

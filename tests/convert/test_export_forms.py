@@ -12,10 +12,12 @@ from flax import nnx
 
 from evlm_jax.checkpoint import store
 from evlm_jax.convert import export
+from evlm_jax.data.tokenizer import load_tokenizer
 from evlm_jax.models import xattn
 from evlm_jax.models.param_names import flatten, unflatten
 from evlm_jax.ops.attention_plan import attention_plan
 from evlm_jax.ops.grouped_attention import AttentionPlan, grouped_attention
+from evlm_jax.runs import save_model
 from tests.helpers.checkpoints import run_directory
 from tests.helpers.parity import needs_transformers, open_flamingo_helpers, relative, text_logits
 from tests.helpers.random_model import random_model
@@ -113,6 +115,17 @@ def test_openflamingo_has_no_shared_keys(tmp_path):
         ),
     ):
         export.export(str(tmp_path / "run"), str(tmp_path / "out"), "openflamingo")
+
+
+def test_openflamingo_has_no_place_for_trained_towers(tmp_path):
+    cfg = tiny_config()
+    cfg = run_directory(tmp_path / "run", cfg, random_model(cfg, seed=0))
+    params, tokenizer = store.load_params(tmp_path / "run")[0], load_tokenizer(cfg.init.llm)
+    save_model(cfg, params, tokenizer, str(tmp_path / "all"))
+    towers = sum(name.startswith(("vit/", "llm/")) for name in params)
+    with pytest.raises(ValueError, match=rf"of the towers \({towers} parameters, as llm/embed"):
+        export.export(str(tmp_path / "all"), str(tmp_path / "out"), "openflamingo")
+    assert not list(tmp_path.glob("out*"))
 
 
 PLAIN = """

@@ -1,6 +1,7 @@
 """A foreign config.json held against the table of families.py: what is not understood is refused by
 name."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,10 @@ def _side(value: Any) -> Any:
 
 def _alike(name: str, value: Any, default: Any) -> bool:
     """Whether a value is of the type of its field: names, flags, whole numbers and others;
-    positive.
+    positive and finite.
     """
+    if value == math.inf:
+        return False
     if name in LISTS:
         return value is None or (
             isinstance(value, list) and all(type(one) is LISTS[name] for one in value)

@@ -24,8 +24,16 @@ class Judge(NamedTuple):
     ask: Callable[[str], str]
 
     def __call__(self, prompt: str) -> dict:
-        """What a row keeps of its judgement. Raises ValueError where the reply is no text."""
-        if not isinstance(reply := self.ask(prompt), str):
+        """What a row keeps of its judgement. Raises ValueError where the judge fails, or its reply
+        is no text.
+        """
+        try:
+            reply = self.ask(prompt)
+        except OSError:
+            raise
+        except Exception as error:  # a function of the user's raises errors of any kind
+            raise ValueError(f"judge {self.name}: {type(error).__name__}: {error}") from error
+        if not isinstance(reply, str):
             raise ValueError(f"judge {self.name}: replied {reply!r}, which is no text")
         return {"judgement": reply, "judge": self.name}
 
@@ -59,9 +67,12 @@ def open_judge(spec: str, model: str = "") -> Judge:
     if not colon:
         raise ValueError(f"--judge {spec!r}: give https://HOST/v1, or module:function")
     try:
-        return Judge(spec, getattr(importlib.import_module(module), name))
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--judge {spec!r}: {error}") from error
+        ask = getattr(importlib.import_module(module), name)
+    except Exception as error:  # so does a module of the user's
+        raise ValueError(f"--judge {spec!r}: {type(error).__name__}: {error}") from error
+    if not callable(ask):
+        raise ValueError(f"--judge {spec!r}: is a {type(ask).__name__}, not a function")
+    return Judge(spec, ask)
 
 
 class Redirected(urllib.request.HTTPRedirectHandler):

@@ -95,7 +95,10 @@ def _entries(path: PathLike) -> list[dict]:
         text = f"{path}: no predictions: {error}; remove it, or give another --out"
         raise ValueError(text) from error
     for number, line in enumerate(found, 1):
-        if not isinstance(line, dict) or (number > 1 and not isinstance(line.get("id"), str)):
+        texts = {"id": None, "prompt": None, "prediction": ""} if number > 1 else {}
+        if not isinstance(line, dict) or not all(
+            isinstance(line.get(name, default), str) for name, default in texts.items()
+        ):
             raise ValueError(
                 f"{path}: line {number} is no prediction; remove the file, or give another --out"
             )

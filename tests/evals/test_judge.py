@@ -117,7 +117,9 @@ def test_failures_name_the_endpoint(server, replies, message):
     assert server.replies == []
 
 
-def test_a_function_is_a_judge():
+def test_a_function_is_a_judge(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
     assert judge.open_judge("json:dumps")("a") == {"judgement": '"a"', "judge": "json:dumps"}
     with pytest.raises(ValueError, match="judge json:loads: replied 3, which is no text"):
         judge.open_judge("json:loads")("3")
@@ -125,6 +127,10 @@ def test_a_function_is_a_judge():
         ("json:nope", "nope"),
         ("json", "module:function"),
         ("https://host/v1", "--judge-model"),
+        ("json:__doc__", "is a str, not a function"),
+        ("mine:broken", "'mine:broken': ZeroDivisionError"),
     ):
         with pytest.raises(ValueError, match=message):
             judge.open_judge(spec)
+    with pytest.raises(ValueError, match="judge math:sqrt: TypeError: must be real number"):
+        judge.open_judge("math:sqrt")("a")

@@ -146,7 +146,7 @@ def test_log_is_readable(tmp_path):
     assert lines[0] == {"id": "0", "prompt": "is it 0?", "prediction": "Yes. 是 0"}
 
 
-@pytest.mark.parametrize("line", ["[]", "5", "half", '{"prediction": "x"}'])
+@pytest.mark.parametrize("line", ["[]", "5", "half", '{"prediction": "x"}', '{"id": "0"}'])
 def test_a_log_of_something_else_is_named(tmp_path, line):
     evaluate(TASK, ask(2), Answers(), ABOUT, tmp_path / "r.jsonl")
     head, *_ = (tmp_path / "r.jsonl").read_text("utf-8").splitlines()

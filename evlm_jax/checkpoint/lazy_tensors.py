@@ -132,16 +132,27 @@ def digest(array: np.ndarray) -> str:
 
 def read_json(path: epath.Path) -> dict[str, Any]:
     """Reads a JSON object in UTF-8, with or without a byte order mark. Raises ValueError naming the
-    file.
+    file, also where a field has two values.
     """
     path = paths.place(path)
     try:
-        read = json.loads(path.read_bytes().decode("utf-8-sig"))
+        read = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no valid JSON: {error}") from error
     if not isinstance(read, dict):
         raise ValueError(f"{path}: must hold a JSON object, not {type(read).__name__}")
     return read
+
+
+def distinct(pairs: list[tuple[Any, Any]], kind: str = "field") -> dict:
+    """The object of these pairs, for readers of JSON. Raises ValueError for one that occurs twice:
+    it has no value that could be trusted.
+    """
+    if len(found := dict(pairs)) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"the {kind} {twice!r} stands there twice")
+    return found
 
 
 CONTENTS = {  # how files begin that people have under another's name

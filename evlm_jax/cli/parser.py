@@ -23,6 +23,18 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(formatter_class=Help, **options)
+        self.register("action", None, Once)
+
+
+class Once(argparse.Action):
+    """Stores the value of an argument that may be given once: of two, neither is dropped."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        given = vars(namespace).setdefault("given", set())
+        if self.dest in given and option_string:
+            parser.error(f"{option_string} is given twice")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -28,8 +28,8 @@ def load_config(spec: str, overrides: list[str] = ()) -> EVLMConfig:
       overrides: "--config.optim.lr=1e-4" and the like; values are Python literals, anything else is
         text.
     Raises:
-      ValueError: no such file, one that returns no config, an override of another form, an unknown
-        field or a wrong type; named in full.
+      ValueError: no such file, one that returns no config, an override of another form, a field
+        that is unknown or given twice, or a wrong type; named in full.
     """
     path, _, arg = spec.partition(":")
     module = experiment(spec)
@@ -45,6 +45,7 @@ def load_config(spec: str, overrides: list[str] = ()) -> EVLMConfig:
             f" {type(config).__name__}"
         )
     compat.link_former_names(config)
+    given = set()
     for override in overrides:
         key, equals, text = override.partition("=")
         if not key.startswith("--config.") or not equals:
@@ -52,7 +53,12 @@ def load_config(spec: str, overrides: list[str] = ()) -> EVLMConfig:
                 f"unknown argument {override}; config fields are set as"
                 " --config.section.field=value"
             )
-        set_field(config, key.removeprefix("--config."), text)
+        key = set_field(config, key.removeprefix("--config."), text)
+        if key in given:
+            raise ValueError(
+                f"--config.{key} is given twice, maybe as another argument: give it once"
+            )
+        given.add(key)
     return from_config_dict(config)
 
 
@@ -103,8 +109,9 @@ def guarded(spec: str, call: Callable, *values: object) -> object:
         raise ValueError(f"--config {spec}: {f'line {line}: ' if line else ''}{about}") from error
 
 
-def set_field(config: ml_collections.ConfigDict, key: str, text: str) -> None:
-    """Sets the field `key` ("optim.lr", or a former name of one) from the command line.
+def set_field(config: ml_collections.ConfigDict, key: str, text: str) -> str:
+    """Sets the field `key` ("optim.lr", or a former name of one) from the command line; returns its
+    present name.
 
     Raises ValueError for a key that does not exist.
     """
@@ -126,3 +133,4 @@ def set_field(config: ml_collections.ConfigDict, key: str, text: str) -> None:
         config.unlocked(),
     ):  # from_config_dict checks types, with the field's full name
         config[field] = value
+    return key

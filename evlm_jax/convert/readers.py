@@ -104,10 +104,7 @@ def read_torch(path: Path) -> Source:
             f"{path}: damaged, or holds more than tensors; copy it again, or ask for safetensors"
             f" ({why})"
         ) from error
-    for key in HOLDERS:
-        state = (
-            state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-        )
+    state = _weights_of(path, state)
     if not isinstance(state, dict):
         kind = "tensor" if isinstance(state, torch.Tensor) else type(state).__name__
         raise ValueError(f"{path} holds a {kind}, no state dict: save model.state_dict()")
@@ -120,6 +117,20 @@ def read_torch(path: Path) -> Source:
     return Source(
         path, {}, {str(name): _promise(path, str(name), tensor) for name, tensor in tensors.items()}
     )
+
+
+def _weights_of(path: Path, state: object) -> object:
+    """What lies under keys of HOLDERS, one in the other.
+
+    Raises ValueError for two of them side by side: which one is the model?
+    """
+    for _ in HOLDERS:
+        known = state if isinstance(state, dict) else {}
+        held = [key for key in HOLDERS if isinstance(known.get(key), dict)]
+        if len(held) > 1:
+            raise ValueError(f"{path} holds {' and '.join(held)}: save one of them alone")
+        state = state[held[0]] if held else state
+    return state
 
 
 def _promise(path: Path, name: str, tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from evlm_jax.checkpoint.lazy_tensors import distinct
 from evlm_jax.data.containers import files, rows
 from evlm_jax.data.containers.files import Ref
 from evlm_jax.data.retry import retried
@@ -226,6 +227,17 @@ def taken(entries: Iterable, what: str, take: Callable[[Any], list]) -> tuple[li
     if bad and len(bad) == number:
         raise ValueError(f"{bad[0].key}: {bad[0].error}")
     return made, bad
+
+
+def by_id(path: str, entries: Iterable[dict], key: str, value: str = "") -> dict:
+    """{entry[key]: entry[value], or the entry itself} of the entries of a file.
+
+    Raises ValueError naming the file for an id that two of them have.
+    """
+    try:
+        return distinct([(entry[key], entry[value] if value else entry) for entry in entries], key)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def check(sample: Sample) -> Sample:

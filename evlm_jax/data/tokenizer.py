@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from evlm_jax import assets, paths
+from evlm_jax.checkpoint.lazy_tensors import distinct
 from evlm_jax.convert.gguf_file import read_gguf
 from evlm_jax.convert.torch_model.spelling_evlm import Speller
 from evlm_jax.data.chat_template import ChatTemplate
@@ -189,7 +190,9 @@ def _from_gguf(path: Path) -> tuple[tokenizers.Tokenizer, list[int], ChatTemplat
             " model's tokenizer.json"
         )
     tokens, merges = facts["tokens"], [tuple(merge.split(" ")) for merge in facts["merges"]]
-    inner = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    inner = tokenizers.Tokenizer(
+        models.BPE(distinct([(token, i) for i, token in enumerate(tokens)], "token"), merges)
+    )
     digits, byte_level = (
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -214,10 +217,8 @@ def _from_tiktoken(file: Path) -> tuple[tokenizers.Tokenizer, list[int]]:
     a token's rule is its last such pair.
     """
     try:
-        ranks = {
-            base64.b64decode(token): int(rank)
-            for token, rank in (line.split() for line in file.read_bytes().splitlines() if line)
-        }
+        lines = (line.split() for line in file.read_bytes().splitlines() if line)
+        ranks = distinct([(base64.b64decode(token), int(rank)) for token, rank in lines], "token")
     except ValueError as error:
         raise ValueError(f"not a tiktoken file: {error}") from error
     letters = _byte_letters()

@@ -14,6 +14,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import processors
 
+from evlm_jax.checkpoint.lazy_tensors import distinct, read_json
 from evlm_jax.convert.torch_model.spelling_evlm import puts_space
 from evlm_jax.data.chat_template import ChatTemplate
 
@@ -99,17 +100,6 @@ def _chat(file: Path, config: dict, names: dict[str, str]) -> ChatTemplate | Non
     return ChatTemplate(source, names)
 
 
-def read_json(file: Path) -> dict:
-    """An object of JSON. Raises ValueError naming the file."""
-    try:
-        read = json.loads(file.read_text("utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{file.name} is not JSON ({error}); copy it again") from error
-    if not isinstance(read, dict):
-        raise ValueError(f"{file.name} holds a {type(read).__name__}, not an object; copy it again")
-    return read
-
-
 def _beside(file: Path, name: str) -> dict:
     place = file.with_name(name)
     return read_json(place) if place.is_file() else {}
@@ -142,7 +132,8 @@ def _added(spec: dict, config: dict, older: dict, special: set[str]) -> dict[str
 
     Raises ValueError where two files give different ids.
     """
-    added = {token["content"]: dict(token) for token in spec.get("added_tokens") or []}
+    own = [(token["content"], dict(token)) for token in spec.get("added_tokens") or []]
+    added = distinct(own, "added token")
     more = [
         FLAGS | flags | {"id": int(i)}
         for i, flags in config.get("added_tokens_decoder", {}).items()

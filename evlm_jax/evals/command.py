@@ -78,16 +78,11 @@ def mesh_of(text: str) -> MeshConfig | None:
     """
     if jax.device_count() == 1 and not text:
         return None
-    fields = dict(field.strip().partition("=")[::2] for field in text.split(",") if field)
-    return build(
-        MeshConfig,
-        MESH
-        | {
-            name: int(value) if value.lstrip("-").isdigit() else value
-            for name, value in fields.items()
-        },
-        "mesh",
-    )
+    given = [field.strip().partition("=")[::2] for field in text.split(",") if field]
+    fields = {name: int(value) if value.lstrip("-").isdigit() else value for name, value in given}
+    if len(fields) < len(given):
+        raise ValueError(f"--mesh {text} has a field twice")
+    return build(MeshConfig, MESH | fields, "mesh")
 
 
 def run_score(args: argparse.Namespace) -> None:

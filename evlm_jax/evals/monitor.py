@@ -41,6 +41,10 @@ def monitor(
     for name in cfg.train.monitors:
         task, _, path = name.partition(":")
         task = tasks.find(task)
+        if task.name in (other.name for other, _ in followed):
+            raise ValueError(
+                f"config: train.monitors has {task.name} twice, whose scores have one name"
+            )
         followed.append((task, task.questions(path or None, None)))
 
     def look(step: int, model: Callable[[], EVLM]) -> dict[str, float] | None:

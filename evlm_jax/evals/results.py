@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from evlm_jax.config import EVLMConfig, to_saved
+from evlm_jax.data.source import by_id
 from evlm_jax.paths import place, write
 
 PACKAGES = ("evlm-jax", "jax", "flax", "numpy", "tokenizers", "pillow")
@@ -96,6 +97,7 @@ def load_answers(path: os.PathLike | str) -> dict:
             raise ValueError(f"{path}: example {number}: {wrong[0]!r} must be a text")
         if "answer" not in told:
             raise ValueError(f"{path}: example {number} has no 'answer'")
+    by_id(str(path), rows, "id")
     return result
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from evlm_jax import cli
+from evlm_jax.evals.command import mesh_of
 
 ROOT = Path(cli.__file__).parents[2]
 NONSENSE = (
@@ -295,6 +296,16 @@ def test_a_bug_is_said_to_be_one_and_shown_where_asked(monkeypatch, capsys):
         cli.main(["fetch"])
 
 
+def test_of_two_values_neither_is_dropped(capsys):
+    """Nor where the first is the default; --image and --stop may be given several times."""
+    words = "generate --checkpoint none --prompt q --stop a --stop b".split()
+    assert "none" in says(words, capsys)[1]
+    status, line = says([*words, "--seed", "0", "--see", "1"], capsys)
+    assert status == 2 and line.endswith("--seed is given twice")
+    with pytest.raises(ValueError, match="--mesh data=4,data=4 has a field twice"):
+        mesh_of("data=4,data=4")
+
+
 def test_ctrl_c_is_one_line(monkeypatch, capsys):
     def stopped(args, overrides):
         raise KeyboardInterrupt
@@ -353,8 +364,9 @@ def test_a_damaged_result_is_named(tmp_path, capsys):
     for change, message in (
         ({"prediction": None}, "example 1: 'prediction' must be a text"),
         ({"answer": 5}, "gqa: the answers are not of the form that it scores: "),
+        ({"id": "1"}, "row.json: the id '1' stands there twice"),
     ):
-        result = {"task": "gqa", "examples": [row | change]}
+        result = {"task": "gqa", "examples": [row | change, row | {"id": "1"}]}
         (tmp_path / "row.json").write_text(json.dumps(result))
         status, line = says(["score", str(tmp_path / "row.json")], capsys)
         assert status == 1 and message in line

@@ -245,6 +245,16 @@ def test_overrides():
         ),
         (["train", "--config", DEMO, "--workdir", "w", "--lr=1"], "unknown argument --lr=1"),
         (
+            ["train", "--config", DEMO, "--workdir", "w"]
+            + ["--config.data.pool=1", "--config.data.image_group=2"],
+            "--config.data.image_group is given twice",
+        ),
+        (
+            ["convert", "import", "--config", DEMO, "--llm", "a", "--out", "o"]
+            + ["--config.init.llm=b"],
+            "--config.init.llm is given twice, maybe as another argument",
+        ),
+        (
             ["train", "--config", DEMO, "--workdir", "w", "--config.train.steps=1.5"],
             "train.steps must be int, got 1.5",
         ),

@@ -163,6 +163,9 @@ def test_pytorch_files(tmp_path, capsys):
         for name, array in arrays.items():
             assert found[name].shape == array.shape
             assert found[name].read().tobytes() == array.astype(ml_dtypes.bfloat16).tobytes()
+    torch.save({"model": {"module": tensors}, "state_dict": tensors}, tmp_path / "two.pt")
+    with pytest.raises(ValueError, match="two.pt holds state_dict and model: save one of them"):
+        readers.open_source(tmp_path / "two.pt")
     turned = torch.arange(24.0).reshape(4, 6)
     torch.save({"turned": turned.T, "part": turned[1:3, 2:]}, tmp_path / "views.pt")
     for name, view in (("turned", turned.T), ("part", turned[1:3, 2:])):

@@ -144,7 +144,7 @@ def test_a_picture_in_a_field_of_another_format_is_not_dropped(tmp_path):
 
 def test_a_field_that_stands_twice_has_no_value(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"id": "a", "x": {"y": 1, "y": 2}}\n')
-    with pytest.raises(SampleError, match="the field 'y' stands twice in one object"):
+    with pytest.raises(SampleError, match="the field 'y' stands there twice"):
         open_source(f"llava:{tmp_path / 'rows.jsonl'}")[0]
 
 

@@ -259,9 +259,13 @@ REFUSED = {
         {},
         "it is damaged: KeyError: 'content'",
     ),
-    "nested": ({}, {"tokenizer": "[" * 100_000}, "it is damaged: RecursionError"),
-    "config is a list": ({}, {"tokenizer_config": []}, "tokenizer_config.json holds a list"),
-    "cut off": ({}, {"tokenizer": '{"model": '}, "tokenizer.json is not JSON"),
+    "nested": ({}, {"tokenizer": "[" * 100_000}, "no valid JSON: maximum recursion"),
+    "config is a list": (
+        {},
+        {"tokenizer_config": []},
+        "tokenizer_config.json: must hold a JSON object",
+    ),
+    "cut off": ({}, {"tokenizer": '{"model": '}, "tokenizer.json: no valid JSON"),
 }
 
 
@@ -364,6 +368,10 @@ def test_gguf_says_what_stands_in_front(tmp_path):
         ({"model": "llama", "pre": "default"}, r"\('llama', 'default'\)"),
         ({"add_eos_token": True}, "add_eos_token is True"),
         ({"eos_token_id": None}, "eos_token_id is None"),
+        (
+            {"tokens": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "a"]},
+            "the token 'a' stands there twice",
+        ),
     ],
 )
 def test_gguf_of_another_kind_is_refused(tmp_path, facts, message):

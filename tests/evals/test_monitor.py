@@ -3,6 +3,7 @@ no line.
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -102,5 +103,8 @@ def test_nothing_to_follow_and_wrong_tasks(cfg):
             None,
             make_layout(plain),
         )
+    twice = replace(cfg, train=replace(cfg.train, monitors=cfg.train.monitors * 2))
+    with pytest.raises(ValueError, match="train.monitors has classes twice"):
+        monitor.monitor(twice, None, None, make_layout(plain))
     with pytest.raises(ValueError, match="train.monitor_every must be positive"):
         tiny_config(train=dict(monitors=("pope",)))

@@ -160,6 +160,10 @@ def test_malformed_files_are_named(name, spoil, message, tmp_path):
             r"mmbench_dev.tsv: row 1: no column answer; there are index, question",
         ),
         (
+            lambda text: text.replace("\tl2-category\t", "\tindex\t", 1),
+            r"mmbench_dev.tsv: row 1: index stands there twice",
+        ),
+        (
             lambda text: text.replace("\tdev\n", "\n", 1),
             r"mmbench_dev.tsv: row 2: 11 columns, the header has 12",
         ),
@@ -200,6 +204,10 @@ def test_unknown_names_and_doubles(tmp_path):
     )
     with pytest.raises(ValueError, match="vqav2: .* question 100 stands there twice"):
         tasks.find("vqav2").questions(data, None)
+    data = layouts.write("refcoco", tmp_path / "refcoco")
+    edit(data / "instances.json", lambda c: c["images"].append(c["images"][0] | {"width": 1}))
+    with pytest.raises(ValueError, match=r"instances.json: the id \d+ stands there twice"):
+        tasks.find("refcoco").questions(data, None)
 
 
 def test_synsets_have_names_and_doubles_are_one_candidate(tmp_path):

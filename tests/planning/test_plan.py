@@ -224,6 +224,7 @@ def test_the_command_on_cpu_devices(tmp_path):
         (["--topology", "cpu:two"], "give a number of devices"),
         (["--topology", "cpu:1", "--mesh", "data=3"], "product must be that"),
         (["--topology", "cpu:1", "--mesh", "rows=3"], "unknown key mesh.rows"),
+        (["--topology", "cpu:1", "--mesh", "data=1,data=1"], "mesh.data is given twice"),
         (["--topology", "cpu:1", "--phase", "7"], "the config has phases 0 to 0"),
     ],
 )

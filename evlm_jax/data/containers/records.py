@@ -12,6 +12,7 @@ import msgpack
 from array_record.python.array_record_module import ArrayRecordReader
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
+from evlm_jax.checkpoint.lazy_tensors import distinct
 from evlm_jax.data.containers import files, text
 from evlm_jax.paths import here
 
@@ -77,11 +78,9 @@ def _row(record: bytes) -> dict:
     if record[:1] == b"{":
         return text.parse(record)
     if record[:1] == b"\n":
-        return {
-            entry.key: _feature(entry.value)
-            for entry in _example().FromString(record).features.feature
-        }
-    row = msgpack.unpackb(record)
+        entries = _example().FromString(record).features.feature
+        return distinct([(entry.key, _feature(entry.value)) for entry in entries])
+    row = msgpack.unpackb(record, object_pairs_hook=distinct)
     if not isinstance(row, dict):
         raise ValueError(f"a record must be a map of fields, not {type(row).__name__}")
     return row

@@ -5,6 +5,8 @@ lines.
 import codecs
 import json
 
+from evlm_jax.checkpoint.lazy_tensors import distinct
+
 MOST_BYTES = 1 << 26  # of one text, a row of JSON or a caption
 WIDE = {
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -32,18 +34,7 @@ def decode(content: bytes) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def _fields(pairs: list[tuple]) -> dict:
-    """Fields of an object. One that occurs twice has no value that could be trusted."""
-    if len(found := dict(pairs)) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(
-            f"the field {next(name for name in found if names.count(name) > 1)!r} stands twice in"
-            " one object"
-        )
-    return found
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_fields)
+DECODER = json.JSONDecoder(object_pairs_hook=distinct)
 
 
 def parse(content: bytes):

@@ -3,12 +3,13 @@
 import os
 from collections.abc import Sequence
 
+from evlm_jax.checkpoint.lazy_tensors import distinct
 from evlm_jax.data import video
 from evlm_jax.data.containers import files, text
 from evlm_jax.data.containers.lines import load
 from evlm_jax.data.formats.fields import IMAGES, VIDEOS, facts, has, member, words
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, literal, question
-from evlm_jax.data.source import Source, key_of, taken
+from evlm_jax.data.source import Source, by_id, key_of, taken
 
 DESCRIBE, DESCRIBE_VIDEO = "Describe this image.", "Describe this video."
 FRAMES = "16"  # of a video (the paper shows 16), as in video.sample
@@ -86,6 +87,7 @@ def coco(name: str, path: str, *, images: str = "", prompt: str = DESCRIBE) -> S
         "image",
         lambda image: [(image["id"], image["file_name"])] if image["id"] in captions else [],
     )
+    by_id(path, [{"id": number} for number, _ in pictures], "id")  # two would share captions
     rows = [(number, file, captions[number]) for number, file in pictures]
     return _captions(name, path, [*rows, *bad, *worse], folder, prompt)
 
@@ -136,7 +138,7 @@ def folder(name: str, path: str, *, prompt: str = DESCRIBE, frames: str = FRAMES
         return os.path.splitext(file)[0]
 
     found = files.find(path, (*kinds, ".txt"))
-    texts = {stem(file): file for file in found if file.lower().endswith(".txt")}
+    texts = distinct([(stem(f), f) for f in found if f.lower().endswith(".txt")], "caption file of")
     rows = [file for file in found if file.lower().endswith(kinds)]
     if bare := [file for file in rows if stem(file) not in texts]:
         raise ValueError(

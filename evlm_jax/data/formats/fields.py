@@ -82,6 +82,8 @@ def files_of(row: dict, folder: str, *fields: str) -> list[str]:
 
 def _flat(value: Any, field: str) -> Iterator[str]:
     if isinstance(value, dict):
+        if not {"bytes", "path"} & value.keys():
+            raise ValueError(f"{field!r} has neither bytes nor path, but {', '.join(value)}")
         value = value.get("bytes") or value.get("path")
     if isinstance(value, (list, tuple)):
         for inner in value:
@@ -115,10 +117,10 @@ def members(row: dict) -> list[Ref]:
 
 def member(row: dict, folder: str, kinds: Sequence[str] = IMAGES) -> str:
     """The row's picture, in a field named as its kind. Raises ValueError."""
-    found = next((name for kind in kinds for name in _flat(row.get(kind), kind)), None)
-    if found is None:
-        raise ValueError(f"no picture; {has(row)}")
-    return files.inside(folder, found)
+    found = [name for kind in kinds for name in _flat(row.get(kind), kind)]
+    if len(found) != 1:
+        raise ValueError(f"{'several pictures, not one' if found else 'no picture'}; {has(row)}")
+    return files.inside(folder, found[0])
 
 
 def has(row: dict) -> str:
@@ -131,7 +133,10 @@ def turns(row: dict) -> list[tuple[str, str]]:
     """(role, text) of a conversation: "conversations" of "from" and "value", or "messages" of
     "role" and "content".
     """
-    field = "messages" if "conversations" not in row and "messages" in row else "conversations"
+    told = [name for name in ("conversations", "messages") if row.get(name) is not None]
+    if len(told) > 1:
+        raise ValueError("the row has both 'conversations' and 'messages'")
+    field = told[0] if told else "conversations"
     given = row[field]
     found = []
     for turn in listed(

@@ -9,7 +9,7 @@ from evlm_jax.data.containers import files
 from evlm_jax.data.containers.lines import load
 from evlm_jax.data.formats.fields import facts, listed, member, number, pixels, words
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, Turn, literal, question
-from evlm_jax.data.source import Source, taken
+from evlm_jax.data.source import Source, by_id, taken
 
 GRID, SLACK = 1000, 0.01  # boxes may stick out by rounding
 LOCATE = "Locate: "
@@ -46,8 +46,8 @@ def refcoco(
     """
     beside = files.join(files.parent(path), instances)
     content = load(beside)
-    pictures = {image["id"]: image for image in content["images"]}
-    boxes = {annotation["id"]: annotation["bbox"] for annotation in content["annotations"]}
+    pictures = by_id(beside, content["images"], "id")
+    boxes = by_id(beside, content["annotations"], "id", "bbox")
     folder = images or files.join(files.parent(path, 3), "images/mscoco/images/train2014")
     said: dict[int, list[tuple[str, int]]] = {}
 

@@ -12,7 +12,7 @@ from evlm_jax.data.containers import files, text
 from evlm_jax.data.containers.lines import load
 from evlm_jax.data.formats.fields import listed, words
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, literal, question
-from evlm_jax.data.source import Source, taken
+from evlm_jax.data.source import Source, by_id, taken
 
 LETTERS = "ABCDEFGHIJ"
 CHOOSE = "Reply with the letter of the right option."
@@ -92,12 +92,9 @@ def _vqa(path: str, options: dict[str, str]) -> Iterable[dict]:
     """VQAv2 and OK-VQA: questions with `data_subtype`, joined with annotations by question_id."""
     asked = load(path)
     beside = re.sub(r"OpenEnded_(mscoco_\w+)_questions", r"\1_annotations", os.path.basename(path))
-    answers = {
-        a["question_id"]: a["answers"]
-        for a in load(files.join(files.parent(path), options.get("annotations", beside)))[
-            "annotations"
-        ]
-    }
+    annotations = files.join(files.parent(path), options.get("annotations", beside))
+    told = load(annotations)["annotations"]
+    answers = by_id(annotations, told, "question_id", "answers")
 
     def known(q):
         return {"answers": answers[q["question_id"]]} if q.get("question_id") in answers else {}

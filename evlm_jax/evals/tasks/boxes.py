@@ -10,6 +10,7 @@ from pathlib import Path
 
 from evlm_jax.data.formats.fields import number, pixels
 from evlm_jax.data.formats.grounding import unpickle
+from evlm_jax.data.source import by_id
 from evlm_jax.evals.scorers import boxes
 from evlm_jax.evals.task import Question, Scores, Task, column, percent
 from evlm_jax.evals.tasks.official import Entry, read_json
@@ -31,18 +32,17 @@ def read_refs(file: Path) -> list[Entry]:
 
 def read(data: Path, split: str, style: str, refs: str) -> list[Question]:
     """A question for each sentence. Its answer is the box, from 0 to 1 of the image."""
-
-    def entry(kind):
-        return {item["id"]: item for item in read_json(data / "instances.json", kind)}
-
-    images, annotations, questions = entry("images"), entry("annotations"), []
+    file = data / "instances.json"
+    images, annotations = (
+        by_id(str(file), read_json(file, kind), "id") for kind in ("images", "annotations")
+    )
+    questions = []
     for row in read_refs(data / refs):
         if row["split"] != split:
             continue
         if row["image_id"] not in images or row["ann_id"] not in annotations:
             raise row.error(
-                f"image {row['image_id']} or annotation {row['ann_id']} is not in"
-                f" {data / 'instances.json'}"
+                f"image {row['image_id']} or annotation {row['ann_id']} is not in {file}"
             )
         image = images[row["image_id"]]
         try:
@@ -52,8 +52,8 @@ def read(data: Path, split: str, style: str, refs: str) -> list[Question]:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise row.error(
-                f"image {row['image_id']} or annotation {row['ann_id']} of"
-                f" {data / 'instances.json'} is not COCO's: {error}"
+                f"image {row['image_id']} or annotation {row['ann_id']} of {file} is not COCO's:"
+                f" {error}"
             ) from error
         box = [left / across, top / down, (left + width) / across, (top + height) / down]
         seen = row.image(

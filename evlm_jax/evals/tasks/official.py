@@ -1,7 +1,6 @@
 """Official files, row by row: what is missing is named with file and row."""
 
 import csv
-import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -88,8 +87,8 @@ def json_lines(file: Path) -> list[Entry]:
     rows = []
     for number, line in enumerate(text_lines(file), 1):
         try:
-            rows.append(Entry(file, number, json.loads(line)))
-        except json.JSONDecodeError as error:
+            rows.append(Entry(file, number, text.parse(line.encode())))
+        except ValueError as error:
             raise ValueError(f"{file}: row {number}: not JSON: {error}") from error
     return rows
 
@@ -114,6 +113,8 @@ def tsv_rows(file: Path, columns: Iterable[str]) -> list[Entry]:
             raise ValueError(
                 f"{file}: row 1: no column {', '.join(lacking)}; there are {', '.join(header)}"
             )
+        if twice := {name for name in header if header.count(name) > 1}:
+            raise ValueError(f"{file}: row 1: {', '.join(sorted(twice))} stands there twice")
         rows = []
         for number, cells in enumerate(table, 2):
             if len(cells) != len(header):

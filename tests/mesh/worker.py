@@ -14,7 +14,8 @@ from flax import nnx
 
 from evlm_jax.parallel import distributed
 from tests.helpers.tiny import TinyData
-from tests.mesh.devices import config, trained_on
+from tests.mesh.devices import config
+from tests.mesh.runs import trained_on
 
 
 class OwnRows(TinyData):

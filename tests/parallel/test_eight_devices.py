@@ -21,9 +21,9 @@ def devices(count: int) -> dict[str, str]:
     "part, which",
     [
         ("devices", "not slow"),
+        pytest.param("runs", "not slow", marks=pytest.mark.ci),
         pytest.param("answers", "not slow", marks=pytest.mark.ci),
-        pytest.param("devices", "slow", marks=pytest.mark.slow),
-        pytest.param("answers", "slow", marks=pytest.mark.slow),
+        *(pytest.param(p, "slow", marks=pytest.mark.slow) for p in ("devices", "runs", "answers")),
     ],
 )
 def test_on_eight_devices(part, which, capsys):

@@ -16,6 +16,7 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.loss import loss_sums
 from evlm_jax.models import param_names
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.ops.grouped_attention import attention_form
 from evlm_jax.parallel.agreement import agreed
 from evlm_jax.parallel.compiler import step_options, told
 from evlm_jax.parallel.distributed import log_once
@@ -163,6 +164,14 @@ class TrainPhase:
             optim.begin(self.cfg, self.plan, trainable, own(groups, None)),
         )
 
+    def attention(self) -> str:
+        """One line about the form of cross-attention on these devices."""
+        wanted = self.cfg.train.attention
+        with self.layout.active():
+            form = attention_form(wanted)
+        why = "" if form == wanted else f": train.attention = '{wanted}' is for TPUs"
+        return f"cross-attention by {form}{why}"
+
     def spec(self) -> TrainState:
         """Shapes and dtypes of the state."""
         return jax.eval_shape(
@@ -190,6 +199,8 @@ class TrainPhase:
             f"phase {self.number} from step {step}: trains {size(trainable)}, freezes"
             f" {size(self.frozen)}"
         )
+        if self.cfg.cross_layers:
+            log_once(self.attention())
         if self.options:
             log_once(told(self.options))
         log_once(

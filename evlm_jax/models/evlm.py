@@ -25,7 +25,7 @@ from evlm_jax.models.llm import LLM, finished, scaled
 from evlm_jax.models.rotary import rope_tables
 from evlm_jax.models.trunk import Passed, run_layers
 from evlm_jax.models.vit import ViT
-from evlm_jax.ops.grouped_attention import AttentionPlan, grouped_attention
+from evlm_jax.ops.grouped_attention import AttentionPlan, attention_form, grouped_attention
 from evlm_jax.ops.matmul import product
 from evlm_jax.parallel.sharding import shard, shard_map_local
 
@@ -48,7 +48,8 @@ def cross_attention_op(cfg: EVLMConfig) -> Callable:
     """`grouped_attention` of a device's image groups and heads: q [B, T, N, H], k and v
     [C, I, S', K, H], plan.
     """
-    attend = functools.partial(grouped_attention, sinks=cfg.xattn.sinks)
+    form = attention_form(cfg.train.attention)
+    attend = functools.partial(grouped_attention, sinks=cfg.xattn.sinks, form=form)
     return shard_map_local(attend, (TEXT, IMAGE_KEYS, IMAGE_KEYS, ("rows",)), TEXT)
 
 

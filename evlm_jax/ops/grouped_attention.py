@@ -6,12 +6,14 @@ block (frames of a video) are merged by log-sum-exp. n zero keys add n to the so
 and nothing to the numerator, so the sink is one factor sigmoid(lse - log n) after the merge, and no
 zero is ever stored. A token that sees no image gets exactly 0."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from evlm_jax.ops.matmul import product
+from evlm_jax.ops.platform import platform
 
 
 class AttentionPlan(NamedTuple):
@@ -38,48 +40,88 @@ permute.defvjp(
 )
 
 
+def attention_form(wanted: str) -> str:
+    """What is wanted where what is traced will run on TPUs; "xla" elsewhere."""
+    return wanted if platform() == "tpu" else "xla"
+
+
 @jax.named_scope("scores")
 def grouped_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, plan: AttentionPlan, sinks: int
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    plan: AttentionPlan,
+    sinks: int,
+    form: str = "xla",
 ) -> jax.Array:
     """q [B, T, N, H], k and v [C, I, S, K, H] -> [B, T, N, H]; softmax and merge in float32.
 
-    B / C neighbouring rows are an image group.
+    B / C neighbouring rows are an image group. `form` "pallas" is a kernel for TPUs.
     """
-    groups = q.reshape(len(k), -1, *q.shape[2:])
-    return jax.vmap(lambda q, k, v, *plan: _group_attention(q, k, v, AttentionPlan(*plan), sinks))(
-        groups, k, v, *map(jnp.asarray, plan)
-    ).reshape(q.shape)
+    plan = AttentionPlan(*map(jnp.asarray, plan))
+    groups, tokens = q.reshape(len(k), -1, *q.shape[2:]), plan.block_tokens.reshape(len(k), -1)
+    blocks = jax.vmap(permute)(groups, tokens, plan.token_place)
+    blocks = blocks.reshape(*plan.block_tokens.shape, *q.shape[2:])
+    if form == "pallas":
+        attend = partial(_by_kernels, sinks=sinks)
+    else:
+        attend = jax.vmap(partial(_group_attention, sinks=sinks))
+    out = attend(blocks, k, v, plan.pair_block, plan.pair_image)
+    out = jax.vmap(permute)(out.reshape(*tokens.shape, *q.shape[2:]), plan.token_place, tokens)
+    return out.reshape(q.shape)
+
+
+def _by_kernels(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pair_block: jax.Array,
+    pair_image: jax.Array,
+    sinks: int,
+) -> jax.Array:
+    """All groups in one kernel: q [C, J, b, N, H], k and v [C, I, S, K, H], pairs [C, P] ->
+    [C, J, b, N, H].
+    """
+    from evlm_jax.ops.attention_kernels import Form, attend, walks  # Pallas is slow to import
+
+    group = jnp.arange(len(q))[:, None]
+    pairs = pair_block + group * q.shape[1], pair_image + group * k.shape[1]
+    real = (pair_block < q.shape[1]).reshape(-1)
+    by = walks(*(pair.reshape(-1) for pair in pairs), real, len(k) * k.shape[1])
+    arrays = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
+    form = Form("pair_attention", q.shape[-1] ** -0.5, sinks)
+    return attend(*arrays, None, by, form).reshape(q.shape)
 
 
 def _group_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, plan: AttentionPlan, sinks: int
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pair_block: jax.Array,
+    pair_image: jax.Array,
+    sinks: int,
 ) -> jax.Array:
-    (n, h), (blocks, block), kv = q.shape[1:], plan.block_tokens.shape, k.shape[2]
-    grouped = permute(q, plan.block_tokens.reshape(-1), plan.token_place).reshape(
-        blocks, block, kv, n // kv, h
-    )
-    owner = jnp.minimum(
-        plan.pair_block, blocks - 1
-    )  # padding pairs compute something that nobody reads
-    scores = product("ptkgh,pskh->pkgts", grouped[owner], k[plan.pair_image]) * h**-0.5
+    """q [J, b, N, H], k and v [I, S, K, H], pairs [P] -> [J, b, N, H]."""
+    (blocks, block, n, h), kv = q.shape, k.shape[2]
+    grouped = q.reshape(blocks, block, kv, n // kv, h)
+    owner = jnp.minimum(pair_block, blocks - 1)  # padding pairs compute something that nobody reads
+    scores = product("ptkgh,pskh->pkgts", grouped[owner], k[pair_image]) * h**-0.5
     top = jax.lax.stop_gradient(scores.max(-1))
     weights = jnp.exp(scores - top[..., None])
     total = weights.sum(-1)
-    out = product("pkgts,pskh->pkgth", weights.astype(v.dtype), v[plan.pair_image])
+    out = product("pkgts,pskh->pkgth", weights.astype(v.dtype), v[pair_image])
 
     # Merge the pairs of a block: rescale all to the block's largest score, then add. The sink joins
     # here, as `sinks` logits of 0.
     def merge(x):
-        return jax.ops.segment_sum(x, plan.pair_block, blocks, indices_are_sorted=True)
+        return jax.ops.segment_sum(x, pair_block, blocks, indices_are_sorted=True)
 
-    block_top = jax.ops.segment_max(top, plan.pair_block, blocks, indices_are_sorted=True)
+    block_top = jax.ops.segment_max(top, pair_block, blocks, indices_are_sorted=True)
     block_top = (
         jnp.maximum(block_top, 0.0) if sinks else jnp.where(jnp.isfinite(block_top), block_top, 0.0)
     )
-    padding = (plan.pair_block == blocks)[:, None, None, None]
+    padding = (pair_block == blocks)[:, None, None, None]
     scale = jnp.where(padding, 0.0, jnp.exp(top - block_top[owner]))
     denominator = merge(total * scale) + (sinks * jnp.exp(-block_top) if sinks else 0.0)
     merged = merge(out * scale[..., None]) / jnp.where(denominator > 0, denominator, 1.0)[..., None]
-    merged = merged.transpose(0, 3, 1, 2, 4).reshape(blocks * block, n, h).astype(q.dtype)
-    return permute(merged, plan.token_place, plan.block_tokens.reshape(-1))
+    return merged.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from evlm_jax.planning import products
+from evlm_jax.planning import kernels, products
 from evlm_jax.planning.hlo import Computation, Instruction, Module, replica_group
 
 COLLECTIVES = set(
@@ -179,6 +179,8 @@ class _Counting:
             count = products.dot if opcode == "dot" else products.convolution
             flops = count(computation, instruction)
             total.products[instruction.op_name] += flops
+        elif charged := kernels.charge(computation, instruction):
+            return _kernel(total, instruction, charged)
         elif opcode == "custom-call":
             flops = _custom_call(total, instruction)
         elif opcode == "send" and "is_host_transfer=true" in instruction.rest:
@@ -348,6 +350,14 @@ def _cycles(instruction: Instruction) -> float | None:
 
 def _in_hbm(computation: Computation, name: str) -> bool:
     return any(leaf.hbm for leaf in computation.by_name[name].leaves)
+
+
+def _kernel(total: Costs, instruction: Instruction, charged: kernels.Charge) -> None:
+    """A kernel of ops/: as one operation without an estimate of the compiler."""
+    name = instruction.op_name
+    total.products[name] += charged.flops
+    total.operations[Operation(charged.padded, charged.bytes, False, None, name)] += 1
+    total.notes[charged.note] += 1
 
 
 def _custom_call(total: Costs, instruction: Instruction) -> float:

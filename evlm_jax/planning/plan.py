@@ -15,6 +15,7 @@ import jax
 from evlm_jax import flops
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models.moe import block_rows
+from evlm_jax.ops.grouped_attention import attention_form
 from evlm_jax.parallel.chips import Chip
 from evlm_jax.parallel.compiler import uncached
 from evlm_jax.parallel.mesh import Layout, make_layout
@@ -93,7 +94,11 @@ def plan(
 
 
 def _asked(cfg: EVLMConfig, layout: Layout) -> dict:
-    """How the config has the model split, and what is kept or computed again."""
+    """How the config has the model split, what is kept or computed again, and the form of
+    cross-attention.
+    """
+    with layout.active():
+        form = attention_form(cfg.train.attention)
     mesh = {"slices": cfg.mesh.slices, "zero": cfg.mesh.zero, "frozen": cfg.mesh.frozen}
     return {
         "mesh": dict(layout.mesh.shape) | mesh,
@@ -101,6 +106,7 @@ def _asked(cfg: EVLMConfig, layout: Layout) -> dict:
             "remat": cfg.train.remat,
             "accumulate": cfg.train.accumulate,
             "images": cfg.mesh.images,
+            "attention": form,
         },
     }
 

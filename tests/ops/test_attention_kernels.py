@@ -1,0 +1,213 @@
+"""The kernels for TPUs, interpreted, against a dense oracle, and where that is slow XLA's form; and
+compiled for chips."""
+
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import SingleDeviceSharding
+
+from evlm_jax.batch import Batch
+from evlm_jax.models.evlm import cross_attention_op
+from evlm_jax.ops.attention_kernels import Form, _fit
+from evlm_jax.ops.attention_plan import attention_plan, block_pair_count
+from evlm_jax.ops.grouped_attention import AttentionPlan, grouped_attention
+from evlm_jax.ops.platform import compile_for
+from evlm_jax.parallel.compiler import uncached
+from evlm_jax.parallel.mesh import make_layout
+from evlm_jax.phase import TrainPhase
+from evlm_jax.planning import chips
+from tests.helpers.tiny import tiny_config
+
+needs_compiler = pytest.mark.skipif(
+    not importlib.util.find_spec("libtpu"), reason='pip install -e ".[plan]"'
+)
+
+
+def packed(spans: list[list[tuple[int, int]]], block: int, spare: int) -> AttentionPlan:
+    """The plan of image groups whose tokens see these (start, stop), with `spare` pairs of
+    padding.
+    """
+    spans = [np.array(group, np.int32).T for group in spans]
+    pairs = max(block_pair_count(*group, block) for group in spans) + spare
+    plans = [attention_plan(*group, block, pairs) for group in spans]
+    return AttentionPlan(
+        *(jnp.array(np.stack([p[name] for p in plans])) for name in AttentionPlan._fields)
+    )
+
+
+def dense(q, k, v, start, stop, sinks):
+    """One image group: every token against every image under a mask, beside `sinks` zero keys with
+    zero values; 0 where it sees none.
+    """
+    (images, keys, kv, width), heads = k.shape, q.shape[1]
+    k, v = (
+        jnp.pad(jnp.repeat(a.reshape(-1, kv, width), heads // kv, 1), ((0, sinks), (0, 0), (0, 0)))
+        for a in (k, v)
+    )
+    image, blind = np.repeat(np.arange(images), keys), (start >= stop)[:, None, None]
+    seen = (start[:, None] <= image) & (image < stop[:, None])
+    seen = np.pad(seen, ((0, 0), (0, sinks)), constant_values=True)[:, None] | blind
+    scores = jnp.where(seen, jnp.einsum("tnh,snh->tns", q, k) * width**-0.5, -jnp.inf)
+    return jnp.where(blind, 0, jnp.einsum("tns,snh->tnh", jax.nn.softmax(scores), v))
+
+
+def values_and_gradients(attend, arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """Outputs, and the gradients of q, k and v under random weights."""
+    weight = np.random.default_rng(9).standard_normal(arrays[0].shape).astype(np.float32)
+
+    def weighed(*arrays):
+        out = attend(*arrays)
+        return (out * weight).sum(), out
+
+    step = jax.jit(jax.value_and_grad(weighed, argnums=(0, 1, 2), has_aux=True))
+    with jax.default_matmul_precision("highest"):
+        (_, out), gradients = step(*arrays)
+    return [np.asarray(x) for x in (out, *gradients)]
+
+
+def assert_close(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    """To 1e-5 of the largest magnitude of each array."""
+    for name, mine, theirs in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, 0, 1e-5 * np.abs(theirs).max() + 1e-30, name)
+
+
+def arrays(groups, tokens, images, keys, heads, kv, width, seed=0, scale=3.0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shapes = [(groups, tokens, heads, width), *[(groups, images, keys, kv, width)] * 2]
+    return [(scale * rng.standard_normal(shape)).astype(np.float32) for shape in shapes]
+
+
+# Of two image groups one token sees nothing, one a video, image 1 of the first and 0 of the second
+# are seen by nobody; in the second case a whole group sees nothing.
+SEEN = [
+    [[(0, 1), (0, 1), (2, 4), (0, 0), (0, 1), (3, 4)], [(1, 4)] * 3 + [(2, 3)] * 2 + [(4, 4)]],
+    [[(0, 0)] * 6, [(1, 2), (0, 2), (3, 4), (3, 4), (3, 4), (0, 0)]],
+]
+
+
+@pytest.mark.parametrize(
+    ("seen", "sinks", "heads", "kv", "width"), [(0, 0, 2, 2, 8), (0, 3, 4, 2, 8), (1, 3, 3, 1, 16)]
+)
+def test_equals_the_dense_oracle(seen, sinks, heads, kv, width):
+    """Forward and every gradient; exact zeros where nothing is seen, or nobody sees."""
+    spans, inputs = SEEN[seen], arrays(2, 6, 4, 5, heads, kv, width)
+    plan = packed(spans, 2, 3)
+    found = values_and_gradients(
+        lambda q, k, v: grouped_attention(q, k, v, plan, sinks, "pallas"), inputs
+    )
+
+    def oracle(q, k, v):
+        starts, stops = np.array(spans).transpose(2, 0, 1)
+        return jnp.stack([dense(*own, sinks) for own in zip(q, k, v, starts, stops, strict=True)])
+
+    assert_close(found, values_and_gradients(oracle, inputs))
+    out, dq, dk, dv = found
+    blind = np.array([[start == stop for start, stop in group] for group in spans])
+    assert blind.any() and not out[blind].any() and not dq[blind].any()
+    for group, tokens in enumerate(spans):
+        alone = [i for i in range(4) if not any(start <= i < stop for start, stop in tokens)]
+        assert alone and not dk[group, alone].any() and not dv[group, alone].any()
+
+
+def test_the_largest_score_is_found_without_a_sink():
+    """Scores around -500, whose weights are none beside a score of 0."""
+    q, k, v = arrays(1, 4, 2, 5, 1, 1, 8)
+    k = -np.abs(k) - 20
+    plan = packed([[(0, 2), (0, 1), (1, 2), (0, 2)]], 2, 1)
+    mine, xla = (
+        values_and_gradients(
+            lambda *a, form=form: grouped_attention(*a, plan, 0, form), [np.abs(q) + 5, k, v]
+        )
+        for form in ("pallas", "xla")
+    )
+    assert np.isfinite(xla[0]).all() and np.abs(xla[0]).max() > 0.1
+    assert_close(mine, xla)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_pack(data):
+    """Against XLA's form: any ranges, head widths, groups of heads that share keys."""
+    images, tokens, groups = (data.draw(st.integers(1, top)) for top in (5, 12, 3))
+    width = data.draw(st.sampled_from([64, 96, 112, 128]))
+    kv, group = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
+    span = st.tuples(st.integers(0, images), st.integers(0, images)).map(sorted)
+    spans = [data.draw(st.lists(span, min_size=tokens, max_size=tokens)) for _ in range(groups)]
+    plan = packed(spans, data.draw(st.integers(1, 9)), data.draw(st.integers(1, 4)))
+    sinks, keys = data.draw(st.sampled_from([0, 1, 3])), data.draw(st.integers(1, 20))
+    inputs = arrays(groups, tokens, images, keys, kv * group, kv, width, scale=1.0)
+    mine, xla = (
+        values_and_gradients(lambda *a, form=form: grouped_attention(*a, plan, sinks, form), inputs)
+        for form in ("pallas", "xla")
+    )
+    assert_close(mine, xla)
+
+
+def test_as_many_heads_a_step_as_fit():
+    """Of 40 heads with 257 and 1,025 keys a divisor each; what cannot be is said."""
+    form = Form("pair_attention", 1.0, dtype=jnp.dtype("bfloat16"))
+    assert [_fit(form, 40, 64, keys, 2).heads for keys in (257, 1025)] == [10, 2]
+    with pytest.raises(ValueError, match=r"lower xattn\.query_block"):
+        _fit(form, 40, 64, 60000, 2)
+
+
+def test_the_config_chooses_the_form_on_tpus_alone():
+    """What is traced for TPUs has the kernel, what is traced for others says that it has not."""
+    cfg = tiny_config(train={"attention": "pallas"})
+    spec = Batch.spec(cfg)
+    head = (cfg.xattn.heads, cfg.xattn.head_dim)
+    q = jax.ShapeDtypeStruct((*spec.tokens.shape, *head), jnp.float32)
+    k = jax.ShapeDtypeStruct((*spec.pixels.shape[:2], cfg.vit.tokens, *head), jnp.float32)
+    plan = AttentionPlan(spec.block_tokens, spec.token_place, spec.pair_block, spec.pair_image)
+
+    def traced():
+        return str(jax.make_jaxpr(cross_attention_op(cfg))(q, k, k, plan))
+
+    with compile_for("tpu"):
+        assert "pair_attention_forward" in traced()
+        assert "pallas" not in str(jax.make_jaxpr(cross_attention_op(tiny_config()))(q, k, k, plan))
+    assert "pallas" not in traced()
+    phase = TrainPhase(cfg, 0, make_layout(cfg, jax.devices()[:1]))
+    assert phase.attention() == "cross-attention by xla: train.attention = 'pallas' is for TPUs"
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:1", "v5p:1", "v6e:1", "tpu7x:1"])
+@pytest.mark.parametrize(
+    ("width", "keys", "heads", "kv", "block"),
+    [(128, 257, 8, 8, 64), (128, 1025, 4, 2, 64), (112, 257, 2, 2, 32), (96, 65, 2, 1, 32),
+     (64, 197, 3, 3, 16)],
+)  # fmt: skip
+def test_compiles_for_chips(topology, width, keys, heads, kv, block):
+    """Three kernels, and no array of scores: none has the keys as its last dimension."""
+    device = chips.devices(topology)[0][0]
+    groups, images, tokens, pairs = 2, 16, 512, 48
+
+    def spec(shape, dtype="int32"):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+
+    q = spec((groups, tokens, heads, width), "bfloat16")
+    k = spec((groups, images, keys, kv, width), "bfloat16")
+    plan = [
+        spec(shape) for shape in ((groups, pairs, block), (groups, tokens), *[(groups, pairs)] * 2)
+    ]
+
+    def step(q, k, v, *plan):
+        def total(*arrays):
+            out = grouped_attention(*arrays, AttentionPlan(*plan), 1, "pallas")
+            return out.astype(jnp.float32).sum()
+
+        return jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
+
+    with compile_for("tpu"), uncached(device):
+        text = jax.jit(step).lower(q, k, k, *plan).compile().as_text()
+    assert len(re.findall(r'custom_call_target="tpu_custom_call"', text)) == 3
+    assert not re.search(rf"\[[\d,]*,{keys}\]", text)

@@ -301,31 +301,44 @@ def _text(cfg: EVLMConfig, work: Work) -> Iterator[Stage]:
         return Product(part, name, rows, shape)
 
     for layer, window in enumerate(llm.layer_windows):
-        if layer in cfg.cross_layers:
-            yield from _cross(cfg, work, layer)
+        read, scores = _images(cfg, work, layer) if layer in cfg.cross_layers else ((), ())
+        if read and cfg.xattn.placement == "before":
+            yield from _before(cfg, work, layer, read, scores)
+            read, scores = (), ()
         name = f"llm/layers/{layer}"
         sizes = {"q": llm.heads, "k": llm.kv_heads, "v": llm.kv_heads}
-        yield tuple(one(LLM, f"{name}/attn/{p}", (d, n * llm.head_dim)) for p, n in sizes.items())
+        own = (one(LLM, f"{name}/attn/{p}", (d, n * llm.head_dim)) for p, n in sizes.items())
+        yield (*own, *read)
         pairs = work.near[window] if window and work.attended else work.attended
-        yield (one(LLM_SCORES, "", (2 * llm.heads, llm.head_dim), pairs),)
+        yield one(LLM_SCORES, "", (2 * llm.heads, llm.head_dim), pairs), *scores
         yield (one(LLM, f"{name}/attn/o", (llm.heads * llm.head_dim, d)),)
         yield tuple(one(LLM, f"{name}/mlp/{p}", (d, llm.mlp)) for p in ("gate", "up"))
         yield (one(LLM, f"{name}/mlp/down", (llm.mlp, d)),)
     yield (one(HEAD, "llm/embed" if llm.tied else "llm/head", (d, llm.vocab), work.targets),)
 
 
-def _cross(cfg: EVLMConfig, work: Work, layer: int) -> Iterator[Stage]:
-    """The cross-attention block in front of an LLM layer."""
-    x, moe, d, s = cfg.xattn, cfg.moe, cfg.llm.hidden, cfg.view_tokens
-    name, width, shared = f"xattn/{layer}", x.heads * x.head_dim, x.kv_heads * x.head_dim
+def _images(cfg: EVLMConfig, work: Work, layer: int) -> tuple[Stage, Stage]:
+    """Cross-attention of an LLM layer: queries, keys and values; scores."""
+    x, s, name = cfg.xattn, cfg.view_tokens, f"xattn/{layer}"
+    width, shared = x.heads * x.head_dim, x.kv_heads * x.head_dim
+    queries = Product(CROSS, f"{name}/q", work.tokens, (cfg.llm.hidden, width))
+    keys = (
+        Product(KEYS, f"{name}/{leaf}", work.images * s, (cfg.vit.width, shared)) for leaf in "kv"
+    )
+    scores = Product(CROSS_SCORES, "", work.visible, (2 * width, s))
+    return (*[queries] * (x.query == "own"), *keys), (scores,)
 
-    def one(part, leaf, shape, rows=work.tokens):
-        return Product(part, leaf and f"{name}/{leaf}", rows, shape)
 
-    keys = (one(KEYS, leaf, (cfg.vit.width, shared), work.images * s) for leaf in "kv")
-    yield (one(CROSS, "q", (d, width)), *keys)
-    yield (one(CROSS_SCORES, "", (2 * width, s), work.visible),)
-    yield (one(CROSS, "o", (width, d)),)
+def _before(cfg: EVLMConfig, work: Work, layer: int, read: Stage, scores: Stage) -> Iterator[Stage]:
+    """The cross-attention block in front of an LLM layer, of `_images` and the rest."""
+    x, moe, d, name = cfg.xattn, cfg.moe, cfg.llm.hidden, f"xattn/{layer}"
+
+    def one(part, leaf, shape):
+        return Product(part, f"{name}/{leaf}", work.tokens, shape)
+
+    yield read
+    yield scores
+    yield (one(CROSS, "o", (x.heads * x.head_dim, d)),)
     if not moe.copies:
         yield tuple(one(FFN, f"ffn/{fc}", (d, x.ffn)) for fc in ("fc1", "up")[: 1 + x.gated])
         yield (one(FFN, "ffn/fc2", (x.ffn, d)),)

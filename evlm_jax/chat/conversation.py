@@ -133,14 +133,9 @@ class Chat:
         """What figures.gate_bars draws; None where the model has no cross-attention."""
         if not self.cfg.cross_layers:
             return None
-        openings = {
-            name: np.asarray(gate.opening()).tolist()
+        return {"layers": list(self.cfg.cross_layers)} | {
+            name.removesuffix("_gate"): np.asarray(gate.opening()).tolist()
             for name, gate in self._model.xattn.gates().items()
-        }
-        return {
-            "layers": list(self.cfg.cross_layers),
-            "attn": openings["attn_gate"],
-            "ffn": openings["ffn_gate"],
         }
 
     def warm_up(self) -> Iterator[str]:

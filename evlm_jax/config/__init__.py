@@ -223,7 +223,7 @@ class EVLMConfig:
 
     @property
     def cross_layers(self) -> tuple[int, ...]:
-        """LLM layers that have a cross-attention block in front of them."""
+        """LLM layers that have a cross-attention block, in front of them or within."""
         first, every = self.xattn.first, self.xattn.every
         return tuple(range(first, self.llm.layers, every)) if every else ()
 
@@ -262,6 +262,8 @@ class EVLMConfig:
             return f"bridge.kind = {self.bridge.kind}"
         if self.media.around:
             return f"media.around = {self.media.around}"
+        if self.xattn.placement != "before":
+            return f"xattn.placement = {self.xattn.placement}"
         return "" if self.cross_layers else "xattn.every = 0, no cross-attention"
 
 
@@ -270,6 +272,7 @@ def check(cfg: EVLMConfig) -> None:
     for holds, name, mend in (
         *relations.vision(cfg),
         *relations.language(cfg),
+        *relations.placement(cfg),
         *relations.training(cfg),
     ):
         if not holds:

@@ -207,6 +207,10 @@ class XAttnConfig:
     norm_kind: Literal["layer", "rms"] = "layer"  # of the norms of the text
     qk_norm: Literal["none", "head"] = "none"  # an RMSNorm over the queries and keys of each head
     gated: bool = False  # the FFN is fc2(silu(fc1(x)) * up(x)), not fc2(gelu(fc1(x)))
+    # "parallel": within the layer, beside its self-attention, whose norm and output projection it
+    # shares (mPLUG-Owl3); it has no FFN, so that `ffn` counts for nothing. All below is of that
+    placement: Literal["before", "parallel"] = "before"
+    query: Literal["own", "shared"] = "own"  # "shared": the queries of the self-attention
 
 
 @dataclass(frozen=True)

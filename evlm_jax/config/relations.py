@@ -107,6 +107,37 @@ def language(cfg: "EVLMConfig") -> list[Relation]:
     ]
 
 
+def placement(cfg: "EVLMConfig") -> list[Relation]:
+    """Relations of cross-attention beside self-attention, and of what only that can have."""
+    x, parallel = cfg.xattn, cfg.xattn.placement == "parallel"
+    alike = [
+        (
+            not parallel or getattr(x, name) == getattr(cfg.llm, name),
+            f"xattn.{name}",
+            f"must be llm.{name} = {getattr(cfg.llm, name)} where xattn.placement is parallel: both"
+            " attentions have one output projection",
+        )
+        for name in ("heads", "head_dim")
+    ]
+    return alike + [
+        (
+            parallel or x.query == "own",
+            "xattn.query",
+            "can be shared where xattn.placement is parallel",
+        ),
+        (
+            not parallel or not cfg.moe.copies,
+            "moe.copies",
+            "must be 0 where xattn.placement is parallel: such a block has no FFN",
+        ),
+        (
+            not parallel or not cfg.init.centre_norms,
+            "init.centre_norms",
+            "must be False where xattn.placement is parallel: the norm of the text is the layer's",
+        ),
+    ]
+
+
 def layers(llm: LLMConfig) -> list[Relation]:
     """Relations of what may differ from layer to layer, and of rotary positions."""
     scaling, most = llm.rope_scaling, f"llm.layers = {llm.layers}"

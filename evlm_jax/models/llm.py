@@ -87,9 +87,13 @@ class Block(nnx.Module):
         self.ln2_out = rms_norm(cfg, cfg.hidden, rngs) if both else None
         self.post, self.residual = cfg.norms == "post", cfg.scales.residual
 
+    def read(self, x: jax.Array) -> jax.Array:
+        """What the projections of its attention read of its input: x [B, T, D] -> [B, T, D]."""
+        return x if self.post else self.ln1(x)
+
     @jax.named_scope("llm")
     def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> tuple[jax.Array, Any]:
-        y, kept = self.attn(x if self.post else self.ln1(x), rope, attend)
+        y, kept = self.attn(self.read(x), rope, attend)
         x = x + self._added(y, self.ln1, self.ln1_out)
         y = self.mlp(x if self.post else self.ln2(x))
         return x + self._added(y, self.ln2, self.ln2_out), kept

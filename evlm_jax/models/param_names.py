@@ -6,6 +6,7 @@ the only bridge."""
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -44,13 +45,14 @@ def is_stacked(path: tuple) -> bool:
 
 
 def absent(cfg: EVLMConfig) -> tuple[str, ...]:
-    """Names that EVLM has and `cfg` has not: its first block of cross-attention, and the media
-    embeddings.
+    """Names that EVLM has and `cfg` has not: its first block of cross-attention, where `cfg` has
+    none or another, and the media embeddings.
     """
+    evlm = replace(cfg, xattn=replace(cfg.xattn, placement="before", query="own"))
     block = (
         ()
-        if cfg.cross_layers
-        else nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: Block(cfg, nnx.Rngs(0)))))
+        if cfg.cross_layers and cfg.xattn == evlm.xattn
+        else nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: Block(evlm, nnx.Rngs(0)))))
     )
     media = ("media/embedding",) if cfg.bridge.kind == "llava" else ()
     return (*(f"xattn/0/{tail(path)}" for path, _ in block), *media)

@@ -1,5 +1,5 @@
 """The loop over the language model's layers, with a cross-attention block before every
-`xattn.every`-th of them, from `xattn.first` on.
+`xattn.every`-th of them, or beside its self-attention, from `xattn.first` on.
 
 Training, prefill, a decode step and the attention maps run this one loop. They hand it how
 attention is computed, from a row or from a cache, and get back what each layer and block gave them.
@@ -63,57 +63,113 @@ def run_layers(
       kind: [B, T] of each token for the mixtures of experts (moe.py).
       remat: what the backward pass computes again (layers.REMAT); "" where there is none.
     """
-    every, first, count = cfg.xattn.every, cfg.xattn.first, cfg.llm.layers
+    every, count = cfg.xattn.every, cfg.llm.layers
     blocks, groups = len(cfg.cross_layers), -(-count // every) if every else 0
-    wrap = REMAT[remat] if remat else (lambda body: body)
     even = not every or count % every == 0
-
-    def layer(x, inputs):
-        block, number = inputs
-
-        def run(x):
-            own = layer_rope(cfg.llm, rope, number)
-            x, kept = _block(layers, number, block)(x, own, partial(self_attend, number))
-            return shard(x, "rows"), kept
-
-        return run(x) if even else _if_there(number < count, run, x)
-
-    def group(x, inputs):
-        """`first` layers, one cross-attention block, and the layers behind it."""
-        block, number, *own = inputs
-        cross = partial(_cross, crosses, cross_attend, observe, kind, block, number)
-        x, before = jax.lax.scan(layer, x, _part(own, slice(first))) if first else (x, None)
-        x, seen = cross(x) if blocks == groups else _if_there(number < blocks, cross, x)
-        x, new = jax.lax.scan(layer, x, _part(own, slice(first, None)))
-        new = jax.tree.map(lambda *parts: jnp.concatenate(parts), before, new) if first else new
-        return x, Passed(new, *seen)
-
+    wrap = REMAT[remat] if remat else (lambda body: body)
+    loop = _Loop(
+        cfg, layers, crosses, rope, self_attend, cross_attend, observe, kind, even, blocks == groups
+    )
     if not every:
-        x, new = jax.lax.scan(wrap(layer), x, (_scanned(layers), jnp.arange(count)))
+        x, new = jax.lax.scan(wrap(loop.layer), x, (_scanned(layers), jnp.arange(count)))
         return x, Passed(new)
     # Where `every` does not divide the layers, they are read by number: a part would be a copy.
     own = jax.tree.map(partial(_split, groups), _scanned(layers)) if even else None
     each = _scanned(crosses) if blocks == groups else None
     inputs = each, jnp.arange(groups), own, _split(groups, jnp.arange(groups * every))
-    x, passed = jax.lax.scan(wrap(group), x, inputs)
+    x, passed = jax.lax.scan(wrap(loop.group), x, inputs)
     flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:count], passed.layers)
     return x, _part(passed._replace(layers=None), slice(blocks))._replace(layers=flat)
 
 
-def _cross(
-    crosses: nnx.Module,
-    cross_attend: Callable,
-    observe: Callable,
-    kind: jax.Array | None,
-    block: nnx.Module | None,
-    number: jax.Array,
-    x: jax.Array,
-) -> tuple[jax.Array, tuple]:
-    """A block over x [B, T, D], and what of Passed it gives. Arguments as of `run_layers`."""
-    block = _block(crosses, number, block)
-    observed = observe(block, number, x)
-    x, kept, routing = block(x, partial(cross_attend, block, number), kind)
-    return x, (kept, observed, routing)
+class _Loop(NamedTuple):
+    """The body of the loop; all but the last two fields are arguments of `run_layers`.
+
+    A layer and a block come with their numbers, and themselves where the scan can hand them out.
+    """
+
+    cfg: EVLMConfig
+    layers: nnx.Module
+    crosses: nnx.Module | None
+    rope: Rope
+    self_attend: Callable
+    cross_attend: Callable
+    observe: Callable
+    kind: jax.Array | None
+    even: bool  # the last group has all its layers
+    whole: bool  # and its block
+
+    def group(self, x: jax.Array, inputs: tuple) -> tuple[jax.Array, Passed]:
+        """`first` layers, a cross-attention block, or a layer with one beside its self-attention,
+        and further layers.
+        """
+        block, number, *own = inputs
+        xattn, kept, at = self.cfg.xattn, [], self.cfg.xattn.first
+        if at:
+            x, new = jax.lax.scan(self.layer, x, _part(own, slice(at)))
+            kept.append(new)
+        if xattn.placement == "parallel":
+            x, (new, seen) = self.layer(x, _part(own, at), (block, number))
+            kept.append(jax.tree.map(lambda a: a[None], new))
+            at += 1
+        else:
+            cross, there = partial(self.before, block, number), number < len(self.cfg.cross_layers)
+            x, seen = cross(x) if self.whole else _if_there(there, cross, x)
+        if at < xattn.every:
+            x, new = jax.lax.scan(self.layer, x, _part(own, slice(at, None)))
+            kept.append(new)
+        if len(kept) > 1:
+            new = jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
+        return x, Passed(new, *seen)
+
+    def layer(self, x: jax.Array, inputs: tuple, cross: tuple = ()) -> tuple[jax.Array, Any]:
+        """A layer over x [B, T, D], with the block `cross` beside its self-attention where given,
+        and what attention gives besides.
+        """
+        layer, number = inputs
+
+        def run(x):
+            own, block = (
+                layer_rope(self.cfg.llm, self.rope, number),
+                _block(self.layers, number, layer),
+            )
+            attend = partial(self.self_attend, number)
+            attend = (
+                partial(self.beside, *cross, x, block.read(x), own, attend) if cross else attend
+            )
+            x, kept = block(x, own, attend)
+            return shard(x, "rows"), kept
+
+        return run(x) if self.even else _if_there(number < self.cfg.llm.layers, run, x)
+
+    def before(
+        self, block: nnx.Module | None, number: jax.Array, x: jax.Array
+    ) -> tuple[jax.Array, tuple]:
+        """A block over x [B, T, D], and what of Passed it gives."""
+        block = _block(self.crosses, number, block)
+        observed = self.observe(block, number, x)
+        x, kept, routing = block(x, partial(self.cross_attend, block, number), self.kind)
+        return x, (kept, observed, routing)
+
+    def beside(
+        self,
+        block: nnx.Module | None,
+        number: jax.Array,
+        x: jax.Array,
+        read: jax.Array,
+        rope: Rope,
+        attend: Callable,
+        *qkv: jax.Array,
+    ) -> tuple[jax.Array, tuple]:
+        """Attention of a layer with a block beside it, and what both give besides. `x` is the
+        layer's input, of which its projections read `read`; `attend` its self-attention of q, k, v.
+        """
+        block = _block(self.crosses, number, block)
+        observed = self.observe(block, number, x)
+        text, kept = attend(*qkv)
+        look = partial(self.cross_attend, block, number)
+        out, seen = block.beside(read, qkv[0], text, rope, look)
+        return out, (kept, (seen, observed, None))
 
 
 def _part(tree: Any, part: slice) -> Any:

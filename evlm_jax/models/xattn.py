@@ -5,6 +5,10 @@
     x += ffn_gate * FFN(LN(x))                the FFN is dense, or a mixture of experts (moe.py)
 
 Published models (docs/conversion.md) have other norms, norms of queries and keys, or a gated FFN.
+mPLUG-Owl3 (arXiv 2408.04840) has it within the layer, parallel to self-attention; the layer's norm
+and output projection serve both, and its MLP is the only one:
+
+    x += o(gate(SelfAttention(ln1(x)), CrossAttention(ln1(x), LN(tap))))
 
 Gates (gate.py) start closed: the block is the identity, bit for bit. Nothing has a bias but the
 norms: the zero sink (grouped_attention) stands for keys and values that are projections of zero
@@ -21,6 +25,7 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.models.gate import Gate
 from evlm_jax.models.layers import MLP, LayerNorm, Linear, RMSNorm, heads
 from evlm_jax.models.moe import MoE, Routing
+from evlm_jax.models.rotary import Rope
 
 Attend = Callable[[jax.Array], tuple[jax.Array, Any]]
 
@@ -36,35 +41,29 @@ class Block(nnx.Module):
             cfg.vit.width,
             *(heads * cfg.xattn.head_dim for heads in (cfg.xattn.heads, cfg.xattn.kv_heads)),
         )
-        norm = LayerNorm if cfg.xattn.norm_kind == "layer" else RMSNorm
-        self.norm = norm(d, cfg.xattn.eps, rngs)
+        parallel, own = cfg.xattn.placement == "parallel", cfg.xattn.query == "own"
+        kind = LayerNorm if cfg.xattn.norm_kind == "layer" else RMSNorm
+
+        def norm(width, there, kind=RMSNorm):
+            return kind(width, cfg.xattn.eps, rngs) if there else None
+
+        self.norm = norm(d, not parallel, kind)
         # Taps are raw residual streams, whose scale grows with depth.
-        self.kv_norm = LayerNorm(v, cfg.xattn.eps, rngs) if cfg.xattn.kv_norm else None
-        self.q = Linear((d, n), ("embed", "heads"), rngs)
-        self.k = Linear((v, k), ("whole", "image_heads"), rngs)
-        self.v = Linear((v, k), ("whole", "image_heads"), rngs)
-        self.o = Linear((n, d), ("heads", "embed"), rngs)
+        self.kv_norm = norm(v, cfg.xattn.kv_norm, LayerNorm)
+        self.q = Linear((d, n), ("embed", "heads"), rngs) if own else None
+        # Beside self-attention they have biases where its own keys and values have them.
+        bias = parallel and cfg.llm.qkv_bias
+        self.k = Linear((v, k), ("whole", "image_heads"), rngs, bias)
+        self.v = Linear((v, k), ("whole", "image_heads"), rngs, bias)
+        self.o = None if parallel else Linear((n, d), ("heads", "embed"), rngs)
+        normed = cfg.xattn.qk_norm == "head"
         self.q_norm, self.k_norm = (
-            RMSNorm(cfg.xattn.head_dim, cfg.xattn.eps, rngs)
-            if cfg.xattn.qk_norm == "head"
-            else None
-            for _ in range(2)
+            norm(cfg.xattn.head_dim, normed and there) for there in (own, True)
         )
         self.attn_gate = Gate(rngs)
-        self.ffn_norm = norm(d, cfg.xattn.eps, rngs)
-        self.ffn = (
-            MoE(d, cfg.xattn.ffn, cfg.moe, rngs)
-            if cfg.moe.copies
-            else MLP(
-                d,
-                cfg.xattn.ffn,
-                "silu" if cfg.xattn.gated else "gelu",
-                False,
-                rngs,
-                gated=cfg.xattn.gated,
-            )
-        )
-        self.ffn_gate = Gate(rngs)
+        self.ffn_norm = norm(d, not parallel, kind)
+        self.ffn = None if parallel else _ffn(cfg, rngs)
+        self.ffn_gate = None if parallel else Gate(rngs)
         self.head_dim = cfg.xattn.head_dim
 
     @jax.named_scope("keys_values")
@@ -88,8 +87,7 @@ class Block(nnx.Module):
           attend: queries [B, T, N, H] -> (attention outputs of the same shape, anything).
           kind: [B, T] as in moe.py.
         """
-        q = heads(self.q(self.norm(x)), self.head_dim)
-        out, kept = attend(q if self.q_norm is None else self.q_norm(q))
+        out, kept = attend(self._queries(self.norm(x)))
         x = x + self.attn_gate(x) * self.o(out.reshape(*x.shape[:-1], -1))
         y, routing = (
             self.ffn(self.ffn_norm(x), kind)
@@ -98,9 +96,38 @@ class Block(nnx.Module):
         )
         return x + self.ffn_gate(x) * y, kept, routing
 
+    @jax.named_scope("cross")
+    def beside(
+        self, x: jax.Array, q: jax.Array, text: jax.Array, rope: Rope, attend: Attend
+    ) -> tuple[jax.Array, Any]:
+        """Attention of a layer to its text, joined by that to images: text [B, T, N, H] ->
+        ([B, T, N, H], what else `attend` returns).
+
+        Args:
+          x: [B, T, D], what the layer's projections read.
+          q: [B, T, N, H], the layer's queries, turned by their positions.
+          rope: by which it turned them.
+          attend: as of `__call__`.
+        """
+        out, kept = attend(q if self.q is None else self._queries(x))
+        return text + self.attn_gate(text) * out, kept
+
+    def _queries(self, x: jax.Array) -> jax.Array:
+        """x [B, T, D] -> [B, T, N, H]."""
+        q = heads(self.q(x), self.head_dim)
+        return q if self.q_norm is None else self.q_norm(q)
+
     def gates(self) -> dict[str, Gate]:
         """The block's gates by the names under which a run reports them."""
-        return {"attn_gate": self.attn_gate, "ffn_gate": self.ffn_gate}
+        gates = {"attn_gate": self.attn_gate, "ffn_gate": self.ffn_gate}
+        return {name: gate for name, gate in gates.items() if gate is not None}
+
+
+def _ffn(cfg: EVLMConfig, rngs: nnx.Rngs) -> MoE | MLP:
+    x, d = cfg.xattn, cfg.llm.hidden
+    if cfg.moe.copies:
+        return MoE(d, x.ffn, cfg.moe, rngs)
+    return MLP(d, x.ffn, "silu" if x.gated else "gelu", False, rngs, gated=x.gated)
 
 
 def layer_rngs(cfg: EVLMConfig, rngs: nnx.Rngs) -> nnx.Rngs:

@@ -105,18 +105,21 @@ def score_curves(curves: dict[str, dict[str, Sequence[float]]]) -> str:
     return _svg(figure)
 
 
-def gate_bars(layers: Sequence[int], attn: Sequence[float], ffn: Sequence[float]) -> str:
-    """SVG of tanh(gate) of the cross-attention and of its FFN, by LLM layer."""
+def gate_bars(layers: Sequence[int], attn: Sequence[float], ffn: Sequence[float] = ()) -> str:
+    """SVG of how far the gates of the cross-attention and of its FFN, if any, are open, by LLM
+    layer.
+    """
     figure, axes = _figure(5.2, 3.0)
     x, width = np.arange(len(layers)), 0.4
-    axes.bar(x - width / 2, attn, width, color=SERIES[0], label="attention gate")
-    axes.bar(x + width / 2, ffn, width, color=SERIES[1], label="FFN gate")
+    axes.bar(x - width / 2 * bool(ffn), attn, width, color=SERIES[0], label="attention gate")
+    if ffn:
+        axes.bar(x + width / 2, ffn, width, color=SERIES[1], label="FFN gate")
     axes.axhline(0, color=LINE, linewidth=1)
     axes.set_xticks(
         x[:: max(1, len(layers) // 15)],
         [str(layer) for layer in layers][:: max(1, len(layers) // 15)],
     )
-    axes.set(xlabel="language model layer", ylabel="tanh(gate)")
+    axes.set(xlabel="language model layer", ylabel="how far it is open")
     _legend(figure)
     return _svg(figure)
 

@@ -20,7 +20,8 @@ again without the model:
     sources          [{source, image, question, answer, prediction, correct}]
     attention        [{image, words: [{word, grid, predicted}]}]; grid: [g][g] weights over the
                      patches; empty where it has none
-    gates            {layers, attn, ffn}: tanh of the gates; None where there is no cross-attention
+    gates            {layers, attn, ffn}: how far they are open, without `ffn` where blocks have no
+                     FFN; None where there is no cross-attention
     experts          {layers, load: {kind of token: shares [X, E]}, entropy: [X], dropped}; None
                      where the run is dense
     provenance       as evals/results.py makes it
@@ -122,14 +123,11 @@ def training_sections(metrics: PathLike | str, cfg: EVLMConfig) -> dict:
     monitors = {key.removeprefix("monitor/"): curve(key, "score") for key in followed}
     last = training_lines(metrics)[-1]
 
-    def gate(kind):
-        return [last[f"xattn/{layer}/{kind}_gate"] for layer in cfg.cross_layers]
-
-    gates = (
-        {"layers": list(cfg.cross_layers), "attn": gate("attn"), "ffn": gate("ffn")}
-        if cfg.cross_layers
-        else None
-    )
+    gates = {"layers": list(cfg.cross_layers)} if cfg.cross_layers else None
+    for kind in ("attn", "ffn"):
+        names = [f"xattn/{layer}/{kind}_gate" for layer in cfg.cross_layers]
+        if names and names[0] in last:
+            gates[kind] = [last[name] for name in names]
     return {
         "losses": losses,
         "monitors": monitors,

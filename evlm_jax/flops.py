@@ -311,6 +311,9 @@ def _text(cfg: EVLMConfig, work: Work) -> Iterator[Stage]:
         yield (*own, *read)
         pairs = work.near[window] if window and work.attended else work.attended
         yield one(LLM_SCORES, "", (2 * llm.heads, llm.head_dim), pairs), *scores
+        if scores and cfg.xattn.gate == "mixing":
+            gate, rows = f"xattn/{layer}/attn_gate/linear", work.tokens * llm.heads
+            yield (one(CROSS, gate, (llm.head_dim, llm.head_dim), rows),)
         yield (one(LLM, f"{name}/attn/o", (llm.heads * llm.head_dim, d)),)
         yield tuple(one(LLM, f"{name}/mlp/{p}", (d, llm.mlp)) for p in ("gate", "up"))
         yield (one(LLM, f"{name}/mlp/down", (llm.mlp, d)),)

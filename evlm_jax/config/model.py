@@ -211,6 +211,9 @@ class XAttnConfig:
     # shares (mPLUG-Owl3); it has no FFN, so that `ffn` counts for nothing. All below is of that
     placement: Literal["before", "parallel"] = "before"
     query: Literal["own", "shared"] = "own"  # "shared": the queries of the self-attention
+    # "mixing": what images give takes the place of a share of what the text gives, by token and
+    # channel: sigmoid of a linear layer over what the text gives each head
+    gate: Literal["tanh", "mixing"] = "tanh"
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,11 @@ def placement(cfg: "EVLMConfig") -> list[Relation]:
             "can be shared where xattn.placement is parallel",
         ),
         (
+            parallel or x.gate == "tanh",
+            "xattn.gate",
+            "can be mixing where xattn.placement is parallel: it mixes two attentions",
+        ),
+        (
             not parallel or not cfg.moe.copies,
             "moe.copies",
             "must be 0 where xattn.placement is parallel: such a block has no FFN",

@@ -1,13 +1,16 @@
 """How far a part of a cross-attention block is open.
 
-A variant is another class with the same members, and xattn.Block makes that.
+A variant is another class with the same members, and xattn.Block makes that. `join` is of blocks
+beside self-attention.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from evlm_jax.models.layers import param
+from evlm_jax.models.layers import Linear, param
+
+START = -4.0  # a mixing gate begins 1.8% open
 
 
 class Gate(nnx.Module):
@@ -20,6 +23,10 @@ class Gate(nnx.Module):
         """The factor of what a part of the block adds to x [B, T, D]; broadcasts to it."""
         return self.opening().astype(x.dtype)
 
+    def join(self, text: jax.Array, images: jax.Array) -> jax.Array:
+        """What attention to text and to images give together; all [B, T, N, H]."""
+        return text + self(text) * images
+
     def opening(self) -> jax.Array:
         """What a run reports of the gate: float32 [], or [X] of a stack of X blocks."""
         return jnp.tanh(self.scalar[...].astype(jnp.float32))
@@ -27,3 +34,30 @@ class Gate(nnx.Module):
     def close(self) -> None:
         """Sets the factor to 0: that part of the block is then the identity, bit for bit."""
         self.scalar[...] = jnp.zeros_like(self.scalar[...])
+
+
+class MixingGate(nnx.Module):
+    """Share in which images take the place of text, for each token, head and channel: sigmoid of a
+    linear layer over what the text gives a head, one for all heads (mPLUG-Owl3-7B-240728).
+
+    A sigmoid is never closed; it begins where a frozen language model hardly notices.
+    """
+
+    def __init__(self, head_dim: int, rngs: nnx.Rngs):
+        self.linear = Linear((head_dim, head_dim), ("whole", "whole"), rngs)
+        self.linear.bias = param(rngs, (head_dim,), ("whole",), value=START)
+
+    def join(self, text: jax.Array, images: jax.Array) -> jax.Array:
+        """As of Gate. What sees no image, to which attention gives exactly 0, keeps its text."""
+        share = jax.nn.sigmoid(self.linear(text).astype(jnp.float32)).astype(text.dtype)
+        seen = (images != 0).any(-1, keepdims=True)
+        return jnp.where(seen, text + share * (images - text), text)
+
+    def opening(self) -> jax.Array:
+        """As of Gate, at a text of zeros: the mean of the channels."""
+        return jax.nn.sigmoid(self.linear.bias[...].astype(jnp.float32)).mean(-1)
+
+    def close(self) -> None:
+        """As of Gate."""
+        self.linear.kernel[...] = jnp.zeros_like(self.linear.kernel[...])
+        self.linear.bias[...] = jnp.full_like(self.linear.bias[...], -jnp.inf)

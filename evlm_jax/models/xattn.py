@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 
 from evlm_jax.config import EVLMConfig
-from evlm_jax.models.gate import Gate
+from evlm_jax.models.gate import Gate, MixingGate
 from evlm_jax.models.layers import MLP, LayerNorm, Linear, RMSNorm, heads
 from evlm_jax.models.moe import MoE, Routing
 from evlm_jax.models.rotary import Rope
@@ -60,7 +60,8 @@ class Block(nnx.Module):
         self.q_norm, self.k_norm = (
             norm(cfg.xattn.head_dim, normed and there) for there in (own, True)
         )
-        self.attn_gate = Gate(rngs)
+        mixing = cfg.xattn.gate == "mixing"
+        self.attn_gate = MixingGate(cfg.xattn.head_dim, rngs) if mixing else Gate(rngs)
         self.ffn_norm = norm(d, not parallel, kind)
         self.ffn = None if parallel else _ffn(cfg, rngs)
         self.ffn_gate = None if parallel else Gate(rngs)
@@ -110,14 +111,14 @@ class Block(nnx.Module):
           attend: as of `__call__`.
         """
         out, kept = attend(q if self.q is None else self._queries(x))
-        return text + self.attn_gate(text) * out, kept
+        return self.attn_gate.join(text, out), kept
 
     def _queries(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, T, N, H]."""
         q = heads(self.q(x), self.head_dim)
         return q if self.q_norm is None else self.q_norm(q)
 
-    def gates(self) -> dict[str, Gate]:
+    def gates(self) -> dict[str, Gate | MixingGate]:
         """The block's gates by the names under which a run reports them."""
         gates = {"attn_gate": self.attn_gate, "ffn_gate": self.ffn_gate}
         return {name: gate for name, gate in gates.items() if gate is not None}

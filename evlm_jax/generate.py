@@ -370,7 +370,7 @@ def collate(
         arrays["tokens"],
         arrays["media_slot"],
         lengths,
-        arrays["visible_start"],
+        np.maximum(arrays["visible_stop"] - 1, 0),
         grouped,
         image_number,
         start,

@@ -214,6 +214,8 @@ class XAttnConfig:
     # "mixing": what images give takes the place of a share of what the text gives, by token and
     # channel: sigmoid of a linear layer over what the text gives each head
     gate: Literal["tanh", "mixing"] = "tanh"
+    # keys of an image turn by the position of its first media token, own queries by theirs
+    key_rotary: bool = False
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def language(cfg: "EVLMConfig") -> list[Relation]:
 
 def placement(cfg: "EVLMConfig") -> list[Relation]:
     """Relations of cross-attention beside self-attention, and of what only that can have."""
-    x, parallel = cfg.xattn, cfg.xattn.placement == "parallel"
+    x, parallel, scaling = cfg.xattn, cfg.xattn.placement == "parallel", cfg.llm.rope_scaling
     alike = [
         (
             not parallel or getattr(x, name) == getattr(cfg.llm, name),
@@ -129,6 +129,16 @@ def placement(cfg: "EVLMConfig") -> list[Relation]:
             parallel or x.gate == "tanh",
             "xattn.gate",
             "can be mixing where xattn.placement is parallel: it mixes two attentions",
+        ),
+        (
+            parallel or not x.key_rotary,
+            "xattn.key_rotary",
+            "can be True where xattn.placement is parallel",
+        ),
+        (
+            not x.key_rotary or scaling is None or scaling.kind != "dynamic",
+            "xattn.key_rotary",
+            "must be False where llm.rope_scaling.kind is dynamic",
         ),
         (
             not parallel or not cfg.moe.copies,

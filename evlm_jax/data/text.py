@@ -252,11 +252,26 @@ def lay_out(
     def ints(values):
         return np.array(values, np.int32)
 
+    if cfg.xattn.key_rotary:
+        _one_place_each(sample, media_slot, stop, positions)
     pairs = block_pair_count(start, stop, cfg.query_block)
     place = (tokens, ints(positions), ints(visible_until), media_slot, start, stop)
     return Document(
         *place, target_positions, target, dialog, sample.refs, sample.key, sample.source, pairs
     )
+
+
+def _one_place_each(
+    sample: Sample, media_slot: np.ndarray, stop: np.ndarray, positions: Sequence[int]
+) -> None:
+    """Raises SampleError where an image has several positions, in branches: its keys have one."""
+    first = np.flatnonzero(media_slot == 0)
+    places = {(int(stop[i]), positions[i]) for i in first}
+    if len(places) > len({image for image, _ in places}):
+        raise SampleError(
+            f"sample {sample.source}/{sample.key}: its dialogs have an image at several positions,"
+            " and xattn.key_rotary gives its keys one: set data.dialogs = 1"
+        )
 
 
 def _render(sample: Sample, pieces) -> list[list[Piece]]:

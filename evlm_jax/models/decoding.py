@@ -27,7 +27,7 @@ from evlm_jax.models.decode_weights import Weights
 from evlm_jax.models.evlm import cross_attention_op, self_attention_op
 from evlm_jax.models.llm import finished, scaled
 from evlm_jax.models.long_context import rope_base, sharpen
-from evlm_jax.models.rotary import rope_tables
+from evlm_jax.models.rotary import image_turns, rope_tables
 from evlm_jax.models.sampling import Sampling, sample
 from evlm_jax.models.trunk import pick, run_layers
 from evlm_jax.ops.decode_matmul import compute_dtype, logits
@@ -171,10 +171,13 @@ def read_prompts(
     if taps is not None:
         taps = shard(taps.astype(compute_dtype(cfg.train.dtype)), "pictures")
         views = view(cfg, weights, jnp.moveaxis(taps, 1, 0))
-    cross = project(cfg, weights, views, prompt.image) if cfg.cross_layers else None
     index = jnp.arange(length)
     mask = jnp.broadcast_to(index <= index[:, None], (rows, length, length))
     positions = jnp.minimum(index, prompt.length[:, None] - 1)  # padding makes no text longer
+    theta = rope_base(cfg.llm, prompt.length)
+    place = prompt.media_slot, prompt.image_slot, positions, prompt.image.shape
+    turned = image_turns(cfg, *place, None if theta is None else theta[:, None, None, None])
+    cross = project(cfg, weights, views, prompt.image, turned) if cfg.cross_layers else None
 
     attend = self_attention_op(cfg.llm.scales.query, cfg.llm.scales.score_cap)
     look = cross_attention_op(cfg)
@@ -187,7 +190,6 @@ def read_prompts(
             q, *(jax.lax.dynamic_index_in_dim(a, number, 0, False) for a in cross), prompt.plan
         )
 
-    theta = rope_base(cfg.llm, prompt.length)
     x = _embed(cfg, weights, prompt, views)
     x, (keys, values) = _decoder(cfg, weights, x, positions, theta, self_attend, cross_attend)
     last = x[jnp.arange(rows), prompt.length - 1]
@@ -294,17 +296,18 @@ def view(cfg: EVLMConfig, weights: Weights, taps: jax.Array) -> jax.Array:
 
 
 def project(
-    cfg: EVLMConfig, weights: Weights, views: jax.Array, image: jax.Array
+    cfg: EVLMConfig, weights: Weights, views: jax.Array, image: jax.Array, turned: Callable
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and values of every cross-attention block: views [G', n, S', V], image [B, I] ->
-    [X, B, I, S', K, H].
+    [X, B, I, S', K, H]; `turned` as rotary.image_turns makes it.
     """
     number = jnp.array(cfg.tap_of_cross_layer)
 
     def each(i):
-        return pick(weights.crosses, i).keys_values(views[number[i]])
+        keys, values = pick(weights.crosses, i).keys_values(views[number[i]])
+        return turned(keys[image], i), values[image]
 
-    return jax.tree.map(lambda a: a[:, image], jax.lax.map(each, jnp.arange(len(cfg.cross_layers))))
+    return jax.lax.map(each, jnp.arange(len(cfg.cross_layers)))
 
 
 def _choose(logits: jax.Array, state: DecodeState, sampling: Sampling) -> DecodeState:

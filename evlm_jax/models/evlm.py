@@ -22,7 +22,7 @@ from evlm_jax.models import bridge, lora, moe, xattn
 from evlm_jax.models.attention import attention, text_mask, within_window
 from evlm_jax.models.layers import param
 from evlm_jax.models.llm import LLM, finished, scaled
-from evlm_jax.models.rotary import rope_tables
+from evlm_jax.models.rotary import image_turns, rope_tables
 from evlm_jax.models.trunk import Passed, run_layers
 from evlm_jax.models.vit import ViT
 from evlm_jax.ops.grouped_attention import AttentionPlan, attention_form, grouped_attention
@@ -173,6 +173,11 @@ class EVLM(nnx.Module):
         )
         return lambda q, k, v: (attend(q, k, v, plan), None)
 
+    def _turned(self, batch: Batch, states: jax.Array | None) -> Callable:
+        """`image_turns` of a batch."""
+        place = batch.media_slot, batch.visible_stop - 1, batch.positions
+        return image_turns(self.cfg, *place, () if states is None else states.shape[1:3])
+
     @_precisely
     def forward_with_observer(
         self,
@@ -204,15 +209,12 @@ class EVLM(nnx.Module):
         )
         tap_of = jnp.array(self.cfg.tap_of_cross_layer)
         cross_attend = cross_attend or self._grouped_cross_attention(batch)
+        turned = self._turned(batch, states)
 
         def look(block, number, q):
-            return cross_attend(
-                q,
-                *(
-                    shard(a, "rows", "images", None, "image_heads")
-                    for a in block.keys_values(states[tap_of[number]])
-                ),
-            )
+            keys, values = block.keys_values(states[tap_of[number]])
+            kept = (turned(keys, number), values)
+            return cross_attend(q, *(shard(a, "rows", "images", None, "image_heads") for a in kept))
 
         x, passed = run_layers(
             self.cfg,

@@ -48,7 +48,8 @@ def absent(cfg: EVLMConfig) -> tuple[str, ...]:
     """Names that EVLM has and `cfg` has not: its first block of cross-attention, where `cfg` has
     none or another, and the media embeddings.
     """
-    evlm = replace(cfg, xattn=replace(cfg.xattn, placement="before", query="own", gate="tanh"))
+    plain = {"placement": "before", "query": "own", "gate": "tanh", "key_rotary": False}
+    evlm = replace(cfg, xattn=replace(cfg.xattn, **plain))
     block = (
         ()
         if cfg.cross_layers and cfg.xattn == evlm.xattn

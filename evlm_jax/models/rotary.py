@@ -5,12 +5,13 @@ Tables of all are made once, and every layer picks its own by number. They are s
 transformers' modeling_rope_utils.py."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from evlm_jax.config import LLMConfig
+from evlm_jax.config import EVLMConfig, LLMConfig
 from evlm_jax.config.model import RopeScaling
 
 Rope = tuple[jax.Array, jax.Array]  # cos and sin
@@ -91,6 +92,38 @@ def _scaled(scaling: RopeScaling, inverse: jax.Array, base: float, width: int) -
         span = last - first or 0.001
         kept = 1 - jnp.clip((jnp.arange(width // 2) - first) / span, 0, 1)
     return inverse / scaling.factor * (1 - kept) + inverse * kept
+
+
+def image_turns(
+    cfg: EVLMConfig,
+    media_slot: jax.Array,
+    slot: jax.Array,
+    positions: jax.Array,
+    shape: tuple[int, int],
+    theta: jax.Array | None = None,
+) -> Callable[[jax.Array, jax.Array | int], jax.Array]:
+    """A function (keys [C, I, S', K, H], number of their cross-attention block) -> the keys, turned
+    by the position of their image, that of its first media token, where `cfg` has that
+    (mPLUG-Owl3's MI-Rope).
+
+    Args:
+      media_slot: [B, T] as `positions`, of Batch; `slot`: the image slot of media tokens.
+      shape: C and I.
+      theta: as of `rope_tables`.
+    """
+    if not cfg.xattn.key_rotary:
+        return lambda keys, number: keys
+    groups, images = shape
+    place = jnp.where(media_slot == 0, slot, images).reshape(groups, -1)  # `images`: dropped
+    at = jnp.zeros(shape, positions.dtype)
+    at = at.at[jnp.arange(groups)[:, None], place].set(positions.reshape(groups, -1), mode="drop")
+    tables, layers = rope_tables(cfg.llm, at, theta), jnp.array(cfg.cross_layers)
+
+    def turn(keys: jax.Array, number: jax.Array | int) -> jax.Array:
+        cos, sin = layer_rope(cfg.llm, tables, layers[number])
+        return rotate(keys, (cos[..., None, :], sin[..., None, :]))
+
+    return turn
 
 
 def rotate(x: jax.Array, rope: Rope) -> jax.Array:

@@ -25,7 +25,7 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.models.gate import Gate, MixingGate
 from evlm_jax.models.layers import MLP, LayerNorm, Linear, RMSNorm, heads
 from evlm_jax.models.moe import MoE, Routing
-from evlm_jax.models.rotary import Rope
+from evlm_jax.models.rotary import Rope, rotate
 
 Attend = Callable[[jax.Array], tuple[jax.Array, Any]]
 
@@ -65,7 +65,7 @@ class Block(nnx.Module):
         self.ffn_norm = norm(d, not parallel, kind)
         self.ffn = None if parallel else _ffn(cfg, rngs)
         self.ffn_gate = None if parallel else Gate(rngs)
-        self.head_dim = cfg.xattn.head_dim
+        self.head_dim, self.rotary = cfg.xattn.head_dim, cfg.xattn.key_rotary
 
     @jax.named_scope("keys_values")
     def keys_values(self, tap: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -110,7 +110,9 @@ class Block(nnx.Module):
           rope: by which it turned them.
           attend: as of `__call__`.
         """
-        out, kept = attend(q if self.q is None else self._queries(x))
+        if self.q is not None:
+            q = rotate(self._queries(x), rope) if self.rotary else self._queries(x)
+        out, kept = attend(q)
         return self.attn_gate.join(text, out), kept
 
     def _queries(self, x: jax.Array) -> jax.Array:

@@ -77,17 +77,18 @@ class Work(NamedTuple):
     @classmethod
     def full(cls, cfg: EVLMConfig, rows: int) -> Self:
         """The work of `rows` rows without padding: each one document of T tokens, all I images of a
-        group seen, one image a token, M targets.
+        group seen, one image a token, or all of its row up to there, M targets.
         """
         t, images = cfg.data.length, rows // cfg.data.image_group * cfg.data.slots
         encoded = 0 if cfg.data.cache_features else images
         near = near_pairs(cfg.llm, np.arange(t))
+        sight = 1 if cfg.media.sight == "last" else (images / rows + 1) / 2
         return cls(
             rows * t,
             rows * t * (t + 1) / 2,
             images,
             encoded,
-            rows * t,
+            rows * t * sight,
             rows * cfg.data.targets,
             {window: rows * pairs for window, pairs in near.items()},
         )
@@ -279,6 +280,8 @@ def _bridge(cfg: EVLMConfig, work: Work) -> Iterator[tuple[tuple[Product, int | 
 
     if b.kind == "fused":
         yield tuple(one("proj", (v, v), vit.tokens, tap) for tap in range(len(vit.taps)))
+    elif b.kind == "linear":
+        yield (one("proj", (v, cfg.llm.hidden), vit.tokens, -1),)
     elif b.kind == "llava":
         yield (one("fc1", (v, cfg.llm.hidden), vit.patches, -1),)
         yield (one("fc2", (cfg.llm.hidden, cfg.llm.hidden), vit.patches),)
@@ -326,7 +329,7 @@ def _images(cfg: EVLMConfig, work: Work, layer: int) -> tuple[Stage, Stage]:
     width, shared = x.heads * x.head_dim, x.kv_heads * x.head_dim
     queries = Product(CROSS, f"{name}/q", work.tokens, (cfg.llm.hidden, width))
     keys = (
-        Product(KEYS, f"{name}/{leaf}", work.images * s, (cfg.vit.width, shared)) for leaf in "kv"
+        Product(KEYS, f"{name}/{leaf}", work.images * s, (cfg.view_width, shared)) for leaf in "kv"
     )
     scores = Product(CROSS_SCORES, "", work.visible, (2 * width, s))
     return (*[queries] * (x.query == "own"), *keys), (scores,)

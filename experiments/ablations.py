@@ -53,6 +53,12 @@ VARIANTS: dict[str, dict[str, object]] = {
     "shared-keys": {"xattn.kv_heads": 1},  # of all heads
     "ffn-quarter": {"xattn.ffn": 144},  # r_f = 1/4 instead of 1/2
     "ffn-whole": {"xattn.ffn": 576},  # 1
+    # beside self-attention, whose output projection it shares; all nine heads then
+    "parallel": {
+        "xattn.placement": "parallel",
+        "xattn.heads": 9,
+        "init.centre_norms": False,
+    },
     "not-isolated": {"data.isolate": False},
     # experts, from zero as the base's FFN; with --init the base goes on with its run and they are
     # made of that run's FFNs (upcycle.py)

@@ -167,6 +167,7 @@ OFTEN = {
     "every third, no sink": {"section": "xattn", "every": 3, "sinks": 0, "schedule": "cyclic"},
     "biases, own head": {"qkv_bias": True, "tied": False, "kv_heads": 4},
     "open_flamingo": {"baseline": "open_flamingo"},
+    "mplug_owl3": {"baseline": "mplug_owl3"},
     "llava": {"baseline": "llava"},
 }
 SELDOM = {

@@ -241,6 +241,11 @@ class EVLMConfig:
         return self.bridge.latents if self.bridge.kind == "flamingo" else self.vit.tokens
 
     @property
+    def view_width(self) -> int:
+        """Width of what keys and values of cross-attention are made from."""
+        return self.llm.hidden if self.bridge.kind == "linear" else self.vit.width
+
+    @property
     def resampler_eps(self) -> float:
         """Of the resampler's norms."""
         return self.bridge.eps or self.xattn.eps
@@ -258,13 +263,16 @@ class EVLMConfig:
     @property
     def baseline(self) -> str:
         """What distinguishes this model from EVLM, in words; empty for EVLM itself."""
-        if self.bridge.kind != "routed":
-            return f"bridge.kind = {self.bridge.kind}"
-        if self.media.around:
-            return f"media.around = {self.media.around}"
-        if self.xattn.placement != "before":
-            return f"xattn.placement = {self.xattn.placement}"
-        return "" if self.cross_layers else "xattn.every = 0, no cross-attention"
+        fields = {
+            "bridge.kind": (self.bridge.kind, "routed"),
+            "xattn.placement": (self.xattn.placement, "before"),
+            "media.around": (self.media.around, ""),
+            "media.sight": (self.media.sight, "last"),
+        }
+        other = [f"{name} = {own}" for name, (own, evlm) in fields.items() if own != evlm]
+        if other or self.cross_layers:
+            return ", ".join(other)
+        return "xattn.every = 0, no cross-attention"
 
 
 def check(cfg: EVLMConfig) -> None:

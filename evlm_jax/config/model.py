@@ -257,6 +257,9 @@ class MediaConfig:
     placeholder: str  # a spare token of the vocabulary, repeated `tokens` times
     # a token on both sides of an image, one between neighbours, as IDEFICS has it; empty: none
     around: str = ""
+    # images that a token sees: a media token its own, text the last one or all frames of its video;
+    # or each all that do not stand behind it, as in mPLUG-Owl3
+    sight: Literal["last", "all"] = "last"
 
 
 @dataclass(frozen=True)
@@ -265,9 +268,9 @@ class BridgeConfig:
     (models/bridge.py).
     """
 
-    kind: Literal[
-        "routed", "fused", "flamingo", "llava"
-    ]  # taps by layer; all taps in one; latents of the last; its patches as text
+    # taps by layer; all taps in one; latents of the last; its patches as text; the last by a linear
+    # layer in the width of the text
+    kind: Literal["routed", "fused", "flamingo", "llava", "linear"]
     latents: Positive  # of an image; this and what follows is of the resampler of "flamingo"
     depth: Positive  # layers
     heads: Positive  # of its attention

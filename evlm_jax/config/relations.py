@@ -141,6 +141,11 @@ def placement(cfg: "EVLMConfig") -> list[Relation]:
             "must be False where llm.rope_scaling.kind is dynamic",
         ),
         (
+            cfg.xattn.every > 0 or cfg.media.sight == "last",
+            "media.sight",
+            "must be last where xattn.every is 0: what sees images is cross-attention",
+        ),
+        (
             not parallel or not cfg.moe.copies,
             "moe.copies",
             "must be 0 where xattn.placement is parallel: such a block has no FFN",

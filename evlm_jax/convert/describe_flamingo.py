@@ -21,12 +21,12 @@ def fields(every: int, ffn: int) -> dict[str, dict[str, Any]]:
     every `every`-th layer.
     """
     block = {"kv_heads": 8, "ffn": ffn, "every": every, "first": every - 1}
-    block |= {"sinks": 0, "eps": 1e-5, "kv_norm": False}
+    block |= {"sinks": 0, "eps": 1e-5, "kv_norm": False, "placement": "before"}
     resampler = {"kind": "flamingo", "latents": 64, "depth": 6, "ffn": 4, "prefix": False}
     return {
         "xattn": ATTENTION | block,
         "bridge": ATTENTION | resampler,
-        "media": {"tokens": 1},
+        "media": {"tokens": 1, "sight": "last"},
         "moe": {"copies": 0},
     }
 

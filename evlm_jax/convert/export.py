@@ -200,7 +200,8 @@ def export_idefics(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> Non
 
     Raises ValueError naming what IDEFICS cannot have.
     """
-    if cfg.bridge.kind not in ("routed", "flamingo") or not cfg.cross_layers:
+    known = cfg.bridge.kind in ("routed", "flamingo") and cfg.xattn.placement == "before"
+    if not known or not cfg.cross_layers:
         raise ValueError(f"export: IDEFICS does not have {cfg.baseline}")
     pixels = {"image_mean": cfg.vit.mean, "image_std": cfg.vit.std}
     pixels |= {"image_size": cfg.vit.image_size, "image_processor_type": "IdeficsImageProcessor"}

@@ -95,8 +95,9 @@ def parts(source: Source) -> tuple[Source, dict[str, Any], dict[str, dict[str, A
     block = {"heads": heads, "kv_heads": heads, "head_dim": found["hidden_size"] // heads}
     block |= {"ffn": found["intermediate_size"], "every": every, "first": 0, "sinks": 0}
     block |= {"eps": found["rms_norm_eps"], "kv_norm": False, "norm_kind": "rms", "gated": True}
-    block |= {"qk_norm": NORMED[found["qk_layer_norms"]]}
-    sections = {"xattn": block, "media": {"tokens": 1}, "moe": {"copies": 0}}
+    block |= {"qk_norm": NORMED[found["qk_layer_norms"]], "placement": "before"}
+    media = {"tokens": 1, "sight": "last"}
+    sections = {"xattn": block, "media": media, "moe": {"copies": 0}}
     sections["bridge"] = _resampler(source) if found["use_resampler"] else {"kind": "routed"}
     return _clip(source), text, sections
 

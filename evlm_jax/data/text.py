@@ -192,10 +192,10 @@ def steps(
     for piece in pieces:
         if isinstance(piece, Media):
             placeholder = tokenizer.id(media.placeholder)
-            new = [
-                (placeholder, slot, piece.frame, piece.frame + 1) for slot in range(media.tokens)
-            ]
-            before, see, labelled = see, (piece.start, piece.stop), False
+            last = media.sight == "last"  # markers take images in order, so that 0 is the first
+            own = (piece.frame if last else 0, piece.frame + 1)
+            new = [(placeholder, slot, *own) for slot in range(media.tokens)]
+            before, see, labelled = see, (piece.start if last else 0, piece.stop), False
             if media.around:
                 side = tokenizer.id(media.around)
                 front = (side, -1, *before)

@@ -7,10 +7,12 @@ layers; a module in the baselines.
                                                    fair rival of routed taps
     flamingo  latents [1, ..., latents, V]         Flamingo's resampler of the last tap
                                                    (arXiv 2204.14198, appendix A.1.1)
+    linear    one sequence [1, ..., S, D]          mPLUG-Owl3's linear layer of the last tap
+                                                   (arXiv 2408.04840)
     llava     patches in the text [1, ..., P, D]   LLaVA-1.5's projector of the last tap
                                                    (arXiv 2310.03744)
 
-The first three are looked at by cross-attention. `llava` has none: its P patches stand in the text
+All but the last are looked at by cross-attention. `llava` has none: its P patches stand in the text
 at the image's media positions."""
 
 import jax
@@ -111,7 +113,19 @@ class Projector(nnx.Module):
         return self.fc2(ACTIVATIONS["gelu"](self.fc1(taps[-1][..., self.first :, :])))[None]
 
 
-KINDS = {"fused": Fused, "flamingo": Resampler, "llava": Projector}
+class Widened(nnx.Module):
+    """The last tap in the width of the text: [G, ..., S, V] -> [1, ..., S, D]."""
+
+    def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
+        self.proj = Linear(
+            (cfg.vit.width, cfg.llm.hidden), ("vision_mlp", "whole"), rngs, bias=True
+        )
+
+    def __call__(self, taps: jax.Array) -> jax.Array:
+        return self.proj(taps[-1])[None]
+
+
+KINDS = {"fused": Fused, "flamingo": Resampler, "linear": Widened, "llava": Projector}
 
 
 def make(cfg: EVLMConfig, rngs: nnx.Rngs) -> nnx.Module | None:

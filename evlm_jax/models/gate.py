@@ -44,7 +44,7 @@ class MixingGate(nnx.Module):
     """
 
     def __init__(self, head_dim: int, rngs: nnx.Rngs):
-        self.linear = Linear((head_dim, head_dim), ("whole", "whole"), rngs)
+        self.linear = Linear((head_dim, head_dim), ("whole", "whole"), rngs, bias=True)
         self.linear.bias = param(rngs, (head_dim,), ("whole",), value=START)
 
     def join(self, text: jax.Array, images: jax.Array) -> jax.Array:

@@ -38,7 +38,7 @@ class Block(nnx.Module):
     def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
         d, v, n, k = (
             cfg.llm.hidden,
-            cfg.vit.width,
+            cfg.view_width,
             *(heads * cfg.xattn.head_dim for heads in (cfg.xattn.heads, cfg.xattn.kv_heads)),
         )
         parallel, own = cfg.xattn.placement == "parallel", cfg.xattn.query == "own"

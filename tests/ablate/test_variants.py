@@ -31,7 +31,17 @@ def test_changes_at_most_three_fields_and_builds(variant):
 
 @pytest.mark.parametrize(
     "variant",
-    ["base", "every-4", "moe-top-8", "fused", "flamingo", "llava", "text-only", "vit-upper-half"],
+    [
+        "base",
+        "every-4",
+        "moe-top-8",
+        "parallel",
+        "fused",
+        "flamingo",
+        "llava",
+        "text-only",
+        "vit-upper-half",
+    ],
 )
 def test_runs(variant):
     """Shapes only, of every kind of model there is among them."""

@@ -121,7 +121,9 @@ def test_charts_are_svg_in_theme_colours():
     maps = figures.load_maps(
         [0, 3], {"text": [[0.5, 0.25, 0.25], [1, 0, 0]], "media": [[0, 0, 1], [0.1, 0.2, 0.7]]}
     )
-    for svg, colour in ((curves, 1), (bars, 1), (maps, 0)):
+    alone = figures.gate_bars([1, 9], [0.1, 0.2])
+    assert "attention gate" in alone and "FFN gate" in bars and "FFN gate" not in alone
+    for svg, colour in ((curves, 1), (bars, 1), (alone, 0), (maps, 0)):
         root = ElementTree.fromstring(svg)
         assert root.tag.endswith("svg") and root.get("viewBox") and root.get("width") is None
         assert f"var(--series-{colour})" in svg and "var(--ink)" in svg and "#0102" not in svg

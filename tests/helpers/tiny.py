@@ -90,9 +90,17 @@ BASELINES = {  # sections of the tiny config; its pictures have 4 patches
         xattn=dict(every=2, kv_norm=False, sinks=0, norm_kind="rms", qk_norm="head", gated=True),
         media=dict(tokens=1),
     ),
+    "mplug_owl3": dict(
+        bridge=dict(kind="linear"),
+        xattn=dict(
+            every=2, first=1, kv_norm=False, sinks=0, heads=4, placement="parallel",
+            query="shared", gate="mixing", key_rotary=True,
+        ),
+        media=dict(tokens=1, sight="all"),
+    ),
     "llava": dict(bridge=dict(kind="llava"), xattn=dict(every=0), media=dict(tokens=4)),
     "text only": dict(xattn=dict(every=0)),
-}
+}  # fmt: skip
 
 
 def tiny_config(**overrides) -> EVLMConfig:
@@ -190,7 +198,8 @@ def _row(cfg: EVLMConfig, rng: np.random.Generator, fill: float) -> dict:
         for k in range(images):
             media = slice(at + k * (n + 1) + 1, at + (k + 1) * (n + 1))
             row["tokens"][media], row["media_slot"][media] = cfg.llm.vocab - 1, np.arange(n)
-            row["visible_start"][media.start : at + size] = image + k
+            first = image + k if cfg.media.sight == "last" else image
+            row["visible_start"][media.start : at + size] = first
             row["visible_stop"][media.start : at + size] = image + k + 1
         answer = np.arange(at + size - words + 1, at + size)[: data.targets - target]
         spots = slice(target, target + len(answer))

@@ -52,7 +52,8 @@ def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], kind="", image_
         vit={"heads": 8, "width": 64, "mlp": 128},
         llm={"heads": 8, "kv_heads": 8, "head_dim": 8},
         xattn={"heads": 16, "kv_heads": 8, "head_dim": 8, "ffn": 64}
-        | BASELINES.get(kind, {}).get("xattn", {}),
+        | BASELINES.get(kind, {}).get("xattn", {})
+        | ({"heads": 8} if kind == "mplug_owl3" else {}),  # llm.heads
         bridge={"heads": 8, "head_dim": 8} | BASELINES.get(kind, {}).get("bridge", {}),
         media=BASELINES.get(kind, {}).get("media", {}),
         moe={"copies": 4 if experts else 0},
@@ -112,6 +113,7 @@ def test_gradients_equal_those_of_one_device(mesh, experts, alone):
         ("open_flamingo", POLICIES[1]),
         pytest.param("idefics", POLICIES[1], marks=pytest.mark.slow),
         pytest.param("fused", POLICIES[1], marks=pytest.mark.slow),
+        pytest.param("mplug_owl3", POLICIES[1], marks=pytest.mark.slow),
         pytest.param("llava", POLICIES[0], marks=pytest.mark.slow),
     ],
 )

@@ -85,6 +85,19 @@ def test_a_run_goes_on_on_another_mesh(whole_run, tmp_path, experts, meshes):
     assert whole.params.keys() == moved.params.keys()
 
 
+@pytest.mark.slow
+def test_a_run_with_parallel_cross_attention_is_that_of_one_device(tmp_path):
+    """20 updates: the same losses, within rounding."""
+    losses = []
+    for mesh in ((1, 1, 1, 1), (1, 2, 2, 2)):
+        run = tmp_path / str(mesh)
+        trained_on(config(mesh, kind="mplug_owl3", steps=20, save_every=20), run)
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert len(losses[0]) == 20
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
 def trained_on(cfg, workdir, data=lambda cfg, own: TinyData(cfg), on_step=None):
     """Trains on as many devices as the mesh has; what is restored has the bits that were saved."""
     layout = layout_of(cfg)

@@ -83,7 +83,7 @@ def test_trains_saves_and_goes_on(kind, tmp_path):
     sections = BASELINES[kind] | {
         "train": {"steps": 30, "save_every": 15},
         "optim": {"lr": 1e-2},
-        "init": {"centre_norms": kind != "idefics"},
+        "init": {"centre_norms": kind not in ("idefics", "mplug_owl3")},
     }
     cfg = tiny_config(**sections)
     towers, one = tiny_towers(cfg), tiny_batch(cfg, 0)
@@ -182,6 +182,25 @@ def test_one_list_of_rules_serves_all_kinds():
             "xattn.every must lie in 1..llm.layers = 4, or be 0 for no cross-attention",
         ),
         ({"bridge": {"latents": 0}}, "bridge.latents must be at least 1"),
+        ({"xattn": {"query": "shared"}}, "xattn.query can be shared where xattn.placement is para"),
+        ({"xattn": {"gate": "mixing"}}, "xattn.gate can be mixing where xattn.placement is para"),
+        ({"xattn": {"key_rotary": True}}, "xattn.key_rotary can be True where xattn.placement is"),
+        (
+            {"xattn": {"placement": "parallel"}},
+            "xattn.heads must be llm.heads = 4 where xattn.placement is parallel",
+        ),
+        (
+            {"xattn": {"placement": "parallel", "heads": 4}, "moe": {"copies": 2}},
+            "moe.copies must be 0 where xattn.placement is parallel",
+        ),
+        (
+            {"xattn": {"placement": "parallel", "heads": 4}, "init": {"centre_norms": True}},
+            "init.centre_norms must be False where xattn.placement is parallel",
+        ),
+        (
+            {"xattn": {"every": 0}, "media": {"sight": "all"}},
+            "media.sight must be last where xattn.every is 0",
+        ),
     ],
 )
 def test_wrong_combinations_are_named(sections, message):

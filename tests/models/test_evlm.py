@@ -26,7 +26,7 @@ from tests.helpers.tiny import BASELINES, tiny_batch, tiny_config
 def open_gates(cfg: EVLMConfig, seed: int = 0) -> EVLM:
     """A random model whose gates let much through."""
     model = random_model(cfg, seed)
-    if not cfg.cross_layers:
+    if not cfg.cross_layers or cfg.xattn.gate == "mixing":
         return model
     model.xattn.attn_gate.scalar[...] = jnp.full(model.xattn.attn_gate.scalar.shape, 0.8)
     model.xattn.ffn_gate.scalar[...] = jnp.full(model.xattn.ffn_gate.scalar.shape, -0.6)

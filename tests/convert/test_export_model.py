@@ -220,6 +220,12 @@ def test_what_is_refused(model, batch):
         model(torch.tensor([words(4)] * 2), pixel_values=batch["pixel_values"])
     with pytest.raises(ValueError, match=r"have \[2, 2\] images, the tokens show \[2, 1\]"):
         model(**batch | {"image_groups": torch.tensor([[0, 0], [0, 1]])})
+    some, none = batch["pixel_values"], {"image_groups": None}
+    for wrong in (some[:1], some[0]):  # which would be every row's
+        with pytest.raises(ValueError, match=r"not \[B, I, 3, h, w\] for 2 rows"):
+            model(**batch | none | {"pixel_values": wrong})
+    with pytest.raises(ValueError, match=r"are \[3, 6, 8\], the model takes \[3, 8, 8\]"):
+        model(**batch | {"pixel_values": some[..., :6, :]})
     with pytest.raises(ValueError, match=r"attention_mask is \(2, 16\), .* \(2, 15\)"):
         model(**batch | {"input_ids": batch["input_ids"][:, 1:]})
     with pytest.raises(TypeError, match="position_ids"):
@@ -242,6 +248,18 @@ def test_what_is_refused(model, batch):
     )  # as if it had been cropped
     with pytest.raises(ValueError, match="cut off among or before its images"):
         model(torch.tensor([[1], [2]]), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_stop_strings(folder, model, batch):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    alone = {name: array[:1] for name, array in batch.items()}
+    free = model.generate(**alone, max_new_tokens=6, **GREEDY)
+    text = tokenizer.decode(free[0, 17:19])
+    how = {"stop_strings": [text], "tokenizer": tokenizer}
+    stopped = model.generate(**alone, max_new_tokens=6, **GREEDY, **how)[0]
+    assert len(stopped) < free.shape[1] and (stopped == free[0, : len(stopped)]).all()
+    assert text in tokenizer.decode(stopped[16:])
 
 
 @torch.no_grad()

@@ -327,6 +327,7 @@ def test_what_is_not_understood_raises(processor, pictures):
         "a part of type 'image' with .'image', 'size'": lambda: processor.apply_chat_template(
             user(PICTURE | {"image": file, "size": 3})
         ),
+        "a chat is a list of messages": lambda: processor.apply_chat_template("What?"),
         "a string or a list of parts": lambda: processor.apply_chat_template(
             [{"role": "user", "content": 3}]
         ),
@@ -341,6 +342,9 @@ def test_what_is_not_understood_raises(processor, pictures):
     for message, call in cases.items():
         with pytest.raises(ValueError, match=message):
             call()
+    for how in ({}, {"tokenize": True}):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'enable_thinking'"):
+            processor.apply_chat_template(user("x"), enable_thinking=False, **how)
     if processor.template == "chatml":  # as text alone its special tokens would be letters
         with pytest.raises(ValueError, match="no special token: give the chat"):
             processor(str(processor.apply_chat_template(user("x"))))

@@ -123,6 +123,8 @@ def lay_out(messages, how, add_generation_prompt=True, continue_final_message=Fa
     Raises:
       ValueError: an unknown role, key of a message or part of a content; nothing to continue.
     """
+    if not isinstance(messages, (list, tuple)) or not all(isinstance(m, dict) for m in messages):
+        raise ValueError('a chat is a list of messages, as {"role": "user", "content": "What?"}')
     pieces, alone = [], [message.get("role") for message in messages] == ["assistant"]
     if not messages or (
         continue_final_message

@@ -300,8 +300,12 @@ class EVLMForCausalLM(EVLMParts, PreTrainedModel, GenerationMixin):
         output_attentions=None,
         output_hidden_states=None,
         cache=None,
+        tokenizer=None,
     ):
-        """See GenerationMixin; with a cache, only the new tokens and the new images are inputs."""
+        """See GenerationMixin; with a cache, only the new tokens and the new images are inputs.
+
+        `tokenizer` is for stop strings, and comes here because `generate` hands it on.
+        """
         past_key_values = past_key_values if cache is None else cache
         wanted = {
             "use_cache": use_cache,

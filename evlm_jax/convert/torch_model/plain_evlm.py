@@ -147,6 +147,10 @@ def count_images(media, media_tokens, pixels, groups=None, before=0):
       ValueError: other than one of the images in `pixels` [B, I, 3, h, w] for each run of media
         tokens. Those with a negative group are padding; without groups one row has all of them.
     """
+    if pixels.ndim != 5 or len(pixels) != len(media):
+        raise ValueError(
+            f"pixel_values are {list(pixels.shape)}, not [B, I, 3, h, w] for {len(media)} rows"
+        )
     held, shown = (
         -(-tokens // media_tokens) for tokens in (before, before + media.sum(1, keepdim=True))
     )
@@ -234,9 +238,14 @@ class EVLMParts:
         return torch.zeros((len(ids), 0, 3, *size), device=ids.device)
 
     def _project(self, pixel_values, sdpa=False):
-        """Keys and values of all images for every block."""
-        rows, count = pixel_values.shape[:2]
+        """Keys and values of all images for every block. Raises ValueError for another size."""
+        (rows, count), shape = pixel_values.shape[:2], (3, *sides(self.config.vit["image_size"]))
         cfg = Config(self.config.vit)
+        if tuple(pixel_values.shape[2:]) != shape:
+            raise ValueError(
+                f"images in pixel_values are {list(pixel_values.shape[2:])}, the model takes"
+                f" {list(shape)}"
+            )
         if count:
             taps = self.vit(pixel_values.flatten(0, 1), self._run, sdpa).unflatten(
                 0, (rows, count)

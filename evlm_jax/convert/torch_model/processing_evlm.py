@@ -2,6 +2,8 @@
 are.
 """
 
+from inspect import signature
+
 import numpy as np
 import torch
 from tokenizers import Tokenizer
@@ -148,6 +150,7 @@ class EVLMProcessor(ProcessorMixin):
             self._render(chat, **how) for chat in (conversation if several else [conversation])
         ]
         if not tokenize:
+            signature(self._batch).bind([], **kwargs, **(processor_kwargs or {}))  # or TypeError
             return chats if several else chats[0]
         return_tensors = "pt" if return_tensors == "auto" else return_tensors
         kwargs = {

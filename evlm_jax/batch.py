@@ -55,7 +55,7 @@ class Batch(NamedTuple):
     # [C, P] int32; a query block and one image it sees: the unit of work; J padding, ascending
     pair_block: jax.Array | None
     pair_image: jax.Array | None  # [C, P] int32
-    pixels: jax.Array | None  # [C, I, height, width, 3] uint8; None where taps are given
+    pixels: jax.Array | None  # [C, I, height, width, 3 or 4] uint8; None where taps are given
     # [C, I, G, S, V]; cached features of a frozen tower; None where pixels are given
     taps: jax.Array | None
 
@@ -70,7 +70,7 @@ class Batch(NamedTuple):
             return jax.ShapeDtypeStruct(shape, jnp.int32)
 
         text, target, pairs = ints(b, d.length), ints(b, d.targets), ints(c, d.block_pairs)
-        pixels = jax.ShapeDtypeStruct((c, d.slots, *vit.size, 3), jnp.uint8)
+        pixels = jax.ShapeDtypeStruct((c, d.slots, *vit.input_shape), jnp.uint8)
         taps = jax.ShapeDtypeStruct(
             (c, d.slots, len(vit.taps), vit.tokens, vit.width), jnp.bfloat16
         )

@@ -82,7 +82,7 @@ class Work(NamedTuple):
         t, images = cfg.data.length, rows // cfg.data.image_group * cfg.data.slots
         encoded = 0 if cfg.data.cache_features else images
         near = near_pairs(cfg.llm, np.arange(t))
-        sight = 1 if cfg.media.sight == "last" else (images / rows + 1) / 2
+        sight = 1 if cfg.media.sight != "all" else (images / rows + 1) / 2
         return cls(
             rows * t,
             rows * t * (t + 1) / 2,
@@ -206,7 +206,9 @@ def needed(cfg: EVLMConfig, trained: Collection[str], work: Work) -> dict[str, C
         return passes or trains
 
     reached = []  # for each tap, whether its gradient is needed
-    passes = any(name.startswith(("vit/cls", "vit/registers", "vit/pos")) for name in trained)
+    passes = any(
+        name.startswith(("vit/cls", "vit/registers", "vit/pos", "vit/tiles")) for name in trained
+    )
     for number, stage in enumerate(_vision(cfg, work) if cfg.uses_images else ()):
         passes = any([count(product, passes) for product in stage])
         reached += [passes] if number in [STAGES * block for block in cfg.vit.taps] else []
@@ -253,7 +255,7 @@ STAGES = 5  # of a block of the ViT
 
 def _vision(cfg: EVLMConfig, work: Work) -> Iterator[Stage]:
     """From the pixels to the highest tap: the patches, then STAGES of each block."""
-    vit, tokens = cfg.vit, work.encoded * cfg.vit.tokens
+    vit, tokens = cfg.vit, work.encoded * cfg.vit.sequence
 
     def one(name, shape, rows=tokens):
         return Product(FROZEN_VIT, name, rows, shape)
@@ -262,7 +264,7 @@ def _vision(cfg: EVLMConfig, work: Work) -> Iterator[Stage]:
     for block in range(max(vit.taps)):
         name = f"vit/blocks/{block}"
         yield tuple(one(f"{name}/attn/{p}", (vit.width, vit.width)) for p in "qkv")
-        yield (one("", (2 * vit.tokens, vit.width)),)
+        yield (one("", (2 * vit.sequence, vit.width)),)
         yield (one(f"{name}/attn/o", (vit.width, vit.width)),)
         into = ("fc1", "up") if vit.gated else ("fc1",)
         yield tuple(one(f"{name}/mlp/{matrix}", (vit.width, vit.mlp)) for matrix in into)
@@ -278,8 +280,9 @@ def _bridge(cfg: EVLMConfig, work: Work) -> Iterator[tuple[tuple[Product, int | 
     def one(name, shape, tokens, tap=None):
         return Product(BRIDGE, name and f"bridge/{name}", work.images * tokens, shape), tap
 
-    if b.kind == "fused":
-        yield tuple(one("proj", (v, v), vit.tokens, tap) for tap in range(len(vit.taps)))
+    if b.kind in ("fused", "joined"):
+        shape = v, cfg.view_width
+        yield tuple(one("proj", shape, vit.tokens, tap) for tap in range(len(vit.taps)))
     elif b.kind == "linear":
         yield (one("proj", (v, cfg.llm.hidden), vit.tokens, -1),)
     elif b.kind == "llava":

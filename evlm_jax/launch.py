@@ -89,7 +89,7 @@ def next_stage(cfg: EVLMConfig, init: str) -> tuple[dict[str, Tensor], frozenset
     check_adapters(cfg, before, init, params)
     if "vit/pos" in params:
         params["vit/pos"] = resized_positions(
-            params["vit/pos"], before.vit.grid, cfg.vit.grid, cfg.vit.interpolation
+            params["vit/pos"], before.vit.table_grid, cfg.vit.table_grid, cfg.vit.interpolation
         )
     return params, store.trained(init)
 

@@ -303,7 +303,7 @@ def bridge_program(cfg: EVLMConfig, p: dict, tap: list[jax.Array]) -> jax.Array:
     """A number that depends on every product of a bridge: `tap` [images, S, V] of each."""
     b, v = cfg.bridge, cfg.vit.width
     with jax.named_scope(flops.BRIDGE):
-        if b.kind == "fused":
+        if b.kind in ("fused", "joined"):
             kernels = jnp.split(p["bridge/proj/kernel"], len(tap))
             return jnp.sin(sum(norm(x) @ kernel for x, kernel in zip(tap, kernels))).sum()
         patches = tap[-1][:, cfg.vit.prefix_tokens :]
@@ -335,7 +335,7 @@ def bridge_program(cfg: EVLMConfig, p: dict, tap: list[jax.Array]) -> jax.Array:
 
 
 @pytest.mark.parametrize("reached", [False, True])
-@pytest.mark.parametrize("kind", ["fused", "open_flamingo", "llava"])
+@pytest.mark.parametrize("kind", ["fused", "mllama", "open_flamingo", "llava"])
 def test_needed_of_a_bridge_is_what_a_program_executes(kind, reached):
     """`reached`: the ViT trains from behind the first tap on, so of two taps the second needs a
     gradient.

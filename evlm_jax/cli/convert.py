@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     read.add_argument(
         "--model",
         help="instead of the two: a directory that `evlm convert export --format hf` wrote, or of"
-        " IDEFICS; or beside them: open_flamingo's checkpoint",
+        " IDEFICS or Llama 3.2 Vision; or beside them: open_flamingo's checkpoint",
     )
     read.add_argument(
         "--out", required=True, help="new directory; start training from it with --init"
@@ -62,7 +62,7 @@ def _export_arguments(write: argparse.ArgumentParser) -> None:
     _source_arguments(write)
     write.add_argument(
         "--format",
-        choices=("hf", "torch", "openflamingo", "idefics", "llm", "peft", "peft-llm"),
+        choices=("hf", "torch", "openflamingo", "idefics", "mllama", "llm", "peft", "peft-llm"),
         default="hf",
         help="of what is written",
     )

@@ -243,7 +243,8 @@ class EVLMConfig:
     @property
     def view_width(self) -> int:
         """Width of what keys and values of cross-attention are made from."""
-        return self.llm.hidden if self.bridge.kind == "linear" else self.vit.width
+        widened = self.bridge.kind in ("linear", "joined")
+        return self.llm.hidden if widened else self.vit.width
 
     @property
     def resampler_eps(self) -> float:
@@ -268,6 +269,9 @@ class EVLMConfig:
             "xattn.placement": (self.xattn.placement, "before"),
             "media.around": (self.media.around, ""),
             "media.sight": (self.media.sight, "last"),
+            "vit.tiles": (self.vit.tiles, 0),
+            "llm.more_words": (self.llm.more_words, 0),
+            "xattn.ffn_without_image": (self.xattn.ffn_without_image, True),
         }
         other = [f"{name} = {own}" for name, (own, evlm) in fields.items() if own != evlm]
         if other or self.cross_layers:

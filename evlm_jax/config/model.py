@@ -1,5 +1,6 @@
 """The sections of the configuration (config/__init__.py) that say what the model is."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,8 +32,9 @@ class ViTConfig:
     image_size: Positive | tuple[Positive, Positive]
     pretrained_size: Positive  # side of the square that the stored position table was trained at
     norm: Literal["pre", "res_post"]  # x + f(norm(x)) or x + norm(f(x))
-    # "qv": no bias on the keys; "out": none on queries, keys and values; "none": none in blocks
-    bias: Literal["all", "qv", "out", "none"]
+    # "qv": no bias on the keys; "out": none on queries, keys and values; "mlp": of the MLP alone;
+    # "none": none in blocks
+    bias: Literal["all", "qv", "out", "mlp", "none"]
     activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]  # "gelu" is by erf
     layer_scale: bool  # a factor a channel behind attention and MLP
     class_token: bool  # in front of the patches, with a position
@@ -56,6 +58,14 @@ class ViTConfig:
     patch_norm: bool = False  # a norm of the patches before their positions are added: AIMv2
     # "all": an RMSNorm over the queries and one over the keys of all heads (InternViT)
     qk_norm: Literal["none", "all"] = "none"
+    # most tiles of a picture, squares of pretrained_size that see each other (models/tiles.py):
+    # image_size is a grid of them; 0: a picture is one (Llama 3.2 Vision has 4)
+    tiles: Count = 0
+    # each picture has the grid that fits it best (data/tiling.py), and image_size is room for
+    # `tiles` below one another; False: image_size is the grid of all pictures
+    grid_by_picture: bool = False
+    # of a tower with tiles, the last blocks, which have gates and stand behind a norm
+    global_blocks: Count = 0
 
     @property
     def size(self) -> tuple[int, int]:
@@ -64,10 +74,36 @@ class ViTConfig:
         return side if isinstance(side, tuple) else (side, side)
 
     @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Of a picture's pixels: height, width and red, green, blue; where each picture has a grid
+        of its own, its number is a fourth value of every pixel.
+        """
+        return *self.size, 3 + self.grid_by_picture
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Patches down and across."""
         height, width = self.size
         return height // self.patch, width // self.patch
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """Grids of at most `tiles` tiles, down and across, in the order of their numbers."""
+        sides = range(1, self.tiles + 1)
+        return tuple((a, b) for a in sides for b in sides if a * b <= self.tiles)
+
+    @property
+    def laid(self) -> tuple[int, int]:
+        """The grid of tiles that a picture is cut into; one of a tower without tiles."""
+        height, width = self.size
+        side = self.pretrained_size
+        return (height // side, width // side) if self.tiles else (1, 1)
+
+    @property
+    def table_grid(self) -> tuple[int, int]:
+        """Patches down and across of a picture, or of a tile: those that have positions."""
+        (rows, columns), (down, across) = self.grid, self.laid
+        return rows // max(down, 1), columns // max(across, 1)
 
     @property
     def patches(self) -> int:
@@ -76,13 +112,22 @@ class ViTConfig:
 
     @property
     def prefix_tokens(self) -> int:
-        """Class token and registers, in front of the patches."""
+        """Class token and registers, in front of the patches of a picture or of a tile."""
         return int(self.class_token) + self.registers
 
     @property
     def tokens(self) -> int:
-        """S, the visual tokens of one image."""
-        return self.patches + self.prefix_tokens
+        """S, the visual tokens of one image: its tiles one behind the other."""
+        return self.patches + self.prefix_tokens * math.prod(self.laid)
+
+    @property
+    def sequence(self) -> int:
+        """Tokens of one image in the blocks: S; with tiles those of all, each filled up to a
+        multiple of 8.
+        """
+        if not self.tiles:
+            return self.tokens
+        return self.tiles * 8 * -(-self.tokens // math.prod(self.laid) // 8)
 
 
 @dataclass(frozen=True)
@@ -125,7 +170,7 @@ class LLMConfig:
     l has number l modulo their count.
     """
 
-    vocab: Positive  # rows of the embedding
+    vocab: Positive  # words that are predicted, the first rows of the embedding
     hidden: Positive  # D
     layers: Positive  # L
     heads: Positive  # N
@@ -153,6 +198,12 @@ class LLMConfig:
     rotary_share: PositiveShare = 1.0  # of a head's dimensions, from the first on, that turn
     scales: Scales = Scales()
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"  # of the MLP's gate
+    more_words: Count = 0  # rows of the embedding beyond `vocab`: words that are never predicted
+
+    @property
+    def words(self) -> int:
+        """Rows of the embedding."""
+        return self.vocab + self.more_words
 
     @property
     def layer_windows(self) -> tuple[int, ...]:
@@ -207,6 +258,8 @@ class XAttnConfig:
     norm_kind: Literal["layer", "rms"] = "layer"  # of the norms of the text
     qk_norm: Literal["none", "head"] = "none"  # an RMSNorm over the queries and keys of each head
     gated: bool = False  # the FFN is fc2(silu(fc1(x)) * up(x)), not fc2(gelu(fc1(x)))
+    # tokens that see no image pass the FFN; False: the block is the identity for them
+    ffn_without_image: bool = True
     # "parallel": within the layer, beside its self-attention, whose norm and output projection it
     # shares (mPLUG-Owl3); it has no FFN, so that `ffn` counts for nothing. All below is of that
     placement: Literal["before", "parallel"] = "before"
@@ -258,8 +311,9 @@ class MediaConfig:
     # a token on both sides of an image, one between neighbours, as IDEFICS has it; empty: none
     around: str = ""
     # images that a token sees: a media token its own, text the last one or all frames of its video;
-    # or each all that do not stand behind it, as in mPLUG-Owl3
-    sight: Literal["last", "all"] = "last"
+    # or images that stand side by side, each with those before it, and text behind them all of
+    # them, as in Llama 3.2 Vision; or each all that do not stand behind it, as in mPLUG-Owl3
+    sight: Literal["last", "neighbours", "all"] = "last"
 
 
 @dataclass(frozen=True)
@@ -269,8 +323,8 @@ class BridgeConfig:
     """
 
     # taps by layer; all taps in one; latents of the last; its patches as text; the last by a linear
-    # layer in the width of the text
-    kind: Literal["routed", "fused", "flamingo", "llava", "linear"]
+    # layer in the width of the text, or all of them
+    kind: Literal["routed", "fused", "flamingo", "llava", "linear", "joined"]
     latents: Positive  # of an image; this and what follows is of the resampler of "flamingo"
     depth: Positive  # layers
     heads: Positive  # of its attention

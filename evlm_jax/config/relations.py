@@ -42,6 +42,56 @@ def vision(cfg: "EVLMConfig") -> list[Relation]:
             "vit.cuts",
             f"must lie in 1..vit.depth = {vit.depth}",
         ),
+        *tiles(cfg),
+    ]
+
+
+def tiles(cfg: "EVLMConfig") -> list[Relation]:
+    """Relations of a tower whose pictures are cut into tiles."""
+    vit, side = cfg.vit, cfg.vit.pretrained_size
+    return [
+        (
+            not vit.tiles
+            or vit.laid in vit.grids
+            and all(pixels % side == 0 for pixels in vit.size),
+            "vit.image_size",
+            f"must be 1 to vit.tiles = {vit.tiles} squares of vit.pretrained_size = {side}",
+        ),
+        (
+            not vit.grid_by_picture or vit.size == (vit.tiles * side, side),
+            "vit.image_size",
+            f"must be {vit.tiles * side},{side} where vit.grid_by_picture is set",
+        ),
+        (
+            not vit.grid_by_picture or 0 < len(vit.grids) < 256,
+            "vit.grid_by_picture",
+            f"needs vit.tiles, and at most 255 grids of them, not {len(vit.grids)}",
+        ),
+        (
+            not vit.grid_by_picture or cfg.bridge.kind in ("routed", "joined"),
+            "bridge.kind",
+            "must be routed or joined where vit.grid_by_picture is set",
+        ),
+        (
+            not vit.tiles or not vit.rotary,
+            "vit.rotary",
+            "must be 0 where vit.tiles is set: tiles have tables of positions",
+        ),
+        (
+            (vit.tiles > 0) == (vit.global_blocks > 0) and vit.global_blocks < vit.depth,
+            "vit.global_blocks",
+            f"must lie in 1..{vit.depth - 1}, below vit.depth, where vit.tiles is set, else be 0",
+        ),
+        (
+            not vit.tiles or vit.taps[-1:] == (vit.depth,),
+            "vit.taps",
+            f"must end with vit.depth = {vit.depth} where vit.tiles is set",
+        ),
+        (
+            not vit.tiles or cfg.bridge.kind not in ("flamingo", "llava"),
+            "bridge.kind",
+            "must be routed, fused or joined where vit.tiles is set",
+        ),
     ]
 
 
@@ -159,7 +209,7 @@ def placement(cfg: "EVLMConfig") -> list[Relation]:
 
 
 def layers(llm: LLMConfig) -> list[Relation]:
-    """Relations of what may differ from layer to layer, and of rotary positions."""
+    """Relations of what may differ from layer to layer, of rotary positions and of words."""
     scaling, most = llm.rope_scaling, f"llm.layers = {llm.layers}"
     turned = scaling is None or scaling.kind == "linear" or scaling.original > 0
     plain = not llm.rope and scaling is None and llm.rotary_share == 1
@@ -186,6 +236,11 @@ def layers(llm: LLMConfig) -> list[Relation]:
             plain or not llm.dynamic_ntk,
             "llm.dynamic_ntk",
             "must be 0 where llm.rope, llm.rope_scaling or llm.rotary_share is set",
+        ),
+        (
+            not (llm.more_words and llm.tied),
+            "llm.more_words",
+            "must be 0 where llm.tied is set: the head has as many words as the embedding",
         ),
     ]
 

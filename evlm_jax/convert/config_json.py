@@ -10,6 +10,8 @@ from evlm_jax.convert.config_rope import rotary
 from evlm_jax.convert.families import GGUF, INERT, KINDS, NEEDED, OFF, WHOLE, Kind
 
 LISTS = {"layer_types": str, "no_rope_layers": int}  # one value a layer, or null
+LISTS |= {"cross_attention_layers": int, "intermediate_layers_indices": int}
+LISTS |= {"supported_aspect_ratios": list}
 SOFT = ("attn_logit_softcapping", "final_logit_softcapping")  # numbers, or null
 
 
@@ -82,8 +84,7 @@ def fields_of(path: Path, config: dict) -> dict[str, Any]:
     silent |= {"rope_local_base_freq"} if kind.rotary and kind.rotary.near else set()
     if kind.tower == "vit":
         silent |= {"is_causal", "tie_word_embeddings"}
-    off = {field: OFF[field] for field in OFF.keys() & config.keys() - silent - kind.read.keys()}
-    found = settled(path, where, config, kind.read, off | kind.fixed, silent)
+    found = settled(path, where, config, kind.read, kind.fixed, silent)
     return found | (rotary(path, config, kind.rotary) if kind.rotary else {})
 
 
@@ -92,8 +93,10 @@ def settled(
 ) -> dict[str, Any]:
     """Values of the fields in `read`.
 
-    Raises ValueError naming every field that is missing, unknown, or not as `fixed` has it.
+    Raises ValueError naming every field that is missing, unknown, or not as `fixed` has it, or OFF.
     """
+    off = OFF.keys() & config.keys() - inert - read.keys()
+    fixed = {name: OFF[name] for name in off} | fixed
     lacks = [
         name for name, default in read.items() if default is NEEDED and config.get(name) is None
     ]

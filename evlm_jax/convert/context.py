@@ -22,6 +22,7 @@ def trained_positions(where: str | Path) -> tuple[int, str] | None:
     else:
         file = path / "config.json" if path.is_dir() else path.with_name("config.json")
         facts, fields = read_json(file) if file.is_file() else {}, FIELDS
+        facts = facts.get("text_config") or facts  # of a whole Llama 3.2 Vision
     found = [
         (facts[name], name)
         for name in fields

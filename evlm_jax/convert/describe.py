@@ -7,7 +7,7 @@ import dataclasses
 from evlm_jax.checkpoint.lazy_tensors import Source
 from evlm_jax.config import LLMConfig, MediaConfig, MoEConfig, ViTConfig, XAttnConfig
 from evlm_jax.config.schema import build
-from evlm_jax.convert import idefics
+from evlm_jax.convert import idefics, mllama
 from evlm_jax.convert.describe_decoder import describe_decoder
 from evlm_jax.convert.describe_flamingo import describe_flamingo
 from evlm_jax.convert.describe_gguf import describe_gguf
@@ -31,7 +31,8 @@ def describe_source(source: Source, family: str, prefix: str) -> dict:
       ValueError: config.json is missing where it is needed, or describes something EVLM's towers do
         not cover.
     """
-    facts = TOWERS | {"evlm": _evlm, "openflamingo": describe_flamingo, "idefics": _idefics}
+    facts = TOWERS | {"evlm": _evlm, "openflamingo": describe_flamingo}
+    facts |= {"idefics": _idefics, "mllama": _mllama}
     facts |= dict.fromkeys(GGUF.values(), _gguf)
     return facts.get(family.removesuffix("-transformers5"), _language)(source, prefix)
 
@@ -55,6 +56,13 @@ def _idefics(source: Source, prefix: str) -> dict:
         "vit": vit | {"taps": (vit["depth"],)},
         "llm": describe_decoder(source.path, text),
     }
+
+
+def _mllama(source: Source, prefix: str) -> dict:
+    """By section of EVLMConfig."""
+    text, sections = mllama.parts(source)
+    llm = describe_decoder(source.path, text)
+    return sections | {"llm": llm | {"more_words": mllama.MORE_WORDS}}
 
 
 def _evlm(source: Source, prefix: str) -> dict:

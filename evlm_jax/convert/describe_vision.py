@@ -54,9 +54,9 @@ def shapes_of(source: Source, prefix: str) -> Callable[[str, int], tuple[int, ..
     return shape
 
 
-def _vision(source: Source, shape: tuple[int, ...], defaults: dict, **fields) -> dict:
-    """Fields that the patch kernel's shape tells, and the normalisation of
-    preprocessor_config.json.
+def vision_fields(source: Source, shape: tuple[int, ...], defaults: dict, **fields) -> dict:
+    """Fields of ViTConfig: those that the patch kernel's shape tells, the normalisation of
+    preprocessor_config.json, and `fields`.
     """
     processor = source.path / "preprocessor_config.json"
     choices = {"embed_norm": False, "registers": 0, "class_token": True}
@@ -103,7 +103,8 @@ def _normalisation(path) -> dict:
     return {name: tuple(map(float, value)) for name, value in numbers.items()}
 
 
-def _activation(source: Source, name: str) -> str:
+def activation(source: Source, name: str) -> str:
+    """An activation in our words. Raises ValueError for one that the ViT does not have."""
     if name not in ACTIVATIONS:
         raise ValueError(
             f"{source.path}: config.json asks for hidden_act {name!r}; EVLM's ViT has"
@@ -162,7 +163,7 @@ def _dinov2(source: Source, prefix: str) -> dict:
                 f" {list(DINOV2_HEADS)} alone are known"
             )
         facts = {"heads": DINOV2_HEADS[width], "eps": 1e-6, "activation": "gelu"}
-        return _vision(source, kernel, IMAGENET, **choices, **sizes, **facts)
+        return vision_fields(source, kernel, IMAGENET, **choices, **sizes, **facts)
     config = config_fields(source)
     hidden = int(config["hidden_size"] * config["mlp_ratio"])
     hidden = (int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden  # as its own code has it
@@ -176,14 +177,14 @@ def _dinov2(source: Source, prefix: str) -> dict:
         num_register_tokens=(config.get("num_register_tokens", 0), registers),
     )
     facts = {"heads": config["num_attention_heads"], "eps": config["layer_norm_eps"]}
-    return _vision(
+    return vision_fields(
         source,
         kernel,
         IMAGENET,
         **choices,
         **sizes,
         **facts,
-        activation="silu" if gated else _activation(source, config["hidden_act"]),
+        activation="silu" if gated else activation(source, config["hidden_act"]),
     )
 
 
@@ -198,7 +199,7 @@ def _dinov3(source: Source, prefix: str) -> dict:
         patch_size=(config["patch_size"], kernel[-1]),
         num_hidden_layers=(config["num_hidden_layers"], depth),
     )
-    return _vision(
+    return vision_fields(
         source,
         kernel,
         IMAGENET,
@@ -206,7 +207,7 @@ def _dinov3(source: Source, prefix: str) -> dict:
         heads=config["num_attention_heads"],
         mlp=config["intermediate_size"],
         eps=config["layer_norm_eps"],
-        activation=_activation(source, config["hidden_act"]),
+        activation=activation(source, config["hidden_act"]),
         rotary=config["rope_theta"],
         registers=config["num_register_tokens"],
         pretrained_size=config["image_size"] // kernel[-1] * kernel[-1],
@@ -233,7 +234,7 @@ def _encoder(source: Source, prefix: str) -> dict:
         "embed_norm": clip,
         "class_token": clip,
     }
-    return _vision(source, kernel, OPENAI if clip else HALF, **(sizes | choices))
+    return vision_fields(source, kernel, OPENAI if clip else HALF, **(sizes | choices))
 
 
 def _aimv2(source: Source, prefix: str) -> dict:
@@ -247,7 +248,7 @@ def _aimv2(source: Source, prefix: str) -> dict:
         )
     positions = shape("embeddings.position_embedding.weight", 2)[0]
     sizes = _sizes(source, kernel, rf"{re.escape(prefix)}encoder\.layers\.(\d+)\.", positions)
-    return _vision(
+    return vision_fields(
         source,
         kernel,
         OPENAI,
@@ -276,7 +277,7 @@ def _internvit(source: Source, prefix: str) -> dict:
         )
     positions = shape("embeddings.position_embeddings", 3)[1] - 1
     sizes = _sizes(source, kernel, rf"{re.escape(prefix)}encoder\.layer\.(\d+)\.", positions)
-    return _vision(
+    return vision_fields(
         source,
         kernel,
         IMAGENET,
@@ -304,7 +305,7 @@ def _sizes(source: Source, kernel: tuple[int, ...], blocks: str, positions: int)
         "heads": config["num_attention_heads"],
         "mlp": config["intermediate_size"],
         "pretrained_size": grid * kernel[-1],
-        "activation": _activation(source, config["hidden_act"]),
+        "activation": activation(source, config["hidden_act"]),
         "interpolation": "bicubic",
         "patch_bias": True,
     }
@@ -348,7 +349,7 @@ def _eva(source: Source, prefix: str) -> dict:
     }
     sizes |= {"pretrained_size": grid * patch, "eps": 1e-6, "activation": "gelu"}
     choices = {"norm": "res_post", "bias": "qv", "layer_scale": False, "patch_bias": True}
-    return _vision(source, kernel, defaults, **choices, **sizes)
+    return vision_fields(source, kernel, defaults, **choices, **sizes)
 
 
 TOWERS = {  # of tables.py

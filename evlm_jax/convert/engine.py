@@ -125,7 +125,7 @@ def open_tower(cfg: EVLMConfig, source: Source, tower: str) -> Tower:
     if "vit/pos" in tensors and tower in ("vit", "whole"):
         vit, side = cfg.vit, cfg.vit.pretrained_size // cfg.vit.patch
         tensors["vit/pos"] = resized_positions(
-            tensors["vit/pos"], (side, side), vit.grid, vit.interpolation
+            tensors["vit/pos"], (side, side), vit.table_grid, vit.interpolation
         )
     if wrong := [
         f"{n} {tensors[n].shape}, the config needs {shape}"

@@ -7,6 +7,7 @@ torch         evlm.pt, one state dict, beside the same model without transformer
 openflamingo  openflamingo.pt, the trained part in open_flamingo's names; of a model that is
               open_flamingo's, what its own code loads
 idefics       a directory that transformers' IdeficsForVisionText2Text reads
+mllama        a directory that transformers' MllamaForConditionalGeneration reads
 llm           the language model alone, as a class of transformers (convert/stock.py)
 peft          adapters alone, for what `hf` writes without them (convert/peft.py)
 peft-llm      adapters alone, for what `llm` writes without them
@@ -16,7 +17,10 @@ Adapters are merged into their matrices in all other forms, or left out."""
 import json
 from collections.abc import Collection
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -27,7 +31,7 @@ from evlm_jax.checkpoint.atomic_dir import new_folder
 from evlm_jax.checkpoint.lazy_tensors import Source, Tensor, Tensors
 from evlm_jax.checkpoint.safetensors_file import write_folder
 from evlm_jax.config import EVLMConfig
-from evlm_jax.convert import idefics
+from evlm_jax.convert import idefics, mllama
 from evlm_jax.convert.describe import describe_source
 from evlm_jax.convert.describe_flamingo import fields_beside
 from evlm_jax.convert.engine import PARTS, differences, sizes, to_foreign
@@ -87,7 +91,8 @@ def export(
     else:
         tensors = {name: tensor for name, tensor in tensors.items() if not is_adapter(name)}
     cfg = replace(cfg, init=replace(cfg.init, llm=source_of_run(source, cfg.init.llm)))
-    known = ("llm", "idefics", "peft-llm", *["openflamingo"] * (cfg.bridge.kind == "flamingo"))
+    known = ("llm", "idefics", "mllama", "peft-llm")
+    known += ("openflamingo",) * (cfg.bridge.kind == "flamingo")
     if cfg.baseline and form not in known:
         raise ValueError(
             f"{source} is a baseline ({cfg.baseline}): --format {form} knows EVLM alone; use evlm"
@@ -195,27 +200,32 @@ def _words(tensors: Tensors, cfg: EVLMConfig) -> Tensor:
     return Tensor(words.shape, dtype, read)
 
 
-def export_idefics(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
-    """The whole model, with tokenizer and normalisation.
+def export_published(
+    model: ModuleType, family: str, folder: epath.Path, tensors: Tensors, cfg: EVLMConfig
+) -> None:
+    """The whole of a published model, with tokenizer and normalisation.
 
-    Raises ValueError naming what IDEFICS cannot have.
+    Args:
+      model: the module that says its config.json.
+    Raises:
+      ValueError: naming what it cannot have.
     """
-    known = cfg.bridge.kind in ("routed", "flamingo") and cfg.xattn.placement == "before"
+    known = cfg.bridge.kind in model.BRIDGES and cfg.xattn.placement == "before"
     if not known or not cfg.cross_layers:
-        raise ValueError(f"export: IDEFICS does not have {cfg.baseline}")
-    pixels = {"image_mean": cfg.vit.mean, "image_std": cfg.vit.std}
-    pixels |= {"image_size": cfg.vit.image_size, "image_processor_type": "IdeficsImageProcessor"}
+        raise ValueError(f"export: {model.NAME} does not have {cfg.baseline or 'routed taps'}")
+    pixels = {"image_mean": cfg.vit.mean, "image_std": cfg.vit.std} | model.pixels(cfg)
     write_json(folder, {"preprocessor_config.json": pixels})
     whole = {name: tensor for name, tensor in tensors.items() if not name.startswith("media/")}
-    foreign = in_names_of("idefics", whole | {"llm/embed": _words(tensors, cfg)}, cfg)
-    config, tokenizer = idefics.stock(cfg), load_tokenizer(cfg.init.llm)
-    said = describe_source(Source(folder, config, foreign), "idefics", "")
-    if wrong := differences(cfg, said, "IDEFICS"):
-        raise ValueError("export: the model is not IDEFICS's:\n  " + "\n  ".join(wrong))
+    foreign = in_names_of(family, whole | {"llm/embed": _words(tensors, cfg)}, cfg)
+    tokenizer = load_tokenizer(cfg.init.llm)
+    config = model.stock(cfg, _special_ids(tokenizer))
+    said = describe_source(Source(folder, config, foreign), family, "")
+    if wrong := differences(cfg, said, model.NAME):
+        raise ValueError(f"export: the model is not {model.NAME}'s:\n  " + "\n  ".join(wrong))
     beside = {"generation_config.json": _generation(tokenizer, cfg.llm.vocab)}
     write_json(folder, beside | {"config.json": config | {"dtype": common_dtype(whole)}})
     write_tokenizer(folder, tokenizer, cfg)
-    _write(write_folder, folder, idefics.written(foreign, cfg))
+    _write(write_folder, folder, model.written(foreign, cfg))
 
 
 def export_llm(folder: epath.Path, tensors: Tensors, cfg: EVLMConfig) -> None:
@@ -244,7 +254,8 @@ FORMATS = {
     "hf": export_hf,
     "torch": export_torch,
     "openflamingo": export_openflamingo,
-    "idefics": export_idefics,
+    "idefics": partial(export_published, idefics, "idefics"),
+    "mllama": partial(export_published, mllama, "mllama"),
     "llm": export_llm,
     "peft": export_peft,
     "peft-llm": export_peft_llm,
@@ -333,14 +344,18 @@ def describe_model(cfg: EVLMConfig, tokenizer: Tokenizer, dtype: str) -> dict[st
     return {"config.json": model, "generation_config.json": _generation(tokenizer, cfg.llm.vocab)}
 
 
-def describe_llm(cfg: EVLMConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, dict]:
-    """config.json and generation_config.json of a stock language model."""
-    model = stock_config(cfg.llm) | {
-        "dtype": dtype,
+def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Of a language model's config.json."""
+    return {
         "bos_token_id": next(iter(tokenizer.bos), None),
         "eos_token_id": list(tokenizer.eos),
         "pad_token_id": tokenizer.eos[0],
     }
+
+
+def describe_llm(cfg: EVLMConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, dict]:
+    """config.json and generation_config.json of a stock language model."""
+    model = stock_config(cfg.llm) | {"dtype": dtype} | _special_ids(tokenizer)
     return {"config.json": model, "generation_config.json": _generation(tokenizer, cfg.llm.vocab)}
 
 

@@ -209,6 +209,8 @@ IDEFICS_INERT = frozenset(  # the last two are read in convert/idefics.py
     " freeze_text_module_exceptions freeze_vision_layers freeze_vision_module_exceptions"
     " vision_config perceiver_config".split()
 )
+# the first two are read in convert/mllama.py; its class ties nothing
+MLLAMA_INERT = frozenset("text_config vision_config image_token_index tie_word_embeddings".split())
 IMAGES = {"num_channels": (3, {3})}
 ONE_BIAS = {"qkv_bias": (True, {True})}
 
@@ -331,6 +333,7 @@ KINDS = {
         note="one gate a block",
         silent=IDEFICS_INERT,
     ),
+    "mllama": Kind("mllama", "whole", {}, note="blocks at even distances", silent=MLLAMA_INERT),
     "dinov2": Kind("dinov2", "vit", DINOV2, IMAGES | ONE_BIAS),
     "dinov2_with_registers": Kind("dinov2", "vit", REGISTERS, IMAGES | ONE_BIAS),
     "dinov3_vit": Kind("dinov3", "vit", DINOV3, IMAGES | DINOV3_FIXED, note="no gated MLP"),

@@ -37,6 +37,7 @@ PERCEIVER = {
     "resampler_head_dim": 96,
     "qk_layer_norms_perceiver": False,
 }
+NAME, BRIDGES = "IDEFICS", ("routed", "flamingo")
 NORMED = {False: "none", True: "head"}
 
 
@@ -139,14 +140,21 @@ def _resampler(source: Source) -> dict[str, Any]:
     }
 
 
-def stock(cfg: EVLMConfig) -> dict[str, Any]:
-    """The config.json that comes nearest to `cfg`; whether it says all is for `parts` to find."""
+def pixels(cfg: EVLMConfig) -> dict[str, Any]:
+    """preprocessor_config.json beside the normalisation."""
+    return {"image_size": cfg.vit.image_size, "image_processor_type": "IdeficsImageProcessor"}
+
+
+def stock(cfg: EVLMConfig, ids: dict[str, Any]) -> dict[str, Any]:
+    """The config.json that comes nearest to `cfg`; whether it says all is for `parts` to find.
+    `ids` are those of special tokens.
+    """
     vit, llm, xattn, bridge = cfg.vit, cfg.llm, cfg.xattn, cfg.bridge
     activation = {"gelu_tanh": "gelu_pytorch_tanh"}.get(vit.activation, vit.activation)
     vision = (vit.width, vit.image_size, vit.mlp, vit.patch, vit.depth, vit.heads, activation)
     resampler = (bridge.latents, bridge.depth, bridge.heads, bridge.head_dim)
     uses = bridge.kind == "flamingo"
-    return {
+    return ids | {
         "model_type": "idefics",
         "architectures": ["IdeficsForVisionText2Text"],
         "vocab_size": llm.vocab,

@@ -151,7 +151,7 @@ def vocabulary(cfg: EVLMConfig, where: str) -> Tokenizer:
     alone.
     """
     tokenizer = load_tokenizer(where)
-    if tokenizer.vocab_size > cfg.llm.vocab:
+    if tokenizer.vocab_size > cfg.llm.words:
         mend = "the tokenizer is of another model"
         raise ValueError(
             f"{where}: the tokenizer has {tokenizer.vocab_size} ids, llm.vocab is {cfg.llm.vocab}:"
@@ -206,9 +206,9 @@ def _write(
 def _origin(cfg: EVLMConfig, tower: str, source: Source, found: Tower) -> dict:
     """What the checkpoint says of where a part of it comes from."""
     stored = cfg.vit.pretrained_size // cfg.vit.patch
-    down, across = cfg.vit.grid
+    down, across = cfg.vit.table_grid
     resized = f"{stored}x{stored} -> {down}x{across} by {cfg.vit.interpolation}"
-    changed = tower == "vit" and (stored, stored) != cfg.vit.grid
+    changed = tower == "vit" and (stored, stored) != cfg.vit.table_grid
     about = {
         "path": str(source.path),
         "family": found.family,

@@ -11,8 +11,8 @@ import numpy as np
 from evlm_jax.checkpoint.atomic_dir import check
 from evlm_jax.checkpoint.lazy_tensors import Source, Tensor, content, read_json
 from evlm_jax.checkpoint.safetensors_file import NAME, read_folder, read_safetensors
+from evlm_jax.convert import idefics, mllama
 from evlm_jax.convert.gguf_file import read_gguf
-from evlm_jax.convert.idefics import plain
 from evlm_jax.convert.onnx_file import read_onnx
 from evlm_jax.paths import here
 
@@ -29,7 +29,7 @@ def open_source(path: Path) -> Source:
     ValueError for anything else.
     """
     if path.is_dir():
-        return plain(read_directory(path))
+        return mllama.plain(idefics.plain(read_directory(path)))
     if path.suffix not in FILES:
         raise ValueError(
             f"{path}: cannot read {path.suffix or 'this'} files; give a Hugging Face directory or"

@@ -62,7 +62,7 @@ def _candidates(llm: LLMConfig) -> Iterator[dict[str, Any]]:
     """`llm` as every type would say it."""
     for name, architecture in CLASSES.items():
         fields = _fields(llm) | _layers(llm) | _scales(llm)
-        fields |= _rope(llm, KINDS[name].rotary.near is not None)
+        fields |= rope_fields(llm, KINDS[name].rotary.near is not None)
         known = KINDS[name].read.keys() | {"rope_theta", "rope_parameters"}
         known |= {"max_position_embeddings"}
         if "layer_types" in known and not fields["sliding_window"]:
@@ -100,7 +100,7 @@ def _layers(llm: LLMConfig) -> dict[str, Any]:
     }
 
 
-def _rope(llm: LLMConfig, by_kind: bool) -> dict[str, Any]:
+def rope_fields(llm: LLMConfig, by_kind: bool = False) -> dict[str, Any]:
     """Positions, in one table or in one for each kind of layers."""
     far = {"rope_type": "default", "rope_theta": llm.rope_theta}
     if llm.rotary_share != 1:

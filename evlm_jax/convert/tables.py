@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from evlm_jax.convert.naming import UNUSED, Family, NameRow, linear, linears, norm, patch, row
 from evlm_jax.convert.tables_decoder import DECODERS, GATED
-from evlm_jax.convert.tables_published import idefics, open_flamingo
+from evlm_jax.convert.tables_published import idefics, mllama, open_flamingo
 
 ATTENTION = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "o"}
 MLP = {"fc1": "fc1", "fc2": "fc2"}
@@ -307,4 +307,5 @@ FAMILIES = (
     _evlm(),
     open_flamingo(),
     idefics(_clip()),
+    mllama(),
 )

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from evlm_jax.convert.naming import Family, NameRow, linear, norm, row
+from evlm_jax.convert.naming import LINEAR, Family, NameRow, linear, linears, norm, row
 from evlm_jax.convert.tables_decoder import DECODERS
 
 
@@ -53,6 +53,56 @@ def open_flamingo() -> Family:
     )
     drop = {r"lang_encoder\.lm_head\.weight": "tied"}
     return Family("openflamingo", "xattn", "perceiver.latents", rows, drop=drop)
+
+
+def mllama() -> Family:
+    """Mllama, its layers numbered without the blocks, and those by the layers behind them
+    (mllama.py).
+    """
+    vision, layer, block = (
+        "model.vision_model",
+        "model.vision_model.transformer.layers.{}",
+        "vit/blocks/{}",
+    )
+    cross, path = "model.cross.{}", "xattn/{}"
+    (llama,) = (family for family in DECODERS if family.name == "llama")
+    places = {
+        f"{x}_tile_positional_embedding": y for x, y in (("pre", "before"), ("post", "after"))
+    }
+    matrices = {f"{layer}.self_attn.{x}_proj": f"{block}/attn/{x}" for x in "qkvo"}
+    matrices |= {f"{cross}.cross_attn.{x}_proj": f"{path}/{x}" for x in "qkvo"}
+    mlp = {"gate_proj": "fc1", "up_proj": "up", "down_proj": "fc2"}
+    matrices |= {f"{cross}.mlp.{theirs}": f"{path}/ffn/{name}" for theirs, name in mlp.items()}
+    scales = {f"{cross}.cross_attn.{x}_norm": f"{path}/{x}_norm" for x in "qk"}
+    scales |= {f"{cross}.input_layernorm": f"{path}/norm"}
+    scales |= {f"{cross}.post_attention_layernorm": f"{path}/ffn_norm"}
+    gates = {f"{vision}.gated_positional_embedding.gate": "vit/tiles/places/gate"}
+    gates |= {f"{vision}.{theirs}.gate": f"vit/tiles/{x}/gate" for theirs, x in places.items()}
+    gates |= {f"{layer}.gate_{x}": f"{block}/{x}_gate" for x in ("attn", "ffn")}
+    gates |= {f"{cross}.cross_attn_attn_gate": f"{path}/attn_gate"}
+    gates |= {f"{cross}.cross_attn_mlp_gate": f"{path}/ffn_gate"}
+    rows = (
+        row(f"{vision}.class_embedding", "vit/cls"),
+        row(f"{vision}.patch_embedding.weight", "vit/patch/kernel", "v c h w -> h w c v"),
+        row(f"{vision}.gated_positional_embedding.embedding", "vit/pos"),
+        row(f"{vision}.gated_positional_embedding.tile_embedding.weight", "vit/tiles/places/table"),
+        *(
+            row(f"{vision}.{theirs}.embedding.weight", f"vit/tiles/{x}/table")
+            for theirs, x in places.items()
+        ),
+        *norm(f"{vision}.layernorm_pre", "vit/embed_norm"),
+        *norm(f"{vision}.layernorm_post", "vit/tiles/norm"),
+        *norm(f"{layer}.input_layernorm", f"{block}/norm1"),
+        *norm(f"{layer}.post_attention_layernorm", f"{block}/norm2"),
+        *linears(f"{layer}.mlp", f"{block}/mlp", {"fc1": "fc1", "fc2": "fc2"}),
+        *linear("model.multi_modal_projector", "bridge/proj"),
+        *llama.rows,
+        *(row(f"{theirs}.weight", f"{x}/kernel", LINEAR) for theirs, x in matrices.items()),
+        *(row(f"{theirs}.weight", f"{x}/scale") for theirs, x in scales.items()),
+        *(row(theirs, x, "1 -> ") for theirs, x in gates.items()),
+    )
+    signature = "model.multi_modal_projector.weight"
+    return Family("mllama", "whole", signature, rows, drop=llama.drop)
 
 
 def idefics(clip: Family) -> Family:

@@ -45,7 +45,7 @@ def measure(cfg: EVLMConfig, frames: list[int], text: int) -> dict:
             kind: runner(case(model.cfg, count, text), weights[kind])
             for kind, model in models.items()
         }
-        pixels = np.random.default_rng(0).integers(0, 256, (count, *cfg.vit.size, 3), np.uint8)
+        pixels = np.random.default_rng(0).integers(0, 256, (count, *cfg.vit.input_shape), np.uint8)
         runs["encode"] = lambda pixels=pixels: {
             "encode": _seconds(lambda: encode(models["evlm"], pixels))[0]
         }

@@ -115,7 +115,7 @@ class FeatureStore:
         """Encodes one chunk, writes the records, then their keys."""
         rows = -(-len(chunk) // STEP) * STEP
         pixels, good = (
-            np.zeros((rows, *self.cfg.vit.size, 3), np.uint8),
+            np.zeros((rows, *self.cfg.vit.input_shape), np.uint8),
             [],
         )
         try:
@@ -180,7 +180,7 @@ def encode_images(
     taps = []
     for first in range(0, len(refs), count):
         some = refs[first : first + count]
-        pixels = np.zeros((count, *cfg.vit.size, 3), np.uint8)
+        pixels = np.zeros((count, *cfg.vit.input_shape), np.uint8)
         pixels[: len(some)] = image.pixels(some, cfg)
         taps.append(encode(pixels)[: len(some)].astype(np.float32))
     return np.concatenate(taps)

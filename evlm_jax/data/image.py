@@ -21,6 +21,7 @@ from evlm_jax.data.containers.rows import open_ref
 from evlm_jax.data.repair import foreign, mend
 from evlm_jax.data.retry import retried
 from evlm_jax.data.samples import ImageRef
+from evlm_jax.data.tiling import laid_on_tiles
 
 MOST_PIXELS = 1 << 27  # of a file: a larger one is taken for a decompression bomb
 MOST_BYTES = 1 << 28
@@ -90,8 +91,11 @@ def sides(size: Size | list[int]) -> tuple[int, int]:
 
 def pixels(refs: Sequence[ImageRef], cfg: EVLMConfig) -> np.ndarray:
     """`load_all` with the size and resizing of `cfg`; padding has the tower's mean colour, which is
-    0 after normalisation.
+    0 after normalisation. With the grid of each, as data/tiling.py has them, where `cfg` says so.
     """
+    if cfg.vit.grid_by_picture:
+        made = decode_all(refs, 0, lambda image: laid_on_tiles(image, cfg.vit))
+        return np.stack(made) if refs else np.zeros((0, *cfg.vit.input_shape), np.uint8)
     fill = tuple(round(255 * channel) for channel in cfg.vit.mean)
     return load_all(refs, cfg.vit.size, cfg.data.resize, fill, cfg.data.scaled_decoding)
 

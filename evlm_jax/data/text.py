@@ -126,10 +126,10 @@ def alone(
             or not ids.size
             or ids.dtype.kind not in "iu"
             or ids.min() < 0
-            or ids.max() >= cfg.llm.vocab
+            or ids.max() >= cfg.llm.words
         ):
             raise ValueError(
-                f"give a text, or a list of ids from 0 to {cfg.llm.vocab - 1}, got {ids.dtype} of"
+                f"give a text, or a list of ids from 0 to {cfg.llm.words - 1}, got {ids.dtype} of"
                 f" shape {list(ids.shape)}"
             )
 
@@ -192,10 +192,11 @@ def steps(
     for piece in pieces:
         if isinstance(piece, Media):
             placeholder = tokenizer.id(media.placeholder)
-            last = media.sight == "last"  # markers take images in order, so that 0 is the first
-            own = (piece.frame if last else 0, piece.frame + 1)
+            last = media.sight == "last"
+            first = _first_seen(media, piece, laid, see)
+            own = (piece.frame if last else first, piece.frame + 1)
             new = [(placeholder, slot, *own) for slot in range(media.tokens)]
-            before, see, labelled = see, (piece.start if last else 0, piece.stop), False
+            before, see, labelled = see, (first, piece.stop), False
             if media.around:
                 side = tokenizer.id(media.around)
                 front = (side, -1, *before)
@@ -209,6 +210,16 @@ def steps(
         laid += new
         supervised += [labelled] * len(new)
     return laid, supervised
+
+
+def _first_seen(
+    media: MediaConfig, piece: Media, laid: Sequence[PathStep], see: tuple[int, int]
+) -> int:
+    """The first image that text behind `piece` sees; `see` is what text in front of it did."""
+    if media.sight == "all":
+        return 0  # markers take images in order
+    beside = laid and laid[-1][1] >= 0 and see[1] in (piece.start, piece.stop)
+    return see[0] if media.sight == "neighbours" and beside else piece.start
 
 
 def lay_out(

@@ -5,6 +5,8 @@ layers; a module in the baselines.
     routed    themselves                           EVLM
     fused     one sequence [1, ..., S, V]          all taps beside each other, one projection: the
                                                    fair rival of routed taps
+    joined    one sequence [1, ..., S, D]          all taps beside each other as they are, one
+                                                   projection (Llama 3.2 Vision)
     flamingo  latents [1, ..., latents, V]         Flamingo's resampler of the last tap
                                                    (arXiv 2204.14198, appendix A.1.1)
     linear    one sequence [1, ..., S, D]          mPLUG-Owl3's linear layer of the last tap
@@ -38,6 +40,25 @@ class Fused(nnx.Module):
     def __call__(self, taps: jax.Array) -> jax.Array:
         normed = jax.vmap(lambda norm, tap: norm(tap))(self.norms, taps)
         return self.proj(jnp.concatenate(tuple(normed), -1))[None]
+
+
+class Joined(nnx.Module):
+    """One projection of the last tap and, channel by channel, the others: [G, ..., S, V] ->
+    [1, ..., S, D].
+    """
+
+    def __init__(self, cfg: EVLMConfig, rngs: nnx.Rngs):
+        shape = (len(cfg.vit.taps) * cfg.vit.width, cfg.llm.hidden)
+        self.proj = Linear(shape, ("vision_mlp", "whole"), rngs, bias=True)
+        self.by_picture = cfg.vit.grid_by_picture
+
+    def __call__(self, taps: jax.Array) -> jax.Array:
+        others, last = jnp.moveaxis(taps[:-1], 0, -1), taps[-1]
+        others = others.reshape(*last.shape[:-1], (len(taps) - 1) * last.shape[-1])
+        states = self.proj(jnp.concatenate([last, others], -1))
+        if self.by_picture:  # what a picture does not have stays zeros
+            states = jnp.where((last != 0).any(-1, keepdims=True), states, 0)
+        return states[None]
 
 
 class ResamplerLayer(nnx.Module):
@@ -125,7 +146,13 @@ class Widened(nnx.Module):
         return self.proj(taps[-1])[None]
 
 
-KINDS = {"fused": Fused, "flamingo": Resampler, "linear": Widened, "llava": Projector}
+KINDS = {
+    "fused": Fused,
+    "joined": Joined,
+    "flamingo": Resampler,
+    "linear": Widened,
+    "llava": Projector,
+}
 
 
 def make(cfg: EVLMConfig, rngs: nnx.Rngs) -> nnx.Module | None:

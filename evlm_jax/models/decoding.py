@@ -24,7 +24,7 @@ from evlm_jax.models import text_cache
 from evlm_jax.models.attention import within_window
 from evlm_jax.models.bridge import write
 from evlm_jax.models.decode_weights import Weights
-from evlm_jax.models.evlm import cross_attention_op, self_attention_op
+from evlm_jax.models.evlm import cross_attention_op, self_attention_op, tokens_there
 from evlm_jax.models.llm import finished, scaled
 from evlm_jax.models.long_context import rope_base, sharpen
 from evlm_jax.models.rotary import image_turns, rope_tables
@@ -70,6 +70,8 @@ class DecodeState(NamedTuple):
     seen: jax.Array | None = (
         None  # [B, vocab] bool, tokens of prompt and answer; None without a repetition penalty
     )
+    # [B, Z] bool, keys that an image has (tokens_there), and the sinks; None: all
+    there: jax.Array | None = None
 
     @classmethod
     def spec(cls, cfg: EVLMConfig, rows: int, slots: int, images: int) -> "DecodeState":
@@ -93,9 +95,9 @@ class DecodeState(NamedTuple):
         )
         key = _key_dtype()
         theta = row(jnp.float32) if cfg.llm.dynamic_ntk else None
-        return cls(
-            row(jnp.int32), row(jnp.int32), row(jnp.bool), row(key), row(jnp.int32), theta, *caches
-        )
+        there = jax.ShapeDtypeStruct((rows, seen), jnp.bool) if cfg.vit.grid_by_picture else None
+        none = row(jnp.int32), row(jnp.int32), row(jnp.bool), row(key), row(jnp.int32)
+        return cls(*none, theta, *caches, there=there)
 
 
 @functools.cache  # the cost study asks thousands of times
@@ -181,17 +183,17 @@ def read_prompts(
 
     attend = self_attention_op(cfg.llm.scales.query, cfg.llm.scales.score_cap)
     look = cross_attention_op(cfg)
+    there = tuple(a[prompt.image] for a in tokens_there(cfg, views))
 
     def self_attend(layer, q, k, v):
         return attend(q, k, v, within_window(cfg.llm, mask, positions, layer))
 
     def cross_attend(number, q):
-        return look(
-            q, *(jax.lax.dynamic_index_in_dim(a, number, 0, False) for a in cross), prompt.plan
-        )
+        own = (jax.lax.dynamic_index_in_dim(a, number, 0, False) for a in cross)
+        return look(q, *own, prompt.plan, *there)
 
-    x = _embed(cfg, weights, prompt, views)
-    x, (keys, values) = _decoder(cfg, weights, x, positions, theta, self_attend, cross_attend)
+    x, sees = _embed(cfg, weights, prompt, views), _seers(prompt)
+    x, (keys, values) = _decoder(cfg, weights, x, positions, theta, sees, self_attend, cross_attend)
     last = x[jnp.arange(rows), prompt.length - 1]
     state = DecodeState(
         jnp.zeros(rows, jnp.int32),
@@ -202,6 +204,7 @@ def read_prompts(
         theta,
         *text_cache.filled(cfg.llm, keys, values, prompt.length, slots),
         *(_keep(cfg, prompt, cross, images) if cross else (None, None)),
+        there=_keep_there(cfg, prompt, there[0], images) if there else None,
     )
     return _logits(cfg, weights, last), state
 
@@ -234,9 +237,7 @@ def _keep(
     """Those of `project`'s keys and values that the last token of each prompt sees, in the layout
     of DecodeState.
     """
-    slot = jnp.minimum(
-        prompt.visible_start[:, None] + jnp.arange(images), prompt.image.shape[1] - 1
-    )  # [B, R]
+    slot = _kept_slots(prompt, images)
     seen = [jnp.take_along_axis(a, slot[None, :, :, None, None, None], axis=2) for a in cross]
     seen = [
         a.reshape(*a.shape[:2], -1, *a.shape[4:]).swapaxes(2, 3) for a in seen
@@ -245,6 +246,28 @@ def _keep(
         jnp.pad(a, ((0, 0),) * 3 + ((0, max(cfg.xattn.sinks, 1)), (0, 0))) for a in seen
     )
     return keys.swapaxes(3, 4), values
+
+
+def _keep_there(cfg: EVLMConfig, prompt: Prompt, there: jax.Array, images: int) -> jax.Array:
+    """`there` [B, I, S'] of the keys of `_keep`, [B, Z]."""
+    seen = jnp.take_along_axis(there, _kept_slots(prompt, images)[:, :, None], axis=1)
+    seen = seen.reshape(len(seen), -1)
+    return jnp.pad(seen, ((0, 0), (0, max(cfg.xattn.sinks, 1))), constant_values=True)
+
+
+def _kept_slots(prompt: Prompt, images: int) -> jax.Array:
+    """[B, R] slots of the images that the last token of each prompt sees."""
+    slot = prompt.visible_start[:, None] + jnp.arange(images)
+    return jnp.minimum(slot, prompt.image.shape[1] - 1)
+
+
+def _seers(prompt: Prompt) -> jax.Array | None:
+    """bool [B, T]: which tokens of prompts see an image; None without cross-attention."""
+    if prompt.plan is None:
+        return None
+    plan = prompt.plan
+    none = plan.block_tokens.shape[1] * plan.block_tokens.shape[2]
+    return (plan.token_place < none).reshape(prompt.tokens.shape)
 
 
 def _seen(prompt: Prompt, vocab: int) -> jax.Array:
@@ -269,7 +292,14 @@ def read_tokens(
 
     x = shard(_words(cfg, weights, state.token[:, None]), "rows")
     x, (k, v) = _decoder(
-        cfg, weights, x, state.position[:, None], state.theta, self_attend, cross_attend
+        cfg,
+        weights,
+        x,
+        state.position[:, None],
+        state.theta,
+        state.visible[:, None] > 0,
+        self_attend,
+        cross_attend,
     )
     keys, values = text_cache.saved(
         cfg.llm, state.self_keys, state.self_values, k, v, state.position
@@ -282,7 +312,8 @@ def _sight(cfg: EVLMConfig, state: DecodeState) -> jax.Array:
     number = jnp.arange(state.cross_values.shape[3])
     images = state.visible[:, None] * cfg.view_tokens
     sink = number - (len(number) - max(cfg.xattn.sinks, 1))
-    return (number < images) | (sink >= 0) & ((sink < cfg.xattn.sinks) | (images == 0))
+    seen = number < images if state.there is None else (number < images) & state.there
+    return seen | (sink >= 0) & ((sink < cfg.xattn.sinks) | (images == 0))
 
 
 def view(cfg: EVLMConfig, weights: Weights, taps: jax.Array) -> jax.Array:
@@ -329,6 +360,7 @@ def _decoder(
     x: jax.Array,
     positions: jax.Array,
     theta: jax.Array | None,
+    sees: jax.Array | None,
     self_attend: Callable,
     cross_attend: Callable,
 ):
@@ -337,6 +369,7 @@ def _decoder(
 
     Args:
       theta: as in DecodeState.
+      sees: bool [B, T], which tokens see an image.
       self_attend: (number of the layer, q, k, v of these tokens) -> attention output.
       cross_attend: (number of the cross-attention block, q) -> attention output.
     """
@@ -352,5 +385,6 @@ def _decoder(
             (k, v),
         ),
         cross_attend=lambda _, number, q: (cross_attend(number, q), None),
+        sees=sees,
     )
     return weights.ln_f(x), passed.layers

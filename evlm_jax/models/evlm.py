@@ -46,11 +46,24 @@ def self_attention_op(scale: float = 0.0, cap: float = 0.0) -> Callable:
 
 def cross_attention_op(cfg: EVLMConfig) -> Callable:
     """`grouped_attention` of a device's image groups and heads: q [B, T, N, H], k and v
-    [C, I, S', K, H], plan.
+    [C, I, S', K, H], plan, `tokens_there`.
     """
-    form = attention_form(cfg.train.attention)
-    attend = functools.partial(grouped_attention, sinks=cfg.xattn.sinks, form=form)
-    return shard_map_local(attend, (TEXT, IMAGE_KEYS, IMAGE_KEYS, ("rows",)), TEXT)
+    by_picture = cfg.vit.grid_by_picture  # which the kernels do not know
+    form = "xla" if by_picture else attention_form(cfg.train.attention)
+
+    def attend(q, k, v, plan, *there):
+        return grouped_attention(q, k, v, plan, cfg.xattn.sinks, *there, form=form)
+
+    there = (("rows",),) * by_picture
+    return shard_map_local(attend, (TEXT, IMAGE_KEYS, IMAGE_KEYS, ("rows",), *there), TEXT)
+
+
+def tokens_there(cfg: EVLMConfig, states: jax.Array | None) -> tuple[jax.Array, ...]:
+    """Of visual states [G', ..., S', V] those that a picture has, bool [..., S'], for
+    `cross_attention_op`; () where every picture has all, or none is seen.
+    """
+    by_picture = cfg.vit.grid_by_picture and states is not None
+    return ((states[0] != 0).any(-1),) if by_picture else ()
 
 
 class Media(nnx.Module):
@@ -110,10 +123,13 @@ class EVLM(nnx.Module):
 
     @_precisely
     def encode(self, pixels: jax.Array) -> jax.Array:
-        """uint8 [..., h, w, 3] -> taps [..., G, S, V]."""
+        """uint8 [..., h, w, 3] -> taps [..., G, S, V]; with a fourth value that numbers the grid of
+        each picture, zeros where it has no tile.
+        """
         mean, std = jnp.array(self.cfg.vit.mean), jnp.array(self.cfg.vit.std)
-        x = ((pixels / 255.0 - mean) / std).astype(self.dtype)
-        taps = self.vit(x.reshape(-1, *x.shape[-3:]))
+        x = ((pixels[..., :3] / 255.0 - mean) / std).astype(self.dtype)
+        grids = pixels[..., 0, 0, 3].ravel() if self.cfg.vit.grid_by_picture else None
+        taps = self.vit(x.reshape(-1, *x.shape[-3:]), grids)
         return taps.reshape(*pixels.shape[:-3], *taps.shape[1:])
 
     def embed(
@@ -161,7 +177,7 @@ class EVLM(nnx.Module):
         with jax.named_scope("bridge"):
             return shard(self.bridge(taps), None, "rows", "images")
 
-    def _grouped_cross_attention(self, batch: Batch) -> Callable:
+    def _grouped_cross_attention(self, batch: Batch, states: jax.Array | None) -> Callable:
         """(queries [B, T, N, H], keys and values [C, I, S', K, H]) -> (attention outputs, None), by
         the batch's plan.
         """
@@ -171,7 +187,8 @@ class EVLM(nnx.Module):
             ),
             cross_attention_op(self.cfg),
         )
-        return lambda q, k, v: (attend(q, k, v, plan), None)
+        there = tokens_there(self.cfg, states)
+        return lambda q, k, v: (attend(q, k, v, plan, *there), None)
 
     def _turned(self, batch: Batch, states: jax.Array | None) -> Callable:
         """`image_turns` of a batch."""
@@ -208,7 +225,7 @@ class EVLM(nnx.Module):
             batch.media_slot >= 0, moe.MEDIA, jnp.where(real_tokens(batch), moe.TEXT, moe.PADDING)
         )
         tap_of = jnp.array(self.cfg.tap_of_cross_layer)
-        cross_attend = cross_attend or self._grouped_cross_attention(batch)
+        cross_attend = cross_attend or self._grouped_cross_attention(batch, states)
         turned = self._turned(batch, states)
 
         def look(block, number, q):
@@ -229,6 +246,7 @@ class EVLM(nnx.Module):
             cross_attend=look,
             observe=lambda block, number, x: observe(block, states[tap_of[number]], x),
             kind=kind,
+            sees=batch.visible_stop > batch.visible_start,
             remat=self.cfg.train.remat,
         )
         return self.llm.ln_f(x), passed

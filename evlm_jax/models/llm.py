@@ -110,7 +110,7 @@ class LLM(nnx.Module):
     """
 
     def __init__(self, cfg: LLMConfig, rngs: nnx.Rngs):
-        self.embed = param(rngs, (cfg.vocab, cfg.hidden), ("vocab", "embed"), std=0.02)
+        self.embed = param(rngs, (cfg.words, cfg.hidden), ("vocab", "embed"), std=0.02)
         self.layers = stack(lambda r: Block(cfg, r), cfg.layers, rngs)
         self.ln_f = rms_norm(cfg, cfg.hidden, rngs)
         self.head = None if cfg.tied else Linear((cfg.hidden, cfg.vocab), ("embed", "vocab"), rngs)

@@ -49,6 +49,7 @@ def run_layers(
     cross_attend: Callable[..., tuple[jax.Array, Any]],
     observe: Callable[..., Any] = lambda block, number, x: None,
     kind: jax.Array | None = None,
+    sees: jax.Array | None = None,
     remat: str = "",
 ) -> tuple[jax.Array, Passed]:
     """x [B, T, D] through all layers, before the final norm.
@@ -56,11 +57,10 @@ def run_layers(
     Args:
       layers: the stack of llm.Block, `crosses` that of xattn.Block; packed for decoding, or not.
       rope: cos and sin of the tokens' positions (rotary.rope_tables).
-      self_attend: (number of the layer, q, k, v of these tokens) -> (attention output, anything to
-        keep).
+      self_attend: (number of the layer, its q, k, v) -> (attention output, anything to keep).
       cross_attend: (the block, its number, q) -> (attention output, anything to keep).
       observe: (a block, its number, its input x [B, T, D]) -> anything to keep.
-      kind: [B, T] of each token for the mixtures of experts (moe.py).
+      kind, sees: [B, T] of each token, for the mixtures of experts (moe.py), and whether it sees.
       remat: what the backward pass computes again (layers.REMAT); "" where there is none.
     """
     every, count = cfg.xattn.every, cfg.llm.layers
@@ -68,7 +68,17 @@ def run_layers(
     even = not every or count % every == 0
     wrap = REMAT[remat] if remat else (lambda body: body)
     loop = _Loop(
-        cfg, layers, crosses, rope, self_attend, cross_attend, observe, kind, even, blocks == groups
+        cfg,
+        layers,
+        crosses,
+        rope,
+        self_attend,
+        cross_attend,
+        observe,
+        kind,
+        sees,
+        even,
+        blocks == groups,
     )
     if not every:
         x, new = jax.lax.scan(wrap(loop.layer), x, (_scanned(layers), jnp.arange(count)))
@@ -96,6 +106,7 @@ class _Loop(NamedTuple):
     cross_attend: Callable
     observe: Callable
     kind: jax.Array | None
+    sees: jax.Array | None
     even: bool  # the last group has all its layers
     whole: bool  # and its block
 
@@ -148,7 +159,8 @@ class _Loop(NamedTuple):
         """A block over x [B, T, D], and what of Passed it gives."""
         block = _block(self.crosses, number, block)
         observed = self.observe(block, number, x)
-        x, kept, routing = block(x, partial(self.cross_attend, block, number), self.kind)
+        attend = partial(self.cross_attend, block, number)
+        x, kept, routing = block(x, attend, self.kind, self.sees)
         return x, (kept, observed, routing)
 
     def beside(

@@ -6,6 +6,7 @@ one scan each, so that a tap is the carry between two scans and a frozen stack c
 pass. No final norm: taps are raw residual streams."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,10 @@ from flax import nnx
 
 from evlm_jax.config import ViTConfig
 from evlm_jax.models.attention import attention
+from evlm_jax.models.gate import Gate
 from evlm_jax.models.layers import MLP, REMAT, LayerNorm, Linear, RMSNorm, heads, param, stack
 from evlm_jax.models.rotary import Rope, rotate
+from evlm_jax.models.tiles import Tiles
 from evlm_jax.ops.matmul import operand_dtype, product
 from evlm_jax.parallel.sharding import gathered_weight, shard
 
@@ -46,26 +49,29 @@ class SelfAttention(nnx.Module):
         self.q = Linear(square, axes, rngs, bias=cfg.bias in ("all", "qv"))
         self.k = Linear(square, axes, rngs, bias=cfg.bias == "all")
         self.v = Linear(square, axes, rngs, bias=cfg.bias in ("all", "qv"))
-        self.o = Linear(square, axes[::-1], rngs, bias=cfg.bias != "none")
+        self.o = Linear(square, axes[::-1], rngs, bias=cfg.bias not in ("mlp", "none"))
         self.q_norm, self.k_norm = (
             RMSNorm(cfg.width, cfg.eps, rngs) if cfg.qk_norm == "all" else None for _ in "qk"
         )
         self.head_dim, self.cfg = cfg.width // cfg.heads, cfg
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """x [B, S, V], mask [B or 1, S, S] -> x."""
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (heads(a, self.head_dim) for a in (q, k, v))
         if self.cfg.rotary:
             q, k = (rotate(a, patch_rope(self.cfg)) for a in (q, k))
-        return self.o(attention(q, k, v).reshape(x.shape))
+        return self.o(attention(q, k, v, mask).reshape(x.shape))
 
 
 class Block(nnx.Module):
-    """One transformer block; `norm` and `layer_scale` choose its form."""
+    """One transformer block; `norm` and `layer_scale` choose its form, `gated` says whether what
+    it adds passes gates.
+    """
 
-    def __init__(self, cfg: ViTConfig, rngs: nnx.Rngs):
+    def __init__(self, cfg: ViTConfig, rngs: nnx.Rngs, gated: bool = False):
         self.norm1 = make_norm(cfg, rngs)
         self.attn = SelfAttention(cfg, rngs)
         self.norm2 = make_norm(cfg, rngs)
@@ -74,15 +80,18 @@ class Block(nnx.Module):
         self.mlp = MLP(cfg.width, cfg.mlp, cfg.activation, bias, rngs, axes, cfg.gated)
         self.scale1 = param(rngs, (cfg.width,), ("norm",), value=1.0) if cfg.layer_scale else None
         self.scale2 = param(rngs, (cfg.width,), ("norm",), value=1.0) if cfg.layer_scale else None
+        self.attn_gate, self.ffn_gate = (Gate(rngs) if gated else None for _ in range(2))
         self.pre = cfg.norm == "pre"
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for norm, f, scale in (
-            (self.norm1, self.attn, self.scale1),
-            (self.norm2, self.mlp, self.scale2),
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """x [B, S, V] -> x; `mask` [B or 1, S, S] where some tokens do not see some."""
+        for norm, f, scale, gate in (
+            (self.norm1, partial(self.attn, mask=mask), self.scale1, self.attn_gate),
+            (self.norm2, self.mlp, self.scale2, self.ffn_gate),
         ):
             y = f(norm(x)) if self.pre else norm(f(x))
-            x = x + (y if scale is None else y * scale[...].astype(y.dtype))
+            y = y if scale is None else y * scale[...].astype(y.dtype)
+            x = x + (y if gate is None else gate(y) * y)
         return x
 
 
@@ -103,10 +112,26 @@ class Patch(nnx.Module):
         return x if self.bias is None else x + self.bias[...].astype(x.dtype)
 
 
+def cut_into_patches(pixels: jax.Array, cfg: ViTConfig) -> jax.Array:
+    """Pictures [B, h, w, 3] as patches in row-major order, [B, P, patch * patch * 3]; of tiles
+    [B, tiles, P, ..], zeros where a picture has none.
+    """
+    b, p, (down, across), (rows, columns) = len(pixels), cfg.patch, cfg.laid, cfg.table_grid
+    patches = (
+        pixels.reshape(b, down, rows, p, across, columns, p, 3)
+        .transpose(0, 1, 4, 2, 5, 3, 6, 7)
+        .reshape(b, down * across, rows * columns, p * p * 3)
+    )
+    if not cfg.tiles:
+        return patches[:, 0]
+    return jnp.pad(patches, ((0, 0), (0, cfg.tiles - down * across), (0, 0), (0, 0)))
+
+
 def stack_bounds(cfg: ViTConfig) -> list[tuple[int, int]]:
     """0-based [first, last) block ranges of the stacks, up to the highest tap."""
     top = max(cfg.taps)
-    stops = sorted({*cfg.taps, *(c for c in cfg.cuts if c < top)})
+    stops = {*cfg.taps, *(c for c in cfg.cuts if c < top)}
+    stops = sorted(stops | {cfg.depth - cfg.global_blocks} if cfg.global_blocks else stops)
     return list(zip([0, *stops[:-1]], stops, strict=True))
 
 
@@ -119,54 +144,62 @@ class ViT(nnx.Module):
         self.registers = (
             param(rngs, (cfg.registers, v), ("whole", "norm"), std=0.02) if cfg.registers else None
         )
-        table = (cfg.patches + cfg.class_token, v)
+        table = (math.prod(cfg.table_grid) + cfg.class_token, v)
         self.pos = None if cfg.rotary else param(rngs, table, ("whole", "norm"), std=0.02)
         self.patch = Patch(cfg, rngs)
         self.patch_norm = make_norm(cfg, rngs) if cfg.patch_norm else None
         self.embed_norm = make_norm(cfg, rngs) if cfg.embed_norm else None
+        self.tiles = Tiles(cfg, table[0], make_norm(cfg, rngs), rngs) if cfg.tiles else None
+        self.first_global = cfg.depth - cfg.global_blocks
         self.stacks = nnx.List(
             [
-                stack(lambda r: Block(cfg, r), stop - start, rngs)
+                stack(partial(Block, cfg, gated=start >= self.first_global), stop - start, rngs)
                 for start, stop in stack_bounds(cfg)
             ]
         )
         self.cfg, self.remat = cfg, remat
 
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        x, taps = shard(self.embed(shard(pixels, "pictures")), "pictures"), []
+    def __call__(self, pixels: jax.Array, grids: jax.Array | None = None) -> jax.Array:
+        """pixels [B, h, w, 3], normalised -> taps [B, G, S, V]; `grids` [B] numbers the grid of
+        each picture, None: they have that of the config.
+        """
+        x, taps = shard(self.embed(shard(pixels, "pictures"), grids), "pictures"), []
+        mask = None if self.tiles is None else self.tiles.mask(grids)
         for (start, stop), blocks in zip(stack_bounds(self.cfg), self.stacks, strict=True):
+            x = self.tiles.between(x, grids) if start == self.first_global else x
             with jax.named_scope(f"vit_{start}"):
                 x, _ = jax.lax.scan(
-                    REMAT[self.remat](lambda x, block: (shard(block(x), "pictures"), None)),
+                    REMAT[self.remat](lambda x, block: (shard(block(x, mask), "pictures"), None)),
                     x,
                     blocks,
                 )
             if stop in self.cfg.taps:
-                taps.append(x)
+                taps.append(x if self.tiles is None else self.tiles.without_filling(x, grids))
         return jnp.stack(taps, 1)
 
-    def embed(self, pixels: jax.Array) -> jax.Array:
+    def embed(self, pixels: jax.Array, grids: jax.Array | None = None) -> jax.Array:
         """Patches in row-major order with positions, class token first, registers after it:
-        [B, S, V].
+        [B, S, V]; of tiles one behind the other, filled up as tiles.py has it.
         """
-        b, (down, across), p = len(pixels), self.cfg.grid, self.cfg.patch
-        patches = (
-            pixels.reshape(b, down, p, across, p, 3)
-            .transpose(0, 1, 3, 2, 4, 5)
-            .reshape(b, down * across, p * p * 3)
-        )
+        patches = cut_into_patches(pixels, self.cfg)
+        if self.tiles is not None:
+            patches = self.tiles.without_others(patches, grids)
         x = self.patch(patches)
         x = x if self.patch_norm is None else self.patch_norm(x)
         pos = None if self.pos is None else self.pos[...].astype(x.dtype)
+        if self.tiles is not None:
+            x, pos = x + self.tiles.before(x, grids), pos * (1 - self.tiles.places.gate(x))
 
         def repeat(tokens):
-            return jnp.broadcast_to(tokens.astype(x.dtype), (b, *tokens.shape))
+            return jnp.broadcast_to(tokens.astype(x.dtype), (*x.shape[:-2], *tokens.shape))
 
-        parts = [x if pos is None else x + pos[-patches.shape[1] :]]
+        parts = [x if pos is None else x + pos[-x.shape[-2] :]]
         if self.registers is not None:
             parts.insert(0, repeat(self.registers[...]))
         if self.cls is not None:
             cls = repeat(self.cls[...][None])
             parts.insert(0, cls if pos is None else cls + pos[:1])
-        x = jnp.concatenate(parts, 1)
-        return x if self.embed_norm is None else self.embed_norm(x)
+        x = jnp.concatenate(parts, -2)
+        x = x if self.tiles is None else x + self.tiles.places(x, grids)
+        x = x if self.embed_norm is None else self.embed_norm(x)
+        return x if self.tiles is None else self.tiles.filled(x)

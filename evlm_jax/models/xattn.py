@@ -4,7 +4,8 @@
     x += attn_gate * CrossAttention(LN(x), LN(tap))
     x += ffn_gate * FFN(LN(x))                the FFN is dense, or a mixture of experts (moe.py)
 
-Published models (docs/conversion.md) have other norms, norms of queries and keys, or a gated FFN.
+Published models (docs/conversion.md) have other norms, norms of queries and keys, a gated FFN, or
+none for tokens that see no image.
 mPLUG-Owl3 (arXiv 2408.04840) has it within the layer, parallel to self-attention; the layer's norm
 and output projection serve both, and its MLP is the only one:
 
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -66,6 +68,7 @@ class Block(nnx.Module):
         self.ffn = None if parallel else _ffn(cfg, rngs)
         self.ffn_gate = None if parallel else Gate(rngs)
         self.head_dim, self.rotary = cfg.xattn.head_dim, cfg.xattn.key_rotary
+        self.ffn_without_image = cfg.xattn.ffn_without_image
 
     @jax.named_scope("keys_values")
     def keys_values(self, tap: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -79,7 +82,11 @@ class Block(nnx.Module):
 
     @jax.named_scope("cross")
     def __call__(
-        self, x: jax.Array, attend: Attend, kind: jax.Array | None = None
+        self,
+        x: jax.Array,
+        attend: Attend,
+        kind: jax.Array | None = None,
+        sees: jax.Array | None = None,
     ) -> tuple[jax.Array, Any, Routing | None]:
         """x [B, T, D] -> (x, what else `attend` returns, the routing of the mixture of experts;
         None of a dense FFN).
@@ -87,6 +94,7 @@ class Block(nnx.Module):
         Args:
           attend: queries [B, T, N, H] -> (attention outputs of the same shape, anything).
           kind: [B, T] as in moe.py.
+          sees: bool [B, T], which tokens see an image; None: all.
         """
         out, kept = attend(self._queries(self.norm(x)))
         x = x + self.attn_gate(x) * self.o(out.reshape(*x.shape[:-1], -1))
@@ -95,6 +103,8 @@ class Block(nnx.Module):
             if isinstance(self.ffn, MoE)
             else (self.ffn(self.ffn_norm(x)), None)
         )
+        if sees is not None and not self.ffn_without_image:
+            y = jnp.where(sees[..., None], y, 0)
         return x + self.ffn_gate(x) * y, kept, routing
 
     @jax.named_scope("cross")

@@ -1,10 +1,11 @@
 """Cross-attention over images by (query block, image) pairs, with the zero sink. The plan comes
 from ops/attention_plan.py.
 
-Every pair is a plain attention of a block's tokens over one image, without a mask. Pairs of one
-block (frames of a video) are merged by log-sum-exp. n zero keys add n to the softmax denominator
-and nothing to the numerator, so the sink is one factor sigmoid(lse - log n) after the merge, and no
-zero is ever stored. A token that sees no image gets exactly 0."""
+Every pair is a plain attention of a block's tokens over one image, without a mask but for what an
+image does not have. Pairs of one block (frames of a video) are merged by log-sum-exp. n zero keys
+add n to the softmax denominator and nothing to the numerator, so the sink is one factor
+sigmoid(lse - log n) after the merge, and no zero is ever stored. A token that sees no image gets
+exactly 0."""
 
 from functools import partial
 from typing import NamedTuple
@@ -14,6 +15,8 @@ import jax.numpy as jnp
 
 from evlm_jax.ops.matmul import product
 from evlm_jax.ops.platform import platform
+
+NEGATIVE = -1e30  # finite: its gradients are numbers
 
 
 class AttentionPlan(NamedTuple):
@@ -52,11 +55,13 @@ def grouped_attention(
     v: jax.Array,
     plan: AttentionPlan,
     sinks: int,
+    there: jax.Array | None = None,
     form: str = "xla",
 ) -> jax.Array:
     """q [B, T, N, H], k and v [C, I, S, K, H] -> [B, T, N, H]; softmax and merge in float32.
 
-    B / C neighbouring rows are an image group. `form` "pallas" is a kernel for TPUs.
+    B / C neighbouring rows are an image group. `there`: bool [C, I, S], which keys an image has,
+    one at least; None: all. `form` "pallas" is a kernel for TPUs, which has no `there`.
     """
     plan = AttentionPlan(*map(jnp.asarray, plan))
     groups, tokens = q.reshape(len(k), -1, *q.shape[2:]), plan.block_tokens.reshape(len(k), -1)
@@ -65,7 +70,7 @@ def grouped_attention(
     if form == "pallas":
         attend = partial(_by_kernels, sinks=sinks)
     else:
-        attend = jax.vmap(partial(_group_attention, sinks=sinks))
+        attend = partial(jax.vmap(partial(_group_attention, sinks=sinks)), there)
     out = attend(blocks, k, v, plan.pair_block, plan.pair_image)
     out = jax.vmap(permute)(out.reshape(*tokens.shape, *q.shape[2:]), plan.token_place, tokens)
     return out.reshape(q.shape)
@@ -94,6 +99,7 @@ def _by_kernels(
 
 
 def _group_attention(
+    there: jax.Array | None,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -106,6 +112,8 @@ def _group_attention(
     grouped = q.reshape(blocks, block, kv, n // kv, h)
     owner = jnp.minimum(pair_block, blocks - 1)  # padding pairs compute something that nobody reads
     scores = product("ptkgh,pskh->pkgts", grouped[owner], k[pair_image]) * h**-0.5
+    if there is not None:
+        scores = jnp.where(there[pair_image][:, None, None, None], scores, NEGATIVE)
     top = jax.lax.stop_gradient(scores.max(-1))
     weights = jnp.exp(scores - top[..., None])
     total = weights.sum(-1)

@@ -196,7 +196,7 @@ def _decode(of: TrainPhase, video: bool) -> Program:
 
 def _encode(of: TrainPhase, video: bool) -> Program:
     cfg, rows = of.cfg, of.cfg.train.batch
-    shape = (rows, cfg.data.images, *cfg.vit.size, 3)
+    shape = (rows, cfg.data.images, *cfg.vit.input_shape)
     pixels = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=of.layout.sharding(("rows", "images")))
     params = _parameters(of)
     run = of.layout.jit(lambda params, pixels: nnx.merge(of.graphdef, params).encode(pixels))

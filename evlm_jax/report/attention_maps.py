@@ -78,7 +78,8 @@ def looks_at_patches(cfg: EVLMConfig) -> bool:
     """Whether keys of cross-attention are the picture's tokens, so that attention can be drawn over
     it.
     """
-    return bool(cfg.cross_layers) and cfg.bridge.kind != "flamingo"
+    drawn = cfg.bridge.kind != "flamingo" and not cfg.vit.grid_by_picture
+    return bool(cfg.cross_layers) and drawn
 
 
 def word_maps(
@@ -141,4 +142,5 @@ def heat(weights: np.ndarray, vit: ViTConfig) -> np.ndarray:
     -> [down, across] over the patches.
     """
     every = np.asarray(weights, np.float64).reshape(-1, weights.shape[-1]).mean(0)
-    return every[vit.prefix_tokens :].reshape(vit.grid)
+    tiles = every.reshape(*vit.laid, -1)[..., vit.prefix_tokens :]
+    return tiles.reshape(*vit.laid, *vit.table_grid).swapaxes(1, 2).reshape(vit.grid)

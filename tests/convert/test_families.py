@@ -109,7 +109,7 @@ def test_a_field_with_another_value_is_seen(tmp_path, name):
         return {"model_type": name, "vision_config": fields} if name in families.WHOLE else fields
 
     before = config_json.fields_of(tmp_path, wrap(config))
-    apart = {"vision_use_head", *(families.IDEFICS_INERT if name == "idefics" else ())}
+    apart = {"vision_use_head", *getattr(families, f"{name.upper()}_INERT", ())}
     for field in sorted(config.keys() - families.INERT - apart):
         value = config[field]
         other = (

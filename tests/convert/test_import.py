@@ -68,6 +68,7 @@ CHOICES = {  # of the tiny config, that a family needs
     "gguf": {"llm": {"qk_norm": "head", "tied": False}},
     "qwen": {"llm": {"qkv_bias": True, "tied": False, "kv_heads": 4}},
     "openflamingo": BASELINES["flamingo"],
+    "mllama": BASELINES["mllama"],
     "idefics": {
         "vit": {"layer_scale": False, "patch_bias": False, "embed_norm": True},
         "llm": {"tied": False},

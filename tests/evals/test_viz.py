@@ -1,5 +1,6 @@
 """Attention maps against the model itself; pictures and charts that can be read back."""
 
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -12,6 +13,7 @@ from PIL import Image
 from evlm_jax.batch import Batch
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, question
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.models.vit import cut_into_patches
 from evlm_jax.report import attention_maps, figures
 from tests.data.made import TOKENIZER
 from tests.helpers.random_model import random_model
@@ -55,6 +57,20 @@ def test_attention_maps_stay_in_the_visible_range(group):
     per_image = maps.sum(-1)
     assert np.all(per_image[:, :, ~visible] == 0) and np.all(per_image[:, :, visible] > 0)
     assert visible.any() and per_image.sum(-1).max() < 1  # the rest is the zero sink's
+
+
+@pytest.mark.parametrize("side", [(8, 8), (16, 24)])
+def test_patches_of_tiles_lie_where_they_are_in_the_picture(side):
+    """Each patch is of its number in the picture, each class token of 0."""
+    sections = dict(patch=4, pretrained_size=8, image_size=side, tiles=6, global_blocks=1)
+    vit = tiny_config(vit=sections).vit
+    numbers = 1 + np.arange(vit.patches).reshape(vit.grid)
+    pixels = numbers.repeat(4, 0).repeat(4, 1)[None, :, :, None] * np.ones(3)
+    tiles = np.asarray(cut_into_patches(pixels, vit))[0, :, :, 0]
+    tokens = np.pad(tiles, ((0, 0), (1, 0)))[: math.prod(vit.laid)]
+    assert tokens.size == vit.tokens and np.array_equal(
+        attention_maps.heat(tokens.ravel(), vit), numbers
+    )
 
 
 @pytest.mark.parametrize("kind", ["flamingo", "llava", "text only"])

@@ -50,6 +50,10 @@ def rows_of(cfg) -> Batch:
     """A row for each of TEXTS."""
     rows = [row(cfg, [parts], seed) for seed, parts in enumerate(TEXTS.values())]
     batch = Batch(*(None if a[0] is None else np.concatenate(a) for a in zip(*rows, strict=True)))
+    if cfg.vit.grid_by_picture:
+        count = batch.pixels[..., 0, 0, 3].size
+        numbers = 1 + np.arange(count) % len(cfg.vit.grids)
+        batch.pixels[..., 3] = numbers.reshape(*batch.pixels.shape[:2], 1, 1)
     return batch._replace(tokens=np.where(batch.media_slot >= 0, IMAGE, batch.tokens))
 
 

@@ -98,6 +98,19 @@ BASELINES = {  # sections of the tiny config; its pictures have 4 patches
         ),
         media=dict(tokens=1, sight="all"),
     ),
+    "mllama": dict(
+        vit=dict(
+            tiles=2, global_blocks=1, bias="mlp", layer_scale=False, patch_bias=False,
+            embed_norm=True,
+        ),
+        llm=dict(tied=False, more_words=8),
+        bridge=dict(kind="joined"),
+        xattn=dict(
+            every=2, first=1, kv_norm=False, sinks=0, norm_kind="rms", qk_norm="head", gated=True,
+            ffn_without_image=False,
+        ),
+        media=dict(tokens=1, sight="neighbours"),
+    ),
     "llava": dict(bridge=dict(kind="llava"), xattn=dict(every=0), media=dict(tokens=4)),
     "text only": dict(xattn=dict(every=0)),
 }  # fmt: skip
@@ -211,7 +224,9 @@ def _row(cfg: EVLMConfig, rng: np.random.Generator, fill: float) -> dict:
         if cfg.query_block
         else dict.fromkeys(AttentionPlan._fields)
     )
-    pixels = rng.integers(0, 256, (data.images, *vit.size, 3)).astype(np.uint8)
+    pixels = rng.integers(0, 256, (data.images, *vit.input_shape)).astype(np.uint8)
+    if vit.grid_by_picture:
+        pixels[..., 3] = rng.integers(1, len(vit.grids) + 1, (data.images, 1, 1))
     taps = rng.standard_normal((data.images, len(vit.taps), vit.tokens, vit.width)).astype(
         jnp.bfloat16
     )

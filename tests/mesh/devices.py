@@ -49,8 +49,8 @@ def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], kind="", image_
     rules = ({"pattern": "^llm/.*/lora_", "lr": 1.0},) * bool(adapters) + UPPER_VIT
     return tiny_config(
         lora={"patterns": adapters, "rank": 3, "alpha": 0.6},  # more would amplify rounding
-        vit={"heads": 8, "width": 64, "mlp": 128},
-        llm={"heads": 8, "kv_heads": 8, "head_dim": 8},
+        vit={"heads": 8, "width": 64, "mlp": 128} | BASELINES.get(kind, {}).get("vit", {}),
+        llm={"heads": 8, "kv_heads": 8, "head_dim": 8} | BASELINES.get(kind, {}).get("llm", {}),
         xattn={"heads": 16, "kv_heads": 8, "head_dim": 8, "ffn": 64}
         | BASELINES.get(kind, {}).get("xattn", {})
         | ({"heads": 8} if kind == "mplug_owl3" else {}),  # llm.heads
@@ -112,6 +112,7 @@ def test_gradients_equal_those_of_one_device(mesh, experts, alone):
     [
         ("open_flamingo", POLICIES[1]),
         pytest.param("idefics", POLICIES[1], marks=pytest.mark.slow),
+        pytest.param("mllama", POLICIES[1], marks=pytest.mark.slow),
         pytest.param("fused", POLICIES[1], marks=pytest.mark.slow),
         pytest.param("mplug_owl3", POLICIES[1], marks=pytest.mark.slow),
         pytest.param("llava", POLICIES[0], marks=pytest.mark.slow),

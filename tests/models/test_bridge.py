@@ -83,7 +83,7 @@ def test_trains_saves_and_goes_on(kind, tmp_path):
     sections = BASELINES[kind] | {
         "train": {"steps": 30, "save_every": 15},
         "optim": {"lr": 1e-2},
-        "init": {"centre_norms": kind not in ("idefics", "mplug_owl3")},
+        "init": {"centre_norms": kind not in ("idefics", "mllama", "mplug_owl3")},
     }
     cfg = tiny_config(**sections)
     towers, one = tiny_towers(cfg), tiny_batch(cfg, 0)

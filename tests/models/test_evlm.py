@@ -94,7 +94,7 @@ def row(cfg: EVLMConfig, documents: list[list], seed: int = 0) -> Batch:
     )
     none = np.zeros(cfg.data.targets, np.int32)
     fields |= dict(target_positions=none, targets=none - 1, target_source=none)
-    shape = (cfg.data.images, *cfg.vit.size, 3)
+    shape = (cfg.data.images, *cfg.vit.input_shape)
     fields |= dict(pixels=rng.integers(0, 256, shape).astype(np.uint8), taps=None)
     return Batch(**{name: None if value is None else value[None] for name, value in fields.items()})
 

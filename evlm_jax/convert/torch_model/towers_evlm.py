@@ -106,7 +106,7 @@ class VisionAttention(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        biased = {"all": "qkvo", "qv": "qvo", "out": "o", "none": ""}[cfg.bias]
+        biased = {"all": "qkvo", "qv": "qvo", "out": "o"}.get(cfg.bias, "")
         for x in "qkvo":
             self.add_module(x, nn.Linear(cfg.width, cfg.width, bias=x in biased))
         self.q_norm, self.k_norm = (

@@ -108,7 +108,7 @@ def _documents(
             {
                 "number": slot + i,
                 "colour": (slot + i) % len(COLOURS),
-                "data": _png(pixels[slot + i]),
+                "data": _png(pixels[slot + i][..., :3]),
                 "truth": _truth(ref),
             }
             for i, ref in enumerate(document.refs)

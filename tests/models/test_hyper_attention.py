@@ -10,10 +10,13 @@ import pytest
 from flax import nnx
 
 from evlm_jax import flops
+from evlm_jax.convert.activations import look
+from evlm_jax.convert.export import export
 from evlm_jax.data.samples import Sample, SampleError, Turn
 from evlm_jax.data.text import encode
 from evlm_jax.models import param_names
 from tests.data.made import TOKENIZER, refs
+from tests.helpers.checkpoints import run_directory
 from tests.helpers.random_model import random_model
 from tests.helpers.tiny import BASELINES, tiny_batch, tiny_config
 
@@ -180,3 +183,15 @@ def test_an_image_at_two_places_is_refused():
     with pytest.raises(SampleError, match="made/7: .* an image at several positions.*dialogs = 1"):
         encode(sample, TOKENIZER, config())
     assert encode(sample, TOKENIZER, config(key_rotary=False)).refs
+
+
+def test_conversion_refuses_it_by_name(tmp_path):
+    cfg = tiny_config(xattn={"placement": "parallel", "heads": 4})
+    cfg = run_directory(tmp_path, cfg, random_model(cfg, 0))
+    for form in ("hf", "torch", "openflamingo", "idefics"):
+        with pytest.raises(ValueError, match="xattn.placement = parallel"):
+            export(str(tmp_path), str(tmp_path / "out"), form)
+    with pytest.raises(
+        ValueError, match=r"a baseline \(xattn.placement = parallel\): compared are"
+    ):
+        look(str(tmp_path))

@@ -23,7 +23,7 @@ from evlm_jax.planning.compiled import Costs, Operation, Transfer
 from evlm_jax.planning.plan import OTHER, cube, plan
 from evlm_jax.planning.programs import phase_steps
 from evlm_jax.planning.text import show
-from tests.helpers.tiny import CROSS_ONLY, UPPER_VIT, tiny_batch, tiny_config
+from tests.helpers.tiny import BASELINES, CROSS_ONLY, UPPER_VIT, tiny_batch, tiny_config
 
 tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason='pip install -e ".[plan]"')
 TWO_PHASES = {
@@ -82,6 +82,17 @@ def test_a_step_executes_what_is_needed_and_known_extras(phase, remat):
     trained = {flops.KEYS, flops.CROSS, flops.CROSS_SCORES, flops.FFN, flops.LLM, flops.LLM_SCORES}
     assert again.keys() == (trained if remat == "full" else set())
     assert not again or again[flops.FFN] <= report["executed"][flops.FFN]["forward"]
+
+
+@pytest.mark.slow
+def test_a_step_with_parallel_cross_attention_executes_what_is_needed():
+    cfg = config(train={"batch": 2, "remat": "none"}, **BASELINES["mplug_owl3"])
+    found, t, seen = ratios(plan(cfg, "cpu:1")), cfg.data.length, (cfg.data.images + 1) / 2
+    known = {
+        flops.LLM_SCORES: 2 * t / (t + 1),
+        flops.CROSS_SCORES: cfg.data.block_pairs * cfg.xattn.query_block / (t * seen),
+    }
+    assert found == pytest.approx({part: known.get(part, 1.0) for part in found}, rel=1e-6)
 
 
 def assert_scores(report, known):

@@ -51,7 +51,7 @@ class Room(NamedTuple):
     """Sizes of a batch of prompts.
 
     Of a call, up to 1,024 tokens and 8 images, there are four at most, each with more room than the
-    one before. The smallest is for calls of several batches alone, of which all prompts fit.
+    one before. The smallest is for calls of several prompts alone, all of which fit.
     """
 
     length: int
@@ -237,7 +237,7 @@ class Generator:
     ) -> None:
         """In batches of similar length, into their streams."""
         lengths = [len(one.prompt.tokens) for one in asked]
-        short = len(asked) > self.rows and max(lengths) <= LENGTHS[0]
+        short = len(asked) > 1 and max(lengths) <= LENGTHS[0]
         least = LENGTHS[0 if short else 1]
         rooms = [Room.of([one.prompt], least) for one in asked]
         order = sorted(range(len(asked)), key=list(zip(rooms, lengths)).__getitem__)

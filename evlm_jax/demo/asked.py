@@ -5,11 +5,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from statistics import fmean
 from typing import NamedTuple, TypeVar
 
 from evlm_jax.asset_packages import AssetError
 from evlm_jax.config import EVLMConfig
+from evlm_jax.data.samples import Sample
 from evlm_jax.data.sources import open_source
 from evlm_jax.evals import score, tasks
 from evlm_jax.evals.runner import Answerer, evaluate
@@ -108,6 +110,11 @@ def answered(name: str, asked: Sequence[Question], answer: Answerer) -> dict:
     )
 
 
+def _has_many(pair: tuple[Sample, Question]) -> bool:
+    """Whether a question is about several pictures."""
+    return len(pair[0].refs) > 1
+
+
 def unseen(asked: Sequence[Question]) -> list[Question]:
     """The same questions without their pictures: what can be guessed."""
     return [replace(question, visuals=()) for question in asked]
@@ -171,8 +178,14 @@ def taught(cfg: EVLMConfig, answer: Answerer) -> list[dict]:
     for source in map(open_source, cfg.data.sources):
         samples = [source[i] for i in range(min(TAUGHT, len(source)))]
         pairs += [(sample, asked[0]) for sample in samples if (asked := from_samples([sample]))]
+    pairs.sort(key=_has_many)
+    answers = [  # apart: all of a batch have room for as many pictures as the largest prompt
+        said
+        for _, alike in groupby(pairs, _has_many)
+        for said in answer([asked for _, asked in alike])
+    ]
     examples = []
-    for (sample, asked), said in zip(pairs, answer([asked for _, asked in pairs])):
+    for (sample, asked), said in zip(pairs, answers, strict=True):
         line = {"source": sample.source, "question": asked.text, "answer": asked.answer, **said}
         examples.append(line | {"correct": words(said["prediction"]) == words(asked.answer)})
     return report.sources_section(examples, [sample.refs[0] for sample, _ in pairs])

@@ -157,13 +157,26 @@ def vocabulary(cfg: EVLMConfig, where: str) -> Tokenizer:
             f"{where}: the tokenizer has {tokenizer.vocab_size} ids, llm.vocab is {cfg.llm.vocab}:"
             f" {mend}"
         )
-    if cfg.uses_images and tokenizer.id(cfg.media.placeholder) in tokenizer.encode(UNASSIGNED):
-        mend = "choose a spare token of the vocabulary"
-        raise ValueError(
-            f"config: media.placeholder {cfg.media.placeholder!r} is what unknown characters"
-            f" become: {mend}"
-        )
+    if cfg.uses_images:
+        _check_spare(cfg, tokenizer)
     return tokenizer
+
+
+def _check_spare(cfg: EVLMConfig, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where media.placeholder has another meaning: it is never drawn, and exports
+    take each for an image.
+    """
+    marks = [tokenizer.specials.get("<|im_start|>")] * (cfg.data.template == "chatml")
+    uses = {
+        "is what unknown characters become": tokenizer.encode(UNASSIGNED),
+        "begins or ends a text or a turn": [*tokenizer.bos, *tokenizer.eos, *marks],
+    }
+    for use, ids in uses.items():
+        if tokenizer.id(cfg.media.placeholder) in ids:
+            raise ValueError(
+                f"config: media.placeholder {cfg.media.placeholder!r} {use}: choose a spare token"
+                " of the vocabulary"
+            )
 
 
 def _write(

@@ -32,6 +32,7 @@ from tests.helpers.checkpoints import (
     llama_directory,
     random_tensors,
     run_directory,
+    tokenizer_directory,
 )
 from tests.helpers.random_model import random_model
 from tests.helpers.tiny import BASELINES, tiny_config
@@ -163,6 +164,16 @@ def test_an_export_comes_back_bit_for_bit(tmp_path, copies):
             str(tmp_path / "hf"),
             str(tmp_path / "other"),
         )
+
+
+@pytest.mark.parametrize("mark", ["<|im_end|>", "<|im_start|>"])
+def test_a_placeholder_has_no_other_meaning(tmp_path, mark):
+    """No answer would end, and an export would take each for an image."""
+    folder = str(tokenizer_directory(tmp_path))
+    importer.vocabulary(CFG, folder)
+    media = replace(CFG.media, placeholder=mark)
+    with pytest.raises(ValueError, match="media.placeholder .* begins or ends a text or a turn"):
+        importer.vocabulary(replace(CFG, media=media), folder)
 
 
 def damage(towers, how: str):

@@ -19,13 +19,19 @@ from tests.data.test_vqa import coco_vqa
 from tests.helpers.checkpoints import tokenizer_directory
 
 TALK = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
-OTHER = [{"role": "user", "content": "<image>p"}, {"role": "assistant", "content": "b"}]
+OTHER = [
+    {"role": "user", "content": "<image>p", "train": False},
+    {"role": "assistant", "content": "b", "weight": 1.0, "value": None},
+]
 
 
 @pytest.mark.parametrize(
     "row, message",
     [
         ({"conversations": TALK, "messages": OTHER}, "both 'conversations' and 'messages'"),
+        ({"conversations": [TALK[0] | {"role": "assistant"}, TALK[1]]}, "both 'from' and 'role'"),
+        ({"conversations": [TALK[0], TALK[1] | {"content": "b"}]}, "both 'value' and 'content'"),
+        ({"conversations": [TALK[0], TALK[1] | {"weight": 0}]}, "'weight' 0: all are learned"),
         ({"image": {"url": "0.png"}, "conversations": TALK}, "neither bytes nor path, but url"),
         ({"image": {}, "conversations": TALK}, "neither bytes nor path"),
     ],

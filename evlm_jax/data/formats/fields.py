@@ -15,6 +15,7 @@ from evlm_jax.data.samples import MARKER, literal
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 VIDEOS = ("mp4", "webm", "mkv", "mov", "avi")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
+LEARNED = ("train", "loss", "weight")  # of an answer, by which others leave it out: true or 1 here
 FILM = "<video>"
 
 
@@ -133,10 +134,7 @@ def turns(row: dict) -> list[tuple[str, str]]:
     """(role, text) of a conversation: "conversations" of "from" and "value", or "messages" of
     "role" and "content".
     """
-    told = [name for name in ("conversations", "messages") if row.get(name) is not None]
-    if len(told) > 1:
-        raise ValueError("the row has both 'conversations' and 'messages'")
-    field = told[0] if told else "conversations"
+    field = _one(row, "conversations", "messages")
     given = row[field]
     found = []
     for turn in listed(
@@ -144,16 +142,22 @@ def turns(row: dict) -> list[tuple[str, str]]:
     ):
         if not isinstance(turn, dict):
             raise ValueError(f"a turn must be an object, it is {_kind(turn)}")
-        role = words(turn["from"] if "from" in turn else turn["role"], "from")
+        role = words(turn[_one(turn, "from", "role")], "from")
         if role.lower() not in ROLES:
             raise ValueError(f"unknown role {role!r}; there are {', '.join(ROLES)}")
-        found.append(
-            (
-                ROLES[role.lower()],
-                words(turn["value"] if "value" in turn else turn["content"], "value"),
-            )
-        )
+        role = ROLES[role.lower()]
+        if left := [n for n in LEARNED if role == "assistant" and turn.get(n) not in (None, True)]:
+            raise ValueError(f"an answer of {left[0]!r} {turn[left[0]]!r}: all are learned alike")
+        found.append((role, words(turn[_one(turn, "value", "content")], "value")))
     return found
+
+
+def _one(said: dict, *names: str) -> str:
+    """Which of its names a field has. Raises ValueError where several say something."""
+    given = [name for name in names if said.get(name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"there are both {' and '.join(map(repr, given))}")
+    return given[0] if given else names[0]
 
 
 def marked(

@@ -82,7 +82,7 @@ RULES = (
 
 
 def get_config(form: str = "") -> ConfigDict:
-    """the demo. `form`: "" (half an hour on 2 cores with AVX2), "fast" (a few minutes), "full"
+    """The demo. `form`: "" (half an hour on 2 cores with AVX2), "fast" (a few minutes), "full"
     (4.5 times as many steps), "moe".
     """
     steps = {

@@ -165,12 +165,12 @@ class TrainPhase:
         )
 
     def attention(self) -> str:
-        """One line about the form of cross-attention on these devices."""
+        """One line about the form of the language model's attention on these devices."""
         wanted = self.cfg.train.attention
         with self.layout.active():
             form = attention_form(wanted)
         why = "" if form == wanted else f": train.attention = '{wanted}' is for TPUs"
-        return f"cross-attention by {form}{why}"
+        return f"attention of text by {form}{why}"
 
     def spec(self) -> TrainState:
         """Shapes and dtypes of the state."""
@@ -199,8 +199,7 @@ class TrainPhase:
             f"phase {self.number} from step {step}: trains {size(trainable)}, freezes"
             f" {size(self.frozen)}"
         )
-        if self.cfg.cross_layers:
-            log_once(self.attention())
+        log_once(self.attention())
         if self.options:
             log_once(told(self.options))
         log_once(

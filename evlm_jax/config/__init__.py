@@ -129,8 +129,8 @@ class TrainConfig:
     )
     # checkpoints at multiples of so many updates stay, beside the newest `keep`; 0: those alone
     keep_every: Count = 0
-    # cross-attention by "xla", or on TPUs by kernels that keep scores out of HBM ("pallas"); where
-    # there are none it is XLA's, which is said
+    # cross-attention, and self-attention of packed rows, by "xla", or on TPUs by kernels that keep
+    # scores out of HBM ("pallas"); elsewhere by XLA all the same, which is said
     attention: Literal["xla", "pallas"] = "xla"
 
     @property

@@ -44,17 +44,26 @@ def self_attention_op(scale: float = 0.0, cap: float = 0.0) -> Callable:
     return shard_map_local(attend, (TEXT, TEXT_KEYS, TEXT_KEYS, ("rows",)), TEXT)
 
 
+def packed_attention_op(scale: float = 0.0, cap: float = 0.0) -> Callable:
+    """`packed_attention` of a device's rows and heads: q [B, T, N, H], k and v [B, T, K, H],
+    visible_until [B, T].
+    """
+    from evlm_jax.ops.packed_attention import packed_attention  # Pallas is slow to import
+
+    attend = functools.partial(packed_attention, scale=scale, cap=cap)
+    return shard_map_local(attend, (TEXT, TEXT_KEYS, TEXT_KEYS, ("rows",)), TEXT)
+
+
 def cross_attention_op(cfg: EVLMConfig) -> Callable:
     """`grouped_attention` of a device's image groups and heads: q [B, T, N, H], k and v
     [C, I, S', K, H], plan, `tokens_there`.
     """
-    by_picture = cfg.vit.grid_by_picture  # which the kernels do not know
-    form = "xla" if by_picture else attention_form(cfg.train.attention)
+    form = attention_form(cfg.train.attention)
 
     def attend(q, k, v, plan, *there):
         return grouped_attention(q, k, v, plan, cfg.xattn.sinks, *there, form=form)
 
-    there = (("rows",),) * by_picture
+    there = (("rows",),) * cfg.vit.grid_by_picture
     return shard_map_local(attend, (TEXT, IMAGE_KEYS, IMAGE_KEYS, ("rows",), *there), TEXT)
 
 
@@ -177,6 +186,22 @@ class EVLM(nnx.Module):
         with jax.named_scope("bridge"):
             return shard(self.bridge(taps), None, "rows", "images")
 
+    def _self_attention(self, batch: Batch) -> Callable:
+        """(number of the layer, q [B, T, N, H], k and v [B, T, K, H]) -> (attention outputs, None),
+        by what tokens of the batch see.
+        """
+        llm, until = self.cfg.llm, batch.visible_until
+        scale, cap = llm.scales.query, llm.scales.score_cap
+        if attention_form(self.cfg.train.attention) == "pallas":
+            attend = packed_attention_op(scale, cap)
+            return lambda number, q, k, v: (attend(q, k, v, until), None)
+        attend, mask = self_attention_op(scale, cap), text_mask(until)
+
+        def masked(number, q, k, v):
+            return attend(q, k, v, within_window(llm, mask, batch.positions, number)), None
+
+        return masked
+
     def _grouped_cross_attention(self, batch: Batch, states: jax.Array | None) -> Callable:
         """(queries [B, T, N, H], keys and values [C, I, S', K, H]) -> (attention outputs, None), by
         the batch's plan.
@@ -218,9 +243,7 @@ class EVLM(nnx.Module):
                 bridge.write, ((None, "rows"), ("rows",), ("rows",)), ("rows",)
             )(states, batch.visible_start, batch.media_slot)
         x = self.embed(batch.tokens, batch.media_slot, patches)
-        llm = self.cfg.llm
-        rope, mask = rope_tables(llm, batch.positions), text_mask(batch.visible_until)
-        attend = self_attention_op(llm.scales.query, llm.scales.score_cap)
+        rope = rope_tables(self.cfg.llm, batch.positions)
         kind = jnp.where(
             batch.media_slot >= 0, moe.MEDIA, jnp.where(real_tokens(batch), moe.TEXT, moe.PADDING)
         )
@@ -239,10 +262,7 @@ class EVLM(nnx.Module):
             self.xattn,
             x,
             rope,
-            self_attend=lambda number, q, k, v: (
-                attend(q, k, v, within_window(llm, mask, batch.positions, number)),
-                None,
-            ),
+            self_attend=self._self_attention(batch),
             cross_attend=look,
             observe=lambda block, number, x: observe(block, states[tap_of[number]], x),
             kind=kind,

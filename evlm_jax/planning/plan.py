@@ -94,8 +94,8 @@ def plan(
 
 
 def _asked(cfg: EVLMConfig, layout: Layout) -> dict:
-    """How the config has the model split, what is kept or computed again, and the form of
-    cross-attention.
+    """How the config has the model split, what is kept or computed again, and the form of the
+    language model's attention.
     """
     with layout.active():
         form = attention_form(cfg.train.attention)

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import SingleDeviceSharding
 
 from evlm_jax.batch import Batch
-from evlm_jax.models.evlm import cross_attention_op
+from evlm_jax.models.evlm import EVLM
 from evlm_jax.ops.attention_kernels import Form, _fit
 from evlm_jax.ops.attention_plan import attention_plan, block_pair_count
 from evlm_jax.ops.grouped_attention import AttentionPlan, grouped_attention
@@ -159,23 +160,25 @@ def test_as_many_heads_a_step_as_fit():
 
 
 def test_the_config_chooses_the_form_on_tpus_alone():
-    """What is traced for TPUs has the kernel, what is traced for others says that it has not."""
+    """What is traced for TPUs has the kernels, what is traced for others says that it has not."""
     cfg = tiny_config(train={"attention": "pallas"})
-    spec = Batch.spec(cfg)
-    head = (cfg.xattn.heads, cfg.xattn.head_dim)
-    q = jax.ShapeDtypeStruct((*spec.tokens.shape, *head), jnp.float32)
-    k = jax.ShapeDtypeStruct((*spec.pixels.shape[:2], cfg.vit.tokens, *head), jnp.float32)
-    plan = AttentionPlan(spec.block_tokens, spec.token_place, spec.pair_block, spec.pair_image)
+    phase = TrainPhase(cfg, 0, make_layout(cfg, jax.devices()[:1]))
 
-    def traced():
-        return str(jax.make_jaxpr(cross_attention_op(cfg))(q, k, k, plan))
+    def traced(cfg):
+        def hidden(params, batch):
+            return EVLM.hidden(nnx.merge(nnx.split(shapes)[0], params), batch)
+
+        shapes = nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0)))
+        return str(jax.make_jaxpr(hidden)(nnx.split(shapes)[1], Batch.spec(cfg)))
 
     with compile_for("tpu"):
-        assert "pair_attention_forward" in traced()
-        assert "pallas" not in str(jax.make_jaxpr(cross_attention_op(tiny_config()))(q, k, k, plan))
-    assert "pallas" not in traced()
-    phase = TrainPhase(cfg, 0, make_layout(cfg, jax.devices()[:1]))
-    assert phase.attention() == "cross-attention by xla: train.attention = 'pallas' is for TPUs"
+        text = traced(cfg)
+        assert "pair_attention_forward" in text and "packed_attention_forward" in text
+        assert "pallas" not in traced(tiny_config())
+    assert "pallas" not in traced(cfg)
+    with pytest.raises(ValueError, match=r"train\.attention must be xla .*llm\.window"):
+        tiny_config(train={"attention": "pallas"}, llm={"window": (0, 4)})
+    assert phase.attention() == "attention of text by xla: train.attention = 'pallas' is for TPUs"
 
 
 @needs_compiler

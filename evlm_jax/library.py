@@ -25,12 +25,12 @@ from evlm_jax.data.stream import pieces
 from evlm_jax.data.tokenizer import Tokenizer, load_tokenizer, source_of_run
 from evlm_jax.generate import Generator, Room
 from evlm_jax.loss import loss_sums
-from evlm_jax.models import param_names
+from evlm_jax.models import param_names, quant
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.parallel.distributed import fetch_to_host
 from evlm_jax.parallel.mesh import Layout, jit
 from evlm_jax.report import attention_maps
-from evlm_jax.runs import model_of, save_model
+from evlm_jax.runs import model_of, random_params, save_model
 
 # What an export does not say: sizes of rows, the optimizer.
 BASE = Path(__file__).parents[1] / "experiments" / "base.py"
@@ -94,8 +94,7 @@ def random(
             f"config is a {type(config).__name__}: give what an experiment's get_config() returns"
         )
     ranges.check(ranges.Seed, seed, "seed")
-    params = jax.device_get(param_names.flatten(cfg, _new(cfg, np.uint32(seed))))
-    return _placed(cfg, params, dtype, devices)
+    return _placed(cfg, random_params(cfg, seed), dtype, devices)
 
 
 def make_sample(*texts: str, images: Images = None) -> Sample:
@@ -353,11 +352,6 @@ class Model:
 # ----------------------------------------------------------------------------------------- compiled
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _new(cfg: EVLMConfig, seed: jax.Array) -> nnx.State:
-    return nnx.state(EVLM(cfg, nnx.Rngs(jax.random.key(seed))))
-
-
 @functools.cache
 def _on(layout: Layout | None, f: Callable) -> Callable:
     """One of the next two, or EVLM.encode, compiled."""
@@ -383,7 +377,8 @@ def _placed(cfg: EVLMConfig, params: store.Arrays, dtype: str | None, devices: D
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}: use one of {', '.join(DTYPES)}, or leave it out")
         cfg = replace(cfg, train=replace(cfg.train, dtype=dtype, matmul_precision=dtype))
-        params = {name: array.astype(dtype, copy=False) for name, array in params.items()}
+        plain = quant.plain(params)
+        params |= {name: params[name].astype(dtype, copy=False) for name in plain}
     devices = [devices] if isinstance(devices, jax.Device) else devices or []
     if not isinstance(devices, Sequence) or not all(isinstance(d, jax.Device) for d in devices):
         raise ValueError(f"devices are some of jax.devices(), got {devices!r}")

@@ -18,7 +18,7 @@ from flax import nnx
 
 from evlm_jax.checkpoint.lazy_tensors import Tensor
 from evlm_jax.config import EVLMConfig, Rule
-from evlm_jax.models import param_names
+from evlm_jax.models import param_names, quant
 from evlm_jax.models.lora import is_adapter
 
 Path = tuple[str | int, ...]  # of a leaf in the model's State
@@ -96,11 +96,18 @@ def optimizer_plan(cfg: EVLMConfig, phase: int, params: nnx.State) -> OptimizerP
     the whole model.
 
     Raises:
-      ValueError: see `resolve`; or the layers of one stack are not treated alike.
+      ValueError: see `resolve`; or the layers of one stack are not treated alike, or what is
+        quantised is trained.
     """
     paths = [path for path, _ in nnx.to_flat_state(params)]
     history = [_by_path(cfg, p, paths) for p in range(phase + 1)]
     rates = {path: rate for path, rate in history[phase].items() if rate is not None}
+    for path, leaf in nnx.to_flat_state(params):
+        if path in rates and quant.is_quantised(path, jax.tree.leaves(leaf)[0]):
+            raise ValueError(
+                f"optim.phases[{phase}] trains {param_names.canonical(cfg, path)[0]}, which is"
+                " quantised: freeze it ('lr': None), or leave it out of quant.patterns"
+            )
     group = {
         path: next(
             p for p in range(phase + 1) if all(later[path] is not None for later in history[p:])

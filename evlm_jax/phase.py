@@ -14,7 +14,7 @@ from evlm_jax import optim
 from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
 from evlm_jax.loss import loss_sums
-from evlm_jax.models import param_names
+from evlm_jax.models import param_names, quant
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.ops.grouped_attention import attention_form
 from evlm_jax.parallel.agreement import agreed
@@ -178,6 +178,17 @@ class TrainPhase:
             self.begin, 0, nnx.split_state(self.shapes, self.plan.trains, ...)[0], {}
         )
 
+    def frozen_spec(self) -> nnx.State:
+        """Shapes and dtypes of what is frozen: train.frozen_dtype, or quantised."""
+
+        def held(path, leaf):
+            x = jax.tree.leaves(leaf)[0]
+            dtype = x.dtype if quant.is_quantised(path, x) else self.cfg.train.frozen_dtype
+            return leaf.replace(jax.ShapeDtypeStruct(x.shape, dtype))
+
+        frozen = nnx.split_state(self.shapes, self.plan.trains, ...)[1]
+        return nnx.from_flat_state([(p, held(p, x)) for p, x in nnx.to_flat_state(frozen)])
+
     def place(self, tree) -> Any:
         """Shardings of parameters of the whole model or of a part, or of moments."""
         if not isinstance(tree, nnx.State):
@@ -193,7 +204,8 @@ class TrainPhase:
         self.frozen = _moved(frozen, self.layout.frozen(frozen))
 
         def size(tree):
-            return f"{sum(x.size for x in jax.tree.leaves(tree)):,} parameters"
+            sizes = (quant.parameters(self.cfg, *leaf) for leaf in nnx.to_flat_state(tree))
+            return f"{sum(sizes):,} parameters"
 
         log_once(
             f"phase {self.number} from step {step}: trains {size(trainable)}, freezes"
@@ -212,11 +224,8 @@ class TrainPhase:
         """The step lowered for the devices of the layout, which need not be attached; `compile()`
         it to read memory, FLOPs and collectives.
         """
-        frozen = nnx.split_state(self.shapes, self.plan.trains, ...)[1]
-        frozen = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, self.cfg.train.frozen_dtype), frozen
-        )
-        inputs, layout = (self.spec(), frozen, Batch.spec(self.cfg)), self.layout
+        inputs, layout = (self.spec(), self.frozen_spec(), Batch.spec(self.cfg)), self.layout
+        frozen = inputs[1]
         shardings = layout.trained(inputs[0]), layout.frozen(frozen), layout.batch(inputs[2])
         return self._step.lower(
             *jax.tree.map(

@@ -1,5 +1,6 @@
 """A run's checkpoint as a model, a model as a checkpoint, and the cache of its taps."""
 
+import functools
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -15,11 +16,12 @@ from evlm_jax.checkpoint import store
 from evlm_jax.checkpoint.atomic_dir import new_folder
 from evlm_jax.checkpoint.frozen_store import write_store
 from evlm_jax.checkpoint.initialize import put_sharded
-from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors
-from evlm_jax.config import EVLMConfig, MeshConfig
+from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, opened, read_all
+from evlm_jax.config import EVLMConfig, MeshConfig, QuantConfig
+from evlm_jax.convert.engine import parameter_shapes
 from evlm_jax.data.features import FeatureStore, fingerprint
 from evlm_jax.data.tokenizer import Tokenizer, keep_tokenizer, load_tokenizer, source_of_run
-from evlm_jax.models import param_names
+from evlm_jax.models import param_names, quant
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.parallel.mesh import Layout, make_layout
 
@@ -98,6 +100,18 @@ def model_of(
         replace(cfg, mesh=mesh, train=replace(cfg.train, batch=rows, accumulate=1)), devices
     )
     return nnx.merge(graphdef, put_sharded(state, layout.frozen)), layout
+
+
+def random_params(cfg: EVLMConfig, seed: int) -> dict[str, np.ndarray]:
+    """New weights of the whole model, towers included, by canonical name."""
+    whole = replace(cfg, quant=QuantConfig())
+    params = jax.device_get(param_names.flatten(whole, _new(whole, np.uint32(seed))))
+    return read_all(quant.quantised(cfg, parameter_shapes(cfg), opened(params)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _new(cfg: EVLMConfig, seed: jax.Array) -> nnx.State:
+    return nnx.state(EVLM(cfg, nnx.Rngs(jax.random.key(seed))))
 
 
 def write_model(

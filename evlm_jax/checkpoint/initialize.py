@@ -1,6 +1,6 @@
 """Where a run starts: named tensors become the model's State on the mesh, read shard by shard."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from evlm_jax.checkpoint.by_shard import Place, put_tensors
 from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, opened
 from evlm_jax.checkpoint.store import Snapshot
 from evlm_jax.config import EVLMConfig
-from evlm_jax.models import lora, param_names
+from evlm_jax.models import lora, param_names, quant
 from evlm_jax.models.evlm import EVLM, PARTS, TOWERS
 from evlm_jax.models.initializers import media_embedding
 
@@ -23,23 +23,36 @@ def begin_with(
     params: Mapping[str, np.ndarray | Tensor],
     keep: frozenset[str],
 ) -> dict[str, Tensor]:
-    """What a run begins with, of `params`: frozen towers in train.frozen_dtype, and new media
-    embeddings where `params` has none.
+    """What a run begins with, of `params`: frozen towers in train.frozen_dtype or quantised, and
+    new media embeddings where `params` has none.
 
     Args:
       shapes: of the whole model.
       keep: names whose dtype is kept: what is trained, or was in an earlier stage.
+    Raises:
+      ValueError: a matrix that is to be quantised begins anew.
     """
     params = opened(params)
-    tensors = {
-        name: tensor if name in keep else tensor.astype(cfg.train.frozen_dtype)
-        for name, tensor in params.items()
-    }
+    names = [n for path, _ in nnx.to_flat_state(shapes) for n in param_names.canonical(cfg, path)]
+    tensors = frozen_as_held(cfg, names, params, keep)
     parts = {path[0] for path, _ in nnx.to_flat_state(shapes)}
     if "media" in parts and "media/embedding" not in params and "llm/embed" in params:
         media = media_embedding(cfg, params["llm/embed"].read())
         tensors["media/embedding"] = Tensor.of(media)
     return tensors
+
+
+def frozen_as_held(
+    cfg: EVLMConfig, names: Collection[str], tensors: Tensors, keep: Collection[str]
+) -> dict[str, Tensor]:
+    """Tensors as a model with parameters of these names holds them: quantised, or in
+    train.frozen_dtype where their dtype is not to be kept.
+
+    Raises ValueError as quant.quantised.
+    """
+    made = quant.quantised(cfg, names, tensors)
+    cast = quant.plain(made) - {*keep}
+    return {n: t.astype(cfg.train.frozen_dtype) if n in cast else t for n, t in made.items()}
 
 
 def initialize(cfg: EVLMConfig, shapes: nnx.State, place: Place, tensors: Tensors) -> nnx.State:

@@ -40,7 +40,8 @@ TYPES = {
     "U8": "u1",
     "BOOL": "?",
 }
-FLOATS = {np.dtype(TYPES[name]): name for name in ("F32", "F16", "BF16")}  # what is written
+FLOATS = {np.dtype(TYPES[name]): name for name in ("F32", "F16", "BF16")}  # weights
+WRITTEN = FLOATS | {np.dtype(TYPES["U8"]): "U8"}  # also the bytes of quantised ones
 INFINITY = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}  # its bits; those of NaN are larger
 # bytes of a header, its entries and their axes, at most: a hostile one takes no more memory
 HEADER, TENSORS, AXES = 25_000_000, 2**17, 32
@@ -242,13 +243,15 @@ def write_folder(
     Returns:
       {name: hashes of the tensor}
     Raises:
-      ValueError: names a tensor that is not floating-point, has another shape or dtype than
-        declared, or contains NaN or infinity.
+      ValueError: names a tensor that is neither floating-point nor bytes, has another shape or
+        dtype than declared, or contains NaN or infinity.
     """
     shards = [[]]
     for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{name} is {tensor.dtype}; weights are {', '.join(map(str, FLOATS))}")
+        if tensor.dtype not in WRITTEN:
+            raise ValueError(
+                f"{name} is {tensor.dtype}; weights are {', '.join(map(str, WRITTEN))}"
+            )
         if shards[-1] and sum(tensors[name].size for name in shards[-1]) + tensor.size > SHARD:
             shards.append([])
         shards[-1].append(name)
@@ -309,7 +312,7 @@ def _header(tensors: Tensors) -> bytes:
     for name, tensor in tensors.items():
         offsets = [offset, offset + tensor.size]
         facts[name] = {
-            "dtype": FLOATS[tensor.dtype],
+            "dtype": WRITTEN[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": offsets,
         }
@@ -351,7 +354,7 @@ def write_tensor(
 
 def not_finite(bits: np.ndarray, dtype: np.dtype) -> int:
     """How many numbers of one of an array's `blocks` are NaN or infinity."""
-    infinity = INFINITY[FLOATS[dtype]]
+    infinity = INFINITY.get(WRITTEN[dtype], np.inf)
     unsigned = bits & bits.dtype.type(2 ** (8 * bits.itemsize - 1) - 1)
     return int((unsigned >= infinity).sum()) if unsigned.max(initial=0) >= infinity else 0
 

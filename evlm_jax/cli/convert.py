@@ -1,15 +1,18 @@
 """`evlm convert`: its arguments, and what it does."""
 
 import argparse
+from typing import get_args, get_type_hints
 
 from evlm_jax.config.load import CONFIG_HELP, load_config
-from evlm_jax.config.ranges import Count, NonNegative, argument
+from evlm_jax.config.model import TOWER_MATRICES, QuantConfig
+from evlm_jax.config.ranges import Count, NonNegative, Positive, argument
+from evlm_jax.config.schema import build
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the actions."""
     actions = parser.add_subparsers(
-        dest="action", required=True, metavar="import|export|merge|adapt|verify|families"
+        dest="action", required=True, metavar="import|export|merge|adapt|quantize|verify|families"
     )
     read = actions.add_parser(
         "import", help="foreign towers, or an export of ours, to a checkpoint"
@@ -28,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, help="new directory; start training from it with --init"
     )
     _export_arguments(actions.add_parser("export", help="a checkpoint to PyTorch"))
-    merge = actions.add_parser("merge", help="adapters into the matrices that they stand beside")
+    merge = actions.add_parser(
+        "merge", help="adapters into the matrices that they stand beside, quantised ones to float32"
+    )
     _source_arguments(merge)
     merge.add_argument("--out", required=True, help="new directory, a model without adapters")
     adapt = actions.add_parser(
@@ -39,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter", required=True, help="directory with adapter_config.json, as PEFT writes it"
     )
     adapt.add_argument("--out", required=True, help="new directory, a model with these adapters")
+    _quantize_arguments(
+        actions.add_parser(
+            "quantize", help="a checkpoint's matrices in 8 or 4 bits, with a receipt"
+        )
+    )
     _verify_arguments(
         actions.add_parser(
             "verify",
@@ -72,6 +82,30 @@ def _export_arguments(write: argparse.ArgumentParser) -> None:
         help="the model without them, which `--format peft` and `peft-llm` fit, not merged",
     )
     write.add_argument("--out", required=True, help="new directory")
+
+
+def _quantize_arguments(made: argparse.ArgumentParser) -> None:
+    _source_arguments(made)
+    usual = QuantConfig()
+    made.add_argument(
+        "--kind", choices=get_args(get_type_hints(QuantConfig)["kind"]), default=usual.kind
+    )
+    made.add_argument(
+        "--pattern",
+        action="append",
+        default=[],
+        help="regular expression, searched in names as llm/layers/0/attn/q/kernel, of what is"
+        " quantised; may be given several times, and is all of the towers where left out",
+    )
+    made.add_argument(
+        "--tile", type=argument(Positive), default=usual.tile, help="values that share a scale"
+    )
+    made.add_argument(
+        "--without-logits",
+        action="store_true",
+        help="a receipt of the matrices alone, for which no model is run",
+    )
+    made.add_argument("--out", required=True, help="new directory, a model with less bytes")
 
 
 def _verify_arguments(same: argparse.ArgumentParser) -> None:
@@ -117,6 +151,12 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int | None:
         from evlm_jax.convert.peft import adapt_run
 
         return adapt_run(args.checkpoint, args.adapter, args.out, args.step)
+    if args.action == "quantize":
+        from evlm_jax.convert.quantize import quantize_run
+
+        fields = {"patterns": args.pattern or TOWER_MATRICES, "kind": args.kind, "tile": args.tile}
+        how = build(QuantConfig, fields, "quant")
+        return quantize_run(args.checkpoint, how, args.out, args.step, not args.without_logits)
     if args.action == "verify":
         from evlm_jax.convert.verify import verify
 

@@ -29,6 +29,7 @@ from evlm_jax.config.model import (
     LoRAConfig,
     MediaConfig,
     MoEConfig,
+    QuantConfig,
     ViTConfig,
     XAttnConfig,
 )
@@ -193,6 +194,7 @@ class EVLMConfig:
     mesh: MeshConfig
     init: InitConfig
     lora: LoRAConfig = LoRAConfig()
+    quant: QuantConfig = QuantConfig()
 
     def __post_init__(self):
         check(self)
@@ -218,8 +220,8 @@ class EVLMConfig:
 
     @property
     def merged(self) -> "EVLMConfig":
-        """The config without adapters: of the model whose matrices hold theirs."""
-        return dataclasses.replace(self, lora=LoRAConfig())
+        """The config without adapters and quantisation: of the model whose matrices hold them."""
+        return dataclasses.replace(self, lora=LoRAConfig(), quant=QuantConfig())
 
     @property
     def cross_layers(self) -> tuple[int, ...]:

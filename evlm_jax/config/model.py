@@ -349,3 +349,18 @@ class LoRAConfig:
     patterns: tuple[Pattern, ...] = ()
     rank: Positive = 16  # inner width of the product
     alpha: PositiveFloat = 16.0  # the product counts alpha / rank times
+
+
+# Patterns of all that can be quantised of the towers.
+TOWER_MATRICES = (r"^(vit/blocks|llm/layers)/.*/kernel$", "^llm/(embed$|head/)")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Frozen matrices that are held in 8 or 4 bits, on disk and in memory (models/quant.py)."""
+
+    # regular expressions, searched in the canonical names of matrices: those that one is found in
+    # are quantised; (): none
+    patterns: tuple[Pattern, ...] = ()
+    kind: Literal["int8", "int4", "nf4"] = "int8"  # "nf4": 16 quantiles of a normal distribution
+    tile: Positive = 64  # values, along the axis that products sum over, that share a scale

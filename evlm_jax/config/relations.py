@@ -246,7 +246,7 @@ def layers(llm: LLMConfig) -> list[Relation]:
 
 
 def training(cfg: "EVLMConfig") -> list[Relation]:
-    """Relations of rows, batches and phases of training."""
+    """Relations of rows, batches and phases of training, and of what is held quantised."""
     data, train = cfg.data, cfg.train
     packed = data.pack_length + data.images * max(0, cfg.media.tokens - data.pack_media)
     return [
@@ -266,6 +266,7 @@ def training(cfg: "EVLMConfig") -> list[Relation]:
             "data.image_group",
             "must divide the rows of train.batch / train.accumulate",
         ),
+        (cfg.quant.tile % 2 == 0, "quant.tile", "must be even: in 4 bits a byte is two values"),
         (
             train.keep_every % train.save_every == 0,
             "train.keep_every",

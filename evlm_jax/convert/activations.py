@@ -63,10 +63,11 @@ class Side(NamedTuple):
     tokenizer: Tokenizer
 
 
-def look(where: str, folder_code: bool = False) -> Side:
+def look(where: str, folder_code: bool = False, step: int | None = None) -> Side:
     """The model at `where`, described from its configuration alone.
 
     Args:
+      step: of a checkpoint of ours; by default the newest.
       folder_code: a Hugging Face directory is run by the code in it, instead of by transformers'
         own and this package's classes.
     Raises:
@@ -84,7 +85,7 @@ def look(where: str, folder_code: bool = False) -> Side:
             name: asdict(getattr(cfg, name)) for name in ("vit", "llm", "xattn", "moe", "media")
         }
         sections["media"]["image_token_id"] = tokenizer.id(cfg.media.placeholder)
-        return Side(where, run_checkpoint, sections, tokenizer)
+        return Side(where, partial(run_checkpoint, step=step), sections, tokenizer)
     if not (
         local(where, "a Hugging Face directory that transformers runs") / "config.json"
     ).is_file():
@@ -109,9 +110,11 @@ def look(where: str, folder_code: bool = False) -> Side:
 # -------------------------------------------------------------------------------------- checkpoints
 
 
-def run_checkpoint(side: Side, examples: Sequence[Example], llm_only: bool) -> list[Trace]:
-    """The newest step of a run, all examples as rows of one batch."""
-    model = load_trained(side.path).model
+def run_checkpoint(
+    side: Side, examples: Sequence[Example], llm_only: bool, step: int | None = None
+) -> list[Trace]:
+    """A step of a run, all examples as rows of one batch."""
+    model = load_trained(side.path, step).model
     exact = {"dtype": "float32", "matmul_precision": "float32"}
     model.cfg = replace(model.cfg, train=replace(model.cfg.train, **exact))
     for gate in model.xattn.gates().values() if llm_only else ():

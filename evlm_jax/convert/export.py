@@ -12,7 +12,8 @@ llm           the language model alone, as a class of transformers (convert/stoc
 peft          adapters alone, for what `hf` writes without them (convert/peft.py)
 peft-llm      adapters alone, for what `llm` writes without them
 
-Adapters are merged into their matrices in all other forms, or left out."""
+Adapters are merged into their matrices in all other forms, or left out; quantised matrices are
+float32 there."""
 
 import json
 from collections.abc import Collection
@@ -90,6 +91,7 @@ def export(
         raise ValueError(f"export: --format {form} is adapters alone: leave out --without-adapters")
     else:
         tensors = {name: tensor for name, tensor in tensors.items() if not is_adapter(name)}
+        tensors = merged(tensors, cfg)
     cfg = replace(cfg, init=replace(cfg.init, llm=source_of_run(source, cfg.init.llm)))
     known = ("llm", "idefics", "mllama", "peft-llm")
     known += ("openflamingo",) * (cfg.bridge.kind == "flamingo")

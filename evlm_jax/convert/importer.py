@@ -187,11 +187,13 @@ def _write(
     new: dict[str, Tensor],
     trained: Iterable[str] = (),
 ) -> None:
-    """The checkpoint: one store and a step 0. Raises ValueError where the config has adapters."""
-    if cfg.lora.patterns:
+    """The checkpoint: one store and a step 0. Raises ValueError where the config has adapters or
+    quantises matrices.
+    """
+    if cfg.lora.patterns or cfg.quant.patterns:
         raise ValueError(
-            "the config has adapters, which begin in training: import with"
-            " --config.lora.patterns=(), and train with --init"
+            "the config has adapters or quantised matrices, which begin in training: import with"
+            " --config.lora.patterns=() --config.quant.patterns=(), and train with --init"
         )
     tensors = {
         name: tensor for tower in towers.values() for name, tensor in tower.tensors.items()

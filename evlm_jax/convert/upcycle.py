@@ -187,14 +187,14 @@ def upcycle_run(source: str, cfg: EVLMConfig, out: str) -> None:
 
     Raises:
       FileExistsError: `out` is there already.
-      ValueError: as `upcycle`; the run has adapters; or towers or cross-attention of `cfg` are not
-        those of the checkpoint.
+      ValueError: as `upcycle`; the run has adapters or is quantised; or towers or
+        cross-attention of `cfg` are not those of the checkpoint.
     """
     check(cfg.moe)
     tensors, before = checkpoint.open_params(source)
-    if before.lora.patterns:
+    if before.lora.patterns or before.quant.patterns:
         raise ValueError(
-            f"upcycle: {source} has adapters: merge them first, with `evlm convert merge`"
+            f"upcycle: {source} has adapters or is quantised: `evlm convert merge` it first"
         )
     if wrong := [
         name

@@ -67,12 +67,10 @@ def verify(
     alone = [side.path for side in sides if "vit" not in side.sections]
     if alone and images:
         raise ValueError(f"{alone[0]} is a language model alone: leave --image out")
-    examples = [
-        _example(sides[0], *one)
-        for one in (
-            _given(images, prompts) if images or prompts else _built_in(text_only=bool(alone))
-        )
-    ]
+    if images or prompts:
+        examples = [_example(sides[0], *one) for one in _given(images, prompts)]
+    else:
+        examples = built_in(sides[0], text_only=bool(alone))
     traces = [
         side.run(side, examples, bool(alone)) for side in sides
     ]  # one model in memory at a time
@@ -121,6 +119,11 @@ def _given(images: Sequence[str], prompts: Sequence[str]) -> list[tuple[str, Vis
         (text if MARKER in text else MARKER * len(visuals) + text, visuals)
         for text in prompts or (QUESTION,)
     ]
+
+
+def built_in(side: Side, text_only: bool = False) -> list[Example]:
+    """Prompts of each kind, as a model reads them."""
+    return [_example(side, *one) for one in _built_in(text_only)]
 
 
 def _built_in(text_only: bool) -> list[tuple[str, Visuals]]:

@@ -18,7 +18,7 @@ from flax import nnx
 from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
 from evlm_jax.flops import real_tokens
-from evlm_jax.models import bridge, lora, moe, xattn
+from evlm_jax.models import bridge, lora, moe, quant, xattn
 from evlm_jax.models.attention import attention, text_mask, within_window
 from evlm_jax.models.layers import param
 from evlm_jax.models.llm import LLM, finished, scaled
@@ -124,6 +124,7 @@ class EVLM(nnx.Module):
         for name, make in PARTS.items():
             setattr(self, name, make(cfg, rngs))
         lora.adapt(self, cfg, rngs)
+        quant.hold(self, cfg)
 
     @property
     def dtype(self) -> jnp.dtype:

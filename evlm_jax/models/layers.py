@@ -13,6 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from evlm_jax.ops.matmul import operand_dtype, product
+from evlm_jax.ops.quantised import Quantised, shapes
 from evlm_jax.parallel.sharding import gathered_weight
 
 
@@ -41,6 +42,8 @@ class Linear(nnx.Module):
     product: what adapts or quantises matrices changes this class.
     """
 
+    kernel_scale: nnx.Param | None = None  # [in / tile, out] of a quantised kernel
+    kind = ""  # of its quantisation
     lora_a: nnx.Param | None = None  # [in, rank]
     lora_b: nnx.Param | None = None  # [rank, out]
     lora_scale = 0.0
@@ -65,25 +68,63 @@ class Linear(nnx.Module):
         self.lora_b = nnx.Param(jnp.zeros((*layers, rank, behind)), axes=("whole", last))
         self.lora_scale = scale
 
+    def hold(self, kind: str, tile: int) -> None:
+        """Holds the kernel quantised, also those of a stack; its values are still to come."""
+        self.kernel, self.kernel_scale = held(self.kernel, kind, tile, -2)
+        self.kind = kind
+
+    def operand(self, dtype: jnp.dtype) -> jax.Array | Quantised:
+        """The kernel as `product` takes it; on a mesh it is gathered, in `dtype` or quantised."""
+        return operand(self.kernel, self.kernel_scale, self.kind, -2, dtype)
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = _times(x, self.kernel)
+        dtype = operand_dtype(x)
+        y = _times(x, self.operand(dtype))
         if self.lora_a is not None:
-            inner = checkpoint_name(_times(x, self.lora_a).astype(x.dtype), "linear")
-            y = y + self.lora_scale * _times(inner, self.lora_b)
+            inner = _times(x, gathered_weight(self.lora_a, dtype))
+            inner = checkpoint_name(inner.astype(x.dtype), "linear")
+            y = y + self.lora_scale * _times(inner, gathered_weight(self.lora_b, dtype))
         y = checkpoint_name(y.astype(x.dtype), "linear")
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
-    def matrix(self) -> jax.Array:
-        """[in, out], or [layers, in, out] of a stack: what a product with x is by."""
+    def matrix(self) -> jax.Array | Quantised:
+        """[in, out], or [layers, in, out] of a stack: what a product with x is by, as it lies. An
+        adapter is part of it, unless it stands beside a quantised kernel.
+        """
+        if self.kernel_scale is not None:
+            return Quantised(self.kernel[...], self.kernel_scale[...], self.kind, -2)
         if self.lora_a is None:
             return self.kernel[...]
         added = jnp.matmul(self.lora_a[...], self.lora_b[...], precision="highest")
         return self.kernel[...] + self.lora_scale * added
 
 
-def _times(x: jax.Array, matrix: nnx.Param) -> jax.Array:
-    """x [..., in] by a parameter [in, out], in float32."""
-    return product("...x,xy->...y", x, gathered_weight(matrix, operand_dtype(x)))
+def _times(x: jax.Array, matrix: jax.Array | Quantised) -> jax.Array:
+    """x [..., in] by a matrix [in, out], in float32."""
+    return product("...x,xy->...y", x, matrix)
+
+
+def held(matrix: nnx.Param, kind: str, tile: int, axis: int) -> tuple[nnx.Param, nnx.Param]:
+    """Parameters, without values, of a quantised matrix: its bytes, and the scales of tiles along
+    `axis`.
+    """
+    axes, (bits, scale) = matrix.get_metadata()["axes"], shapes(matrix.shape, kind, tile, axis)
+    return (
+        nnx.Param(jnp.zeros(bits, jnp.uint8), axes=axes),
+        nnx.Param(jnp.zeros(scale, jnp.float32), axes=axes, uneven=True),
+    )
+
+
+def operand(
+    matrix: nnx.Param, scale: nnx.Param | None, kind: str, axis: int, dtype: jnp.dtype
+) -> jax.Array | Quantised:
+    """A parameter as `product` takes it. On a mesh it is gathered: in `dtype`, or as the bytes and
+    scales that it is held in.
+    """
+    if scale is None:
+        return gathered_weight(matrix, dtype)
+    parts = (gathered_weight(part, part.dtype) for part in (matrix, scale))
+    return Quantised(*parts, kind, axis)
 
 
 class LayerNorm(nnx.Module):

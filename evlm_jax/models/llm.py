@@ -12,9 +12,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from evlm_jax.config import LLMConfig
-from evlm_jax.models.layers import ACTIVATIONS, Linear, RMSNorm, heads, param, stack
+from evlm_jax.models.layers import (
+    ACTIVATIONS,
+    Linear,
+    RMSNorm,
+    heads,
+    held,
+    operand,
+    param,
+    stack,
+)
 from evlm_jax.models.rotary import Rope, rotate
-from evlm_jax.parallel.sharding import gathered_weight, lookup
+from evlm_jax.ops.quantised import Quantised
+from evlm_jax.parallel.sharding import lookup, shard
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -109,18 +119,36 @@ class LLM(nnx.Module):
     cross-attention between them.
     """
 
+    embed_scale: nnx.Param | None = None  # [vocab, D / tile] of quantised embeddings
+    kind = ""  # of their quantisation
+
     def __init__(self, cfg: LLMConfig, rngs: nnx.Rngs):
         self.embed = param(rngs, (cfg.words, cfg.hidden), ("vocab", "embed"), std=0.02)
         self.layers = stack(lambda r: Block(cfg, r), cfg.layers, rngs)
         self.ln_f = rms_norm(cfg, cfg.hidden, rngs)
         self.head = None if cfg.tied else Linear((cfg.hidden, cfg.vocab), ("embed", "vocab"), rngs)
 
-    def head_matrix(self, dtype: str) -> tuple[str, jax.Array]:
+    def hold(self, kind: str, tile: int) -> None:
+        """Holds the embeddings quantised; their values are still to come."""
+        self.embed, self.embed_scale = held(self.embed, kind, tile, -1)
+        self.kind = kind
+
+    def head_matrix(self, dtype: str) -> tuple[str, jax.Array | Quantised]:
         """The head, and its product with [..., D] as ops/matmul.py writes it."""
         if self.head is None:
-            return "...d,vd->...v", gathered_weight(self.embed, dtype)
-        return "...d,dv->...v", gathered_weight(self.head.kernel, dtype)
+            return "...d,vd->...v", operand(self.embed, self.embed_scale, self.kind, -1, dtype)
+        return "...d,dv->...v", self.head.operand(dtype)
+
+    def table(self) -> jax.Array | Quantised:
+        """The embeddings [vocab, D] as they lie."""
+        if self.embed_scale is None:
+            return self.embed[...]
+        return Quantised(self.embed[...], self.embed_scale[...], self.kind, -1)
 
     def words(self, tokens: jax.Array) -> jax.Array:
         """Embeddings of tokens [B, T] -> [B, T, D], as the table has them."""
-        return lookup(self.embed, tokens)
+        rows = lookup(self.embed, tokens)
+        if self.embed_scale is None:
+            return rows
+        scale = shard(self.embed_scale[...][tokens], "rows")
+        return Quantised(rows, scale, self.kind, -1).astype(scale.dtype)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from evlm_jax.ops.matmul import product
 from evlm_jax.ops.platform import platform
+from evlm_jax.ops.quantised import Quantised
 
 UNROLL = 16  # matrix rows summed inside the fused loop
 COLUMNS = 4096  # of one piece of the output head: its partial sums stay in the cache
@@ -70,8 +71,10 @@ def pack_head(kernel: jax.Array, dtype: str) -> Packed:
 
 
 @jax.named_scope("head")
-def logits(head: Packed, x: jax.Array, vocab: int) -> jax.Array:
+def logits(head: Packed | Quantised, x: jax.Array, vocab: int) -> jax.Array:
     """x [B, in] -> float32 [B, vocab]."""
+    if isinstance(head, Quantised):  # its tiles lie along `in`
+        return product("bx,xy->by" if head.axis == -2 else "bx,yx->by", x, head)
     pieces = jax.lax.map(lambda i: _product(x, head.kernel, i), jnp.arange(head.kernel.shape[0]))
     return pieces.swapaxes(0, 1).reshape(len(x), -1)[:, :vocab].astype(jnp.float32)
 

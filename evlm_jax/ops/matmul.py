@@ -9,14 +9,21 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from evlm_jax.ops.quantised import Quantised
 
-def product(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+
+def product(
+    spec: str, a: jax.Array, b: jax.Array | Quantised, dtype: jnp.dtype | None = None
+) -> jax.Array:
     """einsum in float32. Each index of an operand must occur in the other one or in the result;
     "..." in front of `a` is any number of indices.
 
     `b` is cast to the dtype of `a`. Under jax.default_matmul_precision("bfloat16") both are rounded
     to that: XLA does so on TPUs alone. Gradients have the dtype of their operand; that of a float32
     parameter is not rounded on its way. `dtype`: round to that instead.
+
+    A quantised `b` becomes a matrix here, forward and once more backward, so that none is kept in
+    between; it has no gradient.
     """
     spec = spec.replace("...", "ABCDEF"[: a.ndim + 3 - spec.index(",")])
     return _product(spec, dtype or operand_dtype(a), a, b)
@@ -32,19 +39,18 @@ def operand_dtype(a: jax.Array) -> jnp.dtype:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(spec: str, dtype: jnp.dtype, a: jax.Array, b: jax.Array) -> jax.Array:
+def _product(spec: str, dtype: jnp.dtype, a: jax.Array, b: jax.Array | Quantised) -> jax.Array:
     return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
 
 
 def _backward(
-    spec: str, dtype: jnp.dtype, operands: tuple[jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    spec: str, dtype: jnp.dtype, operands: tuple[jax.Array, jax.Array | Quantised], g: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
     (a, b), (of_a, of_b, out) = operands, spec.replace("->", ",").split(",")
-    da, db = (
-        _product(f"{out},{of_b}->{of_a}", dtype, g, b),
-        _product(f"{of_a},{out}->{of_b}", dtype, a, g),
-    )
-    return da.astype(a.dtype), db.astype(b.dtype)
+    da = _product(f"{out},{of_b}->{of_a}", dtype, g, b).astype(a.dtype)
+    if isinstance(b, Quantised):
+        return da, None
+    return da, _product(f"{of_a},{out}->{of_b}", dtype, a, g).astype(b.dtype)
 
 
 _product.defvjp(lambda spec, dtype, a, b: (_product(spec, dtype, a, b), (a, b)), _backward)

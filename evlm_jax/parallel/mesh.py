@@ -127,13 +127,20 @@ class Layout:
     def place(self, param: nnx.Variable, stored: bool) -> NamedSharding:
         """Sharding of a parameter, or of a stack of them, whose leading layer axis is never split.
 
-        Vectors are stored as they are used.
+        Vectors are stored as they are used. Where `uneven` is in its metadata, a dimension lies
+        whole that has no equal pieces.
         """
-        axes = param.get_metadata()["axes"]
-        layers = len(jax.tree.leaves(param)[0].shape) - len(axes)
-        return NamedSharding(
-            self.mesh, P(*(None,) * layers, *self.spec(axes, stored and len(axes) > 1))
-        )
+        metadata, shape = param.get_metadata(), jax.tree.leaves(param)[0].shape
+        axes = metadata["axes"]
+        spec = [None] * (len(shape) - len(axes)) + [*self.spec(axes, stored and len(axes) > 1)]
+        if metadata.get("uneven"):
+            spec = [None if n % self._pieces(names) else names for n, names in zip(shape, spec)]
+        return NamedSharding(self.mesh, P(*spec))
+
+    def _pieces(self, names: str | tuple[str, ...] | None) -> int:
+        """Number of pieces of a dimension with this entry of a PartitionSpec."""
+        names = (names,) if isinstance(names, str) else names or ()
+        return math.prod(self.mesh.shape[name] for name in names)
 
     def parts(self, axis: str) -> int:
         """Number of pieces of a dimension with this logical axis where it is used."""

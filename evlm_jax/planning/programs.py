@@ -56,7 +56,7 @@ def build(
 
     "prefill": prompts of data.length tokens with data.images images each, encoded before. "decode":
     one token a row, behind data.length others. "encode": the ViT alone. Frozen parameters count in
-    train.frozen_dtype, also those that an earlier stage trained.
+    train.frozen_dtype, also those that an earlier stage trained, or as they are quantised.
 
     Args:
       phase: of training.
@@ -212,7 +212,7 @@ def _encode(of: TrainPhase, video: bool) -> Program:
 
 
 def _frozen(of: TrainPhase) -> nnx.State:
-    frozen = _cast(nnx.split_state(of.shapes, of.plan.trains, ...)[1], of.cfg.train.frozen_dtype)
+    frozen = of.frozen_spec()
     return _put(frozen, of.layout.frozen(frozen))
 
 

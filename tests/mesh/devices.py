@@ -38,6 +38,9 @@ GRADIENTS = [
 # Of every pair of logical axes that kernels have; those of the frozen layers train as well.
 ADAPTERS = ("^llm/.*/(q|o|gate|down)/", "^xattn/.*/[qko]/", "^vit/.*/(attn/[qo]|mlp/fc[12])/")
 
+# All that is frozen beside them, in tiles of which some have equal pieces on a mesh and some not.
+QUANTISED = ("^vit/blocks/[01]/.*/kernel", "^llm/(layers/.*/kernel$|embed)")
+
 
 def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], kind="", image_group=1, **train):
     """Sizes that eight devices divide; the upper half of the ViT trains too.
@@ -45,10 +48,11 @@ def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], kind="", image_
     `kind`: of a baseline.
     """
     axes = dict(zip(("data", "fsdp", "expert", "tensor"), mesh))
-    adapters = () if experts or kind else ADAPTERS
+    adapters, held = ((), ()) if experts or kind else (ADAPTERS, QUANTISED)
     rules = ({"pattern": "^llm/.*/lora_", "lr": 1.0},) * bool(adapters) + UPPER_VIT
     return tiny_config(
         lora={"patterns": adapters, "rank": 3, "alpha": 0.6},  # more would amplify rounding
+        quant={"patterns": held, "kind": "nf4", "tile": 16},
         vit={"heads": 8, "width": 64, "mlp": 128} | BASELINES.get(kind, {}).get("vit", {}),
         llm={"heads": 8, "kv_heads": 8, "head_dim": 8} | BASELINES.get(kind, {}).get("llm", {}),
         xattn={"heads": 16, "kv_heads": 8, "head_dim": 8, "ffn": 64}

@@ -1,0 +1,144 @@
+"""Which matrices are held in 8 or 4 bits: those that config.quant chooses by their canonical names.
+
+Such a matrix keeps its name, `llm/layers/3/attn/q/kernel`, and is bytes (ops/quantised.py); beside
+it stand the scales of its tiles, `.../kernel_scale`. `Linear` (layers.py) and the word embeddings
+(llm.py) hand both to the product, which alone makes a matrix of them. What is held so is frozen:
+values come from tensors, never from training."""
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+
+import jax
+import numpy as np
+from flax import nnx
+
+from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors
+from evlm_jax.config import EVLMConfig, QuantConfig
+from evlm_jax.models import lora
+from evlm_jax.models.chosen import chosen
+from evlm_jax.models.layers import Linear
+from evlm_jax.models.param_names import canonical
+from evlm_jax.ops.quantised import dequantise, quantise, shapes
+
+NAMES = ("kernel_scale", "embed_scale")  # last piece of the names of scales
+TABLE = "llm/embed"
+
+
+def hold(model: nnx.Module, cfg: EVLMConfig) -> None:
+    """Gives the matrices of `model` that cfg.quant chooses their form, without values.
+
+    Raises:
+      ValueError: as `chosen`; a pattern is found in a matrix that cannot be quantised; tiles do not
+        divide one.
+    """
+    projections = {
+        tuple(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, Linear)
+    }
+    for path in chosen(model, cfg, "quant", lora.NAMES):
+        name, place = canonical(cfg, path)[0], tuple(map(str, path))
+        holder = model.llm if name == TABLE else projections.get(place[:-1])
+        if holder is None:
+            raise ValueError(
+                f"config: quant.patterns choose {name}, which is no projection and no table of"
+                " words and cannot be quantised: narrow them, as to '^llm/layers/.*/kernel'"
+            )
+        matrix = jax.tree.leaves(getattr(holder, place[-1]))[0]
+        if matrix.shape[_axis(name)] % cfg.quant.tile:
+            raise ValueError(
+                f"config: quant.tile = {cfg.quant.tile} does not divide the"
+                f" {matrix.shape[_axis(name)]} of {name}: give another, or leave it out"
+            )
+        holder.hold(cfg.quant.kind, cfg.quant.tile)
+
+
+def is_quantised(path: tuple, leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether the leaf of a model at `path` belongs to a quantised matrix."""
+    return path[-1] in NAMES or leaf.dtype == np.uint8
+
+
+def plain(names: Collection[str]) -> set[str]:
+    """Those of a model's canonical names that are of no quantised matrix."""
+    return {n for n in names if not n.endswith(NAMES) and f"{n}_scale" not in names}
+
+
+def parameters(cfg: EVLMConfig, path: tuple, variable: nnx.Variable) -> int:
+    """How many parameters a leaf of a model holds: two a byte in 4 bits; a scale is none."""
+    leaf = jax.tree.leaves(variable)[0]
+    if path[-1] in NAMES:
+        return 0
+    paired = leaf.dtype == np.uint8 and cfg.quant.kind != "int8"
+    return math.prod(leaf.shape) * (1 + paired)
+
+
+def quantised(cfg: EVLMConfig, names: Iterable[str], tensors: Tensors) -> dict[str, Tensor]:
+    """`tensors`, and in place of each matrix that cfg.quant chooses its bytes and scales, unless
+    they are there.
+
+    Args:
+      names: canonical ones of the model's parameters.
+    Raises:
+      ValueError: nothing gives the values of such a matrix.
+    """
+    out = dict(tensors)
+    for scale in names:
+        if scale.endswith(NAMES) and scale not in tensors:
+            name = scale.removesuffix("_scale")
+            if name not in tensors:
+                raise ValueError(
+                    f"config: quant.patterns choose {name}, which begins anew: train it first, then"
+                    " `evlm convert quantize`"
+                )
+            out[name], out[scale] = _quantised(tensors[name], cfg.quant, _axis(name))
+    return out
+
+
+def _quantised(tensor: Tensor, quant: QuantConfig, axis: int) -> tuple[Tensor, Tensor]:
+    how = quant.kind, quant.tile, axis
+    bits, scale = shapes(tensor.shape, *how)
+    return (
+        Tensor(bits, np.dtype(np.uint8), lambda: quantise(tensor.read(), *how)),
+        Tensor(scale, np.dtype(np.float32), lambda: quantise(tensor.read(), *how, scales=True)),
+    )
+
+
+def whole(cfg: EVLMConfig, tensors: Tensors) -> dict[str, Tensor]:
+    """`tensors` with float32 matrices in place of quantised ones."""
+    out = {name: tensor for name, tensor in tensors.items() if not name.endswith(NAMES)}
+    for scale in filter(lambda name: name.endswith(NAMES), tensors):
+        name = scale.removesuffix("_scale")
+        out[name] = _whole(tensors[name], tensors[scale], cfg.quant.kind, _axis(name))
+    return out
+
+
+def _whole(bits: Tensor, scale: Tensor, kind: str, axis: int) -> Tensor:
+    shape = list(bits.shape)
+    shape[axis] *= 1 if kind == "int8" else 2
+
+    def read() -> np.ndarray:
+        return dequantise(bits.read(), scale.read(), kind, axis)
+
+    return Tensor(tuple(shape), np.dtype(np.float32), read)
+
+
+def check_taken_up(
+    cfg: EVLMConfig, before: EVLMConfig, init: str, names: Mapping[str, tuple[int, ...]], params
+) -> None:
+    """Raises ValueError where matrices that an earlier stage's run `init` holds quantised, among
+    its `params`, are held otherwise by a model with these `names`.
+    """
+    held = {name for name in params if name.endswith(NAMES)}
+    same = (before.quant.kind, before.quant.tile) == (cfg.quant.kind, cfg.quant.tile)
+    if held and not (same and held <= names.keys()):
+        lost = min(held - names.keys(), default=min(held)).removesuffix("_scale")
+        raise ValueError(
+            f"{init} holds {lost} in {before.quant.kind} by {before.quant.tile}: give its quant"
+            f" section, patterns {before.quant.patterns}, or make it whole with `evlm convert"
+            " merge`"
+        )
+
+
+def _axis(name: str) -> int:
+    """The axis of a matrix that products sum over."""
+    return -1 if name == TABLE else -2

@@ -1,0 +1,128 @@
+"""Matrices held in 8 or 4 bits: bytes, and a float32 scale for each `tile` of values along the axis
+that products sum over.
+
+    int8    a byte is a value from -128 to 127
+    int4    a byte is two values from -8 to 7, those of places 2i (low half) and 2i + 1 of the axis
+    nf4     likewise two numbers of NF4
+
+They are made by qwix (extra `quant`); to compute with them takes this file alone. Bytes, not arrays
+of 4-bit dtypes: they have one size on disk, in NumPy and in memory, and are cut like any others."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BLOCK = 2**22  # values that are quantised at a time on the host
+NF4 = (  # quantiles of a normal distribution: appendix E of arXiv 2305.14314
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantised:
+    """A matrix, or a stack or rows of one; `ops.matmul.product` takes it as its second operand."""
+
+    bits: jax.Array  # uint8
+    scale: jax.Array  # float32
+    kind: str = dataclasses.field(metadata={"static": True})
+    axis: int = dataclasses.field(metadata={"static": True})  # of the tiles: -1 or -2
+
+    def __getitem__(self, index: jax.Array) -> "Quantised":
+        """Rows of a table whose tiles lie along its last axis."""
+        return dataclasses.replace(self, bits=self.bits[index], scale=self.scale[index])
+
+    def astype(self, dtype: jnp.dtype) -> jax.Array:
+        """The matrix itself; its products of value and scale are float32 before."""
+        values, axis = _values(self.bits, self.kind, self.axis), self.bits.ndim + self.axis
+        tiles = (*values.shape[:axis], self.scale.shape[axis], -1, *values.shape[axis + 1 :])
+        scaled = values.reshape(tiles) * jnp.expand_dims(self.scale, axis + 1)
+        return scaled.reshape(values.shape).astype(dtype)
+
+
+def shapes(
+    shape: tuple[int, ...], kind: str, tile: int, axis: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the bytes and of the scales of a matrix."""
+
+    def divided(by):
+        return tuple(n // by if i == len(shape) + axis else n for i, n in enumerate(shape))
+
+    return divided(1 if kind == "int8" else 2), divided(tile)
+
+
+def quantise(
+    matrix: np.ndarray, kind: str, tile: int, axis: int, scales: bool = False
+) -> np.ndarray:
+    """The bytes of a matrix, or its scales.
+
+    Raises ImportError where qwix is not installed.
+    """
+    rows = max(1, BLOCK // matrix.shape[1] // tile) * tile
+    parts = [
+        np.asarray(_part(matrix[first : first + rows], kind, tile, axis, scales))
+        for first in range(0, len(matrix), rows)
+    ]
+    return np.concatenate(parts)
+
+
+def dequantise(bits: np.ndarray, scale: np.ndarray, kind: str, axis: int) -> np.ndarray:
+    """The float32 matrix of what `quantise` made."""
+    return np.asarray(_whole(Quantised(bits, scale, kind, axis)))
+
+
+_whole = jax.jit(partial(Quantised.astype, dtype=jnp.float32))
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _part(matrix: jax.Array, kind: str, tile: int, axis: int, scales: bool) -> jax.Array:
+    try:
+        import qwix
+    except ImportError as error:
+        raise ImportError('quantising needs qwix: pip install "evlm-jax[quant]"') from error
+    axis %= matrix.ndim
+    dtype = {"int8": jnp.int8, "int4": jnp.int4, "nf4": "nf4"}[kind]
+    made = qwix.quantize(
+        matrix.astype(jnp.float32),
+        dtype,
+        channelwise_axes=[other for other in range(matrix.ndim) if other != axis],
+        tiled_axes={axis: tile},
+    )
+    if scales:
+        return made.scale
+    values = made.qvalue
+    if kind != "nf4":
+        values = jax.lax.bitcast_convert_type(values.astype(jnp.int8), jnp.uint8)
+    if kind == "int8":
+        return values
+    low, high = (
+        jax.lax.slice_in_dim(values.astype(jnp.uint8), side, None, 2, axis) for side in (0, 1)
+    )
+    return (low & 15) | (high << 4)
+
+
+def _values(bits: jax.Array, kind: str, axis: int) -> jax.Array:
+    """What the bytes say, before the scale: float32."""
+    if kind == "int8":
+        return jax.lax.bitcast_convert_type(bits, jnp.int8).astype(jnp.float32)
+    axis += bits.ndim
+    halves = jnp.stack([bits & 15, bits >> 4], axis + 1)
+    halves = halves.reshape(*bits.shape[:axis], -1, *bits.shape[axis + 1 :])
+    if kind == "nf4":
+        return _nf4(halves)
+    return (jax.lax.bitcast_convert_type(halves << 4, jnp.int8) >> 4).astype(jnp.float32)
+
+
+def _nf4(index: jax.Array) -> jax.Array:
+    """NF4[index], by choices between neighbours: vector units gather one number at a time."""
+    found = [jnp.float32(number) for number in NF4]
+    for bit in range(4):
+        odd = (index >> bit) & 1 == 1
+        found = [jnp.where(odd, high, low) for low, high in zip(found[::2], found[1::2])]
+    return found[0]

@@ -100,7 +100,7 @@ def test_equals_the_dense_oracle(seen, sinks, heads, kv, width):
     spans, inputs = SEEN[seen], arrays(2, 6, 4, 5, heads, kv, width)
     plan = packed(spans, 2, 3)
     found = values_and_gradients(
-        lambda q, k, v: grouped_attention(q, k, v, plan, sinks, "pallas"), inputs
+        lambda q, k, v: grouped_attention(q, k, v, plan, sinks, form="pallas"), inputs
     )
 
     def oracle(q, k, v):
@@ -123,7 +123,7 @@ def test_the_largest_score_is_found_without_a_sink():
     plan = packed([[(0, 2), (0, 1), (1, 2), (0, 2)]], 2, 1)
     mine, xla = (
         values_and_gradients(
-            lambda *a, form=form: grouped_attention(*a, plan, 0, form), [np.abs(q) + 5, k, v]
+            lambda *a, form=form: grouped_attention(*a, plan, 0, form=form), [np.abs(q) + 5, k, v]
         )
         for form in ("pallas", "xla")
     )
@@ -145,7 +145,9 @@ def test_any_pack(data):
     sinks, keys = data.draw(st.sampled_from([0, 1, 3])), data.draw(st.integers(1, 20))
     inputs = arrays(groups, tokens, images, keys, kv * group, kv, width, scale=1.0)
     mine, xla = (
-        values_and_gradients(lambda *a, form=form: grouped_attention(*a, plan, sinks, form), inputs)
+        values_and_gradients(
+            lambda *a, form=form: grouped_attention(*a, plan, sinks, form=form), inputs
+        )
         for form in ("pallas", "xla")
     )
     assert_close(mine, xla)
@@ -205,7 +207,7 @@ def test_compiles_for_chips(topology, width, keys, heads, kv, block):
 
     def step(q, k, v, *plan):
         def total(*arrays):
-            out = grouped_attention(*arrays, AttentionPlan(*plan), 1, "pallas")
+            out = grouped_attention(*arrays, AttentionPlan(*plan), 1, form="pallas")
             return out.astype(jnp.float32).sum()
 
         return jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)

@@ -164,6 +164,10 @@ def test_an_export_comes_back_bit_for_bit(tmp_path, copies):
             str(tmp_path / "hf"),
             str(tmp_path / "other"),
         )
+    file = tmp_path / "hf" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"\xff" * 4)
+    with pytest.raises(ValueError, match=r"hf: \S+ holds NaN or infinity, [12] of its \d+ numbers"):
+        importer.read_export(cfg, str(tmp_path / "hf"))
 
 
 @pytest.mark.parametrize("mark", ["<|im_end|>", "<|im_start|>"])

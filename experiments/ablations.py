@@ -21,7 +21,7 @@ def rules(gates: float = 15.0, vit: tuple[int, ...] = ()) -> tuple[dict, ...]:
     """
     trained = [dict(pattern=rf"^vit/blocks/({'|'.join(map(str, vit))})/", lr=0.1)] if vit else []
     trained += [
-        dict(pattern=r"gate$", lr=gates),
+        dict(pattern=r"^xattn/.*gate$", lr=gates),
         dict(pattern=r"^xattn/\d+/o/", lr=3.0),
         dict(pattern=r"^(xattn|media|bridge)/", lr=1.0),
     ]

@@ -74,7 +74,7 @@ SOURCES = {
 }
 
 RULES = (
-    dict(pattern=r"gate$", lr=15.0),
+    dict(pattern=r"^xattn/.*gate$", lr=15.0),
     dict(pattern=r"^xattn/\d+/o/", lr=3.0),
     dict(pattern=r"^(xattn|media|bridge)/", lr=1.0),
     dict(pattern=r"^(vit|llm)/", lr=None),

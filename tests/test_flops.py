@@ -335,12 +335,12 @@ def bridge_program(cfg: EVLMConfig, p: dict, tap: list[jax.Array]) -> jax.Array:
 
 
 @pytest.mark.parametrize("reached", [False, True])
-@pytest.mark.parametrize("kind", ["fused", "mllama", "open_flamingo", "llava"])
+@pytest.mark.parametrize("kind", ["fused", "joined", "open_flamingo", "llava"])
 def test_needed_of_a_bridge_is_what_a_program_executes(kind, reached):
     """`reached`: the ViT trains from behind the first tap on, so of two taps the second needs a
     gradient.
     """
-    cfg = config(**BASELINES[kind])
+    cfg = config(**BASELINES.get(kind, {"bridge": {"kind": kind}}))
     trained = {
         name
         for name in parameter_shapes(cfg)

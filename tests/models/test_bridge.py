@@ -137,7 +137,11 @@ def test_one_list_of_rules_serves_all_kinds():
     """
     rules = tuple(
         dict(pattern=p, lr=r)
-        for p, r in (("gate$", 15.0), (r"^xattn/\d+/o/", 3.0), ("^(xattn|media|bridge)/", 1.0))
+        for p, r in (
+            ("^xattn/.*gate$", 15.0),
+            (r"^xattn/\d+/o/", 3.0),
+            ("^(xattn|media|bridge)/", 1.0),
+        )
     )
     frozen = (dict(pattern="^(vit|llm)/", lr=None),)
     for sections in ({}, *BASELINES.values()):

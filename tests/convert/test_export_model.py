@@ -107,9 +107,8 @@ def test_sdpa_equals_eager_and_what_is_asked_for_comes(model, eager, batch):
     out = eager(**batch, output_attentions=True, output_hidden_states=True)
     fast, mask = model(**batch, output_hidden_states=True), batch["attention_mask"]
     assert far(fast.logits, out.logits, mask) <= 1e-5
-    assert len(out.hidden_states) == 1 + len(out.attentions) == 5 and len(
-        out.cross_attentions
-    ) == len(eager.xattn)
+    assert len(out.hidden_states) == 1 + len(out.attentions) == 5
+    assert len(out.cross_attentions) == len(eager.xattn)
     for mine, theirs in zip(fast.hidden_states, out.hidden_states, strict=True):
         assert far(mine, theirs, mask) <= 1e-5
     assert far(eager.get_output_embeddings()(out.hidden_states[-1]), out.logits) <= 1e-6
@@ -131,20 +130,13 @@ def test_embeddings_in_place_of_ids(model, batch):
     given = model.get_input_embeddings()(ids)
     assert torch.equal(model(**batch, inputs_embeds=given).logits, whole)
     told = model.generate(input_ids=ids, **batch, max_new_tokens=6, **GREEDY)[:, ids.shape[1] :]
-    assert torch.equal(
-        model.generate(inputs_embeds=given, **batch, max_new_tokens=6, **GREEDY), told
-    )
-    assert far(model(**batch, input_ids=ids, logits_to_keep=3).logits, whole[:, -3:]) <= 1e-6
-    assert (
-        far(
-            model(**batch, input_ids=ids, logits_to_keep=torch.tensor([1, 5])).logits,
-            whole[:, [1, 5]],
-        )
-        <= 1e-6
-    )
-    assert [len(a) for a in model(**batch, input_ids=ids, use_cache=False, return_dict=False)] == [
-        2
-    ]
+    drawn = model.generate(inputs_embeds=given, **batch, max_new_tokens=6, **GREEDY)
+    assert torch.equal(drawn, told)
+    last, two = ({"logits_to_keep": kept} for kept in (3, torch.tensor([1, 5])))
+    assert far(model(**batch, input_ids=ids, **last).logits, whole[:, -3:]) <= 1e-6
+    assert far(model(**batch, input_ids=ids, **two).logits, whole[:, [1, 5]]) <= 1e-6
+    (logits,) = model(**batch, input_ids=ids, use_cache=False, return_dict=False)
+    assert len(logits) == 2
     for wrong in ({}, {"input_ids": ids, "inputs_embeds": given}):
         with pytest.raises(ValueError, match="one of input_ids and inputs_embeds"):
             model(**batch, **wrong)
@@ -220,12 +212,10 @@ def test_what_is_refused(model, batch):
         model(torch.tensor([words(4)] * 2), pixel_values=batch["pixel_values"])
     with pytest.raises(ValueError, match=r"have \[2, 2\] images, the tokens show \[2, 1\]"):
         model(**batch | {"image_groups": torch.tensor([[0, 0], [0, 1]])})
-    some, none = batch["pixel_values"], {"image_groups": None}
-    for wrong in (some[:1], some[0]):  # which would be every row's
-        with pytest.raises(ValueError, match=r"not \[B, I, 3, h, w\] for 2 rows"):
-            model(**batch | none | {"pixel_values": wrong})
-    with pytest.raises(ValueError, match=r"are \[3, 6, 8\], the model takes \[3, 8, 8\]"):
-        model(**batch | {"pixel_values": some[..., :6, :]})
+    some = batch["pixel_values"]
+    for wrong in (some[:1], some[0], some[..., :6, :]):  # the first would be every row's
+        with pytest.raises(ValueError, match=r"pixel_values are \[\d, .*(for 2 rows|\[3, 8, 8\])"):
+            model(**batch | {"image_groups": None, "pixel_values": wrong})
     with pytest.raises(ValueError, match=r"attention_mask is \(2, 16\), .* \(2, 15\)"):
         model(**batch | {"input_ids": batch["input_ids"][:, 1:]})
     with pytest.raises(TypeError, match="position_ids"):
@@ -243,9 +233,8 @@ def test_what_is_refused(model, batch):
     cache = cache_of(model(**batch, use_cache=True))
     with pytest.raises(ValueError, match="holds other rows than these 1"):
         model(torch.tensor([[1]]), past_key_values=cache)
-    cache.images = cache.images._replace(
-        until=cache.get_seq_length() + 1
-    )  # as if it had been cropped
+    until = cache.get_seq_length() + 1  # as if it had been cropped
+    cache.images = cache.images._replace(until=until)
     with pytest.raises(ValueError, match="cut off among or before its images"):
         model(torch.tensor([[1], [2]]), past_key_values=cache)
 
@@ -271,12 +260,8 @@ def test_the_placeholder_is_never_drawn(model, batch):
     inclined.llm.head.bias[IMAGE] = 50
     assert inclined(**batch).logits.argmax(-1).eq(IMAGE).all()
     how = {"max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0}
-    for drawn in (
-        {"do_sample": True, "top_k": 3},
-        {"do_sample": True, "temperature": 0.1},
-        {"num_beams": 3},
-        {"do_sample": False},
-    ):
+    sampled = [{"do_sample": True} | more for more in ({"top_k": 3}, {"temperature": 0.1})]
+    for drawn in (*sampled, {"num_beams": 3}, {"do_sample": False}):
         assert not inclined.generate(**batch, **how, **drawn)[:, 16:].eq(IMAGE).any(), drawn
     told = model.generate(**batch, **how, num_beams=3, num_return_sequences=2)
     assert len(told) == 4 and torch.equal(

@@ -48,10 +48,8 @@ IMAGES = (1, 8)  # of a prompt, likewise
 
 
 class Room(NamedTuple):
-    """Sizes of a batch of prompts.
-
-    Of a call, up to 1,024 tokens and 8 images, there are four at most, each with more room than the
-    one before. The smallest is for calls of several prompts alone, all of which fit.
+    """Sizes of a batch of prompts: in a call, up to 1,024 tokens and 8 images, one of four, each
+    with more room than the one before; the smallest only where all of several prompts fit it.
     """
 
     length: int
@@ -237,23 +235,13 @@ class Generator:
     ) -> None:
         """In batches of similar length, into their streams."""
         lengths = [len(one.prompt.tokens) for one in asked]
-        short = len(asked) > 1 and max(lengths) <= LENGTHS[0]
-        least = LENGTHS[0 if short else 1]
-        rooms = [Room.of([one.prompt], least) for one in asked]
-        order = sorted(range(len(asked)), key=list(zip(rooms, lengths)).__getitem__)
+        least = LENGTHS[0 if len(asked) > 1 and max(lengths) <= LENGTHS[0] else 1]
+        sizes = [(Room.of([one.prompt], least), len(one.prompt.tokens)) for one in asked]
+        order = sorted(range(len(asked)), key=sizes.__getitem__)
         rows = self._rows(len(order))
         for first in range(0, len(order), rows):
-            chosen = order[first : first + rows]
-            room = Room.of([asked[k].prompt for k in chosen], least)
-            self._answer(
-                [asked[k] for k in chosen],
-                [streams[k] for k in chosen],
-                seed,
-                sampling,
-                most,
-                rows,
-                room,
-            )
+            batch = [(asked[k], streams[k]) for k in order[first : first + rows]]
+            self._answer(batch, seed, sampling, most, rows, least)
 
     def _rows(self, count: int) -> int:
         """Rows of the batches of so many answers."""
@@ -264,16 +252,17 @@ class Generator:
 
     def _answer(
         self,
-        asked: list[Asked],
-        streams: list[Stream],
+        batch: list[tuple[Asked, Stream]],
         seed: int,
         sampling: Sampling,
         most: int,
         rows: int,
-        room: Room,
+        least: int,
     ) -> None:
-        """One batch, into its streams."""
+        """One batch, into its streams, in so many rows of at least so many tokens."""
+        asked, streams = zip(*batch)
         prompts = [one.prompt for one in asked]
+        room = Room.of(prompts, least)
         refs = list(dict.fromkeys(ref for document in prompts for ref in document.refs))
         prompt = collate(prompts, refs, self.cfg.query_block, rows, room)
         places = np.array(

@@ -34,7 +34,7 @@ LONG = {
     f"test_{name}.py"
     for name in (
         "eight_devices mesh train benchmarks golden tutorials wheel parity_llm export moe generate"
-        " library pipeline run bad_updates"
+        " generate_sizes library pipeline run bad_updates"
     ).split()
 }
 

@@ -258,10 +258,18 @@ def steps(workdir: str) -> list[int]:
 
 def check_step(workdir: str, step: int | None) -> int:
     """A finalised step, the newest for None. Raises FileNotFoundError where there is none."""
-    found = steps(workdir)
+    found, folder = steps(workdir), paths.place(workdir)
+    if not found and step is None and not paths.remote(workdir):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder")
+        if (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{folder} is no run but a folder for transformers; `evlm convert import --model`"
+                " makes a run of an export of ours, `--vision` and `--llm` of towers"
+            )
     if not found or step not in (None, *found):
         raise FileNotFoundError(
-            f"{paths.place(workdir)} has no checkpoint{'' if step is None else f' of step {step}'};"
+            f"{folder} has no checkpoint{'' if step is None else f' of step {step}'};"
             f" finalised steps: {found or 'none'}"
         )
     return found[-1] if step is None else step

@@ -24,7 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="evlm",
         description=__doc__,
-        epilog=f"EVLM_DEBUG=1 in the environment shows where an error comes from. {STATUSES}.",
+        epilog=f"EVLM_DEBUG=1 in the environment shows where an error comes from. {STATUSES}",
     )
     parser.add_argument("--version", action=Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")

@@ -88,7 +88,10 @@ def _quantize_arguments(made: argparse.ArgumentParser) -> None:
     _source_arguments(made)
     usual = QuantConfig()
     made.add_argument(
-        "--kind", choices=get_args(get_type_hints(QuantConfig)["kind"]), default=usual.kind
+        "--kind",
+        choices=get_args(get_type_hints(QuantConfig)["kind"]),
+        default=usual.kind,
+        help="of the numbers (default: %(default)s)",
     )
     made.add_argument(
         "--pattern",

@@ -117,8 +117,7 @@ def set_field(config: ml_collections.ConfigDict, key: str, text: str) -> str:
     """
     key = compat.RENAMED.get(key, key)
     *sections, field = key.split(".")
-    if not schema.has(EVLMConfig, key):
-        raise ValueError(f"config: unknown key {key}")
+    schema.check_key(EVLMConfig, key)
     for section in sections:
         if config.get(section) is None:  # has a default, which experiments leave out
             with config.unlocked(), config.ignore_type():

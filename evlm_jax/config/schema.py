@@ -85,11 +85,13 @@ def _section(kind, value, prefix: str):
     return kind(**{k: build(hints[k], value[k], join(k)) for k in hints if k in value})
 
 
-def has(kind, key: str) -> bool:
-    """Whether `key` ("optim.lr") is a field of the dataclass `kind` or of its sections."""
+def check_key(kind, key: str) -> None:
+    """Raises ValueError unless `key` ("optim.lr") is a field of the dataclass `kind` or of its
+    sections.
+    """
     for name in key.split("."):
         hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
         if name not in hints:
-            return False
+            has = f"; {kind.__name__} has {', '.join(hints)}" if hints else ""
+            raise ValueError(f"config: unknown key {key}{has}")
         kind = hints[name]
-    return True

@@ -294,7 +294,7 @@ def _torch_model(model_type: str, path: str) -> tuple[Any, ModuleType]:
         import transformers
     except ImportError as error:
         raise ImportError(
-            f"{path}: running it needs PyTorch: pip install torch transformers ({error})"
+            f'{path}: running it needs PyTorch: pip install "evlm-jax[parity]" ({error})'
         ) from error
     how = {"trust_remote_code": not model_type, "dtype": torch.float32, "output_loading_info": True}
     if model_type == "evlm":

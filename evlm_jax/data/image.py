@@ -199,7 +199,8 @@ def decode(path: str, least: int = 0) -> Image.Image:
     try:
         return _read(path, least)
     except Exception as error:  # damaged files make the decoders raise errors of any kind
-        raise ImageError(f"{path}: cannot decode the image: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else None  # there is none, or no file
+        raise ImageError(f"{path}: {why or f'cannot decode the image: {error}'}") from error
 
 
 @retried

@@ -31,6 +31,8 @@ SUMS = {
     "xla_tpu_enable_data_parallel_all_reduce_opt": True,
     "xla_tpu_data_parallel_opt_different_sized_ops": True,
 }
+# How a compiler refuses an option: libtpu 0.0.50 takes the first three of GATHERS for v5e alone.
+REFUSED = re.compile(r"No such compile option: '(\w+)'|disable it with (\w+)=false")
 # by jax.Device.device_kind
 OPTIONS = {chip.kind: GATHERS | SUMS for chip in CHIPS.values() if chip.kind.startswith("TPU")}
 
@@ -39,7 +41,7 @@ def step_options(devices: Iterable[jax.Device]) -> dict[str, bool | int]:
     """Options for the compilation of a training step on these devices, which are of one kind.
 
     Left out are those that the user has set in one of VARIABLES, and, with a line that says so,
-    those that this version of the compiler does not know.
+    those that this version of the compiler does not know, or does not take for this chip.
     """
     own = {
         flag
@@ -55,7 +57,7 @@ def step_options(devices: Iterable[jax.Device]) -> dict[str, bool | int]:
 
 @functools.cache
 def _known(device: jax.Device, options: tuple) -> Mapping[str, bool | int]:
-    """Those of `options` that the device's compiler knows."""
+    """Those of `options` that the device's compiler takes."""
     options = dict(options)
     one = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
     lowered = jax.jit(jnp.negative).lower(one)
@@ -65,11 +67,13 @@ def _known(device: jax.Device, options: tuple) -> Mapping[str, bool | int]:
                 lowered.compile(options)
             break
         except jax.errors.JaxRuntimeError as error:
-            unknown = re.search(r"No such compile option: '(\w+)'", str(error))
-            if not unknown or unknown[1] not in options:
+            found = REFUSED.search(str(error))
+            names = [name for name in options if found and name.startswith(found[1] or found[2])]
+            if not names:
                 raise
-            del options[unknown[1]]
-            log_once(f"this compiler does not know {unknown[1]}, which is left out")
+            for name in names:
+                del options[name]
+                log_once(f"this compiler does not take {name} for {device.device_kind}")
     return options
 
 

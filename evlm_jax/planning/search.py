@@ -21,7 +21,10 @@ REMATS = ("none", "dots", "full")
 
 def planned(args: argparse.Namespace, overrides: list[str], load_config: Callable) -> EVLMConfig:
     """The config that `evlm plan` reports on."""
-    fields = [f"--config.mesh.{field.strip()}" for field in args.mesh.split(",") if field]
+    given = [field.strip() for field in args.mesh.split(",") if field]
+    if wrong := [field for field in given if "=" not in field]:
+        raise ValueError(f"--mesh {wrong[0]}: fields are set as fsdp=32,tensor=2")
+    fields = [f"--config.mesh.{field}" for field in given]
     fields += [
         f"--config.train.{name}={value}"
         for name, value in (("batch", args.global_batch), ("remat", args.remat))

@@ -112,7 +112,7 @@ WRONG = {
         "--topology",
         "v5e:16x16x16",
     ],
-    "has no checkpoint; finalised steps: none": [
+    "nowhere: no such folder": [
         "generate",
         "--checkpoint",
         "nowhere",
@@ -162,7 +162,7 @@ WRONG = {
         "--temperature",
         "-1",
     ],
-    "nowhere has no checkpoint": ["demo", "--moe", "nowhere"],
+    "/nowhere: no such folder": ["demo", "--moe", "nowhere"],
     "must be VARIANT/SEED, as base/0, got 'nope'": [
         "ablate",
         "--variants",
@@ -185,7 +185,7 @@ WRONG = {
     ],
     "--out /proc/x: /proc: cannot write there": "data inspect demo:fast --out /proc/x".split(),
     "--json /proc/x: /proc: cannot write there": "flops --config demo --json /proc/x".split(),
-    "nowhere has no checkpoint; finalised": "ablate --variants a --out w --init nowhere".split(),
+    "/nowhere: no such fold": "ablate --variants a --out w --init nowhere".split(),
     "--judge-model m is of an endpoint": (
         "eval --checkpoint c --task photos --judge-model m".split()
     ),
@@ -203,7 +203,7 @@ WRONG = {
     "--process 2 of --processes 2": (
         "train --config demo --workdir /proc/x --coordinator a:1 --processes 2 --process 2".split()
     ),
-    "none.png: cannot decode the image": [
+    "none.png: No such file": [
         "generate",
         "--checkpoint",
         "nowhere",

@@ -237,11 +237,11 @@ def test_overrides():
         (["train", "--config", "nowhere.py", "--workdir", "w"], "no file nowhere.py"),
         (
             ["train", "--config", DEMO, "--workdir", "w", "--config.optim.rate=1"],
-            "unknown key optim.rate",
+            "unknown key optim.rate; OptimConfig has lr, ",
         ),
         (
             ["train", "--config", DEMO, "--workdir", "w", "--config.rate.lr=1"],
-            "unknown key rate.lr",
+            "unknown key rate.lr; EVLMConfig has name, vit, ",
         ),
         (["train", "--config", DEMO, "--workdir", "w", "--lr=1"], "unknown argument --lr=1"),
         (

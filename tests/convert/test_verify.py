@@ -217,7 +217,7 @@ def test_without_torch_the_message_says_so(folders):
         [sys.executable, "-c", script, *arguments], capture_output=True, text=True
     )
     assert done.returncode == 1
-    assert "running it needs PyTorch: pip install torch transformers" in done.stderr
+    assert 'running it needs PyTorch: pip install "evlm-jax[parity]"' in done.stderr
 
 
 def trace(*embed, **others):

@@ -35,7 +35,7 @@ def test_what_the_compiler_does_not_know_is_left_out_by_name(device, monkeypatch
     monkeypatch.setitem(compiler.OPTIONS, device.device_kind, options)
     assert step_options([device]) == KNOWN
     said = capsys.readouterr().out
-    assert "does not know xla_of_tomorrow" in said and "does not know xla_of_yesterday" in said
+    assert "does not take xla_of_tomorrow" in said and "does not take xla_of_yesterday" in said
 
 
 def test_the_line_has_the_form_of_the_variable():

@@ -16,6 +16,7 @@ from evlm_jax.cli import main
 from evlm_jax.config.load import load_config
 from evlm_jax.metrics import work
 from evlm_jax.parallel.chips import CHIPS
+from evlm_jax.parallel.compiler import step_options
 from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.phase import TrainPhase
 from evlm_jax.planning import chips, roofline, search
@@ -235,6 +236,7 @@ def test_the_command_on_cpu_devices(tmp_path):
         (["--topology", "cpu:two"], "give a number of devices"),
         (["--topology", "cpu:1", "--mesh", "data=3"], "product must be that"),
         (["--topology", "cpu:1", "--mesh", "rows=3"], "unknown key mesh.rows"),
+        (["--topology", "cpu:1", "--mesh", "fsdp:4"], "--mesh fsdp:4: fields are set as"),
         (["--topology", "cpu:1", "--mesh", "data=1,data=1"], "mesh.data is given twice"),
         (["--topology", "cpu:1", "--phase", "7"], "the config has phases 0 to 0"),
     ],
@@ -243,6 +245,14 @@ def test_what_cannot_be_is_said_before_anything_is_compiled(words, message, caps
     monkeypatch.setattr("jax.stages.Lowered.compile", None)
     assert main(["plan", "--config", "experiments/demo.py:fast", *words]) == 1
     assert message in capsys.readouterr().err
+
+
+@tpu
+@pytest.mark.parametrize("kind", [k for k in CHIPS if CHIPS[k].kind.startswith("TPU")])
+def test_the_compiler_takes_the_options_of_every_chip(kind):
+    """Those that it refuses are left out: libtpu differs from version to version."""
+    devices, _ = chips.devices(f"{kind}:1")
+    assert step_options(devices)
 
 
 @tpu

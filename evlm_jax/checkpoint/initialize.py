@@ -37,7 +37,8 @@ def begin_with(
     tensors = frozen_as_held(cfg, names, params, keep)
     parts = {path[0] for path, _ in nnx.to_flat_state(shapes)}
     if "media" in parts and "media/embedding" not in params and "llm/embed" in params:
-        media = media_embedding(cfg, params["llm/embed"].read())
+        table = {name: params[name] for name in params if name.startswith("llm/embed")}
+        media = media_embedding(cfg, quant.whole(cfg, table)["llm/embed"].read())
         tensors["media/embedding"] = Tensor.of(media)
     return tensors
 

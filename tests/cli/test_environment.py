@@ -88,10 +88,12 @@ def test_letters_that_a_terminal_does_not_know(monkeypatch):
     ],
 )
 def test_signals_stop_between_steps(came, status):
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run in nohup
     with stopping() as stop:
         assert stop(1) == 0
         os.kill(os.getpid(), came)
         assert stop(1) == status
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_nohup_is_left_alone():
@@ -107,7 +109,8 @@ def test_nohup_is_left_alone():
 def test_a_terminal_that_closes_stops_a_run_as_a_signal_does(tmp_path):
     """What is printed then is no error."""
     script = (
-        "import pathlib, sys, time; from evlm_jax.parallel.distributed import stopping\n"
+        "import pathlib, signal, sys, time; from evlm_jax.parallel.distributed import stopping\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored\n"
         "with stopping() as stop:\n"
         "    print('ready', flush=True)\n"
         "    while not stop(1): time.sleep(0.05)\n"

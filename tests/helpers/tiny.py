@@ -5,13 +5,14 @@ of.
 # ruff: noqa: C408 (sections as keyword arguments read like the config)
 
 import math
+from dataclasses import replace
 
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from evlm_jax.batch import Batch
-from evlm_jax.config import EVLMConfig, from_config_dict
+from evlm_jax.config import EVLMConfig, QuantConfig, from_config_dict
 from evlm_jax.convert.engine import parameter_shapes
 from evlm_jax.ops.attention_plan import attention_plan
 from evlm_jax.ops.grouped_attention import AttentionPlan
@@ -236,8 +237,8 @@ def _row(cfg: EVLMConfig, rng: np.random.Generator, fill: float) -> dict:
 
 
 def tiny_towers(cfg: EVLMConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random towers by canonical name, in place of `convert.engine.load_towers`. They begin as the
-    model's own, made by NumPy: compiling those takes longer than most tests.
+    """Random towers by canonical name, of floats, in place of `convert.engine.load_towers`. They
+    begin as the model's own, made by NumPy: compiling those takes longer than most tests.
     """
     rng = np.random.default_rng(seed)
 
@@ -247,7 +248,7 @@ def tiny_towers(cfg: EVLMConfig, seed: int = 0) -> dict[str, np.ndarray]:
         spread = math.prod(shape[:-1]) ** -0.5 if name.endswith("kernel") else 0.02
         return (spread * rng.standard_normal(shape)).astype(np.float32)
 
-    shapes = parameter_shapes(cfg).items()
+    shapes = parameter_shapes(replace(cfg, quant=QuantConfig())).items()
     return {name: values(name, shape) for name, shape in shapes if name[:4] in ("vit/", "llm/")}
 
 

@@ -241,7 +241,7 @@ class EVLMParts:
         """Keys and values of all images for every block. Raises ValueError for another size."""
         (rows, count), shape = pixel_values.shape[:2], (3, *sides(self.config.vit["image_size"]))
         cfg = Config(self.config.vit)
-        if tuple(pixel_values.shape[2:]) != shape:
+        if count and tuple(pixel_values.shape[2:]) != shape:
             raise ValueError(
                 f"images in pixel_values are {list(pixel_values.shape[2:])}, the model takes"
                 f" {list(shape)}"

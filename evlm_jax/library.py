@@ -378,7 +378,7 @@ def _placed(cfg: EVLMConfig, params: store.Arrays, dtype: str | None, devices: D
             raise ValueError(f"dtype is {dtype!r}: use one of {', '.join(DTYPES)}, or leave it out")
         cfg = replace(cfg, train=replace(cfg.train, dtype=dtype, matmul_precision=dtype))
         plain = quant.plain(params)
-        params |= {name: params[name].astype(dtype, copy=False) for name in plain}
+        params = params | {name: params[name].astype(dtype, copy=False) for name in plain}
     devices = [devices] if isinstance(devices, jax.Device) else devices or []
     if not isinstance(devices, Sequence) or not all(isinstance(d, jax.Device) for d in devices):
         raise ValueError(f"devices are some of jax.devices(), got {devices!r}")

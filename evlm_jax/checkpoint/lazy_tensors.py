@@ -6,6 +6,7 @@ converters hand on, and what checkpoints are opened as."""
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -149,8 +150,7 @@ def distinct(pairs: list[tuple[Any, Any]], kind: str = "field") -> dict:
     it has no value that could be trusted.
     """
     if len(found := dict(pairs)) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"the {kind} {twice!r} stands there twice")
     return found
 

@@ -72,10 +72,10 @@ def values_and_gradients(attend, arrays: list[np.ndarray]) -> list[np.ndarray]:
     return [np.asarray(x) for x in (out, *gradients)]
 
 
-def assert_close(found: list[np.ndarray], expected: list[np.ndarray], share=1e-5) -> None:
-    """To such a share of the largest magnitude of each array."""
+def assert_close(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    """To 1e-5 of the largest magnitude of each array."""
     for name, mine, theirs in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
-        np.testing.assert_allclose(mine, theirs, 0, share * np.abs(theirs).max() + 1e-30, name)
+        np.testing.assert_allclose(mine, theirs, 0, 1e-5 * np.abs(theirs).max() + 1e-30, name)
 
 
 def arrays(groups, tokens, images, keys, heads, kv, width, seed=0, scale=3.0) -> list[np.ndarray]:
@@ -117,9 +117,9 @@ def test_equals_the_dense_oracle(seen, sinks, heads, kv, width):
 
 
 def test_the_largest_score_is_found_without_a_sink():
-    """Scores around -500, whose weights are none beside a score of 0."""
+    """Scores around -200, whose weights are none beside a score of 0."""
     q, k, v = arrays(1, 4, 2, 5, 1, 1, 8)
-    k = -np.abs(k) - 20
+    k = -np.abs(k) - 8
     plan = packed([[(0, 2), (0, 1), (1, 2), (0, 2)]], 2, 1)
     mine, xla = (
         values_and_gradients(
@@ -128,7 +128,7 @@ def test_the_largest_score_is_found_without_a_sink():
         for form in ("pallas", "xla")
     )
     assert np.isfinite(xla[0]).all() and np.abs(xla[0]).max() > 0.1
-    assert_close(mine, xla, 1e-4)  # a float32 near 500 is rounded by 3e-5, and so are its weights
+    assert_close(mine, xla)
 
 
 @pytest.mark.slow

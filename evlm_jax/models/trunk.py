@@ -60,7 +60,8 @@ def run_layers(
       self_attend: (number of the layer, its q, k, v) -> (attention output, anything to keep).
       cross_attend: (the block, its number, q) -> (attention output, anything to keep).
       observe: (a block, its number, its input x [B, T, D]) -> anything to keep.
-      kind, sees: [B, T] of each token, for the mixtures of experts (moe.py), and whether it sees.
+      kind: [B, T] of each token, for the mixtures of experts (moe.py).
+      sees: bool [B, T], which tokens see an image; None: all.
       remat: what the backward pass computes again (layers.REMAT); "" where there is none.
     """
     every, count = cfg.xattn.every, cfg.llm.layers

@@ -4,7 +4,7 @@ of photographs, and videos, in two languages.
 
 `get_config("fast")` is the short form for CI, `get_config("full")` the long documented one;
 `get_config("moe")` is the stage behind any of them, with experts that `evlm upcycle` made of its
-FFNs."""
+FFNs; `get_config("lora")` another, which trains adapters of the language model alone."""
 
 from ml_collections import ConfigDict
 
@@ -83,13 +83,14 @@ RULES = (
 
 def get_config(form: str = "") -> ConfigDict:
     """The demo. `form`: "" (half an hour on 2 cores with AVX2), "fast" (a few minutes), "full"
-    (4.5 times as many steps), "moe".
+    (4.5 times as many steps), "moe", "lora".
     """
     steps = {
         "": 200,
         "fast": 6,
         "full": 900,
         "moe": 40,
+        "lora": 40,
     }[form]
     config = base.get_config()
     config.name = "demo"
@@ -135,9 +136,19 @@ def get_config(form: str = "") -> ConfigDict:
     )
     config.mesh.update(data=-1, fsdp=1, frozen="replicated")
     config.init.update(vision="dinov2-small", llm="smollm2-135m-instruct", centre_norms=True)
-    if form == "moe":
-        config.name = "demo_moe"
-        config.moe.copies = 4
-        config.data.seed = 1  # other batches than the stage before
-        config.optim.update(lr=3e-4, min_lr=1e-4)
+    if form in ("moe", "lora"):
+        _behind(config, form)
     return config
+
+
+def _behind(config: ConfigDict, form: str) -> None:
+    """Turns the demo into a stage behind it."""
+    config.name = f"demo_{form}"
+    config.data.seed = 1  # other batches than the stage before
+    if form == "moe":
+        config.moe.copies = 4
+        config.optim.update(lr=3e-4, min_lr=1e-4)
+        return
+    config.lora = dict(patterns=(r"^llm/layers/\d+/(attn|mlp)/",), rank=16, alpha=32.0)
+    rules = dict(pattern="/lora_", lr=1.0), dict(pattern="", lr=None)
+    config.optim.phases = (dict(start=0.0, warmup=0, rules=rules),)

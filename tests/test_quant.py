@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,9 @@ import pytest
 from flax import nnx
 
 from evlm_jax import cli
-from evlm_jax.checkpoint import store
-from evlm_jax.checkpoint.lazy_tensors import opened, read_all
+from evlm_jax.checkpoint import by_shard, store
+from evlm_jax.checkpoint.initialize import begin_with, initialize
+from evlm_jax.checkpoint.lazy_tensors import Tensor, opened, read_all
 from evlm_jax.config import QuantConfig
 from evlm_jax.config.load import load_config
 from evlm_jax.config.model import TOWER_MATRICES
@@ -71,7 +73,7 @@ def table(kind):
 def test_values_are_those_of_qwix_and_the_nearest_there_are(kind, axis):
     matrix = np.random.default_rng(0).standard_normal((48, 32)).astype(np.float32)
     matrix[:16, :16] = 0
-    bits, scale = (quantise(matrix, kind, 16, axis, part) for part in (False, True))
+    bits, scale = quantise(matrix, kind, 16, axis)
     assert (bits.shape, scale.shape) == shapes(matrix.shape, kind, 16, axis)
     found = dequantise(bits, scale, kind, axis)
     dtype = {"int8": jnp.int8, "int4": jnp.int4}.get(kind, kind)
@@ -145,6 +147,24 @@ def test_what_is_quantised_is_not_trained():
         TrainPhase(cfg, 0, make_layout(cfg))
     with pytest.raises(ValueError, match="choose xattn/0/k/kernel, which begins anew"):
         quant.quantised(cfg, parameter_shapes(cfg), {})
+
+
+def test_a_start_reads_each_matrix_once(monkeypatch):
+    monkeypatch.setattr(by_shard, "THREADS", 1)
+    reads, sizes = Counter(), parameter_shapes(CFG.merged)
+
+    def counted(name, shape):
+        def read():
+            reads[name] += 1
+            return np.zeros(shape, np.float32)
+
+        return Tensor(shape, np.dtype(np.float32), read)
+
+    phase = TrainPhase(CFG, 0, make_layout(CFG))
+    tensors = {name: counted(name, shape) for name, shape in sizes.items()}
+    begun = begin_with(CFG, phase.shapes, tensors, frozenset())
+    initialize(CFG, phase.shapes, phase.layout.frozen, begun)
+    assert reads == dict.fromkeys(sizes, 1)
 
 
 def test_the_language_model_of_the_14b_in_4_bits_has_less_than_8_5_gb():
@@ -241,8 +261,8 @@ def test_a_run_learns_and_keeps_the_bits_of_its_base(base, runs):
     assert held == scales(parameter_shapes(CFG)) and not scales(whole.params)
     for name in held:
         matrix, axis = name.removesuffix("_scale"), -1 if name == "llm/embed_scale" else -2
-        for found, part in ((whole.frozen[matrix], False), (whole.frozen[name], True)):
-            made = quantise(base[1][matrix], "nf4", 16, axis, part)
+        parts = quantise(base[1][matrix], "nf4", 16, axis)
+        for found, made in zip((whole.frozen[matrix], whole.frozen[name]), parts):
             assert made.dtype == found.dtype and made.tobytes() == found.tobytes()
     for part in ("frozen", "params", "groups"):
         mine, other = getattr(resumed, part), getattr(whole, part)
@@ -298,12 +318,20 @@ def test_the_command_writes_a_model_that_answers_and_its_receipt(base, tmp_path,
     assert {"vit/tap 2", "xattn/3", "llm/layers/0", "llm/ln_f"} < said["layers"].keys()
     assert all(0 < error < 0.05 for error in said["layers"].values())
     params, cfg = store.load_params(out)
+    layers = {f"llm/layers/{i}" for i in range(cfg.llm.layers)}
+    layers |= {f"vit/blocks/{i}" for i in range(cfg.vit.depth)} | {"llm/embed"}
+    assert said["alone"].keys() == layers and all(0 < kl < 1e-3 for kl in said["alone"].values())
     assert said["errors"].keys() == {name.removesuffix("_scale") for name in scales(params)}
     assert all(0 < error < 0.01 for error in said["errors"].values())
     for key, arrays in (("before", base[1]), ("after", params)):
         assert said["bytes"][key] == sum(array.nbytes for array in arrays.values())
     assert said["bytes"]["after"] < 0.7 * said["bytes"]["before"]
     assert "matrices in int8: relative error 0." in capsys.readouterr().out
+    words = f"{command[: command.index(' --out')]} --tile 16 --pattern ^llm/embed$"
+    assert not cli.main(f"{words} --out {tmp_path / 'words'}".split())
+    kl = json.loads((tmp_path / "words" / "quantised.json").read_text())["kl"].values()
+    assert said["alone"]["llm/embed"] == pytest.approx(np.mean([*kl]), rel=1e-3)
+    capsys.readouterr()
     again = f"convert quantize --checkpoint {out} --out {tmp_path / 'again'} --tile 16"
     assert cli.main(again.split()) == 1
     assert "is quantised: make it whole first" in capsys.readouterr().err

@@ -114,14 +114,12 @@ def run_checkpoint(
     side: Side, examples: Sequence[Example], llm_only: bool, step: int | None = None
 ) -> list[Trace]:
     """A step of a run, all examples as rows of one batch."""
-    model = load_trained(side.path, step).model
-    exact = {"dtype": "float32", "matmul_precision": "float32"}
-    model.cfg = replace(model.cfg, train=replace(model.cfg.train, **exact))
+    model = in_float32(load_trained(side.path, step).model)
     for gate in model.xattn.gates().values() if llm_only else ():
         gate.close()
     batch = batch_of(examples, model.cfg.xattn.query_block, model.cfg.vit.size)
+    logits = logits_of(model, batch)
     with jax.default_matmul_precision("highest"):
-        logits = np.asarray(_logits(model, batch))
         seen = {name: np.asarray(a) for name, a in _loop(model, batch)}
 
     def trace(row: int, example: Example) -> Trace:
@@ -136,9 +134,21 @@ def run_checkpoint(
     return [trace(row, example) for row, example in enumerate(examples)]
 
 
+def in_float32(model: EVLM) -> EVLM:
+    """The model, which from now on computes in float32."""
+    exact = {"dtype": "float32", "matmul_precision": "float32"}
+    model.cfg = replace(model.cfg, train=replace(model.cfg.train, **exact))
+    return model
+
+
+def logits_of(model: EVLM, batch: Batch) -> np.ndarray:
+    """Logits [B, T, vocab] of a model `in_float32`, by the path that training takes."""
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(_logits(model, batch))
+
+
 @jax.jit
 def _logits(model: EVLM, batch: Batch) -> jax.Array:
-    """By the path that training takes."""
     return model.logits(model.hidden(batch))
 
 

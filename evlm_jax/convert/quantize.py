@@ -2,20 +2,25 @@
 what that changed."""
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 import numpy as np
+from flax import nnx
 
 from evlm_jax.checkpoint import store
 from evlm_jax.checkpoint.lazy_tensors import Tensors
-from evlm_jax.config import EVLMConfig, QuantConfig
-from evlm_jax.convert.activations import look
+from evlm_jax.config import QuantConfig
+from evlm_jax.convert.activations import Example, batch_of, in_float32, logits_of, look
 from evlm_jax.convert.engine import parameter_shapes
-from evlm_jax.convert.verify import built_in, compare, relative
+from evlm_jax.convert.verify import built_in, compare, divergence, relative
 from evlm_jax.data.tokenizer import source_of_run
 from evlm_jax.models import quant
+from evlm_jax.models.evlm import EVLM
+from evlm_jax.models.param_names import canonical, is_stacked
 from evlm_jax.paths import place, write
-from evlm_jax.runs import write_model
+from evlm_jax.runs import load_trained, write_model
 
 RECEIPT = "quantised.json"
 
@@ -25,10 +30,10 @@ def quantize_run(
 ) -> None:
     """Writes the newest (or given) step of a run as a model whose matrices are quantised, with
     RECEIPT beside it, and prints that: the relative error of each matrix, bytes, and as of
-    `difference`.
+    `difference` and `alone`.
 
     Args:
-      logits: False leaves `difference` out, as a baseline does.
+      logits: False leaves these two out, as a baseline does.
     Raises:
       FileExistsError: `out` exists.
       ValueError: the run is quantised already; patterns or tiles do not fit it.
@@ -42,22 +47,28 @@ def quantize_run(
     trained, origin = store.trained(source, step), {"quantised": source}
     tokenizer = source_of_run(source, before.init.llm)
     write_model(cfg, made, out, plan, tokenizer, origin, trained & quant.plain(made))
-    receipt = asdict(how) | _errors(cfg, tensors, store.open_params(out)[0])
+    whole = quant.whole(cfg, store.open_params(out)[0])
+    changed = {name: whole[name] for name in sorted(whole.keys() - quant.plain(made))}
+    receipt = asdict(how) | {"bytes": _bytes(tensors, made), "errors": _errors(tensors, changed)}
     if logits and not before.baseline:
-        receipt |= difference(source, out, step)
+        receipt |= difference(source, out, step) | {"alone": alone(source, changed, step)}
     write(place(out) / RECEIPT, json.dumps(receipt, indent=2) + "\n")
     _tell(receipt)
 
 
-def _errors(cfg: EVLMConfig, before: Tensors, after: Tensors) -> dict:
-    """Bytes of all tensors, and of each quantised matrix |after - before| / |before|."""
-    found, whole = {}, quant.whole(cfg, after)
-    for name in sorted(before.keys() - quant.plain(after)):
+def _bytes(before: Tensors, after: Tensors) -> dict[str, int]:
+    sides = {"before": before, "after": after}
+    return {name: sum(tensor.size for tensor in side.values()) for name, side in sides.items()}
+
+
+def _errors(before: Tensors, whole: Tensors) -> dict[str, float]:
+    """Of each matrix |whole - before| / |before|."""
+    found = {}
+    for name, tensor in whole.items():
         old = before[name].read().astype(np.float32)
         norm = np.linalg.norm(old)
-        found[name] = float(np.linalg.norm(whole[name].read() - old) / norm) if norm else 0.0
-    sizes = [sum(tensor.size for tensor in tensors.values()) for tensors in (before, after)]
-    return {"bytes": dict(zip(("before", "after"), sizes)), "errors": found}
+        found[name] = float(np.linalg.norm(tensor.read() - old) / norm) if norm else 0.0
+    return found
 
 
 def difference(source: str, out: str, step: int | None = None) -> dict[str, dict[str, float]]:
@@ -75,12 +86,57 @@ def difference(source: str, out: str, step: int | None = None) -> dict[str, dict
     return {"kl": dict(zip((example.name for example in examples), kl)), "layers": layers}
 
 
+def alone(source: str, changed: Tensors, step: int | None = None) -> dict[str, float]:
+    """Of each layer, with its matrices of `changed` and all else as in the checkpoint:
+    KL(checkpoint || that), in nats, the mean over the built-in prompts' tokens. Embeddings and head
+    count as layers.
+    """
+    examples, model = built_in(look(source, step=step)), load_trained(source, step).model
+    batch = batch_of(examples, model.cfg.xattn.query_block, model.cfg.vit.size)
+    in_float32(model)
+    shown, before = batch._replace(taps=model.encode(batch.pixels)), logits_of(model, batch)
+    layers: dict[str, dict] = {}
+    for name, tensor in changed.items():
+        layer = re.match(r"(vit/blocks|llm/layers|xattn)/\d+|\w+/\w+", name)[0]
+        layers.setdefault(layer, {})[name] = tensor
+    return {
+        layer: _apart(
+            examples,
+            before,
+            logits_of(_with(model, matrices), batch if layer.startswith("vit/") else shown),
+        )
+        for layer, matrices in layers.items()
+    }
+
+
+def _with(model: EVLM, matrices: Tensors) -> EVLM:
+    """The model with these matrices in place of its own."""
+    graphdef, state = nnx.split(model)
+    leaves = []
+    for path, leaf in nnx.to_flat_state(state):
+        array = leaf[...]
+        for i, name in enumerate(canonical(model.cfg, path)):
+            if name in matrices:
+                new = matrices[name].read()
+                array = array.astype(new.dtype).at[i].set(new) if is_stacked(path) else new
+        leaves.append((path, leaf.replace(array)))
+    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+
+def _apart(examples: Sequence[Example], before: np.ndarray, after: np.ndarray) -> float:
+    """The mean over examples of the divergence of their logits, rows of [B, T, vocab]."""
+    rows = ((len(e.tokens), *pair) for e, *pair in zip(examples, before, after))
+    return float(np.mean([divergence(a[:length], b[:length]) for length, a, b in rows]))
+
+
 def _tell(receipt: dict) -> None:
     errors, sizes = receipt["errors"], receipt["bytes"]
     for name, error in errors.items():
         print(f"{name:48}  {error:.2%}")
     for name, error in receipt.get("layers", {}).items():
         print(f"behind {name:41}  {error:.2%}")
+    for name, kl in receipt.get("alone", {}).items():
+        print(f"{name + ' alone':48}  KL {kl:.1e}")
     print(
         f"{len(errors)} matrices in {receipt['kind']}: relative error {max(errors.values()):.2%} at"
         f" most; {sizes['before'] / 1e9:,.3f} GB are {sizes['after'] / 1e9:,.3f} GB"

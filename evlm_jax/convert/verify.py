@@ -216,8 +216,7 @@ def compare(a: Trace, b: Trace, tolerance: float) -> Difference:
     errors = [(name, relative(a.seen[name], b.seen[name])) for name in a.seen if name in b.seen]
     apart = abs(a.logits - b.logits)
     errors.append(("logits", relative(a.logits.reshape(1, -1), b.logits.reshape(1, -1))))
-    p, q = _log_softmax(a.logits), _log_softmax(b.logits)
-    kl = (np.exp(p) * (p - q)).sum(-1).mean()
+    kl = divergence(a.logits, b.logits)
     same = (a.logits.argmax(-1) == b.logits.argmax(-1)).mean()
     parted = next(
         (error for error in errors if not error[1] <= tolerance), None
@@ -233,6 +232,12 @@ def closed(trace: Trace) -> list[str]:
         for before, name in pairwise(text)
         if name.startswith("xattn/") and np.array_equal(trace.seen[before], trace.seen[name])
     ]
+
+
+def divergence(a: np.ndarray, b: np.ndarray) -> float:
+    """KL of the next token by logits `b` [T, vocab] from that by `a`, in nats: the mean over T."""
+    p, q = _log_softmax(a), _log_softmax(b)
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -81,25 +81,35 @@ def quantised(cfg: EVLMConfig, names: Iterable[str], tensors: Tensors) -> dict[s
     Raises:
       ValueError: nothing gives the values of such a matrix.
     """
+    scales = {n.removesuffix("_scale"): n for n in names if n.endswith(NAMES) and n not in tensors}
+    if name := min(scales.keys() - tensors.keys(), default=""):
+        raise ValueError(
+            f"config: quant.patterns choose {name}, which begins anew: train it first, then"
+            " `evlm convert quantize`"
+        )
     out = dict(tensors)
-    for scale in names:
-        if scale.endswith(NAMES) and scale not in tensors:
-            name = scale.removesuffix("_scale")
-            if name not in tensors:
-                raise ValueError(
-                    f"config: quant.patterns choose {name}, which begins anew: train it first, then"
-                    " `evlm convert quantize`"
-                )
-            out[name], out[scale] = _quantised(tensors[name], cfg.quant, _axis(name))
+    for name, scale in scales.items():
+        out[name], out[scale] = _quantised(tensors[name], cfg.quant, _axis(name))
     return out
 
 
 def _quantised(tensor: Tensor, quant: QuantConfig, axis: int) -> tuple[Tensor, Tensor]:
-    how = quant.kind, quant.tile, axis
-    bits, scale = shapes(tensor.shape, *how)
-    return (
-        Tensor(bits, np.dtype(np.uint8), lambda: quantise(tensor.read(), *how)),
-        Tensor(scale, np.dtype(np.float32), lambda: quantise(tensor.read(), *how, scales=True)),
+    """Bytes and scales. The scales that come with bytes wait until they are read, so that a start
+    reads and quantises each matrix once.
+    """
+    how, waiting = (quant.kind, quant.tile, axis), []
+    of_bits, of_scales = shapes(tensor.shape, *how)
+
+    def bits() -> np.ndarray:
+        made, scale = quantise(tensor.read(), *how)
+        waiting[:] = [scale]
+        return made
+
+    def scales() -> np.ndarray:
+        return waiting.pop() if waiting else quantise(tensor.read(), *how)[1]
+
+    return Tensor(of_bits, np.dtype(np.uint8), bits), Tensor(
+        of_scales, np.dtype(np.float32), scales
     )
 
 

@@ -57,19 +57,18 @@ def shapes(
     return divided(1 if kind == "int8" else 2), divided(tile)
 
 
-def quantise(
-    matrix: np.ndarray, kind: str, tile: int, axis: int, scales: bool = False
-) -> np.ndarray:
-    """The bytes of a matrix, or its scales.
+def quantise(matrix: np.ndarray, kind: str, tile: int, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes of a matrix, and its scales.
 
     Raises ImportError where qwix is not installed.
     """
     rows = max(1, BLOCK // matrix.shape[1] // tile) * tile
     parts = [
-        np.asarray(_part(matrix[first : first + rows], kind, tile, axis, scales))
+        jax.device_get(_parts(matrix[first : first + rows], kind, tile, axis))
         for first in range(0, len(matrix), rows)
     ]
-    return np.concatenate(parts)
+    bits, scales = map(np.concatenate, zip(*parts))
+    return bits, scales
 
 
 def dequantise(bits: np.ndarray, scale: np.ndarray, kind: str, axis: int) -> np.ndarray:
@@ -80,8 +79,8 @@ def dequantise(bits: np.ndarray, scale: np.ndarray, kind: str, axis: int) -> np.
 _whole = jax.jit(partial(Quantised.astype, dtype=jnp.float32))
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _part(matrix: jax.Array, kind: str, tile: int, axis: int, scales: bool) -> jax.Array:
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _parts(matrix: jax.Array, kind: str, tile: int, axis: int) -> tuple[jax.Array, jax.Array]:
     try:
         import qwix
     except ImportError as error:
@@ -94,17 +93,15 @@ def _part(matrix: jax.Array, kind: str, tile: int, axis: int, scales: bool) -> j
         channelwise_axes=[other for other in range(matrix.ndim) if other != axis],
         tiled_axes={axis: tile},
     )
-    if scales:
-        return made.scale
     values = made.qvalue
     if kind != "nf4":
         values = jax.lax.bitcast_convert_type(values.astype(jnp.int8), jnp.uint8)
     if kind == "int8":
-        return values
+        return values, made.scale
     low, high = (
         jax.lax.slice_in_dim(values.astype(jnp.uint8), side, None, 2, axis) for side in (0, 1)
     )
-    return (low & 15) | (high << 4)
+    return (low & 15) | (high << 4), made.scale
 
 
 def _values(bits: jax.Array, kind: str, axis: int) -> jax.Array:

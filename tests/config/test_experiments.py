@@ -5,6 +5,7 @@ each phase and stage.
 import importlib
 import math
 
+import jax
 import pytest
 from flax import nnx
 
@@ -13,6 +14,8 @@ from evlm_jax.config import from_config_dict
 from evlm_jax.convert.engine import parameter_shapes
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.param_names import canonical
+from evlm_jax.parallel.mesh import make_layout
+from evlm_jax.phase import TrainPhase
 
 STAGES = ("pretrain", "continual", "sft")
 # Qwen-14B and EVA02-CLIP-E+ without norm and head: counted from the published shapes. Qwen2.5 and
@@ -114,6 +117,20 @@ def test_what_a_stage_trains(name, stage):
     assert not any(name.startswith("llm/") for name in _names(cfg, last))
     if stage == "pretrain":
         assert all(name.startswith(("xattn/", "media/")) for name in _names(cfg, plans[0]))
+
+
+@pytest.mark.parametrize("form, gib", [("adapters", 14), ("cross", 29)])
+def test_what_one_card_holds_of_the_14b_in_4_bits(form, gib):
+    """Between steps: parameters, and two moments of those that are trained."""
+    cfg = config("evlm_14b_nf4", form)
+    phase = TrainPhase(cfg, 0, make_layout(cfg))
+    trained = {name.rpartition("/")[2] for name in _names(cfg, phase.plan)}
+    assert {"lora_a", "lora_b", "embedding"} <= trained
+    assert ("kernel" in trained) == (form == "cross")
+    frozen = {p: jax.tree.leaves(leaf)[0] for p, leaf in nnx.to_flat_state(phase.frozen_spec())}
+    assert {path[0] for path, leaf in frozen.items() if leaf.dtype == "uint8"} == {"vit", "llm"}
+    held = [*frozen.values(), *jax.tree.leaves(phase.spec())]
+    assert gib - 1 < sum(leaf.size * leaf.dtype.itemsize for leaf in held) / 2**30 < gib
 
 
 def _names(cfg, plan) -> set[str]:

@@ -47,14 +47,8 @@ def gradients(
 
     def micro_batch(total, rows):
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, rows)
-        return (
-            jax.tree.map(
-                jnp.add,
-                total,
-                (reduce_scatter_grads(jax.tree.map(lambda g: g.astype(jnp.float32), grads)), sums),
-            ),
-            None,
-        )
+        grads = reduce_scatter_grads(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        return jax.tree.map(jnp.add, total, grads), sums
 
     params = all_gather_params(params, cfg.train.operands)
     micro_batches = jax.tree.map(
@@ -62,9 +56,8 @@ def gradients(
         batch,
     )
     zeros = reduce_scatter_grads(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
-    _, sums = jax.eval_shape(loss, params, jax.tree.map(lambda x: x[0], micro_batches))
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
-    (grads, sums), _ = jax.lax.scan(micro_batch, (zeros, nothing), micro_batches)
+    grads, sums = jax.lax.scan(micro_batch, zeros, micro_batches)
+    sums = jax.tree.map(lambda x: x.sum(0), sums)
     count = jnp.maximum(sums["count"].sum(), 1)
     return jax.tree.map(lambda g: g / count, grads), sums
 

@@ -78,6 +78,7 @@ def test_too_many_bad_updates_stop_the_run_and_resume_goes_past_them(tmp_path):
     assert_same_bits(store.read(tmp_path / "cut"), store.read(tmp_path / "whole"))
 
 
+@pytest.mark.ci
 def test_parameters_that_give_nothing_finite_are_not_saved(tmp_path):
     """Two bad updates in a row are not the fault of a batch: what was saved before stays the
     newest.

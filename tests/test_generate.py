@@ -294,6 +294,7 @@ def test_state_spec_is_what_prefill_makes(changes):
     assert form(state) == form(decoding.DecodeState.spec(cfg, 2, 64, 2))
 
 
+@pytest.mark.ci
 def test_no_answer_depends_on_the_room_of_its_batch():
     """Logits of prompts in the least room that they fit, and in that of longer ones with more
     images.

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from evlm_jax.data.samples import Turn
 from tests.data.made import refs
@@ -24,6 +25,7 @@ def test_many_short_prompts_have_rows_without_much_padding(monkeypatch):
     assert (max(lengths[:2]), lengths[2], min(lengths[3:])) == (24, 64, 64)
 
 
+@pytest.mark.ci
 def test_a_hundred_prompts_need_eight_programs(caplog):
     """Up to 1,024 tokens and 6 images, prefill and decode together, by JAX's own log of what it
     compiles.

@@ -98,6 +98,7 @@ class Slow(TinyData):
         return super().__next__()
 
 
+@pytest.mark.ci
 def test_the_lines_of_a_run_that_goes_on(tmp_path):
     cfg = tiny_config(train={"steps": 4, "save_every": 4})
     train(cfg, tmp_path, Slow(cfg), tiny_towers(cfg))

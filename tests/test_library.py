@@ -138,6 +138,7 @@ def test_it_answers_as_the_command_line_does(
     assert "".join(pieces) == printed and len(pieces) > 1
 
 
+@pytest.mark.pinned
 def test_several_answers_are_the_command_lines(model, inside, capsys):
     words = ["--max-new-tokens", "6", "--answers", "3", "--temperature", "0.9"]
     assert (
@@ -245,6 +246,7 @@ def test_a_batch_is_what_training_builds(model, inside):
     )
 
 
+@pytest.mark.pinned
 def test_the_loss_and_its_gradient_are_those_of_the_module(model):
     # New weights: those of the golden run are so large that roundings become a thousandth.
     model = opened(evlm_jax.random(model.config, seed=3))
@@ -288,6 +290,7 @@ def test_features_are_the_towers_taps(model):
     assert np.abs(model.features(picture(4)) - found[4]).max() <= 1e-5 * np.abs(found[4]).max()
 
 
+@pytest.mark.pinned
 def test_attention_has_a_map_for_each_word(model):
     words = model.attention("What is it?", images=[picture(1)], answer="A cat.")
     assert [(word["word"], word["predicted"]) for word in words] == [
@@ -308,6 +311,7 @@ def test_attention_has_a_map_for_each_word(model):
 # --------------------------------------------------------------------------- where models come from
 
 
+@pytest.mark.pinned
 def test_an_export_is_the_same_model(model, folder):
     same = evlm_jax.load(str(folder / "export"))
     for given, shown in (("Some text", None), ("Here <image> it is", picture(1))):
@@ -349,6 +353,7 @@ def test_what_is_saved_is_the_same_model(folder, tmp_path, dtype):
         found.save(tmp_path / "saved")
 
 
+@pytest.mark.pinned
 def test_new_weights_are_a_function_of_the_seed(folder):
     cfg = tiny_config(init={"llm": str(folder / "llm")}, **BASELINES["flamingo"])
     one, same, other = (evlm_jax.random(cfg, seed) for seed in (1, 1, 2))

@@ -196,6 +196,7 @@ def loss(cfg, params):
     return float(total / sums["count"].sum())
 
 
+@pytest.mark.ci
 def test_it_begins_as_the_base_and_learns(base, runs):
     phase = TrainPhase(CFG, 0, make_layout(CFG))
     tensors = begin_with(CFG, phase.shapes, base[1], frozenset(base[1]))

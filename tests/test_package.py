@@ -51,6 +51,7 @@ def test_all_that_is_public_has_a_docstring():
         evlm_jax.lod  # noqa: B018
 
 
+@pytest.mark.pinned
 def test_the_lines_of_the_readme_run(tmp_path):
     """As they stand, in a folder that has the run and the picture that they name."""
     (lines,) = re.findall(

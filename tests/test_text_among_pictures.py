@@ -4,6 +4,7 @@ import contextlib
 import json
 
 import numpy as np
+import pytest
 
 from evlm_jax.checkpoint import store
 from evlm_jax.data.pipeline import batches
@@ -14,6 +15,7 @@ from tests.helpers.tiny import tiny_config, tiny_towers
 RULES = ({"pattern": "^(llm|xattn|media)/", "lr": 1.0}, {"pattern": "^vit/", "lr": None})
 
 
+@pytest.mark.ci
 def test_a_run_learns_text_and_pictures_and_moves_all_of_the_language_model(tmp_path):
     write_images(tmp_path / "images", 4)
     asked = [row(f"r{i}", f"images/{i}.png", "<image>red?", f"no, {i}") for i in range(4)]

@@ -127,6 +127,7 @@ def test_media_embeddings_begin_among_the_words(towers):
     )
 
 
+@pytest.mark.ci
 def test_first_update_of_the_newly_trainable_group(whole_run, tmp_path, towers):
     before = store.read(whole_run, BOUNDARY)
     after = interrupted(tmp_path, whole_run, start=BOUNDARY, stop=BOUNDARY + 1)
@@ -211,6 +212,7 @@ def test_refreezing_stage_keeps_trained_bits(whole_run, tmp_path):
 
 
 @pytest.mark.parity
+@pytest.mark.ci
 def test_next_stage_at_another_size(whole_run, tmp_path):
     """224 to 448 between the paper's stages 1 and 2: all is taken over but the position table,
     which is resampled as torch does.
@@ -372,15 +374,13 @@ def run_and_kill(workdir, at_step: int | None, seconds: float) -> tuple[bool, li
     return process.returncode == -signal.SIGKILL, lines
 
 
-@pytest.mark.parametrize(
-    "kills",
-    [pytest.param(1, marks=pytest.mark.ci), pytest.param(20, marks=pytest.mark.slow)],
-)
-def test_kill_at_random_moments(whole_run, tmp_path, kills):
+@pytest.mark.slow
+def test_kill_at_random_moments(whole_run, tmp_path):
     """Each run goes on from the newest finalised step and says so; the last one ends with the bits
     of the whole run.
     """
-    rng, killed, interval, newest = np.random.default_rng(kills), 0, CFG.train.save_every, 0
+    kills, killed, interval, newest = 20, 0, CFG.train.save_every, 0
+    rng = np.random.default_rng(kills)
     while newest < STEPS:
         at_step = int(rng.integers(1, 2 * interval)) if killed < kills else None
         died, lines = run_and_kill(tmp_path, at_step, rng.uniform(0, 0.3))

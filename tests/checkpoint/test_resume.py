@@ -107,6 +107,7 @@ def test_other_samples_of_a_source_are_refused_by_name():
     check(cfg, saved, Placed(a=(10, "z"), b=(6, "y")), True)
 
 
+@pytest.mark.pinned
 def test_another_batch_keeps_the_optimizer(tmp_path):
     """Adam's count goes on, and the data from where they are."""
     sizes = {"steps": 2, "save_every": 2, "keep": 9}
@@ -134,6 +135,7 @@ def test_parameters_in_bfloat16_do_not_train(tmp_path):
         train(cfg, tmp_path, TinyData(cfg), {})
 
 
+@pytest.mark.pinned
 def test_what_a_run_freezes_again_is_in_a_store_of_its_own(tmp_path):
     phases = (
         {"start": 0.0, "warmup": 0, "rules": UPPER_VIT},

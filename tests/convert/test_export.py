@@ -247,6 +247,7 @@ def exported(tmp_path_factory):
 
 
 @needs_transformers
+@pytest.mark.ci
 @pytest.mark.parametrize("towers", TOWERS)
 def test_loaded_without_jax(exported, towers):
     model, pixels, rows, found = exported[towers]

@@ -328,6 +328,7 @@ linux = pytest.mark.skipif(
 
 @linux
 @pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.pinned
 def test_spoilt_headers_take_no_memory_and_no_time(tmp_path, count):
     gguf_file(
         tmp_path / "base.gguf",

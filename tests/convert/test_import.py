@@ -305,6 +305,7 @@ importer.import_towers(from_config_dict(json.loads(sys.argv[1])), sys.argv[2])
 """
 
 
+@pytest.mark.pinned
 def test_a_kill_leaves_what_the_next_import_goes_on_with(tmp_path, towers, monkeypatch):
     out = tmp_path / "out"
     environment = os.environ | {"PYTHONPATH": os.getcwd()}

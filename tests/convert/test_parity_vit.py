@@ -91,6 +91,7 @@ def dinov2_of_onnx():
 @needs_transformers
 @needs_asset("dinov2-small")
 @needs_asset("photos")
+@pytest.mark.ci
 def test_dinov2_taps_on_a_photograph():
     """The oracle takes the weights out of the ONNX file by itself and interpolates the 37x37
     positions by torch.

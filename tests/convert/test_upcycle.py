@@ -102,6 +102,7 @@ def test_what_cannot_be_preserved_is_refused(change):
 
 
 @pytest.mark.parametrize("policy", ["preserve", "preserve_zero"])
+@pytest.mark.pinned
 def test_everything_learns_within_two_steps(policy):
     moe = MoEConfig(**PRESERVE | {"upcycle": policy})
     dense = layer()
@@ -131,6 +132,7 @@ def test_everything_learns_within_two_steps(policy):
         assert all((size(a) > 0).all() for a in jax.tree.leaves(first))
 
 
+@pytest.mark.pinned
 def test_a_whole_model_is_preserved():
     """Outputs of the dense model and of the one with experts, gates open; padding, which nobody
     sees, is not routed.
@@ -163,7 +165,7 @@ def get_config(form="dense"):
 """
 
 
-@pytest.mark.ci
+@pytest.mark.pinned
 def test_command_line(tmp_path, capsys):
     """A dense run, upcycled, trained on; each step refuses what does not fit."""
     (tmp_path / "tiny_experiment.py").write_text(EXPERIMENT)

@@ -63,6 +63,7 @@ def test_a_run_and_its_export(tmp_path, capsys, towers):
 
 
 @needs_transformers
+@pytest.mark.pinned
 def test_pairs_of_one_model(folders, capsys):
     for a, b in (("hf", "run"), ("run", "llm"), ("llm", "hf")):
         status, lines = run(capsys, folders / a, folders / b)
@@ -156,6 +157,7 @@ def test_given_images_and_prompts(folders, tmp_path, capsys):
     assert "leave --image out" in capsys.readouterr().err
 
 
+@pytest.mark.pinned
 def test_two_checkpoints_of_one_model_are_the_same_to_the_bit(folders, capsys):
     status, lines = run(capsys, folders / "run", folders / "run", "--tolerance", "0")
     assert status == 0 and "PASS" in lines[-1]

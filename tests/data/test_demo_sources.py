@@ -132,6 +132,7 @@ def test_every_document_of_the_demo_fits_a_row(name):
 @needs_asset("clips")
 @needs_asset("noto-cjk")
 @pytest.mark.parametrize("form", ["", "full"])
+@pytest.mark.pinned
 def test_the_demos_rows_are_full_nothing_is_dropped_and_shares_are_kept(form):
     cfg = from_config_dict(demo.get_config(form))
     lane = Lane(

@@ -30,8 +30,7 @@ MESHES = {
 }
 RUNS = [
     "dense",
-    "experts",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("other meshes", "llava")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("experts", "other meshes", "llava")),
 ]
 
 

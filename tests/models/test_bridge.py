@@ -76,6 +76,7 @@ def test_text_only_sees_nothing():
         *(pytest.param(kind, marks=pytest.mark.slow) for kind in BASELINES if kind != "llava"),
     ],
 )
+@pytest.mark.ci
 def test_trains_saves_and_goes_on(kind, tmp_path):
     """Through train.py: the loss falls, what trains moves, what is frozen stays, and a run cut in
     the middle ends with the same bits.
@@ -131,6 +132,7 @@ def test_names_lead_there_and_back(kind):
         assert (np.asarray(a) == np.asarray(b)).all()
 
 
+@pytest.mark.ci
 def test_one_list_of_rules_serves_all_kinds():
     """A rule for what only EVLM has is no mistake in a baseline; a rule that decides nothing of
     EVLM either still is.

@@ -294,6 +294,7 @@ def gradient(remat: str) -> list:
 
 
 @pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.ci
 def test_rematerialisation_changes_no_gradient(remat):
     plain = gradient("none")
     largest = max(np.abs(a).max() for a in plain)

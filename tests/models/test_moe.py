@@ -281,6 +281,7 @@ def gradients(remat: str):
     return nnx.to_pure_dict(jax.jit(jax.grad(loss))(state))["xattn"]["ffn"]
 
 
+@pytest.mark.ci
 def test_every_matrix_has_a_gradient():
     found = gradients("none")
     assert found["experts"]["fc1"]["kernel"].shape == (4, 4, 64, 16)
@@ -289,6 +290,7 @@ def test_every_matrix_has_a_gradient():
 
 
 @pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.ci
 def test_rematerialisation_changes_no_gradient(remat):
     for mine, other in zip(
         jax.tree.leaves(gradients(remat)), jax.tree.leaves(gradients("none")), strict=True

@@ -74,6 +74,7 @@ def test_repetition_penalty(penalty):
     assert np.abs(found - wanted).max() <= 1e-6 and np.abs(wanted - logits).max() > 0.1
 
 
+@pytest.mark.ci
 def test_greedy_answers_of_an_export(tmp_path, monkeypatch):
     """The golden run, exported: with and without a penalty the tokens are those of transformers'
     generate.

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import jax
+import pytest
 
 import evlm_jax
 from evlm_jax.parallel.mesh import make_layout
@@ -80,6 +81,7 @@ def fit(sizes: list[str], shape: tuple[int, ...], letters: dict[str, int]) -> bo
     )
 
 
+@pytest.mark.ci
 def test_docstrings_state_the_shapes_that_there_are():
     """Traced, not run: a forward pass with experts, a prefill, a step of decoding."""
     data = {"image_group": 2, "images": 3}

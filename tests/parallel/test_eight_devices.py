@@ -20,10 +20,9 @@ def devices(count: int) -> dict[str, str]:
 @pytest.mark.parametrize(
     "part, which",
     [
-        ("devices", "not slow"),
-        pytest.param("runs", "not slow", marks=pytest.mark.ci),
-        pytest.param("answers", "not slow", marks=pytest.mark.ci),
-        *(pytest.param(p, "slow", marks=pytest.mark.slow) for p in ("devices", "runs", "answers")),
+        pytest.param(part, which, marks=mark)
+        for which, mark in (("not slow", pytest.mark.ci), ("slow", pytest.mark.slow))
+        for part in ("devices", "runs", "answers")
     ],
 )
 def test_on_eight_devices(part, which, capsys):

@@ -151,6 +151,7 @@ def losses(workdir) -> list[float]:
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.ci
 def test_processes_train_as_one_does(tmp_path, count):
     for name, processes in (("one", 1), ("several", count)):
         Workers(tmp_path / name, processes, 4, (1, 2, 1, 2)).finish()
@@ -215,6 +216,7 @@ def test_a_parameter_that_no_rule_covers_is_named(monkeypatch):
         check_parameters(phase.layout, phase.shapes, lambda path: "/".join(map(str, path)))
 
 
+@pytest.mark.ci
 def test_processes_answer_as_one_does(tmp_path):
     """`evlm eval` on two processes of two devices each: what one process of one device finds."""
     run, data = tmp_path / "run", layouts.write("gqa", tmp_path / "gqa")

@@ -49,6 +49,7 @@ def check_share(found: list[dict]) -> None:
     assert sum(one["read"] for one in found) == found[0]["all"], found
 
 
+@pytest.mark.ci
 def test_each_process_reads_its_share(tmp_path):
     """Two restore what one device saved; the worker compares the values. A tensor that is damaged
     then is refused by both, though one has read it.

@@ -56,6 +56,7 @@ def ratios(report: dict) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("phase", "remat"), [(0, "full"), pytest.param(1, "none", marks=pytest.mark.slow)]
 )
+@pytest.mark.pinned
 def test_a_step_executes_what_is_needed_and_known_extras(phase, remat):
     cfg = config(train={"batch": 2, "remat": remat})
     cfg = replace(cfg, vit=replace(cfg.vit, image_size=(8, 12)))
@@ -201,6 +202,7 @@ def test_the_sweep_offers_possible_meshes_only():
     assert found == {(-1, 1), (-1, 2)}  # 2 key heads
 
 
+@pytest.mark.pinned
 def test_the_command_on_cpu_devices(tmp_path):
     experiment = tmp_path / "tiny.py"
     experiment.write_text(

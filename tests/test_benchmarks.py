@@ -16,6 +16,7 @@ ASSETS = {
     "data": ("photos", "smollm2-135m-instruct"),
     "demo_speed": ("smollm2-135m-instruct", "dinov2-small"),
     "lmms": ("easy-vqa",),
+    "quantised": ("easy-vqa",),
 }
 NAMES = sorted(
     path.stem

@@ -9,6 +9,7 @@ from tests.data.made import refs
 from tests.test_generate import PROMPTS, made
 
 
+@pytest.mark.ci
 def test_many_short_prompts_have_rows_without_much_padding(monkeypatch):
     """And answers as alone, where a prompt has one of the sizes that any call has."""
     _, generator = made()

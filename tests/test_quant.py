@@ -308,6 +308,7 @@ def _indices(bits, scale):
 # ----------------------------------------------------------------------------------------- command
 
 
+@pytest.mark.ci
 def test_the_command_writes_a_model_that_answers_and_its_receipt(base, tmp_path, capsys):
     out = tmp_path / "int8"
     command = f"convert quantize --checkpoint {base[0]} --out {out} --tile 16"

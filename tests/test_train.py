@@ -239,6 +239,7 @@ def test_next_stage_at_another_size(whole_run, tmp_path):
     assert train(cfg, tmp_path, TinyData(cfg, seed=1), params, trained) == 1
 
 
+@pytest.mark.ci
 def test_micro_batches_equal_one_batch():
     """Rows with very different numbers of targets, so that a mean of means would be far off."""
     cfgs = [
@@ -272,6 +273,7 @@ def test_micro_batches_equal_one_batch():
     np.testing.assert_allclose(sums["loss"], split["loss"], rtol=1e-6)
 
 
+@pytest.mark.ci
 def test_a_save_is_due_by_minutes_too(tmp_path):
     cfg = tiny_config(
         train={"steps": 6, "save_every": 100, "keep": 9, "log_every": 2, "save_minutes": 1e-9}
@@ -303,6 +305,7 @@ def test_a_failed_save_is_told_at_once(tmp_path):
     assert 20 <= reached[-1] < 40
 
 
+@pytest.mark.ci
 def test_values_of_on_step_are_noted(tmp_path):
     cfg = tiny_config(train={"steps": 2})
     train(

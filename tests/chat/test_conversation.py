@@ -116,6 +116,7 @@ def test_gates_are_the_models(trained, chat):
     assert np.allclose(gates["attn"], np.tanh(0.5)) and len(gates["ffn"]) == len(gates["layers"])
 
 
+@pytest.mark.ci
 def test_a_model_without_cross_attention_has_no_gates_and_no_words(trained, monkeypatch):
     monkeypatch.chdir(GOLDEN)  # where its vocabulary is
     cfg = trained.model.cfg

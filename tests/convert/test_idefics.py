@@ -122,6 +122,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", ["resampler, words apart", pytest.param(
     "no resampler, tied", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.ci
 def test_idefics_in_and_out(tmp_path, case):
     import transformers
 

@@ -110,6 +110,7 @@ def their_logits(model, cfg, tokens, start, stop, pixels) -> np.ndarray:
         ),
     ],
 )  # fmt: skip
+@pytest.mark.ci
 def test_open_flamingo_in_and_out(tmp_path, seed, llm, every, sizes):
     theirs = their_model(tmp_path, seed, llm, every, **sizes)
     state = checkpoint(theirs)

@@ -119,7 +119,8 @@ def locate(source: str | os.PathLike) -> Path:
     found = place(source) if remote(source) else Path(source).expanduser()
     if not source or not found.exists():
         raise FileNotFoundError(
-            f"{str(source)!r}: no such file or directory, nor an asset ({', '.join(ASSETS)})"
+            f"{str(source)!r}: no such file or directory, nor an asset"
+            " (`evlm fetch --licences` lists them)"
         )
     return found
 

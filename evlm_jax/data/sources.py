@@ -77,6 +77,8 @@ def open_source(name: str) -> Sequence[Sample]:
         keep = options.pop("keep", None)
         try:
             source = FORMATS[kind](name, path, **options)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"data source {name!r}: {error}") from error
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(
                 f"data source {name!r} has not the fields of {kind}: {type(error).__name__}:"

@@ -382,10 +382,9 @@ def test_kill_at_random_moments(whole_run, tmp_path):
     """Each run goes on from the newest finalised step and says so; the last one ends with the bits
     of the whole run.
     """
-    kills, killed, interval, newest = 20, 0, CFG.train.save_every, 0
-    rng = np.random.default_rng(kills)
+    rng, killed, interval, newest = np.random.default_rng(20), 0, CFG.train.save_every, 0
     while newest < STEPS:
-        at_step = int(rng.integers(1, 2 * interval)) if killed < kills else None
+        at_step = int(rng.integers(1, 2 * interval)) if killed < 20 else None
         died, lines = run_and_kill(tmp_path, at_step, rng.uniform(0, 0.3))
         resumed = [line for line in lines if line.startswith("resume from step")]
         assert [f"from step {newest} of" in line for line in resumed] == [True] * bool(newest)
@@ -396,6 +395,6 @@ def test_kill_at_random_moments(whole_run, tmp_path):
         assert (
             newest >= ((reached - 1) // interval - 1) * interval
         )  # all saves but the one under way
-        assert not died or killed <= kills
+        assert not died or killed <= 20
     assert not list(tmp_path.glob("*/*tmp*"))
     assert_same_bits(store.read(tmp_path), store.read(whole_run))

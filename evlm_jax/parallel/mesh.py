@@ -127,15 +127,34 @@ class Layout:
     def place(self, param: nnx.Variable, stored: bool) -> NamedSharding:
         """Sharding of a parameter, or of a stack of them, whose leading layer axis is never split.
 
-        Vectors are stored as they are used. Where `uneven` is in its metadata, a dimension lies
-        whole that has no equal pieces.
+        Vectors are stored as they are used. What waits in pieces along a dimension that has no
+        equal ones does so along another. Where `uneven` is in its metadata, a dimension lies whole
+        that has no equal pieces.
         """
         metadata, shape = param.get_metadata(), jax.tree.leaves(param)[0].shape
-        axes = metadata["axes"]
-        spec = [None] * (len(shape) - len(axes)) + [*self.spec(axes, stored and len(axes) > 1)]
+        axes, layers = metadata["axes"], len(shape) - len(metadata["axes"])
+        spec = [*self.spec(axes, stored and len(axes) > 1)]
+        spec = [None] * layers + self._moved(shape[layers:], axes, spec)
         if metadata.get("uneven"):
             spec = [None if n % self._pieces(names) else names for n, names in zip(shape, spec)]
         return NamedSharding(self.mesh, P(*spec))
+
+    def _moved(self, shape: tuple[int, ...], axes: tuple[str, ...], spec: list) -> list:
+        """`spec`, where pieces of a dimension that are not equal, and only wait, are along the
+        largest of the others that has them: the 4304 of SigLIP so400m's MLP over 64 devices.
+        """
+        spec = list(spec)
+        for i, (size, axis) in enumerate(zip(shape, axes, strict=True)):
+            names = spec[i] or ()
+            waits = tuple(name for name in names if name not in self.rule(axis).used)
+            if waits and size % self._pieces(names):
+                other = [
+                    j for j, n in enumerate(shape) if not spec[j] and n % self._pieces(waits) == 0
+                ]
+                if other:
+                    spec[i] = tuple(name for name in names if name not in waits) or None
+                    spec[max(other, key=shape.__getitem__)] = waits
+        return spec
 
     def _pieces(self, names: str | tuple[str, ...] | None) -> int:
         """Number of pieces of a dimension with this entry of a PartitionSpec."""

@@ -53,7 +53,9 @@ def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], kind="", image_
     return tiny_config(
         lora={"patterns": adapters, "rank": 3, "alpha": 0.6},  # more would amplify rounding
         quant={"patterns": held, "kind": "nf4", "tile": 16},
-        vit={"heads": 8, "width": 64, "mlp": 128} | BASELINES.get(kind, {}).get("vit", {}),
+        # of one kind a multiple of 4 alone, as SigLIP so400m's is of 16
+        vit={"heads": 8, "width": 64, "mlp": 124 if kind == "open_flamingo" else 128}
+        | BASELINES.get(kind, {}).get("vit", {}),
         llm={"heads": 8, "kv_heads": 8, "head_dim": 8} | BASELINES.get(kind, {}).get("llm", {}),
         xattn={"heads": 16, "kv_heads": 8, "head_dim": 8, "ffn": 64}
         | BASELINES.get(kind, {}).get("xattn", {})

@@ -43,6 +43,9 @@ VARIANTS: dict[str, dict[str, object]] = {
     "media-1": {"media.tokens": 1},
     "media-16": {"media.tokens": 16},
     "media-64": {"media.tokens": 64},
+    # a tower of 42 pixels, and tiles of what is larger
+    "small": {"vit.image_size": 42},
+    "small-tiles": {"vit.image_size": 42, "data.tiles": 4, "data.block_pairs": 48},
     # the blocks
     "no-sink": {"xattn.sinks": 0},
     "slow-gates": {"optim.phases": rules(gates=1.0)},

@@ -50,6 +50,9 @@ class DataConfig:
     # whose images take more or fewer see equal documents in every update. 0: length, media.tokens.
     pack_length: Count = 0
     pack_media: Count = 0
+    # A large picture is itself in small, and at most so many tiles of it, each an image of its own
+    # behind a tag (data/tiles.py): they count in images, slots and block_pairs. 0: one image
+    tiles: Count = 0
 
     @property
     def packed(self) -> int:
@@ -78,6 +81,12 @@ class DataConfig:
                 self.images <= self.slots <= most,
                 "slots",
                 f"must lie in data.images..data.image_group * data.images = {self.images}..{most}",
+            ),
+            (
+                not self.tiles or self.resize == "squash",
+                "resize",
+                "must be squash where data.tiles is set: tiles are parts of a picture that is"
+                " stretched",
             ),
             (
                 self.block_pairs >= self.slots,

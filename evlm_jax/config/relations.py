@@ -11,7 +11,7 @@ Relation = tuple[bool, str, str]  # whether it holds, the field, the mend
 
 
 def vision(cfg: "EVLMConfig") -> list[Relation]:
-    """Relations within the vision tower."""
+    """Relations within the vision tower, and of what pictures it sees."""
     vit = cfg.vit
     return [
         (
@@ -41,6 +41,11 @@ def vision(cfg: "EVLMConfig") -> list[Relation]:
             all(t <= vit.depth for t in vit.cuts),
             "vit.cuts",
             f"must lie in 1..vit.depth = {vit.depth}",
+        ),
+        (
+            not cfg.data.tiles or not (vit.tiles or cfg.media.around),
+            "data.tiles",
+            "must be 0 where vit.tiles or media.around is set",
         ),
         *tiles(cfg),
     ]

@@ -385,5 +385,6 @@ def describe_processor(cfg: EVLMConfig, tokenizer: Tokenizer) -> dict[str, dict]
         "turn_start": tokenizer.id("<|im_start|>") if chatml else None,
         "turn_end": tokenizer.id("<|im_end|>") if chatml else tokenizer.eos[0],
         "text_start": list(tokenizer.bos),
+        "tiles": cfg.data.tiles,
     }
     return {"processor_config.json": processor}

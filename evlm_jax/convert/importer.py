@@ -128,6 +128,7 @@ def read_export(cfg: EVLMConfig, model: str) -> tuple[dict[str, np.ndarray], EVL
     sections = to_dict(cfg) | describe_source(source, family.name, prefix)
     sections["name"] = where.name
     sections["data"] |= {name: processor[name] for name in ("template", "resize")}
+    sections["data"] |= {"tiles": processor.get("tiles", 0)}  # exports before tiles have none
     sections["train"] |= {"dtype": dtype, "matmul_precision": dtype}
     sections["init"] |= {"vision": str(where), "llm": str(where)}
     cfg = from_config_dict(sections)

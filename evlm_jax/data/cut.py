@@ -23,6 +23,7 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.data.pack import Budget, unfit
 from evlm_jax.data.samples import Sample
 from evlm_jax.data.text import Document, Media, Piece, Text, document, render, steps
+from evlm_jax.data.tiles import tiled
 from evlm_jax.ops.attention_plan import block_pair_count
 
 ENDS = (r"\n+", r"\s+", "(?<=.)")  # where a text may be cut, best first
@@ -36,6 +37,7 @@ def encode_parts(sample: Sample, tokenizer, cfg: EVLMConfig) -> Document:
     What fits no row even so (more neighbouring pictures than a row has) stays as it is, for the
     packer to drop by name.
     """
+    sample = tiled(sample, cfg)
     dialogs = render(sample, tokenizer, cfg)
     whole = document(dialogs, sample, tokenizer, cfg)
     alone = [turn.role for dialog in sample.dialogs for turn in dialog] == ["assistant"]
@@ -111,13 +113,10 @@ def _budget(tokenizer, cfg: EVLMConfig) -> Budget:
 def _room(pictures: Sequence[Media], tokenizer, cfg: EVLMConfig) -> int:
     """Tokens of text that fit a row behind these pictures."""
     data, seen = cfg.data, pictures[-1].stop - pictures[-1].start if pictures else 0
-    media = data.pack_media or cfg.media.tokens
-    room = min(_budget(tokenizer, cfg).tokens - len(pictures) * media, data.targets)
+    used = _cost(pictures, tokenizer, cfg)
+    room = min(_budget(tokenizer, cfg).tokens - used.tokens, data.targets)
     if seen and cfg.query_block:
-        blocks = (
-            data.block_pairs - len(pictures) * -(-cfg.media.tokens // cfg.query_block)
-        ) // seen
-        room = min(room, blocks * cfg.query_block)
+        room = min(room, (data.block_pairs - used.block_pairs) // seen * cfg.query_block)
     return room if len(pictures) <= data.images else 0
 
 

@@ -151,13 +151,17 @@ class FeatureStore:
 
 
 def content_key(ref: ImageRef) -> str:
-    """sha256 of the file, and the frame's time. Raises ImageError if the file cannot be opened."""
+    """sha256 of the file, and the frame's time or which tile it is. Raises ImageError if the file
+    cannot be opened.
+    """
     try:
         digest = _hash(ref.path, rows.version(ref.path))
     except Exception as error:  # containers raise errors of any kind
         raise image.ImageError(
             f"{ref.path}: {getattr(error, 'strerror', None) or error}"
         ) from error
+    if ref.tile is not None:
+        return f"{digest}#{'/'.join(map(str, ref.tile))}"
     return digest if ref.frame is None else f"{digest}@{ref.frame:.6f}"
 
 

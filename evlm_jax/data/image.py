@@ -5,16 +5,17 @@ done on the device.
 import hashlib
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import BinaryIO, TypeVar
 
 import numpy as np
 from cykooz_resizer import CropBox, FilterType, ResizeAlg, ResizeOptions, Resizer
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from simplejpeg import decode_jpeg
 
 from evlm_jax.config import EVLMConfig
+from evlm_jax.convert.torch_model.tiles_evlm import box
 from evlm_jax.convert.torch_model.values_evlm import eight_bits, transparent_as_stored
 from evlm_jax.data import video
 from evlm_jax.data.containers.rows import open_ref
@@ -34,6 +35,7 @@ FORMATS = (
     "TIFF",
 )  # Pillow knows others, some of which start programs (docs/decisions.md, D-IMAGE-5)
 WHITE = (255, 255, 255)
+SIDEWAYS = (5, 6, 7, 8)  # orientations of EXIF that exchange width and height
 # Pillow's BICUBIC by another name (docs/decisions.md, D-IMAGE-2).
 BICUBIC = ResizeAlg.convolution(FilterType.catmull_rom)
 MAKING = 3  # counts changes of how pixels are made: caches of features made otherwise are not used
@@ -78,6 +80,7 @@ def load_all(
         refs,
         max(height, width) if scaled else 0,
         lambda image: np.asarray(_fit(image, (width, height), resize, fill)),
+        (width, height),
     )
     if len(images) == 1:  # as captions have: a copy less is 6% of the pipeline
         return images[0][None]
@@ -104,24 +107,31 @@ def decode_all(
     refs: Sequence[ImageRef],
     least: int = 0,
     each: Callable[[Image.Image], Made] = lambda image: image,
+    tile: tuple[int, int] = (1, 1),
 ) -> list[Made]:
     """`decode` of every reference, each result passed to `each` at once, so that large pictures do
-    not accumulate; frames of one video are decoded in one pass.
+    not accumulate; frames of one video are decoded in one pass, and tiles of one picture.
+
+    Args:
+      tile: width and height of one.
     """
     times: dict[str, list[float]] = {}
+    cut: dict[str, list[ImageRef]] = {}
     for ref in refs:
         if ref.frame is not None:
             times.setdefault(ref.path, []).append(ref.frame)
-    frames = {
-        (path, second): frame
+        elif ref.tile is not None:
+            cut.setdefault(ref.path, []).append(ref)
+    parts = {
+        ImageRef(path, second): frame
         for path, seconds in times.items()
         for second, frame in zip(seconds, _frames(path, seconds, each))
     }
-
-    def one(ref):
-        return ref.picture or decode(ref.path, least)
-
-    return [each(one(ref)) if ref.frame is None else frames[ref.path, ref.frame] for ref in refs]
+    for tiles in cut.values():
+        parts |= zip(tiles, map(each, _tiles(tiles, least, tile)))
+    return [
+        parts[ref] if ref in parts else each(ref.picture or decode(ref.path, least)) for ref in refs
+    ]
 
 
 def visuals_of(images: Images) -> tuple[tuple[ImageRef, ...], ...]:
@@ -281,6 +291,32 @@ def _frames(path: str, seconds: list[float], each: Callable[[Image.Image], Made]
         return retried(video.decode)(path, seconds, lambda frame: each(Image.fromarray(frame)))
     except video.VideoError as error:
         raise ImageError(str(error)) from error
+
+
+def _tiles(refs: Sequence[ImageRef], least: int, size: tuple[int, int]) -> Iterator[Image.Image]:
+    """Tiles of one picture, each of `size` (width, height): it is stretched to their grid."""
+    _, down, across = refs[0].tile
+    whole = refs[0].picture or decode(refs[0].path, least * max(down, across))
+    width, height = size
+    whole = bicubic(whole, (across * width, down * height))
+    for ref in refs:
+        yield whole.crop(box(ref.tile[0], across, (height, width)))
+
+
+def size_of(ref: ImageRef) -> tuple[int, int] | None:
+    """Width and height of a picture, upright, of which no more than the header is read; None where
+    it has none that can be read.
+    """
+    if ref.picture is not None:
+        return ref.picture.size
+    with suppress(Exception), open_ref(ref.path, MOST_BYTES) as file:
+        with Image.open(file, formats=FORMATS) as image:
+            size = image.size
+            with suppress(Exception):  # without EXIF that can be read, a picture is upright
+                if image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS:
+                    return size[::-1]
+            return size
+    return None
 
 
 def _rgb(image: Image.Image) -> Image.Image:

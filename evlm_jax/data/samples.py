@@ -23,12 +23,13 @@ class RowError(SampleError):
 @dataclass(frozen=True, slots=True)
 class ImageRef:
     """An image file, the frame that a video shows at `frame` seconds, or a picture in memory
-    (image.in_memory).
+    (image.in_memory); or a tile of one.
     """
 
     path: str  # of a picture in memory what its pixels hash to
     frame: float | None = None
     picture: Image.Image | None = field(default=None, compare=False, repr=False)  # RGB
+    tile: tuple[int, int, int] | None = None  # its number, row by row, of tiles down and across
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,10 +116,11 @@ def _drawing(name: str) -> book.Book | SceneSource:
 
 
 def scene_of(ref: ImageRef) -> Scene | None:
-    """The truth of a picture that scenes made; None for others."""
+    """The truth of a picture that scenes made; None for others, and for tiles."""
     kind, mark, rest = ref.path.partition("://")
     number, _, name = rest.partition("::")
-    return _drawing(name).scenes.scene(int(number)) if mark and kind == "scene" else None
+    made = mark and kind == "scene" and not ref.tile
+    return _drawing(name).scenes.scene(int(number)) if made else None
 
 
 def options_of(kind: str) -> tuple[str, ...]:

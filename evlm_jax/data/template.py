@@ -22,13 +22,14 @@ class Token(NamedTuple):
 
 
 class Media(NamedTuple):
-    """An image or a frame. It sees itself; text after it sees the frames [start, stop) of its
-    visual.
+    """An image or a frame. It sees itself; its tag in front of it, and text after it, see the
+    frames [start, stop) of its visual.
     """
 
     frame: int
     start: int
     stop: int
+    tag: str = ""
 
 
 Piece = Text | Token | Media

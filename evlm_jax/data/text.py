@@ -34,8 +34,10 @@ from typing import NamedTuple
 import numpy as np
 
 from evlm_jax.config import EVLMConfig, MediaConfig
+from evlm_jax.convert.torch_model.tiles_evlm import tag
 from evlm_jax.data.samples import ImageRef, Sample, SampleError, Turn, marked
 from evlm_jax.data.template import Media, Piece, Template, Text, Token
+from evlm_jax.data.tiles import tiled
 from evlm_jax.ops.attention_plan import block_pair_count
 
 SHORT = 128  # characters of a text whose tokens are kept
@@ -66,6 +68,7 @@ def encode(sample: Sample, tokenizer, cfg: EVLMConfig) -> Document:
 
     Raises SampleError with the sample's key.
     """
+    sample = tiled(sample, cfg)
     return document(render(sample, tokenizer, cfg), sample, tokenizer, cfg)
 
 
@@ -76,9 +79,9 @@ def score_document(sample: Sample, tokenizer, cfg: EVLMConfig, end: bool = True)
     Args:
       end: count the token that ends the answer as well.
     """
-    return document(
-        render(sample, tokenizer, cfg, answer_only=True, end=end), sample, tokenizer, cfg
-    )
+    sample = tiled(sample, cfg)
+    dialogs = render(sample, tokenizer, cfg, answer_only=True, end=end)
+    return document(dialogs, sample, tokenizer, cfg)
 
 
 def prompt(
@@ -91,7 +94,7 @@ def prompt(
     """The document that generation continues: its last token predicts the first token of the
     answer.
     """
-    sample = Sample(key, key, tuple(visuals), (tuple(turns),))
+    sample = tiled(Sample(key, key, tuple(visuals), (tuple(turns),)), cfg)
     pieces = _render(
         sample, lambda spans, dialog: Template(cfg.data.template, tokenizer).prompt(dialog, spans)
     )
@@ -113,7 +116,8 @@ def alone(
         does not have.
     """
     said = marked([given], len(visuals)) if isinstance(given, str) else []
-    sample = Sample(key, key, tuple(visuals), (tuple(Turn("assistant", text) for text in said),))
+    turns = tuple(Turn("assistant", text) for text in said)
+    sample = tiled(Sample(key, key, tuple(visuals), (turns,)), cfg)
     if isinstance(given, str):  # without the token that ends it
         (pieces,) = _render(
             sample, lambda spans, dialog: Template("plain", tokenizer).dialog(dialog, spans)[:-1]
@@ -197,6 +201,8 @@ def steps(
             own = (piece.frame if last else first, piece.frame + 1)
             new = [(placeholder, slot, *own) for slot in range(media.tokens)]
             before, see, labelled = see, (first, piece.stop), False
+            if piece.tag:
+                new = [(token, -1, *see) for token in _tokens(tokenizer, piece.tag, behind)] + new
             if media.around:
                 side = tokenizer.id(media.around)
                 front = (side, -1, *before)
@@ -290,9 +296,18 @@ def _render(sample: Sample, pieces) -> list[list[Piece]]:
     stops = list(accumulate(map(len, sample.visuals)))
     spans = [(stop - len(visual), stop) for stop, visual in zip(stops, sample.visuals)]
     try:
-        return [pieces(spans, dialog) for dialog in sample.dialogs]
+        return [_tagged(pieces(spans, dialog), sample.refs) for dialog in sample.dialogs]
     except SampleError as error:
         raise SampleError(f"sample {sample.source}/{sample.key}: {error}") from error
+
+
+def _tagged(pieces: Sequence[Piece], refs: Sequence[ImageRef]) -> list[Piece]:
+    """Pieces whose tiles have their tags."""
+
+    def of_tile(piece):
+        return isinstance(piece, Media) and refs[piece.frame].tile is not None
+
+    return [p._replace(tag=tag(refs[p.frame].tile[0])) if of_tile(p) else p for p in pieces]
 
 
 def _tokens(tokenizer, text: str, behind: str) -> tuple[int, ...]:

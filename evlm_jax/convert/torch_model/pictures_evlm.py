@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from .tiles_evlm import box, grid_for, tag
 from .values_evlm import eight_bits, transparent_as_stored
 
 MOST_PIXELS = 1 << 27  # of a picture: a larger one is taken for a decompression bomb
@@ -131,3 +132,19 @@ def fitted(image, size, how, fill):
     if how == "crop":
         return ImageOps.fit(image, sides, bicubic)
     return ImageOps.pad(image, sides, bicubic, color=fill)
+
+
+def tagged(visual, size, tiles):
+    """(tag or "", picture) of each image: of a video, a list, its frames; of a picture itself, and
+    where it is large at most `tiles` tiles of `size`, the side of a square or height and width.
+    """
+    frames = visual if isinstance(visual, list) else [visual]
+    yield from (("", frame) for frame in frames)
+    if tiles and frames is not visual:
+        height, width = (size, size) if isinstance(size, int) else size
+        picture = read_picture(visual)
+        down, across = grid_for(picture.size, (height, width), tiles)
+        if down * across > 1:
+            whole = fitted(picture, (down * height, across * width), "squash", None)
+            for i in range(down * across):
+                yield tag(i), whole.crop(box(i, across, (height, width)))

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from transformers import BatchFeature, ProcessorMixin
 
 from .chats_evlm import IMAGE, VIDEO, Piece, Rendered, Visual, lay_out, rendered, split_marks
-from .pictures_evlm import fitted, is_picture, read_picture
+from .pictures_evlm import fitted, is_picture, read_picture, tagged
 from .spelling_evlm import Speller
 
 
@@ -27,6 +27,7 @@ class EVLMProcessor(ProcessorMixin):
       template: of chats, "chatml" | "plain" | "own", the tokenizer's.
       turn_start, turn_end: ids around a turn; plain has only the one that ends an answer.
       text_start: ids in front of every prompt, a BOS where the vocabulary has one.
+      tiles: most tiles of a picture, each an image of its own behind the whole picture.
     """
 
     attributes = ["tokenizer"]
@@ -45,6 +46,7 @@ class EVLMProcessor(ProcessorMixin):
         turn_start=None,
         turn_end=None,
         text_start=(),
+        tiles=0,
         **kwargs,
     ):
         super().__init__(tokenizer, **kwargs)
@@ -53,7 +55,7 @@ class EVLMProcessor(ProcessorMixin):
         self.mean, self.std = tuple(mean), tuple(std)
         self.media_tokens, self.image_token_id = media_tokens, image_token_id
         self.template, self.text_start = template, list(text_start)
-        self.turn_start, self.turn_end = turn_start, turn_end
+        self.turn_start, self.turn_end, self.tiles = turn_start, turn_end, tiles
         # A copy: what the tokenizer is told elsewhere (truncation, padding) does not change what is
         # spelled here.
         self.spell = Speller(Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str()))
@@ -241,18 +243,19 @@ class EVLMProcessor(ProcessorMixin):
         frames, numbers, behind = [], [], "nothing"
         for number, (what, said) in enumerate(pieces):
             if isinstance(what, Visual):
-                visual, depth = _nested(
-                    next(queues[what.mark]) if what.source is None else what.source
-                )
+                source = next(queues[what.mark]) if what.source is None else what.source
+                visual, depth = _nested(source)
                 if depth != (what.mark == VIDEO):
                     raise ValueError(
                         "an image is one picture, a video a list of its frames or an array [F, h,"
                         " w, C]: no file of a video"
                     )
-                pictures = visual if depth else [visual]
-                new, said = [self.image_token_id] * self.media_tokens * len(pictures), False
-                frames += [self._pixels(picture) for picture in pictures]
-                numbers += [number] * len(pictures)
+                new, said = [], False
+                for tag, picture in tagged(visual, self.image_size, self.tiles):
+                    new += self.spell(tag, "token") if tag else []
+                    new += [self.image_token_id] * self.media_tokens
+                    frames.append(self._pixels(picture))
+                    numbers.append(number)
             else:
                 new = [what] if isinstance(what, int) else self.spell(what, behind)
             behind = "text" if isinstance(what, str) else "token"

@@ -87,7 +87,7 @@ def _documents(
 
 def _pictures(documents: Sequence[Document], drops: list[Drop]) -> list[str]:
     """Sizes of some pictures; those that cannot be read go to `drops`."""
-    owner = {ref: document for document in documents for ref in document.refs}
+    owner = {ref: document for document in documents for ref in document.refs if not ref.tile}
     sides = []
     for ref in list(owner)[:PICTURES]:
         try:

@@ -22,6 +22,7 @@ import numpy as np
 
 from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig, LLMConfig, LoRAConfig
+from evlm_jax.config.xattn import gate_products
 
 FROZEN_VIT, TRAINED_VIT = "vision tower, frozen", "vision tower, trained"
 BRIDGE = "bridge of a baseline"
@@ -307,27 +308,27 @@ def _text(cfg: EVLMConfig, work: Work) -> Iterator[Stage]:
         return Product(part, name, rows, shape)
 
     for layer, window in enumerate(llm.layer_windows):
-        read, scores = _images(cfg, work, layer) if layer in cfg.cross_layers else ((), ())
-        if read and cfg.xattn.placement == "before":
-            yield from _before(cfg, work, layer, read, scores)
-            read, scores = (), ()
+        crossed = layer in cfg.cross_layers
+        read, scores, gate = _images(cfg, work, layer) if crossed else ((), (), ())
+        if crossed and cfg.xattn.placement == "before":
+            yield from ((*read, *gate), scores, *_behind(cfg, work, layer))
+            read, scores, gate = (), (), ()
         name = f"llm/layers/{layer}"
         sizes = {"q": llm.heads, "k": llm.kv_heads, "v": llm.kv_heads}
         own = (one(LLM, f"{name}/attn/{p}", (d, n * llm.head_dim)) for p, n in sizes.items())
         yield (*own, *read)
         pairs = work.near[window] if window and work.attended else work.attended
         yield one(LLM_SCORES, "", (2 * llm.heads, llm.head_dim), pairs), *scores
-        if scores and cfg.xattn.gate == "mixing":
-            gate, rows = f"xattn/{layer}/attn_gate/linear", work.tokens * llm.heads
-            yield (one(CROSS, gate, (llm.head_dim, llm.head_dim), rows),)
+        if gate:
+            yield gate
         yield (one(LLM, f"{name}/attn/o", (llm.heads * llm.head_dim, d)),)
         yield tuple(one(LLM, f"{name}/mlp/{p}", (d, llm.mlp)) for p in ("gate", "up"))
         yield (one(LLM, f"{name}/mlp/down", (llm.mlp, d)),)
     yield (one(HEAD, "llm/embed" if llm.tied else "llm/head", (d, llm.vocab), work.targets),)
 
 
-def _images(cfg: EVLMConfig, work: Work, layer: int) -> tuple[Stage, Stage]:
-    """Cross-attention of an LLM layer: queries, keys and values; scores."""
+def _images(cfg: EVLMConfig, work: Work, layer: int) -> tuple[Stage, Stage, Stage]:
+    """Cross-attention of an LLM layer: queries, keys and values; scores; its gate."""
     x, s, name = cfg.xattn, cfg.view_tokens, f"xattn/{layer}"
     width, shared = x.heads * x.head_dim, x.kv_heads * x.head_dim
     queries = Product(CROSS, f"{name}/q", work.tokens, (cfg.llm.hidden, width))
@@ -335,18 +336,20 @@ def _images(cfg: EVLMConfig, work: Work, layer: int) -> tuple[Stage, Stage]:
         Product(KEYS, f"{name}/{leaf}", work.images * s, (cfg.view_width, shared)) for leaf in "kv"
     )
     scores = Product(CROSS_SCORES, "", work.visible, (2 * width, s))
-    return (*[queries] * (x.query == "own"), *keys), (scores,)
+    gate = tuple(
+        Product(CROSS, f"{name}/attn_gate/{matrix}", work.tokens * times, shape)
+        for matrix, (times, shape) in gate_products(cfg).items()
+    )
+    return (*[queries] * (x.query == "own"), *keys), (scores,), gate
 
 
-def _before(cfg: EVLMConfig, work: Work, layer: int, read: Stage, scores: Stage) -> Iterator[Stage]:
-    """The cross-attention block in front of an LLM layer, of `_images` and the rest."""
+def _behind(cfg: EVLMConfig, work: Work, layer: int) -> Iterator[Stage]:
+    """What a cross-attention block in front of an LLM layer has besides `_images`."""
     x, moe, d, name = cfg.xattn, cfg.moe, cfg.llm.hidden, f"xattn/{layer}"
 
     def one(part, leaf, shape):
         return Product(part, f"{name}/{leaf}", work.tokens, shape)
 
-    yield read
-    yield scores
     yield (one(CROSS, "o", (x.heads * x.head_dim, d)),)
     if not moe.copies:
         yield tuple(one(FFN, f"ffn/{fc}", (d, x.ffn)) for fc in ("fc1", "up")[: 1 + x.gated])

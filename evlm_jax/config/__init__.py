@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 
 import ml_collections
 
-from evlm_jax.config import compat, relations
+from evlm_jax.config import compat, relations, xattn
 from evlm_jax.config.data import CleanConfig, DataConfig
 from evlm_jax.config.model import (
     BridgeConfig,
@@ -31,7 +31,6 @@ from evlm_jax.config.model import (
     MoEConfig,
     QuantConfig,
     ViTConfig,
-    XAttnConfig,
 )
 from evlm_jax.config.model import (
     RopeScaling as RopeScaling,
@@ -49,6 +48,7 @@ from evlm_jax.config.ranges import (
     Seed,
 )
 from evlm_jax.config.schema import Pattern, build
+from evlm_jax.config.xattn import XAttnConfig
 
 Float = Literal["float32", "bfloat16"]
 
@@ -268,14 +268,13 @@ class EVLMConfig:
         """What distinguishes this model from EVLM, in words; empty for EVLM itself."""
         fields = {
             "bridge.kind": (self.bridge.kind, "routed"),
-            "xattn.placement": (self.xattn.placement, "before"),
             "media.around": (self.media.around, ""),
             "media.sight": (self.media.sight, "last"),
             "vit.tiles": (self.vit.tiles, 0),
             "llm.more_words": (self.llm.more_words, 0),
-            "xattn.ffn_without_image": (self.xattn.ffn_without_image, True),
         }
         other = [f"{name} = {own}" for name, (own, evlm) in fields.items() if own != evlm]
+        other += self.xattn.unlike(xattn.TWIN)
         if other or self.cross_layers:
             return ", ".join(other)
         return "xattn.every = 0, no cross-attention"
@@ -286,7 +285,7 @@ def check(cfg: EVLMConfig) -> None:
     for holds, name, mend in (
         *relations.vision(cfg),
         *relations.language(cfg),
-        *relations.placement(cfg),
+        *xattn.relations(cfg),
         *relations.training(cfg),
     ):
         if not holds:

@@ -237,41 +237,6 @@ class LLMConfig:
 
 
 @dataclass(frozen=True)
-class XAttnConfig:
-    """Gated cross-attention before the LLM layers (paper section 2)."""
-
-    heads: Positive  # queries
-    # keys and values, each shared by heads / kv_heads queries; the paper has as many as heads
-    kv_heads: Positive
-    head_dim: Positive  # r_c = heads * head_dim / hidden
-    ffn: Positive  # r_f = ffn / hidden
-    # a block before layers first, first + every, first + 2 * every, ...; 0: no block at all
-    every: Count
-    schedule: Literal[
-        "blocked", "cyclic"
-    ]  # tap i serves neighbouring layers, or layer l gets tap l mod G
-    sinks: Count  # zero keys padded to the visual sequence
-    query_block: Positive  # tokens of a query block; all of them see the same images
-    eps: PositiveFloat  # of the norms
-    first: Count = 0  # layers in front of the first block; open_flamingo has every - 1
-    kv_norm: bool = True  # a norm of the visual states; open_flamingo has none
-    norm_kind: Literal["layer", "rms"] = "layer"  # of the norms of the text
-    qk_norm: Literal["none", "head"] = "none"  # an RMSNorm over the queries and keys of each head
-    gated: bool = False  # the FFN is fc2(silu(fc1(x)) * up(x)), not fc2(gelu(fc1(x)))
-    # tokens that see no image pass the FFN; False: the block is the identity for them
-    ffn_without_image: bool = True
-    # "parallel": within the layer, beside its self-attention, whose norm and output projection it
-    # shares (mPLUG-Owl3); it has no FFN, so that `ffn` counts for nothing. All below is of that
-    placement: Literal["before", "parallel"] = "before"
-    query: Literal["own", "shared"] = "own"  # "shared": the queries of the self-attention
-    # "mixing": what images give takes the place of a share of what the text gives, by token and
-    # channel: sigmoid of a linear layer over what the text gives each head
-    gate: Literal["tanh", "mixing"] = "tanh"
-    # keys of an image turn by the position of its first media token, own queries by theirs
-    key_rotary: bool = False
-
-
-@dataclass(frozen=True)
 class MoEConfig:
     """Fine-grained experts in the FFN of the cross-attention, beside a world expert that is a whole
     FFN (paper section 2).

@@ -162,57 +162,6 @@ def language(cfg: "EVLMConfig") -> list[Relation]:
     ]
 
 
-def placement(cfg: "EVLMConfig") -> list[Relation]:
-    """Relations of cross-attention beside self-attention, and of what only that can have."""
-    x, parallel, scaling = cfg.xattn, cfg.xattn.placement == "parallel", cfg.llm.rope_scaling
-    alike = [
-        (
-            not parallel or getattr(x, name) == getattr(cfg.llm, name),
-            f"xattn.{name}",
-            f"must be llm.{name} = {getattr(cfg.llm, name)} where xattn.placement is parallel: both"
-            " attentions have one output projection",
-        )
-        for name in ("heads", "head_dim")
-    ]
-    return alike + [
-        (
-            parallel or x.query == "own",
-            "xattn.query",
-            "can be shared where xattn.placement is parallel",
-        ),
-        (
-            parallel or x.gate == "tanh",
-            "xattn.gate",
-            "can be mixing where xattn.placement is parallel: it mixes two attentions",
-        ),
-        (
-            parallel or not x.key_rotary,
-            "xattn.key_rotary",
-            "can be True where xattn.placement is parallel",
-        ),
-        (
-            not x.key_rotary or scaling is None or scaling.kind != "dynamic",
-            "xattn.key_rotary",
-            "must be False where llm.rope_scaling.kind is dynamic",
-        ),
-        (
-            cfg.xattn.every > 0 or cfg.media.sight == "last",
-            "media.sight",
-            "must be last where xattn.every is 0: what sees images is cross-attention",
-        ),
-        (
-            not parallel or not cfg.moe.copies,
-            "moe.copies",
-            "must be 0 where xattn.placement is parallel: such a block has no FFN",
-        ),
-        (
-            not parallel or not cfg.init.centre_norms,
-            "init.centre_norms",
-            "must be False where xattn.placement is parallel: the norm of the text is the layer's",
-        ),
-    ]
-
-
 def layers(llm: LLMConfig) -> list[Relation]:
     """Relations of what may differ from layer to layer, of rotary positions and of words."""
     scaling, most = llm.rope_scaling, f"llm.layers = {llm.layers}"

@@ -268,9 +268,8 @@ def run_huggingface(
     """
     model, torch = _torch_model(model_type, side.path)
     if llm_only and "xattn" in side.sections:
-        for name, parameter in model.xattn.named_parameters():
-            if name.endswith("_gate"):
-                parameter.data.zero_()
+        for block in model.xattn.values():
+            block.register_forward_hook(lambda _block, inputs, out: (inputs[0], *out[1:]))
     seen: dict[str, np.ndarray] = {}
     _hook(model.eval(), side.sections, seen)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from evlm_jax.checkpoint.lazy_tensors import Source
 from evlm_jax.config import EVLMConfig
+from evlm_jax.config.xattn import PLAIN
 
 ATTENTION = {"heads": 8, "head_dim": 64}
 BLOCK = r"lang_encoder\.(.+)\.(\d+)\.gated_cross_attn_layer\.attn_gate"
@@ -21,7 +22,7 @@ def fields(every: int, ffn: int) -> dict[str, dict[str, Any]]:
     every `every`-th layer.
     """
     block = {"kv_heads": 8, "ffn": ffn, "every": every, "first": every - 1}
-    block |= {"sinks": 0, "eps": 1e-5, "kv_norm": False, "placement": "before"}
+    block |= {"sinks": 0, "eps": 1e-5, "kv_norm": False} | PLAIN
     resampler = {"kind": "flamingo", "latents": 64, "depth": 6, "ffn": 4, "prefix": False}
     return {
         "xattn": ATTENTION | block,

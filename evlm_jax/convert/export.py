@@ -31,7 +31,7 @@ from evlm_jax.checkpoint import store
 from evlm_jax.checkpoint.atomic_dir import new_folder
 from evlm_jax.checkpoint.lazy_tensors import Source, Tensor, Tensors
 from evlm_jax.checkpoint.safetensors_file import write_folder
-from evlm_jax.config import EVLMConfig
+from evlm_jax.config import EVLMConfig, xattn
 from evlm_jax.convert import idefics, mllama
 from evlm_jax.convert.describe import describe_source
 from evlm_jax.convert.describe_flamingo import fields_beside
@@ -49,7 +49,7 @@ from evlm_jax.paths import write
 
 CODE = Path(__file__).parent / "torch_model"
 FILES = {"torch": "evlm.pt", "openflamingo": "openflamingo.pt"}  # of the forms that are one file
-PLAIN_CODE = ("towers_evlm.py", "plain_evlm.py")  # needs torch alone
+PLAIN_CODE = ("towers_evlm.py", "xattn_evlm.py", "plain_evlm.py")  # needs torch alone
 CONTENT = (  # of a message: a string, or a list of parts
     "{% macro said(content) %}{% if content is string %}{{ content }}{% else %}{% for part in"
     " content %}{{ part['text'] if part['type'] == 'text' else '<video>' if part['type'] == 'video'"
@@ -175,7 +175,8 @@ def flamingo_part(
     beside the towers as they were, it would be lost.
     """
     own = cfg.bridge.kind == "flamingo"
-    if own and (wrong := differences(cfg, fields_beside(cfg), "open_flamingo")):
+    fixed = fields_beside(cfg) if own else {"xattn": xattn.PLAIN}
+    if wrong := differences(cfg, fixed, "open_flamingo"):
         raise ValueError(f"{source} is not open_flamingo's model:\n  " + "\n  ".join(wrong))
     held = PARTS["xattn"] if own else ("xattn/", "media/")
     part = {name: tensor for name, tensor in tensors.items() if name.startswith(held)}
@@ -212,9 +213,11 @@ def export_published(
     Raises:
       ValueError: naming what it cannot have.
     """
-    known = cfg.bridge.kind in model.BRIDGES and cfg.xattn.placement == "before"
-    if not known or not cfg.cross_layers:
-        raise ValueError(f"export: {model.NAME} does not have {cfg.baseline or 'routed taps'}")
+    other = ", ".join(cfg.xattn.unlike(xattn.PLAIN))
+    if other or cfg.bridge.kind not in model.BRIDGES or not cfg.cross_layers:
+        raise ValueError(
+            f"export: {model.NAME} does not have {cfg.baseline or other or 'routed taps'}"
+        )
     pixels = {"image_mean": cfg.vit.mean, "image_std": cfg.vit.std} | model.pixels(cfg)
     write_json(folder, {"preprocessor_config.json": pixels})
     whole = {name: tensor for name, tensor in tensors.items() if not name.startswith("media/")}

@@ -11,6 +11,7 @@ import numpy as np
 
 from evlm_jax.checkpoint.lazy_tensors import Source, Tensor, Tensors
 from evlm_jax.config import EVLMConfig
+from evlm_jax.config.xattn import PLAIN
 from evlm_jax.convert.config_json import fields_of, settled
 from evlm_jax.convert.config_rope import FIELDS as ROTARY
 from evlm_jax.convert.families import INERT
@@ -96,7 +97,7 @@ def parts(source: Source) -> tuple[Source, dict[str, Any], dict[str, dict[str, A
     block = {"heads": heads, "kv_heads": heads, "head_dim": found["hidden_size"] // heads}
     block |= {"ffn": found["intermediate_size"], "every": every, "first": 0, "sinks": 0}
     block |= {"eps": found["rms_norm_eps"], "kv_norm": False, "norm_kind": "rms", "gated": True}
-    block |= {"qk_norm": NORMED[found["qk_layer_norms"]], "placement": "before"}
+    block |= PLAIN | {"qk_norm": NORMED[found["qk_layer_norms"]]}
     media = {"tokens": 1, "sight": "last"}
     sections = {"xattn": block, "media": media, "moe": {"copies": 0}}
     sections["bridge"] = _resampler(source) if found["use_resampler"] else {"kind": "routed"}

@@ -10,6 +10,7 @@ from typing import Any
 
 from evlm_jax.checkpoint.lazy_tensors import Source, Tensor, Tensors
 from evlm_jax.config import EVLMConfig
+from evlm_jax.config.xattn import PLAIN
 from evlm_jax.convert.config_json import fields_of, settled
 from evlm_jax.convert.config_rope import FIELDS as ROTARY
 from evlm_jax.convert.describe_vision import HALF, activation, shapes_of, vision_fields
@@ -96,7 +97,7 @@ def parts(source: Source) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     block = {"heads": found["num_attention_heads"], "kv_heads": found["num_key_value_heads"]}
     block |= {"head_dim": head_dim, "ffn": found["intermediate_size"], "eps": found["rms_norm_eps"]}
     block |= {"every": every, "first": first, "sinks": 0, "kv_norm": False, "norm_kind": "rms"}
-    block |= {"qk_norm": "head", "gated": True, "ffn_without_image": False, "placement": "before"}
+    block |= {"qk_norm": "head", "gated": True, "ffn_without_image": False} | PLAIN
     config = source.metadata.get("text_config") or {}
     text = found | {name: config[name] for name in POSITIONS if name in config}
     text |= {"model_type": "llama", "hidden_act": "silu", "tie_word_embeddings": False}

@@ -1,13 +1,14 @@
 """How far a part of a cross-attention block is open.
 
-A variant is another class with the same members, and xattn.Block makes that. `join` is of blocks
-beside self-attention.
+A variant is another class with the same members, which `attention_gate` makes; what the rest of the
+package knows of it stands in config/xattn.py. `join` is of blocks beside self-attention.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from evlm_jax.config import EVLMConfig
 from evlm_jax.models.layers import Linear, param
 
 START = -4.0  # a mixing gate begins 1.8% open
@@ -61,3 +62,8 @@ class MixingGate(nnx.Module):
         """As of Gate."""
         self.linear.kernel[...] = jnp.zeros_like(self.linear.kernel[...])
         self.linear.bias[...] = jnp.full_like(self.linear.bias[...], -jnp.inf)
+
+
+def attention_gate(cfg: EVLMConfig, rngs: nnx.Rngs) -> Gate | MixingGate:
+    """The gate of a block's attention; that of its FFN is always a `Gate`."""
+    return MixingGate(cfg.xattn.head_dim, rngs) if cfg.xattn.gate == "mixing" else Gate(rngs)

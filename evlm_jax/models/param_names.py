@@ -15,6 +15,7 @@ from flax import nnx
 
 from evlm_jax.checkpoint.lazy_tensors import Stack, Tensor, Tensors, aligned
 from evlm_jax.config import EVLMConfig
+from evlm_jax.config.xattn import PLAIN
 from evlm_jax.models.vit import stack_bounds
 from evlm_jax.models.xattn import Block
 
@@ -48,11 +49,10 @@ def absent(cfg: EVLMConfig) -> tuple[str, ...]:
     """Names that EVLM has and `cfg` has not: its first block of cross-attention, where `cfg` has
     none or another, and the media embeddings.
     """
-    plain = {"placement": "before", "query": "own", "gate": "tanh", "key_rotary": False}
-    evlm = replace(cfg, xattn=replace(cfg.xattn, **plain))
+    evlm = replace(cfg, xattn=replace(cfg.xattn, **PLAIN))
     block = (
         ()
-        if cfg.cross_layers and cfg.xattn == evlm.xattn
+        if cfg.cross_layers and not cfg.xattn.unlike(PLAIN)
         else nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: Block(evlm, nnx.Rngs(0)))))
     )
     media = ("media/embedding",) if cfg.bridge.kind == "llava" else ()

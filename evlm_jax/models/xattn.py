@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 
 from evlm_jax.config import EVLMConfig
-from evlm_jax.models.gate import Gate, MixingGate
+from evlm_jax.models.gate import Gate, MixingGate, attention_gate
 from evlm_jax.models.layers import MLP, LayerNorm, Linear, RMSNorm, heads
 from evlm_jax.models.moe import MoE, Routing
 from evlm_jax.models.rotary import Rope, rotate
@@ -62,8 +62,7 @@ class Block(nnx.Module):
         self.q_norm, self.k_norm = (
             norm(cfg.xattn.head_dim, normed and there) for there in (own, True)
         )
-        mixing = cfg.xattn.gate == "mixing"
-        self.attn_gate = MixingGate(cfg.xattn.head_dim, rngs) if mixing else Gate(rngs)
+        self.attn_gate = attention_gate(cfg, rngs)
         self.ffn_norm = norm(d, not parallel, kind)
         self.ffn = None if parallel else _ffn(cfg, rngs)
         self.ffn_gate = None if parallel else Gate(rngs)

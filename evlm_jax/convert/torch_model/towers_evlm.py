@@ -15,7 +15,6 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
-
 FORMER = {  # what exports compute that were made before there was a field
     "gated": False,
     "norm_kind": "layer",
@@ -38,6 +37,7 @@ FORMER = {  # what exports compute that were made before there was a field
     "activation": "silu",
     "first": 0,
     "kv_norm": True,
+    "gate": "tanh",
 }
 
 

@@ -61,7 +61,13 @@ def our_run(model: EVLM, dtype: str, images: int) -> Run:
     """Prefill and decode; every token sees `images` images."""
     cfg, vit = model.cfg, model.cfg.vit
     weights = jax.jit(lambda model: decoding.Weights.of(model, dtype))(model)
-    prefill = jax.jit(partial(decoding.prefill, cfg), static_argnames=("slots", "images"))
+
+    @partial(jax.jit, static_argnames="slots")
+    def prefill(weights, prompt, taps, random, slots):
+        first = np.zeros((len(prompt.length), 1), np.int32)
+        held = decoding.read_images(cfg, weights, taps, first, first, prompt.length)
+        return decoding.prefill(cfg, weights, prompt, held, random, how, slots, images=1)
+
     decode = jax.jit(partial(decoding.decode, cfg), donate_argnames="state")
     how = decoding.Sampling(jnp.float32(0), jnp.float32(1), jnp.full(8, -1))
     taps = jnp.zeros((1, len(vit.taps), vit.tokens, vit.width))
@@ -93,15 +99,12 @@ def our_run(model: EVLM, dtype: str, images: int) -> Run:
             length=full(rows, value=length),
             image_slot=full(rows, length),
             plan=plan,
-            image=full(rows, 1),
             visible_start=full(rows),
             visible=full(rows, value=images),
         )
         random = jax.random.split(jax.random.key(0), rows)
         start = time.perf_counter()
-        state = jax.block_until_ready(
-            prefill(weights, prompt, taps, random, how, slots=length + new, images=1)
-        )
+        state = jax.block_until_ready(prefill(weights, prompt, taps, random, slots=length + new))
         read = time.perf_counter()
         jax.block_until_ready(decode(weights, state, how, jnp.int32(new)))
         return read - start, time.perf_counter() - read

@@ -2,13 +2,15 @@
 strings, streaming.
 
 Prompts are documents of data/text.py (`prompt`). They are answered in batches of similar length,
-padded to a few sizes (`Room`), so that few programs are compiled; padding is masked and no answer
-depends on it. Without a callback the host looks at the answers every CHUNK tokens only.
+padded to a few sizes (prompts.py); padding is masked and no answer depends on it. Images are
+decoded and encoded some at a time, each straight into what text sees of them: of a long video
+neither pixels nor taps accumulate. Without a callback the host looks at the answers every CHUNK
+tokens only.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -31,61 +33,19 @@ from evlm_jax.data.features import encode_images
 from evlm_jax.data.samples import ImageRef, Turn
 from evlm_jax.data.stream import Answer, Stream
 from evlm_jax.data.tokenizer import Tokenizer
+from evlm_jax.data.video import MOST_FRAMES
 from evlm_jax.models.decode_weights import Weights
-from evlm_jax.models.decoding import CHUNK, Prompt, decode, prefill
-from evlm_jax.models.evlm import EVLM
+from evlm_jax.models.decoding import CHUNK, Prompt, decode, prefill, read_images
+from evlm_jax.models.evlm import EVLM, encoder
+from evlm_jax.models.image_cache import ImageCache
 from evlm_jax.models.sampling import Sampling
-from evlm_jax.ops.attention_plan import attention_plan
-from evlm_jax.ops.grouped_attention import AttentionPlan
 from evlm_jax.parallel.distributed import fetch_to_host
 from evlm_jax.parallel.mesh import Layout, jit
+from evlm_jax.prompts import LENGTHS, Room, bucket, collate, rung
 
 ROWS = 8  # prompts answered together; fewer in a call than so many: one, or all of these rows
 STOPS = 8  # stop tokens that have room; twice as many where there are more, and so on
-# tokens of a prompt, likewise, or of an answer; 16 frames of 16 media tokens and a question are 320
-LENGTHS = (24, 64, 320, 1024)
-IMAGES = (1, 8)  # of a prompt, likewise
-
-
-class Room(NamedTuple):
-    """Sizes of a batch of prompts: in a call, up to 1,024 tokens and 8 images, one of four, each
-    with more room than the one before; the smallest only where all of several prompts fit it.
-    """
-
-    length: int
-    images: int
-
-    @classmethod
-    def of(cls, prompts: Sequence[text.Document], least: int = LENGTHS[1]) -> "Room":
-        """The smallest room of at least so many tokens for all of these prompts."""
-        length = _rung(max(least, *(len(d.tokens) for d in prompts)), LENGTHS)
-        images = _rung(max(len(d.refs) for d in prompts), IMAGES)
-        return cls(
-            max(length, LENGTHS[-2]) if images > IMAGES[0] else length,
-            max(images, IMAGES[1]) if length >= LENGTHS[-1] else images,
-        )
-
-    def block_pairs(self, block: int, needed: int) -> int:
-        """(query block, image) pairs of a prompt.
-
-        Of few images so many that any prompt fits; of many what is `needed`, up to a power of two.
-        """
-        most = self.images * (-(-self.length // block) + 1)
-        return most if self.images <= IMAGES[-1] else min(most, _bucket(needed))
-
-    def row(self, cfg: EVLMConfig, document: text.Document) -> EVLMConfig:
-        """The config for batches whose rows have this room, of one document each, with its pictures
-        as pixels.
-        """
-        pairs = self.block_pairs(cfg.query_block, document.block_pairs) if cfg.query_block else 0
-        sizes = {
-            "length": self.length,
-            "targets": self.length,
-            "images": self.images,
-            "slots": self.images,
-            "block_pairs": max(pairs, self.images),
-        }
-        return replace(cfg, data=replace(cfg.data, image_group=1, cache_features=False, **sizes))
+PICTURES = 64  # that are encoded before text's keys are made of them, most
 
 
 class Asked(NamedTuple):
@@ -106,6 +66,7 @@ class Generator:
       features: refs -> taps [n, G, S, V], e.g. FeatureStore.get; by default images are loaded and
         encoded here.
       rows: most prompts answered together.
+      images: most pictures and frames of a prompt, and of prompts answered together.
       layout: of the mesh of `model`; rows are split among its devices. None: one device.
     """
 
@@ -117,9 +78,10 @@ class Generator:
         features: Callable[[Sequence[ImageRef]], np.ndarray] | None = None,
         rows: int = ROWS,
         layout: Layout | None = None,
+        images: int = MOST_FRAMES,
     ):
         cfg = model.cfg
-        self.cfg, self.tokenizer, self.rows = cfg, tokenizer, rows
+        self.cfg, self.tokenizer, self.rows, self.images = cfg, tokenizer, rows, images
         self.weights = jit(
             layout, lambda model: Weights.of(model, dtype or cfg.train.matmul_precision)
         )(model)
@@ -128,12 +90,19 @@ class Generator:
             if layout is None
             else {axis: layout.parts(axis) for axis in ("rows", "pictures")}
         )
-        encoder = jit(layout, EVLM.encode)
+        encode = encoder(model, partial(jit, layout))
         self.features = features or partial(
-            encode_images, cfg, lambda p: fetch_to_host(encoder(model, p)), self.least["pictures"]
+            encode_images, cfg, lambda p: fetch_to_host(encode(p)), self.least["pictures"]
         )
         self._allowed = _allowed(tokenizer, cfg)
-        self._prefill = jit(layout, partial(prefill, cfg), static_argnames=("slots", "images"))
+        self._no_images = jit(layout, partial(ImageCache.empty, cfg), static_argnums=(0, 1))
+        self._read_images = jit(layout, partial(read_images, cfg), donate_argnames="held")
+        self._prefill = jit(
+            layout,
+            partial(prefill, cfg),
+            static_argnames=("slots", "images"),
+            donate_argnames="held" if cfg.cross_layers else (),
+        )
         self._decode = jit(layout, partial(decode, cfg), donate_argnames="state")
 
     def prompt(
@@ -179,8 +148,8 @@ class Generator:
           stop_strings: texts that end an answer, and are no part of its text.
           num_return_sequences: answers to each prompt, which need a temperature.
         Raises:
-          ValueError: a prompt that is no single path (text.prompt makes them), or an option out of
-            range.
+          ValueError: a prompt that is no single path (text.prompt makes them) or has too many
+            images, or an option out of range.
         """
         ranges.check(Seed, seed, "seed")
         ranges.check(NewTokens, max_new_tokens, "max_new_tokens")
@@ -193,7 +162,7 @@ class Generator:
         strings = _strings(stop_strings)
         asked = [
             Asked(prompt, i, j)
-            for i, prompt in enumerate(map(_path, prompts))
+            for i, prompt in enumerate(map(self._checked, prompts))
             for j in range(num_return_sequences)
         ]
         stop = tuple(self.tokenizer.eos if stop is None else stop)
@@ -217,7 +186,7 @@ class Generator:
         ranges.check(Count, top_k, "top_k")
         ranges.check(Share, min_p, "min_p")
         ranges.check(PositiveFloat, repetition_penalty, "repetition_penalty")
-        ends = np.array(stop + (-1,) * (_bucket(len(stop), STOPS) - len(stop)), np.int32)
+        ends = np.array(stop + (-1,) * (bucket(len(stop), STOPS) - len(stop)), np.int32)
         penalty = None if repetition_penalty == 1 else np.float32(repetition_penalty)
         top_k = np.int32(min(top_k, self.cfg.llm.vocab))
         return Sampling(
@@ -230,6 +199,22 @@ class Generator:
             penalty,
         )
 
+    def _checked(self, document: text.Document) -> text.Document:
+        """The document. Raises ValueError for one that is no single path, which cannot go on, or
+        has too many images.
+        """
+        count, images = len(document.tokens), len(document.refs)
+        if not count or not np.array_equal(document.positions, np.arange(count)):
+            raise ValueError(
+                f"prompt {document.key}: not one unbranched text; make it with Generator.prompt"
+            )
+        if images > self.images:
+            raise ValueError(
+                f"prompt {document.key}: {images} pictures and frames, {self.images} are the most:"
+                " show fewer"
+            )
+        return document
+
     def _answer_all(
         self, asked: list[Asked], streams: list[Stream], seed: int, sampling: Sampling, most: int
     ) -> None:
@@ -239,9 +224,12 @@ class Generator:
         sizes = [(Room.of([one.prompt], least), len(one.prompt.tokens)) for one in asked]
         order = sorted(range(len(asked)), key=sizes.__getitem__)
         rows = self._rows(len(order))
-        for first in range(0, len(order), rows):
-            batch = [(asked[k], streams[k]) for k in order[first : first + rows]]
-            self._answer(batch, seed, sampling, most, rows, least)
+        while order:
+            images = max(len(asked[k].prompt.refs) for k in order[:rows])
+            count = rows if rows * images <= self.images else self.least["rows"]
+            batch, order = order[:count], order[count:]
+            together = [(asked[k], streams[k]) for k in batch]
+            self._answer(together, seed, sampling, most, count, least)
 
     def _rows(self, count: int) -> int:
         """Rows of the batches of so many answers."""
@@ -263,16 +251,14 @@ class Generator:
         asked, streams = zip(*batch)
         prompts = [one.prompt for one in asked]
         room = Room.of(prompts, least)
-        refs = list(dict.fromkeys(ref for document in prompts for ref in document.refs))
-        prompt = collate(prompts, refs, self.cfg.query_block, rows, room)
+        prompt = collate(prompts, self.cfg.query_block, rows, room)
         places = np.array(
             [(one.number, one.answer) for one in asked] + [(0, 0)] * (rows - len(asked)), np.uint32
         )
         random = _keys(np.uint32(seed), places)
-        sizes = {"slots": room.length + _rung(most, LENGTHS[1:]), "images": room.images}
-        state = self._prefill(
-            self.weights, prompt, self._taps(refs, rows, room), random, sampling, **sizes
-        )
+        sizes = {"slots": room.length + rung(most, LENGTHS[1:]), "images": room.images}
+        held = self._look(prompts, prompt, room.images)
+        state = self._prefill(self.weights, prompt, held, random, sampling, **sizes)
         new, known = fetch_to_host(state.token)[:, None], 0
         while True:
             known += new.shape[1]
@@ -284,30 +270,30 @@ class Generator:
             state, out = self._decode(self.weights, state, sampling, np.int32(limit))
             new = fetch_to_host(out)[:, :limit]
 
-    def _taps(self, refs: list[ImageRef], rows: int, room: Room) -> np.ndarray | None:
-        """[n, G, S, V] with zeros behind the last one: of few images a prompt so many that any
-        batch fits, else as many as there are, up to a power of two. None where the model sees no
-        image."""
+    def _look(
+        self, prompts: Sequence[text.Document], prompt: Prompt, slots: int
+    ) -> ImageCache | None:
+        """What the prompts see of their images, a chunk of whose `slots` is encoded at a time; None
+        where the model sees no image.
+        """
         if not self.cfg.uses_images:
             return None
-        vit, count = self.cfg.vit, rows * room.images if room.images <= IMAGES[-1] else len(refs)
-        taps = np.zeros(
-            (_bucket(count, self.least["pictures"]), len(vit.taps), vit.tokens, vit.width),
-            np.float32,
-        )
-        if refs:
+        vit, rows = self.cfg.vit, len(prompt.length)
+        held, count = self._no_images(rows, slots), math.gcd(slots, max(1, PICTURES // rows))
+        shape = bucket(rows * count, self.least["pictures"]), len(vit.taps), vit.tokens, vit.width
+        for first in range(0, max(len(document.refs) for document in prompts), count):
+            some = [document.refs[first : first + count] for document in prompts]
+            refs = list(dict.fromkeys(ref for own in some for ref in own))
+            taps, (image, place) = np.zeros(shape, np.float32), np.zeros((2, rows, count), np.int32)
             taps[: len(refs)] = self.features(refs)
-        return taps
-
-
-def _path(document: text.Document) -> text.Document:
-    """The document. Raises ValueError for one that is no single path, which cannot go on."""
-    count = len(document.tokens)
-    if not count or not np.array_equal(document.positions, np.arange(count)):
-        raise ValueError(
-            f"prompt {document.key}: not one unbranched text; make it with Generator.prompt"
-        )
-    return document
+            number = dict(zip(refs, range(len(refs))))
+            for row, own in enumerate(some):
+                image[row, : len(own)] = [number[ref] for ref in own]
+                at = np.flatnonzero(prompts[row].media_slot == 0)  # images stand there in order
+                place[row, : len(own)] = at[first : first + len(own)]
+            about = image, place, prompt.length
+            held = self._read_images(self.weights, taps, *about, held, np.int32(first))
+        return held
 
 
 def _strings(stop_strings: str | Sequence[str]) -> tuple[str, ...]:
@@ -318,53 +304,6 @@ def _strings(stop_strings: str | Sequence[str]) -> tuple[str, ...]:
     if "" in strings:
         raise ValueError("stop_strings: an empty text ends every answer; leave it out")
     return strings
-
-
-def collate(
-    prompts: Sequence[text.Document], refs: Sequence[ImageRef], block: int, rows: int, room: Room
-) -> Prompt:
-    """Prompts as padded arrays.
-
-    Args:
-      refs: all images, in the order of `taps`.
-      block: tokens of a query block; 0: without cross-attention.
-      rows: at least as many as prompts.
-    """
-    arrays = {
-        name: np.zeros((rows, room.length), np.int32)
-        for name in ("tokens", "media_slot", "visible_start", "visible_stop")
-    }
-    number = {ref: i for i, ref in enumerate(refs)}
-    arrays["media_slot"] -= 1
-    lengths, start, count = np.zeros((3, rows), np.int32)
-    image_number = np.zeros((rows, room.images), np.int32)
-    for row, document in enumerate(prompts):
-        lengths[row] = len(document.tokens)
-        for name, array in arrays.items():
-            array[row, : lengths[row]] = getattr(document, name)
-        start[row] = document.visible_start[-1]
-        count[row] = document.visible_stop[-1] - start[row]
-        image_number[row, : len(document.refs)] = [number[ref] for ref in document.refs]
-    grouped = None
-    if block:
-        pairs = room.block_pairs(block, max(d.block_pairs for d in prompts))
-        plans = [
-            attention_plan(a, b, block, pairs)
-            for a, b in zip(arrays["visible_start"], arrays["visible_stop"])
-        ]
-        grouped = AttentionPlan(
-            *(np.stack([p[name] for p in plans]) for name in AttentionPlan._fields)
-        )
-    return Prompt(
-        arrays["tokens"],
-        arrays["media_slot"],
-        lengths,
-        np.maximum(arrays["visible_stop"] - 1, 0),
-        grouped,
-        image_number,
-        start,
-        count,
-    )
 
 
 def _allowed(tokenizer: Tokenizer, cfg: EVLMConfig) -> np.ndarray:
@@ -384,17 +323,3 @@ def _keys(seed: jax.Array, places: np.ndarray) -> jax.Array:
             jax.random.fold_in(jax.random.key(seed), place[0]), place[1]
         )
     )(places)
-
-
-def _rung(size: int, ladder: tuple[int, ...]) -> int:
-    """The smallest step of the ladder that is not below; above the ladder, a power of two times its
-    last step.
-    """
-    return next((step for step in ladder if step >= size), 0) or _bucket(size, ladder[-1])
-
-
-def _bucket(size: int, smallest: int = 1) -> int:
-    """The next power of two times `smallest`."""
-    while smallest < size:
-        smallest *= 2
-    return smallest

@@ -23,12 +23,13 @@ from evlm_jax.data.image import Images, Picture, visuals_of
 from evlm_jax.data.samples import Sample, Turn, literal, marked
 from evlm_jax.data.stream import pieces
 from evlm_jax.data.tokenizer import Tokenizer, load_tokenizer, source_of_run
-from evlm_jax.generate import Generator, Room
+from evlm_jax.generate import Generator
 from evlm_jax.loss import loss_sums
 from evlm_jax.models import param_names, quant
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.parallel.distributed import fetch_to_host
 from evlm_jax.parallel.mesh import Layout, jit
+from evlm_jax.prompts import Room
 from evlm_jax.report import attention_maps
 from evlm_jax.runs import model_of, random_params, save_model
 

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from evlm_jax import generate
 from evlm_jax.batch import Batch
 from evlm_jax.data.samples import ImageRef, Turn
-from evlm_jax.generate import Generator, Room, collate
+from evlm_jax.generate import Generator
 from evlm_jax.models import decoding
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.ops.attention_plan import attention_plan
 from evlm_jax.ops.grouped_attention import AttentionPlan
+from evlm_jax.prompts import Room, collate
 from tests.data.made import SPECIALS, ByteTokenizer, refs
 from tests.helpers.tiny import BASELINES, tiny_config
 
@@ -89,11 +91,11 @@ def batch_logits(model, batch):
     return model.logits(model.hidden(batch))
 
 
-def full_forward(model, document, tokens, length=256):
+def full_forward(model, document, tokens, length=256, slots=8, pairs=64):
     """Logits [len(tokens), vocab] that choose each of `tokens` after the prompt, from one pass over
-    everything, padded to `length`.
+    everything, padded to `length`, with room for so many images and block pairs.
     """
-    cfg, read, slots = model.cfg, len(document.tokens), 8
+    cfg, read = model.cfg, len(document.tokens)
     fed = read + len(tokens) - 1
     row = {
         name: np.zeros(length, np.int32) for name in ("tokens", "visible_start", "visible_stop")
@@ -105,7 +107,7 @@ def full_forward(model, document, tokens, length=256):
         row[name][read:fed] = getattr(document, name)[-1]
     row |= {"positions": np.arange(length), "visible_until": np.full(length, length)}
     row |= (
-        attention_plan(row["visible_start"], row["visible_stop"], cfg.query_block, 64)
+        attention_plan(row["visible_start"], row["visible_stop"], cfg.query_block, pairs)
         if cfg.query_block
         else dict.fromkeys(AttentionPlan._fields)
     )
@@ -140,14 +142,13 @@ def cached_logits(generator, documents, tokens, room=None, rows=8):
     [B, n].
     """
     cfg, (state_of, next_of) = generator.cfg, programs(generator)
-    refs = list(dict.fromkeys(ref for document in documents for ref in document.refs))
     room = room or Room.of(documents)
-    prompt = collate(documents, refs, cfg.query_block, rows, room)
+    prompt = collate(documents, cfg.query_block, rows, room)
     random = jax.random.split(jax.random.key(0), rows)
     first, state = state_of(
         generator.weights,
         prompt,
-        generator._taps(refs, rows, room),
+        generator._look(documents, prompt, room.images),
         random,
         room.length + 64,
         room.images,
@@ -183,8 +184,13 @@ SELDOM = {
         for name, changes in (OFTEN | SELDOM).items()
     ],
 )
-def test_caches_equal_the_full_forward(changes):
-    """A batch of different lengths and numbers of images, texts before images, and videos."""
+def test_caches_equal_the_full_forward(changes, monkeypatch):
+    """A batch of different lengths and numbers of images, texts before images, and videos; images
+    two slots at a time, and text in parts.
+    """
+    monkeypatch.setattr(generate, "PICTURES", 16)
+    monkeypatch.setattr(decoding, "LONG", 32)
+    monkeypatch.setattr(decoding, "ASKING", 24)
     model, generator = made(**changes)
     documents = [generator.prompt(*prompt) for prompt in PROMPTS]
     tokens = np.random.default_rng(0).integers(0, 256, (len(documents), 6)).astype(np.int32)
@@ -279,13 +285,11 @@ def test_state_spec_is_what_prefill_makes(changes):
     _, generator = made(**changes)
     cfg, document = generator.cfg, generator.prompt(*PROMPTS[1])
     room = Room(64, 2)
-    prompt, images = (
-        collate([document] * 2, document.refs, cfg.query_block, 2, room),
-        generator._taps(document.refs, 2, room),
-    )
+    prompt = collate([document] * 2, cfg.query_block, 2, room)
+    held = generator._look([document] * 2, prompt, room.images)
     random = jax.random.split(jax.random.key(0), 2)
     _, state = jax.eval_shape(
-        lambda: decoding.read_prompts(cfg, generator.weights, prompt, images, random, 64, 2)
+        lambda: decoding.read_prompts(cfg, generator.weights, prompt, held, random, 64, 2)
     )
 
     def form(tree):

@@ -57,4 +57,4 @@ def test_a_hundred_prompts_need_eight_programs(caplog):
     programs = [line for line in compiled if "prefill" in line or "decode" in line]
     assert {len(answer.tokens) for answer in answers} == {3} and len(set(programs)) == len(programs)
     assert 2 <= len(programs) <= 8, programs
-    assert len(compiled) <= 12, compiled  # and keys
+    assert len(compiled) <= 14, compiled  # and what reads images, and keys

@@ -21,7 +21,7 @@ ROOMS = [  # in the order of docs/architecture.md; the longest name that fits a 
     "goodput metrics loss watch",
     "phase train",
     "report planning",
-    "generate runs convert",
+    "prompts generate runs convert",
     "evals costs",
     "launch dry_run ablate demo library chat",
     "cli",

@@ -21,9 +21,10 @@ from evlm_jax.data.image import in_memory, load_all
 from evlm_jax.data.pipeline import rows_in_order
 from evlm_jax.data.samples import ImageRef, Sample, Turn, literal, marked
 from evlm_jax.data.stream import pieces
-from evlm_jax.generate import IMAGES, LENGTHS, Generator, Room
+from evlm_jax.generate import Generator
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.parallel.mesh import jit
+from evlm_jax.prompts import IMAGES, LENGTHS, Room
 from evlm_jax.report import attention_maps
 from evlm_jax.runs import Trained
 

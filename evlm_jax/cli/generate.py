@@ -142,8 +142,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             "--top-k, --top-p and --min-p are of draws: give a --temperature, or leave them out"
         )
-    trained = load_trained(args.checkpoint)
-    generator = Generator(trained.model, trained.tokenizer)
+    generator = Generator(*load_trained(args.checkpoint)[:2])  # the model itself is let go
     prompt = generator.prompt([Turn("user", *prompt)], visuals)
     if args.answers > 1:
         answers = generator.generate([prompt], args.max_new_tokens, **options)

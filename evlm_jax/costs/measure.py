@@ -17,7 +17,7 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.convert.engine import load_towers
 from evlm_jax.costs.cases import case, counterparts
 from evlm_jax.evals.results import device
-from evlm_jax.models.decoding import Prompt, Weights, decode, prefill
+from evlm_jax.models.decoding import Prompt, Weights, decode, prefill, read_images
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.sampling import Sampling
 from evlm_jax.ops.attention_plan import attention_plan
@@ -76,15 +76,21 @@ def _model(cfg: EVLMConfig, towers: dict[str, np.ndarray]) -> EVLM:
 
 def runner(cfg: EVLMConfig, weights: Weights) -> Callable[[], dict[str, float]]:
     """A function that answers a case once and returns the seconds of its parts."""
-    read = jax.jit(partial(prefill, cfg), static_argnames=("slots", "images"))
     go_on = jax.jit(partial(decode, cfg), donate_argnames="state")
     how = Sampling(jnp.float32(0), jnp.float32(1), jnp.full(1, -1))
     shown, taps = prompt(cfg), _taps(cfg)
     random = jax.random.split(jax.random.key(0), 1)
+    image = np.arange(cfg.data.images)[None]
+    about = image, image * cfg.media.tokens, shown.length
     sizes = {"slots": cfg.data.length + NEW, "images": cfg.data.images}
 
+    @jax.jit
+    def read(weights, shown, taps, random):
+        held = read_images(cfg, weights, taps, *about) if cfg.uses_images else None
+        return prefill(cfg, weights, shown, held, random, how, **sizes)
+
     def run() -> dict[str, float]:
-        took, state = _seconds(lambda: read(weights, shown, taps, random, how, **sizes))
+        took, state = _seconds(lambda: read(weights, shown, taps, random))
         answer, _ = _seconds(lambda: go_on(weights, state, how, jnp.int32(NEW)))
         return {"prefill": took, "decode": answer / NEW}
 
@@ -121,7 +127,6 @@ def prompt(cfg: EVLMConfig) -> Prompt:
         row(length),
         row(start),
         grouped,
-        row(np.arange(frames)),
         row(0),
         row(frames),
     )

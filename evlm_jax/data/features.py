@@ -27,6 +27,8 @@ from evlm_jax.data.samples import ImageRef
 # most images encoded at a time; a smaller rest is padded to a multiple of STEP: few compiled shapes
 CHUNK, STEP = 32, 8
 FEW = 8  # pictures that nothing keeps, encoded together, unless it is one
+# those decoded together, about: more of a video in one go, since behind a key frame all is decoded
+DECODED = 64
 
 
 def fingerprint(cfg: EVLMConfig, weights: Mapping[str, np.ndarray]) -> str:
@@ -181,10 +183,12 @@ def encode_images(
     least `least` pictures together.
     """
     count = least if len(refs) <= least else -(-FEW // least) * least
-    taps = []
-    for first in range(0, len(refs), count):
-        some = refs[first : first + count]
-        pixels = np.zeros((count, *cfg.vit.input_shape), np.uint8)
-        pixels[: len(some)] = image.pixels(some, cfg)
-        taps.append(encode(pixels)[: len(some)].astype(np.float32))
+    taps, decoded = [], -(-DECODED // count) * count
+    for begin in range(0, len(refs), decoded):
+        pictures = image.pixels(refs[begin : begin + decoded], cfg)
+        for first in range(0, len(pictures), count):
+            some = pictures[first : first + count]
+            pixels = np.zeros((count, *cfg.vit.input_shape), np.uint8)
+            pixels[: len(some)] = some
+            taps.append(encode(pixels)[: len(some)].astype(np.float32))
     return np.concatenate(taps)

@@ -38,15 +38,21 @@ def attention(
 
 
 def within_window(
-    cfg: LLMConfig, mask: jax.Array, positions: jax.Array, number: jax.Array | int
+    cfg: LLMConfig,
+    mask: jax.Array,
+    positions: jax.Array,
+    number: jax.Array | int,
+    asking: jax.Array | None = None,
 ) -> jax.Array:
-    """A mask [B, T, T] within the window of layer `number`, which counts `positions` [B, T] of the
-    texts: neighbours in a row may be far apart where dialogs branch.
+    """A mask [B, t, T] within the window of layer `number`, which counts `positions` [B, T] of the
+    texts: neighbours in a row may be far apart where dialogs branch. `asking`: [B, t], positions of
+    the queries where they are not those of all keys.
     """
     if not any(cfg.layer_windows):
         return mask
-    window = jnp.array([own or mask.shape[1] for own in cfg.layer_windows])[number]
-    return mask & (positions[:, :, None] - positions[:, None, :] < window)
+    window = jnp.array([own or mask.shape[2] for own in cfg.layer_windows])[number]
+    asking = positions if asking is None else asking
+    return mask & (asking[:, :, None] - positions[:, None, :] < window)
 
 
 def text_mask(visible_until: jax.Array) -> jax.Array:

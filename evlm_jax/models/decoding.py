@@ -7,9 +7,9 @@ the same blocks as evlm.py.
 
 A query at position p sees the slots <= p, so padding is overwritten before anything can see it.
 Layers with a window keep the window alone (text_cache.py).
-Cross-attention keys depend on the images alone: they are projected once, and after prefill only the
-range that the last token sees is kept. Caches lie as `attention` multiplies them, and are only read
-while a token goes through the layers: its own keys come out at the end.
+Cross-attention keys depend on the images alone and are there before the text is read
+(image_cache.py). Caches lie as `attention` multiplies them, and are only read while a token goes
+through the layers: its own keys come out at the end.
 """
 
 import functools
@@ -24,17 +24,20 @@ from evlm_jax.models import text_cache
 from evlm_jax.models.attention import within_window
 from evlm_jax.models.bridge import write
 from evlm_jax.models.decode_weights import Weights
-from evlm_jax.models.evlm import cross_attention_op, self_attention_op, tokens_there
+from evlm_jax.models.evlm import cross_attention_op, self_attention_op
+from evlm_jax.models.image_cache import ImageCache
 from evlm_jax.models.llm import finished, scaled
 from evlm_jax.models.long_context import rope_base, sharpen
-from evlm_jax.models.rotary import image_turns, rope_tables
+from evlm_jax.models.rotary import key_turns, rope_tables
 from evlm_jax.models.sampling import Sampling, sample
-from evlm_jax.models.trunk import pick, run_layers
+from evlm_jax.models.trunk import run_layers
 from evlm_jax.ops.decode_matmul import compute_dtype, logits
 from evlm_jax.ops.grouped_attention import AttentionPlan
 from evlm_jax.parallel.sharding import shard
 
 CHUNK = 64  # most tokens of one call of `decode`
+# Of a prompt longer than LONG so many tokens ask at a time: the scores of all are its square.
+LONG, ASKING = 1024, 256
 
 
 class Prompt(NamedTuple):
@@ -45,7 +48,6 @@ class Prompt(NamedTuple):
     length: jax.Array  # [B]; 0 in a row that is padding
     image_slot: jax.Array  # [B, T] of what a media token stands for
     plan: AttentionPlan | None  # None without cross-attention
-    image: jax.Array  # [B, I] row of `taps` that fills each image slot
     visible_start: jax.Array  # [B] first image slot that the last token sees
     visible: jax.Array  # [B] how many it sees
 
@@ -53,15 +55,15 @@ class Prompt(NamedTuple):
 class DecodeState(NamedTuple):
     """All that changes while answers grow.
 
-    C: slots of the text; layers with another window have arrays of their own. X: cross-attention
-    blocks. Z: R * S' keys of the images that can still be seen, then zero keys: the sinks, here
-    worth being stored, or one for those who see nothing else."""
+    C: slots of the text; layers with another window have arrays of their own. X, Z and `there`: as
+    of ImageCache."""
 
     token: jax.Array  # [B] int32, chosen but not yet read
     position: jax.Array  # [B] int32, its position
     done: jax.Array  # [B] bool, `token` ends the answer
     random: jax.Array  # [B] PRNG keys
-    visible: jax.Array  # [B] int32, how many of the R images are seen
+    visible_start: jax.Array  # [B] int32, the first image slot that is seen
+    visible: jax.Array  # [B] int32, how many are seen
     theta: jax.Array | None  # [B] float32, rotary bases by dynamic NTK; None: rope_theta
     self_keys: tuple[jax.Array, ...]  # [layers, B, K, H, C]
     self_values: tuple[jax.Array, ...]  # [layers, B, K, C, H]
@@ -70,34 +72,24 @@ class DecodeState(NamedTuple):
     seen: jax.Array | None = (
         None  # [B, vocab] bool, tokens of prompt and answer; None without a repetition penalty
     )
-    # [B, Z] bool, keys that an image has (tokens_there), and the sinks; None: all
-    there: jax.Array | None = None
+    there: jax.Array | None = None  # [B, Z] bool
 
     @classmethod
     def spec(cls, cfg: EVLMConfig, rows: int, slots: int, images: int) -> "DecodeState":
         """Shapes and dtypes, for planning and ahead-of-time compilation."""
         dtype = compute_dtype(cfg.train.dtype)
 
-        def row(dtype):
+        def row(dtype=jnp.int32):
             return jax.ShapeDtypeStruct((rows,), dtype)
 
-        def cache(*size):
-            return jax.ShapeDtypeStruct(size, dtype) if size[0] else None
+        def caches(sizes):
+            return tuple(jax.ShapeDtypeStruct(size, dtype) for size in sizes)
 
-        cross = (len(cfg.cross_layers), rows, cfg.xattn.kv_heads)
-        seen = images * cfg.view_tokens + max(cfg.xattn.sinks, 1)
-        keys, values = text_cache.sizes(cfg.llm, rows, slots)
-        caches = (
-            tuple(cache(*size) for size in keys),
-            tuple(cache(*size) for size in values),
-            cache(*cross, cfg.xattn.head_dim, seen),
-            cache(*cross, seen, cfg.xattn.head_dim),
-        )
-        key = _key_dtype()
+        cross = ImageCache.spec(cfg, rows, images)
+        own = map(caches, text_cache.sizes(cfg.llm, rows, slots))
         theta = row(jnp.float32) if cfg.llm.dynamic_ntk else None
-        there = jax.ShapeDtypeStruct((rows, seen), jnp.bool) if cfg.vit.grid_by_picture else None
-        none = row(jnp.int32), row(jnp.int32), row(jnp.bool), row(key), row(jnp.int32)
-        return cls(*none, theta, *caches, there=there)
+        each = row(), row(), row(jnp.bool), row(_key_dtype()), row(), row(), theta
+        return cls(*each, *own, cross.keys, cross.values, there=cross.there)
 
 
 @functools.cache  # the cost study asks thousands of times
@@ -109,7 +101,7 @@ def prefill(
     cfg: EVLMConfig,
     weights: Weights,
     prompt: Prompt,
-    taps: jax.Array | None,
+    held: ImageCache | None,
     random: jax.Array,
     sampling: Sampling,
     slots: int,
@@ -119,7 +111,7 @@ def prefill(
 
     Arguments as in `read_prompts`.
     """
-    logits, state = read_prompts(cfg, weights, prompt, taps, random, slots, images)
+    logits, state = read_prompts(cfg, weights, prompt, held, random, slots, images)
     if sampling.repetition_penalty is not None:
         state = state._replace(seen=_seen(prompt, cfg.llm.vocab))
     return _choose(logits, state, sampling)
@@ -149,11 +141,39 @@ def decode(
     return state, out
 
 
+def read_images(
+    cfg: EVLMConfig,
+    weights: Weights,
+    taps: jax.Array,
+    image: jax.Array,
+    place: jax.Array,
+    length: jax.Array,
+    held: ImageCache | None = None,
+    first: jax.Array | int = 0,
+) -> ImageCache:
+    """What text sees of images.
+
+    Args:
+      taps: [n, G, S, V].
+      image: [B, c], row of `taps` that fills each of c slots.
+      place: [B, c], position of its first media token.
+      length: [B] of the prompts.
+      held: of all slots, to write them into; None: there are no others.
+      first: number of the first of these slots.
+    """
+    held = ImageCache.empty(cfg, *image.shape) if held is None else held
+    taps = shard(taps.astype(compute_dtype(cfg.train.dtype)), "pictures")
+    theta = rope_base(cfg.llm, length)
+    turned = key_turns(cfg, place, None if theta is None else theta[:, None, None, None])
+    views = view(cfg, weights, jnp.moveaxis(taps, 1, 0))
+    return held.write(cfg, weights.crosses, views, image, turned, first)
+
+
 def read_prompts(
     cfg: EVLMConfig,
     weights: Weights,
     prompt: Prompt,
-    taps: jax.Array | None,
+    held: ImageCache | None,
     random: jax.Array,
     slots: int,
     images: int,
@@ -161,52 +181,72 @@ def read_prompts(
     """Fills the caches.
 
     Args:
-      taps: [n, G, S, V] of all images; None where the model sees none.
+      held: of the images (`read_images`); None where the model sees none.
       random: [B] PRNG keys.
       slots: C of the state; at least T.
-      images: R of the state; at least the largest prompt.visible.
+      images: image slots of the state; at least the largest prompt.visible.
     Returns:
       (logits [B, vocab] behind each prompt, the state without a token)
     """
-    rows, length = prompt.tokens.shape
-    views = None
-    if taps is not None:
-        taps = shard(taps.astype(compute_dtype(cfg.train.dtype)), "pictures")
-        views = view(cfg, weights, jnp.moveaxis(taps, 1, 0))
-    index = jnp.arange(length)
-    mask = jnp.broadcast_to(index <= index[:, None], (rows, length, length))
-    positions = jnp.minimum(index, prompt.length[:, None] - 1)  # padding makes no text longer
-    theta = rope_base(cfg.llm, prompt.length)
-    place = prompt.media_slot, prompt.image_slot, positions, prompt.image.shape
-    turned = image_turns(cfg, *place, None if theta is None else theta[:, None, None, None])
-    cross = project(cfg, weights, views, prompt.image, turned) if cfg.cross_layers else None
-
-    attend = self_attention_op(cfg.llm.scales.query, cfg.llm.scales.score_cap)
+    rows = len(prompt.tokens)
+    positions, theta = _positions(prompt), rope_base(cfg.llm, prompt.length)
     look = cross_attention_op(cfg)
-    there = tuple(a[prompt.image] for a in tokens_there(cfg, views))
-
-    def self_attend(layer, q, k, v):
-        return attend(q, k, v, within_window(cfg.llm, mask, positions, layer))
 
     def cross_attend(number, q):
-        own = (jax.lax.dynamic_index_in_dim(a, number, 0, False) for a in cross)
-        return look(q, *own, prompt.plan, *there)
+        return look(q, *held.block(cfg, number), prompt.plan, *held.mask(cfg))
 
-    x, sees = _embed(cfg, weights, prompt, views), _seers(prompt)
-    x, (keys, values) = _decoder(cfg, weights, x, positions, theta, sees, self_attend, cross_attend)
+    x, sees = _embed(cfg, weights, prompt, held), _seers(prompt)
+    attend = _causal_attention(cfg, positions)
+    x, (keys, values) = _decoder(cfg, weights, x, positions, theta, sees, attend, cross_attend)
     last = x[jnp.arange(rows), prompt.length - 1]
+    start = prompt.visible_start
+    if held is not None:
+        start, held = held.kept(cfg, start, images)
     state = DecodeState(
         jnp.zeros(rows, jnp.int32),
         prompt.length - 1,
         prompt.length <= 0,
         random,
+        start,
         prompt.visible,
         theta,
         *text_cache.filled(cfg.llm, keys, values, prompt.length, slots),
-        *(_keep(cfg, prompt, cross, images) if cross else (None, None)),
-        there=_keep_there(cfg, prompt, there[0], images) if there else None,
+        *(None, None) if held is None else held[:2],
+        there=None if held is None else held.there,
     )
     return _logits(cfg, weights, last), state
+
+
+def _positions(prompt: Prompt) -> jax.Array:
+    """[B, T]; padding makes no text longer."""
+    return jnp.minimum(jnp.arange(prompt.tokens.shape[1]), prompt.length[:, None] - 1)
+
+
+def _causal_attention(cfg: EVLMConfig, positions: jax.Array) -> Callable:
+    """(number of the layer, q, k, v of tokens at `positions` [B, T]) -> attention to themselves and
+    what stands before them.
+    """
+    attend = self_attention_op(cfg.llm.scales.query, cfg.llm.scales.score_cap)
+    rows, length = positions.shape
+    index = jnp.arange(length)
+
+    def some(layer, asking, q, k, v):
+        mask = jnp.broadcast_to(index <= asking[:, None], (rows, len(asking), length))
+        place = positions[:, jnp.minimum(asking, length - 1)]
+        return attend(q, k, v, within_window(cfg.llm, mask, positions, layer, place))
+
+    if length <= LONG:
+        return lambda layer, q, k, v: some(layer, index, q, k, v)
+
+    def in_parts(layer, q, k, v):
+        parts = -(-length // ASKING)
+        asking = jnp.arange(parts * ASKING).reshape(parts, ASKING)
+        padded = jnp.pad(q, ((0, 0), (0, asking.size - length), (0, 0), (0, 0)))
+        cut = padded.reshape(rows, parts, ASKING, *q.shape[2:]).swapaxes(0, 1)
+        out = jax.lax.map(lambda part: some(layer, *part, k, v), (asking, cut))
+        return out.swapaxes(0, 1).reshape(padded.shape)[:, :length]
+
+    return in_parts
 
 
 def _logits(cfg: EVLMConfig, weights: Weights, hidden: jax.Array) -> jax.Array:
@@ -220,45 +260,15 @@ def _words(cfg: EVLMConfig, weights: Weights, tokens: jax.Array) -> jax.Array:
     return scaled(words, cfg.llm.scales.embedding)
 
 
-def _embed(cfg: EVLMConfig, weights: Weights, prompt: Prompt, views: jax.Array | None) -> jax.Array:
+def _embed(cfg: EVLMConfig, weights: Weights, prompt: Prompt, held: ImageCache | None) -> jax.Array:
     """[B, T, D], what the first layer reads: words, and media tokens where images stand."""
     dtype = compute_dtype(cfg.train.dtype)
     if weights.media is None:
-        media = write(views[:, prompt.image], prompt.image_slot, prompt.media_slot)
+        media = write(held.patches, prompt.image_slot, prompt.media_slot)
     else:
         media = weights.media[jnp.maximum(prompt.media_slot, 0)].astype(dtype)
     words = _words(cfg, weights, prompt.tokens)
     return shard(jnp.where(prompt.media_slot[..., None] >= 0, media, words), "rows")
-
-
-def _keep(
-    cfg: EVLMConfig, prompt: Prompt, cross: tuple[jax.Array, jax.Array], images: int
-) -> tuple[jax.Array, jax.Array]:
-    """Those of `project`'s keys and values that the last token of each prompt sees, in the layout
-    of DecodeState.
-    """
-    slot = _kept_slots(prompt, images)
-    seen = [jnp.take_along_axis(a, slot[None, :, :, None, None, None], axis=2) for a in cross]
-    seen = [
-        a.reshape(*a.shape[:2], -1, *a.shape[4:]).swapaxes(2, 3) for a in seen
-    ]  # [X, B, K, R * S', H]
-    keys, values = (
-        jnp.pad(a, ((0, 0),) * 3 + ((0, max(cfg.xattn.sinks, 1)), (0, 0))) for a in seen
-    )
-    return keys.swapaxes(3, 4), values
-
-
-def _keep_there(cfg: EVLMConfig, prompt: Prompt, there: jax.Array, images: int) -> jax.Array:
-    """`there` [B, I, S'] of the keys of `_keep`, [B, Z]."""
-    seen = jnp.take_along_axis(there, _kept_slots(prompt, images)[:, :, None], axis=1)
-    seen = seen.reshape(len(seen), -1)
-    return jnp.pad(seen, ((0, 0), (0, max(cfg.xattn.sinks, 1))), constant_values=True)
-
-
-def _kept_slots(prompt: Prompt, images: int) -> jax.Array:
-    """[B, R] slots of the images that the last token of each prompt sees."""
-    slot = prompt.visible_start[:, None] + jnp.arange(images)
-    return jnp.minimum(slot, prompt.image.shape[1] - 1)
 
 
 def _seers(prompt: Prompt) -> jax.Array | None:
@@ -310,9 +320,10 @@ def read_tokens(
 def _sight(cfg: EVLMConfig, state: DecodeState) -> jax.Array:
     """bool [B, Z]: which keys of cross-attention a row sees."""
     number = jnp.arange(state.cross_values.shape[3])
-    images = state.visible[:, None] * cfg.view_tokens
+    first, images = (a[:, None] * cfg.view_tokens for a in (state.visible_start, state.visible))
     sink = number - (len(number) - max(cfg.xattn.sinks, 1))
-    seen = number < images if state.there is None else (number < images) & state.there
+    seen = (number >= first) & (number < first + images)
+    seen = seen if state.there is None else seen & state.there
     return seen | (sink >= 0) & ((sink < cfg.xattn.sinks) | (images == 0))
 
 
@@ -324,21 +335,6 @@ def view(cfg: EVLMConfig, weights: Weights, taps: jax.Array) -> jax.Array:
         return taps
     with jax.default_matmul_precision(cfg.train.matmul_precision), jax.named_scope("bridge"):
         return weights.bridge(taps)
-
-
-def project(
-    cfg: EVLMConfig, weights: Weights, views: jax.Array, image: jax.Array, turned: Callable
-) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of every cross-attention block: views [G', n, S', V], image [B, I] ->
-    [X, B, I, S', K, H]; `turned` as rotary.image_turns makes it.
-    """
-    number = jnp.array(cfg.tap_of_cross_layer)
-
-    def each(i):
-        keys, values = pick(weights.crosses, i).keys_values(views[number[i]])
-        return turned(keys[image], i), values[image]
-
-    return jax.lax.map(each, jnp.arange(len(cfg.cross_layers)))
 
 
 def _choose(logits: jax.Array, state: DecodeState, sampling: Sampling) -> DecodeState:

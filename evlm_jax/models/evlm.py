@@ -114,6 +114,14 @@ def _precisely(method: Callable) -> Callable:
     return call
 
 
+def encoder(model: "EVLM", jit: Callable = jax.jit) -> Callable[[jax.Array], jax.Array]:
+    """`model.encode`, compiled, which holds the vision tower alone."""
+    graphdef, tower, rest = nnx.split(model, nnx.PathContains("vit"), ...)
+    shapes = jax.eval_shape(lambda: rest)
+    encode = jit(lambda tower, pixels: nnx.merge(graphdef, tower, shapes).encode(pixels))
+    return functools.partial(encode, tower)
+
+
 class EVLM(nnx.Module):
     """The whole model. Parameters are float32 at initialisation;
     compute is in `cfg.train.dtype`.

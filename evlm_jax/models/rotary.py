@@ -100,23 +100,32 @@ def image_turns(
     slot: jax.Array,
     positions: jax.Array,
     shape: tuple[int, int],
-    theta: jax.Array | None = None,
 ) -> Callable[[jax.Array, jax.Array | int], jax.Array]:
-    """A function (keys [C, I, S', K, H], number of their cross-attention block) -> the keys, turned
-    by the position of their image, that of its first media token, where `cfg` has that
-    (mPLUG-Owl3's MI-Rope).
+    """`key_turns` of a batch, whose images have the positions of their first media tokens.
 
     Args:
       media_slot: [B, T] as `positions`, of Batch; `slot`: the image slot of media tokens.
       shape: C and I.
-      theta: as of `rope_tables`.
     """
     if not cfg.xattn.key_rotary:
-        return lambda keys, number: keys
+        return key_turns(cfg, positions)
     groups, images = shape
     place = jnp.where(media_slot == 0, slot, images).reshape(groups, -1)  # `images`: dropped
     at = jnp.zeros(shape, positions.dtype)
     at = at.at[jnp.arange(groups)[:, None], place].set(positions.reshape(groups, -1), mode="drop")
+    return key_turns(cfg, at)
+
+
+def key_turns(
+    cfg: EVLMConfig, at: jax.Array, theta: jax.Array | None = None
+) -> Callable[[jax.Array, jax.Array | int], jax.Array]:
+    """A function (keys [C, I, S', K, H], number of their cross-attention block) -> the keys, turned
+    by the positions `at` [C, I] of their images, where `cfg` has that (mPLUG-Owl3's MI-Rope).
+
+    `theta`: as of `rope_tables`.
+    """
+    if not cfg.xattn.key_rotary:
+        return lambda keys, number: keys
     tables, layers = rope_tables(cfg.llm, at, theta), jnp.array(cfg.cross_layers)
 
     def turn(keys: jax.Array, number: jax.Array | int) -> jax.Array:

@@ -17,9 +17,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remat", help="train.remat")
     parser.add_argument(
         "--what",
-        choices=("train", "eval", "prefill", "decode", "encode"),
+        choices=("train", "eval", "prefill", "read", "decode", "encode"),
         default="train",
-        help="the program",
+        help="the program; of generation, prefill with the keys of all images, or read: text alone",
+    )
+    parser.add_argument(
+        "--video",
+        action="store_true",
+        help="a row's images are frames that its text sees together, not pictures that it passes",
     )
     parser.add_argument(
         "--phase", type=argument(Count), default=0, help="of training: what is trained"

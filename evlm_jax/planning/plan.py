@@ -84,7 +84,9 @@ def plan(
         executable, report["fits"], report["says"] = None, False, str(error)
     report["compile_seconds"] = time.monotonic() - begin
     if executable is None:
-        report["largest"] = _roomy(cfg, topology, what, phase, len(devices)) if consumers else None
+        report["largest"] = (
+            _roomy(cfg, topology, what, phase, len(devices), video) if consumers else None
+        )
     else:
         if hlo:
             write(hlo, executable.as_text())
@@ -323,14 +325,16 @@ def _short(op_name: str) -> str:
     )
 
 
-def _roomy(cfg: EVLMConfig, topology: str, what: str, phase: int, count: int) -> dict | None:
+def _roomy(
+    cfg: EVLMConfig, topology: str, what: str, phase: int, count: int, video: bool
+) -> dict | None:
     """What would fill the memory: the same program for as many chips of 95 GiB; None where it does
     not fit them either.
     """
     wide = f"v5p:{cube(count // cfg.mesh.slices)}"
     if topology.startswith("v5p") or count < 4 * cfg.mesh.slices:
         return None
-    report = plan(cfg, wide, what, phase, consumers=False)
+    report = plan(cfg, wide, what, phase, consumers=False, video=video)
     return (
         {"topology": wide, "memory": report["memory"], "buffers": report["largest"]}
         if report["fits"]

@@ -18,7 +18,8 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.flops import Work, near_pairs
 from evlm_jax.loss import losses
 from evlm_jax.models.decode_weights import Weights
-from evlm_jax.models.decoding import DecodeState, Prompt, prefill, read_tokens
+from evlm_jax.models.decoding import DecodeState, Prompt, prefill, read_images, read_tokens
+from evlm_jax.models.image_cache import ImageCache
 from evlm_jax.models.sampling import Sampling
 from evlm_jax.ops.grouped_attention import AttentionPlan
 from evlm_jax.optim import starts
@@ -26,7 +27,7 @@ from evlm_jax.parallel.compiler import uncached
 from evlm_jax.parallel.mesh import Layout
 from evlm_jax.phase import TrainPhase
 
-WHATS = ("train", "eval", "prefill", "decode", "encode")
+WHATS = ("train", "eval", "prefill", "read", "decode", "encode")
 STOPS = 8  # stop tokens of a generation
 
 
@@ -54,9 +55,11 @@ def build(
     """One of WHATS on the mesh of `layout`, of train.batch rows; but for training every row has its
     own image slots.
 
-    "prefill": prompts of data.length tokens with data.images images each, encoded before. "decode":
-    one token a row, behind data.length others. "encode": the ViT alone. Frozen parameters count in
-    train.frozen_dtype, also those that an earlier stage trained, or as they are quantised.
+    "prefill": prompts of data.length tokens with data.images images each, encoded before. "read":
+    what generation runs behind the last chunk of images, prompts whose images' keys are there, and
+    stay. "decode": one token a row, behind data.length others. "encode": the ViT alone. Frozen
+    parameters count in train.frozen_dtype, also those that an earlier stage trained, or as they are
+    quantised.
 
     Args:
       phase: of training.
@@ -77,6 +80,7 @@ def build(
         "train": _train,
         "eval": _eval,
         "prefill": _prefill,
+        "read": _read,
         "decode": _decode,
         "encode": _encode,
     }[what]
@@ -116,13 +120,54 @@ def _eval(of: TrainPhase, video: bool) -> Program:
 
 
 def _prefill(of: TrainPhase, video: bool) -> Program:
-    cfg, layout, rows, t, i = (
-        of.cfg,
-        of.layout,
-        of.cfg.train.batch,
-        of.cfg.data.length,
-        of.cfg.data.images,
+    cfg, rows, i = of.cfg, of.cfg.train.batch, of.cfg.data.images
+    weights, prompt, random = _asked(of)
+    taps = jax.ShapeDtypeStruct(
+        (rows * i, len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width),
+        jnp.dtype(cfg.train.dtype),
+        sharding=of.layout.rows,
     )
+    slots = jax.ShapeDtypeStruct((rows, i), jnp.int32, sharding=of.layout.rows)
+    sizes = {"slots": cfg.data.length, "images": i if video else 1}
+
+    def run(weights, prompt, taps, image, place, random, sampling):
+        about = taps, image, place, prompt.length
+        held = read_images(cfg, weights, *about) if cfg.uses_images else None
+        return prefill(cfg, weights, prompt, held, random, sampling, **sizes)
+
+    lowered = of.layout.jit(run).lower(
+        weights, prompt, taps, slots, slots, random, _sampling(of.layout)
+    )
+    arguments = {"parameters": _share(weights), "taps": _share(taps)}
+    return Program(lowered, arguments, _work(of, video)._replace(encoded=0, targets=rows), set())
+
+
+def _read(of: TrainPhase, video: bool) -> Program:
+    cfg, rows, i = of.cfg, of.cfg.train.batch, of.cfg.data.images
+    weights, prompt, random = _asked(of)
+    split = of.layout.sharding((None, "rows", "kv_heads"))
+    places = ImageCache(split, split, of.layout.rows, of.layout.sharding((None, "rows")))
+    with of.layout.active():
+        spec = ImageCache.spec(cfg, rows, i)
+    held = _put(spec, ImageCache(*(where and at for where, at in zip(spec, places))))
+    sizes = {"slots": cfg.data.length, "images": i if video else 1}
+    run = of.layout.jit(
+        lambda weights, prompt, held, random, sampling: prefill(
+            cfg, weights, prompt, held, random, sampling, **sizes
+        ),
+        donate_argnums=2 if cfg.cross_layers and video else (),
+    )
+    return Program(
+        run.lower(weights, prompt, held, random, _sampling(of.layout)),
+        {"parameters": _share(weights), "images": _share(held)},
+        _work(of, video)._replace(images=0, encoded=0, targets=rows),
+        set(),
+    )
+
+
+def _asked(of: TrainPhase) -> tuple[Weights, Prompt, jax.ShapeDtypeStruct]:
+    """Weights, prompts and their keys of random numbers."""
+    cfg, layout, rows, t = of.cfg, of.layout, of.cfg.train.batch, of.cfg.data.length
 
     def ints(*shape):
         return jax.ShapeDtypeStruct((rows, *shape), jnp.int32, sharding=layout.rows)
@@ -133,28 +178,9 @@ def _prefill(of: TrainPhase, video: bool) -> Program:
         if cfg.query_block
         else None
     )
-    prompt = Prompt(ints(t), ints(t), ints(), ints(t), plan, ints(i), ints(), ints())
-    taps = jax.ShapeDtypeStruct(
-        (rows * i, len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width),
-        jnp.dtype(cfg.train.dtype),
-        sharding=layout.rows,
-    )
-    taps = taps if cfg.uses_images else None
-    weights, key = _weights(of), jax.eval_shape(jax.random.key, 0).dtype
+    key = jax.eval_shape(jax.random.key, 0).dtype
     random = jax.ShapeDtypeStruct((rows,), key, sharding=layout.rows)
-    sizes = {"slots": t, "images": i if video else 1}
-    run = layout.jit(
-        lambda weights, prompt, taps, random, sampling: prefill(
-            cfg, weights, prompt, taps, random, sampling, **sizes
-        )
-    )
-    work = _work(of, video)._replace(encoded=0, targets=rows)
-    return Program(
-        run.lower(weights, prompt, taps, random, _sampling(layout)),
-        {"parameters": _share(weights), "taps": _share(taps)},
-        work,
-        set(),
-    )
+    return _weights(of), Prompt(ints(t), ints(t), ints(), ints(t), plan, ints(), ints()), random
 
 
 def _decode(of: TrainPhase, video: bool) -> Program:

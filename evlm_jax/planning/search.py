@@ -36,21 +36,20 @@ def planned(args: argparse.Namespace, overrides: list[str], load_config: Callabl
 def main(args: argparse.Namespace, overrides: list[str], load_config: Callable) -> int:
     """`evlm plan`; exit status 1 where the program does not fit."""
     cfg = planned(args, overrides, load_config)
+    program = args.topology, args.what, args.phase
     if args.sweep:
-        report = sweep(cfg, args.topology, args.what, args.phase)
+        report = sweep(cfg, *program, args.video)
     else:
-        report = plan(
-            cfg, args.topology, args.what, args.phase, args.price, not args.no_mend, args.hlo
-        )
+        report = plan(cfg, *program, args.price, not args.no_mend, args.hlo, args.video)
         if not report["fits"] and not args.no_mend:
-            report["tried"] = mend(cfg, args.topology, args.what, args.phase)
+            report["tried"] = mend(cfg, *program, args.video)
         print(show(report))
     if args.json:
         write(args.json, json.dumps(report, indent=1) + "\n")
     return 0 if args.sweep or report["fits"] else 1
 
 
-def mend(cfg: EVLMConfig, topology: str, what: str, phase: int) -> list[dict]:
+def mend(cfg: EVLMConfig, topology: str, what: str, phase: int, video: bool = False) -> list[dict]:
     """Changes in the order of their cost, each alone and then one upon another, until one fits.
 
     Returns:
@@ -67,7 +66,7 @@ def mend(cfg: EVLMConfig, topology: str, what: str, phase: int) -> list[dict]:
     tried = []
     for name, candidate in candidates:
         try:
-            report = plan(candidate, topology, what, phase, consumers=False)
+            report = plan(candidate, topology, what, phase, consumers=False, video=video)
         except ValueError:
             report = {"fits": None}
         tried.append({"change": name, "fits": report["fits"]})
@@ -111,7 +110,7 @@ def _changes(
         yield f"mesh.tensor={tensor} mesh.fsdp={fsdp}", set_mesh(tensor=tensor, fsdp=fsdp)
 
 
-def sweep(cfg: EVLMConfig, topology: str, what: str, phase: int) -> list[dict]:
+def sweep(cfg: EVLMConfig, topology: str, what: str, phase: int, video: bool = False) -> list[dict]:
     """Reports of all meshes and remat policies that are possible, those that fit first, the fastest
     first.
     """
@@ -121,7 +120,7 @@ def sweep(cfg: EVLMConfig, topology: str, what: str, phase: int) -> list[dict]:
             tried = dataclasses.replace(
                 candidate, train=dataclasses.replace(candidate.train, remat=remat)
             )
-            report = plan(tried, topology, what, phase, consumers=False)
+            report = plan(tried, topology, what, phase, consumers=False, video=video)
             reports.append(report)
             print(_line(report), flush=True)
     reports.sort(key=lambda r: (not r["fits"], r["time"]["seconds"] if "time" in r else 0))

@@ -16,7 +16,7 @@ from flax import nnx
 from evlm_jax.batch import Batch
 from evlm_jax.convert import export
 from evlm_jax.models.decode_weights import Weights
-from evlm_jax.models.decoding import Prompt, read_prompts
+from evlm_jax.models.decoding import Prompt, read_images, read_prompts
 from evlm_jax.ops.attention_plan import attention_plan
 from evlm_jax.ops.grouped_attention import AttentionPlan
 from tests.helpers.checkpoints import IMAGE, run_directory
@@ -295,16 +295,16 @@ def logits(graphdef, state, batch: Batch) -> jax.Array:
         length,
         batch.visible_start,
         grouped,
-        jnp.arange(3)[None],
         first,
         last - first,
     )
     weights, taps = Weights.of(model, "float32"), model.encode(batch.pixels)[0]
+    image = jnp.arange(3)[None]
     return read_prompts(
         model.cfg,
         weights,
         prompt,
-        taps,
+        read_images(model.cfg, weights, taps, image, image, length),
         jax.random.split(jax.random.key(0), 1),
         len(batch.tokens[0]),
         3,

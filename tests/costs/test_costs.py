@@ -18,7 +18,7 @@ from evlm_jax.convert.engine import parameter_shapes
 from evlm_jax.costs import cases, counted, formula, measure
 from evlm_jax.costs.cases import EVLM, FLAMINGO, LLAVA, case, counterparts
 from evlm_jax.flops import Work
-from evlm_jax.models.decoding import DecodeState, Weights, prefill
+from evlm_jax.models.decoding import DecodeState, Weights, prefill, read_images
 from evlm_jax.models.evlm import EVLM as Model
 from evlm_jax.models.sampling import Sampling
 from tests.helpers.random_model import random_model
@@ -302,9 +302,10 @@ def answer(cfg: EVLMConfig, model: Model) -> DecodeState:
     how = Sampling(jnp.float32(0), jnp.float32(1), jnp.full(1, -1))
     taps = jnp.ones((cfg.data.images, len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width))
     random, sizes = jax.random.split(jax.random.key(0), 1), (cfg.data.length, cfg.data.images)
-    return prefill(
-        cfg, Weights.of(model, "float32"), measure.prompt(cfg), taps, random, how, *sizes
-    )
+    weights, prompt = Weights.of(model, "float32"), measure.prompt(cfg)
+    image = jnp.arange(cfg.data.images)[None]
+    held = read_images(cfg, weights, taps, image, image * cfg.media.tokens, prompt.length)
+    return prefill(cfg, weights, prompt, held, random, how, *sizes)
 
 
 # ------------------------------------------------------------------------------------------ command

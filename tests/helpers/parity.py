@@ -135,7 +135,6 @@ def answer_logits(
         np.array([*map(len, prompts)]),
         none,
         grouped,
-        none[:, :1],
         none[:, 0],
         none[:, 0],
     )
@@ -143,13 +142,17 @@ def answer_logits(
         np.zeros((1, len(cfg.vit.taps), cfg.vit.tokens, cfg.vit.width)),
         jax.random.split(jax.random.key(0), rows),
     )
-    read_prompts = jax.jit(partial(decoding.read_prompts, cfg), static_argnames=("slots", "images"))
+
+    @jax.jit
+    def read_prompts(weights, taps, random):
+        held = decoding.read_images(cfg, weights, taps, none[:, :1], none[:, :1], prompt.length)
+        slots = length + answers.shape[1]
+        return decoding.read_prompts(cfg, weights, prompt, held, random, slots, images=1)
+
     read_tokens = jax.jit(partial(decoding.read_tokens, cfg))
     with jax.default_matmul_precision("highest"):
         weights = decoding.Weights.of(model, "float32")
-        first, state = read_prompts(
-            weights, prompt, taps, random, slots=length + answers.shape[1], images=1
-        )
+        first, state = read_prompts(weights, taps, random)
         found = [first]
         for token in answers.T:
             logits, state = read_tokens(

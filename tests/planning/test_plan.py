@@ -159,7 +159,7 @@ def test_a_tpu_slice(fsdp, expert, tmp_path):
 
 @tpu
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["eval", "prefill", "decode", "encode"])
+@pytest.mark.parametrize("what", ["eval", "prefill", "read", "decode", "encode"])
 def test_other_programs(what):
     report = plan(config(mesh={"data": 2, "fsdp": 1, "tensor": 2}), "v5e:2x2", what)
     parts = {flops.FROZEN_VIT} if what == "encode" else {flops.LLM, flops.HEAD}

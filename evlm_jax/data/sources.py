@@ -116,11 +116,11 @@ def _drawing(name: str) -> book.Book | SceneSource:
 
 
 def scene_of(ref: ImageRef) -> Scene | None:
-    """The truth of a picture that scenes made; None for others, and for tiles."""
+    """The truth of a picture that scenes made; None for others, for tiles, and for bare scenes."""
     kind, mark, rest = ref.path.partition("://")
     number, _, name = rest.partition("::")
-    made = mark and kind == "scene" and not ref.tile
-    return _drawing(name).scenes.scene(int(number)) if made else None
+    scenes = _drawing(name).scenes if mark and kind == "scene" and not ref.tile else None
+    return None if scenes is None or scenes.bare else scenes.scene(int(number))
 
 
 def options_of(kind: str) -> tuple[str, ...]:

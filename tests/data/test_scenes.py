@@ -14,6 +14,7 @@ from scipy import ndimage
 from evlm_jax.data.containers.files import Ref
 from evlm_jax.data.containers.rows import open_ref
 from evlm_jax.data.formats.built import built, row_of
+from evlm_jax.data.image import decode
 from evlm_jax.data.samples import ImageRef, part
 from evlm_jax.data.scenes.compose import COLOURS
 from evlm_jax.data.scenes.dialogs import FAMILIES
@@ -21,6 +22,7 @@ from evlm_jax.data.scenes.draw import draw
 from evlm_jax.data.scenes.material import from_folder
 from evlm_jax.data.sources import open_source, scene_of
 from evlm_jax.data.tools.inspect import _truth
+from evlm_jax.evals.tasks import find
 from evlm_jax.evals.tasks import scenes as scenes_task
 from tests.helpers.scenes import digest, needs_scenes
 
@@ -310,11 +312,48 @@ def test_inspect_shows_the_truth_of_a_scene_and_of_no_other_picture(folder):
         ("split=style", "split style is of the shipped drawings alone"),
         ("language=zh", "names.json has no zh of 'kite'"),
         ("colour=red", "has the unknown option 'colour'"),
+        ("frames=4", "with frames ask has 'name'; there are colour, text"),
+        ("bare=1", "with bare ask has 'colour'; there are name, count"),
+        (
+            "ask=colour&frames=2fps",
+            "option frames must be a whole number of at least 1, not '2fps'",
+        ),
     ],
 )
 def test_what_is_not_understood_is_refused(folder, options, message):
     with pytest.raises(ValueError, match=message):
         open_source(f"scenes:{folder}?{options}")
+
+
+def test_a_clip_shows_its_scene_in_one_frame_and_no_disc_or_text_in_others(folder):
+    name = f"scenes:{folder}?split=test&scenes=16&ask=colour,text"
+    alone, clips = open_source(name), open_source(f"{name}&frames=24")
+    for number in range(16):
+        sample, (own,) = clips[number], alone[number].refs
+        ((at,),) = np.nonzero([ref == own for ref in sample.refs])
+        assert len(sample.visuals) == 1 and len(sample.refs) == 24 and at * 8 // 24 == number % 8
+        assert sample.dialogs == alone[number].dialogs
+        assert sample.labels[0] == f"colour/part {number % 8 + 1} of 8"
+    scene, whole = scene_of(own), decode(own.path)
+    bare = decode(f"scene://15::scenes:{folder}?split=test&bare=1&ask=name")
+    differs = (np.asarray(whole) != np.asarray(bare)).any(-1)
+    for thing in (scene.disc, *scene.texts):
+        left, top, right, bottom = thing.box
+        assert differs[top:bottom, left:right].mean() > 0.1
+        differs[top:bottom, left:right] = False
+    assert not differs.any()
+    assert all("bare=1" in ref.path and scene_of(ref) is None for ref in sample.refs if ref != own)
+
+
+def test_needles_are_asked_with_frames_and_blind(folder, monkeypatch):
+    source = f"scenes:{folder}?split=test&scenes=8&ask=colour,text&frames={{}}"
+    monkeypatch.setattr(scenes_task, "NEEDLE", source)
+    seen, blind = (find("needle").questions(None, split) for split in ("4", "blind"))
+    assert {len(frames) for asked in seen for frames in asked.visuals} == {4}
+    assert [asked.visuals for asked in blind] == [()] * len(seen)
+    assert [(a.text, a.answer, a.facts) for a in seen] == [
+        (a.text, a.answer, a.facts) for a in blind
+    ]
 
 
 def test_too_few_pictures_are_refused(folder, tmp_path):

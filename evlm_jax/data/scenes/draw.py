@@ -52,14 +52,16 @@ def _ground(path: str, side: int, mirrored: bool) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
 
 
-def draw(scene: Scene) -> Image.Image:
-    """RGB."""
+def draw(scene: Scene, bare: bool = False) -> Image.Image:
+    """RGB; `bare`: without disc and texts."""
     size = scene.size
     room = round(ROOM * size)
     left, top = (round(share * (room - size)) for share in scene.window)
     image = _ground(scene.ground, room, scene.mirrored).crop((left, top, left + size, top + size))
     for thing in scene.objects:
         place_object(image, thing)
+    if bare:
+        return image
     _place_disc(image, scene.disc)
     for text in scene.texts:
         _write(image, text)
@@ -113,8 +115,8 @@ def _write(image: Image.Image, text: Thing) -> None:
     )
 
 
-def encoded(scene: Scene) -> bytes:
+def encoded(scene: Scene, bare: bool = False) -> bytes:
     """As a file without loss, the fastest to write."""
     file = io.BytesIO()
-    draw(scene).save(file, "BMP")
+    draw(scene, bare).save(file, "BMP")
     return file.getvalue()

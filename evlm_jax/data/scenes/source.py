@@ -23,6 +23,10 @@ from evlm_jax.data.source import Source
 
 SHIPPED = "assets"  # instead of a folder
 VOCABULARY = {"known": WORDS, "unseen": UNSEEN_WORDS}
+# What may be asked of a frame among others: they have neither disc nor texts; and of those others.
+OF_CLIPS, OF_BARE = ("colour", "text"), ("name", "count")
+PARTS = 8  # of a clip, in turn, where the frame that is asked about stands
+OTHERS = 256  # scenes that other frames show
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Scenes:
     asked: tuple[str, ...]
     seed: str
     size: int
+    frames: int = 1
+    bare: bool = False
 
     def scene(self, number: int) -> Scene:
         """The truth."""
@@ -48,8 +54,16 @@ class Scenes:
             self.scene(number), self.asked, random.Random(f"words {self.seed} {number}")
         )
         labels, dialogs = zip(*made)
-        reference = ImageRef(f"scene://{number}::{self.pictures}")
-        return Sample(str(number), self.name, ((reference,),), dialogs, labels=labels)
+        clip = [ImageRef(f"scene://{number}::{self.pictures}")]
+        if self.frames > 1:
+            part, rng = number % PARTS, random.Random(f"clip {self.seed} {number}")
+            others = f"{self.pictures}&bare=1&ask={OF_BARE[0]}"
+            at = int((part + rng.random()) / PARTS * self.frames)
+            shown = rng.choices(range(OTHERS), k=self.frames - 1)
+            hay = [ImageRef(f"scene://{other}::{others}") for other in shown]
+            clip = hay[:at] + clip + hay[at:]
+            labels = [f"{label.rpartition('/')[2]}/part {part + 1} of {PARTS}" for label in labels]
+        return Sample(str(number), self.name, (tuple(clip),), dialogs, labels=tuple(labels))
 
 
 class SceneSource(Source):
@@ -69,7 +83,7 @@ class SceneSource(Source):
 
     def picture(self, number: int) -> bytes:
         """The file of a scene's picture."""
-        return encoded(self.scenes.scene(number))
+        return encoded(self.scenes.scene(number), self.scenes.bare)
 
     def state(self) -> str:
         """Of all files that scenes are made of."""
@@ -90,6 +104,8 @@ def open_scenes(
     words: str = "known",
     size: str = "112",
     seed: str = "0",
+    frames: str = "1",
+    bare: str = "0",
 ) -> SceneSource:
     """Scenes of a folder of one's own (material.py), or of the shipped pictures where the path is
     `assets`.
@@ -102,19 +118,18 @@ def open_scenes(
       words: `known`, the twenty of all splits, or `unseen`, twenty others.
       size: pixels a side.
       seed: another one has other scenes of the same split.
+      frames: of a clip, in which the scene is one frame; the others are bare scenes.
+      bare: 1: without disc and texts.
     Raises:
       ValueError: an option out of range, or too few pictures.
     """
-    for option, value, known in (
-        ("split", split, SPLITS),
-        ("language", language, LANGUAGES),
-        ("words", words, VOCABULARY),
-        *(("ask", family, ASKED) for family in ask.split(",")),
-    ):
-        if value not in known:
-            raise ValueError(
-                f"data source {name!r}: {option} has {value!r}; there are {', '.join(known)}"
-            )
+    _check_known(name, split=split, language=language, words=words, bare=bare)
+    length, asked = _number(name, "frames", frames, 1), ask.split(",")
+    _check_asked(name, asked, "", ASKED)
+    if length > 1:
+        _check_asked(name, asked, "with frames ", OF_CLIPS)
+    if bare == "1":
+        _check_asked(name, asked, "with bare ", OF_BARE)
     count, side = _number(name, "scenes", scenes, 1), _number(name, "size", size, 56)
     _number(name, "seed", seed, 0)
     material = shipped(split) if path == SHIPPED else from_folder(path, split)
@@ -125,16 +140,36 @@ def open_scenes(
         )
     speaker = Speaker(language, material, VOCABULARY[words], plain=split not in ("train", "all"))
     shown = dict(split=split, words=words, size=size, seed=seed)
+    shown |= dict(bare=bare, ask=ask) if bare == "1" else {}
     made = Scenes(
         name,
         f"scenes:{path}?{urlencode(shown)}",
         material,
         speaker,
-        tuple(ask.split(",")),
+        tuple(asked),
         f"{split} {words} {seed}",
         side,
+        length,
+        bare == "1",
     )
     return SceneSource(made, count)
+
+
+def _check_known(name: str, **options: str) -> None:
+    known = {"split": SPLITS, "language": LANGUAGES, "words": VOCABULARY, "bare": ("0", "1")}
+    for option, value in options.items():
+        if value not in known[option]:
+            raise ValueError(
+                f"data source {name!r}: {option} has {value!r}; there are"
+                f" {', '.join(known[option])}"
+            )
+
+
+def _check_asked(name: str, asked: list[str], among: str, possible: tuple[str, ...]) -> None:
+    if wrong := [family for family in asked if family not in possible]:
+        raise ValueError(
+            f"data source {name!r}: {among}ask has {wrong[0]!r}; there are {', '.join(possible)}"
+        )
 
 
 def _number(name: str, option: str, value: str, least: int) -> int:

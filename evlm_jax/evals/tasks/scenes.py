@@ -5,11 +5,14 @@ scenes, scenes-zh                  answered freely
 scenes-choice, scenes-zh-choice    answered by the possible answer of lowest loss
 scenes-words                       twenty words that training does not write, freely
 photographs                        what scenes have names for, on photographs, freely
+needle                             the disc and the texts of one frame of a clip, freely; a split is
+                                   a number of frames, or `blind`: the questions alone
 
 Splits: `test` shows drawings that were held out, `known` those of training, `style` those of
 another hand; in all three on grounds and in fonts of their own."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +23,8 @@ from evlm_jax.evals.tasks.demo import from_samples
 from evlm_jax.evals.text_metrics import exact_match, words
 
 SPLITS = ("test", "known", "style", "validation")
+NEEDLE = "scenes:assets?split=test&scenes=400&ask=colour,text&frames={}"
+BLIND, FRAMES = "blind", ("16", "2", "4", "64", "256", "1024")
 UNSEEN_WORDS = "scenes:assets?split={}&words=unseen&ask=text&scenes=1000"
 
 
@@ -33,6 +38,13 @@ def read(data: Path, split: str, style: str, source: str, choose: bool = False) 
     scenes = open_source(source.format(split))
     answers = scenes.scenes.speaker.answers if choose else {}.get
     return from_samples(scenes, answers=answers)
+
+
+def read_needle(data: Path, split: str, style: str) -> list[Question]:
+    """Questions about one frame of clips, labelled by the part of the clip where it stands."""
+    blind = split == BLIND
+    questions = from_samples(open_source(NEEDLE.format(FRAMES[0] if blind else split)))
+    return [replace(asked, visuals=()) for asked in questions] if blind else questions
 
 
 def score(rows: Sequence[dict]) -> Scores:
@@ -86,4 +98,5 @@ TASKS = (
         "photographs", read=lambda *_: from_samples(open_source("photographs-en")), splits=("test",)
     ),
     scenes("scenes-words", read=partial(read, source=UNSEEN_WORDS)),
+    scenes("needle", read=read_needle, splits=(*FRAMES, BLIND)),
 )

@@ -39,19 +39,11 @@ class Quantised:
         return dataclasses.replace(self, bits=self.bits[index], scale=self.scale[index])
 
     def astype(self, dtype: jnp.dtype) -> jax.Array:
-        """The matrix itself; its products of value and scale are float32 before. Values of 4 bits
-        are joined in `dtype`, so that no float32 matrix is held on the way.
-        """
-        shape, axis = self.bits.shape, self.bits.ndim + self.axis
-        tiles = (*shape[:axis], self.scale.shape[axis], -1, *shape[axis + 1 :])
-        scale = jnp.expand_dims(self.scale, axis + 1)
-        parts = [
-            (values.reshape(tiles) * scale).astype(dtype).reshape(shape)
-            for values in _values(self.bits, self.kind)
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        return jnp.stack(parts, axis + 1).reshape(*shape[:axis], -1, *shape[axis + 1 :])
+        """The matrix itself; its products of value and scale are float32 before."""
+        values, axis = _values(self.bits, self.kind, self.axis), self.bits.ndim + self.axis
+        tiles = (*values.shape[:axis], self.scale.shape[axis], -1, *values.shape[axis + 1 :])
+        scaled = values.reshape(tiles) * jnp.expand_dims(self.scale, axis + 1)
+        return scaled.reshape(values.shape).astype(dtype)
 
 
 def shapes(
@@ -112,14 +104,16 @@ def _parts(matrix: jax.Array, kind: str, tile: int, axis: int) -> tuple[jax.Arra
     return (low & 15) | (high << 4), made.scale
 
 
-def _values(bits: jax.Array, kind: str) -> list[jax.Array]:
-    """What the bytes say, before the scale, float32: one value a byte, or two, low half first."""
+def _values(bits: jax.Array, kind: str, axis: int) -> jax.Array:
+    """What the bytes say, before the scale: float32."""
     if kind == "int8":
-        return [jax.lax.bitcast_convert_type(bits, jnp.int8).astype(jnp.float32)]
+        return jax.lax.bitcast_convert_type(bits, jnp.int8).astype(jnp.float32)
+    axis += bits.ndim
+    halves = jnp.stack([bits & 15, bits >> 4], axis + 1)
+    halves = halves.reshape(*bits.shape[:axis], -1, *bits.shape[axis + 1 :])
     if kind == "nf4":
-        return [_nf4(bits & 15), _nf4(bits >> 4)]
-    signed = (jax.lax.bitcast_convert_type(half, jnp.int8) for half in (bits << 4, bits))
-    return [(half >> 4).astype(jnp.float32) for half in signed]
+        return _nf4(halves)
+    return (jax.lax.bitcast_convert_type(halves << 4, jnp.int8) >> 4).astype(jnp.float32)
 
 
 def _nf4(index: jax.Array) -> jax.Array:

@@ -102,7 +102,7 @@ def check_adapters(cfg: EVLMConfig, before: EVLMConfig, init: str, params: Colle
     """
     held = set(filter(lora.is_adapter, params))
     lacking = sorted(held - parameter_shapes(cfg).keys()) if held else []
-    scales = [c.lora.alpha / c.lora.rank for c in (before, cfg)]
+    scales = [c.lora.scale for c in (before, cfg)]
     if lacking or (held and scales[0] != scales[1]):
         what = (
             f"{lacking[0]}, for which the config has no place"

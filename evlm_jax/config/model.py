@@ -315,6 +315,11 @@ class LoRAConfig:
     rank: Positive = 16  # inner width of the product
     alpha: PositiveFloat = 16.0  # the product counts alpha / rank times
 
+    @property
+    def scale(self) -> float:
+        """How often the product counts."""
+        return self.alpha / self.rank
+
 
 # Patterns of all that can be quantised of the towers.
 TOWER_MATRICES = (r"^(vit/blocks|llm/layers)/.*/kernel$", "^llm/(embed$|head/)")

@@ -31,13 +31,13 @@ def merge_run(source: str, out: str, step: int | None = None) -> None:
 
 
 def merged(tensors: Tensors, cfg: EVLMConfig) -> dict[str, Tensor]:
-    """The tensors of a model without its adapters: kernel + lora.alpha / lora.rank * lora_a @
-    lora_b, of the widest dtype of the three, so that nothing small is lost beside a 16-bit kernel.
+    """The tensors of a model without its adapters: kernel + lora.scale * lora_a @ lora_b,
+    of the widest dtype of the three, so that nothing small is lost beside a 16-bit kernel.
     A quantised kernel is float32.
     """
     tensors = quant.whole(cfg, tensors)
     return {
-        name: _with_adapter(tensors, name, cfg.lora.alpha / cfg.lora.rank)
+        name: _with_adapter(tensors, name, cfg.lora.scale)
         for name in tensors
         if not is_adapter(name)
     }

@@ -37,7 +37,7 @@ def adapt(model: nnx.Module, cfg: EVLMConfig, rngs: nnx.Rngs) -> None:
                 "config: lora.patterns choose matrices of the vision tower, cached taps would not"
                 " follow: set data.cache_features=False"
             )
-        projection.adapt(cfg.lora.rank, cfg.lora.alpha / cfg.lora.rank, rngs)
+        projection.adapt(cfg.lora.rank, cfg.lora.scale, rngs)
 
 
 def is_adapter(name: str) -> bool:

@@ -107,7 +107,7 @@ def test_files_and_functions_are_short():
     """Generated experiments of the golden runs are data."""
     files = [
         path
-        for folder in ("benchmarks", "evlm_jax", "experiments", "tests")
+        for folder in ("benchmarks", "evlm_jax", "experiments", "plugins", "tests")
         for path in (ROOT / folder).rglob("*.py")
         if not path.match("tests/golden/*/experiment.py")
     ]

@@ -4,7 +4,10 @@ A prompt has one mark for each image or video, an id beyond the vocabulary, unti
 there and it is known how many media tokens stand in its place.
 """
 
+import struct
+import zlib
 from collections.abc import Mapping
+from contextlib import contextmanager
 from uuid import uuid4
 
 import torch
@@ -20,6 +23,7 @@ from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_a
 from vllm.renderers.hf import HfRenderer
 
 KINDS = ("image", "video")
+DAMAGE = (SyntaxError, EOFError, IndexError, struct.error, zlib.error, Image.DecompressionBombError)
 PICTURES = "image"  # the one modality of all pictures of a request: vLLM has one for an encoder
 
 
@@ -35,6 +39,15 @@ def visual_tokens(config) -> int:
     down, across = (size, size) if isinstance(size, int) else size
     patches = (down // vit["patch"]) * (across // vit["patch"])
     return patches + vit["class_token"] + vit["registers"]
+
+
+@contextmanager
+def refusing_damage():
+    """Damaged files make the decoders raise errors of these kinds, for which vLLM blames itself."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise ValueError(f"cannot read a picture: {error}") from error
 
 
 class EVLMRenderer(HfRenderer):
@@ -127,12 +140,16 @@ class EVLMRenderer(HfRenderer):
 
     def render_messages(self, messages, params):
         """See HfRenderer."""
-        parsed = parse_chat_messages(messages, self.model_config, **self._chat(params))
+        with refusing_damage():
+            parsed = parse_chat_messages(messages, self.model_config, **self._chat(params))
         return self._rendered(parsed, params)
 
     async def render_messages_async(self, messages, params):
         """See HfRenderer."""
-        parsed = await parse_chat_messages_async(messages, self.model_config, **self._chat(params))
+        with refusing_damage():
+            parsed = await parse_chat_messages_async(
+                messages, self.model_config, **self._chat(params)
+            )
         return self._rendered(parsed, params)
 
 
@@ -220,6 +237,9 @@ class EVLMMultiModalProcessor(BaseMultiModalProcessor[EVLMProcessingInfo]):
         processor, vocab = self.info.get_hf_processor(), self.info.ctx.model_config.get_vocab_size()
         kind_of = {mark: kind for kind, mark in marks(vocab).items()}
         queues = {kind: iter(items[kind] if kind in items else ()) for kind in KINDS}
+        if "image" in items:  # files' own bytes, of which vLLM has made RGB in its own way
+            raw = items["image"].get_all_items_for_hash()
+            queues["image"] = (getattr(picture, "original_bytes", picture) for picture in raw)
         shown = [kind_of[i] for i in prompt if i in kind_of]
         for kind in KINDS:
             given = len(items[kind]) if kind in items else 0

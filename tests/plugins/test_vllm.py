@@ -94,7 +94,7 @@ def served(request, tmp_path_factory):
         try:
             wait(server, port, place / "log")
             client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-            yield Generator(model, load_tokenizer(cfg)), client
+            yield Generator(model, load_tokenizer(cfg.init.llm)), client
         finally:
             server.terminate()
 

@@ -60,6 +60,15 @@ PODS = (
     ("pretrain, ViT frozen", "v6e:16x16", 8, 3, "full"),
     ("sft with experts, 448 px", "v5p:2x2x4", 1, 1, "full"),
 )
+OTHERS = {  # runs with other towers: arguments of `evlm plan`, as the page has them
+    "SigLIP 2 so400m and Qwen3-8B, pretrain, ViT frozen": (
+        "--config experiments/evlm_8b.py:pretrain --topology v5p:4x4x4 --mesh fsdp=32,tensor=2"
+        " --remat dots --config.train.accumulate=3"
+    ),
+    "Llama 3.2 Vision 11B, cross-attention fine-tuned": (
+        "--config experiments/mllama.py --topology v5p:4x4x4 --mesh fsdp=64 --remat full"
+    ),
+}
 HEAD = """# The paper's runs on TPU pods
 
 Written by `python -m benchmarks.pods write` from [pods.json](pods.json), which `python -m \
@@ -102,6 +111,11 @@ what causal attention needs. Scores of the
 cross-attention are computed for all (query block, image) pairs that a batch has room for, filled \
 or not. Keys and values have a product more for
 the gradient of the norm in front of them.
+"""
+TOWERS = """## Other towers
+
+As above, but for the flags, which these programs have. Without `--no-mend` such a command also \
+says what would make fit what does not.
 """
 LIMIT = 3600  # seconds of a plan, on a machine that is shared
 
@@ -151,6 +165,11 @@ def arguments(
 def pod(run: str, topology: str, tensor: int, rows: int, remat: str) -> list[str] | None:
     """`arguments` of an entry of PODS."""
     return arguments(run, topology, tensor, remat, zero=2, rows=rows)
+
+
+def other(run: str) -> list[str]:
+    """Arguments of `evlm plan` for an entry of OTHERS."""
+    return [*OTHERS[run].split(), "--no-mend"]
 
 
 def plan(words: list[str]) -> dict:
@@ -225,8 +244,11 @@ def page() -> str:
         (run, ask(pod(run, topology, *how)), f"{topology}, remat {how[-1]}")
         for run, topology, *how in PODS
     ]
+    towers = [(run, ask(other(run)), OTHERS[run].split()[3]) for run in OTHERS]
+    commands = ["```sh", *(f"evlm plan {words}" for words in OTHERS.values()), "```", ""]
     return "\n".join(
         [HEAD, *_table(small), "", LARGE, *_table(large), "", PARTS, *_ratios(large), ""]
+        + [TOWERS, *commands, *_table(towers), ""]
     )
 
 
@@ -257,12 +279,7 @@ def _row(run: str, report: dict) -> tuple[str, ...]:
         return run, f"{report['topology']}: does not fit"
     time, mesh, chip, memory = report["time"], report["mesh"], report["chip"], report["memory"]
     allocated = sum(size for name, size in memory.items() if name != "peak")
-    stage, phase = RUNS[run]
-    days = (
-        phase_steps(load_config(f"experiments/evlm_14b.py:{stage}"), phase)
-        * time["seconds"]
-        / 86400
-    )
+    days = _steps(run, report) * time["seconds"] / 86400
     return (
         run,
         report["topology"],
@@ -277,6 +294,14 @@ def _row(run: str, report: dict) -> tuple[str, ...]:
         f"{_sum(report['executed']) * report['devices'] / _sum(report['needed']):.2f}",
         f"{report['compile_seconds']:.0f} s, {report['ram_gib']:.1f} GiB",
     )
+
+
+def _steps(run: str, report: dict) -> int:
+    """Of the run's own share; of the paper's runs reports count all."""
+    if run in OTHERS:
+        return report["time"]["steps"]
+    stage, phase = RUNS[run]
+    return phase_steps(load_config(f"experiments/evlm_14b.py:{stage}"), phase)
 
 
 def _ratios(plans: list[tuple[str, dict | None, str]]) -> list[str]:
@@ -329,6 +354,8 @@ def main() -> None:
     elif args.action == "plan":
         for run, topology, *how in PODS:
             planned(pod(run, topology, *how))
+        for run in OTHERS:
+            planned(other(run))
         for kind, number in itertools.product(args.kinds, args.runs):
             smallest(list(RUNS)[number], kind, planned)
     else:

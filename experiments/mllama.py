@@ -60,7 +60,9 @@ def llama_8b() -> dict:
 
 
 def get_config() -> ConfigDict:
-    """`data.sources`, `init.vision` and `init.llm` are yours to fill."""
+    """Fine-tunes the blocks; rows have room for four pictures of four tiles. `data.sources`,
+    `init.vision` and `init.llm` are yours to fill.
+    """
     config = base.get_config()
     config.name = "llama_3_2_11b_vision"
     config.vit, config.llm = tower(), llama_8b()
@@ -72,6 +74,9 @@ def get_config() -> ConfigDict:
     config.bridge.kind = "joined"
     config.media = dict(tokens=1, placeholder="<|image|>", sight="neighbours")
     config.data.template = "own"
+    config.data.update(image_group=1, images=4, slots=4, block_pairs=128)
     config.init.centre_norms = False
+    config.optim.update(lr=1e-5, min_lr=1e-6, warmup=100)
+    config.train.update(steps=10_000, batch=64)
     config.optim.phases = (dict(start=0.0, warmup=0, rules=base.rules(40)),)
     return config

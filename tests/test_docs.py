@@ -111,7 +111,7 @@ def test_it_is_taken(program, words, about, folder, monkeypatch):
     if getattr(args, "config", None):
         if args.run is cli._plan:
             chips = math.prod(map(int, re.findall(r"\d+", args.topology.partition(":")[2])))
-            check_mesh(search.planned(args, overrides, load_config), chips)
+            fits(search.planned(args, overrides, load_config), chips)
             return
         cfg = load_config(args.config, overrides)
         if args.run is cli._train:

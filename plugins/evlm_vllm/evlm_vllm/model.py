@@ -226,16 +226,16 @@ class EVLMForCausalLM(nn.Module, SupportsMultiModal):
 
     def _cross(self, number, x, prompts, blind):
         """The block in front of a layer, x [N, D] -> [N, D]; who is `blind` [N] sees no image."""
-        block, code = self.evlm.xattn[number], self.code
+        block, towers = self.evlm.xattn[number], sys.modules[self.code.LLM.__module__]
         tap = self.evlm.tap_of_block[list(self.evlm.xattn).index(number)]
-        q = block.q_norm(code.split_heads(block.to_q(block.norm(x)), block.head_dim))
+        q = block.q_norm(towers.split_heads(block.to_q(block.norm(x)), block.head_dim))
         fresh = [block.keys_values(prompt.taps[:, :, tap]) for prompt in prompts]
         kept = [[a[0, :, p.kept].transpose(0, 1) for a in pair] for p, pair in zip(prompts, fresh)]
         keys, values = map(torch.cat, zip(*kept)) if kept else (None, None)
         out = self.paged[number](q.transpose(0, 1).flatten(1), keys, values)
         out = out.masked_fill(blind[:, None], 0)
         for prompt, pair in zip(prompts, fresh):
-            read, _ = code.attend(q[None, :, prompt.rows], *pair, prompt.seen[:, None], True)
+            read, _ = towers.attend(q[None, :, prompt.rows], *pair, prompt.seen[:, None], True)
             out[prompt.rows] = read[0].masked_fill(~prompt.seen[0].any(-1, keepdim=True), 0)
         x = x + block.attn_gate.float().tanh().to(x.dtype) * block.to_out(out)
         y = block.ff_norm(x)

@@ -157,7 +157,13 @@ class EVLMProcessingInfo(BaseProcessingInfo):
     """What vLLM asks about pictures."""
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Any number of each kind; --limit-mm-per-prompt sets others."""
+        """Any number of each kind; --limit-mm-per-prompt sets others.
+
+        Raises:
+          ValueError: an export that cuts pictures into tiles.
+        """
+        if getattr(self.get_hf_processor(), "tiles", 0):  # older exports have no such field
+            raise ValueError("exports that cut pictures into tiles are not served")
         return dict.fromkeys(KINDS)
 
     def get_mm_max_tokens_per_item(self, seq_len, mm_counts) -> Mapping[str, int]:

@@ -57,8 +57,13 @@ class EVLMRenderer(HfRenderer):
 
     @property
     def processor(self):
-        """Of the export."""
-        return self.get_mm_processor().info.get_hf_processor()
+        """Of the export. Raises ValueError where it cuts pictures into tiles."""
+        found = self.get_mm_processor().info.get_hf_processor()
+        if getattr(found, "tiles", 0):  # exports before tiles have none
+            raise ValueError(
+                f"data.tiles = {found.tiles}: vLLM is not told of tiles; use `evlm chat`"
+            )
+        return found
 
     def _ids(self, prompt) -> list[int]:
         """Ids with marks; `prompt` is a text or what the processor's template gave."""

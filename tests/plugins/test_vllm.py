@@ -5,12 +5,13 @@ vLLM has an environment of its own, which plugins/evlm_vllm/environment.sh makes
 
 import base64
 import os
+import re
 import socket
 import subprocess
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import numpy as np
@@ -75,9 +76,15 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="module", params=FORMS)
 def served(request, tmp_path_factory):
     """(Generator, OpenAI's client of a server of the same model's export)"""
-    place = tmp_path_factory.mktemp(request.param)
-    model = random_model(tiny_config(**FORMS[request.param]), seed=0)
-    cfg = run_directory(place / "run", tiny_config(**FORMS[request.param]), model)
+    with serving(tmp_path_factory.mktemp(request.param), request.param) as sides:
+        yield sides
+
+
+@contextmanager
+def serving(place, form, *more):
+    """As `served`; `more` for the server's command line."""
+    model = random_model(tiny_config(**FORMS[form]), seed=0)
+    cfg = run_directory(place / "run", tiny_config(**FORMS[form]), model)
     export.export(str(place / "run"), str(place / "out"), "hf")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -89,7 +96,7 @@ def served(request, tmp_path_factory):
     env["HF_HOME"] = str(place / "hf")
     with (
         (place / "log").open("w") as log,
-        subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=place) as server,
+        subprocess.Popen([*command, *more], env=env, stdout=log, stderr=log, cwd=place) as server,
     ):
         try:
             wait(server, port, place / "log")
@@ -131,12 +138,11 @@ def message(parts, pictures):
     return [{"role": "user", "content": content}]
 
 
-def ask(client, messages, **how):
+def ask(client, messages, tokens=TOKENS, **more):
     """The first choice of a greedy answer."""
-    extra = {"return_token_ids": True}
     answer = client.chat.completions.create(
-        model="tiny", messages=messages, max_tokens=TOKENS, temperature=0, logprobs=True,
-        top_logprobs=2, extra_body=extra, **how,
+        model="tiny", messages=messages, max_tokens=tokens, temperature=0, logprobs=True,
+        top_logprobs=2, extra_body={"return_token_ids": True} | more,
     )  # fmt: skip
     return answer.choices[0]
 
@@ -167,6 +173,29 @@ def test_requests_do_not_see_each_other(served, pictures):
     with ThreadPoolExecutor(len(messages)) as pool:
         together = list(pool.map(partial(ask, client), messages))
     assert [answer.token_ids for answer in together] == alone
+
+
+def test_a_full_cache_changes_no_answer(pictures, tmp_path):
+    """What begins again beside new requests goes on with its own pictures: one question, of three
+    pictures, in a cache for two or three of the six requests that run at once.
+    """
+    cache = ("--block-size", "32", "--num-gpu-blocks-override", "16", "--max-num-seqs", "6")
+    with serving(tmp_path, "dense", *cache) as (_, client):
+
+        def long(number):
+            chat = message([f"<{'abc'[number % 3]}>", "What?"], pictures)
+            return ask(client, chat, 150 + 20 * (number % 4), ignore_eos=True).token_ids
+
+        alone = [long(number) for number in range(12)]
+        with ThreadPoolExecutor(12) as pool:
+            assert list(pool.map(long, range(12))) == alone
+        metrics = f"{str(client.base_url).removesuffix('v1/')}metrics"
+        (count,) = re.findall(
+            rb"^vllm:num_preemptions_total\{.*\} (.*)$",
+            urllib.request.urlopen(metrics).read(),
+            re.M,
+        )
+        assert float(count) > 0
 
 
 def url(data):

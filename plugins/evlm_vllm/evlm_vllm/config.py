@@ -55,7 +55,8 @@ class Requirements(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config) -> None:
-        """Refuses what is not there: a model over several devices, adapters, quantised weights.
+        """Pictures come in the order of prompts (scheduler.py). Refuses what is not there: a model
+        over several devices, adapters, quantised weights, steps that are scheduled ahead.
 
         Raises:
           ValueError: one of them is asked for.
@@ -67,6 +68,9 @@ class Requirements(VerifyAndUpdateConfig):
             "--enable-lora": vllm_config.lora_config is not None,
             "--quantization": vllm_config.model_config.quantization is not None,
             "--speculative-config": vllm_config.speculative_config is not None,
+            "--async-scheduling": vllm_config.scheduler_config.async_scheduling,
         }
         if wrong := [name for name, is_asked in asked.items() if is_asked]:
             raise ValueError(f"EVLM runs on one device as it was exported: leave out {wrong}")
+        vllm_config.scheduler_config.async_scheduling = False
+        vllm_config.scheduler_config.scheduler_cls = "evlm_vllm.scheduler.OrderedScheduler"

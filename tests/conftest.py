@@ -34,7 +34,8 @@ LONG = {
     f"test_{name}.py"
     for name in (
         "eight_devices mesh train benchmarks golden tutorials wheel parity_llm export moe generate"
-        " generate_sizes library pipeline run bad_updates"
+        " generate_sizes library pipeline run bad_updates long_video quant lora import verify"
+        " command_line resume upcycle restore export_model pack package"
     ).split()
 }
 

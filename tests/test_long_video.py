@@ -10,8 +10,9 @@ from evlm_jax.data.samples import Turn
 from tests.data.made import refs
 from tests.test_generate import PROMPTS, cached_logits, full_forward, made
 
+pytestmark = pytest.mark.ci
 
-@pytest.mark.ci
+
 def test_a_thousand_frames_in_chunks_are_those_of_one_pass(monkeypatch):
     """Of the text, too, of which a part asks at a time."""
     model, generator = made()

@@ -168,6 +168,7 @@ def runs(base, tmp_path_factory):
     return *folders, at
 
 
+@pytest.mark.ci
 def test_a_checkpoint_holds_the_adapters_alone_and_the_base_keeps_its_bits(base, runs):
     last = store.read(runs[0])
     assert last.params.keys() == adapters(parameter_shapes(CFG))
@@ -177,6 +178,7 @@ def test_a_checkpoint_holds_the_adapters_alone_and_the_base_keeps_its_bits(base,
     assert all(np.any(array) for array in last.params.values())
 
 
+@pytest.mark.ci
 def test_a_resumed_run_trains_the_same_set_to_the_same_bits(runs):
     whole, resumed, at = store.read(runs[0]), store.read(runs[1]), runs[2]
     assert at.meta["step"] == STEP and resumed.meta["step"] == CFG.train.steps
@@ -211,6 +213,7 @@ def test_it_begins_as_the_base_and_learns(base, runs):
     assert loss(CFG, store.load_params(runs[0])[0]) < before - 0.05
 
 
+@pytest.mark.ci
 def test_merged_by_the_command(runs, tmp_path):
     out = str(tmp_path / "merged")
     assert not cli.main(["convert", "merge", "--checkpoint", str(runs[0]), "--out", out])
@@ -228,6 +231,7 @@ def test_merged_by_the_command(runs, tmp_path):
         merge_run(out, str(tmp_path / "again"))
 
 
+@pytest.mark.ci
 def test_a_stage_takes_up_adapters_or_refuses(runs, base):
     more = dataclasses.replace(CFG.lora, patterns=(*PATTERNS, "^llm/.*/attn/k/"))
     wider = dataclasses.replace(CFG, lora=more)

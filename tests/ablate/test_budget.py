@@ -19,7 +19,7 @@ from tests.helpers.checkpoints import tokenizer_directory
 from tests.helpers.parity import needs_asset
 from tests.helpers.tiny import tiny_config
 
-pytestmark = needs_asset("easy-vqa")
+pytestmark = [needs_asset("easy-vqa"), pytest.mark.ci]
 
 
 @pytest.fixture(params=[False, True], ids=["pixels", "cached"])

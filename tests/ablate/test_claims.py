@@ -15,6 +15,8 @@ from evlm_jax.ablate.budget import FLOPS, QUESTIONS
 from evlm_jax.ablate.study import EASY_VQA
 from evlm_jax.report import figures
 
+pytestmark = pytest.mark.ci
+
 ACCURACY = EASY_VQA.primary
 CHOICE, CAPTION = (task.name for task in EASY_VQA.tasks)
 SIZES, EMOJI = [5] * 40, [1] * 30

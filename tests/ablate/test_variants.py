@@ -12,6 +12,8 @@ from evlm_jax.config import from_config_dict
 from evlm_jax.models.evlm import EVLM
 from experiments import ablations
 
+pytestmark = pytest.mark.ci
+
 
 def config(variant):
     return from_config_dict(ablations.get_config(variant))

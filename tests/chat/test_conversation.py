@@ -28,6 +28,7 @@ def picture(number):
     return str(GOLDEN / "pictures" / f"{number}.png")
 
 
+@pytest.mark.ci
 def test_turns_are_answered_by_the_template(trained, chat):
     first = [Message("user", "What is it?", (picture(1), picture(2)))]
     *grown, answer = chat.answer(first)

@@ -17,6 +17,8 @@ from evlm_jax.phase import TrainPhase
 from tests.costs.test_costs import TINY, of
 from tests.helpers.tiny import BASELINES, UPPER_VIT, tiny_config
 
+pytestmark = pytest.mark.ci
+
 
 @pytest.mark.parametrize("frames", [1, 2, 5])
 def test_a_case_has_the_pairs_that_its_prompt_needs(frames):

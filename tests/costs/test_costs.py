@@ -25,6 +25,8 @@ from tests.helpers.random_model import random_model
 from tests.helpers.tiny import tiny_config
 from tests.test_flops import _products, bridge_program
 
+pytestmark = pytest.mark.ci
+
 KINDS = (EVLM, LLAVA, FLAMINGO)
 tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason='pip install -e ".[plan]"')
 TINY = {"vit": {"taps": (1, 3)}, "llm": {"layers": 2, "tied": False}}

@@ -15,6 +15,8 @@ from evlm_jax.data.ocr.page import draw, homography, onto
 from tests.data.written import LANGUAGES, pages, words_of
 from tests.helpers.parity import needs_asset
 
+pytestmark = pytest.mark.ci
+
 
 def inked(words, size):
     """Which pixels of a sheet Pillow blackens for these words."""

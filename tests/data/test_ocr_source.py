@@ -28,6 +28,8 @@ from tests.data.made import TOKENIZER, config, write_images
 from tests.data.written import LANGUAGES, opened, write_sources
 from tests.helpers.parity import needs_asset
 
+pytestmark = pytest.mark.ci
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -170,6 +170,7 @@ def test_tokenizer_json_is_taken_at_its_word(tmp_path):
 
 
 @needs_asset(SMOLLM2)
+@pytest.mark.ci
 def test_ids_of_the_real_vocabulary():
     """transformers' own reader of GGUF forgets that digits are split first; with that, its ids are
     ours.

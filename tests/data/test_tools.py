@@ -23,6 +23,8 @@ from evlm_jax.data.tools.stats import stats
 from tests.data.made import TOKENIZER, config, refs, row, write_images, write_jsonl
 from tests.helpers.tiny import tiny_config
 
+pytestmark = pytest.mark.ci
+
 
 class Spelling:
     """The byte tokenizer, with an end token that can be seen."""

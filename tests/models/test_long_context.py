@@ -1,4 +1,6 @@
 """Qwen 1.0 beyond its context: caches, and the PyTorch model with its cache, against a decoder in
+
+pytestmark = pytest.mark.ci
 NumPy written from the formulas.
 
 A context of 16 tokens stands for Qwen's 2048.

@@ -255,6 +255,7 @@ def runs(base, tmp_path_factory):
     return folders
 
 
+@pytest.mark.ci
 def test_a_run_learns_and_keeps_the_bits_of_its_base(base, runs):
     whole, resumed = map(store.read, runs)
     held = scales(whole.frozen)
@@ -273,6 +274,7 @@ def test_a_run_learns_and_keeps_the_bits_of_its_base(base, runs):
     assert losses[-1] < losses[0] - 0.1
 
 
+@pytest.mark.ci
 def test_a_stage_takes_up_what_is_quantised_or_refuses(runs, base):
     params, _ = next_stage(CFG, str(runs[0]))
     begun = quant.quantised(CFG, parameter_shapes(CFG), params)
@@ -283,6 +285,7 @@ def test_a_stage_takes_up_what_is_quantised_or_refuses(runs, base):
             next_stage(other, str(runs[0]))
 
 
+@pytest.mark.ci
 def test_merged_by_the_command(runs, tmp_path):
     out = str(tmp_path / "merged")
     assert not cli.main(["convert", "merge", "--checkpoint", str(runs[0]), "--out", out])

@@ -83,10 +83,10 @@ class ImageCache(NamedTuple):
           turned: as rotary.key_turns makes it, of these slots.
         """
         put = jax.lax.dynamic_update_slice
-        if self.keys is None and self.patches is None:
-            return self  # of a language model alone
         if self.patches is not None:
             return self._replace(patches=put(self.patches, views[:, image], (0, 0, first, 0, 0)))
+        if self.keys is None:
+            return self  # of a language model alone
         number, at = jnp.array(cfg.tap_of_cross_layer), first * cfg.view_tokens
 
         def chunk(a):  # [B, c, S', ...] -> [B, c * S', ...]

@@ -158,12 +158,14 @@ class TrainPhase:
         )
 
     def attention(self) -> str:
-        """One line about the form of the language model's attention on these devices."""
+        """One line about the form of attention on these devices."""
         wanted = self.cfg.train.attention
         with self.layout.active():
             form = attention_form(wanted)
         why = "" if form == wanted else f": train.attention = '{wanted}' is for TPUs"
-        return f"attention of text by {form}{why}"
+        if form == "pallas" and self.cfg.vit.tiles:
+            why = ", of pictures by xla: vit.tiles is a mask"
+        return f"attention by {form}{why}"
 
     def spec(self) -> TrainState:
         """Shapes and dtypes of the state."""

@@ -12,7 +12,7 @@ from evlm_jax import generate
 from evlm_jax.batch import Batch
 from evlm_jax.data.samples import ImageRef, Turn
 from evlm_jax.generate import Generator
-from evlm_jax.models import decoding
+from evlm_jax.models import decoding, text_attention
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.ops.attention_plan import attention_plan
 from evlm_jax.ops.grouped_attention import AttentionPlan
@@ -190,7 +190,7 @@ def test_caches_equal_the_full_forward(changes, monkeypatch):
     """
     monkeypatch.setattr(generate, "PICTURES", 16)
     monkeypatch.setattr(decoding, "LONG", 32)
-    monkeypatch.setattr(decoding, "ASKING", 24)
+    monkeypatch.setattr(text_attention, "ASKING", 8)
     model, generator = made(**changes)
     documents = [generator.prompt(*prompt) for prompt in PROMPTS]
     tokens = np.random.default_rng(0).integers(0, 256, (len(documents), 6)).astype(np.int32)

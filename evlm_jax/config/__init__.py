@@ -130,7 +130,7 @@ class TrainConfig:
     )
     # checkpoints at multiples of so many updates stay, beside the newest `keep`; 0: those alone
     keep_every: Count = 0
-    # cross-attention, and self-attention of packed rows, by "xla", or on TPUs by kernels that keep
+    # attention to images, of packed rows and of the ViT by "xla", or on TPUs by kernels that keep
     # scores out of HBM ("pallas"); elsewhere by XLA all the same, which is said
     attention: Literal["xla", "pallas"] = "xla"
 

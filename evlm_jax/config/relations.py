@@ -227,11 +227,6 @@ def training(cfg: "EVLMConfig") -> list[Relation]:
             f"must be a multiple of train.save_every = {train.save_every}, or 0",
         ),
         (
-            train.attention == "xla" or not any(cfg.llm.layer_windows),
-            "train.attention",
-            "must be xla where a layer of the language model has a window (llm.window)",
-        ),
-        (
             train.attention == "xla" or not cfg.vit.grid_by_picture,
             "train.attention",
             "must be xla where vit.grid_by_picture is set: kernels see all keys of an image",

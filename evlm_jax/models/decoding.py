@@ -21,23 +21,22 @@ import jax.numpy as jnp
 
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models import text_cache
-from evlm_jax.models.attention import within_window
 from evlm_jax.models.bridge import write
 from evlm_jax.models.decode_weights import Weights
-from evlm_jax.models.evlm import cross_attention_op, self_attention_op
+from evlm_jax.models.evlm import cross_attention_op
 from evlm_jax.models.image_cache import ImageCache
 from evlm_jax.models.llm import finished, scaled
 from evlm_jax.models.long_context import rope_base, sharpen
 from evlm_jax.models.rotary import key_turns, rope_tables
 from evlm_jax.models.sampling import Sampling, sample
+from evlm_jax.models.text_attention import self_attention_op, text_attention_op
 from evlm_jax.models.trunk import run_layers
 from evlm_jax.ops.decode_matmul import compute_dtype, logits
 from evlm_jax.ops.grouped_attention import AttentionPlan
 from evlm_jax.parallel.sharding import shard
 
 CHUNK = 64  # most tokens of one call of `decode`
-# Of a prompt longer than LONG so many tokens ask at a time: the scores of all are its square.
-LONG, ASKING = 1024, 256
+LONG = 1024  # tokens; of a longer prompt some ask at a time (text_attention.py)
 
 
 class Prompt(NamedTuple):
@@ -196,7 +195,7 @@ def read_prompts(
         return look(q, *held.block(cfg, number), prompt.plan, *held.mask(cfg))
 
     x, sees = _embed(cfg, weights, prompt, held), _seers(prompt)
-    attend = _causal_attention(cfg, positions)
+    attend = text_attention_op(cfg, jnp.full_like(positions, positions.shape[1]), positions, LONG)
     x, (keys, values) = _decoder(cfg, weights, x, positions, theta, sees, attend, cross_attend)
     last = x[jnp.arange(rows), prompt.length - 1]
     start = prompt.visible_start
@@ -220,33 +219,6 @@ def read_prompts(
 def _positions(prompt: Prompt) -> jax.Array:
     """[B, T]; padding makes no text longer."""
     return jnp.minimum(jnp.arange(prompt.tokens.shape[1]), prompt.length[:, None] - 1)
-
-
-def _causal_attention(cfg: EVLMConfig, positions: jax.Array) -> Callable:
-    """(number of the layer, q, k, v of tokens at `positions` [B, T]) -> attention to themselves and
-    what stands before them.
-    """
-    attend = self_attention_op(cfg.llm.scales.query, cfg.llm.scales.score_cap)
-    rows, length = positions.shape
-    index = jnp.arange(length)
-
-    def some(layer, asking, q, k, v):
-        mask = jnp.broadcast_to(index <= asking[:, None], (rows, len(asking), length))
-        place = positions[:, jnp.minimum(asking, length - 1)]
-        return attend(q, k, v, within_window(cfg.llm, mask, positions, layer, place))
-
-    if length <= LONG:
-        return lambda layer, q, k, v: some(layer, index, q, k, v)
-
-    def in_parts(layer, q, k, v):
-        parts = -(-length // ASKING)
-        asking = jnp.arange(parts * ASKING).reshape(parts, ASKING)
-        padded = jnp.pad(q, ((0, 0), (0, asking.size - length), (0, 0), (0, 0)))
-        cut = padded.reshape(rows, parts, ASKING, *q.shape[2:]).swapaxes(0, 1)
-        out = jax.lax.map(lambda part: some(layer, *part, k, v), (asking, cut))
-        return out.swapaxes(0, 1).reshape(padded.shape)[:, :length]
-
-    return in_parts
 
 
 def _logits(cfg: EVLMConfig, weights: Weights, hidden: jax.Array) -> jax.Array:

@@ -19,39 +19,17 @@ from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig
 from evlm_jax.flops import real_tokens
 from evlm_jax.models import bridge, lora, moe, quant, xattn
-from evlm_jax.models.attention import attention, text_mask, within_window
 from evlm_jax.models.layers import param
 from evlm_jax.models.llm import LLM, finished, scaled
 from evlm_jax.models.rotary import image_turns, rope_tables
+from evlm_jax.models.text_attention import TEXT, text_attention_op
 from evlm_jax.models.trunk import Passed, run_layers
 from evlm_jax.models.vit import ViT
 from evlm_jax.ops.grouped_attention import AttentionPlan, attention_form, grouped_attention
 from evlm_jax.ops.matmul import product
 from evlm_jax.parallel.sharding import shard, shard_map_local
 
-TEXT, TEXT_KEYS, IMAGE_KEYS = (
-    ("rows", None, "heads"),
-    ("rows", None, "kv_heads"),
-    ("rows", None, None, "kv_heads"),
-)
-
-
-def self_attention_op(scale: float = 0.0, cap: float = 0.0) -> Callable:
-    """`attention` of a device's rows and heads: q [B, T, N, H], k and v [B, C, K, H], mask
-    [B, T, C].
-    """
-    attend = functools.partial(attention, scale=scale, cap=cap)
-    return shard_map_local(attend, (TEXT, TEXT_KEYS, TEXT_KEYS, ("rows",)), TEXT)
-
-
-def packed_attention_op(scale: float = 0.0, cap: float = 0.0) -> Callable:
-    """`packed_attention` of a device's rows and heads: q [B, T, N, H], k and v [B, T, K, H],
-    visible_until [B, T].
-    """
-    from evlm_jax.ops.packed_attention import packed_attention  # Pallas is slow to import
-
-    attend = functools.partial(packed_attention, scale=scale, cap=cap)
-    return shard_map_local(attend, (TEXT, TEXT_KEYS, TEXT_KEYS, ("rows",)), TEXT)
+IMAGE_KEYS = ("rows", None, None, "kv_heads")
 
 
 def cross_attention_op(cfg: EVLMConfig) -> Callable:
@@ -93,7 +71,7 @@ def _cross_attention(cfg: EVLMConfig, rngs: nnx.Rngs) -> xattn.Block | None:
 
 # Parts of the model, in the order in which they draw random numbers; None where `cfg` has none.
 PARTS: dict[str, Callable[[EVLMConfig, nnx.Rngs], nnx.Module | None]] = {
-    "vit": lambda cfg, rngs: ViT(cfg.vit, rngs, cfg.train.remat),
+    "vit": lambda cfg, rngs: ViT(cfg.vit, rngs, cfg.train.remat, cfg.train.attention),
     "llm": lambda cfg, rngs: LLM(cfg.llm, rngs),
     "xattn": _cross_attention,
     # Where a bridge is "llava", patches stand in their place.
@@ -199,17 +177,8 @@ class EVLM(nnx.Module):
         """(number of the layer, q [B, T, N, H], k and v [B, T, K, H]) -> (attention outputs, None),
         by what tokens of the batch see.
         """
-        llm, until = self.cfg.llm, batch.visible_until
-        scale, cap = llm.scales.query, llm.scales.score_cap
-        if attention_form(self.cfg.train.attention) == "pallas":
-            attend = packed_attention_op(scale, cap)
-            return lambda number, q, k, v: (attend(q, k, v, until), None)
-        attend, mask = self_attention_op(scale, cap), text_mask(until)
-
-        def masked(number, q, k, v):
-            return attend(q, k, v, within_window(llm, mask, batch.positions, number)), None
-
-        return masked
+        attend = text_attention_op(self.cfg, batch.visible_until, batch.positions)
+        return lambda number, q, k, v: (attend(number, q, k, v), None)
 
     def _grouped_cross_attention(self, batch: Batch, states: jax.Array | None) -> Callable:
         """(queries [B, T, N, H], keys and values [C, I, S', K, H]) -> (attention outputs, None), by

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evlm_jax.config import LLMConfig
-from evlm_jax.models.evlm import self_attention_op
+from evlm_jax.models.text_attention import self_attention_op
 from evlm_jax.parallel.sharding import shard_map_local
 
 Caches = tuple[jax.Array, ...]

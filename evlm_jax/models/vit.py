@@ -6,6 +6,7 @@ one scan each, so that a tap is the carry between two scans and a frozen stack c
 pass. No final norm: taps are raw residual streams."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -19,8 +20,9 @@ from evlm_jax.models.gate import Gate
 from evlm_jax.models.layers import MLP, REMAT, LayerNorm, Linear, RMSNorm, heads, param, stack
 from evlm_jax.models.rotary import Rope, rotate
 from evlm_jax.models.tiles import Tiles
+from evlm_jax.ops.grouped_attention import attention_form
 from evlm_jax.ops.matmul import operand_dtype, product
-from evlm_jax.parallel.sharding import gathered_weight, shard
+from evlm_jax.parallel.sharding import gathered_weight, shard, shard_map_local
 
 
 def patch_rope(cfg: ViTConfig) -> Rope:
@@ -41,6 +43,18 @@ def make_norm(cfg: ViTConfig, rngs: nnx.Rngs) -> LayerNorm | RMSNorm:
     return {"layer": LayerNorm, "rms": RMSNorm}[cfg.norm_kind](cfg.width, cfg.eps, rngs)
 
 
+def image_attention_op(wanted: str, mask: jax.Array | None = None) -> Callable:
+    """Attention of q, k and v [B, S, N, H] of a device's pictures, in the form of train.attention
+    that is `wanted`; by XLA where there is a mask [B or 1, S, S].
+    """
+    if mask is not None or attention_form(wanted) == "xla":
+        return partial(attention, mask=mask)
+    from evlm_jax.ops.image_attention import image_attention  # Pallas is slow to import
+
+    axes = ("pictures", None, "vision_heads")
+    return shard_map_local(image_attention, (axes,) * 3, axes)
+
+
 class SelfAttention(nnx.Module):
     """Bidirectional attention within one image."""
 
@@ -55,15 +69,15 @@ class SelfAttention(nnx.Module):
         )
         self.head_dim, self.cfg = cfg.width // cfg.heads, cfg
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """x [B, S, V], mask [B or 1, S, S] -> x."""
+    def __call__(self, x: jax.Array, attend: Callable = attention) -> jax.Array:
+        """x [B, S, V] -> x; `attend` as `image_attention_op` makes it."""
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (heads(a, self.head_dim) for a in (q, k, v))
         if self.cfg.rotary:
             q, k = (rotate(a, patch_rope(self.cfg)) for a in (q, k))
-        return self.o(attention(q, k, v, mask).reshape(x.shape))
+        return self.o(attend(q, k, v).reshape(x.shape))
 
 
 class Block(nnx.Module):
@@ -83,10 +97,10 @@ class Block(nnx.Module):
         self.attn_gate, self.ffn_gate = (Gate(rngs) if gated else None for _ in range(2))
         self.pre = cfg.norm == "pre"
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """x [B, S, V] -> x; `mask` [B or 1, S, S] where some tokens do not see some."""
+    def __call__(self, x: jax.Array, attend: Callable = attention) -> jax.Array:
+        """x [B, S, V] -> x; `attend` as `image_attention_op` makes it."""
         for norm, f, scale, gate in (
-            (self.norm1, partial(self.attn, mask=mask), self.scale1, self.attn_gate),
+            (self.norm1, partial(self.attn, attend=attend), self.scale1, self.attn_gate),
             (self.norm2, self.mlp, self.scale2, self.ffn_gate),
         ):
             y = f(norm(x)) if self.pre else norm(f(x))
@@ -138,7 +152,7 @@ def stack_bounds(cfg: ViTConfig) -> list[tuple[int, int]]:
 class ViT(nnx.Module):
     """pixels [B, h, w, 3], normalised -> taps [B, G, S, V]."""
 
-    def __init__(self, cfg: ViTConfig, rngs: nnx.Rngs, remat: str = "none"):
+    def __init__(self, cfg: ViTConfig, rngs: nnx.Rngs, remat: str = "none", form: str = "xla"):
         v = cfg.width
         self.cls = param(rngs, (v,), ("norm",), std=0.02) if cfg.class_token else None
         self.registers = (
@@ -157,7 +171,7 @@ class ViT(nnx.Module):
                 for start, stop in stack_bounds(cfg)
             ]
         )
-        self.cfg, self.remat = cfg, remat
+        self.cfg, self.remat, self.form = cfg, remat, form
 
     def __call__(self, pixels: jax.Array, grids: jax.Array | None = None) -> jax.Array:
         """pixels [B, h, w, 3], normalised -> taps [B, G, S, V]; `grids` [B] numbers the grid of
@@ -165,11 +179,12 @@ class ViT(nnx.Module):
         """
         x, taps = shard(self.embed(shard(pixels, "pictures"), grids), "pictures"), []
         mask = None if self.tiles is None else self.tiles.mask(grids)
+        attend = image_attention_op(self.form, mask)
         for (start, stop), blocks in zip(stack_bounds(self.cfg), self.stacks, strict=True):
             x = self.tiles.between(x, grids) if start == self.first_global else x
             with jax.named_scope(f"vit_{start}"):
                 x, _ = jax.lax.scan(
-                    REMAT[self.remat](lambda x, block: (shard(block(x, mask), "pictures"), None)),
+                    REMAT[self.remat](lambda x, block: (shard(block(x, attend), "pictures"), None)),
                     x,
                     blocks,
                 )

@@ -1,10 +1,11 @@
 """Attention of pairs of blocks, for TPUs: kernels that compute what a plan names and nothing else.
 
-A pair is a block of queries and a block of keys that they see: an image (grouped_attention.py), or
-tokens of their row (packed_attention.py). A step of a kernel is one pair and some heads. Prefetched
-numbers say which blocks it reads, so keys are not gathered, and scores stay in the core's memory.
-Steps walk the pairs by blocks of queries for the outputs and for the queries' gradient, by blocks
-of keys for the gradients of keys and values; sums are kept while the owner stays the same.
+A pair is a block of queries and a block of keys that they see: an image (grouped_attention.py), all
+tokens of their own image (image_attention.py), or tokens of their row (packed_attention.py). A step
+of a kernel is one pair and some heads. Prefetched numbers say which blocks it reads, so keys are
+not gathered, and scores stay in the core's memory. Steps walk the pairs by blocks of queries for
+the outputs and for the queries' gradient, by blocks of keys for the gradients of keys and values;
+sums are kept while the owner stays the same.
 
     pairs           (0,2) (1,0) (1,2) padding
     by queries      (0,2) (1,0) (1,2)
@@ -102,6 +103,7 @@ def attend(
     until: jax.Array | None,
     by: tuple[Walk, Walk],
     form: Form,
+    place: jax.Array | None = None,
 ) -> jax.Array:
     """q [X, b, N, H], k and v [Y, S, K, H] -> [X, b, N, H]; what is in blocks of queries without a
     pair is undefined, here and in the gradient of q.
@@ -109,9 +111,10 @@ def attend(
     Off TPUs kernels are interpreted, which is for tests.
 
     Args:
-      until: [Y, S] int32, of each key the first token of its row that does not see it; None where
-        `form.row` is 0.
+      until: [Y, 1 or 2, S] int32, of each key the first token of its row that does not see it, and
+        with `place` the first place that does not; None where `form.row` is 0.
       by: of `walks`.
+      place: [X, b] int32, of queries; None: none is too far away.
     Raises:
       ValueError: not even one head fits the core's memory.
     """
@@ -126,8 +129,8 @@ def attend(
         filled = jnp.pad(x, ((0, 0),) * 3 + ((0, form.lanes - h),))
         return filled.reshape(*x.shape[:2], x.shape[2] * form.lanes)
 
-    until = None if until is None else until[:, None]
-    out = _attend(wide(q), wide(k), wide(v), until, by, form)
+    place = None if place is None else place[..., None]
+    out = _attend(wide(q), wide(k), wide(v), (until, place), by, form)
     return out.reshape(*q.shape[:3], form.lanes)[..., :h]
 
 
@@ -156,11 +159,11 @@ def step_bytes(form: Form, rows: int, keys: int, size: int) -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q, k, v, until, by, form) -> jax.Array:
-    return _forward(q, k, v, until, by, form)[0]
+def _attend(q, k, v, sight, by, form) -> jax.Array:
+    return _forward(q, k, v, sight, by, form)[0]
 
 
-def _forward(q, k, v, until, by, form) -> tuple[jax.Array, tuple]:
+def _forward(q, k, v, sight, by, form) -> tuple[jax.Array, tuple]:
     """Outputs like q [X, b, N * lanes], and what the backward pass needs: with the log-sum-exp of
     each row and head [X, steps of heads, b, heads of a step].
     """
@@ -170,16 +173,16 @@ def _forward(q, k, v, until, by, form) -> tuple[jax.Array, tuple]:
         Kernel("forward", _begin, _add, _end),
         by[0],
         form,
-        _operands(form, until, q=q, k=k, v=v),
+        _operands(form, sight, q=q, k=k, v=v),
         {"out": (q.shape, q.dtype), "lse": (sums, jnp.float32)},
         {"top": (rows, form.queries), "total": (rows, form.queries), "summed": (rows, width)},
     )
-    return out, (q, k, v, until, by, out, lse)
+    return out, (q, k, v, sight, by, out, lse)
 
 
 def _backward(form: Form, saved: tuple, g: jax.Array) -> tuple:
-    q, k, v, until, by, out, lse = saved
-    inputs = _operands(form, until, q=q, k=k, v=v, g=g) | {"lse": lse}
+    q, k, v, sight, by, out, lse = saved
+    inputs = _operands(form, sight, q=q, k=k, v=v, g=g) | {"lse": lse}
     width = form.heads * form.lanes
     dq, delta = _call(
         Kernel("queries", _begin_queries, _add_queries, _write),
@@ -203,9 +206,10 @@ def _backward(form: Form, saved: tuple, g: jax.Array) -> tuple:
 _attend.defvjp(_forward, _backward)
 
 
-def _operands(form: Form, until: jax.Array | None, **arrays: jax.Array) -> dict[str, jax.Array]:
+def _operands(form: Form, sight: tuple, **arrays: jax.Array) -> dict[str, jax.Array]:
     cast = {name: x.astype(form.dtype) for name, x in arrays.items()}
-    return cast | ({} if until is None else {"until": until})
+    named = zip(("until", "place"), sight, strict=True)
+    return cast | {name: x for name, x in named if x is not None}
 
 
 class Kernel(NamedTuple):
@@ -224,6 +228,10 @@ def _block(name: str, shape: tuple[int, ...], form: Form) -> pl.BlockSpec:
     if name == "until":
         return pl.BlockSpec(
             (None, *shape[1:]), lambda head, i, queries, keys, bits: (keys[i], 0, 0)
+        )
+    if name == "place":
+        return pl.BlockSpec(
+            (None, *shape[1:]), lambda head, i, queries, keys, bits: (queries[i], 0, 0)
         )
     if name in ("lse", "delta"):
         own = (None, None, *shape[2:])
@@ -272,11 +280,12 @@ def _call(
 
 
 def _visible(form: Form, queries: jax.Array, keys: jax.Array, own: SimpleNamespace) -> jax.Array:
-    """[b, S]: whether a token sees another of its row, k <= q < until[k]."""
+    """[b, S]: whether a token sees another of its row, k <= q < until[k], and not too far away."""
     shape = own.q.shape[0], own.k.shape[0]
     q = (queries % form.row) * shape[0] + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     k = (keys % form.row) * shape[1] + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    return (k <= q) & (q < own.until[...])
+    seen = (k <= q) & (q < own.until[:1])
+    return seen & (own.place[...] < own.until[1:]) if hasattr(own, "place") else seen
 
 
 def _dot(a: jax.Array, b: jax.Array, left: int, right: int) -> jax.Array:

@@ -1,7 +1,6 @@
 """The kernels for TPUs, interpreted, against a dense oracle, and where that is slow XLA's form; and
 compiled for chips."""
 
-import importlib.util
 import re
 
 import jax
@@ -11,7 +10,6 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import SingleDeviceSharding
 
 from evlm_jax.batch import Batch
 from evlm_jax.models.evlm import EVLM
@@ -19,15 +17,15 @@ from evlm_jax.ops.attention_kernels import Form, _fit
 from evlm_jax.ops.attention_plan import attention_plan, block_pair_count
 from evlm_jax.ops.grouped_attention import AttentionPlan, grouped_attention
 from evlm_jax.ops.platform import compile_for
-from evlm_jax.parallel.compiler import uncached
 from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.phase import TrainPhase
-from evlm_jax.planning import chips
-from tests.helpers.tiny import tiny_config
-
-needs_compiler = pytest.mark.skipif(
-    not importlib.util.find_spec("libtpu"), reason='pip install -e ".[plan]"'
+from tests.helpers.attention import (
+    assert_close,
+    compiled_text,
+    needs_compiler,
+    values_and_gradients,
 )
+from tests.helpers.tiny import tiny_config
 
 
 def packed(spans: list[list[tuple[int, int]]], block: int, spare: int) -> AttentionPlan:
@@ -56,26 +54,6 @@ def dense(q, k, v, start, stop, sinks):
     seen = np.pad(seen, ((0, 0), (0, sinks)), constant_values=True)[:, None] | blind
     scores = jnp.where(seen, jnp.einsum("tnh,snh->tns", q, k) * width**-0.5, -jnp.inf)
     return jnp.where(blind, 0, jnp.einsum("tns,snh->tnh", jax.nn.softmax(scores), v))
-
-
-def values_and_gradients(attend, arrays: list[np.ndarray]) -> list[np.ndarray]:
-    """Outputs, and the gradients of q, k and v under random weights."""
-    weight = np.random.default_rng(9).standard_normal(arrays[0].shape).astype(np.float32)
-
-    def weighed(*arrays):
-        out = attend(*arrays)
-        return (out * weight).sum(), out
-
-    step = jax.jit(jax.value_and_grad(weighed, argnums=(0, 1, 2), has_aux=True))
-    with jax.default_matmul_precision("highest"):
-        (_, out), gradients = step(*arrays)
-    return [np.asarray(x) for x in (out, *gradients)]
-
-
-def assert_close(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
-    """To 1e-5 of the largest magnitude of each array."""
-    for name, mine, theirs in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
-        np.testing.assert_allclose(mine, theirs, 0, 1e-5 * np.abs(theirs).max() + 1e-30, name)
 
 
 def arrays(groups, tokens, images, keys, heads, kv, width, seed=0, scale=3.0) -> list[np.ndarray]:
@@ -175,12 +153,11 @@ def test_the_config_chooses_the_form_on_tpus_alone():
 
     with compile_for("tpu"):
         text = traced(cfg)
-        assert "pair_attention_forward" in text and "packed_attention_forward" in text
+        for name in ("image", "pair", "packed"):
+            assert f"{name}_attention_forward" in text
         assert "pallas" not in traced(tiny_config())
     assert "pallas" not in traced(cfg)
-    with pytest.raises(ValueError, match=r"train\.attention must be xla .*llm\.window"):
-        tiny_config(train={"attention": "pallas"}, llm={"window": (0, 4)})
-    assert phase.attention() == "attention of text by xla: train.attention = 'pallas' is for TPUs"
+    assert phase.attention() == "attention by xla: train.attention = 'pallas' is for TPUs"
 
 
 @needs_compiler
@@ -193,26 +170,13 @@ def test_the_config_chooses_the_form_on_tpus_alone():
 )  # fmt: skip
 def test_compiles_for_chips(topology, width, keys, heads, kv, block):
     """Three kernels, and no array of scores: none has the keys as its last dimension."""
-    device = chips.devices(topology)[0][0]
     groups, images, tokens, pairs = 2, 16, 512, 48
-
-    def spec(shape, dtype="int32"):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
-
-    q = spec((groups, tokens, heads, width), "bfloat16")
-    k = spec((groups, images, keys, kv, width), "bfloat16")
-    plan = [
-        spec(shape) for shape in ((groups, pairs, block), (groups, tokens), *[(groups, pairs)] * 2)
-    ]
-
-    def step(q, k, v, *plan):
-        def total(*arrays):
-            out = grouped_attention(*arrays, AttentionPlan(*plan), 1, form="pallas")
-            return out.astype(jnp.float32).sum()
-
-        return jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
-
-    with compile_for("tpu"), uncached(device):
-        text = jax.jit(step).lower(q, k, k, *plan).compile().as_text()
+    shared = (groups, images, keys, kv, width)
+    text = compiled_text(
+        topology,
+        lambda q, k, v, *plan: grouped_attention(q, k, v, AttentionPlan(*plan), 1, form="pallas"),
+        *[(groups, tokens, heads, width), shared, shared],
+        rest=((groups, pairs, block), (groups, tokens), *[(groups, pairs)] * 2),
+    )
     assert len(re.findall(r'custom_call_target="tpu_custom_call"', text)) == 3
     assert not re.search(rf"\[[\d,]*,{keys}\]", text)

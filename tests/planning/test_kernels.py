@@ -74,7 +74,7 @@ def test_a_step_with_kernels_on_a_slice():
     )
     report = plan(cfg, "v5p:2x2x2")
     assert report["policies"]["attention"] == "pallas"
-    for name in ("pair", "packed"):
+    for name in ("pair", "packed", "image"):
         for kernel in ("forward", "queries", "keys"):
             what = f"{name}_attention_{kernel}, charged"
             assert any(what in note for note in report["notes"])

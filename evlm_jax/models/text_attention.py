@@ -1,0 +1,93 @@
+"""Self-attention of rows of text in training and of prompts, in the form of train.attention."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from evlm_jax.config import EVLMConfig, LLMConfig
+from evlm_jax.models.attention import attention, text_mask, within_window
+from evlm_jax.ops.grouped_attention import attention_form
+from evlm_jax.parallel.sharding import shard_map_local
+
+TEXT, TEXT_KEYS = ("rows", None, "heads"), ("rows", None, "kv_heads")
+# Of a row longer than LONG so many tokens ask at a time: the scores of all are its square. Keys
+# behind them are left out as far as PARTS equal parts of the row go.
+LONG, ASKING, PARTS = 2048, 128, 4
+
+
+def self_attention_op(scale: float = 0.0, cap: float = 0.0) -> Callable:
+    """`attention` of a device's rows and heads: q [B, T, N, H], k and v [B, C, K, H], mask
+    [B, T, C].
+    """
+    attend = functools.partial(attention, scale=scale, cap=cap)
+    return shard_map_local(attend, (TEXT, TEXT_KEYS, TEXT_KEYS, ("rows",)), TEXT)
+
+
+def text_attention_op(
+    cfg: EVLMConfig, until: jax.Array, positions: jax.Array, long: int = LONG
+) -> Callable:
+    """(number of the layer, q [B, T, N, H], k and v [B, T, K, H]) -> [B, T, N, H], attention of
+    tokens at `positions` [B, T] to what they see (`text_mask` of `until` [B, T]) within the layer's
+    window. Rows of more than `long` tokens make no array [T, T], forward or backward.
+    """
+    llm, length = cfg.llm, until.shape[1]
+    if attention_form(cfg.train.attention) == "pallas":
+        attend = packed_attention_op(llm)
+        return lambda number, q, k, v: attend(q, k, v, until, positions, number)
+    attend = self_attention_op(llm.scales.query, llm.scales.score_cap)
+    if length > long:
+        return functools.partial(_in_chunks, llm, attend, until, positions)
+    mask = text_mask(until)
+    return lambda number, q, k, v: attend(q, k, v, within_window(llm, mask, positions, number))
+
+
+def packed_attention_op(llm: LLMConfig) -> Callable:
+    """`packed_attention` of a device's rows and heads: q [B, T, N, H], k and v [B, T, K, H],
+    visible_until and positions [B, T], number of the layer.
+    """
+    from evlm_jax.ops.packed_attention import packed_attention  # Pallas is slow to import
+
+    attend = functools.partial(
+        packed_attention,
+        windows=llm.layer_windows,
+        scale=llm.scales.query,
+        cap=llm.scales.score_cap,
+    )
+    inputs = (TEXT, TEXT_KEYS, TEXT_KEYS, ("rows",), ("rows",), ())
+    return shard_map_local(attend, inputs, TEXT)
+
+
+def _in_chunks(
+    llm: LLMConfig,
+    attend: Callable,
+    until: jax.Array,
+    positions: jax.Array,
+    number: jax.Array | int,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+) -> jax.Array:
+    """As `text_attention_op` has it: chunks of queries one after the other, whose scores the
+    backward pass makes again.
+    """
+    rows, length = until.shape
+    part, out = ASKING * -(-length // (PARTS * ASKING)), []
+    for first in range(0, length, part):
+        stop = min(first + part, length)
+        count = -(-(stop - first) // ASKING)
+        asking = first + jnp.arange(count * ASKING).reshape(count, ASKING)
+        spare = ((0, 0), (0, asking.size - (stop - first)), (0, 0), (0, 0))
+        cut = jnp.pad(q[:, first:stop], spare).reshape(rows, count, ASKING, *q.shape[2:])
+
+        def some(chunk, stop=stop):
+            asking, q = chunk
+            mask = (jnp.arange(stop) <= asking[:, None]) & (asking[:, None] < until[:, None, :stop])
+            place = jnp.take(positions, asking, 1, mode="clip")
+            mask = within_window(llm, mask, positions[:, :stop], number, place)
+            return attend(q, k[:, :stop], v[:, :stop], mask)
+
+        done = jax.lax.map(jax.checkpoint(some), (asking, cut.swapaxes(0, 1)))
+        out.append(done.swapaxes(0, 1).reshape(rows, -1, *q.shape[2:])[:, : stop - first])
+    return jnp.concatenate(out, 1)

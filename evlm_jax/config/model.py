@@ -148,6 +148,8 @@ class RopeScaling:
     attention: PositiveFloat = 1.0  # on cos and sin
     truncate: bool = True  # yarn: what stays begins and ends at whole numbers of frequencies
     layers: Literal["all", "full"] = "all"  # "full": those without a window alone
+    # queries at position p are multiplied by 1 + query * log(1 + p // original): Ministral 3
+    query: NonNegative = 0.0
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,8 @@ def language(cfg: "EVLMConfig") -> list[Relation]:
 def layers(llm: LLMConfig) -> list[Relation]:
     """Relations of what may differ from layer to layer, of rotary positions and of words."""
     scaling, most = llm.rope_scaling, f"llm.layers = {llm.layers}"
-    turned = scaling is None or scaling.kind == "linear" or scaling.original > 0
+    plainly = scaling is None or (scaling.kind == "linear" and not scaling.query)
+    turned = plainly or scaling.original > 0
     plain = not llm.rope and scaling is None and llm.rotary_share == 1
     return [
         (1 <= len(llm.window) <= llm.layers, "llm.window", f"needs 1 to {most} values"),

@@ -37,6 +37,16 @@ FIELDS = (
     "partial_rotary_factor",
 )  # of config.json; and rope_local_base_freq where there are two bases
 
+MINISTRAL3 = {  # where config.json has none
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -46,6 +56,9 @@ class Rotary:
     near: float | None = None  # that of layers with a window, where they have their own
     share: bool = False  # partial_rotary_factor is read
     scaled: bool = True  # its class knows scaled positions
+    # of a class whose queries grow by position, and which needs to know how: its rope_parameters
+    # where config.json has none
+    queries: dict[str, Any] | None = None
 
 
 class Refused(ValueError):
@@ -72,6 +85,7 @@ def rotary(path: Path, config: dict, kind: Rotary) -> dict[str, Any]:
 def _rotary(config: dict, kind: Rotary) -> dict[str, Any]:
     top = {name: config[name] for name in ("rope_theta", "partial_rotary_factor") if name in config}
     old, new = (config.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
+    new = new or (kind.queries if kind.queries and not old else {})
     if wrong := [part for part in (old, new) if not isinstance(part, dict)]:
         raise Refused(f"a rope_scaling or rope_parameters that is no object: {wrong}")
     if kind.near is None:
@@ -118,11 +132,23 @@ def _one(config: dict, parts: list[dict], kind: Rotary) -> tuple[float, float, d
         raise Refused(f"partial_rotary_factor {share!r}")
     if name not in KEYS or (name != "default" and not kind.scaled):
         raise Refused(f"rope_type {name!r}")
+    query = _query(name, said) if kind.queries else {}
     if wrong := [f"{key} {value!r}" for key, value in said.items() if key not in KEYS[name]]:
         raise Refused(", ".join(wrong))
     if name == "default":
         return float(theta), float(share), None
-    return float(theta), float(share), {"kind": name} | _scaling(name, said, config)
+    return float(theta), float(share), {"kind": name} | _scaling(name, said, config) | query
+
+
+def _query(name: str, said: dict) -> dict[str, float]:
+    """By what queries grow with their positions. Takes it from what is `said`; published, and read,
+    is it beside yarn alone.
+    """
+    said.pop("max_position_embeddings", None)  # which nothing reads there
+    if name != "yarn":
+        raise Refused(f"rope_type {name!r} beside llama_4_scaling_beta")
+    _number("llama_4_scaling_beta", query := said.pop("llama_4_scaling_beta", None))
+    return {"query": float(query)}
 
 
 def _scaling(name: str, said: dict, config: dict) -> dict[str, Any]:

@@ -8,7 +8,7 @@ configs leave out what equals them."""
 from dataclasses import dataclass, field
 from typing import Any
 
-from evlm_jax.convert.config_rope import Rotary
+from evlm_jax.convert.config_rope import MINISTRAL3, Rotary
 
 NEEDED = object()  # in place of a default: the field must be there
 
@@ -83,6 +83,7 @@ SIZES = {
 LAYERS = {"sliding_window": 4096, "layer_types": None}
 SOME_SLIDE = LAYERS | {"use_sliding_window": False, "max_window_layers": 28}
 QWEN2 = SIZES | {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32}
+MISTRAL = SIZES | {"intermediate_size": 14336, "num_key_value_heads": 8}
 GEMMA = SIZES | {
     "vocab_size": 256000,
     "hidden_size": 3072,
@@ -216,17 +217,21 @@ ONE_BIAS = {"qkv_bias": (True, {True})}
 
 KINDS = {
     "llama": Kind("llama", "llm", SIZES, NO_BIASES, Rotary(), note="no biases"),
-    "mistral": Kind(
+    "mistral": Kind("llama", "llm", MISTRAL | {"sliding_window": 4096}, rotary=Rotary()),
+    "ministral": Kind("llama", "llm", MISTRAL | LAYERS, rotary=Rotary()),
+    "ministral3": Kind(
         "llama",
         "llm",
-        SIZES | {"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096},
-        rotary=Rotary(),
-    ),
-    "ministral": Kind(
-        "llama",
-        "llm",
-        SIZES | LAYERS | {"intermediate_size": 14336, "num_key_value_heads": 8},
-        rotary=Rotary(),
+        MISTRAL
+        | {
+            "vocab_size": 131072,
+            "num_hidden_layers": 34,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+        },
+        rotary=Rotary(queries=MINISTRAL3),
+        note="positions by yarn",
     ),
     "qwen2": Kind("llama", "llm", QWEN2 | SOME_SLIDE, {}, Rotary(), {"qkv_bias": True}),
     "qwen3": Kind(

@@ -17,6 +17,7 @@ CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "ministral": "MinistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
@@ -114,6 +115,7 @@ def rope_fields(llm: LLMConfig, by_kind: bool = False) -> dict[str, Any]:
         if scaling.kind == "yarn":
             names |= {"slow": "beta_slow", "fast": "beta_fast", "attention": "attention_factor"}
             names |= {} if scaling.truncate else {"truncate": "truncate"}
+            names |= {"query": "llama_4_scaling_beta"} if scaling.query else {}
         far |= {"rope_type": scaling.kind}
         far |= {theirs: getattr(scaling, ours) for ours, theirs in names.items()}
     known = (

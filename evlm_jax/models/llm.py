@@ -22,7 +22,7 @@ from evlm_jax.models.layers import (
     param,
     stack,
 )
-from evlm_jax.models.rotary import Rope, rotate
+from evlm_jax.models.rotary import Rope, rotate, rotate_queries
 from evlm_jax.ops.quantised import Quantised
 from evlm_jax.parallel.sharding import lookup, shard
 
@@ -67,7 +67,7 @@ class SelfAttention(nnx.Module):
         q, k, v = (heads(a, self.head_dim) for a in (q, k, v))
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        out, kept = attend(rotate(q, rope), rotate(k, rope), v)
+        out, kept = attend(rotate_queries(q, rope), rotate(k, rope), v)
         return self.o(out.reshape(*x.shape[:-1], -1)), kept
 
 

@@ -7,6 +7,7 @@ transformers' modeling_rope_utils.py."""
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,18 @@ import jax.numpy as jnp
 from evlm_jax.config import EVLMConfig, LLMConfig
 from evlm_jax.config.model import RopeScaling
 
-Rope = tuple[jax.Array, jax.Array]  # cos and sin
+
+class Rope(NamedTuple):
+    """What turns tokens by their positions."""
+
+    cos: jax.Array
+    sin: jax.Array
+    queries: jax.Array | None = None  # [B, T, 1, 1], by which queries grow with their positions
 
 
 def rope_tables(cfg: LLMConfig, positions: jax.Array, theta: jax.Array | None = None) -> Rope:
     """cos and sin, float32 [R, B, T, 1, r/2], of integer positions [B, T], for each of the R ropes
-    that layers of `cfg` have; r of a head's dimensions turn.
+    that layers of `cfg` have; r of a head's dimensions turn. Queries grow alike in all of them.
 
     `theta`: [B, 1, 1, 1], a base for each row in place of rope_theta.
     """
@@ -32,16 +39,18 @@ def rope_tables(cfg: LLMConfig, positions: jax.Array, theta: jax.Array | None = 
         angle = positions[..., None, None].astype(jnp.float32) * inverse
         factor = cfg.rope_scaling.attention if scaled else 1.0
         tables.append([f(angle) if factor == 1 else f(angle) * factor for f in (jnp.cos, jnp.sin)])
-    cos, sin = (jnp.stack(one) for one in zip(*tables, strict=True))
-    return cos, sin
+    scaling, queries = cfg.rope_scaling, None
+    if scaling is not None and scaling.query:
+        contexts = (positions // scaling.original).astype(jnp.float32)[..., None, None]
+        queries = 1 + scaling.query * jnp.log1p(contexts)
+    return Rope(*(jnp.stack(one) for one in zip(*tables, strict=True)), queries)
 
 
 def layer_rope(cfg: LLMConfig, tables: Rope, number: jax.Array | int) -> Rope:
     """The tables of one layer, [B, T, 1, r/2], out of `rope_tables`."""
     kinds = list(dict.fromkeys(cfg.layer_ropes))
     which = jnp.array([*map(kinds.index, cfg.layer_ropes)])[number] if len(kinds) > 1 else 0
-    cos, sin = (table[which] for table in tables)
-    return cos, sin
+    return tables._replace(cos=tables.cos[which], sin=tables.sin[which])
 
 
 def frequencies(cfg: LLMConfig, base: float | jax.Array, scaled: bool) -> jax.Array:
@@ -129,15 +138,21 @@ def key_turns(
     tables, layers = rope_tables(cfg.llm, at, theta), jnp.array(cfg.cross_layers)
 
     def turn(keys: jax.Array, number: jax.Array | int) -> jax.Array:
-        cos, sin = layer_rope(cfg.llm, tables, layers[number])
-        return rotate(keys, (cos[..., None, :], sin[..., None, :]))
+        cos, sin, _ = layer_rope(cfg.llm, tables, layers[number])
+        return rotate(keys, Rope(cos[..., None, :], sin[..., None, :]))
 
     return turn
 
 
 def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     """Half-split (NeoX) rotation of the first r dimensions of x [B, T, N, H], in float32."""
-    cos, sin = rope
+    cos, sin, _ = rope
     half = cos.shape[-1]
     a, b, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)
+
+
+def rotate_queries(q: jax.Array, rope: Rope) -> jax.Array:
+    """`rotate` of queries, which may grow as well."""
+    q = rotate(q, rope)
+    return q if rope.queries is None else (q * rope.queries).astype(q.dtype)

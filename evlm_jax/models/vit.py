@@ -35,7 +35,7 @@ def patch_rope(cfg: ViTConfig) -> Rope:
     angle = 2 * math.pi * places / cfg.rotary ** np.arange(0, 1, 4 / width)
     angle = np.pad(angle.reshape(len(places), -1), ((cfg.prefix_tokens, 0), (0, 0)))
     angle = jnp.asarray(angle, jnp.float32)[None, :, None]
-    return jnp.cos(angle), jnp.sin(angle)
+    return Rope(jnp.cos(angle), jnp.sin(angle))
 
 
 def make_norm(cfg: ViTConfig, rngs: nnx.Rngs) -> LayerNorm | RMSNorm:

@@ -81,6 +81,15 @@ CASES = {  # "model type, what is unusual": fields of its config
         "sliding_window": 9,
         "layer_types": [FULL, SLIDING, SLIDING],
     },
+    "ministral3": {
+        "head_dim": 10,
+        "num_key_value_heads": 1,
+        "rope_parameters": YARN | {"llama_4_scaling_beta": 0.3},
+    },
+    "ministral3, windows": {
+        "sliding_window": 9,
+        "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1, "mscale": 0.7, "mscale_all_dim": 1},
+    },
     "qwen2, upper layers slide": {
         "use_sliding_window": True,
         "sliding_window": 7,
@@ -162,6 +171,7 @@ OFTEN = (
     "llama, dynamic",
     "mistral",
     "gemma3_text",
+    "ministral3",
 )  # what others compute as well; they are slow
 
 

@@ -80,7 +80,7 @@ TOWERS = {
             "norms": "both+1",
             "window": (7, 7, 0),
             "rope": (1e4, 1e4, 0.0, 1e3),
-            "rope_scaling": {"kind": "yarn", "factor": 4.0, "original": 16},
+            "rope_scaling": {"kind": "yarn", "factor": 4.0, "original": 8, "query": 0.4},
             "rotary_share": 0.5,
             "scales": {
                 "embedding": 3.0,

@@ -48,6 +48,35 @@ NOT_LLAMA = {  # of config.json: what the error names
         {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
         "full_attention",
     ),
+    "how queries grow": (
+        {
+            "model_type": "ministral3",
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+        "llama_4_scaling_beta None",
+    ),
+    "queries that grow": (
+        {
+            "model_type": "ministral3",
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "llama_4_scaling_beta": 0.1},
+        },
+        "rope_type 'linear' beside llama_4_scaling_beta",
+    ),
+    "queries of a Llama that grow": (
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+        "llama_4_scaling_beta 0.1",
+    ),
     "no object": ({"rope_scaling": "yarn"}, "is no object"),
     "partial rotary positions": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     "bias of the MLP": ({"mlp_bias": True}, "mlp_bias True"),

@@ -165,15 +165,18 @@ class EVLMParts:
 
     def _rope(self, attention_mask, length, theta):
         """For each layer cos and sin [B, 1, T, r/2] of the last `length` tokens, and the factors
-        [B, 1, T, 1] of their queries by logn attention, or None.
+        [B, 1, T, 1] of their queries by their positions, or None.
         """
         cfg, tables = Config(self.config.llm), {}
         position = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, None, -length:, None].float()
-        logn = None
+        grown, scaling = None, cfg.rope_scaling
         if cfg.logn and not self.training:
-            logn = ((position + 1).log() / math.log(cfg.logn)).clamp(min=1)
+            grown = ((position + 1).log() / math.log(cfg.logn)).clamp(min=1)
+        if scaling and scaling.get("query"):
+            more = 1 + scaling["query"] * (position // scaling["original"]).log1p()
+            grown = more if grown is None else grown * more
         for layer in range(cfg.layers):
-            base, scaling = cfg.rope[layer % len(cfg.rope)] if cfg.rope else None, cfg.rope_scaling
+            base = cfg.rope[layer % len(cfg.rope)] if cfg.rope else None
             scaled = scaling and (scaling["layers"] == "all" or not self._window(layer))
             if (base, scaled) not in tables:
                 own = theta if base is None else base
@@ -182,7 +185,7 @@ class EVLMParts:
                 inverse, factor = frequencies(cfg, own, scaled, position.device)
                 angle = position * inverse
                 tables[base, scaled] = angle.cos() * factor, angle.sin() * factor
-            yield *tables[base, scaled], logn
+            yield *tables[base, scaled], grown
 
     def _window(self, layer):
         """Last tokens that a layer sees; 0: all."""

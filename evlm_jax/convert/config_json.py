@@ -122,7 +122,8 @@ def settled(
             f"{path}: {where} asks for {', '.join(sorted(wrong))}, which is not understood or not"
             f" EVLM's; {mend}"
         )
-    values = {name: _side(config.get(name, default)) for name, default in read.items()}
+    said = {name: config.get(name, default) for name, default in read.items()}
+    values = {name: value if name in LISTS else _side(value) for name, value in said.items()}
     if odd := [
         f"{name} {values[name]!r}"
         for name, default in read.items()

@@ -168,6 +168,13 @@ def test_defaults_are_those_of_the_family(tmp_path):
         assert (config_json.fields_of(tmp_path, config)["num_key_value_heads"] or 4) == heads
 
 
+def test_layers_are_a_list_where_there_are_two(tmp_path):
+    """Two equal sides of an image are one number; two equal layers are not."""
+    for turns in ([1, 1], [0, 0]):
+        config = {"model_type": "smollm3", "num_hidden_layers": 2, "no_rope_layers": turns}
+        assert config_json.fields_of(tmp_path, config)["no_rope_layers"] == turns
+
+
 def test_heads_that_were_cut_off_are_refused(tmp_path):
     with pytest.raises(ValueError, match="pruned_heads"):
         config_json.fields_of(

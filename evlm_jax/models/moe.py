@@ -22,9 +22,10 @@ from evlm_jax.config import MoEConfig
 from evlm_jax.models.layers import ACTIVATIONS, MLP, param
 from evlm_jax.ops import expert_all_to_all
 from evlm_jax.ops.decode_matmul import Packed, pack
+from evlm_jax.ops.expert_all_to_all import Exchange, Routes, over_rounds
 from evlm_jax.ops.grouped_attention import permute
 from evlm_jax.ops.grouped_matmul import (
-    Groups,
+    blocks_matmul,
     combine,
     combine_matmul,
     dispatch,
@@ -134,33 +135,43 @@ def _experts(
     groups = group(chosen.T.reshape(-1), cfg.experts, 1 if axis else block, limit)
     gate, parts = permute(gates.T.reshape(-1), groups.choice, groups.row)[:, None], mesh_axes("mlp")
     if axis:
-        way, rows = {"axis": axis[0], "ragged": platform() != "cpu"}, dispatch(x, groups, len(x))
-        there, expert = expert_all_to_all.route(groups.first, axis[0], len(rows))
-        rows, gate = (expert_all_to_all.dispatch(a, there, **way) for a in (rows, gate))
-        own = group(expert, len(fc1), block)
-        out = _ffn(rows, dispatch(gate, own, len(rows)), fc1, fc2, own, block)
-        out = expert_all_to_all.combine(out, there, **way)
+        rows = dispatch(x, groups, len(x))
+        others = tuple(name for name in mesh_axes("rows") if name not in axis)
+        exchange = Exchange(*axis, others, platform() != "cpu", block, len(rows))
+        routes = expert_all_to_all.routes(groups.first, exchange)
+        one = functools.partial(_round, exchange)
+        out = over_rounds(one, routes, exchange, rows, gate, fc1, fc2)
         out = combine(out, groups, len(x))
     else:
-        out = _ffn(x, gate, fc1, fc2, groups, block)
+        hidden = checkpoint_name(dispatch_matmul(x, fc1, groups, block), "linear")
+        out = combine_matmul(_gated(hidden, gate), fc2, groups, len(x), block)
     return jax.lax.psum(out, parts) if parts else out, (
         tokens * k - (groups.row < len(groups.choice)).sum()
     )[None]
 
 
+def _round(
+    exchange: Exchange,
+    routes: Routes,
+    number: jax.Array,
+    rows: jax.Array,
+    gate: jax.Array,
+    fc1: jax.Array,
+    fc2: jax.Array,
+) -> jax.Array:
+    """Rows [R, D] of one device, gate [R, 1] -> [R, D]: fc2(gate * gelu(fc1(row))) of those that
+    travel in this round, 0 of others.
+    """
+    rows, gate = (expert_all_to_all.dispatch(a, routes, number, exchange) for a in (rows, gate))
+    first = expert_all_to_all.own_blocks(routes, number, exchange)
+    hidden = checkpoint_name(blocks_matmul(rows, fc1, first, exchange.block), "linear")
+    out = blocks_matmul(_gated(hidden, gate), fc2, first, exchange.block)
+    return expert_all_to_all.combine(out, routes, number, exchange)
+
+
 def block_rows(choices: int, cfg: MoEConfig) -> int:
     """Rows of a block: no more than an expert's share of the choices."""
     return max(1, min(cfg.expert_block, choices // cfg.experts))
-
-
-def _ffn(
-    x: jax.Array, gate: jax.Array, fc1: jax.Array, fc2: jax.Array, groups: Groups, block: int
-) -> jax.Array:
-    """x [N, D], gate [R, 1] -> [N, D]: for each token, the sum over its rows of fc2(gate *
-    gelu(fc1(x))).
-    """
-    hidden = checkpoint_name(dispatch_matmul(x, fc1, groups, block), "linear")
-    return combine_matmul(_gated(hidden, gate), fc2, groups, len(x), block)
 
 
 def _gated(hidden: jax.Array, gate: jax.Array) -> jax.Array:

@@ -127,6 +127,58 @@ def combine_matmul(
     return _combine(y, kernels, groups, tokens, block, operand_dtype(y))
 
 
+def blocks_matmul(x: jax.Array, kernels: jax.Array, first: jax.Array, block: int) -> jax.Array:
+    """Rows that are in their blocks already times the kernels of their experts: x [R, D], kernels
+    [E, D, F], first [E + 1] as in Groups -> [R, F] in the dtype of x.
+
+    Rows behind the last block are undefined; all else as in `dispatch_matmul`.
+    """
+    return _blocks(x, kernels, first, block, operand_dtype(x))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _blocks(
+    x: jax.Array, kernels: jax.Array, first: jax.Array, block: int, dtype: jnp.dtype
+) -> jax.Array:
+    if ragged := _tokamax(platform()):
+        sizes = jnp.diff(first) * block
+        return ragged(x.astype(dtype), kernels.astype(dtype), sizes).astype(x.dtype)
+
+    def apply(rows, kernel):
+        return product("nd,df->nf", rows, kernel, dtype).astype(x.dtype)
+
+    return map_blocks(apply, x, kernels, first, block)
+
+
+def _blocks_backward(
+    block: int, dtype: jnp.dtype, saved: tuple, g: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    x, kernels, first = saved
+    if ragged := _tokamax(platform()):
+        sizes, g = jnp.diff(first) * block, g.astype(dtype)
+        of_x = ragged(g, kernels.swapaxes(1, 2).astype(dtype), sizes)
+        of_kernels = ragged(x.astype(dtype), g, sizes)
+        return of_x.astype(x.dtype), of_kernels.astype(kernels.dtype), None
+
+    def step(at, rows, expert, carry):
+        (ours, mine), (number, kernel), (of_x, of_kernels) = _rows(at, rows, x, g), expert, carry
+        back = product("nf,df->nd", mine, kernel, dtype).astype(x.dtype)
+        of_x = jax.lax.dynamic_update_slice_in_dim(of_x, back, at, 0)
+        return of_x, of_kernels.at[number].add(product("nf,nd->fd", mine, ours, dtype))
+
+    zeros = jnp.zeros_like(x), jnp.zeros(kernels.swapaxes(1, 2).shape, jnp.float32)
+    of_x, of_kernels = _over_blocks(
+        step, zeros, (jnp.arange(len(kernels)), kernels), first, block, len(x)
+    )
+    return of_x, of_kernels.swapaxes(1, 2).astype(kernels.dtype), None
+
+
+_blocks.defvjp(
+    lambda x, kernels, first, *static: (_blocks(x, kernels, first, *static), (x, kernels, first)),
+    _blocks_backward,
+)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _dispatch(
     x: jax.Array, kernels: jax.Array, groups: Groups, block: int, dtype: jnp.dtype

@@ -211,12 +211,14 @@ def _trips(
     cfg: EVLMConfig, layout: Layout, program: programs.Program, op_name: str, trips: list[float]
 ) -> list[float] | None:
     """Trip counts of the loops over an expert's blocks: those of a balanced load, in the largest
-    strides first.
+    strides first. Such a load has no second round of rows that change devices.
 
     There is a loop for each stride, with one product forward and two backward; where a device has
     one expert, those of several matrices are in one. Of decoding on CPUs some have no products, but
     sums of scaled rows: how often those run is not known.
     """
+    if "/overflow/" in op_name:
+        return [0.0] * len(trips)
     if "experts" not in _SCOPES.findall(op_name) or not all(trips):
         return None
     mesh, hidden = layout.mesh.shape, cfg.xattn.ffn // cfg.moe.slices

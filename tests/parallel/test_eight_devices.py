@@ -23,7 +23,8 @@ def devices(count: int) -> dict[str, str]:
         pytest.param(part, which, marks=mark)
         for which, mark in (("not slow", pytest.mark.ci), ("slow", pytest.mark.slow))
         for part in ("devices", "runs", "answers")
-    ],
+    ]
+    + [pytest.param("experts", "not slow", marks=pytest.mark.ci)],
 )
 def test_on_eight_devices(part, which, capsys):
     command = [

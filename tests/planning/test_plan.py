@@ -202,6 +202,23 @@ def test_the_sweep_offers_possible_meshes_only():
     assert found == {(-1, 1), (-1, 2)}  # 2 key heads
 
 
+def test_the_sweep_ranks_by_cycles_where_there_are_some(monkeypatch, capsys):
+    """By the roofline all of them are equal; what does not fit comes last."""
+    seconds = {"none": None, "dots": 3.0, "full": 2.0}
+
+    def planned(cfg, *_, **__):
+        remat = cfg.train.remat
+        report = {"mesh": {}, "policies": {"remat": remat}, "memory": {"peak": 0}}
+        time = {"seconds": 1.0, "binds": "hbm", "cycles": {"seconds": seconds[remat]}}
+        return report | {"fits": remat != "none", "time": time}
+
+    monkeypatch.setattr(search, "plan", planned)
+    monkeypatch.setattr(search, "meshes", lambda *_: [config()])
+    reports = search.sweep(config(), "v5e:2x2", "train", 0)
+    assert [report["policies"]["remat"] for report in reports] == ["full", "dots", "none"]
+    assert "2.000 s by cycles" in capsys.readouterr().out
+
+
 @pytest.mark.pinned
 def test_the_command_on_cpu_devices(tmp_path):
     experiment = tmp_path / "tiny.py"

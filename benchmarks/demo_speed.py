@@ -7,6 +7,7 @@ Other programs share the machine: read the ratios."""
 import importlib.util
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -19,7 +20,9 @@ from benchmarks import parser
 from benchmarks.peers import Run, llama_cpp_run, transformers_run
 from evlm_jax import assets
 from evlm_jax.batch import Batch
-from evlm_jax.config import EVLMConfig, from_config_dict
+from evlm_jax.checkpoint.lazy_tensors import opened, read_all
+from evlm_jax.config import EVLMConfig, QuantConfig, from_config_dict
+from evlm_jax.config.model import TOWER_MATRICES
 from evlm_jax.convert.engine import load_towers, parameter_shapes
 from evlm_jax.data.pack import assemble
 from evlm_jax.data.samples import ImageRef, Sample, question
@@ -27,10 +30,11 @@ from evlm_jax.data.text import encode
 from evlm_jax.data.tokenizer import load_tokenizer
 from evlm_jax.models import decoding
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.models.param_names import unflatten
+from evlm_jax.models.quant import quantised
 from evlm_jax.ops.grouped_attention import AttentionPlan
 from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.phase import TrainPhase
+from evlm_jax.runs import model_of
 from experiments import demo
 
 
@@ -45,16 +49,17 @@ class Size(NamedTuple):
     peers: bool = True
 
 
+TILE = 32  # values of a scale, as in llama.cpp's formats
 SMOKE = Size(((1, 16),), 4, ("float32",), 1, 1, False)
 
 
 def load(cfg: EVLMConfig) -> EVLM:
     """The towers with closed gates."""
-    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))
+    whole = cfg.merged
     arrays = {
-        name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(cfg).items()
-    } | load_towers(cfg)
-    return nnx.merge(graphdef, jax.tree.map(jnp.asarray, unflatten(cfg, arrays, shapes)))
+        name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(whole).items()
+    } | load_towers(whole)
+    return model_of(cfg, read_all(quantised(cfg, parameter_shapes(cfg), opened(arrays))))[0]
 
 
 def our_run(model: EVLM, dtype: str, images: int) -> Run:
@@ -121,7 +126,8 @@ def generation(cfg: EVLMConfig, size: Size) -> None:
     alone.xattn.update(
         every=cfg.llm.layers, ffn=16
     )  # one closed block is left: within 1% of the language model alone
-    llm = load(from_config_dict(alone))
+    alone = from_config_dict(alone)
+    llm = load(alone)
     engines = {"ours float32": lambda: our_run(llm, "float32", 0)}
     if size.peers:
         whole = load(cfg)
@@ -129,6 +135,12 @@ def generation(cfg: EVLMConfig, size: Size) -> None:
             "ours bfloat16": lambda: our_run(llm, "bfloat16", 0),
             "ours float32, with cross-attention": lambda: our_run(whole, "float32", 1),
             "ours bfloat16, with cross-attention": lambda: our_run(whole, "bfloat16", 1),
+        }
+    if size.peers and importlib.util.find_spec("qwix"):
+        engines |= {
+            f"ours {kind}, products in {dtype}": partial(quantised_run, alone, kind, dtype)
+            for kind in ("int8", "int4")
+            for dtype in ("float32", "bfloat16")
         }
     if size.peers and importlib.util.find_spec("transformers"):
         engines |= {
@@ -138,7 +150,7 @@ def generation(cfg: EVLMConfig, size: Size) -> None:
     if size.peers and importlib.util.find_spec("llama_cpp"):
         engines |= {
             f"llama.cpp {kind}": partial(llama_cpp_run, gguf, kind)
-            for kind in ("f32", "f16", "as stored")
+            for kind in ("f32", "f16", "q8_0", "q4_1", "as stored")
         }
     tokens = np.random.default_rng(0).integers(1000, 40000, (8, 512)).astype(np.int32)
     columns = [
@@ -159,6 +171,12 @@ def generation(cfg: EVLMConfig, size: Size) -> None:
             + "".join(f"{speed:9.0f} ({speed / base:4.2f}x)" for speed, base in zip(speeds, first)),
             flush=True,
         )
+
+
+def quantised_run(cfg: EVLMConfig, kind: str, dtype: str) -> Run:
+    """As `our_run`, of a language model that is held in `kind`."""
+    quant = QuantConfig(TOWER_MATRICES, kind, TILE)
+    return our_run(load(replace(cfg, quant=quant)), dtype, 0)
 
 
 def _speed(run: Run, tokens: np.ndarray, size: Size) -> tuple[float, float]:

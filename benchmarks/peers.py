@@ -43,7 +43,7 @@ def transformers_run(gguf: Path, dtype: str) -> Run:
 def llama_cpp_run(gguf: Path, kind: str) -> Run:
     """llama.cpp through its C functions, all rows in one batch.
 
-    `kind`: "f32" | "f16", requantised first, or "as stored".
+    `kind`: "f32", "f16", "q8_0" or "q4_1", made of the file first, or "as stored".
     """
     import llama_cpp as lib
 
@@ -53,7 +53,7 @@ def llama_cpp_run(gguf: Path, kind: str) -> Run:
     if kind != "as stored":
         params = lib.llama_model_quantize_default_params()
         params.ftype, params.allow_requantize, params.nthread = (
-            {"f32": 0, "f16": 1}[kind],
+            {"f32": 0, "f16": 1, "q4_1": 3, "q8_0": 7}[kind],
             True,
             threads,
         )

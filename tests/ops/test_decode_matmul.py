@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from evlm_jax.ops import decode_matmul
+from evlm_jax.ops.quantised import Quantised, dequantise, quantise
 
 
 @pytest.mark.parametrize("rows", [1, 2, 40])
@@ -27,3 +29,26 @@ def test_packed_products(rows, dtype):
     )  # several pieces, the last one padded
     found = decode_matmul.logits(head, x, 8400)
     assert jnp.abs(found - jnp.tile(wanted, (1, 210))).max() <= 1e-5 * jnp.abs(wanted).max()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
+def test_quantised_products(rows, kind):
+    """Every form of the product is the plain one with the matrix that the bytes stand for; a head
+    comes by its rows of words.
+    """
+    pytest.importorskip("qwix")
+    stack = np.random.default_rng(0).standard_normal((3, 96, 40), np.float32)
+    bits, scales = zip(*(quantise(matrix, kind, 32, -2) for matrix in stack))
+    kernel = Quantised(jnp.stack(bits), jnp.stack(scales), kind, -2)
+    x = jax.random.normal(jax.random.key(1), (rows, 96))
+    wanted = x @ dequantise(bits[1], scales[1], kind, -2)
+    found = decode_matmul.Packed(kernel, None, 1)(x)
+    assert jnp.abs(found - wanted).max() <= 1e-6 * jnp.abs(wanted).max()
+    table = Quantised(
+        *map(jnp.asarray, quantise(np.tile(stack[1].T, (210, 1)), kind, 32, -1)), kind, -1
+    )
+    head = decode_matmul.pack_head(table.T, "float32")
+    assert head.pieces > 1
+    found = decode_matmul.logits(head, x, 8400)
+    assert jnp.abs(found - jnp.tile(wanted, (1, 210))).max() <= 1e-6 * jnp.abs(wanted).max()

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks import parser
+from benchmarks import parser, step_profile
 from benchmarks.peers import Run, llama_cpp_run, transformers_run
 from evlm_jax import assets
 from evlm_jax.batch import Batch
@@ -218,7 +218,7 @@ def demo_batch(cfg: EVLMConfig) -> Batch:
 
 def training(size: Size) -> None:
     """Prints tokens (positions that are not padding) per second of one optimizer step, with
-    products of each precision.
+    products of each precision, and where the time goes.
     """
     first = None
     for precision in size.precisions:
@@ -233,12 +233,12 @@ def training(size: Size) -> None:
                 f"train step of {len(batch.tokens)} x {cfg.data.length} positions: {used} used,"
                 f" {int((batch.targets >= 0).sum())} targets"
             )
-        steps = {"ours": our_step}
+        steps = {"ours": (our_step, step_profile.of_jax)}
         if size.peers and importlib.util.find_spec("torch"):
             from benchmarks.torch_step import make_step
 
-            steps |= {"PyTorch": make_step}
-        for name, made in steps.items():
+            steps |= {"PyTorch": (make_step, step_profile.of_torch)}
+        for name, (made, profiled) in steps.items():
             step = made(cfg, batch)
             speed = used / _fastest(step, size.repeats)
             first = first or speed
@@ -246,6 +246,7 @@ def training(size: Size) -> None:
                 f"{name + ', products in ' + precision:<37}{speed:9.0f} ({speed / first:4.2f}x)",
                 flush=True,
             )
+            print(f"    seconds of threads: {step_profile.line(profiled(step))}", flush=True)
 
 
 def our_step(cfg: EVLMConfig, batch: Batch) -> Callable[[], None]:

@@ -32,6 +32,7 @@ from evlm_jax.models import quant
 from evlm_jax.models.llm import LLM
 from evlm_jax.models.lora import is_adapter
 from evlm_jax.models.param_names import flatten
+from evlm_jax.ops.platform import compile_for
 from evlm_jax.ops.quantised import NF4, Quantised, dequantise, quantise, shapes
 from evlm_jax.parallel.mesh import make_layout
 from evlm_jax.parallel.status import Stopped
@@ -81,6 +82,9 @@ def test_values_are_those_of_qwix_and_the_nearest_there_are(kind, axis):
         jnp.asarray(matrix), dtype, channelwise_axes=[-1 - axis], tiled_axes={axis % 2: 16}
     )
     assert found.tobytes() == np.asarray(qwix.dequantize(made)).tobytes()
+    with compile_for("tpu"):  # whose program is another one
+        other = Quantised(jnp.asarray(bits), jnp.asarray(scale), kind, axis).astype(jnp.float32)
+    assert found.tobytes() == np.asarray(other).tobytes()
     tiles = np.moveaxis(matrix, axis, -1).reshape(-1, 16)
     numbers, most = table(kind)
     unit = np.abs(tiles).max(-1, keepdims=True) / most

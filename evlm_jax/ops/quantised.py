@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evlm_jax.ops.platform import platform
+
 BLOCK = 2**22  # values that are quantised at a time on the host
 NF4 = (  # quantiles of a normal distribution: appendix E of arXiv 2305.14314
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -124,14 +126,17 @@ def _values(bits: jax.Array, kind: str, axis: int) -> jax.Array:
     if kind == "int8":
         return values_of(bits, kind)[0]
     axis += bits.ndim
-    wide = jnp.repeat(bits, 2, axis).astype(jnp.int32)  # joining halves takes ten times as long
-    odd = jax.lax.broadcasted_iota(jnp.int32, wide.shape, axis) % 2 == 1
-    return _number(jnp.where(odd, wide >> 4, wide & 15), kind)
+    if platform() == "cpu":  # where joined halves take ten times as long; libtpu would store these
+        wide = jnp.repeat(bits, 2, axis).astype(jnp.int32)
+        odd = jax.lax.broadcasted_iota(jnp.int32, wide.shape, axis) % 2 == 1
+        return _number(jnp.where(odd, wide >> 4, wide & 15), kind)
+    halves = jnp.stack([bits & 15, bits >> 4], axis + 1)
+    return _number(halves.reshape(*bits.shape[:axis], -1, *bits.shape[axis + 1 :]), kind)
 
 
 def _number(half: jax.Array, kind: str) -> jax.Array:
     """The number that half a byte, 0 to 15, stands for: float32."""
-    return _nf4(half) if kind == "nf4" else ((half ^ 8) - 8).astype(jnp.float32)
+    return _nf4(half) if kind == "nf4" else ((half.astype(jnp.int32) ^ 8) - 8).astype(jnp.float32)
 
 
 def _nf4(index: jax.Array) -> jax.Array:

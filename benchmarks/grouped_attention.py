@@ -21,11 +21,11 @@ from evlm_jax.ops.grouped_attention import AttentionPlan, grouped_attention
 REPEATS = 3  # of which the fastest counts
 
 
-def ours(block: int, start: np.ndarray, sinks: int):
+def ours(form: str, block: int, start: np.ndarray, sinks: int):
     """The form of ops/, with the plan that the packer would make."""
     made = attention_plan(start, start + 1, block, block_pair_count(start, start + 1, block))
     arrays = AttentionPlan(*(made[name][None] for name in AttentionPlan._fields))
-    return lambda q, k, v: grouped_attention(q, k, v, arrays, sinks)
+    return lambda q, k, v: grouped_attention(q, k, v, arrays, sinks, form=form)
 
 
 def dense(start: np.ndarray, sinks: int):
@@ -126,7 +126,8 @@ def main() -> None:
     if importlib.util.find_spec("torch") and not args.smoke:
         forms |= {"torch, loop over images": (measure_torch, torch_loop(start, sinks))}
     forms |= {
-        f"grouped, query block {block}": (measure_jax, ours(block, start, sinks))
+        f"{form}, query block {block}": (measure_jax, ours(form, block, start, sinks))
+        for form in ("loop", "xla")
         for block in (16, 32, 64)
     }
     forms |= {"dense with mask": (measure_jax, dense(start, sinks))}

@@ -27,6 +27,7 @@ from evlm_jax.models.trunk import Passed, run_layers
 from evlm_jax.models.vit import ViT
 from evlm_jax.ops.grouped_attention import AttentionPlan, attention_form, grouped_attention
 from evlm_jax.ops.matmul import product
+from evlm_jax.ops.platform import platform
 from evlm_jax.parallel.sharding import shard, shard_map_local
 
 IMAGE_KEYS = ("rows", None, None, "kv_heads")
@@ -37,6 +38,7 @@ def cross_attention_op(cfg: EVLMConfig) -> Callable:
     [C, I, S', K, H], plan, `tokens_there`.
     """
     form = attention_form(cfg.train.attention)
+    form = "loop" if (form, platform()) == ("xla", "cpu") else form
 
     def attend(q, k, v, plan, *there):
         return grouped_attention(q, k, v, plan, cfg.xattn.sinks, *there, form=form)

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from evlm_jax.ops import attention_loop
+from evlm_jax.ops.attention_loop import NEGATIVE, Pairs
 from evlm_jax.ops.matmul import product
 from evlm_jax.ops.platform import platform
-
-NEGATIVE = -1e30  # finite: its gradients are numbers
 
 
 class AttentionPlan(NamedTuple):
@@ -61,7 +61,8 @@ def grouped_attention(
     """q [B, T, N, H], k and v [C, I, S, K, H] -> [B, T, N, H]; softmax and merge in float32.
 
     B / C neighbouring rows are an image group. `there`: bool [C, I, S], which keys an image has,
-    one at least; None: all. `form` "pallas" is a kernel for TPUs, which has no `there`.
+    one at least; None: all. `form` "pallas" is a kernel for TPUs, which has no `there`, "loop" is
+    for CPUs.
     """
     plan = AttentionPlan(*map(jnp.asarray, plan))
     groups, tokens = q.reshape(len(k), -1, *q.shape[2:]), plan.block_tokens.reshape(len(k), -1)
@@ -69,11 +70,25 @@ def grouped_attention(
     blocks = blocks.reshape(*plan.block_tokens.shape, *q.shape[2:])
     if form == "pallas":
         attend = partial(_by_kernels, sinks=sinks)
+    elif form == "loop":
+        attend = partial(_by_loop, there, sinks=sinks)
     else:
         attend = partial(jax.vmap(partial(_group_attention, sinks=sinks)), there)
     out = attend(blocks, k, v, plan.pair_block, plan.pair_image)
     out = jax.vmap(permute)(out.reshape(*tokens.shape, *q.shape[2:]), plan.token_place, tokens)
     return out.reshape(q.shape)
+
+
+def _flat(
+    q: jax.Array, k: jax.Array, pair_block: jax.Array, pair_image: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Pairs of all groups [C * P] in one list: their blocks, their images, and whether they are no
+    padding.
+    """
+    real = pair_block < q.shape[1]
+    group = jnp.arange(len(q))[:, None]
+    blocks = jnp.where(real, pair_block, 0) + group * q.shape[1]
+    return blocks.reshape(-1), (pair_image + group * k.shape[1]).reshape(-1), real.reshape(-1)
 
 
 def _by_kernels(
@@ -89,13 +104,26 @@ def _by_kernels(
     """
     from evlm_jax.ops.attention_kernels import Form, attend, walks  # Pallas is slow to import
 
-    group = jnp.arange(len(q))[:, None]
-    pairs = pair_block + group * q.shape[1], pair_image + group * k.shape[1]
-    real = (pair_block < q.shape[1]).reshape(-1)
-    by = walks(*(pair.reshape(-1) for pair in pairs), real, len(k) * k.shape[1])
+    by = walks(*_flat(q, k, pair_block, pair_image), len(k) * k.shape[1])
     arrays = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
     form = Form("pair_attention", q.shape[-1] ** -0.5, sinks)
     return attend(*arrays, None, by, form).reshape(q.shape)
+
+
+def _by_loop(
+    there: jax.Array | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pair_block: jax.Array,
+    pair_image: jax.Array,
+    sinks: int,
+) -> jax.Array:
+    """As `_by_kernels`."""
+    there = None if there is None else there.reshape(-1, there.shape[-1])
+    pairs = Pairs(*_flat(q, k, pair_block, pair_image), there)
+    arrays = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
+    return attention_loop.attend(*arrays, pairs, sinks).reshape(q.shape)
 
 
 def _group_attention(

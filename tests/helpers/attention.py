@@ -18,7 +18,9 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def values_and_gradients(attend: Callable, arrays: list[np.ndarray]) -> list[np.ndarray]:
+def values_and_gradients(
+    attend: Callable, arrays: list[np.ndarray], precision: str = "highest"
+) -> list[np.ndarray]:
     """Outputs, and the gradients of q, k and v under random weights."""
     weight = np.random.default_rng(9).standard_normal(arrays[0].shape).astype(np.float32)
 
@@ -27,7 +29,7 @@ def values_and_gradients(attend: Callable, arrays: list[np.ndarray]) -> list[np.
         return (out * weight).sum(), out
 
     step = jax.jit(jax.value_and_grad(weighed, argnums=(0, 1, 2), has_aux=True))
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision(precision):
         (_, out), gradients = step(*arrays)
     return [np.asarray(x) for x in (out, *gradients)]
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from evlm_jax.ops.attention_plan import attention_plan, block_pair_count
 from evlm_jax.ops.grouped_attention import AttentionPlan, grouped_attention
+from tests.helpers.attention import values_and_gradients
 
 T, IMAGES, S, N, KV, H, QUERY_BLOCK, PAIRS = 14, 5, 7, 4, 2, 8, 4, 40
 
@@ -56,7 +57,8 @@ def ranges(seed: int):
 
 @pytest.mark.parametrize("sinks", [0, 1, 3])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_equals_dense_oracle_forward_and_gradient(sinks, seed):
+@pytest.mark.parametrize("form", ["xla", "loop"])
+def test_equals_dense_oracle_forward_and_gradient(sinks, seed, form):
     q, k, v = arrays(seed)
     start, stop = ranges(seed)
     grouping = AttentionPlan(
@@ -69,7 +71,7 @@ def test_equals_dense_oracle_forward_and_gradient(sinks, seed):
 
     @jax.jit
     def ours(q, k, v):
-        return grouped_attention(q[None], k[None], v[None], grouping, sinks)[0]
+        return grouped_attention(q[None], k[None], v[None], grouping, sinks, form=form)[0]
 
     with jax.default_matmul_precision("highest"):
         oracle = jax.jit(lambda q, k, v: dense(q, k, v, start, stop, sinks))
@@ -88,7 +90,29 @@ def test_equals_dense_oracle_forward_and_gradient(sinks, seed):
     assert not np.asarray(gradient(ours)[0])[blind].any(), "and its query gets exactly no gradient"
 
 
-def test_other_images_change_no_bit():
+@pytest.mark.parametrize("sinks", [0, 1])
+def test_forms_agree_on_keys_that_are_not_there(sinks):
+    """Two image groups, in bfloat16 products as well."""
+    q, k, v = (np.stack([own, own[::-1]]) for own in arrays(3))
+    plans = [attention_plan(*ranges(seed), QUERY_BLOCK, PAIRS) for seed in (3, 4)]
+    plan = AttentionPlan(*(np.stack([p[name] for p in plans]) for name in AttentionPlan._fields))
+    there = np.random.default_rng(0).random((2, IMAGES, S)) < 0.5
+    there[..., 0] = True
+    for precision, bound in (("highest", 1e-5), ("bfloat16", 0.02)):
+        loop, xla = (
+            values_and_gradients(
+                lambda *qkv, form=form: grouped_attention(*qkv, plan, sinks, there, form),
+                [q, k, v],
+                precision,
+            )
+            for form in ("loop", "xla")
+        )
+        for mine, theirs in zip(loop, xla, strict=True):
+            np.testing.assert_allclose(mine, theirs, 0, bound * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("form", ["xla", "loop"])
+def test_other_images_change_no_bit(form):
     q, k, v = arrays(2)
     start, stop = ranges(2)
     grouping = AttentionPlan(
@@ -97,7 +121,9 @@ def test_other_images_change_no_bit():
             for name, x in attention_plan(start, stop, QUERY_BLOCK, PAIRS).items()
         }
     )
-    run = jax.jit(lambda k, v: grouped_attention(q[None], k[None], v[None], grouping, 1)[0])
+    run = jax.jit(
+        lambda k, v: grouped_attention(q[None], k[None], v[None], grouping, 1, form=form)[0]
+    )
     before = run(k, v)
     for image in range(IMAGES):
         after = run(k.at[image].add(1.0), v.at[image].multiply(-2.0))

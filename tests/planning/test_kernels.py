@@ -10,7 +10,7 @@ from evlm_jax.planning import compiled, cycles
 from evlm_jax.planning.hlo import Module
 from evlm_jax.planning.plan import plan
 from evlm_jax.planning.text import show
-from tests.helpers.tiny import tiny_config
+from tests.helpers.tiny import UPPER_VIT, tiny_config
 
 PAIRS, BLOCKS, ROWS, IMAGES, KEYS, WIDTH, HEADS = 96, 80, 64, 70, 257, 256, 2
 SHAPES = {
@@ -70,6 +70,7 @@ def test_a_step_with_kernels_on_a_slice():
     dtypes = {"dtype": "bfloat16", "matmul_precision": "bfloat16", "frozen_dtype": "bfloat16"}
     cfg = tiny_config(
         train={"batch": 8, "attention": "pallas", "remat": "full", **dtypes},
+        optim={"phases": ({"start": 0.0, "warmup": 0, "rules": UPPER_VIT},)},
         mesh={"fsdp": 2, "tensor": 2, "data": 2, "zero": 3, "frozen": "sharded"},
     )
     report = plan(cfg, "v5p:2x2x2")

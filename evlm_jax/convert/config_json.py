@@ -155,7 +155,7 @@ def _alike(name: str, value: Any, default: Any) -> bool:
         return value is None or (
             isinstance(value, list) and all(type(one) is LISTS[name] for one in value)
         )
-    if name in ("num_register_tokens", "additional_vocab_size"):
+    if name in ("num_register_tokens", "additional_vocab_size", "max_window_layers"):
         return type(value) is int and value >= 0
     if name in SOFT:
         return value is None or (type(value) in (int, float) and value > 0)

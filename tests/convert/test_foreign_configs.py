@@ -5,6 +5,7 @@ import json
 import pytest
 
 from evlm_jax.convert import config_json, engine
+from evlm_jax.convert.describe_decoder import describe_decoder
 from evlm_jax.convert.readers import open_source
 from tests.helpers.checkpoints import dinov2_directory, llama_directory
 from tests.helpers.tiny import tiny_config
@@ -173,6 +174,12 @@ def test_layers_are_a_list_where_there_are_two(tmp_path):
     for turns in ([1, 1], [0, 0]):
         config = {"model_type": "smollm3", "num_hidden_layers": 2, "no_rope_layers": turns}
         assert config_json.fields_of(tmp_path, config)["no_rope_layers"] == turns
+
+
+def test_all_layers_may_have_a_window(tmp_path):
+    config = {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 9}
+    config |= {"num_hidden_layers": 2, "max_window_layers": 0}
+    assert describe_decoder(tmp_path, config)["window"] == (9,)
 
 
 def test_heads_that_were_cut_off_are_refused(tmp_path):

@@ -24,7 +24,10 @@ def devices(count: int) -> dict[str, str]:
         for which, mark in (("not slow", pytest.mark.ci), ("slow", pytest.mark.slow))
         for part in ("devices", "runs", "answers")
     ]
-    + [pytest.param("experts", "not slow", marks=pytest.mark.ci)],
+    + [
+        pytest.param("experts", "not slow", marks=pytest.mark.ci),
+        pytest.param("published", "slow", marks=pytest.mark.slow),
+    ],
 )
 def test_on_eight_devices(part, which, capsys):
     command = [

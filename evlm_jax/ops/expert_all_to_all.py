@@ -120,19 +120,23 @@ def dispatch(x: jax.Array, routes: Routes, number: jax.Array, exchange: Exchange
     """Sorted rows [R, D] -> those that this device receives in a round [C, D], 0 where there is
     none.
     """
-    out = jnp.zeros((exchange.capacity, *x.shape[1:]), x.dtype)
+    shape = exchange.capacity, *x.shape[1:]
     if exchange.ragged:
         sent, received = _slices(routes, number, exchange)
-        return jax.lax.ragged_all_to_all(
-            x, out, sent.at, sent.count, sent.place, received.count, axis_name=exchange.axis
+        # not zeros: the compiler fills what it exchanges at a quarter of the rate of HBM
+        room = jax.lax.empty(shape, x.dtype)
+        out = jax.lax.ragged_all_to_all(
+            x, room, sent.at, sent.count, sent.place, received.count, axis_name=exchange.axis
         )
+        return jnp.where(_filled(routes, number, exchange)[:, None], out, 0)
     me = jax.lax.axis_index(exchange.axis)
 
     def take(out, sender, travelling):
         x, device, place = travelling
         return out.at[jnp.where(device == me, place, len(out))].set(x, mode="drop")
 
-    return _ring(take, out, (x, *_destinations(routes, number, exchange)), exchange.axis)
+    travelling = x, *_destinations(routes, number, exchange)
+    return _ring(take, jnp.zeros(shape, x.dtype), travelling, exchange.axis)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -140,19 +144,21 @@ def combine(y: jax.Array, routes: Routes, number: jax.Array, exchange: Exchange)
     """The way back, and the transpose: [C, D] -> [R, D], 0 where a row was not sent in this
     round.
     """
-    out = jnp.zeros((exchange.rows, *y.shape[1:]), y.dtype)
+    shape = exchange.rows, *y.shape[1:]
+    device, place = _destinations(routes, number, exchange)
     if exchange.ragged:
         sent, received = _slices(routes, number, exchange)
-        return jax.lax.ragged_all_to_all(
-            y, out, received.place, received.count, received.at, sent.count, axis_name=exchange.axis
+        room, back = jax.lax.empty(shape, y.dtype), (received.place, received.count)
+        out = jax.lax.ragged_all_to_all(
+            y, room, *back, received.at, sent.count, axis_name=exchange.axis
         )
-    device, place = _destinations(routes, number, exchange)
+        return jnp.where((place < exchange.capacity)[:, None], out, 0)
 
     def take(out, receiver, y):
         here = jnp.take(y, place, axis=0, mode="fill", fill_value=0)
         return jnp.where((device == receiver)[:, None], here, out)
 
-    return _ring(take, out, y, exchange.axis)
+    return _ring(take, jnp.zeros(shape, y.dtype), y, exchange.axis)
 
 
 dispatch.defvjp(
@@ -204,6 +210,17 @@ def _destinations(
     device = own // (routes.first.shape[1] - 1)
     nowhere = len(routes.first), exchange.capacity
     return jnp.where(there, device, nowhere[0]), jnp.where(there, to, nowhere[1])
+
+
+def _filled(routes: Routes, number: jax.Array, exchange: Exchange) -> jax.Array:
+    """Which of the rows that this device receives in a round there are: bool [C]."""
+    me = jax.lax.axis_index(exchange.axis)
+    begin = routes.first[me] * exchange.block
+    own = jax.lax.dynamic_slice_in_dim(routes.count.sum(0), me * (len(begin) - 1), len(begin) - 1)
+    row = jnp.arange(exchange.capacity) + number * exchange.capacity
+    expert = jnp.searchsorted(begin[1:], row, side="right")
+    there, expert = expert < len(own), jnp.minimum(expert, len(own) - 1)
+    return there & (row - begin[expert] < own[expert])
 
 
 def _ring(take: Callable, out: jax.Array, travelling: Any, axis: str) -> jax.Array:

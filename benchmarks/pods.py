@@ -101,8 +101,8 @@ LARGE = """## Pods of realistic size
 
 ZeRO-2, as the paper has it. Five rows a device share 208 image slots (`data.image_group=5`); \
 otherwise slots are as above. Experts were
-exchanged here with room for the rows of all devices; as they are now, and \
-over `fsdp`, they are quicker ([moe.md](moe.md#on-several-devices)).
+exchanged here with room for the rows of all devices; as they are now, or \
+over `fsdp`, their part of a step is a tenth ([moe.md](moe.md#on-several-devices)).
 """
 PARTS = """## Executed by needed FLOPs, part by part
 

@@ -193,11 +193,16 @@ def _dinov3(source: Source, prefix: str) -> dict:
     shape, config = shapes_of(source, prefix), config_fields(source)
     kernel = shape("embeddings.patch_embeddings.weight", 4)
     depth = _depth(source, rf"{re.escape(prefix)}layer\.(\d+)\.")
+    registers = source.tensors.get(f"{prefix}embeddings.register_tokens")
     _agree(
         source,
         hidden_size=(config["hidden_size"], kernel[0]),
         patch_size=(config["patch_size"], kernel[-1]),
         num_hidden_layers=(config["num_hidden_layers"], depth),
+        num_register_tokens=(
+            config["num_register_tokens"],
+            registers.shape[1] if registers and len(registers.shape) == 3 else 0,
+        ),
     )
     return vision_fields(
         source,

@@ -79,7 +79,8 @@ def _dinov3() -> Family:
         row(f"{foreign}.layer_scale1.lambda1", f"{path}/scale1"),
         row(f"{foreign}.layer_scale2.lambda1", f"{path}/scale2"),
     )
-    drop = dict.fromkeys((r"embeddings\.mask_token", r"norm\.(weight|bias)"), UNUSED)
+    unused = r"embeddings\.mask_token", r"norm\.(weight|bias)", r"embeddings\.register_tokens"
+    drop = dict.fromkeys(unused, UNUSED)  # registers only where there are none
     return Family("dinov3", "vit", "layer.0.attention.q_proj.weight", rows, drop=drop)
 
 

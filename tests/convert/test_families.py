@@ -196,6 +196,7 @@ TOWERS = {  # config, trained size, size of the picture
     "dinov2_with_registers, smaller": ({"mlp_ratio": 2}, 42, 28),
     "dinov2, tall": ({"mlp_ratio": 2}, 28, (42, 21)),
     "dinov2_with_registers, wide": ({"mlp_ratio": 2, "num_register_tokens": 3}, 42, (28, 35)),
+    "dinov3_vit, no registers": ({"intermediate_size": 56}, 28, (28, 14)),
     "dinov3_vit, tall": ({"intermediate_size": 56, "num_register_tokens": 3}, 28, (35, 14)),
     "clip_vision_model, as many patches": ({"intermediate_size": 56}, 28, (56, 14)),
     "siglip_vision_model, wide": ({"intermediate_size": 56}, 28, (21, 42)),
@@ -207,6 +208,7 @@ OFTEN = (
     "aimv2_vision_model",
     "internvl_vision",
     "dinov3_vit, tall",
+    "dinov3_vit, no registers",
     "dinov2, tall",
 )  # which test_parity_vit.py does not have
 

@@ -228,7 +228,9 @@ def test_towers_that_are_read(tmp_path, case, seed):
     fields, trained, size = TOWERS[case]
     name = case.partition(",")[0]
     config = config_class(name)(**ENCODER, **fields, image_size=trained)
-    theirs = shaken(transformers.AutoModel.from_config(config), seed=seed)
+    auto = transformers.AutoModel.from_config  # which does not know MetaCLIP 2's tower
+    made = transformers.MetaClip2VisionModel if name.startswith("metaclip") else auto
+    theirs = shaken(made(config), seed=seed)
     theirs.save_pretrained(tmp_path)
     cfg = config_for(str(tmp_path), "vit", image_size=size, taps=(1, 3))
     assert cfg.vit.pretrained_size == trained // 7 * 7

@@ -169,6 +169,7 @@ OFTEN = {
     "biases, own head": {"qkv_bias": True, "tied": False, "kv_heads": 4},
     "open_flamingo": {"baseline": "open_flamingo"},
     "mplug_owl3": {"baseline": "mplug_owl3"},
+    "one softmax": {"baseline": "mplug_owl3", "section": "xattn", "gate": "softmax"},
     "llava": {"baseline": "llava"},
 }
 SELDOM = {

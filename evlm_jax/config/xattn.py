@@ -41,10 +41,16 @@ class XAttnConfig:
     placement: Literal["before", "parallel"] = "before"
     query: Literal["own", "shared"] = "own"  # "shared": the queries of the self-attention
     # "mixing": what images give takes the place of a share of what the text gives, by token and
-    # channel: sigmoid of a linear layer over what the text gives each head
-    gate: Literal["tanh", "mixing"] = "tanh"
+    # channel: sigmoid of a linear layer over what the text gives each head. "softmax": no gate, one
+    # softmax over the keys of text and images
+    gate: Literal["tanh", "mixing", "softmax"] = "tanh"
     # keys of an image turn by the position of its first media token, own queries by theirs
     key_rotary: bool = False
+
+    @property
+    def one_softmax(self) -> bool:
+        """Whether attention to text and to images share their softmax."""
+        return self.gate == "softmax"
 
     def unlike(self, fields: dict[str, Any]) -> list[str]:
         """Which of `fields` have other values here, in words."""
@@ -85,10 +91,11 @@ def relations(cfg: "EVLMConfig") -> list[Relation]:
             "can be shared where xattn.placement is parallel",
         ),
         (
-            parallel or x.gate != "mixing",
+            parallel or x.gate == "tanh",
             "xattn.gate",
-            "can be mixing where xattn.placement is parallel: it mixes two attentions",
+            f"can be {x.gate} where xattn.placement is parallel: it joins two attentions",
         ),
+        *_one_softmax(cfg),
         (
             parallel or not x.key_rotary,
             "xattn.key_rotary",
@@ -113,5 +120,35 @@ def relations(cfg: "EVLMConfig") -> list[Relation]:
             not parallel or not cfg.init.centre_norms,
             "init.centre_norms",
             "must be False where xattn.placement is parallel: the norm of the text is the layer's",
+        ),
+    ]
+
+
+def _one_softmax(cfg: "EVLMConfig") -> list[Relation]:
+    """Relations of a block whose scores share the softmax of its layer's."""
+    x, scales = cfg.xattn, cfg.llm.scales
+    if not x.one_softmax:
+        return []
+    return [
+        (
+            x.query == "shared",
+            "xattn.query",
+            "must be shared where xattn.gate is softmax: its scores are of the same queries",
+        ),
+        (
+            not x.sinks,
+            "xattn.sinks",
+            "must be 0 where xattn.gate is softmax: who sees no image sees its text",
+        ),
+        (
+            not (scales.query or scales.score_cap),
+            "xattn.gate",
+            "can be softmax where llm.scales.query and score_cap are 0: scores of images have"
+            " neither",
+        ),
+        (
+            cfg.train.attention == "xla",
+            "train.attention",
+            "must be xla where xattn.gate is softmax",
         ),
     ]

@@ -17,9 +17,12 @@ def attention(
     mask: jax.Array | None = None,
     scale: float = 0.0,
     cap: float = 0.0,
-) -> jax.Array:
+    sums: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Softmax attention, in float32: q [B, T, N, H], k and v [B, S, K, H] with K dividing N, mask
     [B, T, S] -> [B, T, N, H]; `scale` and `cap` as query and score_cap of Scales.
+
+    With `sums` also the logarithm of the sum of the exponentials of scores, float32 [B, T, N].
 
     Queries of one key head are stacked along T, so that both products are plain matrix products for
     each (B, K): on CPU half the time of an einsum that leaves the layout to the compiler.
@@ -34,7 +37,11 @@ def attention(
         scores = jnp.where(jnp.tile(mask, (1, group, 1))[:, None], scores, NEGATIVE)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = product("bkqs,bskh->bkqh", weights, v).astype(v.dtype).reshape(b, kv, group, t, h)
-    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+    if not sums:
+        return out
+    total = jax.nn.logsumexp(scores, axis=-1).reshape(b, kv, group, t)
+    return out, total.transpose(0, 3, 1, 2).reshape(b, t, n)
 
 
 def within_window(

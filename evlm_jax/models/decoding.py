@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models import text_cache
+from evlm_jax.models.attention import NEGATIVE
 from evlm_jax.models.bridge import write
 from evlm_jax.models.decode_weights import Weights
 from evlm_jax.models.evlm import cross_attention_op
@@ -265,12 +266,19 @@ def read_tokens(
     cfg: EVLMConfig, weights: Weights, state: DecodeState
 ) -> tuple[jax.Array, DecodeState]:
     """Reads `token` of each row: (logits [B, vocab], the state with its keys)."""
-    seen, attend = _sight(cfg, state) if cfg.cross_layers else None, self_attention_op()
-    self_attend = text_cache.attend_op(cfg.llm, state.self_keys, state.self_values, state.position)
+    sums = cfg.xattn.one_softmax
+    seen, attend = _sight(cfg, state) if cfg.cross_layers else None, self_attention_op(sums=sums)
+    self_attend = text_cache.attend_op(
+        cfg.llm, state.self_keys, state.self_values, state.position, sums
+    )
 
     def cross_attend(number, q):
         held = text_cache.layer(state.cross_keys, state.cross_values, number)
-        return attend(q, *held, seen[:, None])
+        found = attend(q, *held, seen[:, None])
+        if not sums:
+            return found
+        out, total = found
+        return out, jnp.where(state.visible[:, None, None] > 0, total, NEGATIVE)
 
     x = shard(_words(cfg, weights, state.token[:, None]), "rows")
     x, (k, v) = _decoder(

@@ -38,13 +38,15 @@ def cross_attention_op(cfg: EVLMConfig) -> Callable:
     [C, I, S', K, H], plan, `tokens_there`.
     """
     form = attention_form(cfg.train.attention)
-    form = "loop" if (form, platform()) == ("xla", "cpu") else form
+    sums = cfg.xattn.one_softmax
+    form = "loop" if (form, platform(), sums) == ("xla", "cpu", False) else form
 
     def attend(q, k, v, plan, *there):
-        return grouped_attention(q, k, v, plan, cfg.xattn.sinks, *there, form=form)
+        return grouped_attention(q, k, v, plan, cfg.xattn.sinks, *there, form=form, sums=sums)
 
     there = (("rows",),) * cfg.vit.grid_by_picture
-    return shard_map_local(attend, (TEXT, IMAGE_KEYS, IMAGE_KEYS, ("rows",), *there), TEXT)
+    outputs = (TEXT, TEXT) if sums else TEXT
+    return shard_map_local(attend, (TEXT, IMAGE_KEYS, IMAGE_KEYS, ("rows",), *there), outputs)
 
 
 def tokens_there(cfg: EVLMConfig, states: jax.Array | None) -> tuple[jax.Array, ...]:

@@ -11,6 +11,8 @@ from flax import nnx
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models.layers import Linear, param
 
+# Attention [B, T, N, H] and the logarithm of the sum of its exponentials, float32 [B, T, N].
+Sums = tuple[jax.Array, jax.Array]
 START = -4.0  # a mixing gate begins 1.8% open
 
 
@@ -64,6 +66,20 @@ class MixingGate(nnx.Module):
         self.linear.bias[...] = jnp.full_like(self.linear.bias[...], -jnp.inf)
 
 
-def attention_gate(cfg: EVLMConfig, rngs: nnx.Rngs) -> Gate | MixingGate:
+class OneSoftmax(nnx.Module):
+    """No gate: a token's scores of text and of images share a softmax (mPLUG-Owl3, form 241101).
+    From the beginning, images count as their scores say.
+    """
+
+    def join(self, text: Sums, images: Sums) -> jax.Array:
+        """[B, T, N, H], as of Gate, from attention to each alone."""
+        (text, own), (images, other) = text, images
+        share = jax.nn.sigmoid(other - own)[..., None].astype(text.dtype)
+        return text + share * (images - text)
+
+
+def attention_gate(cfg: EVLMConfig, rngs: nnx.Rngs) -> Gate | MixingGate | OneSoftmax:
     """The gate of a block's attention; that of its FFN is always a `Gate`."""
+    if cfg.xattn.one_softmax:
+        return OneSoftmax()
     return MixingGate(cfg.xattn.head_dim, rngs) if cfg.xattn.gate == "mixing" else Gate(rngs)

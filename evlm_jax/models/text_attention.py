@@ -17,12 +17,13 @@ TEXT, TEXT_KEYS = ("rows", None, "heads"), ("rows", None, "kv_heads")
 LONG, ASKING, PARTS = 2048, 128, 4
 
 
-def self_attention_op(scale: float = 0.0, cap: float = 0.0) -> Callable:
+def self_attention_op(scale: float = 0.0, cap: float = 0.0, sums: bool = False) -> Callable:
     """`attention` of a device's rows and heads: q [B, T, N, H], k and v [B, C, K, H], mask
     [B, T, C].
     """
-    attend = functools.partial(attention, scale=scale, cap=cap)
-    return shard_map_local(attend, (TEXT, TEXT_KEYS, TEXT_KEYS, ("rows",)), TEXT)
+    attend = functools.partial(attention, scale=scale, cap=cap, sums=sums)
+    outputs = (TEXT, TEXT) if sums else TEXT
+    return shard_map_local(attend, (TEXT, TEXT_KEYS, TEXT_KEYS, ("rows",)), outputs)
 
 
 def text_attention_op(
@@ -30,13 +31,14 @@ def text_attention_op(
 ) -> Callable:
     """(number of the layer, q [B, T, N, H], k and v [B, T, K, H]) -> [B, T, N, H], attention of
     tokens at `positions` [B, T] to what they see (`text_mask` of `until` [B, T]) within the layer's
-    window. Rows of more than `long` tokens make no array [T, T], forward or backward.
+    window; `Sums` (gate.py) where that shares its softmax with images. Rows of more than `long`
+    tokens make no array [T, T], forward or backward.
     """
     llm, length = cfg.llm, until.shape[1]
     if attention_form(cfg.train.attention) == "pallas":
         attend = packed_attention_op(llm)
         return lambda number, q, k, v: attend(q, k, v, until, positions, number)
-    attend = self_attention_op(llm.scales.query, llm.scales.score_cap)
+    attend = self_attention_op(llm.scales.query, llm.scales.score_cap, cfg.xattn.one_softmax)
     if length > long:
         return functools.partial(_in_chunks, llm, attend, until, positions)
     mask = text_mask(until)
@@ -89,5 +91,9 @@ def _in_chunks(
             return attend(q, k[:, :stop], v[:, :stop], mask)
 
         done = jax.lax.map(jax.checkpoint(some), (asking, cut.swapaxes(0, 1)))
-        out.append(done.swapaxes(0, 1).reshape(rows, -1, *q.shape[2:])[:, : stop - first])
-    return jnp.concatenate(out, 1)
+
+        def joined(x, count=stop - first):
+            return x.swapaxes(0, 1).reshape(rows, -1, *x.shape[3:])[:, :count]
+
+        out.append(jax.tree.map(joined, done))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), *out)

@@ -63,11 +63,13 @@ def filled(
     )
 
 
-def attend_op(llm: LLMConfig, keys: Caches, values: Caches, position: jax.Array) -> Callable:
+def attend_op(
+    llm: LLMConfig, keys: Caches, values: Caches, position: jax.Array, sums: bool = False
+) -> Callable:
     """(number of a layer, q, k, v [B, 1, heads, H] of the tokens at `position` [B]) -> attention to
-    what the layer sees of the cache, and to the token itself.
+    what the layer sees of the cache, and to the token itself; `sums` as of models.attention.
     """
-    attend = self_attention_op(llm.scales.query, llm.scales.score_cap)
+    attend = self_attention_op(llm.scales.query, llm.scales.score_cap, sums)
 
     def ring(keys, values):
         count = values.shape[3]

@@ -58,7 +58,8 @@ def run_layers(
       layers: the stack of llm.Block, `crosses` that of xattn.Block; packed for decoding, or not.
       rope: cos and sin of the tokens' positions (rotary.rope_tables).
       self_attend: (number of the layer, its q, k, v) -> (attention output, anything to keep).
-      cross_attend: (the block, its number, q) -> (attention output, anything to keep).
+      cross_attend: (the block, its number, q) -> (attention output, anything to keep). Where both
+        share a softmax, outputs are `Sums` (gate.py).
       observe: (a block, its number, its input x [B, T, D]) -> anything to keep.
       kind: [B, T] of each token, for the mixtures of experts (moe.py).
       sees: bool [B, T], which tokens see an image; None: all.
@@ -146,9 +147,10 @@ class _Loop(NamedTuple):
                 _block(self.layers, number, layer),
             )
             attend = partial(self.self_attend, number)
-            attend = (
-                partial(self.beside, *cross, x, block.read(x), own, attend) if cross else attend
-            )
+            if cross:
+                attend = partial(self.beside, *cross, x, block.read(x), own, attend)
+            elif self.cfg.xattn.one_softmax:
+                attend = partial(_alone, attend)
             x, kept = block(x, own, attend)
             return shard(x, "rows"), kept
 
@@ -183,6 +185,12 @@ class _Loop(NamedTuple):
         look = partial(self.cross_attend, block, number)
         out, seen = block.beside(read, qkv[0], text, rope, look)
         return out, (kept, (seen, observed, None))
+
+
+def _alone(attend: Callable, *qkv: jax.Array) -> tuple[jax.Array, Any]:
+    """Attention to text that no images join, without its `Sums`."""
+    (out, _), kept = attend(*qkv)
+    return out, kept
 
 
 def _part(tree: Any, part: slice) -> Any:

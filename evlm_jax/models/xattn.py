@@ -11,6 +11,8 @@ and output projection serve both, and its MLP is the only one:
 
     x += o(gate(SelfAttention(ln1(x)), CrossAttention(ln1(x), LN(tap))))
 
+Its later form has one softmax over the keys of both, and no gate.
+
 Gates (gate.py) start closed: the block is the identity, bit for bit. Nothing has a bias but the
 norms: the zero sink (grouped_attention) stands for keys and values that are projections of zero
 vectors, which are zero only without biases."""
@@ -110,8 +112,8 @@ class Block(nnx.Module):
     def beside(
         self, x: jax.Array, q: jax.Array, text: jax.Array, rope: Rope, attend: Attend
     ) -> tuple[jax.Array, Any]:
-        """Attention of a layer to its text, joined by that to images: text [B, T, N, H] ->
-        ([B, T, N, H], what else `attend` returns).
+        """Attention of a layer to its text, joined by that to images: text [B, T, N, H], `Sums`
+        where both share a softmax -> ([B, T, N, H], what else `attend` returns).
 
         Args:
           x: [B, T, D], what the layer's projections read.
@@ -132,7 +134,7 @@ class Block(nnx.Module):
     def gates(self) -> dict[str, Gate | MixingGate]:
         """The block's gates by the names under which a run reports them."""
         gates = {"attn_gate": self.attn_gate, "ffn_gate": self.ffn_gate}
-        return {name: gate for name, gate in gates.items() if gate is not None}
+        return {name: gate for name, gate in gates.items() if isinstance(gate, (Gate, MixingGate))}
 
 
 def _ffn(cfg: EVLMConfig, rngs: nnx.Rngs) -> MoE | MLP:

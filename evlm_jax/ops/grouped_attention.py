@@ -57,8 +57,11 @@ def grouped_attention(
     sinks: int,
     there: jax.Array | None = None,
     form: str = "xla",
-) -> jax.Array:
-    """q [B, T, N, H], k and v [C, I, S, K, H] -> [B, T, N, H]; softmax and merge in float32.
+    sums: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """q [B, T, N, H], k and v [C, I, S, K, H] -> [B, T, N, H]; softmax and merge in float32. With
+    `sums`, which only the form "xla" has, also the logarithm of the sum of the exponentials of
+    scores, float32 [B, T, N]; NEGATIVE where a token sees no image.
 
     B / C neighbouring rows are an image group. `there`: bool [C, I, S], which keys an image has,
     one at least; None: all. `form` "pallas" is a kernel for TPUs, which has no `there`, "loop" is
@@ -73,10 +76,19 @@ def grouped_attention(
     elif form == "loop":
         attend = partial(_by_loop, there, sinks=sinks)
     else:
-        attend = partial(jax.vmap(partial(_group_attention, sinks=sinks)), there)
-    out = attend(blocks, k, v, plan.pair_block, plan.pair_image)
-    out = jax.vmap(permute)(out.reshape(*tokens.shape, *q.shape[2:]), plan.token_place, tokens)
-    return out.reshape(q.shape)
+        attend = partial(jax.vmap(partial(_group_attention, sinks=sinks, sums=sums)), there)
+    found = attend(blocks, k, v, plan.pair_block, plan.pair_image)
+
+    def back(x):  # [C, J, b, N, ...] -> [B, T, N, ...]
+        rest = x.shape[3:]
+        out = jax.vmap(permute)(x.reshape(*tokens.shape, *rest), plan.token_place, tokens)
+        return out.reshape(*q.shape[:2], *rest)
+
+    if not sums:
+        return back(found)
+    out, total = map(back, found)
+    seen = (plan.token_place < tokens.shape[1]).reshape(*q.shape[:2], 1)
+    return out, jnp.where(seen, total, NEGATIVE)
 
 
 def _flat(
@@ -134,8 +146,11 @@ def _group_attention(
     pair_block: jax.Array,
     pair_image: jax.Array,
     sinks: int,
-) -> jax.Array:
-    """q [J, b, N, H], k and v [I, S, K, H], pairs [P] -> [J, b, N, H]."""
+    sums: bool,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """q [J, b, N, H], k and v [I, S, K, H], pairs [P] -> [J, b, N, H]; with `sums` as
+    `grouped_attention`, [J, b, N].
+    """
     (blocks, block, n, h), kv = q.shape, k.shape[2]
     grouped = q.reshape(blocks, block, kv, n // kv, h)
     owner = jnp.minimum(pair_block, blocks - 1)  # padding pairs compute something that nobody reads
@@ -159,5 +174,10 @@ def _group_attention(
     padding = (pair_block == blocks)[:, None, None, None]
     scale = jnp.where(padding, 0.0, jnp.exp(top - block_top[owner]))
     denominator = merge(total * scale) + (sinks * jnp.exp(-block_top) if sinks else 0.0)
-    merged = merge(out * scale[..., None]) / jnp.where(denominator > 0, denominator, 1.0)[..., None]
-    return merged.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+    denominator = jnp.where(denominator > 0, denominator, 1.0)
+    merged = merge(out * scale[..., None]) / denominator[..., None]
+    out = merged.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+    if not sums:
+        return out
+    total = block_top + jnp.log(denominator)
+    return out, total.transpose(0, 3, 1, 2).reshape(q.shape[:3])

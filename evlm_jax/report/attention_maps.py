@@ -75,11 +75,11 @@ def trace(model: EVLM, batch: Batch, positions: jax.Array) -> tuple[jax.Array, j
 
 
 def looks_at_patches(cfg: EVLMConfig) -> bool:
-    """Whether keys of cross-attention are the picture's tokens, so that attention can be drawn over
-    it.
+    """Whether keys of cross-attention are the picture's tokens and have a softmax of their own, so
+    that attention can be drawn over it.
     """
     drawn = cfg.bridge.kind != "flamingo" and not cfg.vit.grid_by_picture
-    return bool(cfg.cross_layers) and drawn
+    return bool(cfg.cross_layers) and drawn and not cfg.xattn.one_softmax
 
 
 def word_maps(

@@ -31,12 +31,12 @@ PUBLISHED = {
 }
 # Counted from config.json and code of mPLUG-Owl3-7B-240728: so400m without its last block, which is
 # not read; Qwen2-7B with 151,851 rows of words instead of 152,064; a linear layer; keys and values
-# of four layers, with biases, and their gates.
+# of four layers, with biases; gates are apart.
 OWL = {
     "vit/": 412_984_944 - 15_239_504,
     "llm/": 7_615_616_512 - 2 * (152_064 - 151_851) * 3584,
     "bridge/": 1152 * 3584 + 3584,
-    "xattn/": 4 * (2 * (3584 * 512 + 512) + 128 * 128 + 128),
+    "xattn/": 4 * 2 * (3584 * 512 + 512),
     "media/": 3584,
 }
 
@@ -69,11 +69,13 @@ def test_parameter_counts(name):
         )
 
 
-def test_parameter_counts_of_mplug_owl3():
-    cfg = from_config_dict(importlib.import_module("experiments.mplug_owl3").get_config())
+@pytest.mark.parametrize("form, gates", [("240728", 4 * (128 * 128 + 128)), ("241101", 0)])
+def test_parameter_counts_of_mplug_owl3(form, gates):
+    cfg = config("mplug_owl3", form)
     sizes = {path: math.prod(shape) for path, shape in parameter_shapes(cfg).items()}
     found = {part: sum(n for path, n in sizes.items() if path.startswith(part)) for part in OWL}
-    assert found == OWL and sum(found.values()) == sum(sizes.values())
+    assert found == OWL | {"xattn/": OWL["xattn/"] + gates}
+    assert sum(found.values()) == sum(sizes.values())
     assert cfg.cross_layers == (1, 9, 17, 25)
     plan = optim.optimizer_plan(cfg, 0, nnx.state(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0)))))
     assert {name.split("/")[0] for name in _names(cfg, plan)} == {"xattn", "bridge", "media"}

@@ -20,6 +20,7 @@ from tests.helpers.random_model import random_model
 from tests.helpers.tiny import BASELINES, UPPER_VIT, tiny_batch, tiny_config
 
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8), (2, 2, 2, 1), (1, 2, 2, 2)]
+ONE_SOFTMAX = "mplug_owl3 with one softmax"
 POLICIES = [
     {"zero": 3, "frozen": "sharded", "images": "all"},
     {"zero": 2, "frozen": "replicated", "images": "rows"},
@@ -48,6 +49,8 @@ def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], kind="", image_
     `kind`: of a baseline.
     """
     axes = dict(zip(("data", "fsdp", "expert", "tensor"), mesh))
+    parallel = kind in ("mplug_owl3", ONE_SOFTMAX)
+    own = BASELINES.get("mplug_owl3" if parallel else kind, {})
     adapters, held = ((), ()) if experts or kind else (ADAPTERS, QUANTISED)
     rules = ({"pattern": "^llm/.*/lora_", "lr": 1.0},) * bool(adapters) + UPPER_VIT
     return tiny_config(
@@ -55,13 +58,14 @@ def config(mesh=(1, 1, 1, 1), experts=False, policy=POLICIES[0], kind="", image_
         quant={"patterns": held, "kind": "nf4", "tile": 16},
         # of one kind a multiple of 4 alone, as SigLIP so400m's is of 16
         vit={"heads": 8, "width": 64, "mlp": 124 if kind == "open_flamingo" else 128}
-        | BASELINES.get(kind, {}).get("vit", {}),
-        llm={"heads": 8, "kv_heads": 8, "head_dim": 8} | BASELINES.get(kind, {}).get("llm", {}),
+        | own.get("vit", {}),
+        llm={"heads": 8, "kv_heads": 8, "head_dim": 8} | own.get("llm", {}),
         xattn={"heads": 16, "kv_heads": 8, "head_dim": 8, "ffn": 64}
-        | BASELINES.get(kind, {}).get("xattn", {})
-        | ({"heads": 8} if kind == "mplug_owl3" else {}),  # llm.heads
-        bridge={"heads": 8, "head_dim": 8} | BASELINES.get(kind, {}).get("bridge", {}),
-        media=BASELINES.get(kind, {}).get("media", {}),
+        | own.get("xattn", {})
+        | ({"heads": 8} if parallel else {})  # llm.heads
+        | ({"gate": "softmax"} if kind == ONE_SOFTMAX else {}),
+        bridge={"heads": 8, "head_dim": 8} | own.get("bridge", {}),
+        media=own.get("media", {}),
         moe={"copies": 4 if experts else 0},
         data={
             "images": 8,
@@ -122,6 +126,7 @@ def test_gradients_equal_those_of_one_device(mesh, experts, alone):
         ("mllama", POLICIES[1]),
         ("fused", POLICIES[1]),
         ("mplug_owl3", POLICIES[1]),
+        (ONE_SOFTMAX, POLICIES[1]),
         ("llava", POLICIES[0]),
     ],
 )

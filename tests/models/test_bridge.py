@@ -69,6 +69,9 @@ def test_text_only_sees_nothing():
     assert (before != np.asarray(hidden(model, swapped))).any(), "media embeddings are read"
 
 
+ONE = {"placement": "parallel", "query": "shared", "gate": "softmax", "heads": 4, "sinks": 0}
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -202,6 +205,16 @@ def test_one_list_of_rules_serves_all_kinds():
         (
             {"xattn": {"placement": "parallel", "heads": 4}, "init": {"centre_norms": True}},
             "init.centre_norms must be False where xattn.placement is parallel",
+        ),
+        ({"xattn": ONE | {"query": "own"}}, "xattn.query must be shared where xattn.gate is soft"),
+        ({"xattn": ONE | {"sinks": 1}}, "xattn.sinks must be 0 where xattn.gate is softmax"),
+        (
+            {"xattn": ONE, "llm": {"scales": {"score_cap": 5.0}}},
+            "xattn.gate can be softmax where llm.scales.query and score_cap are 0",
+        ),
+        (
+            {"xattn": ONE, "train": {"attention": "pallas"}},
+            "train.attention must be xla where xattn.gate is softmax",
         ),
         (
             {"xattn": {"every": 0}, "media": {"sight": "all"}},

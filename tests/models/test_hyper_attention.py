@@ -23,6 +23,7 @@ from tests.helpers.tiny import BASELINES, tiny_batch, tiny_config
 OWL = BASELINES["mplug_owl3"]
 VARIANTS = {
     "240728": {},
+    "241101": {"gate": "softmax"},
     "tanh, own queries": {"query": "own", "gate": "tanh", "key_rotary": False, "every": 3},
     "own queries that turn": {"query": "own", "qk_norm": "head", "first": 0, "kv_heads": 4},
 }
@@ -77,8 +78,10 @@ class Equations:
         weights = softmax(np.einsum("nh,snh->sn", q, k) / np.sqrt(q.shape[1]))
         return np.einsum("sn,snh->nh", weights, v)
 
-    def images(self, layer, read, q, text, taps, place, start, stop):
-        """What a layer's attention gives with images, `place` of which are their positions."""
+    def images(self, layer, read, q, text, own, taps, place, start, stop):
+        """What a layer's attention gives with images, `place` of which are their positions; `own`
+        are keys and values of the text that a token sees.
+        """
         x, name, h = self.cfg.xattn, f"xattn/{layer}", self.cfg.llm.head_dim
 
         def split(a):
@@ -103,6 +106,14 @@ class Equations:
         for t, (first, last) in enumerate(zip(start, stop)):
             if first < last:
                 keys, values = (a[first:last].reshape(-1, *a.shape[2:]) for a in (k, v))
+                if x.gate == "softmax":  # over [visual keys, text keys]
+                    keys, values = (
+                        np.concatenate([images, text[: t + 1]])
+                        for images, text in zip((keys, values), own)
+                    )
+                    out[t] = self.attend(flops.CROSS_SCORES, q[t], keys, values)
+                    self.flops[flops.CROSS_SCORES] -= 4 * (t + 1) * q[t].size  # those of the text
+                    continue
                 image = self.attend(flops.CROSS_SCORES, q[t], keys, values)
                 if x.gate == "mixing":
                     out[t] = text[t] * (1 - gate[t]) + image * gate[t]
@@ -130,7 +141,7 @@ class Equations:
                 [self.attend(flops.LLM_SCORES, q[t], k[: t + 1], v[: t + 1]) for t in range(len(x))]
             )
             if layer in self.cfg.cross_layers:
-                text = self.images(layer, read, q, text, taps, place, start, stop)
+                text = self.images(layer, read, q, text, (k, v), taps, place, start, stop)
             x = x + self.times(flops.LLM, text.reshape(len(x), -1), f"{name}/attn/o")
             read = rms(x, p[f"{name}/ln2/scale"], llm.eps)
             gate, up = (self.times(flops.LLM, read, f"{name}/mlp/{c}") for c in ("gate", "up"))

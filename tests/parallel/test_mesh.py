@@ -150,11 +150,18 @@ def losses(workdir) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "count, mesh",
+    [
+        (2, (1, 2, 1, 1)),
+        pytest.param(2, (1, 2, 1, 2), marks=pytest.mark.slow),
+        pytest.param(4, (1, 2, 1, 2), marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.ci
-def test_processes_train_as_one_does(tmp_path, count):
+def test_processes_train_as_one_does(tmp_path, count, mesh):
     for name, processes in (("one", 1), ("several", count)):
-        Workers(tmp_path / name, processes, 4, (1, 2, 1, 2)).finish()
+        Workers(tmp_path / name, processes, 4, mesh).finish()
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "several"), rtol=1e-5)
     one, several = (store.read(tmp_path / name) for name in ("one", "several"))
     assert one.meta | {"config": {}} == several.meta | {"config": {}}

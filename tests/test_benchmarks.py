@@ -23,7 +23,7 @@ NAMES = sorted(
     for path in (ROOT / "benchmarks").glob("*.py")
     if path.stem != "__init__" and path.stem not in HELPERS
 )
-QUICK = {"expert_loads", "grouped_attention", "packing", "pods", "products"}
+QUICK = {"expert_loads", "packing", "pods", "products"}
 
 
 def marks(name: str) -> list:

@@ -184,6 +184,7 @@ def test_contributing_names_files_that_exist():
     assert len(paths) > 60 and not [name for name in sorted(paths) if not (ROOT / name).exists()]
 
 
+@pytest.mark.ci
 def test_the_site_builds_and_is_whole(tmp_path):
     """Without a warning; every link leads somewhere, and nothing is fetched from elsewhere."""
     for name in ("mkdocs", "material", "mkdocstrings_handlers"):

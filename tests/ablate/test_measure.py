@@ -32,6 +32,7 @@ def samples(tmp_path):
     return made
 
 
+@pytest.mark.ci
 def test_losses_by_family(samples, tmp_path, monkeypatch):
     made = task.Task(
         "made", lambda *_: from_samples(samples), lambda rows: None, ("test",), data=False

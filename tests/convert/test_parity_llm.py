@@ -208,6 +208,7 @@ def qwen1_directory(folder) -> tuple[dict, object]:
     return config, theirs
 
 
+@pytest.mark.ci
 def test_qwen1_equals_the_qwen2_model_of_the_same_numbers_up_to_2048_tokens(tmp_path):
     """Qwen 1.0's fused c_attn, and w2 as the gate; training and generation.
 

@@ -209,6 +209,7 @@ def test_a_directory_that_lacks_a_tensor_is_an_error(folders, tmp_path, capsys):
     )
 
 
+@pytest.mark.ci
 def test_without_torch_the_message_says_so(folders):
     script = (
         "import sys; sys.modules['torch'] = None; from evlm_jax import cli;"

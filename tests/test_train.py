@@ -165,8 +165,7 @@ def interrupted(
     "cut",
     [
         pytest.param(BOUNDARY - 1, marks=pytest.mark.slow),
-        # a cut one step later is in test_first_update_of_the_newly_trainable_group
-        pytest.param(BOUNDARY, marks=pytest.mark.ci),
+        pytest.param(BOUNDARY, marks=pytest.mark.ci),  # one later: test_first_update_of_..
         pytest.param(BOUNDARY + 1, marks=pytest.mark.slow),
     ],
 )

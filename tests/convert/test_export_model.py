@@ -298,7 +298,6 @@ def test_offloaded_by_accelerate(folder, model, batch, tmp_path):
         assert far(away(**batch).logits, model(**batch).logits) <= 1e-6
 
 
-@pytest.mark.ci
 def test_checkpointed_gradients_and_frozen_towers_under_trainer(folder, batch, tmp_path):
     model = load(folder).train()
     labels = torch.where(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from evlm_jax.ops.matmul import operand_dtype
+from evlm_jax.ops.matmul import operand_dtype, product
 
 NEGATIVE = -1e30  # finite: its gradients are numbers
 
@@ -34,10 +34,6 @@ def _attend(q, k, v, pairs, sinks, dtype) -> jax.Array:
     return _forward(q, k, v, pairs, sinks, dtype)[0]
 
 
-def _product(dtype: jnp.dtype, spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
-
-
 def _by_heads(x: jax.Array, kv: int) -> jax.Array:
     """[X, b, N, H] -> [X, K, N / K, b, H]."""
     return x.reshape(*x.shape[:2], kv, -1, x.shape[3]).transpose(0, 2, 3, 1, 4)
@@ -57,20 +53,20 @@ def _at(x: jax.Array, at: jax.Array) -> jax.Array:
 
 
 def _forward(q, k, v, pairs, sinks, dtype) -> tuple[jax.Array, tuple]:
-    product = partial(_product, dtype)
+    times = partial(product, dtype=dtype)
     queries, keys, width = _by_heads(q, k.shape[2]), k.shape[1], q.shape[-1]
     rows, count = queries.shape[:-1], len(pairs.queries)
 
     def step(i, carry):
         top, total, out, kept = carry
         block, image, real = pairs.queries[i], pairs.keys[i], pairs.real[i]
-        scores = product("kgbh,skh->kgbs", _at(queries, block), _at(k, image)) * width**-0.5
+        scores = times("kgbh,skh->kgbs", _at(queries, block), _at(k, image)) * width**-0.5
         seen = real if pairs.there is None else real & _at(pairs.there, image)
         scores, before = jnp.where(seen, scores, NEGATIVE), _at(top, block)
         now = jnp.where(real, jnp.maximum(before, scores.max(-1)), before)
         weights = jnp.where(real, jnp.exp(scores - now[..., None]), 0.0)
         shrink = jnp.exp(before - now)
-        added = product("kgbs,skh->kgbh", weights, _at(v, image))
+        added = times("kgbs,skh->kgbh", weights, _at(v, image))
         return (
             _put(top, now, block),
             _put(total, _at(total, block) * shrink + weights.sum(-1), block),
@@ -89,7 +85,7 @@ def _forward(q, k, v, pairs, sinks, dtype) -> tuple[jax.Array, tuple]:
 
 
 def _backward(sinks: int, dtype: jnp.dtype, saved: tuple, g: jax.Array) -> tuple:
-    product = partial(_product, dtype)
+    times = partial(product, dtype=dtype)
     q, k, v, pairs, out, lse, kept = saved
     queries, weighed = _by_heads(q, k.shape[2]), _by_heads(g, k.shape[2])
     # what the gradient of a row's weights has too much, the sum over its outputs
@@ -101,11 +97,11 @@ def _backward(sinks: int, dtype: jnp.dtype, saved: tuple, g: jax.Array) -> tuple
         block, image = pairs.queries[i], pairs.keys[i]
         weights = jnp.exp(_at(kept, i) - _at(lse, block)[..., None])
         weights = jnp.where(pairs.real[i], weights, 0.0)
-        into = product("kgbh,skh->kgbs", _at(weighed, block), _at(v, image)) - _at(spare, block)
+        into = times("kgbh,skh->kgbs", _at(weighed, block), _at(v, image)) - _at(spare, block)
         into = weights * into * q.shape[-1] ** -0.5
-        of_q = product("kgbs,skh->kgbh", into, _at(k, image))
-        of_k = product("kgbs,kgbh->skh", into, _at(queries, block))
-        of_v = product("kgbs,kgbh->skh", weights, _at(weighed, block))
+        of_q = times("kgbs,skh->kgbh", into, _at(k, image))
+        of_k = times("kgbs,kgbh->skh", into, _at(queries, block))
+        of_v = times("kgbs,kgbh->skh", weights, _at(weighed, block))
         return (
             _put(dq, _at(dq, block) + of_q, block),
             _put(dk, _at(dk, image) + of_k, image),

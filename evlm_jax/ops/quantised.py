@@ -41,7 +41,7 @@ class Quantised:
         return dataclasses.replace(self, bits=self.bits[index], scale=self.scale[index])
 
     @property
-    def T(self) -> "Quantised":  # noqa: N802
+    def T(self) -> "Quantised":
         """The matrix with its axes swapped; tiles lie where they did."""
         return Quantised(self.bits.T, self.scale.T, self.kind, -3 - self.axis)
 

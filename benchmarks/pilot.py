@@ -1,10 +1,7 @@
 """The pilot's figures in docs/preregistration.md, from saved runs: `python -m benchmarks.pilot`.
 
-    evlm ablate --config experiments/scenes_study.py --variants tap-2,tap-8,tap-11,tap-last \
-        --seeds 4 --config.data.seed=100 --config.train.seed=100 --out docs/results/pilot
-
-makes them; their seeds are none of the study's. MARGIN and BEST_TAP of experiments/scenes_study.py
-are copied from what is said here."""
+The page says which commands make the runs; their seeds are none of the study's. MARGIN and BEST_TAP
+of experiments/scenes_study.py are copied from what is said here."""
 
 import sys
 from collections.abc import Sequence
@@ -66,10 +63,9 @@ def figures(found: dict) -> str:
         lines.append([name, str(len(each[0])), *cells])
     table = _table(["variant", "seeds", *(m.name for m in measures)], lines)
     slope, taps = points_a_nat(found), [name for name in names if name != BASE]
-    means = {
-        name: np.mean([x.mean() for x in values(found, name, QUESTIONS, study.primary).values()])
-        for name in taps
-    }
+    nats = {name: values(found, name, QUESTIONS, study.primary) for name in taps}
+    shared = set.intersection(*map(set, nats.values()))
+    means = {name: np.mean([nats[name][seed].mean() for seed in shared]) for name in taps}
     a, b = (values(found, name, QUESTIONS, study.primary) for name in (BASE, LAST))
     apart = np.array([b[seed].mean() - a[seed].mean() for seed in a if seed in b])
     deviation = float(np.std(apart, ddof=1))

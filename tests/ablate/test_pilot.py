@@ -36,7 +36,7 @@ def test_figures_by_hand(tmp_path):
     files = [
         finished.save(tmp_path / variant / str(seed) / "result.json", run(variant, seed))
         for variant in LEVEL
-        for seed in range(SEEDS)
+        for seed in range(2 if variant in ("tap-2", "tap-11") else SEEDS)
     ]
     written = pilot.page(pilot.PAGE.read_text("utf-8"), files)
     shown = dict(

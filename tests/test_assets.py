@@ -147,6 +147,7 @@ def test_nothing_is_unpacked_before_the_sum_is_right(toy, tmp_path):
     assert not (tmp_path / "raw").exists()
 
 
+@pytest.mark.ci
 def test_no_download_names_the_asset_and_the_mend(toy):
     index, cache = toy
     (index / "toy_data-1.0-py3-none-any.whl").unlink()

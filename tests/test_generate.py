@@ -164,25 +164,28 @@ def cached_logits(generator, documents, tokens, room=None, rows=8):
 
 
 OFTEN = {
-    "tied": {},
     "every third, no sink": {"section": "xattn", "every": 3, "sinks": 0, "schedule": "cyclic"},
     "biases, own head": {"qkv_bias": True, "tied": False, "kv_heads": 4},
+    "llava": {"baseline": "llava"},
+}
+IN_CI = {
+    "tied": {},
     "open_flamingo": {"baseline": "open_flamingo"},
     "mplug_owl3": {"baseline": "mplug_owl3"},
     "one softmax": {"baseline": "mplug_owl3", "section": "xattn", "gate": "softmax"},
-    "llava": {"baseline": "llava"},
 }
 SELDOM = {
     "shared keys": {"section": "xattn", "heads": 4, "kv_heads": 2},
-    **{name: {"baseline": name} for name in BASELINES if name not in OFTEN},
+    **{name: {"baseline": name} for name in BASELINES if name not in OFTEN | IN_CI},
 }
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param(changes, id=name, marks=[pytest.mark.slow] * (name in SELDOM))
-        for name, changes in (OFTEN | SELDOM).items()
+        pytest.param(changes, id=name, marks=marks)
+        for cases, marks in ((OFTEN, ()), (IN_CI, pytest.mark.ci), (SELDOM, pytest.mark.slow))
+        for name, changes in cases.items()
     ],
 )
 def test_caches_equal_the_full_forward(changes, monkeypatch):

@@ -92,8 +92,14 @@ DRAWN = [
 @pytest.mark.parametrize(
     "prompt, numbers, words, options",
     [
-        ("hello", [], [], {}),
-        ("From <image> to <image>?", [1, 2], ["--stop", "C", "--stop", "~"], {"stop": ["C", "~"]}),
+        pytest.param("hello", [], [], {}, marks=pytest.mark.ci),
+        pytest.param(
+            "From <image> to <image>?",
+            [1, 2],
+            ["--stop", "C", "--stop", "~"],
+            {"stop": ["C", "~"]},
+            marks=pytest.mark.ci,
+        ),
         (
             "What is it?",
             [3],

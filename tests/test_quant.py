@@ -200,6 +200,7 @@ def models(request):
     return (cfg, read_all(held)), (base, read_all(quant.whole(cfg, held)))
 
 
+@pytest.mark.ci
 def test_the_model_computes_what_its_float32_form_does(models):
     """Losses, and the gradients of all that trains, adapters among them."""
 

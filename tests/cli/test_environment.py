@@ -19,6 +19,7 @@ from evlm_jax.parallel.distributed import check_devices, stopping
 from evlm_jax.parallel.status import INTERRUPTED, PREEMPTED
 
 
+@pytest.mark.ci
 def test_a_device_that_is_not_there_is_no_damaged_checkpoint():
     done = subprocess.run(
         [sys.executable, "-c", "from evlm_jax.parallel import distributed as d; d.check_devices()"],
@@ -106,6 +107,7 @@ def test_nohup_is_left_alone():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.ci
 def test_a_terminal_that_closes_stops_a_run_as_a_signal_does(tmp_path):
     """What is printed then is no error."""
     script = (

@@ -52,7 +52,9 @@ def test_a_log_gets_a_line_of_progress_now_and_then(tmp_path, interval, drawn):
     assert done.stderr.count(b"\r") == drawn
 
 
-@pytest.mark.parametrize("own", [None, "glibc.malloc.perturb=0"])
+@pytest.mark.parametrize(
+    "own", [None, pytest.param("glibc.malloc.perturb=0", marks=pytest.mark.ci)]
+)
 def test_streams_that_are_closed_are_nobody_s(own):
     environment = os.environ | ({"GLIBC_TUNABLES": own} if own else {})
     command = f"{sys.executable} -m evlm_jax --version"

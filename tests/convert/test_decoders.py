@@ -166,13 +166,9 @@ CASES = {  # "model type, what is unusual": fields of its config
         },
     },
 }
-OFTEN = (
-    "llama, llama3",
-    "llama, dynamic",
-    "mistral",
-    "gemma3_text",
-    "ministral3",
-)  # what others compute as well; they are slow
+# The others, which compute nothing of their own, are slow.
+OFTEN = {"llama, llama3": (), "gemma3_text": ()}
+OFTEN |= dict.fromkeys(("llama, dynamic", "mistral", "ministral3"), pytest.mark.ci)
 
 
 def written(folder: Path, case: str, seed: int):
@@ -207,7 +203,9 @@ def logits_by_cache(model, prompt: np.ndarray, answer: np.ndarray) -> np.ndarray
 @pytest.mark.parametrize(
     "case, seed",
     [
-        pytest.param(case, seed, marks=() if case in OFTEN and not seed else pytest.mark.slow)
+        pytest.param(
+            case, seed, marks=pytest.mark.slow if seed else OFTEN.get(case, pytest.mark.slow)
+        )
         for case in CASES
         for seed in (0, 1)
     ],

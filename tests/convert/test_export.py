@@ -316,7 +316,7 @@ def logits(graphdef, state, batch: Batch) -> jax.Array:
     [
         "hf",
         pytest.param("torch", marks=[pytest.mark.parity, pytest.mark.ci]),
-        pytest.param("openflamingo", marks=pytest.mark.parity),
+        pytest.param("openflamingo", marks=[pytest.mark.parity, pytest.mark.ci]),
     ],
 )
 def test_a_failed_export_leaves_nothing(tmp_path, form):

@@ -143,6 +143,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.ci
 @needs_transformers
 def test_torch_needs_torch_alone(tmp_path):
     import torch

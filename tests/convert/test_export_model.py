@@ -298,6 +298,7 @@ def test_offloaded_by_accelerate(folder, model, batch, tmp_path):
         assert far(away(**batch).logits, model(**batch).logits) <= 1e-6
 
 
+@pytest.mark.ci
 def test_checkpointed_gradients_and_frozen_towers_under_trainer(folder, batch, tmp_path):
     model = load(folder).train()
     labels = torch.where(
@@ -329,8 +330,6 @@ def test_checkpointed_gradients_and_frozen_towers_under_trainer(folder, batch, t
         "learning_rate": 3e-3,
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
-    }
-    how |= {
         "report_to": [],
         "use_cpu": True,
         "save_strategy": "no",

@@ -131,12 +131,12 @@ CASES = {
 }
 
 
+MARKS = {"a grid for each picture": pytest.mark.ci}
+
+
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, marks=[pytest.mark.slow] * (case != "a grid for each picture"))
-        for case in CASES
-    ],
+    [pytest.param(case, marks=MARKS.get(case, pytest.mark.slow)) for case in CASES],
 )
 def test_mllama_in_and_out(tmp_path, case):
     import transformers

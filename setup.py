@@ -67,6 +67,7 @@ setup(
             "rouge-score==0.1.2",
             "ruff>=0.14",
             "safetensors>=0.8",
+            "sentencepiece>=0.2",
             "tiktoken>=0.13",
             "webdataset==1.0.2",  # writes the tars of tests
         ],

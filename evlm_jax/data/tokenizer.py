@@ -1,4 +1,4 @@
-"""Text <-> token ids, behind one small class: GGUF vocabularies (SmolLM2), Hugging Face
+"""Text <-> token ids, behind one small class: GGUF vocabularies, Hugging Face
 `tokenizer.json`, Qwen 1.0's tiktoken file.
 
 Special tokens exist only by name (`Tokenizer.id`): no text, whatever it spells, is ever encoded to
@@ -15,10 +15,10 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from evlm_jax import assets, paths
 from evlm_jax.checkpoint.lazy_tensors import distinct
-from evlm_jax.convert.gguf_file import read_gguf
 from evlm_jax.convert.torch_model.spelling_evlm import Speller
 from evlm_jax.data.chat_template import ChatTemplate
-from evlm_jax.data.tokenizer_folder import MARK, in_front, no_file, put_in_front, read_folder
+from evlm_jax.data.tokenizer_folder import in_front, no_file, read_folder
+from evlm_jax.data.tokenizer_gguf import from_gguf
 
 STOP_NAMES = (
     "<|im_end|>",
@@ -30,7 +30,6 @@ STOP_NAMES = (
     "<|end|>",
 )  # of the families that convert/tables.py knows
 FOLDER = "tokenizer"  # of a run
-GGUF_CONTROL, GGUF_USER = 3, 4  # token types
 QWEN_SPLIT = (  # of Qwen 1.0, and of Qwen2
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -126,7 +125,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         raise no_file(path if path.is_dir() else path.parent, places)
-    read = {".gguf": _from_gguf, ".tiktoken": _from_tiktoken}.get(file.suffix, read_folder)
+    read = {".gguf": from_gguf, ".tiktoken": _from_tiktoken}.get(file.suffix, read_folder)
     try:
         tokenizer = Tokenizer(*read(file))
         tokenizer.encode("a")  # a rule that names what is not there shows itself here
@@ -167,49 +166,6 @@ def source_of_run(workdir: str | Path, source: str) -> str:
     """
     own = paths.place(workdir) / FOLDER
     return str(own) if (own / "tokenizer.json").exists() else source
-
-
-def _from_gguf(path: Path) -> tuple[tokenizers.Tokenizer, list[int], ChatTemplate | None]:
-    """SmolLM2's rule splits digits before the byte-level split; transformers' own GGUF reader
-    forgets that.
-    """
-    metadata = read_gguf(path).metadata
-    facts = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
-    kind = facts.get("model"), facts.get("pre")
-    if kind != ("gpt2", "smollm"):
-        raise ValueError(
-            f"a vocabulary of kind {kind}, read here is ('gpt2', 'smollm'); give the model's"
-            " tokenizer.json"
-        )
-    wrong = [key for key in ("add_space_prefix", "add_eos_token") if facts.get(key)]
-    if wrong := wrong + [
-        key for key in ("tokens", "token_type", "merges", "eos_token_id") if key not in facts
-    ]:
-        raise ValueError(
-            f"tokenizer.ggml.{wrong[0]} is {facts.get(wrong[0])}, which is not read here; give the"
-            " model's tokenizer.json"
-        )
-    tokens, merges = facts["tokens"], [tuple(merge.split(" ")) for merge in facts["merges"]]
-    inner = tokenizers.Tokenizer(
-        models.BPE(distinct([(token, i) for i, token in enumerate(tokens)], "token"), merges)
-    )
-    digits, byte_level = (
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    )
-    inner.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-    inner.decoder = decoders.ByteLevel()
-    for token, kind in zip(tokens, facts["token_type"], strict=True):
-        if kind in (GGUF_CONTROL, GGUF_USER):
-            special = kind == GGUF_CONTROL or MARK.fullmatch(token) is not None
-            inner.add_tokens([AddedToken(token, special=special, normalized=False)])
-    if facts.get("add_bos_token"):
-        put_in_front(inner, tokens[facts["bos_token_id"]] if "bos_token_id" in facts else None)
-    source, chat = metadata.get("tokenizer.chat_template"), None
-    if source:
-        names = {f"{key}_token": facts.get(f"{key}_token_id") for key in ("bos", "eos")}
-        chat = ChatTemplate(source, {key: tokens[i] for key, i in names.items() if i is not None})
-    return inner, [facts[key] for key in ("eos_token_id", "eot_token_id") if key in facts], chat
 
 
 def _from_tiktoken(file: Path) -> tuple[tokenizers.Tokenizer, list[int]]:

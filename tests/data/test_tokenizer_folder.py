@@ -2,9 +2,7 @@
 
 import json
 
-import numpy as np
 import pytest
-from gguf import GGUFWriter
 
 from evlm_jax.data import text
 from evlm_jax.data.samples import Sample, Turn
@@ -300,80 +298,3 @@ def test_a_slow_tokenizer_alone_names_the_mend(tmp_path, name):
         FileNotFoundError, match=f"has {name} and no tokenizer.json; make it: .*save_pretrained"
     ):
         load_tokenizer(tmp_path)
-
-
-def gguf(path, **facts):
-    """A GGUF file of SmolLM2's kind with a vocabulary of letters."""
-    words = [
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        *map(chr, range(33, 127)),
-        "Ġ",
-        "<think>",
-        "<|spare|>",
-    ]
-    kinds = [3] * 3 + [1] * 95 + [4] * 2
-    usual = {
-        "model": "gpt2",
-        "pre": "smollm",
-        "tokens": words,
-        "token_type": kinds,
-        "merges": ["a b"],
-        "eos_token_id": 2,
-        "bos_token_id": 1,
-    }
-    writer = GGUFWriter(path, "llama")
-    for key, value in (usual | facts).items():
-        if value is not None:
-            put = (
-                writer.add_bool
-                if isinstance(value, bool)
-                else writer.add_string
-                if isinstance(value, str)
-                else writer.add_uint32
-            )
-            (writer.add_array if isinstance(value, list) else put)(f"tokenizer.ggml.{key}", value)
-    writer.add_tensor("token_embd.weight", np.zeros((len(words), 4), np.float32))
-    for write in (
-        writer.write_header_to_file,
-        writer.write_kv_data_to_file,
-        writer.write_tensors_to_file,
-        writer.close,
-    ):
-        write()
-    return path
-
-
-def test_gguf_says_what_stands_in_front(tmp_path):
-    words = [*map(chr, range(33, 127)), "ab"]
-    assert len(words) == 95
-    tokens = {
-        "tokens": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *words, "<think>", "<|spare|>"]
-    }
-    tokenizer = load_tokenizer(gguf(tmp_path / "a.gguf", add_bos_token=True, **tokens))
-    assert (
-        tokenizer.bos == (1,)
-        and tokenizer.eos == (2, 0)
-        and tokenizer.encode("ab<think>") == [97, 98]
-    )
-    assert tokenizer.id("<|spare|>") == 99 and 99 not in tokenizer.encode("<|spare|>")
-    assert load_tokenizer(gguf(tmp_path / "b.gguf", add_bos_token=False, **tokens)).bos == ()
-
-
-@pytest.mark.parametrize(
-    "facts, message",
-    [
-        ({"pre": "llama-bpe"}, r"\('gpt2', 'llama-bpe'\).*give the model's tokenizer.json"),
-        ({"model": "llama", "pre": "default"}, r"\('llama', 'default'\)"),
-        ({"add_eos_token": True}, "add_eos_token is True"),
-        ({"eos_token_id": None}, "eos_token_id is None"),
-        (
-            {"tokens": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "a"]},
-            "the token 'a' stands there twice",
-        ),
-    ],
-)
-def test_gguf_of_another_kind_is_refused(tmp_path, facts, message):
-    with pytest.raises(ValueError, match=f"^tokenizer: .*a.gguf: .*{message}"):
-        load_tokenizer(gguf(tmp_path / "a.gguf", **facts))

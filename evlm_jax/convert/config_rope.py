@@ -89,6 +89,8 @@ def _rotary(config: dict, kind: Rotary) -> dict[str, Any]:
     if wrong := [part for part in (old, new) if not isinstance(part, dict)]:
         raise Refused(f"a rope_scaling or rope_parameters that is no object: {wrong}")
     if kind.near is None:
+        if old and new and old != new:
+            raise Refused("a rope_scaling unlike rope_parameters")
         theta, share, scaling = _one(config, [top, old, new], kind)
         return {
             "rope_theta": theta,
@@ -98,6 +100,10 @@ def _rotary(config: dict, kind: Rotary) -> dict[str, Any]:
         }
     if wrong := [key for key in new if key not in ("full_attention", "sliding_attention")]:
         raise Refused(f"{wrong[0]} {new[wrong[0]]!r} for no kind of layers")
+    if "type" in old and "rope_type" not in old:
+        raise Refused("a rope_scaling of a type, where transformers reads rope_type alone")
+    # which transformers does not read beside two bases
+    config = config | {"original_max_position_embeddings": None}
     theta, _, scaling = _one(config, [top, old, new.get("full_attention") or {}], kind)
     local = {"rope_theta": config.get("rope_local_base_freq")}
     if scaling and not scaling.get("truncate", True):

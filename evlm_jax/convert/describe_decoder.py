@@ -71,10 +71,7 @@ def _windows(path: Path, name: str, found: dict) -> list[int]:
     slides = found.get("use_sliding_window", True)
     types = found["layer_types"]
     if types is None:
-        types = [
-            SLIDING if slides and window and _slides(name, found, i) else FULL[0]
-            for i in range(layers)
-        ]
+        types = [SLIDING if slides and _slides(name, found, i) else FULL[0] for i in range(layers)]
     if (
         len(types) != layers
         or set(types) - {SLIDING, *FULL}
@@ -89,12 +86,14 @@ def _windows(path: Path, name: str, found: dict) -> list[int]:
 
 def _slides(name: str, found: dict, layer: int) -> bool:
     """Whether a layer has the window, where config.json leaves layer_types out."""
+    every = found.get("sliding_window_pattern", {"gemma2": 2, "olmo3": 4}.get(name))
+    if every is not None:
+        return (layer + 1) % every != 0
+    if found["sliding_window"] is None:
+        return False
     if "max_window_layers" in found:
         return layer >= found["max_window_layers"]
-    if "no_rope_layers" in found:
-        return not _turns(found)[layer]
-    every = found.get("sliding_window_pattern", {"gemma2": 2, "olmo3": 4}.get(name))
-    return every is None or (layer + 1) % every != 0
+    return "no_rope_layers" not in found or not _turns(found)[layer]
 
 
 def _turns(found: dict) -> list[int]:

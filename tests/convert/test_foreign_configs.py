@@ -182,6 +182,42 @@ def test_all_layers_may_have_a_window(tmp_path):
     assert describe_decoder(tmp_path, config)["window"] == (9,)
 
 
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+HALF_READ = {  # of which transformers reads a part, or nothing at all
+    "scaling beside other parameters": (
+        {"model_type": "llama", "rope_scaling": LINEAR, "rope_parameters": LINEAR | {"beta": 1}},
+        "a rope_scaling unlike rope_parameters",
+    ),
+    "an old key beside two bases": (
+        {"model_type": "gemma3_text", "rope_scaling": {"type": "linear", "factor": 2.0}},
+        "transformers reads rope_type alone",
+    ),
+} | {
+    f"{name} without its window": ({"model_type": name, "sliding_window": None}, "sliding_window")
+    for name in ("gemma2", "gemma3_text", "olmo3")
+}
+
+
+@pytest.mark.parametrize("case", HALF_READ)
+def test_what_transformers_does_not_read_whole_is_refused(tmp_path, case):
+    config, message = HALF_READ[case]
+    with pytest.raises(ValueError, match=message):
+        describe_decoder(tmp_path, config)
+
+
+def test_the_trained_length_beside_two_bases_is_transformers(tmp_path):
+    """What stands beside rope_parameters wins where there is one base alone."""
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    for name, parameters, wanted in (
+        ("llama", yarn, 16),
+        ("olmo3", {"full_attention": yarn}, 64),
+        ("olmo3", {"full_attention": yarn | {"original_max_position_embeddings": 32}}, 32),
+    ):
+        config = {"model_type": name, "max_position_embeddings": 64, "rope_parameters": parameters}
+        found = describe_decoder(tmp_path, config | {"original_max_position_embeddings": 16})
+        assert found["rope_scaling"]["original"] == wanted
+
+
 def test_heads_that_were_cut_off_are_refused(tmp_path):
     with pytest.raises(ValueError, match="pruned_heads"):
         config_json.fields_of(

@@ -174,7 +174,8 @@ def conversion_plan(
     Blocks above the highest tap are dropped: the model does not have them.
 
     Raises:
-      ValueError: listing every tensor without a place and every name that nothing fills.
+      ValueError: listing every tensor without a place and every name that nothing fills, or more
+        than one.
     """
     steps, dropped, unmatched = [], [], []
     top = len({name.split("/")[2] for name in expected if name.startswith("vit/blocks/")})
@@ -193,9 +194,15 @@ def conversion_plan(
             dropped.append(foreign)
         else:
             unmatched.append(foreign)
-    unfilled = expected.keys() - {name for step in steps for name in step.names}
-    problems = [f"no place for {name}" for name in unmatched] + [
-        f"nothing fills {name}" for name in sorted(unfilled)
+    by: dict[str, list[str]] = {name: [] for name in sorted(expected)}
+    for step in steps:
+        for name in step.names:
+            by[name].append(step.foreign)
+    problems = [f"no place for {name}" for name in unmatched]
+    problems += [
+        f"{' and '.join(foreign)} fill {name}" if foreign else f"nothing fills {name}"
+        for name, foreign in by.items()
+        if len(foreign) != 1
     ]
     dtypes = {step.foreign: source.tensors[step.foreign].dtype for step in steps}
     problems += [

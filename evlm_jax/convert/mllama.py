@@ -61,14 +61,20 @@ GLOBAL = r"model\.vision_model\.global_transformer\.layers\.(\d+)\.(.*)"
 def plain(source: Source) -> Source:
     """The tensors by the names of tables.py; any other model as it is.
 
-    Raises ValueError naming a field of config.json that is not understood.
+    Raises ValueError naming a field of config.json that is not understood, or two tensors that
+    would have one name.
     """
     if source.metadata.get("model_type") != "mllama":
         return source
     cross, local = _text(source)["cross_attention_layers"], _vision(source)["num_hidden_layers"]
-    return source._replace(
-        tensors={_plain(name, cross, local): tensor for name, tensor in source.tensors.items()}
-    )
+    theirs: dict[str, str] = {}
+    for name in source.tensors:
+        if (other := theirs.setdefault(_plain(name, cross, local), name)) != name:
+            raise ValueError(
+                f"{source.path}: {other} and {name} are one of {local} local layers, as config.json"
+                " counts them, or one tensor by two names; copy the model again"
+            )
+    return source._replace(tensors={ours: source.tensors[name] for ours, name in theirs.items()})
 
 
 def _plain(name: str, cross: list[int], local: int) -> str:

@@ -21,7 +21,7 @@ from evlm_jax.checkpoint import store
 from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors, read_json
 from evlm_jax.checkpoint.safetensors_file import finite, read_safetensors, write_safetensors
 from evlm_jax.config import EVLMConfig, LoRAConfig
-from evlm_jax.convert.engine import parameter_shapes
+from evlm_jax.convert.engine import FLOATS, parameter_shapes
 from evlm_jax.convert.naming import LINEAR, Family
 from evlm_jax.convert.tables import FAMILIES
 from evlm_jax.data.tokenizer import source_of_run
@@ -228,6 +228,11 @@ def _check(path: epath.Path, found: Tensors, cfg: EVLMConfig) -> None:
         f"{name} is {found[name].shape}, the model and r need {sizes[name]}"
         for name in found
         if found[name].shape != sizes[name]
+    ]
+    problems += [
+        f"{name} is {tensor.dtype}; weights are {', '.join(map(str, FLOATS))}"
+        for name, tensor in found.items()
+        if tensor.dtype not in FLOATS
     ]
     if problems:
         raise ValueError(f"{path} does not fit:\n  " + "\n  ".join(sorted(problems)))

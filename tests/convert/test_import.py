@@ -233,6 +233,15 @@ def test_bad_input_leaves_nothing(tmp_path, towers, how):
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_parameter_that_two_tensors_fill_is_refused(tmp_path):
+    """A last matrix of the MLP, and beside it one by the name that gated ones have."""
+    folder, name = dinov2_directory(tmp_path, CFG), "encoder.layer.1.mlp.fc2.weight"
+    held = read_all(open_source(folder).tensors)
+    save_file(held | {name.replace("fc2", "weights_out"): held[name]}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"{name} and .*weights_out.weight fill vit/blocks/1/mlp"):
+        engine.open_tower(CFG, open_source(folder), "vit")
+
+
 def test_a_missing_shard_leaves_nothing(tmp_path, towers, monkeypatch):
     monkeypatch.setattr(safetensors_file, "SHARD", 20_000)
     llama_directory(tmp_path / "sharded", CFG)

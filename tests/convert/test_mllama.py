@@ -12,9 +12,10 @@ import pytest
 
 from evlm_jax.checkpoint.lazy_tensors import Source, Tensor
 from evlm_jax.config import from_config_dict
-from evlm_jax.convert import engine, export, importer
+from evlm_jax.convert import engine, export, importer, mllama
 from evlm_jax.convert.describe import describe_source
 from evlm_jax.convert.engine import PARTS
+from evlm_jax.convert.readers import read_directory
 from evlm_jax.data import text
 from evlm_jax.data.samples import MARKER, ImageRef
 from evlm_jax.data.tokenizer import load_tokenizer
@@ -234,6 +235,18 @@ def test_fields_are_understood_or_refused(saved, tmp_path, part, change, message
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         engine.describe(str(tmp_path / "model"))
+
+
+def test_two_tensors_for_one_place_are_named(saved):
+    """Of three local layers config.json counts two: the third and the first global one would have
+    one name.
+    """
+    config = json.loads((saved / "config.json").read_text())
+    config["vision_config"] |= {"num_hidden_layers": 2, "intermediate_layers_indices": [0, 1]}
+    tensors = read_directory(saved).tensors
+    message = r"global_transformer.layers.0\..* and .*model.transformer.layers.2\..* 2 local layers"
+    with pytest.raises(ValueError, match=message):
+        mllama.plain(Source(saved, config, tensors))
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,7 @@ def test_what_says_nothing_is_read(tmp_path):
         (lambda name, array: None if "3.self" in name else (name, array), "not llm/layers/3/attn"),
         (lambda name, array: None if "lora_B" in name else (name, array), "nothing fills .*lora_b"),
         (lambda name, array: None, "holds no tensors"),
+        (lambda name, array: (name, array.astype(np.uint8)), "lora_a is uint8; weights are"),
     ],
 )
 def test_tensors_without_a_place_are_refused_by_name(made, tmp_path, change, error, capsys):

@@ -371,6 +371,24 @@ def test_too_few_pictures_are_refused(folder, tmp_path):
     assert len(open_source(f"scenes:{tmp_path}?split=all&scenes=3")) == 3
 
 
+@pytest.mark.parametrize(
+    "facts, message",
+    [
+        ("[]", "an object of names, not list"),
+        ('{"kites": {"zh": "筝"}}', "has 'kites', of which there is no folder"),
+        ('{"kite": "筝"}', "'kite' has '筝'; texts are understood of zh, plural, category"),
+        ('{"kite": {"plurals": "kites"}}', "'kite' has plurals 'kites'"),
+        ('{"kite": {"category": "toy"}}', r"has category 'toy'; .* \(animal, food,"),
+    ],
+)
+def test_names_that_are_not_understood_are_refused(tmp_path, facts, message):
+    for name in ("kite", "pond"):
+        (tmp_path / "objects" / name).mkdir(parents=True)
+    (tmp_path / "names.json").write_text(facts, "utf-8")
+    with pytest.raises(ValueError, match=message):
+        from_folder(str(tmp_path), "all")
+
+
 def test_a_scene_depends_on_its_number_alone(folder):
     name = f"scenes:{folder}?split=test"
     there = [digest(name, range(i, i + 1)) for i in range(8)]

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from evlm_jax import assets
 from evlm_jax.data.image import decode
-from evlm_jax.data.scenes.material import SPLITS, place, shipped
+from evlm_jax.data.scenes.dialogs import article, plural
+from evlm_jax.data.scenes.draw import shape
+from evlm_jax.data.scenes.material import SPLITS, Drawing, place, shipped
 from evlm_jax.data.scenes.names import NAMES
 from evlm_jax.data.sources import open_source
 from tests.helpers.scenes import digest, needs_scenes
@@ -85,3 +88,17 @@ def test_a_hundred_shipped_scenes_have_the_pinned_pixels():
 def test_every_number_of_processes_makes_the_same_scenes():
     one, two, four = (digests("scenes-en", processes) for processes in (1, 2, 4))
     assert one == two == four
+
+
+def test_english_of_names_of_any_letters():
+    said = ["y", "Fly", "BOX", "key", "Bus"]
+    assert [*map(plural, said)] == ["ys", "Flies", "BOXes", "keys", "Buses"]
+    assert article("Owl") == "an Owl"
+
+
+def test_a_damaged_cut_out_is_named(tmp_path):
+    file = tmp_path / "a.png"
+    Image.effect_noise((64, 64), 50).save(file)
+    file.write_bytes(file.read_bytes()[:600])
+    with pytest.raises(ValueError, match="a.png: damaged, or no picture; replace or remove it"):
+        shape(Drawing("a", str(file)))

@@ -14,6 +14,7 @@ from evlm_jax.data.formats.grounding import box
 from evlm_jax.data.samples import MARKER, Turn, literal, question
 from evlm_jax.data.scenes.compose import CLEAR, COLOURS, SIDES, Scene, Thing
 from evlm_jax.data.scenes.material import Material
+from evlm_jax.data.scenes.names import CATEGORIES
 
 FAMILIES = ("name", "count", "colour", "text", "where")
 ASKED = (*FAMILIES, "caption", "box")
@@ -102,7 +103,7 @@ CHINESE = Language(
     last="和",
 )
 LANGUAGES = {"en": ENGLISH, "zh": CHINESE}
-MEASURES = {"animal": "只", "food": "个", "vehicle": "辆", "thing": "个"}
+MEASURES = dict(zip(CATEGORIES, "只个辆个", strict=True))
 
 
 @dataclass(frozen=True)
@@ -261,15 +262,16 @@ def _distance(a: Thing, b: Thing) -> float:
 
 def article(name: str) -> str:
     """A cat, an owl."""
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
 def plural(name: str, given: str = "") -> str:
     """More than one, by the rules of English; `given` where they do not hold."""
     if given:
         return given
-    if name.endswith(("s", "x", "ch", "sh")):
+    small = name.lower()
+    if small.endswith(("s", "x", "ch", "sh")):
         return name + "es"
-    if name.endswith("y") and name[-2] not in "aeiou":
+    if small.endswith("y") and small[-2:-1] not in "aeiou":
         return name[:-1] + "ies"
     return name + "s"

@@ -20,11 +20,21 @@ def shape(drawing: Drawing) -> tuple[int, int]:
     return _opened(drawing.path).size
 
 
+def _read(path: str, mode: str) -> Image.Image:
+    """Raises ValueError that names a damaged file."""
+    try:
+        with Image.open(path) as image:
+            return image.convert(mode)
+    except (OSError, SyntaxError) as error:  # Pillow raises either
+        raise ValueError(
+            f"{path}: damaged, or no picture; replace or remove it: {error}"
+        ) from error
+
+
 @functools.cache
 def _opened(path: str) -> Image.Image:
     """RGBA without an empty border. Raises ValueError for one that is nothing but border."""
-    with Image.open(path) as image:
-        image = image.convert("RGBA")
+    image = _read(path, "RGBA")
     box = inked(image)
     if box is None:
         raise ValueError(f"{path}: the cut-out is empty")
@@ -42,8 +52,7 @@ def _cut_out(path: str, most: int, mirrored: bool) -> Image.Image:
 @functools.cache
 def _ground(path: str, side: int, mirrored: bool) -> Image.Image:
     """The square in the middle of a photograph."""
-    with Image.open(path) as image:
-        image = image.convert("RGB")
+    image = _read(path, "RGB")
     width, height = image.size
     square = min(width, height)
     left, top = (width - square) // 2, (height - square) // 2

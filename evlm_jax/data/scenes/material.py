@@ -14,7 +14,7 @@ from typing import NamedTuple
 from evlm_jax import assets
 from evlm_jax.data.containers.lines import load
 from evlm_jax.data.ocr.fonts import Face, faces
-from evlm_jax.data.scenes.names import NAMES, Name
+from evlm_jax.data.scenes.names import CATEGORIES, NAMES, Name
 from evlm_jax.paths import local
 
 HANDS, NEW_HAND = ("cut-openmoji", "cut-google", "cut-twitter"), "cut-fluent"
@@ -28,6 +28,7 @@ SPLITS = {
     "style": ("style", "test"),
     "all": ("all", "train"),
 }
+FACTS = ("zh", "plural", "category")  # of names.json
 TEST, VALIDATION, LEAST = 0.2, 0.1, 3  # shares, and members that a split needs
 # written in scenes of all splits, and in those of `words=unseen` alone; in capitals
 WORDS = tuple(
@@ -136,18 +137,20 @@ def divided(identities: Iterable[str]) -> dict[str, str]:
 
 def from_folder(folder: str, split: str) -> Material:
     """Of a user's own pictures: `objects/NAME/*.png` (cut-outs with alpha), `grounds/*.jpg`, and
-    where names are asked in Chinese or have odd plurals names.json = {NAME: {"zh", "plural"}}.
+    where names are asked in Chinese or have odd plurals names.json = {NAME: {"zh", "plural",
+    "category"}}.
 
-    Raises ValueError for too few of them, and for a split that only the shipped ones have.
+    Raises ValueError for too few of them, for a split that only the shipped ones have, and for what
+    names.json says that is not understood.
     """
     if split == "style":
         raise ValueError(f"{folder}: split style is of the shipped drawings alone")
     of_drawings, of_grounds = SPLITS[split]
     folder = local(folder, "scenes:DIR")
-    objects, told = Path(folder, "objects"), Path(folder, "names.json")
-    facts = load(str(told)) if told.is_file() else {}
-    names, drawings = {}, {}
-    for own in sorted(path for path in objects.glob("*") if path.is_dir()):
+    objects, names, drawings = Path(folder, "objects"), {}, {}
+    folders = sorted(path for path in objects.glob("*") if path.is_dir())
+    facts = _facts(Path(folder, "names.json"), [own.name for own in folders])
+    for own in folders:
         facts_of = facts.get(own.name, {})
         names[own.name] = Name(
             own.name,
@@ -161,6 +164,37 @@ def from_folder(folder: str, split: str) -> Material:
         raise ValueError(f"{objects}: {len(names)} folders of cut-outs, scenes need two names")
     grounds = tuple(_own(Path(folder, "grounds"), "all" if split == "all" else of_grounds))
     return Material(names, drawings, grounds, _fonts(of_grounds))
+
+
+def _facts(told: Path, names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """What names.json says of these names; nothing where it is not there.
+
+    Raises ValueError for a name without a folder, and what is not understood of one.
+    """
+    facts = load(str(told)) if told.is_file() else {}
+    if not isinstance(facts, dict):
+        raise ValueError(f"{told}: there must be an object of names, not {type(facts).__name__}")
+    for name, said in facts.items():
+        if name not in names:
+            raise ValueError(f"{told} has {name!r}, of which there is no folder of cut-outs")
+        if wrong := _odd(said):
+            raise ValueError(
+                f"{told}: {name!r} has {', '.join(wrong)}; texts are understood of"
+                f" {', '.join(FACTS)} ({', '.join(CATEGORIES)})"
+            )
+    return facts
+
+
+def _odd(said: object) -> list[str]:
+    if not isinstance(said, dict):
+        return [repr(said)]
+    return [
+        f"{field} {value!r}"
+        for field, value in said.items()
+        if field not in FACTS
+        or not isinstance(value, str)
+        or (field == "category" and value not in CATEGORIES)
+    ]
 
 
 def _own(folder: Path, split: str) -> list[str]:

@@ -7,13 +7,15 @@ there."""
 from collections.abc import Sequence
 from typing import NamedTuple
 
+CATEGORIES = ("animal", "food", "vehicle", "thing")  # which Chinese counts by other words
+
 
 class Name(NamedTuple):
     """What an object is called."""
 
     en: str
     zh: str
-    category: str  # animal, food, vehicle or thing
+    category: str  # of CATEGORIES
     emoji: str  # its characters
     stamps: Sequence[str] = ()  # files without suffix
     words: Sequence[str] = ()  # GCompris's pictures of words

@@ -50,14 +50,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     _machine(parser)
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints of finished runs")
-    parser.add_argument(
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument(
         "--run",
         dest="only",
         type=_run,
         metavar="VARIANT/SEED",
         help="this run only, in this process",
     )
-    parser.add_argument(
+    part.add_argument(
         "--list",
         dest="listed",
         action="store_true",

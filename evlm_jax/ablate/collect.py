@@ -63,16 +63,21 @@ def collect(files: Sequence[Path]) -> dict:
     }
     for file, run in zip(files, runs):
         clusters, settings = run.pop("clusters"), run.pop("settings")
-        if wrong := _apart(settings, joined["settings"]):
-            raise ValueError(
-                f"{file}: its {', '.join(wrong)} differ from those of {files[0]}; give another"
-                " --out, or remove one of them"
-            )
+        check(file, settings, joined["settings"], f"those of {files[0]}")
         if clusters != joined["clusters"]:
             raise ValueError(
                 f"{file}: its test questions are not those of {files[0]}; remove one of them"
             )
     return joined
+
+
+def check(file: Path, settings: dict, others: dict, whose: str = "those of this command") -> None:
+    """Raises ValueError where the settings of a run and others differ."""
+    if wrong := _apart(settings, others):
+        raise ValueError(
+            f"{file}: its {', '.join(wrong)} differ from {whose}; give another --out, or remove one"
+            " of them"
+        )
 
 
 def _apart(one: dict, other: dict) -> list[str]:

@@ -3,12 +3,13 @@ there.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from evlm_jax.ablate import claims, collect, job, page, slots
+from evlm_jax.ablate import claims, collect, finished, job, page, slots
 from evlm_jax.ablate.study import BASE, load_study
 from evlm_jax.checkpoint import store
 from evlm_jax.config import EVLMConfig
@@ -40,7 +41,7 @@ def main(
         args.keep,
     )
     if args.only:
-        variant, _, seed = args.only.partition("/")
+        variant, _, seed = args.only.rpartition("/")
         job.run(order, variant, int(seed))
         return 0
     variants, names, failed = list(dict.fromkeys([BASE, *args.variants])), [], []
@@ -52,6 +53,8 @@ def main(
         new = [f"{variant}/{seed}" for seed in range(seeds) for variant in variants]
         names += [name for name in new if name not in names]
         todo = [name for name in names if not _done(args.out, name)]
+        if todo:
+            _check_settings(order, [name for name in names if name not in todo])
         if todo and args.listed:
             break
         failed = _run(args, overrides, todo)
@@ -95,6 +98,16 @@ def _check(order: job.Order, variants: Sequence[str], seeds: int) -> None:
                 )
     for variant in variants:
         job.check(order, variant, order.begin(0))
+
+
+def _check_settings(order: job.Order, done: Sequence[str]) -> None:
+    """Raises ValueError naming one of these runs whose settings are not those of further ones:
+    before hours of training, not when all are collected.
+    """
+    for file in (order.out / name / "result.json" for name in done):
+        theirs = finished.load(file)["settings"]
+        begun = theirs.get("init", "elsewhere") if order.init else None
+        collect.check(file, theirs, json.loads(json.dumps(job.settings(order, begun))))
 
 
 def _run(args: argparse.Namespace, overrides: list[str], names: Sequence[str]) -> list[str]:

@@ -190,6 +190,30 @@ def test_what_cannot_count_is_refused(tmp_path):
         job.check(order, "one", str(tmp_path))
 
 
+def test_other_settings_are_refused_before_anything_runs(tmp_path, monkeypatch):
+    order = job.Order({"base": tiny_config()}.get, EASY_VQA, tmp_path, 1000, 20)
+    kept = json.loads(json.dumps(job.settings(order, None)))
+    monkeypatch.setattr(ablate_command.finished, "load", lambda file: {"settings": kept})
+    ablate_command._check_settings(order, ["base/0"])
+    for changes, name in (
+        ({"questions": 2000}, "questions"),
+        ({"limit": None}, "limit"),
+        ({"load": {"base": tiny_config(train={"batch": 4})}.get}, "base"),
+        ({"init": "elsewhere"}, "init"),
+        ({"branch": "elsewhere"}, "branched"),
+    ):
+        with pytest.raises(ValueError, match=f"base/0/result.json: its {name} differ from those"):
+            ablate_command._check_settings(order._replace(**changes), ["base/0"])
+
+
+def test_a_variant_of_a_folder_has_its_own_seed(tmp_path, monkeypatch):
+    """Names are cut at the last slash, as the command line is checked."""
+    ran = []
+    monkeypatch.setattr(job, "run", lambda order, *name: ran.append(name))
+    words = ["ablate", "--variants", "base", "--out", str(tmp_path), "--run"]
+    assert cli.main([*words, "base/some/1"]) == 0 and ran == [("base/some", 1)]
+
+
 @pytest.mark.slow
 @needs_asset("easy-vqa")
 @needs_asset("openmoji")

@@ -180,12 +180,16 @@ class Generator:
         min_p: float,
         repetition_penalty: float,
     ) -> Sampling:
-        """Raises ValueError for an option out of range."""
+        """Raises ValueError for an option out of range, or that says nothing."""
         ranges.check(NonNegative, temperature, "temperature")
         ranges.check(PositiveShare, top_p, "top_p")
         ranges.check(Count, top_k, "top_k")
         ranges.check(Share, min_p, "min_p")
         ranges.check(PositiveFloat, repetition_penalty, "repetition_penalty")
+        if not temperature and (top_k or top_p < 1 or min_p):
+            raise ValueError(
+                "top_k, top_p and min_p are of draws: give a temperature, or leave them out"
+            )
         ends = np.array(stop + (-1,) * (bucket(len(stop), STOPS) - len(stop)), np.int32)
         penalty = None if repetition_penalty == 1 else np.float32(repetition_penalty)
         top_k = np.int32(min(top_k, self.cfg.llm.vocab))

@@ -50,6 +50,7 @@ def model():
         ),
         (lambda model: model.generate("a", stop=[3]), "stop_strings must be texts"),
         (lambda model: model.generate("a", answers=2), "give a temperature"),
+        (lambda model: model.generate("a", top_p=0.9), "min_p are of draws: give a temperature"),
         (
             lambda model: model.generate(["a"], stream=True),
             "stream=True gives pieces of one answer",

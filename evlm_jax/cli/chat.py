@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
     from evlm_jax.data import video
     from evlm_jax.data.formats import captions
 
+    sampling = generate.sampling(args)
     if importlib.util.find_spec("gradio") is None:
         raise ImportError(MISSING)
     frames = args.frames or captions.FRAMES
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
         from evlm_jax.runs import load_trained
 
         trained = load_trained(args.checkpoint)
-        chat = Chat(trained, frames, args.max_new_tokens, **generate.sampling(args))
+        chat = Chat(trained, frames, args.max_new_tokens, **sampling)
         print("evlm chat: the first start compiles, later ones read what it kept:", flush=True)
         for part in chat.warm_up():
             print(f"  {part}", flush=True)

@@ -93,7 +93,14 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling(args: argparse.Namespace) -> dict:
-    """What `add_sampling` read, as options of Generator.generate."""
+    """What `add_sampling` read, as options of Generator.generate.
+
+    Raises ValueError for one that says nothing.
+    """
+    if not args.temperature and (args.top_k or args.top_p < 1 or args.min_p):
+        raise ValueError(
+            "--top-k, --top-p and --min-p are of draws: give a --temperature, or leave them out"
+        )
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     return {name: getattr(args, name) for name in names}
 
@@ -137,10 +144,6 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--answers {args.answers}: at temperature 0 all answers are the same; give a"
             " --temperature"
-        )
-    if not args.temperature and (args.top_k or args.top_p < 1 or args.min_p):
-        raise ValueError(
-            "--top-k, --top-p and --min-p are of draws: give a --temperature, or leave them out"
         )
     generator = Generator(*load_trained(args.checkpoint)[:2])  # the model itself is let go
     prompt = generator.prompt([Turn("user", *prompt)], visuals)

@@ -190,6 +190,7 @@ WRONG = {
         "eval --checkpoint c --task photos --judge-model m".split()
     ),
     "--top-p and --min-p are of draws": "generate --checkpoint c --prompt p --top-k 5".split(),
+    "--top-k, --top-p and --min-p are of": "chat --checkpoint c --min-p 0.5".split(),
     "--json docs: docs is a folder": "flops --config demo --json docs".split(),
     "docs is a folder: give": "eval --checkpoint c --task photos --out docs".split(),
     "gs:/b/run names no bucket": "generate --checkpoint gs:/b/run --prompt p".split(),

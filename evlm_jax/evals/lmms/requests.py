@@ -166,7 +166,7 @@ def options(how: dict) -> tuple[int, float, float, tuple[str, ...]]:
     return (
         int(how.get("max_new_tokens") or TOKENS),
         temperature,
-        float(how.get("top_p") or 1.0),
+        float(how.get("top_p") or 1.0) if temperature else 1.0,
         ends,
     )
 

@@ -302,7 +302,8 @@ class Generator:
 
 def _strings(stop_strings: str | Sequence[str]) -> tuple[str, ...]:
     """Raises ValueError for what is no text, or an empty one."""
-    strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+    some = isinstance(stop_strings, Sequence) and not isinstance(stop_strings, str)
+    strings = tuple(stop_strings) if some else (stop_strings,)
     if not all(isinstance(string, str) for string in strings):
         raise ValueError(f"stop_strings must be texts, got {strings!r}")
     if "" in strings:

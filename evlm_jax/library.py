@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,7 +137,7 @@ def make_batch(
     Raises:
       ValueError: a sample fits no row, or has no text to learn; a picture that cannot be read.
     """
-    samples = [samples] if isinstance(samples, Sample) else list(samples)
+    samples = list(samples) if isinstance(samples, Iterable) else [samples]
     if not samples or not all(isinstance(sample, Sample) for sample in samples):
         kinds = ", ".join(sorted({type(sample).__name__ for sample in samples})) or "nothing"
         raise ValueError(f"samples are what evlm_jax.make_sample returns, got {kinds}")
@@ -180,7 +180,8 @@ class Model:
         return nnx.merge(self._graphdef, self.params)
 
     def with_params(self, params: nnx.State) -> "Model":
-        """The same model with other parameters, in the structure of `params`."""
+        """The same model with other parameters, in the structure of `params`, else ValueError."""
+        params = param_names.fitting(self.params, params)
         return Model(nnx.merge(self._graphdef, params), self.tokenizer, self._layout)
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -189,6 +190,8 @@ class Model:
 
         Raises FileExistsError where `folder` exists.
         """
+        if not isinstance(folder, (str, os.PathLike)):
+            raise ValueError(f"folder is {folder!r}: give the path of a new one")
         params = jax.device_get(param_names.flatten(self.config, self.params))
         save_model(self.config, params, self.tokenizer, os.fspath(folder))
 
@@ -294,7 +297,7 @@ class Model:
         """
         if not isinstance(samples, Batch):
             samples = make_batch(samples, self.config, self.tokenizer, self._rows)
-        model = self.module if params is None else nnx.merge(self._graphdef, params)
+        model = (self if params is None else self.with_params(params)).module
         return _on(self._layout, _loss)(model, samples)
 
     def attention(self, prompt: str, images: Images, answer: str | None = None) -> list[dict]:
@@ -391,5 +394,7 @@ def _placed(cfg: EVLMConfig, params: store.Arrays, dtype: str | None, devices: D
 
 def _pixels(cfg: EVLMConfig) -> EVLMConfig:
     """Rows with their own image slots, whose pictures are pixels."""
+    if not isinstance(cfg, EVLMConfig):
+        raise ValueError(f"config is a {type(cfg).__name__}: give Model.config")
     cfg = cfg.ungrouped
     return replace(cfg, data=replace(cfg.data, cache_features=False))

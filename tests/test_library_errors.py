@@ -1,5 +1,6 @@
 """What the library is asked wrongly it refuses in one line, which names the mend."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -49,6 +50,21 @@ def model():
             "temperature must be a number, at least 0, got 'hot'",
         ),
         (lambda model: model.generate("a", stop=[3]), "stop_strings must be texts"),
+        (lambda model: model.generate("a", stop=3), "stop_strings must be texts"),
+        (lambda model: model.features(BLACK[:0]), "size .4, 0.: it has no pixels"),
+        (lambda model: model.attention(["a"], BLACK, "b"), "a text is a str, got list"),
+        (lambda model: model.attention("a", BLACK, 5), "a text is a str, got int"),
+        (lambda model: model.loss(None), "make_sample returns, got NoneType"),
+        (lambda model: model.loss([sample()], {}), "params have 0 arrays, the model 84: give"),
+        (
+            lambda model: model.with_params(jax.tree.map(lambda x: x[None], model.params)),
+            "params: .* is .1, .*, the model's is",
+        ),
+        (lambda model: model.save(3), "folder is 3: give the path of a new one"),
+        (
+            lambda model: evlm_jax.make_batch(sample(), "config"),
+            "config is a str: give Model.config",
+        ),
         (lambda model: model.generate("a", answers=2), "give a temperature"),
         (lambda model: model.generate("a", top_p=0.9), "min_p are of draws: give a temperature"),
         (

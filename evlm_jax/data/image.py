@@ -186,7 +186,8 @@ def in_memory(picture: Image.Image | np.ndarray) -> ImageRef:
         with suppress(Exception):  # as in a file
             ImageOps.exif_transpose(made, in_place=True)
         made = _rgb(made)
-        bicubic(made, (1, 1))  # refuses what has no pixels
+        if 0 in made.size:
+            raise ValueError("it has no pixels")
     except Exception as error:  # a damaged file that was opened, and not yet read
         raise ImageError(
             f"cannot read the picture of mode {picture.mode} and size {picture.size}: {error}"

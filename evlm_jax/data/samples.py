@@ -60,7 +60,12 @@ class Sample:
 
 
 def literal(text: str) -> str:
-    """Text from the world, where `<image>` is no marker: it is spelled `< image>`."""
+    """Text from the world, where `<image>` is no marker: it is spelled `< image>`.
+
+    Raises ValueError for what is no text.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"a text is a str, got {type(text).__name__}")
     return text.replace(MARKER, "< image>")
 
 

@@ -98,6 +98,24 @@ def unflatten(
     return nnx.from_flat_state(leaves)
 
 
+def fitting(like: nnx.State, params: nnx.State) -> nnx.State:
+    """`params`, whose leaves must be those of `like` in number and shape, whatever holds them.
+
+    Raises ValueError naming the first that is not.
+    """
+    own, given = jax.tree_util.tree_leaves_with_path(like), jax.tree.leaves(params)
+    if len(own) != len(given):
+        raise ValueError(
+            f"params have {len(given)} arrays, the model {len(own)}: give Model.params, its arrays"
+            " changed by jax.tree.map"
+        )
+    for (path, leaf), array in zip(own, given):
+        if (shape := jnp.shape(array)) != leaf.shape:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"params: {name} is {shape}, the model's is {leaf.shape}")
+    return params
+
+
 def _joined(
     values: Sequence[np.ndarray | jax.Array | Tensor], stacked: bool
 ) -> np.ndarray | jax.Array | Stack:

@@ -76,7 +76,7 @@ def _look_up(cfg: EVLMConfig, init: str | None) -> None:
 
 def _tell_mesh(cfg: EVLMConfig, layout: Layout) -> None:
     devices, rows = layout.mesh.devices.flat, layout.parts("rows")
-    mesh = " ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
+    mesh = " ".join(f"{axis} {size}" for axis, size in layout.sizes.items())
     log_once(
         f"{len(devices)} devices ({devices[0].device_kind}) of {jax.process_count()} processes:"
         f" {mesh}"

@@ -4,6 +4,7 @@ Unusual: gradients exist for the trainable State only, frozen parameters are pla
 step. An update whose loss or gradient is not finite changes nothing."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,11 @@ from evlm_jax.parallel.agreement import agreed
 from evlm_jax.parallel.compiler import step_options, told
 from evlm_jax.parallel.distributed import log_once
 from evlm_jax.parallel.mesh import Layout, check_parameters
-from evlm_jax.parallel.sharding import all_gather_params, reduce_scatter_grads
+from evlm_jax.parallel.sharding import (
+    all_gather_params,
+    in_each_slice,
+    reduce_scatter_grads,
+)
 
 
 class TrainState(NamedTuple):
@@ -45,32 +50,47 @@ def gradients(
     def loss(params, rows):
         return loss_sums(nnx.merge(graphdef, params, frozen), rows, len(cfg.data.sources))
 
-    def micro_batch(total, rows):
+    def gradient(params, rows):
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, rows)
-        grads = reduce_scatter_grads(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        return reduce_scatter_grads(jax.tree.map(lambda g: g.astype(jnp.float32), grads)), sums
+
+    def zeros(params, zero):
+        return reduce_scatter_grads(
+            jax.tree.map(lambda p: jnp.full_like(p, zero, jnp.float32), params)
+        )
+
+    def micro_batch(total, rows):
+        grads, sums = gradient(params, rows)
         return jax.tree.map(jnp.add, total, grads), sums
 
-    params = all_gather_params(params, cfg.train.operands)
+    params, slices = all_gather_params(params, cfg.train.operands), cfg.mesh.slices
+    # The balance of experts is over all rows of a micro-batch, so its gradient needs those of all.
+    apart = slices > 1 and not cfg.moe.copies
+    if apart:
+        gradient, zeros = in_each_slice(gradient), in_each_slice(zeros)
+    groups = len(batch.tokens) // cfg.data.image_group
     micro_batches = jax.tree.map(
-        functools.partial(_split, len(batch.tokens) // cfg.data.image_group, cfg.train.accumulate),
-        batch,
+        functools.partial(_split, groups, cfg.train.accumulate, (slices,) * apart), batch
     )
-    zeros = reduce_scatter_grads(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
-    grads, sums = jax.lax.scan(micro_batch, zeros, micro_batches)
+    total = zeros(params, jnp.zeros((slices,) * apart))
+    total, sums = jax.lax.scan(micro_batch, total, micro_batches)
+    if apart:  # across the network once a step
+        total = reduce_scatter_grads(jax.tree.map(lambda g: g.sum(0), total))
+        sums = jax.tree.map(lambda x: x.sum(1), sums)
     sums = jax.tree.map(lambda x: x.sum(0), sums)
     count = jnp.maximum(sums["count"].sum(), 1)
-    return jax.tree.map(lambda g: g / count, grads), sums
+    return jax.tree.map(lambda g: g / count, total), sums
 
 
-def _split(groups: int, k: int, x: jax.Array) -> jax.Array:
-    """[B or C, ...] -> k micro-batches.
+def _split(groups: int, k: int, slices: tuple[int, ...], x: jax.Array) -> jax.Array:
+    """[B or C, ...] -> k micro-batches, [k, *slices, ..].
 
     Pool c goes to number c % k, so that every device has its share of each.
     """
     return (
         x.reshape(groups // k, k, len(x) // groups, *x.shape[1:])
         .swapaxes(0, 1)
-        .reshape(k, len(x) // k, *x.shape[1:])
+        .reshape(k, *slices, len(x) // math.prod((k, *slices)), *x.shape[1:])
     )
 
 

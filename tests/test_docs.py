@@ -23,7 +23,7 @@ from evlm_jax import cli
 from evlm_jax.config.load import load_config
 from evlm_jax.models import param_names
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.parallel.mesh import AXES, Layout, check_mesh, check_parameters
+from evlm_jax.parallel.mesh import AXES, Layout, check_mesh, check_parameters, mesh_shape
 from evlm_jax.planning import search
 
 ROOT = Path(__file__).parents[1]
@@ -142,9 +142,7 @@ def fits(cfg, devices):
     """The mesh checks of training, on as many devices as the page says."""
     sizes = check_mesh(cfg, devices)
     layout = Layout(
-        AbstractMesh(
-            tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES)
-        ),
+        AbstractMesh(mesh_shape(cfg.mesh, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES)),
         cfg.mesh,
     )
     shapes = nnx.state(nnx.eval_shape(lambda: EVLM(cfg, nnx.Rngs(0))))

@@ -1,6 +1,8 @@
 """The device mesh, and where every array lies on it: the only file that knows mesh axes. Models
 name the axes (sharding.py).
 
+    slices    copies of everything, joined by the data-centre network; a config counts them within
+              `data`
     data      copies of everything; each takes its own rows of a batch
     fsdp      rows, and pieces of what is stored
     expert    rows and pieces likewise, and the experts of a mixture
@@ -30,8 +32,8 @@ from evlm_jax.batch import Batch
 from evlm_jax.config import EVLMConfig, MeshConfig
 from evlm_jax.ops.platform import compile_for
 
-AXES = ("data", "fsdp", "expert", "tensor")
-ROWS = ("data", "fsdp", "expert")
+AXES = ("slices", "data", "fsdp", "expert", "tensor")
+ROWS = ("slices", "data", "fsdp", "expert")
 PIECES = ("fsdp", "expert")
 
 
@@ -58,7 +60,7 @@ RULES = {
     "vision_mlp": Rule(stored=(*PIECES, "tensor")),
     "image_heads": Rule(stored=(*PIECES, "tensor")),
     "rows": Rule(ROWS),
-    "copies": Rule(("data",)),  # rows, where another dimension is in pieces
+    "copies": Rule(("slices", "data")),  # rows, where another dimension is in pieces
     "pieces": Rule(PIECES),
     "images": Rule(("tensor",)),  # of an image group
     "pictures": Rule((*ROWS, "tensor")),  # images of all image groups
@@ -88,6 +90,7 @@ class Layout:
 
     mesh: Mesh
     cfg: MeshConfig
+    within: bool = False  # a slice: what is traced has the rows of one, and is mapped over all
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -107,12 +110,23 @@ class Layout:
         for rule in map(self.rule, axes):
             names = [
                 name
-                for name in (*rule.used, *(rule.stored if stored else ()))
-                if self.mesh.shape[name] > 1 and name not in taken
+                for name in (*self.split(rule.used), *(self.split(rule.stored) if stored else ()))
+                if name not in taken
             ]
             taken |= set(names)
             out.append(tuple(names) or None)
         return P(*out)
+
+    def split(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of these mesh axes that have more than one device."""
+        hidden = ("slices",) if self.within else ()
+        return tuple(n for n in names if self.mesh.shape[n] > 1 and n not in hidden)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of devices of each axis, as config.mesh counts them."""
+        slices, data, *others = (self.mesh.shape[axis] for axis in AXES)
+        return dict(zip(AXES[1:], (slices * data, *others)))
 
     def rule(self, axis: str | None) -> Rule:
         """Rule of a logical axis; None is never split. Raises KeyError where there is no rule."""
@@ -260,9 +274,9 @@ def make_layout(cfg: EVLMConfig, devices: list | None = None) -> Layout:
     """
     devices = list(devices or jax.devices())
     sizes = check_mesh(cfg, len(devices))
-    shape = tuple(sizes[axis] for axis in AXES)
-    if cfg.mesh.slices > 1:
-        inner, outer = (sizes["data"] // cfg.mesh.slices, *shape[1:]), (cfg.mesh.slices, 1, 1, 1)
+    shape = mesh_shape(cfg.mesh, sizes)
+    if cfg.mesh.slices > 1 and hasattr(devices[0], "slice_index"):
+        inner, outer = (1, *shape[1:]), (shape[0], 1, 1, 1, 1)
         grid = mesh_utils.create_hybrid_device_mesh(
             inner, outer, devices, allow_split_physical_axes=True
         )
@@ -282,9 +296,15 @@ def check_mesh(cfg: EVLMConfig, devices: int) -> dict[str, int]:
     return sizes
 
 
+def mesh_shape(mesh: MeshConfig, sizes: dict[str, int]) -> tuple[int, ...]:
+    """Number of devices along each of AXES."""
+    data, *others = (sizes[axis] for axis in AXES[1:])
+    return mesh.slices, data // mesh.slices, *others
+
+
 def mesh_sizes(mesh: MeshConfig, devices: int) -> dict[str, int]:
     """Number of devices of each axis. Raises ValueError where their product is another number."""
-    sizes = dict(zip(AXES, (mesh.data, mesh.fsdp, mesh.expert, mesh.tensor)))
+    sizes = dict(zip(AXES[1:], (mesh.data, mesh.fsdp, mesh.expert, mesh.tensor)))
     free = [axis for axis in ("data", "fsdp") if sizes[axis] == -1]
     if len(free) > 1 or min(size for axis, size in sizes.items() if axis not in free) < 1:
         raise ValueError(f"config: mesh {sizes}: axes are positive; one of data and fsdp may be -1")
@@ -297,7 +317,7 @@ def mesh_sizes(mesh: MeshConfig, devices: int) -> dict[str, int]:
 
 def _check(cfg: EVLMConfig, sizes: dict[str, int]) -> None:
     rows, tensor, images = (
-        math.prod(sizes[axis] for axis in ROWS),
+        math.prod(sizes[axis] for axis in ROWS[1:]),
         sizes["tensor"],
         cfg.mesh.images == "all",
     )

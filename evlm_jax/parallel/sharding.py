@@ -7,6 +7,7 @@ through.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -77,6 +78,19 @@ def reduce_scatter_grads(grads: nnx.State) -> nnx.State:
     )
 
 
+def in_each_slice(f: Callable) -> Callable:
+    """`f` of parameters and of the rows of one slice -> of parameters and of the rows of all,
+    [slices, ...], whose results are [slices, ...]: what is summed over rows stays within a slice.
+    """
+    layout = active_layout()
+
+    def own(params: nnx.State, rows: Any) -> Any:
+        with replace(layout, within=True).active():
+            return f(params, rows)
+
+    return jax.vmap(own, in_axes=(None, 0), spmd_axis_name="slices")
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _place(
     used: NamedSharding, stored: NamedSharding, own: jnp.dtype, dtype: jnp.dtype, x: jax.Array
@@ -119,8 +133,4 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
     exchanges within `shard_map_local`.
     """
     layout = active_layout()
-    return (
-        ()
-        if layout is None
-        else tuple(name for name in layout.rule(axis).used if layout.mesh.shape[name] > 1)
-    )
+    return () if layout is None else layout.split(layout.rule(axis).used)

@@ -103,7 +103,7 @@ def _asked(cfg: EVLMConfig, layout: Layout) -> dict:
         form = attention_form(cfg.train.attention)
     mesh = {"slices": cfg.mesh.slices, "zero": cfg.mesh.zero, "frozen": cfg.mesh.frozen}
     return {
-        "mesh": dict(layout.mesh.shape) | mesh,
+        "mesh": layout.sizes | mesh,
         "policies": {
             "remat": cfg.train.remat,
             "accumulate": cfg.train.accumulate,
@@ -221,7 +221,7 @@ def _trips(
         return [0.0] * len(trips)
     if "experts" not in _SCOPES.findall(op_name) or not all(trips):
         return None
-    mesh, hidden = layout.mesh.shape, cfg.xattn.ffn // cfg.moe.slices
+    mesh, hidden = layout.sizes, cfg.xattn.ffn // cfg.moe.slices
     choices = (
         program.work.tokens
         / cfg.train.accumulate

@@ -157,6 +157,28 @@ def test_rows_in_groups_give_the_gradients_of_rows_alone(mesh, accumulate, alone
     )
 
 
+SLICES = [
+    ((2, 2, 1, 2), POLICIES[0], 2, {}),
+    ((4, 1, 1, 2), POLICIES[1], 2, {}),
+    ((4, 1, 2, 1), POLICIES[0], 1, {"experts": True}),
+    ((2, 2, 1, 1), POLICIES[1], 1, {"image_group": 2}),
+    ((2, 2, 1, 1), POLICIES[1], 2, {"kind": "llava"}),
+    ((2, 2, 1, 1), POLICIES[0], 2, {"kind": ONE_SOFTMAX}),
+]
+
+
+@pytest.mark.parametrize(
+    "mesh, policy, accumulate, other",
+    [pytest.param(*case, marks=[pytest.mark.slow] * bool(i)) for i, case in enumerate(SLICES)],
+)
+def test_gradients_of_slices_equal_those_of_one_device(mesh, policy, accumulate, other, alone):
+    """Two slices sum their own, and each other's once; with experts in every micro-batch."""
+    cfg = config(mesh, policy=policy | {"slices": 2}, accumulate=accumulate, **other)
+    kind, experts = other.get("kind"), other.get("experts", False)
+    one = fetch_to_host(found(config(kind=kind))) if kind else alone[experts]
+    assert_equal(*found(cfg), one)
+
+
 def assert_equal(grads, sums, expected):
     """To 2e-5 of the largest of an array: sums in another order differ by up to 1.1e-5 with jax
     0.12, by less than 1e-5 with 0.10.

@@ -145,8 +145,9 @@ def assert_equal_to_alone(cfg, alone):
 
 @pytest.mark.parametrize(
     "mesh, accumulate",
-    [pytest.param((1, 2, 2, 2), 1, marks=pytest.mark.slow), ((2, 1, 1, 2), 2)],
+    [((1, 2, 2, 2), 1), ((2, 1, 1, 2), 2)],
 )
+@pytest.mark.slow  # that of slices has groups as well
 def test_rows_in_groups_give_the_gradients_of_rows_alone(mesh, accumulate, alone):
     """The same documents: image groups on a mesh against rows with image slots of their own on one
     device.
@@ -158,6 +159,7 @@ def test_rows_in_groups_give_the_gradients_of_rows_alone(mesh, accumulate, alone
 
 
 SLICES = [
+    ((2, 1, 1, 2), POLICIES[0], 2, {"image_group": 2}),
     ((2, 2, 1, 2), POLICIES[0], 2, {}),
     ((4, 1, 1, 2), POLICIES[1], 2, {}),
     ((4, 1, 2, 1), POLICIES[0], 1, {"experts": True}),

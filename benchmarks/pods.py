@@ -20,19 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import parser
-from evlm_jax import flops
+from benchmarks import pods_page as page
 from evlm_jax.config.load import load_config
-from evlm_jax.parallel.chips import GIB
-from evlm_jax.planning.programs import phase_steps
 
 FILE, PAGE = Path("docs/pods.json"), Path("docs/pods.md")
-RUNS = {  # name: (stage, phase)
-    "pretrain, ViT frozen": ("pretrain", 0),
-    "pretrain, upper ViT trained": ("pretrain", 1),
-    "continual, 448 px": ("continual", 0),
-    "sft, 448 px": ("sft", 0),
-    "sft with experts, 448 px": ("moe", 0),
-}
 FLAT, CUBES = (
     ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     (
@@ -58,67 +49,27 @@ OWN = {
 PODS = (
     ("pretrain, ViT frozen", "v5p:4x4x4", 2, 5, "dots"),
     ("pretrain, ViT frozen", "v6e:16x16", 8, 3, "full"),
-    ("sft with experts, 448 px", "v5p:2x2x4", 1, 1, "full"),
 )
-OTHERS = {  # runs with other towers: arguments of `evlm plan`, as the page has them
-    "SigLIP 2 so400m and Qwen3-8B, pretrain, ViT frozen": (
+FULL = (  # of 448 px: a row that shares no image slots
+    "--config.data.image_group=1 --config.data.images=12 --config.data.slots=12"
+    " --config.data.block_pairs=76"
+)
+CYCLES = (  # runs whose reports tell cycles: arguments of `evlm plan`, as the page has them
+    (
+        "sft with experts, 448 px",
+        "--config experiments/evlm_14b.py:moe --topology v5p:2x2x4 --mesh fsdp=16 --remat dots"
+        f" --config.train.accumulate=1 --config.train.attention=pallas {FULL}",
+    ),
+    (
+        "SigLIP 2 so400m and Qwen3-8B, pretrain, ViT frozen",
         "--config experiments/evlm_8b.py:pretrain --topology v5p:4x4x4 --mesh fsdp=32,tensor=2"
-        " --remat dots --config.train.accumulate=3"
+        " --remat dots --config.train.accumulate=3",
     ),
-    "Llama 3.2 Vision 11B, cross-attention fine-tuned": (
-        "--config experiments/mllama.py --topology v5p:4x4x4 --mesh fsdp=64 --remat full"
+    (
+        "Llama 3.2 Vision 11B, cross-attention fine-tuned",
+        "--config experiments/mllama.py --topology v5p:4x4x4 --mesh fsdp=64 --remat full",
     ),
-}
-HEAD = """# The paper's runs on TPU pods
-
-Written by `python -m benchmarks.pods write` from [pods.json](pods.json), which `python -m \
-benchmarks.pods plan` makes by `evlm plan`: the
-real train step of [evlm_14b.py](../experiments/evlm_14b.py) with the paper's batches (480, 160, \
-16), compiled by the TPU compiler for
-slices that are not there. Nothing here was measured on a TPU. The figures are of programs without \
-the flags that
-`evlm train` and `evlm plan` now give the compiler ([tpu.md](tpu.md#flags)).
-
-A step's seconds are those of a roofline, operation by operation: products at the published peak, \
-HBM at its bandwidth, collectives hidden
-behind them. They are a lower bound for this program; well-tuned runs of others reach 40 to 65% of \
-the peak. Days are those of the run's
-own share of the steps (pre-training trains cross-attention alone for its first 31,250 steps, the \
-upper ViT as well for 93,750). A batch
-is full: no position is padding, every image is seen. HBM is XLA's own account of the fullest \
-moment, and in brackets all that it
-allocates; the compiler accepts the program or not. Executed FLOPs are read from the compiled \
-program, needed ones are defined in
-[flops.py](../evlm_jax/flops.py). Compile times are of a machine of two cores that was shared.
-
-## The smallest slice that fits
-
-Full rematerialisation, ZeRO-3, frozen towers in pieces, one row a device and micro-batch. So rows \
-share no image slots: each has 64 at
-224 px, 12 at 448 px.
-"""
-LARGE = """## Pods of realistic size
-
-ZeRO-2, as the paper has it. Five rows a device share 208 image slots (`data.image_group=5`); \
-otherwise slots are as above. Experts were
-exchanged here with room for the rows of all devices; as they are now, or \
-over `fsdp`, their part of a step is a tenth ([moe.md](moe.md#on-several-devices)).
-"""
-PARTS = """## Executed by needed FLOPs, part by part
-
-Full rematerialisation makes a trained part 4/3, a frozen one with a gradient through it 3/2; \
-where the outputs of linear layers are kept
-(`dots`) both are 1. Scores of the language model are computed for all pairs and masked: twice \
-what causal attention needs. Scores of the
-cross-attention are computed for all (query block, image) pairs that a batch has room for, filled \
-or not. Keys and values have a product more for
-the gradient of the norm in front of them.
-"""
-TOWERS = """## Other towers
-
-As above, but for the flags, which these programs have. Without `--no-mend` such a command also \
-says what would make fit what does not.
-"""
+)
 LIMIT = 3600  # seconds of a plan, on a machine that is shared
 
 
@@ -128,7 +79,7 @@ def arguments(
     """Of `evlm plan`, with `rows` rows a device and micro-batch, a single one with its own images;
     None where they do not divide.
     """
-    stage, phase = RUNS[run]
+    stage, phase = page.RUNS[run]
     config = f"experiments/evlm_14b.py:{stage}"
     cfg, count = load_config(config), math.prod(map(int, topology.partition(":")[2].split("x")))
     across = count // tensor
@@ -169,9 +120,9 @@ def pod(run: str, topology: str, tensor: int, rows: int, remat: str) -> list[str
     return arguments(run, topology, tensor, remat, zero=2, rows=rows)
 
 
-def other(run: str) -> list[str]:
-    """Arguments of `evlm plan` for an entry of OTHERS."""
-    return [*OTHERS[run].split(), "--no-mend"]
+def by_cycles(words: str) -> list[str]:
+    """Arguments of `evlm plan` for those of an entry of CYCLES."""
+    return [*words.split(), "--no-mend"]
 
 
 def plan(words: list[str]) -> dict:
@@ -234,105 +185,30 @@ def smallest(run: str, kind: str, ask: Callable[[list[str]], dict | None]) -> di
     return None
 
 
-def page() -> str:
+def written() -> str:
     """docs/pods.md."""
     reports = known()
 
     def ask(words):
         return reports.get(" ".join(words))
 
-    small = [(run, smallest(run, kind, ask), kind) for run, kind in itertools.product(RUNS, SLICES)]
+    small = [
+        (run, smallest(run, kind, ask), kind) for run, kind in itertools.product(page.RUNS, SLICES)
+    ]
     large = [
         (run, ask(pod(run, topology, *how)), f"{topology}, remat {how[-1]}")
         for run, topology, *how in PODS
     ]
-    towers = [(run, ask(other(run)), OTHERS[run].split()[3]) for run in OTHERS]
-    commands = ["```sh", *(f"evlm plan {words}" for words in OTHERS.values()), "```", ""]
-    return "\n".join(
-        [HEAD, *_table(small), "", LARGE, *_table(large), "", PARTS, *_ratios(large), ""]
-        + [TOWERS, *commands, *_table(towers), ""]
+    told = [(run, ask(by_cycles(words)), words.split()[3]) for run, words in CYCLES]
+    commands = ["```sh", *(f"evlm plan {words}" for _, words in CYCLES), "```", ""]
+    parts = (
+        [page.HEAD, *page.table(small)],
+        [page.LARGE, *page.table(large)],
+        [page.PARTS, *page.ratios(large)],
+        [page.BY_CYCLES, *commands, *page.table(told, page.TOLD, page.by_cycles)],
+        [page.SECONDS, *page.seconds(told)],
     )
-
-
-COLUMNS = (
-    "run slice mesh HBM_a_chip,_GiB step,_s binds MFU days chip-days remat executed_/_needed"
-    " compiled_in".split()
-)
-
-
-def _table(plans: list[tuple[str, dict | None, str]]) -> list[str]:
-    """A row a plan, and below what is not planned yet."""
-
-    def cells(row):
-        return "| " + " | ".join([*row, *[""] * (len(COLUMNS) - len(row))]) + " |"
-
-    rows = [_row(run, report) for run, report, _ in plans if report]
-    table = [
-        cells([column.replace("_", " ") for column in COLUMNS]),
-        "|" + " --- |" * len(COLUMNS),
-        *map(cells, rows),
-    ]
-    missing = [f"{run} ({where})" for run, report, where in plans if not report]
-    return table + (["", f"Not planned yet: {'; '.join(missing)}."] if missing else [])
-
-
-def _row(run: str, report: dict) -> tuple[str, ...]:
-    if not report["fits"]:
-        return run, f"{report['topology']}: does not fit"
-    time, mesh, chip, memory = report["time"], report["mesh"], report["chip"], report["memory"]
-    allocated = sum(size for name, size in memory.items() if name != "peak")
-    days = _steps(run, report) * time["seconds"] / 86400
-    return (
-        run,
-        report["topology"],
-        " ".join(f"{axis} {mesh[axis]}" for axis in ("fsdp", "expert", "tensor") if mesh[axis] > 1),
-        (f"{memory['peak'] / GIB:.1f} ({allocated / GIB:.1f}) of {chip['hbm'] / GIB:.0f}"),
-        f"{time['seconds']:.2f}",
-        time["binds"],
-        f"{time['mfu']:.0%}",
-        f"{days:,.1f}",
-        f"{days * report['devices'] / chip['cores']:,.0f}",
-        report["policies"]["remat"],
-        f"{_sum(report['executed']) * report['devices'] / _sum(report['needed']):.2f}",
-        f"{report['compile_seconds']:.0f} s, {report['ram_gib']:.1f} GiB",
-    )
-
-
-def _steps(run: str, report: dict) -> int:
-    """Of the run's own share; of the paper's runs reports count all."""
-    if run in OTHERS:
-        return report["time"]["steps"]
-    stage, phase = RUNS[run]
-    return phase_steps(load_config(f"experiments/evlm_14b.py:{stage}"), phase)
-
-
-def _ratios(plans: list[tuple[str, dict | None, str]]) -> list[str]:
-    """Executed by needed FLOPs, part by part."""
-    plans = [(run, report) for run, report, _ in plans if report and report["fits"]]
-
-    def ratio(report, part):
-        return (
-            sum(report["executed"].get(part, {}).values())
-            * report["devices"]
-            / sum(report["needed"][part].values())
-        )
-
-    lines = [
-        "| part | " + " | ".join(f"{run}, {report['topology']}" for run, report in plans) + " |",
-        "|" + " --- |" * (len(plans) + 1),
-    ]
-    for part in flops.PARTS:
-        if any(part in report["needed"] for _, report in plans):
-            cells = [
-                f"{ratio(report, part):.2f}" if part in report["needed"] else ""
-                for _, report in plans
-            ]
-            lines.append(f"| {part} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def _sum(parts: dict[str, dict[str, float]]) -> float:
-    return sum(sum(part.values()) for part in parts.values())
+    return "\n".join(line for part in parts for line in [*part, ""])
 
 
 def main() -> None:
@@ -341,7 +217,7 @@ def main() -> None:
     asked.add_argument("action", choices=("plan", "write"), nargs="?", default="write")
     asked.add_argument("--kinds", nargs="+", choices=SLICES, default=list(SLICES))
     asked.add_argument(
-        "--runs", nargs="+", type=int, default=list(range(len(RUNS))), help="numbers of runs"
+        "--runs", nargs="+", type=int, default=list(range(len(page.RUNS))), help="numbers of runs"
     )
     args = asked.parse_args()
     if args.smoke:
@@ -349,19 +225,19 @@ def main() -> None:
             f"{PAGE}:"
             f""" {
                 "as it would be written"
-                if page() == PAGE.read_text()
+                if written() == PAGE.read_text()
                 else sys.exit("is out of date")
             }"""
         )
     elif args.action == "plan":
         for run, topology, *how in PODS:
             planned(pod(run, topology, *how))
-        for run in OTHERS:
-            planned(other(run))
+        for _, words in CYCLES:
+            planned(by_cycles(words))
         for kind, number in itertools.product(args.kinds, args.runs):
-            smallest(list(RUNS)[number], kind, planned)
+            smallest(list(page.RUNS)[number], kind, planned)
     else:
-        PAGE.write_text(page())
+        PAGE.write_text(written())
 
 
 if __name__ == "__main__":

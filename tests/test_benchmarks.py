@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.parity import needs_asset
 
 ROOT = Path(__file__).parent.parent
-HELPERS = {"peers", "step_profile", "torch_step"}  # of demo_speed
+HELPERS = {"peers", "pods_page", "step_profile", "torch_step"}  # of demo_speed and pods
 ASSETS = {
     "data": ("photos", "smollm2-135m-instruct"),
     "demo_speed": ("smollm2-135m-instruct", "dinov2-small"),

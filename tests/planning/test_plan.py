@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import pods
+from benchmarks import pods, pods_page
 from evlm_jax import flops
 from evlm_jax.cli import main
 from evlm_jax.config.load import load_config
@@ -350,7 +350,7 @@ def planned(words):
     )
 
 
-@pytest.mark.parametrize("run", pods.RUNS)
+@pytest.mark.parametrize("run", pods_page.RUNS)
 def test_the_pods_page_plans_what_can_be(run):
     """Every slice that the batch allows has a valid config, and there is one of each size up to 16
     chips.

@@ -131,12 +131,12 @@ class Chat:
         return literal(answer).split() if self.shows_looks else []
 
     def gates(self) -> dict | None:
-        """What figures.gate_bars draws; None where the model has no cross-attention."""
-        if not self.cfg.cross_layers:
+        """What figures.gate_bars draws; None where the model has no gates."""
+        if not self.cfg.cross_layers or not (gates := self._model.xattn.gates()):
             return None
         return {"layers": list(self.cfg.cross_layers)} | {
             name.removesuffix("_gate"): np.asarray(gate.opening()).tolist()
-            for name, gate in self._model.xattn.gates().items()
+            for name, gate in gates.items()
         }
 
     def warm_up(self) -> Iterator[str]:

@@ -123,7 +123,7 @@ def training_sections(metrics: PathLike | str, cfg: EVLMConfig) -> dict:
     monitors = {key.removeprefix("monitor/"): curve(key, "score") for key in followed}
     last = training_lines(metrics)[-1]
 
-    gates = {"layers": list(cfg.cross_layers)} if cfg.cross_layers else None
+    gates = {}
     for kind in ("attn", "ffn"):
         names = [f"xattn/{layer}/{kind}_gate" for layer in cfg.cross_layers]
         if names and names[0] in last:
@@ -131,7 +131,7 @@ def training_sections(metrics: PathLike | str, cfg: EVLMConfig) -> dict:
     return {
         "losses": losses,
         "monitors": monitors,
-        "gates": gates,
+        "gates": {"layers": list(cfg.cross_layers)} | gates if gates else None,
         "experts": experts_section(last, cfg),
     }
 

@@ -5,11 +5,13 @@ nothing.
 import json
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from evlm_jax.chat.conversation import Chat
 from evlm_jax.data.samples import MARKER, ImageRef, Sample, question
 from evlm_jax.evals import results
 from evlm_jax.report import figures
@@ -235,6 +237,16 @@ def test_a_source_that_a_short_run_did_not_meet_has_no_curve(tmp_path):
     assert report.training_sections(tmp_path / "metrics.jsonl", cfg)["losses"] == {
         "vqa": {"step": [1], "loss": [2.0]}
     }
+
+
+def test_a_model_without_gates_has_no_picture_of_them(tmp_path):
+    """mPLUG-Owl3's later form, whose scores of images share the softmax of the text."""
+    own = BASELINES["mplug_owl3"]
+    cfg = tiny_config(**own | {"xattn": own["xattn"] | {"gate": "softmax"}})
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert report.training_sections(tmp_path / "metrics.jsonl", cfg)["gates"] is None
+    model = SimpleNamespace(xattn=SimpleNamespace(gates=dict))
+    assert Chat.gates(SimpleNamespace(cfg=cfg, _model=model)) is None
 
 
 def test_empty_metrics_are_refused(tmp_path):

@@ -6,6 +6,7 @@ carry their logical axes as metadata (`axes`)."""
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,21 @@ def param(
         else std * jax.random.normal(rngs.params(), shape, jnp.float32)
     )
     return nnx.Param(array, axes=axes)
+
+
+class Fill(NamedTuple):
+    """Heads of `width` numbers, each with zeros behind it up to `lanes`."""
+
+    width: int
+    lanes: int
+
+    def __call__(self, x: jax.Array, axis: int) -> jax.Array:
+        """x whose `axis` >= 0 is heads side by side, filled."""
+        *before, count = x.shape[: axis + 1]
+        split = x.reshape(*before, count // self.width, self.width, *x.shape[axis + 1 :])
+        sizes = [(0, 0)] * split.ndim
+        sizes[axis + 1] = (0, self.lanes - self.width)
+        return jnp.pad(split, sizes).reshape(*before, -1, *x.shape[axis + 1 :])
 
 
 class Linear(nnx.Module):
@@ -77,15 +93,30 @@ class Linear(nnx.Module):
         """The kernel as `product` takes it; on a mesh it is gathered, in `dtype` or quantised."""
         return operand(self.kernel, self.kernel_scale, self.kind, -2, dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    @property
+    def plain(self) -> bool:
+        """Whether it is one matrix, neither adapted nor quantised."""
+        return self.kernel_scale is None and self.lora_a is None
+
+    def __call__(
+        self, x: jax.Array, read: Fill | None = None, written: Fill | None = None
+    ) -> jax.Array:
+        """`read`, `written`: of a plain one, x and what is returned are filled so, by zeros in the
+        matrix: laying out heads of 112 again to lanes of 128 costs more (D-OPS-16).
+        """
         dtype = operand_dtype(x)
-        y = _times(x, self.operand(dtype))
+        matrix = self.operand(dtype)
+        matrix = matrix if read is None else read(matrix, 0)
+        y = _times(x, matrix if written is None else written(matrix, 1))
         if self.lora_a is not None:
             inner = _times(x, gathered_weight(self.lora_a, dtype))
             inner = checkpoint_name(inner.astype(x.dtype), "linear")
             y = y + self.lora_scale * _times(inner, gathered_weight(self.lora_b, dtype))
         y = checkpoint_name(y.astype(x.dtype), "linear")
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        if self.bias is None:
+            return y
+        bias = self.bias[...].astype(x.dtype)
+        return y + (bias if written is None else written(bias, 0))
 
     def matrix(self) -> jax.Array | Quantised:
         """[in, out], or [layers, in, out] of a stack: what a product with x is by, as it lies. An

@@ -17,11 +17,22 @@ from flax import nnx
 from evlm_jax.config import ViTConfig
 from evlm_jax.models.attention import attention
 from evlm_jax.models.gate import Gate
-from evlm_jax.models.layers import MLP, REMAT, LayerNorm, Linear, RMSNorm, heads, param, stack
+from evlm_jax.models.layers import (
+    MLP,
+    REMAT,
+    Fill,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    heads,
+    param,
+    stack,
+)
 from evlm_jax.models.rotary import Rope, rotate
 from evlm_jax.models.tiles import Tiles
 from evlm_jax.ops.grouped_attention import attention_form
 from evlm_jax.ops.matmul import operand_dtype, product
+from evlm_jax.ops.platform import LANES
 from evlm_jax.parallel.sharding import gathered_weight, shard, shard_map_local
 
 
@@ -43,16 +54,18 @@ def make_norm(cfg: ViTConfig, rngs: nnx.Rngs) -> LayerNorm | RMSNorm:
     return {"layer": LayerNorm, "rms": RMSNorm}[cfg.norm_kind](cfg.width, cfg.eps, rngs)
 
 
-def image_attention_op(wanted: str, mask: jax.Array | None = None) -> Callable:
-    """Attention of q, k and v [B, S, N, H] of a device's pictures, in the form of train.attention
-    that is `wanted`; by XLA where there is a mask [B or 1, S, S].
+def image_attention_op(form: str, mask: jax.Array | None, fill: Fill | None) -> Callable:
+    """Attention of q, k and v [B, S, N, H] of a device's pictures by a form of attention_form,
+    "xla" where there is a mask [B or 1, S, S]. `fill`: of the heads, which only kernels take.
     """
-    if mask is not None or attention_form(wanted) == "xla":
+    if form == "xla":
         return partial(attention, mask=mask)
     from evlm_jax.ops.image_attention import image_attention  # Pallas is slow to import
 
-    axes = ("pictures", None, "vision_heads")
-    return shard_map_local(image_attention, (axes,) * 3, axes)
+    axes, attend = ("pictures", None, "vision_heads"), image_attention
+    if fill is not None:
+        attend = partial(attend, width=fill.width)
+    return shard_map_local(attend, (axes,) * 3, axes)
 
 
 class SelfAttention(nnx.Module):
@@ -69,15 +82,27 @@ class SelfAttention(nnx.Module):
         )
         self.head_dim, self.cfg = cfg.width // cfg.heads, cfg
 
-    def __call__(self, x: jax.Array, attend: Callable = attention) -> jax.Array:
-        """x [B, S, V] -> x; `attend` as `image_attention_op` makes it."""
-        q, k, v = self.q(x), self.k(x), self.v(x)
+    @property
+    def fill(self) -> Fill | None:
+        """How the projections fill heads up for kernels; None where they do not: they are not
+        plain, heads are turned or normalised, or a quarter of the lanes and more would be zeros.
+        """
+        lanes = -(-self.head_dim // LANES) * LANES
+        plain = all(linear.plain for linear in (self.q, self.k, self.v, self.o))
+        own = self.q_norm is None and not self.cfg.rotary and plain
+        return Fill(self.head_dim, lanes) if own and 1 < lanes / self.head_dim < 4 / 3 else None
+
+    def __call__(
+        self, x: jax.Array, attend: Callable = attention, fill: Fill | None = None
+    ) -> jax.Array:
+        """x [B, S, V] -> x; `attend` as `image_attention_op` makes it of `fill`."""
+        q, k, v = (linear(x, written=fill) for linear in (self.q, self.k, self.v))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (heads(a, self.head_dim) for a in (q, k, v))
+        q, k, v = (heads(a, fill.lanes if fill else self.head_dim) for a in (q, k, v))
         if self.cfg.rotary:
             q, k = (rotate(a, patch_rope(self.cfg)) for a in (q, k))
-        return self.o(attend(q, k, v).reshape(x.shape))
+        return self.o(attend(q, k, v).reshape(*x.shape[:-1], -1), read=fill)
 
 
 class Block(nnx.Module):
@@ -97,10 +122,13 @@ class Block(nnx.Module):
         self.attn_gate, self.ffn_gate = (Gate(rngs) if gated else None for _ in range(2))
         self.pre = cfg.norm == "pre"
 
-    def __call__(self, x: jax.Array, attend: Callable = attention) -> jax.Array:
-        """x [B, S, V] -> x; `attend` as `image_attention_op` makes it."""
+    def __call__(
+        self, x: jax.Array, attend: Callable = attention, fill: Fill | None = None
+    ) -> jax.Array:
+        """x [B, S, V] -> x; `attend` and `fill` as of SelfAttention."""
+        attn = partial(self.attn, attend=attend, fill=fill)
         for norm, f, scale, gate in (
-            (self.norm1, partial(self.attn, attend=attend), self.scale1, self.attn_gate),
+            (self.norm1, attn, self.scale1, self.attn_gate),
             (self.norm2, self.mlp, self.scale2, self.ffn_gate),
         ):
             y = f(norm(x)) if self.pre else norm(f(x))
@@ -179,15 +207,17 @@ class ViT(nnx.Module):
         """
         x, taps = shard(self.embed(shard(pixels, "pictures"), grids), "pictures"), []
         mask = None if self.tiles is None else self.tiles.mask(grids)
-        attend = image_attention_op(self.form, mask)
+        form = attention_form(self.form) if mask is None else "xla"
         for (start, stop), blocks in zip(stack_bounds(self.cfg), self.stacks, strict=True):
             x = self.tiles.between(x, grids) if start == self.first_global else x
+            fill = blocks.attn.fill if form == "pallas" else None
+            attend = image_attention_op(form, mask, fill)
+
+            def body(x, block, attend=attend, fill=fill):
+                return shard(block(x, attend, fill), "pictures"), None
+
             with jax.named_scope(f"vit_{start}"):
-                x, _ = jax.lax.scan(
-                    REMAT[self.remat](lambda x, block: (shard(block(x, attend), "pictures"), None)),
-                    x,
-                    blocks,
-                )
+                x, _ = jax.lax.scan(REMAT[self.remat](body), x, blocks)
             if stop in self.cfg.taps:
                 taps.append(x if self.tiles is None else self.tiles.without_filling(x, grids))
         return jnp.stack(taps, 1)

@@ -27,9 +27,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from evlm_jax.ops.grouped_attention import NEGATIVE
 from evlm_jax.ops.matmul import operand_dtype
-from evlm_jax.ops.platform import platform
+from evlm_jax.ops.platform import LANES, platform
 
-LANES = 128  # of a vector register
 VMEM = 12 * 2**20  # bytes that a step may take; the compiler gives a kernel 16 MiB on every chip
 FIRST, LAST, REAL = 1, 2, 4  # bits of a step: its owner's first and last one; a pair is computed
 

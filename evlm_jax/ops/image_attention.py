@@ -18,9 +18,12 @@ def block_rows(length: int) -> int:
 
 
 @jax.named_scope("scores")
-def image_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """q [B, S, N, H], k and v [B, S, K, H] of B images -> [B, S, N, H]; softmax in float32."""
-    images, length, heads, width = q.shape
+def image_attention(q: jax.Array, k: jax.Array, v: jax.Array, width: int = 0) -> jax.Array:
+    """q [B, S, N, H], k and v [B, S, K, H] of B images -> [B, S, N, H]; softmax in float32.
+
+    `width`: of a head where zeros are behind it up to H; 0: H.
+    """
+    images, length, heads, lanes = q.shape
     rows = block_rows(length)
     q = jnp.pad(q, ((0, 0), (0, -length % rows), (0, 0), (0, 0)))
     blocks = np.arange(images * (q.shape[1] // rows), dtype=np.int32)
@@ -28,6 +31,11 @@ def image_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         owner = jnp.asarray(blocks // (q.shape[1] // rows))
         by = walks(jnp.asarray(blocks), owner, jnp.ones(len(blocks), bool), images)
     out = attend(
-        q.reshape(-1, rows, heads, width), k, v, None, by, Form("image_attention", width**-0.5)
+        q.reshape(-1, rows, heads, lanes),
+        k,
+        v,
+        None,
+        by,
+        Form("image_attention", (width or lanes) ** -0.5),
     )
     return out.reshape(q.shape)[:, :length]

@@ -6,6 +6,8 @@ from contextvars import ContextVar
 
 import jax
 
+LANES = 128  # numbers of a row of a TPU's vector register
+
 _platform: ContextVar[str] = ContextVar("platform", default="")
 
 

@@ -12,7 +12,9 @@ from flax import nnx
 
 from evlm_jax.models import evlm, text_attention, vit
 from evlm_jax.models.evlm import EVLM
+from evlm_jax.models.layers import Fill
 from evlm_jax.models.text_attention import text_attention_op
+from evlm_jax.models.vit import image_attention_op
 from tests.helpers.attention import assert_close, values_and_gradients
 from tests.helpers.random_model import random_model
 from tests.helpers.tiny import tiny_batch, tiny_config
@@ -74,10 +76,42 @@ def test_hidden_states_and_gradients(kernels):
         np.testing.assert_allclose(mine, theirs, 0, 1e-4 * np.abs(theirs).max() + 1e-5)
 
 
+@pytest.mark.ci
+def test_projections_fill_heads():
+    """Heads of 112 by kernels, interpreted, against XLA's form: outputs, every gradient. Adapted
+    projections do not.
+    """
+    cfg, rng = tiny_config(vit={"width": 224, "heads": 2}).vit, np.random.default_rng(0)
+    layer = vit.SelfAttention(cfg, nnx.Rngs(0))
+    fill = layer.fill
+    assert fill == Fill(112, 128)
+    graph, params = nnx.split(layer)
+    params = jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), params)
+    x = rng.standard_normal((2, 7, 224), np.float32)
+
+    def run(*how):
+        def total(params, x):
+            out = nnx.merge(graph, params)(x, *how)
+            return (out**2).sum(), out
+
+        (_, out), gradients = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(params, x)
+        return [np.asarray(x) for x in (out, *jax.tree.leaves(gradients))]
+
+    wanted = run()
+    least = 1e-6 * max(np.abs(x).max() for x in wanted)  # a bias of keys has no gradient
+    for mine, theirs in zip(
+        run(image_attention_op("pallas", None, fill), fill), wanted, strict=True
+    ):
+        np.testing.assert_allclose(mine, theirs, 0, 1e-5 * np.abs(theirs).max() + least)
+    layer.q.adapt(2, 1.0, nnx.Rngs(0))
+    assert layer.fill is None
+
+
 LONG_ROW = """
 import resource
 import jax, jax.numpy as jnp
 from evlm_jax.models.text_attention import text_attention_op
+from evlm_jax.models.vit import image_attention_op
 from tests.helpers.tiny import tiny_config
 shapes = (1, 8192, 8, 128), (1, 8192, 2, 128), (1, 8192, 2, 128)
 positions = jnp.arange(8192)[None]

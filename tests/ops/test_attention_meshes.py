@@ -63,7 +63,7 @@ def test_compiles_on_meshes(topology, mesh):
         out = (
             text_attention_op(cfg, until, place)(1, *text),
             cross_attention_op(cfg)(text[0], *shared, AttentionPlan(*plan)),
-            image_attention_op("pallas")(*pictures),
+            image_attention_op("pallas", None, None)(*pictures),
         )
         return sum(x.astype(jnp.float32).sum() for x in out)
 

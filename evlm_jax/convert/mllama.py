@@ -71,8 +71,9 @@ def plain(source: Source) -> Source:
     for name in source.tensors:
         if (other := theirs.setdefault(_plain(name, cross, local), name)) != name:
             raise ValueError(
-                f"{source.path}: {other} and {name} are one of {local} local layers, as config.json"
-                " counts them, or one tensor by two names; copy the model again"
+                f"{source.path}: {other} and {name} are one by config.json, which has"
+                f" cross_attention_layers {cross} and {local} local layers, or one tensor has two"
+                " names; copy the model again"
             )
     return source._replace(tensors={ours: source.tensors[name] for ours, name in theirs.items()})
 

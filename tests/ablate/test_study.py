@@ -14,6 +14,7 @@ from evlm_jax import cli
 from evlm_jax.ablate import claims, collect, command, finished, page, slots
 from evlm_jax.ablate.budget import FLOPS, QUESTIONS
 from evlm_jax.ablate.study import EASY_VQA, Study, load_study, saved, study_of
+from evlm_jax.config import to_saved
 from evlm_jax.config.schema import build
 from evlm_jax.evals.group_sequential import decide
 from tests.helpers.tiny import tiny_config
@@ -136,14 +137,16 @@ def test_a_variant_leaves_when_its_claims_are_decided(study, tmp_path, monkeypat
     def run_all(todo, *_):
         for one in todo:
             variant, seed = one.name.split("/")
-            finished.save(one.log.parent / "result.json", run(study, variant, int(seed)))
+            result = run(study, variant, int(seed))
+            result["settings"] |= {"base": to_saved(tiny_config())}
+            finished.save(one.log.parent / "result.json", result)
             made.append(one.name)
         return []
 
     monkeypatch.setattr(slots, "run_all", run_all)
     monkeypatch.setattr(command, "load_study", lambda spec: study)
     words = ["ablate", "--config", "e.py", "--variants", ",".join(APART), "--out", str(tmp_path)]
-    words += ["--sequential"]
+    words += ["--sequential", "--questions", "90"]
     monkeypatch.setattr(cli, "load_config", lambda spec, overrides: tiny_config())
     assert cli.main([*words, "--list"]) == 0
     listed = capsys.readouterr().out.split()

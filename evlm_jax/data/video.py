@@ -19,6 +19,9 @@ LOST = 0.1  # share of its length that may lack at the end: sound often lasts lo
 # PyAV before 19 refuses metadata that are not UTF-8 unless it is told to; since then it takes them,
 # and knows the argument no more.
 LENIENT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+# Containers that hold what they show, by FFmpeg's names. Of others, as playlists, it would open the
+# files and hosts that they name, and of a text it would make a picture.
+CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,ogg,flv,asf,gif,apng,mxf,nut,ivf,rm,dv"
 Made = TypeVar("Made")
 
 
@@ -173,9 +176,18 @@ def _counted(container, stream) -> float:
 def _opened(path: str):
     """(container, video stream)."""
     try:
-        with open_ref(str(path)) as file, av.open(file, **LENIENT) as container:
+        with open_ref(str(path)) as file, _container(file) as container:
             if not container.streams.video:
                 raise ValueError("there is no video stream")
             yield container, container.streams.video[0]
     except Exception as error:  # damaged files make the decoders raise errors of any kind
         raise VideoError(f"{path}: cannot decode the video: {error}") from error
+
+
+def _container(file) -> av.container.InputContainer:
+    """Raises ValueError for none of CONTAINERS."""
+    try:
+        return av.open(file, options={"format_whitelist": CONTAINERS}, **LENIENT)
+    except av.ArgumentError as error:
+        kinds = CONTAINERS.replace(",", ", ")
+        raise ValueError(f"in FFmpeg's words it is none of {kinds}") from error

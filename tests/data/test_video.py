@@ -214,3 +214,14 @@ def test_frames_behind_seeks_of_every_container(tmp_path, suffix, codec, options
         for second in seconds
     ]
     np.testing.assert_array_equal(video.decode(path, seconds), shown)
+
+
+@pytest.mark.parametrize("name", ["list.m3u8", "notes.txt"])
+def test_a_playlist_or_a_text_is_no_video(tmp_path, name):
+    """FFmpeg would open what a playlist names, on this disk or elsewhere, and draw a text."""
+    clip = noise(str(tmp_path / "v.mp4"), range(0, 100, 10))
+    listed = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1.0,\n{clip}\n#EXT-X-ENDLIST\n"
+    path = tmp_path / name
+    path.write_text(listed if name == "list.m3u8" else "hello world\n" * 50)
+    with pytest.raises(VideoError, match=f"{name}: .* it is none of mov, matroska"):
+        video.sample(str(path), 2)

@@ -116,6 +116,14 @@ def test_generate_until(ours, model, seen):
         model.generate_until([ask("generate_until", "?", how, lambda doc: [5], 0)])
 
 
+def test_a_share_of_draws_says_nothing_without_a_temperature():
+    """The harness's own defaults may give both; our generator refuses what it would drop."""
+    from evlm_jax.evals.lmms.requests import options
+
+    assert options({"temperature": 0, "top_p": 0.9})[1:3] == (0.0, 1.0)
+    assert options({"temperature": 0.5, "top_p": 0.9})[1:3] == (0.5, 0.9)
+
+
 def test_visuals_are_files_of_this_disk_with_the_pixels_of_training(tmp_path):
     """A data set that names a host asks none; 16 bits are scaled as in training."""
     with pytest.raises(

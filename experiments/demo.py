@@ -3,6 +3,8 @@ SmolLM2-135M; questions about scenes of pasted drawings and about shapes, names 
 of photographs, and videos, in two languages.
 
 `get_config("fast")` is the short form for CI, `get_config("full")` the long documented one;
+`get_config("gemma")` has Gemma 3 270M for its language model, which speaks Chinese
+(`evlm fetch gemma`);
 `get_config("moe")` is the stage behind any of them, with experts that `evlm upcycle` made of its
 FFNs; `get_config("lora")` another, which trains adapters of the language model alone."""
 
@@ -59,6 +61,31 @@ def smollm2_135m() -> dict:
     )
 
 
+def gemma3_270m() -> dict:
+    """Gemma 3 270M, the base model: every sixth layer sees all, the others 512 positions."""
+    return dict(
+        vocab=262144,
+        hidden=640,
+        layers=18,
+        heads=4,
+        kv_heads=1,
+        head_dim=256,
+        mlp=2048,
+        rope_theta=1e6,
+        eps=1e-6,
+        qkv_bias=False,
+        tied=True,
+        dynamic_ntk=0,
+        logn=0,
+        qk_norm="head",
+        norms="both+1",
+        activation="gelu_tanh",
+        window=(*[512] * 5, 0),
+        rope=(*[1e4] * 5, 1e6),
+        scales=dict(embedding=640**0.5, query=256**-0.5),
+    )
+
+
 # A caption says in ten tokens what four questions ask for, of a picture that is there anyway.
 SCENES = "scenes:assets?ask=name,count,colour,text,where,caption"
 # and their shares of the documents
@@ -83,15 +110,9 @@ RULES = (
 
 def get_config(form: str = "") -> ConfigDict:
     """The demo. `form`: "" (half an hour on 2 cores with AVX2), "fast" (a few minutes), "full"
-    (4.5 times as many steps), "moe", "lora".
+    (4.5 times as many steps), "gemma", "moe", "lora".
     """
-    steps = {
-        "": 200,
-        "fast": 6,
-        "full": 900,
-        "moe": 40,
-        "lora": 40,
-    }[form]
+    steps = {"": 200, "gemma": 200, "fast": 6, "full": 900, "moe": 40, "lora": 40}[form]
     config = base.get_config()
     config.name = "demo"
     config.vit = dinov2_small(image_size=112)
@@ -136,9 +157,21 @@ def get_config(form: str = "") -> ConfigDict:
     )
     config.mesh.update(data=-1, fsdp=1, frozen="replicated")
     config.init.update(vision="dinov2-small", llm="smollm2-135m-instruct", centre_norms=True)
+    if form == "gemma":
+        _with_gemma(config)
     if form in ("moe", "lora"):
         _behind(config, form)
     return config
+
+
+def _with_gemma(config: ConfigDict) -> None:
+    """Changes the language model, and what has its sizes or its words."""
+    config.name = "demo_gemma"
+    config.llm = gemma3_270m()
+    config.xattn.update(heads=4, kv_heads=4, ffn=320)
+    config.media.placeholder = "<unused0>"
+    config.train.loss_chunk = 28  # of the logits of four rows: 117 MB, and not 470
+    config.init.llm = "gemma3-270m"
 
 
 def _behind(config: ConfigDict, form: str) -> None:

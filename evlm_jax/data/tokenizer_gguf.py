@@ -62,6 +62,11 @@ def from_gguf(path: Path) -> tuple[tokenizers.Tokenizer, list[int], ChatTemplate
             raise ValueError(
                 f"tokenizer.ggml.{key} has {len(facts[key])} entries for {len(tokens)} tokens"
             )
+    for key in (f"{name}_token_id" for name in ("bos", "eos", "eot", "unknown")):
+        if facts.get(key, 0) >= len(tokens):
+            raise ValueError(
+                f"tokenizer.ggml.{key} is {facts[key]}, of {len(tokens)} tokens; {MEND}"
+            )
     inner = builds[kind](facts)
     if facts.get("add_bos_token"):
         put_in_front(inner, tokens[facts["bos_token_id"]] if "bos_token_id" in facts else None)

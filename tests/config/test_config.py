@@ -34,7 +34,10 @@ GENERATE, EVAL = (
 
 @pytest.mark.parametrize(
     "made",
-    [base.get_config(), *(demo.get_config(form) for form in ("", "fast", "full", "moe", "lora"))],
+    [
+        base.get_config(),
+        *(demo.get_config(form) for form in ("", "gemma", "fast", "full", "moe", "lora")),
+    ],
 )
 def test_shipped_experiments_pass_the_door_and_come_back(made):
     cfg = from_config_dict(made)

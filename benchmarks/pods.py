@@ -61,6 +61,13 @@ CYCLES = (  # runs whose reports tell cycles: arguments of `evlm plan`, as the p
         f" --config.train.accumulate=1 --config.train.attention=pallas {FULL}",
     ),
     (
+        "pretrain, upper ViT trained",
+        "--config experiments/evlm_14b.py:pretrain --phase 1 --topology v5p:4x4x4"
+        " --mesh fsdp=32,tensor=2 --remat dots --config.train.accumulate=5"
+        " --config.train.attention=pallas --config.data.image_group=3 --config.data.slots=126"
+        " --config.data.block_pairs=318",
+    ),
+    (
         "SigLIP 2 so400m and Qwen3-8B, pretrain, ViT frozen",
         "--config experiments/evlm_8b.py:pretrain --topology v5p:4x4x4 --mesh fsdp=32,tensor=2"
         " --remat dots --config.train.accumulate=3",
@@ -199,7 +206,10 @@ def written() -> str:
         (run, ask(pod(run, topology, *how)), f"{topology}, remat {how[-1]}")
         for run, topology, *how in PODS
     ]
-    told = [(run, ask(by_cycles(words)), words.split()[3]) for run, words in CYCLES]
+    told = [
+        (run, ask(by_cycles(words)), words.partition("--topology ")[2].split()[0])
+        for run, words in CYCLES
+    ]
     commands = ["```sh", *(f"evlm plan {words}" for _, words in CYCLES), "```", ""]
     parts = (
         [page.HEAD, *page.table(small)],

@@ -68,10 +68,12 @@ what else it has no estimate for are charged by the roofline ("guessed", part of
 D-PLAN-7, D-PLAN-8 in
 [decisions.md](decisions.md)). No measurement either. These programs have the flags; those with \
 `train.attention=pallas` the kernels. Batches
-are full as above. Without `--no-mend` such a command also says what would make fit what does not.
+are full as above; where `data.image_group=3`, three rows share 126 image slots. Without `--no-mend` such a command also says what would make fit what does not.
 """
 SECONDS = """Their operations' seconds, part by part. In "other" are copies, slices of stacks and \
-turns by positions.
+turns by positions. The step with
+experts was compiled before the ViT's projections filled its heads up to lanes (D-OPS-16), the one \
+of pre-training behind that.
 """
 COLUMNS = (
     "run slice mesh HBM_a_chip,_GiB step,_s binds MFU days chip-days remat executed_/_needed"

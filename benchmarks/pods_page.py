@@ -68,7 +68,9 @@ what else it has no estimate for are charged by the roofline ("guessed", part of
 D-PLAN-7, D-PLAN-8 in
 [decisions.md](decisions.md)). No measurement either. These programs have the flags; those with \
 `train.attention=pallas` the kernels. Batches
-are full as above; where `data.image_group=3`, three rows share 126 image slots. Without `--no-mend` such a command also says what would make fit what does not.
+are full as above; where `data.image_group=3`, three rows share 126 image slots. Without \
+`--no-mend` such a command also says what would
+make fit what does not.
 """
 SECONDS = """Their operations' seconds, part by part. In "other" are copies, slices of stacks and \
 turns by positions. The step with

@@ -6,6 +6,7 @@ blocks of the ViT, 5 of those."""
 
 import functools
 import importlib.util
+import math
 
 import pytest
 
@@ -32,34 +33,49 @@ RULES = (
 
 
 @functools.cache
-def program(zero: int, frozen: str, mesh: tuple, experts: bool = False) -> Module:
-    """The compiled step of a small model on eight chips, in two micro-batches."""
+def program(
+    zero: int,
+    frozen: str,
+    mesh: tuple,
+    experts: bool = False,
+    topology: str = "v5e:2x4",
+    wide: int = 1,
+) -> Module:
+    """The compiled step of a small model, its matrices `wide` times as large to both sides, in two
+    micro-batches.
+    """
     axes = dict(zip(("data", "fsdp", "expert", "tensor"), mesh))
     cfg = tiny_config(
-        vit={"depth": LAYERS + TRAINED, "width": 256, "heads": 4, "mlp": 1024, "taps": (7, 12)},
+        vit={
+            "depth": LAYERS + TRAINED,
+            "width": 256 * wide,
+            "heads": 4 * wide,
+            "mlp": 1024 * wide,
+            "taps": (7, 12),
+        },
         llm={
             "vocab": 1024,
-            "hidden": 512,
+            "hidden": 512 * wide,
             "layers": LAYERS,
-            "heads": 4,
-            "kv_heads": 4,
+            "heads": 4 * wide,
+            "kv_heads": 4 * wide,
             "head_dim": 128,
-            "mlp": 2048,
+            "mlp": 2048 * wide,
         },
-        xattn={"heads": 4, "head_dim": 128, "ffn": 1024},
+        xattn={"heads": 4 * wide, "kv_heads": 2 * wide, "head_dim": 128, "ffn": 1024 * wide},
         moe={"copies": 4 if experts else 0, "slices": 4, "top_k": 4, "expert_block": 64},
         data={"length": 256, "images": 8, "targets": 128, "block_pairs": 32},
         optim={"phases": ({"start": 0.0, "warmup": 0, "rules": RULES},)},
         train=dict.fromkeys(("dtype", "matmul_precision", "frozen_dtype"), "bfloat16")
         | {
-            "batch": 16,
+            "batch": max(16, 2 * math.prod(mesh[:3])),
             "accumulate": 2,
             "remat": "dots",
             "loss_chunk": 64,
         },
         mesh=axes | {"zero": zero, "frozen": frozen},
     )
-    devices, _ = chips.devices("v5e:2x4")
+    devices, _ = chips.devices(topology)
     with uncached(devices[0]):
         return Module(TrainPhase(cfg, 0, make_layout(cfg, devices)).lower().compile().as_text())
 
@@ -131,6 +147,15 @@ def test_gathers_run_beside_products():
         return sum(n for t, n in transfers.items() if (t.kind, t.hidden) == ("all-gather", hidden))
 
     assert gathers(True) > 4 * gathers(False)
+
+
+def test_gathers_run_beside_products_on_64_chips():
+    """Of each matrix of a layer but the ViT's squares of 2 MB some do."""
+    module = program(3, "sharded", (1, 32, 1, 2), topology="v5p:4x4x4", wide=4)
+    transfers = costs(module, 64).transfers
+    gathered = {t.bytes for t in transfers if (t.kind, t.hidden) == ("all-gather", True)}
+    for rows, columns in ((2048, 1024), (2048, 4096), (1024, 4096)):
+        assert 2 * rows * columns in gathered, (rows, columns)
 
 
 def test_zero_2_gathers_what_trains_once_a_step():

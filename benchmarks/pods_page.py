@@ -73,9 +73,7 @@ are full as above; where `data.image_group=3`, three rows share 126 image slots.
 make fit what does not.
 """
 SECONDS = """Their operations' seconds, part by part. In "other" are copies, slices of stacks and \
-turns by positions. The step with
-experts was compiled before the ViT's projections filled its heads up to lanes (D-OPS-16), the one \
-of pre-training behind that.
+turns by positions.
 """
 COLUMNS = (
     "run slice mesh HBM_a_chip,_GiB step,_s binds MFU days chip-days remat executed_/_needed"

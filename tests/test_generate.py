@@ -228,15 +228,12 @@ def test_a_batch_answers_like_each_prompt_alone(temperature):
     """
     _, generator = made()
     documents = [generator.prompt(*prompt) for prompt in PROMPTS]
-    together = generator.generate(documents, 12, temperature, 0.9, seed=3)
-    assert generator.generate(documents[:1], 12, temperature, 0.9, seed=3)[0] == together[0]
-    assert (
-        generator.generate([documents[4]] * 3 + documents[3:], 12, temperature, 0.9, seed=3)[3:]
-        == together[3:]
-    )
-    assert (generator.generate(documents, 12, temperature, 0.9, seed=4) != together) == (
-        temperature > 0
-    )
+    how = 12, temperature, 0.9 if temperature else 1.0
+    together = generator.generate(documents, *how, seed=3)
+    assert generator.generate(documents[:1], *how, seed=3)[0] == together[0]
+    others = [documents[4]] * 3 + documents[3:]
+    assert generator.generate(others, *how, seed=3)[3:] == together[3:]
+    assert (generator.generate(documents, *how, seed=4) != together) == (temperature > 0)
 
 
 def test_more_prompts_than_rows_keep_their_order():

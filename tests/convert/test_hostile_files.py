@@ -19,7 +19,7 @@ import pytest
 from evlm_jax.convert.readers import open_source
 from tests.helpers.foreign_files import KEYS, field, gguf_file
 
-COUNTS = [300, pytest.param(10_000, marks=pytest.mark.slow)]
+COUNTS = [100, pytest.param(10_000, marks=pytest.mark.slow)]
 NUMBERS = (
     0,
     1,

@@ -154,7 +154,7 @@ def test_thousands_of_damaged_containers(tmp_path, kind):
     assert fuzz(tmp_path, kind, 2000).total() > 2000
 
 
-@pytest.mark.pinned
+@pytest.mark.slow
 def test_a_footer_at_which_pyarrow_ends_the_process(tmp_path):
     """Damage 969: a histogram of its statistics is too long. In a process of its own, as pyarrow
     ends the one that asks it for these statistics."""

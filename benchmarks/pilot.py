@@ -83,7 +83,8 @@ def figures(found: dict) -> str:
         ]
         for seeds in SEEDS
     ]
-    facts.append(["single tap of lowest loss", min(means, key=means.get)])
+    if len(means) > 1:
+        facts.append(["single tap of lowest loss", min(means, key=means.get)])
     return f"{table}\n\n{_table(['of the pilot', 'figure'], facts)}"
 
 

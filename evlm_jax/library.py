@@ -297,8 +297,8 @@ class Model:
         """
         if not isinstance(samples, Batch):
             samples = make_batch(samples, self.config, self.tokenizer, self._rows)
-        model = (self if params is None else self.with_params(params)).module
-        return _on(self._layout, _loss)(model, samples)
+        params = self.params if params is None else param_names.fitting(self.params, params)
+        return _on(self._layout, _loss)(nnx.merge(self._graphdef, params), samples)
 
     def attention(self, prompt: str, images: Images, answer: str | None = None) -> list[dict]:
         """Cross-attention to the first image of each word of a question and its answer: [{"word",

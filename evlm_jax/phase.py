@@ -22,11 +22,7 @@ from evlm_jax.parallel.agreement import agreed
 from evlm_jax.parallel.compiler import step_options, told
 from evlm_jax.parallel.distributed import log_once
 from evlm_jax.parallel.mesh import Layout, check_parameters
-from evlm_jax.parallel.sharding import (
-    all_gather_params,
-    in_each_slice,
-    reduce_scatter_grads,
-)
+from evlm_jax.parallel.sharding import all_gather_params, in_each_slice, reduce_scatter_grads
 
 
 class TrainState(NamedTuple):

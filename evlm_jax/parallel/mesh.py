@@ -110,7 +110,7 @@ class Layout:
         for rule in map(self.rule, axes):
             names = [
                 name
-                for name in (*self.split(rule.used), *(self.split(rule.stored) if stored else ()))
+                for name in self.split((*rule.used, *(rule.stored if stored else ())))
                 if name not in taken
             ]
             taken |= set(names)

@@ -13,6 +13,7 @@ from evlm_jax.convert.context import check_length, trained_positions
 from evlm_jax.convert.importer import import_towers
 from evlm_jax.launch import train_run
 from tests.helpers.checkpoints import dinov2_directory, llama_directory
+from tests.helpers.foreign_files import finish
 from tests.helpers.parity import needs_asset
 from tests.helpers.tiny import tiny_config
 from tests.helpers.vocabularies import older_folder
@@ -67,13 +68,7 @@ def test_gguf_says_it_too(tmp_path):
     writer = GGUFWriter(tmp_path / "a.gguf", "llama")
     writer.add_context_length(40)
     writer.add_tensor("token_embd.weight", np.zeros((2, 4), np.float32))
-    for write in (
-        writer.write_header_to_file,
-        writer.write_kv_data_to_file,
-        writer.write_tensors_to_file,
-        writer.close,
-    ):
-        write()
+    finish(writer)
     assert trained_positions(tmp_path / "a.gguf") == (40, "llama.context_length")
 
 

@@ -19,6 +19,7 @@ from evlm_jax.convert.families import GGUF, KINDS
 from evlm_jax.convert.readers import open_source
 from evlm_jax.convert.stock import stock_config
 from tests.helpers.checkpoints import family
+from tests.helpers.foreign_files import finish
 from tests.helpers.parity import answer_logits, load, relative, text_logits
 from tests.helpers.tiny import tiny_config
 
@@ -297,13 +298,7 @@ def test_gguf_is_read_as_transformers_reads_it(tmp_path, case, monkeypatch):
     made = engine.to_foreign(family(GGUF[arch]), tower.tensors, engine.sizes(cfg, "llm"))
     for name, array in read_all(made).items():
         writer.add_tensor(name, np.ascontiguousarray(array))
-    for write in (
-        writer.write_header_to_file,
-        writer.write_kv_data_to_file,
-        writer.write_tensors_to_file,
-        writer.close,
-    ):
-        write()
+    finish(writer)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="m.gguf", dtype="float32", attn_implementation="eager"
     )

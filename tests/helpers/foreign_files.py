@@ -50,6 +50,12 @@ def gguf_file(path: Path, keys: dict, cfg=UNTIED, more: dict | None = None) -> P
     )
     for name, array in (read_all(made) | (more or {})).items():
         writer.add_tensor(name, np.ascontiguousarray(array))
+    finish(writer)
+    return path
+
+
+def finish(writer) -> None:
+    """Writes the file of a GGUFWriter that has all it is to hold."""
     for write in (
         writer.write_header_to_file,
         writer.write_kv_data_to_file,
@@ -57,7 +63,6 @@ def gguf_file(path: Path, keys: dict, cfg=UNTIED, more: dict | None = None) -> P
         writer.close,
     ):
         write()
-    return path
 
 
 def field(number: int, value: bytes | int) -> bytes:

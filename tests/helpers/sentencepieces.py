@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
+from tests.helpers.foreign_files import finish
+
 BPE, FLOAT, SIZED = 2, 5, 2
 Piece = tuple[str, float, int]  # its text, score and type, which both number alike
 SPECIAL: list[Piece] = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]
@@ -44,13 +46,7 @@ def gguf(path: Path, facts: dict) -> Path:
         if value is not None:
             put.get(type(value), writer.add_uint32)(f"tokenizer.ggml.{key}", value)
     writer.add_tensor("token_embd.weight", np.zeros((len(facts["tokens"]), 4), np.float32))
-    for write in (
-        writer.write_header_to_file,
-        writer.write_kv_data_to_file,
-        writer.write_tensors_to_file,
-        writer.close,
-    ):
-        write()
+    finish(writer)
     return path
 
 

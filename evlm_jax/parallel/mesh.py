@@ -157,7 +157,7 @@ class Layout:
         """`spec`, where pieces of a dimension that are not equal, and only wait, are along the
         largest of the others that has them: the 4304 of SigLIP so400m's MLP over 64 devices.
         """
-        spec = list(spec)
+        spec = [(names,) if isinstance(names, str) else names for names in spec]  # as P has one
         for i, (size, axis) in enumerate(zip(shape, axes, strict=True)):
             names = spec[i] or ()
             waits = tuple(name for name in names if name not in self.rule(axis).used)

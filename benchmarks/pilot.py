@@ -17,7 +17,7 @@ from evlm_jax.ablate.study import BASE, study_of
 RUNS, PAGE = Path("docs/results/pilot"), Path("docs/preregistration.md")
 BEGIN, END = "<!-- pilot -->", "<!-- end of the pilot -->"
 POINTS, LAST, POWER, ALPHA = 1.5, "tap-last", 0.8, 0.05
-SEEDS = 4, 8, 12
+SEEDS = 4, 6, 8, 12
 
 
 def smallest(seeds: int) -> float:

@@ -81,6 +81,6 @@ def get_study() -> dict:
         ),
         readings=3,
         apart=10,
-        looks=(4, 8, 12) if looks else (),
+        looks=(4, 6, 8, 12) if looks else (),
         margin=MARGIN if looks else None,
     )

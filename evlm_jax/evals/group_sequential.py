@@ -1,9 +1,10 @@
 """Comparisons that are looked at several times while runs come in, and may end at each look.
 
-Error is spent as O'Brien and Fleming's boundaries would, by Lan and DeMets's function (Biometrika
-70, 1983): hardly any at early looks. What is compared are paired differences, one a seed, whose
-deviation is estimated, so a look's normal boundary becomes the quantile of Student's t with the
-same tail (Jennison and Turnbull, Group Sequential Methods, 2000, section 4.4)."""
+Error is spent about as Pocock's boundaries would, by Lan and DeMets's function (Biometrika 70,
+1983), so that a large difference ends at the first look. What is compared are paired differences,
+one a seed, whose deviation is estimated, so a look's normal boundary becomes the quantile of
+Student's t with the same tail (Jennison and Turnbull, Group Sequential Methods, 2000, section
+4.4)."""
 
 import functools
 import math
@@ -28,9 +29,7 @@ class Decision(NamedTuple):
 
 def spent(fractions: np.ndarray, alpha: float) -> np.ndarray:
     """One-sided error that may be spent until each share of the whole information in (0, 1]."""
-    from scipy import stats  # a second of every command's start, and few compare runs
-
-    return 2 * stats.norm.sf(stats.norm.isf(alpha / 2) / np.sqrt(fractions))
+    return alpha * np.log1p((math.e - 1) * fractions)
 
 
 @functools.lru_cache
@@ -46,7 +45,7 @@ def boundaries(fractions: tuple[float, ...], alpha: float) -> tuple[float, ...]:
       fractions: of the information at each look, ascending, the last 1.
       alpha: one-sided.
     """
-    from scipy import optimize, stats
+    from scipy import optimize, stats  # a second of every command's start, and few compare runs
 
     x, w = np.polynomial.legendre.leggauss(NODES)
     spend = np.diff(spent(np.array(fractions), alpha), prepend=0.0)

@@ -71,6 +71,6 @@ def test_margin_and_tap_make_looks(monkeypatch):
     monkeypatch.setattr(scenes_study, "MARGIN", 0.03)
     monkeypatch.setattr(scenes_study, "BEST_TAP", "tap-8")
     declared = scenes_study.get_study()
-    assert declared["looks"] == (4, 8, 12) and len(declared["claims"]) == 7
+    assert declared["looks"] == (4, 6, 8, 12) and len(declared["claims"]) == 7
     named = {name for claim in declared["claims"] for name in (claim["better"], *claim["than"])}
     assert named <= scenes_study.VARIANTS.keys()

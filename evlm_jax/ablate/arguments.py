@@ -1,6 +1,7 @@
 """Arguments of `evlm ablate`; the command line reads them without what the command needs."""
 
 import argparse
+from typing import Any
 
 from evlm_jax.config.ranges import Positive, argument
 
@@ -109,14 +110,21 @@ def _names(text: str) -> list[str]:
     names = text.split(",")
     if not all(names):
         raise argparse.ArgumentTypeError(f"must be names, as a,b,c, got {text!r}")
-    return names
+    return _distinct(names)
 
 
 def _numbers(text: str) -> list[int]:
     numbers = text.split(",")
     if not all(number.isdecimal() for number in numbers):
         raise argparse.ArgumentTypeError(f"must be whole numbers, as 0,1, got {text!r}")
-    return [int(number) for number in numbers]
+    return _distinct([int(number) for number in numbers])
+
+
+def _distinct(given: list[Any]) -> list[Any]:
+    for one in given:
+        if given.count(one) > 1:
+            raise argparse.ArgumentTypeError(f"{one} is given twice")
+    return given
 
 
 def _run(text: str) -> str:

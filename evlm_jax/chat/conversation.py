@@ -17,7 +17,7 @@ from PIL import Image
 from evlm_jax.data import text, video
 from evlm_jax.data.features import FEW, encode_images
 from evlm_jax.data.formats import captions
-from evlm_jax.data.image import in_memory, load_all
+from evlm_jax.data.image import in_memory, load_all, size_of
 from evlm_jax.data.pipeline import rows_in_order
 from evlm_jax.data.samples import ImageRef, Sample, Turn, literal, marked
 from evlm_jax.data.stream import pieces
@@ -220,6 +220,11 @@ class Chat:
         return turns, visuals
 
     def _visual(self, path: str) -> tuple[ImageRef, ...]:
-        """A video's frames, or the picture alone."""
-        kind = mimetypes.guess_type(Path(path).name)[0] or ""
-        return video.sample(path, self._frames) if kind.startswith("video/") else (ImageRef(path),)
+        """A video's frames, or the picture alone; by content where the name says neither, or the
+        wrong thing, as of .3gp and .ts.
+        """
+        ref = ImageRef(path)
+        kind = (mimetypes.guess_type(Path(path).name)[0] or "").partition("/")[0]
+        if kind == "image" or (kind != "video" and size_of(ref)):
+            return (ref,)
+        return video.sample(path, self._frames)

@@ -1,5 +1,6 @@
 """How many positions a language model was trained on, by its own files."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from evlm_jax import assets
@@ -45,3 +46,13 @@ def check_length(cfg: EVLMConfig) -> None:
             f"config: data.length is {cfg.data.length}, {found[1]} of {cfg.init.llm} is {found[0]}:"
             f" {mend}"
         )
+
+
+def position_field(cfg: EVLMConfig) -> dict[str, int]:
+    """What transformers' tools take for the longest prompt, as the tower's own files say it;
+    nothing where they are gone, and the number of the class holds.
+    """
+    with suppress(OSError, assets.AssetError):
+        if found := trained_positions(cfg.init.llm):
+            return {FIELDS[0]: max(found[0], cfg.data.length)}  # init.beyond_context
+    return {}

@@ -33,6 +33,7 @@ from evlm_jax.checkpoint.lazy_tensors import Source, Tensor, Tensors
 from evlm_jax.checkpoint.safetensors_file import write_folder
 from evlm_jax.config import EVLMConfig, xattn
 from evlm_jax.convert import idefics, mllama
+from evlm_jax.convert.context import position_field
 from evlm_jax.convert.describe import describe_source
 from evlm_jax.convert.describe_flamingo import fields_beside
 from evlm_jax.convert.engine import PARTS, differences, sizes, to_foreign
@@ -360,7 +361,7 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def describe_llm(cfg: EVLMConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, dict]:
     """config.json and generation_config.json of a stock language model."""
-    model = stock_config(cfg.llm) | {"dtype": dtype} | _special_ids(tokenizer)
+    model = position_field(cfg) | stock_config(cfg.llm) | {"dtype": dtype} | _special_ids(tokenizer)
     return {"config.json": model, "generation_config.json": _generation(tokenizer, cfg.llm.vocab)}
 
 

@@ -80,8 +80,9 @@ class Linear(nnx.Module):
         drawn = jax.random.uniform(
             rngs.params(), (*layers, before, rank), minval=-spread, maxval=spread
         )
-        self.lora_a = nnx.Param(drawn, axes=(first, "whole"))
-        self.lora_b = nnx.Param(jnp.zeros((*layers, rank, behind)), axes=("whole", last))
+        zeros = jnp.zeros((*layers, rank, behind))
+        self.lora_a = nnx.Param(drawn, axes=(first, "rank"), uneven=True)
+        self.lora_b = nnx.Param(zeros, axes=("rank", last), uneven=True)
         self.lora_scale = scale
 
     def hold(self, kind: str, tile: int) -> None:

@@ -55,6 +55,7 @@ RULES = {
     "mlp": Rule(("tensor",)),
     "vocab": Rule(("tensor",)),
     "expert": Rule(("expert",)),
+    "rank": Rule(stored=PIECES),  # of an adapter: its other dimension need not wait in pieces
     "vision": Rule(stored=(*PIECES, "tensor")),
     "vision_heads": Rule(),
     "vision_mlp": Rule(stored=(*PIECES, "tensor")),

@@ -1,5 +1,6 @@
 """Runs side by side: each on its own cores; failures are named, nothing outlives its parent."""
 
+import argparse
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import time
 
 import pytest
 
+from evlm_jax.ablate import arguments
 from evlm_jax.ablate.slots import Run, Slot, run_all, slots
 
 
@@ -20,6 +22,15 @@ def test_cores_are_shared_evenly():
     assert slots(1, [0, 1], ["3", "5"]) == [Slot((0,), "3"), Slot((1,), "5")]
     with pytest.raises(ValueError, match="3 runs at a time cannot share 2 cores"):
         slots(3, [0, 1], [])
+
+
+@pytest.mark.parametrize("argument", ["--gpus", "--cores", "--variants"])
+def test_what_is_named_twice_is_refused(argument, capsys):
+    parser = argparse.ArgumentParser()
+    arguments.add(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args([argument, "0,1,0"])
+    assert f"argument {argument}: 0 is given twice" in capsys.readouterr().err
 
 
 def test_each_run_has_its_cores_and_its_gpu(tmp_path):

@@ -83,9 +83,10 @@ def test_a_word_of_the_second_turn_sees_its_own_picture(chat):
     assert chat.looks([Message("user", "Hello"), Message("assistant", "Hello.")], 0) == []
 
 
-def test_a_word_behind_a_video_looks_at_its_frames(chat, tmp_path):
-    film = tmp_path / "film.mp4"
-    write_video(film, seconds=2, fps=8)
+@pytest.mark.parametrize("name", ["film.mp4", "film.ts", "film"])  # .ts is of TypeScript, too
+def test_a_word_behind_a_video_looks_at_its_frames(chat, tmp_path, name):
+    write_video(tmp_path / "film.mp4", seconds=2, fps=8)
+    film = (tmp_path / "film.mp4").rename(tmp_path / name)
     talk = [Message("user", "What is it?", (str(film),))]
     *_, answer = chat.answer(talk)
     looks = chat.looks([*talk, Message("assistant", answer)], 0)
@@ -96,10 +97,13 @@ def test_a_word_behind_a_video_looks_at_its_frames(chat, tmp_path):
 def test_what_cannot_be_answered_is_one_line(chat, tmp_path):
     odd, film = tmp_path / "odd.png", tmp_path / "film.mp4"
     odd.write_bytes(b"no picture")
+    page = tmp_path / "page.html"
+    page.write_bytes(b"<html>")
     film.write_bytes(b"no video")
     for message, what in (
         (Message("user", "What?", (str(odd),)), "odd.png: cannot decode"),
         (Message("user", "What?", (str(film),)), "film.mp4"),
+        (Message("user", "What?", (str(page),)), "page.html: cannot"),
         (Message("user", "<image> and <image>?", (picture(1),)), "2 <image> markers for 1 images"),
         (Message("user", "a " * 2000), "tokens, 1024 are the most"),
         (Message("user", "What?", (picture(1),) * 33), "33 pictures and frames, 32 are the most"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
-from evlm_jax.convert.context import check_length, trained_positions
+from evlm_jax.convert.context import check_length, position_field, trained_positions
 from evlm_jax.convert.importer import import_towers
 from evlm_jax.launch import train_run
 from tests.helpers.checkpoints import dinov2_directory, llama_directory
@@ -70,6 +70,16 @@ def test_gguf_says_it_too(tmp_path):
     writer.add_tensor("token_embd.weight", np.zeros((2, 4), np.float32))
     finish(writer)
     assert trained_positions(tmp_path / "a.gguf") == (40, "llama.context_length")
+
+
+def test_an_export_says_as_many(tmp_path):
+    where = llm(tmp_path / "llm", max_position_embeddings=400)
+    cfg = replace(CFG, init=replace(CFG.init, llm=where))
+    assert position_field(cfg) == {"max_position_embeddings": 400}
+    longer = replace(cfg, data=replace(cfg.data, length=500))
+    assert position_field(longer) == {"max_position_embeddings": 500}
+    for gone in (str(tmp_path / "gone"), "", llm(tmp_path / "silent")):
+        assert position_field(replace(cfg, init=replace(cfg.init, llm=gone))) == {}
 
 
 @needs_asset("smollm2-135m-instruct")

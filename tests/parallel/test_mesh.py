@@ -13,9 +13,11 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from evlm_jax.checkpoint import store
-from evlm_jax.parallel.mesh import RULES, check_parameters, make_layout, mesh_sizes
+from evlm_jax.parallel.mesh import AXES, RULES, Layout, check_parameters, make_layout, mesh_sizes
 from evlm_jax.phase import TrainPhase
 from tests.evals import layouts
 from tests.helpers.checkpoints import run_directory
@@ -89,6 +91,25 @@ def test_experts_and_images_must_divide():
             tiny_config(vit={"heads": 1}, mesh={"data": 1, "tensor": 2, "images": "rows"}),
             jax.devices() * 2,
         )
+
+
+def test_adapters_wait_in_pieces():
+    """Where rank or the other dimension has equal ones; they lie as they are used where neither
+    has.
+    """
+    mesh = jax.sharding.AbstractMesh((1, 1, 4, 1, 2), AXES)
+    layout = Layout(mesh, tiny_config().mesh)
+
+    def adapter(*shape, axes):
+        param = nnx.Param(jax.ShapeDtypeStruct(shape, np.float32), axes=axes, uneven=True)
+        return layout.place(param, stored=True).spec
+
+    assert adapter(6, 64, 16, axes=("embed", "rank")) == P(None, "fsdp", None)
+    assert adapter(64, 16, axes=("heads", "rank")) == P("tensor", "fsdp")
+    assert adapter(16, 64, axes=("rank", "embed")) == P("fsdp", None)
+    assert adapter(3, 64, axes=("rank", "embed")) == P(None, "fsdp")
+    assert adapter(64, 3, axes=("heads", "rank")) == P("tensor", None)
+    assert adapter(66, 3, axes=("embed", "rank")) == P(None, None)
 
 
 def test_sizes_of_axes():

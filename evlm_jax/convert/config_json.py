@@ -12,6 +12,7 @@ from evlm_jax.convert.families import GGUF, INERT, KINDS, NEEDED, OFF, WHOLE, Ki
 LISTS = {"layer_types": str, "no_rope_layers": int}  # one value a layer, or null
 LISTS |= {"cross_attention_layers": int, "intermediate_layers_indices": int}
 LISTS |= {"supported_aspect_ratios": list}
+MOST = 2**31 - 1  # of whole numbers
 SOFT = ("attn_logit_softcapping", "final_logit_softcapping")  # numbers, or null
 
 
@@ -74,7 +75,8 @@ def fields_of(path: Path, config: dict) -> dict[str, Any]:
     """
     name, where = config["model_type"], "config.json"
     if name in WHOLE:
-        config, name, where = _vision_config(config), WHOLE[name], "vision_config of config.json"
+        config, name = _vision_config(path, config), WHOLE[name]
+        where = "vision_config of config.json"
         if config.get("model_type", name) != name:
             raise ValueError(
                 f"{path}: {where} says model_type {config['model_type']!r}, which is not {name}"
@@ -149,7 +151,7 @@ def _alike(name: str, value: Any, default: Any) -> bool:
     """Whether a value is of the type of its field: names, flags, whole numbers and others;
     positive and finite.
     """
-    if value == math.inf:
+    if value == math.inf or (type(value) is int and value > MOST):
         return False
     if name in LISTS:
         return value is None or (
@@ -167,8 +169,30 @@ def _alike(name: str, value: Any, default: Any) -> bool:
     return type(value) in kinds and (isinstance(value, (bool, str)) or value > 0)
 
 
-def _vision_config(config: dict) -> dict:
+def part_of(path: Path, config: dict, name: str, file: str = "config.json") -> dict[str, Any]:
+    """An object within a JSON file; {} where it is left out, or null. Raises ValueError for another
+    value.
+    """
+    value = config.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(
+            f"{path}: {file} has {name} {value!r}, which must be an object; copy it from the"
+            " model's own directory"
+        )
+    return value or {}
+
+
+def settled_part(
+    path: Path, config: dict, name: str, read: dict, fixed: dict, inert: frozenset | set
+) -> dict[str, Any]:
+    """`settled` of an object within config.json."""
+    part = part_of(path, config, name)
+    return settled(path, f"{name} of config.json", part, read, fixed, inert)
+
+
+def _vision_config(path: Path, config: dict) -> dict:
     """The vision part of a CLIP or SigLIP; the old `vision_config_dict`, where it is there, wins as
     a whole.
     """
-    return config.get("vision_config_dict") or config.get("vision_config") or {}
+    old, new = (part_of(path, config, f"vision_config{end}") for end in ("_dict", ""))
+    return old or new

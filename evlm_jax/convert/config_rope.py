@@ -84,10 +84,8 @@ def rotary(path: Path, config: dict, kind: Rotary) -> dict[str, Any]:
 
 def _rotary(config: dict, kind: Rotary) -> dict[str, Any]:
     top = {name: config[name] for name in ("rope_theta", "partial_rotary_factor") if name in config}
-    old, new = (config.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
+    old, new = (_object(config, name) for name in ("rope_scaling", "rope_parameters"))
     new = new or (kind.queries if kind.queries and not old else {})
-    if wrong := [part for part in (old, new) if not isinstance(part, dict)]:
-        raise Refused(f"a rope_scaling or rope_parameters that is no object: {wrong}")
     if kind.near is None:
         if old and new and old != new:
             raise Refused("a rope_scaling unlike rope_parameters")
@@ -102,21 +100,27 @@ def _rotary(config: dict, kind: Rotary) -> dict[str, Any]:
         raise Refused(f"{wrong[0]} {new[wrong[0]]!r} for no kind of layers")
     if "type" in old and "rope_type" not in old:
         raise Refused("a rope_scaling of a type, where transformers reads rope_type alone")
+    full, sliding = (_object(new, name) for name in ("full_attention", "sliding_attention"))
     # which transformers does not read beside two bases
     config = config | {"original_max_position_embeddings": None}
-    theta, _, scaling = _one(config, [top, old, new.get("full_attention") or {}], kind)
+    theta, _, scaling = _one(config, [top, old, full], kind)
     local = {"rope_theta": config.get("rope_local_base_freq")}
     if scaling and not scaling.get("truncate", True):
         raise Refused("truncate False, which transformers reads of all layers alone")
-    near, _, _ = _one(
-        {}, [local, new.get("sliding_attention") or {}], Rotary(kind.near, scaled=False)
-    )
+    near, _, _ = _one({}, [local, sliding], Rotary(kind.near, scaled=False))
     return {
         "rope_theta": theta,
         "rope_near": near,
         "rope_scaling": scaling and scaling | {"layers": "full"},
         "rotary_share": 1.0,
     }
+
+
+def _object(config: dict, name: str) -> dict:
+    value = config.get(name) or {}
+    if not isinstance(value, dict):
+        raise Refused(f"{name} {value!r} that is no object")
+    return value
 
 
 def _one(config: dict, parts: list[dict], kind: Rotary) -> tuple[float, float, dict | None]:
@@ -136,7 +140,7 @@ def _one(config: dict, parts: list[dict], kind: Rotary) -> tuple[float, float, d
     _number("partial_rotary_factor", share)
     if share != 1 and not kind.share:
         raise Refused(f"partial_rotary_factor {share!r}")
-    if name not in KEYS or (name != "default" and not kind.scaled):
+    if not isinstance(name, str) or name not in KEYS or (name != "default" and not kind.scaled):
         raise Refused(f"rope_type {name!r}")
     query = _query(name, said) if kind.queries else {}
     if wrong := [f"{key} {value!r}" for key, value in said.items() if key not in KEYS[name]]:

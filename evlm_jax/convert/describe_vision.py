@@ -3,10 +3,11 @@
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from evlm_jax.checkpoint.lazy_tensors import Source, read_json
-from evlm_jax.convert.config_json import fields_of, settled
+from evlm_jax.convert.config_json import fields_of, part_of, settled_part
 from evlm_jax.convert.families import EVA, EVA_INERT, EVA_READ
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -18,6 +19,7 @@ ACTIVATIONS = {name: name for name in ("gelu", "quick_gelu", "silu")} | dict.fro
 DINOV2_OUT = [  # the last matrix of an MLP, and of a gated one by its old and new names
     f"encoder.layer.0.mlp.{name}.weight" for name in ("fc2", "weights_out", "down_proj")
 ]
+EVA_E = "eva02_enormous"
 DINOV2_HEADS = {384: 6, 768: 12, 1024: 16}  # of width: S, B and L
 # of these a file tells enough without config.json
 ALONE = "DINOv2 S, B and L, EVA02-CLIP-E, open_flamingo's checkpoints"
@@ -55,13 +57,12 @@ def shapes_of(source: Source, prefix: str) -> Callable[[str, int], tuple[int, ..
 
 
 def vision_fields(source: Source, shape: tuple[int, ...], defaults: dict, **fields) -> dict:
-    """Fields of ViTConfig: those that the patch kernel's shape tells, the normalisation of
-    preprocessor_config.json, and `fields`.
+    """Fields of ViTConfig: those that the patch kernel's shape tells, the normalisation of the
+    folder's image processor, and `fields`.
     """
-    processor = source.path / "preprocessor_config.json"
     choices = {"embed_norm": False, "registers": 0, "class_token": True}
-    if source.path.is_dir() and processor.is_file():
-        defaults = _normalisation(processor)
+    if source.path.is_dir() and (found := _processor(source.path)):
+        defaults = _normalisation(*found)
     return {
         "patch": shape[-1],
         "width": shape[0],
@@ -73,34 +74,48 @@ def vision_fields(source: Source, shape: tuple[int, ...], defaults: dict, **fiel
     }
 
 
-def _normalisation(path) -> dict:
+def _processor(folder: Path) -> tuple[str, dict] | None:
+    """What a model's folder says of its pixels, and where: in transformers `image_processor` of
+    processor_config.json, where it is there, is read in place of preprocessor_config.json.
+    """
+    whole, alone = (folder / f"{name}_config.json" for name in ("processor", "preprocessor"))
+    name, said = "image_processor", read_json(whole) if whole.is_file() else {}
+    if said.get(name) is not None:
+        return f"{whole}: {name}", part_of(folder, said, name, whole.name)
+    return (f"{alone}", read_json(alone)) if alone.is_file() else None
+
+
+def _normalisation(where: str, read: dict) -> dict:
     """Raises ValueError for pixels that are not scaled to 0..1, or normalised by numbers that do
     not stand there.
     """
-    read = read_json(path)
-    factor = read.get("rescale_factor", 1 / 255)
+    factor, normalise = read.get("rescale_factor", 1 / 255), read.get("do_normalize", True)
     if (
         read.get("do_rescale", True) is not True
         or not isinstance(factor, float)
         or not math.isclose(factor, 1 / 255, rel_tol=1e-6)
     ):
         raise ValueError(
-            f"{path}: do_rescale and rescale_factor must be true and 1/255: pixels are read as 0..1"
+            f"{where}: do_rescale and rescale_factor must be true and 1/255: pixels are read as"
+            " 0..1"
         )
-    if read.get("do_normalize", True) is False:
+    if not isinstance(normalise, bool):
+        raise ValueError(f"{where}: do_normalize must be true or false, got {normalise!r}")
+    if not normalise:
         return {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    numbers = {
-        ours: read.get(theirs) for ours, theirs in (("mean", "image_mean"), ("std", "image_std"))
-    }
-    if wrong := [
-        name
-        for name, value in numbers.items()
-        if not isinstance(value, list)
+    names = {"mean": "image_mean", "std": "image_std"}
+    return {ours: _three(f"{where}: {theirs}", read.get(theirs)) for ours, theirs in names.items()}
+
+
+def _three(where: str, value: Any) -> tuple[float, ...]:
+    """Raises ValueError for what is not three numbers."""
+    if (
+        not isinstance(value, list | tuple)
         or len(value) != 3
-        or not all(isinstance(one, int | float) and math.isfinite(one) for one in value)
-    ]:
-        raise ValueError(f"{path}: image_{' and image_'.join(wrong)} must be three numbers")
-    return {name: tuple(map(float, value)) for name, value in numbers.items()}
+        or not all(type(one) in (int, float) and math.isfinite(one) for one in value)
+    ):
+        raise ValueError(f"{where} must be three numbers, got {value!r}")
+    return tuple(map(float, value))
 
 
 def activation(source: Source, name: str) -> str:
@@ -133,12 +148,20 @@ def _agree(source: Source, **said: tuple[Any, Any]) -> None:
         raise ValueError(f"{source.path}: {', '.join(wrong)}; copy both from one directory")
 
 
+def _registers(source: Source, prefix: str) -> int:
+    """How many registers there are; a tensor of none is as none."""
+    name = "embeddings.register_tokens"
+    found = source.tensors.get(prefix + name)
+    if found is None or found.shape[:2] == (1, 0):
+        return 0
+    return shapes_of(source, prefix)(name, 3)[1]
+
+
 def _dinov2(source: Source, prefix: str) -> dict:
     """A file without config.json, as an ONNX file is, is of the published sizes: S, B or L."""
     shape = shapes_of(source, prefix)
     kernel = shape("embeddings.patch_embeddings.projection.weight", 4)
-    (width, patch), tokens = (kernel[0], kernel[-1]), f"{prefix}embeddings.register_tokens"
-    registers = shape("embeddings.register_tokens", 3)[1] if tokens in source.tensors else 0
+    (width, patch), registers = (kernel[0], kernel[-1]), _registers(source, prefix)
     grid = math.isqrt(shape("embeddings.position_embeddings", 3)[1] - 1)
     gated = source.metadata.get("use_swiglu_ffn") is True
     out = next(
@@ -151,10 +174,11 @@ def _dinov2(source: Source, prefix: str) -> dict:
     }
     sizes |= {"pretrained_size": grid * patch, "registers": registers}
     # as their own code resizes positions
+    antialias = registers or source.metadata.get("model_type") == "dinov2_with_registers"
     choices = {
         "layer_scale": True,
         "patch_bias": True,
-        "interpolation": "antialias" if registers else "bicubic",
+        "interpolation": "antialias" if antialias else "bicubic",
     }
     if not source.metadata:
         if width not in DINOV2_HEADS:
@@ -193,16 +217,12 @@ def _dinov3(source: Source, prefix: str) -> dict:
     shape, config = shapes_of(source, prefix), config_fields(source)
     kernel = shape("embeddings.patch_embeddings.weight", 4)
     depth = _depth(source, rf"{re.escape(prefix)}layer\.(\d+)\.")
-    registers = source.tensors.get(f"{prefix}embeddings.register_tokens")
     _agree(
         source,
         hidden_size=(config["hidden_size"], kernel[0]),
         patch_size=(config["patch_size"], kernel[-1]),
         num_hidden_layers=(config["num_hidden_layers"], depth),
-        num_register_tokens=(
-            config["num_register_tokens"],
-            registers.shape[1] if registers and len(registers.shape) == 3 else 0,
-        ),
+        num_register_tokens=(config["num_register_tokens"], _registers(source, prefix)),
     )
     return vision_fields(
         source,
@@ -327,26 +347,23 @@ def _eva(source: Source, prefix: str) -> dict:
     width, patch, grid = kernel[0], kernel[-1], math.isqrt(shape("pos_embed", 3)[1] - 1)
     depth = _depth(source, rf"{re.escape(prefix)}blocks\.(\d+)\.")
     if "vision_cfg" in config:
-        found = settled(
-            source.path, "vision_cfg of config.json", config["vision_cfg"], EVA_READ, EVA, EVA_INERT
-        )
+        found = settled_part(source.path, config, "vision_cfg", EVA_READ, EVA, EVA_INERT)
         _agree(
             source,
             width=(found["width"], width),
             layers=(found["layers"], depth),
             patch_size=(found["patch_size"], patch),
         )
-    elif width == 1792 and config.get("architecture", "eva02_enormous").startswith(
-        "eva02_enormous"
-    ):
+    elif width == 1792 and str(config.get("architecture", EVA_E)).startswith(EVA_E):
         found = {"head_width": 112}
     else:
         raise ValueError(
             f"{source.path}: only the E size of EVA02-CLIP is known without a vision_cfg in"
             " config.json"
         )
-    pixels = config.get("pretrained_cfg", {})
-    defaults = {name: tuple(pixels.get(name, value)) for name, value in OPENAI.items()}
+    pixels = OPENAI | part_of(source.path, config, "pretrained_cfg")
+    where = f"{source.path}: pretrained_cfg of config.json"
+    defaults = {name: _three(f"{where}: {name}", pixels[name]) for name in OPENAI}
     sizes = {
         "depth": depth,
         "heads": width // found["head_width"],

@@ -12,9 +12,9 @@ import numpy as np
 from evlm_jax.checkpoint.lazy_tensors import Source, Tensor, Tensors
 from evlm_jax.config import EVLMConfig
 from evlm_jax.config.xattn import PLAIN
-from evlm_jax.convert.config_json import fields_of, settled
+from evlm_jax.convert.config_json import fields_of, settled_part
 from evlm_jax.convert.config_rope import FIELDS as ROTARY
-from evlm_jax.convert.families import INERT
+from evlm_jax.convert.families import IMAGES, INERT
 
 BLOCK = r"model\.gated_cross_attn_layers\.(\d+)\.(.*)"
 WORDS = {  # two tables of words, or of a head, that are one
@@ -104,15 +104,10 @@ def parts(source: Source) -> tuple[Source, dict[str, Any], dict[str, dict[str, A
     return _clip(source), text, sections
 
 
-def _nested(source: Source, name: str, read: dict, fixed: dict, inert: set[str]) -> dict[str, Any]:
-    config = source.metadata.get(name) or {}
-    return settled(source.path, f"{name} of config.json", config, read, fixed, INERT | inert)
-
-
 def _clip(source: Source) -> Source:
     """The vision tower, as the tower of a CLIP is saved."""
-    fixed = {"num_channels": (3, {3})}
-    found = _nested(source, "vision_config", VISION, fixed, {"tie_word_embeddings"})
+    inert = INERT | {"tie_word_embeddings"}
+    found = settled_part(source.path, source.metadata, "vision_config", VISION, IMAGES, inert)
     found["hidden_size"] = found.pop("embed_dim")
     prefix = "model.vision_model."
     tensors = {
@@ -124,9 +119,8 @@ def _clip(source: Source) -> Source:
 
 
 def _resampler(source: Source) -> dict[str, Any]:
-    found = _nested(
-        source, "perceiver_config", PERCEIVER, {}, {"use_resampler", "tie_word_embeddings"}
-    )
+    name, inert = "perceiver_config", INERT | {"use_resampler", "tie_word_embeddings"}
+    found = settled_part(source.path, source.metadata, name, PERCEIVER, {}, inert)
     return {
         "kind": "flamingo",
         "latents": found["resampler_n_latents"],

@@ -11,7 +11,7 @@ from typing import Any
 from evlm_jax.checkpoint.lazy_tensors import Source, Tensor, Tensors
 from evlm_jax.config import EVLMConfig
 from evlm_jax.config.xattn import PLAIN
-from evlm_jax.convert.config_json import fields_of, settled
+from evlm_jax.convert.config_json import fields_of, part_of, settled_part
 from evlm_jax.convert.config_rope import FIELDS as ROTARY
 from evlm_jax.convert.describe_vision import HALF, activation, shapes_of, vision_fields
 from evlm_jax.convert.families import IMAGES, INERT
@@ -105,10 +105,10 @@ def parts(source: Source) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     block |= {"head_dim": head_dim, "ffn": found["intermediate_size"], "eps": found["rms_norm_eps"]}
     block |= {"every": every, "first": first, "sinks": 0, "kv_norm": False, "norm_kind": "rms"}
     block |= {"qk_norm": "head", "gated": True, "ffn_without_image": False} | PLAIN
-    config = source.metadata.get("text_config") or {}
+    config = part_of(source.path, source.metadata, "text_config")
     text = found | {name: config[name] for name in POSITIONS if name in config}
     text |= {"model_type": "llama", "hidden_act": "silu", "tie_word_embeddings": False}
-    if "rope_theta" not in config.keys() | (config.get("rope_parameters") or {}).keys():
+    if "rope_theta" not in config.keys() | part_of(source.path, config, "rope_parameters").keys():
         text["rope_theta"] = 5e5
     return text, {
         "vit": _tower(source, vision),
@@ -124,10 +124,9 @@ def _is(name: str) -> dict[str, tuple[str, set[str]]]:
 
 
 def _text(source: Source) -> dict[str, Any]:
-    config, where = source.metadata.get("text_config") or {}, "text_config of config.json"
     inert = INERT | {*POSITIONS, "tie_word_embeddings"}
     fixed = {"hidden_act": ("silu", {"silu"})} | _is("mllama_text_model")
-    found = settled(source.path, where, config, TEXT, fixed, inert)
+    found = settled_part(source.path, source.metadata, "text_config", TEXT, fixed, inert)
     if found["cross_attention_layers"] is None:
         found["cross_attention_layers"] = CROSS
     return found
@@ -152,10 +151,9 @@ def _distances(source: Source, cross: list[int], layers: int) -> tuple[int, int]
 
 def _vision(source: Source) -> dict[str, Any]:
     """Raises ValueError naming what is not as the tower's class has it."""
-    config, where = source.metadata.get("vision_config") or {}, "vision_config of config.json"
     fixed = IMAGES | {"norm_eps": (EPS, {EPS})} | _is("mllama_vision_model")
     inert = INERT | {"tie_word_embeddings"}
-    found = settled(source.path, where, config, VISION, fixed, inert)
+    found = settled_part(source.path, source.metadata, "vision_config", VISION, fixed, inert)
     taps, tiles = found["intermediate_layers_indices"], found["max_num_tiles"]
     taps = found["intermediate_layers_indices"] = BETWEEN if taps is None else taps
     said, width = found["supported_aspect_ratios"], found["hidden_size"]
@@ -168,9 +166,9 @@ def _vision(source: Source) -> dict[str, Any]:
     }
     if wrong := [f"{name} {found[name]!r}" for name, holds in right.items() if not holds]:
         raise ValueError(
-            f"{source.path}: {where} has {', '.join(wrong)}; read are all grids of max_num_tiles"
-            f" {tiles} in their processor's order, ascending layers, and a width of {width} for"
-            " each of these and one more"
+            f"{source.path}: vision_config of config.json has {', '.join(wrong)}; read are all"
+            f" grids of max_num_tiles {tiles} in their processor's order, ascending layers, and a"
+            f" width of {width} for each of these and one more"
         )
     return found
 

@@ -53,7 +53,8 @@ def _dinov2(name: str, qkv: dict[str, str], out: str) -> Family:
         row(f"{foreign}.layer_scale2.lambda1", f"{path}/scale2"),
     )
     signature = f"{foreign}.{qkv['q']}.weight".format(0)
-    drop = dict.fromkeys((r"embeddings\.mask_token", r"layernorm\.(weight|bias)"), UNUSED)
+    unused = r"embeddings\.mask_token", r"layernorm\.(weight|bias)", r"embeddings\.register_tokens"
+    drop = dict.fromkeys(unused, UNUSED)  # registers only where there are none
     return Family(
         name,
         "vit",

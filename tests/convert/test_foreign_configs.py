@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from evlm_jax.convert import config_json, engine
+from evlm_jax.checkpoint.lazy_tensors import Source
+from evlm_jax.convert import config_json, engine, idefics, mllama
 from evlm_jax.convert.describe_decoder import describe_decoder
 from evlm_jax.convert.readers import open_source
 from tests.helpers.checkpoints import dinov2_directory, llama_directory
@@ -79,6 +81,8 @@ NOT_LLAMA = {  # of config.json: what the error names
         "llama_4_scaling_beta 0.1",
     ),
     "no object": ({"rope_scaling": "yarn"}, "is no object"),
+    "a list of rope types": ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type ..yarn"),
+    "more layers than any machine": ({"num_hidden_layers": 10**30}, "num_hidden_layers 10000"),
     "partial rotary positions": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     "bias of the MLP": ({"mlp_bias": True}, "mlp_bias True"),
     "bias of the attention": ({"attention_bias": True}, "attention_bias True"),
@@ -267,6 +271,59 @@ def test_a_dinov2_of_another_width_needs_its_config(tmp_path):
         engine.describe(str(tmp_path))
 
 
+PARTS = {  # of config.json, that must be objects
+    "clip": ("vision_config", "vision_config_dict"),
+    "idefics": ("vision_config",),
+    "mllama": ("text_config", "vision_config"),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_a_config_are_objects(tmp_path, name):
+    for part in PARTS[name]:
+        for value in ("x", [1], 0, True):
+            source = Source(tmp_path, {"model_type": name, part: value}, {})
+            with pytest.raises(ValueError, match=f"config.json has {part} .*must be an object"):
+                if name == "clip":
+                    config_json.fields_of(tmp_path, source.metadata)
+                else:
+                    (mllama if name == "mllama" else idefics).parts(source)
+
+
+def test_a_dinov2_without_registers_is_one_with_none(tmp_path):
+    """transformers' class with registers saves a tensor without rows where it has none."""
+    from safetensors.numpy import load_file, save_file
+
+    dinov2_directory(tmp_path, CFG)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "dinov2_with_registers", "num_register_tokens": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(file := tmp_path / "model.safetensors")
+    save_file(tensors | {"embeddings.register_tokens": np.zeros((1, 0, 32), np.float32)}, file)
+    assert engine.describe(str(tmp_path))["registers"] == 0
+    cfg = tiny_config(vit={"interpolation": "antialias"})
+    engine.open_tower(cfg, open_source(tmp_path), "vit")
+
+
+def test_the_processor_of_transformers_5_is_read_before_the_preprocessor(tmp_path):
+    """As transformers reads them."""
+    dinov2_directory(tmp_path, CFG)
+    numbers = {"image_mean": [0.25] * 3, "image_std": [0.5] * 3}
+
+    def write(name, **facts):
+        return (tmp_path / f"{name}_config.json").write_text(json.dumps(facts))
+
+    write("processor", processor_class="AutoProcessor", image_processor=numbers)
+    assert engine.describe(str(tmp_path))["mean"] == (0.25,) * 3
+    write("preprocessor", do_normalize=False)
+    assert engine.describe(str(tmp_path))["std"] == (0.5,) * 3
+    write("processor", processor_class="AutoProcessor")  # of transformers 4
+    assert engine.describe(str(tmp_path))["std"] == (1.0,) * 3
+    write("processor", image_processor=[numbers])
+    with pytest.raises(ValueError, match="processor_config.json has image_processor .* an object"):
+        engine.describe(str(tmp_path))
+
+
 def test_the_preprocessor_is_read_whole(tmp_path):
     dinov2_directory(tmp_path, CFG)
 
@@ -278,6 +335,7 @@ def test_the_preprocessor_is_read_whole(tmp_path):
     for facts, message in (
         ({"rescale_factor": 1.0}, "rescale_factor"),
         ({"rescale_factor": "1/255"}, "rescale_factor"),
+        ({"do_normalize": None}, "do_normalize must be true or false, got None"),
         ({"image_mean": [0.5] * 3}, "image_std must be three numbers"),
         ({"image_mean": [0.5] * 3, "image_std": ["a", 1, 1]}, "image_std must be three numbers"),
         ({"image_mean": [float("nan")] * 3, "image_std": [1] * 3}, "image_mean must be three"),

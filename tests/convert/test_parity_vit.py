@@ -315,3 +315,23 @@ def test_eva_of_another_kind_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"vision_cfg": vision}))
     with pytest.raises(ValueError, match="naiveswiglu True.* rope True, subln True"):
         engine.describe(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"vision_cfg": "x"}, "vision_cfg 'x', which must be an object"),
+        ({"pretrained_cfg": [1]}, "pretrained_cfg .1., which must be an object"),
+        ({"pretrained_cfg": {"mean": 0.5}}, "pretrained_cfg of config.json: mean must be three"),
+    ],
+)
+def test_parts_of_an_eva_config_are_objects(tmp_path, changes, message):
+    from safetensors.numpy import save_file
+
+    sizes = {"depth": 1, "width": 24, "mlp": 40, "patch": 7, "grid": 2}
+    save_file(eva_checkpoint(np.random.default_rng(0), **sizes), tmp_path / "model.safetensors")
+    vision = {"image_size": 14, "layers": 1, "width": 24, "head_width": 8, "patch_size": 7}
+    config = {"vision_cfg": vision | {"postnorm": True}} | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        engine.describe(str(tmp_path))

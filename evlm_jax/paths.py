@@ -235,6 +235,12 @@ def probe(folder: str | os.PathLike) -> None:
             (where / name).unlink(missing_ok=True)
         if remote(where):
             stores.within(stores.PATIENCE, _probe_tensorstore, where, name)
+    except (FileExistsError, NotADirectoryError) as error:
+        above = (path for path in (where, *where.parents) if os.path.lexists(path))
+        raise OSError(
+            f"{where}: cannot write there: Not a directory: {next(above, where)} is no folder; give"
+            " another place"
+        ) from error
     except Exception as error:  # clients of stores raise errors of any kind
         text = " ".join(f"{getattr(error, 'strerror', None) or error}".split())
         text = text or type(error).__name__

@@ -1,6 +1,7 @@
 """A directory that is there whole or not at all, and whose writing goes on where it was cut off."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,7 +27,8 @@ def new_folder(out: str, plan: dict) -> Iterator[epath.Path]:
     """
     out = paths.place(out)
     folder = out if paths.remote(out) else out.parent / f"{out.name}.incomplete"
-    if out.exists() and not (out == folder and (out / PLAN).exists()):
+    there = out.exists() or os.path.islink(out)  # a link to nothing cannot be replaced by a folder
+    if there and not (out == folder and (out / PLAN).exists()):
         raise FileExistsError(f"{out} exists; give a new directory, or remove it")
     text = json.dumps(plan, sort_keys=True)
     if folder.exists() and not ((folder / PLAN).exists() and (folder / PLAN).read_text() == text):

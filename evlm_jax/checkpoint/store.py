@@ -259,6 +259,11 @@ def steps(workdir: str) -> list[int]:
 def check_step(workdir: str, step: int | None) -> int:
     """A finalised step, the newest for None. Raises FileNotFoundError where there is none."""
     found, folder = steps(workdir), paths.place(workdir)
+    above = [up.parent for up in (folder, folder.parent) if up.name == STEPS]
+    if run := next(filter(steps, above), None):
+        raise FileNotFoundError(
+            f"{folder} lies within a run: give {run}, and the number of the step apart"
+        )
     if not found and step is None and not paths.remote(workdir):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder")

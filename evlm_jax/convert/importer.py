@@ -2,8 +2,10 @@
 training, generation and export read, tensor by tensor.
 """
 
+import json
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -132,8 +134,31 @@ def read_export(cfg: EVLMConfig, model: str) -> tuple[dict[str, np.ndarray], EVL
     sections["train"] |= {"dtype": dtype, "matmul_precision": dtype}
     sections["init"] |= {"vision": str(where), "llm": str(where)}
     cfg = from_config_dict(sections)
-    vocabulary(cfg, str(where))
+    _check_twice(cfg, where, source, processor)
     return read_all(open_tower(cfg, source, "evlm").tensors), cfg
+
+
+def _check_twice(
+    cfg: EVLMConfig, where: epath.Path, source: Source, processor: dict[str, Any]
+) -> None:
+    """Raises ValueError for what two files of an export say differently: transformers and this
+    package would compute with different ones. Earlier exports lack some.
+    """
+    image = vocabulary(cfg, str(where)).id(cfg.media.placeholder)
+    vit = json.loads(json.dumps(asdict(cfg.vit)))  # lists in place of tuples
+    said = {name: vit[name] for name in ("image_size", "mean", "std")}
+    said |= {"media_tokens": cfg.media.tokens, "image_token_id": image}
+    files = {"processor_config.json": processor, "config.json": source.metadata}
+    if wrong := [
+        f"{file} has {name} {found[name]!r}, not {value!r}"
+        for file, found in files.items()
+        for name, value in said.items()
+        if found.get(name, value) != value
+    ]:
+        raise ValueError(
+            f"{where}: {', '.join(wrong)}, as the vit and media sections of config.json and the"
+            " tokenizer have it; export the model again"
+        )
 
 
 def _check_kind(cfg: EVLMConfig) -> None:

@@ -211,6 +211,8 @@ def decode(path: str, least: int = 0) -> Image.Image:
         return _read(path, least)
     except Exception as error:  # damaged files make the decoders raise errors of any kind
         why = error.strerror if isinstance(error, OSError) else None  # there is none, or no file
+        if isinstance(error, FileNotFoundError):  # of fsspec, it says the name alone
+            why = why or "No such file, or its host does not answer"
         raise ImageError(f"{path}: {why or f'cannot decode the image: {error}'}") from error
 
 

@@ -89,6 +89,11 @@ def test_a_missing_step_is_named(tmp_path):
     run(tmp_path, arrays(0, "vit/cls"), 5)
     with pytest.raises(FileNotFoundError, match=r"of step 6; finalised steps: \[5\]"):
         checkpoint.load_params(tmp_path, step=6)
+    for inside in ("steps", "steps/5"):
+        with pytest.raises(
+            FileNotFoundError, match=f"{inside} lies within a run: give {tmp_path},"
+        ):
+            checkpoint.load_params(tmp_path / inside)
 
 
 def test_a_missing_or_different_store_is_refused_with_both_hashes(tmp_path):

@@ -14,6 +14,7 @@ import jax
 import pytest
 
 from evlm_jax import assets, cli, paths
+from evlm_jax.checkpoint.atomic_dir import new_folder
 from evlm_jax.cli.parser import reported
 from evlm_jax.parallel.distributed import check_devices, stopping
 from evlm_jax.parallel.status import INTERRUPTED, PREEMPTED
@@ -62,6 +63,17 @@ def test_a_full_disk_names_the_file(tmp_path):
         with paths.writing(tmp_path / "a.bin"):
             os.write(os.open("/dev/full", os.O_WRONLY), b"a")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "link"])
+def test_a_file_in_place_of_a_folder_is_named(tmp_path, place):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(OSError, match=f"{tmp_path}/{place[:4]} is no folder; give another place"):
+        paths.probe(tmp_path / place)
+    if place == "link":
+        with pytest.raises(FileExistsError, match="link exists"), new_folder(tmp_path / place, {}):
+            pass
 
 
 def test_a_working_directory_that_is_gone(monkeypatch, tmp_path):

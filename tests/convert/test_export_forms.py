@@ -1,8 +1,10 @@
 """The other forms of an export: loaded by the software that they are for."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import pytest
 from flax import nnx
 
 from evlm_jax.checkpoint import store
-from evlm_jax.convert import export
+from evlm_jax.convert import export, importer
 from evlm_jax.data.tokenizer import load_tokenizer
 from evlm_jax.models import xattn
 from evlm_jax.models.param_names import flatten, unflatten
@@ -175,3 +177,22 @@ def test_torch_needs_torch_alone(tmp_path):
         cfg, nnx.merge(graphdef, unflatten(cfg, rounded, shapes)), np.arange(40) % 250
     )
     assert relative(torch.load(tmp_path / "out/logits.pt")[0].numpy(), ours) <= 1e-4
+
+
+def test_what_files_of_an_export_say_twice_must_agree(tmp_path):
+    """Where one was edited, transformers and this package would compute with different values."""
+    cfg = tiny_config()
+    cfg = run_directory(tmp_path / "run", cfg, random_model(cfg, seed=0))
+    export.export(str(tmp_path / "run"), out := str(tmp_path / "out"), "hf")
+    for name, changes in (
+        ("processor_config", {"mean": [0.5] * 3}),
+        ("processor_config", {"image_size": 16}),
+        ("config", {"image_token_id": 3}),
+    ):
+        file = Path(out) / f"{name}.json"
+        text = file.read_text()
+        file.write_text(json.dumps(json.loads(text) | changes))
+        with pytest.raises(ValueError, match=f"{name}.json has {next(iter(changes))} .*, not "):
+            importer.read_export(cfg, out)
+        file.write_text(text)
+    importer.read_export(cfg, out)

@@ -90,4 +90,5 @@ def check_dropped(
         if rule and not RULES[rule](
             source.tensors[name].read(), lambda: source.tensors[embedding].read(), facts
         ):
-            raise ValueError(f"{source.path}: {name} {RULES[rule].__doc__}")
+            says = " ".join(RULES[rule].__doc__.split())  # a docstring may have several lines
+            raise ValueError(f"{source.path}: {name} {says}")

@@ -32,6 +32,11 @@ OTHER = [
         ({"conversations": [TALK[0] | {"role": "assistant"}, TALK[1]]}, "both 'from' and 'role'"),
         ({"conversations": [TALK[0], TALK[1] | {"content": "b"}]}, "both 'value' and 'content'"),
         ({"conversations": [TALK[0], TALK[1] | {"weight": 0}]}, "'weight' 0: all are learned"),
+        ({"conversations": TALK, "system": "Be brief."}, "the row has 'system', which is not read"),
+        (
+            {"messages": [OTHER[0], OTHER[1] | {"tool_calls": [{"id": 1}]}]},
+            "a turn has 'tool_calls', which is not read",
+        ),
         ({"image": {"url": "0.png"}, "conversations": TALK}, "neither bytes nor path, but url"),
         ({"image": {}, "conversations": TALK}, "neither bytes nor path"),
     ],
@@ -42,7 +47,7 @@ def test_rows_of_conversations(tmp_path, row, message):
 
 
 def test_an_empty_column_beside_the_other_says_nothing(tmp_path):
-    row = {"image": "0.png", "conversations": None, "messages": OTHER}
+    row = {"image": "0.png", "conversations": None, "messages": OTHER, "system": "", "tools": "[]"}
     (sample,) = open_source(write_jsonl(tmp_path / "rows.jsonl", [row]))
     assert said(sample) == [[("user", "<image>p"), ("assistant", "b")]]
 

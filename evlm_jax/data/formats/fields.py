@@ -16,6 +16,10 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 VIDEOS = ("mp4", "webm", "mkv", "mov", "avi")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 LEARNED = ("train", "loss", "weight")  # of an answer, by which others leave it out: true or 1 here
+UNREAD = {  # fields that say what a model would have to see or learn, and nothing here reads
+    "the row": ("system", "tools", "audio", "rejected"),
+    "a turn": ("tool_calls", "function_call", "reasoning_content", "image", "video", "audio"),
+}
 FILM = "<video>"
 
 
@@ -136,12 +140,14 @@ def turns(row: dict) -> list[tuple[str, str]]:
     """
     field = _one(row, "conversations", "messages")
     given = row[field]
+    _read_whole(row, "the row")
     found = []
     for turn in listed(
         text.parse(words(given, field).encode()) if isinstance(given, str) else given, field
     ):
         if not isinstance(turn, dict):
             raise ValueError(f"a turn must be an object, it is {_kind(turn)}")
+        _read_whole(turn, "a turn")
         role = words(turn[_one(turn, "from", "role")], "from")
         if role.lower() not in ROLES:
             raise ValueError(f"unknown role {role!r}; there are {', '.join(ROLES)}")
@@ -150,6 +156,16 @@ def turns(row: dict) -> list[tuple[str, str]]:
             raise ValueError(f"an answer of {left[0]!r} {turn[left[0]]!r}: all are learned alike")
         found.append((role, words(turn[_one(turn, "value", "content")], "value")))
     return found
+
+
+def _read_whole(said: dict, what: str) -> None:
+    """Raises ValueError where one of the fields of UNREAD says something: the rest alone would be
+    another conversation.
+    """
+    if more := [n for n in UNREAD[what] if said.get(n) not in (None, "", "[]", [], {}, ())]:
+        raise ValueError(
+            f"{what} has {more[0]!r}, which is not read: leave out the one or the other"
+        )
 
 
 def _one(said: dict, *names: str) -> str:

@@ -8,6 +8,7 @@ from benchmarks import pilot
 from evlm_jax.ablate import finished
 from evlm_jax.ablate.budget import FLOPS, QUESTIONS
 from evlm_jax.ablate.study import load_study, saved
+from experiments import scenes_study
 
 STUDY = load_study("experiments/scenes_study.py")
 LEVEL = {"base": 1.0, "tap-2": 1.3, "tap-8": 1.1, "tap-11": 1.2, "tap-last": 1.4}
@@ -61,16 +62,11 @@ def test_the_smallest_difference_is_found_as_often_as_said():
     assert found.mean() == pytest.approx(0.8, abs=0.02)
 
 
-def test_margin_and_tap_make_looks(monkeypatch):
-    """Until they are set nothing can be looked at early; then there are six claims and a
-    control.
-    """
-    from experiments import scenes_study
-
-    assert bool(STUDY.looks) == (scenes_study.MARGIN is not None)
-    monkeypatch.setattr(scenes_study, "MARGIN", 0.03)
-    monkeypatch.setattr(scenes_study, "BEST_TAP", "tap-8")
-    declared = scenes_study.get_study()
-    assert declared["looks"] == (4, 6, 8, 12) and len(declared["claims"]) == 7
+def test_margin_and_tap_are_the_pilot_s():
+    """As the page has them; and there are six claims and a control."""
+    page, declared = pilot.PAGE.read_text(), scenes_study.get_study()
+    assert f"| margin: 1.5 points in nats | {scenes_study.MARGIN} |" in page
+    assert f"| single tap of lowest loss | {scenes_study.BEST_TAP} |" in page
+    assert declared["margin"] == scenes_study.MARGIN and len(declared["claims"]) == 7
     named = {name for claim in declared["claims"] for name in (claim["better"], *claim["than"])}
     assert named <= scenes_study.VARIANTS.keys()

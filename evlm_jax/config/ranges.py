@@ -53,6 +53,12 @@ PositiveShare = Annotated[float, Range(0, 1, above=True)]
 Fraction = Annotated[float, Range(0, 1, below=True)]
 
 
+def check_type(name: str, given: object, kind: type, mend: str) -> None:
+    """Raises ValueError with `name` and `mend` where an argument is no `kind`."""
+    if not isinstance(given, kind):
+        raise ValueError(f"{name} is a {type(given).__name__}: {mend}")
+
+
 def check(kind: type, number: float, name: str) -> float:
     """Returns `number`, which is of `kind`.
 

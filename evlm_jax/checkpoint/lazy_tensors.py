@@ -37,6 +37,7 @@ class Tensor(NamedTuple):
     dtype: np.dtype
     read: Callable[[], np.ndarray]
     chunks: tuple[Chunk, ...] = ()  # which cover it; () where it is read whole only
+    origin: str = ""  # its name and file, of a folder with several names or files
 
     @property
     def boxes(self) -> tuple[Chunk, ...]:
@@ -53,7 +54,7 @@ class Tensor(NamedTuple):
             return lambda: read().astype(dtype)
 
         chunks = tuple(chunk._replace(read=cast(chunk.read)) for chunk in self.chunks)
-        return Tensor(self.shape, dtype, cast(self.read), chunks)
+        return Tensor(self.shape, dtype, cast(self.read), chunks, self.origin)
 
     @classmethod
     def of(cls, array: np.ndarray) -> "Tensor":
@@ -97,6 +98,10 @@ class Source(NamedTuple):
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]
+
+    def spelled(self, name: str) -> str:
+        """A tensor as its file calls it, for messages."""
+        return self.tensors[name].origin or name
 
 
 def read_all(tensors: Tensors, threads: int = 1) -> dict[str, np.ndarray]:

@@ -203,7 +203,7 @@ def read_folder(
     """
     index = folder / f"{name}.index.json"
     if (folder / name).exists():
-        return read(folder / name)
+        return {one: _of(tensor, one, name) for one, tensor in read(folder / name).items()}
     if not index.exists():
         return None
     shard_of = read_json(index).get("weight_map")
@@ -229,7 +229,11 @@ def read_folder(
             f"{folder}: {index.name} does not name {', '.join(more[:3])} and knows of other files:"
             " copy the model again"
         )
-    return {name: shards[shard][name] for name, shard in shard_of.items()}
+    return {name: _of(shards[shard][name], name, shard) for name, shard in shard_of.items()}
+
+
+def _of(tensor: Tensor, name: str, file: str) -> Tensor:
+    return tensor._replace(origin=f"{name} of {file}")
 
 
 def write_folder(
@@ -368,9 +372,9 @@ def finite(path: epath.Path, name: str, tensor: Tensor) -> Tensor:
         array = tensor.read()
         if count := sum(not_finite(bits, array.dtype) for bits in blocks(array)):
             raise ValueError(
-                f"{path}: {name} holds NaN or infinity, {count} of its {array.size} numbers: copy"
-                " or save it again"
+                f"{path}: {tensor.origin or name} holds NaN or infinity, {count} of its"
+                f" {array.size} numbers: copy or save it again"
             )
         return array
 
-    return Tensor(tensor.shape, tensor.dtype, read)
+    return Tensor(tensor.shape, tensor.dtype, read, origin=tensor.origin)

@@ -265,6 +265,8 @@ def check_step(workdir: str, step: int | None) -> int:
             f"{folder} lies within a run: give {run}, and the number of the step apart"
         )
     if not found and step is None and not paths.remote(workdir):
+        if folder.is_file():
+            raise FileNotFoundError(f"{folder} is a file: give the folder of a run")
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder")
         if (folder / "config.json").is_file():

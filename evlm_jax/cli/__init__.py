@@ -8,7 +8,7 @@ import sys
 from evlm_jax.ablate import arguments as ablate_arguments
 from evlm_jax.assets import cache_root
 from evlm_jax.cli import chat, convert, generate
-from evlm_jax.cli.parser import Parser, Version, reported, reported_once
+from evlm_jax.cli.parser import Parser, Version, one_line, reported, reported_once
 from evlm_jax.config.load import CONFIG_HELP, load_config
 from evlm_jax.config.ranges import Count, Positive, argument
 from evlm_jax.costs import arguments as costs_arguments
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         _probe_outputs(args)
         return args.run(args, overrides) or 0
     except Stopped as stopped:
-        print(f"evlm: {stopped}", file=sys.stderr)
+        print("evlm:", one_line(str(stopped)), file=sys.stderr)
         return stopped.status
     except BrokenPipeError:  # who read the output is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("EVLM_DEBUG"):
             raise
-        print("evlm:", reported(error).encode(errors="backslashreplace").decode(), file=sys.stderr)
+        print("evlm:", one_line(reported(error)), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("evlm: interrupted", file=sys.stderr)

@@ -3,8 +3,11 @@
 import argparse
 import logging
 import os
+import re
 import sys
 import warnings
+from pathlib import Path
+from typing import NoReturn
 
 from evlm_jax.assets import AssetError, cache_root
 
@@ -24,6 +27,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(formatter_class=Help, **options)
         self.register("action", None, Once)
+
+    def error(self, message: str) -> NoReturn:
+        """Usage, and one line about what is wrong."""
+        super().error(one_line(message))
 
 
 class Once(argparse.Action):
@@ -57,6 +64,15 @@ class Version(argparse.Action):
         parser.exit()
 
 
+def one_line(text: str) -> str:
+    """A message as one line that any terminal takes: what is listed below one another in it stands
+    behind one another, and what a name holds besides letters is spelled.
+    """
+    listed = re.sub(r"([:;,]?)\s*\n\s+", lambda found: f"{found[1] or ';'} ", text.strip())
+    control = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+    return re.sub(control, lambda found: repr(found[0])[1:-1], listed)
+
+
 def reported(error: Exception) -> str:
     """The line about an error: what a user can mend is said by whoever raised it."""
     if isinstance(
@@ -64,7 +80,8 @@ def reported(error: Exception) -> str:
     ) and str(error):
         file = str(getattr(error, "filename", None) or "")
         of_cache = file and file.startswith(f"{cache_root()}{os.sep}")
-        return f"{error}; EVLM_CACHE names another cache" if of_cache else str(error)
+        said = _of_file(error, file) if file and getattr(error, "strerror", None) else str(error)
+        return f"{said}; EVLM_CACHE names another cache" if of_cache else said
     first = next(iter(str(error).splitlines()), "")
     if type(error).__module__.partition(".")[0] in CLIENTS:
         return (
@@ -81,6 +98,16 @@ def reported(error: Exception) -> str:
         f"this is a bug, please report it with what EVLM_DEBUG=1 shows: {type(error).__name__}:"
         f" {first}"
     )
+
+
+def _of_file(error: OSError, file: str) -> str:
+    """What the system says of a file, without its number; and what was expected there."""
+    if isinstance(error, IsADirectoryError):
+        return f"{file} is a folder: give a file"
+    if isinstance(error, NotADirectoryError):
+        above = (path for path in (Path(file), *Path(file).parents) if os.path.lexists(path))
+        return f"{next(above, file)} is a file: give a folder"
+    return f"{file}: {error.strerror}"
 
 
 def reported_once() -> None:

@@ -12,6 +12,7 @@ from evlm_jax.convert.families import GGUF, INERT, KINDS, NEEDED, OFF, WHOLE, Ki
 LISTS = {"layer_types": str, "no_rope_layers": int}  # one value a layer, or null
 LISTS |= {"cross_attention_layers": int, "intermediate_layers_indices": int}
 LISTS |= {"supported_aspect_ratios": list}
+SIDES = ("image_size", "patch_size")  # a number, or two that are equal
 MOST = 2**31 - 1  # of whole numbers
 SOFT = ("attn_logit_softcapping", "final_logit_softcapping")  # numbers, or null
 
@@ -73,10 +74,9 @@ def fields_of(path: Path, config: dict) -> dict[str, Any]:
       ValueError: naming every field that is not understood, or has a value that EVLM's towers
         cannot compute.
     """
-    name, where = config["model_type"], "config.json"
+    name, where = config["model_type"], where_of(config)
     if name in WHOLE:
         config, name = _vision_config(path, config), WHOLE[name]
-        where = "vision_config of config.json"
         if config.get("model_type", name) != name:
             raise ValueError(
                 f"{path}: {where} says model_type {config['model_type']!r}, which is not {name}"
@@ -88,6 +88,12 @@ def fields_of(path: Path, config: dict) -> dict[str, Any]:
         silent |= {"is_causal", "tie_word_embeddings"}
     found = settled(path, where, config, kind.read, kind.fixed, silent)
     return found | (rotary(path, config, kind.rotary) if kind.rotary else {})
+
+
+def where_of(config: dict) -> str:
+    """Where the fields of a tower stand: in config.json, or in an object of it."""
+    whole = config.get("model_type") in WHOLE
+    return "vision_config of config.json" if whole else "config.json"
 
 
 def settled(
@@ -125,7 +131,7 @@ def settled(
             f" EVLM's; {mend}"
         )
     said = {name: config.get(name, default) for name, default in read.items()}
-    values = {name: value if name in LISTS else _side(value) for name, value in said.items()}
+    values = {name: _side(value) if name in SIDES else value for name, value in said.items()}
     if odd := [
         f"{name} {values[name]!r}"
         for name, default in read.items()

@@ -184,9 +184,10 @@ def _scaling(name: str, said: dict, config: dict) -> dict[str, Any]:
         raise Refused(f"original_max_position_embeddings {original!r}")
     if name == "llama3":
         names = {"factor": "factor", "slow": "low_freq_factor", "fast": "high_freq_factor"}
-        return {ours: _needed(said, theirs) for ours, theirs in names.items()} | {
-            "original": original
-        }
+        found = {ours: _needed(said, theirs) for ours, theirs in names.items()}
+        if found["slow"] >= found["fast"]:
+            raise Refused(f"low_freq_factor {found['slow']}, high_freq_factor {found['fast']}")
+        return found | {"original": original}
     return {
         "factor": (factor := _needed(said, "factor")),
         "original": original,

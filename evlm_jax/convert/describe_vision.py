@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from evlm_jax.checkpoint.lazy_tensors import Source, read_json
-from evlm_jax.convert.config_json import fields_of, part_of, settled_part
+from evlm_jax.convert.config_json import fields_of, part_of, settled_part, where_of
 from evlm_jax.convert.families import EVA, EVA_INERT, EVA_READ
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 OPENAI = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
-ACTIVATIONS = {name: name for name in ("gelu", "quick_gelu", "silu")} | dict.fromkeys(
-    ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh"
-)
+ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "silu": "silu", "swish": "silu"}
+ACTIVATIONS |= dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh")
 DINOV2_OUT = [  # the last matrix of an MLP, and of a gated one by its old and new names
     f"encoder.layer.0.mlp.{name}.weight" for name in ("fc2", "weights_out", "down_proj")
 ]
@@ -61,7 +60,7 @@ def vision_fields(source: Source, shape: tuple[int, ...], defaults: dict, **fiel
     folder's image processor, and `fields`.
     """
     choices = {"embed_norm": False, "registers": 0, "class_token": True}
-    if source.path.is_dir() and (found := _processor(source.path)):
+    if source.path.is_dir() and (found := processor(source.path)):
         defaults = _normalisation(*found)
     return {
         "patch": shape[-1],
@@ -74,7 +73,7 @@ def vision_fields(source: Source, shape: tuple[int, ...], defaults: dict, **fiel
     }
 
 
-def _processor(folder: Path) -> tuple[str, dict] | None:
+def processor(folder: Path) -> tuple[str, dict] | None:
     """What a model's folder says of its pixels, and where: in transformers `image_processor` of
     processor_config.json, where it is there, is read in place of preprocessor_config.json.
     """
@@ -118,11 +117,12 @@ def _three(where: str, value: Any) -> tuple[float, ...]:
     return tuple(map(float, value))
 
 
-def activation(source: Source, name: str) -> str:
+def activation(source: Source, name: str, where: str = "") -> str:
     """An activation in our words. Raises ValueError for one that the ViT does not have."""
     if name not in ACTIVATIONS:
+        where = where or where_of(source.metadata)
         raise ValueError(
-            f"{source.path}: config.json asks for hidden_act {name!r}; EVLM's ViT has"
+            f"{source.path}: {where} asks for hidden_act {name!r}; EVLM's ViT has"
             f" {', '.join(ACTIVATIONS)}"
         )
     return ACTIVATIONS[name]
@@ -135,13 +135,13 @@ def _depth(source: Source, pattern: str) -> int:
     )
 
 
-def _agree(source: Source, **said: tuple[Any, Any]) -> None:
-    """{field: (as config.json has it, as the tensors have it)}.
+def agree(source: Source, where: str, **said: tuple[Any, Any]) -> None:
+    """{field: (as `where` has it, as the tensors have it)}.
 
     Raises ValueError naming the fields that differ.
     """
     if wrong := [
-        f"{name} is {a} in config.json and {b} in the tensors"
+        f"{name} is {a} in {where} and {b} in the tensors"
         for name, (a, b) in said.items()
         if a != b
     ]:
@@ -191,8 +191,9 @@ def _dinov2(source: Source, prefix: str) -> dict:
     config = config_fields(source)
     hidden = int(config["hidden_size"] * config["mlp_ratio"])
     hidden = (int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden  # as its own code has it
-    _agree(
+    agree(
         source,
+        where_of(source.metadata),
         hidden_size=(config["hidden_size"], width),
         patch_size=(config["patch_size"], patch),
         num_hidden_layers=(config["num_hidden_layers"], sizes["depth"]),
@@ -217,8 +218,9 @@ def _dinov3(source: Source, prefix: str) -> dict:
     shape, config = shapes_of(source, prefix), config_fields(source)
     kernel = shape("embeddings.patch_embeddings.weight", 4)
     depth = _depth(source, rf"{re.escape(prefix)}layer\.(\d+)\.")
-    _agree(
+    agree(
         source,
+        where_of(source.metadata),
         hidden_size=(config["hidden_size"], kernel[0]),
         patch_size=(config["patch_size"], kernel[-1]),
         num_hidden_layers=(config["num_hidden_layers"], depth),
@@ -318,8 +320,9 @@ def _internvit(source: Source, prefix: str) -> dict:
 def _sizes(source: Source, kernel: tuple[int, ...], blocks: str, positions: int) -> dict:
     """What towers have in common whose tensors and config.json say it by the usual words."""
     config, depth, grid = config_fields(source), _depth(source, blocks), math.isqrt(positions)
-    _agree(
+    agree(
         source,
+        where_of(source.metadata),
         hidden_size=(config["hidden_size"], kernel[0]),
         patch_size=(config["patch_size"], kernel[-1]),
         num_hidden_layers=(config["num_hidden_layers"], depth),
@@ -348,8 +351,9 @@ def _eva(source: Source, prefix: str) -> dict:
     depth = _depth(source, rf"{re.escape(prefix)}blocks\.(\d+)\.")
     if "vision_cfg" in config:
         found = settled_part(source.path, config, "vision_cfg", EVA_READ, EVA, EVA_INERT)
-        _agree(
+        agree(
             source,
+            "vision_cfg of config.json",
             width=(found["width"], width),
             layers=(found["layers"], depth),
             patch_size=(found["patch_size"], patch),

@@ -20,6 +20,7 @@ from evlm_jax import assets
 from evlm_jax.checkpoint.lazy_tensors import Source, Tensor, Tensors, read_all
 from evlm_jax.checkpoint.safetensors_file import FLOATS, finite
 from evlm_jax.config import EVLMConfig
+from evlm_jax.convert import idefics, mllama
 from evlm_jax.convert.describe import describe_source
 from evlm_jax.convert.inert import check_dropped
 from evlm_jax.convert.interpolate import resized_positions
@@ -38,6 +39,9 @@ PARTS = {  # how canonical names begin, of each part of the model that a checkpo
     "xattn": ("xattn/", "bridge/", "llm/embed"),
     "whole": ("vit/", "llm/", "xattn/", "bridge/"),  # all but media embeddings
 }
+
+
+WHOLE = {"idefics": idefics, "mllama": mllama}  # whose layers have other numbers in their files
 
 
 class ConversionStep(NamedTuple):
@@ -111,7 +115,7 @@ def open_tower(cfg: EVLMConfig, source: Source, tower: str) -> Tower:
         for name, shape in parameter_shapes(cfg.merged).items()
         if name.startswith(PARTS[tower])
     }
-    steps, dropped = conversion_plan(source, family, prefix, expected)
+    steps, dropped = conversion_plan(source, family, prefix, expected, cfg)
     check_dropped(source, family, prefix, dropped, facts)
     log.info(
         "%s: %s, %d tensors read, %d dropped on purpose: %s",
@@ -128,9 +132,11 @@ def open_tower(cfg: EVLMConfig, source: Source, tower: str) -> Tower:
             tensors["vit/pos"], (side, side), vit.table_grid, vit.interpolation
         )
     if wrong := [
-        f"{n} {tensors[n].shape}, the config needs {shape}"
-        for n, shape in expected.items()
-        if tensors[n].shape != shape
+        f"{source.spelled(step.foreign)} gives {name} {tensors[name].shape}, the config needs"
+        f" {expected[name]}"
+        for step in steps
+        for name in step.names
+        if tensors[name].shape != expected[name]
     ]:
         raise ValueError(f"{source.path}: shapes do not fit:\n  " + "\n  ".join(wrong))
     return Tower(family.name, tensors, dropped, prefix)
@@ -166,13 +172,15 @@ def sizes(cfg: EVLMConfig, tower: str) -> dict[str, int]:
 
 
 def conversion_plan(
-    source: Source, family: Family, prefix: str, expected: Shapes
+    source: Source, family: Family, prefix: str, expected: Shapes, cfg: EVLMConfig
 ) -> tuple[list[ConversionStep], list[str]]:
     """Steps that fill every expected name exactly once, and the tensors dropped on purpose. Reads
     nothing.
 
     Blocks above the highest tap are dropped: the model does not have them.
 
+    Args:
+      cfg: of the model, whose numbers of layers are those of the names in messages.
     Raises:
       ValueError: listing every tensor without a place and every name that nothing fills, or more
         than one.
@@ -198,15 +206,17 @@ def conversion_plan(
     for step in steps:
         for name in step.names:
             by[name].append(step.foreign)
-    problems = [f"no place for {name}" for name in unmatched]
+    problems = [f"no place for {source.spelled(name)}" for name in unmatched]
     problems += [
-        f"{' and '.join(foreign)} fill {name}" if foreign else f"nothing fills {name}"
+        f"{' and '.join(map(source.spelled, foreign))} fill {name}"
+        if foreign
+        else f"nothing fills {name}: {_missing(family, prefix, name, cfg)} is missing"
         for name, foreign in by.items()
         if len(foreign) != 1
     ]
     dtypes = {step.foreign: source.tensors[step.foreign].dtype for step in steps}
     problems += [
-        f"{name} is {dtype}; weights are {', '.join(map(str, FLOATS))}"
+        f"{source.spelled(name)} is {dtype}; weights are {', '.join(map(str, FLOATS))}"
         for name, dtype in dtypes.items()
         if dtype not in FLOATS
     ]
@@ -215,6 +225,20 @@ def conversion_plan(
             f"{source.path} ({family.name}) does not fit the config:\n  " + "\n  ".join(problems)
         )
     return steps, dropped
+
+
+def _missing(family: Family, prefix: str, name: str, cfg: EVLMConfig) -> str:
+    """What a checkpoint of the family calls the tensor that fills a canonical name."""
+    parts = (
+        row.foreign.format(*found.groups())
+        for row in family.rows
+        for path in row.paths * row.written
+        if (found := re.fullmatch(re.escape(path).replace(r"\{\}", r"(\d+)"), name))
+    )
+    foreign = next(parts, "a tensor")
+    if family.name in WHOLE:
+        (foreign,) = WHOLE[family.name].written({foreign: None}, cfg)
+    return f"{prefix}{foreign}"
 
 
 def to_canonical(
@@ -238,8 +262,8 @@ def to_canonical(
             shapes = [part.shape for part in _parts(step, none, lengths)]
         except einops.EinopsError as error:
             raise ValueError(
-                f"{source.path}: {step.foreign} has shape {foreign.shape}, which does not fit"
-                f" {step.row.pattern!r}"
+                f"{source.path}: {source.spelled(step.foreign)} has shape {foreign.shape}, which"
+                f" does not fit {step.row.pattern!r}"
             ) from error
         if len(step.names) == 1:
 

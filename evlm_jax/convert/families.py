@@ -198,20 +198,24 @@ IDEFICS = {
     "intermediate_size": 11008,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
-    "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "cross_layer_interval": 1,
     "qk_layer_norms": False,
     "use_resampler": False,
 }
-IDEFICS_INERT = frozenset(  # the last two are read in convert/idefics.py
+IDEFICS_FIXED = {"alpha_type": ("float", {"float"}), "hidden_act": ("silu", {"silu", "swish"})}
+# the last two are read in convert/idefics.py; the four before them stand in what its authors saved
+IDEFICS_INERT = frozenset(
     "alpha_initializer alphas_initializer_range freeze_text_layers freeze_lm_head"
     " freeze_text_module_exceptions freeze_vision_layers freeze_vision_module_exceptions"
+    " cross_layer_activation_function ffn_dim max_new_tokens word_embed_proj_dim"
     " vision_config perceiver_config".split()
 )
 # the first two are read in convert/mllama.py; its class ties nothing
-MLLAMA_INERT = frozenset("text_config vision_config image_token_index tie_word_embeddings".split())
+MLLAMA_INERT = frozenset(
+    "text_config vision_config image_token_index image_token_id tie_word_embeddings".split()
+)
 IMAGES = {"num_channels": (3, {3})}
 ONE_BIAS = {"qkv_bias": (True, {True})}
 
@@ -333,7 +337,7 @@ KINDS = {
         "idefics",
         "whole",
         IDEFICS,
-        {"alpha_type": ("float", {"float"})},
+        IDEFICS_FIXED,
         Rotary(),
         note="one gate a block",
         silent=IDEFICS_INERT,

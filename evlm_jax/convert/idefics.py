@@ -14,6 +14,7 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.config.xattn import PLAIN
 from evlm_jax.convert.config_json import fields_of, settled_part
 from evlm_jax.convert.config_rope import FIELDS as ROTARY
+from evlm_jax.convert.describe_vision import agree, shapes_of
 from evlm_jax.convert.families import IMAGES, INERT
 
 BLOCK = r"model\.gated_cross_attn_layers\.(\d+)\.(.*)"
@@ -67,7 +68,10 @@ def _joined(*parts: Tensor) -> Tensor:
     """The rows of one tensor behind those of another."""
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
     dtype = np.result_type(*(part.dtype for part in parts))
-    return Tensor(shape, dtype, lambda: np.concatenate([part.read() for part in parts]))
+    origin = " and ".join(part.origin for part in parts)
+    return Tensor(
+        shape, dtype, lambda: np.concatenate([part.read() for part in parts]), origin=origin
+    )
 
 
 def parts(source: Source) -> tuple[Source, dict[str, Any], dict[str, dict[str, Any]]]:
@@ -86,7 +90,7 @@ def parts(source: Source) -> tuple[Source, dict[str, Any], dict[str, dict[str, A
             f"{path}: config.json has cross_layer_interval {every}, which must divide"
             f" num_hidden_layers {layers}"
         )
-    same = ("hidden_size", "intermediate_size", "rms_norm_eps", "tie_word_embeddings", "hidden_act")
+    same = ("hidden_size", "intermediate_size", "rms_norm_eps", "tie_word_embeddings")
     text = {name: found[name] for name in same} | {
         "model_type": "llama",
         "vocab_size": found["vocab_size"] + found["additional_vocab_size"],
@@ -105,17 +109,22 @@ def parts(source: Source) -> tuple[Source, dict[str, Any], dict[str, dict[str, A
 
 
 def _clip(source: Source) -> Source:
-    """The vision tower, as the tower of a CLIP is saved."""
-    inert = INERT | {"tie_word_embeddings"}
+    """The vision tower, as that of a CLIP is saved.
+
+    Raises ValueError where `embed_dim`, which is CLIP's hidden_size, is not that of the tensors.
+    """
+    inert = INERT | {"tie_word_embeddings", "vision_model_name"}
     found = settled_part(source.path, source.metadata, "vision_config", VISION, IMAGES, inert)
-    found["hidden_size"] = found.pop("embed_dim")
+    found["hidden_size"] = width = found.pop("embed_dim")
     prefix = "model.vision_model."
     tensors = {
         name.removeprefix(prefix): tensor
         for name, tensor in source.tensors.items()
         if name.startswith(prefix)
     }
-    return Source(source.path, found | {"model_type": "clip_vision_model"}, tensors)
+    has = shapes_of(source, prefix)("embeddings.patch_embedding.weight", 4)[0]
+    agree(source, "vision_config of config.json", embed_dim=(width, has))
+    return Source(source.path, {"model_type": "clip", "vision_config": found}, tensors)
 
 
 def _resampler(source: Source) -> dict[str, Any]:

@@ -4,7 +4,7 @@ training, generation and export read, tensor by tensor.
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -18,6 +18,7 @@ from evlm_jax.convert.context import check_length
 from evlm_jax.convert.describe import describe_source
 from evlm_jax.convert.describe_flamingo import fields_beside
 from evlm_jax.convert.engine import Tower, differences, open_tower, recognise
+from evlm_jax.convert.export import describe_model, describe_processor
 from evlm_jax.convert.readers import open_source
 from evlm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from evlm_jax.models.initializers import cross_attention_tensors, media_embedding
@@ -144,21 +145,30 @@ def _check_twice(
     """Raises ValueError for what two files of an export say differently: transformers and this
     package would compute with different ones. Earlier exports lack some.
     """
-    image = vocabulary(cfg, str(where)).id(cfg.media.placeholder)
-    vit = json.loads(json.dumps(asdict(cfg.vit)))  # lists in place of tuples
-    said = {name: vit[name] for name in ("image_size", "mean", "std")}
-    said |= {"media_tokens": cfg.media.tokens, "image_token_id": image}
-    files = {"processor_config.json": processor, "config.json": source.metadata}
+    tokenizer = vocabulary(cfg, str(where))
+    ours = describe_model(cfg, tokenizer, "") | describe_processor(cfg, tokenizer)
+    ours = json.loads(json.dumps(ours))  # lists in place of tuples
+    drawn = "generation_config.json"
+    theirs = {"processor_config.json": processor, "config.json": source.metadata}
+    theirs[drawn] = read_json(where / drawn) if (where / drawn).is_file() else {}
+    names = {"config.json": {"image_token_id"}, drawn: {"eos_token_id", "suppress_tokens"}}
+    names["processor_config.json"] = ours["processor_config.json"].keys() - {"auto_map"}
     if wrong := [
-        f"{file} has {name} {found[name]!r}, not {value!r}"
-        for file, found in files.items()
-        for name, value in said.items()
-        if found.get(name, value) != value
+        f"{file} has {name} {value!r}, not {expected!r}"
+        for file, said in theirs.items()
+        for name in sorted(names[file] & said.keys())
+        for value, expected in [(said[name], ours[file].get(name))]
+        if (_ids(value) != _ids(expected) if file == drawn else value != expected)
     ]:
         raise ValueError(
             f"{where}: {', '.join(wrong)}, as the vit and media sections of config.json and the"
             " tokenizer have it; export the model again"
         )
+
+
+def _ids(value: Any) -> list:
+    """Ids of a field, which may hold one, several in any order, or none."""
+    return sorted(value, key=str) if isinstance(value, list) else [] if value is None else [value]
 
 
 def _check_kind(cfg: EVLMConfig) -> None:

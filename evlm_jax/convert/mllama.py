@@ -13,11 +13,19 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.config.xattn import PLAIN
 from evlm_jax.convert.config_json import fields_of, part_of, settled_part
 from evlm_jax.convert.config_rope import FIELDS as ROTARY
-from evlm_jax.convert.describe_vision import HALF, activation, shapes_of, vision_fields
+from evlm_jax.convert.describe_vision import (
+    HALF,
+    activation,
+    agree,
+    processor,
+    shapes_of,
+    vision_fields,
+)
 from evlm_jax.convert.families import IMAGES, INERT
 from evlm_jax.convert.stock import rope_fields
 
 NAME, BRIDGES = "Llama 3.2 Vision", ("joined",)
+PLACE = "vision_config of config.json"
 MORE_WORDS = 8  # of the embedding: <|image|> and room
 EPS = 1e-5  # of the norms around the vision tower's blocks, in its class
 TEXT = {
@@ -125,10 +133,10 @@ def _is(name: str) -> dict[str, tuple[str, set[str]]]:
 
 def _text(source: Source) -> dict[str, Any]:
     inert = INERT | {*POSITIONS, "tie_word_embeddings"}
-    fixed = {"hidden_act": ("silu", {"silu"})} | _is("mllama_text_model")
+    fixed = {"hidden_act": ("silu", {"silu", "swish"})} | _is("mllama_text_model")
     found = settled_part(source.path, source.metadata, "text_config", TEXT, fixed, inert)
-    if found["cross_attention_layers"] is None:
-        found["cross_attention_layers"] = CROSS
+    cross = found["cross_attention_layers"]
+    found["cross_attention_layers"] = CROSS if cross is None else sorted(set(cross))
     return found
 
 
@@ -160,15 +168,16 @@ def _vision(source: Source) -> dict[str, Any]:
     grids = [[a, b] for a in range(1, tiles + 1) for b in range(1, tiles + 1) if a * b <= tiles]
     right = {
         "supported_aspect_ratios": said in (None, grids) and (said or tiles == 4),
+        "image_size": found["image_size"] % found["patch_size"] == 0,
         "vision_output_dim": found["vision_output_dim"] == width * (1 + len(taps)),
         "intermediate_layers_indices": taps == sorted(set(taps))
         and all(0 <= i < found["num_hidden_layers"] for i in taps),
     }
     if wrong := [f"{name} {found[name]!r}" for name, holds in right.items() if not holds]:
         raise ValueError(
-            f"{source.path}: vision_config of config.json has {', '.join(wrong)}; read are all"
-            f" grids of max_num_tiles {tiles} in their processor's order, ascending layers, and a"
-            f" width of {width} for each of these and one more"
+            f"{source.path}: {PLACE} has {', '.join(wrong)}; read are all"
+            f" grids of max_num_tiles {tiles} in their processor's order, ascending layers, a width"
+            f" of {width} for each of these and one more, and tiles of whole patches"
         )
     return found
 
@@ -176,6 +185,9 @@ def _vision(source: Source) -> dict[str, Any]:
 def _tower(source: Source, found: dict[str, Any]) -> dict[str, Any]:
     """Fields of ViTConfig."""
     kernel = shapes_of(source, "")("model.vision_model.patch_embedding.weight", 4)
+    width, patch = (found["hidden_size"], kernel[0]), (found["patch_size"], kernel[-1])
+    agree(source, PLACE, hidden_size=width, patch_size=patch)
+    _check_pixels(source, found["image_size"], found["max_num_tiles"])
     depth = found["num_hidden_layers"] + found["num_global_layers"]
     return vision_fields(
         source,
@@ -186,7 +198,7 @@ def _tower(source: Source, found: dict[str, Any]) -> dict[str, Any]:
         mlp=found["intermediate_size"],
         pretrained_size=found["image_size"],
         bias="mlp",
-        activation=activation(source, found["hidden_act"]),
+        activation=activation(source, found["hidden_act"], PLACE),
         layer_scale=False,
         patch_bias=False,
         embed_norm=True,
@@ -196,6 +208,21 @@ def _tower(source: Source, found: dict[str, Any]) -> dict[str, Any]:
         tiles=found["max_num_tiles"],
         global_blocks=found["num_global_layers"],
     )
+
+
+def _check_pixels(source: Source, side: int, tiles: int) -> None:
+    """Raises ValueError where the folder's image processor lays pictures on other tiles."""
+    where, said = processor(source.path) or ("", {})
+    ours = {"size": {"height": side, "width": side}, "max_image_tiles": tiles}
+    ours |= {"do_resize": True, "do_pad": True, "resample": 2}  # which is bilinear
+    if wrong := [
+        f"{name} {said[name]!r}" for name in ours.keys() & said if said[name] != ours[name]
+    ]:
+        raise ValueError(
+            f"{where} has {', '.join(sorted(wrong))}; pictures are laid on tiles by"
+            f" {', '.join(f'{name} {ours[name]!r}' for name in ours)}, as {PLACE} has them; copy"
+            " both from one directory"
+        )
 
 
 def pixels(cfg: EVLMConfig) -> dict[str, Any]:

@@ -32,8 +32,8 @@ def open_source(path: Path) -> Source:
         return mllama.plain(idefics.plain(read_directory(path)))
     if path.suffix not in FILES:
         raise ValueError(
-            f"{path}: cannot read {path.suffix or 'this'} files; give a Hugging Face directory or"
-            f" one of {', '.join(FILES)}"
+            f"{path}: cannot read a file {path.suffix or 'without a suffix'}; give a Hugging Face"
+            f" directory or one of {', '.join(FILES)}"
         )
     return FILES[path.suffix](path if path.suffix == ".safetensors" else here(path))._replace(
         path=path

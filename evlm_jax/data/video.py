@@ -181,7 +181,8 @@ def _opened(path: str):
                 raise ValueError("there is no video stream")
             yield container, container.streams.video[0]
     except Exception as error:  # damaged files make the decoders raise errors of any kind
-        raise VideoError(f"{path}: cannot decode the video: {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise VideoError(f"{path}: cannot decode the video: {why}") from error
 
 
 def _container(file) -> av.container.InputContainer:

@@ -75,7 +75,11 @@ def save(path: os.PathLike | str, result: dict) -> epath.Path:
 
 
 def load(path: os.PathLike | str) -> dict:
-    """Reads what `save` wrote. Raises ValueError where the file is something else."""
+    """Reads what `save` wrote. Raises ValueError where the file is something else, OSError where
+    there is none.
+    """
+    if place(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the result file of `evlm eval` in it")
     try:
         result = json.loads(place(path).read_text(encoding="utf-8"))
     except (RecursionError, ValueError) as error:

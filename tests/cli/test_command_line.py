@@ -14,6 +14,7 @@ import pytest
 
 from evlm_jax import cli
 from evlm_jax.evals.command import mesh_of
+from evlm_jax.parallel.status import Stopped
 
 ROOT = Path(cli.__file__).parents[2]
 NONSENSE = (
@@ -191,6 +192,9 @@ WRONG = {
     ),
     "--top-p and --min-p are of draws": "generate --checkpoint c --prompt p --top-k 5".split(),
     "--top-k, --top-p and --min-p are of": "chat --checkpoint c --min-p 0.5".split(),
+    "docs is a folder: give the result file": "score docs".split(),
+    "README.md is a file: give the folder of a run": "upcycle --checkpoint README.md".split()
+    + "--config experiments/evlm_14b.py:moe --out w".split(),
     "--json docs: docs is a folder": "flops --config demo --json docs".split(),
     "docs is a folder: give": "eval --checkpoint c --task photos --out docs".split(),
     "gs:/b/run names no bucket": "generate --checkpoint gs:/b/run --prompt p".split(),
@@ -305,6 +309,29 @@ def test_of_two_values_neither_is_dropped(capsys):
     assert status == 2 and line.endswith("--seed is given twice")
     with pytest.raises(ValueError, match="--mesh data=4,data=4 has a field twice"):
         mesh_of("data=4,data=4")
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (
+            ValueError("a\nb: shapes do not fit:\n  one,\n  two\n  three"),
+            r"a\nb: shapes do not fit: one, two; three",
+        ),
+        (ValueError("\x1b[2J \u2028 \udcff"), r"\x1b[2J \u2028 \udcff"),
+        (Stopped("stopped\nhere", 75), r"stopped\nhere"),
+        (NotADirectoryError(20, "no", "README.md/x/y.json"), "README.md is a file: give a folder"),
+        (IsADirectoryError(21, "no", "docs"), "docs is a folder: give a file"),
+        (FileNotFoundError(2, "No such file", "x.json"), "x.json: No such file"),
+    ],
+)
+def test_an_error_is_one_line_whatever_it_holds(error, line, monkeypatch, capsys):
+    def broken(args, overrides):
+        raise error
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(cli.COMMANDS, "fetch", (lambda parser: None, broken, "breaks"))
+    assert says(["fetch"], capsys)[1] == f"evlm: {line}"
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys):

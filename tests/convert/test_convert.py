@@ -97,12 +97,11 @@ def test_errors_list_every_name(tmp_path):
 
 
 def test_wrong_shape_names_the_array(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"llm/layers/0/mlp/up/kernel \(64, 127\), the config needs \(64, 128\)"
-    ):
-        engine.open_tower(
-            CFG, llama_directory(tmp_path, {"model.layers.0.mlp.up_proj.weight": (127, 64)}), "llm"
-        )
+    """Ours, and what the file calls it."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    message = rf"{name} of model.safetensors gives llm/layers/0/mlp/up/kernel \(64, 127\), the"
+    with pytest.raises(ValueError, match=rf"{message} config needs \(64, 128\)"):
+        engine.open_tower(CFG, llama_directory(tmp_path, {name: (127, 64)}), "llm")
 
 
 def test_another_architecture_lists_every_field(tmp_path):
@@ -222,13 +221,13 @@ def test_blocks_above_the_highest_tap_are_dropped():
     }
     arrays = engine.open_tower(cfg, source, "vit").tensors
     assert {name.split("/")[2] for name in arrays if "blocks" in name} == set("01234")
-    _, dropped = engine.conversion_plan(source, *engine.recognise(source), shapes)
+    _, dropped = engine.conversion_plan(source, *engine.recognise(source), shapes, cfg)
     assert (
         "backbone.layernorm.weight" in dropped
         and "backbone.encoder.layer.5.norm1.weight" in dropped
     )
     assert len(dropped) + len(
-        engine.conversion_plan(source, *engine.recognise(source), shapes)[0]
+        engine.conversion_plan(source, *engine.recognise(source), shapes, cfg)[0]
     ) == len(source.tensors)
 
 

@@ -187,7 +187,10 @@ def test_what_files_of_an_export_say_twice_must_agree(tmp_path):
     for name, changes in (
         ("processor_config", {"mean": [0.5] * 3}),
         ("processor_config", {"image_size": 16}),
+        ("processor_config", {"text_start": [254]}),
         ("config", {"image_token_id": 3}),
+        ("generation_config", {"eos_token_id": 254}),
+        ("generation_config", {"suppress_tokens": [7]}),
     ):
         file = Path(out) / f"{name}.json"
         text = file.read_text()

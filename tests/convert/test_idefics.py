@@ -179,12 +179,15 @@ def test_published_size():
     [
         ("", {"alpha_type": "vector"}, "alpha_type 'vector'"),
         ("", {"hidden_act": "relu"}, "hidden_act 'relu'"),
+        ("", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),  # which its blocks have not here
+        ("", {"hidden_size": [48, 48]}, r"hidden_size \[48, 48\]"),
         ("", {"head_dim": 8}, "head_dim 8"),
         ("", {"cross_layer_interval": 3}, "cross_layer_interval 3, which must divide"),
         ("vision_config", {"hidden_act": "relu"}, "hidden_act 'relu'"),
         ("vision_config", {"num_channels": 1}, "num_channels 1"),
         ("perceiver_config", {"resampler_stride": 2}, "resampler_stride 2"),
-        ("vision_config", {"num_hidden_layers": 2}, "num_hidden_layers is 2 in config.json and 3"),
+        ("vision_config", {"num_hidden_layers": 2}, "num_hidden_layers is 2 in vision_config of"),
+        ("", {"vision_config": {}}, "embed_dim is 768 in vision_config of config.json and 32 in"),
     ],
 )
 def test_fields_are_understood_or_refused(tmp_path, part, change, message):
@@ -195,3 +198,14 @@ def test_fields_are_understood_or_refused(tmp_path, part, change, message):
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         engine.describe(str(tmp_path))
+
+
+def test_a_config_as_its_authors_saved_it(tmp_path):
+    """With fields that transformers' class does not read."""
+    their_model(tmp_path, 0, num_hidden_layers=2)
+    file, before = tmp_path / "config.json", engine.describe(str(tmp_path))
+    config = json.loads(file.read_text()) | {"cross_layer_activation_function": "swiglu"}
+    config |= {"ffn_dim": 64, "max_new_tokens": 100, "word_embed_proj_dim": 48}
+    config["vision_config"]["vision_model_name"] = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    file.write_text(json.dumps(config))
+    assert engine.describe(str(tmp_path)) == before

@@ -44,6 +44,9 @@ TEXT = {
 }  # fmt: skip
 
 
+FAST_FIRST = TEXT["rope_parameters"] | {"low_freq_factor": 5.0}
+
+
 def their_model(folder, seed: int, vision=(), words=()):
     """transformers' model in evaluation, saved in `folder` with a tokenizer."""
     import transformers
@@ -217,14 +220,25 @@ def test_published_size():
         ("text_config", {"cross_attention_layers": [1, 5]}, r"cross_attention_layers \[1, 5\]"),
         ("text_config", {"cross_attention_layers": [2, 3]}, r"cross_attention_layers \[2, 3\]"),
         ("text_config", {"cross_attention_layers": 3}, "cross_attention_layers 3"),
+        (
+            "text_config",
+            {"rope_parameters": FAST_FIRST},
+            "low_freq_factor 5.0, high_freq_factor 4.0",
+        ),
         ("vision_config", {"hidden_act": "relu"}, "hidden_act 'relu'"),
         ("vision_config", {"norm_eps": 1e-6}, "norm_eps 1e-06"),
         ("vision_config", {"num_channels": 1}, "num_channels 1"),
         ("vision_config", {"max_num_tiles": 3}, "supported_aspect_ratios"),
         ("vision_config", {"supported_aspect_ratios": [[2, 1], [1, 1]]}, "supported_aspect_ratios"),
         ("vision_config", {"vision_output_dim": 64}, "vision_output_dim 64"),
+        ("vision_config", {"image_size": 9}, "image_size 9; .* whole patches"),
         ("vision_config", {"intermediate_layers_indices": [2, 0]}, "intermediate_layers_indices"),
         ("vision_config", {"num_attention_heads": 2}, "num_attention_heads 2"),
+        (
+            "vision_config",
+            {"patch_size": 2},
+            "patch_size is 2 in vision_config of config.json and 4",
+        ),
     ],
 )
 def test_fields_are_understood_or_refused(saved, tmp_path, part, change, message):
@@ -235,6 +249,48 @@ def test_fields_are_understood_or_refused(saved, tmp_path, part, change, message
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         engine.describe(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"max_image_tiles": 2},
+            "preprocessor_config.json has max_image_tiles 2; .* max_image_tiles 4",
+        ),
+        ({"size": {"height": 4, "width": 8}}, "has size {'height': 4, 'width': 8}"),
+        ({"do_pad": False, "resample": 3}, "has do_pad False, resample 3"),
+    ],
+)
+def test_another_image_processor_is_refused(saved, tmp_path, change, message):
+    shutil.copytree(saved, tmp_path / "model")
+    file, third = tmp_path / "model/preprocessor_config.json", [1 / 3] * 3
+    said = {"image_mean": third, "image_std": third, "max_image_tiles": 4, "do_pad": True}
+    file.write_text(json.dumps(said | {"size": {"height": SIDE, "width": SIDE}, "resample": 2}))
+    assert engine.describe(str(tmp_path / "model"))["vit"]["mean"] == tuple(third)
+    file.write_text(json.dumps(said | change))
+    with pytest.raises(ValueError, match=message):
+        engine.describe(str(tmp_path / "model"))
+
+
+def test_blocks_are_a_set_of_layers(saved):
+    source = read_directory(saved)
+    text = source.metadata["text_config"] | {"cross_attention_layers": [4, 1, 4]}
+    text |= {"hidden_act": "swish"}
+    again = source._replace(metadata=source.metadata | {"text_config": text})
+    one, other = (describe_source(mllama.plain(s), "mllama", "") for s in (source, again))
+    assert one == other
+
+
+def test_a_missing_tensor_is_named_by_its_layer_in_the_file(saved):
+    """The second block, which stands in front of the fourth of four layers without blocks."""
+    cfg, source = config_for(saved), mllama.plain(read_directory(saved))
+    tensors = {
+        n: t for n, t in source.tensors.items() if n != "model.cross.3.cross_attn.q_norm.weight"
+    }
+    assert len(tensors) + 1 == len(source.tensors)
+    with pytest.raises(ValueError, match=r"layers\.4\.cross_attn\.q_norm\.weight is missing"):
+        engine.open_tower(cfg, source._replace(tensors=tensors), "whole")
 
 
 def test_two_tensors_for_one_place_are_named(saved):

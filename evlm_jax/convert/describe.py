@@ -51,7 +51,7 @@ def _gguf(source: Source, prefix: str) -> dict:
 def _idefics(source: Source, prefix: str) -> dict:
     """By section of EVLMConfig."""
     vision, text, sections = idefics.parts(source)
-    vit = TOWERS["clip"](vision, "")
+    vit = TOWERS["clip"](vision, idefics.TOWER)
     return sections | {
         "vit": vit | {"taps": (vit["depth"],)},
         "llm": describe_decoder(source.path, text),

@@ -5,6 +5,7 @@ Words beyond the language model's lie in a table of their own, and gated blocks 
 themselves: `plain` joins the one and numbers the others by their layers, before tables.py."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,12 +41,15 @@ PERCEIVER = {
     "qk_layer_norms_perceiver": False,
 }
 NAME, BRIDGES = "IDEFICS", ("routed", "flamingo")
+TOWER = "model.vision_model."
 NORMED = {False: "none", True: "head"}
 
 
 def plain(source: Source) -> Source:
     """The tensors with words in one table and blocks numbered by the layer behind them; any other
     model as it is.
+
+    Raises ValueError where the words of two tables have other widths.
     """
     if source.metadata.get("model_type") != "idefics":
         return source
@@ -56,7 +60,7 @@ def plain(source: Source) -> Source:
         tensors[_numbered(found, every) if found and type(every) is int else name] = tensor
     for first, more in WORDS.items():
         if first in tensors and more in tensors:
-            tensors[first] = _joined(tensors[first], tensors.pop(more))
+            tensors[first] = _joined(source.path, tensors[first], tensors.pop(more))
     return source._replace(tensors=tensors)
 
 
@@ -64,8 +68,11 @@ def _numbered(found: re.Match, every: int) -> str:
     return f"model.gated_cross_attn_layers.{int(found[1]) * every}.{found[2]}"
 
 
-def _joined(*parts: Tensor) -> Tensor:
-    """The rows of one tensor behind those of another."""
+def _joined(path: Path, *parts: Tensor) -> Tensor:
+    """The rows of one tensor behind those of another. Raises ValueError for rows of other kinds."""
+    if {len(part.shape) for part in parts} != {2} or len({part.shape[1] for part in parts}) > 1:
+        shapes = " and ".join(f"{part.origin} {part.shape}" for part in parts)
+        raise ValueError(f"{path}: {shapes} must be rows of one table; copy the model again")
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
     dtype = np.result_type(*(part.dtype for part in parts))
     origin = " and ".join(part.origin for part in parts)
@@ -109,22 +116,16 @@ def parts(source: Source) -> tuple[Source, dict[str, Any], dict[str, dict[str, A
 
 
 def _clip(source: Source) -> Source:
-    """The vision tower, as that of a CLIP is saved.
+    """The vision tower as that of a CLIP, whose names begin with TOWER.
 
     Raises ValueError where `embed_dim`, which is CLIP's hidden_size, is not that of the tensors.
     """
     inert = INERT | {"tie_word_embeddings", "vision_model_name"}
     found = settled_part(source.path, source.metadata, "vision_config", VISION, IMAGES, inert)
     found["hidden_size"] = width = found.pop("embed_dim")
-    prefix = "model.vision_model."
-    tensors = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in source.tensors.items()
-        if name.startswith(prefix)
-    }
-    has = shapes_of(source, prefix)("embeddings.patch_embedding.weight", 4)[0]
+    has = shapes_of(source, TOWER)("embeddings.patch_embedding.weight", 4)[0]
     agree(source, "vision_config of config.json", embed_dim=(width, has))
-    return Source(source.path, {"model_type": "clip", "vision_config": found}, tensors)
+    return source._replace(metadata={"model_type": "clip", "vision_config": found})
 
 
 def _resampler(source: Source) -> dict[str, Any]:

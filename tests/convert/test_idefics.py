@@ -2,11 +2,14 @@
 does there, and goes out again bit for bit."""
 
 import json
+import shutil
 from functools import partial
 
 import numpy as np
 import pytest
 
+from evlm_jax.checkpoint.lazy_tensors import Tensor
+from evlm_jax.checkpoint.safetensors_file import read_safetensors, write_folder
 from evlm_jax.config import from_config_dict
 from evlm_jax.convert import engine, export, importer
 from evlm_jax.convert.engine import PARTS
@@ -197,6 +200,28 @@ def test_fields_are_understood_or_refused(tmp_path, part, change, message):
     (config[part] if part else config).update(change)
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
+        engine.describe(str(tmp_path))
+
+
+def test_a_tensor_that_is_missing_is_named_in_full(tmp_path):
+    their_model(tmp_path, 0, num_hidden_layers=2)
+    file, name = tmp_path / "model.safetensors", "embeddings.position_embedding.weight"
+    tensors = read_safetensors(file)
+    del tensors[f"model.vision_model.{name}"]
+    (tmp_path / "less").mkdir()
+    write_folder(tmp_path / "less", tensors)
+    shutil.copy(tmp_path / "config.json", tmp_path / "less")
+    with pytest.raises(ValueError, match=rf"model.vision_model.{name} is missing"):
+        engine.describe(str(tmp_path / "less"))
+
+
+@pytest.mark.parametrize("shape", [(), (3, 40), (1, 3, 48)])
+def test_words_of_two_tables_have_one_width(tmp_path, shape):
+    (tmp_path / "config.json").write_text('{"model_type": "idefics"}')
+    sizes = {"": (253, 48), "additional_embedding.": shape}
+    tensors = {f"model.embed_tokens.{x}weight": np.ones(s, np.float32) for x, s in sizes.items()}
+    write_folder(tmp_path, {name: Tensor.of(array) for name, array in tensors.items()})
+    with pytest.raises(ValueError, match=r"additional_embedding.weight of model.* one table"):
         engine.describe(str(tmp_path))
 
 

@@ -116,7 +116,7 @@ def open_tower(cfg: EVLMConfig, source: Source, tower: str) -> Tower:
         if name.startswith(PARTS[tower])
     }
     steps, dropped = conversion_plan(source, family, prefix, expected, cfg)
-    check_dropped(source, family, prefix, dropped, facts)
+    check_dropped(source, family, prefix, dropped, facts.get("llm", facts))
     log.info(
         "%s: %s, %d tensors read, %d dropped on purpose: %s",
         source.path,

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from evlm_jax.convert.naming import LINEAR, Family, NameRow, linear, linears, norm, row
+from evlm_jax.convert.naming import LINEAR, UNUSED, Family, NameRow, linear, linears, norm, row
 from evlm_jax.convert.tables_decoder import DECODERS
 
 
@@ -144,4 +144,6 @@ def idefics(clip: Family) -> Family:
         *norm("model.perceiver_resampler.layer_norm", "bridge/norm"),
     )
     drop = {rf"model\.vision_model\.{name}": rule for name, rule in clip.drop.items()} | llama.drop
+    # its blocks have rotary frequencies, and turn nothing by them
+    drop[r"model\.gated_cross_attn_layers\.\d+\.cross_attn\.rotary_emb\.inv_freq"] = UNUSED
     return Family("idefics", "whole", f"{block.format(0)}.alpha_dense", rows, drop=drop)

@@ -11,7 +11,7 @@ import pytest
 from evlm_jax.checkpoint.lazy_tensors import Tensor
 from evlm_jax.checkpoint.safetensors_file import read_safetensors, write_folder
 from evlm_jax.config import from_config_dict
-from evlm_jax.convert import engine, export, importer
+from evlm_jax.convert import engine, export, importer, readers
 from evlm_jax.convert.engine import PARTS
 from evlm_jax.data import text
 from evlm_jax.data.samples import ImageRef
@@ -201,6 +201,21 @@ def test_fields_are_understood_or_refused(tmp_path, part, change, message):
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         engine.describe(str(tmp_path))
+
+
+def test_rotary_frequencies_of_earlier_checkpoints_are_compared_and_dropped(tmp_path):
+    """transformers saved those of layers, and of blocks, which are not turned."""
+    their_model(tmp_path, 0, num_hidden_layers=2)
+    cfg, source = config_for(tmp_path), readers.open_source(tmp_path)
+    names = ("layers.1.self_attn", "gated_cross_attn_layers.1.cross_attn")
+    names = [f"model.{name}.rotary_emb.inv_freq" for name in names]
+    saved = Tensor.of((1e4 ** -(np.arange(0, 16, 2) / 16)).astype(np.float32))
+    more = source.tensors | dict.fromkeys(names, saved)
+    found = engine.open_tower(cfg, source._replace(tensors=more), "whole")
+    assert {*names} < {*found.dropped}
+    more[names[0]] = Tensor.of(saved.read() / 2)
+    with pytest.raises(ValueError, match="inv_freq holds other rotary frequencies"):
+        engine.open_tower(cfg, source._replace(tensors=more), "whole")
 
 
 def test_a_tensor_that_is_missing_is_named_in_full(tmp_path):

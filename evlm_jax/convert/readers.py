@@ -16,6 +16,7 @@ from evlm_jax.convert.gguf_file import read_gguf
 from evlm_jax.convert.onnx_file import read_onnx
 from evlm_jax.paths import here
 
+WRAPPERS = ("_orig_mod.", "module.")  # torch.compile, DistributedDataParallel
 HOLDERS = (
     "state_dict",
     "model",
@@ -29,7 +30,7 @@ def open_source(path: Path) -> Source:
     ValueError for anything else.
     """
     if path.is_dir():
-        return mllama.plain(idefics.plain(read_directory(path)))
+        return mllama.plain(idefics.plain(_unwrapped(read_directory(path))))
     if path.suffix not in FILES:
         raise ValueError(
             f"{path}: cannot read a file {path.suffix or 'without a suffix'}; give a Hugging Face"
@@ -38,6 +39,19 @@ def open_source(path: Path) -> Source:
     return FILES[path.suffix](path if path.suffix == ".safetensors" else here(path))._replace(
         path=path
     )
+
+
+def _unwrapped(source: Source) -> Source:
+    """IDEFICS and Llama 3.2 Vision without what a wrapper put in front of all names, which `plain`
+    renames; of any other model recognise.py takes it off.
+    """
+    if source.metadata.get("model_type") not in ("idefics", "mllama"):
+        return source
+    tensors = source.tensors
+    for front in WRAPPERS * 2:  # one may be in another
+        if tensors and all(name.startswith(front) for name in tensors):
+            tensors = {name.removeprefix(front): tensor for name, tensor in tensors.items()}
+    return source._replace(tensors=tensors)
 
 
 def read_directory(folder: Path) -> Source:

@@ -7,9 +7,10 @@ from evlm_jax.checkpoint.lazy_tensors import Source
 from evlm_jax.convert.config_json import kind_of
 from evlm_jax.convert.families import Kind
 from evlm_jax.convert.naming import Family
+from evlm_jax.convert.readers import WRAPPERS
 from evlm_jax.convert.tables import FAMILIES
 
-WRAPPERS = ("_orig_mod.", "module.", "model.")  # torch.compile, DistributedDataParallel, Lightning
+FRONTS = (*WRAPPERS, "model.")  # the last is Lightning's
 QUANTISED = re.compile(
     r".*\.(qweight|qzeros|g_idx|weight_scale(_inv)?|weight_packed|absmax|quant_map|quant_state\..*|SCB|scales)"
 )
@@ -96,7 +97,7 @@ def _wrappers(source: Source) -> Iterator[str]:
     wrapper = ""
     while wrapper is not None:
         yield wrapper
-        longer = [wrapper + one for one in WRAPPERS]
+        longer = [wrapper + one for one in FRONTS]
         wrapper = next(
             (
                 one

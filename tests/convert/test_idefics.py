@@ -19,7 +19,7 @@ from evlm_jax.data.tokenizer import load_tokenizer
 from experiments import idefics as published
 from tests.helpers.checkpoints import tokenizer_directory
 from tests.helpers.parity import needs_transformers
-from tests.helpers.published import compare, randomise
+from tests.helpers.published import compare, randomise, wrapped_reads_as_before
 from tests.helpers.tiny import tiny_config
 
 torch = pytest.importorskip("torch", reason="needs the extra parity")
@@ -69,6 +69,11 @@ def config_for(folder):
     found["media"] |= MEDIA
     places = {"vision": str(folder), "llm": str(folder)}
     return tiny_config(**found, data={"template": "plain"}, init=places)
+
+
+def test_what_a_wrapper_put_in_front_of_all_names_is_taken_off(tmp_path):
+    their_model(tmp_path, 0)
+    wrapped_reads_as_before(tmp_path, "_orig_mod.module.")
 
 
 def their_logits(model, cfg, tokens, start, stop, pixels) -> np.ndarray:

@@ -11,6 +11,7 @@ from evlm_jax.batch import Batch
 from evlm_jax.checkpoint import store
 from evlm_jax.config import EVLMConfig
 from evlm_jax.convert import importer
+from evlm_jax.convert.readers import open_source
 from evlm_jax.data import text
 from evlm_jax.data.samples import ImageRef, Sample
 from evlm_jax.generate import Generator
@@ -103,3 +104,15 @@ def compare(cfg: EVLMConfig, folder: Path, their_logits) -> None:
         expected = their_logits(tokens, *seen, batch.pixels[number])
         assert relative(ours[number, :length], expected[:length]) <= 1e-5
         assert [ids[i] for i in expected[length - 1 : -1, ids].argmax(-1)] == found[number]
+
+
+def wrapped_reads_as_before(folder: Path, front: str) -> None:
+    """Asserts that names with `front` before all of them read as those without."""
+    from safetensors.numpy import load_file, save_file
+
+    before, file = open_source(folder).tensors, folder / "model.safetensors"
+    before = {name: tensor.read() for name, tensor in before.items()}
+    save_file({front + name: array for name, array in load_file(file).items()}, file)
+    after = open_source(folder).tensors
+    assert after.keys() == before.keys() and not any(name.startswith(front) for name in after)
+    assert all((after[name].read() == array).all() for name, array in before.items())

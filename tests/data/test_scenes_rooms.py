@@ -102,6 +102,6 @@ def test_without_opengl_there_is_one_line():
 
 def test_without_vtk_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "vtkmodules", None)
-    render.painter.cache_clear()
+    render._painter.cache_clear()
     with pytest.raises(assets.AssetError, match=r"rooms need VTK: .*evlm_jax\[rooms\]"):
         open_source("scenes:rooms")

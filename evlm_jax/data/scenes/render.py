@@ -14,6 +14,7 @@ from evlm_jax.data.scenes.room import VIEW, Room, Spot
 
 FINE = 2  # a picture is drawn so many times as large, and made small
 KEPT = 64  # models in memory
+LOCK = threading.Lock()  # of all that asks VTK for something
 TEXELS, METRE = 256, 128  # of a floor's or a wall's pattern, and so many of them are a metre
 
 
@@ -26,12 +27,17 @@ def paint(room: Room, look: str, standing: list[tuple[str, Spot]], size: int) ->
     return Image.fromarray(pixels).reduce(FINE)
 
 
-@functools.cache
 def painter() -> "Painter":
     """The one of this process.
 
     Raises AssetError where VTK is not installed, or has nothing to draw with.
     """
+    with LOCK:
+        return _painter()
+
+
+@functools.cache
+def _painter() -> "Painter":
     try:
         import vtkmodules  # noqa: F401 -- takes long to import, and is an extra
     except ModuleNotFoundError as error:
@@ -49,7 +55,7 @@ class Painter:
 
         vtkObject.GlobalWarningDisplayOff()
         vtkLogger.SetStderrVerbosity(vtkLogger.VERBOSITY_OFF)
-        self.window, self.lock = vtkRenderWindow(), threading.Lock()
+        self.window = vtkRenderWindow()
         self.window.SetOffScreenRendering(1)
         self.renderer = vtkRenderer()
         self.window.AddRenderer(self.renderer)
@@ -67,7 +73,7 @@ class Painter:
         from vtkmodules.util.numpy_support import vtk_to_numpy
         from vtkmodules.vtkRenderingCore import vtkWindowToImageFilter
 
-        with self.lock:
+        with LOCK:
             self.window.MakeCurrent()
             if not self.window.IsCurrent():  # VTK would return what another thread drew
                 raise RuntimeError("another thread of this process keeps OpenGL's context")
@@ -207,4 +213,4 @@ def _look(camera, room: Room) -> None:
     camera.SetFocalPoint(0, room.eyes - np.sin(room.pitch), -np.cos(room.pitch))
     camera.SetViewUp(0, 1, 0)
     camera.SetViewAngle(np.degrees(VIEW))
-    camera.SetClippingRange(0.1, 60)
+    camera.SetClippingRange(0.1, room.depth + room.width + 10)

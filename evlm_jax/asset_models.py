@@ -109,7 +109,8 @@ def _model(archive: zipfile.ZipFile, entry: dict[str, str], path: Path) -> list[
     textures.mkdir(parents=True)
     for picture in set(re.findall(r"^\s*map_Kd\s+(.+?)\s*$", materials, re.MULTILINE)):
         (textures / picture).write_bytes(archive.read(f"{folder}/{picture}"))
-    path.with_suffix(".mtl").write_text(_named(materials[materials.index("newmtl") :]), "latin-1")
+    first = materials.index("newmtl")  # VTK dies of a value ahead of it
+    path.with_suffix(".mtl").write_text(_named(materials[first:]), "latin-1")
     points, normals = (_vectors(text, kind) for kind in ("v", "vn"))
     turn = np.array(entry.get("modelRotation", "1 0 0 0 1 0 0 0 1").split(), float).reshape(3, 3)
     points, faces = points @ turn.T, _faces(text)
@@ -139,7 +140,7 @@ def _faces(text: str) -> list[list[list[str]]]:
 
 def _named(text: str) -> str:
     """Materials by names that are no numbers, and no space behind those of files: of either VTK
-    loses the texture. (It dies of a value ahead of the first material.)
+    loses the texture.
     """
     text = re.sub(r"[ \t\r]+$", "", text, flags=re.MULTILINE)
     return re.sub(r"^(\s*(?:newmtl|usemtl)) +", r"\1 of_", text, flags=re.MULTILINE)

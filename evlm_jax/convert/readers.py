@@ -3,6 +3,7 @@
 Every reader returns a `Source`: the file's own metadata, and a `Tensor` by name. Opening a source
 reads headers only."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -47,11 +48,25 @@ def _unwrapped(source: Source) -> Source:
     """
     if source.metadata.get("model_type") not in ("idefics", "mllama"):
         return source
-    tensors = source.tensors
-    for front in WRAPPERS * 2:  # one may be in another
-        if tensors and all(name.startswith(front) for name in tensors):
-            tensors = {name.removeprefix(front): tensor for name, tensor in tensors.items()}
+    *_, front = wrappers(source, WRAPPERS)
+    tensors = {name.removeprefix(front): tensor for name, tensor in source.tensors.items()}
     return source._replace(tensors=tensors)
+
+
+def wrappers(source: Source, fronts: Sequence[str]) -> Iterator[str]:
+    """What stands before all names and is made of `fronts`, from nothing to the longest."""
+    found: str | None = ""
+    while found is not None:
+        yield found
+        longer = [found + one for one in fronts]
+        found = next(
+            (
+                one
+                for one in longer
+                if source.tensors and all(name.startswith(one) for name in source.tensors)
+            ),
+            None,
+        )
 
 
 def read_directory(folder: Path) -> Source:

@@ -1,13 +1,12 @@
 """The family of tables.py that a checkpoint is of, by its config.json and its names."""
 
 import re
-from collections.abc import Iterator
 
 from evlm_jax.checkpoint.lazy_tensors import Source
 from evlm_jax.convert.config_json import kind_of
 from evlm_jax.convert.families import Kind
 from evlm_jax.convert.naming import Family
-from evlm_jax.convert.readers import WRAPPERS
+from evlm_jax.convert.readers import WRAPPERS, wrappers
 from evlm_jax.convert.tables import FAMILIES
 
 FRONTS = (*WRAPPERS, "model.")  # the last is Lightning's
@@ -38,7 +37,9 @@ def recognise(source: Source) -> tuple[Family, str]:
             f"{source.path}: {name} belongs to quantised weights: give the model in bfloat16,"
             " float16 or float32"
         )
-    found = next(filter(None, (_fitting(source, wrapper) for wrapper in _wrappers(source))), [])
+    found = next(
+        filter(None, (_fitting(source, wrapper) for wrapper in wrappers(source, FRONTS))), []
+    )
     found = [one for one in found if _said(source, *one, kind)] or found
     if len(found) != 1:
         names = ", ".join(
@@ -90,19 +91,3 @@ def _fitting(source: Source, wrapper: str) -> list[tuple[Family, str]]:
     return [
         (family, prefix) for family, prefix in every if prefix + family.signature in source.tensors
     ]
-
-
-def _wrappers(source: Source) -> Iterator[str]:
-    """Prefixes by wrappers that all names have, from none to the longest."""
-    wrapper = ""
-    while wrapper is not None:
-        yield wrapper
-        longer = [wrapper + one for one in FRONTS]
-        wrapper = next(
-            (
-                one
-                for one in longer
-                if source.tensors and all(name.startswith(one) for name in source.tensors)
-            ),
-            None,
-        )

@@ -16,10 +16,17 @@ from evlm_jax.data.scenes.dialogs import relations
 from evlm_jax.data.scenes.furniture import NAMES, furnished
 from evlm_jax.data.sources import open_source
 
-needs_rooms = pytest.mark.skipif(
-    not (assets.available("furniture") and importlib.util.find_spec("vtkmodules")),
-    reason='this machine has not `evlm fetch rooms`, or not `pip install "evlm_jax[rooms]"`',
-)
+
+@pytest.fixture(scope="session")
+def rooms():
+    """Skips where they cannot be drawn."""
+    if not importlib.util.find_spec("vtkmodules"):
+        pytest.skip('pip install "evlm_jax[rooms]"')
+    try:
+        assets.path("furniture")
+        render.painter()
+    except assets.AssetError as error:
+        pytest.skip(f"this machine: {error}")
 
 
 def taken_away(scene) -> list[np.ndarray]:
@@ -39,9 +46,8 @@ def box_of(mask: np.ndarray) -> np.ndarray:
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
 
 
-@needs_rooms
 @pytest.mark.ci
-def test_what_is_said_is_what_is_rendered():
+def test_what_is_said_is_what_is_rendered(rooms):
     source = open_source("scenes:rooms?split=test&scenes=10&size=112")
     checked = Counter()
     for sample in source:
@@ -64,8 +70,7 @@ def test_what_is_said_is_what_is_rendered():
     assert checked["count"] and checked["larger"]
 
 
-@needs_rooms
-def test_models_looks_and_fonts_are_of_one_split():
+def test_models_looks_and_fonts_are_of_one_split(rooms):
     parts = [furnished(split) for split in ("train", "validation", "test")]
     for name in NAMES:
         found = [set(part.drawings[name.en]) for part in parts]
@@ -77,8 +82,7 @@ def test_models_looks_and_fonts_are_of_one_split():
         furnished("style")
 
 
-@needs_rooms
-def test_threads_paint_the_same_pictures():
+def test_threads_paint_the_same_pictures(rooms):
     source = open_source("scenes:rooms?scenes=6")
     alone = list(map(source.picture, range(6)))
     with ThreadPoolExecutor(3) as threads:
@@ -86,15 +90,14 @@ def test_threads_paint_the_same_pictures():
     assert len(set(alone)) == 6
 
 
-@needs_rooms
-def test_without_opengl_there_is_one_line():
+def test_without_opengl_there_is_one_line(rooms):
     code = "from evlm_jax.data.scenes.render import painter; painter()"
     environment = os.environ | {"VTK_DEFAULT_OPENGL_WINDOW": "vtkOSOpenGLRenderWindow"}
     told = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     if told.returncode == 0:
-        pytest.skip("OSMesa is installed here")
+        pytest.skip("this machine has OSMesa")
     assert (
         "AssetError: rooms are drawn by OpenGL without a screen, and there is none" in told.stderr
     )

@@ -120,6 +120,7 @@ def place(stem: str) -> str:
 
 
 def fonts(split: str) -> tuple[Face, ...]:
+    """The installed ones that are of this split."""
     every = faces("en")
     part = divided(os.path.basename(face.path) for face in every)
     return tuple(face for face in every if part[os.path.basename(face.path)] == split)

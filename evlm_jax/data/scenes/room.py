@@ -1,7 +1,7 @@
 """Where models stand in a room, and what a camera sees of it.
 
-In metres, x to the right, y up, z towards the camera; the floor is y = 0, the wall at the back
-z = -depth, and the camera stands in front of where the floor ends, z = 0:
+In metres, x to the right, y up, z towards the camera, which is at z = 0 within the room; the floor
+is y = 0, the wall at the back z = -depth:
 
         y  ___________
           |\\         /|          the walls at the sides are at x = +-width / 2
@@ -42,7 +42,7 @@ class Spot(NamedTuple):
 
 
 class Room(NamedTuple):
-    """Walls and a camera at (0, eyes, 0) ahead of the floor's edge."""
+    """Walls, and a camera at (0, eyes, 0)."""
 
     width: float
     depth: float

@@ -114,6 +114,7 @@ setup(
         "clean": CLEAN,
         "tpu": ["jax[tpu]"],
         "plan": ["jax[tpu]"],  # the compiler for TPUs, of the matching version; it runs without one
+        "plan-gpu": ["jax[cuda13-local]"],  # that for GPUs, without CUDA's libraries
         "cuda": ["jax[cuda13]"],
     },
     entry_points={

@@ -17,7 +17,7 @@ from evlm_jax.config import EVLMConfig
 from evlm_jax.loss import loss_sums
 from evlm_jax.models import param_names, quant
 from evlm_jax.models.evlm import EVLM
-from evlm_jax.ops.grouped_attention import attention_form
+from evlm_jax.ops.grouped_attention import FORMS, attention_form
 from evlm_jax.parallel.agreement import agreed
 from evlm_jax.parallel.compiler import step_options, told
 from evlm_jax.parallel.distributed import log_once
@@ -177,11 +177,17 @@ class TrainPhase:
         """One line about the form of attention on these devices."""
         wanted = self.cfg.train.attention
         with self.layout.active():
-            form = attention_form(wanted)
-        why = "" if form == wanted else f": train.attention = '{wanted}' is for TPUs"
-        if form == "pallas" and self.cfg.vit.tiles:
-            why = ", of pictures by xla: vit.tiles is a mask"
-        return f"attention by {form}{why}"
+            form = attention_form(wanted, self.cfg.train.dtype)
+        if form != wanted:
+            platform, dtypes = FORMS[wanted]
+            where = f"{platform.upper()}s and {' or '.join(dtypes)}"
+            return f"attention by {form}: train.attention = '{wanted}' is for {where}"
+        parts = [f"attention by {form}"]
+        parts += ["to images by xla"] * (form == "cudnn")
+        parts += ["of pictures by xla: vit.tiles is a mask"] * bool(
+            form != "xla" and self.cfg.vit.tiles
+        )
+        return ", ".join(parts)
 
     def spec(self) -> TrainState:
         """Shapes and dtypes of the state."""

@@ -130,9 +130,10 @@ class TrainConfig:
     )
     # checkpoints at multiples of so many updates stay, beside the newest `keep`; 0: those alone
     keep_every: Count = 0
-    # attention to images, of packed rows and of the ViT by "xla", or on TPUs by kernels that keep
-    # scores out of HBM ("pallas"); elsewhere by XLA all the same, which is said
-    attention: Literal["xla", "pallas"] = "xla"
+    # attention by "xla", or in forms that keep scores out of HBM: on TPUs to images, of packed rows
+    # and of the ViT by kernels ("pallas"), on GPUs of rows and of the ViT by cuDNN in bfloat16
+    # ("cudnn"); elsewhere by XLA all the same, which is said
+    attention: Literal["xla", "pallas", "cudnn"] = "xla"
 
     @property
     def operands(self) -> str:

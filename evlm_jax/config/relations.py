@@ -228,9 +228,14 @@ def training(cfg: "EVLMConfig") -> list[Relation]:
             f"must be a multiple of train.save_every = {train.save_every}, or 0",
         ),
         (
-            train.attention == "xla" or not cfg.vit.grid_by_picture,
+            train.attention != "pallas" or not cfg.vit.grid_by_picture,
             "train.attention",
-            "must be xla where vit.grid_by_picture is set: kernels see all keys of an image",
+            "cannot be pallas where vit.grid_by_picture is set: kernels see all keys of an image",
+        ),
+        (
+            train.attention != "cudnn" or not cfg.llm.scales.score_cap,
+            "train.attention",
+            "cannot be cudnn where llm.scales.score_cap is set, which it does not know",
         ),
         (
             not cfg.init.centre_norms or cfg.xattn.norm_kind == "layer",

@@ -37,9 +37,10 @@ def cross_attention_op(cfg: EVLMConfig) -> Callable:
     """`grouped_attention` of a device's image groups and heads: q [B, T, N, H], k and v
     [C, I, S', K, H], plan, `tokens_there`.
     """
-    form = attention_form(cfg.train.attention)
+    form = attention_form(cfg.train.attention, cfg.train.dtype)
     sums = cfg.xattn.one_softmax
-    form = "loop" if (form, platform(), sums) == ("xla", "cpu", False) else form
+    if form != "pallas":  # cuDNN knows no pairs of a block of tokens and an image
+        form = "loop" if platform() == "cpu" and not sums else "xla"
 
     def attend(q, k, v, plan, *there):
         return grouped_attention(q, k, v, plan, cfg.xattn.sinks, *there, form=form, sums=sums)

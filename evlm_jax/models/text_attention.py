@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from evlm_jax.config import EVLMConfig, LLMConfig
 from evlm_jax.models.attention import attention, text_mask, within_window
+from evlm_jax.ops.fused_attention import fused_attention
 from evlm_jax.ops.grouped_attention import attention_form
 from evlm_jax.parallel.sharding import shard_map_local
 
@@ -32,14 +33,19 @@ def text_attention_op(
     """(number of the layer, q [B, T, N, H], k and v [B, T, K, H]) -> [B, T, N, H], attention of
     tokens at `positions` [B, T] to what they see (`text_mask` of `until` [B, T]) within the layer's
     window; `Sums` (gate.py) where that shares its softmax with images. Rows of more than `long`
-    tokens make no array [T, T], forward or backward.
+    tokens make no array [T, T] of scores, forward or backward.
     """
     llm, length = cfg.llm, until.shape[1]
-    if attention_form(cfg.train.attention) == "pallas":
+    form = attention_form(cfg.train.attention, cfg.train.dtype)
+    if form == "pallas":
         attend = packed_attention_op(llm)
         return lambda number, q, k, v: attend(q, k, v, until, positions, number)
-    attend = self_attention_op(llm.scales.query, llm.scales.score_cap, cfg.xattn.one_softmax)
-    if length > long:
+    if form == "cudnn":
+        attend = functools.partial(fused_attention, scale=llm.scales.query)
+        attend = shard_map_local(attend, (TEXT, TEXT_KEYS, TEXT_KEYS, ("rows",)), TEXT)
+    else:
+        attend = self_attention_op(llm.scales.query, llm.scales.score_cap, cfg.xattn.one_softmax)
+    if length > long and form == "xla":
         return functools.partial(_in_chunks, llm, attend, until, positions)
     mask = text_mask(until)
     return lambda number, q, k, v: attend(q, k, v, within_window(llm, mask, positions, number))

@@ -30,6 +30,7 @@ from evlm_jax.models.layers import (
 )
 from evlm_jax.models.rotary import Rope, rotate
 from evlm_jax.models.tiles import Tiles
+from evlm_jax.ops.fused_attention import fused_attention
 from evlm_jax.ops.grouped_attention import attention_form
 from evlm_jax.ops.matmul import operand_dtype, product
 from evlm_jax.ops.platform import LANES
@@ -56,15 +57,15 @@ def make_norm(cfg: ViTConfig, rngs: nnx.Rngs) -> LayerNorm | RMSNorm:
 
 def image_attention_op(form: str, mask: jax.Array | None, fill: Fill | None) -> Callable:
     """Attention of q, k and v [B, S, N, H] of a device's pictures by a form of attention_form,
-    "xla" where there is a mask [B or 1, S, S]. `fill`: of the heads, which only kernels take.
+    "xla" where there is a mask [B or 1, S, S]. `fill`: of the heads, which "pallas" alone takes.
     """
     if form == "xla":
         return partial(attention, mask=mask)
-    from evlm_jax.ops.image_attention import image_attention  # Pallas is slow to import
+    axes, attend = ("pictures", None, "vision_heads"), fused_attention
+    if form == "pallas":
+        from evlm_jax.ops.image_attention import image_attention  # Pallas is slow to import
 
-    axes, attend = ("pictures", None, "vision_heads"), image_attention
-    if fill is not None:
-        attend = partial(attend, width=fill.width)
+        attend = partial(image_attention, width=fill.width if fill else 0)
     return shard_map_local(attend, (axes,) * 3, axes)
 
 
@@ -207,7 +208,7 @@ class ViT(nnx.Module):
         """
         x, taps = shard(self.embed(shard(pixels, "pictures"), grids), "pictures"), []
         mask = None if self.tiles is None else self.tiles.mask(grids)
-        form = attention_form(self.form) if mask is None else "xla"
+        form = attention_form(self.form, x.dtype) if mask is None else "xla"
         for (start, stop), blocks in zip(stack_bounds(self.cfg), self.stacks, strict=True):
             x = self.tiles.between(x, grids) if start == self.first_global else x
             fill = blocks.attn.fill if form == "pallas" else None

@@ -18,6 +18,9 @@ from evlm_jax.ops.attention_loop import NEGATIVE, Pairs
 from evlm_jax.ops.matmul import product
 from evlm_jax.ops.platform import platform
 
+# {form of train.attention: its platform, dtypes that it takes}; "xla" is for all
+FORMS = {"pallas": ("tpu", ("float32", "bfloat16")), "cudnn": ("gpu", ("bfloat16",))}
+
 
 class AttentionPlan(NamedTuple):
     """The plan's fields of Batch; shapes and padding as documented there."""
@@ -43,9 +46,12 @@ permute.defvjp(
 )
 
 
-def attention_form(wanted: str) -> str:
-    """What is wanted where what is traced will run on TPUs; "xla" elsewhere."""
-    return wanted if platform() == "tpu" else "xla"
+def attention_form(wanted: str, dtype: jnp.dtype | str) -> str:
+    """What is wanted of FORMS where what is traced will run on its platform, with activations of
+    one of its dtypes; "xla" elsewhere.
+    """
+    home, dtypes = FORMS.get(wanted, ("", ()))
+    return wanted if platform() == home and jnp.dtype(dtype).name in dtypes else "xla"
 
 
 @jax.named_scope("scores")

@@ -140,7 +140,11 @@ def _number(half: jax.Array, kind: str) -> jax.Array:
 
 
 def _nf4(index: jax.Array) -> jax.Array:
-    """NF4[index], by choices between neighbours: vector units gather one number at a time."""
+    """NF4[index], by choices between neighbours: vector units gather one number at a time. GPUs
+    gather well, and XLA would keep the choices' 16 constants there, each as large as the matrix.
+    """
+    if platform() == "gpu":
+        return jnp.take(jnp.array(NF4, jnp.float32), index, mode="clip")
     found = [jnp.float32(number) for number in NF4]
     for bit in range(4):
         odd = (index >> bit) & 1 == 1

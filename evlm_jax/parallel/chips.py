@@ -2,8 +2,8 @@
 `evlm plan --price` takes yours.
 
 Sources: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (system architecture tables),
-NVIDIA's data sheets of H100 SXM and H200 SXM (dense, without sparsity). Google's "bidirectional ICI
-bandwidth" counts both directions; `ici` here is half of it."""
+NVIDIA's data sheets of A100 80GB, H100 and H200 SXM (dense, without sparsity). Google's
+"bidirectional ICI bandwidth" counts both directions; `ici` here is half of it."""
 
 from typing import NamedTuple
 
@@ -37,7 +37,8 @@ CHIPS = {
     "v5p": Chip("TPU v5p", "TPU v5", 459e12, 95 * GIB, 2765e9, 600e9, 3, 50e9 / 8, clock=1.75e9),
     "v6e": Chip("TPU v6e", "TPU v6 lite", 918e12, 32 * GIB, 1638e9, 400e9, 2, 100e9 / 8, 1, 1.94e9),
     "tpu7x": Chip("TPU7x", "TPU7x", 2307e12, 192 * GIB, 7380e9, 600e9, 3, 100e9 / 8, 2, 2.55e9),
-    # NVLink within 8; a 400 Gbit/s network card a GPU
+    # NVLink within 8; a network card a GPU, of 200 Gbit/s beside an A100, else of 400
+    "a100": Chip("A100 SXM", "NVIDIA A100-SXM4-80GB", 312e12, 80e9, 2039e9, 300e9, 1, 25e9),
     "h100": Chip("H100 SXM", "NVIDIA H100 80GB HBM3", 989e12, 80e9, 3350e9, 450e9, 1, 50e9),
     "h200": Chip("H200 SXM", "NVIDIA H200", 989e12, 141e9, 4800e9, 450e9, 1, 50e9),
 }

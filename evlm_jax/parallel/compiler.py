@@ -85,11 +85,11 @@ def told(options: Mapping[str, bool | int]) -> str:
 
 @contextlib.contextmanager
 def uncached(device: jax.Device) -> Iterator[None]:
-    """What is compiled for TPUs meanwhile does not enter the compilation cache: without a TPU it
-    cannot be loaded again.
+    """What is compiled meanwhile for TPUs or GPUs does not enter the compilation cache: without one
+    it cannot be loaded again.
     """
     least = jax.config.jax_persistent_cache_min_compile_time_secs
-    if device.platform == "tpu":
+    if device.platform != "cpu":
         jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     try:
         yield

@@ -9,32 +9,33 @@ import jax
 from jax.experimental import topologies
 
 from evlm_jax.parallel.chips import CHIPS, Chip
+from evlm_jax.planning import cards
 
 
 def devices(topology: str, slices: int = 1) -> tuple[list[jax.Device], Chip | None]:
     """Devices to compile for, and what they are; no accelerator is needed.
 
     Args:
-      topology: of a slice, "v5p:4x4x4"; or "v5p:1", one chip; or "cpu:8", whose devices may also
-        run; or "h100:8", compiled by XLA:CPU, so that FLOPs and collectives are those of the
-        partitioned program, and memory is an approximation.
+      topology: of a slice, "v5p:4x4x4"; or "v5p:1", one chip; or "h100:8", GPUs; or "cpu:8", whose
+        devices may also run.
       slices: how many, joined by the data-centre network.
     Raises:
       ValueError: an unknown kind or shape.
-      ImportError: libtpu is not installed.
+      ImportError: the compiler is not installed.
     """
     kind, _, shape = topology.partition(":")
     with contextlib.suppress(RuntimeError):  # devices exist already
         jax.config.update(
             "jax_platforms", "cpu"
         )  # nobody looks for a TPU, whose compiler is all that is wanted
-    if kind == "cpu" or kind in CHIPS and kind.startswith("h"):
+    if kind == "cpu" or kind in cards.CARDS:
         if not shape.isdecimal() or not int(shape) or slices > 1:
             raise ValueError(
                 f"--topology {topology}: give a number of devices, such as {kind}:8, and"
                 " mesh.slices = 1"
             )
-        return _cpus(int(shape)), CHIPS.get(kind)
+        found = _cpus(int(shape)) if kind == "cpu" else cards.devices(kind, int(shape))
+        return found, CHIPS.get(kind)
     if kind not in CHIPS or not re.fullmatch(r"1|\d+(x\d+)+", shape):
         raise ValueError(
             f"--topology {topology}: unknown; use cpu:8, v5p:4x4x4 and the like, with one of"

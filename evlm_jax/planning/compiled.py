@@ -204,12 +204,13 @@ class _Counting:
             replica_group(instruction, self.devices),
             instruction.opcode.endswith("-start"),
         )
+        beside = started and '"is_sync":true' not in instruction.rest
         if kind == "ragged-all-to-all":
             # one side has room for all rows of all devices; what travels is, in the mean, the other
             sent = sum(leaf.bytes for leaf in computation.by_name[instruction.operands[0]].leaves)
-            return Transfer(kind, group, min(sent, result), started)
+            return Transfer(kind, group, min(sent, result), beside)
         result -= operands if started else 0  # a started one carries its operands along
-        hidden = started or _begins(computation)
+        hidden = beside or _begins(computation)
         return Transfer(kind, group, result if kind == "all-gather" else operands, hidden)
 
     def _bytes(self, computation: Computation, instruction: Instruction) -> float:

@@ -1,5 +1,5 @@
-"""What the kernels of ops/ do, by the shapes of their arrays: in a compiled program a kernel is a
-call that shows nothing of its inside, and what it says of itself is not asked."""
+"""What the kernels of ops/ and cuDNN's do, by the shapes of their arrays: in a compiled program a
+kernel is a call that shows nothing of its inside, and what it says of itself is not asked."""
 
 import math
 import re
@@ -15,6 +15,7 @@ KERNELS = {
     "keys": (4, "qkkqqq", "kk"),
 }
 NAME = re.compile(r"\b\w+_attention_(forward|queries|keys)\b")
+CUDNN = re.compile(r'custom_call_target="__cudnn\$fmha\w*?(Backward)?"')
 SUBLANES, LANES = 32, 128  # of a tile: bytes down, numbers across
 
 
@@ -29,9 +30,13 @@ class Charge(NamedTuple):
 
 def charge(computation: Computation, instruction: Instruction) -> Charge | None:
     """Costs of a custom call, all pairs that there is room for counted as visited; None where it is
-    no kernel of ops/.
+    no kernel of ops/ nor of cuDNN.
     """
-    name = NAME.search(instruction.op_name) if instruction.opcode == "custom-call" else None
+    if instruction.opcode != "custom-call":
+        return None
+    if found := CUDNN.search(instruction.rest):
+        return _cudnn(computation, instruction, 5 if found[1] else 2)
+    name = NAME.search(instruction.op_name)
     if name is None:
         return None
     products, reads, writes = KERNELS[name[1]]
@@ -53,6 +58,16 @@ def charge(computation: Computation, instruction: Instruction) -> Charge | None:
         " their products, as tiles pad them, at half the peak, or its bytes"
     )
     return Charge(flops, flops * tiles, moved, note)
+
+
+def _cudnn(computation: Computation, instruction: Instruction, products: int) -> Charge:
+    """`products` of queries [B, T, N, H] by keys [B, S, K, H], all of them; arrays once."""
+    operands = [computation.by_name[operand].leaves[0] for operand in instruction.operands]
+    (rows, asking, heads, width), keys = operands[0].dims, operands[1].dims[1]
+    flops = 2.0 * products * rows * heads * asking * keys * width
+    moved = sum(leaf.bytes for leaf in (*operands, *instruction.leaves))
+    note = f"cuDNN's attention, charged {products} products of {asking:,} x {keys:,} scores a head"
+    return Charge(flops, flops, moved, note)
 
 
 def _whole(size: int, tile: int) -> int:

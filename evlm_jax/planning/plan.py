@@ -16,7 +16,7 @@ from evlm_jax import flops
 from evlm_jax.config import EVLMConfig
 from evlm_jax.models.moe import block_rows
 from evlm_jax.ops.grouped_attention import attention_form
-from evlm_jax.parallel.chips import Chip
+from evlm_jax.parallel.chips import GIB, Chip
 from evlm_jax.parallel.compiler import uncached
 from evlm_jax.parallel.mesh import Layout, make_layout
 from evlm_jax.paths import write
@@ -34,10 +34,6 @@ _CROSS = {
     "ffn": flops.FFN,
 }
 OTHER = "other"
-GUESS = (
-    "compiled by XLA:CPU, which is no compiler of this chip: memory and bytes of HBM are a rough"
-    " guess"
-)
 LARGEST = 10  # buffers that are told
 
 
@@ -91,6 +87,8 @@ def plan(
         if hlo:
             write(hlo, executable.as_text())
         report |= _read(cfg, layout, chip, program, executable, price)
+        if devices[0].platform == "gpu" and report["memory"]["peak"] > chip.hbm:
+            report |= _too_large(report, chip)
     report["ram_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return report
 
@@ -100,7 +98,7 @@ def _asked(cfg: EVLMConfig, layout: Layout) -> dict:
     language model's attention.
     """
     with layout.active():
-        form = attention_form(cfg.train.attention)
+        form = attention_form(cfg.train.attention, cfg.train.dtype)
     mesh = {"slices": cfg.mesh.slices, "zero": cfg.mesh.zero, "frozen": cfg.mesh.frozen}
     return {
         "mesh": layout.sizes | mesh,
@@ -170,7 +168,7 @@ def _read(
         "executed": executed(cfg, program.trained, costs),
         "bytes": costs.bytes,
         "collectives": sorted(collectives, key=lambda c: -c["sent"]),
-        "notes": dict(costs.notes) | ({GUESS: 1} if chip and devices[0].platform == "cpu" else {}),
+        "notes": dict(costs.notes),
         "largest": _buffers(module),
         "scores": _scores(cfg, program, costs, len(devices)),
         "padding": _padding(module),
@@ -342,6 +340,13 @@ def _roomy(
         if report["fits"]
         else None
     )
+
+
+def _too_large(report: dict, chip: Chip) -> dict:
+    """What a report says instead where GPUs, whose compiler refuses nothing, lack memory."""
+    found = {key: report[key] for key in ("topology", "memory")} | {"buffers": report["largest"]}
+    says = f"{report['memory']['peak'] / GIB:,.2f} of {chip.hbm / GIB:,.2f} GiB a device"
+    return {"fits": False, "says": says, "largest": found}
 
 
 def cube(chips: int) -> str:

@@ -11,9 +11,8 @@ from typing import NamedTuple
 import jax
 
 from evlm_jax.parallel.chips import Chip
+from evlm_jax.planning.cards import HOST
 from evlm_jax.planning.compiled import Costs, Transfer
-
-HOST = 8  # GPUs that NVLink joins
 
 
 class StepSeconds(NamedTuple):

@@ -56,5 +56,5 @@ def compiled_text(topology: str, attend: Callable, *shapes: tuple, rest: tuple =
         return jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
 
     arrays = [spec(shape, "bfloat16") for shape in shapes], [spec(shape, "int32") for shape in rest]
-    with compile_for("tpu"), uncached(device):
+    with compile_for(device.platform), uncached(device):
         return jax.jit(step).lower(*arrays[0], *arrays[1]).compile().as_text()

@@ -24,9 +24,9 @@ WINDOWS = {"window": (0, 4), "layers": 2}
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Asks for kernels where they are not the form of the platform."""
-    return lambda: [
-        monkeypatch.setattr(module, "attention_form", lambda wanted: "pallas")
+    """Asks for a form of kernels where it is not that of the platform."""
+    return lambda form="pallas": [
+        monkeypatch.setattr(module, "attention_form", lambda wanted, dtype: form)
         for module in (evlm, text_attention, vit)
     ]
 
@@ -56,7 +56,8 @@ def test_a_layer_with_and_without_a_window(kernels, monkeypatch, form, layer):
 
 
 @pytest.mark.ci
-def test_hidden_states_and_gradients(kernels):
+@pytest.mark.parametrize("form", ["pallas", "cudnn"])
+def test_hidden_states_and_gradients(kernels, form):
     """Pictures, text with windows, cross-attention."""
     cfg = tiny_config(llm=WINDOWS)
     batch = jax.tree.map(jnp.asarray, tiny_batch(cfg, 0))
@@ -71,7 +72,7 @@ def test_hidden_states_and_gradients(kernels):
         return [np.asarray(x) for x in (hidden, *jax.tree.leaves(gradients))]
 
     wanted = run()
-    kernels()
+    kernels(form)
     for mine, theirs in zip(run(), wanted, strict=True):
         np.testing.assert_allclose(mine, theirs, 0, 1e-4 * np.abs(theirs).max() + 1e-5)
 

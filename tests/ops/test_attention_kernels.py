@@ -158,7 +158,8 @@ def test_the_config_chooses_the_form_on_tpus_alone():
             assert f"{name}_attention_forward" in text
         assert "pallas" not in traced(tiny_config())
     assert "pallas" not in traced(cfg)
-    assert phase.attention() == "attention by xla: train.attention = 'pallas' is for TPUs"
+    said = "attention by xla: train.attention = 'pallas' is for TPUs and float32 or bfloat16"
+    assert phase.attention() == said
 
 
 @needs_compiler

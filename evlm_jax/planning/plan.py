@@ -116,7 +116,7 @@ def _before_compiling(cfg: EVLMConfig, program: programs.Program) -> dict:
     needed = flops.needed(cfg, program.trained, program.work)
     return {
         "rows": cfg.train.batch,
-        "options": program.options,
+        "options": dict(program.options),
         "arguments": {name: share._asdict() for name, share in program.arguments.items()},
         "needed": {part: cost._asdict() for part, cost in needed.items()},
     }

@@ -4,6 +4,7 @@ and a sweep over meshes and policies.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -129,17 +130,20 @@ def sweep(cfg: EVLMConfig, topology: str, what: str, phase: int, video: bool = F
 
 
 def meshes(cfg: EVLMConfig, topology: str) -> Iterator[EVLMConfig]:
-    """`cfg` on every mesh of powers of two that its sizes allow, one copy of everything a slice."""
+    """`cfg` on every mesh of powers of two that its sizes allow, one copy of everything a slice, or
+    also one a host of GPUs.
+    """
     devices, _ = chips.devices(topology, cfg.mesh.slices)
+    copies = {cfg.mesh.slices}
+    if devices[0].platform == "gpu":
+        copies.add(len({device.process_index for device in devices}))
 
     def powers(most):
         return [2**i for i in range(most.bit_length()) if 2**i <= most]
 
-    for tensor in powers(len(devices)):
+    for data, tensor in itertools.product(sorted(copies), powers(len(devices))):
         for expert in powers(cfg.moe.experts or 1):
-            mesh = dataclasses.replace(
-                cfg.mesh, data=cfg.mesh.slices, fsdp=-1, expert=expert, tensor=tensor
-            )
+            mesh = dataclasses.replace(cfg.mesh, data=data, fsdp=-1, expert=expert, tensor=tensor)
             candidate = dataclasses.replace(cfg, mesh=mesh)
             try:
                 make_layout(candidate, devices)

@@ -75,7 +75,7 @@ def test_compiles_for_gpus(topology, masked):
     text = compiled_text(topology, attend, *shapes, rest=rest)
     assert len(re.findall(r'custom_call_target="__cudnn\$fmha\w*Backward"', text)) == 1
     assert len(re.findall(r'custom_call_target="__cudnn\$fmha', text)) == 2
-    assert not re.search(rf"\[2,{heads},\d*,?{length}\]", text)
+    assert not re.search(rf"\[2,{heads},\d+,{length}\]", text)
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="this machine has no GPU")

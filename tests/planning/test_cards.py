@@ -1,10 +1,13 @@
 """Plans for GPUs, by XLA's compiler for them and without one."""
 
+import json
+
 import pytest
 
 from evlm_jax.cli import main
 from evlm_jax.parallel.chips import CHIPS
-from evlm_jax.planning import cards, compiled
+from evlm_jax.parallel.mesh import make_layout
+from evlm_jax.planning import cards, compiled, search
 from evlm_jax.planning import plan as module
 from evlm_jax.planning.hlo import Module
 from evlm_jax.planning.plan import plan
@@ -60,6 +63,7 @@ def test_what_is_larger_than_the_card_does_not_fit(monkeypatch):
     chip = CHIPS["h100"]._replace(hbm=2.0**20)
     monkeypatch.setattr(module.chips, "CHIPS", {**CHIPS, "h100": chip})
     report = plan(config(), "h100:1", what="encode")
+    json.dumps(report)
     assert report["fits"] is False
     assert "of 0.00 GiB a device" in report["says"]
     assert "compiled for h100:1 it takes" in show(report)
@@ -71,6 +75,16 @@ def test_hosts_of_eight(count):
     found = cards.devices("h200", count)
     assert len(found) == count and {d.device_kind for d in found} == {CHIPS["h200"].kind}
     assert len({d.process_index for d in found}) == max(1, count // 8)
+
+
+@needs_compiler
+def test_a_sweep_tries_a_copy_a_host():
+    found = {
+        (cfg.mesh.data, make_layout(cfg, cards.devices("h100", 16)).sizes["fsdp"])
+        for cfg in search.meshes(config(), "h100:16")
+        if cfg.mesh.tensor == 2
+    }
+    assert found == {(1, 8), (2, 4)}
 
 
 @pytest.mark.parametrize(

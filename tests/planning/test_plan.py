@@ -165,6 +165,7 @@ def test_other_programs(what):
     parts = {flops.FROZEN_VIT} if what == "encode" else {flops.LLM, flops.HEAD}
     assert {part: ratios(report)[part] for part in parts} == pytest.approx(dict.fromkeys(parts, 1))
     assert "days" not in report["time"]
+    assert json.loads(json.dumps(report))["what"] == what
 
 
 @tpu

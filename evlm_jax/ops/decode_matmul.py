@@ -12,8 +12,8 @@ widening them is a shift and a mask:
 
 Quantised matrices are read by the same loop, byte by byte.
 
-Elsewhere a kernel stays a plain array and the product a plain product: the platform is chosen here,
-when weights are packed."""
+Elsewhere a kernel stays a plain array: the platform is chosen here, when weights are packed. On
+GPUs a single row is a sum of scaled rows as well, else the product is a plain one."""
 
 import dataclasses
 import math
@@ -62,6 +62,8 @@ class Packed:
         """
         if len(x) == 1 and platform() == "cpu":
             return _one(x, self.kernel, layer)
+        if len(x) == 1 and platform() == "gpu":
+            return _summed(x, self.kernel, layer)
         return _many(x, self.kernel, layer, self.dtype)
 
 
@@ -142,6 +144,15 @@ def _one(x: jax.Array, kernel: jax.Array | Quantised, layer: jax.Array | int) ->
         of_tile = jax.lax.dynamic_index_in_dim(kernel.scale, layer, 0, False)
         total *= jnp.repeat(of_tile, groups // tiles, 0)
     return jnp.ones((1, groups), x.dtype) @ total
+
+
+def _summed(x: jax.Array, kernel: jax.Array, layer: jax.Array | int) -> jax.Array:
+    """x [1, in] as the sum of scaled rows, which XLA writes for GPUs as one loop that reads the
+    layer from its stack; for a product it copies it first.
+    """
+    rows = jax.lax.dynamic_index_in_dim(kernel, layer, 0, False)
+    x = x.astype(rows.dtype).astype(jnp.float32)
+    return (x[0, :, None] * rows.astype(jnp.float32)).sum(0, keepdims=True)
 
 
 def _many(

@@ -9,7 +9,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from evlm_jax.ops.quantised import Quantised
+from evlm_jax.ops.platform import platform
+from evlm_jax.ops.quantised import Quantised, row_product
 
 
 def product(
@@ -23,7 +24,7 @@ def product(
     parameter is not rounded on its way. `dtype`: round to that instead.
 
     A quantised `b` becomes a matrix here, forward and once more backward, so that none is kept in
-    between; it has no gradient.
+    between; it has no gradient. A single row by one of two dimensions is `row_product` on GPUs.
     """
     spec = spec.replace("...", "ABCDEF"[: a.ndim + 3 - spec.index(",")])
     return _product(spec, dtype or operand_dtype(a), a, b)
@@ -40,6 +41,10 @@ def operand_dtype(a: jax.Array) -> jnp.dtype:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(spec: str, dtype: jnp.dtype, a: jax.Array, b: jax.Array | Quantised) -> jax.Array:
+    if isinstance(b, Quantised) and a.size == a.shape[-1] and platform() == "gpu":
+        of_a, of_b = spec.partition("->")[0].split(",")
+        if of_a[-1] == of_b[b.axis]:
+            return row_product(a.astype(dtype).ravel(), b).reshape(*a.shape[:-1], -1)
     return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
 
 

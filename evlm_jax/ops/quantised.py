@@ -121,6 +121,18 @@ def values_of(bits: jax.Array, kind: str) -> tuple[jax.Array, ...]:
     return _number(wide & 15, kind), _number(wide >> 4, kind)
 
 
+def row_product(x: jax.Array, matrix: Quantised) -> jax.Array:
+    """x [in] times a matrix whose tiles lie along `in`, as sums of scaled rows: float32 [out]. XLA
+    writes those of a tile for GPUs as one loop over the bytes, and makes no matrix of them.
+    """
+    axis, other = 2 + matrix.axis, -1 - matrix.axis
+    parts = values_of(matrix.bits, matrix.kind)
+    scales = x.reshape(-1, len(parts)).astype(jnp.float32)
+    total = sum(jnp.expand_dims(scales[:, i], other) * part for i, part in enumerate(parts))
+    tiles = (*total.shape[:axis], matrix.scale.shape[axis], -1, *total.shape[axis + 1 :])
+    return (total.reshape(tiles).sum(axis + 1) * matrix.scale).sum(axis)
+
+
 def _values(bits: jax.Array, kind: str, axis: int) -> jax.Array:
     """What the bytes say, before the scale: float32."""
     if kind == "int8":

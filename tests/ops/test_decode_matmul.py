@@ -6,22 +6,30 @@ import numpy as np
 import pytest
 
 from evlm_jax.ops import decode_matmul
+from evlm_jax.ops.matmul import product
+from evlm_jax.ops.platform import compile_for
 from evlm_jax.ops.quantised import Quantised, dequantise, quantise
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("rows", [1, 2, 40])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_packed_products(rows, dtype):
-    """Every form of the product is the plain one with weights of that dtype; with several rows,
-    rows of that dtype too.
+def test_packed_products(platform, rows, dtype):
+    """Every form of the product is the plain one with weights of that dtype; with several rows, and
+    on GPUs, rows of that dtype too.
     """
+    with compile_for(platform):
+        _packed(platform, rows, dtype)
+
+
+def _packed(platform, rows, dtype):
     kernel = jax.random.normal(jax.random.key(0), (3, 24, 40))
     x = jax.random.normal(jax.random.key(1), (rows, 24))
 
     def rounded(x, is_rounded=True):
         return x.astype(dtype).astype(jnp.float32) if is_rounded else x
 
-    wanted = rounded(x, rows > 1) @ rounded(kernel[1])
+    wanted = rounded(x, rows > 1 or platform == "gpu") @ rounded(kernel[1])
     found = decode_matmul.Packed(decode_matmul.pack(kernel, dtype), None, 1)(x)
     assert jnp.abs(found - wanted).max() <= 1e-5 * jnp.abs(wanted).max()
     head = decode_matmul.pack_head(
@@ -52,3 +60,28 @@ def test_quantised_products(rows, kind):
     assert head.pieces > 1
     found = decode_matmul.logits(head, x, 8400)
     assert jnp.abs(found - jnp.tile(wanted, (1, 210))).max() <= 1e-6 * jnp.abs(wanted).max()
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
+def test_a_row_by_a_quantised_matrix_on_gpus(kind, axis):
+    """As sums of scaled rows it is the product with the matrix; with the other axis, as in a
+    backward pass, the matrix is made.
+    """
+    pytest.importorskip("qwix")
+    matrix = np.random.default_rng(0).standard_normal((96, 64), np.float32)
+    bits, scale = quantise(matrix, kind, 32, axis)
+    held = Quantised(jnp.asarray(bits), jnp.asarray(scale), kind, axis)
+    whole = dequantise(bits, scale, kind, axis)
+    x = jax.random.normal(jax.random.key(1), (1, 1, 64 if axis == -1 else 96))
+    y = jax.random.normal(jax.random.key(2), (1, 1, 96 if axis == -1 else 64))
+    forward = "...x,yx->...y" if axis == -1 else "...x,xy->...y"
+    back = "...x,xy->...y" if axis == -1 else "...x,yx->...y"
+    for spec, row in ((forward, x), (back, y)):
+        with compile_for("gpu"):
+            text = str(jax.make_jaxpr(lambda row, spec=spec: product(spec, row, held))(row))
+            found = product(spec, row, held)
+        assert ("dot_general" in text) == (spec == back)
+        wanted = jnp.einsum(spec, row, whole, precision="highest")
+        assert found.shape == wanted.shape
+        assert jnp.abs(found - wanted).max() <= 1e-5 * jnp.abs(wanted).max()

@@ -182,7 +182,7 @@ class _Counting:
         elif charged := kernels.charge(computation, instruction):
             return _kernel(total, instruction, charged)
         elif opcode == "custom-call":
-            flops = _custom_call(total, instruction)
+            flops = _custom_call(total, computation, instruction)
         elif opcode == "send" and "is_host_transfer=true" in instruction.rest:
             total.transfers[_between_slices(instruction, self.devices)] += 1
         elif (kind := opcode.removesuffix("-start")) in COLLECTIVES:
@@ -361,9 +361,9 @@ def _kernel(total: Costs, instruction: Instruction, charged: kernels.Charge) -> 
     total.notes[charged.note] += 1
 
 
-def _custom_call(total: Costs, instruction: Instruction) -> float:
+def _custom_call(total: Costs, computation: Computation, instruction: Instruction) -> float:
     """FLOPs that its kernel reports; targets that report none are noted."""
-    if (flops := products.reported_flops(instruction)) is not None:
+    if (flops := products.reported_flops(computation, instruction)) is not None:
         total.products[instruction.op_name] += flops
         return flops
     target = instruction.attribute("custom_call_target").strip('"')

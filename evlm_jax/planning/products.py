@@ -15,6 +15,12 @@ def _dims(computation: Computation, instruction: Instruction, operand: int) -> t
 def dot(computation: Computation, instruction: Instruction) -> float:
     """FLOPs of a dot, batched or not: 2 per multiply-add."""
     contracted = re.findall(r"\d+", instruction.attribute("lhs_contracting_dims"))
+    return _contraction(computation, instruction, contracted)
+
+
+def _contraction(
+    computation: Computation, instruction: Instruction, contracted: list[str]
+) -> float:
     left = _dims(computation, instruction, 0)
     return 2.0 * math.prod(instruction.leaves[0].dims) * math.prod(left[int(i)] for i in contracted)
 
@@ -86,12 +92,17 @@ def meetings(
     return total
 
 
-def reported_flops(instruction: Instruction) -> float | None:
-    """FLOPs that a custom call's kernel declares; None where it declares none."""
+def reported_flops(computation: Computation, instruction: Instruction) -> float | None:
+    """FLOPs that a custom call's kernel declares, or those of cuBLAS's product; None where it
+    declares none.
+    """
     config = re.search(r"backend_config=(\{.*\})", instruction.rest)
     try:
         said = json.loads(config[1]) if config else {}
     except json.JSONDecodeError:
         return None
+    if product := said.get("gemm_backend_config"):
+        contracted = product["dot_dimension_numbers"]["lhs_contracting_dimensions"]
+        return _contraction(computation, instruction, contracted)
     flops = said.get("custom_call_config", {}).get("cost_estimate", {}).get("flops")
     return None if flops is None else float(flops)

@@ -125,6 +125,19 @@ def test_attention_of_cudnn_is_charged_by_its_shapes(name, products):
     assert f"charged {products} products of 40 x 24 scores" in note
 
 
+def test_products_of_cublas_are_counted():
+    """Of the shapes that it is given, here of three batches."""
+    numbers = '{"lhs_contracting_dimensions":["2"],"lhs_batch_dimensions":["0"]}'
+    text = (
+        "HloModule m\nENTRY %main () -> f32[] {\n  %a = bf16[3,8,16]{2,1,0} parameter(0)\n  %b ="
+        " bf16[3,16,24]{2,1,0} parameter(1)\n  ROOT %c = (bf16[3,8,24]{2,1,0}, s8[64]{0})"
+        ' custom-call(%a, %b), custom_call_target="__cublas$lt$matmul",'
+        f' backend_config={{"gemm_backend_config":{{"dot_dimension_numbers":{numbers}}}}}\n}}'
+    )
+    costs = compiled.costs(Module(text), 1)
+    assert costs.flops == 2 * 3 * 8 * 16 * 24 and not costs.notes
+
+
 @pytest.mark.parametrize(("sync", "hidden"), [("true", False), ("false", True)])
 def test_a_gather_that_is_waited_for_at_once_hides_nowhere(sync, hidden):
     text = (

@@ -75,8 +75,8 @@ def devices(kind: str, count: int) -> list[jax.Device]:
         raise ValueError(f"--topology {kind}:{count}: hosts have {HOST} GPUs: give a multiple")
     if not has_compiler():
         raise ImportError('the compiler for GPUs is missing: pip install "evlm-jax[plan-gpu]"')
-    # its warnings are of memory, which the plan tells of, and of its own slowness
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # what JAX sets: nobody asked to hear of
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # memory, which the plan tells of itself
     chip, card = CHIPS[kind], CARDS[kind]
     target = _TARGET.format(chip=chip, card=card, block=card.shared - 1024)
     shape = f"1x{-(-count // HOST)}x{min(count, HOST)}"  # one network of hosts of cards

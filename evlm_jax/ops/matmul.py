@@ -43,7 +43,7 @@ def operand_dtype(a: jax.Array) -> jnp.dtype:
 def _product(spec: str, dtype: jnp.dtype, a: jax.Array, b: jax.Array | Quantised) -> jax.Array:
     if isinstance(b, Quantised) and a.size == a.shape[-1] and platform() == "gpu":
         of_a, of_b = spec.partition("->")[0].split(",")
-        if of_a[-1] == of_b[b.axis]:
+        if len(of_b) == 2 and of_a[-1] == of_b[b.axis]:
             return row_product(a.astype(dtype).ravel(), b).reshape(*a.shape[:-1], -1)
     return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from evlm_jax import flops
 from evlm_jax.cli import main
 from evlm_jax.parallel.chips import CHIPS
 from evlm_jax.parallel.mesh import make_layout
@@ -40,13 +41,16 @@ def executed(report):
 @pytest.mark.pinned
 @pytest.mark.parametrize("kind", [pytest.param("a100", marks=pytest.mark.slow), "h100"])
 def test_a_step_has_the_products_of_other_compilers(kind):
-    """As many as XLA:CPU's program, but for some of the smallest, which are written as sums; and it
-    lies in memory as it is split.
+    """As many as XLA:CPU's program, but for some of the ViT's, which are so small that they are
+    filled up or written as sums; and it lies in memory as it is split.
     """
     mesh = {"data": 1, "fsdp": 4, "tensor": 2, "zero": 3, "frozen": "sharded"}
     report = plan(config(**mesh), f"{kind}:8")
     assert report["fits"] and report["devices"] == 8
-    assert executed(report) == pytest.approx(executed(plan(config(), "cpu:1")), rel=0.05)
+    found, wanted = executed(report), executed(plan(config(), "cpu:1"))
+    for part in (flops.FROZEN_VIT, flops.TRAINED_VIT):
+        assert found.pop(part) == pytest.approx(wanted.pop(part), rel=0.15)
+    assert found == pytest.approx(wanted, rel=1e-6)
     memory, arguments = report["memory"], report["arguments"].values()
     held = sum(share["bytes"] for share in arguments)
     assert memory["arguments"] == pytest.approx(held, rel=0.01)

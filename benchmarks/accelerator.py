@@ -170,6 +170,8 @@ def main() -> None:
     args = parser(__doc__).parse_args()
     device, begin, wrong = jax.devices()[0], time.monotonic(), []
     print(f"{len(jax.devices())} x {device.device_kind}, jax {jax.__version__}")
+    if device.platform not in (*BOUND, "gpu"):
+        sys.exit(f"no form of attention but XLA's is for {device.platform}")
     checked, timed = (SMOKE, []) if args.smoke else (NUMBERS, TIMES)
     if device.platform == "gpu":
         both = (case._replace(kernel=case.cudnn) for case in (*checked, *timed) if case.cudnn)

@@ -10,7 +10,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `evlm plan`."""
     parser.add_argument("--config", required=True, help=CONFIG_HELP)
     parser.add_argument(
-        "--topology", required=True, help="v5p:4x4x4, v6e:16x16, cpu:8 and the like"
+        "--topology", required=True, help="v5p:4x4x4, v6e:16x16, h100:8, cpu:8 and the like"
     )
     parser.add_argument("--mesh", default="", help="fields of config.mesh: data=1,fsdp=32,tensor=2")
     parser.add_argument("--global-batch", type=argument(Positive), help="train.batch")

@@ -38,7 +38,7 @@ def devices(topology: str, slices: int = 1) -> tuple[list[jax.Device], Chip | No
         return found, CHIPS.get(kind)
     if kind not in CHIPS or not re.fullmatch(r"1|\d+(x\d+)+", shape):
         raise ValueError(
-            f"--topology {topology}: unknown; use cpu:8, v5p:4x4x4 and the like, with one of"
+            f"--topology {topology}: unknown; use cpu:8, h100:8, v5p:4x4x4 and the like, of"
             f" {', '.join(CHIPS)}"
         )
     if (axes := shape.count("x") + 1) > CHIPS[kind].axes:

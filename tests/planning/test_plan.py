@@ -255,7 +255,7 @@ def test_the_command_on_cpu_devices(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--topology", "v9:2x2"], "unknown; use cpu:8"),
+        (["--topology", "v9:2x2"], "unknown; use cpu:8, h100:8"),
         (["--topology", "cpu:two"], "give a number of devices"),
         (["--topology", "cpu:1", "--mesh", "data=3"], "product must be that"),
         (["--topology", "cpu:1", "--mesh", "rows=3"], "unknown key mesh.rows"),

@@ -24,7 +24,8 @@ def product(
     parameter is not rounded on its way. `dtype`: round to that instead.
 
     A quantised `b` becomes a matrix here, forward and once more backward, so that none is kept in
-    between; it has no gradient. A single row by one of two dimensions is `row_product` on GPUs.
+    between; it has no gradient. A single row by a matrix is `row_product` on GPUs where that is
+    quantised, two rows on TPUs.
     """
     spec = spec.replace("...", "ABCDEF"[: a.ndim + 3 - spec.index(",")])
     return _product(spec, dtype or operand_dtype(a), a, b)
@@ -41,11 +42,45 @@ def operand_dtype(a: jax.Array) -> jnp.dtype:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(spec: str, dtype: jnp.dtype, a: jax.Array, b: jax.Array | Quantised) -> jax.Array:
-    if isinstance(b, Quantised) and a.size == a.shape[-1] and platform() == "gpu":
-        of_a, of_b = spec.partition("->")[0].split(",")
-        if len(of_b) == 2 and of_a[-1] == of_b[b.axis]:
-            return row_product(a.astype(dtype).ravel(), b).reshape(*a.shape[:-1], -1)
-    return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
+    a, (of_a, of_b, out) = a.astype(dtype), spec.replace("->", ",").split(",")
+    # one row by a matrix
+    single = a.size == a.shape[-1] and len(of_b) == 2 and out[:-1] == of_a[:-1] != ""
+    if platform() == "tpu":
+        return _two_rows(spec, a, b) if single else _on_tpu(spec, a, b)
+    if platform() == "gpu" and single and isinstance(b, Quantised) and of_a[-1] == of_b[b.axis]:
+        return row_product(a.ravel(), b).reshape(*a.shape[:-1], -1)
+    return _multiplied(spec, a, b.astype(dtype))
+
+
+def _multiplied(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _two_rows(spec: str, a: jax.Array, b: jax.Array | Quantised) -> jax.Array:
+    """A single row with one of zeros below it: libtpu multiplies one row by its vector unit, two by
+    its matrix unit, which is faster. Without the barriers XLA would find out.
+    """
+    a = jnp.pad(a, ((0, 1), *((0, 0),) * (a.ndim - 1)))
+    rows = _on_tpu(spec, jax.lax.optimization_barrier(a), b)
+    return jax.lax.optimization_barrier(rows)[:1]
+
+
+def _on_tpu(spec: str, a: jax.Array, b: jax.Array | Quantised) -> jax.Array:
+    """Of what is quantised a product for each part of its bytes: to join them, libtpu writes
+    float32 matrices and lays them out anew.
+    """
+    if not isinstance(b, Quantised):
+        return _multiplied(spec, a, b.astype(a.dtype))
+    of_a, of_b, out = spec.replace("->", ",").split(",")
+    tiled, parts = of_b[b.axis], b.parts(a.dtype)
+    if tiled in of_a:
+        axis = of_a.index(tiled)
+        a = a.reshape(*a.shape[:axis], -1, len(parts), *a.shape[axis + 1 :])
+        pieces = (jax.lax.index_in_dim(a, i, axis + 1, False) for i in range(len(parts)))
+        return sum(_multiplied(spec, piece, part) for piece, part in zip(pieces, parts))
+    axis = out.index(tiled)
+    y = jnp.stack([_multiplied(spec, a, part) for part in parts], axis + 1)
+    return y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
 
 
 def _backward(

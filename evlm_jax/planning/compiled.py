@@ -37,6 +37,7 @@ _NO_PRODUCTS = set(  # targets of custom calls
     " GatherScatterIndicesBitpacked ConcatBitcast PrepareAsyncCallDone PrepareAsyncCallStart TopK"
     " ZeroCrop".split()
 )
+_SAME = ("bitcast", "reshape", "get-tuple-element", "copy")  # one array, within a fusion
 _SLICES = ("dynamic-slice", "slice", "gather")
 _UNKNOWN = 1e15  # cycles from which on an estimate of the TPU compiler is none
 
@@ -249,7 +250,7 @@ class _Counting:
         while behind:
             source = behind.pop()
             for user in fused.users[source.name]:
-                if user.opcode in ("bitcast", "reshape", "get-tuple-element"):
+                if user.opcode in _SAME or self._copies(user):
                     behind.append(user)
                 elif user.opcode in _SLICES and user.operands[0] == source.name:
                     read += sum(leaf.bytes for leaf in user.leaves)
@@ -265,6 +266,13 @@ class _Counting:
                 ):
                     return size
         return min(read, size)
+
+    def _copies(self, fusion: Instruction) -> bool:
+        """Whether it only lays its operand out anew, which within a fusion writes nothing."""
+        if fusion.opcode != "fusion":
+            return False
+        inner = self.module[fusion.called("calls")[0]].instructions
+        return all(i.opcode in (*_SAME, "parameter") for i in inner)
 
     def _written(self, fused: Computation) -> float:
         """What a fused computation writes to HBM; an update in place only its slice."""

@@ -17,6 +17,7 @@ from evlm_jax.data.pipeline import Lane
 from evlm_jax.data.samples import ImageRef, Turn
 from evlm_jax.data.sources import open_source
 from evlm_jax.data.tokenizer import load_tokenizer
+from evlm_jax.demo import command
 from evlm_jax.demo.command import fast_products
 from evlm_jax.evals import tasks as evals
 from experiments import demo
@@ -173,3 +174,12 @@ def test_the_demo_multiplies_in_what_the_cpu_is_fast_at(tmp_path, flags, wanted)
     file.write_text(f"processor : 0\n{flags}\n")
     assert fast_products(str(file)) == wanted
     assert fast_products(str(tmp_path / "none")) == "bfloat16"
+
+
+@pytest.mark.parametrize("products, steps", [("float32", 200), ("bfloat16", command.STEPS)])
+def test_the_demo_takes_as_many_steps_as_half_an_hour_has(monkeypatch, products, steps):
+    monkeypatch.setattr(command, "fast_products", lambda: products)
+    monkeypatch.setattr(command, "there", lambda name, make: True)
+    train = command.configured("").train
+    assert (train.steps, train.matmul_precision) == (steps, products)
+    assert command.configured("fast").train.steps == 6

@@ -11,12 +11,12 @@ from evlm_jax.ops.platform import compile_for
 from evlm_jax.ops.quantised import Quantised, dequantise, quantise
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("rows", [1, 2, 40])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_packed_products(platform, rows, dtype):
     """Every form of the product is the plain one with weights of that dtype; with several rows, and
-    on GPUs, rows of that dtype too.
+    on accelerators, rows of that dtype too.
     """
     with compile_for(platform):
         _packed(platform, rows, dtype)
@@ -29,7 +29,7 @@ def _packed(platform, rows, dtype):
     def rounded(x, is_rounded=True):
         return x.astype(dtype).astype(jnp.float32) if is_rounded else x
 
-    wanted = rounded(x, rows > 1 or platform == "gpu") @ rounded(kernel[1])
+    wanted = rounded(x, rows > 1 or platform != "cpu") @ rounded(kernel[1])
     found = decode_matmul.Packed(decode_matmul.pack(kernel, dtype), None, 1)(x)
     assert jnp.abs(found - wanted).max() <= 1e-5 * jnp.abs(wanted).max()
     head = decode_matmul.pack_head(
@@ -60,6 +60,32 @@ def test_quantised_products(rows, kind):
     assert head.pieces > 1
     found = decode_matmul.logits(head, x, 8400)
     assert jnp.abs(found - jnp.tile(wanted, (1, 210))).max() <= 1e-6 * jnp.abs(wanted).max()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
+def test_quantised_matrices_on_tpus(kind, axis, rows):
+    """The products by parts are that with the whole matrix, and so are their gradients; a matrix is
+    nowhere put together.
+    """
+    pytest.importorskip("qwix")
+    matrix = np.random.default_rng(0).standard_normal((96, 64), np.float32)
+    bits, scale = quantise(matrix, kind, 32, axis)
+    held = Quantised(jnp.asarray(bits), jnp.asarray(scale), kind, axis)
+    whole = jnp.asarray(dequantise(bits, scale, kind, axis))
+    for spec, width in (("...x,xy->...y", 96), ("...x,yx->...y", 64)):
+        x = jax.random.normal(jax.random.key(1), (1, rows, width))
+        out, transpose = jax.vjp(lambda x, spec=spec: product(spec, x, whole), x)
+        g = jnp.cos(jnp.arange(out.size)).reshape(out.shape)
+        with compile_for("tpu"):
+            found, back = jax.vjp(lambda x, spec=spec: product(spec, x, held), x)
+            (of_x,) = back(g)
+            text = str(jax.make_jaxpr(lambda x, spec=spec: product(spec, x, held))(x))
+        assert kind == "int8" or "96,64]" not in text
+        for mine, wanted in ((found, out), (of_x, *transpose(g))):
+            assert mine.shape == wanted.shape
+            assert jnp.abs(mine - wanted).max() <= 1e-5 * jnp.abs(wanted).max()
 
 
 @pytest.mark.parametrize("axis", [-1, -2])

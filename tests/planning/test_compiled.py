@@ -150,6 +150,33 @@ def test_a_stack_is_read_and_written_slice_by_slice(program):
     )  # 32 times as much if each step touched all of it
 
 
+LAID_OUT = """HloModule stack, is_scheduled=true, entry_computation_layout={()->()}
+
+%lays_out (p: u8[8,32,128]) -> u8[8,32,128] {
+  %p = u8[8,32,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %c = u8[8,32,128]{2,1,0:T(8,128)(4,1)} copy(%p)
+}
+
+%sliced (a: u8[8,32,128], i: s32[]) -> u8[1,32,128] {
+  %a = u8[8,32,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %i = s32[]{:T(128)} parameter(1)
+  %z = s32[]{:T(128)} constant(0)
+  %f = u8[8,32,128]{2,1,0:T(8,128)(4,1)} fusion(%a), kind=kLoop, calls=%lays_out
+  ROOT %s = u8[1,32,128]{2,1,0:T(8,128)(4,1)} dynamic-slice(%f, %i, %z, %z), dynamic_slice_sizes={1,32,128}
+}
+
+ENTRY %main (a: u8[8,32,128], i: s32[]) -> u8[1,32,128] {
+  %a = u8[8,32,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %i = s32[]{:T(128)} parameter(1)
+  ROOT %r = u8[1,32,128]{2,1,0:T(8,128)(4,1)} fusion(%a, %i), kind=kLoop, calls=%sliced
+}
+"""  # noqa: E501
+
+
+def test_a_slice_of_what_is_laid_out_anew_within_a_fusion_is_a_slice():
+    assert of(Module(LAID_OUT)).bytes == 2 * 32 * 128 + 4  # and its number
+
+
 @pytest.mark.parametrize("platform", ["cpu", TPU])
 def test_what_is_kept_for_the_backward_pass_fills_the_memory(platform, texts):
     text, account = texts[platform]["residuals"]

@@ -249,6 +249,8 @@ class _Counting:
         size = sum(leaf.bytes for leaf in whole.leaves)
         while behind:
             source = behind.pop()
+            if source.name == fused.root.name:
+                return size
             for user in fused.users[source.name]:
                 if user.opcode in _SAME or self._copies(user):
                     behind.append(user)

@@ -175,6 +175,9 @@ ENTRY %main (a: u8[8,32,128], i: s32[]) -> u8[1,32,128] {
 
 def test_a_slice_of_what_is_laid_out_anew_within_a_fusion_is_a_slice():
     assert of(Module(LAID_OUT)).bytes == 2 * 32 * 128 + 4  # and its number
+    whole = LAID_OUT.replace("1,32,128", "8,32,128").replace("calls=%sliced", "calls=%lays_out")
+    whole = whole.replace("fusion(%a, %i)", "fusion(%a)")
+    assert of(Module(whole)).bytes == 2 * 8 * 32 * 128
 
 
 @pytest.mark.parametrize("platform", ["cpu", TPU])

@@ -4,14 +4,13 @@ Unusual: a gradient of our own. JAX's would multiply a float32 cotangent by a 16
 matrix units do at the speed of float32 or not at all. CPUs with AMX gain five times from bfloat16
 products of this form, and nothing from others (docs/decisions.md, D-OPS-4)."""
 
-from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from evlm_jax.ops.platform import platform
-from evlm_jax.ops.quantised import Quantised, row_product
+from evlm_jax.ops.quantised import Quantised, joined, row_product
 
 
 def product(
@@ -76,19 +75,13 @@ def _on_tpu(spec: str, a: jax.Array, b: jax.Array | Quantised) -> jax.Array:
     of_a, of_b, out = spec.replace("->", ",").split(",")
     tiled, parts = of_b[b.axis], b.parts(a.dtype)
     if a.size // a.shape[-1] > parts[0].shape[-3 - b.axis]:
-        return _multiplied(spec, a, _joined(parts, parts[0].ndim + b.axis))
+        return _multiplied(spec, a, joined(parts, parts[0].ndim + b.axis))
     if tiled not in of_a:
-        return _joined([_multiplied(spec, a, part) for part in parts], out.index(tiled))
+        return joined([_multiplied(spec, a, part) for part in parts], out.index(tiled))
     axis = of_a.index(tiled)
     split = a.reshape(*a.shape[:axis], -1, len(parts), *a.shape[axis + 1 :])
     pieces = (jax.lax.index_in_dim(split, i, axis + 1, False) for i in range(len(parts)))
     return sum(_multiplied(spec, piece, part) for piece, part in zip(pieces, parts))
-
-
-def _joined(parts: Sequence[jax.Array], axis: int) -> jax.Array:
-    """Places 0 of all parts along `axis`, then their places 1, and so on."""
-    stacked = jnp.stack(parts, axis + 1)
-    return stacked.reshape(*stacked.shape[:axis], -1, *stacked.shape[axis + 2 :])
 
 
 def _backward(

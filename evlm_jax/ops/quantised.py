@@ -9,6 +9,7 @@ They are made by qwix (extra `quant`); to compute with them takes this file alon
 of 4-bit dtypes: they have one size on disk, in NumPy and in memory, and are cut like any others."""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -132,6 +133,12 @@ def values_of(bits: jax.Array, kind: str) -> tuple[jax.Array, ...]:
     return _number(wide & 15, kind), _number(wide >> 4, kind)
 
 
+def joined(parts: Sequence[jax.Array], axis: int) -> jax.Array:
+    """Places 0 of all parts along `axis`, then their places 1, and so on."""
+    stacked = jnp.stack(parts, axis + 1)
+    return stacked.reshape(*stacked.shape[:axis], -1, *stacked.shape[axis + 2 :])
+
+
 def row_product(x: jax.Array, matrix: Quantised) -> jax.Array:
     """x [in] times a matrix whose tiles lie along `in`, as sums of scaled rows: float32 [out]. XLA
     writes those of a tile for GPUs as one loop over the bytes, and makes no matrix of them.
@@ -153,8 +160,7 @@ def _values(bits: jax.Array, kind: str, axis: int) -> jax.Array:
         wide = jnp.repeat(bits, 2, axis).astype(jnp.int32)
         odd = jax.lax.broadcasted_iota(jnp.int32, wide.shape, axis) % 2 == 1
         return _number(jnp.where(odd, wide >> 4, wide & 15), kind)
-    halves = jnp.stack([bits & 15, bits >> 4], axis + 1)
-    return _number(halves.reshape(*bits.shape[:axis], -1, *bits.shape[axis + 1 :]), kind)
+    return _number(joined((bits & 15, bits >> 4), axis), kind)
 
 
 def _number(half: jax.Array, kind: str) -> jax.Array:

@@ -162,7 +162,7 @@ LAID_OUT = """HloModule stack, is_scheduled=true, entry_computation_layout={()->
   %i = s32[]{:T(128)} parameter(1)
   %z = s32[]{:T(128)} constant(0)
   %f = u8[8,32,128]{2,1,0:T(8,128)(4,1)} fusion(%a), kind=kLoop, calls=%lays_out
-  ROOT %s = u8[1,32,128]{2,1,0:T(8,128)(4,1)} dynamic-slice(%f, %i, %z, %z), dynamic_slice_sizes={1,32,128}
+  ROOT %s = u8[1,32,128]{2,1,0} dynamic-slice(%f, %i, %z, %z), dynamic_slice_sizes={1,32,128}
 }
 
 ENTRY %main (a: u8[8,32,128], i: s32[]) -> u8[1,32,128] {
@@ -170,7 +170,7 @@ ENTRY %main (a: u8[8,32,128], i: s32[]) -> u8[1,32,128] {
   %i = s32[]{:T(128)} parameter(1)
   ROOT %r = u8[1,32,128]{2,1,0:T(8,128)(4,1)} fusion(%a, %i), kind=kLoop, calls=%sliced
 }
-"""  # noqa: E501
+"""
 
 
 def test_a_slice_of_what_is_laid_out_anew_within_a_fusion_is_a_slice():

@@ -68,6 +68,11 @@ CYCLES = (  # runs whose reports tell cycles: arguments of `evlm plan`, as the p
         " --config.data.block_pairs=318",
     ),
     (
+        "continual, 448 px",
+        "--config experiments/evlm_14b.py:continual --topology v5p:4x4x4 --mesh fsdp=32,tensor=2"
+        " --remat dots --config.train.accumulate=1 --config.train.attention=pallas",
+    ),
+    (
         "SigLIP 2 so400m and Qwen3-8B, pretrain, ViT frozen",
         "--config experiments/evlm_8b.py:pretrain --topology v5p:4x4x4 --mesh fsdp=32,tensor=2"
         " --remat dots --config.train.accumulate=3",

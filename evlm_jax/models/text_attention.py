@@ -10,12 +10,14 @@ from evlm_jax.config import EVLMConfig, LLMConfig
 from evlm_jax.models.attention import attention, text_mask, within_window
 from evlm_jax.ops.fused_attention import fused_attention
 from evlm_jax.ops.grouped_attention import attention_form
+from evlm_jax.ops.platform import platform
 from evlm_jax.parallel.sharding import shard_map_local
 
 TEXT, TEXT_KEYS = ("rows", None, "heads"), ("rows", None, "kv_heads")
 # Of a row longer than LONG so many tokens ask at a time: the scores of all are its square. Keys
 # behind them are left out as far as PARTS equal parts of the row go.
 LONG, ASKING, PARTS = 2048, 128, 4
+SHORT = 64  # from so many tokens on shorter rows ask in PARTS on CPUs
 
 
 def self_attention_op(scale: float = 0.0, cap: float = 0.0, sums: bool = False) -> Callable:
@@ -47,8 +49,27 @@ def text_attention_op(
         attend = self_attention_op(llm.scales.query, llm.scales.score_cap, cfg.xattn.one_softmax)
     if length > long and form == "xla":
         return functools.partial(_in_chunks, llm, attend, until, positions)
+    if SHORT <= length and form == "xla" and platform() == "cpu":
+        attend = functools.partial(_in_parts, attend)
     mask = text_mask(until)
     return lambda number, q, k, v: attend(q, k, v, within_window(llm, mask, positions, number))
+
+
+def _in_parts(
+    attend: Callable, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """`attend` of PARTS parts of a row, to the keys up to the end of each (D-OPS-22)."""
+    length, out = q.shape[1], []
+    for part in range(PARTS):
+        first, stop = length * part // PARTS, length * (part + 1) // PARTS
+        some = k[:, :stop], v[:, :stop], mask[:, first:stop, :stop]
+        out.append(attend(q[:, first:stop], *some))
+    return _joined(out)
+
+
+def _joined(parts: list[jax.Array]) -> jax.Array:
+    """Parts of rows, or `Sums` of them, one behind the other."""
+    return jax.tree.map(lambda *some: jnp.concatenate(some, 1), *parts)
 
 
 def packed_attention_op(llm: LLMConfig) -> Callable:
@@ -102,4 +123,4 @@ def _in_chunks(
             return x.swapaxes(0, 1).reshape(rows, -1, *x.shape[3:])[:, :count]
 
         out.append(jax.tree.map(joined, done))
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), *out)
+    return _joined(out)

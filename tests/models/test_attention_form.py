@@ -1,5 +1,5 @@
-"""Forms of self-attention in the model: by kernels, interpreted, and in chunks, against the masked
-square; the memory of long rows."""
+"""Forms of self-attention in the model: by kernels, interpreted, in chunks and in parts, against
+the masked square; the memory of long rows."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def kernels(monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("form", ["chunks", "kernels"])
+@pytest.mark.parametrize("form", ["chunks", "kernels", "parts"])
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_layer_with_and_without_a_window(kernels, monkeypatch, form, layer):
     """Of two rows of 50 tokens: a text with two dialogs and padding; two texts."""
@@ -46,9 +46,10 @@ def test_a_layer_with_and_without_a_window(kernels, monkeypatch, form, layer):
     )
     if form == "kernels":
         kernels()
+    monkeypatch.setattr(text_attention, "SHORT", 50 if form == "parts" else 64)
     found = values_and_gradients(
         lambda *qkv: text_attention_op(
-            cfg, jnp.asarray(until, jnp.int32), jnp.asarray(place), long=0
+            cfg, jnp.asarray(until, jnp.int32), jnp.asarray(place), long=50 * (form == "parts")
         )(layer, *qkv),
         inputs,
     )

@@ -22,14 +22,11 @@ def new_folder(out: str, plan: dict) -> Iterator[epath.Path]:
 
     Args:
       plan: what decides the content, JSON-able.
-    Raises:
-      FileExistsError: `out` exists.
+    Raises FileExistsError where `out` exists.
     """
+    check_free(out)
     out = paths.place(out)
     folder = out if paths.remote(out) else out.parent / f"{out.name}.incomplete"
-    there = out.exists() or os.path.islink(out)  # a link to nothing cannot be replaced by a folder
-    if there and not (out == folder and (out / PLAN).exists()):
-        raise FileExistsError(f"{out} exists; give a new directory, or remove it")
     text = json.dumps(plan, sort_keys=True)
     if folder.exists() and not ((folder / PLAN).exists() and (folder / PLAN).read_text() == text):
         folder.rmtree()
@@ -43,6 +40,16 @@ def new_folder(out: str, plan: dict) -> Iterator[epath.Path]:
     (folder / PLAN).unlink()
     if folder != out:
         folder.rename(out)
+
+
+def check_free(out: str) -> None:
+    """Raises FileExistsError where `out` exists, and is not one that `new_folder` left unfinished
+    in a bucket.
+    """
+    out = paths.place(out)
+    there = out.exists() or os.path.islink(out)  # a link to nothing cannot be replaced by a folder
+    if there and not (paths.remote(out) and (out / PLAN).exists()):
+        raise FileExistsError(f"{out} exists; give a new directory, or remove it")
 
 
 def check(folder: epath.Path) -> None:

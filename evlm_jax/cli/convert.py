@@ -104,6 +104,14 @@ def _quantize_arguments(made: argparse.ArgumentParser) -> None:
         "--tile", type=argument(Positive), default=usual.tile, help="values that share a scale"
     )
     made.add_argument(
+        "--calibrate",
+        type=argument(Positive),
+        default=0,
+        metavar="ROWS",
+        help="of the run's training data, on whose activations GPTQ rounds: its sources must be"
+        " there; left out, each value is rounded by itself",
+    )
+    made.add_argument(
         "--without-logits",
         action="store_true",
         help="a receipt of the matrices alone, for which no model is run",
@@ -159,7 +167,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int | None:
 
         fields = {"patterns": args.pattern or TOWER_MATRICES, "kind": args.kind, "tile": args.tile}
         how = build(QuantConfig, fields, "quant")
-        return quantize_run(args.checkpoint, how, args.out, args.step, not args.without_logits)
+        logits = not args.without_logits
+        return quantize_run(args.checkpoint, how, args.out, args.step, logits, args.calibrate)
     if args.action == "verify":
         from evlm_jax.convert.verify import verify
 

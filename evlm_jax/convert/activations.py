@@ -4,7 +4,7 @@ A checkpoint of ours is run twice in float32: its logits come from the model's o
 intermediates from a plain loop over the same blocks, so that a fault of the scan shows too. A
 Hugging Face directory is run by transformers, with hooks on its modules."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from evlm_jax.batch import Batch
 from evlm_jax.checkpoint import store
@@ -152,12 +153,34 @@ def _logits(model: EVLM, batch: Batch) -> jax.Array:
     return model.logits(model.hidden(batch))
 
 
-@jax.jit
-def _vision(block, x):
+class Step(NamedTuple):
+    """A step of `walk`: `apply(how, module, *inputs)` is its output."""
+
+    name: str  # canonical, of the module's parameters: vit/blocks/3, xattn/3, llm/layers/3
+    apply: Callable[..., jax.Array]
+    how: Any  # static
+    module: nnx.Module
+    inputs: tuple
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def taken(apply: Callable, how: Any, module: nnx.Module, *inputs: Any) -> jax.Array:
+    """The output of a step, compiled once for all of a kind."""
+    return apply(how, module, *inputs)
+
+
+def _vision(_, block, x):
     return block(x)
 
 
-@partial(jax.jit, static_argnums=0)
+def _embedded(_, model, tokens, slots):
+    return model.embed(tokens, slots)
+
+
+def _normed(_, norm, x):
+    return norm(x)
+
+
 def _decoder(scales, block, x, rope, mask):
     def attend(q, k, v):
         return attention(q, k, v, mask, scales.query, scales.score_cap), None
@@ -165,14 +188,15 @@ def _decoder(scales, block, x, rope, mask):
     return block(x, rope, attend)[0]
 
 
-@partial(jax.jit, static_argnums=0)
 def _cross(sinks, block, x, tap, grouping):
     k, v = block.keys_values(tap)
     return block(x, lambda q: (grouped_attention(q, k, v, grouping, sinks), None))[0]
 
 
-def _loop(model: EVLM, batch: Batch) -> Iterator[tuple[str, jax.Array]]:
-    """(name, [B, I, S, V] or [B, T, D]) of every step."""
+def walk(model: EVLM, batch: Batch) -> Generator[Step, jax.Array, None]:
+    """Every step of a model over a batch with pixels, in order; each is answered with its output:
+    [B * I, S, V] of a block of the ViT, else [B, T, D].
+    """
     cfg, vit = model.cfg, model.vit
 
     def layer(stack, i):
@@ -181,33 +205,48 @@ def _loop(model: EVLM, batch: Batch) -> Iterator[tuple[str, jax.Array]]:
     x = (batch.pixels / 255.0 - jnp.array(cfg.vit.mean)) / jnp.array(cfg.vit.std)
     x, taps = vit.embed(x.reshape(-1, *x.shape[2:])), []
     for (first, stop), blocks in zip(stack_bounds(cfg.vit), vit.stacks, strict=True):
-        for i in range(stop - first):
-            x = _vision(layer(blocks, i), x)
+        for i in range(first, stop):
+            x = yield Step(f"vit/blocks/{i}", _vision, None, layer(blocks, i - first), (x,))
         if stop in cfg.vit.taps:
             taps.append(x.reshape(*batch.pixels.shape[:2], *x.shape[1:]))
-            yield f"vit/tap {stop}", taps[-1]
 
     mask, ropes = text_mask(batch.visible_until), rope_tables(cfg.llm, batch.positions)
     grouping = AttentionPlan(
         batch.block_tokens, batch.token_place, batch.pair_block, batch.pair_image
     )
-    x = model.embed(batch.tokens, batch.media_slot)
-    yield "embed", x
+    x = yield Step("embed", _embedded, None, model, (batch.tokens, batch.media_slot))
     for i in range(cfg.llm.layers):
         if i in cfg.cross_layers:
             number = cfg.cross_layers.index(i)
-            x = _cross(
-                cfg.xattn.sinks,
-                layer(model.xattn, number),
-                x,
-                taps[cfg.tap_of_cross_layer[number]],
-                grouping,
-            )
-            yield f"xattn/{i}", x
+            inputs = x, taps[cfg.tap_of_cross_layer[number]], grouping
+            block = layer(model.xattn, number)
+            x = yield Step(f"xattn/{i}", _cross, cfg.xattn.sinks, block, inputs)
         rope, seen = layer_rope(cfg.llm, ropes, i), within_window(cfg.llm, mask, batch.positions, i)
-        x = _decoder(cfg.llm.scales, layer(model.llm.layers, i), x, rope, seen)
-        yield f"llm/layers/{i}", x
-    yield "llm/ln_f", model.llm.ln_f(x)
+        block = layer(model.llm.layers, i)
+        x = yield Step(f"llm/layers/{i}", _decoder, cfg.llm.scales, block, (x, rope, seen))
+    yield Step("llm/ln_f", _normed, None, model.llm.ln_f, (x,))
+
+
+def _loop(model: EVLM, batch: Batch) -> Iterator[tuple[str, jax.Array]]:
+    """(name, [B, I, S, V] or [B, T, D]) of every step."""
+    steps = walk(model, batch)
+    taps = {f"vit/blocks/{tap - 1}": f"vit/tap {tap}" for tap in model.cfg.vit.taps}
+    step = next(steps)
+    while step:
+        out = taken(step.apply, step.how, step.module, *step.inputs)
+        if step.name in taps:
+            yield taps[step.name], out.reshape(*batch.pixels.shape[:2], *out.shape[1:])
+        elif not step.name.startswith("vit/"):
+            yield step.name, out
+        step = answered(steps, out)
+
+
+def answered(steps: Generator[Step, jax.Array, None], out: jax.Array) -> Step | None:
+    """The step behind the one with this output; None: that was the last."""
+    try:
+        return steps.send(out)
+    except StopIteration:
+        return None
 
 
 def batch_of(examples: Sequence[Example], query_block: int, size: tuple[int, int]) -> Batch:

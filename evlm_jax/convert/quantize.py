@@ -10,9 +10,11 @@ import numpy as np
 from flax import nnx
 
 from evlm_jax.checkpoint import store
+from evlm_jax.checkpoint.atomic_dir import check_free
 from evlm_jax.checkpoint.lazy_tensors import Tensors
 from evlm_jax.config import QuantConfig
 from evlm_jax.convert.activations import Example, batch_of, in_float32, logits_of, look
+from evlm_jax.convert.calibrate import calibrated
 from evlm_jax.convert.engine import parameter_shapes
 from evlm_jax.convert.verify import built_in, compare, divergence, relative
 from evlm_jax.data.tokenizer import source_of_run
@@ -26,7 +28,12 @@ RECEIPT = "quantised.json"
 
 
 def quantize_run(
-    source: str, how: QuantConfig, out: str, step: int | None = None, logits: bool = True
+    source: str,
+    how: QuantConfig,
+    out: str,
+    step: int | None = None,
+    logits: bool = True,
+    rows: int = 0,
 ) -> None:
     """Writes the newest (or given) step of a run as a model whose matrices are quantised, with
     RECEIPT beside it, and prints that: the relative error of each matrix, bytes, and as of
@@ -34,22 +41,28 @@ def quantize_run(
 
     Args:
       logits: False leaves these two out, as a baseline does.
+      rows: of the run's training data, on which GPTQ rounds (calibrate.py); 0: each value is
+        rounded by itself.
     Raises:
       FileExistsError: `out` exists.
-      ValueError: the run is quantised already; patterns or tiles do not fit it.
+      ValueError: the run is quantised already; patterns or tiles do not fit it; as of calibrated.
     """
+    check_free(out)
     tensors, before = store.open_params(source, step)
     if before.quant.patterns:
         raise ValueError(f"{source} is quantised: make it whole first, with `evlm convert merge`")
     cfg = replace(before, quant=how)
-    made = quant.quantised(cfg, parameter_shapes(cfg), tensors)
-    plan = {"source": store.identity(source, step), "quant": asdict(how)}
+    names, plan = parameter_shapes(cfg), {"source": store.identity(source, step)}
+    plan |= {"quant": asdict(how)} | ({"rows": rows} if rows else {})
+    given = calibrated(source, step, how, names, rows) if rows else {}
+    made = quant.quantised(cfg, names, tensors | given)
     trained, origin = store.trained(source, step), {"quantised": source}
     tokenizer = source_of_run(source, before.init.llm)
     write_model(cfg, made, out, plan, tokenizer, origin, trained & quant.plain(made))
     whole = quant.whole(cfg, store.open_params(out)[0])
     changed = {name: whole[name] for name in sorted(whole.keys() - quant.plain(made))}
-    receipt = asdict(how) | {"bytes": _bytes(tensors, made), "errors": _errors(tensors, changed)}
+    receipt = asdict(how) | ({"rows": rows} if rows else {})
+    receipt |= {"bytes": _bytes(tensors, made), "errors": _errors(tensors, changed)}
     if logits and not before.baseline:
         receipt |= difference(source, out, step) | {"alone": alone(source, changed, step)}
     write(place(out) / RECEIPT, json.dumps(receipt, indent=2) + "\n")

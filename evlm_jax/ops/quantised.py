@@ -100,6 +100,15 @@ _whole = jax.jit(partial(Quantised.astype, dtype=jnp.float32))
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _parts(matrix: jax.Array, kind: str, tile: int, axis: int) -> tuple[jax.Array, jax.Array]:
+    codes, scale = coded(matrix, kind, tile, axis)
+    return packed(codes, kind, axis), scale
+
+
+def coded(matrix: jax.Array, kind: str, tile: int, axis: int) -> tuple[jax.Array, jax.Array]:
+    """A byte a value, in 4 bits its lower half, and scales, as qwix rounds.
+
+    Raises ImportError where qwix is not installed.
+    """
     try:
         import qwix
     except ImportError as error:
@@ -115,12 +124,16 @@ def _parts(matrix: jax.Array, kind: str, tile: int, axis: int) -> tuple[jax.Arra
     values = made.qvalue
     if kind != "nf4":
         values = jax.lax.bitcast_convert_type(values.astype(jnp.int8), jnp.uint8)
+    codes = values.astype(jnp.uint8)
+    return codes if kind == "int8" else codes & 15, made.scale
+
+
+def packed(codes: jax.Array, kind: str, axis: int) -> jax.Array:
+    """The bytes of a matrix of `coded`."""
     if kind == "int8":
-        return values, made.scale
-    low, high = (
-        jax.lax.slice_in_dim(values.astype(jnp.uint8), side, None, 2, axis) for side in (0, 1)
-    )
-    return (low & 15) | (high << 4), made.scale
+        return codes
+    low, high = (jax.lax.slice_in_dim(codes, side, None, 2, axis % codes.ndim) for side in (0, 1))
+    return low | (high << 4)
 
 
 def values_of(bits: jax.Array, kind: str) -> tuple[jax.Array, ...]:
@@ -128,9 +141,9 @@ def values_of(bits: jax.Array, kind: str) -> tuple[jax.Array, ...]:
     and those of the high halves.
     """
     if kind == "int8":
-        return (jax.lax.bitcast_convert_type(bits, jnp.int8).astype(jnp.float32),)
+        return (number_of(bits, kind),)
     wide = bits.astype(jnp.int32)
-    return _number(wide & 15, kind), _number(wide >> 4, kind)
+    return number_of(wide & 15, kind), number_of(wide >> 4, kind)
 
 
 def joined(parts: Sequence[jax.Array], axis: int) -> jax.Array:
@@ -159,13 +172,15 @@ def _values(bits: jax.Array, kind: str, axis: int) -> jax.Array:
     if platform() == "cpu":  # where joined halves take ten times as long; libtpu would store these
         wide = jnp.repeat(bits, 2, axis).astype(jnp.int32)
         odd = jax.lax.broadcasted_iota(jnp.int32, wide.shape, axis) % 2 == 1
-        return _number(jnp.where(odd, wide >> 4, wide & 15), kind)
-    return _number(joined((bits & 15, bits >> 4), axis), kind)
+        return number_of(jnp.where(odd, wide >> 4, wide & 15), kind)
+    return number_of(joined((bits & 15, bits >> 4), axis), kind)
 
 
-def _number(half: jax.Array, kind: str) -> jax.Array:
-    """The number that half a byte, 0 to 15, stands for: float32."""
-    return _nf4(half) if kind == "nf4" else ((half.astype(jnp.int32) ^ 8) - 8).astype(jnp.float32)
+def number_of(code: jax.Array, kind: str) -> jax.Array:
+    """The number that a byte, in 4 bits half a byte, 0 to 15, stands for: float32."""
+    if kind == "int8":
+        return jax.lax.bitcast_convert_type(code, jnp.int8).astype(jnp.float32)
+    return _nf4(code) if kind == "nf4" else ((code.astype(jnp.int32) ^ 8) - 8).astype(jnp.float32)
 
 
 def _nf4(index: jax.Array) -> jax.Array:

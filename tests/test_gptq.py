@@ -11,11 +11,13 @@ import pytest
 
 from evlm_jax import cli
 from evlm_jax.checkpoint import store
+from evlm_jax.convert import calibrate
 from evlm_jax.convert.activations import in_float32, logits_of
 from evlm_jax.data.pipeline import batches
 from evlm_jax.ops.gptq import rounded
 from evlm_jax.ops.quantised import dequantise, quantise
 from evlm_jax.runs import load_trained
+from tests.helpers.tiny import tiny_batch, tiny_config
 
 gptq_core = pytest.importorskip("qwix.contrib.gptq_core", reason="needs the extra quant")
 qarray = pytest.importorskip("qwix._src.core.qarray", reason="needs the extra quant")
@@ -71,6 +73,25 @@ def test_inputs_that_are_unlike_each_other_leave_nothing_to_make_up_for(matrix):
         rounded(matrix, np.full((INPUTS,) * 2, np.nan), "nf4", TILE)
 
 
+def test_padding_is_left_out():
+    """Rows of a batch whose planned pairs name the images that are seen."""
+    cfg, rng = tiny_config(), np.random.default_rng(0)
+    batch = tiny_batch(cfg, 3)
+    text, images = calibrate._real(batch)
+    pairs = batch.pair_block < batch.block_tokens.shape[1]
+    for row, seen in enumerate(images):
+        assert {*np.flatnonzero(seen)} == {*batch.pair_image[row][pairs[row]]}
+    assert 0 < text.mean() < 1 and 0 < images.mean() < 1
+    for real, shape in (
+        (text, text.shape),
+        (images, (*images.shape, 5)),
+        (images, (images.size, 5)),
+    ):
+        x = rng.standard_normal((*shape, 8)).astype(np.float32)
+        own = x.reshape(real.size, -1, 8)[real.ravel()].reshape(-1, 8)
+        np.testing.assert_allclose(calibrate._gram(x, real), own.T @ own, 1e-4, 1e-4)
+
+
 def logits(where: str) -> np.ndarray:
     """Of a run for a batch of its training data."""
     trained = load_trained(where)
@@ -101,3 +122,6 @@ def test_the_command_rounds_on_rows_of_the_runs_data(tmp_path, monkeypatch, caps
     capsys.readouterr()
     assert cli.main([*command.split(), "plain", "--calibrate", "8"]) == 1
     assert "plain exists" in capsys.readouterr().err
+    Path("rows.jsonl").unlink()
+    assert cli.main([*command.split(), "again", "--calibrate", "8"]) == 1
+    assert "rows.jsonl" in (said := capsys.readouterr().err) and "leave --calibrate out" in said

@@ -3,6 +3,7 @@
 Step by step through the model, all rows side by side: the inputs of a step's matrices are summed
 up, the matrices are rounded, and what the rounded step gives goes on to the next: each matrix is
 rounded for the inputs that it will be given. One step's sums are held at a time, [in, in] a matrix.
+Padding is left out: as a first token of its own it would count most of all.
 
 Tried and left out: matrices that make up for what their inputs have lost (qwix's `qep`) were worse
 than those that do not."""
@@ -24,6 +25,7 @@ from evlm_jax.checkpoint.lazy_tensors import Tensor
 from evlm_jax.config import EVLMConfig, QuantConfig
 from evlm_jax.convert.activations import Step, answered, in_float32, taken, walk
 from evlm_jax.data.pipeline import batches
+from evlm_jax.flops import real_tokens
 from evlm_jax.models.evlm import EVLM
 from evlm_jax.models.layers import Linear
 from evlm_jax.models.quant import NAMES, TABLE
@@ -56,11 +58,14 @@ def calibrated(
             " leave --calibrate out"
         )
     wanted = {name.removesuffix("_scale") for name in names if name.endswith(NAMES)}
+    wanted -= set() if model.llm.head is None else {TABLE}  # no product reads it
+    if not (wanted and model.cfg.data.sources):
+        what = "data.sources is empty" if wanted else "quant.patterns choose nothing but a lookup"
+        raise ValueError(f"{source}: config: {what}: leave --calibrate out")
     data = _rows(model.cfg, trained.tokenizer, rows)
     with tqdm(total=len(wanted), unit="matrix", desc="calibrated") as bar:
         made = _Calibration(how, wanted, bar.update).run(model, data)
-    unseen = wanted - {name.removesuffix("_scale") for name in made}
-    if unseen - ({TABLE} if model.llm.head is not None else set()):
+    if unseen := wanted - made.keys():
         raise ValueError(
             f"config: quant.patterns choose {min(unseen)}, whose inputs calibration does not see:"
             " narrow them, or leave --calibrate out"
@@ -76,8 +81,11 @@ def _rows(cfg: EVLMConfig, tokenizer: Any, rows: int) -> list[Batch]:
         train=replace(cfg.train, batch=group, accumulate=1),
         data=replace(cfg.data, cache_features=False),
     )
-    with closing(batches(cfg, tokenizer)) as found:
-        return [next(found)[0] for _ in range(-(-rows // group))]
+    try:
+        with closing(batches(cfg, tokenizer)) as found:
+            return [next(found)[0] for _ in range(-(-rows // group))]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error}; or take fewer rows, or leave --calibrate out") from error
 
 
 @dataclass(frozen=True)
@@ -91,22 +99,26 @@ class _Calibration:
 
     def run(self, model: EVLM, data: Sequence[Batch]) -> dict[str, np.ndarray]:
         """Bytes and scales by name."""
+        real = [_real(batch) for batch in data]
         with jax.default_matmul_precision("highest"):
             if TABLE in self.wanted and model.llm.head is None:
                 # first, for the layers read its rows; what it multiplies are whole layers' outputs
-                gram = _added(_gram(_hidden(model, batch)) for batch in data)
+                gram = _added(
+                    _gram(_hidden(model, batch), text) for batch, (text, _) in zip(data, real)
+                )
                 model.llm.embed[...] = self._round(TABLE, model.llm.embed[...].T, gram).T
             walks = [walk(model, batch) for batch in data]
             steps = [next(one) for one in walks]
             while steps[0]:
-                module = self._step(steps)
+                module = self._step(steps, real)
                 outputs = [taken(one.apply, one.how, module, *one.inputs) for one in steps]
                 steps = [answered(*pair) for pair in zip(walks, outputs)]
             if HEAD in self.wanted:
-                self._round(HEAD, model.llm.head.kernel[...], _added(map(_gram, outputs)))
+                gram = _added(_gram(x, text) for x, (text, _) in zip(outputs, real))
+                self._round(HEAD, model.llm.head.kernel[...], gram)
         return self.made
 
-    def _step(self, steps: Sequence[Step]) -> nnx.Module:
+    def _step(self, steps: Sequence[Step], real: Sequence[tuple]) -> nnx.Module:
         """The module of a step with its matrices rounded."""
         name, apply, how, module, _ = steps[0]
         names = {
@@ -116,7 +128,12 @@ class _Calibration:
         paths = tuple(path for path in names if names[path] in self.wanted)
         if not paths:
             return module
-        grams = _added(_grams(apply, how, paths, module, *step.inputs) for step in steps)
+        if name.startswith("vit/"):
+            real = [(images, images) for _, images in real]
+        grams = _added(
+            _grams(apply, how, paths, module, masks, *step.inputs)
+            for step, masks in zip(steps, real)
+        )
         for path, gram in zip(paths, grams):
             linear = _at(module, path)
             linear.kernel[...] = self._round(names[path], linear.kernel[...], gram)
@@ -153,13 +170,20 @@ class _Watched(nnx.Module):
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _grams(
-    apply: Callable, how: Any, paths: Sequence[tuple], module: nnx.Module, *inputs: Any
+    apply: Callable,
+    how: Any,
+    paths: Sequence[tuple],
+    module: nnx.Module,
+    real: tuple[jax.Array, jax.Array],
+    *inputs: Any,
 ) -> list[jax.Array]:
-    """Of the projections at `paths` of a step's module the sums of x x^T of their inputs."""
+    """Of the projections at `paths` of a step's module the sums of x x^T of their inputs: of text
+    [B, T, in], of a ViT [B * I, S, in], of images beside text [B, I, S, in].
+    """
     grams = [jnp.zeros(())] * len(paths)
 
     def tell(number: int, x: jax.Array) -> None:
-        grams[number] += _gram(x)
+        grams[number] += _gram(x, real[x.ndim == 4])
 
     for number, (*above, name) in enumerate(paths):
         holder = _at(module, above)
@@ -180,7 +204,17 @@ def _added(grams: Iterable[Any]) -> Any:
 
 
 @jax.jit
-def _gram(x: jax.Array) -> jax.Array:
-    """x [..., in] -> the sum of x x^T, float32 [in, in]."""
-    x = x.astype(jnp.float32)
-    return jnp.einsum("...i,...j->ij", x, x)
+def _gram(x: jax.Array, real: jax.Array) -> jax.Array:
+    """x [..., in] -> the sum of x x^T, float32 [in, in], over what is `real`, bool of the leading
+    axes of x or of some of them.
+    """
+    x = x.astype(jnp.float32).reshape(real.size, -1, x.shape[-1])
+    return jnp.einsum("rsi,rsj->ij", jnp.where(real.reshape(-1, 1, 1), x, 0), x)
+
+
+def _real(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Which tokens [B, T] are no padding, and which image slots [C, I] a token sees."""
+    groups, slots = batch.pixels.shape[:2]
+    start, stop = (at.reshape(groups, -1, 1) for at in (batch.visible_start, batch.visible_stop))
+    images = ((start <= np.arange(slots)) & (np.arange(slots) < stop)).any(1)
+    return real_tokens(batch), images

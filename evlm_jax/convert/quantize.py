@@ -1,6 +1,7 @@
 """`evlm convert quantize`: a checkpoint whose matrices are held in 8 or 4 bits, and a receipt of
 what that changed."""
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -53,8 +54,8 @@ def quantize_run(
         raise ValueError(f"{source} is quantised: make it whole first, with `evlm convert merge`")
     cfg = replace(before, quant=how)
     names, plan = parameter_shapes(cfg), {"source": store.identity(source, step)}
-    plan |= {"quant": asdict(how)} | ({"rows": rows} if rows else {})
     given = calibrated(source, step, how, names, rows) if rows else {}
+    plan |= {"quant": asdict(how)} | ({"rounded": _digest(given)} if rows else {})
     made = quant.quantised(cfg, names, tensors | given)
     trained, origin = store.trained(source, step), {"quantised": source}
     tokenizer = source_of_run(source, before.init.llm)
@@ -67,6 +68,14 @@ def quantize_run(
         receipt |= difference(source, out, step) | {"alone": alone(source, changed, step)}
     write(place(out) / RECEIPT, json.dumps(receipt, indent=2) + "\n")
     _tell(receipt)
+
+
+def _digest(tensors: Tensors) -> str:
+    """Of names and values: what was begun with others is not gone on with."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode() + tensors[name].read().tobytes())
+    return found.hexdigest()
 
 
 def _bytes(before: Tensors, after: Tensors) -> dict[str, int]:

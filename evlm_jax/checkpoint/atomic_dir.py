@@ -22,7 +22,8 @@ def new_folder(out: str, plan: dict) -> Iterator[epath.Path]:
 
     Args:
       plan: what decides the content, JSON-able.
-    Raises FileExistsError where `out` exists.
+    Raises:
+      FileExistsError: `out` exists.
     """
     check_free(out)
     out = paths.place(out)

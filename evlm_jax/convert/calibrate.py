@@ -102,7 +102,7 @@ class _Calibration:
         real = [_real(batch) for batch in data]
         with jax.default_matmul_precision("highest"):
             if TABLE in self.wanted and model.llm.head is None:
-                # first, for the layers read its rows; what it multiplies are whole layers' outputs
+                # first, for layers read its rows; its own inputs are then those of whole layers
                 gram = _added(
                     _gram(_hidden(model, batch), text) for batch, (text, _) in zip(data, real)
                 )

@@ -48,7 +48,7 @@ def quantize_run(
       FileExistsError: `out` exists.
       ValueError: the run is quantised already; patterns or tiles do not fit it; as of calibrated.
     """
-    check_free(out)
+    check_free(out)  # before calibration, which takes long
     tensors, before = store.open_params(source, step)
     if before.quant.patterns:
         raise ValueError(f"{source} is quantised: make it whole first, with `evlm convert merge`")

@@ -46,7 +46,8 @@ from tests.helpers.tiny import TinyData, tiny_batch, tiny_config
 qwix = pytest.importorskip("qwix", reason="needs the extra quant")
 
 KINDS = ("int8", "int4", "nf4")
-QUANT = {"patterns": TOWER_MATRICES, "kind": "nf4", "tile": 16}
+WIDER = ("^llm/embed$", "^llm/.*/down/")  # in int8
+QUANT = {"patterns": TOWER_MATRICES, "kind": "nf4", "tile": 16, "int8": WIDER}
 RULES = ({"pattern": "/lora_|^(xattn|media)/", "lr": 1.0}, {"pattern": "", "lr": None})
 CFG = tiny_config(
     lora={"patterns": (r"^llm/layers/\d+/attn/[qv]/",), "rank": 3, "alpha": 6.0},
@@ -104,7 +105,8 @@ def test_they_stand_beside_the_matrices_that_patterns_choose():
     assert sizes.keys() == plain.keys() | scales(sizes) | set(filter(is_adapter, sizes))
     for name in chosen:
         axis = -1 if name == "llm/embed" else -2
-        assert (sizes[name], sizes[f"{name}_scale"]) == shapes(plain[name], "nf4", 16, axis)
+        kind = "int8" if name == "llm/embed" or "/down/" in name and "llm" in name else "nf4"
+        assert (sizes[name], sizes[f"{name}_scale"]) == shapes(plain[name], kind, 16, axis)
     layout = make_layout(CFG)
     phase, other = (TrainPhase(cfg, 0, layout) for cfg in (CFG, CFG.merged))
     count = {
@@ -135,6 +137,9 @@ def test_they_stand_beside_the_matrices_that_patterns_choose():
         ),
         ({"patterns": ("layers/1/attn/q",)}, {}, "its layers are one stack: choose all or none"),
         ({"tile": 48}, {}, "tile = 48 does not divide the 64 of llm/embed: give another"),
+        ({"int8": ("ln_f",)}, {}, "int8 has 'ln_f', which is found in the name of no matrix"),
+        ({"int8": ("1/attn/q",)}, {}, "int8 choose llm/layers/1/attn/q/kernel and not llm/layers/"),
+        ({"int8": ("^media",)}, {}, "'^media', which is found in the name of no matrix that qu"),
         ({"tile": 5}, {}, "tile must be even"),
         ({"kind": "int3"}, {}, "kind is 'int3'; use one of int8, int4, nf4"),
     ],
@@ -146,7 +151,8 @@ def test_what_cannot_be_quantised_is_refused_by_name(changes, sections, error):
 
 
 def test_what_is_quantised_is_not_trained():
-    cfg = dataclasses.replace(CFG, quant=dataclasses.replace(CFG.quant, patterns=("^xattn/.*/k/",)))
+    quant_ = dataclasses.replace(CFG.quant, patterns=("^xattn/.*/k/",), int8=())
+    cfg = dataclasses.replace(CFG, quant=quant_)
     with pytest.raises(ValueError, match="trains xattn/0/k/kernel, which is quantised: freeze it"):
         TrainPhase(cfg, 0, make_layout(cfg))
     with pytest.raises(ValueError, match="choose xattn/0/k/kernel, which begins anew"):
@@ -267,7 +273,7 @@ def test_a_run_learns_and_keeps_the_bits_of_its_base(base, runs):
     assert held == scales(parameter_shapes(CFG)) and not scales(whole.params)
     for name in held:
         matrix, axis = name.removesuffix("_scale"), -1 if name == "llm/embed_scale" else -2
-        parts = quantise(base[1][matrix], "nf4", 16, axis)
+        parts = quantise(base[1][matrix], CFG.quant.kind_of(matrix), 16, axis)
         for found, made in zip((whole.frozen[matrix], whole.frozen[name]), parts):
             assert made.dtype == found.dtype and made.tobytes() == found.tobytes()
     for part in ("frozen", "params", "groups"):
@@ -284,9 +290,14 @@ def test_a_stage_takes_up_what_is_quantised_or_refuses(runs, base):
     params, _ = next_stage(CFG, str(runs[0]))
     begun = quant.quantised(CFG, parameter_shapes(CFG), params)
     assert all(begun[name] is params[name] for name in params)
-    for changes in ({"kind": "int4"}, {"tile": 8}, {"patterns": ("^vit/blocks/.*/kernel",)}):
+    for changes in (
+        {"kind": "int4"},
+        {"tile": 8},
+        {"patterns": ("^vit/blocks/.*/kernel",), "int8": ()},
+        {"int8": WIDER[:1]},
+    ):
         other = dataclasses.replace(CFG, quant=dataclasses.replace(CFG.quant, **changes))
-        with pytest.raises(ValueError, match="holds .* in nf4 by 16: give its quant section"):
+        with pytest.raises(ValueError, match="holds .* in (nf4|int8) by 16: give its quant"):
             next_stage(other, str(runs[0]))
 
 

@@ -101,6 +101,13 @@ def _quantize_arguments(made: argparse.ArgumentParser) -> None:
         " quantised; may be given several times, and is all of the towers where left out",
     )
     made.add_argument(
+        "--int8",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="likewise, of what is held in int8 whatever --kind is, as '^llm/(embed|head)'",
+    )
+    made.add_argument(
         "--tile", type=argument(Positive), default=usual.tile, help="values that share a scale"
     )
     made.add_argument(
@@ -165,8 +172,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int | None:
     if args.action == "quantize":
         from evlm_jax.convert.quantize import quantize_run
 
-        fields = {"patterns": args.pattern or TOWER_MATRICES, "kind": args.kind, "tile": args.tile}
-        how = build(QuantConfig, fields, "quant")
+        fields = {"kind": args.kind, "tile": args.tile, "int8": args.int8}
+        how = build(QuantConfig, fields | {"patterns": args.pattern or TOWER_MATRICES}, "quant")
         logits = not args.without_logits
         return quantize_run(args.checkpoint, how, args.out, args.step, logits, args.calibrate)
     if args.action == "verify":

@@ -1,6 +1,7 @@
 """The sections of the configuration (config/__init__.py) that say what the model is."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -336,3 +337,8 @@ class QuantConfig:
     patterns: tuple[Pattern, ...] = ()
     kind: Literal["int8", "int4", "nf4"] = "int8"  # "nf4": 16 quantiles of a normal distribution
     tile: Positive = 64  # values, along the axis that products sum over, that share a scale
+    int8: tuple[Pattern, ...] = ()  # of the matrices chosen, those held in int8 whatever `kind` is
+
+    def kind_of(self, name: str) -> str:
+        """How a chosen matrix with this canonical name is held."""
+        return "int8" if any(re.search(pattern, name) for pattern in self.int8) else self.kind

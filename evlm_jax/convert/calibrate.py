@@ -141,12 +141,12 @@ class _Calibration:
 
     def _round(self, name: str, matrix: jax.Array, gram: np.ndarray) -> np.ndarray:
         """The matrix [in, out] as its bytes and scales give it; they are kept."""
-        damping = READ if name == TABLE else DAMPING
+        damping, kind = READ if name == TABLE else DAMPING, self.how.kind_of(name)
         try:
-            bits, scales = rounded(matrix, gram, self.how.kind, self.how.tile, damping)
+            bits, scales = rounded(matrix, gram, kind, self.how.tile, damping)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        made = dequantise(bits, scales, self.how.kind, -2)
+        made = dequantise(bits, scales, kind, -2)
         kept = (bits.T, scales.T) if name == TABLE else (bits, scales)
         self.made.update(zip((name, f"{name}_scale"), kept))
         self.tell()

@@ -67,7 +67,7 @@ def quantize_run(
     if logits and not before.baseline:
         receipt |= difference(source, out, step) | {"alone": alone(source, changed, step)}
     write(place(out) / RECEIPT, json.dumps(receipt, indent=2) + "\n")
-    _tell(receipt)
+    _tell(receipt, how)
 
 
 def _digest(tensors: Tensors) -> str:
@@ -151,7 +151,7 @@ def _apart(examples: Sequence[Example], before: np.ndarray, after: np.ndarray) -
     return float(np.mean([divergence(a[:length], b[:length]) for length, a, b in rows]))
 
 
-def _tell(receipt: dict) -> None:
+def _tell(receipt: dict, how: QuantConfig) -> None:
     errors, sizes = receipt["errors"], receipt["bytes"]
     for name, error in errors.items():
         print(f"{name:48}  {error:.2%}")
@@ -159,8 +159,9 @@ def _tell(receipt: dict) -> None:
         print(f"behind {name:41}  {error:.2%}")
     for name, kl in receipt.get("alone", {}).items():
         print(f"{name + ' alone':48}  KL {kl:.1e}")
+    kinds = " and ".join(sorted({how.kind_of(name) for name in errors}))
     print(
-        f"{len(errors)} matrices in {receipt['kind']}: relative error {max(errors.values()):.2%} at"
+        f"{len(errors)} matrices in {kinds}: relative error {max(errors.values()):.2%} at"
         f" most; {sizes['before'] / 1e9:,.3f} GB are {sizes['after'] / 1e9:,.3f} GB"
     )
     if kl := receipt.get("kl"):

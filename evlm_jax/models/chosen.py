@@ -2,7 +2,7 @@
 canonical names."""
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
 import jax
 from flax import nnx
@@ -29,18 +29,31 @@ def chosen(
         for path, leaf in nnx.to_flat_state(nnx.state(model))
         if len(jax.tree.leaves(leaf)[0].shape) - is_stacked(path) > 1 and path[-1] not in besides
     ]
-    found = [path for path in matrices if _all(section, patterns, canonical(cfg, path))]
-    names = [name for path in matrices for name in canonical(cfg, path)]
+    what = "matrix; names are like llm/layers/0/attn/q/kernel"
+    return among(matrices, cfg, f"{section}.patterns", patterns, what)
+
+
+def among(
+    paths: Sequence[tuple], cfg: EVLMConfig, field: str, patterns: Sequence[str], what: str
+) -> list[tuple]:
+    """Those of `paths` in whose names a pattern of `field` is found.
+
+    Args:
+      what: `paths` are, in the singular.
+    Raises:
+      ValueError: as `chosen`.
+    """
+    found = [path for path in paths if _all(field, patterns, canonical(cfg, path))]
+    names = [name for path in paths for name in canonical(cfg, path)]
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in names):
             raise ValueError(
-                f"config: {section}.patterns has {pattern!r}, which is found in the name of no"
-                " matrix; names are like llm/layers/0/attn/q/kernel"
+                f"config: {field} has {pattern!r}, which is found in the name of no {what}"
             )
     return found
 
 
-def _all(section: str, patterns: tuple[str, ...], names: tuple[str, ...]) -> bool:
+def _all(field: str, patterns: tuple[str, ...], names: tuple[str, ...]) -> bool:
     """Whether the layers of a stack with these names are chosen.
 
     Raises ValueError where some are and some are not.
@@ -51,5 +64,5 @@ def _all(section: str, patterns: tuple[str, ...], names: tuple[str, ...]) -> boo
         mend = "its layers are one stack: choose all or none"
         if one.startswith("vit/"):
             mend = "let vit.cuts separate their blocks"
-        raise ValueError(f"config: {section}.patterns choose {one} and not {other}: {mend}")
+        raise ValueError(f"config: {field} choose {one} and not {other}: {mend}")
     return all(found.values())

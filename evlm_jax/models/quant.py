@@ -7,15 +7,16 @@ values come from tensors, never from training."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
 from evlm_jax.checkpoint.lazy_tensors import Tensor, Tensors
-from evlm_jax.config import EVLMConfig, QuantConfig
+from evlm_jax.config import EVLMConfig
 from evlm_jax.models import lora
-from evlm_jax.models.chosen import chosen
+from evlm_jax.models.chosen import among, chosen
 from evlm_jax.models.layers import Linear
 from evlm_jax.models.param_names import canonical
 from evlm_jax.ops.quantised import dequantise, quantise, shapes
@@ -29,14 +30,15 @@ def hold(model: nnx.Module, cfg: EVLMConfig) -> None:
 
     Raises:
       ValueError: as `chosen`; a pattern is found in a matrix that cannot be quantised; tiles do not
-        divide one.
+        divide one; a pattern of quant.int8 is found in none of those, or as `chosen`.
     """
+    paths = chosen(model, cfg, "quant", lora.NAMES)
     projections = {
         tuple(map(str, path)): module
         for path, module in nnx.iter_modules(model)
         if isinstance(module, Linear)
     }
-    for path in chosen(model, cfg, "quant", lora.NAMES):
+    for path in paths:
         name, place = canonical(cfg, path)[0], tuple(map(str, path))
         holder = model.llm if name == TABLE else projections.get(place[:-1])
         if holder is None:
@@ -50,7 +52,8 @@ def hold(model: nnx.Module, cfg: EVLMConfig) -> None:
                 f"config: quant.tile = {cfg.quant.tile} does not divide the"
                 f" {matrix.shape[_axis(name)]} of {name}: give another, or leave it out"
             )
-        holder.hold(cfg.quant.kind, cfg.quant.tile)
+        holder.hold(cfg.quant.kind_of(name), cfg.quant.tile)
+    among(paths, cfg, "quant.int8", cfg.quant.int8, "matrix that quant.patterns choose")
 
 
 def is_quantised(path: tuple, leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
@@ -68,7 +71,7 @@ def parameters(cfg: EVLMConfig, path: tuple, variable: nnx.Variable) -> int:
     leaf = jax.tree.leaves(variable)[0]
     if path[-1] in NAMES:
         return 0
-    paired = leaf.dtype == np.uint8 and cfg.quant.kind != "int8"
+    paired = leaf.dtype == np.uint8 and cfg.quant.kind_of(canonical(cfg, path)[0]) != "int8"
     return math.prod(leaf.shape) * (1 + paired)
 
 
@@ -89,15 +92,16 @@ def quantised(cfg: EVLMConfig, names: Iterable[str], tensors: Tensors) -> dict[s
         )
     out = dict(tensors)
     for name, scale in scales.items():
-        out[name], out[scale] = _quantised(tensors[name], cfg.quant, _axis(name))
+        how = cfg.quant.kind_of(name), cfg.quant.tile, _axis(name)
+        out[name], out[scale] = _quantised(tensors[name], *how)
     return out
 
 
-def _quantised(tensor: Tensor, quant: QuantConfig, axis: int) -> tuple[Tensor, Tensor]:
+def _quantised(tensor: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
     """Bytes and scales. The scales that come with bytes wait until they are read, so that a start
     reads and quantises each matrix once.
     """
-    how, waiting = (quant.kind, quant.tile, axis), []
+    waiting: list[np.ndarray] = []
     of_bits, of_scales = shapes(tensor.shape, *how)
 
     def bits() -> np.ndarray:
@@ -118,7 +122,7 @@ def whole(cfg: EVLMConfig, tensors: Tensors) -> dict[str, Tensor]:
     out = {name: tensor for name, tensor in tensors.items() if not name.endswith(NAMES)}
     for scale in filter(lambda name: name.endswith(NAMES), tensors):
         name = scale.removesuffix("_scale")
-        out[name] = _whole(tensors[name], tensors[scale], cfg.quant.kind, _axis(name))
+        out[name] = _whole(tensors[name], tensors[scale], cfg.quant.kind_of(name), _axis(name))
     return out
 
 
@@ -138,15 +142,15 @@ def check_taken_up(
     """Raises ValueError where matrices that an earlier stage's run `init` holds quantised, among
     its `params`, are held otherwise by a model with these `names`.
     """
-    held = {name for name in params if name.endswith(NAMES)}
-    same = (before.quant.kind, before.quant.tile) == (cfg.quant.kind, cfg.quant.tile)
-    if held and not (same and held <= names.keys()):
-        lost = min(held - names.keys(), default=min(held)).removesuffix("_scale")
-        raise ValueError(
-            f"{init} holds {lost} in {before.quant.kind} by {before.quant.tile}: give its quant"
-            f" section, patterns {before.quant.patterns}, or make it whole with `evlm convert"
-            " merge`"
-        )
+    for scale in sorted(name for name in params if name.endswith(NAMES)):
+        name = scale.removesuffix("_scale")
+        own, other = ((quant.kind_of(name), quant.tile) for quant in (before.quant, cfg.quant))
+        if scale not in names or own != other:
+            raise ValueError(
+                f"{init} holds {name} in {own[0]} by {own[1]}: give its quant section, patterns"
+                f" {before.quant.patterns} and int8 {before.quant.int8}, or make it whole with"
+                " `evlm convert merge`"
+            )
 
 
 def _axis(name: str) -> int:

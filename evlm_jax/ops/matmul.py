@@ -14,10 +14,14 @@ from evlm_jax.ops.quantised import Quantised, joined, row_product
 
 
 def product(
-    spec: str, a: jax.Array, b: jax.Array | Quantised, dtype: jnp.dtype | None = None
+    spec: str,
+    a: jax.Array,
+    b: jax.Array | Quantised,
+    dtype: jnp.dtype | None = None,
+    result: jnp.dtype = jnp.float32,
 ) -> jax.Array:
-    """einsum in float32. Each index of an operand must occur in the other one or in the result;
-    "..." in front of `a` is any number of indices.
+    """einsum in float32, rounded to `result` at its end. Each index of an operand must occur in the
+    other one or in the result; "..." in front of `a` is any number of indices.
 
     `b` is cast to the dtype of `a`. Under jax.default_matmul_precision("bfloat16") both are rounded
     to that: XLA does so on TPUs alone. Gradients have the dtype of their operand; that of a float32
@@ -28,7 +32,7 @@ def product(
     quantised, two rows on TPUs.
     """
     spec = spec.replace("...", "ABCDEF"[: a.ndim + 3 - spec.index(",")])
-    return _product(spec, dtype or operand_dtype(a), a, b)
+    return _product(spec, dtype or operand_dtype(a), result, a, b)
 
 
 def operand_dtype(a: jax.Array) -> jnp.dtype:
@@ -40,20 +44,27 @@ def operand_dtype(a: jax.Array) -> jnp.dtype:
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(spec: str, dtype: jnp.dtype, a: jax.Array, b: jax.Array | Quantised) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(
+    spec: str, dtype: jnp.dtype, result: jnp.dtype, a: jax.Array, b: jax.Array | Quantised
+) -> jax.Array:
     a, (of_a, of_b, out) = a.astype(dtype), spec.replace("->", ",").split(",")
     # one row by a matrix
     single = a.size == a.shape[-1] and len(of_b) == 2 and out[:-1] == of_a[:-1] != ""
     if platform() == "tpu":
-        return _two_rows(spec, a, b) if single else _on_tpu(spec, a, b)
+        if not (single or isinstance(b, Quantised)):
+            # what devices have to add up travels as `result` (D-OPS-25)
+            return _multiplied(spec, a, b.astype(dtype), result)
+        return (_two_rows if single else _on_tpu)(spec, a, b).astype(result)
     if platform() == "gpu" and single and isinstance(b, Quantised) and of_a[-1] == of_b[b.axis]:
-        return row_product(a.ravel(), b).reshape(*a.shape[:-1], -1)
-    return _multiplied(spec, a, b.astype(dtype))
+        return row_product(a.ravel(), b).reshape(*a.shape[:-1], -1).astype(result)
+    return _multiplied(spec, a, b.astype(dtype)).astype(result)
 
 
-def _multiplied(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+def _multiplied(
+    spec: str, a: jax.Array, b: jax.Array, result: jnp.dtype = jnp.float32
+) -> jax.Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=result)
 
 
 def _two_rows(spec: str, a: jax.Array, b: jax.Array | Quantised) -> jax.Array:
@@ -85,13 +96,17 @@ def _on_tpu(spec: str, a: jax.Array, b: jax.Array | Quantised) -> jax.Array:
 
 
 def _backward(
-    spec: str, dtype: jnp.dtype, operands: tuple[jax.Array, jax.Array | Quantised], g: jax.Array
+    spec: str,
+    dtype: jnp.dtype,
+    result: jnp.dtype,
+    operands: tuple[jax.Array, jax.Array | Quantised],
+    g: jax.Array,
 ) -> tuple[jax.Array, jax.Array | None]:
     (a, b), (of_a, of_b, out) = operands, spec.replace("->", ",").split(",")
-    da = _product(f"{out},{of_b}->{of_a}", dtype, g, b).astype(a.dtype)
+    da = _product(f"{out},{of_b}->{of_a}", dtype, a.dtype, g, b)
     if isinstance(b, Quantised):
         return da, None
-    return da, _product(f"{of_a},{out}->{of_b}", dtype, a, g).astype(b.dtype)
+    return da, _product(f"{of_a},{out}->{of_b}", dtype, b.dtype, a, g)
 
 
-_product.defvjp(lambda spec, dtype, a, b: (_product(spec, dtype, a, b), (a, b)), _backward)
+_product.defvjp(lambda *given: (_product(*given), given[-2:]), _backward)

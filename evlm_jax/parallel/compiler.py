@@ -31,10 +31,19 @@ SUMS = {
     "xla_tpu_enable_data_parallel_all_reduce_opt": True,
     "xla_tpu_data_parallel_opt_different_sized_ops": True,
 }
+# Fused products have larger tiles in half of a core's vector memory, here in MiB (D-OPS-26).
+TILES = {
+    name: {"xla_tpu_scoped_vmem_limit_kib": size * 1024}
+    for name, size in {"v5p": 32, "v5e": 64, "v6e": 64}.items()
+}
 # How a compiler refuses an option: libtpu 0.0.50 takes the first three of GATHERS for v5e alone.
 REFUSED = re.compile(r"No such compile option: '(\w+)'|disable it with (\w+)=false")
 # by jax.Device.device_kind
-OPTIONS = {chip.kind: GATHERS | SUMS for chip in CHIPS.values() if chip.kind.startswith("TPU")}
+OPTIONS = {
+    chip.kind: GATHERS | SUMS | TILES.get(name, {})
+    for name, chip in CHIPS.items()
+    if chip.kind.startswith("TPU")
+}
 
 
 def step_options(devices: Iterable[jax.Device]) -> dict[str, bool | int]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from evlm_jax.ops.matmul import product
+from evlm_jax.ops.platform import compile_for
 
 CASES = {
     "...x,xy->...y": ((2, 5, 8), (8, 6)),
@@ -70,3 +71,23 @@ def test_gradients_have_the_dtype_of_their_operand():
     assert not np.array_equal(
         of_kernel, of_kernel.astype(jnp.bfloat16).astype(jnp.float32)
     )  # it was summed, and stays, in float32
+
+
+@pytest.mark.parametrize("where", ["cpu", "tpu"])
+@pytest.mark.parametrize("spec", CASES)
+def test_a_result_in_16_bits_is_rounded_once(spec, where):
+    """Within half a step of bfloat16 of the float32 product, also where the product itself ends in
+    16 bits; what is given back for operands likewise.
+    """
+    operands = _operands(spec, "bfloat16")
+    with compile_for(where):
+        ours = _with_gradients(lambda a, b: product(spec, a, b, result=jnp.bfloat16), *operands)
+    with jax.default_matmul_precision("highest"):
+        wide = [x.astype(jnp.float32) for x in operands]
+        expected, transpose = jax.vjp(lambda a, b: jnp.einsum(spec, a, b), *wide)
+        weight = jnp.cos(jnp.arange(expected.size, dtype=jnp.float32)).reshape(expected.shape)
+        rounded = weight.astype(jnp.bfloat16).astype(jnp.float32)
+    for mine, other in zip(ours, (expected, *transpose(rounded)), strict=True):
+        assert mine.dtype == jnp.bfloat16
+        error = np.abs(mine.astype(jnp.float32) - other)
+        assert (error <= 2**-8 * np.abs(other) + 1e-5 * np.abs(other).max()).all()

@@ -139,6 +139,18 @@ def test_zero_3_gathers_layer_by_layer():
     }
 
 
+def test_sums_of_activations_over_tensor_travel_in_16_bits():
+    """Of the language model's layers: 256 tokens of 512 numbers."""
+    sums = [
+        leaf
+        for _, kind, i in collectives(program(3, "sharded", (1, 4, 1, 2)))
+        if kind == "all-reduce"
+        for leaf in i.leaves
+        if leaf.dims[-2:] == (256, 512)
+    ]
+    assert sums and {leaf.dtype for leaf in sums} == {"bf16"}
+
+
 def test_gathers_run_beside_products():
     """Most of them: 488 of 574 are started in front of products and waited for behind them."""
     transfers = costs(program(3, "sharded", (1, 4, 1, 2)), 8).transfers

@@ -106,7 +106,8 @@ def _backward(
     da = _product(f"{out},{of_b}->{of_a}", dtype, a.dtype, g, b)
     if isinstance(b, Quantised):
         return da, None
-    return da, _product(f"{of_a},{out}->{of_b}", dtype, b.dtype, a, g)
+    # in float32, for of 16-bit products libtpu does not scatter the sums
+    return da, _product(f"{of_a},{out}->{of_b}", dtype, jnp.float32, a, g).astype(b.dtype)
 
 
 _product.defvjp(lambda *given: (_product(*given), given[-2:]), _backward)

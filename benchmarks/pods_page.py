@@ -70,7 +70,9 @@ D-PLAN-7, D-PLAN-8 in
 `train.attention=pallas` the kernels. Batches
 are full as above; where `data.image_group=3`, three rows share 126 image slots. Without \
 `--no-mend` such a command also says what would
-make fit what does not.
+make fit what does not. Rows with * are of older programs, whose fused products had smaller tiles, \
+whose sums over `tensor` were of float32 and
+whose GELU was by erfc (D-OPS-25 to D-OPS-27): these take more.
 """
 SECONDS = """Their operations' seconds, part by part. In "other" are copies, slices of stacks and \
 turns by positions.
@@ -134,9 +136,9 @@ def by_cycles(run: str, report: dict) -> tuple[str, ...]:
     if not report["fits"]:
         return run, f"{report['topology']}: does not fit"
     time, policies = report["time"], report["policies"]
-    cycles = time["cycles"]
+    cycles, older = time["cycles"], "xla_tpu_scoped_vmem_limit_kib" not in report["options"]
     return (
-        run,
+        f"{run} *" if older else run,
         report["topology"],
         _mesh(report),
         f"{policies['remat']} ({policies['accumulate']})",

@@ -47,6 +47,21 @@ def reported_changes(cfg: EVLMConfig, saved: dict) -> str:
     )
 
 
+def _check_quantised(cfg: EVLMConfig, saved: dict) -> None:
+    """Raises ValueError where bytes of quantised matrices would be read as what they are not."""
+    before = from_saved(saved).quant
+    if before != cfg.quant and (before.patterns or cfg.quant.patterns):
+        told = [
+            f"{key} was {old}, is {new}"
+            for key, (old, new) in changed(cfg, saved).items()
+            if key.startswith("quant.")
+        ]
+        raise ValueError(
+            f"the run holds its matrices otherwise: {'; '.join(told)}. Give its quant section, or"
+            " begin another run with --init"
+        )
+
+
 def check(cfg: EVLMConfig, meta: dict, data: Iterator, other_data: bool) -> None:
     """Raises ValueError where the run of the checkpoint with this `meta` cannot go on.
 
@@ -61,6 +76,7 @@ def check(cfg: EVLMConfig, meta: dict, data: Iterator, other_data: bool) -> None
             f" {optim.starts(cfg)}: give phases[{phase}].step, the update behind which it began, in"
             " place of its start"
         )
+    _check_quantised(cfg, meta["config"])
     if other_data:
         return
     told = [

@@ -151,3 +151,21 @@ def test_what_a_run_freezes_again_is_in_a_store_of_its_own(tmp_path):
     for name, array in after.frozen.items():
         wanted = before.params if name in upper else towers
         assert array.tobytes() == wanted[name].tobytes(), name
+
+
+@pytest.mark.parametrize(
+    "field, was, other",
+    [
+        ("kind", "nf4", "int4"),
+        ("tile", 16, 8),
+        ("int8", (), ("/down/",)),
+        ("patterns", ("q/",), ()),
+    ],
+)
+def test_quantised_matrices_are_read_as_they_are_held(field, was, other):
+    """nf4's bytes are as many as int4's: nothing else would tell them apart."""
+    held = {"patterns": ("q/",), "kind": "nf4", "tile": 16, "int8": ()}
+    saved = meta(tiny_config(quant=held | {field: was}))
+    check(tiny_config(quant=held | {field: was}), saved, Placed(), False)
+    with pytest.raises(ValueError, match=rf"otherwise: quant.{field} was .*, is .*\. Give its qua"):
+        check(tiny_config(quant=held | {field: other}), saved, Placed(), True)

@@ -72,7 +72,7 @@ are full as above; where `data.image_group=3`, three rows share 126 image slots.
 `--no-mend` such a command also says what would
 make fit what does not. Rows with * are of older programs, whose fused products had smaller tiles, \
 whose sums over `tensor` were of float32 and
-whose GELU was by erfc (D-OPS-25 to D-OPS-27): these take more.
+whose GELU was by erfc (D-OPS-25 to D-OPS-27); they were not planned again.
 """
 SECONDS = """Their operations' seconds, part by part. In "other" are copies, slices of stacks and \
 turns by positions.

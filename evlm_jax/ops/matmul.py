@@ -52,10 +52,8 @@ def _product(
     # one row by a matrix
     single = a.size == a.shape[-1] and len(of_b) == 2 and out[:-1] == of_a[:-1] != ""
     if platform() == "tpu":
-        if not (single or isinstance(b, Quantised)):
-            # what devices have to add up travels as `result` (D-OPS-25)
-            return _multiplied(spec, a, b.astype(dtype), result)
-        return (_two_rows if single else _on_tpu)(spec, a, b).astype(result)
+        made = _two_rows(spec, a, b) if single else _on_tpu(spec, a, b, result)
+        return made.astype(result)
     if platform() == "gpu" and single and isinstance(b, Quantised) and of_a[-1] == of_b[b.axis]:
         return row_product(a.ravel(), b).reshape(*a.shape[:-1], -1).astype(result)
     return _multiplied(spec, a, b.astype(dtype)).astype(result)
@@ -76,13 +74,16 @@ def _two_rows(spec: str, a: jax.Array, b: jax.Array | Quantised) -> jax.Array:
     return jax.lax.optimization_barrier(rows)[:1]
 
 
-def _on_tpu(spec: str, a: jax.Array, b: jax.Array | Quantised) -> jax.Array:
-    """What is quantised comes in parts, even and odd places, for libtpu would join them in float32.
-    Of a and the matrix the smaller one is laid out anew: the parts are joined, or a is split as
-    they are and a product made of each, or those are joined.
+def _on_tpu(
+    spec: str, a: jax.Array, b: jax.Array | Quantised, result: jnp.dtype = jnp.float32
+) -> jax.Array:
+    """A product of plain matrices ends in `result`: what devices have to add up travels so
+    (D-OPS-25). What is quantised comes in parts, even and odd places, for libtpu would join them in
+    float32. Of a and the matrix the smaller one is laid out anew: the parts are joined, or a is
+    split as they are and a product made of each, or those are joined.
     """
     if not isinstance(b, Quantised):
-        return _multiplied(spec, a, b.astype(a.dtype))
+        return _multiplied(spec, a, b.astype(a.dtype), result)
     of_a, of_b, out = spec.replace("->", ",").split(",")
     tiled, parts = of_b[b.axis], b.parts(a.dtype)
     if a.size // a.shape[-1] > parts[0].shape[-3 - b.axis]:
